@@ -1,0 +1,91 @@
+"""One layer of VideoMamba: add to the residual stream, normalise, mix."""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from reference.config import VideoMambaConfig
+from reference.mixer import Mamba, State
+from reference.norm import add_norm
+from reference.orders import orders_of_layer, undo, walk
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm with the parameters of `add_norm`; RMSNorm has no bias and no `bias` key."""
+
+    def __init__(self, dim: int, eps: float = 1e-5, kind: str = "rms") -> None:
+        super().__init__()
+        self.eps, self.kind = eps, kind
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.register_parameter("bias", nn.Parameter(torch.zeros(dim)) if kind == "layer" else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise without a residual."""
+        return self.add(x, None, prenorm=False)
+
+    def add(self, x: Tensor, residual: Tensor | None, *, prenorm: bool = True, residual_in_fp32: bool = True):
+        """`add_norm` with this module's weights."""
+        return add_norm(
+            x, self.weight, self.bias, residual=residual, eps=self.eps, kind=self.kind,
+            prenorm=prenorm, residual_in_fp32=residual_in_fp32,
+        )  # fmt: skip
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, drop a clip's branch with probability `rate` and scale the others by 1/(1 - rate)."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        kept = torch.rand(x.shape[0], *[1] * (x.dim() - 1), device=x.device) < 1 - self.rate
+        return x * kept.to(x.dtype) / (1 - self.rate)
+
+
+class Block(nn.Module):
+    """residual += drop_path(hidden); hidden = mixer(norm(residual)). The first layer's residual is its input.
+
+    With `fused_add_norm=False` the sum is rounded to the residual's dtype before it is normalised, and the normalised value
+    has the dtype of the norm's weight; in float32 both ways give the same numbers.
+    """
+
+    def __init__(self, config: VideoMambaConfig, layer: int, drop_path_rate: float) -> None:
+        super().__init__()
+        self.fused_add_norm, self.residual_in_fp32 = config.fused_add_norm, config.residual_in_fp32
+        self.recompute = config.use_checkpoint and layer < config.checkpoint_num
+        self.orders = orders_of_layer(config.scan_order, layer)
+        self.norm = Norm(config.embed_dim, config.norm_epsilon, "rms" if config.rms_norm else "layer")
+        self.mixer = Mamba(config.embed_dim, **dict(config.ssm_cfg or {}), layer_idx=layer, bimamba=config.bimamba)
+        self.drop_path = DropPath(drop_path_rate)
+
+    def forward(
+        self, hidden: Tensor, residual: Tensor | None = None, order: Tensor | None = None,
+        state: State | None = None, return_state: bool = False,
+    ) -> tuple[Tensor, Tensor, State | None]:  # fmt: skip
+        """hidden (B, L, D), residual (B, L, D) or None; `order` is the temporal walk, for layers that use it."""
+        if residual is not None:
+            hidden = self.drop_path(hidden)
+        if self.fused_add_norm:
+            hidden, residual = self.norm.add(hidden, residual, residual_in_fp32=self.residual_in_fp32)
+        else:
+            residual = hidden if residual is None else residual + hidden
+            hidden = self.norm(residual.to(self.norm.weight.dtype))
+            if self.residual_in_fp32:
+                residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
+        if state is not None or return_state:
+            hidden, state = self.mixer(hidden, state, return_state=True)
+            return hidden, residual, state
+        mixed = [self.mix(hidden, order if name == "temporal" else None) for name in self.orders]
+        return sum(mixed[1:], start=mixed[0]), residual, None
+
+    def mix(self, hidden: Tensor, order: Tensor | None) -> Tensor:
+        """The mixer over tokens in the given order, its output back in storage order."""
+        tokens = hidden if order is None else walk(hidden, order)
+        if self.recompute and torch.is_grad_enabled():
+            tokens = checkpoint(self.mixer, tokens, use_reentrant=False)
+        else:
+            tokens = self.mixer(tokens)
+        return tokens if order is None else undo(tokens, order)

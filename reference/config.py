@@ -1,0 +1,145 @@
+"""One description of a VideoMamba, for the image model, the video classifier and the masked-pretraining encoder."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from reference.orders import SCAN_ORDERS
+
+POOL_TYPES = ("cls", "avg", "cls+avg", "cls_cat_avg")
+CLIP_NORM_TYPES = ("l2", "none")
+
+
+@dataclass(frozen=True)
+class VideoMambaConfig:
+    """Fields and defaults are upstream's (image_sm, video_sm, video_mm); None stands where a value is derived.
+
+    num_frames None is the image model: two-dimensional patches, no temporal embedding. kernel_size is the tubelet, in frames.
+    Raises ValueError or TypeError at construction, naming the field, what came and what is allowed.
+    """
+
+    img_size: int | tuple[int, int] = 224  # pixels, or (height, width)
+    patch_size: int = 16
+    stride: int | None = None  # pixels from patch to patch; None: patch_size
+    depth: int = 24
+    embed_dim: int = 192
+    channels: int = 3
+    num_classes: int = 1000  # 0: no head, the classifier returns its feature
+    kernel_size: int = 1
+    num_frames: int | None = 8
+    drop_rate: float = 0.0
+    drop_path_rate: float | None = None  # None: 0.1 in the classifier, 0 in the encoder
+    fc_drop_rate: float = 0.0
+    ssm_cfg: Mapping[str, Any] | None = field(default=None, hash=False)  # keyword arguments of the mixer
+    norm_epsilon: float = 1e-5
+    rms_norm: bool = True
+    residual_in_fp32: bool = True
+    fused_add_norm: bool = True
+    bimamba: bool = True
+    use_checkpoint: bool = False
+    checkpoint_num: int = 0  # with use_checkpoint, the mixers of this many first layers recompute in the backward
+    pool_type: str = "cls+avg"
+    clip_decoder_embed_dim: int | None = None  # None: embed_dim
+    clip_output_dim: int = 512
+    clip_norm_type: str = "l2"
+    clip_return_layer: int = 1  # how many layers are aligned with the teacher; 0: no decoder
+    clip_student_return_interval: float = 1
+    add_pool_norm: bool = True
+    distill_dim: int | None = None  # width of the teacher of self-distillation
+    ckpt_num_frame: int | None = None
+    pretrained: str | None = None
+    scan_order: str = "spatial"
+
+    def __post_init__(self) -> None:
+        positive = ("patch_size", "depth", "embed_dim", "channels", "kernel_size", "clip_output_dim")
+        optional = ("stride", "num_frames", "clip_decoder_embed_dim", "distill_dim", "ckpt_num_frame")
+        for name in positive + optional:
+            value = getattr(self, name)
+            if value is None and name in optional:
+                continue
+            _require(_is_int(value) and value >= 1, name, value, "a positive integer" + " or None" * (name in optional))
+        for name in ("num_classes", "checkpoint_num", "clip_return_layer"):
+            value = getattr(self, name)
+            _require(_is_int(value) and value >= 0, name, value, "an integer from 0 up")
+        for name in ("drop_rate", "drop_path_rate", "fc_drop_rate"):
+            rate = getattr(self, name)
+            if rate is not None:
+                _require(0 <= rate < 1, name, rate, "a rate from 0 up to, not including, 1")
+        for name, allowed in (("pool_type", POOL_TYPES), ("clip_norm_type", CLIP_NORM_TYPES), ("scan_order", SCAN_ORDERS)):
+            _require(getattr(self, name) in allowed, name, getattr(self, name), "one of " + ", ".join(map(repr, allowed)))
+        _require(self.norm_epsilon > 0, "norm_epsilon", self.norm_epsilon, "a positive number")
+        _require(self.clip_student_return_interval > 0, "clip_student_return_interval", self.clip_student_return_interval,
+                 "a positive number of layers")  # fmt: skip
+        sides = self.img_size if isinstance(self.img_size, (tuple, list)) else (self.img_size,) * 2
+        _require(len(sides) == 2 and all(_is_int(s) and s >= self.patch_size for s in sides), "img_size", self.img_size,
+                 f"pixels, or (height, width), each at least patch_size ({self.patch_size})")  # fmt: skip
+        if self.num_frames is not None:
+            _require(self.num_frames % self.kernel_size == 0, "num_frames", self.num_frames,
+                     f"a multiple of kernel_size ({self.kernel_size})")  # fmt: skip
+        if self.ssm_cfg is not None:
+            _require(isinstance(self.ssm_cfg, Mapping), "ssm_cfg", self.ssm_cfg, "a mapping of the mixer's keyword arguments")
+            unknown = set(self.ssm_cfg) - SSM_FIELDS
+            _require(not unknown, "ssm_cfg", sorted(unknown), "keys among " + ", ".join(sorted(SSM_FIELDS)))
+        if self.clip_decoder_embed_dim not in (None, self.embed_dim):
+            raise ValueError(
+                f"clip_decoder_embed_dim is {self.clip_decoder_embed_dim}; it must equal embed_dim ({self.embed_dim}), whose "
+                "tokens enter the decoder, or be None"
+            )
+        layers = self.student_layers()
+        _require(len(set(layers)) == len(layers) and all(j >= 0 for j in layers), "clip_return_layer", self.clip_return_layer,
+                 f"as many distinct layers as depth ({self.depth}) and clip_student_return_interval leave")  # fmt: skip
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches (down, across) of one frame."""
+        height, width = self.img_size if isinstance(self.img_size, (tuple, list)) else (self.img_size,) * 2
+        step = self.stride or self.patch_size
+        return (height - self.patch_size) // step + 1, (width - self.patch_size) // step + 1
+
+    @property
+    def patches(self) -> int:
+        """Patches of one frame."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def tubelets(self) -> int:
+        """Steps in time after the patch embedding; 1 for the image model."""
+        return 1 if self.num_frames is None else self.num_frames // self.kernel_size
+
+    def student_layers(self) -> tuple[int, ...]:
+        """Layers, ascending, whose output the CLIP decoder aligns with the teacher."""
+        return tuple(sorted(self.depth - 1 - int(i * self.clip_student_return_interval) for i in range(self.clip_return_layer)))
+
+    @classmethod
+    def tiny(cls, **overrides: Any) -> "VideoMambaConfig":
+        """VideoMamba-Ti: width 192, 24 layers, 7 M parameters."""
+        return cls(**{"embed_dim": 192, "depth": 24} | overrides)
+
+    @classmethod
+    def small(cls, **overrides: Any) -> "VideoMambaConfig":
+        """VideoMamba-S: width 384, 24 layers, 26 M parameters."""
+        return cls(**{"embed_dim": 384, "depth": 24} | overrides)
+
+    @classmethod
+    def middle(cls, **overrides: Any) -> "VideoMambaConfig":
+        """VideoMamba-M: width 576, 32 layers, 74 M parameters."""
+        return cls(**{"embed_dim": 576, "depth": 32} | overrides)
+
+    @classmethod
+    def base(cls, **overrides: Any) -> "VideoMambaConfig":
+        """VideoMamba-B: width 768, 24 layers, 98 M parameters."""
+        return cls(**{"embed_dim": 768, "depth": 24} | overrides)
+
+
+SSM_FIELDS = frozenset(
+    "d_state d_conv expand dt_rank dt_min dt_max dt_init dt_scale dt_init_floor conv_bias bias use_fast_path".split()
+)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _require(holds: bool, name: str, value: object, allowed: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} is {value!r}; allowed: {allowed}")

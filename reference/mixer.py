@@ -1,0 +1,124 @@
+"""The Mamba mixer of VideoMamba: two scans over the same tokens, one from each end, behind one gate."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from reference.conv import causal_conv1d
+from reference.scan import selective_scan
+
+State = tuple[Tensor, Tensor]  # (conv_state (B, E, K-1), ssm_state (B, E, N))
+
+
+class Direction(NamedTuple):
+    """The parameters that one scan direction has to itself."""
+
+    conv: nn.Conv1d
+    x_proj: nn.Linear
+    dt_proj: nn.Linear
+    A_log: nn.Parameter
+    D: nn.Parameter
+
+
+class Mamba(nn.Module):
+    """Bidirectional Mamba mixer ("v2" of Vision Mamba, the one in VideoMamba), or the plain causal one.
+
+        x, z = in_proj(hidden)
+        for each direction, with its own conv, x_proj, dt_proj, A_log, D:
+            c        = silu(conv(x))
+            dt, B, C = x_proj(c)
+            y        = scan(c, delta=dt_proj(dt), A=-exp(A_log), B, C, D) * silu(z)
+        out = out_proj(y_forward + y_backward)
+
+    The sum is not halved. Parameter names, shapes and initial values are upstream's (`conv1d_b`, `A_b_log`, `D_b` ... for the
+    backward direction); `use_fast_path` is accepted for upstream's sake and changes nothing here.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: int | str = "auto",
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init: str = "random",
+        dt_scale: float = 1.0,
+        dt_init_floor: float = 1e-4,
+        conv_bias: bool = True,
+        bias: bool = False,
+        use_fast_path: bool = True,
+        layer_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        bimamba: bool = True,
+    ) -> None:
+        super().__init__()
+        if dt_init not in ("random", "constant"):
+            raise ValueError(f"dt_init is {dt_init!r}; allowed are 'random' and 'constant'")
+        at = {"device": device, "dtype": dtype}
+        E = expand * d_model
+        self.d_model, self.d_state, self.d_conv, self.d_inner = d_model, d_state, d_conv, E
+        self.dt_rank = R = math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
+        self.bimamba, self.layer_idx, self.use_fast_path = bimamba, layer_idx, use_fast_path
+
+        self.in_proj = nn.Linear(d_model, 2 * E, bias=bias, **at)
+        for suffix in ("", "_b") if bimamba else ("",):
+            self.add_module("conv1d" + suffix, nn.Conv1d(E, E, d_conv, groups=E, padding=d_conv - 1, bias=conv_bias, **at))
+            self.add_module("x_proj" + suffix, nn.Linear(E, R + 2 * d_state, bias=False, **at))
+            self.add_module("dt_proj" + suffix, nn.Linear(R, E, **at))
+            rates = torch.arange(1, d_state + 1, dtype=torch.float32, device=device).log().repeat(E, 1)
+            self.register_parameter("A_b_log" if suffix else "A_log", nn.Parameter(rates))
+            self.register_parameter("D" + suffix, nn.Parameter(torch.ones(E, device=device)))
+        self.out_proj = nn.Linear(E, d_model, bias=bias, **at)
+        self._init_dt(dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
+
+    @torch.no_grad()
+    def _init_dt(self, dt_min: float, dt_max: float, dt_init: str, dt_scale: float, floor: float) -> None:
+        """Forward dt_proj: softplus(bias) is log-uniform in [dt_min, dt_max]. VideoMamba's own init overwrites it later."""
+        bound = self.dt_rank**-0.5 * dt_scale
+        if dt_init == "constant":
+            nn.init.constant_(self.dt_proj.weight, bound)
+        else:
+            nn.init.uniform_(self.dt_proj.weight, -bound, bound)
+        uniform = torch.rand_like(self.dt_proj.bias, dtype=torch.float32)
+        dt = torch.exp(uniform * math.log(dt_max / dt_min) + math.log(dt_min)).clamp(min=floor)
+        self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+    def forward(
+        self, hidden: Float[Tensor, "B L D"], state: State | None = None, return_state: bool = False
+    ) -> Float[Tensor, "B L D"] | tuple[Float[Tensor, "B L D"], State]:
+        """Mix tokens. With `bimamba=False` a state carries a sequence over from call to call: chunks chained by it equal the
+        whole, gradients included. Nothing is changed in place.
+
+        Raises ValueError if a state is given to, or asked of, a bidirectional mixer.
+        """
+        if self.bimamba and (state is not None or return_state):
+            raise ValueError(
+                "a bidirectional mixer has no state to carry: its backward direction starts at the end of the video and needs "
+                "the future. Run the whole clip at once, or build the mixer with bimamba=False"
+            )
+        x, z = self.in_proj(hidden).chunk(2, dim=-1)
+        ahead = Direction(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
+        y, state = self._scan(x, z, ahead, state)
+        if self.bimamba:
+            behind = Direction(self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
+            y = y + self._scan(x, z, behind, reverse=True)[0]
+        out = self.out_proj(y)
+        return (out, state) if return_state else out
+
+    def _scan(
+        self, x: Tensor, z: Tensor, own: Direction, state: State | None = None, reverse: bool = False
+    ) -> tuple[Tensor, State]:
+        conv_state, ssm_state = state if state is not None else (None, None)
+        c, conv_state = causal_conv1d(x, own.conv.weight.squeeze(1), own.conv.bias, initial_state=conv_state, reverse=reverse)
+        dt, B, C = own.x_proj(c).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
+        delta = F.linear(dt, own.dt_proj.weight)  # its bias is added inside the scan, in float32
+        A = -torch.exp(own.A_log.to(torch.promote_types(own.A_log.dtype, torch.float32)))
+        y, ssm_state = selective_scan(c, delta, A, B, C, own.D, z, own.dt_proj.bias, initial_state=ssm_state, reverse=reverse)
+        return y, (conv_state, ssm_state)
