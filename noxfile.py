@@ -1,0 +1,77 @@
+"""What people type: `nox -s parity`, `nox -s tests`, ... Words after `--` go on to the program behind the session.
+
+On a box with PyTorch and no network, `nox --no-venv -s parity` installs nothing and runs from the checkout.
+"""
+
+import os
+import shutil
+import sys
+
+import nox
+
+nox.needs_version = ">=2024.4.15"
+nox.options.sessions = ["tests"]
+nox.options.reuse_venv = "yes"
+
+PROJECT = nox.project.load_toml("pyproject.toml")
+UPSTREAM = PROJECT["project"]["optional-dependencies"]["upstream"]
+TEST, LINT, TYPES = (nox.project.dependency_groups(PROJECT, group) for group in ("test", "lint", "types"))
+
+
+def install(session: nox.Session, *requirements: str, **options) -> None:
+    """Install into the session's own venv; without one the box has to hold what is needed already."""
+    if session.venv_backend != "none":
+        pins = () if shutil.which("nvidia-smi") else ("-c", "constraints-cpu.txt")
+        session.install(*pins, *requirements, **options)
+
+
+def python(session: nox.Session, *arguments: str) -> None:
+    """Run Python on the checkout, which goes before whatever else bears the name `fused` on this box."""
+    program = sys.executable if session.venv_backend == "none" else "python"
+    path = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
+    session.run(program, *arguments, env={"PYTHONPATH": path}, external=session.venv_backend == "none")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The tests; they need no GPU."""
+    install(session, "-e", ".[harness]", *TEST)
+    python(session, "-m", "pytest", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style (ruff), and who may import whom (import-linter)."""
+    install(session, *LINT)
+    python(session, "-m", "ruff", "check", *session.posargs)
+    python(session, "-c", "from importlinter.cli import lint_imports_command as main; main()")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Types (mypy)."""
+    install(session, "-e", ".[harness]", *TYPES)
+    python(session, "-m", "mypy", *session.posargs)
+
+
+@nox.session
+def parity(session: nox.Session) -> None:
+    """Judge fused against reference; leaves a run and its report under reports/runs/."""
+    install(session, "-e", ".[harness]")
+    python(session, "-m", "harness", "parity", *session.posargs)
+
+
+@nox.session
+def report(session: nox.Session) -> None:
+    """Write the report of a run again."""
+    install(session, "-e", ".[harness]")
+    python(session, "-m", "harness", "report", *session.posargs)
+
+
+@nox.session
+def upstream(session: nox.Session) -> None:
+    """Build mamba-ssm and causal-conv1d on a CUDA box (half an hour), then judge them beside fused."""
+    flags = {"MAMBA_FORCE_BUILD": "TRUE", "CAUSAL_CONV1D_FORCE_BUILD": "TRUE"}  # else setup.py fetches a wheel or dies
+    install(session, "-e", ".[harness]", "setuptools>=61", "wheel", "packaging", "ninja", "einops", "transformers")
+    install(session, "--no-build-isolation", "--no-deps", *UPSTREAM, env=flags)  # their own needs clash with torch's
+    python(session, "-m", "harness", "parity", *session.posargs)

