@@ -1,0 +1,144 @@
+"""Clips of real videos, as VideoMamba takes them: frames at even distances, resized, cropped and normalised.
+
+Frames are numbered from 0 as they are shown. The part from `start` to `stop`, fractions of all N frames, holds the
+n frames round(start N) ... round(stop N) - 1. It is cut into T equal segments, and each gives its middle frame:
+
+    index_i = round(start N) + floor((i + 1/2) n / T),   i = 0 ... T-1
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet's red, green and blue, in 0..1
+STD = (0.229, 0.224, 0.225)
+
+_ROOT = Path(__file__).resolve().parent
+_PACKAGED, _CHECKOUT = (folder / "data" / "bigbuckbunny.mp4" for folder in (_ROOT, _ROOT.parent / "tests"))
+SHIPPED = _CHECKOUT if _CHECKOUT.exists() else _PACKAGED
+"""The clip that comes with the project: 132 frames of Big Buck Bunny, (c) Blender Foundation, CC BY 3.0."""
+
+ALLOWED = "allowed is a complete video file in any container and codec that FFmpeg reads (mp4, mkv, webm, avi, ...)"
+
+
+class VideoError(ValueError):
+    """A file that cannot give the clip asked for: names the file, what is wrong with it and what is allowed."""
+
+    def __init__(self, path: Path, wrong: str, allowed: str = ALLOWED) -> None:
+        super().__init__(f"{path}: {wrong}; {allowed}")
+
+
+def read_clip(
+    path: str | Path, frames: int, size: int, *, start: float = 0.0, stop: float = 1.0
+) -> Float[Tensor, "3 T H W"]:
+    """`frames` frames of the part of the video from `start` to `stop`, each (3, size, size), float32, normalised.
+
+    The short side is resized to `size` (torch's bilinear interpolation with antialiasing, in float32, not rounded to
+    bytes), and the middle of the long side is kept. Marks of rotation and of pixels that are not square are not heeded.
+    Only one frame at full size is in memory at a time.
+
+    Raises VideoError if the file is missing, empty, a folder, truncated or corrupt as far as FFmpeg can tell, has no
+    video or fewer frames in the part than asked for; ValueError for an argument out of range; ImportError without PyAV.
+    """
+    if frames < 1 or size < 1:
+        raise ValueError(f"frames and size have to be at least 1, not {frames} and {size}")
+    if not 0 <= start < stop <= 1:
+        raise ValueError(f"start and stop are fractions of the video, 0 <= start < stop <= 1, not {start} and {stop}")
+    path = Path(path)
+    total = count_frames(path)
+    indices = sample(total, frames, start, stop)
+    if not indices:
+        wrong = f"too short: {frames} frames were asked of its part from {start} to {stop}, and it has {total} frames"
+        raise VideoError(path, wrong, "ask for fewer frames, a larger part or a longer video")
+
+    clip = torch.empty(3, frames, size, size)
+    for i, image in enumerate(_decode(path, indices)):
+        clip[:, i] = _prepare(image, size)
+    return clip
+
+
+def sample(total: int, frames: int, start: float = 0.0, stop: float = 1.0) -> list[int]:
+    """Numbers of the frames that a clip is made of (see the top of the file), none if the part has too few."""
+    first, end = round(start * total), round(stop * total)
+    n = end - first
+    return [first + (2 * i + 1) * n // (2 * frames) for i in range(frames)] if n >= frames else []
+
+
+def count_frames(path: Path) -> int:
+    """How many frames the file holds, by counting packets without decoding: not every container states it."""
+    if not path.exists():
+        raise VideoError(path, "no such file")
+    if path.is_dir():
+        raise VideoError(path, "a folder, not a file")
+    if path.stat().st_size == 0:
+        raise VideoError(path, "the file is empty")
+    av = _pyav()
+    count, stored, end = 0, 0, 0.0
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise VideoError(path, "there is no video in it")
+            video = container.streams.video[0]
+            stated, duration = video.frames, (container.duration or 0) / av.time_base
+            for packet in container.demux():
+                if packet.pts is not None and packet.time_base is not None:
+                    end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+                if packet.stream.index == video.index and packet.size:
+                    stored += 1
+                    count += not packet.is_discard  # what an edit list cuts off is stored, but not shown
+    except (av.FFmpegError, OSError) as error:
+        raise VideoError(path, f"truncated, corrupt or no video at all ({error.strerror})") from error
+    if stored < stated:
+        raise VideoError(path, f"truncated: it states {stated} frames and holds {stored}")
+    if end < duration - 1:  # Matroska states a duration only; a second is more than streams differ by where it is whole
+        raise VideoError(path, f"truncated: it states {duration:.1f} s and ends after {end:.1f} s")
+    return count
+
+
+def _decode(path: Path, indices: list[int]) -> Iterator[UInt8[Tensor, "H W 3"]]:
+    """The frames with these ascending numbers as RGB bytes, in one pass that ends at the last of them."""
+    av = _pyav()
+    wanted, done, decoded = set(indices), 0, 0
+    try:
+        with av.open(str(path)) as container:
+            video = container.streams.video[0]
+            # Else FFmpeg paints over what it cannot decode; and its slice threads, PyAV's default, lose the error:
+            # 20 of 40 damaged copies of the shipped clip went by, with frame threads none.
+            video.codec_context.options = {"err_detect": "explode"}
+            video.thread_type = "FRAME"
+            for frame in container.decode(video):
+                if decoded in wanted:
+                    if frame.is_corrupt:
+                        raise VideoError(path, f"corrupt at frame {decoded}")
+                    yield torch.from_numpy(frame.to_ndarray(format="rgb24"))
+                    done += 1
+                decoded += 1
+                if done == len(indices):
+                    return
+    except (av.FFmpegError, OSError) as error:
+        raise VideoError(path, f"truncated or corrupt before frame {indices[done]} ({error.strerror})") from error
+    raise VideoError(path, f"truncated or corrupt: {decoded} frames can be decoded, {indices[-1] + 1} are needed")
+
+
+def _prepare(image: UInt8[Tensor, "H W 3"], size: int) -> Float[Tensor, "3 size size"]:
+    height, width = image.shape[:2]
+    scale = size / min(height, width)
+    shape = max(size, round(height * scale)), max(size, round(width * scale))
+    x = image.permute(2, 0, 1)[None].float() / 255
+    x = F.interpolate(x, size=shape, mode="bilinear", antialias=True, align_corners=False)[0]
+    top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
+    x = x[:, top : top + size, left : left + size]
+    return (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+
+
+def _pyav() -> ModuleType:
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError("reading a video needs PyAV: pip install 'videomamba-bench[harness]'") from error
+    return av

@@ -1,0 +1,189 @@
+"""The video loader: which frames, which values, and what it says of files that cannot give them."""
+
+import builtins
+import wave
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from harness.video import MEAN, SHIPPED, STD, VideoError, count_frames, read_clip, sample
+
+STEP = 4  # frame i of the made videos is the grey value 20 + 4 i
+
+
+def write_video(path, frames=50, width=96, height=64, side=0, codec="mpeg4"):
+    """A video whose frames tell their number: grey, and `side` columns at either edge white."""
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream(codec, rate=25, options={"qscale": "1"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.codec_context.qmin = stream.codec_context.qmax = 1
+        for i in range(frames):
+            image = np.full((height, width, 3), 20 + STEP * i, np.uint8)
+            image[:, :side] = image[:, width - side :] = 255
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        out.mux(stream.encode())
+    return path
+
+
+def remux(path, **options):
+    """The shipped clip's video in another container, stream-copied."""
+    with av.open(str(SHIPPED)) as source, av.open(str(path), "w", options=options) as out:
+        stream = out.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(source.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                out.mux(packet)
+    return path
+
+
+def cut(path, fraction):
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * fraction)])
+    return path
+
+
+def grey(clip):
+    """The number of the frame that each frame of a clip of a made video was, from the middle of its green channel."""
+    middle = clip[1, :, clip.shape[2] // 2, clip.shape[3] // 2] * STD[1] + MEAN[1]
+    return ((middle * 255 - 20) / STEP).round().int().tolist()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return write_video(tmp_path_factory.mktemp("video") / "made.mp4")
+
+
+@pytest.mark.parametrize(
+    ("total", "frames", "start", "stop", "wanted"),
+    [
+        (8, 8, 0.0, 1.0, [0, 1, 2, 3, 4, 5, 6, 7]),
+        (8, 4, 0.0, 1.0, [1, 3, 5, 7]),
+        (9, 3, 0.0, 1.0, [1, 4, 7]),
+        (132, 1, 0.0, 1.0, [66]),
+        (132, 4, 0.5, 1.0, [74, 90, 107, 123]),
+        (10, 4, 0.0, 1.0, [1, 3, 6, 8]),
+        (10, 3, 0.3, 0.6, [3, 4, 5]),
+        (10, 4, 0.3, 0.6, []),
+        (0, 1, 0.0, 1.0, []),
+    ],
+)
+def test_sample_takes_the_middle_of_each_segment(total, frames, start, stop, wanted):
+    assert sample(total, frames, start, stop) == wanted
+
+
+def test_parts_that_meet_share_no_frame():
+    halves = sample(131, 65, 0.0, 0.5) + sample(131, 65, 0.5, 1.0)
+    assert halves == sorted(set(halves))
+
+
+@pytest.mark.parametrize(("frames", "part"), [(1, (0, 1)), (7, (0, 1)), (50, (0, 1)), (4, (0.25, 0.5)), (3, (0.9, 1))])
+def test_clip_is_made_of_the_frames_asked_for(made, frames, part):
+    clip = read_clip(made, frames, 32, start=part[0], stop=part[1])
+    assert grey(clip) == sample(50, frames, *part)
+
+
+def test_values_are_imagenets(made):
+    clip = read_clip(made, 50, 16)
+    assert clip.dtype == torch.float32
+    for channel in range(3):
+        wanted = ((20 + STEP * 30) / 255 - MEAN[channel]) / STD[channel]
+        assert (clip[channel, 30] - wanted).abs().max() * STD[channel] * 255 < 3  # levels that the lossy codec may take
+
+
+@pytest.mark.parametrize(("width", "height"), [(160, 64), (64, 160)])
+def test_short_side_is_resized_and_the_middle_kept(tmp_path, width, height):
+    video = write_video(tmp_path / "wide.mp4", frames=1, width=width, height=height, side=16)
+    clip = read_clip(video, 1, 32)[1, 0] * STD[1] + MEAN[1]
+    edges = (clip[:, 0] > 0.5).all().item(), (clip[:, -1] > 0.5).all().item()
+    assert clip.shape == (32, 32)
+    assert edges == ((False, False) if width > height else (True, True))  # the white edges of the long side are cut off
+
+
+def test_shipped_clip():
+    clip = read_clip(SHIPPED, 8, 64)
+    assert clip.shape == (3, 8, 64, 64)
+    assert torch.isfinite(clip).all() and 0.5 < clip.std() < 2
+    assert (clip[:, 1:] != clip[:, :-1]).flatten(2).any(-1).all()  # real frames, each another
+    assert count_frames(SHIPPED) == 132
+
+
+@pytest.mark.parametrize("name", ["bare.h264", "clip.mkv", "clip.ts"])
+def test_container_that_does_not_state_the_number_of_frames(tmp_path, name):
+    path = remux(tmp_path / name)
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].frames == 0
+    assert torch.equal(read_clip(path, 4, 32), read_clip(SHIPPED, 4, 32))
+
+
+def test_missing_empty_and_folder(tmp_path):
+    (tmp_path / "empty.mp4").touch()
+    for name, wrong in [("missing.mp4", "no such file"), ("empty.mp4", "empty"), ("", "a folder")]:
+        with pytest.raises(VideoError, match=wrong) as error:
+            read_clip(tmp_path / name, 1, 8)
+        assert str(tmp_path / name) in str(error.value) and "allowed" in str(error.value)
+
+
+def test_not_a_video(tmp_path):
+    text = tmp_path / "text.mp4"
+    text.write_text("not a video\n" * 100)
+    with pytest.raises(VideoError, match="text.mp4: truncated, corrupt or no video at all"):
+        read_clip(text, 1, 8)
+
+
+def test_sound_alone(tmp_path):
+    path = tmp_path / "sound.wav"
+    with wave.open(str(path), "wb") as out:
+        out.setnchannels(1)
+        out.setsampwidth(2)
+        out.setframerate(8000)
+        out.writeframes(bytes(16000))
+    with pytest.raises(VideoError, match="sound.wav: there is no video in it"):
+        read_clip(path, 1, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "wrong"),
+    [
+        ("index-last.mp4", {}, "truncated, corrupt or no video"),
+        ("index-first.mp4", {"movflags": "faststart"}, "truncated: it states 132 frames and holds"),
+        ("clip.mkv", {}, "truncated: it states 5.3 s and ends after"),
+    ],
+)
+def test_truncated(tmp_path, name, options, wrong):
+    path = cut(remux(tmp_path / name, **options), 0.5)
+    with pytest.raises(VideoError, match=f"{name}: .*{wrong}"):
+        read_clip(path, 4, 32)
+
+
+@pytest.mark.parametrize("place", [220_000, 500_000, 900_000])  # inside frames 19, 50 and 106
+def test_corrupt_in_the_middle(tmp_path, place):
+    path = tmp_path / "corrupt.mp4"
+    data = bytearray(SHIPPED.read_bytes())
+    data[place : place + 3000] = bytes(3000)
+    path.write_bytes(data)
+    with pytest.raises(VideoError, match="corrupt.mp4: truncated or corrupt before frame"):
+        read_clip(path, 8, 32)
+
+
+@pytest.mark.parametrize("part", [(0.0, 1.0), (0.2, 0.4)])
+def test_too_few_frames(made, part):
+    with pytest.raises(VideoError, match="made.mp4: too short: 51 frames were asked of .* it has 50 frames"):
+        read_clip(made, 51, 8, start=part[0], stop=part[1])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"frames": 0}, {"size": 0}, {"start": -0.1}, {"stop": 1.1}, {"start": 0.5, "stop": 0.5}, {"start": float("nan")}],
+)
+def test_arguments_out_of_range(wrong):
+    with pytest.raises(ValueError, match="at least 1|0 <= start < stop <= 1"):
+        read_clip(SHIPPED, **{"frames": 1, "size": 8} | wrong)
+
+
+def test_without_pyav_the_message_names_the_extra(monkeypatch):
+    real = builtins.__import__
+    monkeypatch.setattr(builtins, "__import__", lambda name, *rest: real("not_there" if name == "av" else name, *rest))
+    with pytest.raises(ImportError, match=r"videomamba-bench\[harness\]"):
+        read_clip(SHIPPED, 1, 8)
