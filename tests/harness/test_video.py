@@ -164,7 +164,7 @@ def test_corrupt_in_the_middle(tmp_path, place):
     data = bytearray(SHIPPED.read_bytes())
     data[place : place + 3000] = random.Random(0).randbytes(3000)  # zeros would be valid H.264 in places
     path.write_bytes(data)
-    with pytest.raises(VideoError, match="corrupt.mp4: truncated or corrupt before frame"):
+    with pytest.raises(VideoError, match="corrupt.mp4: (truncated or )?corrupt (at|before) frame"):
         read_clip(path, 8, 32)
 
 
