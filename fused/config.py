@@ -1,0 +1,189 @@
+"""What a VideoMamba is built from: one frozen description for image model, video classifier and pretraining encoder."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from numbers import Real
+from typing import Any
+
+from .orders import SCAN_ORDERS
+
+POOL_TYPES = ("cls", "avg", "cls+avg", "cls_cat_avg")
+CLIP_NORM_TYPES = ("l2", "none")
+SSM_FIELDS = (
+    "d_state", "d_conv", "expand", "dt_rank", "dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "conv_bias", "bias",
+    "use_fast_path",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class VideoMambaConfig:
+    """Upstream's fields with upstream's defaults; None where the value follows from the others.
+
+    `num_frames=None` describes the image model (two-dimensional patches, no temporal embedding). Raises ValueError or
+    TypeError at construction; the message names the field, what came and what is allowed.
+    """
+
+    img_size: int | tuple[int, int] = 224  # one side, or (height, width), in pixels
+    patch_size: int = 16
+    stride: int | None = None  # None: patch_size, patches do not overlap
+    depth: int = 24
+    embed_dim: int = 192
+    channels: int = 3
+    num_classes: int = 1000  # 0: the classifier returns its feature
+    kernel_size: int = 1  # frames that make one tubelet
+    num_frames: int | None = 8
+    drop_rate: int | float = 0.0
+    drop_path_rate: int | float | None = None  # None: 0.1 for the classifier, 0 for the encoder
+    fc_drop_rate: int | float = 0.0
+    ssm_cfg: Mapping[str, Any] | None = field(default=None, hash=False)  # keyword arguments of every mixer
+    norm_epsilon: int | float = 1e-5
+    rms_norm: bool = True
+    residual_in_fp32: bool = True
+    fused_add_norm: bool = True
+    bimamba: bool = True
+    use_checkpoint: bool = False
+    checkpoint_num: int = 0  # use_checkpoint: mixers of this many first layers are run again in the backward pass
+    pool_type: str = "cls+avg"
+    clip_decoder_embed_dim: int | None = None  # None: embed_dim
+    clip_output_dim: int = 512
+    clip_norm_type: str = "l2"
+    clip_return_layer: int = 1  # layers aligned with the teacher; 0: no CLIP decoder
+    clip_student_return_interval: int | float = 1
+    add_pool_norm: bool = True
+    distill_dim: int | None = None  # the teacher's width in self-distillation
+    ckpt_num_frame: int | None = None
+    pretrained: str | None = None
+    scan_order: str = "spatial"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.img_size, list):
+            object.__setattr__(self, "img_size", tuple(self.img_size))  # a list has no hash
+        if isinstance(self.ssm_cfg, Mapping):
+            object.__setattr__(self, "ssm_cfg", dict(self.ssm_cfg))  # the caller's mapping may change, or not pickle
+        for f in fields(self):
+            if f.name in _RULES:
+                _RULES[f.name].check(f.name, getattr(self, f.name))
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """What is allowed for one field depends on another."""
+        if not all(_whole(side, self.patch_size) for side in self.sides) or len(self.sides) != 2:
+            allowed = f"pixels, or (height, width), each at least patch_size ({self.patch_size})"
+            raise _wrong("img_size", self.img_size, allowed)
+        if self.num_frames is not None and self.num_frames % self.kernel_size:
+            raise _wrong("num_frames", self.num_frames, f"a multiple of kernel_size ({self.kernel_size}), or None")
+        unknown = sorted(set(self.ssm_cfg or ()) - set(SSM_FIELDS), key=str)
+        if unknown:
+            raise _wrong("ssm_cfg", unknown, "keys among " + ", ".join(sorted(SSM_FIELDS)))
+        if self.clip_decoder_embed_dim not in (None, self.embed_dim):
+            allowed = f"embed_dim ({self.embed_dim}), whose tokens enter the decoder, or None for the same"
+            raise _wrong("clip_decoder_embed_dim", self.clip_decoder_embed_dim, allowed)
+        layers = self.student_layers()
+        if any(layer < 0 for layer in layers) or len(set(layers)) < len(layers):
+            allowed = (
+                f"as many distinct layers as depth ({self.depth}) and clip_student_return_interval "
+                f"({self.clip_student_return_interval}) leave"
+            )
+            raise _wrong("clip_return_layer", self.clip_return_layer, allowed)
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Height and width of a frame in pixels."""
+        return self.img_size if isinstance(self.img_size, tuple) else (self.img_size, self.img_size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches in one frame."""
+        step = self.stride or self.patch_size
+        down, across = (1 + (side - self.patch_size) // step for side in self.sides)
+        return down, across
+
+    @property
+    def patches(self) -> int:
+        """Patches in one frame."""
+        down, across = self.grid
+        return down * across
+
+    @property
+    def tubelets(self) -> int:
+        """Time steps that the patch embedding leaves of a clip; an image has 1."""
+        return self.num_frames // self.kernel_size if self.num_frames is not None else 1
+
+    def student_layers(self) -> tuple[int, ...]:
+        """The layers whose outputs the CLIP decoders read, ascending."""
+        last, gap = self.depth - 1, self.clip_student_return_interval
+        return tuple(last - int(k * gap) for k in reversed(range(self.clip_return_layer)))
+
+    @classmethod
+    def tiny(cls, **overrides: Any) -> "VideoMambaConfig":
+        """VideoMamba-Ti, 7 M parameters."""
+        return cls(**{"embed_dim": 192, "depth": 24, **overrides})
+
+    @classmethod
+    def small(cls, **overrides: Any) -> "VideoMambaConfig":
+        """VideoMamba-S, 26 M parameters."""
+        return cls(**{"embed_dim": 384, "depth": 24, **overrides})
+
+    @classmethod
+    def middle(cls, **overrides: Any) -> "VideoMambaConfig":
+        """VideoMamba-M, 74 M parameters."""
+        return cls(**{"embed_dim": 576, "depth": 32, **overrides})
+
+    @classmethod
+    def base(cls, **overrides: Any) -> "VideoMambaConfig":
+        """VideoMamba-B, 98 M parameters."""
+        return cls(**{"embed_dim": 768, "depth": 24, **overrides})
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """What one field may be by itself, as a predicate and in words."""
+
+    holds: Callable[[Any], bool]
+    allowed: str
+
+    def check(self, name: str, value: object) -> None:
+        if not self.holds(value):
+            raise _wrong(name, value, self.allowed)
+
+    def optional(self) -> "_Rule":
+        return _Rule(lambda value: value is None or self.holds(value), f"{self.allowed}, or None")
+
+
+def _wrong(name: str, value: object, allowed: str) -> ValueError:
+    return ValueError(f"{name} is {value!r}; allowed: {allowed}")
+
+
+def _whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _number(value: object, holds: Callable[[Any], bool]) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and holds(value)
+
+
+def _one_of(names: tuple[str, ...]) -> _Rule:
+    return _Rule(lambda value: value in names, "one of " + ", ".join(map(repr, names)))
+
+
+_COUNT = _Rule(lambda value: _whole(value, 1), "a positive integer")
+_COUNT_OR_0 = _Rule(lambda value: _whole(value, 0), "an integer from 0 up")
+_RATE = _Rule(lambda value: _number(value, lambda rate: 0 <= rate < 1), "a rate from 0 up to, not including, 1")
+_POSITIVE = _Rule(lambda value: _number(value, lambda x: 0 < x < float("inf")), "a positive number")
+_FLAG = _Rule(lambda value: value in (True, False), "True or False")
+
+_RULES = (
+    dict.fromkeys(("patch_size", "depth", "embed_dim", "channels", "kernel_size", "clip_output_dim"), _COUNT)
+    | dict.fromkeys(("stride", "num_frames", "clip_decoder_embed_dim", "distill_dim", "ckpt_num_frame"), _COUNT.optional())
+    | dict.fromkeys(("num_classes", "checkpoint_num", "clip_return_layer"), _COUNT_OR_0)
+    | dict.fromkeys(("drop_rate", "fc_drop_rate"), _RATE)
+    | dict.fromkeys(("norm_epsilon", "clip_student_return_interval"), _POSITIVE)
+    | dict.fromkeys(("rms_norm", "residual_in_fp32", "fused_add_norm", "bimamba", "use_checkpoint", "add_pool_norm"), _FLAG)
+    | {
+        "drop_path_rate": _RATE.optional(),
+        "pool_type": _one_of(POOL_TYPES),
+        "clip_norm_type": _one_of(CLIP_NORM_TYPES),
+        "scan_order": _one_of(SCAN_ORDERS),
+        "ssm_cfg": _Rule(lambda value: isinstance(value, Mapping), "a mapping of the mixer's keywords").optional(),
+    }
+)
