@@ -1,0 +1,108 @@
+"""One layer: add to the residual stream and normalise in one step, then mix."""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from . import norm
+from .config import VideoMambaConfig
+from .mixer import Mamba, State
+from .orders import Order, orders_of_layer, permute, restore
+
+
+class Norm(nn.Module):
+    """RMSNorm ("rms", no bias and no `bias` key) or LayerNorm ("layer") over `norm.add_norm`."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, dim: int, eps: float = 1e-5, kind: str = "rms") -> None:
+        super().__init__()
+        self.eps, self.kind = eps, kind
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.register_parameter("bias", nn.Parameter(torch.zeros(dim)) if kind == "layer" else None)
+
+    def forward(self, x: Tensor, backend: str = "auto") -> Tensor:
+        """Normalise x, which has no residual."""
+        return self.add(x, None, prenorm=False, backend=backend)
+
+    def add(
+        self, x: Tensor, residual: Tensor | None, *, prenorm: bool = True, residual_in_fp32: bool = True, backend: str = "auto"
+    ):
+        """`add_norm` with this module's parameters."""
+        return norm.add_norm(
+            x, self.weight, self.bias, residual=residual, eps=self.eps, kind=self.kind,
+            prenorm=prenorm, residual_in_fp32=residual_in_fp32, backend=backend,
+        )  # fmt: skip
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: while training, a clip's branch is dropped with probability `rate`, the others scaled up."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.rate == 0 or not self.training:
+            return x
+        keep = 1 - self.rate
+        kept = torch.rand((x.shape[0],) + (1,) * (x.dim() - 1), device=x.device) < keep
+        return torch.addcmul(x.new_zeros(()), x, kept.to(x.dtype), value=1 / keep)  # x * kept / keep in one pass, rounded once
+
+
+class Block(nn.Module):
+    """residual += drop_path(hidden); hidden = mixer(norm(residual)). The first layer's residual is its input."""
+
+    def __init__(self, config: VideoMambaConfig, layer: int, drop_path_rate: float, backend: str = "auto") -> None:
+        super().__init__()
+        self.fused_add_norm, self.residual_in_fp32 = config.fused_add_norm, config.residual_in_fp32
+        self.recompute = config.use_checkpoint and layer < config.checkpoint_num
+        self.orders = orders_of_layer(config.scan_order, layer)
+        self.norm = Norm(config.embed_dim, config.norm_epsilon, "rms" if config.rms_norm else "layer")
+        own = dict(config.ssm_cfg or {})
+        self.mixer = Mamba(config.embed_dim, **own, layer_idx=layer, bimamba=config.bimamba, backend=backend)
+        self.drop_path = DropPath(drop_path_rate)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        residual: Tensor | None = None,
+        order: Order | None = None,
+        state: State | None = None,
+        return_state: bool = False,
+        *,
+        backend: str | None = None,
+    ) -> tuple[Tensor, Tensor, State | None]:
+        """hidden (B, L, D), residual (B, L, D) or None. `order` is the temporal walk; without one, tokens are mixed as
+        they come. `backend` is the model's choice for this forward; without one, mixer and norm choose for themselves.
+        """
+        hidden, residual = self._add_norm(hidden, residual, backend or self.mixer.backend)
+        if state is not None or return_state:
+            hidden, state = self.mixer(hidden, state, return_state=True, backend=backend)
+            return hidden, residual, state
+        if order is None or self.orders == ("spatial",):
+            return self._mix(hidden, backend), residual, None
+        walked = permute(hidden, order)
+        if self.orders == ("temporal",):
+            return restore(self._mix(walked, backend), order), residual, None
+        # the same weights over both orders: one call of twice the clips keeps a GPU busier than two calls
+        stored, walked = self._mix(torch.cat((hidden, walked)), backend).chunk(2)
+        return stored + restore(walked, order), residual, None
+
+    def _add_norm(self, hidden: Tensor, residual: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+        """(norm(sum), sum); unfused the sum is rounded first, and the norm's output has its weight's dtype."""
+        if residual is not None:
+            hidden = self.drop_path(hidden)
+        if self.fused_add_norm:
+            return self.norm.add(hidden, residual, residual_in_fp32=self.residual_in_fp32, backend=backend)
+        residual = hidden if residual is None else residual + hidden
+        hidden = self.norm(residual.to(self.norm.weight.dtype), backend)
+        if self.residual_in_fp32:
+            residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
+        return hidden, residual
+
+    def _mix(self, tokens: Tensor, backend: str | None) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            # a mixer draws no random numbers, so there is no generator state to stash
+            return checkpoint(self.mixer, tokens, use_reentrant=False, preserve_rng_state=False, backend=backend)
+        return self.mixer(tokens, backend=backend)

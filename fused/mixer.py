@@ -1,0 +1,175 @@
+"""The Mamba mixer: in_proj, two scans over the same tokens from either end, one gate, out_proj."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from . import backends, conv, scan, upstream
+
+State = tuple[Tensor, Tensor]  # (conv_state (B, E, K-1), ssm_state (B, E, N))
+
+
+class Direction(NamedTuple):
+    """What one scan does not share with the other, and from which end it starts."""
+
+    conv: nn.Conv1d
+    x_proj: nn.Linear
+    dt_proj: nn.Linear
+    A_log: Tensor
+    D: Tensor
+    reverse: bool
+
+
+def check_backend(name: str) -> str:
+    """The name, if it is one; whether it can run is decided by the device of the first input."""
+    if name != "auto" and name not in backends.BACKENDS:
+        raise ValueError(f"backend is {name!r}; allowed: 'auto', {', '.join(map(repr, backends.BACKENDS))}")
+    return name
+
+
+class Mamba(nn.Module):
+    """Bidirectional Mamba mixer of VideoMamba; with `bimamba=False` the causal one, which can carry a state.
+
+        x, z = in_proj(hidden)
+        y    = sum over directions: scan(c, dt_proj(dt), -exp(A_log), B, C, D, z)
+               where c = silu(conv(x)) and dt, B, C = x_proj(c)
+        out  = out_proj(y)
+
+    Tokens stay (B, L, channels) throughout and neither direction copies them in reverse. Parameter names, shapes and
+    initial values are upstream's. `backend` is a name of `fused.backends`, or "auto"; `use_fast_path=False` makes "auto"
+    choose "torch".
+    """
+
+    conv1d: nn.Conv1d
+    x_proj: nn.Linear
+    dt_proj: nn.Linear
+    A_log: Tensor
+    D: Tensor
+    conv1d_b: nn.Conv1d  # the backward direction; absent with bimamba=False
+    x_proj_b: nn.Linear
+    dt_proj_b: nn.Linear
+    A_b_log: Tensor
+    D_b: Tensor
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: int | str = "auto",
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init: str = "random",
+        dt_scale: float = 1.0,
+        dt_init_floor: float = 1e-4,
+        conv_bias: bool = True,
+        bias: bool = False,
+        use_fast_path: bool = True,
+        layer_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        bimamba: bool = True,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if dt_init not in ("random", "constant"):
+            raise ValueError(f"dt_init is {dt_init!r}; allowed: 'random', 'constant'")
+        self.backend = check_backend(backend)
+        self.use_fast_path, self.layer_idx, self.bimamba = use_fast_path, layer_idx, bimamba
+        self.d_model, self.d_state, self.d_conv, self.d_inner = d_model, d_state, d_conv, expand * d_model
+        self.dt_rank = -(-d_model // 16) if dt_rank == "auto" else int(dt_rank)
+
+        place = {"device": device, "dtype": dtype}
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **place)
+        self._add_direction("", "A_log", conv_bias, place)
+        if bimamba:
+            self._add_direction("_b", "A_b_log", conv_bias, place)
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **place)
+        self._init_steps(dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
+
+    def _add_direction(self, suffix: str, A_log: str, conv_bias: bool, place: dict) -> None:
+        """Register one direction's parameters; A and D are float32 whatever the dtype of the rest."""
+        E, N, R, K = self.d_inner, self.d_state, self.dt_rank, self.d_conv
+        self.add_module("conv1d" + suffix, nn.Conv1d(E, E, K, padding=K - 1, groups=E, bias=conv_bias, **place))
+        self.add_module("x_proj" + suffix, nn.Linear(E, R + 2 * N, bias=False, **place))
+        self.add_module("dt_proj" + suffix, nn.Linear(R, E, **place))
+        precise = {"device": place["device"], "dtype": torch.float32}
+        self.register_parameter(A_log, nn.Parameter(torch.arange(1, N + 1, **precise).log().expand(E, N).clone()))
+        self.register_parameter("D" + suffix, nn.Parameter(torch.ones(E, **precise)))
+
+    @torch.no_grad()
+    def _init_steps(self, dt_min: float, dt_max: float, dt_init: str, dt_scale: float, floor: float) -> None:
+        """Upstream's start of the forward dt_proj: softplus(bias) is log-uniform between dt_min and dt_max."""
+        weight, bias = self.dt_proj.weight, self.dt_proj.bias
+        reach = dt_scale / math.sqrt(self.dt_rank)
+        weight.fill_(reach) if dt_init == "constant" else weight.uniform_(-reach, reach)
+        step = torch.empty_like(bias, dtype=torch.float32).uniform_(math.log(dt_min), math.log(dt_max)).exp_()
+        step.clamp_(min=floor)
+        bias.copy_(step + (-torch.expm1(-step)).log())  # the inverse of softplus
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "B L D"],
+        state: State | None = None,
+        return_state: bool = False,
+        *,
+        backend: str | None = None,
+    ) -> Float[Tensor, "B L D"] | tuple[Float[Tensor, "B L D"], State]:
+        """Mix tokens; with `return_state` also return what the next chunk's `state` must be.
+
+        Chunks chained by their states equal the whole, gradients included (`bimamba=False` only). `backend` is the
+        choice a model has made for this forward; by itself the mixer chooses from its own `backend`.
+
+        Raises ValueError for a state with a bidirectional mixer or with a backend that cannot carry one, BackendError
+        for a backend that cannot run here.
+        """
+        self._check_state(hidden, state, return_state, backend or self.backend)
+        backend = backend or backends.choose(self.backend, hidden.device, use_fast_path=self.use_fast_path)
+        xz = self.in_proj(hidden)
+        if backend == "mamba_ssm_inner":
+            return upstream.mamba_inner(xz, self)
+        x, z = xz.chunk(2, dim=-1)
+        first, *others = self._directions()
+        y, state = self._scan(x, z, first, state, backend)
+        for other in others:
+            y = y + self._scan(x, z, other, None, backend)[0]
+        out = self.out_proj(y)
+        return (out, state) if return_state else out
+
+    def _check_state(self, hidden: Tensor, state: State | None, return_state: bool, backend: str) -> None:
+        carried = state is not None or return_state
+        if self.bimamba and carried:
+            raise ValueError(
+                "a bidirectional mixer cannot carry a state: its backward direction starts at the last token of the video, "
+                "so that a chunk would need the future. Run the whole clip at once, or build the mixer with bimamba=False"
+            )
+        backends.check_abilities("mixer", backend, hidden.dtype, {"initial_state": state is not None})
+        if carried and backend == "mamba_ssm_inner":
+            raise ValueError("mixer: backend 'mamba_ssm_inner' does not return a state; use backend='torch'")
+
+    def _directions(self) -> tuple[Direction, ...]:
+        """The scans of this mixer, the one that can carry a state first."""
+        ahead = Direction(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D, reverse=False)
+        if not self.bimamba:
+            return (ahead,)
+        return ahead, Direction(self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b, reverse=True)
+
+    def _scan(self, x: Tensor, z: Tensor, own: Direction, state: State | None, backend: str) -> tuple[Tensor, State]:
+        conv_state, ssm_state = (None, None) if state is None else state
+        taps, reverse = own.conv.weight.squeeze(1), own.reverse
+        c, conv_state = conv.causal_conv1d(
+            x, taps, own.conv.bias, initial_state=conv_state, reverse=reverse, backend=backend
+        )  # fmt: skip
+        dt, B, C = own.x_proj(c).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
+        delta = F.linear(dt, own.dt_proj.weight)  # the scan adds dt_proj's bias, unrounded
+        A = -own.A_log.to(torch.promote_types(own.A_log.dtype, torch.float32)).exp()
+        y, ssm_state = scan.selective_scan(
+            c, delta, A, B, C, own.D, z, own.dt_proj.bias, initial_state=ssm_state, reverse=reverse, backend=backend
+        )
+        return y, (conv_state, ssm_state)
