@@ -1,0 +1,32 @@
+"""VideoMamba for NVIDIA GPUs, fast; on any other device in plain PyTorch. Same names as `reference`, no code of it.
+
+    from fused import VideoMamba, VideoMambaConfig
+    logits = VideoMamba(VideoMambaConfig.middle(num_classes=400))(torch.randn(1, 3, 8, 224, 224))
+
+Its logger is "fused": the chosen backend at INFO, which Python shows only where asked for, and warnings.
+"""
+
+from .backends import BackendError
+from .config import VideoMambaConfig
+from .conv import causal_conv1d
+from .mixer import Mamba
+from .norm import add_norm
+from .scan import selective_scan
+from .stamp import Validation, validation
+from .videomamba import DistillOutput, EncoderOutput, VideoMamba, VideoMambaEncoder, build_videomamba
+
+__all__ = [
+    "BackendError",
+    "DistillOutput",
+    "EncoderOutput",
+    "Mamba",
+    "Validation",
+    "VideoMamba",
+    "VideoMambaConfig",
+    "VideoMambaEncoder",
+    "add_norm",
+    "build_videomamba",
+    "causal_conv1d",
+    "selective_scan",
+    "validation",
+]
