@@ -1,0 +1,394 @@
+"""Fused models are the reference's: same outputs, same gradients, same state_dict; and they behave as modules should."""
+
+import copy
+import io
+import pickle
+from unittest import mock
+
+import pytest
+import torch
+from golden import fill, golden
+from rule import assert_rule
+from torch import Tensor
+
+import fused
+import reference
+from fused import backends, mixer, scan, stamp, tokens, upstream
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Operations this small only wait for each other on two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+TOY = {"img_size": 32, "depth": 2, "embed_dim": 32, "num_frames": 4, "num_classes": 5, "clip_output_dim": 12}
+IMAGE = {"num_frames": None}
+ORDERS = ("temporal", "alternating", "both")
+
+
+def models(kind: str, overrides: dict) -> tuple:
+    """The reference's and fused's model in float64 with the same weights, which pass from one to the other strictly."""
+    plain, fast = (getattr(p, kind)(p.VideoMambaConfig(**TOY | overrides)) for p in (reference, fused))
+    golden(plain)
+    fast.load_state_dict(plain.state_dict(), strict=True)
+    return plain.double(), fast.double().eval()
+
+
+def clip_of(config, use_image: bool = False) -> Tensor:
+    height, width = config.img_size if isinstance(config.img_size, tuple) else (config.img_size,) * 2
+    frames = [] if config.num_frames is None else [config.kernel_size if use_image else config.num_frames]
+    return fill(2, config.channels, *frames, height, width, phase=7).double()
+
+
+def mask_of(length: int, tubelets: int | None = None) -> Tensor:
+    """Half of the tokens hidden, others in each clip; with `tubelets` as many in each of them."""
+    generator = torch.Generator().manual_seed(length)
+    parts = tubelets or 1
+    noise = torch.rand(2, parts, (length - 1) // parts, generator=generator)
+    hidden = (noise.argsort(-1) < noise.shape[-1] // 2).flatten(1)
+    return torch.cat((torch.zeros(2, 1, dtype=torch.bool), hidden), dim=1)
+
+
+def flat(output) -> list[Tensor]:
+    return [x for x in (output if isinstance(output, tuple) else (output,)) if x is not None]
+
+
+def results(model, clip: Tensor, **how) -> dict[str, Tensor | None]:
+    """Outputs, and the gradients of the clip and every parameter, for one fixed cotangent."""
+    clip = clip.clone().requires_grad_()
+    outputs = flat(model(clip, **how))
+    torch.stack([(y * fill(*y.shape, phase=3).to(y.dtype)).sum() for y in outputs]).sum().backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    return {f"output {i}": y.detach() for i, y in enumerate(outputs)} | {"clip": clip.grad} | grads
+
+
+def assert_same(got: dict, wanted: dict) -> None:
+    """To 1e-12 in both norms; no gradient where the reference has none, exact zeros where it has exact zeros."""
+    assert got.keys() == wanted.keys()
+    for name, truth in wanted.items():
+        assert (got[name] is None) == (truth is None), name
+        if truth is not None:
+            assert got[name].dtype == truth.dtype and got[name].shape == truth.shape, name
+            error = got[name] - truth
+            assert error.norm() <= 1e-12 * truth.norm() and error.abs().max() <= 1e-12 * truth.abs().max(), name
+
+
+CLASSIFIERS = {
+    "plain": {},
+    "deep": {"depth": 4},
+    "tubelet-2": {"kernel_size": 2},
+    "layernorm": {"rms_norm": False},
+    "unfused": {"fused_add_norm": False},
+    "unfused-layernorm": {"fused_add_norm": False, "rms_norm": False, "norm_epsilon": 1e-3},
+    "residual-as-input": {"residual_in_fp32": False},
+    "feature": {"num_classes": 0},
+    "image": IMAGE,
+    "image-distill": IMAGE | {"distill_dim": 12},
+    "distill-temporal": {"distill_dim": 12, "scan_order": "temporal"},
+    "rectangle": {"img_size": (32, 48)},
+    "rest-of-a-patch": {"img_size": (40, 37), "channels": 2},
+    "overlap": {"stride": 8},
+    "overlap-image": IMAGE | {"stride": 7, "img_size": (32, 40)},
+    "gaps": {"stride": 20, "img_size": 40},
+    "small-patch-tubelet": {"patch_size": 8, "img_size": 16, "kernel_size": 4, "stride": 4},
+    "ssm": {"ssm_cfg": {"expand": 3, "d_state": 5, "d_conv": 3, "dt_rank": 7}},
+    "ssm-bias": {"ssm_cfg": {"bias": True, "conv_bias": False, "expand": 1, "d_conv": 2}},
+    "forward-only": {"bimamba": False},
+    "forward-only-both": {"bimamba": False, "scan_order": "both"},
+    "bias-both": {"ssm_cfg": {"bias": True}, "scan_order": "both"},
+    **{order: {"scan_order": order, "depth": 3} for order in ORDERS},
+}
+
+
+@pytest.mark.parametrize("overrides", CLASSIFIERS.values(), ids=CLASSIFIERS)
+def test_classifier(overrides):
+    plain, fast = models("VideoMamba", overrides)
+    clip = clip_of(plain.config)
+    assert_same(results(fast, clip), results(plain, clip))
+
+
+ENCODERS = {
+    "plain": {},
+    "no-pool-norm": {"add_pool_norm": False},
+    "no-decoder": {"clip_return_layer": 0},
+    "two-layers": {"depth": 3, "clip_return_layer": 2, "clip_norm_type": "none"},
+    "layers-apart": {"depth": 4, "clip_return_layer": 2, "clip_student_return_interval": 2.5},
+    "unfused": {"fused_add_norm": False, "clip_return_layer": 2},
+    "layernorm": {"rms_norm": False},
+    "overlap": {"stride": 8, "kernel_size": 2},
+    "image": IMAGE | {"img_size": (32, 48)},
+    **{order: {"scan_order": order, "depth": 3, "clip_return_layer": 2} for order in ORDERS},
+}
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("overrides", ENCODERS.values(), ids=ENCODERS)
+def test_encoder(overrides, masked):
+    plain, fast = models("VideoMambaEncoder", overrides)
+    config = plain.config
+    mask = mask_of(1 + config.patches * config.tubelets) if masked else None
+    assert_same(results(fast, clip_of(config), mask=mask), results(plain, clip_of(config), mask=mask))
+
+
+@pytest.mark.parametrize("kind", ["cls", "avg", "cls+avg", "cls_cat_avg"])
+def test_pooling(kind):
+    plain, fast = models("VideoMambaEncoder", {"pool_type": kind, "depth": 1, "kernel_size": 2, "scan_order": "temporal"})
+    mask = mask_of(9, tubelets=2)
+    for how in ({}, {"keep_temporal": True}, {"mask": mask}, {"mask": mask, "keep_temporal": True}):
+        wanted, got = plain(clip_of(plain.config), **how), fast(clip_of(plain.config), **how)
+        assert_same({"pooled": got.pooled}, {"pooled": wanted.pooled})
+
+
+@pytest.mark.parametrize("order", ["spatial", *ORDERS])
+def test_image_through_a_video_model(order):
+    plain, fast = models("VideoMambaEncoder", {"scan_order": order, "kernel_size": 2, "img_size": 64, "patch_size": 16})
+    clip, mask = clip_of(plain.config, use_image=True), mask_of(17)
+    for how in ({}, {"mask": mask}, {"keep_temporal": True}):
+        assert_same(results(fast, clip, use_image=True, **how), results(plain, clip, use_image=True, **how))
+
+
+def test_clip_features_alone_leave_the_same_parameters_without_gradient():
+    grads = []
+    for model in models("VideoMambaEncoder", {"depth": 3, "add_pool_norm": False}):
+        clip = model(clip_of(model.config), mask_of(17)).clip
+        (clip * fill(*clip.shape, phase=3)).sum().backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    assert {name for name, grad in grads[1].items() if grad is None} >= {"norm.weight", "layers.2.mixer.A_log"}
+    assert_same(grads[1], grads[0])
+
+
+@pytest.mark.parametrize("cut", [1, 5, 16])
+def test_state_carries_a_causal_model_over_a_cut(cut):
+    plain, fast = models("VideoMamba", {"bimamba": False})
+    embedded = fast.embed(clip_of(plain.config))
+    whole, whole_state, _ = fast.encode(embedded, return_state=True)
+    first, state, _ = fast.encode(embedded[:, :cut], return_state=True)
+    second, state, _ = fast.encode(embedded[:, cut:], state=state, return_state=True)
+    wanted, wanted_state, _ = plain.encode(plain.embed(clip_of(plain.config)), return_state=True)
+    pairs = zip((first, second, *sum(state, ())), (*wanted.split((cut, 17 - cut), 1), *sum(wanted_state, ())), strict=True)
+    for i, (got, truth) in enumerate(pairs):
+        assert_same({str(i): got}, {str(i): truth})
+    assert_same({"": whole}, {"": wanted})
+    loss = (second * fill(*second.shape, phase=3)).sum()
+    truth = (whole[:, cut:] * fill(*second.shape, phase=3)).sum()
+    names, parameters = zip(*fast.named_parameters(), strict=True)
+    got, wanted = (torch.autograd.grad(x, parameters, allow_unused=True, retain_graph=True) for x in (loss, truth))
+    assert_same(dict(zip(names, got, strict=True)), dict(zip(names, wanted, strict=True)))
+
+
+def test_temporal_order_of_one_patch_per_frame_is_the_spatial_one():
+    clip, logits = None, []
+    for order in ("spatial", *ORDERS[:2]):
+        model = golden(fused.VideoMamba(fused.VideoMambaConfig(**TOY | {"img_size": 16, "scan_order": order})))
+        clip = clip_of(model.config).float()
+        logits.append(model(clip))
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+
+
+def test_taps_of_encode():
+    plain, fast = models("VideoMamba", {"scan_order": "temporal", "depth": 3})
+    outputs = []
+    for model in (plain, fast):
+        normed, state, features = model.encode(model.embed(clip_of(plain.config), mask_of(17)), mask_of(17), taps=(0, 2))
+        assert state is None
+        outputs.append({"tokens": normed} | {f"tap {i}": x for i, x in enumerate(features)})
+    assert_same(outputs[1], outputs[0])
+
+
+def test_positions_of_the_decoder():
+    for dim in (12, 7):
+        got = tokens.sincos_positions(50, dim, torch.device("cpu"))
+        assert torch.equal(got, reference.tokens.sincos_positions(50, dim))
+
+
+def test_hidden_pixels_are_not_read():
+    _, model = models("VideoMambaEncoder", {})
+    mask, clip = mask_of(17), clip_of(model.config)
+    frames = mask[:, 1:].view(2, 1, 4, 2, 2).repeat_interleave(16, 3).repeat_interleave(16, 4)
+    dirty = torch.where(frames, float("nan"), clip)
+    wanted, got = results(copy.deepcopy(model), clip, mask=mask), results(model, dirty, mask=mask)
+    assert_same(got, wanted)
+
+
+@pytest.mark.parametrize("kind", ["VideoMamba", "VideoMambaEncoder"])
+@pytest.mark.parametrize("overrides", [{}, {"rms_norm": False, "bimamba": False}, IMAGE | {"distill_dim": 9}])
+def test_state_dict_layout(kind, overrides):
+    plain, fast = (getattr(p, kind)(p.VideoMambaConfig(**TOY | overrides)) for p in (reference, fused))
+    shapes = [{k: (v.shape, v.dtype) for k, v in m.state_dict().items()} for m in (plain, fast)]
+    assert shapes[0] == shapes[1]
+    assert {k for k, _ in plain.named_parameters()} == {k for k, _ in fast.named_parameters()}
+    assert plain.no_weight_decay() == fast.no_weight_decay()
+
+
+@pytest.mark.parametrize("kind", ["VideoMamba", "VideoMambaEncoder"])
+def test_initial_values_have_the_same_distribution(kind):
+    torch.manual_seed(0)
+    plain, fast = (getattr(p, kind)(p.VideoMambaConfig(**TOY | {"embed_dim": 96})) for p in (reference, fused))
+    for (name, wanted), got in zip(plain.named_parameters(), fast.parameters(), strict=True):
+        wanted, got = wanted.detach(), got.detach()
+        if wanted.std() == 0 or name.endswith("_log"):
+            assert torch.equal(wanted, got), name
+        elif wanted.numel() >= 1000:
+            assert got.std() / wanted.std() == pytest.approx(1, abs=0.1), name
+            assert got.abs().max() / wanted.abs().max() == pytest.approx(1, abs=0.25), name
+
+
+@pytest.mark.parametrize("dt_init", ["random", "constant"])
+def test_mixer_alone_starts_as_upstreams(dt_init):
+    torch.manual_seed(0)
+    own = {"dt_init": dt_init, "dt_min": 0.01, "dt_max": 0.2, "dt_scale": 0.5, "dt_init_floor": 0.02}
+    plain, fast = (p.Mamba(128, **own) for p in (reference, fused))
+    steps = [torch.nn.functional.softplus(m.dt_proj.bias.detach()) for m in (plain, fast)]
+    for step in steps:
+        assert step.min() == pytest.approx(0.02, rel=1e-4) and 0.15 < step.max() <= 0.2001
+    assert steps[1].log().mean() == pytest.approx(steps[0].log().mean().item(), abs=0.2)
+    reach = [m.dt_proj.weight.detach().abs().max().item() for m in (plain, fast)]
+    assert reach[1] == pytest.approx(reach[0], rel=0.02)
+
+
+def test_autocast_is_as_near_to_the_truth_as_the_reference():
+    samples = []
+    for seed in range(4):
+        truth, _ = models("VideoMambaEncoder", {"num_frames": 2})
+        with torch.no_grad():
+            for p in truth.parameters():
+                p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)).to(p)
+        clip, row = clip_of(truth.config).float(), {"truth": truth(clip_of(truth.config))}
+        for package in (reference, fused):
+            model = package.VideoMambaEncoder(package.VideoMambaConfig(**TOY | {"num_frames": 2})).eval()
+            model.load_state_dict(truth.state_dict())
+            with torch.autocast("cpu", torch.bfloat16):
+                assert model.embed(clip).dtype == torch.float32
+                assert model.patch_embed(clip).dtype == torch.bfloat16
+                row[package.__name__] = model(clip)
+        got, plain, wanted = row["fused"], row["reference"], row["truth"]
+        assert [x.dtype for x in got] == [x.dtype for x in plain]
+        samples.append(tuple({n: getattr(x, n).detach() for n in got._fields} for x in (got, wanted, plain)))
+    assert_rule(samples)
+
+
+def test_checkpointing_gives_the_same_gradients():
+    configs = [fused.VideoMambaConfig(**TOY, use_checkpoint=use, checkpoint_num=1) for use in (False, True)]
+    grads = []
+    for config, runs in zip(configs, (2, 3), strict=True):
+        model = golden(fused.VideoMamba(config)).train()
+        with mock.patch.object(mixer.Mamba, "_scan", autospec=True, side_effect=mixer.Mamba._scan) as spy:
+            torch.manual_seed(0)
+            grads.append(results(model, clip_of(config).float()))
+        assert spy.call_count == 2 * runs
+    for name, grad in grads[0].items():
+        assert torch.equal(grad, grads[1][name]), name
+
+
+def test_drop_path_repeats_under_a_seed_and_draws_like_the_reference():
+    plain, fast = (m.train() for m in models("VideoMamba", {"depth": 4, "drop_path_rate": 0.6}))
+    clip = clip_of(plain.config)
+    logits = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        logits.append(fast(clip))
+    assert torch.equal(logits[0], logits[1]) and not torch.equal(logits[0], logits[2])
+    torch.manual_seed(1)
+    assert_same({"": logits[0]}, {"": plain(clip)})
+
+
+def test_default_drop_path_rates():
+    for package in (reference, fused):
+        config = package.VideoMambaConfig(**TOY | {"depth": 5})
+        model = package.VideoMamba(config)
+        rates = [layer.drop_path.rate for layer in model.layers] + [model.drop_path.rate]
+        assert rates == pytest.approx([0, 0, 0.025, 0.05, 0.075, 0.1])
+        assert package.VideoMambaEncoder(config).drop_path.rate == 0
+
+
+@pytest.mark.parametrize("kind", ["VideoMamba", "VideoMambaEncoder"])
+@pytest.mark.parametrize("called", [False, True], ids=["new", "used"])
+def test_models_copy_pickle_and_save(kind, called):
+    model = golden(getattr(fused, kind)(fused.VideoMambaConfig(**TOY, ssm_cfg={"d_state": 4}, scan_order="both")))
+    clip = clip_of(model.config).float()
+    wanted = flat(model(clip))
+    if not called:
+        model = golden(getattr(fused, kind)(model.config))
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
+        assert twin.backend == model.backend and twin.config == model.config
+        assert all(torch.equal(a, b) for a, b in zip(flat(twin(clip)), wanted, strict=True))
+    parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+    called = torch.func.functional_call(model, parameters, (clip,))
+    assert all(torch.equal(a, b) for a, b in zip(flat(called), wanted, strict=True))
+    assert model.to(torch.bfloat16).to(torch.float64).double()(clip.double()) is not None
+
+
+def test_inference_mode_leaves_nothing_that_breaks_training():
+    tokens.sincos_positions.cache_clear()
+    model = golden(fused.VideoMambaEncoder(fused.VideoMambaConfig(**TOY, scan_order="temporal")))
+    clip = clip_of(model.config).float()
+    with torch.inference_mode():
+        model(clip, mask_of(17))
+        model(clip)
+    results(model, clip)
+
+
+def test_backend_is_auto_until_the_first_call(monkeypatch):
+    monkeypatch.delenv("VIDEOMAMBA_DISABLE_FUSED", raising=False)
+    config = fused.VideoMambaConfig(**TOY)
+    model, named = fused.VideoMamba(config), fused.VideoMamba(config, backend="torch")
+    assert (model.backend, named.backend) == ("auto", "torch")
+    with (
+        mock.patch.object(backends, "choose", side_effect=backends.choose) as choose,
+        mock.patch.object(stamp, "remind", side_effect=AssertionError("the stamp is not a matter of CPUs")),
+    ):
+        model(clip_of(config).float())
+        asked = [call.args[0] for call in choose.call_args_list]
+        assert asked.count("auto") == 1 and set(asked) == {"auto", "torch"}  # one choice, handed down
+        model(clip_of(config).float())
+        assert [call.args[0] for call in choose.call_args_list].count("auto") == 1
+        named(clip_of(config).float())
+    assert (model.backend, named.backend) == ("torch", "torch")
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_use_fast_path_reaches_the_choice(fast):
+    config = fused.VideoMambaConfig(**TOY, ssm_cfg={"use_fast_path": fast})
+    model = fused.VideoMamba(config)
+    with mock.patch.object(backends, "choose", side_effect=backends.choose) as choose:
+        model(clip_of(config).float())
+        model.layers[0].mixer(torch.zeros(1, 2, 32))
+    assert [c.kwargs["use_fast_path"] for c in choose.call_args_list if c.args[0] == "auto"] == [fast, fast]
+
+
+def test_operators_are_reached_through_their_modules():
+    model = golden(fused.VideoMamba(fused.VideoMambaConfig(**TOY)))
+    clip = clip_of(model.config).float()
+    wanted = model(clip)
+    with mock.patch.object(scan, "selective_scan", side_effect=scan.selective_scan) as spy:
+        model(clip)
+    assert [call.kwargs["reverse"] for call in spy.call_args_list] == [False, True] * 2
+
+    def swapped(self):
+        ahead, behind = directions(self)
+        return ahead._replace(reverse=True), behind._replace(reverse=False)
+
+    directions = mixer.Mamba._directions
+    with mock.patch.object(mixer.Mamba, "_directions", swapped):
+        assert not torch.allclose(model(clip), wanted)
+
+
+def test_the_inner_backend_takes_all_after_in_proj():
+    model, x = golden(fused.Mamba(32)), fill(2, 9, 32, phase=7)
+
+    def inner(xz, mixer):
+        assert mixer is model and xz.shape == (2, 9, 128)
+        return xz[..., :32]
+
+    with (
+        mock.patch.object(backends, "choose", return_value="mamba_ssm_inner"),
+        mock.patch.object(upstream, "mamba_inner", inner),
+    ):
+        assert torch.equal(model(x), model.in_proj(x)[..., :32])
