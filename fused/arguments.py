@@ -1,0 +1,51 @@
+"""What every operator does on entry: check its arguments (the message names the argument, what came, and what is
+allowed) and leave autocast, whose rules are not theirs."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def check_tensor(
+    op: str, name: str, value: object, letters: str, sizes: dict[str, int], device: torch.device | None
+) -> None:
+    """Raise unless `value` is a real floating-point tensor on `device` (None: any) with one of the shapes in `letters`.
+
+    `letters` reads "B L N" or, where several shapes are allowed, "B L N | B L G N"; a letter that `sizes` lacks may
+    have any size. TypeError for a wrong type or dtype, ValueError for a wrong shape or device.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor of shape {_spell(letters, sizes)}, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{op}: {name} must be real floating point (float16 to float64), got {value.dtype}")
+    if not any(_fits(tuple(value.shape), shape.split(), sizes) for shape in letters.split("|")):
+        raise ValueError(f"{op}: {name} must have shape {_spell(letters, sizes)}, got {tuple(value.shape)}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{op}: {name} is on {value.device}, every tensor must be on {device} like the first one")
+
+
+def check_choice(op: str, name: str, value: object, allowed: tuple[object, ...]) -> None:
+    """Raise ValueError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A context without autocast on `device`, also on devices that have none."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def _fits(shape: tuple[int, ...], letters: list[str], sizes: dict[str, int]) -> bool:
+    return len(shape) == len(letters) and all(
+        sizes.get(letter, size) == size for letter, size in zip(letters, shape, strict=True)
+    )
+
+
+def _spell(letters: str, sizes: dict[str, int]) -> str:
+    return " or ".join(
+        "({})".format(", ".join(f"{x}={sizes[x]}" if x in sizes else x for x in shape.split()))
+        for shape in letters.split("|")
+    )

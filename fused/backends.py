@@ -1,0 +1,136 @@
+"""Which implementation runs an operator: asked for by name, or chosen by the device; never silently another one.
+
+- `native`            kernels of this project (not built yet)
+- `mamba_ssm`         mamba-ssm's CUDA scan, causal-conv1d, mamba-ssm's Triton norm
+- `mamba_ssm_inner`   the same, with mamba-ssm's recomputing `mamba_inner_fn` as the body of a mixer
+- `torch`             PyTorch operations, on any device
+- `auto`              on CUDA native, or torch until native exists; elsewhere torch
+"""
+
+import importlib
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+BACKENDS = ("native", "mamba_ssm", "mamba_ssm_inner", "torch")
+OPERATORS = ("scan", "conv", "norm", "mixer")
+SWITCH = "VIDEOMAMBA_DISABLE_FUSED"
+
+_log = logging.getLogger("fused")
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for that cannot run here; the message says why, and what to do."""
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """What one backend can do for one operator; asking for more raises ValueError."""
+
+    initial_state: bool
+    final_state_grad: bool
+    reverse: bool
+    groups: bool
+    dtypes: tuple[torch.dtype, ...]
+    devices: tuple[str, ...]
+
+
+_LOW = (torch.float16, torch.bfloat16, torch.float32)
+_TORCH = Abilities(True, True, True, True, (*_LOW, torch.float64), ("cpu", "cuda", "mps", "xpu"))
+_UPSTREAM = {
+    "scan": Abilities(False, False, True, True, _LOW, ("cuda",)),
+    "conv": Abilities(False, True, True, False, _LOW, ("cuda",)),  # its final state is a slice of its input
+    "norm": Abilities(False, False, False, False, _LOW, ("cuda",)),
+    "mixer": Abilities(False, False, True, False, _LOW, ("cuda",)),
+}
+_NATIVE = Abilities(False, False, False, False, (), ())
+
+
+def abilities(op: str, backend: str) -> Abilities:
+    """What `backend` can do for `op` ("scan", "conv", "norm" or "mixer"). Raises ValueError for an unknown name."""
+    if op not in OPERATORS:
+        raise ValueError(f"op must be one of {', '.join(OPERATORS)}, got {op!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "native":
+        return _NATIVE
+    return _TORCH if backend == "torch" else _UPSTREAM[op]
+
+
+def check_abilities(op: str, backend: str, dtype: torch.dtype, asked: Mapping[str, bool]) -> None:
+    """Raise ValueError if `backend` cannot do what the caller asks of `op`, naming a backend that can.
+
+    `asked` maps a field of `Abilities` to whether the caller needs it. Says nothing of whether the backend can run here
+    (`unavailable` does), so that it answers the same on every machine; `auto` and the unbuilt `native` pass.
+    """
+    if backend in ("auto", "native"):
+        return
+    able = abilities(op, backend)
+    for argument, needed in asked.items():
+        if needed and not getattr(able, argument):
+            raise ValueError(f"{op}: backend {backend!r} does not support {argument}; use backend='torch'")
+    if dtype not in able.dtypes:
+        names = ", ".join(str(d).removeprefix("torch.") for d in able.dtypes)
+        raise ValueError(f"{op}: backend {backend!r} supports {names}, got {dtype}; use backend='torch'")
+
+
+def unavailable(backend: str, device: torch.device | str) -> str | None:
+    """None if `backend` can run on `device`, else one sentence: why not, and what to do."""
+    kind = torch.device(device).type
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        return "PyTorch sees no CUDA device: run on the CPU, or install a CUDA build of PyTorch and its driver."
+    if backend == "torch":
+        return None
+    if backend == "native":
+        return "The native kernels do not exist yet: use backend='torch', or 'mamba_ssm' on an NVIDIA GPU."
+    if kind != "cuda":
+        return f"{backend} runs on CUDA only and the input is on {kind}: move model and input to a GPU, or use 'torch'."
+    for module in ("mamba_ssm", "causal_conv1d"):
+        reason = _import_failure(module)
+        if reason:
+            return (
+                f"{module} cannot be imported ({reason}): install it with `nox -s upstream` "
+                "(or `pip install mamba-ssm causal-conv1d --no-build-isolation`), or use backend='torch'."
+            )
+    return None
+
+
+def choose(name: str, device: torch.device | str, *, use_fast_path: bool = True) -> str:
+    """The backend that runs for `name` on `device`; an explicit name comes back as it is, or raises BackendError."""
+    if name != "auto":
+        if name not in BACKENDS:
+            raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {name!r}")
+        reason = unavailable(name, device)
+        if reason:
+            raise BackendError(f"backend {name!r} cannot run here. {reason}")
+        return name
+    kind = torch.device(device).type
+    if not use_fast_path:
+        return _announce("torch", "use_fast_path is False")
+    if os.environ.get(SWITCH, "").strip().lower() in ("1", "true", "yes", "y", "on"):
+        return _announce("torch", f"{SWITCH} is set")
+    if kind == "cuda" and unavailable("native", device) is None:
+        return _announce("native", "the input is on cuda")
+    return _announce("torch", f"the input is on {kind}" + (" and native does not exist yet" if kind == "cuda" else ""))
+
+
+@cache
+def _announce(backend: str, reason: str) -> str:
+    """Log an automatic choice, once per process and reason."""
+    _log.info("backend 'auto' chose %r: %s", backend, reason)
+    return backend
+
+
+def _import_failure(module: str) -> str | None:
+    """Importing is the only honest test: an extension built for another PyTorch is found but does not load."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
