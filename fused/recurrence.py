@@ -1,0 +1,139 @@
+"""The recurrence under the scan, in blocks of bounded size, and its adjoint.
+
+    s_t = a_t s_{t-1} + w_t           a_t = exp(delta_t * A)
+    g_t = v_t + a_{t+1} g_{t+1}       the gradient of s_t, where v_t is what reaches it through y_t
+
+A block has layout (T, c, b, G, N, F): T steps, c chunks, b clips, G groups that share B and C, N states, F = E // G
+channels. Steps are then contiguous, sums over N and broadcasts along F run on contiguous channels, and a group is only
+another row. Where one token holds little work the c chunks of a block step together: first each from a state of zero,
+which with the decay of a whole chunk, exp(A * sum_t delta_t), gives every chunk its true start; then once more from
+there. Nothing is divided by a decay, so no decay overflows or loses digits. How time is cut into chunks does not depend
+on the batch, so that a clip's bits do not depend on its neighbours.
+"""
+
+from math import isqrt, prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Elements (tokens x clips x channels x states) of one scratch tensor: on a CPU it stays in cache (measured best between
+# 2**19 and 2**21), on a GPU it is large enough that kernel launches do not dominate.
+CPU_BLOCK = 2**20
+GPU_BLOCK = 2**25
+# With this many elements in a token a CPU is busy; with fewer, starting the operation takes longer than the step.
+CPU_STEP = 4096
+LONGEST_CHUNK = 32
+
+
+class Piece(NamedTuple):
+    """Tokens [start, stop) as `chunks` chunks of equal length, `joined` by their decays or, if there is one, not."""
+
+    start: int
+    stop: int
+    chunks: int
+    joined: bool
+
+
+def plan(batch: int, length: int, row: int, gpu: bool, reverse: bool) -> tuple[list[slice], list[Piece]]:
+    """Clips that go together, and the pieces of time in the order of the walk; `row` is E * N."""
+    block = GPU_BLOCK if gpu else CPU_BLOCK
+    steps = min(LONGEST_CHUNK, isqrt(length // 2)) if gpu or row < CPU_STEP else 0
+    together = max(1, min(batch, block // (max(steps, 8) * row)))
+    tokens = max(1, block // (together * row))
+    pieces, start = [], 0
+    if steps > 1:
+        whole = length // steps * steps
+        while start < whole:
+            chunks = min(max(1, tokens // steps), (whole - start) // steps)
+            pieces.append(Piece(start, start + chunks * steps, chunks, True))
+            start += chunks * steps
+    while start < length:
+        stop = min(start + tokens, length)
+        pieces.append(Piece(start, stop, 1, False))
+        start = stop
+    if reverse:
+        pieces = [p._replace(start=length - p.stop, stop=length - p.start) for p in pieces]
+    return [slice(i, min(i + together, batch)) for i in range(0, batch, together)], pieces
+
+
+class Recurrence:
+    """Runs pieces of a walk in its own scratch memory: what a method returns lasts until the next call."""
+
+    def __init__(self, A: Tensor, reverse: bool, clips: int, pieces: list[Piece], buffers: int) -> None:
+        """A (G, N, F); `clips` at most go together; `buffers` is 2, or 3 for a backward."""
+        self.A, self.reverse, self.channels = A, reverse, A.shape[::2]
+        tokens = max((p.stop - p.start + p.chunks for p in pieces), default=0)
+        self.buffers = [A.new_empty(clips * tokens * A.numel()) for _ in range(buffers)]
+
+    def cut(self, x: Tensor, piece: Piece) -> Tensor:
+        """(b, L, E) or (b, L, G, N) -> the piece's (T, c, b, G, 1, F) or (T, c, b, G, N, 1), a view."""
+        channels = x.dim() == 3
+        x = x[:, piece.start : piece.stop].unflatten(1, (piece.chunks, -1))
+        x = (x.unflatten(-1, self.channels) if channels else x).permute(2, 1, 0, 3, 4)
+        return x.unsqueeze(-2 if channels else -1)
+
+    def buffer(self, i: int, *shape: int) -> Tensor:
+        return self.buffers[i][: prod(shape)].view(shape)
+
+    def forth(self, delta: Tensor, w: tuple[Tensor, Tensor], state: Tensor, piece: Piece) -> tuple[Tensor, ...]:
+        """Run a piece from `state` (b, G, N, F), with w_t the product of the two factors `w`.
+
+        Returns the decays, the states before and after each token (overlapping views), and the state that leaves.
+        """
+        steps, *rest = *delta.shape[:-2], *self.A.shape[1:]
+        a = torch.mul(delta, self.A, out=self.buffer(0, steps, *rest)).exp_()
+        s = self.buffer(1, steps + 1, *rest)
+        before, after = (s[1:], s[:-1]) if self.reverse else (s[:-1], s[1:])
+        torch.mul(*w, out=after)
+        order = range(steps)[:: -1 if self.reverse else 1]
+        decay, states, start = a.unbind(), after.unbind(), before[order[0]]
+        if piece.joined:
+            local = states[order[0]].clone()
+            for t in order[1:]:
+                torch.addcmul(states[t], decay[t], local, out=local)
+            state = _join(start, self.whole_decay(delta), local, state, self.reverse)
+        else:
+            start.copy_(state)
+        current = start
+        for t in order:
+            current = states[t].addcmul_(decay[t], current)
+        return a, before, after, state if piece.joined else current[0].clone()
+
+    def back(self, a: Tensor, g: Tensor, delta: Tensor, carry: Tensor, piece: Piece) -> Tensor:
+        """Turn v_t in `g` into g_t in place; `carry` is the gradient of the state that left the piece.
+
+        Returns the gradient of the state that entered it.
+        """
+        order = range(g.shape[0])[:: 1 if self.reverse else -1]
+        decay, adjoints = a.unbind(), g.unbind()
+        if piece.joined:
+            local, start = adjoints[order[0]].clone(), torch.empty_like(g[0])
+            for t, later in zip(order[1:], order, strict=False):
+                torch.addcmul(adjoints[t], decay[later], local, out=local)
+            local.mul_(decay[order[-1]])
+            carry = _join(start, self.whole_decay(delta), local, carry, not self.reverse)
+        else:
+            start = carry
+        current = adjoints[order[0]].add_(start)
+        for t, later in zip(order[1:], order, strict=False):
+            current = adjoints[t].addcmul_(decay[later], current)
+        return carry if piece.joined else (decay[order[-1]] * current)[0]
+
+    def whole_decay(self, delta: Tensor) -> Tensor:
+        """exp(A * sum_t delta_t) of every chunk, (c, b, G, N, F)."""
+        return (delta.sum(0) * self.A).exp_()
+
+
+def _join(start: Tensor, decay: Tensor, local: Tensor, state: Tensor, reverse: bool) -> Tensor:
+    """Carry `state` through the chunks (first axis): `start` gets what enters each; returns what leaves the last."""
+    order = range(local.shape[0])[:: -1 if reverse else 1]
+    states, decays, current = local.unbind(), decay.unbind(), state
+    for c in order:
+        current = states[c].addcmul_(decays[c], current)
+    start[order[0]].copy_(state)
+    if reverse:
+        start[:-1].copy_(local[1:])
+    else:
+        start[1:].copy_(local[:-1])
+    return current
