@@ -1,0 +1,40 @@
+"""The operators as plain loops in the dtype of their arguments: what the fused ones are compared with."""
+
+import torch
+import torch.nn.functional as F
+
+
+def scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, *, softplus=True, initial_state=None, reverse=False):
+    B, C = (x if x.dim() == 4 else x.unsqueeze(2) for x in (B, C))
+    B, C = (x.repeat_interleave(u.shape[2] // x.shape[2], dim=2) for x in (B, C))
+    delta = delta if delta_bias is None else delta + delta_bias
+    delta = F.softplus(delta) if softplus else delta
+    state = u.new_zeros(u.shape[0], *A.shape) if initial_state is None else initial_state
+    y = [None] * u.shape[1]
+    for t in reversed(range(u.shape[1])) if reverse else range(u.shape[1]):
+        state = torch.exp(delta[:, t, :, None] * A) * state + (delta[:, t] * u[:, t])[..., None] * B[:, t]
+        y[t] = (state * C[:, t]).sum(-1)
+    y = torch.stack(y, dim=1)
+    y = y if D is None else y + D * u
+    return y if z is None else y * F.silu(z), state
+
+
+def conv(x, weight, bias=None, *, activation="silu", initial_state=None, reverse=False):
+    width, length = weight.shape[1], x.shape[1]
+    edge = x.new_zeros(x.shape[0], width - 1, x.shape[2]) if initial_state is None else initial_state.transpose(1, 2)
+    line = torch.cat([x, edge] if reverse else [edge, x], dim=1)
+    y = []
+    for t in range(length):
+        window = line[:, t : t + width]
+        window = window.flip(1) if reverse else window
+        y.append((window * weight.T).sum(1) + (0 if bias is None else bias))
+    y = torch.stack(y, dim=1)
+    state = line[:, : width - 1] if reverse else line[:, length:]
+    return y if activation is None else F.silu(y), state.transpose(1, 2)
+
+
+def norm(x, weight, bias=None, *, residual=None, eps=1e-5, kind="rms"):
+    v = x if residual is None else x + residual
+    centred = v - v.mean(-1, keepdim=True) if kind == "layer" else v
+    y = centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + eps) * weight
+    return y if bias is None else y + bias, v

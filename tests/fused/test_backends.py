@@ -1,0 +1,283 @@
+"""Which backend runs, what it refuses, and mamba-ssm's layout, with stand-ins for the packages that need a GPU."""
+
+import logging
+import sys
+from types import ModuleType, SimpleNamespace
+from unittest import mock
+
+import naive
+import pytest
+import torch
+import torch.nn.functional as F
+from rule import assert_rule, double, outcome
+
+from fused import backends, conv, norm, scan, upstream
+from fused.backends import BACKENDS, BackendError, abilities, choose, unavailable
+
+SEEDS = range(4)
+
+
+@pytest.fixture
+def chosen(caplog):
+    """What automatic choices say, from a fresh start."""
+    backends._announce.cache_clear()
+    caplog.set_level(logging.INFO, "fused")
+    yield lambda: [record.getMessage() for record in caplog.records]
+    backends._announce.cache_clear()
+
+
+def test_auto_is_torch_on_a_cpu_and_says_so_once(chosen, monkeypatch):
+    monkeypatch.delenv(backends.SWITCH, raising=False)
+    assert [choose("auto", "cpu") for _ in range(3)] == ["torch"] * 3
+    assert chosen() == ["backend 'auto' chose 'torch': the input is on cpu"]
+
+
+def test_auto_on_cuda_takes_native_once_it_exists(chosen, monkeypatch):
+    monkeypatch.delenv(backends.SWITCH, raising=False)
+    assert choose("auto", "cuda") == "torch"
+    with mock.patch.object(backends, "unavailable", return_value=None):
+        assert choose("auto", "cuda") == "native"
+        assert choose("auto", "cuda", use_fast_path=False) == "torch"
+    assert "use_fast_path is False" in chosen()[-1]
+
+
+@pytest.mark.parametrize("value", ["1", "true", "YES", "y", "on"])
+def test_the_switch_turns_auto_to_torch(chosen, monkeypatch, value):
+    monkeypatch.setenv(backends.SWITCH, value)
+    with mock.patch.object(backends, "unavailable", return_value=None):
+        assert choose("auto", "cuda") == "torch"
+        assert choose("mamba_ssm", "cuda") == "mamba_ssm"
+        assert choose("native", "cuda", use_fast_path=False) == "native"
+    assert chosen() == ["backend 'auto' chose 'torch': VIDEOMAMBA_DISABLE_FUSED is set"]
+
+
+@pytest.mark.parametrize("value", ["", "0", "false", "off"])
+def test_the_switch_has_an_off(chosen, monkeypatch, value):
+    monkeypatch.setenv(backends.SWITCH, value)
+    with mock.patch.object(backends, "unavailable", return_value=None):
+        assert choose("auto", "cuda") == "native"
+
+
+def test_a_backend_that_cannot_run_raises_with_the_fix():
+    with pytest.raises(BackendError, match="native.*do not exist yet: use backend='torch'"):
+        choose("native", "cpu")
+    with pytest.raises(BackendError, match="mamba_ssm runs on CUDA only and the input is on cpu.*use 'torch'"):
+        choose("mamba_ssm", "cpu")
+    with pytest.raises(ValueError, match="backend must be one of auto, native, .*got 'triton'"):
+        choose("triton", "cpu")
+    with pytest.raises(BackendError, match="on CUDA only"):
+        scan.selective_scan(**draw(0)[0], backend="mamba_ssm_inner")
+
+
+def test_a_missing_package_is_named_with_its_install_command(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "mamba_ssm", None)
+    assert unavailable("torch", "cuda") is None
+    assert "mamba_ssm cannot be imported" in unavailable("mamba_ssm", "cuda")
+    assert "nox -s upstream" in unavailable("mamba_ssm_inner", "cuda")
+
+
+def test_a_missing_gpu_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert all("no CUDA device" in unavailable(name, "cuda:0") for name in BACKENDS)
+
+
+def test_abilities_are_known_for_every_operator():
+    assert abilities("scan", "torch").initial_state and torch.float64 in abilities("scan", "torch").dtypes
+    assert not abilities("scan", "mamba_ssm").initial_state
+    assert not abilities("mixer", "mamba_ssm_inner").final_state_grad
+    for op in ("scan", "conv", "norm", "mixer"):
+        assert all(abilities(op, name).devices for name in BACKENDS if name != "native")
+    with pytest.raises(ValueError, match="op must be one of scan"):
+        abilities("attention", "torch")
+
+
+@pytest.mark.parametrize("backend", ["mamba_ssm", "mamba_ssm_inner"])
+def test_asking_for_too_much_raises_before_anything_runs(backend):
+    tensors, _ = draw(0)
+    state = torch.zeros(2, 8, 3)
+    with pytest.raises(ValueError, match=f"scan: backend '{backend}' does not support initial_state.*'torch'"):
+        scan.selective_scan(**tensors, initial_state=state, backend=backend)
+    with pytest.raises(ValueError, match=f"scan: backend '{backend}' supports .*got torch.float64.*'torch'"):
+        scan.selective_scan(**double(tensors), backend=backend)
+    with pytest.raises(ValueError, match=f"conv: backend '{backend}' does not support initial_state"):
+        conv.causal_conv1d(tensors["u"], torch.ones(8, 4), initial_state=state, backend=backend)
+    with pytest.raises(ValueError, match=f"norm: backend '{backend}' supports"):
+        norm.add_norm(torch.ones(2, 4).double(), torch.ones(4), backend=backend)
+
+
+def draw(seed, groups=None, dtype=torch.float32, length=9):
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*size):
+        return torch.randn(*size, generator=g).to(dtype)
+
+    mixing = (2, length, 3) if groups is None else (2, length, groups, 3)
+    tensors = {
+        "u": normal(2, length, 8),
+        "delta": normal(2, length, 8),
+        "A": -torch.rand(8, 3, generator=g) - 0.1,
+        "B": normal(*mixing),
+        "C": normal(*mixing),
+        "D": normal(8),
+        "z": normal(2, length, 8),
+        "delta_bias": normal(8),
+    }
+    return tensors, [normal(2, length, 8), None]
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """mamba_ssm and causal_conv1d as loops, strict about the layouts and dtypes that the kernels demand."""
+
+    def selective_scan_fn(
+        u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False
+    ):
+        assert u.shape[2] == B.shape[-1] == C.shape[-1] and u.shape[1] == A.shape[0]
+        for x in (u, delta, B, C, z):
+            assert x is None or (x.dtype == u.dtype and x.stride(-1) == 1)
+        assert all(x is None or x.dtype == torch.float32 for x in (A, D, delta_bias))
+        inputs = (x if x is None else x.float().movedim(-1, 1) for x in (u, delta, B, C, z))
+        u_, delta_, B_, C_, z_ = inputs
+        y, state = naive.scan(u_, delta_, A, B_, C_, D, z_, delta_bias, softplus=delta_softplus)
+        y = y.to(u.dtype).transpose(1, 2)
+        return (y, state) if return_last_state else y
+
+    def causal_conv1d_fn(x, weight, bias=None, activation=None):
+        batch, channel, token = x.stride()
+        last = channel == 1 and token > 1
+        assert not last or x.shape[1] % 8 == token % 8 == batch % 8 == 0, "channel-last wants multiples of 8"
+        assert last or token == 1 or x.shape[2] == 1
+        assert 2 <= weight.shape[1] <= 4 and weight.dim() == 2
+        up = (None if v is None else v.float() for v in (x.transpose(1, 2), weight, bias))
+        return naive.conv(*up, activation=activation)[0].to(x.dtype).transpose(1, 2)
+
+    def norm_fn(kind):
+        def run(x, weight, bias, residual=None, eps=1e-6, prenorm=False, residual_in_fp32=False):
+            added = None if residual is None else residual.float()
+            y, v = naive.norm(x.float(), weight, bias, residual=added, eps=eps, kind=kind)
+            stored = residual.dtype if residual is not None else torch.float32 if residual_in_fp32 else x.dtype
+            return (y.to(x.dtype), v.to(stored)) if prenorm else y.to(x.dtype)
+
+        return run
+
+    def mamba_inner_fn(
+        xz, conv_w, conv_b, x_proj, dt_proj, out_proj, out_bias, A, B=None, C=None, D=None, delta_bias=None,
+        delta_softplus=True,
+    ):  # fmt: skip
+        assert xz.stride(-1) == 1 and conv_w.dim() == 3 and A.dtype == D.dtype == delta_bias.dtype == torch.float32
+        x, z = xz.chunk(2, dim=1)
+        c = naive.conv(x.transpose(1, 2), conv_w.squeeze(1), conv_b)[0]
+        dt, B, C = F.linear(c, x_proj).split([dt_proj.shape[1], A.shape[1], A.shape[1]], dim=-1)
+        y, _ = naive.scan(c, F.linear(dt, dt_proj), A, B, C, D, z.transpose(1, 2), delta_bias, softplus=delta_softplus)
+        return F.linear(y, out_proj, out_bias)
+
+    contents = {
+        "mamba_ssm": {},
+        "mamba_ssm.ops": {},
+        "mamba_ssm.ops.selective_scan_interface": {
+            "selective_scan_fn": selective_scan_fn,
+            "mamba_inner_fn": mamba_inner_fn,
+        },
+        "mamba_ssm.ops.triton": {},
+        "mamba_ssm.ops.triton.layer_norm": {"rms_norm_fn": norm_fn("rms"), "layer_norm_fn": norm_fn("layer")},
+        "causal_conv1d": {"causal_conv1d_fn": causal_conv1d_fn},
+    }
+    for name, functions in contents.items():
+        module = ModuleType(name)
+        vars(module).update(functions)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(backends, "unavailable", lambda backend, device: None)
+
+
+@pytest.mark.parametrize("groups", [None, 2])
+@pytest.mark.parametrize("reverse", [False, True], ids=["forth", "back"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_scan_in_upstreams_layout(stand_ins, groups, reverse, dtype):
+    def one(seed):
+        tensors, cotangents = draw(seed, groups, dtype)
+        run = lambda **x: scan.selective_scan(**x, reverse=reverse, backend="mamba_ssm")  # noqa: E731
+        loop = lambda **x: naive.scan(**x, reverse=reverse)  # noqa: E731
+        return (
+            outcome(run, tensors, cotangents, None),
+            outcome(loop, double(tensors), cotangents, torch.float64),
+            outcome(loop, tensors, cotangents, torch.float32),
+        )
+
+    assert_rule(one(seed) for seed in SEEDS)
+
+
+def test_scan_refuses_the_gradient_that_upstream_would_lose(stand_ins):
+    tensors, _ = draw(0)
+    leaves = {k: v.requires_grad_() for k, v in tensors.items()}
+    y, state = scan.selective_scan(**leaves, backend="mamba_ssm")
+    torch.autograd.grad(y.sum() + state.detach().sum(), leaves["u"], retain_graph=True)
+    with pytest.raises(RuntimeError, match="ignores the gradient of the scan's final state.*backend='torch'"):
+        torch.autograd.grad(state.sum(), leaves["u"])
+
+
+@pytest.mark.parametrize("width, length", [(8, 9), (8, 1), (5, 9), (1, 3)])
+@pytest.mark.parametrize("reverse", [False, True], ids=["forth", "back"])
+def test_conv_in_upstreams_layout(stand_ins, width, length, reverse):
+    def one(seed):
+        g = torch.Generator().manual_seed(seed)
+        x, weight, bias = (torch.randn(s, generator=g) for s in ((2, length, 2 * width), (width, 4), (width,)))
+        tensors = {"x": x, "weight": weight, "bias": bias}
+        cotangents = [torch.randn(2, length, width, generator=g), torch.randn(2, width, 3, generator=g)]
+
+        def run(x, **rest):  # half of a wider tensor, as in a mixer
+            return conv.causal_conv1d(x[..., :width], **rest, reverse=reverse, backend="mamba_ssm")
+
+        def loop(x, **rest):
+            return naive.conv(x[..., :width], **rest, reverse=reverse)
+
+        return (
+            outcome(run, tensors, cotangents, None),
+            outcome(loop, double(tensors), cotangents, torch.float64),
+            outcome(loop, tensors, cotangents, torch.float32),
+        )
+
+    assert_rule(one(seed) for seed in SEEDS)
+
+
+def test_conv_names_the_widths_that_have_kernels(stand_ins):
+    with pytest.raises(ValueError, match="K of 2 to 4 only, got K=5"):
+        conv.causal_conv1d(torch.ones(1, 3, 8), torch.ones(8, 5), backend="mamba_ssm")
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize("residual", [None, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("prenorm", [True, False])
+def test_norm_as_upstream(stand_ins, kind, residual, prenorm):
+    x = torch.randn(2, 5, 8).bfloat16()
+    stream = None if residual is None else torch.randn(2, 5, 8).to(residual)
+    weight = torch.randn(8)
+    options = {"residual": stream, "kind": kind, "prenorm": prenorm}
+    got = norm.add_norm(x, weight, **options, backend="mamba_ssm")
+    want = norm.add_norm(x, weight, **options, backend="torch")
+    for a, b in zip(got, want, strict=True) if prenorm else [(got, want)]:
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("bimamba", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_inner_runs_each_direction_once_and_adds_the_bias_once(stand_ins, bimamba, bias):
+    torch.manual_seed(0)
+    mixer = SimpleNamespace(out_proj=torch.nn.Linear(6, 4, bias=bias))
+    for suffix, A_log in (("", "A_log"), ("_b", "A_b_log"))[: 1 + bimamba]:
+        setattr(mixer, "conv1d" + suffix, torch.nn.Conv1d(6, 6, 4, groups=6, padding=3))
+        setattr(mixer, "x_proj" + suffix, torch.nn.Linear(6, 2 + 2 * 3, bias=False))
+        setattr(mixer, "dt_proj" + suffix, torch.nn.Linear(2, 6))
+        setattr(mixer, A_log, torch.randn(6, 3))
+        setattr(mixer, "D" + suffix, torch.randn(6))
+    xz = torch.randn(2, 7, 12)
+    x, z = xz.chunk(2, dim=-1)
+    total = 0
+    for suffix, A_log in (("", "A_log"), ("_b", "A_b_log"))[: 1 + bimamba]:
+        taps, x_proj, dt_proj, D = (getattr(mixer, name + suffix) for name in ("conv1d", "x_proj", "dt_proj", "D"))
+        c, _ = naive.conv(x, taps.weight.squeeze(1), taps.bias, reverse=bool(suffix))
+        dt, B, C = x_proj(c).split([2, 3, 3], dim=-1)
+        A, delta = -getattr(mixer, A_log).exp(), F.linear(dt, dt_proj.weight)
+        total = total + naive.scan(c, delta, A, B, C, D, z, dt_proj.bias, reverse=bool(suffix))[0]
+    torch.testing.assert_close(upstream.mamba_inner(xz, mixer), mixer.out_proj(total))
