@@ -13,6 +13,7 @@ nox.needs_version = ">=2024.4.15"
 nox.options.sessions = ["tests"]
 nox.options.reuse_venv = "yes"
 
+NVIDIA = shutil.which("nvidia-smi")
 PROJECT = nox.project.load_toml("pyproject.toml")
 UPSTREAM = PROJECT["project"]["optional-dependencies"]["upstream"]
 TEST, LINT, TYPES = (nox.project.dependency_groups(PROJECT, group) for group in ("test", "lint", "types"))
@@ -21,7 +22,7 @@ TEST, LINT, TYPES = (nox.project.dependency_groups(PROJECT, group) for group in 
 def install(session: nox.Session, *requirements: str, **options) -> None:
     """Install into the session's own venv; without one the box has to hold what is needed already."""
     if session.venv_backend != "none":
-        pins = () if shutil.which("nvidia-smi") else ("-c", "constraints-cpu.txt")
+        pins = () if NVIDIA else ("-c", "constraints-cpu.txt")
         session.install(*pins, *requirements, **options)
 
 
@@ -71,6 +72,8 @@ def report(session: nox.Session) -> None:
 @nox.session
 def upstream(session: nox.Session) -> None:
     """Build mamba-ssm and causal-conv1d on a CUDA box (half an hour), then judge them beside fused."""
+    if not NVIDIA:
+        session.error("upstream needs an NVIDIA GPU, with CUDA's nvcc on the PATH; there is no nvidia-smi here")
     flags = {"MAMBA_FORCE_BUILD": "TRUE", "CAUSAL_CONV1D_FORCE_BUILD": "TRUE"}  # else setup.py fetches a wheel or dies
     install(session, "-e", ".[harness]", "setuptools>=61", "wheel", "packaging", "ninja", "einops", "transformers")
     install(session, "--no-build-isolation", "--no-deps", *UPSTREAM, env=flags)  # their own needs clash with torch's
