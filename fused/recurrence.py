@@ -26,6 +26,9 @@ CPU_STEP = 4096
 LONGEST_CHUNK = 32
 
 
+Carry = tuple[Tensor, Tensor]
+
+
 class Piece(NamedTuple):
     """Tokens [start, stop) as `chunks` chunks of equal length, `joined` by their decays or, if there is one, not."""
 
@@ -100,10 +103,11 @@ class Recurrence:
             current = states[t].addcmul_(decay[t], current)
         return a, before, after, state if piece.joined else current[0].clone()
 
-    def back(self, a: Tensor, g: Tensor, delta: Tensor, carry: Tensor, piece: Piece) -> Tensor:
-        """Turn v_t in `g` into g_t in place; `carry` is the gradient of the state that left the piece.
+    def back(self, a: Tensor, g: Tensor, delta: Tensor, carry: Carry, piece: Piece) -> Carry:
+        """Turn v_t in `g` into g_t in place; the product `carry` is the gradient of the state that left the piece.
 
-        Returns the gradient of the state that entered it.
+        Returns that of the state that entered it, again as (a_t, g_t) of the nearest token: one multiply-add then takes
+        it across the edge, as inside a piece, so that where a walk is cut does not show in the last bit.
         """
         order = range(g.shape[0])[:: 1 if self.reverse else -1]
         decay, adjoints = a.unbind(), g.unbind()
@@ -112,13 +116,12 @@ class Recurrence:
             for t, later in zip(order[1:], order, strict=False):
                 torch.addcmul(adjoints[t], decay[later], local, out=local)
             local.mul_(decay[order[-1]])
-            carry = _join(start, self.whole_decay(delta), local, carry, not self.reverse)
-        else:
-            start = carry
-        current = adjoints[order[0]].add_(start)
+            entered = _join(start, self.whole_decay(delta), local, carry[0] * carry[1], not self.reverse)
+            carry = torch.ones_like(entered), start
+        current = adjoints[order[0]].addcmul_(*carry)
         for t, later in zip(order[1:], order, strict=False):
             current = adjoints[t].addcmul_(decay[later], current)
-        return carry if piece.joined else (decay[order[-1]] * current)[0]
+        return (carry[0], entered) if piece.joined else (decay[order[-1]][0].clone(), current[0].clone())
 
     def whole_decay(self, delta: Tensor) -> Tensor:
         """exp(A * sum_t delta_t) of every chunk, (c, b, G, N, F)."""

@@ -182,7 +182,7 @@ class _Walk:
                 z, y = self.load(self.z, clips), torch.empty_like(u)
                 gate = clipwise(torch.sigmoid, z)
                 dy = dgated * gate * z
-            carry = dstate[clips]
+            carry = torch.ones_like(dstate[clips]), dstate[clips]
             for i, piece in reversed(list(enumerate(self.pieces))):
                 d_, x_, B_, C_, dy_ = (run.cut(v, piece) for v in (delta, x, B, C, dy))
                 a, before, after, _ = run.forth(d_, (x_, B_), starts[i, clips], piece)
@@ -209,7 +209,7 @@ class _Walk:
             if self.z is not None and dz_out is not None:
                 y = y if self.D is None else y.addcmul_(D, u)
                 dz_out[clips] = y * dgated * gate * (1 + z * (1 - gate))
-            du_out[clips], ddelta_out[clips], dstate[clips] = du, ddelta, carry
+            du_out[clips], ddelta_out[clips], dstate[clips] = du, ddelta, carry[0] * carry[1]
         dB, dC = (x.sum(2) if plain else x for x, plain in zip((dB, dC), self.plain, strict=True))
         dA, dstate = (x.transpose(-1, -2).flatten(-3, -2) for x in (dA, dstate))
         return [du_out, ddelta_out, dA, dB, dC, dD, dz_out, dbias, dstate]
