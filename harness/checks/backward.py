@@ -1,0 +1,18 @@
+"""Do the gradients of every input, parameter and state agree with the reference in float64?"""
+
+from types import ModuleType
+
+from harness.case import Case
+from harness.finding import Finding
+from harness.subject import Implementation
+from harness.trial import Trial
+
+
+def asks(subject: ModuleType, implementation: Implementation, case: Case) -> bool:
+    """Of everything but the reference, in cases that are about training."""
+    return implementation.name != "reference" and case.dtype != "float64" and not case.has("infer")
+
+
+def run(trial: Trial, implementation: Implementation) -> list[Finding]:
+    """Outputs as computed in training, and the gradient of every leaf."""
+    return trial.judge(implementation, grad=True)

@@ -1,0 +1,25 @@
+"""Are outputs and gradients bitwise the same when computed again, and in another process?"""
+
+from types import ModuleType
+
+from harness.case import Case
+from harness.finding import Finding, differing
+from harness.subject import Implementation
+from harness.trial import Trial, digest
+
+
+def asks(subject: ModuleType, implementation: Implementation, case: Case) -> bool:
+    """Of every implementation, the reference too."""
+    return case.dtype != "float64"
+
+
+def run(trial: Trial, implementation: Implementation) -> list[Finding]:
+    """Two runs here, element by element; one in a process of its own, by digest."""
+    grad = trial.asks_gradients
+    first, second = (trial.got(implementation, 0, grad).named() for _ in range(2))
+    found = [differing(name, tensor, second[name]) for name, tensor in first.items()]
+    there = trial.elsewhere(trial.case, implementation.name)
+    for name, tensor in first.items():
+        differs = there.get(name) != digest(tensor)
+        found.append(Finding(name, "bitwise", float(differs), 0.0, note="against another process"))
+    return found

@@ -1,0 +1,31 @@
+"""Does the state_dict have the reference's names, shapes and dtypes?"""
+
+from types import ModuleType
+
+import torch
+
+from harness.case import Case
+from harness.finding import Finding
+from harness.subject import Implementation
+from harness.trial import Trial
+
+
+def asks(subject: ModuleType, implementation: Implementation, case: Case) -> bool:
+    """Of modules, once for each configuration."""
+    return hasattr(subject, "build") and implementation.name != "reference" and case.dtype == "float32"
+
+
+def run(trial: Trial, implementation: Implementation) -> list[Finding]:
+    """One finding a key; 1 is a key that is missing, unknown, or of another shape or dtype."""
+    with torch.device("meta"):
+        due, got = (form(trial.subject.build(i.call, trial.case)) for i in (trial.reference, implementation))
+    keys = dict.fromkeys([*due, *got])
+    return [
+        Finding(key, "layout", float(due.get(key) != got.get(key)), 0.0, note=f"got {got.get(key)}, due {due.get(key)}")
+        for key in keys
+    ]
+
+
+def form(module: torch.nn.Module) -> dict[str, str]:
+    """Key -> shape and dtype."""
+    return {key: f"{tuple(t.shape)} {t.dtype}" for key, t in module.state_dict().items()}

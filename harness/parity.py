@@ -1,0 +1,135 @@
+"""Ask every check of every implementation in every case, and keep what came of it."""
+
+import gc
+import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from harness.case import SEEDS, Case
+from harness.elsewhere import Elsewhere
+from harness.finding import Finding, PlainNotFinite
+from harness.plan import Plan
+from harness.record import Record, judged
+from harness.store import Run, StoreError
+from harness.subject import Implementation, subjects
+from harness.trial import Trial
+
+
+
+def about(plan: Plan, box: dict) -> dict:
+    """What run.json says of a parity run at its start."""
+    return {"kind": "parity", "plan": asdict(plan), "box": box, "seeds": len(SEEDS), "filtered": plan.filtered}
+
+
+def resumable(run: Run, plan: Plan, box: dict) -> None:
+    """Raise StoreError unless the run asked the same of the same code on the same box."""
+    before, now = run.about, json.loads(json.dumps(about(plan, box)))
+    for what in ("plan", "kind"):
+        if before.get(what) != now[what]:
+            raise StoreError(f"{run.folder} was another run ({what} differs); resume it with the options it had")
+    for what in ("fingerprints", "gpu", "packages"):
+        if before["box"].get(what) != now["box"].get(what):
+            raise StoreError(f"{run.folder}: {what} changed since; its records and new ones do not belong together")
+
+
+def run_parity(plan: Plan, run: Run, tell: Callable[[Case, Record | None], None], save_failing: bool = False) -> None:
+    """Ask all that the run has not answered yet. `tell` hears of every record, and of every case when it is done."""
+    answered = {r.key for r in run.records}
+    for record in absences(plan):
+        if record.key not in answered:
+            run.add(record)
+    here: dict[str, dict[str, Implementation]] = {}
+    elsewhere = Elsewhere(plan)
+    plan.threads_here()
+    try:
+        with plan.planted():
+            for case in plan.points():
+                present = here.setdefault(case.subject, _present(plan, case.subject))
+                trial = Trial(case, plan.device, lambda c, name: elsewhere.digests(c, name, plan.device))
+                for check_name, check, implementation in plan.questions(case):
+                    key = (case.subject, implementation.name, check_name, case.name)
+                    if implementation.name not in present or key in answered:
+                        continue
+                    record = ask(plan, trial, check_name, check, implementation)
+                    run.add(record)
+                    if record.failed and save_failing:
+                        save_tensors(run.folder, trial, record, implementation)
+                    tell(case, record)
+                del trial
+                _release(plan.device)
+                tell(case, None)
+    finally:
+        elsewhere.close()
+
+
+def ask(plan: Plan, trial: Trial, name: str, check: ModuleType, implementation: Implementation) -> Record:
+    """One question; whatever goes wrong becomes a record."""
+    case, begin = trial.case, time.perf_counter()
+    findings: list[Finding] = []
+    status, reason = "skip", implementation.missing(case) or ""
+    if not reason:
+        try:
+            findings = check.run(trial, implementation)
+            status = judged(findings)
+        except NotImplementedError as error:
+            declined = implementation.backend is None and implementation.name != "reference"
+            status, reason = "skip" if declined else "error", f"declares it cannot: {error}"
+        except torch.OutOfMemoryError as error:
+            status, reason = "oom", str(error).splitlines()[0]
+        except TimeoutError:
+            status, reason = "timeout", "the other process gave no answer"
+        except BrokenProcessPool as error:
+            status, reason = "error", f"the other process died: {error}"
+        except PlainNotFinite as error:
+            status, reason = "error", str(error)
+        except Exception as error:  # a kernel may raise anything; the run goes on and the record says what
+            status, reason = "error", f"{type(error).__name__}: {str(error)[:600]}"
+    return Record(
+        case.subject, implementation.name, implementation.role, name, case.name, case.dtype, status,
+        round(time.perf_counter() - begin, 4), reason, tuple(findings), plan.command(case, implementation.name, name),
+    )  # fmt: skip
+
+
+def absences(plan: Plan) -> Iterator[Record]:
+    """One skip for every implementation that cannot run on this box."""
+    wanted = {case.subject: case for case in plan.points()}
+    for subject, case in wanted.items():
+        asked = {i.name: i for _, _, i in plan.questions(case)}
+        for name, implementation in asked.items():
+            if reason := implementation.absent(plan.device):
+                yield Record(subject, name, implementation.role, "all", "", "", "skip", reason=reason)
+
+
+def cost(plan: Plan, case: Case) -> float:
+    """Relative cost of a case: scan steps of the truth and plain runs over all seeds, with room for what is judged."""
+    factor = 1.0 if case.has("infer") else 4.0
+    return (subjects()[case.subject].steps(case) + 20) * factor * 2 * len(SEEDS)
+
+
+def save_tensors(folder: Path, trial: Trial, record: Record, implementation: Implementation) -> None:
+    """Leaves, truth, plain and got of the first seed of a failing question, for `torch.load`."""
+    grad = record.check != "forward" and trial.asks_gradients
+    target = folder / "failing" / f"{record.check}-{record.subject}-{record.implementation.replace(':', '_')}-{record.case}.pt"
+    target.parent.mkdir(exist_ok=True)
+    kept = {"leaves": trial.leaves(0), "truth": trial.truth(0, grad).named(), "plain": trial.plain(0, grad).named()}
+    try:
+        kept["got"] = trial.got(implementation, 0, grad).named()
+    except Exception as error:  # what failed may fail again; its message is worth keeping
+        kept["got"] = {"error": str(error)}  # type: ignore[dict-item]
+    torch.save(kept, target)
+
+
+def _present(plan: Plan, subject: str) -> dict[str, Implementation]:
+    return {name: i for name, i in plan.implementations(subject).items() if i.absent(plan.device) is None}
+
+
+def _release(device: str) -> None:
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()

@@ -1,0 +1,87 @@
+"""What one question gave: one JSON line. Mixtures that mean nothing cannot be built."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from harness.finding import Finding
+
+STATUSES = ("pass", "fail", "error", "skip", "oom", "timeout")
+FAILED = ("fail", "error", "oom", "timeout")
+
+
+@dataclass(frozen=True)
+class Record:
+    """`role` is "ours" or "rival"; `case` is empty where an implementation could not run here at all (a skip)."""
+
+    subject: str
+    implementation: str
+    role: str
+    check: str
+    case: str
+    dtype: str
+    status: str
+    seconds: float = 0.0
+    reason: str = ""
+    findings: tuple[Finding, ...] = ()
+    command: str = ""  # reruns this one case
+
+    def __post_init__(self) -> None:
+        if self.status not in STATUSES:
+            raise ValueError(f"status is {self.status!r}; allowed are {', '.join(STATUSES)}")
+        if self.role not in ("ours", "rival"):
+            raise ValueError(f"role is {self.role!r}; allowed are 'ours' and 'rival'")
+        if self.status == "pass" and (not self.findings or not all(f.passed for f in self.findings)):
+            raise ValueError("a record passes only with findings, all within their budgets")
+        if self.status == "fail" and all(f.passed for f in self.findings):
+            raise ValueError("a record fails only with a finding over its budget")
+        if self.status in ("error", "skip", "oom", "timeout") and not self.reason:
+            raise ValueError(f"a record with status {self.status!r} says why")
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """What was asked; unique in a run."""
+        return self.subject, self.implementation, self.check, self.case
+
+    @property
+    def failed(self) -> bool:
+        """Whether it counts as failed."""
+        return self.status in FAILED
+
+    @property
+    def worst(self) -> Finding | None:
+        """The finding with the most budgets spent."""
+        return max(self.findings, key=lambda f: (not f.passed, f.ratio), default=None)
+
+    def line(self) -> str:
+        """One line of strict JSON."""
+        return json.dumps(_encode(asdict(self)), allow_nan=False)
+
+    @classmethod
+    def parse(cls, line: str) -> "Record":
+        """The inverse of `line`."""
+        raw = json.loads(line)
+        raw["findings"] = tuple(_finding(f) for f in raw["findings"])
+        return cls(**{f.name: raw[f.name] for f in fields(cls)})
+
+
+def judged(findings: list[Finding]) -> str:
+    """Pass or fail, from findings; none at all is no verdict."""
+    if not findings:
+        raise ValueError("a check without findings has judged nothing")
+    return "pass" if all(f.passed for f in findings) else "fail"
+
+
+def _finding(raw: dict[str, Any]) -> Finding:
+    numbers = {k: math.inf if raw[k] == "inf" else raw[k] for k in ("error", "budget", "scale")}
+    return Finding(**raw | numbers | {"worst": tuple(raw["worst"])})
+
+
+def _encode(value: Any) -> Any:
+    """JSON has no infinity; NaN counts as infinite too."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "inf"
+    if isinstance(value, dict):
+        return {k: _encode(v) for k, v in value.items()}
+    return [_encode(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,114 @@
+"""What runs: an implementation of a subject, and what a subject module in `harness/subjects/` provides.
+
+A subject is a module; its name is the file's, its title the first sentence of its docstring. It has
+
+    cases(grid)                              the points of a grid ("smoke", "full", "long")
+    implementations()                        what can run it, `reference` first
+    draw(case, seed)                         named float64 CPU tensors, the inputs and parameters ("leaves")
+    precise(case)                            names of leaves that are float32 at least, whatever the case's dtype
+    evaluate(call, case, leaves)             named output tensors of one implementation
+    silent(case)                             names of outputs that get no cotangent
+    steps(case)                              sequential scan steps of one forward: what the truth costs
+
+and, if it can be cut in time,
+
+    chunked(call, case, leaves, cuts)        the same outputs, computed chunk by chunk through the state
+    time_axes(case)                          name of a leaf or output -> its axis of tokens
+
+and, if it is a module with parameters,
+
+    build(call, case)                        the module
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+
+import harness.checks
+import harness.mutants
+import harness.subjects
+from fused import backends
+from harness.case import Case
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """Something that runs a subject. `call` is the operator, or builds the module from its configuration.
+
+    `backend` and `op` say where its declared abilities stand (`fused.backends`); without them it declares everything.
+    """
+
+    name: str
+    call: Callable[..., Any]
+    rival: bool = False
+    backend: str | None = None
+    op: str | None = None
+
+    @property
+    def role(self) -> str:
+        """ "rival" or "ours"."""
+        return "rival" if self.rival else "ours"
+
+    def absent(self, device: str) -> str | None:
+        """Why it cannot run on this box, with the fix; None if it can."""
+        return backends.unavailable(self.backend, device) if self.backend else None
+
+    def missing(self, case: Case) -> str | None:
+        """Which declared inability the case runs into; None if it can be asked."""
+        if self.backend is None or self.op is None:
+            return None
+        can = backends.abilities(self.op, self.backend)
+        if case.torch_dtype not in can.dtypes:
+            return f"{self.name} does not declare dtype {case.dtype}"
+        for ability in needs(case):
+            if not getattr(can, ability):
+                return f"{self.name} does not declare {ability}"
+        return None
+
+
+def needs(case: Case) -> list[str]:
+    """Abilities that a case uses."""
+    wanted = {"initial_state": case.has("state"), "final_state_grad": case.has("state"), "reverse": case.has("reverse")}
+    return [ability for ability, used in wanted.items() if used] + ["groups"] * (case.option("groups", "1") != "1")
+
+
+def fused_implementations(op: str, call_with: Callable[[str], Callable[..., Any]]) -> list[Implementation]:
+    """Every backend of `fused` that has the operator; mamba-ssm's are rivals."""
+    names = [b for b in backends.BACKENDS if b != "mamba_ssm_inner" or op == "mixer"]
+    return [Implementation(f"fused:{b}", call_with(b), b.startswith("mamba_ssm"), b, op) for b in names]
+
+
+def subjects() -> dict[str, ModuleType]:
+    """Subjects by name: the modules of `harness/subjects/`."""
+    return _modules(harness.subjects)
+
+
+def checks() -> dict[str, ModuleType]:
+    """Checks by name: the modules of `harness/checks/`, each with `asks(subject, implementation, case)` and `run(trial, ...)`."""
+    return _modules(harness.checks)
+
+
+def mutants() -> dict[str, ModuleType]:
+    """Planted bugs by name: the modules of `harness/mutants/`."""
+    return _modules(harness.mutants)
+
+
+def title(module: ModuleType) -> str:
+    """The first sentence of a module's docstring."""
+    return " ".join((module.__doc__ or "").split("\n\n")[0].split())
+
+
+def name_of(module: ModuleType) -> str:
+    """A subject's, check's or mutant's name on the command line."""
+    return module.__name__.rpartition(".")[2]
+
+
+def _modules(package: ModuleType) -> dict[str, ModuleType]:
+    names = sorted(m.name for m in pkgutil.iter_modules(package.__path__))
+    return {name: importlib.import_module(f"{package.__name__}.{name}") for name in names}
+
+

@@ -1,0 +1,138 @@
+"""VideoMamba, the classifier."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fused
+import reference
+from harness import modules, video
+from harness.case import Case
+from harness.subject import Implementation, fused_implementations
+
+NAMED: dict[str, dict[str, Any]] = {
+    "layernorm": {"rms_norm": False}, "unfused": {"fused_add_norm": False}, "tubelet2": {"kernel_size": 2},
+    "causal": {"bimamba": False}, "image": {"num_frames": None},
+}  # fmt: skip
+
+
+def cases(grid: str) -> list[Case]:
+    """Frames T of S pixels, width D, two layers: random clips and frames of the video, every variant of the model once."""
+    def shape(B: int, T: int, S: int, D: int) -> dict[str, int]:
+        L = 1 + T * (S // 16) ** 2
+        return {"B": B, "T": T, "S": S, "D": D, "L": L}
+
+    tiny = [Case("videomamba", tuple(shape(1, 2, 32, 4).items()), o, "float64") for o in ((), ("order=both",))]
+    variants: list[tuple[str, ...]] = [
+        ("layernorm",), ("unfused",), ("tubelet2",), ("order=temporal",), ("order=alternating",), ("order=both",), ("image",),
+        ("causal", "state"),
+    ]  # fmt: skip
+    small = shape(2, 2, 32, 32)
+    if grid == "smoke":
+        return [
+            *tiny,
+            *modules.precisions([(small, v) for v in variants], "videomamba", half=False),
+            *modules.precisions([(shape(1, 4, 48, 192), ()), (shape(1, 4, 64, 192), ("video",))], "videomamba", half=False),
+        ]
+    return [
+        *tiny,
+        *modules.precisions([(small, v) for v in variants], "videomamba", half=True),
+        *modules.precisions([(shape(2, 8, 64, 192), ()), (shape(1, 8, 64, 384), ("video",))], "videomamba", half=True),
+        *modules.precisions([(shape(1, 8, 224, 192), ("video",)), (shape(1, 8, 224, 576), ())], "videomamba", half=False),
+    ]
+
+
+def implementations() -> list[Implementation]:
+    """`VideoMamba` of the reference and of `fused`, by backend."""
+    def call_with(backend: str) -> Callable[..., Any]:
+        return lambda config: fused.VideoMamba(fused.VideoMambaConfig(**config), backend=backend)
+
+    first = Implementation("reference", lambda config: reference.VideoMamba(reference.VideoMambaConfig(**config)))
+    return [first, *fused_implementations("mixer", call_with)]
+
+
+def config(case: Case) -> dict[str, Any]:
+    """Fields of the model's configuration. Nothing is dropped at random, so that gradients can be compared."""
+    fields: dict[str, Any] = {
+        "img_size": case["S"], "depth": 2, "embed_dim": case["D"], "num_frames": case["T"], "num_classes": 10,
+        "drop_path_rate": 0.0, "scan_order": case.option("order", "spatial"),
+    }  # fmt: skip
+    for word in case.options:
+        fields |= NAMED.get(word, {})
+    return fields
+
+
+def build(call: Callable[..., Any], case: Case) -> nn.Module:
+    """The model of a case."""
+    return call(config(case))
+
+
+def model_on_meta(subject_build: Callable[..., nn.Module], call: Callable[..., Any], case: Case) -> nn.Module:
+    """The model without memory for its parameters, which come from the leaves."""
+    with torch.device("meta"):
+        return subject_build(call, case)
+
+
+def draw(case: Case, seed: int) -> dict[str, Tensor]:
+    """A clip and a trained model's parameters."""
+    module = model_on_meta(build, implementations()[0].call, case)
+    return {"clip": clip(case, seed)} | modules.parameters(module, case, seed)
+
+
+def clip(case: Case, seed: int) -> Tensor:
+    """(B, 3, T, S, S): normal numbers, or frames from another part of the video for each seed and clip."""
+    B, T, S = case["B"], case["T"], case["S"]
+    if case.has("image"):
+        return case.normal(seed, "clip", B, 3, S, S)
+    if not case.has("video"):
+        return case.normal(seed, "clip", B, 3, T, S, S)
+    starts = [(seed * B + b) / (8 * B) for b in range(B)]
+    path = case.video or video.SHIPPED
+    return torch.stack([video.read_clip(path, T, S, start=s, stop=s + 0.5) for s in starts]).double()
+
+
+def precise(case: Case) -> set[str]:
+    """See `harness.modules.precise`."""
+    return modules.precise(case, model_on_meta(build, implementations()[0].call, case), {"clip"}, set())
+
+
+def silent(case: Case) -> set[str]:
+    """Every output has a cotangent."""
+    return set()
+
+
+def steps(case: Case) -> float:
+    """Two layers of two scans, twice as many in both orders."""
+    return case["L"] * (1 + case["B"] * case["D"] * 32 / 20000) * (8 if case.option("order", "") == "both" else 4)
+
+
+def time_axes(case: Case) -> dict[str, int]:
+    """Tokens on axis 1. The clip has none: its gradient is asked whole."""
+    return {"tokens": 1}
+
+
+def evaluate(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Logits, or in a causal model with state the final tokens and every layer's states."""
+    if case.has("state"):
+        return chunked(call, case, leaves, (0,))
+    model = model_on_meta(build, call, case)
+    with modules.precision(case, leaves):
+        return {"logits": modules.call(model, leaves, lambda m, x: m(x), leaves["clip"])}
+
+
+def chunked(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor], cuts: tuple[int, ...]) -> dict[str, Tensor]:
+    """Embedded tokens cut anywhere and sent through all layers chunk by chunk."""
+    def run(model: nn.Module, clip: Tensor) -> tuple[Tensor, Any]:
+        tokens, state, outputs = model.embed(clip), None, []
+        for start, stop in zip(cuts, (*cuts[1:], case["L"]), strict=True):
+            out, state, _ = model.encode(tokens[:, start:stop], state=state, return_state=True)
+            outputs.append(out)
+        return torch.cat(outputs, dim=1), state
+
+    model = model_on_meta(build, call, case)
+    with modules.precision(case, leaves):
+        tokens, states = modules.call(model, leaves, run, leaves["clip"])
+    named = {f"{kind}_state.{i}": s for i, layer in enumerate(states) for kind, s in zip(("conv", "ssm"), layer, strict=True)}
+    return {"tokens": tokens} | named

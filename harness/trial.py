@@ -1,0 +1,145 @@
+"""One case under judgement: its inputs, the truth and the plain result, computed once and shared by all that are asked."""
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from harness.case import SEEDS, Case
+from harness.finding import Finding, Tally
+from harness.subject import Implementation, subjects
+
+Named = dict[str, Tensor]
+
+
+@dataclass
+class Result:
+    """Outputs of one evaluation and, if they were asked for, the gradient of every leaf (None where there is none)."""
+
+    outputs: Named
+    gradients: dict[str, Tensor | None] = field(default_factory=dict)
+
+    def named(self) -> dict[str, Tensor | None]:
+        """Outputs and gradients under names of their own."""
+        return {**self.outputs, **{f"grad {k}": v for k, v in self.gradients.items()}}
+
+
+class Trial:
+    """A case on a device. Inputs and cotangents are drawn on the CPU, rounded to their dtypes, and upcast for the truth."""
+
+    def __init__(self, case: Case, device: str, elsewhere: Callable[[Case, str], dict[str, str]] | None = None) -> None:
+        self.case, self.device, self._elsewhere = case, device, elsewhere
+        self.subject: ModuleType = subjects()[case.subject]
+        self.reference: Implementation = self.subject.implementations()[0]
+        self._leaves: dict[int, Named] = {}
+        self._known: dict[tuple[int, str, bool], Result] = {}
+
+    def truth(self, seed: int, grad: bool) -> Result:
+        """The reference in float64."""
+        return self._remember(seed, "truth", grad)
+
+    def plain(self, seed: int, grad: bool) -> Result:
+        """The reference in the case's precision."""
+        return self._remember(seed, "plain", grad)
+
+    def got(self, implementation: Implementation, seed: int, grad: bool) -> Result:
+        """What an implementation gives."""
+        return self.run(implementation, seed, grad, self.leaves(seed))
+
+    def leaves(self, seed: int, exact: bool = False) -> Named:
+        """Fresh inputs on the device in their own dtypes, or `exact`ly the same numbers in float64."""
+        if seed not in self._leaves:
+            precise, low = self.subject.precise(self.case), self.case.torch_dtype
+            wide = torch.promote_types(low, torch.float32)
+            drawn = self.subject.draw(self.case, seed)
+            self._leaves[seed] = {k: v.to(wide if k in precise else low) for k, v in drawn.items()}
+        return {k: v.to(self.device, torch.float64 if exact else v.dtype, copy=True) for k, v in self._leaves[seed].items()}
+
+    def run(
+        self, implementation: Implementation, seed: int, grad: bool, leaves: Named, cuts: tuple[int, ...] | None = None
+    ) -> Result:
+        """Evaluate, whole or in chunks that begin at `cuts`; with `grad`, backpropagate the case's cotangents."""
+        for leaf in leaves.values():
+            leaf.requires_grad_(grad)
+        with torch.set_grad_enabled(grad):
+            if cuts is None:
+                outputs = self.subject.evaluate(implementation.call, self.case, leaves)
+            else:
+                outputs = self.subject.chunked(implementation.call, self.case, leaves, cuts)
+        if not grad:
+            return Result(outputs)
+        heard = {k: v for k, v in outputs.items() if k not in self.subject.silent(self.case) and v.requires_grad}
+        cotangents = [self.cotangent(seed, k, v) for k, v in heard.items()]
+        gradients = torch.autograd.grad(list(heard.values()), list(leaves.values()), cotangents, allow_unused=True)
+        return Result({k: v.detach() for k, v in outputs.items()}, dict(zip(leaves, gradients, strict=True)))
+
+    def cotangent(self, seed: int, name: str, like: Tensor) -> Tensor:
+        """The cotangent of an output: normal numbers that the output's low-precision dtype can hold."""
+        drawn = self.case.normal(seed, "cotangent " + name, *like.shape)
+        low = like.dtype if like.dtype != torch.float64 else self._output_dtype(seed, name)
+        return drawn.to(low).to(like.device, like.dtype)
+
+    def _output_dtype(self, seed: int, name: str) -> torch.dtype:
+        """The dtype in which plain returns an output."""
+        if self.case.torch_dtype == torch.float64:
+            return torch.float64
+        known = self._known.get((seed, "plain", True)) or self.plain(seed, False)
+        return known.outputs[name].dtype
+
+    def _remember(self, seed: int, what: str, grad: bool) -> Result:
+        for known in ((seed, what, True), (seed, what, grad)):
+            if known in self._known:
+                return self._known[known]
+        result = self.run(self.reference, seed, grad, self.leaves(seed, exact=what == "truth"))
+        self._known[seed, what, grad] = result
+        return result
+
+    def judge(self, implementation: Implementation, grad: bool) -> list[Finding]:
+        """The tolerance rule over all seeds, for outputs, and with `grad` for gradients too."""
+        tally = Tally()
+        for seed in SEEDS:
+            plain = self.plain(seed, grad).named()  # before the truth, which rounds its cotangents to plain's dtypes
+            truth, got = self.truth(seed, grad).named(), self.got(implementation, seed, grad).named()
+            for name, exact in truth.items():
+                if grad or not name.startswith("grad "):
+                    tally.add(name, got.get(name), plain[name], exact)
+        return tally.findings()
+
+    def digests(self, implementation: Implementation, seed: int = 0) -> dict[str, str]:
+        """SHA-256 of every output and gradient of one evaluation."""
+        return {name: digest(t) for name, t in self.got(implementation, seed, self.asks_gradients).named().items()}
+
+    def elsewhere(self, case: Case, implementation: str) -> dict[str, str]:
+        """`digests`, computed in another process."""
+        if self._elsewhere is None:
+            raise RuntimeError("this trial has no other process to ask")
+        return self._elsewhere(case, implementation)
+
+    @property
+    def asks_gradients(self) -> bool:
+        """Whether the case is about training too."""
+        return not self.case.has("infer")
+
+
+def digest(tensor: Tensor | None) -> str:
+    """SHA-256 of a tensor's bytes."""
+    if tensor is None:
+        return "none"
+    raw = tensor.detach().contiguous().flatten().view(torch.uint8).cpu()
+    return hashlib.sha256(raw.numpy().tobytes()).hexdigest()
+
+
+def worst_of(findings: Iterable[Finding], group: str = "[") -> list[Finding]:
+    """Of findings on parts of a tensor, `name[part]`, the failing ones and the worst of each tensor and norm."""
+    kept: dict[tuple[str, str], Finding] = {}
+    failing = []
+    for f in findings:
+        key = (f.tensor.partition(group)[0], f.norm)
+        if key not in kept or f.ratio > kept[key].ratio:
+            kept[key] = f
+        if not f.passed:
+            failing.append(f)
+    return failing or list(kept.values())
