@@ -11,7 +11,8 @@ from types import ModuleType
 
 import torch
 
-from harness.case import SEEDS, Case
+from fused import stamp
+from harness.case import DTYPES, SEEDS, Case
 from harness.elsewhere import Elsewhere
 from harness.finding import Finding, PlainNotFinite
 from harness.plan import Plan
@@ -19,7 +20,6 @@ from harness.record import Record, judged
 from harness.store import Run, StoreError
 from harness.subject import Implementation, subjects
 from harness.trial import Trial
-
 
 
 def about(plan: Plan, box: dict) -> dict:
@@ -133,3 +133,29 @@ def _release(device: str) -> None:
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
+
+
+def memory(case: Case) -> float:
+    """MiB, roughly: the truth's leaves and the states of one block of tokens, in float64, over all seeds."""
+    sizes = dict(case.dims)
+    width = sizes.get("E", 2 * sizes.get("D", 1))
+    tokens = sizes.get("B", 1) * sizes.get("L", 1) * width
+    return 8 * (len(SEEDS) * 16 * tokens + 64 * 8 * sizes.get("B", 1) * width * sizes.get("N", 16)) / 2**20
+
+
+def stamps(plan: Plan, run: Run) -> list[tuple[str, str]]:
+    """After an unfiltered run, leave a stamp for each of our backends and dtypes that passed every check; returns them."""
+    if plan.filtered or plan.added:
+        return []
+    written = []
+    asked = sorted({(r.implementation, r.dtype) for r in run.records if r.role == "ours" and r.dtype})
+    for name, dtype in asked:
+        backend = name.removeprefix("fused:")
+        mine = [r for r in run.records if r.implementation == name and r.dtype == dtype]
+        if backend == name or any(r.failed for r in mine) or not any(r.status == "pass" for r in mine):
+            continue
+        values = stamp.key(backend, DTYPES[dtype], plan.device)
+        checked = tuple(sorted({r.check for r in mine if r.status == "pass"}))
+        stamp.write_validation(stamp.Validation(**values, run=run.folder.name, date=run.about["ended"], checks=checked))
+        written.append((backend, dtype))
+    return written

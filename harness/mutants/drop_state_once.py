@@ -1,0 +1,30 @@
+"""The state is dropped once, in mid-sequence: the second half starts from zero."""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.mutants import Scan, scan_with
+
+WHERE = ("--subject", "scan", "--case", "*-L63-*")
+
+
+def plant() -> AbstractContextManager[None]:
+    """The context in which the bug is there."""
+    return scan_with(bug)
+
+
+def bug(scan: Scan, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, **rest: Any) -> tuple[Tensor, Tensor]:
+    """Two scans, nothing handed over between them; the initial state reaches the half that is walked first."""
+    if u.shape[1] < 16:
+        return scan(u, delta, A, B, C, **rest)
+    half, z = u.shape[1] // 2, rest.pop("z")
+    walked = (slice(half, None), slice(half)) if rest.get("reverse") else (slice(half), slice(half, None))
+    parts = {}
+    for part in walked:
+        own = None if z is None else z[:, part]
+        parts[part.start or 0], final = scan(u[:, part], delta[:, part], A, B[:, part], C[:, part], z=own, **rest)
+        rest["initial_state"] = None
+    return torch.cat([parts[start] for start in sorted(parts)], dim=1), final

@@ -1,0 +1,21 @@
+"""The gradient of the final state is ignored."""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor
+
+from harness.mutants import Scan, scan_with
+
+WHERE = ("--subject", "scan", "--case", "B3-L7-*")
+
+
+def plant() -> AbstractContextManager[None]:
+    """The context in which the bug is there."""
+    return scan_with(bug)
+
+
+def bug(scan: Scan, *inputs: Tensor, **rest: Any) -> tuple[Tensor, Tensor]:
+    """Scan, the final state cut from the graph."""
+    y, final = scan(*inputs, **rest)
+    return y, final.detach()

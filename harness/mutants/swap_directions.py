@@ -1,0 +1,19 @@
+"""The two directions' weights are swapped: the backward scan runs with the forward ones."""
+
+from contextlib import AbstractContextManager
+from unittest import mock
+
+from fused.mixer import Direction, Mamba
+
+WHERE = ("--subject", "mixer", "--case", "B2-L9-*", "--impl", "fused:torch")
+
+
+def plant() -> AbstractContextManager[object]:
+    """The context in which the bug is there."""
+    honest = Mamba._directions
+
+    def swapped(self: Mamba) -> tuple[Direction, ...]:
+        own = honest(self)
+        return tuple(one._replace(reverse=other.reverse) for one, other in zip(own, own[::-1], strict=True))
+
+    return mock.patch.object(Mamba, "_directions", swapped)
