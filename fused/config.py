@@ -51,7 +51,7 @@ class VideoMambaConfig:
     clip_student_return_interval: int | float = 1
     add_pool_norm: bool = True
     distill_dim: int | None = None  # the teacher's width in self-distillation
-    ckpt_num_frame: int | None = None
+    ckpt_num_frame: int | None = None  # -1 is upstream's None
     pretrained: str | None = None
     scan_order: str = "spatial"
 
@@ -60,6 +60,8 @@ class VideoMambaConfig:
             object.__setattr__(self, "img_size", tuple(self.img_size))  # a list has no hash
         if isinstance(self.ssm_cfg, Mapping):
             object.__setattr__(self, "ssm_cfg", dict(self.ssm_cfg))  # the caller's mapping may change, or not pickle
+        if self.ckpt_num_frame == -1:
+            object.__setattr__(self, "ckpt_num_frame", None)
         for f in fields(self):
             if f.name in _RULES:
                 _RULES[f.name].check(f.name, getattr(self, f.name))

@@ -13,6 +13,8 @@ from reference.orders import orders_of_layer, undo, walk
 class Norm(nn.Module):
     """RMSNorm or LayerNorm with the parameters of `add_norm`; RMSNorm has no bias and no `bias` key."""
 
+    bias: nn.Parameter | None
+
     def __init__(self, dim: int, eps: float = 1e-5, kind: str = "rms") -> None:
         super().__init__()
         self.eps, self.kind = eps, kind

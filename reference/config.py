@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 from reference.orders import SCAN_ORDERS
@@ -27,11 +28,11 @@ class VideoMambaConfig:
     num_classes: int = 1000  # 0: no head, the classifier returns its feature
     kernel_size: int = 1
     num_frames: int | None = 8
-    drop_rate: float = 0.0
-    drop_path_rate: float | None = None  # None: 0.1 in the classifier, 0 in the encoder
-    fc_drop_rate: float = 0.0
+    drop_rate: int | float = 0.0
+    drop_path_rate: int | float | None = None  # None: 0.1 in the classifier, 0 in the encoder
+    fc_drop_rate: int | float = 0.0
     ssm_cfg: Mapping[str, Any] | None = field(default=None, hash=False)  # keyword arguments of the mixer
-    norm_epsilon: float = 1e-5
+    norm_epsilon: int | float = 1e-5
     rms_norm: bool = True
     residual_in_fp32: bool = True
     fused_add_norm: bool = True
@@ -43,14 +44,21 @@ class VideoMambaConfig:
     clip_output_dim: int = 512
     clip_norm_type: str = "l2"
     clip_return_layer: int = 1  # how many layers are aligned with the teacher; 0: no decoder
-    clip_student_return_interval: float = 1
+    clip_student_return_interval: int | float = 1
     add_pool_norm: bool = True
     distill_dim: int | None = None  # width of the teacher of self-distillation
-    ckpt_num_frame: int | None = None
+    ckpt_num_frame: int | None = None  # -1, upstream's default, is None
     pretrained: str | None = None
     scan_order: str = "spatial"
 
     def __post_init__(self) -> None:
+        if isinstance(self.img_size, list):
+            object.__setattr__(self, "img_size", tuple(self.img_size))
+        if isinstance(self.ssm_cfg, Mapping):
+            object.__setattr__(self, "ssm_cfg", dict(self.ssm_cfg))  # the caller may change theirs
+        if self.ckpt_num_frame == -1:
+            object.__setattr__(self, "ckpt_num_frame", None)
+
         positive = ("patch_size", "depth", "embed_dim", "channels", "kernel_size", "clip_output_dim")
         optional = ("stride", "num_frames", "clip_decoder_embed_dim", "distill_dim", "ckpt_num_frame")
         for name in positive + optional:
@@ -63,15 +71,18 @@ class VideoMambaConfig:
             _require(_is_int(value) and value >= 0, name, value, "an integer from 0 up")
         for name in ("drop_rate", "drop_path_rate", "fc_drop_rate"):
             rate = getattr(self, name)
-            if rate is not None:
-                _require(0 <= rate < 1, name, rate, "a rate from 0 up to, not including, 1")
+            if rate is None and name == "drop_path_rate":
+                continue
+            _require(_is_number(rate) and 0 <= rate < 1, name, rate, "a rate from 0 up to, not including, 1")
+        for name in ("norm_epsilon", "clip_student_return_interval"):
+            value = getattr(self, name)
+            _require(_is_number(value) and 0 < value < float("inf"), name, value, "a positive number")
+        for name in ("rms_norm", "residual_in_fp32", "fused_add_norm", "bimamba", "use_checkpoint", "add_pool_norm"):
+            _require(getattr(self, name) in (True, False), name, getattr(self, name), "True or False")
         for name, allowed in (("pool_type", POOL_TYPES), ("clip_norm_type", CLIP_NORM_TYPES), ("scan_order", SCAN_ORDERS)):
             _require(getattr(self, name) in allowed, name, getattr(self, name), "one of " + ", ".join(map(repr, allowed)))
-        _require(self.norm_epsilon > 0, "norm_epsilon", self.norm_epsilon, "a positive number")
-        _require(self.clip_student_return_interval > 0, "clip_student_return_interval", self.clip_student_return_interval,
-                 "a positive number of layers")  # fmt: skip
-        sides = self.img_size if isinstance(self.img_size, (tuple, list)) else (self.img_size,) * 2
-        _require(len(sides) == 2 and all(_is_int(s) and s >= self.patch_size for s in sides), "img_size", self.img_size,
+        fits = len(self.sides) == 2 and all(_is_int(side) and side >= self.patch_size for side in self.sides)
+        _require(fits, "img_size", self.img_size,
                  f"pixels, or (height, width), each at least patch_size ({self.patch_size})")  # fmt: skip
         if self.num_frames is not None:
             _require(self.num_frames % self.kernel_size == 0, "num_frames", self.num_frames,
@@ -90,9 +101,14 @@ class VideoMambaConfig:
                  f"as many distinct layers as depth ({self.depth}) and clip_student_return_interval leave")  # fmt: skip
 
     @property
+    def sides(self) -> tuple[int, int]:
+        """Height and width of a frame in pixels."""
+        return self.img_size if isinstance(self.img_size, tuple) else (self.img_size, self.img_size)
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Patches (down, across) of one frame."""
-        height, width = self.img_size if isinstance(self.img_size, (tuple, list)) else (self.img_size,) * 2
+        height, width = self.sides
         step = self.stride or self.patch_size
         return (height - self.patch_size) // step + 1, (width - self.patch_size) // step + 1
 
@@ -138,6 +154,10 @@ SSM_FIELDS = frozenset(
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _require(holds: bool, name: str, value: object, allowed: str) -> None:

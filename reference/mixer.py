@@ -1,7 +1,7 @@
 """The Mamba mixer of VideoMamba: two scans over the same tokens, one from each end, behind one gate."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,17 @@ class Mamba(nn.Module):
     backward direction); `use_fast_path` is accepted for upstream's sake and changes nothing here.
     """
 
+    conv1d: nn.Conv1d
+    x_proj: nn.Linear
+    dt_proj: nn.Linear
+    A_log: nn.Parameter
+    D: nn.Parameter
+    conv1d_b: nn.Conv1d  # these five with bimamba only
+    x_proj_b: nn.Linear
+    dt_proj_b: nn.Linear
+    A_b_log: nn.Parameter
+    D_b: nn.Parameter
+
     def __init__(
         self,
         d_model: int,
@@ -61,7 +72,7 @@ class Mamba(nn.Module):
         super().__init__()
         if dt_init not in ("random", "constant"):
             raise ValueError(f"dt_init is {dt_init!r}; allowed are 'random' and 'constant'")
-        at = {"device": device, "dtype": dtype}
+        at: dict[str, Any] = {"device": device, "dtype": dtype}
         E = expand * d_model
         self.d_model, self.d_state, self.d_conv, self.d_inner = d_model, d_state, d_conv, E
         self.dt_rank = R = math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)

@@ -64,7 +64,7 @@ def selective_scan(
 
 def _scan(x: Tensor, d: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
     """Walk the tokens in blocks; each block forgets its states and computes them again for its backward."""
-    blocks = list(zip(*(t.split(BLOCK, dim=1) for t in (x, d, B, C)), strict=True))
+    blocks = list(zip(x.split(BLOCK, 1), d.split(BLOCK, 1), B.split(BLOCK, 1), C.split(BLOCK, 1), strict=True))
     outputs = []
     for block in reversed(blocks) if reverse else blocks:
         if torch.is_grad_enabled():

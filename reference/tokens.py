@@ -33,10 +33,9 @@ class PatchEmbed(nn.Module):
 
 def check_clip(clip: Tensor, config: VideoMambaConfig, use_image: bool) -> None:
     """Raise ValueError unless the clip is what the model was built for."""
-    height, width = config.img_size if isinstance(config.img_size, (tuple, list)) else (config.img_size,) * 2
-    size: tuple[int, ...] = (config.channels, height, width)
+    size: tuple[int, ...] = (config.channels, *config.sides)
     if config.num_frames is not None:
-        size = (config.channels, config.kernel_size if use_image else config.num_frames, height, width)
+        size = (config.channels, config.kernel_size if use_image else config.num_frames, *config.sides)
     if tuple(clip.shape[1:]) != size:
         layout = "(B, C, H, W)" if config.num_frames is None else "(B, C, T, H, W)"
         raise ValueError(f"clip has shape {tuple(clip.shape)}; this model takes {layout} = (B, {', '.join(map(str, size))})")
@@ -44,10 +43,10 @@ def check_clip(clip: Tensor, config: VideoMambaConfig, use_image: bool) -> None:
         raise TypeError(f"clip has dtype {clip.dtype}; allowed are floating-point dtypes, normalised as in training")
 
 
-def check_mask(mask: Tensor, length: int) -> None:
-    """Raise unless a mask (B, L), True where a token is hidden, keeps CLS and as many tokens in every clip."""
-    if mask.dtype != torch.bool or mask.dim() != 2 or mask.shape[1] != length:
-        raise ValueError(f"mask is {mask.dtype} {tuple(mask.shape)}; allowed is bool (B, {length}), True = hidden")
+def check_mask(mask: Tensor, clips: int, length: int) -> None:
+    """Raise ValueError unless a mask (B, L), True where a token is hidden, keeps CLS and as many tokens in every clip."""
+    if mask.dtype != torch.bool or tuple(mask.shape) != (clips, length):
+        raise ValueError(f"mask is {mask.dtype} {tuple(mask.shape)}; allowed is bool ({clips}, {length}), True = hidden")
     if bool(mask[:, 0].any()):
         raise ValueError("mask hides CLS (column 0); it must stay visible")
     visible = (~mask).sum(1)

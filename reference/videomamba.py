@@ -57,6 +57,11 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleList(Block(config, i, rates[i]) for i in range(config.depth))
         self.drop_path = DropPath(rate)
 
+    @property
+    def final_norm(self) -> Norm:
+        """The norm after the last block."""
+        raise NotImplementedError
+
     def _final_norm(self) -> Norm:
         return Norm(self.config.embed_dim, self.config.norm_epsilon, "rms" if self.config.rms_norm else "layer")
 
@@ -93,7 +98,7 @@ class Backbone(nn.Module):
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(clip.shape[0], -1, -1)
         tokens = self.pos_drop(torch.cat((cls, patches.flatten(1, 2)), dim=1))
         if mask is not None:
-            check_mask(mask, tokens.shape[1])
+            check_mask(mask, *tokens.shape[:2])
         return select(tokens, mask)
 
     def encode(
@@ -111,12 +116,12 @@ class Backbone(nn.Module):
         config, carried = self.config, state is not None or return_state
         if carried and config.scan_order != "spatial":
             raise ValueError(f"scan_order is {config.scan_order!r}; a state can only be carried in 'spatial' order")
-        order = None
-        if config.scan_order != "spatial":
-            frames = (mask.shape[1] if mask is not None else tokens.shape[1]) // config.patches
-            order = temporal_order(frames, config.patches, None if mask is None else ~mask, tokens.device)
+        if state is not None and len(state) != config.depth:
+            raise ValueError(f"state has {len(state)} entries; allowed: one per layer ({config.depth})")
+        order = None if config.scan_order == "spatial" else self._order(tokens, mask)
 
-        hidden, residual, states, features = tokens, None, [], []
+        hidden, states, features = tokens, [], []
+        residual: Any = None
         for i, layer in enumerate(self.layers):
             hidden, residual, new = layer(hidden, residual, order, state[i] if state is not None else None, return_state)
             states.append(new)
@@ -132,6 +137,13 @@ class Backbone(nn.Module):
         if config.depth - 1 in taps:
             features.append(last)
         return hidden, states if carried else None, features
+
+    def _order(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """The temporal walk of these tokens: of CLS and whole frames, or of what a mask has left of them."""
+        length, patches = tokens.shape[1] if mask is None else mask.shape[1], self.config.patches
+        if (length - 1) % patches:
+            raise ValueError(f"{length} tokens are not CLS and frames of {patches} patches; pass the mask that left them")
+        return temporal_order((length - 1) // patches, patches, None if mask is None else ~mask, tokens.device)
 
 
 class VideoMamba(Backbone):
@@ -151,7 +163,6 @@ class VideoMamba(Backbone):
 
     @property
     def final_norm(self) -> Norm:
-        """The norm after the last block."""
         return self.norm_f
 
     def forward(self, clip: Float[Tensor, "B C *T H W"]) -> Tensor | DistillOutput:
@@ -190,7 +201,6 @@ class VideoMambaEncoder(Backbone):
 
     @property
     def final_norm(self) -> Norm:
-        """The norm after the last block."""
         return self.norm
 
     def forward(

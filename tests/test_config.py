@@ -50,6 +50,7 @@ WRONG = [
     ("ssm_cfg", {"d_stat": 4}, "d_state", {}),
     ("ssm_cfg", {"bimamba": False}, "d_state", {}),
     ("norm_epsilon", 0, "positive number", {}),
+    ("norm_epsilon", float("inf"), "positive number", {}),
     ("checkpoint_num", -1, "from 0 up", {}),
     ("pool_type", "max", "'cls', 'avg', 'cls+avg', 'cls_cat_avg'", {}),
     ("clip_decoder_embed_dim", 768, "embed_dim (192)", {}),
@@ -59,8 +60,10 @@ WRONG = [
     ("clip_return_layer", 3, "depth (2)", {"depth": 2}),
     ("clip_return_layer", 2, "clip_student_return_interval", {"clip_student_return_interval": 0.25}),
     ("clip_student_return_interval", 0, "positive number", {}),
+    ("clip_student_return_interval", float("inf"), "positive number", {}),
     ("distill_dim", 0, "None", {}),
     ("ckpt_num_frame", 0, "None", {}),
+    ("ckpt_num_frame", -2, "None", {}),
     ("scan_order", "zigzag", "'spatial', 'temporal', 'alternating', 'both'", {}),
 ]
 
@@ -76,12 +79,13 @@ def test_a_wrong_value_is_named_with_what_is_allowed(package, name, value, allow
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("drop_rate", "0.1"), ("norm_epsilon", None), ("rms_norm", "False"), ("img_size", "224")]
-)
-def test_a_wrong_type_is_named_too(name, value):
-    fused = importlib.import_module("fused")
+    ("name", "value"),
+    [("drop_rate", "0.1"), ("drop_rate", None), ("norm_epsilon", None), ("clip_student_return_interval", "1"),
+     ("rms_norm", "False"), ("bimamba", None), ("img_size", "224")],
+)  # fmt: skip
+def test_a_wrong_type_is_named_too(package, name, value):
     with pytest.raises((ValueError, TypeError), match=f"^{name} is {value!r}; allowed: "):
-        fused.VideoMambaConfig(**{name: value})
+        package.VideoMambaConfig(**{name: value})
 
 
 def test_an_unknown_field_is_refused(package):
@@ -96,12 +100,15 @@ def test_frozen_equal_and_hashable(package):
         config.depth = 3
 
 
-def test_lists_and_mappings_of_the_caller_are_copied():
-    fused = importlib.import_module("fused")
+def test_lists_and_mappings_of_the_caller_are_copied(package):
     given = {"d_state": 8}
-    config = fused.VideoMambaConfig(ssm_cfg=given, img_size=[32, 48])
+    config = package.VideoMambaConfig(ssm_cfg=given, img_size=[32, 48])
     given["d_state"] = 4
     assert config.ssm_cfg == {"d_state": 8} and hash(config) == hash(dataclasses.replace(config))
+
+
+def test_upstreams_minus_one_is_no_ckpt_num_frame(package):
+    assert package.VideoMambaConfig(ckpt_num_frame=-1) == package.VideoMambaConfig()
 
 
 SIZES = [("tiny", 192, 24), ("small", 384, 24), ("middle", 576, 32), ("base", 768, 24)]

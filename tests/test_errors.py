@@ -78,9 +78,9 @@ def test_mask(package, mask, says):
         model.embed(CLIP, mask)
 
 
-def test_mask_of_other_clips():
+def test_mask_of_other_clips(package):
     with pytest.raises(ValueError, match=r"mask is torch.bool \(3, 17\); allowed is bool \(2, 17\)"):
-        model_of(importlib.import_module("fused"))(CLIP, torch.zeros(3, 17, dtype=torch.bool))
+        model_of(package)(CLIP, torch.zeros(3, 17, dtype=torch.bool))
 
 
 def test_mask_of_a_clip_for_an_image(package):
@@ -117,14 +117,14 @@ def test_a_bidirectional_model_has_no_state(package):
             call()
 
 
-def test_a_state_of_other_layers():
-    model = model_of(importlib.import_module("fused"), "VideoMamba", bimamba=False)
+def test_a_state_of_other_layers(package):
+    model = model_of(package, "VideoMamba", bimamba=False)
     with pytest.raises(ValueError, match=r"state has 1 entries; allowed: one per layer \(2\)"):
         model.encode(model.embed(CLIP), state=[(torch.zeros(2, 64, 3), torch.zeros(2, 64, 16))])
 
 
-def test_tokens_of_a_mask_without_the_mask():
-    model = model_of(importlib.import_module("fused"), scan_order="temporal")
+def test_tokens_of_a_mask_without_the_mask(package):
+    model = model_of(package, scan_order="temporal")
     with pytest.raises(ValueError, match="16 tokens are not CLS and frames of 4 patches; pass the mask"):
         model.encode(torch.zeros(2, 16, 32))
 

@@ -180,10 +180,11 @@ def test_state_carries_a_causal_model_over_a_cut(cut):
     assert_same(dict(zip(names, got, strict=True)), dict(zip(names, wanted, strict=True)))
 
 
-def test_temporal_order_of_one_patch_per_frame_is_the_spatial_one():
+@pytest.mark.parametrize("package", [reference, fused], ids=["reference", "fused"])
+def test_temporal_order_of_one_patch_per_frame_is_the_spatial_one(package):
     clip, logits = None, []
     for order in ("spatial", *ORDERS[:2]):
-        model = golden(fused.VideoMamba(fused.VideoMambaConfig(**TOY | {"img_size": 16, "scan_order": order})))
+        model = golden(package.VideoMamba(package.VideoMambaConfig(**TOY | {"img_size": 16, "scan_order": order})))
         clip = clip_of(model.config).float()
         logits.append(model(clip))
     assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
