@@ -117,7 +117,8 @@ def differing(name: str, one: Tensor | None, other: Tensor | None) -> Finding:
     if one is None or other is None:
         return Finding(name, "bitwise", float((one is None) != (other is None)), 0.0)
     if one.shape != other.shape or one.dtype != other.dtype:
-        return Finding(name, "form", math.inf, 0.0, note=f"{one.dtype} {tuple(one.shape)}, then {other.dtype} {tuple(other.shape)}")
+        note = f"{one.dtype} {tuple(one.shape)}, then {other.dtype} {tuple(other.shape)}"
+        return Finding(name, "form", math.inf, 0.0, note=note)
     unequal = one != other
     count = int(unequal.sum())
     first = tuple(int(i) for i in torch.unravel_index(unequal.flatten().int().argmax(), one.shape)) if count else ()

@@ -12,7 +12,7 @@ from harness.subjects.scan import delta_bias
 
 
 def precisions(shapes_and_options: list[tuple[dict[str, int], tuple[str, ...]]], subject: str, half: bool) -> list[Case]:
-    """Every case in float32 and in bfloat16 under autocast; with `half` in float16 too, and with bfloat16 parameters (`cast`)."""
+    """Every case in float32 and in bfloat16 under autocast; `half` adds float16 and bfloat16 parameters (`cast`)."""
     ways = [("float32", ()), ("bfloat16", ("autocast",))]
     if half:
         ways += [("float16", ("autocast",)), ("bfloat16", ("cast",))]

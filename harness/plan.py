@@ -2,11 +2,12 @@
 
 import contextlib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -106,7 +107,7 @@ class Plan:
         torch.set_num_threads(self.threads)
 
 
-def parse_added(text: str) -> tuple[str, str, object]:
+def parse_added(text: str) -> tuple[str, str, Callable[..., Any]]:
     """`SUBJECT:NAME=module:callable[@layout]` to (subject, name, callable in the design's signature)."""
     target, _, path = text.partition("=")
     subject, _, name = target.partition(":")

@@ -101,7 +101,8 @@ class Run:
         """`N passed, N failed, N skipped`, rivals behind it."""
         ours, rivals = self.counts(), self.counts("rival")
         line = ", ".join(f"{ours[k]} {k}" for k in ours)
-        return line + f" (rivals: {rivals['passed']} passed, {rivals['failed']} failed)" * bool(rivals["passed"] + rivals["failed"])
+        ran = rivals["passed"] + rivals["failed"]
+        return line + f" (rivals: {rivals['passed']} passed, {rivals['failed']} failed)" * bool(ran)
 
 
 def _now() -> str:

@@ -27,7 +27,6 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-
 import harness.checks
 import harness.mutants
 import harness.subjects
@@ -88,7 +87,7 @@ def subjects() -> dict[str, ModuleType]:
 
 
 def checks() -> dict[str, ModuleType]:
-    """Checks by name: the modules of `harness/checks/`, each with `asks(subject, implementation, case)` and `run(trial, ...)`."""
+    """Checks by name: modules of `harness/checks/`, each with `asks(subject, implementation, case)` and `run(trial, ...)`."""
     return _modules(harness.checks)
 
 

@@ -66,11 +66,11 @@ def _scan(x: Tensor, d: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, reve
     """Walk the tokens in blocks; each block forgets its states and computes them again for its backward."""
     blocks = list(zip(x.split(BLOCK, 1), d.split(BLOCK, 1), B.split(BLOCK, 1), C.split(BLOCK, 1), strict=True))
     outputs = []
-    for block in reversed(blocks) if reverse else blocks:
+    for x, d, B, C in reversed(blocks) if reverse else blocks:
         if torch.is_grad_enabled():
-            y, h = checkpoint(_walk, *block, A, h, reverse, use_reentrant=False, preserve_rng_state=False)
+            y, h = checkpoint(_walk, x, d, B, C, A, h, reverse, use_reentrant=False, preserve_rng_state=False)
         else:
-            y, h = _walk(*block, A, h, reverse)
+            y, h = _walk(x, d, B, C, A, h, reverse)
         outputs.append(y)
     return torch.cat(outputs[::-1] if reverse else outputs, dim=1), h
 

@@ -3,6 +3,7 @@
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from harness.case import SEEDS, Case
 from harness.finding import Finding, Tally
@@ -31,10 +32,15 @@ def run(trial: Trial, implementation: Implementation) -> list[Finding]:
                     tally.add(name, got.get(name), plain[name], exact)
                     continue
                 for start, stop in edges:
-                    parts = (None if t is None else t.narrow(axis, start, stop - start) for t in (got.get(name), plain[name]))
-                    tally.add(f"{name}[{start}:{stop}]", *parts, exact.narrow(axis, start, stop - start))
+                    part = f"{name}[{start}:{stop}]"
+                    tally.add(part, *(cut(t, axis, start, stop) for t in (got.get(name), plain[name], exact)))
         found += tally.findings()
     return worst_of(found)
+
+
+def cut(tensor: Tensor | None, axis: int, start: int, stop: int) -> Tensor | None:
+    """The part of a tensor that belongs to one chunk."""
+    return None if tensor is None else tensor.narrow(axis, start, stop - start)
 
 
 def partitions(length: int) -> list[tuple[int, ...]]:

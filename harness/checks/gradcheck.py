@@ -29,7 +29,8 @@ def run(trial: Trial, implementation: Implementation) -> list[Finding]:
     for seed in SEEDS:
         leaves = trial.leaves(seed)
         result = trial.got(implementation, seed, grad=True)
-        weights = {k: trial.cotangent(seed, k, v) for k, v in result.outputs.items() if k not in trial.subject.silent(trial.case)}
+        silent = trial.subject.silent(trial.case)
+        weights = {k: trial.cotangent(seed, k, v) for k, v in result.outputs.items() if k not in silent}
 
         def value(moved: dict[str, Tensor], weights: dict[str, Tensor] = weights) -> tuple[float, float]:
             with torch.no_grad():

@@ -29,7 +29,11 @@ def cases(grid: str) -> list[Case]:
     ]
     if grid == "smoke":
         return [*small, *cross("norm", [shape(1, 197, 192)], options[::5], EVERY)]
-    return [*small, *cross("norm", [shape(2, 1569, 576)], options, EVERY), *cross("norm", [shape(1, 12545, 192)], options[:1], EVERY)]
+    return [
+        *small,
+        *cross("norm", [shape(2, 1569, 576)], options, EVERY),
+        *cross("norm", [shape(1, 12545, 192)], options[:1], EVERY),
+    ]
 
 
 def implementations() -> list[Implementation]:

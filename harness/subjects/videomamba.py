@@ -124,7 +124,7 @@ def evaluate(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor]) ->
 
 def chunked(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor], cuts: tuple[int, ...]) -> dict[str, Tensor]:
     """Embedded tokens cut anywhere and sent through all layers chunk by chunk."""
-    def run(model: nn.Module, clip: Tensor) -> tuple[Tensor, Any]:
+    def run(model: Any, clip: Tensor) -> tuple[Tensor, Any]:
         tokens, state, outputs = model.embed(clip), None, []
         for start, stop in zip(cuts, (*cuts[1:], case["L"]), strict=True):
             out, state, _ = model.encode(tokens[:, start:stop], state=state, return_state=True)
