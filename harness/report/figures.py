@@ -1,0 +1,109 @@
+"""The plot of a run: how the error of the scan grows with the sequence, beside what it may be."""
+
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from harness.case import DTYPES
+from harness.record import Record
+
+CHECKS = ("forward", "backward")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")  # Okabe and Ito, told apart by all
+MARKERS = dict(zip(DTYPES, "osD^", strict=True))
+DASHES = dict(zip(DTYPES, ((6, 3), (2, 2), (6, 2, 1, 2), (1, 3)), strict=True))
+STYLE: dict[Any, Any] = {"svg.hashsalt": "parity", "svg.fonttype": "none", "font.size": 9}  # the same records give the same file
+
+
+class _Point(NamedTuple):
+    check: str
+    implementation: str
+    dtype: str
+    length: int
+    error: float  # as fractions of the truth's norm
+    budget: float
+    passed: bool
+
+
+def error_against_length(records: Iterable[Record], folder: Path) -> list[Path]:
+    """error-vs-length.png and .svg in the folder; none if no record of the scan can be drawn."""
+    points = [p for r in records if (p := _point(r))]
+    if not points:
+        return []
+    names = list(dict.fromkeys(p.implementation for p in points))
+    dtypes = [d for d in DTYPES if any(p.dtype == d for p in points)]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10, 5.6), layout="constrained")
+        figure.suptitle("Selective scan: L2 error of the worst tensor against the float64 reference, RMS over the seeds")
+        panels = figure.subplots(1, len(CHECKS), sharex=True, sharey=True)
+        for axes, check in zip(panels, CHECKS, strict=True):
+            _panel(axes, [p for p in points if p.check == check], names, dtypes)
+            axes.set(title=check, xlabel="sequence length L (tokens; implementations side by side)")
+        panels[0].set_ylabel("error / norm of the truth (dimensionless)")
+        failed = any(not p.passed for p in points)
+        figure.legend(handles=_legend(names, dtypes, failed), loc="outside lower center", ncols=4, frameon=False)
+        paths = [folder / f"error-vs-length.{ending}" for ending in ("png", "svg")]
+        for path in paths:
+            figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else {})
+    return paths
+
+
+def _point(record: Record) -> _Point | None:
+    """The tensor with the most budgets spent in l2. A log scale has no place for errors that are 0 or infinite."""
+    length = re.search(r"(?:^|-)L(\d+)(?:-|$)", record.case)
+    if record.subject != "scan" or record.check not in CHECKS or not length or int(length[1]) == 0:
+        return None
+    found = [f for f in record.findings if f.norm == "l2" and f.scale > 0 and f.budget > 0 and f.error > 0]
+    found = [f for f in found if math.isfinite(f.error / f.scale)]
+    if not found or record.dtype not in DTYPES:
+        return None
+    worst = max(found, key=lambda f: f.ratio)
+    error, budget = worst.error / worst.scale, worst.budget / worst.scale
+    return _Point(record.check, record.implementation, record.dtype, int(length[1]), error, budget, worst.passed)
+
+
+def _panel(axes: Axes, points: list[_Point], names: list[str], dtypes: list[str]) -> None:
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.grid(True, which="major", color="0.9")
+    axes.set_axisbelow(True)
+    for p in points:
+        place = names.index(p.implementation)
+        x = p.length * 1.07 ** (place - (len(names) - 1) / 2)  # side by side, or the last would hide the others
+        look: dict[str, Any] = {"color": _colour(place), "markersize": 5, "markeredgecolor": "white", "markeredgewidth": 0.4}
+        axes.plot(x, p.error, MARKERS[p.dtype], **look)
+        if not p.passed:
+            axes.plot(x, p.error, "o", markersize=12, markerfacecolor="none", markeredgecolor="black")
+    for dtype in dtypes:
+        budgets: dict[int, float] = {}
+        for p in points:
+            if p.dtype == dtype:  # the least of them: what lies below has passed
+                budgets[p.length] = min(p.budget, budgets.get(p.length, math.inf))
+        if budgets:
+            lengths = sorted(budgets)
+            axes.plot(lengths, [budgets[n] for n in lengths], color="0.3", linewidth=1, dashes=DASHES[dtype])
+    if not points:
+        axes.text(0.5, 0.5, "nothing to draw", ha="center", transform=axes.transAxes)
+
+
+def _legend(names: list[str], dtypes: list[str], failed: bool) -> list[Line2D]:
+    lines = [Line2D([], [], color=_colour(i), linewidth=5, label=name) for i, name in enumerate(names)]
+    for d in dtypes:
+        lines.append(Line2D([], [], color="0.3", marker=MARKERS[d], linewidth=0, label=d))
+    for d in dtypes:
+        lines.append(Line2D([], [], color="0.3", linewidth=1, dashes=DASHES[d], label=f"least budget, {d}"))
+    if failed:
+        ring = Line2D([], [], marker="o", linewidth=0, markersize=10, markerfacecolor="none", markeredgecolor="black")
+        ring.set_label("FAILED")
+        lines.append(ring)
+    return lines
+
+
+def _colour(place: int) -> str:
+    return COLOURS[place % len(COLOURS)]

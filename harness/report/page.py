@@ -1,0 +1,120 @@
+"""The page of a parity run: the verdict and what it does not cover first, the evidence below."""
+
+import math
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from harness.report import figures, tables
+from harness.store import Run
+from harness.video import SHIPPED
+
+HOW = """\
+There is one tolerance rule and no hand-typed tolerance. Truth is the reference in float64, plain is the reference in the
+case's own precision. An implementation may be wrong by twice what plain is wrong by, plus one unit roundoff of the truth's
+size (of the dtype in which plain returns the tensor, plus 8 unit roundoffs of float32 for a hardware exp2; none in float64):
+that is one budget, and an error above 1 budget fails. Every output, state and gradient is held to it in two norms, L2 and
+max-abs, each pooled (root mean square) over the seeds; where truth and plain are exactly 0, exactly 0 is due (`zero`), and
+NaN or infinity never passes. `inf` budgets means an error where none is allowed, or no number at all.
+
+- `forward` asks it of outputs and states, `backward` of the gradients of every input, parameter and state.
+- `gradcheck` asks whether the reference's own gradients are the slopes of its outputs, by finite differences in float64.
+- `chunks` asks whether a sequence cut anywhere and chained by its state equals the whole.
+- `determinism` asks whether the same call gives the same bits again, here and in another process.
+- `layout` asks whether a state_dict has the reference's names, shapes and dtypes.
+
+`error`, `oom` and `timeout` count as failed. A skip is no pass: it says that a question was not asked, and why.
+Rivals are judged by the same rule and shown as plainly, but do not decide the exit code."""
+
+
+def write(run: Run) -> Path:
+    """Write report.md and its figures into the run's folder."""
+    plan, box = run.about.get("plan", {}), run.about.get("box", {})
+    subjects = list(dict.fromkeys(r.subject for r in run.records))
+    drawn = figures.error_against_length(run.records, run.folder)
+    plot = "Nothing to draw: no numbers of the scan's forward or backward."
+    if drawn:
+        png, svg = (path.name for path in drawn)
+        plot = f"![Error against sequence length]({png})\n\nIn vectors: [{svg}]({svg})"
+    parts = [
+        f"# Parity: grid {plan.get('grid', '?')} on {box.get('gpu') or box.get('cpu') or '?'}",
+        _verdict(run),
+        *_loud(run),
+        "## Checks and implementations",
+        *(f"### {s}\n\n{tables.matrix([r for r in run.records if r.subject == s])}" for s in subjects),
+        _video(run),
+        "## Failures", tables.failures(run.records),
+        "## Worst errors", "In budgets; above 1 fails.", tables.worst_errors(run.records),
+        "## Error against length", plot,
+        "## Skipped questions", tables.skips(run.records),
+        "## How to read this", HOW,
+        "## The box", _box(run),
+        "## Again", f"```\n{run.about.get('command', '(not recorded; the plan above says what was asked)')}\n```",
+    ]  # fmt: skip
+    path = run.folder / "report.md"
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return path
+
+
+def _verdict(run: Run) -> str:
+    ours, rivals = run.counts(), run.counts("rival")
+    word = "FAILED" if ours["failed"] else "PASSED" if ours["passed"] else "NOTHING OF OURS RAN"
+    word += f" SO FAR ({run.about.get('status')})" * (run.about.get("status") != "finished")
+    ours_said, rivals_said = (", ".join(f"{n} {k}" for k, n in counts.items()) for counts in (ours, rivals))
+    return f"**{word}.** ours: {ours_said}; rivals: {rivals_said}\n\n`{run.last_line()}`"
+
+
+def _loud(run: Run) -> list[str]:
+    """What a reader must know before trusting the verdict."""
+    plan, said = run.about.get("plan", {}), []
+    if mutant := plan.get("mutant"):
+        caught = "it was caught" if run.counts()["failed"] else "IT WAS NOT CAUGHT"
+        said.append(f"> **A BUG WAS PLANTED in fused: {mutant}** ({caught}). This run says nothing of the product.")
+    if run.about.get("status") == "interrupted":
+        said.append("> **INTERRUPTED.** Questions are missing; nothing below is the whole answer.")
+    elif run.about.get("status") != "finished":
+        said.append(f"> **NOT FINISHED** (status: {run.about.get('status')}). Questions are missing.")
+    if run.about.get("filtered"):
+        narrowed = [f"{k} {', '.join(plan[k])}" for k in ("subjects", "checks", "names", "dtypes", "cases") if plan.get(k)]
+        what = "; ".join([f"grid {plan.get('grid', '?')}", *narrowed])
+        said.append(f"> **FILTERED** ({what}). Less was asked than a licence needs; this run validates nothing.")
+    absent = [r for r in run.records if r.check == "all" and r.status == "skip"]
+    if absent:
+        lines = ["> **NOT RUN HERE.** These were not judged at all:", ">"]
+        lines += [f"> - {r.subject}: **{r.implementation}**{tables.mark(r)}: {tables.flat(r.reason)}" for r in absent]
+        said.append("\n".join(lines))
+    return ["## Not run here", *(said or ["Nothing is missing: every implementation ran, unfiltered, to the end."])]
+
+
+def _video(run: Run) -> str:
+    """Real input is a claim of its own."""
+    judged = [r for r in run.records if r.status != "skip" and "video" in r.case.split("-")]
+    cases = {(r.subject, r.case) for r in judged}
+    if not cases:
+        return "No case used frames of a real video."
+    chosen = run.about.get("plan", {}).get("video")
+    file = f"`{chosen}`" if chosen else f"the shipped clip, `{SHIPPED.name}`"
+    return f"{len(cases)} {'case' if len(cases) == 1 else 'cases'} used frames of a real video: {file}."
+
+
+def _box(run: Run) -> str:
+    about, box = run.about, run.about.get("box", {})
+    git = box.get("git", {})
+    state = {True: "WITH CHANGES", False: "clean", None: "unknown whether changed"}[git.get("dirty")]
+    rows: list[tuple[str, Any]] = [(k, box[k]) for k in box if k not in ("packages", "fingerprints", "settings", "git")]
+    rows += [("git", f"{git.get('commit') or 'no commit known'}, {state}")]
+    rows += [("accepted at commit", about["commit"])] if "commit" in about else []
+    for group in ("packages", "fingerprints", "settings"):
+        rows.append((group, ", ".join(f"{k} {'none' if v is None else v}" for k, v in box.get(group, {}).items())))
+    rows += [(k, about.get(k, "?")) for k in ("seeds", "started", "ended")]
+    rows.append(("wall time", _wall(run)))
+    rows += [(f"plan: {k}", v if isinstance(v, str | int) else ", ".join(v)) for k, v in about.get("plan", {}).items() if v]
+    return tables.table(["what", "is"], [(k, "none" if v is None else v) for k, v in rows])
+
+
+def _wall(run: Run) -> str:
+    spent = math.fsum(r.seconds for r in run.records)
+    if not {"started", "ended"} <= run.about.keys():
+        return f"{spent:.0f} s in questions"
+    wall = datetime.fromisoformat(run.about["ended"]) - datetime.fromisoformat(run.about["started"])
+    return f"{wall.total_seconds():.0f} s from start to end, {spent:.0f} s of them in questions"
