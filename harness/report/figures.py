@@ -18,7 +18,8 @@ CHECKS = ("forward", "backward")
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")  # Okabe and Ito, told apart by all
 MARKERS = dict(zip(DTYPES, "osD^", strict=True))
 DASHES = dict(zip(DTYPES, ((6, 3), (2, 2), (6, 2, 1, 2), (1, 3)), strict=True))
-STYLE: dict[Any, Any] = {"svg.hashsalt": "parity", "svg.fonttype": "none", "font.size": 9}  # the same records give the same file
+# The same records give the same file.
+STYLE: dict[Any, Any] = {"svg.hashsalt": "parity", "svg.fonttype": "none", "font.size": 9}
 
 
 class _Point(NamedTuple):
@@ -33,14 +34,19 @@ class _Point(NamedTuple):
 
 def error_against_length(records: Iterable[Record], folder: Path) -> list[Path]:
     """error-vs-length.png and .svg in the folder; none if no record of the scan can be drawn."""
-    points = [p for r in records if (p := _point(r))]
+    drawable = [(r, _point(r)) for r in records]
+    points = [p for _, p in drawable if p]
     if not points:
         return []
     names = list(dict.fromkeys(p.implementation for p in points))
     dtypes = [d for d in DTYPES if any(p.dtype == d for p in points)]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 5.6), layout="constrained")
-        figure.suptitle("Selective scan: L2 error of the worst tensor against the float64 reference, RMS over the seeds")
+        lost = sum(r.failed and p is None and r.subject == "scan" and r.check in CHECKS for r, p in drawable)
+        figure.suptitle(
+            "Selective scan: L2 error of the worst tensor against the float64 reference, RMS over the seeds"
+            + f"\nNOT DRAWN, without a finite number: {lost} FAILED" * bool(lost)
+        )
         panels = figure.subplots(1, len(CHECKS), sharex=True, sharey=True)
         for axes, check in zip(panels, CHECKS, strict=True):
             _panel(axes, [p for p in points if p.check == check], names, dtypes)
@@ -55,7 +61,9 @@ def error_against_length(records: Iterable[Record], folder: Path) -> list[Path]:
 
 
 def _point(record: Record) -> _Point | None:
-    """The tensor with the most budgets spent in l2. A log scale has no place for errors that are 0 or infinite."""
+    """The worst tensor in l2: if any failed, the one with the most budgets spent, else the one with the largest error, which
+    is returned in the case's dtype (a bfloat16 case also returns float32 gradients, whose budget is another).
+    A log scale has no place for errors that are 0 or infinite."""
     length = re.search(r"(?:^|-)L(\d+)(?:-|$)", record.case)
     if record.subject != "scan" or record.check not in CHECKS or not length or int(length[1]) == 0:
         return None
@@ -63,9 +71,9 @@ def _point(record: Record) -> _Point | None:
     found = [f for f in found if math.isfinite(f.error / f.scale)]
     if not found or record.dtype not in DTYPES:
         return None
-    worst = max(found, key=lambda f: f.ratio)
+    worst = max(found, key=lambda f: (not f.passed, f.error / f.scale if f.passed else f.ratio))
     error, budget = worst.error / worst.scale, worst.budget / worst.scale
-    return _Point(record.check, record.implementation, record.dtype, int(length[1]), error, budget, worst.passed)
+    return _Point(record.check, record.implementation, record.dtype, int(length[1]), error, budget, not record.failed)
 
 
 def _panel(axes: Axes, points: list[_Point], names: list[str], dtypes: list[str]) -> None:
@@ -83,7 +91,7 @@ def _panel(axes: Axes, points: list[_Point], names: list[str], dtypes: list[str]
     for dtype in dtypes:
         budgets: dict[int, float] = {}
         for p in points:
-            if p.dtype == dtype:  # the least of them: what lies below has passed
+            if p.dtype == dtype and p.passed:  # what failed may be a tensor of another dtype; a ring says that it failed
                 budgets[p.length] = min(p.budget, budgets.get(p.length, math.inf))
         if budgets:
             lengths = sorted(budgets)

@@ -117,6 +117,7 @@ def test_figures_are_drawn_and_shown(run):
     assert (run.folder / "error-vs-length.png").read_bytes().startswith(b"\x89PNG")
     svg = (run.folder / "error-vs-length.svg").read_text()
     assert all(word in svg for word in ("fused:torch", "bfloat16", "least budget, float32", "FAILED", "tokens"))
+    assert "NOT DRAWN, without a finite number: 1 FAILED" in svg  # the rival's error
 
 
 def test_interrupted_filtered_and_planted_are_loud(tmp_path):
