@@ -14,11 +14,11 @@ import fused
 from fused import backends, stamp
 from harness import environment, parity
 from harness import subject as registry
-from harness.report import page
 from harness.case import Case
 from harness.plan import GRIDS, Plan, UsageError
 from harness.progress import Progress
 from harness.record import Record
+from harness.report import page
 from harness.store import ACCEPTED, Run, StoreError
 
 PASSED, FAILED, USAGE, NOTHING, UNFIT, INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -89,10 +89,19 @@ def run_parity(
     environment.prepare()
     where = device or default_device()
     plan = Plan(
-        grid or ("full" if where.startswith("cuda") else "smoke"), where, *map(tuple, (subject or (), check or (), impl or ())),
-        dtypes=tuple(dtype or ()), cases=tuple(case or ()), video=video, added=tuple(added or ()), rivals=tuple(rival or ()),
-        mutant=mutant, threads=torch.get_num_threads(),
-    )  # fmt: skip
+        grid=grid or ("full" if where.startswith("cuda") else "smoke"),
+        device=where,
+        subjects=tuple(subject or ()),
+        checks=tuple(check or ()),
+        names=tuple(impl or ()),
+        dtypes=tuple(dtype or ()),
+        cases=tuple(case or ()),
+        video=video,
+        added=tuple(added or ()),
+        rivals=tuple(rival or ()),
+        mutant=mutant,
+        threads=torch.get_num_threads(),
+    )
     points = plan.points()
     if dry_run:
         raise typer.Exit(list_cases(plan, points))

@@ -80,6 +80,7 @@ def whose(package: str) -> Path | None:
 
 def git() -> dict[str, Any]:
     """Commit of the checkout and whether files differ from it; None for both where git or the checkout is missing."""
+
     def ask(*words: str) -> str | None:
         try:
             done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, timeout=20)

@@ -85,7 +85,10 @@ class Tally:
         worst = torch.unravel_index(off.argmax(), off.shape) if off.numel() else ()
         self._samples.setdefault(name, []).append(
             _Sample(
-                _norms(off), _norms(plain.double() - exact), _norms(exact), tuple(int(i) for i in worst),
+                _norms(off),
+                _norms(plain.double() - exact),
+                _norms(exact),
+                tuple(int(i) for i in worst),
                 _largest(got[zero].double()) if bool(zero.any()) else None,
             )  # fmt: skip
         )

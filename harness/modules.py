@@ -1,6 +1,7 @@
 """What the subjects that are modules share: precision, parameters in a trained model's range, calls without module state."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -54,6 +55,13 @@ def precision(case: Case, leaves: dict[str, Tensor]) -> Iterator[None]:
     on = case.has("autocast") and leaf.dtype != torch.float64
     with torch.autocast(leaf.device.type, dtype=case.torch_dtype, enabled=on):
         yield
+
+
+@functools.lru_cache(maxsize=32)
+def on_meta(build: Callable[..., nn.Module], call: Callable[..., Any], case: Case) -> nn.Module:
+    """The module of a case without memory for its parameters, which come from the leaves."""
+    with torch.device("meta"):
+        return build(call, case)
 
 
 class _Method(nn.Module):

@@ -78,7 +78,7 @@ class Run:
             os.fsync(file.fileno())
 
     def finish(self, status: str) -> None:
-        """"finished" or "interrupted"."""
+        """ "finished" or "interrupted"."""
         self.about |= {"status": status, "ended": _now()}
         self.save()
 

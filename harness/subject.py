@@ -109,5 +109,3 @@ def name_of(module: ModuleType) -> str:
 def _modules(package: ModuleType) -> dict[str, ModuleType]:
     names = sorted(m.name for m in pkgutil.iter_modules(package.__path__))
     return {name: importlib.import_module(f"{package.__name__}.{name}") for name in names}
-
-

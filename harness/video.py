@@ -33,9 +33,7 @@ class VideoError(ValueError):
         super().__init__(f"{path}: {wrong}; {allowed}")
 
 
-def read_clip(
-    path: str | Path, frames: int, size: int, *, start: float = 0.0, stop: float = 1.0
-) -> Float[Tensor, "3 T H W"]:
+def read_clip(path: str | Path, frames: int, size: int, *, start: float = 0.0, stop: float = 1.0) -> Float[Tensor, "3 T H W"]:
     """`frames` frames of the part of the video from `start` to `stop`, each (3, size, size), float32, normalised.
 
     The short side is resized to `size` (torch's bilinear interpolation with antialiasing, in float32, not rounded to

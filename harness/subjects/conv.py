@@ -17,6 +17,7 @@ TIME = {"x": 1, "y": 1}
 
 def cases(grid: str) -> list[Case]:
     """Lengths around the window, where its edges are; in `full` also the model's own."""
+
     def shape(B: int, L: int, E: int, K: int) -> dict[str, int]:
         return {"B": B, "L": L, "E": E, "K": K}
 
@@ -37,6 +38,7 @@ def cases(grid: str) -> list[Case]:
 
 def implementations() -> list[Implementation]:
     """The reference, and `fused.causal_conv1d` by backend."""
+
     def call_with(backend: str) -> Callable[..., Any]:
         return lambda *args, **options: fused.conv.causal_conv1d(*args, **options, backend=backend)
 

@@ -1,5 +1,6 @@
 """VideoMambaEncoder: masked tokens, pooled feature, CLIP decoder."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from harness.subjects import videomamba
 
 def cases(grid: str) -> list[Case]:
     """Masks, pooling types, both ways of the last feature, images; random clips and frames of the video."""
+
     def shape(B: int, T: int, S: int, D: int) -> dict[str, int]:
         return {"B": B, "T": T, "S": S, "D": D, "L": 1 + T * (S // 16) ** 2}
 
@@ -39,8 +41,10 @@ def cases(grid: str) -> list[Case]:
     ]
 
 
+@functools.lru_cache(maxsize=1)
 def implementations() -> list[Implementation]:
     """`VideoMambaEncoder` of the reference and of `fused`, by backend."""
+
     def call_with(backend: str) -> Callable[..., Any]:
         return lambda config: fused.VideoMambaEncoder(fused.VideoMambaConfig(**config), backend=backend)
 
@@ -59,7 +63,7 @@ def build(call: Callable[..., Any], case: Case) -> nn.Module:
 def draw(case: Case, seed: int) -> dict[str, Tensor]:
     """A clip, of one tubelet for an image, and a trained model's parameters."""
     clip = videomamba.clip(case, seed)
-    module = videomamba.model_on_meta(build, implementations()[0].call, case)
+    module = modules.on_meta(build, implementations()[0].call, case)
     return {"clip": clip[:, :, :1] if case.has("one") else clip} | modules.parameters(module, case, seed)
 
 
@@ -75,7 +79,7 @@ def mask(case: Case) -> Tensor | None:
 
 def precise(case: Case) -> set[str]:
     """See `harness.modules.precise`."""
-    return modules.precise(case, videomamba.model_on_meta(build, implementations()[0].call, case), {"clip"}, set())
+    return modules.precise(case, modules.on_meta(build, implementations()[0].call, case), {"clip"}, set())
 
 
 def silent(case: Case) -> set[str]:
@@ -92,7 +96,7 @@ def evaluate(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor]) ->
     """Tokens, pooled and aligned features."""
     hidden = mask(case)
     hidden = hidden.to(leaves["clip"].device) if hidden is not None else None
-    model = videomamba.model_on_meta(build, call, case)
+    model = modules.on_meta(build, call, case)
     with modules.precision(case, leaves):
         out = modules.call(model, leaves, lambda m, x: m(x, hidden, case.has("one"), case.has("temporal")), leaves["clip"])
     return dict(out._asdict())

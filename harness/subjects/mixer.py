@@ -1,5 +1,6 @@
 """The Mamba mixer, bidirectional or causal with state."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from harness.subject import Implementation, fused_implementations
 
 def cases(grid: str) -> list[Case]:
     """Both kinds at the model's widths; `causal` ones with `state` are cut in the check `chunks`."""
+
     def shape(B: int, L: int, D: int) -> dict[str, int]:
         return {"B": B, "L": L, "D": D}
 
@@ -26,8 +28,10 @@ def cases(grid: str) -> list[Case]:
     return tiny + modules.precisions([*small, *wide], "mixer", half=True)
 
 
+@functools.lru_cache(maxsize=1)
 def implementations() -> list[Implementation]:
     """`Mamba` of the reference and of `fused`, by backend."""
+
     def call_with(backend: str) -> Callable[..., Any]:
         return lambda *args, **options: fused.Mamba(*args, **options, backend=backend)
 
@@ -39,14 +43,9 @@ def build(call: Callable[..., Any], case: Case) -> nn.Module:
     return call(case["D"], bimamba=not case.has("causal"))
 
 
-def _module(call: Callable[..., Any], case: Case) -> nn.Module:
-    with torch.device("meta"):
-        return build(call, case)
-
-
 def draw(case: Case, seed: int) -> dict[str, Tensor]:
     """Normed tokens, a trained model's parameters, and states if they are carried."""
-    module = _module(reference.Mamba, case)
+    module = modules.on_meta(build, reference.Mamba, case)
     leaves = {"hidden": case.normal(seed, "hidden", case["B"], case["L"], case["D"])} | modules.parameters(module, case, seed)
     if case.has("state"):
         leaves["conv_state"] = case.normal(seed, "conv_state", case["B"], 2 * case["D"], 3)
@@ -56,7 +55,7 @@ def draw(case: Case, seed: int) -> dict[str, Tensor]:
 
 def precise(case: Case) -> set[str]:
     """See `harness.modules.precise`; a conv state is in the tokens' dtype, an SSM state in float32."""
-    names = modules.precise(case, _module(reference.Mamba, case), {"hidden"}, {"ssm_state"})
+    names = modules.precise(case, modules.on_meta(build, reference.Mamba, case), {"hidden"}, {"ssm_state"})
     return names if case.has("cast", "autocast") else names | {"conv_state"}
 
 
@@ -82,7 +81,7 @@ def evaluate(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor]) ->
 
 def chunked(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor], cuts: tuple[int, ...]) -> dict[str, Tensor]:
     """Chunks chained by the state; the whole is one chunk."""
-    module = _module(call, case)
+    module = modules.on_meta(build, call, case)
     if not case.has("state"):
         with modules.precision(case, leaves):
             return {"out": modules.call(module, leaves, lambda m, x: m(x), leaves["hidden"])}

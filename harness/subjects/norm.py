@@ -15,13 +15,12 @@ from harness.subjects.scan import EVERY
 
 def cases(grid: str) -> list[Case]:
     """Both kinds, with and without a residual, prenorm or not, residual in float32 or in x's dtype."""
+
     def shape(B: int, L: int, D: int) -> dict[str, int]:
         return {"B": B, "L": L, "D": D}
 
     options: list[tuple[str, ...]] = [
-        (f"kind={kind}", *rest)
-        for kind in ("rms", "layer")
-        for rest in ((), ("first",), ("last",), ("low",), ("low", "first"))
+        (f"kind={kind}", *rest) for kind in ("rms", "layer") for rest in ((), ("first",), ("last",), ("low",), ("low", "first"))
     ]
     small = [
         *cross("norm", [shape(2, 3, 8)], options, ["float64"]),
@@ -38,6 +37,7 @@ def cases(grid: str) -> list[Case]:
 
 def implementations() -> list[Implementation]:
     """The reference, and `fused.add_norm` by backend."""
+
     def call_with(backend: str) -> Callable[..., Any]:
         return lambda *args, **options: fused.norm.add_norm(*args, **options, backend=backend)
 

@@ -18,6 +18,7 @@ TIME = {"u": 1, "delta": 1, "B": 1, "C": 1, "z": 1, "y": 1}
 
 def cases(grid: str) -> list[Case]:
     """Smoke: odd and short lengths, every option; full: the model's own lengths; both cross 12,545 tokens once."""
+
     def shape(B: int, L: int, E: int, N: int) -> dict[str, int]:
         return {"B": B, "L": L, "E": E, "N": N}
 
@@ -46,6 +47,7 @@ def cases(grid: str) -> list[Case]:
 
 def implementations() -> list[Implementation]:
     """The reference, and `fused.selective_scan` by backend, looked up at the call so that a planted bug is met."""
+
     def call_with(backend: str) -> Callable[..., Any]:
         return lambda *args, **options: fused.scan.selective_scan(*args, **options, backend=backend)
 

@@ -1,5 +1,6 @@
 """VideoMamba, the classifier."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ NAMED: dict[str, dict[str, Any]] = {
 
 def cases(grid: str) -> list[Case]:
     """Frames T of S pixels, width D, two layers: random clips and frames of the video, every variant of the model once."""
+
     def shape(B: int, T: int, S: int, D: int) -> dict[str, int]:
         L = 1 + T * (S // 16) ** 2
         return {"B": B, "T": T, "S": S, "D": D, "L": L}
@@ -44,8 +46,10 @@ def cases(grid: str) -> list[Case]:
     ]
 
 
+@functools.lru_cache(maxsize=1)
 def implementations() -> list[Implementation]:
     """`VideoMamba` of the reference and of `fused`, by backend."""
+
     def call_with(backend: str) -> Callable[..., Any]:
         return lambda config: fused.VideoMamba(fused.VideoMambaConfig(**config), backend=backend)
 
@@ -69,15 +73,9 @@ def build(call: Callable[..., Any], case: Case) -> nn.Module:
     return call(config(case))
 
 
-def model_on_meta(subject_build: Callable[..., nn.Module], call: Callable[..., Any], case: Case) -> nn.Module:
-    """The model without memory for its parameters, which come from the leaves."""
-    with torch.device("meta"):
-        return subject_build(call, case)
-
-
 def draw(case: Case, seed: int) -> dict[str, Tensor]:
     """A clip and a trained model's parameters."""
-    module = model_on_meta(build, implementations()[0].call, case)
+    module = modules.on_meta(build, implementations()[0].call, case)
     return {"clip": clip(case, seed)} | modules.parameters(module, case, seed)
 
 
@@ -95,7 +93,7 @@ def clip(case: Case, seed: int) -> Tensor:
 
 def precise(case: Case) -> set[str]:
     """See `harness.modules.precise`."""
-    return modules.precise(case, model_on_meta(build, implementations()[0].call, case), {"clip"}, set())
+    return modules.precise(case, modules.on_meta(build, implementations()[0].call, case), {"clip"}, set())
 
 
 def silent(case: Case) -> set[str]:
@@ -117,13 +115,14 @@ def evaluate(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor]) ->
     """Logits, or in a causal model with state the final tokens and every layer's states."""
     if case.has("state"):
         return chunked(call, case, leaves, (0,))
-    model = model_on_meta(build, call, case)
+    model = modules.on_meta(build, call, case)
     with modules.precision(case, leaves):
         return {"logits": modules.call(model, leaves, lambda m, x: m(x), leaves["clip"])}
 
 
 def chunked(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor], cuts: tuple[int, ...]) -> dict[str, Tensor]:
     """Embedded tokens cut anywhere and sent through all layers chunk by chunk."""
+
     def run(model: Any, clip: Tensor) -> tuple[Tensor, Any]:
         tokens, state, outputs = model.embed(clip), None, []
         for start, stop in zip(cuts, (*cuts[1:], case["L"]), strict=True):
@@ -131,7 +130,7 @@ def chunked(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor], cut
             outputs.append(out)
         return torch.cat(outputs, dim=1), state
 
-    model = model_on_meta(build, call, case)
+    model = modules.on_meta(build, call, case)
     with modules.precision(case, leaves):
         tokens, states = modules.call(model, leaves, run, leaves["clip"])
     named = {f"{kind}_state.{i}": s for i, layer in enumerate(states) for kind, s in zip(("conv", "ssm"), layer, strict=True)}
