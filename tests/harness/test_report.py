@@ -83,7 +83,8 @@ def test_matrix(run):
 
 def test_failures_with_the_command_ours_first(run):
     said = text(run)
-    assert f"""\
+    assert (
+        f"""\
 1. **FAIL** (ours) backward, scan, fused:torch, B1-L63-E4-N2-bfloat16
 
    delta.grad, max: error 0.03, may be 0.01 (3 budgets), worst at (0, 62, 3); 2 of 3 findings fail
@@ -99,7 +100,9 @@ def test_failures_with_the_command_ours_first(run):
    ```
    again other
    ```
-""" in said
+"""
+        in said
+    )
 
 
 def test_worst_errors_skips_video_and_box(run):

@@ -1,0 +1,30 @@
+"""Every planted bug makes `parity` exit 1, in float32 and in bfloat16; the same questions without it exit 0."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from harness.cli import app
+from harness.store import Run
+from harness.subject import mutants
+
+NARROW = {"forget_last_token": ("--impl", "fused:torch")}
+
+
+def parity(out: Path, *options: str) -> int:
+    return CliRunner().invoke(app, ["parity", "--grid", "smoke", "--device", "cpu", "--out", str(out), *options]).exit_code
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mutant", sorted(mutants()))
+def test_planted_bug_is_caught(mutant: str, dtype: str, tmp_path: Path) -> None:
+    where = (*importlib.import_module(f"harness.mutants.{mutant}").WHERE, *NARROW.get(mutant, ()), "--dtype", dtype)
+    quick = () if "--check" in where else ("--check", "forward", "--check", "backward")
+    assert parity(tmp_path / "honest", *where, *quick) == 0
+    assert parity(tmp_path / "planted", *where, *quick, "--mutant", mutant) == 1
+    records = Run.open(tmp_path / "planted").records
+    assert any(r.status == "fail" and r.role == "ours" for r in records)
+    assert not any(r.status == "error" for r in records)
+    assert mutant in (tmp_path / "planted" / "report.md").read_text()

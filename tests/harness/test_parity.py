@@ -1,0 +1,137 @@
+"""The judge's command line: filters, exit codes, added implementations, resume, records."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+import reference
+from harness.cli import FAILED, NOTHING, PASSED, app
+from harness.finding import Tally
+from harness.plan import UsageError
+from harness.record import Record
+from harness.store import Run, StoreError
+
+TINY = ("--subject", "scan", "--dtype", "float32", "--case", "B3-L7-E10-N16-float32")
+
+
+def parity(*options: str) -> Result:
+    return CliRunner().invoke(app, ["parity", "--grid", "smoke", "--device", "cpu", *options])
+
+
+def nan_scan(*args, **options):
+    y, state = reference.selective_scan(*args, **options)
+    return y * float("nan"), state
+
+
+def shy_scan(*args, **options):
+    raise NotImplementedError("never does anything")
+
+
+def unrepeatable_scan(*args, **options):
+    y, state = reference.selective_scan(*args, **options)
+    return y * (1 + 1e-7 * torch.rand(1, generator=None).to(y)), state
+
+
+def scan_in_their_layout(u, delta, A, B, C, D, z, delta_bias, softplus, return_last):
+    lines = (u.transpose(1, 2), delta.transpose(1, 2), A, B.permute(0, 3, 1, 2), C.permute(0, 3, 1, 2), D)
+    y, state = reference.selective_scan(*lines, None if z is None else z.transpose(1, 2), delta_bias, softplus=softplus)
+    return y.transpose(1, 2), state
+
+
+def test_passes_and_says_so(tmp_path: Path) -> None:
+    done = parity(*TINY, "--out", str(tmp_path))
+    assert done.exit_code == PASSED, done.output
+    assert done.output.splitlines()[-1].startswith("4 passed, 0 failed, 1 skipped")
+    run = Run.open(tmp_path)
+    asked = {(r.implementation, r.check) for r in run.records if r.status == "pass"}
+    ours = {("fused:torch", c) for c in ("forward", "backward", "determinism")}
+    assert asked == ours | {("reference", "determinism")}
+    assert {r.implementation for r in run.records if r.status == "skip"} == {"fused:native", "fused:mamba_ssm"}
+
+
+@pytest.mark.parametrize(
+    ("call", "check", "status"),
+    [("nan_scan", "forward", "fail"), ("shy_scan", "forward", "skip"), ("unrepeatable_scan", "determinism", "fail")],
+)
+def test_added_implementation(call: str, check: str, status: str, tmp_path: Path) -> None:
+    added = ("--with", f"scan:mine=test_parity:{call}", "--impl", "mine", "--check", check)
+    done = parity(*TINY, *added, "--out", str(tmp_path / "ours"))
+    assert [r.status for r in Run.open(tmp_path / "ours").records] == [status]
+    assert done.exit_code == {"fail": FAILED, "skip": NOTHING}[status]
+    if status == "fail":
+        assert "--impl mine" in done.output and "--with" in done.output
+        rival = parity(*TINY, *added, "--rival", "mine", "--out", str(tmp_path / "rival"))
+        assert rival.exit_code == PASSED and "rivals: 0 passed, 1 failed" in rival.output
+
+
+def test_adapter_for_mamba_ssms_layout(tmp_path: Path) -> None:
+    added = ("--with", "scan:theirs=test_parity:scan_in_their_layout@mamba_ssm", "--impl", "theirs")
+    done = parity("--subject", "scan", "--case", "B3-L7-*-float32", *added, "--check", "forward", "--out", str(tmp_path))
+    assert done.exit_code == PASSED, done.output
+    assert {r.status for r in Run.open(tmp_path).records} == {"pass", "skip"}
+
+
+def test_resume_asks_only_what_is_left(tmp_path: Path) -> None:
+    assert parity(*TINY, "--out", str(tmp_path)).exit_code == PASSED
+    path = tmp_path / "records.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]) + lines[-1][:20])  # a kill in the middle of a line
+    assert parity(*TINY, "--out", str(tmp_path), "--resume").exit_code == PASSED
+    before, after = (sorted(json.loads(x)["check"] for x in ls) for ls in (lines, path.read_text().splitlines()))
+    assert before == after
+    assert isinstance(parity("--subject", "conv", "--out", str(tmp_path), "--resume").exception, StoreError)
+
+
+@pytest.mark.parametrize(
+    ("options", "allowed"),
+    [
+        (("--subject", "scam"), "scan"), (("--dtype", "int8"), "bfloat16"), (("--impl", "nobody"), "fused:torch"),
+        (("--with", "scan:x=nowhere:f"), "nowhere"), (("--with", "garbage"), "SUBJECT:NAME"),
+        (("--video", "/no/file"), "not a file"),
+    ],
+)  # fmt: skip
+def test_wrong_wishes_say_what_is_allowed(options: tuple[str, ...], allowed: str) -> None:
+    error = parity(*options).exception
+    assert isinstance(error, UsageError) and allowed in str(error)
+
+
+def test_nothing_ran_is_not_green(tmp_path: Path) -> None:
+    assert parity("--subject", "scan", "--case", "no-such-case", "--out", str(tmp_path)).exit_code == NOTHING
+
+
+def test_dry_run_runs_nothing() -> None:
+    done = parity(*TINY, "--dry-run")
+    assert done.exit_code == PASSED and "B3-L7-E10-N16-float32" in done.output and "1 cases" in done.output
+
+
+def test_impossible_records_cannot_be_built() -> None:
+    with pytest.raises(ValueError, match="findings"):
+        Record("scan", "x", "ours", "forward", "c", "float32", "pass")
+    with pytest.raises(ValueError, match="over its budget"):
+        Record("scan", "x", "ours", "forward", "c", "float32", "fail")
+    with pytest.raises(ValueError, match="says why"):
+        Record("scan", "x", "ours", "forward", "c", "float32", "skip")
+
+
+def test_the_rule() -> None:
+    """Twice plain's error and one rounding is allowed, in each norm; a stray value where 0 is due is not; NaN is not."""
+    truth = torch.linspace(1, 2, 64, dtype=torch.float64)
+    plain = truth.float()
+
+    def verdict(got: torch.Tensor, truth: torch.Tensor = truth, plain: torch.Tensor = plain) -> dict[str, bool]:
+        tally = Tally()
+        tally.add("x", got, plain, truth)
+        return {f.norm: f.passed for f in tally.findings()}
+
+    assert verdict(plain) == {"l2": True, "max": True}
+    assert verdict(plain * (1 + 2e-6)) == {"l2": False, "max": False}
+    one_off = plain.clone()
+    one_off[5] += 3e-6
+    assert verdict(one_off) == {"l2": True, "max": False}
+    assert not any(verdict(torch.where(truth > 1.5, torch.nan, truth).float()).values())
+    assert verdict(plain.double()) == {"form": False}
+    zeros = torch.zeros(4)
+    assert verdict(zeros + 1e-30, zeros.double(), zeros)["zero"] is False
