@@ -32,7 +32,7 @@ def shy_scan(*args, **options):
 
 def unrepeatable_scan(*args, **options):
     y, state = reference.selective_scan(*args, **options)
-    return y * (1 + 1e-7 * torch.rand(1, generator=None).to(y)), state
+    return y * (1 + 1e-4 * torch.rand(1).to(y)), state
 
 
 def scan_in_their_layout(u, delta, A, B, C, D, z, delta_bias, softplus, return_last):
