@@ -8,7 +8,9 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-SEEDS = (0, 1, 2, 3)
+SEEDS = 4  # how many seeds a question pools
+SMALL, MANY = 4096, 16  # a case with fewer token values has too few to average over, and pools this many
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -41,6 +43,13 @@ class Case:
     def name(self) -> str:
         """What the case is called on the command line and in records; unique within a subject."""
         return "-".join([*(f"{k}{v}" for k, v in self.dims), *self.options, self.dtype])
+
+    @property
+    def seeds(self) -> range:
+        """The seeds pooled: a ratio of two rounding errors needs a sample, of tokens or of seeds. Slopes need none."""
+        sizes = dict(self.dims)
+        values = sizes["B"] * sizes["L"] * sizes.get("E", sizes.get("D", 1))
+        return range(MANY if values < SMALL and self.dtype != "float64" else SEEDS)
 
     @property
     def torch_dtype(self) -> torch.dtype:

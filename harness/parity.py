@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 
 from fused import stamp
-from harness.case import DTYPES, SEEDS, Case
+from harness.case import DTYPES, Case
 from harness.elsewhere import Elsewhere
 from harness.finding import Finding, PlainNotFinite
 from harness.plan import Plan
@@ -21,10 +21,12 @@ from harness.store import Run, StoreError
 from harness.subject import Implementation, subjects
 from harness.trial import Trial
 
+KEPT = 12
+
 
 def about(plan: Plan, box: dict) -> dict:
     """What run.json says of a parity run at its start."""
-    return {"kind": "parity", "plan": asdict(plan), "box": box, "seeds": len(SEEDS), "filtered": plan.filtered}
+    return {"kind": "parity", "plan": asdict(plan), "box": box, "filtered": plan.filtered}
 
 
 def resumable(run: Run, plan: Plan, box: dict) -> None:
@@ -92,8 +94,15 @@ def ask(plan: Plan, trial: Trial, name: str, check: ModuleType, implementation: 
             status, reason = "error", f"{type(error).__name__}: {str(error)[:600]}"
     return Record(
         case.subject, implementation.name, implementation.role, name, case.name, case.dtype, status,
-        round(time.perf_counter() - begin, 4), reason, tuple(findings), plan.command(case, implementation.name, name),
+        round(time.perf_counter() - begin, 4), reason, nearest(findings), plan.command(case, implementation.name, name),
     )  # fmt: skip
+
+
+def nearest(findings: list[Finding]) -> tuple[Finding, ...]:
+    """What a record keeps: the findings over their budgets and the closest to them, at most KEPT of either."""
+    ranked = sorted(findings, key=lambda f: (f.passed, -f.ratio))
+    over = [f for f in ranked if not f.passed]
+    return tuple(over[:KEPT] + ranked[len(over) : len(over) + KEPT])
 
 
 def absences(plan: Plan) -> Iterator[Record]:
@@ -109,7 +118,7 @@ def absences(plan: Plan) -> Iterator[Record]:
 def cost(plan: Plan, case: Case) -> float:
     """Relative cost of a case: scan steps of the truth and plain runs over all seeds, with room for what is judged."""
     factor = 1.0 if case.has("infer") else 4.0
-    return (subjects()[case.subject].steps(case) + 20) * factor * 2 * len(SEEDS)
+    return (subjects()[case.subject].steps(case) + 20) * factor * 2 * len(case.seeds)
 
 
 def save_tensors(folder: Path, trial: Trial, record: Record, implementation: Implementation) -> None:
@@ -140,7 +149,7 @@ def memory(case: Case) -> float:
     sizes = dict(case.dims)
     width = sizes.get("E", 2 * sizes.get("D", 1))
     tokens = sizes.get("B", 1) * sizes.get("L", 1) * width
-    return 8 * (len(SEEDS) * 16 * tokens + 64 * 8 * sizes.get("B", 1) * width * sizes.get("N", 16)) / 2**20
+    return 8 * (len(case.seeds) * 16 * tokens + 64 * 8 * sizes.get("B", 1) * width * sizes.get("N", 16)) / 2**20
 
 
 def stamps(plan: Plan, run: Run) -> list[tuple[str, str]]:

@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from harness.case import SEEDS, Case
+from harness.case import Case
 from harness.finding import Finding
 from harness.subject import Implementation
 from harness.trial import Trial
@@ -27,7 +27,7 @@ def asks(subject: ModuleType, implementation: Implementation, case: Case) -> boo
 def run(trial: Trial, implementation: Implementation) -> list[Finding]:
     """One direction a leaf and seed, errors and budgets pooled over the seeds that asked it."""
     squares: dict[str, list[float]] = {}
-    for seed in SEEDS:
+    for seed in trial.case.seeds:
         leaves = trial.leaves(seed)
         result = trial.got(implementation, seed, grad=True)
         silent = trial.subject.silent(trial.case)
@@ -40,7 +40,7 @@ def run(trial: Trial, implementation: Implementation) -> list[Finding]:
             return float(terms.sum()), float(terms.abs().sum())
 
         for place, (name, leaf) in enumerate(leaves.items()):
-            if len(leaves) > MANY and place % len(SEEDS) != SEEDS.index(seed):
+            if len(leaves) > MANY and place % len(trial.case.seeds) != seed:
                 continue
             v = trial.case.normal(seed, "direction " + name, *leaf.shape).to(leaf)
             v /= v.norm()
