@@ -7,9 +7,7 @@ import torch
 from torch import Tensor
 
 
-def check_tensor(
-    op: str, name: str, value: object, letters: str, sizes: dict[str, int], device: torch.device | None
-) -> None:
+def check_tensor(op: str, name: str, value: object, letters: str, sizes: dict[str, int], device: torch.device | None) -> None:
     """Raise unless `value` is a real floating-point tensor on `device` (None: any) with one of the shapes in `letters`.
 
     `letters` reads "B L N" or, where several shapes are allowed, "B L N | B L G N"; a letter that `sizes` lacks may
@@ -46,6 +44,5 @@ def _fits(shape: tuple[int, ...], letters: list[str], sizes: dict[str, int]) -> 
 
 def _spell(letters: str, sizes: dict[str, int]) -> str:
     return " or ".join(
-        "({})".format(", ".join(f"{x}={sizes[x]}" if x in sizes else x for x in shape.split()))
-        for shape in letters.split("|")
+        "({})".format(", ".join(f"{x}={sizes[x]}" if x in sizes else x for x in shape.split())) for shape in letters.split("|")
     )

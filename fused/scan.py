@@ -57,9 +57,7 @@ def selective_scan(
     chosen = backends.choose(backend, u.device)
     if chosen in ("mamba_ssm", "mamba_ssm_inner"):
         return upstream.selective_scan(u, delta, A, B, C, D, z, delta_bias, softplus=softplus, reverse=reverse)
-    return scan_torch(
-        u, delta, A, B, C, D, z, delta_bias, softplus=softplus, initial_state=initial_state, reverse=reverse
-    )
+    return scan_torch(u, delta, A, B, C, D, z, delta_bias, softplus=softplus, initial_state=initial_state, reverse=reverse)
 
 
 def scan_torch(

@@ -159,6 +159,4 @@ class _NoGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        raise RuntimeError(
-            "mamba_ssm ignores the gradient of the scan's final state: detach the state, or use backend='torch'"
-        )
+        raise RuntimeError("mamba_ssm ignores the gradient of the scan's final state: detach the state, or use backend='torch'")

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 SEEDS = 4  # how many seeds a question pools
-SMALL, MANY = 4096, 16  # a case with fewer token values has too few to average over, and pools this many
+# A case with fewer token values than SMALL has too few rounding errors to average over. It pools MANY seeds, ROUNDINGS of
+# which in a row share a draw but for JITTER, a relative change that rounds afresh: where one ill-conditioned draw is most of
+# the error, the ratio of two single rounding errors would be a lottery (of 192 draws of one case, two exceeded 2).
+SMALL, MANY, ROUNDINGS, JITTER = 4096, 16, 8, 0.01
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -46,10 +49,15 @@ class Case:
 
     @property
     def seeds(self) -> range:
-        """The seeds pooled: a ratio of two rounding errors needs a sample, of tokens or of seeds. Slopes need none."""
+        """The seeds pooled: a ratio of two rounding errors needs a sample, of tokens or of seeds."""
+        return range(MANY if self.small else SEEDS)
+
+    @property
+    def small(self) -> bool:
+        """Whether there are too few tokens to average over; slopes, asked in float64, need no average."""
         sizes = dict(self.dims)
         values = sizes["B"] * sizes["L"] * sizes.get("E", sizes.get("D", 1))
-        return range(MANY if values < SMALL and self.dtype != "float64" else SEEDS)
+        return values < SMALL and self.dtype != "float64"
 
     @property
     def torch_dtype(self) -> torch.dtype:

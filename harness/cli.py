@@ -2,6 +2,7 @@
 
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -110,11 +111,17 @@ def run_parity(
         run = Run.open(out) if out else Run.latest(unfinished=True)
         parity.resumable(run, plan, box)
     else:
-        run = Run.create(out, parity.about(plan, box) | {"command": shlex.join(["python", "-m", "harness", *sys.argv[1:]])})
+        run = Run.create(out, parity.about(plan, box) | {"command": again(sys.argv[1:])})
     print(f"{len(points)} cases of grid {plan.grid} on {box['gpu'] or box['cpu']}, into {run.folder}", flush=True)
     if mutant:
         print(f"A BUG IS PLANTED in fused: {mutant}. This run must fail.", flush=True)
     raise typer.Exit(judge(plan, run, save_failing))
+
+
+def again(words: list[str]) -> str:
+    """The command that does the same in a folder of its own."""
+    kept = [w for before, w in zip(["", *words], words, strict=False) if "--out" not in (before, w.partition("=")[0])]
+    return shlex.join(["python", "-m", "harness", *kept])
 
 
 def judge(plan: Plan, run: Run, save_failing: bool) -> int:
@@ -126,9 +133,10 @@ def judge(plan: Plan, run: Run, save_failing: bool) -> int:
             parity.run_parity(plan, run, teller(progress), save_failing)
     except KeyboardInterrupt:
         status = "interrupted"
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not cost the report of what was done
     run.finish(status)
-    written = page.write(run)
-    print(f"report: {written}")
+    print(f"report: {page.write(run)}")
+    signal.signal(signal.SIGINT, before)
     if status == "interrupted":
         print(f"interrupted; continue with the same options and --resume --out {run.folder}")
         print(run.last_line())

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 from concurrent.futures import ProcessPoolExecutor
 
 from harness.case import Case
@@ -21,7 +22,7 @@ class Elsewhere:
         """SHA-256 of outputs and gradients, by name; raises TimeoutError if no answer comes."""
         if self._pool is None:
             spawn = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(1, mp_context=spawn)
+            self._pool = ProcessPoolExecutor(1, mp_context=spawn, initializer=_leave_interrupts)
         return self._pool.submit(_digests, self._plan, case, implementation, device).result(timeout=LIMIT)
 
     def close(self) -> None:
@@ -31,6 +32,11 @@ class Elsewhere:
                 process.terminate()
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = None
+
+
+def _leave_interrupts() -> None:
+    """Ctrl-C reaches every process of a terminal; ending this one is the first one's business."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _digests(plan: Plan, case: Case, implementation: str, device: str) -> dict[str, str]:

@@ -32,7 +32,7 @@ class Run:
             stem = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{about['kind']}"
             folder = next(f for i in range(1000) if not (f := RUNS / (stem + f"-{i}" * bool(i))).exists())
         elif (folder / "run.json").exists():
-            raise StoreError(f"{folder} already holds a run; continue it with --resume {folder}, or name another folder")
+            raise StoreError(f"{folder} already holds a run; continue it with --resume --out {folder}, or name another folder")
         folder.mkdir(parents=True, exist_ok=True)
         run = cls(folder)
         run.about = about | {"started": _now(), "status": "running"}

@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from harness.case import Case
+from harness.case import JITTER, ROUNDINGS, Case
 from harness.finding import Finding, Tally
 from harness.subject import Implementation, subjects
 
@@ -55,9 +55,14 @@ class Trial:
         if seed not in self._leaves:
             precise, low = self.subject.precise(self.case), self.case.torch_dtype
             wide = torch.promote_types(low, torch.float32)
-            drawn = self.subject.draw(self.case, seed)
+            drawn = self.subject.draw(self.case, self._draw_of(seed))
+            if self.case.small:
+                drawn = {k: v * (1 + JITTER * self.case.normal(seed, "jitter " + k, *v.shape)) for k, v in drawn.items()}
             self._leaves[seed] = {k: v.to(wide if k in precise else low) for k, v in drawn.items()}
         return {k: v.to(self.device, torch.float64 if exact else v.dtype, copy=True) for k, v in self._leaves[seed].items()}
+
+    def _draw_of(self, seed: int) -> int:
+        return seed // ROUNDINGS if self.case.small else seed
 
     def run(
         self, implementation: Implementation, seed: int, grad: bool, leaves: Named, cuts: tuple[int, ...] | None = None
@@ -79,7 +84,7 @@ class Trial:
 
     def cotangent(self, seed: int, name: str, like: Tensor) -> Tensor:
         """The cotangent of an output: normal numbers that the output's low-precision dtype can hold."""
-        drawn = self.case.normal(seed, "cotangent " + name, *like.shape)
+        drawn = self.case.normal(self._draw_of(seed), "cotangent " + name, *like.shape)
         low = like.dtype if like.dtype != torch.float64 else self._output_dtype(seed, name)
         return drawn.to(low).to(like.device, like.dtype)
 

@@ -106,7 +106,7 @@ def _box(run: Run) -> str:
     rows += [("accepted at commit", about["commit"])] if "commit" in about else []
     for group in ("packages", "fingerprints", "settings"):
         rows.append((group, ", ".join(f"{k} {'none' if v is None else v}" for k, v in box.get(group, {}).items())))
-    rows += [(k, about.get(k, "?")) for k in ("seeds", "started", "ended")]
+    rows += [(k, about.get(k, "?")) for k in ("started", "ended")]
     rows.append(("wall time", _wall(run)))
     rows += [(f"plan: {k}", v if isinstance(v, str | int) else ", ".join(v)) for k, v in about.get("plan", {}).items() if v]
     return tables.table(["what", "is"], [(k, "none" if v is None else v) for k, v in rows])

@@ -20,9 +20,7 @@ def outcome(op: Callable, tensors: dict[str, Tensor], seeds: list[Tensor], preci
     results = op(**{k: v if precision is None else v.to(precision) for k, v in leaves.items()})
     pairs = [(y, g) for y, g in zip(results, seeds, strict=True) if g is not None]
     grads = torch.autograd.grad([y for y, _ in pairs], list(leaves.values()), [g.to(y.dtype) for y, g in pairs])
-    return {f"out{i}": y.detach() for i, y in enumerate(results)} | {
-        f"d{k}": g for k, g in zip(leaves, grads, strict=True)
-    }
+    return {f"out{i}": y.detach() for i, y in enumerate(results)} | {f"d{k}": g for k, g in zip(leaves, grads, strict=True)}
 
 
 def double(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -36,9 +34,7 @@ def assert_rule(samples: Iterable[tuple[Results, Results, Results]]) -> None:
         if not first.numel():
             continue
         unit = torch.finfo(first.dtype).eps / 2 + 8 * torch.finfo(torch.float32).eps / 2
-        trios = [
-            (got[name].double(), truth[name], plain[name].to(first.dtype).double()) for got, truth, plain in samples
-        ]
+        trios = [(got[name].double(), truth[name], plain[name].to(first.dtype).double()) for got, truth, plain in samples]
         for norm, measure in NORMS.items():
             error, plain_error, size = (
                 torch.stack([measure(x) for x in xs]).square().mean().sqrt()

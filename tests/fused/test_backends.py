@@ -130,9 +130,7 @@ def draw(seed, groups=None, dtype=torch.float32, length=9):
 def stand_ins(monkeypatch):
     """mamba_ssm and causal_conv1d as loops, strict about the layouts and dtypes that the kernels demand."""
 
-    def selective_scan_fn(
-        u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False
-    ):
+    def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False):
         assert u.shape[2] == B.shape[-1] == C.shape[-1] and u.shape[1] == A.shape[0]
         for x in (u, delta, B, C, z):
             assert x is None or (x.dtype == u.dtype and x.stride(-1) == 1)

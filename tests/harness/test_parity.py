@@ -1,6 +1,11 @@
 """The judge's command line: filters, exit codes, added implementations, resume, records."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -8,7 +13,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 import reference
-from harness.cli import FAILED, NOTHING, PASSED, app
+from harness.cli import FAILED, INTERRUPTED, NOTHING, PASSED, app
 from harness.finding import Tally
 from harness.plan import UsageError
 from harness.record import Record
@@ -72,6 +77,28 @@ def test_adapter_for_mamba_ssms_layout(tmp_path: Path) -> None:
     done = parity("--subject", "scan", "--case", "B3-L7-*-float32", *added, "--check", "forward", "--out", str(tmp_path))
     assert done.exit_code == PASSED, done.output
     assert {r.status for r in Run.open(tmp_path).records} == {"pass", "skip"}
+
+
+def test_interrupted_run_is_readable_and_goes_on(tmp_path: Path) -> None:
+    options = ["--grid", "smoke", "--device", "cpu", "--subject", "scan", "--case", "B3-L7-*e-float32", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "harness", "parity", *options, "--impl", "fused:torch"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    while len(Run.open(tmp_path).records if (tmp_path / "run.json").exists() else []) < 4:
+        assert process.poll() is None
+        time.sleep(0.05)
+    for _ in range(2):  # as an impatient hand does, to the whole group as a terminal does
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.2)
+    said, _ = process.communicate(timeout=60)
+    run = Run.open(tmp_path)
+    assert process.returncode == INTERRUPTED and run.about["status"] == "interrupted", said
+    assert f"--resume --out {tmp_path}" in said and "INTERRUPTED" in (tmp_path / "report.md").read_text()
+    assert "--out" not in run.about["command"] and "--impl fused:torch" in run.about["command"]
+    asked = len(run.records)
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True)
+    run = Run.open(tmp_path)
+    assert done.returncode == PASSED and run.about["status"] == "finished" and len(run.records) > asked, done.stdout
+    assert len({r.key for r in run.records}) == len(run.records)
 
 
 def test_resume_asks_only_what_is_left(tmp_path: Path) -> None:

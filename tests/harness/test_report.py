@@ -26,7 +26,7 @@ def record(status="pass", check="forward", name="fused:torch", case="B1-L63-E4-N
 
 def made(folder, records, status="finished", **about):
     plan = {"grid": "full", "device": "cuda", "mutant": "", "video": "", "threads": 1}
-    given = {"kind": "parity", "plan": plan | about.pop("plan", {}), "box": BOX, "seeds": 4, "filtered": False}
+    given = {"kind": "parity", "plan": plan | about.pop("plan", {}), "box": BOX, "filtered": False}
     run = Run.create(folder, given | {"command": "python -m harness parity"} | about)
     for r in records:
         run.add(r)
