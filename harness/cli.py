@@ -1,10 +1,12 @@
 """The command line of the judge."""
 
+import os
 import shlex
 import shutil
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -82,6 +84,7 @@ def run_parity(
     mutant: Annotated[str, typer.Option(help="plant this bug in fused; the run must fail")] = "",
     out: Annotated[Path | None, typer.Option(help="folder of the run")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue the newest unfinished run, or that in --out")] = False,
+    jobs: Annotated[int, typer.Option(min=0, help="processes that share the cases; 0 chooses")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list the cases and what they cost")] = False,
     save_failing: Annotated[bool, typer.Option("--save-failing", help="keep the tensors of failing cases")] = False,
 ) -> None:
@@ -101,9 +104,10 @@ def run_parity(
         added=tuple(added or ()),
         rivals=tuple(rival or ()),
         mutant=mutant,
-        threads=torch.get_num_threads(),
     )
     points = plan.points()
+    jobs = jobs or max(1, min(processes(where), len(points)))
+    plan = replace(plan, threads=max(1, torch.get_num_threads() // jobs))
     if dry_run:
         raise typer.Exit(list_cases(plan, points))
     box = environment.describe(where)
@@ -115,7 +119,15 @@ def run_parity(
     print(f"{len(points)} cases of grid {plan.grid} on {box['gpu'] or box['cpu']}, into {run.folder}", flush=True)
     if mutant:
         print(f"A BUG IS PLANTED in fused: {mutant}. This run must fail.", flush=True)
-    raise typer.Exit(judge(plan, run, save_failing))
+    raise typer.Exit(judge(plan, run, save_failing, jobs))
+
+
+def processes(device: str) -> int:
+    """Small tensors use several cores badly; on a GPU the reference's loop waits for launches, and others use the time."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not device.startswith("cuda"):
+        return min(8, cores)
+    return max(1, min(8, cores // 2, int(torch.cuda.mem_get_info(device)[0] / 2**30 / 10)))
 
 
 def again(words: list[str]) -> str:
@@ -124,13 +136,13 @@ def again(words: list[str]) -> str:
     return shlex.join(["python", "-m", "harness", *kept])
 
 
-def judge(plan: Plan, run: Run, save_failing: bool) -> int:
+def judge(plan: Plan, run: Run, save_failing: bool, jobs: int) -> int:
     """Run, report, stamp; the exit code."""
     progress = Progress({c.name + c.subject: parity.cost(plan, c) for c in plan.points()})
     status = "finished"
     try:
         with progress:
-            parity.run_parity(plan, run, teller(progress), save_failing)
+            parity.run_parity(plan, run, teller(progress), save_failing, jobs)
     except KeyboardInterrupt:
         status = "interrupted"
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not cost the report of what was done

@@ -1,10 +1,10 @@
 """A second process that computes the same things, to see whether they come out the same bit for bit."""
 
-import multiprocessing
 import os
-import signal
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
+from harness import workers
 from harness.case import Case
 from harness.plan import Plan
 
@@ -18,28 +18,24 @@ class Elsewhere:
         self._plan = plan
         self._pool: ProcessPoolExecutor | None = None
 
-    def digests(self, case: Case, implementation: str, device: str) -> dict[str, str]:
+    def digests(self, case: Case, implementation: str) -> dict[str, str]:
         """SHA-256 of outputs and gradients, by name; raises TimeoutError if no answer comes."""
         if self._pool is None:
-            spawn = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(1, mp_context=spawn, initializer=_leave_interrupts)
-        return self._pool.submit(_digests, self._plan, case, implementation, device).result(timeout=LIMIT)
+            self._pool = workers.pool(1)
+        try:
+            return self._pool.submit(_digests, self._plan, case, implementation).result(timeout=LIMIT)
+        except (TimeoutError, BrokenProcessPool):
+            self.close()  # the next question gets another process
+            raise
 
     def close(self) -> None:
         """End the process, even if it is stuck."""
         if self._pool is not None:
-            for process in list((self._pool._processes or {}).values()):
-                process.terminate()
-            self._pool.shutdown(wait=False, cancel_futures=True)
+            workers.end(self._pool)
             self._pool = None
 
 
-def _leave_interrupts() -> None:
-    """Ctrl-C reaches every process of a terminal; ending this one is the first one's business."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _digests(plan: Plan, case: Case, implementation: str, device: str) -> dict[str, str]:
+def _digests(plan: Plan, case: Case, implementation: str) -> dict[str, str]:
     """Runs in the other process."""
     os.environ["PYTHONWARNINGS"] = "ignore"
     from harness import environment
@@ -48,5 +44,5 @@ def _digests(plan: Plan, case: Case, implementation: str, device: str) -> dict[s
     environment.prepare()
     plan.threads_here()
     with plan.planted():
-        trial = Trial(case, device)
+        trial = Trial(case, plan.device)
         return trial.digests(plan.implementations(case.subject)[implementation])

@@ -4,14 +4,17 @@ import gc
 import json
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
+from multiprocessing.util import Finalize
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
 from fused import stamp
+from harness import environment, workers
 from harness.case import DTYPES, Case
 from harness.elsewhere import Elsewhere
 from harness.finding import Finding, PlainNotFinite
@@ -40,34 +43,89 @@ def resumable(run: Run, plan: Plan, box: dict) -> None:
             raise StoreError(f"{run.folder}: {what} changed since; its records and new ones do not belong together")
 
 
-def run_parity(plan: Plan, run: Run, tell: Callable[[Case, Record | None], None], save_failing: bool = False) -> None:
-    """Ask all that the run has not answered yet. `tell` hears of every record, and of every case when it is done."""
+def run_parity(
+    plan: Plan, run: Run, tell: Callable[[Case, Record | None], None], save_failing: bool = False, jobs: int = 1
+) -> None:
+    """Ask all that the run has not answered yet, in `jobs` processes; `tell` hears of records, and of cases when done."""
     answered = {r.key for r in run.records}
-    for record in absences(plan):
-        if record.key not in answered:
+    for absence in absences(plan):
+        if absence.key not in answered:
+            run.add(absence)
+    folder = run.folder if save_failing else None
+    for case, record in (_answers_here if jobs == 1 else _answers_there)(plan, answered, folder, jobs):
+        if record is not None:
             run.add(record)
-    here: dict[str, dict[str, Implementation]] = {}
-    elsewhere = Elsewhere(plan)
-    plan.threads_here()
+        tell(case, record)
+
+
+Key = tuple[str, str, str, str]
+Answers = Iterator[tuple[Case, Record | None]]
+
+
+def _answers_here(plan: Plan, answered: set[Key], folder: Path | None, jobs: int) -> Answers:
+    asker = Asker(plan, folder)
     try:
         with plan.planted():
             for case in plan.points():
-                present = here.setdefault(case.subject, _present(plan, case.subject))
-                trial = Trial(case, plan.device, lambda c, name: elsewhere.digests(c, name, plan.device))
-                for check_name, check, implementation in plan.questions(case):
-                    key = (case.subject, implementation.name, check_name, case.name)
-                    if implementation.name not in present or key in answered:
-                        continue
-                    record = ask(plan, trial, check_name, check, implementation)
-                    run.add(record)
-                    if record.failed and save_failing:
-                        save_tensors(run.folder, trial, record, implementation)
-                    tell(case, record)
-                del trial
-                _release(plan.device)
-                tell(case, None)
+                yield from ((case, record) for record in asker.answers(case, answered))
+                yield case, None
     finally:
-        elsewhere.close()
+        asker.elsewhere.close()
+
+
+def _answers_there(plan: Plan, answered: set[Key], folder: Path | None, jobs: int) -> Answers:
+    """Dear cases first, so that no process is left alone with one at the end."""
+    pool = workers.pool(jobs, _become_asker, plan, folder)
+    try:
+        cases = sorted(plan.points(), key=lambda case: -cost(plan, case))
+        coming = {pool.submit(_answers_of, case, answered): case for case in cases}
+        for done in as_completed(coming):
+            yield from ((coming[done], record) for record in done.result())
+            yield coming[done], None
+        pool.shutdown()
+    except BaseException:
+        workers.end(pool)
+        raise
+
+
+class Asker:
+    """Asks in one process; keeps its second process and the implementations that can run from case to case."""
+
+    def __init__(self, plan: Plan, folder: Path | None) -> None:
+        self.plan, self.folder, self.elsewhere = plan, folder, Elsewhere(plan)
+        self._present: dict[str, set[str]] = {}
+        plan.threads_here()
+
+    def answers(self, case: Case, answered: set[Key]) -> Iterator[Record]:
+        """A record for every question that is not answered yet; the tensors of failing ones go to the folder."""
+        if case.subject not in self._present:
+            every = self.plan.implementations(case.subject).items()
+            self._present[case.subject] = {name for name, i in every if i.absent(self.plan.device) is None}
+        trial = Trial(case, self.plan.device, self.elsewhere.digests)
+        for name, check, implementation in self.plan.questions(case):
+            key = (case.subject, implementation.name, name, case.name)
+            if implementation.name in self._present[case.subject] and key not in answered:
+                record = ask(self.plan, trial, name, check, implementation)
+                if record.failed and self.folder:
+                    save_tensors(self.folder, trial, record, implementation)
+                yield record
+        del trial
+        _release(self.plan.device)
+
+
+_asker: Asker  # of a process that answers for another
+
+
+def _become_asker(plan: Plan, folder: Path | None) -> None:
+    global _asker
+    environment.prepare()
+    _asker = Asker(plan, folder)
+    Finalize(None, _asker.elsewhere.close, exitpriority=1)  # this process would wait for that one at its end
+    plan.planted().__enter__()  # for the life of this process
+
+
+def _answers_of(case: Case, answered: set[Key]) -> list[Record]:
+    return list(_asker.answers(case, answered))
 
 
 def ask(plan: Plan, trial: Trial, name: str, check: ModuleType, implementation: Implementation) -> Record:
@@ -132,10 +190,6 @@ def save_tensors(folder: Path, trial: Trial, record: Record, implementation: Imp
     except Exception as error:  # what failed may fail again; its message is worth keeping
         kept["got"] = {"error": str(error)}  # type: ignore[dict-item]
     torch.save(kept, target)
-
-
-def _present(plan: Plan, subject: str) -> dict[str, Implementation]:
-    return {name: i for name, i in plan.implementations(subject).items() if i.absent(plan.device) is None}
 
 
 def _release(device: str) -> None:

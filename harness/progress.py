@@ -48,7 +48,7 @@ class Progress:
         self._done += self._costs[item]
         self._count += 1
         elapsed = time.monotonic() - self._begin
-        left = elapsed * (self._total - self._done) / max(self._done, 1e-9)
+        left = elapsed * max(0.0, self._total - self._done) / max(self._done, 1e-9)
         text = f"{self._count}/{len(self._costs)} {what}, about {left / 60:.1f} min left"
         if self._bar:
             self._bar.update(self._task, completed=self._done, description=text)

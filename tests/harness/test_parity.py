@@ -79,9 +79,10 @@ def test_adapter_for_mamba_ssms_layout(tmp_path: Path) -> None:
     assert {r.status for r in Run.open(tmp_path).records} == {"pass", "skip"}
 
 
-def test_interrupted_run_is_readable_and_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_interrupted_run_is_readable_and_goes_on(jobs: str, tmp_path: Path) -> None:
     options = ["--grid", "smoke", "--device", "cpu", "--subject", "scan", "--case", "B3-L7-*e-float32", "--out", str(tmp_path)]
-    command = [sys.executable, "-m", "harness", "parity", *options, "--impl", "fused:torch"]
+    command = [sys.executable, "-m", "harness", "parity", *options, "--impl", "fused:torch", "--jobs", jobs]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     while len(Run.open(tmp_path).records if (tmp_path / "run.json").exists() else []) < 4:
         assert process.poll() is None

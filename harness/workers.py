@@ -1,0 +1,37 @@
+"""Processes that come and go with the one that started them."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+
+def pool(count: int, begin: Callable[..., None] | None = None, *args: Any) -> ProcessPoolExecutor:
+    """`count` fresh processes, each of which first calls begin(*args)."""
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(count, mp_context=spawn, initializer=_begin, initargs=(os.getpid(), begin, args))
+
+
+def end(workers: ProcessPoolExecutor) -> None:
+    """End the processes at once, even if they are stuck."""
+    for process in list((workers._processes or {}).values()):
+        process.terminate()
+    workers.shutdown(wait=False, cancel_futures=True)
+
+
+def _begin(parent: int, begin: Callable[..., None] | None, args: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; ending this one is the first one's business
+    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+    if begin:
+        begin(*args)
+
+
+def _leave_with(parent: int) -> None:
+    """A process whose parent was killed would wait for work forever."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
