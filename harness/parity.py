@@ -1,5 +1,6 @@
 """Ask every check of every implementation in every case, and keep what came of it."""
 
+import contextlib
 import gc
 import json
 import time
@@ -114,14 +115,16 @@ class Asker:
 
 
 _asker: Asker  # of a process that answers for another
+_planted: contextlib.AbstractContextManager[None]  # for the life of that process
 
 
 def _become_asker(plan: Plan, folder: Path | None) -> None:
-    global _asker
+    global _asker, _planted
     environment.prepare()
     _asker = Asker(plan, folder)
     Finalize(None, _asker.elsewhere.close, exitpriority=1)  # this process would wait for that one at its end
-    plan.planted().__enter__()  # for the life of this process
+    _planted = plan.planted()
+    _planted.__enter__()
 
 
 def _answers_of(case: Case, answered: set[Key]) -> list[Record]:
