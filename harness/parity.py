@@ -179,7 +179,8 @@ def absences(plan: Plan) -> Iterator[Record]:
 def cost(plan: Plan, case: Case) -> float:
     """Relative cost of a case: scan steps of the truth and plain runs over all seeds, with room for what is judged."""
     factor = 1.0 if case.has("infer") else 4.0
-    return (subjects()[case.subject].steps(case) + 20) * factor * 2 * len(case.seeds)
+    overhead = 2000 if plan.device.startswith("cuda") else 20  # on a GPU everything but the loops takes longer than they do
+    return (subjects()[case.subject].steps(case) + overhead) * factor * 2 * len(case.seeds)
 
 
 def save_tensors(folder: Path, trial: Trial, record: Record, implementation: Implementation) -> None:
