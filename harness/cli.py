@@ -1,9 +1,7 @@
 """The command line of the judge."""
 
 import os
-import shlex
 import shutil
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,12 +15,15 @@ import fused
 from fused import backends, stamp
 from harness import environment, parity
 from harness import subject as registry
+from harness.bench.cli import bench, compare
 from harness.case import Case
+from harness.conclude import conclude
 from harness.plan import GRIDS, Plan, UsageError
 from harness.progress import Progress
 from harness.record import Record
+from harness.report import bench as bench_page
 from harness.report import page
-from harness.store import ACCEPTED, Run, StoreError
+from harness.store import ACCEPTED, Run, StoreError, again, resumable
 
 PASSED, FAILED, USAGE, NOTHING, UNFIT, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
@@ -112,8 +113,8 @@ def run_parity(
         raise typer.Exit(list_cases(plan, points))
     box = environment.describe(where)
     if resume:
-        run = Run.open(out) if out else Run.latest(unfinished=True)
-        parity.resumable(run, plan, box)
+        run = Run.open(out) if out else Run.latest(unfinished=True, kind="parity")
+        resumable(run, parity.about(plan, box))
     else:
         run = Run.create(out, parity.about(plan, box) | {"command": again(sys.argv[1:])})
     print(f"{len(points)} cases of grid {plan.grid} on {box['gpu'] or box['cpu']}, into {run.folder}", flush=True)
@@ -130,27 +131,11 @@ def processes(device: str) -> int:
     return max(1, min(8, cores // 2, int(torch.cuda.mem_get_info(device)[0] / 2**30 / 10)))
 
 
-def again(words: list[str]) -> str:
-    """The command that does the same in a folder of its own."""
-    kept = [w for before, w in zip(["", *words], words, strict=False) if "--out" not in (before, w.partition("=")[0])]
-    return shlex.join(["python", "-m", "harness", *kept])
-
-
 def judge(plan: Plan, run: Run, save_failing: bool, jobs: int) -> int:
     """Run, report, stamp; the exit code."""
     progress = Progress({c.name + c.subject: parity.cost(plan, c) for c in plan.points()})
-    status = "finished"
-    try:
-        with progress:
-            parity.run_parity(plan, run, teller(progress), save_failing, jobs)
-    except KeyboardInterrupt:
-        status = "interrupted"
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not cost the report of what was done
-    run.finish(status)
-    print(f"report: {page.write(run)}")
-    signal.signal(signal.SIGINT, before)
-    if status == "interrupted":
-        print(f"interrupted; continue with the same options and --resume --out {run.folder}")
+    done = conclude(run, progress, lambda: parity.run_parity(plan, run, teller(progress), save_failing, jobs), page.write)
+    if not done:
         print(run.last_line())
         return INTERRUPTED
     for backend, dtype in parity.stamps(plan, run):
@@ -190,10 +175,15 @@ def list_cases(plan: Plan, points: list[Case]) -> int:
     return PASSED if asked else NOTHING
 
 
+app.command()(bench)
+app.command()(compare)
+
+
 @app.command()
 def report(folder: Annotated[Path | None, typer.Argument(help="a run's folder; the newest by default")] = None) -> None:
     """Write a run's report again from its records."""
-    print(page.write(Run.open(folder) if folder else Run.latest()))
+    run = Run.open(folder) if folder else Run.latest()
+    print((bench_page if run.about["kind"] == "bench" else page).write(run))
 
 
 @app.command()

@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import as_completed
@@ -21,7 +20,7 @@ from harness.elsewhere import Elsewhere
 from harness.finding import Finding, PlainNotFinite
 from harness.plan import Plan
 from harness.record import Record, judged
-from harness.store import Run, StoreError
+from harness.store import Run
 from harness.subject import Implementation, subjects
 from harness.trial import Trial
 
@@ -31,17 +30,6 @@ KEPT = 12
 def about(plan: Plan, box: dict) -> dict:
     """What run.json says of a parity run at its start."""
     return {"kind": "parity", "plan": asdict(plan), "box": box, "filtered": plan.filtered}
-
-
-def resumable(run: Run, plan: Plan, box: dict) -> None:
-    """Raise StoreError unless the run asked the same of the same code on the same box."""
-    before, now = run.about, json.loads(json.dumps(about(plan, box)))
-    for what in ("plan", "kind"):
-        if before.get(what) != now[what]:
-            raise StoreError(f"{run.folder} was another run ({what} differs); resume it with the options it had")
-    for what in ("fingerprints", "gpu", "packages"):
-        if before["box"].get(what) != now["box"].get(what):
-            raise StoreError(f"{run.folder}: {what} changed since; its records and new ones do not belong together")
 
 
 def run_parity(

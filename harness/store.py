@@ -2,13 +2,17 @@
 
 import json
 import os
+import shlex
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from harness.bench.point import Speed
 from harness.environment import ROOT
 from harness.record import Record
 
+T = TypeVar("T")
 RUNS = ROOT / "reports" / "runs"
 ACCEPTED = ROOT / "reports" / "accepted"
 
@@ -24,6 +28,7 @@ class Run:
         self.folder = folder
         self.about: dict[str, Any] = {}
         self.records: list[Record] = []
+        self.speeds: list[Speed] = []
 
     @classmethod
     def create(cls, folder: Path | None, about: dict[str, Any]) -> "Run":
@@ -48,32 +53,33 @@ class Run:
             raise StoreError(f"{folder} holds no readable run ({error})") from error
         run = cls(folder)
         run.about = about
-        path = folder / "records.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        for number, line in enumerate(lines, 1):
-            try:
-                run.records.append(Record.parse(line))
-            except (json.JSONDecodeError, KeyError, ValueError) as error:
-                if number < len(lines):
-                    raise StoreError(f"{path}, line {number} is not a record ({error})") from error
-                path.write_text("".join(lines[:-1]))
+        run.records = _lines(folder / "records.jsonl", Record.parse)
+        run.speeds = _lines(folder / "speeds.jsonl", Speed.parse)
         return run
 
     @classmethod
-    def latest(cls, unfinished: bool = False) -> "Run":
+    def latest(cls, unfinished: bool = False, kind: str = "") -> "Run":
         """The newest run under reports/runs."""
         folders = sorted((f.parent for f in RUNS.glob("*/run.json")), reverse=True)
         for folder in folders:
             run = cls.open(folder)
-            if not unfinished or run.about.get("status") != "finished":
+            if kind in ("", run.about.get("kind")) and (not unfinished or run.about.get("status") != "finished"):
                 return run
         raise StoreError(f"there is no {'unfinished ' if unfinished else ''}run under {RUNS}")
 
     def add(self, record: Record) -> None:
         """Append one record."""
         self.records.append(record)
-        with open(self.folder / "records.jsonl", "a") as file:
-            file.write(record.line() + "\n")
+        self._append("records.jsonl", record.line())
+
+    def add_speed(self, speed: Speed) -> None:
+        """Append what one timing gave."""
+        self.speeds.append(speed)
+        self._append("speeds.jsonl", speed.to_line())
+
+    def _append(self, name: str, line: str) -> None:
+        with open(self.folder / name, "a") as file:
+            file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -103,6 +109,37 @@ class Run:
         line = ", ".join(f"{ours[k]} {k}" for k in ours)
         ran = rivals["passed"] + rivals["failed"]
         return line + f" (rivals: {rivals['passed']} passed, {rivals['failed']} failed)" * bool(ran)
+
+
+def resumable(run: Run, about: dict[str, Any]) -> None:
+    """Raise StoreError unless the run asked the same of the same code on the same box."""
+    before, now = run.about, json.loads(json.dumps(about))
+    for what in ("plan", "kind"):
+        if before.get(what) != now[what]:
+            raise StoreError(f"{run.folder} was another run ({what} differs); resume it with the options it had")
+    for what in ("fingerprints", "gpu", "packages"):
+        if before["box"].get(what) != now["box"].get(what):
+            raise StoreError(f"{run.folder}: {what} changed since; its records and new ones do not belong together")
+
+
+def again(words: list[str]) -> str:
+    """The command that does the same in a folder of its own."""
+    kept = [w for before, w in zip(["", *words], words, strict=False) if "--out" not in (before, w.partition("=")[0])]
+    return shlex.join(["python", "-m", "harness", *kept])
+
+
+def _lines(path: Path, parse: Callable[[str], T]) -> list[T]:
+    """One object a line; a last line cut short by a kill is dropped from the file."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(parse(line))
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+            if number < len(lines):
+                raise StoreError(f"{path}, line {number} is not a record ({error})") from error
+            path.write_text("".join(lines[:-1]))
+    return found
 
 
 def _now() -> str:

@@ -24,10 +24,15 @@ def end(workers: ProcessPoolExecutor) -> None:
 
 
 def _begin(parent: int, begin: Callable[..., None] | None, args: tuple[Any, ...]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; ending this one is the first one's business
-    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+    attend(parent)
     if begin:
         begin(*args)
+
+
+def attend(parent: int) -> None:
+    """Leave Ctrl-C, which a terminal sends to all, to the parent; end when it does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
 
 
 def _leave_with(parent: int) -> None:

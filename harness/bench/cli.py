@@ -1,0 +1,114 @@
+"""`python -m harness bench` and `compare`."""
+
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from harness import environment
+from harness.bench import grids, interval, sweep
+from harness.bench.compare import compare as compare_runs
+from harness.bench.point import Entry, Point, Speed
+from harness.conclude import conclude
+from harness.plan import UsageError
+from harness.progress import Progress
+from harness.report import bench as page
+from harness.store import Run, again, resumable
+
+Field = dict[str, list[Entry]]
+BUDGET = {"cpu": 1.5, "full": 2.0, "long": 4.0}  # seconds of samples an entry and point
+
+
+def bench(
+    grid: Annotated[str, typer.Option(help="cpu, full or long; by default cpu without a GPU, else full")] = "",
+    race: Annotated[list[str] | None, typer.Option(help="scan, scan-both, conv, norm, mixer, tiny, small, middle")] = None,
+    impl: Annotated[list[str] | None, typer.Option(help="implementation; all by default")] = None,
+    budget: Annotated[float, typer.Option(min=0.0, help="seconds of samples a point; 0 takes the grid's")] = 0.0,
+    device: str = "",
+    out: Annotated[Path | None, typer.Option(help="folder of the run")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue the newest unfinished bench, or that in --out")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="list the points")] = False,
+) -> None:
+    """Time everything that passes parity; exits 0 if all of ours was timed, 1 if some was gated or failed."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    grid = grid or ("full" if device.startswith("cuda") else "cpu")
+    for what, given, allowed in (("grid", [grid], grids.GRIDS), ("race", race or [], (*grids.OPERATORS, *grids.MODELS))):
+        for name in given:
+            if name not in allowed:
+                raise UsageError(f"{what} {name!r} is unknown; allowed are {', '.join(allowed)}")
+    points = sweep.points_here(grid, device, tuple(race or ()))
+    field = {p.race: [e for e in grids.entries(p.race, device) if not impl or e.implementation in impl] for p in points}
+    if dry_run:
+        for p in points:
+            print(f"{p.name:60} {p.tokens:8} tokens  {', '.join(e.name for e in field[p.race])}")
+        return
+    threads = torch.get_num_threads()
+    box = environment.describe(device)
+    about = sweep.about(grid, device, tuple(race or ()), tuple(impl or ()), budget or BUDGET[grid], box)
+    if resume:
+        run = Run.open(out) if out else Run.latest(unfinished=True, kind="bench")
+        resumable(run, about)
+    else:
+        run = Run.create(out, about | {"command": again(sys.argv[1:])})
+    print(f"{len(points)} points of grid {grid} on {box['gpu'] or box['cpu']}, into {run.folder}", flush=True)
+    costs = {_item(e, p): 1.0 for p in points for e in field[p.race]}
+    progress = Progress(costs)
+    done = conclude(run, progress, lambda: _work(run, points, field, threads, progress), page.write)
+    print(last_line(run))
+    if not done:
+        raise typer.Exit(130)
+    raise typer.Exit(exit_code(run))
+
+
+def exit_code(run: Run) -> int:
+    """0 if all of ours has a speed or ran out of memory or time, 1 if some was gated or failed, 3 if nothing was timed."""
+    if not any(s.status == "ok" for s in run.speeds):
+        return 3
+    return int(any(s.entry.role == "ours" and s.status in ("gated", "error") for s in run.speeds))
+
+
+def last_line(run: Run) -> str:
+    """`N timed, N gated, ...`, rivals behind it."""
+
+    def count(role: str) -> str:
+        found = Counter(s.status for s in run.speeds if s.entry.role == role)
+        return ", ".join([f"{found.pop('ok', 0)} timed", *(f"{n} {status}" for status, n in found.items())])
+
+    return f"{count('ours')} (rivals: {count('rival')})"
+
+
+def _work(run: Run, points: list[Point], field: Field, threads: int, progress: Progress) -> None:
+    plan = run.about["plan"]
+    entries = [e for race in field.values() for e in race]
+    environment.prepare()
+    for dtype in dict.fromkeys(p.dtype for p in points):
+        sweep.licence(sweep.licence_plans(entries, plan["device"], dtype, threads), run, progress.say)
+    progress.say("ceilings")
+    ceilings = sweep.ceilings_of(run, plan["device"], points[0].dtype)
+
+    def tell(speed: Speed) -> None:
+        said = f"{1e3 * speed.median.middle:.3g} ms" if speed.seconds else f"{speed.status}: {speed.reason}"
+        progress.done(_item(speed.entry, speed.point), f"{speed.point.name} {speed.entry.name} {said}")
+
+    sweep.sweep(run, points, lambda p: field[p.race], ceilings, plan["budget"], plan["device"], threads, tell)
+
+
+def _item(entry: Entry, point: Point) -> str:
+    return f"{entry.name} {point.name}"
+
+
+def compare(base: Path, new: Path) -> None:
+    """Whether run NEW is faster than run BASE, point by point; exits 1 if ours is SLOWER anywhere, 3 if nothing compares."""
+    changes, left = compare_runs(Run.open(base), Run.open(new))
+    for c in changes:
+        print(f"{c.verdict:7} {c.ratio.middle:6.3f} [{c.ratio.low:.3f}, {c.ratio.high:.3f}]  {' '.join(c.new.key)}")
+    for line in left:
+        print(f"left out: {line}")
+    said = Counter(c.verdict for c in changes)
+    print(", ".join(f"{said[v]} {v}" for v in interval.VERDICTS))
+    if not changes:
+        raise typer.Exit(3)
+    raise typer.Exit(int(any(c.verdict == "SLOWER" and c.new.entry.role == "ours" for c in changes)))

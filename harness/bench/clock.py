@@ -1,0 +1,78 @@
+"""Times a call, on a GPU by its own clock, and sees how much memory it takes."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass
+class Call:
+    """Something to time. `run` is the timed call, `before` what must precede it untimed, `calls` how many it holds."""
+
+    run: Callable[[], object]
+    before: Callable[[], object] | None = None
+    calls: int = 1
+    queued: bool = False  # time the device alone: the launches are queued behind a pause
+    launch: float = 0.0  # seconds that the host needs at most to launch it; `warm` finds out
+
+
+class Clock:
+    """Times calls on one device."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.gpu = device, device.startswith("cuda")
+
+    def time(self, call: Call) -> float:
+        """Seconds of one call."""
+        if call.before:
+            call.before()
+        return (self._on_gpu(call) if self.gpu else self._on_cpu(call)) / call.calls
+
+    def warm(self, call: Call, count: int) -> list[float]:
+        """Seconds of the first calls, which compile, allocate and fill caches."""
+        taken = [self.time(call) for _ in range(count)]
+        if self.gpu:
+            begin = time.perf_counter()
+            call.run()
+            call.launch = 2 * (time.perf_counter() - begin)
+            torch.cuda.synchronize(self.device)
+        return taken
+
+    def _on_cpu(self, call: Call) -> float:
+        begin = time.perf_counter()
+        call.run()
+        return time.perf_counter() - begin
+
+    def _on_gpu(self, call: Call) -> float:
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(self.device)
+        if call.queued:
+            torch.cuda._sleep(int(call.launch * 2e9))  # in cycles; a GPU has no more than 2e9 in a second
+        start.record()
+        call.run()
+        stop.record()
+        torch.cuda.synchronize(self.device)
+        return start.elapsed_time(stop) * 1e-3
+
+    def peak(self, call: Call) -> tuple[int, int]:
+        """Bytes allocated and reserved at the peak of one call; on a CPU what the process held resident, twice."""
+        if call.before:
+            call.before()
+        if not self.gpu:
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
+            call.run()
+            resident = _status("VmHWM")
+            return resident, resident
+        torch.cuda.synchronize(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        call.run()
+        torch.cuda.synchronize(self.device)
+        return torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))

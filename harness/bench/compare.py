@@ -1,0 +1,41 @@
+"""Whether a run is faster than another, point by point."""
+
+from dataclasses import dataclass
+
+from harness.bench import interval
+from harness.bench.point import Speed
+from harness.store import Run, StoreError
+
+
+@dataclass(frozen=True)
+class Change:
+    """One entry at one point, in both runs; `ratio` is new time over old."""
+
+    base: Speed
+    new: Speed
+    ratio: interval.Interval
+    verdict: str
+
+
+def compare(base: Run, new: Run) -> tuple[list[Change], list[str]]:
+    """The changes of what both runs timed, and what could not be compared and why. Raises StoreError for another box."""
+    boxes = [run.about["box"] for run in (base, new)]
+    for what in ("gpu", "cpu"):
+        if boxes[0].get(what) != boxes[1].get(what):
+            raise StoreError(
+                f"{what} differs: {boxes[0].get(what)} and {boxes[1].get(what)}; times of two boxes do not compare"
+            )
+    olds, changes, left = {s.key: s for s in base.speeds}, [], []
+    for speed in new.speeds:
+        old = olds.pop(speed.key, None)
+        name = " ".join(speed.key)
+        if old is None:
+            left.append(f"{name}: only in {new.folder}")
+        elif "gated" in (old.status, speed.status):
+            left.append(f"{name}: gated, it has no speed")
+        elif not (old.seconds and speed.seconds):
+            left.append(f"{name}: {old.status}, then {speed.status}")
+        else:
+            change = interval.ratio(old.seconds, speed.seconds)
+            changes.append(Change(old, speed, change, interval.verdict(change)))
+    return changes, left + [f"{' '.join(key)}: only in {base.folder}" for key in olds]

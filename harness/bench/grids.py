@@ -1,0 +1,75 @@
+"""Which points a sweep times, and who runs there."""
+
+from harness.bench.point import Entry, Point
+from harness.subject import subjects
+
+OPERATORS = {"scan": "scan", "scan-both": "scan", "conv": "conv", "norm": "norm", "mixer": "mixer"}
+MODELS = {"tiny": ("tiny", "tiny"), "small": ("small", "small"), "middle": ("middle", "base")}  # VideoMamba against ViT
+GRIDS = ("cpu", "full", "long")
+
+
+def points(grid: str) -> list[Point]:
+    """All points, short ones first within a race."""
+    return {"cpu": _cpu, "full": _full, "long": _long}[grid]()
+
+
+def entries(race: str, device: str) -> list[Entry]:
+    """Everybody who can run a race here; of the reference only its speed is known: it is not asked to race."""
+    if race in OPERATORS:
+        return _entries(OPERATORS[race], "", device)
+    mamba, vit = MODELS[race]
+    return _entries("videomamba", mamba, device) + _entries("vit", vit, device)
+
+
+def _entries(subject: str, variant: str, device: str) -> list[Entry]:
+    """Every implementation that runs here but the scan of the reference, which no one would use, and the twin in timm."""
+    racing = [i for i in subjects()[subject].implementations() if i.absent(device) is None]
+    idle = ("timm",) if subject == "vit" else ("reference",)
+    return [Entry(subject, i.name, i.role, variant=variant) for i in racing if i.name not in idle]
+
+
+def _operators(shapes: list[tuple[int, int, int]], dtype: str) -> list[Point]:
+    found = []
+    for race in OPERATORS:
+        for B, E, L in shapes:
+            sizes = {"B": B, "L": L, "E": E}
+            sizes = {**sizes, "N": 16} if race.startswith("scan") else {**sizes, "K": 4} if race == "conv" else sizes
+            if race in ("norm", "mixer"):
+                sizes = {"B": B, "L": L, "D": E // 2}
+            found += [Point(race, tuple(sizes.items()), mode, dtype=dtype) for mode in ("infer", "train")]
+    return found
+
+
+def _models(race: str, clips: list[tuple[int, int]], side: int, ways: tuple[str, ...], dtype: str) -> list[Point]:
+    found = []
+    for mode in ("infer", "train"):
+        for way in ways:
+            for B, T in clips:
+                sizes = {"B": B, "T": T, "S": side, "L": 1 + T * (side // 16) ** 2}
+                found.append(Point(race, tuple(sizes.items()), mode, way, dtype))
+    return found
+
+
+def _cpu() -> list[Point]:
+    return _operators([(1, 384, 197), (1, 384, 785)], "float32") + _models(
+        "tiny", [(1, 1), (1, 4), (1, 16), (1, 64)], 64, ("eager",), "float32"
+    )
+
+
+def _full() -> list[Point]:
+    shapes = [(8, 384, 1569), (8, 1152, 1569), (8, 1152, 2048), (1, 1152, 12545), (1, 1152, 12288), (64, 1152, 197)]
+    found = _operators(shapes, "bfloat16")
+    for race in ("tiny", "middle"):
+        found += _models(race, [(1, T) for T in (8, 32, 64, 128, 256, 512)], 224, ("eager", "graph"), "bfloat16")
+        found += _models(race, [(1, T) for T in (8, 64)], 224, ("compiled",), "bfloat16")
+        found += _models(race, [(8, 8)], 224, ("eager", "graph"), "bfloat16")
+    return found
+
+
+def _long() -> list[Point]:
+    found = []
+    for race in MODELS:
+        found += _models(race, [(1, 2**i) for i in range(12)], 224, ("eager", "graph"), "bfloat16")
+        found += _models(race, [(512 // 2**i, 2**i) for i in range(10)], 224, ("eager",), "bfloat16")
+        found += _models(race, [(1, T) for T in (8, 16, 32, 64)], 448, ("eager",), "bfloat16")
+    return found

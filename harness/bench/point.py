@@ -1,0 +1,113 @@
+"""A point of a sweep, who is timed there, and what came of it: one JSON line."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from harness.bench import interval
+
+STATUSES = ("ok", "oom", "timeout", "error", "gated", "implied", "skip")
+MODES = {"infer": "forward, without gradients", "train": "forward, loss and backward; no optimiser"}
+WAYS = {"eager": "one call after another", "graph": "replayed from a CUDA graph", "compiled": "torch.compile"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """Conditions under which rivals are timed together: sizes, mode and way; `race` names who runs against whom."""
+
+    race: str
+    dims: tuple[tuple[str, int], ...]
+    mode: str
+    way: str = "eager"
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        for what, value, allowed in (("mode", self.mode, MODES), ("way", self.way, WAYS)):
+            if value not in allowed:
+                raise ValueError(f"{what} is {value!r}; allowed are {', '.join(allowed)}")
+
+    def __getitem__(self, letter: str) -> int:
+        return dict(self.dims)[letter]
+
+    @property
+    def name(self) -> str:
+        """Unique in a sweep."""
+        return "-".join([self.race, *(f"{k}{v}" for k, v in self.dims), self.mode, self.way, self.dtype])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one call, all clips together."""
+        return self["B"] * self["L"]
+
+    @property
+    def line(self) -> tuple[Any, ...]:
+        """The curve it lies on: everything but the length, so that a longer point needs more memory."""
+        return (self.race, *((k, v) for k, v in self.dims if k not in "LT"), self.mode, self.way, self.dtype)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Who is timed: an implementation of a subject. `maker`, "module:function", builds its call in a worker process:
+    maker(point, entry, device) -> `harness.bench.clock.Call`."""
+
+    subject: str
+    implementation: str
+    role: str
+    maker: str = "harness.bench.workloads:make"
+    variant: str = ""  # the model's size
+
+    @property
+    def name(self) -> str:
+        """What plots and tables call it."""
+        return " ".join(filter(None, [self.subject, self.variant, self.implementation]))
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What timing one entry at one point gave. `seconds` are the raw samples, of one call each."""
+
+    entry: Entry
+    point: Point
+    status: str
+    seconds: tuple[float, ...] = ()
+    warm: tuple[float, ...] = ()  # the calls before, kept apart
+    stopped: str = ""  # "interval" within 1 %, or "budget" spent
+    alone: bool = False  # not interleaved with its rivals: they did not fit beside it
+    allocated: int = 0  # bytes at the peak of one call
+    reserved: int = 0
+    joules: float | None = None  # per call
+    clock: float | None = None  # MHz, median over the samples
+    bound: float | None = None  # seconds that the hardware needs at least, by this run's ceilings
+    wrong: float = 0.0  # a rival that failed its licence: its worst error in budgets
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        if self.status not in STATUSES:
+            raise ValueError(f"status is {self.status!r}; allowed are {', '.join(STATUSES)}")
+        if (self.status == "ok") != bool(self.seconds):
+            raise ValueError("a speed is ok exactly if it has samples")
+        if self.status != "ok" and not self.reason:
+            raise ValueError(f"a speed with status {self.status!r} says why")
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What was timed; unique in a run."""
+        return self.entry.name, self.point.name
+
+    @property
+    def median(self) -> interval.Interval:
+        """Seconds a call."""
+        return interval.median(self.seconds)
+
+    def to_line(self) -> str:
+        """One line of strict JSON."""
+        return json.dumps(asdict(self), allow_nan=False)
+
+    @classmethod
+    def parse(cls, text: str) -> "Speed":
+        """The inverse of `to_line`."""
+        raw = json.loads(text)
+        raw["entry"] = Entry(**raw["entry"])
+        raw["point"] = Point(**raw["point"] | {"dims": tuple((k, v) for k, v in raw["point"]["dims"])})
+        raw |= {k: tuple(raw[k]) for k in ("seconds", "warm")}
+        return cls(**{f.name: raw[f.name] for f in fields(cls)})

@@ -1,0 +1,127 @@
+"""A sweep: licences first, then ceilings, then every point, race by race."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+
+import torch
+
+from harness import parity
+from harness.bench import grids, roofline
+from harness.bench.ceilings import Ceilings
+from harness.bench.ceilings import measure as measure_ceilings
+from harness.bench.point import Entry, Point, Speed
+from harness.bench.turns import race
+from harness.bench.worker import Worker
+from harness.plan import Plan
+from harness.record import Record
+from harness.store import Run
+
+# The reduced cases that license a timing: the operator as it is called, the model in the precision in which it is timed.
+LICENCES = {
+    "scan": ("B2-L197-E384-N16-{0}", "B2-L197-E384-N16-reverse-{0}"),
+    "conv": ("B2-L197-E384-K4-{0}", "B2-L197-E384-K4-reverse-{0}"),
+    "norm": ("B2-L9-D33-kind=rms-{0}", "B2-L1569-D576-kind=rms-{0}"),
+    "mixer": ("B2-L197-D384-{1}{0}",),
+    "videomamba": ("B2-T8-S64-D192-L129-{1}{0}",),
+    "vit": ("B2-T*-{1}{0}",),
+}
+
+
+def licence_plans(entries: list[Entry], device: str, dtype: str, threads: int) -> list[Plan]:
+    """What parity asks of the entries before the clock starts, a plan a subject."""
+    names: dict[str, dict[str, None]] = {}
+    for entry in entries:
+        names.setdefault(entry.subject, {})[entry.implementation] = None
+    cast = "" if dtype == "float32" else "cast-"
+    return [
+        Plan("full", device, (subject,), ("forward", "backward"), tuple(names[subject]), (dtype,),
+             tuple(c.format(dtype, cast) for c in LICENCES[subject]), threads=threads)
+        for subject in names
+    ]  # fmt: skip
+
+
+def licence(plans: list[Plan], run: Run, tell: Callable[[str], None]) -> None:
+    """Ask what was not asked yet; the records go into the run."""
+    for plan in plans:
+        tell(f"licence: {plan.subjects[0]}")
+        parity.run_parity(plan, run, lambda case, record: None)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def judged(entry: Entry, point: Point, records: list[Record]) -> tuple[str, float]:
+    """Why an entry may not be timed in a mode ("" if it may), and by how many budgets it is wrong at worst."""
+    mine = [r for r in records if (r.subject, r.implementation, r.dtype) == (entry.subject, entry.implementation, point.dtype)]
+    mine = [r for r in mine if r.check == "forward" or point.mode == "train"]
+    worst = max((r.worst.ratio for r in mine if r.failed and r.worst), default=0.0)
+    if failed := [r for r in mine if r.failed]:
+        first = failed[0]
+        detail = f"{first.worst.tensor} is wrong by {first.worst.ratio:.2g} budgets" if first.worst else first.reason
+        return f"parity {first.check} failed in {first.case}: {detail}", worst
+    if not any(r.status == "pass" for r in mine):
+        return "parity asked it nothing in this precision", 0.0
+    return "", 0.0
+
+
+def sweep(
+    run: Run, points: list[Point], who: Callable[[Point], list[Entry]], ceilings: Ceilings | None, budget: float, device: str,
+    threads: int, tell: Callable[[Speed], None],
+) -> None:  # fmt: skip
+    """Time what the run has not timed yet. A point longer than one that ran out of memory or time is implied."""
+    workers: dict[Entry, Worker] = {}
+    try:
+        for point in points:
+            wanted = [e for e in who(point) if (e.name, point.name) not in {s.key for s in run.speeds}]
+            for speed in _speeds(run, point, wanted, workers, budget, device, threads):
+                if ceilings and speed.entry.subject in roofline.SUBJECTS:
+                    bound = roofline.bound(point, speed.entry.subject, speed.entry.variant, ceilings)
+                    speed = replace(speed, bound=bound)
+                run.add_speed(speed)
+                tell(speed)
+    finally:
+        for worker in workers.values():
+            worker.end()
+
+
+def _speeds(
+    run: Run, point: Point, wanted: list[Entry], workers: dict[Entry, Worker], budget: float, device: str, threads: int
+) -> Iterator[Speed]:
+    racing, wrong = [], {}
+    for entry in wanted:
+        why, budgets = judged(entry, point, run.records)
+        if why and entry.role == "ours":
+            yield Speed(entry, point, "gated", reason=why)
+        elif shorter := _ended(run, entry, point):
+            yield Speed(entry, point, "implied", reason=f"{shorter.status} at {shorter.point.name} already")
+        else:
+            racing.append(workers.setdefault(entry, Worker(entry, device, threads)))
+            wrong[entry] = why, budgets
+    for speed in race(racing, point, budget):
+        why, budgets = wrong[speed.entry]
+        yield replace(speed, wrong=budgets, reason=speed.reason or why)
+
+
+def _ended(run: Run, entry: Entry, point: Point) -> Speed | None:
+    """The shorter point of the same curve at which the entry ran out of memory or time."""
+    mine = (s for s in run.speeds if s.entry.name == entry.name and s.point.line == point.line)
+    return next((s for s in mine if s.status in ("oom", "timeout") and s.point["L"] <= point["L"]), None)
+
+
+def points_here(grid: str, device: str, races: tuple[str, ...]) -> list[Point]:
+    """Points of a grid that this box can time."""
+    gpu = device.startswith("cuda")
+    return [p for p in grids.points(grid) if (gpu or p.way == "eager") and (not races or p.race in races)]
+
+
+def about(grid: str, device: str, races: tuple[str, ...], names: tuple[str, ...], budget: float, box: dict) -> dict:
+    """What run.json says of a sweep at its start."""
+    plan = {"grid": grid, "device": device, "races": races, "names": names, "budget": budget}
+    return {"kind": "bench", "plan": plan, "box": box}
+
+
+def ceilings_of(run: Run, device: str, dtype: str) -> Ceilings:
+    """This run's ceilings, measured once."""
+    if "ceilings" not in run.about:
+        run.about["ceilings"] = asdict(measure_ceilings(device, dtype))
+        run.save()
+    return Ceilings(**run.about["ceilings"])

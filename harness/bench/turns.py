@@ -1,0 +1,95 @@
+"""Rivals take turns: a drift of the clock or of the room's temperature then meets all of them alike."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from harness.bench import interval
+from harness.bench.point import Point, Speed
+from harness.bench.worker import Gone, Worker
+
+GOAL = 0.01  # half the interval's width, relative to the median, at which more samples are no use
+FEWEST, MOST, ROUNDS = 7, 400, 8
+LIMIT = 300.0  # seconds for one answer of a worker
+
+
+@dataclass
+class Seat:
+    """A worker at a point: what it has measured so far."""
+
+    worker: Worker
+    point: Point
+    loaded: dict[str, Any] = field(default_factory=dict)
+    samples: list[float] = field(default_factory=list)
+    alone: bool = False
+    gone: Gone | None = None
+
+    @property
+    def settled(self) -> bool:
+        """Whether its interval is narrow enough."""
+        return len(self.samples) >= FEWEST and interval.median(self.samples).spread <= GOAL
+
+    def speed(self) -> Speed:
+        """Its record."""
+        entry, point = self.worker.entry, self.point
+        if self.gone:
+            return Speed(entry, point, self.gone.status, reason=self.gone.reason)
+        return Speed(
+            entry, point, "ok", tuple(self.samples), tuple(self.loaded["warm"]), "interval" if self.settled else "budget",
+            self.alone, self.loaded["allocated"], self.loaded["reserved"],
+        )  # fmt: skip
+
+
+def race(workers: list[Worker], point: Point, budget: float) -> Iterator[Speed]:
+    """Time all workers at a point for `budget` seconds each. Those that fit into the memory together take turns; as soon as
+    one does not, each is timed with the device to itself, so that running out of memory is its own doing."""
+    seats = [Seat(worker, point) for worker in workers]
+    for seat in seats:
+        _load(seat)
+        if seat.gone and seat.gone.status == "oom" and len(seats) > 1:
+            break
+    else:
+        _take_turns([seat for seat in seats if not seat.gone], budget)
+        for seat in seats:
+            _drop(seat)
+        yield from (seat.speed() for seat in seats)
+        return
+    for seat in seats:
+        _drop(seat)
+    for worker in workers:
+        seat = Seat(worker, point, alone=True)
+        _load(seat)
+        if not seat.gone:
+            _take_turns([seat], budget)
+        _drop(seat)
+        yield seat.speed()
+
+
+def _take_turns(seats: list[Seat], budget: float) -> None:
+    """Rounds of one turn each, a turn an eighth of the budget or less, until all are settled or have spent theirs."""
+    spent = {id(seat): 0.0 for seat in seats}
+    while waiting := [s for s in seats if not (s.gone or s.settled or len(s.samples) >= MOST or spent[id(s)] >= budget)]:
+        for seat in waiting:
+            try:
+                most = max(1, MOST // (2 * ROUNDS))
+                taken = seat.worker.ask("time", budget / ROUNDS, most, limit=LIMIT)
+            except Gone as gone:
+                seat.gone = gone
+                continue
+            seat.samples += taken
+            spent[id(seat)] += sum(taken)
+
+
+def _load(seat: Seat) -> None:
+    try:
+        seat.loaded = seat.worker.ask("load", seat.point, limit=LIMIT)
+    except Gone as gone:
+        seat.gone = gone
+
+
+def _drop(seat: Seat) -> None:
+    if not seat.gone:
+        try:
+            seat.worker.ask("drop", limit=LIMIT)
+        except Gone as gone:
+            seat.gone = gone

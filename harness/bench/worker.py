@@ -1,0 +1,129 @@
+"""A process that times one entry: what kills it costs nobody else."""
+
+import contextlib
+import gc
+import importlib
+import multiprocessing
+import os
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from harness.bench.clock import Call, Clock
+from harness.bench.point import Entry, Point
+from harness.workers import attend
+
+WARM = 3
+
+
+class Gone(RuntimeError):
+    """The entry cannot be timed at this point; `status` is "oom", "timeout" or "error"."""
+
+    def __init__(self, status: str, reason: str) -> None:
+        super().__init__(reason)
+        self.status, self.reason = status, reason
+
+
+class Worker:
+    """The near end: starts the process at the first wish and again after it died."""
+
+    def __init__(self, entry: Entry, device: str, threads: int) -> None:
+        self.entry, self._device, self._threads = entry, device, threads
+        self._process: Any = None
+        self._pipe: Connection | None = None
+
+    def ask(self, wish: str, *words: Any, limit: float) -> Any:
+        """What the process answers within `limit` seconds; raises Gone."""
+        if self._process is None:
+            self._start()
+        assert self._pipe is not None
+        try:
+            self._pipe.send((wish, *words))
+            if not self._pipe.poll(limit):
+                raise Gone("timeout", f"no answer within {limit:.0f} s")
+            status, answer = self._pipe.recv()
+        except (EOFError, OSError) as error:
+            code = self._process.exitcode
+            self.end()
+            raise Gone("error", f"its process died (exit code {code})") from error
+        except Gone:
+            self.end()
+            raise
+        if status == "ok":
+            return answer
+        if status == "error":
+            self.end()  # after an illegal access nothing else runs in that process
+        raise Gone(status, answer)
+
+    def _start(self) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self._pipe, far = spawn.Pipe()
+        self._process = spawn.Process(target=_serve, args=(far, os.getpid(), self.entry, self._device, self._threads))
+        self._process.start()
+        far.close()
+
+    def end(self) -> None:
+        """End the process, even if it is stuck."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._process = self._pipe = None
+
+
+class _Loaded:
+    """The far end: at most one call, ready to be timed."""
+
+    def __init__(self, entry: Entry, device: str) -> None:
+        self._entry, self._device, self._clock = entry, device, Clock(device)
+        self._call: Call | None = None
+
+    def load(self, point: Point) -> dict[str, Any]:
+        """Build the call and warm it up; how long that took a call, and the memory of one."""
+        self.drop()
+        module, _, function = self._entry.maker.partition(":")
+        self._call = getattr(importlib.import_module(module), function)(point, self._entry, self._device)
+        assert self._call is not None
+        warm = self._clock.warm(self._call, WARM)
+        allocated, reserved = self._clock.peak(self._call)
+        return {"warm": warm, "allocated": allocated, "reserved": reserved}
+
+    def time(self, seconds: float, most: int) -> list[float]:
+        """Samples until `seconds` are spent or there are `most`, one at least."""
+        assert self._call is not None
+        taken: list[float] = []
+        while not taken or (sum(taken) * self._call.calls < seconds and len(taken) < most):
+            taken.append(self._clock.time(self._call))
+        return taken
+
+    def drop(self) -> None:
+        """Forget the call and free its memory."""
+        self._call = None
+        gc.collect()
+        if self._device.startswith("cuda"):
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+
+
+def _serve(pipe: Connection, parent: int, entry: Entry, device: str, threads: int) -> None:
+    attend(parent)
+    torch.set_num_threads(threads)
+    loaded = _Loaded(entry, device)
+    wishes: dict[str, Callable[..., Any]] = {"load": loaded.load, "time": loaded.time, "drop": loaded.drop}
+    while True:
+        try:
+            wish, *words = pipe.recv()
+        except EOFError:
+            return
+        try:
+            answer = "ok", wishes[wish](*words)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            answer = "oom", str(error).splitlines()[0] if str(error) else "out of memory"
+        except Exception as error:  # a kernel may raise anything; the sweep goes on and the record says what
+            out = "out of memory" in str(error).lower() or "can't allocate memory" in str(error)
+            answer = "oom" if out else "error", f"{type(error).__name__}: {str(error)[:400]}"
+        if answer[0] == "oom":
+            with contextlib.suppress(Exception):
+                loaded.drop()
+        pipe.send(answer)

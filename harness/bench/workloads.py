@@ -1,0 +1,143 @@
+"""What a worker times: operators as the judge calls them, models as a user does."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+import fused
+from harness.bench.clock import Call
+from harness.bench.point import Entry, Point
+from harness.case import Case
+from harness.subject import subjects
+
+COLD = 160 * 2**20  # bytes of rotated inputs: three times an H200's L2 cache
+ROTATIONS = 16
+
+
+@dataclass(frozen=True)
+class OnDevice(Case):
+    """A case whose numbers are drawn where they are used: a long one has gigabytes of them."""
+
+    device: str = "cpu"
+
+    def generator(self, seed: int, what: str) -> torch.Generator:
+        """As `Case.generator`, on the device."""
+        return torch.Generator(self.device).manual_seed(super().generator(seed, what).initial_seed())
+
+    def normal(self, seed: int, what: str, *shape: int) -> Tensor:
+        """Standard normal numbers."""
+        return torch.randn(*shape, generator=self.generator(seed, what), device=self.device)
+
+    def log_uniform(self, seed: int, what: str, low: float, high: float, *shape: int) -> Tensor:
+        """Numbers between low and high, uniform in their logarithm."""
+        u = torch.rand(*shape, generator=self.generator(seed, what), device=self.device)
+        return torch.exp(u * math.log(high / low) + math.log(low))
+
+
+def make(point: Point, entry: Entry, device: str) -> Call:
+    """The call of an entry at a point."""
+    built = model(point, entry, device) if entry.variant else operator(point, entry, device)
+    return graphed(built) if point.way == "graph" else built
+
+
+def operator(point: Point, entry: Entry, device: str) -> Call:
+    """An operator on inputs that are not in the cache: every call takes another set of them."""
+    subject = subjects()[entry.subject]
+    options = ("reverse", "forward") if point.race == "scan-both" else ("forward",)
+    cases = [OnDevice(entry.subject, point.dims, _options(point, o), point.dtype, device=device) for o in options]
+    implementation = next(i for i in subject.implementations() if i.name == entry.implementation)
+    low, precise = cases[0].torch_dtype, subject.precise(cases[0])
+    wide = torch.promote_types(low, torch.float32)
+    sets: list[dict[str, Tensor]] = []
+    while len(sets) < ROTATIONS and sum(t.nbytes for leaves in sets for t in leaves.values()) < COLD:
+        with torch.device(device):
+            drawn = subject.draw(cases[0], len(sets))
+        sets.append({k: v.to(wide if k in precise else low).requires_grad_(point.mode == "train") for k, v in drawn.items()})
+    cotangents: dict[str, Tensor] = {}
+    turn = 0
+
+    def run() -> object:
+        nonlocal turn
+        leaves, turn = sets[turn % len(sets)], turn + 1
+        with torch.set_grad_enabled(point.mode == "train"):
+            results = [subject.evaluate(implementation.call, case, leaves) for case in cases]
+        if point.mode == "infer":
+            return results
+        heard = {f"{i}{k}": v for i, r in enumerate(results) for k, v in r.items() if k not in subject.silent(cases[i])}
+        for name, value in heard.items():
+            if name not in cotangents:
+                cotangents[name] = torch.randn_like(value)
+        return torch.autograd.grad(list(heard.values()), list(leaves.values()), list(cotangents.values()), allow_unused=True)
+
+    return Call(run, queued=True)
+
+
+def _options(point: Point, direction: str) -> tuple[str, ...]:
+    ways = {"norm": ("kind=rms",), "mixer": ("cast",)}
+    return (*ways.get(point.race, ()), *(["reverse"] if direction == "reverse" else []))
+
+
+def model(point: Point, entry: Entry, device: str) -> Call:
+    """A classifier in the point's dtype, parameters too, on clips of random pixels."""
+    dtype = getattr(torch, point.dtype)
+    with torch.device(device):
+        torch.manual_seed(0)
+        network = networks()[entry.subject](point, entry).to(dtype)
+        clip = torch.randn(point["B"], 3, point["T"], point["S"], point["S"], dtype=dtype)
+        labels = torch.arange(point["B"]) % 10
+    forward = torch.compile(network, dynamic=False) if point.way == "compiled" else network
+    if point.mode == "infer":
+        network.eval()
+        return Call(torch.no_grad()(lambda: forward(clip)))
+
+    def forget() -> None:
+        network.zero_grad(set_to_none=True)
+
+    def step() -> None:
+        nn.functional.cross_entropy(forward(clip).float(), labels).backward()
+
+    return Call(step, forget)
+
+
+def networks() -> dict[str, Callable[[Point, Entry], nn.Module]]:
+    """Models by subject, of the entry's size, for the point's clips."""
+
+    def videomamba(point: Point, entry: Entry) -> nn.Module:
+        config = getattr(fused.VideoMambaConfig, entry.variant)(**_clips(point), drop_path_rate=0.0)
+        return fused.VideoMamba(config, backend=entry.implementation.removeprefix("fused:"))
+
+    def vit(point: Point, entry: Entry) -> nn.Module:
+        from harness.baselines.vit import ViT, ViTConfig
+
+        return ViT(
+            getattr(ViTConfig, entry.variant)(
+                **_clips(point), attention="naive" if entry.implementation == "reference" else entry.implementation
+            )
+        )
+
+    return {"videomamba": videomamba, "vit": vit}
+
+
+def _clips(point: Point) -> dict[str, int]:
+    return {"img_size": point["S"], "num_frames": point["T"], "num_classes": 10}
+
+
+def graphed(call: Call) -> Call:
+    """The same call replayed from a CUDA graph; gradients are made anew inside of it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            if call.before:
+                call.before()
+            call.run()
+    torch.cuda.current_stream().wait_stream(stream)
+    if call.before:
+        call.before()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call.run()
+    return replace(call, run=graph.replay, before=None, queued=False)

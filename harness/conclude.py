@@ -1,0 +1,25 @@
+"""How a run ends: finished or interrupted, always with a report."""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+from harness.progress import Progress
+from harness.store import Run
+
+
+def conclude(run: Run, progress: Progress, work: Callable[[], None], write: Callable[[Run], Path]) -> bool:
+    """Do the work and write the report; whether it came to its end. Ctrl-C keeps what was done."""
+    status = "finished"
+    try:
+        with progress:
+            work()
+    except KeyboardInterrupt:
+        status = "interrupted"
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not cost the report of what was done
+    run.finish(status)
+    print(f"report: {write(run)}")
+    signal.signal(signal.SIGINT, before)
+    if status == "interrupted":
+        print(f"interrupted; continue with the same options and --resume --out {run.folder}")
+    return status == "finished"

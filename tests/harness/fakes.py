@@ -1,0 +1,37 @@
+"""Entries with known answers for the tests of the timing: they run in a worker process."""
+
+import os
+import time
+
+import torch
+
+from harness.bench.clock import Call
+
+ROOM = 1000  # tokens that `greedy` has room for
+
+
+def sleeper(point, entry, device):
+    """Sleeps a millisecond a token."""
+    return Call(lambda: time.sleep(1e-3 * point["L"]))
+
+
+def greedy(point, entry, device):
+    """Runs out of memory beyond ROOM tokens."""
+    if point["L"] > ROOM:
+        raise torch.OutOfMemoryError(f"no room for {point['L']} tokens")
+    return Call(lambda: time.sleep(1e-4))
+
+
+def mortal(point, entry, device):
+    """Takes its process with it beyond 5 tokens."""
+
+    def run():
+        if point["L"] > 5:
+            os._exit(11)
+
+    return Call(run)
+
+
+def hungry(point, entry, device):
+    """Touches a mebibyte a token."""
+    return Call(lambda: bytearray(point["L"] * 2**20).count(1))

@@ -1,0 +1,69 @@
+"""Timing against entries whose answers are known."""
+
+import pytest
+
+from harness.bench.point import Entry, Point, Speed
+from harness.bench.turns import race
+from harness.bench.worker import Gone, Worker
+
+
+def point(length: int) -> Point:
+    return Point("fake", (("B", 1), ("L", length)), "infer", dtype="float32")
+
+
+@pytest.fixture
+def worker():
+    made = []
+
+    def make(kind: str) -> Worker:
+        made.append(Worker(Entry(kind, "fake", "ours", f"fakes:{kind}"), "cpu", 1))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.end()
+
+
+def test_a_known_time_is_found_and_rivals_take_turns(worker) -> None:
+    fast, slow = race([worker("sleeper"), worker("sleeper")], point(20), budget=0.5)
+    for speed in (fast, slow):
+        assert speed.status == "ok" and not speed.alone
+        assert 0.020 <= speed.median.middle < 0.023
+        assert len(speed.seconds) >= 7 and len(speed.warm) == 3
+        assert speed.stopped in ("interval", "budget")
+    assert Speed.parse(fast.to_line()) == fast
+
+
+def test_twice_the_work_takes_twice_the_time(worker) -> None:
+    one = worker("sleeper")
+    times = [next(race([one], point(length), budget=0.3)).median.middle for length in (5, 10)]
+    assert 1.8 < times[1] / times[0] < 2.1
+
+
+def test_out_of_memory_is_a_result_and_the_worker_lives(worker) -> None:
+    small, big = worker("greedy"), worker("sleeper")
+    speeds = {s.entry.subject: s for s in race([small, big], point(1001), budget=0.01)}
+    assert speeds["greedy"].status == "oom" and "1001" in speeds["greedy"].reason
+    assert speeds["sleeper"].status == "ok" and speeds["sleeper"].alone
+    assert next(race([small], point(1000), budget=0.01)).status == "ok"
+
+
+def test_a_crash_costs_one_worker(worker) -> None:
+    crash, well = worker("mortal"), worker("sleeper")
+    speeds = {s.entry.subject: s for s in race([crash, well], point(6), budget=0.05)}
+    assert speeds["mortal"].status == "error" and "exit code 11" in speeds["mortal"].reason
+    assert speeds["sleeper"].status == "ok"
+    assert next(race([crash], point(3), budget=0.01)).status == "ok"  # it was started again
+
+
+def test_a_stuck_worker_is_a_timeout(worker) -> None:
+    stuck = worker("sleeper")
+    with pytest.raises(Gone, match="no answer within") as gone:
+        stuck.ask("load", point(3000), limit=12.0)  # 3 s a call, three to warm up, one for the memory
+    assert gone.value.status == "timeout"
+
+
+def test_memory_of_a_call_is_seen(worker) -> None:
+    eater = worker("hungry")
+    small, large = (next(race([eater], point(n), budget=0.01)).allocated for n in (16, 216))
+    assert large - small == pytest.approx(200 * 2**20, rel=0.1)
