@@ -1,0 +1,119 @@
+"""Sweeps: licence before speed, frontiers, resume, verdicts between runs."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from harness.bench.point import Entry, Point, Speed
+from harness.bench.sweep import judged, sweep
+from harness.cli import app
+from harness.finding import Finding
+from harness.record import Record
+from harness.store import Run
+
+BOX = {"gpu": None, "cpu": "a box", "fingerprints": {}, "packages": {}}
+
+
+def point(length: int, mode: str = "infer") -> Point:
+    return Point("fake", (("B", 1), ("L", length)), mode, dtype="float32")
+
+
+def entry(kind: str, role: str = "ours") -> Entry:
+    return Entry(kind, "fake", role, f"fakes:{kind}")
+
+
+def passed(e: Entry, check: str = "forward", error: float = 0.5) -> Record:
+    finding = Finding("y", "l2", error, 1.0)
+    return Record(e.subject, e.implementation, e.role, check, "case", "float32", "pass" if error <= 1 else "fail", 0.1, "",
+                  (finding,))  # fmt: skip
+
+
+def new_run(folder: Path, *records: Record) -> Run:
+    run = Run.create(folder, {"kind": "bench", "plan": {"budget": 0.01}, "box": BOX})
+    for record in records:
+        run.add(record)
+    return run
+
+
+def swept(run: Run, lengths: list[int], who: list[Entry]) -> dict[tuple[str, int], Speed]:
+    sweep(run, [point(n) for n in lengths], lambda p: who, None, 0.01, "cpu", 1, lambda speed: None)
+    return {(s.entry.subject, s.point["L"]): s for s in run.speeds}
+
+
+def test_out_of_memory_ends_a_curve_and_longer_points_are_implied(tmp_path: Path) -> None:
+    greedy, sleeper = entry("greedy"), entry("sleeper")
+    speeds = swept(new_run(tmp_path, passed(greedy), passed(sleeper)), [2, 1001, 2000], [greedy])
+    assert [speeds["greedy", n].status for n in (2, 1001, 2000)] == ["ok", "oom", "implied"]
+    assert "L1001" in speeds["greedy", 2000].reason
+
+
+def test_resume_times_only_what_is_left(tmp_path: Path) -> None:
+    sleeper = entry("sleeper")
+    swept(new_run(tmp_path, passed(sleeper)), [1, 2], [sleeper])
+    path = tmp_path / "speeds.jsonl"
+    whole = path.read_text()
+    path.write_text(whole[: len(whole) - 40])  # killed while writing the second
+    again = Run.open(tmp_path)
+    assert [s.point["L"] for s in again.speeds] == [1]
+    first = again.speeds[0]
+    swept(again, [1, 2, 3], [sleeper])
+    kept = Run.open(tmp_path).speeds
+    assert [s.point["L"] for s in kept] == [1, 2, 3] and kept[0] == first
+
+
+def test_what_fails_parity_gets_no_speed_unless_it_is_a_rival(tmp_path: Path) -> None:
+    ours, rival, unasked = entry("sleeper"), Entry("sleeper", "theirs", "rival", "fakes:sleeper"), entry("greedy")
+    run = new_run(tmp_path, passed(ours, error=3.0), passed(rival, error=5.0))
+    swept(run, [2], [ours, rival, unasked])
+    speeds = {s.entry: s for s in run.speeds}
+    assert speeds[ours].status == "gated" and "3 budgets" in speeds[ours].reason
+    assert speeds[rival].status == "ok" and speeds[rival].wrong == 5.0
+    assert speeds[unasked].status == "gated" and "asked it nothing" in speeds[unasked].reason
+
+
+def test_a_wrong_gradient_gates_training_only() -> None:
+    ours = entry("sleeper")
+    records = [passed(ours), passed(ours, "backward", error=2.0)]
+    assert judged(ours, point(2), records) == ("", 0.0)
+    assert judged(ours, point(2, "train"), records)[1] == 2.0
+
+
+@pytest.mark.parametrize(("factor", "code", "said"), [(1.05, 1, "SLOWER"), (1.0, 0, "SAME"), (0.9, 0, "FASTER")])
+def test_compare(factor: float, code: int, said: str, tmp_path: Path) -> None:
+    samples = [1e-3 * (1 + 1e-4 * i) for i in range(20)]
+    for name, by in (("base", 1.0), ("new", factor)):
+        run = new_run(tmp_path / name)
+        run.add_speed(Speed(entry("sleeper"), point(2), "ok", tuple(by * s for s in samples)))
+        run.add_speed(Speed(entry("greedy"), point(2), "gated", reason="wrong"))
+    done = CliRunner().invoke(app, ["compare", str(tmp_path / "base"), str(tmp_path / "new")])
+    assert done.exit_code == code and f"1 {said}" in done.output
+    assert "greedy fake fake-B1-L2-infer-eager-float32: gated" in done.output
+
+
+def test_two_boxes_do_not_compare(tmp_path: Path) -> None:
+    for name, gpu in (("base", "one"), ("new", "other")):
+        run = new_run(tmp_path / name)
+        run.about["box"] = BOX | {"gpu": gpu}
+        run.save()
+    done = CliRunner().invoke(app, ["compare", str(tmp_path / "base"), str(tmp_path / "new")])
+    assert done.exit_code != 0 and "gpu differs" in str(done.exception)
+
+
+@pytest.mark.parametrize("wrong", [("ok", (), ""), ("gated", (1.0,), "x"), ("oom", (), ""), ("fast", (1.0,), "")])
+def test_mixtures_that_mean_nothing_cannot_be_built(wrong: tuple) -> None:
+    status, seconds, reason = wrong
+    with pytest.raises(ValueError):
+        Speed(entry("sleeper"), point(2), status, seconds, reason=reason)
+
+
+def test_bench_of_one_operator_end_to_end(tmp_path: Path) -> None:
+    options = ["bench", "--race", "norm", "--budget", "0.02", "--device", "cpu", "--out", str(tmp_path / "run")]
+    done = CliRunner().invoke(app, options)
+    assert done.exit_code == 0, (done.output, done.exception)
+    run = Run.open(tmp_path / "run")
+    assert len(run.speeds) == 4 and all(s.status == "ok" and 0 < s.bound for s in run.speeds)
+    assert any(r.status == "pass" and r.check == "backward" for r in run.records)
+    before = (tmp_path / "run" / "speeds.jsonl").read_text()
+    assert CliRunner().invoke(app, [*options, "--resume"]).exit_code == 0
+    assert (tmp_path / "run" / "speeds.jsonl").read_text() == before
