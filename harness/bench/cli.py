@@ -9,7 +9,8 @@ import torch
 import typer
 
 from harness import environment
-from harness.bench import grids, interval, sweep
+from harness.bench import benchmark_json, grids, interval, sweep
+from harness.bench.ceilings import Ceilings
 from harness.bench.compare import compare as compare_runs
 from harness.bench.point import Entry, Point, Speed
 from harness.conclude import conclude
@@ -40,27 +41,36 @@ def bench(
             if name not in allowed:
                 raise UsageError(f"{what} {name!r} is unknown; allowed are {', '.join(allowed)}")
     points = sweep.points_here(grid, device, tuple(race or ()))
-    field = {p.race: [e for e in grids.entries(p.race, device) if not impl or e.implementation in impl] for p in points}
+    wanted = tuple(impl or ())
     if dry_run:
         for p in points:
-            print(f"{p.name:60} {p.tokens:8} tokens  {', '.join(e.name for e in field[p.race])}")
+            who = grids.entries(p.race, device, "sdpa", wanted)
+            print(f"{p.name:60} {p.tokens:8} tokens  {', '.join(e.name for e in who)}")
         return
-    threads = torch.get_num_threads()
     box = environment.describe(device)
-    about = sweep.about(grid, device, tuple(race or ()), tuple(impl or ()), budget or BUDGET[grid], box)
+    about = sweep.about(grid, device, tuple(race or ()), wanted, budget or BUDGET[grid], box)
     if resume:
         run = Run.open(out) if out else Run.latest(unfinished=True, kind="bench")
         resumable(run, about)
     else:
         run = Run.create(out, about | {"command": again(sys.argv[1:])})
     print(f"{len(points)} points of grid {grid} on {box['gpu'] or box['cpu']}, into {run.folder}", flush=True)
-    costs = {_item(e, p): 1.0 for p in points for e in field[p.race]}
-    progress = Progress(costs)
-    done = conclude(run, progress, lambda: _work(run, points, field, threads, progress), page.write)
+    print("ceilings of this box, and its fastest attention", flush=True)
+    sweep.measure_box(run, points[0].dtype)
+    fastest = min(run.about["attention"], key=run.about["attention"].get)
+    field = {p.race: grids.entries(p.race, device, fastest, wanted) for p in points}
+    progress = Progress({_item(e, p): 1.0 for p in points for e in field[p.race]})
+    done = conclude(run, progress, lambda: _work(run, points, field, progress), write)
     print(last_line(run))
     if not done:
         raise typer.Exit(130)
     raise typer.Exit(exit_code(run))
+
+
+def write(run: Run) -> Path:
+    """The report, and beside it the speeds as pytest-benchmark writes them."""
+    benchmark_json.write(run)
+    return page.write(run)
 
 
 def exit_code(run: Run) -> int:
@@ -80,19 +90,18 @@ def last_line(run: Run) -> str:
     return f"{count('ours')} (rivals: {count('rival')})"
 
 
-def _work(run: Run, points: list[Point], field: Field, threads: int, progress: Progress) -> None:
-    plan = run.about["plan"]
+def _work(run: Run, points: list[Point], field: Field, progress: Progress) -> None:
+    plan, threads = run.about["plan"], torch.get_num_threads()
     entries = [e for race in field.values() for e in race]
     environment.prepare()
     for dtype in dict.fromkeys(p.dtype for p in points):
         sweep.licence(sweep.licence_plans(entries, plan["device"], dtype, threads), run, progress.say)
-    progress.say("ceilings")
-    ceilings = sweep.ceilings_of(run, plan["device"], points[0].dtype)
 
     def tell(speed: Speed) -> None:
         said = f"{1e3 * speed.median.middle:.3g} ms" if speed.seconds else f"{speed.status}: {speed.reason}"
         progress.done(_item(speed.entry, speed.point), f"{speed.point.name} {speed.entry.name} {said}")
 
+    ceilings = Ceilings(**run.about["ceilings"])
     sweep.sweep(run, points, lambda p: field[p.race], ceilings, plan["budget"], plan["device"], threads, tell)
 
 

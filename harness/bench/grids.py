@@ -1,5 +1,11 @@
 """Which points a sweep times, and who runs there."""
 
+import statistics
+
+import torch
+
+from harness.baselines import attention
+from harness.bench.clock import Call, Clock
 from harness.bench.point import Entry, Point
 from harness.subject import subjects
 
@@ -13,19 +19,39 @@ def points(grid: str) -> list[Point]:
     return {"cpu": _cpu, "full": _full, "long": _long}[grid]()
 
 
-def entries(race: str, device: str) -> list[Entry]:
-    """Everybody who can run a race here; of the reference only its speed is known: it is not asked to race."""
+def entries(race: str, device: str, fastest: str, names: tuple[str, ...] = ()) -> list[Entry]:
+    """Everybody who can run a race here but the reference, whose loop no one would use: every implementation of ours and its
+    rivals, and the ViT with naive attention and with the `fastest` of this box. `names` keeps some of them."""
     if race in OPERATORS:
-        return _entries(OPERATORS[race], "", device)
-    mamba, vit = MODELS[race]
-    return _entries("videomamba", mamba, device) + _entries("vit", vit, device)
+        found = _entries(OPERATORS[race], "", device)
+    else:
+        mamba, vit = MODELS[race]
+        found = _entries("videomamba", mamba, device)
+        found += [Entry("vit", kind, "rival", variant=vit) for kind in ("reference", fastest)]
+    return [e for e in found if not names or e.implementation in names]
 
 
 def _entries(subject: str, variant: str, device: str) -> list[Entry]:
-    """Every implementation that runs here but the scan of the reference, which no one would use, and the twin in timm."""
     racing = [i for i in subjects()[subject].implementations() if i.absent(device) is None]
-    idle = ("timm",) if subject == "vit" else ("reference",)
-    return [Entry(subject, i.name, i.role, variant=variant) for i in racing if i.name not in idle]
+    return [Entry(subject, i.name, i.role, variant=variant) for i in racing if i.name != "reference"]
+
+
+def attentions(device: str, dtype: str) -> dict[str, float]:
+    """Seconds of one attention, forward and backward, by every kind that can do it here; the ViT gets the fastest."""
+    clock, found = Clock(device), {}
+    heads, length = (12, 12545) if device.startswith("cuda") else (3, 257)
+    q, k, v = (torch.randn(1, heads, length, 64, device=device, dtype=getattr(torch, dtype), requires_grad=True) for _ in "qkv")
+    for kind in attention.KINDS:
+        if kind == "naive" or attention.unavailable(kind, device) or q.dtype not in attention.dtypes(kind):
+            continue
+
+        def step(kind: str = kind) -> object:
+            with attention.only(kind, q.device):
+                return torch.autograd.grad(attention.attend(q, k, v, kind).sum(), (q, k, v))
+
+        clock.warm(Call(step), 3)
+        found[kind] = statistics.median(clock.time(Call(step)) for _ in range(7))
+    return found
 
 
 def _operators(shapes: list[tuple[int, int, int]], dtype: str) -> list[Point]:

@@ -75,8 +75,8 @@ class Speed:
     alone: bool = False  # not interleaved with its rivals: they did not fit beside it
     allocated: int = 0  # bytes at the peak of one call
     reserved: int = 0
-    joules: float | None = None  # per call
-    clock: float | None = None  # MHz, median over the samples
+    joules: float | None = None  # per call, pauses between samples included
+    clock: float | None = None  # MHz of the multiprocessors, median over the turns
     bound: float | None = None  # seconds that the hardware needs at least, by this run's ceilings
     wrong: float = 0.0  # a rival that failed its licence: its worst error in budgets
     reason: str = ""

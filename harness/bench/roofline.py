@@ -11,7 +11,6 @@ from harness.bench.point import Point
 ISSUED_PER_EXP = 8
 SIZES = {"tiny": (192, 24), "small": (384, 24), "middle": (576, 32), "base": (768, 12)}  # width and depth of VideoMamba
 VITS = {"tiny": (192, 12), "small": (384, 12), "base": (768, 12)}
-SUBJECTS = ("scan", "conv", "norm", "mixer", "videomamba", "vit")
 
 
 def bound(point: Point, subject: str, variant: str, ceilings: Ceilings) -> float:

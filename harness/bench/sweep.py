@@ -5,10 +5,9 @@ from dataclasses import asdict, replace
 
 import torch
 
-from harness import parity
-from harness.bench import grids, roofline
+from harness import parity, workers
+from harness.bench import ceilings, grids, roofline
 from harness.bench.ceilings import Ceilings
-from harness.bench.ceilings import measure as measure_ceilings
 from harness.bench.point import Entry, Point, Speed
 from harness.bench.turns import race
 from harness.bench.worker import Worker
@@ -22,7 +21,7 @@ LICENCES = {
     "conv": ("B2-L197-E384-K4-{0}", "B2-L197-E384-K4-reverse-{0}"),
     "norm": ("B2-L9-D33-kind=rms-{0}", "B2-L1569-D576-kind=rms-{0}"),
     "mixer": ("B2-L197-D384-{1}{0}",),
-    "videomamba": ("B2-T8-S64-D192-L129-{1}{0}",),
+    "videomamba": ("B16-T8-S64-D192-L129-{1}{0}",),
     "vit": ("B2-T*-{1}{0}",),
 }
 
@@ -64,27 +63,26 @@ def judged(entry: Entry, point: Point, records: list[Record]) -> tuple[str, floa
 
 
 def sweep(
-    run: Run, points: list[Point], who: Callable[[Point], list[Entry]], ceilings: Ceilings | None, budget: float, device: str,
+    run: Run, points: list[Point], who: Callable[[Point], list[Entry]], best: Ceilings | None, budget: float, device: str,
     threads: int, tell: Callable[[Speed], None],
 ) -> None:  # fmt: skip
     """Time what the run has not timed yet. A point longer than one that ran out of memory or time is implied."""
-    workers: dict[Entry, Worker] = {}
+    staff: dict[Entry, Worker] = {}
     try:
         for point in points:
             wanted = [e for e in who(point) if (e.name, point.name) not in {s.key for s in run.speeds}]
-            for speed in _speeds(run, point, wanted, workers, budget, device, threads):
-                if ceilings and speed.entry.subject in roofline.SUBJECTS:
-                    bound = roofline.bound(point, speed.entry.subject, speed.entry.variant, ceilings)
-                    speed = replace(speed, bound=bound)
+            for speed in _speeds(run, point, wanted, staff, budget, device, threads):
+                if best:
+                    speed = replace(speed, bound=roofline.bound(point, speed.entry.subject, speed.entry.variant, best))
                 run.add_speed(speed)
                 tell(speed)
     finally:
-        for worker in workers.values():
+        for worker in staff.values():
             worker.end()
 
 
 def _speeds(
-    run: Run, point: Point, wanted: list[Entry], workers: dict[Entry, Worker], budget: float, device: str, threads: int
+    run: Run, point: Point, wanted: list[Entry], staff: dict[Entry, Worker], budget: float, device: str, threads: int
 ) -> Iterator[Speed]:
     racing, wrong = [], {}
     for entry in wanted:
@@ -94,7 +92,7 @@ def _speeds(
         elif shorter := _ended(run, entry, point):
             yield Speed(entry, point, "implied", reason=f"{shorter.status} at {shorter.point.name} already")
         else:
-            racing.append(workers.setdefault(entry, Worker(entry, device, threads)))
+            racing.append(staff.setdefault(entry, Worker(entry, device, threads)))
             wrong[entry] = why, budgets
     for speed in race(racing, point, budget):
         why, budgets = wrong[speed.entry]
@@ -119,9 +117,12 @@ def about(grid: str, device: str, races: tuple[str, ...], names: tuple[str, ...]
     return {"kind": "bench", "plan": plan, "box": box}
 
 
-def ceilings_of(run: Run, device: str, dtype: str) -> Ceilings:
-    """This run's ceilings, measured once."""
-    if "ceilings" not in run.about:
-        run.about["ceilings"] = asdict(measure_ceilings(device, dtype))
-        run.save()
-    return Ceilings(**run.about["ceilings"])
+def measure_box(run: Run, dtype: str) -> None:
+    """Ceilings and attentions of this box, once a run, in a process of its own: it needs the memory of none of them later."""
+    if {"ceilings", "attention"} <= run.about.keys():
+        return
+    device = run.about["plan"]["device"]
+    with workers.pool(1) as pool:
+        run.about["ceilings"] = asdict(pool.submit(ceilings.measure, device, dtype).result())
+        run.about["attention"] = pool.submit(grids.attentions, device, dtype).result()
+    run.save()

@@ -1,12 +1,13 @@
 """Rivals take turns: a drift of the clock or of the room's temperature then meets all of them alike."""
 
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from harness.bench import interval
 from harness.bench.point import Point, Speed
-from harness.bench.worker import Gone, Worker
+from harness.bench.worker import Gone, Turn, Worker
 
 GOAL = 0.01  # half the interval's width, relative to the median, at which more samples are no use
 FEWEST, MOST, ROUNDS = 7, 400, 8
@@ -20,9 +21,14 @@ class Seat:
     worker: Worker
     point: Point
     loaded: dict[str, Any] = field(default_factory=dict)
-    samples: list[float] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
     alone: bool = False
     gone: Gone | None = None
+
+    @property
+    def samples(self) -> list[float]:
+        """Seconds of all turns."""
+        return [second for turn in self.turns for second in turn.seconds]
 
     @property
     def settled(self) -> bool:
@@ -36,8 +42,13 @@ class Seat:
             return Speed(entry, point, self.gone.status, reason=self.gone.reason)
         return Speed(
             entry, point, "ok", tuple(self.samples), tuple(self.loaded["warm"]), "interval" if self.settled else "budget",
-            self.alone, self.loaded["allocated"], self.loaded["reserved"],
+            self.alone, self.loaded["allocated"], self.loaded["reserved"], self._joules(),
+            statistics.median(clocks) if (clocks := [t.clock for t in self.turns if t.clock is not None]) else None,
         )  # fmt: skip
+
+    def _joules(self) -> float | None:
+        spent = [turn.joules for turn in self.turns]
+        return None if None in spent else sum(j for j in spent if j is not None) / len(self.samples)
 
 
 def race(workers: list[Worker], point: Point, budget: float) -> Iterator[Speed]:
@@ -76,8 +87,8 @@ def _take_turns(seats: list[Seat], budget: float) -> None:
             except Gone as gone:
                 seat.gone = gone
                 continue
-            seat.samples += taken
-            spent[id(seat)] += sum(taken)
+            seat.turns.append(taken)
+            spent[id(seat)] += sum(taken.seconds)
 
 
 def _load(seat: Seat) -> None:

@@ -7,12 +7,13 @@ import multiprocessing
 import os
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from harness.bench.clock import Call, Clock
 from harness.bench.point import Entry, Point
+from harness.bench.power import Power
 from harness.workers import attend
 
 WARM = 3
@@ -72,11 +73,20 @@ class Worker:
             self._process = self._pipe = None
 
 
+class Turn(NamedTuple):
+    """Seconds of each call of a turn, joules of the whole turn, pauses included, and MHz at its end."""
+
+    seconds: list[float]
+    joules: float | None
+    clock: float | None
+
+
 class _Loaded:
     """The far end: at most one call, ready to be timed."""
 
     def __init__(self, entry: Entry, device: str) -> None:
         self._entry, self._device, self._clock = entry, device, Clock(device)
+        self._power = Power(device)
         self._call: Call | None = None
 
     def load(self, point: Point) -> dict[str, Any]:
@@ -89,13 +99,15 @@ class _Loaded:
         allocated, reserved = self._clock.peak(self._call)
         return {"warm": warm, "allocated": allocated, "reserved": reserved}
 
-    def time(self, seconds: float, most: int) -> list[float]:
+    def time(self, seconds: float, most: int) -> Turn:
         """Samples until `seconds` are spent or there are `most`, one at least."""
         assert self._call is not None
         taken: list[float] = []
+        before = self._power.joules()
         while not taken or (sum(taken) * self._call.calls < seconds and len(taken) < most):
             taken.append(self._clock.time(self._call))
-        return taken
+        clock, after = self._power.megahertz(), self._power.joules()
+        return Turn(taken, None if before is None or after is None else after - before, clock)
 
     def drop(self) -> None:
         """Forget the call and free its memory."""
