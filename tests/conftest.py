@@ -1,4 +1,4 @@
-"""For every test: the same number of threads, and the shapes in the signatures of reference and fused are checked."""
+"""For every test: the same number of threads, and shapes in the signatures of models are checked."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ import torch
 from jaxtyping import config, install_import_hook
 
 torch.set_num_threads(2)
-install_import_hook(["reference", "fused"], "beartype.beartype")
+install_import_hook(["reference", "fused", "harness.baselines"], "beartype.beartype")
 
 
 @pytest.fixture
