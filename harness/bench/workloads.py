@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import fused
+from harness.baselines.vit import ViT, ViTConfig
 from harness.bench.clock import Call
 from harness.bench.point import Entry, Point
 from harness.case import Case
@@ -110,8 +111,6 @@ def networks() -> dict[str, Callable[[Point, Entry], nn.Module]]:
         return fused.VideoMamba(config, backend=entry.implementation.removeprefix("fused:"))
 
     def vit(point: Point, entry: Entry) -> nn.Module:
-        from harness.baselines.vit import ViT, ViTConfig
-
         return ViT(
             getattr(ViTConfig, entry.variant)(
                 **_clips(point), attention="naive" if entry.implementation == "reference" else entry.implementation
