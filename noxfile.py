@@ -63,6 +63,20 @@ def parity(session: nox.Session) -> None:
 
 
 @nox.session
+def bench(session: nox.Session) -> None:
+    """Time everything that passes parity against its rivals; leaves a run and its report under reports/runs/."""
+    install(session, "-e", ".[harness]" if not NVIDIA else ".[harness,power]")
+    python(session, "-m", "harness", "bench", *session.posargs)
+
+
+@nox.session
+def compare(session: nox.Session) -> None:
+    """Whether one bench is faster than another: `nox -s compare -- BASE RUN`."""
+    install(session, "-e", ".[harness]")
+    python(session, "-m", "harness", "compare", *session.posargs)
+
+
+@nox.session
 def report(session: nox.Session) -> None:
     """Write the report of a run again."""
     install(session, "-e", ".[harness]")

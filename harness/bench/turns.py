@@ -10,7 +10,7 @@ from harness.bench.point import Point, Speed
 from harness.bench.worker import Gone, Turn, Worker
 
 GOAL = 0.01  # half the interval's width, relative to the median, at which more samples are no use
-FEWEST, MOST, ROUNDS = 7, 400, 8
+LEAST, FEWEST, MOST, ROUNDS = 3, 7, 400, 8
 LIMIT = 300.0  # seconds for one answer of a worker
 
 
@@ -79,7 +79,13 @@ def race(workers: list[Worker], point: Point, budget: float) -> Iterator[Speed]:
 def _take_turns(seats: list[Seat], budget: float) -> None:
     """Rounds of one turn each, a turn an eighth of the budget or less, until all are settled or have spent theirs."""
     spent = {id(seat): 0.0 for seat in seats}
-    while waiting := [s for s in seats if not (s.gone or s.settled or len(s.samples) >= MOST or spent[id(s)] >= budget)]:
+
+    def done(seat: Seat) -> bool:
+        if seat.gone or seat.settled or len(seat.samples) >= MOST:
+            return True
+        return spent[id(seat)] >= budget and len(seat.samples) >= LEAST
+
+    while waiting := [seat for seat in seats if not done(seat)]:
         for seat in waiting:
             try:
                 most = max(1, MOST // (2 * ROUNDS))
