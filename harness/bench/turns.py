@@ -105,7 +105,7 @@ def _load(seat: Seat) -> None:
 
 
 def _drop(seat: Seat) -> None:
-    if not seat.gone:
+    if seat.loaded and not seat.gone:
         try:
             seat.worker.ask("drop", limit=LIMIT)
         except Gone as gone:
