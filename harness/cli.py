@@ -183,7 +183,12 @@ app.command()(compare)
 def report(folder: Annotated[Path | None, typer.Argument(help="a run's folder; the newest by default")] = None) -> None:
     """Write a run's report again from its records."""
     run = Run.open(folder) if folder else Run.latest()
-    print((bench_page if run.about["kind"] == "bench" else page).write(run))
+    print(write_page(run))
+
+
+def write_page(run: Run) -> Path:
+    """The page of a run of either kind."""
+    return (bench_page if run.about["kind"] == "bench" else page).write(run)
 
 
 @app.command()
@@ -192,7 +197,7 @@ def accept(folder: Path) -> None:
     run = Run.open(folder)
     now = environment.git()
     prints = {name: stamp.fingerprint(name) for name in ("reference", "fused", "harness")}
-    if run.about.get("status") != "finished" or run.about["plan"]["mutant"]:
+    if run.about.get("status") != "finished" or run.about["plan"].get("mutant"):
         raise UsageError(f"{folder} is not a finished run of the product itself")
     if now["commit"] is None or now["dirty"]:
         raise UsageError("reference, fused and harness must stand in git as they are here: commit first")
@@ -200,7 +205,7 @@ def accept(folder: Path) -> None:
         raise UsageError(f"{folder} was made by other code than commit {now['commit'][:10]}")
     run.about["commit"] = now["commit"]
     run.save()
-    page.write(run)
+    write_page(run)
     name = (run.about["box"]["gpu"] or "cpu").lower().replace("nvidia ", "").replace(" ", "-")
     target = ACCEPTED / name / folder.resolve().name
     shutil.copytree(folder, target, ignore=shutil.ignore_patterns("failing", "*.part"), dirs_exist_ok=True)

@@ -12,7 +12,7 @@ from harness import environment
 from harness.bench import benchmark_json, grids, interval, sweep
 from harness.bench.ceilings import Ceilings
 from harness.bench.compare import compare as compare_runs
-from harness.bench.point import Entry, Point, Speed
+from harness.bench.point import Entry, Point, Speed, last_line
 from harness.conclude import conclude
 from harness.plan import UsageError
 from harness.progress import Progress
@@ -61,7 +61,7 @@ def bench(
     field = {p.race: grids.entries(p.race, device, fastest, wanted) for p in points}
     progress = Progress({_item(e, p): 1.0 for p in points for e in field[p.race]})
     done = conclude(run, progress, lambda: _work(run, points, field, progress), write)
-    print(last_line(run))
+    print(last_line(run.speeds))
     if not done:
         raise typer.Exit(130)
     raise typer.Exit(exit_code(run))
@@ -78,16 +78,6 @@ def exit_code(run: Run) -> int:
     if not any(s.status == "ok" for s in run.speeds):
         return 3
     return int(any(s.entry.role == "ours" and s.status in ("gated", "error") for s in run.speeds))
-
-
-def last_line(run: Run) -> str:
-    """`N timed, N gated, ...`, rivals behind it."""
-
-    def count(role: str) -> str:
-        found = Counter(s.status for s in run.speeds if s.entry.role == role)
-        return ", ".join([f"{found.pop('ok', 0)} timed", *(f"{n} {status}" for status, n in found.items())])
-
-    return f"{count('ours')} (rivals: {count('rival')})"
 
 
 def _work(run: Run, points: list[Point], field: Field, progress: Progress) -> None:

@@ -1,13 +1,14 @@
 """Which points a sweep times, and who runs there."""
 
 import statistics
+from collections.abc import Iterable
 
 import torch
 
 from harness.baselines import attention
 from harness.bench.clock import Call, Clock
 from harness.bench.point import Entry, Point
-from harness.subject import subjects
+from harness.subject import Implementation, subjects
 
 OPERATORS = {"scan": "scan", "scan-both": "scan", "conv": "conv", "norm": "norm", "mixer": "mixer"}
 MODELS = {"tiny": ("tiny", "tiny"), "small": ("small", "small"), "middle": ("middle", "base")}  # VideoMamba against ViT
@@ -52,6 +53,19 @@ def attentions(device: str, dtype: str) -> dict[str, float]:
         clock.warm(Call(step), 3)
         found[kind] = statistics.median(clock.time(Call(step)) for _ in range(7))
     return found
+
+
+def absent(races: Iterable[str], device: str) -> list[dict[str, str]]:
+    """Who would race in these races but cannot run here, and why."""
+    raced = dict.fromkeys(s for r in races for s in ((OPERATORS[r],) if r in OPERATORS else ("videomamba", "vit")))
+    every = [(s, i) for s in raced if s in subjects() for i in subjects()[s].implementations() if _races(s, i)]
+    return [
+        {"subject": s, "implementation": i.name, "role": i.role, "reason": why} for s, i in every if (why := i.absent(device))
+    ]
+
+
+def _races(subject: str, implementation: Implementation) -> bool:
+    return implementation.name not in (("timm", "sdpa") if subject == "vit" else ("reference",))
 
 
 def _operators(shapes: list[tuple[int, int, int]], dtype: str) -> list[Point]:

@@ -1,6 +1,8 @@
 """A point of a sweep, who is timed there, and what came of it: one JSON line."""
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -111,3 +113,13 @@ class Speed:
         raw["point"] = Point(**raw["point"] | {"dims": tuple((k, v) for k, v in raw["point"]["dims"])})
         raw |= {k: tuple(raw[k]) for k in ("seconds", "warm")}
         return cls(**{f.name: raw[f.name] for f in fields(cls)})
+
+
+def last_line(speeds: Sequence[Speed]) -> str:
+    """`N timed, N gated, ...`, rivals behind it."""
+
+    def count(role: str) -> str:
+        found = Counter(s.status for s in speeds if s.entry.role == role)
+        return ", ".join([f"{found.pop('ok', 0)} timed", *(f"{n} {status}" for status, n in found.items())])
+
+    return f"{count('ours')} (rivals: {count('rival')})"

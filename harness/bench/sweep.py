@@ -114,7 +114,8 @@ def points_here(grid: str, device: str, races: tuple[str, ...]) -> list[Point]:
 def about(grid: str, device: str, races: tuple[str, ...], names: tuple[str, ...], budget: float, box: dict) -> dict:
     """What run.json says of a sweep at its start."""
     plan = {"grid": grid, "device": device, "races": races, "names": names, "budget": budget}
-    return {"kind": "bench", "plan": plan, "box": box}
+    absent = grids.absent(races or (*grids.OPERATORS, *grids.MODELS), device)
+    return {"kind": "bench", "plan": plan, "box": box, "absent": absent}
 
 
 def measure_box(run: Run, dtype: str) -> None:

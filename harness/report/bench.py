@@ -1,14 +1,179 @@
-"""The page of a sweep."""
+"""The page of a sweep: who may be timed at all, then the speeds, then how they were had."""
 
+import textwrap
 from pathlib import Path
 
-from harness.report import tables
+from harness.bench import grids
+from harness.bench.interval import RESAMPLES
+from harness.bench.point import MODES, WAYS, Speed, last_line
+from harness.bench.turns import FEWEST, GOAL, MOST
+from harness.bench.worker import WARM
+from harness.report import curves, paper, speed_figures, speed_tables, tables
+from harness.report.html import both
+from harness.report.page import box
 from harness.store import Run
+
+CPU = "This is the CPU grid: it shows that the bench works; its numbers say nothing of a GPU."
+HOW = f"""\
+Every entry (an implementation of a subject) runs in a process of its own, so that what kills it costs nobody else. At each
+point the entries take turns, a turn being an eighth of the budget or less, so that a drift of the clock meets all alike;
+where they do not fit into the memory together each is timed alone, and its row says so. Each loads its call, runs it {WARM}
+times (kept apart, not counted) and once more for its memory; sampling then stops when half the width of the median's 95 %
+interval is within {100 * GOAL:.0f} % of the median ({FEWEST} samples at least), at {MOST} samples, or when its budget of
+{{budget}} s is spent: {{settled}}. The interval is the middle 95 % of the medians of {RESAMPLES} bootstrap resamples,
+seeded, so that the same samples give the same interval (of fewer than three samples, `n = 1` or 2, it is but their range).
+It holds the scatter within this run on this box, and no other doubt. Operators are timed on inputs that are not in the
+cache (sets of random tensors take turns){{operators}}. Models are timed end to end, launches included, on clips that lie on
+the device already. {{memory}} No clock was locked; every raw sample is in speeds.jsonl."""
+GPU_OPERATORS = ", by the device's own clock with the launches queued ahead, so that the host's time does not count"
+GPU_MEMORY = """Memory is the peak that PyTorch's allocator held during one call: weights, gradients and
+scratch, and inputs, of an operator all the sets that take turns. A replayed graph allocates nothing while one looks, so that
+its peak is not known and not shown."""
+CPU_MEMORY = "Memory is the most that the process held resident during one call, PyTorch itself included."
+READ = """\
+A figure of an entry of ours exists only if parity passed in this run: `GATED` is what failed, and has no speed. A rival that
+failed is timed, with "wrong by N budgets" beside its figure and wherever that figure is used; a budget is what its error may
+be. `[low, high]` is the 95 % interval of the median; two entries whose intervals overlap are not told apart. Time over
+another's is below 1 where the row is faster. `out of memory` is the entry's own doing; longer points of the same curve are
+`not tried`. The share of the roofline is the least time that this box needs for the point, by the ceilings above, over the
+time taken: 100 % cannot be beaten, and more means that the bound is wrong. Where curves meet is read off straight lines in
+logarithms between neighbouring points, against the fastest ViT of the same way; it is as good as the points are close."""
 
 
 def write(run: Run) -> Path:
-    """Write report.md into the run's folder."""
-    rows = [(*s.key, f"{1e3 * s.median.middle:.4g}" if s.seconds else s.status) for s in run.speeds]
-    path = run.folder / "report.md"
-    path.write_text(tables.table(["entry", "point", "ms"], rows) + "\n")
-    return path
+    """Write report.md, its figures and report.html into the run's folder; the path of report.md."""
+    plan, here = run.about.get("plan", {}), run.about.get("box", {})
+    title = f"Bench: grid {plan.get('grid', '?')} on {(here.get('gpu') if _gpu(run) else '') or here.get('cpu') or '?'}"
+    families = curves.families(run.speeds)
+    parts = [
+        f"# {title}",
+        _verdict(run),
+        *_loud(run),
+        "## Licences: parity in this run", *_licences(run),
+        "## Where VideoMamba meets the ViT", *_meetings(families),
+        "## Plots", *_plots(run, families),
+        "## Operators", *_operators(run.speeds),
+        "## Models", *_models(run.speeds),
+        "## Ceilings of this box, measured in this run", _ceilings(run),
+        "## How it was measured", _how(run),
+        "## How to read this", READ,
+        "\n".join(f"- `{word}`: {what}" for word, what in (MODES | WAYS).items()),
+        "## The box", box(run),
+        "## Again", f"```\n{run.about.get('command', '(not recorded; the plan above says what was asked)')}\n```",
+    ]  # fmt: skip
+    return both(run.folder, "\n\n".join(parts) + "\n", title)
+
+
+def _gpu(run: Run) -> bool:
+    return str(run.about.get("plan", {}).get("device", "")).startswith("cuda")
+
+
+def _verdict(run: Run) -> str:
+    ours = [s for s in run.speeds if s.entry.role == "ours"]
+    timed, gated, failed = (sum(s.status in which for s in ours) for which in (("ok",), ("gated",), ("error", "timeout")))
+    lost = len(ours) - timed - gated - failed
+    word = "GATED OR FAILED" if gated + failed else "TIMED" if timed else "NOTHING OF OURS WAS TIMED"
+    word += f" SO FAR ({run.about.get('status')})" * (run.about.get("status") != "finished")
+    said = f"ours: {timed} timed, {gated} gated, {failed} failed, {lost} out of memory or not tried"
+    return f"**{word}.** {said}\n\n`{last_line(run.speeds)}`"
+
+
+def _loud(run: Run) -> list[str]:
+    """What a reader must know before trusting a number."""
+    plan, said = run.about.get("plan", {}), []
+    if run.about.get("status") == "interrupted":
+        said.append("> **INTERRUPTED.** Points are missing; nothing below is the whole answer.")
+    elif run.about.get("status") != "finished":
+        said.append(f"> **NOT FINISHED** (status: {run.about.get('status')}). Points are missing.")
+    if narrowed := [f"{what} {', '.join(plan[k])}" for k, what in (("races", "races"), ("names", "only")) if plan.get(k)]:
+        said.append(f"> **FILTERED** ({'; '.join(narrowed)}). Others were not timed: nobody here is the fastest of all.")
+    if not _gpu(run):
+        said.append(f"> **ON A CPU.** {CPU}")
+    for status, head in (("gated", "GATED. Parity failed, so these have no speed:"), ("error", "FAILED while being timed:")):
+        if lines := speed_tables.missing(run.speeds, status):
+            said.append("\n".join([f"> **{head}**", ">", *(f"> - {line}" for line in lines)]))
+    if lines := _wrong(run.speeds):
+        said.append("\n".join(["> **WRONG RIVALS.** Timed, but their answers failed parity:", ">", *lines]))
+    if absent := run.about.get("absent", []):
+        whose = [f"{a['subject']}: **{a['implementation']}**" + " (rival)" * (a["role"] == "rival") for a in absent]
+        lines = [f"> - {name}: {tables.flat(a['reason'])}" for name, a in zip(whose, absent, strict=True)]
+        said.append("\n".join(["> **NOT RUN HERE.** These were not timed at all:", ">", *lines]))
+    return ["## Before the numbers", *(said or ["Nothing is missing: everybody was timed, unfiltered, to the end."])]
+
+
+def _wrong(speeds: list[Speed]) -> list[str]:
+    found = {speed_tables.who(s.entry): tables.flat(curves.doubt(s)) for s in speeds if s.seconds and curves.doubt(s)}
+    return [f"> - {name}: {fault}" for name, fault in found.items()]
+
+
+def _licences(run: Run) -> list[str]:
+    subjects = dict.fromkeys(r.subject for r in run.records)
+    parts = [f"### {s}\n\n{tables.matrix([r for r in run.records if r.subject == s])}" for s in subjects]
+    if any(r.failed for r in run.records):
+        parts += ["### What failed", tables.failures(run.records)]
+    return parts or ["No question was asked: nothing here is licensed."]
+
+
+def _meetings(families: list[curves.Family]) -> list[str]:
+    parts = [f"{f.title}:\n\n{speed_tables.meetings(f)}" for f in families]
+    return parts or ["No model has times at two lengths of the same batch, so no curve can meet another."]
+
+
+def _plots(run: Run, families: list[curves.Family]) -> list[str]:
+    """The plots, or why there are none."""
+    parts = []
+
+    def show(title: str, paths: list[Path], why: str) -> None:
+        plot = f"![{title}]({paths[0].name})\n\nIn vectors: [{paths[1].name}]({paths[1].name})" if paths else why
+        parts.append(f"### {title}\n\n{plot}")
+
+    memory = "allocated" if _gpu(run) else "resident"
+    for family in families:
+        show(family.title, speed_figures.models(family, run.folder, memory), "")
+    if not families:
+        show("Models", [], "Not drawn: no model has times at two lengths of the same batch.")
+    none = "Not drawn: no operator has both a time and a bound."
+    show("Operators against the roofline", speed_figures.roofline(run.speeds, run.folder), none)
+    pairs = paper.pairs(run.speeds)
+    none = f"Not drawn: it needs race `{paper.RACE}` at {paper.SIDE} px and 8 to 64 frames, a VideoMamba and a ViT both timed."
+    show("The paper's comparison, redone", paper.draw(pairs, run.folder), none)
+    return [*parts, paper.factors(pairs)] if pairs else parts
+
+
+def _operators(speeds: list[Speed]) -> list[str]:
+    groups: dict[str, list[Speed]] = {}
+    for s in speeds:
+        if s.point.race in grids.OPERATORS:
+            groups.setdefault(f"{s.point.race}, {s.point.dtype}", []).append(s)
+    return [f"### {title}\n\n{speed_tables.operators(mine)}" for title, mine in groups.items()] or ["None was asked."]
+
+
+def _models(speeds: list[Speed]) -> list[str]:
+    groups: dict[str, list[Speed]] = {}
+    for s in speeds:
+        if s.point.race in grids.MODELS:
+            groups.setdefault(f"{curves.pair(s.point.race)}, {s.point.mode}, {s.point.dtype}", []).append(s)
+    return [f"### {title}\n\n{speed_tables.models(mine)}" for title, mine in groups.items()] or ["None was asked."]
+
+
+def _ceilings(run: Run) -> str:
+    if not (found := run.about.get("ceilings")):
+        return "Not measured; no share of a roofline is known."
+    rows = [
+        ("copy, read plus written", f"{speed_tables.number(found['copy'] / 1e9)} GB/s"),
+        ("matrix product in the points' dtype", f"{speed_tables.number(found['matmul'] / 1e12)} TFLOP/s"),
+        ("exponentials, float32", f"{speed_tables.number(found['exp'] / 1e9)} G/s"),
+    ]
+    return tables.table(["ceiling", "is"], rows)
+
+
+def _how(run: Run) -> str:
+    timed = [s for s in run.speeds if s.seconds]
+    early = sum(s.stopped == "budget" for s in timed)
+    said = HOW.format(
+        budget=run.about.get("plan", {}).get("budget", "?"),
+        settled=f"{early} of {len(timed)} timings here ended before their interval was that narrow",
+        operators=GPU_OPERATORS if _gpu(run) else "",
+        memory=GPU_MEMORY if _gpu(run) else CPU_MEMORY,
+    )
+    return textwrap.fill(said, 128, break_long_words=False, break_on_hyphens=False)

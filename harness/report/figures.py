@@ -2,11 +2,12 @@
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -54,10 +55,28 @@ def error_against_length(records: Iterable[Record], folder: Path) -> list[Path]:
         panels[0].set_ylabel("error / norm of the truth (dimensionless)")
         failed = any(not p.passed for p in points)
         figure.legend(handles=_legend(names, dtypes, failed), loc="outside lower center", ncols=4, frameon=False)
-        paths = [folder / f"error-vs-length.{ending}" for ending in ("png", "svg")]
-        for path in paths:
-            figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else {})
+        return save(figure, folder, "error-vs-length")
+
+
+def save(figure: Figure, folder: Path, stem: str) -> list[Path]:
+    """STEM.png and STEM.svg in the folder; call it within STYLE."""
+    paths = [folder / f"{stem}.{ending}" for ending in ("png", "svg")]
+    for path in paths:
+        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else {})
     return paths
+
+
+def below(figure: Figure, handles: Sequence[Artist], most: int = 2) -> None:
+    """A legend under the panels, in so many columns as its longest label leaves room for."""
+    lines = [line for handle in handles for line in str(handle.get_label()).splitlines()]
+    columns = max(1, min(most, 125 // (max(map(len, lines)) + 12)))
+    figure.set_figheight(figure.get_figheight() + 0.2 * math.ceil(len(lines) / columns))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, handlelength=4)
+
+
+def colour(place: int) -> str:
+    """The colour of the entry that stands at a place."""
+    return COLOURS[place % len(COLOURS)]
 
 
 def _point(record: Record) -> _Point | None:
@@ -84,7 +103,7 @@ def _panel(axes: Axes, points: list[_Point], names: list[str], dtypes: list[str]
     for p in points:
         place = names.index(p.implementation)
         x = p.length * 1.07 ** (place - (len(names) - 1) / 2)  # side by side, or the last would hide the others
-        look: dict[str, Any] = {"color": _colour(place), "markersize": 5, "markeredgecolor": "white", "markeredgewidth": 0.4}
+        look: dict[str, Any] = {"color": colour(place), "markersize": 5, "markeredgecolor": "white", "markeredgewidth": 0.4}
         axes.plot(x, p.error, MARKERS[p.dtype], **look)
         if not p.passed:
             axes.plot(x, p.error, "o", markersize=12, markerfacecolor="none", markeredgecolor="black")
@@ -101,7 +120,7 @@ def _panel(axes: Axes, points: list[_Point], names: list[str], dtypes: list[str]
 
 
 def _legend(names: list[str], dtypes: list[str], failed: bool) -> list[Line2D]:
-    lines = [Line2D([], [], color=_colour(i), linewidth=5, label=name) for i, name in enumerate(names)]
+    lines = [Line2D([], [], color=colour(i), linewidth=5, label=name) for i, name in enumerate(names)]
     for d in dtypes:
         lines.append(Line2D([], [], color="0.3", marker=MARKERS[d], linewidth=0, label=d))
     for d in dtypes:
@@ -111,7 +130,3 @@ def _legend(names: list[str], dtypes: list[str], failed: bool) -> list[Line2D]:
         ring.set_label("FAILED")
         lines.append(ring)
     return lines
-
-
-def _colour(place: int) -> str:
-    return COLOURS[place % len(COLOURS)]

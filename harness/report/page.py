@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.report import figures, tables
+from harness.report.html import both
 from harness.store import Run
 from harness.video import SHIPPED
 
@@ -28,16 +29,17 @@ Rivals are judged by the same rule and shown as plainly, but do not decide the e
 
 
 def write(run: Run) -> Path:
-    """Write report.md and its figures into the run's folder."""
-    plan, box = run.about.get("plan", {}), run.about.get("box", {})
+    """Write report.md, its figures and report.html into the run's folder; the path of report.md."""
+    plan, here = run.about.get("plan", {}), run.about.get("box", {})
     subjects = list(dict.fromkeys(r.subject for r in run.records))
     drawn = figures.error_against_length(run.records, run.folder)
     plot = "Nothing to draw: no numbers of the scan's forward or backward."
     if drawn:
         png, svg = (path.name for path in drawn)
         plot = f"![Error against sequence length]({png})\n\nIn vectors: [{svg}]({svg})"
+    title = f"Parity: grid {plan.get('grid', '?')} on {here.get('gpu') or here.get('cpu') or '?'}"
     parts = [
-        f"# Parity: grid {plan.get('grid', '?')} on {box.get('gpu') or box.get('cpu') or '?'}",
+        f"# {title}",
         _verdict(run),
         *_loud(run),
         "## Checks and implementations",
@@ -48,12 +50,10 @@ def write(run: Run) -> Path:
         "## Error against length", plot,
         "## Skipped questions", tables.skips(run.records),
         "## How to read this", HOW,
-        "## The box", _box(run),
+        "## The box", box(run),
         "## Again", f"```\n{run.about.get('command', '(not recorded; the plan above says what was asked)')}\n```",
     ]  # fmt: skip
-    path = run.folder / "report.md"
-    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    return path
+    return both(run.folder, "\n\n".join(parts) + "\n", title)
 
 
 def _verdict(run: Run) -> str:
@@ -97,18 +97,19 @@ def _video(run: Run) -> str:
     return f"{len(cases)} {'case' if len(cases) == 1 else 'cases'} used frames of a real video: {file}."
 
 
-def _box(run: Run) -> str:
-    about, box = run.about, run.about.get("box", {})
-    git = box.get("git", {})
+def box(run: Run) -> str:
+    """What a reader must know of the box, the code and the plan."""
+    about, found = run.about, run.about.get("box", {})
+    git = found.get("git", {})
     state = {True: "WITH CHANGES", False: "clean", None: "unknown whether changed"}[git.get("dirty")]
-    rows: list[tuple[str, Any]] = [(k, box[k]) for k in box if k not in ("packages", "fingerprints", "settings", "git")]
+    rows: list[tuple[str, Any]] = [(k, found[k]) for k in found if k not in ("packages", "fingerprints", "settings", "git")]
     rows += [("git", f"{git.get('commit') or 'no commit known'}, {state}")]
     rows += [("accepted at commit", about["commit"])] if "commit" in about else []
     for group in ("packages", "fingerprints", "settings"):
-        rows.append((group, ", ".join(f"{k} {'none' if v is None else v}" for k, v in box.get(group, {}).items())))
+        rows.append((group, ", ".join(f"{k} {'none' if v is None else v}" for k, v in found.get(group, {}).items())))
     rows += [(k, about.get(k, "?")) for k in ("started", "ended")]
     rows.append(("wall time", _wall(run)))
-    rows += [(f"plan: {k}", v if isinstance(v, str | int) else ", ".join(v)) for k, v in about.get("plan", {}).items() if v]
+    rows += [(f"plan: {k}", ", ".join(v) if isinstance(v, list | tuple) else v) for k, v in about.get("plan", {}).items() if v]
     return tables.table(["what", "is"], [(k, "none" if v is None else v) for k, v in rows])
 
 

@@ -1,0 +1,152 @@
+"""Speeds as curves over the length of a clip, and where two of them meet."""
+
+import functools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from harness.bench import grids, interval
+from harness.bench.point import Entry, Speed
+
+MAMBA, VIT = "videomamba", "vit"
+ENDED = ("oom", "timeout")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What one entry did in one way, short clips first."""
+
+    entry: Entry
+    way: str
+    speeds: tuple[Speed, ...]
+
+    @property
+    def timed(self) -> list[Speed]:
+        """The points with a speed."""
+        return [s for s in self.speeds if s.seconds]
+
+    @property
+    def ended(self) -> Speed | None:
+        """The first point that ran out of memory or time."""
+        return next((s for s in self.speeds if s.status in ENDED), None)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Curves that belong into one plot: models of one race, in one mode and dtype, on clips of one batch and picture size."""
+
+    race: str
+    dims: tuple[tuple[str, int], ...]
+    mode: str
+    dtype: str
+    curves: tuple[Curve, ...]
+
+    @property
+    def stem(self) -> str:
+        """Its plot's file name."""
+        return "-".join(["models", self.mode, self.race, *(f"{k}{v}" for k, v in self.dims), self.dtype])
+
+    @property
+    def title(self) -> str:
+        """Who runs against whom on what."""
+        sizes = dict(self.dims)
+        return f"{pair(self.race)}, {self.mode}: batch {sizes['B']}, {sizes['S']} px, {self.dtype}"
+
+    @property
+    def ways(self) -> list[str]:
+        """The ways that are there."""
+        return list(dict.fromkeys(c.way for c in self.curves))
+
+    def of(self, subject: str) -> list[Curve]:
+        """The curves of a subject that have a speed somewhere."""
+        return [c for c in self.curves if c.entry.subject == subject and c.timed]
+
+    def name(self, curve: Curve) -> str:
+        """The entry, and its way where there is more than one."""
+        return curve.entry.name + f" ({curve.way})" * (len(self.ways) > 1)
+
+    def fastest_vit(self, way: str) -> dict[int, Speed]:
+        """The fastest ViT at each length, in one way."""
+        found: dict[int, list[Speed]] = {}
+        for speed in (s for c in self.of(VIT) if c.way == way for s in c.timed):
+            found.setdefault(speed.point["L"], []).append(speed)
+        return {length: min(speeds, key=seconds) for length, speeds in sorted(found.items())}
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """A VideoMamba's time over the fastest ViT's where both have one; `at` is the tokens where it is 1, None for nowhere."""
+
+    lengths: tuple[int, ...]
+    ratios: tuple[float, ...]
+    rivals: tuple[Speed, ...]
+    at: float | None
+
+
+def families(speeds: Iterable[Speed]) -> list[Family]:
+    """All with at least one curve of two points or more."""
+    groups: dict[tuple[Any, ...], dict[tuple[Entry, str], list[Speed]]] = {}
+    for s in speeds:
+        if s.point.race in grids.MODELS:
+            race, *dims, mode, way, dtype = s.point.line
+            groups.setdefault((race, tuple(dims), mode, dtype), {}).setdefault((s.entry, way), []).append(s)
+    found = []
+    for key, group in groups.items():
+        curves = [Curve(*who, tuple(sorted(mine, key=lambda s: s.point["L"]))) for who, mine in group.items()]
+        if any(len(c.timed) > 1 for c in curves):
+            race, dims, mode, dtype = key
+            found.append(Family(race, dims, mode, dtype, tuple(curves)))
+    return found
+
+
+def meeting(family: Family, curve: Curve) -> Meeting:
+    """Where a VideoMamba meets the fastest ViT of the same way."""
+    vits = family.fastest_vit(curve.way)
+    mine = {s.point["L"]: s for s in curve.timed}
+    lengths = tuple(length for length in mine if length in vits)
+    ours, theirs = ([seconds(speeds[n]) for n in lengths] for speeds in (mine, vits))
+    ratios = tuple(a / b for a, b in zip(ours, theirs, strict=True))
+    return Meeting(lengths, ratios, tuple(vits[n] for n in lengths), crossing(lengths, ours, theirs))
+
+
+def crossing(xs: Sequence[float], a: Sequence[float], b: Sequence[float]) -> float | None:
+    """The last x at which two curves over rising xs meet, straight between neighbouring points in logarithms; None if they do
+    not. The last, so that what is said of the curves beyond it holds to the end."""
+    gaps = [math.log(p / q) for p, q in zip(a, b, strict=True)]
+    for i in reversed(range(len(gaps))):
+        if gaps[i] == 0:
+            return float(xs[i])
+        if i and gaps[i - 1] * gaps[i] < 0:
+            share = gaps[i - 1] / (gaps[i - 1] - gaps[i])
+            return math.exp(math.log(xs[i - 1]) + share * math.log(xs[i] / xs[i - 1]))
+    return None
+
+
+@functools.cache
+def median(samples: tuple[float, ...]) -> interval.Interval:
+    """The median of samples and its interval; a page asks for the same ones many times."""
+    return interval.median(samples)
+
+
+def seconds(speed: Speed) -> float:
+    """The median time of one call."""
+    return median(speed.seconds).middle
+
+
+def memory(speed: Speed) -> int | None:
+    """Bytes at the peak of a call; None where that is not known: a replayed graph allocates nothing while one looks."""
+    return None if speed.point.way == "graph" or not speed.seconds else speed.allocated
+
+
+def pair(race: str) -> str:
+    """The two models of a race."""
+    mamba, vit = grids.MODELS[race]
+    return f"VideoMamba {mamba} against ViT {vit}"
+
+
+def doubt(speed: Speed) -> str:
+    """What stands beside the figure of one that failed parity; "" for one that passed."""
+    if speed.wrong:
+        return f"wrong by {speed.wrong:.2g} budgets"
+    return f"not licensed: {speed.reason}" if speed.seconds and speed.reason else ""

@@ -1,0 +1,120 @@
+"""Speeds as Markdown tables and sentences."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from harness.bench.point import Entry, Point, Speed
+from harness.report.curves import VIT, Family, doubt, median, meeting, memory, seconds
+from harness.report.speed_figures import sizes, tokens
+from harness.report.tables import flat, table
+
+PLAIN = {"oom": "out of memory", "timeout": "out of time", "error": "FAILED", "gated": "GATED", "skip": "skipped"}
+
+
+def number(x: float) -> str:
+    """Three digits, with commas and no powers of ten."""
+    return f"{float(f'{x:.3g}'):,.12g}"
+
+
+def milliseconds(speed: Speed) -> str:
+    """The median with its interval, or in bold why there is none. Of fewer than three samples it is but their range."""
+    if not speed.seconds:
+        return status(speed)
+    m = median(speed.seconds)
+    few = f", n = {len(speed.seconds)}" * (len(speed.seconds) < 3)
+    return f"{number(1e3 * m.middle)} [{number(1e3 * m.low)}, {number(1e3 * m.high)}{few}]"
+
+
+def status(speed: Speed) -> str:
+    """Why a speed is missing."""
+    if speed.status == "implied":
+        return f"not tried: {flat(speed.reason)}"
+    word = f"**{PLAIN[speed.status]}**"
+    return word if speed.status == "oom" else f"{word}: {flat(speed.reason)[:200]}"
+
+
+def notes(speed: Speed) -> str:
+    """What stands behind a figure."""
+    said = [f"**{flat(doubt(speed))[:200]}**"] if doubt(speed) else []
+    return "; ".join(said + ["timed alone"] * speed.alone)
+
+
+def ratio(speed: Speed, to: Speed | None) -> str:
+    """Time over that of another, who is named with its own faults."""
+    if to is None or not speed.seconds:
+        return "-"
+    fault = f" ({flat(doubt(to))[:60]})" * bool(doubt(to))
+    return f"{seconds(speed) / seconds(to):.3g}" + fault
+
+
+def who(entry: Entry) -> str:
+    """An entry's name, with the mark of a rival."""
+    return entry.name + " (rival)" * (entry.role == "rival")
+
+
+def operators(speeds: Sequence[Speed]) -> str:
+    """One operator's race."""
+    best = _fastest(s for s in speeds if s.entry.role == "rival")
+    rows = [
+        (sizes(s.point), s.point.mode, who(s.entry), milliseconds(s),
+         f"{100 * s.bound / seconds(s):.2g} %" if s.bound and s.seconds else "-",
+         _size(s, 2**20), ratio(s, best.get(s.point)), notes(s))
+        for s in speeds
+    ]  # fmt: skip
+    head = ["point", "mode", "entry", "ms, median [95 %]", "share of roofline", "peak MiB", "time / fastest rival's", "notes"]
+    return table(head, rows)
+
+
+def models(speeds: Sequence[Speed]) -> str:
+    """One race of models in one mode."""
+    best = _fastest(s for s in speeds if s.entry.subject == VIT)
+    rows = []
+    for s in speeds:
+        p, t = s.point, seconds(s) if s.seconds else 0.0
+        rates = (number(p["B"] / t), number(p.tokens / t), _size(s, 2**30)) if t else ("-", "-", "-")
+        clip = f"{p['B']} x {p['T']} x {p['S']} px"
+        rows.append((clip, f"{p['L']:,}", p.way, who(s.entry), milliseconds(s), *rates, ratio(s, best.get(p)), notes(s)))
+    head = ["clips x frames", "tokens a clip", "way", "entry", "ms, median [95 %]", "clips/s", "tokens/s", "peak GiB"]
+    return table([*head, "time / fastest ViT's", "notes"], rows)
+
+
+def _size(speed: Speed, unit: int) -> str:
+    held = memory(speed)
+    return number(held / unit) if held else "-"
+
+
+def _fastest(speeds: Iterable[Speed]) -> dict[Point, Speed]:
+    best: dict[Point, Speed] = {}
+    for s in speeds:
+        if s.seconds and (s.point not in best or seconds(s) < seconds(best[s.point])):
+            best[s.point] = s
+    return best
+
+
+def meetings(family: Family) -> str:
+    """Where every VideoMamba of a family meets the fastest ViT, in words."""
+    lines = []
+    for curve in family.of("videomamba"):
+        m, name = meeting(family, curve), f"**{family.name(curve)}**"
+        if not m.lengths:
+            lines.append(f"- {name}: no ViT has a time where it has one ({curve.way}).")
+            continue
+        ends = f"{m.lengths[0]:,} to {m.lengths[-1]:,} tokens" if len(m.lengths) > 1 else f"{m.lengths[0]:,} tokens"
+        last = m.ratios[-1]
+        if m.at:
+            word = "is faster from there on" if last < 1 else "is slower from there on" if last > 1 else "was not timed beyond"
+            said = f"meets the fastest ViT at **{tokens(m.at)} tokens** a clip and {word} (timed at {ends})"
+        else:
+            low, high = sorted((m.ratios[0], m.ratios[-1]))
+            said = f"does not meet the fastest ViT; {'faster' if last < 1 else 'slower'} everywhere from {ends}"
+        said += f"; its time over the ViT's is {m.ratios[0]:.3g} at the shortest and {last:.3g} at the longest"
+        if doubts := sorted({doubt(s) for s in (*m.rivals, *curve.timed)} - {""}):
+            said += f"; **{'; '.join(flat(d)[:100] for d in doubts)}**"
+        lines.append(f"- {name} {said}.")
+    return "\n".join(lines) or "- No VideoMamba has a time."
+
+
+def missing(speeds: Iterable[Speed], status: str) -> list[str]:
+    """Who has no speed for a reason, by entry, in how many points."""
+    found = Counter((who(s.entry), flat(s.reason)[:300]) for s in speeds if s.status == status)
+    return [f"{name}, {n} {'point' if n == 1 else 'points'}: {why}" for (name, why), n in found.items()]

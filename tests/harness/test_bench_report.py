@@ -1,0 +1,225 @@
+"""The page of a sweep: licences before speeds, what has no licence has no figure, the same run gives the same bytes."""
+
+import dataclasses
+import math
+import re
+
+import pytest
+import sweeps
+
+from harness.bench.point import Entry, Point, Speed, last_line
+from harness.report import bench, curves, page, paper, speed_figures, speed_tables
+from harness.report.html import html
+from harness.store import Run
+
+NATIVE, SDPA = Entry("videomamba", "fused:native", "ours", variant="tiny"), Entry("vit", "sdpa", "rival", variant="tiny")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Run:
+    """A run with everything in it, rendered."""
+    tiny = [s for s in sweeps.models() if s.point.race == "tiny" and s.point.mode == "infer"]
+    scan = [s for s in sweeps.operators() if s.point.race == "scan"]
+    run = sweeps.made(tmp_path_factory.mktemp("sweep") / "run", [*scan, *tiny])
+    assert bench.write(run) == run.folder / "report.md"
+    return run
+
+
+def said(run: Run) -> str:
+    return (run.folder / "report.md").read_text()
+
+
+def made(tmp_path, speeds=(), *rest, **about) -> str:
+    run = sweeps.made(tmp_path / "run", speeds, *rest, **about)
+    return bench.write(run).read_text()
+
+
+def test_the_same_run_gives_the_same_bytes(whole) -> None:
+    first = {f.name: f.read_bytes() for f in whole.folder.iterdir()}
+    stems = {"models-infer-tiny-B1-S224-bfloat16", "roofline", "paper", "report"}
+    assert {name.partition(".")[0] for name in first} >= stems
+    bench.write(Run.open(whole.folder))
+    assert {f.name: f.read_bytes() for f in whole.folder.iterdir()} == first
+
+
+def test_verdict_and_licences_stand_above_the_speeds(whole) -> None:
+    text, lines = said(whole), said(whole).splitlines()
+    assert lines[0] == "# Bench: grid full on NVIDIA H200"
+    assert lines[2] == "**GATED OR FAILED.** ours: 30 timed, 6 gated, 0 failed, 0 out of memory or not tried"
+    assert lines[4] == f"`{last_line(whole.speeds)}`" == "`30 timed, 6 gated (rivals: 42 timed, 2 oom, 4 implied)`"
+    heads = [
+        "## Before",
+        "## Licences",
+        "## Where",
+        "## Plots",
+        "## Operators",
+        "## Models",
+        "## Ceilings",
+        "## How",
+        "## The box",
+    ]
+    assert [text.index(h) for h in heads] == sorted(text.index(h) for h in heads)
+    assert "| backward | 1 pass | **1 FAILED** of 1 | - |" in text
+    assert text.endswith("## Again\n\n```\npython -m harness bench\n```\n")
+    assert (
+        "| copy, read plus written | 4,230 GB/s |" in text and "| matrix product in the points' dtype | 795 TFLOP/s |" in text
+    )
+
+
+def test_gated_is_loud_and_has_no_figure(whole) -> None:
+    text = said(whole)
+    why = "parity backward failed in B2-L197-E384-N16-bfloat16: u.grad is wrong by 3 budgets"
+    assert f"> - scan fused:native, 6 points: {why}" in text
+    rows = [line for line in text.splitlines() if "| train | scan fused:native |" in line]
+    assert len(rows) == 6
+    for row in rows:
+        assert row.endswith(f"| train | scan fused:native | **GATED**: {why} | - | - | - |  |")
+    assert "GATED" in (whole.folder / "roofline.svg").read_text()
+
+
+def test_a_wrong_rival_is_marked_wherever_its_figure_is_used(whole) -> None:
+    text = said(whole)
+    assert "> - scan fused:mamba_ssm (rival): wrong by 2.6 budgets" in text
+    rows = [line for line in text.splitlines() if line.startswith("| scan B8 L1569 E384 N16 | infer |")]
+    assert [row.split(" | ")[6] for row in rows] == [
+        "40 (wrong by 2.6 budgets)",
+        "0.3 (wrong by 2.6 budgets)",
+        "1 (wrong by 2.6 budgets)",
+    ]
+    assert rows[2].endswith("| **wrong by 2.6 budgets** |")
+    for stem in ("roofline", "paper"):
+        assert "wrong by 2.6 budgets" in (whole.folder / f"{stem}.svg").read_text()
+    assert "WRONG BY 2.6 BUDGETS" in (whole.folder / "models-infer-tiny-B1-S224-bfloat16.svg").read_text()
+
+
+def test_a_rival_that_raised_is_marked_too(tmp_path) -> None:
+    [family] = curves.families(_line(SDPA, (1, 2), reason="parity forward failed in X: RuntimeError: <no>"))
+    assert "**not licensed: parity forward failed in X: RuntimeError: &lt;no>**" in speed_tables.models(family.curves[0].timed)
+
+
+def test_running_out_of_memory_is_shown(whole) -> None:
+    text, svg = said(whole), (whole.folder / "models-infer-tiny-B1-S224-bfloat16.svg").read_text()
+    assert "| 1 x 128 x 224 px | 25,089 | eager | vit tiny reference (rival) | **out of memory** | - |" in text
+    assert "| vit tiny reference (rival) | not tried: oom at tiny-B1-T128-S224-L25089-infer-eager-bfloat16 already |" in text
+    assert "ran out of memory" in svg
+    [family] = curves.families(whole.speeds)
+    ends = {c.entry.name: c.ended.point["T"] for c in family.curves if c.ended}
+    assert ends == {"vit tiny reference": 128}
+
+
+def _line(entry: Entry, times, way="eager", **rest) -> list[Speed]:
+    """Times of one entry at 1, 2, 4, ... times 100 tokens."""
+    sizes = [(("B", 1), ("T", 2**i), ("S", 224), ("L", 100 * 2**i)) for i in range(len(times))]
+    return [Speed(entry, Point("tiny", d, "infer", way), "ok", (t,) * 7, **rest) for d, t in zip(sizes, times, strict=True)]
+
+
+def test_crossing_of_known_curves() -> None:
+    xs = [100, 200, 400, 800, 1600]
+    line, square = [x / 1000 for x in xs], [x * x / 500_000 for x in xs]  # equal at 500
+    assert curves.crossing(xs, line, square) == pytest.approx(500)
+    assert curves.crossing(xs, square, line) == pytest.approx(500)
+    assert curves.crossing(xs, line, [x * x / 400_000 for x in xs]) == pytest.approx(400)
+    assert curves.crossing(xs, [1, 1, 3, 9, 9], [2, 2, 3, 4, 5]) == 400  # exactly on a point
+    assert curves.crossing(xs, line, [2 * y for y in line]) is None
+    assert curves.crossing([100, 400], [1, 4], [4, 1]) == pytest.approx(200)
+    assert curves.crossing(xs, [2, 0.5, 2, 2, 0.5], [1] * 5) == pytest.approx(800 * math.sqrt(2))  # the last of three
+    assert curves.crossing([], [], []) is None and curves.crossing([7], [1], [2]) is None
+
+
+def test_meetings_in_words() -> None:
+    [family] = curves.families(_line(NATIVE, (4, 4, 4)) + _line(SDPA, (1, 4, 16)))
+    assert speed_tables.meetings(family) == (
+        "- **videomamba tiny fused:native** meets the fastest ViT at **200 tokens** a clip and is faster from there on (timed"
+        " at 100 to 400 tokens); its time over the ViT's is 4 at the shortest and 0.25 at the longest."
+    )
+    [family] = curves.families(_line(NATIVE, (4, 4, 4)) + _line(SDPA, (1, 2, 3), wrong=7.0))
+    text = speed_tables.meetings(family)
+    assert "does not meet the fastest ViT; slower everywhere from 100 to 400 tokens" in text
+    assert text.endswith("**wrong by 7 budgets**.")
+    [family] = curves.families(_line(NATIVE, (4, 4)) + _line(SDPA, (1, 2), way="graph"))
+    assert "no ViT has a time where it has one (eager)" in speed_tables.meetings(family)  # ways do not mix
+
+
+def test_where_no_curves_meet_the_plot_says_so(tmp_path) -> None:
+    [family] = curves.families(_line(NATIVE, (4, 4, 4)) + _line(SDPA, (1, 2, 3)))
+    png, svg = speed_figures.models(family, tmp_path, "allocated")
+    assert "meets no ViT in this range" in svg.read_text() and png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_fastest_vit_is_taken_at_each_length() -> None:
+    other = dataclasses.replace(SDPA, implementation="reference")
+    [family] = curves.families(_line(NATIVE, (2, 2, 2)) + _line(SDPA, (1.5, 1.5, 5)) + _line(other, (1, 3, 9)))
+    assert [s.entry.implementation for s in family.fastest_vit("eager").values()] == ["reference", "sdpa", "sdpa"]
+
+
+def test_memory_of_a_graph_is_not_made_up() -> None:
+    eager, graph = (_line(NATIVE, (1, 1), way, allocated=2**30)[0] for way in ("eager", "graph"))
+    assert curves.memory(eager) == 2**30 and curves.memory(graph) is None
+
+
+def test_the_papers_comparison(whole) -> None:
+    found = paper.pairs(whole.speeds)
+    assert [p.mamba.point["T"] for p in found] == [8] * 4 + [32] * 4 + [64] * 4
+    naive, sdpa = found[0], found[1]
+    assert (naive.against, naive.vit.entry.implementation) == ("naive", "reference")
+    assert (sdpa.against, sdpa.vit.entry.implementation) == ("best SDPA", "sdpa")
+    L = 1569
+    assert naive.throughput == pytest.approx((2 + 2.2e-6 * L * L) / (2.5 + 1.3e-3 * L))
+    assert "| 64 | 1 | fused:native | naive (reference) |" in said(whole)
+
+
+def test_nothing_timed_and_nothing_drawn(tmp_path) -> None:
+    text = made(tmp_path)
+    assert "**NOTHING OF OURS WAS TIMED.**" in text and "`0 timed (rivals: 0 timed)`" in text
+    assert text.count("Not drawn:") == 3 and "![" not in text
+    assert {f.suffix for f in (tmp_path / "run").iterdir()} == {".json", ".jsonl", ".md", ".html"}
+
+
+def test_a_cpu_a_filter_and_an_interruption_are_loud(tmp_path) -> None:
+    plan = {"grid": "cpu", "device": "cpu", "races": ["scan"], "names": ["fused:torch"]}
+    text = made(tmp_path, [], "interrupted", plan=plan, box=sweeps.BOX | {"gpu": None})
+    assert text.startswith("# Bench: grid cpu on a CPU\n")
+    assert "SO FAR (interrupted)" in text and "> **INTERRUPTED.**" in text
+    assert "> **FILTERED** (races scan; only fused:torch)." in text
+    assert "This is the CPU grid: it shows that the bench works; its numbers say nothing of a GPU." in text
+    assert "> - vit: **flash** (rival): no &lt;flash> here" in text
+    assert "resident" in text and "allocator" not in text
+
+
+def test_few_samples_are_owned_up_to() -> None:
+    speed = dataclasses.replace(_line(NATIVE, (0.002,))[0], seconds=(0.002, 0.004))
+    assert speed_tables.milliseconds(speed) == "3 [2, 4, n = 2]"
+
+
+def alone(text: str) -> None:
+    """Nothing is fetched and nothing leads elsewhere."""
+    assert not re.search(r"<(script|link|iframe|object|embed)\b|@import|url\(|\shref=|srcset=", text)
+    assert all(source.startswith("data:image/") for source in re.findall(r"\ssrc=[\"']?([^\"'>]*)", text))
+
+
+def test_the_html_holds_all_and_needs_nothing(whole) -> None:
+    text, markdown = (whole.folder / "report.html").read_text(), said(whole)
+    alone(text)
+    assert text.count('src="data:image/svg+xml;base64,') == markdown.count("![") == 3
+    for level in (1, 2, 3):
+        assert text.count(f"<h{level}>") == len(re.findall(f"^{'#' * level} ", markdown, re.M))
+    assert text.count("<table>") == text.count('<div class="scroll">') == len(re.findall("^[|] ---", markdown, re.M))
+    assert "<title>Bench: grid full on NVIDIA H200</title>" in text and 'name="viewport"' in text
+    assert "no &lt;flash&gt; here" in text
+
+
+def test_html_of_hostile_markdown(tmp_path) -> None:
+    text = html(
+        "# <b>\n\n<script>x</script> [away](https://example.org) `<i>`\n\n| a |\n| --- |\n| b \\| c |\n", tmp_path, "<t>"
+    )
+    alone(text)
+    assert "<title>&lt;t&gt;</title>" in text and "away" in text and "example.org" not in text
+    assert '<div class="scroll"><table>' in text.replace("\n", "") and "b | c" in text
+
+
+def test_the_parity_page_is_html_too(tmp_path) -> None:
+    run = sweeps.made(tmp_path / "run", [], plan={"grid": "smoke"})
+    page.write(run)
+    text = (run.folder / "report.html").read_text()
+    alone(text)
+    assert "<h1>Parity: grid smoke on NVIDIA H200</h1>" in text and "1 FAILED" in text
