@@ -210,6 +210,8 @@ def accept(folder: Path) -> None:
     target = ACCEPTED / name / folder.resolve().name
     shutil.copytree(folder, target, ignore=shutil.ignore_patterns("failing", "*.part"), dirs_exist_ok=True)
     print(target)
+    if run.about["kind"] == "bench":
+        bench_page.refresh(environment.ROOT / "README.md", run, target.relative_to(environment.ROOT))
 
 
 def default_device() -> str:

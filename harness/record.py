@@ -56,7 +56,7 @@ class Record:
 
     def line(self) -> str:
         """One line of strict JSON."""
-        return json.dumps(_encode(asdict(self)), allow_nan=False)
+        return json.dumps(encode(asdict(self)), allow_nan=False)
 
     @classmethod
     def parse(cls, line: str) -> "Record":
@@ -78,10 +78,10 @@ def _finding(raw: dict[str, Any]) -> Finding:
     return Finding(**raw | numbers | {"worst": tuple(raw["worst"])})
 
 
-def _encode(value: Any) -> Any:
+def encode(value: Any) -> Any:
     """JSON has no infinity; NaN counts as infinite too."""
     if isinstance(value, float) and not math.isfinite(value):
         return "inf"
     if isinstance(value, dict):
-        return {k: _encode(v) for k, v in value.items()}
-    return [_encode(v) for v in value] if isinstance(value, (list, tuple)) else value
+        return {k: encode(v) for k, v in value.items()}
+    return [encode(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from harness.bench import interval
+from harness.record import encode
 
 STATUSES = ("ok", "oom", "timeout", "error", "gated", "implied", "skip")
 MODES = {"infer": "forward, without gradients", "train": "forward, loss and backward; no optimiser"}
@@ -103,7 +104,7 @@ class Speed:
 
     def to_line(self) -> str:
         """One line of strict JSON."""
-        return json.dumps(asdict(self), allow_nan=False)
+        return json.dumps(encode(asdict(self)), allow_nan=False)
 
     @classmethod
     def parse(cls, text: str) -> "Speed":
@@ -111,7 +112,7 @@ class Speed:
         raw = json.loads(text)
         raw["entry"] = Entry(**raw["entry"])
         raw["point"] = Point(**raw["point"] | {"dims": tuple((k, v) for k, v in raw["point"]["dims"])})
-        raw |= {k: tuple(raw[k]) for k in ("seconds", "warm")}
+        raw |= {k: tuple(raw[k]) for k in ("seconds", "warm")} | {"wrong": float(raw["wrong"])}
         return cls(**{f.name: raw[f.name] for f in fields(cls)})
 
 

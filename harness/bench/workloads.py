@@ -136,7 +136,10 @@ def graphed(call: Call) -> Call:
     torch.cuda.current_stream().wait_stream(stream)
     if call.before:
         call.before()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call.run()
-    return replace(call, run=graph.replay, before=None, queued=False)
+    peak = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()  # a replay allocates nothing
+    return replace(call, run=graph.replay, before=None, queued=False, peak=peak)

@@ -27,9 +27,10 @@ cache (sets of random tensors take turns){{operators}}. Models are timed end to 
 the device already. {{memory}} No clock was locked; every raw sample is in speeds.jsonl."""
 GPU_OPERATORS = ", by the device's own clock with the launches queued ahead, so that the host's time does not count"
 GPU_MEMORY = """Memory is the peak that PyTorch's allocator held during one call: weights, gradients and
-scratch, and inputs, of an operator all the sets that take turns. A replayed graph allocates nothing while one looks, so that
-its peak is not known and not shown."""
+scratch, and inputs, of an operator all the sets that take turns. A replayed graph allocates nothing, so that
+its peak is that of its capture."""
 CPU_MEMORY = "Memory is the most that the process held resident during one call, PyTorch itself included."
+MARKERS = ("<!-- newest accepted bench -->", "<!-- end of newest accepted bench -->")
 READ = """\
 A figure of an entry of ours exists only if parity passed in this run: `GATED` is what failed, and has no speed. A rival that
 failed is timed, with "wrong by N budgets" beside its figure and wherever that figure is used; a budget is what its error may
@@ -62,6 +63,22 @@ def write(run: Run) -> Path:
         "## Again", f"```\n{run.about.get('command', '(not recorded; the plan above says what was asked)')}\n```",
     ]  # fmt: skip
     return both(run.folder, "\n\n".join(parts) + "\n", title)
+
+
+def refresh(readme: Path, run: Run, folder: Path) -> None:
+    """Put a run's numbers between the README's markers, where it has them."""
+    text = readme.read_text(encoding="utf-8")
+    if not all(marker in text for marker in MARKERS):
+        return
+    before, _, rest = text.partition(MARKERS[0])
+    here = run.about["box"]
+    parts = [
+        f"Measured on one {here.get('gpu') or here.get('cpu')}, {run.about['started'][:10]}: [{folder}]({folder}/report.md).",
+        *_meetings(curves.families(run.speeds)),
+        *_models([s for s in run.speeds if s.point.way != "compiled"]),
+    ]
+    inside = "\n\n".join([MARKERS[0], *parts, MARKERS[1]])
+    readme.write_text(before + inside + rest.partition(MARKERS[1])[2], encoding="utf-8")
 
 
 def _gpu(run: Run) -> bool:

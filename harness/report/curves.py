@@ -135,8 +135,8 @@ def seconds(speed: Speed) -> float:
 
 
 def memory(speed: Speed) -> int | None:
-    """Bytes at the peak of a call; None where that is not known: a replayed graph allocates nothing while one looks."""
-    return None if speed.point.way == "graph" or not speed.seconds else speed.allocated
+    """Bytes at the peak of a call, if it came to one."""
+    return speed.allocated if speed.seconds else None
 
 
 def pair(race: str) -> str:

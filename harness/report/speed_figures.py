@@ -49,8 +49,6 @@ def models(family: Family, folder: Path, kind: str) -> list[Path]:
             line = [(s.point["L"], held / 2**30) for s in curve.timed if (held := memory(s))]
             panels[1, 1].plot([x for x, _ in line], [y for _, y in line], **_look(places, curve))
         panels[1, 1].set_ylabel(f"peak memory (GiB, {kind})")
-        if "graph" in family.ways:
-            panels[1, 1].text(0.98, 0.03, "of graphs not known", ha="right", transform=panels[1, 1].transAxes, color="0.3")
         for axes in panels.flat:
             _axes(axes, places, shown)
         _meetings(panels[0, 0], family, places)

@@ -1,6 +1,7 @@
 """One operator under pytest-benchmark: `pytest --benchmark-only tests/benchmarks -k scan`. On a GPU its clock are CUDA events.
 
-A front door for a quick look while writing a kernel. It asks for no licence and takes no turns: claims come from `nox -s bench`.
+A front door for a quick look while writing a kernel. It asks for no licence and takes no turns: claims come from
+`nox -s bench`.
 """
 
 import pytest

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from pathlib import Path
 
 import pytest
 import sweeps
@@ -152,9 +153,17 @@ def test_the_fastest_vit_is_taken_at_each_length() -> None:
     assert [s.entry.implementation for s in family.fastest_vit("eager").values()] == ["reference", "sdpa", "sdpa"]
 
 
-def test_memory_of_a_graph_is_not_made_up() -> None:
-    eager, graph = (_line(NATIVE, (1, 1), way, allocated=2**30)[0] for way in ("eager", "graph"))
-    assert curves.memory(eager) == 2**30 and curves.memory(graph) is None
+def test_the_readme_gets_the_newest_numbers_between_its_markers(whole, tmp_path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{bench.MARKERS[0]}\nold\n{bench.MARKERS[1]}\nafter\n")
+    for _ in range(2):
+        bench.refresh(readme, whole, Path("reports/accepted/h200/run"))
+        text = readme.read_text()
+        assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+        assert text.count("(reports/accepted/h200/run/report.md)") == 1 and "fused:native" in text
+    readme.write_text("no place for numbers")
+    bench.refresh(readme, whole, Path("run"))
+    assert readme.read_text() == "no place for numbers"
 
 
 def test_the_papers_comparison(whole) -> None:

@@ -64,11 +64,12 @@ def test_resume_times_only_what_is_left(tmp_path: Path) -> None:
 
 def test_what_fails_parity_gets_no_speed_unless_it_is_a_rival(tmp_path: Path) -> None:
     ours, rival, unasked = entry("sleeper"), Entry("sleeper", "theirs", "rival", "fakes:sleeper"), entry("greedy")
-    run = new_run(tmp_path, passed(ours, error=3.0), passed(rival, error=5.0))
+    run = new_run(tmp_path, passed(ours, error=3.0), passed(rival, error=float("inf")))
     swept(run, [2], [ours, rival, unasked])
     speeds = {s.entry: s for s in run.speeds}
     assert speeds[ours].status == "gated" and "3 budgets" in speeds[ours].reason
-    assert speeds[rival].status == "ok" and speeds[rival].wrong == 5.0
+    assert speeds[rival].status == "ok" and speeds[rival].wrong == float("inf")
+    assert Run.open(tmp_path).speeds == run.speeds
     assert speeds[unasked].status == "gated" and "asked it nothing" in speeds[unasked].reason
 
 
