@@ -35,7 +35,7 @@ class Trial:
         self.case, self.device, self._elsewhere = case, device, elsewhere
         self.subject: ModuleType = subjects()[case.subject]
         self.reference: Implementation = self.subject.implementations()[0]
-        self._leaves: dict[int, Named] = {}
+        self._leaves: dict[tuple[int, bool], Named] = {}
         self._known: dict[tuple[int, str, bool], Result] = {}
 
     def truth(self, seed: int, grad: bool) -> Result:
@@ -52,14 +52,16 @@ class Trial:
 
     def leaves(self, seed: int, exact: bool = False) -> Named:
         """Fresh inputs on the device in their own dtypes, or `exact`ly the same numbers in float64."""
-        if seed not in self._leaves:
+        if (seed, False) not in self._leaves:
             precise, low = self.subject.precise(self.case), self.case.torch_dtype
             wide = torch.promote_types(low, torch.float32)
             drawn = self.subject.draw(self.case, self._draw_of(seed))
-            if self.case.small:
-                drawn = {k: v * (1 + JITTER * self.case.normal(seed, "jitter " + k, *v.shape)) for k, v in drawn.items()}
-            self._leaves[seed] = {k: v.to(wide if k in precise else low) for k, v in drawn.items()}
-        return {k: v.to(self.device, torch.float64 if exact else v.dtype, copy=True) for k, v in self._leaves[seed].items()}
+            real = {"clip"} if self.case.has("video") else set()
+            for k in drawn.keys() - real if self.case.small else ():
+                drawn[k] = drawn[k] * (1 + JITTER * self.case.normal(seed, "jitter " + k, *drawn[k].shape))
+            rounded = moved({k: v.to(wide if k in precise else low) for k, v in drawn.items()}, self.device)
+            self._leaves[seed, False], self._leaves[seed, True] = rounded, {k: v.double() for k, v in rounded.items()}
+        return {k: v.clone() for k, v in self._leaves[seed, exact].items()}
 
     def _draw_of(self, seed: int) -> int:
         return seed // ROUNDINGS if self.case.small else seed
@@ -67,7 +69,8 @@ class Trial:
     def run(
         self, implementation: Implementation, seed: int, grad: bool, leaves: Named, cuts: tuple[int, ...] | None = None
     ) -> Result:
-        """Evaluate, whole or in chunks that begin at `cuts`; with `grad`, backpropagate the case's cotangents."""
+        """Evaluate, whole or in chunks that begin at `cuts`; with `grad`, backpropagate the case's cotangents. The result is
+        on the CPU, where it is judged: many small questions to a GPU that others use take longer than the answers."""
         for leaf in leaves.values():
             leaf.requires_grad_(grad)
         with torch.set_grad_enabled(grad):
@@ -76,11 +79,12 @@ class Trial:
             else:
                 outputs = self.subject.chunked(implementation.call, self.case, leaves, cuts)
         if not grad:
-            return Result(outputs)
+            return Result(moved(outputs, "cpu"))
         heard = {k: v for k, v in outputs.items() if k not in self.subject.silent(self.case) and v.requires_grad}
         cotangents = [self.cotangent(seed, k, v) for k, v in heard.items()]
         gradients = torch.autograd.grad(list(heard.values()), list(leaves.values()), cotangents, allow_unused=True)
-        return Result({k: v.detach() for k, v in outputs.items()}, dict(zip(leaves, gradients, strict=True)))
+        present = {k: g for k, g in zip(leaves, gradients, strict=True) if g is not None}
+        return Result(moved(outputs, "cpu"), dict.fromkeys(leaves) | moved(present, "cpu"))
 
     def cotangent(self, seed: int, name: str, like: Tensor) -> Tensor:
         """The cotangent of an output: normal numbers that the output's low-precision dtype can hold."""
@@ -128,6 +132,19 @@ class Trial:
     def asks_gradients(self) -> bool:
         """Whether the case is about training too."""
         return not self.case.has("infer")
+
+
+def moved(tensors: Named, device: str) -> Named:
+    """The tensors on a device, all of a dtype in one copy, each in memory of its own."""
+    if all(t.device.type == torch.device(device).type for t in tensors.values()):
+        return {k: t.detach() for k, t in tensors.items()}
+    there: Named = {}
+    for dtype in {t.dtype for t in tensors.values()}:
+        mine = {k: t.detach() for k, t in tensors.items() if t.dtype == dtype}
+        flat = torch.cat([t.flatten() for t in mine.values()]).to(device)
+        parts = flat.split([t.numel() for t in mine.values()])
+        there |= {k: part.view(t.shape).clone() for (k, t), part in zip(mine.items(), parts, strict=True)}
+    return {k: there[k] for k in tensors}
 
 
 def digest(tensor: Tensor | None) -> str:

@@ -31,7 +31,7 @@ def run(trial: Trial, implementation: Implementation) -> list[Finding]:
         leaves = trial.leaves(seed)
         result = trial.got(implementation, seed, grad=True)
         silent = trial.subject.silent(trial.case)
-        weights = {k: trial.cotangent(seed, k, v) for k, v in result.outputs.items() if k not in silent}
+        weights = {k: trial.cotangent(seed, k, v).to(trial.device) for k, v in result.outputs.items() if k not in silent}
 
         def value(moved: dict[str, Tensor], weights: dict[str, Tensor] = weights) -> tuple[float, float]:
             with torch.no_grad():
@@ -49,7 +49,7 @@ def run(trial: Trial, implementation: Implementation) -> list[Finding]:
                 (up, size), (down, _) = (value(leaves | {name: leaf + sign * h * v}) for sign in (1, -1))
                 quotient[h], magnitude = (up - down) / (2 * h), max(magnitude, size)
             gradient = result.gradients[name]
-            slope = 0.0 if gradient is None else float((gradient * v).sum())
+            slope = 0.0 if gradient is None else float((gradient.to(v) * v).sum())
             error = slope - quotient[STEP]
             budget = abs(quotient[2 * STEP] - quotient[STEP]) + 8 * torch.finfo(torch.float64).eps * magnitude / STEP
             sums = squares.setdefault(name, [0.0, 0.0, 0.0])
