@@ -21,7 +21,7 @@ LICENCES = {
     "conv": ("B2-L197-E384-K4-{0}", "B2-L197-E384-K4-reverse-{0}"),
     "norm": ("B2-L9-D33-kind=rms-{0}", "B2-L1569-D576-kind=rms-{0}"),
     "mixer": ("B2-L197-D384-{1}{0}",),
-    "videomamba": ("B16-T8-S64-D192-L129-{1}{0}",),
+    "videomamba": ("B2-T8-S64-D192-L129-{1}{0}",),
     "vit": ("B2-T*-{1}{0}",),
 }
 
