@@ -13,7 +13,7 @@ import torch
 from fused import stamp
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "triton", "mamba-ssm", "causal-conv1d", "numpy", "pandas", "matplotlib", "av", "pytest", "nox")
+PACKAGES = ("torch", "triton", "mamba-ssm", "causal-conv1d", "timm", "numpy", "pandas", "matplotlib", "av", "pytest", "nox")
 
 
 def describe(device: str) -> dict[str, Any]:

@@ -46,6 +46,7 @@ class Worker:
                 raise Gone("timeout", f"no answer within {limit:.0f} s")
             status, answer = self._pipe.recv()
         except (EOFError, OSError) as error:
+            self._process.join(10)  # the pipe closes a moment before the process has ended
             code = self._process.exitcode
             self.end()
             raise Gone("error", f"its process died (exit code {code})") from error

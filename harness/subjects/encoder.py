@@ -35,7 +35,7 @@ def cases(grid: str) -> list[Case]:
         ]
     return [
         *tiny,
-        *modules.precisions([(small, v) for v in variants], "encoder", half=False),
+        *modules.precisions([(small, v) for v in variants], "encoder", half=True),
         *modules.precisions([(shape(2, 8, 64, 192), ("temporal",))], "encoder", half=True),
         *modules.precisions([(shape(2, 8, 224, 576), ("mask", "video"))], "encoder", half=True),
     ]

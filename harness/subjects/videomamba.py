@@ -40,7 +40,7 @@ def cases(grid: str) -> list[Case]:
         ]
     return [
         *tiny,
-        *modules.precisions(small, "videomamba", half=False),
+        *modules.precisions(small, "videomamba", half=True),
         *modules.precisions([(shape(2, 8, 64, 192), ()), (shape(2, 8, 64, 384), ("video",))], "videomamba", half=True),
         *modules.precisions([(shape(2, 8, 224, 192), ("video",)), (shape(2, 8, 224, 576), ())], "videomamba", half=False),
     ]
