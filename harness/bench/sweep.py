@@ -68,8 +68,12 @@ def sweep(
 ) -> None:  # fmt: skip
     """Time what the run has not timed yet. A point longer than one that ran out of memory or time is implied."""
     staff: dict[Entry, Worker] = {}
+    racing = ""
     try:
         for point in points:
+            if point.race != racing:
+                _dismiss(staff)  # every process holds some of the device's memory
+            racing = point.race
             wanted = [e for e in who(point) if (e.name, point.name) not in {s.key for s in run.speeds}]
             for speed in _speeds(run, point, wanted, staff, budget, device, threads):
                 if best:
@@ -77,8 +81,13 @@ def sweep(
                 run.add_speed(speed)
                 tell(speed)
     finally:
-        for worker in staff.values():
-            worker.end()
+        _dismiss(staff)
+
+
+def _dismiss(staff: dict[Entry, Worker]) -> None:
+    for worker in staff.values():
+        worker.end()
+    staff.clear()
 
 
 def _speeds(

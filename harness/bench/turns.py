@@ -14,7 +14,7 @@ LEAST, FEWEST, MOST, ROUNDS = 3, 7, 400, 8
 LIMIT = 300.0  # seconds for one answer of a worker
 
 
-@dataclass
+@dataclass(eq=False)
 class Seat:
     """A worker at a point: what it has measured so far."""
 
@@ -52,28 +52,27 @@ class Seat:
 
 
 def race(workers: list[Worker], point: Point, budget: float) -> Iterator[Speed]:
-    """Time all workers at a point for `budget` seconds each. Those that fit into the memory together take turns; as soon as
-    one does not, each is timed with the device to itself, so that running out of memory is its own doing."""
+    """Time all workers at a point for `budget` seconds each. Those that fit into the memory together take turns. One that
+    does not fit beside the others has the device to itself: running out of memory is then its own doing."""
     seats = [Seat(worker, point) for worker in workers]
     for seat in seats:
         _load(seat)
-        if seat.gone and seat.gone.status == "oom" and len(seats) > 1:
-            break
-    else:
-        _take_turns([seat for seat in seats if not seat.gone], budget)
-        for seat in seats:
+    crowded = [s for s in seats if s.gone and s.gone.status == "oom" and len(seats) > 1]
+    together = [s for s in seats if s not in crowded]
+    if crowded:
+        for seat in together:
             _drop(seat)
-        yield from (seat.speed() for seat in seats)
-        return
-    for seat in seats:
-        _drop(seat)
-    for worker in workers:
-        seat = Seat(worker, point, alone=True)
-        _load(seat)
-        if not seat.gone:
+        for seat in crowded:
+            seat.gone, seat.alone = None, True
+            _load(seat)
             _take_turns([seat], budget)
+            _drop(seat)
+        for seat in together:
+            _load(seat)
+    _take_turns(together, budget)
+    for seat in together:
         _drop(seat)
-        yield seat.speed()
+    yield from (seat.speed() for seat in seats)
 
 
 def _take_turns(seats: list[Seat], budget: float) -> None:
@@ -98,6 +97,8 @@ def _take_turns(seats: list[Seat], budget: float) -> None:
 
 
 def _load(seat: Seat) -> None:
+    if seat.gone:
+        return
     try:
         seat.loaded = seat.worker.ask("load", seat.point, limit=LIMIT)
     except Gone as gone:

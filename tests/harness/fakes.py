@@ -2,6 +2,8 @@
 
 import os
 import time
+import weakref
+from pathlib import Path
 
 import torch
 
@@ -35,3 +37,14 @@ def mortal(point, entry, device):
 def hungry(point, entry, device):
     """Touches a mebibyte a token."""
     return Call(lambda: bytearray(point["L"] * 2**20).count(1))
+
+
+def sharer(point, entry, device):
+    """Has room only while no other of its kind is loaded: each leaves a file in the folder that its variant names."""
+    folder = Path(entry.variant)
+    if list(folder.iterdir()):
+        raise torch.OutOfMemoryError("another is here")
+    (folder / str(os.getpid())).touch()
+    call = Call(lambda: time.sleep(1e-3))
+    weakref.finalize(call, (folder / str(os.getpid())).unlink)
+    return call

@@ -15,8 +15,8 @@ def point(length: int) -> Point:
 def worker():
     made = []
 
-    def make(kind: str) -> Worker:
-        made.append(Worker(Entry(kind, "fake", "ours", f"fakes:{kind}"), "cpu", 1))
+    def make(kind: str, variant: str = "") -> Worker:
+        made.append(Worker(Entry(kind, "fake", "ours", f"fakes:{kind}", variant), "cpu", 1))
         return made[-1]
 
     yield make
@@ -44,8 +44,14 @@ def test_out_of_memory_is_a_result_and_the_worker_lives(worker) -> None:
     small, big = worker("greedy"), worker("sleeper")
     speeds = {s.entry.subject: s for s in race([small, big], point(1001), budget=0.01)}
     assert speeds["greedy"].status == "oom" and "1001" in speeds["greedy"].reason
-    assert speeds["sleeper"].status == "ok" and speeds["sleeper"].alone
+    assert speeds["sleeper"].status == "ok" and not speeds["sleeper"].alone
     assert next(race([small], point(1000), budget=0.01)).status == "ok"
+
+
+def test_what_does_not_fit_beside_its_rivals_is_timed_alone(worker, tmp_path) -> None:
+    first, second = race([worker("sharer", str(tmp_path)) for _ in range(2)], point(2), budget=0.05)
+    assert (first.status, first.alone) == ("ok", False)
+    assert (second.status, second.alone) == ("ok", True)
 
 
 def test_a_crash_costs_one_worker(worker) -> None:
