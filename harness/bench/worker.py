@@ -17,6 +17,7 @@ from harness.bench.power import Power
 from harness.workers import attend
 
 WARM = 3
+SLOWEST = 10.0  # seconds of a call; one that takes longer is not worth the samples
 
 
 class Gone(RuntimeError):
@@ -96,7 +97,10 @@ class _Loaded:
         module, _, function = self._entry.maker.partition(":")
         self._call = getattr(importlib.import_module(module), function)(point, self._entry, self._device)
         assert self._call is not None
-        warm = self._clock.warm(self._call, WARM)
+        warm = self._clock.warm(self._call, 1)
+        if warm[0] > SLOWEST and (second := self._clock.time(self._call)) > SLOWEST:  # the first may have compiled something
+            raise TimeoutError(f"a call takes {second:.0f} s, and {SLOWEST:.0f} s are allowed")
+        warm += self._clock.warm(self._call, WARM - 1 if warm[0] < 1 else 1)
         allocated, reserved = self._clock.peak(self._call)
         return {"warm": warm, "allocated": allocated, "reserved": reserved}
 
@@ -133,10 +137,12 @@ def _serve(pipe: Connection, parent: int, entry: Entry, device: str, threads: in
             answer = "ok", wishes[wish](*words)
         except (torch.OutOfMemoryError, MemoryError) as error:
             answer = "oom", str(error).splitlines()[0] if str(error) else "out of memory"
+        except TimeoutError as error:
+            answer = "timeout", str(error)
         except Exception as error:  # a kernel may raise anything; the sweep goes on and the record says what
             out = "out of memory" in str(error).lower() or "can't allocate memory" in str(error)
             answer = "oom" if out else "error", f"{type(error).__name__}: {str(error)[:400]}"
-        if answer[0] == "oom":
+        if answer[0] in ("oom", "timeout"):
             with contextlib.suppress(Exception):
                 loaded.drop()
         pipe.send(answer)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import fused
+from harness import modules
 from harness.baselines.vit import ViT, ViTConfig
 from harness.bench.clock import Call
 from harness.bench.point import Entry, Point
@@ -82,11 +83,15 @@ def _options(point: Point, direction: str) -> tuple[str, ...]:
 
 
 def model(point: Point, entry: Entry, device: str) -> Call:
-    """A classifier in the point's dtype, parameters too, on clips of random pixels."""
+    """A classifier in the point's dtype, parameters too, on clips of random pixels. Its parameters are in a trained model's
+    range and drawn where they are used: initial values take seconds, and there are many points."""
     dtype = getattr(torch, point.dtype)
+    with torch.device("meta"):
+        network = networks()[entry.subject](point, entry)
+    case = OnDevice(entry.subject, point.dims, (), point.dtype, device=device)
     with torch.device(device):
-        torch.manual_seed(0)
-        network = networks()[entry.subject](point, entry).to(dtype)
+        drawn = modules.parameters(network, case, seed=0)
+        network.load_state_dict({name: value.to(dtype) for name, value in drawn.items()}, assign=True)
         clip = torch.randn(point["B"], 3, point["T"], point["S"], point["S"], dtype=dtype)
         labels = torch.arange(point["B"]) % 10
     forward = torch.compile(network, dynamic=False) if point.way == "compiled" else network

@@ -48,3 +48,10 @@ def sharer(point, entry, device):
     call = Call(lambda: time.sleep(1e-3))
     weakref.finalize(call, (folder / str(os.getpid())).unlink)
     return call
+
+
+def dawdler(point, entry, device):
+    """Says that it takes 11 seconds beyond 2 tokens: its clock is not the wall's."""
+    if point["L"] > 2:
+        time.perf_counter = iter(range(0, 10**6, 11)).__next__
+    return Call(lambda: None)

@@ -65,8 +65,15 @@ def test_a_crash_costs_one_worker(worker) -> None:
 def test_a_stuck_worker_is_a_timeout(worker) -> None:
     stuck = worker("sleeper")
     with pytest.raises(Gone, match="no answer within") as gone:
-        stuck.ask("load", point(3000), limit=12.0)  # 3 s a call, three to warm up, one for the memory
+        stuck.ask("load", point(9000), limit=12.0)  # 9 s a call, and three of them
     assert gone.value.status == "timeout"
+
+
+def test_a_call_that_takes_too_long_is_a_timeout(worker) -> None:
+    slow = worker("dawdler")
+    assert next(race([slow], point(2), budget=0.01)).status == "ok"
+    ended = next(race([slow], point(3), budget=0.01))
+    assert ended.status == "timeout" and "11 s" in ended.reason and "10 s are allowed" in ended.reason
 
 
 def test_memory_of_a_call_is_seen(worker) -> None:
