@@ -59,7 +59,9 @@ def bench(
     sweep.measure_box(run, points[0].dtype)
     fastest = min(run.about["attention"], key=run.about["attention"].get)
     field = {p.race: grids.entries(p.race, device, fastest, wanted) for p in points}
-    progress = Progress({_item(e, p): 1.0 for p in points for e in field[p.race]})
+    known = {s.key for s in run.speeds}
+    left = {_item(e, p): 1.0 for p in points for e in field[p.race] if (e.name, p.name) not in known}
+    progress = Progress(left)
     done = conclude(run, progress, lambda: _work(run, points, field, progress), write)
     print(last_line(run.speeds))
     if not done:
