@@ -10,11 +10,10 @@ import torch
 
 @dataclass
 class Call:
-    """Something to time. `run` is the timed call, `before` what must precede it untimed, `calls` how many it holds."""
+    """Something to time. `run` is the timed call, `before` what must precede it untimed."""
 
     run: Callable[[], object]
     before: Callable[[], object] | None = None
-    calls: int = 1
     queued: bool = False  # time the device alone: the launches are queued behind a pause
     peak: tuple[int, int] | None = None  # bytes allocated and reserved, where a call hides them
     launch: float = 0.0  # seconds that the host needs at most to launch it; `warm` finds out
@@ -30,7 +29,7 @@ class Clock:
         """Seconds of one call."""
         if call.before:
             call.before()
-        return (self._on_gpu(call) if self.gpu else self._on_cpu(call)) / call.calls
+        return self._on_gpu(call) if self.gpu else self._on_cpu(call)
 
     def warm(self, call: Call, count: int) -> list[float]:
         """Seconds of the first calls, which compile, allocate and fill caches."""

@@ -34,7 +34,7 @@ def entries(race: str, device: str, fastest: str, names: tuple[str, ...] = ()) -
 
 def _entries(subject: str, variant: str, device: str) -> list[Entry]:
     racing = [i for i in subjects()[subject].implementations() if i.absent(device) is None]
-    return [Entry(subject, i.name, i.role, variant=variant) for i in racing if i.name != "reference"]
+    return [Entry(subject, i.name, i.role, variant=variant) for i in racing if _races(subject, i)]
 
 
 def attentions(device: str, dtype: str) -> dict[str, float]:

@@ -5,12 +5,12 @@ dearest; a model by the sum over its parts, one after another. Exponentials are 
 meant here a multiprocessor issues 8 lane-instructions for each special function (128 and 16 a cycle).
 """
 
+from fused import VideoMambaConfig
+from harness.baselines.vit import ViTConfig
 from harness.bench.ceilings import Ceilings
 from harness.bench.point import Point
 
 ISSUED_PER_EXP = 8
-SIZES = {"tiny": (192, 24), "small": (384, 24), "middle": (576, 32), "base": (768, 12)}  # width and depth of VideoMamba
-VITS = {"tiny": (192, 12), "small": (384, 12), "base": (768, 12)}
 
 
 def bound(point: Point, subject: str, variant: str, ceilings: Ceilings) -> float:
@@ -19,8 +19,8 @@ def bound(point: Point, subject: str, variant: str, ceilings: Ceilings) -> float
     if subject == "vit":
         return _vit(point, variant, train, ceilings)
     if subject == "videomamba":
-        width, depth = SIZES[variant]
-        return depth * _layer(point.tokens, width, io, train, ceilings)
+        config = getattr(VideoMambaConfig, variant)()
+        return config.depth * _layer(point.tokens, config.embed_dim, io, train, ceilings)
     if subject == "mixer":
         return _mixer(point.tokens, point["D"], io, train, ceilings)
     if subject == "scan":
@@ -64,7 +64,8 @@ def _layer(tokens: int, D: int, io: int, train: bool, ceilings: Ceilings) -> flo
 
 def _vit(point: Point, variant: str, train: bool, ceilings: Ceilings) -> float:
     """qkv, proj and the two of the MLP are 12 D^2 a token, attention 2 L D; the backward of attention takes 2.5 forwards."""
-    D, depth = VITS[variant]
+    config = getattr(ViTConfig, variant)()
+    D, depth = config.embed_dim, config.depth
     linear, attention = 2 * point.tokens * 12 * D * D, 2 * point.tokens * 2 * point["L"] * D
     operations = linear * (3 if train else 1) + attention * (3.5 if train else 1)
     return depth * operations / ceilings.matmul

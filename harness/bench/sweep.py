@@ -76,7 +76,8 @@ def sweep(
             if point.race != racing:
                 _dismiss(staff)  # every process holds some of the device's memory
             racing = point.race
-            wanted = [e for e in who(point) if (e.name, point.name) not in {s.key for s in run.speeds}]
+            known = {s.key for s in run.speeds}
+            wanted = [e for e in who(point) if (e.name, point.name) not in known]
             for speed in _speeds(run, point, wanted, staff, budget, device, threads):
                 if best:
                     speed = replace(speed, bound=roofline.bound(point, speed.entry.subject, speed.entry.variant, best))

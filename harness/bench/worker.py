@@ -109,7 +109,7 @@ class _Loaded:
         assert self._call is not None
         taken: list[float] = []
         before = self._power.joules()
-        while not taken or (sum(taken) * self._call.calls < seconds and len(taken) < most):
+        while not taken or (sum(taken) < seconds and len(taken) < most):
             taken.append(self._clock.time(self._call))
         clock, after = self._power.megahertz(), self._power.joules()
         return Turn(taken, None if before is None or after is None else after - before, clock)

@@ -7,11 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import fused
-import reference
 from harness import modules
 from harness.case import Case
-from harness.subject import Implementation, fused_implementations
+from harness.subject import Implementation
 from harness.subjects import videomamba
 
 
@@ -44,12 +42,7 @@ def cases(grid: str) -> list[Case]:
 @functools.lru_cache(maxsize=1)
 def implementations() -> list[Implementation]:
     """`VideoMambaEncoder` of the reference and of `fused`, by backend."""
-
-    def call_with(backend: str) -> Callable[..., Any]:
-        return lambda config: fused.VideoMambaEncoder(fused.VideoMambaConfig(**config), backend=backend)
-
-    first = Implementation("reference", lambda config: reference.VideoMambaEncoder(reference.VideoMambaConfig(**config)))
-    return [first, *fused_implementations("mixer", call_with)]
+    return videomamba.of_both("VideoMambaEncoder")
 
 
 def build(call: Callable[..., Any], case: Case) -> nn.Module:

@@ -49,11 +49,16 @@ def cases(grid: str) -> list[Case]:
 @functools.lru_cache(maxsize=1)
 def implementations() -> list[Implementation]:
     """`VideoMamba` of the reference and of `fused`, by backend."""
+    return of_both("VideoMamba")
+
+
+def of_both(model: str) -> list[Implementation]:
+    """The model of this name in the reference and in `fused`, by backend, built from fields of its configuration."""
 
     def call_with(backend: str) -> Callable[..., Any]:
-        return lambda config: fused.VideoMamba(fused.VideoMambaConfig(**config), backend=backend)
+        return lambda config: getattr(fused, model)(fused.VideoMambaConfig(**config), backend=backend)
 
-    first = Implementation("reference", lambda config: reference.VideoMamba(reference.VideoMambaConfig(**config)))
+    first = Implementation("reference", lambda config: getattr(reference, model)(reference.VideoMambaConfig(**config)))
     return [first, *fused_implementations("mixer", call_with)]
 
 
