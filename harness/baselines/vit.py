@@ -177,14 +177,17 @@ class ViT(nn.Module):
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(clip.shape[0], -1, -1)
         return torch.cat((cls, patches), dim=1)
 
-    def forward(self, clip: Float[Tensor, "B 3 *T S S"]) -> Float[Tensor, "B classes"]:
-        """Logits. Raises ValueError or TypeError for a clip that the model was not built for, BackendError for an
-        attention that cannot run on its device."""
-        with only(self.config.attention, clip.device):
-            x = self.embed(clip)
+    def encode(self, tokens: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
+        """The blocks over embedded tokens, before the final norm. Raises BackendError for an attention that cannot run on
+        their device."""
+        with only(self.config.attention, tokens.device):
             for block in self.blocks:
-                x = block(x)
-        return self.head(self.norm(x[:, 0]))
+                tokens = block(tokens)
+        return tokens
+
+    def forward(self, clip: Float[Tensor, "B 3 *T S S"]) -> Float[Tensor, "B classes"]:
+        """Logits. Raises ValueError or TypeError for a clip that the model was not built for, BackendError as `encode`."""
+        return self.head(self.norm(self.encode(self.embed(clip))[:, 0]))
 
     def _check(self, clip: Tensor) -> None:
         side, frames = self.config.img_size, self.config.num_frames

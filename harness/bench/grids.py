@@ -90,6 +90,13 @@ def _models(race: str, clips: list[tuple[int, int]], side: int, ways: tuple[str,
     return found
 
 
+def _tokens(race: str, sizes: list[tuple[int, int]], ways: tuple[str, ...], dtype: str) -> list[Point]:
+    """Blocks and final norm only: a clip's length is odd by its class token, and upstream's scan is at its best at multiples
+    of 2048."""
+    modes = ("infer", "train")
+    return [Point(race, (("B", B), ("L", L)), mode, way, dtype) for mode in modes for way in ways for B, L in sizes]
+
+
 def _cpu() -> list[Point]:
     return _operators([(1, 384, 197), (1, 384, 785)], "float32") + _models(
         "tiny", [(1, 1), (1, 4), (1, 16), (1, 64)], 64, ("eager",), "float32"
@@ -103,6 +110,7 @@ def _full() -> list[Point]:
         found += _models(race, [(1, T) for T in (8, 32, 64, 128, 256, 512)], 224, ("eager", "graph"), "bfloat16")
         found += _models(race, [(1, T) for T in (8, 64)], 224, ("compiled",), "bfloat16")
         found += _models(race, [(8, 8)], 224, ("eager", "graph"), "bfloat16")
+        found += _tokens(race, [(8, 2048), (1, 12288)], ("eager", "graph"), "bfloat16")
     return found
 
 

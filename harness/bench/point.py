@@ -9,14 +9,15 @@ from typing import Any
 from harness.bench import interval
 from harness.record import encode
 
-STATUSES = ("ok", "oom", "timeout", "error", "gated", "implied", "skip")
+STATUSES = ("ok", "oom", "timeout", "error", "gated", "implied")
 MODES = {"infer": "forward, without gradients", "train": "forward, loss and backward; no optimiser"}
 WAYS = {"eager": "one call after another", "graph": "replayed from a CUDA graph", "compiled": "torch.compile"}
 
 
 @dataclass(frozen=True)
 class Point:
-    """Conditions under which rivals are timed together: sizes, mode and way; `race` names who runs against whom."""
+    """Conditions under which rivals are timed together: sizes, mode and way; `race` names who runs against whom. A model's
+    point with frames T and side S is of clips; one without is of tokens, which blocks and final norm take at any length."""
 
     race: str
     dims: tuple[tuple[str, int], ...]
@@ -43,6 +44,11 @@ class Point:
         return self["B"] * self["L"]
 
     @property
+    def clips(self) -> bool:
+        """Whether a model gets clips and not tokens."""
+        return "T" in dict(self.dims)
+
+    @property
     def line(self) -> tuple[Any, ...]:
         """The curve it lies on: everything but the length, so that a longer point needs more memory."""
         return (self.race, *((k, v) for k, v in self.dims if k not in "LT"), self.mode, self.way, self.dtype)
@@ -62,7 +68,8 @@ class Entry:
     @property
     def name(self) -> str:
         """What plots and tables call it."""
-        return " ".join(filter(None, [self.subject, self.variant, self.implementation]))
+        naive = (self.subject, self.implementation) == ("vit", "reference")
+        return " ".join(filter(None, [self.subject, self.variant, "naive" if naive else self.implementation]))
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def _options(point: Point, direction: str) -> tuple[str, ...]:
 
 
 def model(point: Point, entry: Entry, device: str) -> Call:
-    """A classifier in the point's dtype, parameters too, on clips of random pixels. Its parameters are in a trained model's
+    """A classifier in the point's dtype, parameters too, on clips of random pixels, or its blocks on random tokens. Its parameters are in a trained model's
     range and drawn where they are used: initial values take seconds, and there are many points."""
     dtype = getattr(torch, point.dtype)
     with torch.device("meta"):
@@ -92,20 +92,33 @@ def model(point: Point, entry: Entry, device: str) -> Call:
     with torch.device(device):
         drawn = modules.parameters(network, case, seed=0)
         network.load_state_dict({name: value.to(dtype) for name, value in drawn.items()}, assign=True)
-        clip = torch.randn(point["B"], 3, point["T"], point["S"], point["S"], dtype=dtype)
-        labels = torch.arange(point["B"]) % 10
-    forward = torch.compile(network, dynamic=False) if point.way == "compiled" else network
+        inputs, labels = _inputs(point, network.config.embed_dim, dtype), torch.arange(point["B"]) % 10
+    head = network if point.clips else _blocks(network)
+    forward = torch.compile(head, dynamic=False) if point.way == "compiled" else head
     if point.mode == "infer":
         network.eval()
-        return Call(torch.no_grad()(lambda: forward(clip)))
+        return Call(torch.no_grad()(lambda: forward(inputs)))
 
     def forget() -> None:
         network.zero_grad(set_to_none=True)
 
     def step() -> None:
-        nn.functional.cross_entropy(forward(clip).float(), labels).backward()
+        out = forward(inputs).float()
+        (nn.functional.cross_entropy(out, labels) if point.clips else out.square().mean()).backward()
 
     return Call(step, forget)
+
+
+def _inputs(point: Point, width: int, dtype: torch.dtype) -> Tensor:
+    shape = (3, point["T"], point["S"], point["S"]) if point.clips else (point["L"], width)
+    return torch.randn(point["B"], *shape, dtype=dtype)
+
+
+def _blocks(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A model's blocks and final norm over all tokens."""
+    if isinstance(network, ViT):
+        return lambda tokens: network.norm(network.encode(tokens))
+    return lambda tokens: network.encode(tokens)[0]
 
 
 def networks() -> dict[str, Callable[[Point, Entry], nn.Module]]:
@@ -126,7 +139,8 @@ def networks() -> dict[str, Callable[[Point, Entry], nn.Module]]:
 
 
 def _clips(point: Point) -> dict[str, int]:
-    return {"img_size": point["S"], "num_frames": point["T"], "num_classes": 10}
+    clip = {"img_size": point["S"], "num_frames": point["T"]} if point.clips else {}
+    return clip | {"num_classes": 10}
 
 
 def graphed(call: Call) -> Call:

@@ -88,7 +88,7 @@ def families(speeds: Iterable[Speed]) -> list[Family]:
     """All with at least one curve of two points or more."""
     groups: dict[tuple[Any, ...], dict[tuple[Entry, str], list[Speed]]] = {}
     for s in speeds:
-        if s.point.race in grids.MODELS:
+        if s.point.race in grids.MODELS and s.point.clips:
             race, *dims, mode, way, dtype = s.point.line
             groups.setdefault((race, tuple(dims), mode, dtype), {}).setdefault((s.entry, way), []).append(s)
     found = []

@@ -61,7 +61,7 @@ def pairs(speeds: Iterable[Speed]) -> list[Pair]:
     points: dict[int, dict[int, list[Speed]]] = {}
     for s in speeds:
         p = s.point
-        if (p.race, p.mode, p.way) == (RACE, "infer", "eager") and p["S"] == SIDE and p["T"] in FRAMES:
+        if (p.race, p.mode, p.way) == (RACE, "infer", "eager") and p.clips and p["S"] == SIDE and p["T"] in FRAMES:
             points.setdefault(p["T"], {}).setdefault(p["B"], []).append(s)
     found = []
     for _, batches in sorted(points.items()):

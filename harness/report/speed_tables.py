@@ -8,7 +8,7 @@ from harness.report.curves import VIT, Family, doubt, median, meeting, memory, s
 from harness.report.speed_figures import sizes, tokens
 from harness.report.tables import flat, table
 
-PLAIN = {"oom": "out of memory", "timeout": "out of time", "error": "FAILED", "gated": "GATED", "skip": "skipped"}
+PLAIN = {"oom": "out of memory", "timeout": "out of time", "error": "FAILED", "gated": "GATED"}
 
 
 def number(x: float) -> str:
@@ -72,7 +72,7 @@ def models(speeds: Sequence[Speed]) -> str:
     for s in speeds:
         p, t = s.point, seconds(s) if s.seconds else 0.0
         rates = (number(p["B"] / t), number(p.tokens / t), _size(s, 2**30)) if t else ("-", "-", "-")
-        clip = f"{p['B']} x {p['T']} x {p['S']} px"
+        clip = f"{p['B']} x {p['T']} x {p['S']} px" if p.clips else f"{p['B']}, as tokens"
         rows.append((clip, f"{p['L']:,}", p.way, who(s.entry), milliseconds(s), *rates, ratio(s, best.get(p)), notes(s)))
     head = ["clips x frames", "tokens a clip", "way", "entry", "ms, median [95 %]", "clips/s", "tokens/s", "peak GiB"]
     return table([*head, "time / fastest ViT's", "notes"], rows)

@@ -100,12 +100,12 @@ def test_a_rival_that_raised_is_marked_too(tmp_path) -> None:
 
 def test_running_out_of_memory_is_shown(whole) -> None:
     text, svg = said(whole), (whole.folder / "models-infer-tiny-B1-S224-bfloat16.svg").read_text()
-    assert "| 1 x 128 x 224 px | 25,089 | eager | vit tiny reference (rival) | **out of memory** | - |" in text
-    assert "| vit tiny reference (rival) | not tried: oom at tiny-B1-T128-S224-L25089-infer-eager-bfloat16 already |" in text
+    assert "| 1 x 128 x 224 px | 25,089 | eager | vit tiny naive (rival) | **out of memory** | - |" in text
+    assert "| vit tiny naive (rival) | not tried: oom at tiny-B1-T128-S224-L25089-infer-eager-bfloat16 already |" in text
     assert "ran out of memory" in svg
     [family] = curves.families(whole.speeds)
     ends = {c.entry.name: c.ended.point["T"] for c in family.curves if c.ended}
-    assert ends == {"vit tiny reference": 128}
+    assert ends == {"vit tiny naive": 128}
 
 
 def _line(entry: Entry, times, way="eager", **rest) -> list[Speed]:

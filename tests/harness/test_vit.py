@@ -14,6 +14,8 @@ from typer.testing import CliRunner
 import fused
 from harness.baselines import attention
 from harness.baselines.vit import ViT, ViTConfig
+from harness.bench import workloads
+from harness.bench.point import Entry, Point
 from harness.cli import FAILED, PASSED, app
 from harness.store import Run
 from harness.subjects import vit
@@ -197,3 +199,10 @@ def test_equal_to_timm(size: str) -> None:
     images = clip_of(ours.config, clips=1)
     with torch.no_grad():
         assert_close(ours(images), theirs(images))
+
+
+@pytest.mark.parametrize(("subject", "implementation"), [("vit", "sdpa"), ("videomamba", "fused:torch")])
+def test_blocks_are_timed_on_tokens_of_any_length(subject: str, implementation: str) -> None:
+    point = Point("tiny", (("B", 2), ("L", 6)), "infer", dtype="float32")
+    out = workloads.make(point, Entry(subject, implementation, "rival", variant="tiny"), "cpu").run()
+    assert out.shape == (2, 6, 192) and out.isfinite().all() and out.std() > 0.1
