@@ -17,6 +17,7 @@ from harness.subject import subjects
 
 COLD = 160 * 2**20  # bytes of rotated inputs: three times an H200's L2 cache
 ROTATIONS = 16
+Network = ViT | fused.VideoMamba
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,8 @@ def _options(point: Point, direction: str) -> tuple[str, ...]:
 
 
 def model(point: Point, entry: Entry, device: str) -> Call:
-    """A classifier in the point's dtype, parameters too, on clips of random pixels, or its blocks on random tokens. Its parameters are in a trained model's
-    range and drawn where they are used: initial values take seconds, and there are many points."""
+    """A classifier in the point's dtype, parameters too, on clips of random pixels, or its blocks on random tokens. Its
+    parameters are in a trained model's range and drawn where they are used: initial values take seconds."""
     dtype = getattr(torch, point.dtype)
     with torch.device("meta"):
         network = networks()[entry.subject](point, entry)
@@ -114,21 +115,21 @@ def _inputs(point: Point, width: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(point["B"], *shape, dtype=dtype)
 
 
-def _blocks(network: nn.Module) -> Callable[[Tensor], Tensor]:
+def _blocks(network: Network) -> Callable[[Tensor], Tensor]:
     """A model's blocks and final norm over all tokens."""
     if isinstance(network, ViT):
         return lambda tokens: network.norm(network.encode(tokens))
     return lambda tokens: network.encode(tokens)[0]
 
 
-def networks() -> dict[str, Callable[[Point, Entry], nn.Module]]:
+def networks() -> dict[str, Callable[[Point, Entry], Network]]:
     """Models by subject, of the entry's size, for the point's clips."""
 
-    def videomamba(point: Point, entry: Entry) -> nn.Module:
+    def videomamba(point: Point, entry: Entry) -> Network:
         config = getattr(fused.VideoMambaConfig, entry.variant)(**_clips(point), drop_path_rate=0.0)
         return fused.VideoMamba(config, backend=entry.implementation.removeprefix("fused:"))
 
-    def vit(point: Point, entry: Entry) -> nn.Module:
+    def vit(point: Point, entry: Entry) -> Network:
         return ViT(
             getattr(ViTConfig, entry.variant)(
                 **_clips(point), attention="naive" if entry.implementation == "reference" else entry.implementation
