@@ -1,0 +1,305 @@
+// Backward: gradients of every input. With g_t the gradient of s_t,
+//
+//     g_t = C_t dy_t + a_{t+1} g_{t+1}        w_t = g_t a_t s_{t-1}          a_t = exp(delta_t A)
+//     dB_t = delta_t u_t g_t                  dC_t = dy_t s_t                (summed over channels)
+//     du_t = delta_t sum_n g_t B_t + D dy_t   ddelta_t = u_t sum_n g_t B_t + sum_n w_t A        dA = sum_t delta_t w_t
+//
+// A block walks CHANNELS channels of one clip, direction and split from its end. States come again from `marks`, the state
+// before every tile: first to every PIECE tokens, then PIECE tokens with a_t and a_t s_{t-1} kept in registers, then back.
+
+#define CHANNELS (8 * BACKWARD_CHANNELS * BACKWARD_WARPS)
+#define THREADS (32 * BACKWARD_WARPS)
+#define K BACKWARD_CHANNELS
+#ifndef PIECE
+#define PIECE 4
+#endif
+#define PIECES (TILE / PIECE)
+#define WIDTH(E, N) (((E) * ((N) + 2) + 3) / 4 * 4)  // of a row of dA, dD and dbias, so that all rows are aligned
+#define TOGETHER (4 / K)  // tokens whose sums over the quarters are made together
+#define SHARED_STEP (TILE * (CHANNELS * 16 + 2 * STATES * 4))
+#define SHARED_HELD ((PIECES - 1) * K * GROUPS * THREADS * 16)
+#define SHARED_OUT (2 * TILE * CHANNELS * 4)
+#define SHARED_SUMS (TILE * BACKWARD_WARPS * 2 * STATES * 4)
+#define SHARED_BACKWARD (SHARED_STEP + SHARED_HELD + SHARED_OUT + SHARED_SUMS)
+
+// Everything that a tile needs, staged as {delta, delta u, dy, u} a token and channel and {B | C} a token. `states`: only what
+// the adjoint alone needs. The first direction also makes dz and, again, the gated output.
+struct Inputs {
+  const io *u, *delta, *z, *B, *C, *dout, *ungated;
+  i64 u_t, d_t, z_t, B_t, C_t, dout_t, E;
+  io *dz, *gated;
+  i64 dz_t;
+};
+
+template <bool FULL> DEVICE void scan_backward(
+    char* memory, Inputs in, const float* A, const float* D, const float* bias, const float* marks, const float* enter,
+    float* leave, float* sums, io* du, io* ddelta, float* parts, float* rows,
+    i64 L, i64 E, int N, i64 span, i64 flags, int direction, bool back) {
+  float4* step = (float4*)memory;                                  // [TILE][CHANNELS]
+  float* mix = (float*)(memory + TILE * CHANNELS * 16);            // [TILE][B | C][STATES]
+  float4* held = (float4*)(memory + SHARED_STEP);                  // [PIECES - 1][K][GROUPS][THREADS]
+  float* result = (float*)(memory + SHARED_STEP + SHARED_HELD);    // [du | ddelta][TILE][CHANNELS]
+  float* stash = result + 2 * TILE * CHANNELS;                     // [TILE][warp][dB | dC][STATES]
+  const int tid = threadIdx.x, warp = tid / 32;
+  const Place place(tid % 32);
+  const i64 clips = gridDim.z / DIRECTIONS, clip = blockIdx.z / DIRECTIONS, split = blockIdx.y, splits = gridDim.y;
+  const i64 edge = (i64)blockIdx.x * CHANNELS, one = (direction * clips + clip) * splits + split;
+  const Walk walk(split, span, L, back);
+  const int column = tid % (CHANNELS / 4) * 4, count = least(E - edge - column, 4);
+
+  float rate[K][MINE], adjoint[K][MINE], dA[K][MINE], total[K], dD = 0.f, dbias = 0.f;
+  int slot[K];
+  #pragma unroll
+  for (int k = 0; k < K; k++) {
+    slot[k] = warp * 8 * K + 8 * k + place.channel, total[k] = 0.f;
+    load_rates(rate[k], A, edge + slot[k], E, N, place.quarter, flags);
+    load_states(adjoint[k], enter ? enter + one * E * N : 0, edge + slot[k], E, N, place.quarter);
+    #pragma unroll
+    for (int i = 0; i < MINE; i++) dA[k][i] = 0.f;
+  }
+  // after sums over the quarters, each of four lanes has one token and channel of TOGETHER tokens and K channels
+  const int own_token = K == 1 ? 2 * place.high + place.low : place.high, own = slot[K == 1 ? 0 : place.low];
+  const float skip = D && edge + own < E ? D[edge + own] : 0.f;
+  float shift[4];
+  #pragma unroll
+  for (int i = 0; i < 4; i++) shift[i] = bias && i < count ? bias[edge + column + i] : 0.f;
+
+  const bool gates = FULL && in.z && direction == 0;
+  for (int tile = walk.tiles() - 1; tile >= 0; tile--) {
+    float h[K][MINE];
+    if (FULL) {
+      #pragma unroll
+      for (int k = 0; k < K; k++)
+        load_states(h[k], marks + (one * (span / TILE) + tile) * E * N, edge + slot[k], E, N, place.quarter);
+    }
+    // loads are not fetched ahead: the registers are worth more, and other blocks run meanwhile
+    #pragma unroll
+    for (int k = 0; k < K; k++) {
+      const int row = tid / (CHANNELS / 4) + k * TILE / K, position = tile * TILE + row;
+      const bool here = position < walk.size;
+      const i64 t = here ? walk.token(position) : 0;
+      const Quad qu = load<VECTOR>(in.u + t * in.u_t + edge + column, FULL && here ? count : 0);
+      const Quad qd = load<VECTOR>(in.delta + t * in.d_t + edge + column, here ? count : 0);
+      const Quad qg = load<VECTOR>(in.dout + t * in.dout_t + edge + column, here ? count : 0);
+      const Quad qz = load<VECTOR>(in.z + t * in.z_t + edge + column, in.z && here ? count : 0);
+      const Quad qy = load<VECTOR>(in.ungated + t * E + edge + column, gates && here ? count : 0);
+      float dz[4], gated[4];
+      #pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const float raw = value(qd.e[i]) + shift[i], x = value(qu.e[i]), g = value(qg.e[i]);
+        const float d = here ? (flags & SOFTPLUS ? softplus(raw) : raw) : 0.f;
+        float dy = g;
+        if (in.z) {
+          const float v = value(qz.e[i]), s = sigmoid(v), y = value(qy.e[i]);
+          dy = g * v * s, dz[i] = g * y * s * (1.f + v * (1.f - s)), gated[i] = y * v * s;
+        }
+        step[row * CHANNELS + column + i] = make_float4(d, d * x, dy, x);
+      }
+      if (gates && here) {
+        store(in.dz + t * in.dz_t + edge + column, dz, count);
+        if (in.gated) store(in.gated + t * E + edge + column, gated, count);
+      }
+    }
+    for (int i = tid; i < TILE * STATES / 2; i += THREADS) {
+      const int position = tile * TILE + i / (STATES / 2), n = i % (STATES / 4) * 4;
+      const bool is_C = i % (STATES / 2) >= STATES / 4, here = position < walk.size && (FULL || is_C);
+      const i64 t = here ? walk.token(position) : 0;
+      const Quad q = load<VECTOR_BC>((is_C ? in.C + t * in.C_t : in.B + t * in.B_t) + n, here ? N - n : 0);
+      ((float4*)mix)[i] = make_float4(value(q.e[0]), value(q.e[1]), value(q.e[2]), value(q.e[3]));
+    }
+    __syncthreads();
+
+    auto mixing = [&](float* v, int t, bool is_C) {
+      #pragma unroll
+      for (int g = 0; g < GROUPS; g++) take(v + 4 * g, ((const float4*)mix)[t * (STATES / 2) + is_C * (STATES / 4) + g * 4 + place.quarter]);
+    };
+    if (!FULL) {
+      #pragma unroll 4
+      for (int t = TILE - 1; t >= 0; t--) {
+        float c[MINE];
+        mixing(c, t, true);
+        #pragma unroll
+        for (int k = 0; k < K; k++) {
+          const float4 d = step[t * CHANNELS + slot[k]];
+          total[k] += d.x;
+          #pragma unroll
+          for (int i = 0; i < MINE; i++) adjoint[k][i] = ex2(d.x * rate[k][i]) * fmaf(c[i], d.z, adjoint[k][i]);
+        }
+      }
+      __syncthreads();
+      continue;
+    }
+
+    #pragma unroll 1
+    for (int piece = 0; piece < PIECES - 1; piece++) {
+      #pragma unroll
+      for (int k = 0; k < K; k++)
+        #pragma unroll
+        for (int g = 0; g < GROUPS; g++)
+          held[((piece * K + k) * GROUPS + g) * THREADS + tid] = make_float4(h[k][4 * g], h[k][4 * g + 1], h[k][4 * g + 2], h[k][4 * g + 3]);
+      #pragma unroll
+      for (int t = piece * PIECE; t < (piece + 1) * PIECE; t++) {
+        float b[MINE];
+        mixing(b, t, false);
+        #pragma unroll
+        for (int k = 0; k < K; k++) {
+          const float2 d = *(const float2*)(step + t * CHANNELS + slot[k]);
+          #pragma unroll
+          for (int i = 0; i < MINE; i++) h[k][i] = fmaf(ex2(d.x * rate[k][i]), h[k][i], d.y * b[i]);
+        }
+      }
+    }
+    #pragma unroll 1
+    for (int piece = PIECES - 1; piece >= 0; piece--) {
+      const int t0 = piece * PIECE;
+      if (piece < PIECES - 1) {
+        #pragma unroll
+        for (int k = 0; k < K; k++)
+          #pragma unroll
+          for (int g = 0; g < GROUPS; g++) take(h[k] + 4 * g, held[((piece * K + k) * GROUPS + g) * THREADS + tid]);
+      }
+      float decay[PIECE][K][MINE], kept[PIECE][K][MINE];
+      // the sums over channels of two tokens at a time: eight values over eight lanes
+      auto gather = [&](float* v, int t, int what) {
+        #pragma unroll
+        for (int g = 0; g < GROUPS; g++) {
+          float pair[8];
+          #pragma unroll
+          for (int i = 0; i < 4; i++) pair[i] = v[4 * g + i], pair[4 + i] = v[MINE + 4 * g + i];
+          halve<8>(pair, 1, place.channel & 4);
+          halve<4>(pair, 16, place.channel & 2);
+          halve<2>(pair, 8, place.channel & 1);
+          const int token = t + ((place.channel & 4) != 0), n = g * 16 + place.quarter * 4 + (place.channel & 3);
+          stash[((token * BACKWARD_WARPS + warp) * 2 + what) * STATES + n] = pair[0];
+        }
+      };
+      float both[2 * MINE];
+      #pragma unroll
+      for (int t = 0; t < PIECE; t++) {
+        float b[MINE], *dC = both + t % 2 * MINE;
+        mixing(b, t0 + t, false);
+        #pragma unroll
+        for (int k = 0; k < K; k++) {
+          const float4 d = step[(t0 + t) * CHANNELS + slot[k]];
+          #pragma unroll
+          for (int i = 0; i < MINE; i++) {
+            decay[t][k][i] = ex2(d.x * rate[k][i]), kept[t][k][i] = decay[t][k][i] * h[k][i];
+            h[k][i] = fmaf(d.y, b[i], kept[t][k][i]);
+            dC[i] = k ? fmaf(d.z, h[k][i], dC[i]) : d.z * h[k][i];
+          }
+        }
+        if (t % 2) gather(both, t0 + t - 1, 1);
+      }
+      float along_B[4], along_A[4];
+      #pragma unroll
+      for (int t = PIECE - 1; t >= 0; t--) {
+        float b[MINE], c[MINE], *dB = both + t % 2 * MINE;
+        mixing(b, t0 + t, false), mixing(c, t0 + t, true);
+        #pragma unroll
+        for (int k = 0; k < K; k++) {
+          const float4 d = step[(t0 + t) * CHANNELS + slot[k]];
+          float sum_B = 0.f, sum_A = 0.f;
+          #pragma unroll
+          for (int i = 0; i < MINE; i++) {
+            const float g = fmaf(c[i], d.z, adjoint[k][i]), w = g * kept[t][k][i];
+            sum_B = fmaf(g, b[i], sum_B), sum_A = fmaf(w, rate[k][i], sum_A);
+            dA[k][i] = fmaf(w, d.x, dA[k][i]), adjoint[k][i] = g * decay[t][k][i];
+            dB[i] = k ? fmaf(d.y, g, dB[i]) : d.y * g;
+          }
+          along_B[t % TOGETHER * K + k] = sum_B, along_A[t % TOGETHER * K + k] = sum_A;
+        }
+        if (t % 2 == 0) gather(both, t0 + t, 0);
+        if (t % TOGETHER) continue;
+        halve<4>(along_B, HIGH, place.high), halve<2>(along_B, LOW, place.low);
+        halve<4>(along_A, HIGH, place.high), halve<2>(along_A, LOW, place.low);
+        const int row = t0 + t + own_token;
+        const float4 d = step[row * CHANNELS + own];
+        const float inner = d.x < 0.02f ? d.x * (1.f - d.x * (0.5f - d.x * (1.f / 6.f))) : 1.f - ex2(-d.x * LOG2E);
+        const float dd = fmaf(d.w, along_B[0], along_A[0] * LN2) * (flags & SOFTPLUS ? inner : 1.f);
+        dD = fmaf(d.z, d.w, dD), dbias += dd;
+        result[row * CHANNELS + own] = fmaf(d.x, along_B[0], skip * d.z), result[(TILE + row) * CHANNELS + own] = dd;
+      }
+    }
+    __syncthreads();
+    #pragma unroll
+    for (int k = 0; k < K; k++) {
+      const int row = tid / (CHANNELS / 4) + k * TILE / K, position = tile * TILE + row;
+      if (position >= walk.size) continue;
+      const i64 at = ((direction * clips + clip) * L + walk.token(position)) * E + edge + column;
+      store(du + at, result + row * CHANNELS + column, count);
+      store(ddelta + at, result + (TILE + row) * CHANNELS + column, count);
+    }
+    for (int i = tid; i < TILE * 2 * STATES; i += THREADS) {
+      const int row = i / (2 * STATES), position = tile * TILE + row;
+      float sum = 0.f;
+      #pragma unroll
+      for (int w = 0; w < BACKWARD_WARPS; w++) sum += stash[(row * BACKWARD_WARPS + w) * 2 * STATES + i % (2 * STATES)];
+      if (position < walk.size)
+        parts[(((direction * clips + clip) * L + walk.token(position)) * gridDim.x + blockIdx.x) * 2 * STATES + i % (2 * STATES)] = sum;
+    }
+  }
+
+  #pragma unroll
+  for (int k = 0; k < K; k++) {
+    const i64 channel = edge + slot[k];
+    if (leave) store_states(leave + one * E * N, adjoint[k], channel, E, N, place.quarter);
+    if (!FULL) { if (place.quarter == 0 && channel < E) sums[one * E + channel] = total[k]; continue; }
+    store_states(rows + one * WIDTH(E, N), dA[k], channel, E, N, place.quarter);
+  }
+  if (!FULL) return;
+  dD += __shfl_xor_sync(0xffffffffu, dD, HIGH), dbias += __shfl_xor_sync(0xffffffffu, dbias, HIGH);
+  if (K == 1) dD += __shfl_xor_sync(0xffffffffu, dD, LOW), dbias += __shfl_xor_sync(0xffffffffu, dbias, LOW);
+  if (!place.high && (K == 2 || !place.low) && edge + own < E) {
+    float* row = rows + one * WIDTH(E, N) + E * N + edge + own;  // dA, dD, dbias of this walk
+    row[0] = dD, row[E] = dbias;
+  }
+}
+
+#define BACKWARD(FULL) \
+    SHARED(memory); \
+    const int d = DIRECTIONS == 2 ? blockIdx.z % 2 : 0; \
+    const i64 clip = blockIdx.z / DIRECTIONS; \
+    const Inputs in = { \
+      (d ? u1 : u0) + clip * u_b, (d ? delta1 : delta0) + clip * d_b, z ? z + clip * z_b : 0, (d ? B1 : B0) + clip * B_b, \
+      (d ? C1 : C0) + clip * C_b, dout + clip * dout_b, ungated ? ungated + clip * L * E : 0, \
+      u_t, d_t, z_t, B_t, C_t, dout_t, E, dz ? dz + clip * dz_b : 0, gated ? gated + clip * L * E : 0, dz_t}; \
+    scan_backward<FULL>(memory, in, d ? A1 : A0, d ? D1 : D0, d ? bias1 : bias0, marks, enter, leave, sums, du, ddelta, \
+                        parts, rows, L, E, (int)N, span, flags, d, DIRECTIONS == 2 ? d : flags & REVERSE)
+
+// du, ddelta (direction, clip, L, E); dz and the gated output; `parts` (direction, clip, L, block of channels, dB | dC) and
+// `rows` (direction, clip, split, dA | dD | dbias), to be summed; `leave` (direction, clip, split, E, N): the adjoint of what
+// entered every split. `enter`, likewise, is the adjoint of what left it, or 0.
+KERNEL(scan_backward_full, THREADS)(
+    STREAMS, const io *dout, i64 dout_b, i64 dout_t, const io *ungated, const float *marks, const float *enter, float *leave,
+    float *sums, io *du, io *ddelta, io *dz, i64 dz_b, i64 dz_t, io *gated, float *parts, float *rows,
+    i64 L, i64 E, i64 N, i64 span, i64 flags) { BACKWARD(true); }
+
+// Only `leave`, when nothing enters, and `sums` of delta (direction, clip, split, E).
+KERNEL(scan_backward_states, THREADS)(
+    STREAMS, const io *dout, i64 dout_b, i64 dout_t, const io *ungated, const float *marks, const float *enter, float *leave,
+    float *sums, io *du, io *ddelta, io *dz, i64 dz_b, i64 dz_t, io *gated, float *parts, float *rows,
+    i64 L, i64 E, i64 N, i64 span, i64 flags) { BACKWARD(false); }
+
+// dB and dC: the sum over blocks of channels, one after another. A thread makes one number.
+KERNEL(scan_sum_parts, 256)(
+    const float *parts, io *dB0, io *dB1, i64 dB_b, i64 dB_t, io *dC0, io *dC1, i64 dC_b, i64 dC_t, i64 L, i64 N, i64 blocks) {
+  const i64 i = (i64)blockIdx.x * 256 + threadIdx.x, token = i / (2 * STATES), clip = blockIdx.y, clips = gridDim.y, d = blockIdx.z;
+  const int n = i % STATES, is_C = i / STATES % 2;
+  if (token >= L || n >= N) return;
+  const float* p = parts + ((d * clips + clip) * L + token) * blocks * 2 * STATES + i % (2 * STATES);
+  float sum = 0.f;
+  #pragma unroll 8
+  for (i64 k = 0; k < blocks; k++) sum += p[k * 2 * STATES];
+  if (is_C) (d ? dC1 : dC0)[clip * dC_b + token * dC_t + n] = rounded(sum);
+  else (d ? dB1 : dB0)[clip * dB_b + token * dB_t + n] = rounded(sum);
+}
+
+// dA, dD and dbias: the sum over clips and splits, one after another. `sum` (direction, width).
+KERNEL(scan_sum_rows, 128)(const float *rows, float *sum, i64 width, i64 count) {
+  const i64 i = (i64)blockIdx.x * 128 + threadIdx.x, d = blockIdx.y;
+  if (i >= width) return;
+  float x = 0.f;
+  #pragma unroll 8
+  for (i64 k = 0; k < count; k++) x += rows[(d * count + k) * width + i];
+  sum[d * width + i] = x;
+}

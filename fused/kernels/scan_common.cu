@@ -1,0 +1,130 @@
+// What the kernels of the selective scan share. One recurrence per channel e and state n,
+//
+//     s_t = exp(delta_t A) s_{t-1} + delta_t u_t B_t        y_t = sum_n C_t s_t + D u_t
+//
+// walked by four lanes a channel, a quarter of its states in the registers of each, eight channels (or a multiple) a warp,
+// TILE tokens at a time through shared memory. Rows of a tile are in the order of the walk: `reverse` is only where they lie
+// in memory. Compiled with: IO (0 bfloat16, 1 float16, 2 float32), STATES (a multiple of 16, padded with zeros), VECTOR
+// (streams can be read in groups of four), VECTOR_BC (B and C too), DIRECTIONS (1 or 2), and for each kernel the channels of
+// a thread and the warps of a direction: FORWARD_CHANNELS, FORWARD_WARPS, BACKWARD_CHANNELS, BACKWARD_WARPS.
+
+#ifndef KERNEL
+#define KERNEL(name, threads) extern "C" __global__ void __launch_bounds__(threads) name
+#endif
+typedef long long i64;
+#define DEVICE __device__ __forceinline__
+#define TILE 16
+#define GROUPS (STATES / 16)  // of four states in each of four lanes
+#define MINE (STATES / 4)     // states of a thread: n = 16 group + 4 quarter + i
+#define LOG2E 1.4426950408889634f
+#define LN2 0.6931471805599453f
+#define SOFTPLUS 1
+#define LOGARITHM 2  // A holds log(-A)
+#define REVERSE 4    // of the only direction
+
+#ifndef EMULATED
+DEVICE float ex2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+DEVICE float lg2(float x) { float y; asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+DEVICE float rcp(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+DEVICE float from_bf16(unsigned short x) { return __uint_as_float((unsigned)x << 16); }
+DEVICE unsigned short to_bf16(float x) { unsigned short y; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y; }
+DEVICE float from_fp16(unsigned short x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x)); return y; }
+DEVICE unsigned short to_fp16(float x) { unsigned short y; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y; }
+#endif
+
+#if IO == 2
+typedef float io;
+DEVICE float value(io x) { return x; }
+DEVICE io rounded(float x) { return x; }
+#else
+typedef unsigned short io;
+DEVICE float value(io x) { return IO == 0 ? from_bf16(x) : from_fp16(x); }
+DEVICE io rounded(float x) { return IO == 0 ? to_bf16(x) : to_fp16(x); }
+#endif
+
+struct alignas(4 * sizeof(io)) Quad { io e[4]; };  // four neighbouring elements
+
+// the first `count` of four elements, the rest 0; VECTOR: all or none
+template <bool WHOLE> DEVICE Quad load(const io* p, int count) {
+  Quad q;
+  if (WHOLE) {
+    if (count > 0) q = *(const Quad*)p;
+    else for (int i = 0; i < 4; i++) q.e[i] = 0;
+  } else {
+    #pragma unroll
+    for (int i = 0; i < 4; i++) q.e[i] = i < count ? p[i] : (io)0;
+  }
+  return q;
+}
+DEVICE void store(io* p, const float* v, int count) {
+  Quad q;
+  #pragma unroll
+  for (int i = 0; i < 4; i++) q.e[i] = rounded(v[i]);
+  if (VECTOR) { if (count > 0) *(Quad*)p = q; }
+  else for (int i = 0; i < count && i < 4; i++) p[i] = q.e[i];
+}
+DEVICE void take(float* v, float4 x) { v[0] = x.x; v[1] = x.y; v[2] = x.z; v[3] = x.w; }
+DEVICE int least(i64 a, int b) { return a < b ? (int)a : b; }
+
+// log(1 + exp(x)); 16-bit streams do not see the error of the short form (2e-4 relative at worst)
+DEVICE float softplus(float x) {
+  if (IO == 2) return x > 20.f ? x : log1pf(expf(x));
+  float e = ex2(x * LOG2E), y = e < 1e-2f ? e * (1.f - e * (0.5f - e * (1.f / 3.f))) : lg2(1.f + e) * LN2;
+  return x > 20.f ? x : y;
+}
+DEVICE float sigmoid(float x) { return rcp(1.f + ex2(-x * LOG2E)); }
+
+// One step of a sum over lanes that also shares it out: of COUNT values each of the two lanes keeps the sums of half.
+template <int COUNT> DEVICE void halve(float* v, int mask, bool upper) {
+  #pragma unroll
+  for (int i = 0; i < COUNT / 2; i++) {
+    float send = upper ? v[i] : v[i + COUNT / 2], keep = upper ? v[i + COUNT / 2] : v[i];
+    v[i] = keep + __shfl_xor_sync(0xffffffffu, send, mask);
+  }
+}
+
+// A lane's place in its warp: channel slot 0-7 and quarter of the states. Lanes i and i^1 read the same B and C, lanes i and
+// i^2 the same channel, so that a 16-byte load from shared memory takes two passes and not four.
+struct Place {
+  int channel, quarter;
+  bool low, high;  // bits of the quarter
+  DEVICE Place(int lane) : channel((lane >> 3) | ((lane & 1) << 2)), quarter((lane >> 1) & 3), low(quarter & 1), high(quarter & 2) {}
+};
+#define LOW 2    // masks of lanes that differ in one bit of the quarter
+#define HIGH 4
+
+// A thread's rows of a (E, N) matrix of float32: MINE states of one channel; 0 beyond E or N.
+DEVICE void load_states(float* v, const float* p, i64 channel, i64 E, int N, int quarter) {
+  #pragma unroll
+  for (int i = 0; i < MINE; i++) {
+    int n = (i / 4) * 16 + quarter * 4 + i % 4;
+    v[i] = p && channel < E && n < N ? p[channel * N + n] : 0.f;
+  }
+}
+DEVICE void store_states(float* p, const float* v, i64 channel, i64 E, int N, int quarter) {
+  if (channel >= E) return;
+  #pragma unroll
+  for (int g = 0; g < GROUPS; g++) {
+    int n = g * 16 + quarter * 4;
+    if (N % 4 == 0) { if (n < N) *(float4*)(p + channel * N + n) = make_float4(v[4 * g], v[4 * g + 1], v[4 * g + 2], v[4 * g + 3]); }
+    else for (int i = 0; i < 4; i++) if (n + i < N) p[channel * N + n + i] = v[4 * g + i];
+  }
+}
+// decay rates of a thread's states, times log2(e): exp(delta A) = 2^(delta rate)
+DEVICE void load_rates(float* v, const float* A, i64 channel, i64 E, int N, int quarter, i64 flags) {
+  load_states(v, A, channel, E, N, quarter);
+  #pragma unroll
+  for (int i = 0; i < MINE; i++) {
+    int n = (i / 4) * 16 + quarter * 4 + i % 4;
+    if (flags & LOGARITHM) v[i] = channel < E && n < N ? -expf(v[i]) : 0.f;
+    v[i] *= LOG2E;
+  }
+}
+
+// The tokens of one block: `size` of them from `first`, walked from either end in tiles.
+struct Walk {
+  i64 first; int size; bool back;
+  DEVICE Walk(i64 split, i64 span, i64 L, bool back) : first(split * span), size(least(L - split * span, (int)span)), back(back) {}
+  DEVICE int tiles() const { return (size + TILE - 1) / TILE; }
+  DEVICE i64 token(int position) const { return back ? first + size - 1 - position : first + position; }
+};

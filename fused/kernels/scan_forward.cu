@@ -1,0 +1,214 @@
+// Forward: y, final states, and what the backward wants. A block walks CHANNELS channels of one clip through one split of its
+// tokens; with two directions half of its warps come from either end. They meet in the middle: who comes to a token first
+// leaves its y in the output, who comes second adds its own, and only then is the sum gated.
+
+#define CHANNELS (8 * FORWARD_CHANNELS * FORWARD_WARPS)
+#define THREADS (32 * FORWARD_WARPS)
+#define K FORWARD_CHANNELS
+#define ROW (CHANNELS + 8)                                            // of y, so that four rows lie in different banks
+#define MIXES ((TILE * STATES / 2 + THREADS - 1) / THREADS)           // groups of B and C that a thread stages
+#define SHARED_FORWARD (TILE * (CHANNELS * 8 + 2 * STATES * 4 + ROW * 4))  // bytes of one direction
+
+template <bool FULL> DEVICE void scan_forward(
+    char* memory, const io* u_, i64 u_b, i64 u_t, const io* delta_, i64 d_b, i64 d_t, const io* z, i64 z_b, i64 z_t,
+    const io* B_, i64 B_b, i64 B_t, const io* C_, i64 C_b, i64 C_t, const float* A, const float* D, const float* bias,
+    const float* start, float* last, float* sums, float* marks, io* out, io* ungated,
+    i64 L, i64 E, int N, i64 span, i64 flags, int direction, bool back) {
+  char* mine = memory + direction * SHARED_FORWARD;
+  float2* step = (float2*)mine;                                        // [TILE][CHANNELS] delta, delta u
+  float* mix = (float*)(mine + TILE * CHANNELS * 8);                   // [TILE][B | C][STATES]
+  float* y = mix + TILE * 2 * STATES;                                  // [TILE][ROW]
+  const int tid = threadIdx.x % THREADS, warp = tid / 32;
+  const Place place(tid % 32);
+  const i64 clip = blockIdx.z, split = blockIdx.y, clips = gridDim.z, splits = gridDim.y, edge = (i64)blockIdx.x * CHANNELS;
+  const Walk walk(split, span, L, back);
+  const i64 one = (direction * clips + clip) * splits + split;         // this walk among all
+  const int column = tid % (CHANNELS / 4) * 4, count = least(E - edge - column, 4);
+  const io *u = u_ + clip * u_b + edge + column, *delta = delta_ + clip * d_b + edge + column;
+  const io *B = B_ + clip * B_b, *C = FULL ? C_ + clip * C_b : 0;
+
+  float rate[K][MINE], h[K][MINE], total[K];
+  int slot[K];
+  #pragma unroll
+  for (int k = 0; k < K; k++) {
+    slot[k] = warp * 8 * K + 8 * k + place.channel, total[k] = 0.f;
+    load_rates(rate[k], A, edge + slot[k], E, N, place.quarter, flags);
+    load_states(h[k], start ? start + one * E * N : 0, edge + slot[k], E, N, place.quarter);
+  }
+  float shift[4], skip[4];
+  #pragma unroll
+  for (int i = 0; i < 4; i++) {
+    shift[i] = bias && i < count ? bias[edge + column + i] : 0.f;
+    skip[i] = FULL && D && i < count ? D[edge + column + i] : 0.f;
+  }
+
+  Quad next_u[K], next_delta[K], next_mix[MIXES];
+  auto fetch = [&](int tile) {
+    #pragma unroll
+    for (int k = 0; k < K; k++) {
+      const int position = tile * TILE + tid / (CHANNELS / 4) + k * TILE / K, n = position < walk.size ? count : 0;
+      const i64 t = n > 0 ? walk.token(position) : 0;
+      next_u[k] = load<VECTOR>(u + t * u_t, n), next_delta[k] = load<VECTOR>(delta + t * d_t, n);
+    }
+    #pragma unroll
+    for (int m = 0; m < MIXES; m++) {
+      const int i = tid + m * THREADS, position = tile * TILE + i / (STATES / 2), n = i % (STATES / 4) * 4;
+      const bool is_C = i % (STATES / 2) >= STATES / 4, here = i < TILE * STATES / 2 && position < walk.size && (FULL || !is_C);
+      const i64 t = here ? walk.token(position) : 0;
+      next_mix[m] = load<VECTOR_BC>((is_C ? C + t * C_t : B + t * B_t) + n, here ? N - n : 0);
+    }
+  };
+
+  fetch(0);
+  const int tiles = walk.tiles();
+  for (int tile = 0; tile < tiles; tile++) {
+    #pragma unroll
+    for (int k = 0; k < K; k++) {
+      const int row = tid / (CHANNELS / 4) + k * TILE / K;
+      float x[4], d[4];
+      #pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const float raw = value(next_delta[k].e[i]) + shift[i];
+        x[i] = value(next_u[k].e[i]);
+        d[i] = tile * TILE + row < walk.size ? (flags & SOFTPLUS ? softplus(raw) : raw) : 0.f;
+      }
+      float4* at = (float4*)(step + row * CHANNELS + column);
+      at[0] = make_float4(d[0], d[0] * x[0], d[1], d[1] * x[1]), at[1] = make_float4(d[2], d[2] * x[2], d[3], d[3] * x[3]);
+      if (FULL) *(float4*)(y + row * ROW + column) = make_float4(skip[0] * x[0], skip[1] * x[1], skip[2] * x[2], skip[3] * x[3]);
+    }
+    #pragma unroll
+    for (int m = 0; m < MIXES; m++) {
+      const int i = tid + m * THREADS;
+      const Quad q = next_mix[m];
+      if (i < TILE * STATES / 2) ((float4*)mix)[i] = make_float4(value(q.e[0]), value(q.e[1]), value(q.e[2]), value(q.e[3]));
+    }
+    __syncthreads();
+    if (tile + 1 < tiles) fetch(tile + 1);
+    Quad gate[K], parked[K];
+    if (FULL) {
+      #pragma unroll
+      for (int k = 0; k < K; k++) {
+        const int position = tile * TILE + tid / (CHANNELS / 4) + k * TILE / K, other = (walk.size - 1 - position) / TILE;
+        const int n = position < walk.size && (DIRECTIONS == 1 || other <= tile) ? count : 0;
+        const i64 t = n > 0 ? walk.token(position) : 0;
+        gate[k] = load<VECTOR>(z + clip * z_b + t * z_t + edge + column, z ? n : 0);
+        if (DIRECTIONS == 2) parked[k] = load<VECTOR>((ungated ? ungated : out) + (clip * L + t) * E + edge + column, other < tile ? n : 0);
+      }
+    }
+    if (marks) {
+      float* mark = marks + (one * (span / TILE) + tile) * E * N;
+      #pragma unroll
+      for (int k = 0; k < K; k++) store_states(mark, h[k], edge + slot[k], E, N, place.quarter);
+    }
+
+    #pragma unroll 1
+    for (int t0 = 0; t0 < TILE; t0 += 4) {
+      float part[4 * K];
+      #pragma unroll
+      for (int t = 0; t < 4; t++) {
+        float b[MINE], c[MINE];
+        #pragma unroll
+        for (int g = 0; g < GROUPS; g++) {
+          const float4* at = (const float4*)mix + (t0 + t) * (STATES / 2) + g * 4 + place.quarter;
+          take(b + 4 * g, at[0]);
+          if (FULL) take(c + 4 * g, at[STATES / 4]);
+        }
+        #pragma unroll
+        for (int k = 0; k < K; k++) {
+          const float2 d = step[(t0 + t) * CHANNELS + slot[k]];
+          float sum = 0.f;
+          if (!FULL) total[k] += d.x;
+          #pragma unroll
+          for (int i = 0; i < MINE; i++) {
+            h[k][i] = fmaf(ex2(d.x * rate[k][i]), h[k][i], d.y * b[i]);
+            if (FULL) sum = fmaf(h[k][i], c[i], sum);
+          }
+          part[t * K + k] = sum;
+        }
+      }
+      if (FULL) {
+        halve<4 * K>(part, HIGH, place.high);
+        halve<2 * K>(part, LOW, place.low);
+        #pragma unroll
+        for (int k = 0; k < K; k++) y[(t0 + 2 * place.high + place.low) * ROW + slot[k]] += part[k];
+      }
+    }
+    __syncthreads();
+    if (!FULL) continue;
+
+    #pragma unroll
+    for (int k = 0; k < K; k++) {
+      const int row = tid / (CHANNELS / 4) + k * TILE / K, position = tile * TILE + row, partner = walk.size - 1 - position;
+      if (position >= walk.size || (DIRECTIONS == 2 && partner / TILE == tile && direction == 1)) continue;
+      const i64 at = (clip * L + walk.token(position)) * E + edge + column;
+      const bool done = DIRECTIONS == 1 || partner / TILE <= tile;
+      const float* other = (const float*)(memory + SHARED_FORWARD + TILE * (CHANNELS * 8 + 2 * STATES * 4)) + partner % TILE * ROW;
+      float v[4];
+      #pragma unroll
+      for (int i = 0; i < 4; i++) {
+        v[i] = y[row * ROW + column + i];
+        if (DIRECTIONS == 2 && done) v[i] += partner / TILE == tile ? other[column + i] : value(parked[k].e[i]);
+      }
+      if (ungated || !done) store((ungated ? ungated : out) + at, v, count);
+      #pragma unroll
+      for (int i = 0; i < 4; i++) if (z) { const float x = value(gate[k].e[i]); v[i] *= x * sigmoid(x); }
+      if (done && out) store(out + at, v, count);
+    }
+    // where both were in the same tile, the other's y has been read: it may be overwritten only after that
+    if (DIRECTIONS == 2 && (walk.size - 1 - tile * TILE) / TILE >= tile && (walk.size - (tile + 1) * TILE) / TILE <= tile) __syncthreads();
+  }
+
+  #pragma unroll
+  for (int k = 0; k < K; k++) {
+    const i64 channel = edge + slot[k];
+    if (!FULL && last) store_states(last + one * E * N, h[k], channel, E, N, place.quarter);
+    if (!FULL && sums && place.quarter == 0 && channel < E) sums[one * E + channel] = total[k];
+    if (FULL && last && split == (back ? 0 : splits - 1)) store_states(last + one / splits * E * N, h[k], channel, E, N, place.quarter);
+  }
+}
+
+#undef K
+#define STREAMS \
+    const io *u0, const io *u1, i64 u_b, i64 u_t, const io *delta0, const io *delta1, i64 d_b, i64 d_t, \
+    const io *z, i64 z_b, i64 z_t, const io *B0, const io *B1, i64 B_b, i64 B_t, const io *C0, const io *C1, i64 C_b, i64 C_t, \
+    const float *A0, const float *A1, const float *D0, const float *D1, const float *bias0, const float *bias1
+#define STREAMS_OF(d) \
+    d ? u1 : u0, u_b, u_t, d ? delta1 : delta0, d_b, d_t, z, z_b, z_t, d ? B1 : B0, B_b, B_t, d ? C1 : C0, C_b, C_t, \
+    d ? A1 : A0, d ? D1 : D0, d ? bias1 : bias0
+#define FORWARD(FULL) \
+    SHARED(memory); \
+    const int d = DIRECTIONS == 2 && threadIdx.x >= THREADS; \
+    scan_forward<FULL>(memory, STREAMS_OF(d), start, last, sums, marks, out, ungated, L, E, (int)N, span, flags, d, \
+                       DIRECTIONS == 2 ? d : flags & REVERSE)
+
+// y, and as asked: `last` (direction, clip, E, N) the final states; `marks` the state before every tile; `ungated` the sum of
+// both directions before the gate. `start` (direction, clip, split, E, N): the state that enters every split, or 0.
+KERNEL(scan_full, DIRECTIONS * THREADS)(
+    STREAMS, const float *start, float *last, float *sums, float *marks, io *out, io *ungated,
+    i64 L, i64 E, i64 N, i64 span, i64 flags) { FORWARD(true); }
+
+// States only: `last` (direction, clip, split, E, N) what leaves every split, `sums` the sum of its delta, and `marks`.
+KERNEL(scan_states, DIRECTIONS * THREADS)(
+    STREAMS, const float *start, float *last, float *sums, float *marks, io *out, io *ungated,
+    i64 L, i64 E, i64 N, i64 span, i64 flags) { FORWARD(false); }
+#undef THREADS
+#undef CHANNELS
+
+// What enters every split, from what leaves each when nothing enters it: x <- exp(A sum(delta)) x + local, split by split in
+// the order of the walk (its reverse if `adjoint`). `initial` (direction, clip, E, N) or 0; `final` as that, or 0.
+KERNEL(scan_combine, 128)(
+    const float *A0, const float *A1, const float *sums, const float *local, const float *initial, float *enter, float *final,
+    i64 E, i64 N, i64 splits, i64 flags, i64 adjoint) {
+  const i64 i = (i64)blockIdx.x * 128 + threadIdx.x, clip = blockIdx.y, clips = gridDim.y, d = blockIdx.z;
+  if (i >= E * N) return;
+  const bool back = (DIRECTIONS == 2 ? d != 0 : (flags & REVERSE) != 0) != (adjoint != 0);
+  const float a = (d ? A1 : A0)[i], rate = (flags & LOGARITHM ? -expf(a) : a) * LOG2E;
+  const i64 one = d * clips + clip;
+  float x = initial ? initial[one * E * N + i] : 0.f;
+  for (i64 k = 0; k < splits; k++) {
+    const i64 at = one * splits + (back ? splits - 1 - k : k);
+    enter[at * E * N + i] = x;
+    x = fmaf(ex2(sums[at * E + i / N] * rate), x, local[at * E * N + i]);
+  }
+  if (final) final[one * E * N + i] = x;
+}
