@@ -20,13 +20,15 @@ from harness.report import bench as page
 from harness.store import Run, again, resumable
 
 Field = dict[str, list[Entry]]
-BUDGET = {"cpu": 1.5, "full": 2.0, "long": 4.0}  # seconds of samples an entry and point
+BUDGET = {"cpu": 1.5, "full": 1.0, "long": 4.0}  # seconds of samples an entry and point
+SLOWEST = {"cpu": 10.0, "full": 2.0, "long": 10.0}  # seconds of a call; what takes longer is not timed
 
 
 def bench(
     grid: Annotated[str, typer.Option(help="cpu, full or long; by default cpu without a GPU, else full")] = "",
     race: Annotated[list[str] | None, typer.Option(help="scan, scan-both, conv, norm, mixer, tiny, small, middle")] = None,
     impl: Annotated[list[str] | None, typer.Option(help="implementation; all by default")] = None,
+    point: Annotated[list[str] | None, typer.Option(help="pattern of a point's name (--dry-run lists them)")] = None,
     budget: Annotated[float, typer.Option(min=0.0, help="seconds of samples a point; 0 takes the grid's")] = 0.0,
     device: str = "",
     out: Annotated[Path | None, typer.Option(help="folder of the run")] = None,
@@ -40,7 +42,9 @@ def bench(
         for name in given:
             if name not in allowed:
                 raise UsageError(f"{what} {name!r} is unknown; allowed are {', '.join(allowed)}")
-    points = sweep.points_here(grid, device, tuple(race or ()))
+    points = sweep.points_here(grid, device, tuple(race or ()), tuple(point or ()))
+    if not points:
+        raise UsageError(f"grid {grid} has no such point on {device}; `bench --grid {grid} --dry-run` lists them")
     wanted = tuple(impl or ())
     if dry_run:
         for p in points:
@@ -48,7 +52,7 @@ def bench(
             print(f"{p.name:60} {p.tokens:8} tokens  {', '.join(e.name for e in who)}")
         return
     box = environment.describe(device)
-    about = sweep.about(grid, device, tuple(race or ()), wanted, budget or BUDGET[grid], box)
+    about = sweep.about(grid, device, tuple(race or ()), wanted, tuple(point or ()), budget or BUDGET[grid], box)
     if resume:
         run = Run.open(out) if out else Run.latest(unfinished=True, kind="bench")
         resumable(run, about)
@@ -60,7 +64,7 @@ def bench(
     fastest = min(run.about["attention"], key=run.about["attention"].get)
     field = {p.race: grids.entries(p.race, device, fastest, wanted) for p in points}
     known = {s.key for s in run.speeds}
-    left = {_item(e, p): 1.0 for p in points for e in field[p.race] if (e.name, p.name) not in known}
+    left = {_item(e, p): _cost(e, p) for p in points for e in field[p.race] if (e.name, p.name) not in known}
     progress = Progress(left)
     done = conclude(run, progress, lambda: _work(run, points, field, progress), write)
     print(last_line(run.speeds))
@@ -94,7 +98,16 @@ def _work(run: Run, points: list[Point], field: Field, progress: Progress) -> No
         progress.done(_item(speed.entry, speed.point), f"{speed.point.name} {speed.entry.name} {said}")
 
     ceilings = Ceilings(**run.about["ceilings"])
-    sweep.sweep(run, points, lambda p: field[p.race], ceilings, plan["budget"], plan["device"], threads, tell)
+    sweep.sweep(
+        run, points, lambda p: field[p.race], ceilings, plan["budget"], SLOWEST[plan["grid"]], plan["device"], threads, tell
+    )
+
+
+def _cost(entry: Entry, point: Point) -> float:
+    """What an entry costs at a point, next to an operator: models are built, long ones are slow, and compiling takes long."""
+    if not entry.variant:
+        return 1.0
+    return (3.0 + point.tokens / 10_000) * (8.0 if point.way == "compiled" else 1.0)
 
 
 def _item(entry: Entry, point: Point) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from fnmatch import fnmatch
 
 import torch
 
@@ -65,8 +66,8 @@ def judged(entry: Entry, point: Point, records: list[Record]) -> tuple[str, floa
 
 
 def sweep(
-    run: Run, points: list[Point], who: Callable[[Point], list[Entry]], best: Ceilings | None, budget: float, device: str,
-    threads: int, tell: Callable[[Speed], None],
+    run: Run, points: list[Point], who: Callable[[Point], list[Entry]], best: Ceilings | None, budget: float, slowest: float,
+    device: str, threads: int, tell: Callable[[Speed], None],
 ) -> None:  # fmt: skip
     """Time what the run has not timed yet. A point longer than one that ran out of memory or time is implied."""
     staff: dict[Entry, Worker] = {}
@@ -78,7 +79,7 @@ def sweep(
             racing = point.race
             known = {s.key for s in run.speeds}
             wanted = [e for e in who(point) if (e.name, point.name) not in known]
-            for speed in _speeds(run, point, wanted, staff, budget, device, threads):
+            for speed in _speeds(run, point, wanted, staff, budget, slowest, device, threads):
                 if best:
                     speed = replace(speed, bound=roofline.bound(point, speed.entry.subject, speed.entry.variant, best))
                 run.add_speed(speed)
@@ -94,7 +95,14 @@ def _dismiss(staff: dict[Entry, Worker]) -> None:
 
 
 def _speeds(
-    run: Run, point: Point, wanted: list[Entry], staff: dict[Entry, Worker], budget: float, device: str, threads: int
+    run: Run,
+    point: Point,
+    wanted: list[Entry],
+    staff: dict[Entry, Worker],
+    budget: float,
+    slowest: float,
+    device: str,
+    threads: int,
 ) -> Iterator[Speed]:
     racing, wrong = [], {}
     for entry in wanted:
@@ -104,7 +112,7 @@ def _speeds(
         elif shorter := _ended(run, entry, point):
             yield Speed(entry, point, "implied", reason=f"{shorter.status} at {shorter.point.name} already")
         else:
-            racing.append(staff.setdefault(entry, Worker(entry, device, threads)))
+            racing.append(staff.setdefault(entry, Worker(entry, device, threads, slowest)))
             wrong[entry] = why, budgets
     for speed in race(racing, point, budget):
         why, budgets = wrong[speed.entry]
@@ -117,15 +125,18 @@ def _ended(run: Run, entry: Entry, point: Point) -> Speed | None:
     return next((s for s in mine if s.status in ("oom", "timeout") and s.point["L"] <= point["L"]), None)
 
 
-def points_here(grid: str, device: str, races: tuple[str, ...]) -> list[Point]:
-    """Points of a grid that this box can time."""
-    gpu = device.startswith("cuda")
-    return [p for p in grids.points(grid) if (gpu or p.way == "eager") and (not races or p.race in races)]
+def points_here(grid: str, device: str, races: tuple[str, ...], patterns: tuple[str, ...] = ()) -> list[Point]:
+    """Points of a grid that this box can time, of these races and with a name like one of the patterns."""
+    here = [p for p in grids.points(grid) if device.startswith("cuda") or p.way == "eager"]
+    here = [p for p in here if not races or p.race in races]
+    return [p for p in here if not patterns or any(fnmatch(p.name, pattern) for pattern in patterns)]
 
 
-def about(grid: str, device: str, races: tuple[str, ...], names: tuple[str, ...], budget: float, box: dict) -> dict:
+def about(
+    grid: str, device: str, races: tuple[str, ...], names: tuple[str, ...], patterns: tuple[str, ...], budget: float, box: dict
+) -> dict:  # fmt: skip
     """What run.json says of a sweep at its start."""
-    plan = {"grid": grid, "device": device, "races": races, "names": names, "budget": budget}
+    plan = {"grid": grid, "device": device, "races": races, "names": names, "points": patterns, "budget": budget}
     absent = grids.absent(races or (*grids.OPERATORS, *grids.MODELS), device)
     return {"kind": "bench", "plan": plan, "box": box, "absent": absent}
 

@@ -39,7 +39,7 @@ class Seat:
         """Its record."""
         entry, point = self.worker.entry, self.point
         if self.gone:
-            return Speed(entry, point, self.gone.status, reason=self.gone.reason)
+            return Speed(entry, point, self.gone.status, alone=self.alone, reason=self.gone.reason)
         return Speed(
             entry, point, "ok", tuple(self.samples), tuple(self.loaded["warm"]), "interval" if self.settled else "budget",
             self.alone, self.loaded["allocated"], self.loaded["reserved"], self._joules(),
@@ -55,6 +55,8 @@ def race(workers: list[Worker], point: Point, budget: float) -> Iterator[Speed]:
     """Time all workers at a point for `budget` seconds each. Those that fit into the memory together take turns. One that
     does not fit beside the others has the device to itself: running out of memory is then its own doing."""
     seats = [Seat(worker, point) for worker in workers]
+    for worker in workers:
+        worker.start()
     for seat in seats:
         _load(seat)
     crowded = [s for s in seats if s.gone and s.gone.status == "oom" and len(seats) > 1]

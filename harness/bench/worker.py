@@ -17,7 +17,6 @@ from harness.bench.power import Power
 from harness.workers import attend
 
 WARM = 3
-SLOWEST = 10.0  # seconds of a call; one that takes longer is not worth the samples
 
 
 class Gone(RuntimeError):
@@ -29,17 +28,17 @@ class Gone(RuntimeError):
 
 
 class Worker:
-    """The near end: starts the process at the first wish and again after it died."""
+    """The near end: starts the process at the first wish and again after it died. A call that takes more than `slowest`
+    seconds is not worth its samples."""
 
-    def __init__(self, entry: Entry, device: str, threads: int) -> None:
-        self.entry, self._device, self._threads = entry, device, threads
+    def __init__(self, entry: Entry, device: str, threads: int, slowest: float = 10.0) -> None:
+        self.entry, self._device, self._threads, self._slowest = entry, device, threads, slowest
         self._process: Any = None
         self._pipe: Connection | None = None
 
     def ask(self, wish: str, *words: Any, limit: float) -> Any:
         """What the process answers within `limit` seconds; raises Gone."""
-        if self._process is None:
-            self._start()
+        self.start()
         assert self._pipe is not None
         try:
             self._pipe.send((wish, *words))
@@ -60,10 +59,15 @@ class Worker:
             self.end()  # after an illegal access nothing else runs in that process
         raise Gone(status, answer)
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Start the process if there is none; it imports PyTorch while others do."""
+        if self._process is not None:
+            return
         spawn = multiprocessing.get_context("spawn")
         self._pipe, far = spawn.Pipe()
-        self._process = spawn.Process(target=_serve, args=(far, os.getpid(), self.entry, self._device, self._threads))
+        self._process = spawn.Process(
+            target=_serve, args=(far, os.getpid(), self.entry, self._device, self._threads, self._slowest)
+        )
         self._process.start()
         far.close()
 
@@ -86,8 +90,8 @@ class Turn(NamedTuple):
 class _Loaded:
     """The far end: at most one call, ready to be timed."""
 
-    def __init__(self, entry: Entry, device: str) -> None:
-        self._entry, self._device, self._clock = entry, device, Clock(device)
+    def __init__(self, entry: Entry, device: str, slowest: float) -> None:
+        self._entry, self._device, self._clock, self._slowest = entry, device, Clock(device), slowest
         self._power = Power(device)
         self._call: Call | None = None
 
@@ -98,8 +102,9 @@ class _Loaded:
         self._call = getattr(importlib.import_module(module), function)(point, self._entry, self._device)
         assert self._call is not None
         warm = self._clock.warm(self._call, 1)
-        if warm[0] > SLOWEST and (second := self._clock.time(self._call)) > SLOWEST:  # the first may have compiled something
-            raise TimeoutError(f"a call takes {second:.0f} s, and {SLOWEST:.0f} s are allowed")
+        most = self._slowest
+        if warm[0] > most and (second := self._clock.time(self._call)) > most:  # the first may have compiled something
+            raise TimeoutError(f"a call takes {second:.1f} s, and {most:.0f} s are allowed")
         warm += self._clock.warm(self._call, WARM - 1 if warm[0] < 1 else 1)
         allocated, reserved = self._clock.peak(self._call)
         return {"warm": warm, "allocated": allocated, "reserved": reserved}
@@ -123,10 +128,10 @@ class _Loaded:
             torch.cuda.empty_cache()
 
 
-def _serve(pipe: Connection, parent: int, entry: Entry, device: str, threads: int) -> None:
+def _serve(pipe: Connection, parent: int, entry: Entry, device: str, threads: int, slowest: float) -> None:
     attend(parent)
     torch.set_num_threads(threads)
-    loaded = _Loaded(entry, device)
+    loaded = _Loaded(entry, device, slowest)
     wishes: dict[str, Callable[..., Any]] = {"load": loaded.load, "time": loaded.time, "drop": loaded.drop}
     while True:
         try:

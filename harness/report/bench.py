@@ -102,7 +102,11 @@ def _loud(run: Run) -> list[str]:
         said.append("> **INTERRUPTED.** Points are missing; nothing below is the whole answer.")
     elif run.about.get("status") != "finished":
         said.append(f"> **NOT FINISHED** (status: {run.about.get('status')}). Points are missing.")
-    if narrowed := [f"{what} {', '.join(plan[k])}" for k, what in (("races", "races"), ("names", "only")) if plan.get(k)]:
+    if narrowed := [
+        f"{what} {', '.join(plan[k])}"
+        for k, what in (("races", "races"), ("names", "only"), ("points", "points"))
+        if plan.get(k)
+    ]:
         said.append(f"> **FILTERED** ({'; '.join(narrowed)}). Others were not timed: nobody here is the fastest of all.")
     if not _gpu(run):
         said.append(f"> **ON A CPU.** {CPU}")

@@ -37,7 +37,7 @@ def new_run(folder: Path, *records: Record) -> Run:
 
 
 def swept(run: Run, lengths: list[int], who: list[Entry]) -> dict[tuple[str, int], Speed]:
-    sweep(run, [point(n) for n in lengths], lambda p: who, None, 0.01, "cpu", 1, lambda speed: None)
+    sweep(run, [point(n) for n in lengths], lambda p: who, None, 0.01, 10.0, "cpu", 1, lambda speed: None)
     return {(s.entry.subject, s.point["L"]): s for s in run.speeds}
 
 
