@@ -11,7 +11,7 @@ from .config import VideoMambaConfig
 from .conv import causal_conv1d
 from .mixer import Mamba
 from .norm import add_norm
-from .scan import selective_scan
+from .scan import bidirectional_scan, selective_scan
 from .stamp import Validation, validation
 from .videomamba import DistillOutput, EncoderOutput, VideoMamba, VideoMambaEncoder, build_videomamba
 
@@ -25,6 +25,7 @@ __all__ = [
     "VideoMambaConfig",
     "VideoMambaEncoder",
     "add_norm",
+    "bidirectional_scan",
     "build_videomamba",
     "causal_conv1d",
     "selective_scan",

@@ -1,16 +1,17 @@
 """Which implementation runs an operator: asked for by name, or chosen by the device; never silently another one.
 
-- `native`            kernels of this project (not built yet)
+- `native`            kernels of this project: CUDA C++ for the scan, compiled at its first use, and Triton for the rest
 - `mamba_ssm`         mamba-ssm's CUDA scan, causal-conv1d, mamba-ssm's Triton norm
 - `mamba_ssm_inner`   the same, with mamba-ssm's recomputing `mamba_inner_fn` as the body of a mixer
 - `torch`             PyTorch operations, on any device
-- `auto`              on CUDA native, or torch until native exists; elsewhere torch
+- `auto`              on CUDA native, or torch where native cannot run; elsewhere torch
 """
 
+import contextlib
 import importlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -47,7 +48,7 @@ _UPSTREAM = {
     "norm": Abilities(False, False, False, False, _LOW, ("cuda",)),
     "mixer": Abilities(False, False, True, False, _LOW, ("cuda",)),
 }
-_NATIVE = Abilities(False, False, False, False, (), ())
+_NATIVE = Abilities(True, True, True, True, _LOW, ("cuda",))
 
 
 def abilities(op: str, backend: str) -> Abilities:
@@ -65,9 +66,9 @@ def check_abilities(op: str, backend: str, dtype: torch.dtype, asked: Mapping[st
     """Raise ValueError if `backend` cannot do what the caller asks of `op`, naming a backend that can.
 
     `asked` maps a field of `Abilities` to whether the caller needs it. Says nothing of whether the backend can run here
-    (`unavailable` does), so that it answers the same on every machine; `auto` and the unbuilt `native` pass.
+    (`unavailable` does), so that it answers the same on every machine; `auto` passes.
     """
-    if backend in ("auto", "native"):
+    if backend == "auto":
         return
     able = abilities(op, backend)
     for argument, needed in asked.items():
@@ -87,10 +88,10 @@ def unavailable(backend: str, device: torch.device | str) -> str | None:
         return "PyTorch sees no CUDA device: run on the CPU, or install a CUDA build of PyTorch and its driver."
     if backend == "torch":
         return None
-    if backend == "native":
-        return "The native kernels do not exist yet: use backend='torch', or 'mamba_ssm' on an NVIDIA GPU."
     if kind != "cuda":
         return f"{backend} runs on CUDA only and the input is on {kind}: move model and input to a GPU, or use 'torch'."
+    if backend == "native":
+        return _native_failure(device)
     for module in ("mamba_ssm", "causal_conv1d"):
         reason = _import_failure(module)
         if reason:
@@ -115,9 +116,41 @@ def choose(name: str, device: torch.device | str, *, use_fast_path: bool = True)
         return _announce("torch", "use_fast_path is False")
     if os.environ.get(SWITCH, "").strip().lower() in ("1", "true", "yes", "y", "on"):
         return _announce("torch", f"{SWITCH} is set")
-    if kind == "cuda" and unavailable("native", device) is None:
-        return _announce("native", "the input is on cuda")
-    return _announce("torch", f"the input is on {kind}" + (" and native does not exist yet" if kind == "cuda" else ""))
+    reason = unavailable("native", device) if kind == "cuda" else f"the input is on {kind}"
+    return _announce("native", "the input is on cuda") if reason is None else _announce("torch", reason)
+
+
+_invariant = False
+
+
+@contextlib.contextmanager
+def batch_invariant(on: bool = True) -> Iterator[None]:
+    """Within, native kernels cut time as for a batch of one, so that a clip's bits do not depend on its neighbours.
+
+    Otherwise the cut of the scan depends on the batch, which is faster where the clips alone fill the GPU.
+    """
+    global _invariant
+    before, _invariant = _invariant, on
+    try:
+        yield
+    finally:
+        _invariant = before
+
+
+def invariant() -> bool:
+    """Whether `batch_invariant` is on."""
+    return _invariant
+
+
+@cache
+def _native_failure(device: torch.device | str) -> str | None:
+    """Triton and the CUDA C++ compiler must be there; what they compile is found out at the first call."""
+    reason = _import_failure("triton")
+    if reason:
+        return f"triton cannot be imported ({reason}): install PyTorch's CUDA build, or use backend='torch'."
+    from .kernels import nvrtc
+
+    return nvrtc.unavailable(device)
 
 
 @cache

@@ -21,6 +21,7 @@ from .recurrence import Recurrence, plan
 Tokens = Float[Tensor, "B L E"]
 Mixing = Float[Tensor, "B L *G N"]
 State = Float[Tensor, "B E N"]
+Pair = tuple[Tensor, Tensor]
 
 
 def selective_scan(
@@ -55,9 +56,56 @@ def selective_scan(
     asked = {"initial_state": initial_state is not None, "reverse": reverse, "groups": B.dim() == 4 or C.dim() == 4}
     backends.check_abilities("scan", backend, u.dtype, asked)
     chosen = backends.choose(backend, u.device)
+    if chosen == "native":
+        from .native import scan as native
+
+        return native.selective_scan(
+            u, delta, A, B, C, D, z, delta_bias, softplus=softplus, initial_state=initial_state, reverse=reverse
+        )
     if chosen in ("mamba_ssm", "mamba_ssm_inner"):
         return upstream.selective_scan(u, delta, A, B, C, D, z, delta_bias, softplus=softplus, reverse=reverse)
     return scan_torch(u, delta, A, B, C, D, z, delta_bias, softplus=softplus, initial_state=initial_state, reverse=reverse)
+
+
+def bidirectional_scan(
+    u: Pair,
+    delta: Pair,
+    A: Pair,
+    B: Pair,
+    C: Pair,
+    D: tuple[Tensor | None, Tensor | None] = (None, None),
+    z: Tokens | None = None,
+    delta_bias: tuple[Tensor | None, Tensor | None] = (None, None),
+    *,
+    softplus: bool = True,
+    backend: str = "auto",
+) -> Tokens:
+    """Two scans over the same tokens, the first of every pair from token 0 and the second from token L-1, and one gate:
+
+        y = (scan(u[0], delta[0], ...) + scan(u[1], delta[1], ..., reverse=True)) * silu(z)
+
+    Shapes, dtypes and errors as of `selective_scan`, without states. Backend "native" runs both in one kernel.
+
+        >>> both = [(torch.randn(2, 63, 8), torch.randn(2, 63, 8)) for _ in range(2)]
+        >>> A, mix = (-torch.rand(8, 4),) * 2, (torch.randn(2, 63, 4),) * 2
+        >>> y = bidirectional_scan(*both, A, mix, mix)
+    """
+    pairs = list(zip(u, delta, A, B, C, D, delta_bias, strict=True))
+    if len(pairs) != 2:
+        raise ValueError(f"bidirectional_scan: u and all others but z must be pairs, got {len(pairs)} of each")
+    for pair in pairs:
+        _check(*pair[:6], z, pair[6], None)
+    first, second = pairs
+    if backends.choose(backend, first[0].device) == "native" and all(x.dim() == 3 for x in (*B, *C)):
+        from .native import scan as native
+
+        backends.check_abilities("scan", "native", first[0].dtype, {})
+        return native.bidirectional_scan(u, delta, A, B, C, D, z, delta_bias, softplus=softplus)
+    ys = [
+        selective_scan(*one[:6], z, one[6], softplus=softplus, reverse=reverse, backend=backend)[0]
+        for one, reverse in ((first, False), (second, True))
+    ]
+    return ys[0] + ys[1]
 
 
 def scan_torch(

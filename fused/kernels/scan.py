@@ -157,8 +157,8 @@ def combine(s: Streams, plan: Plan, sums: Tensor, local: Tensor, initial: Tensor
 class Gradients(NamedTuple):
     """What `backward` returns, per direction but for z; float32 for what is summed over clips and for the state."""
 
-    u: Tensor  # (d, B, L, E)
-    delta: Tensor  # (d, B, L, E)
+    u: tuple[Tensor, ...]  # (B, L, E)
+    delta: tuple[Tensor, ...]  # (B, L, E)
     z: Tensor | None  # (B, L, E)
     gated: Tensor | None  # (B, L, E): y again, if asked for
     A: Tensor  # (d, E, N); of A itself, also where A came as its logarithm
@@ -176,7 +176,7 @@ def backward(
     B, L, E, N = s.sizes
     u, d, S, shape = s.u[0], len(s.reverses), plan.splits, plan.backward
     wide, like = {"dtype": torch.float32, "device": u.device}, {"dtype": u.dtype, "device": u.device}
-    du, ddelta = torch.empty((d, B, L, E), **like), torch.empty((d, B, L, E), **like)
+    du, ddelta = (tuple(torch.empty((B, L, E), **like) for _ in range(d)) for _ in range(2))
     if s.z is not None and dz is None:
         dz = torch.empty((B, L, E), **like)
     out = torch.empty((B, L, E), **like) if gated and s.z is not None else None
@@ -196,7 +196,7 @@ def backward(
         module.launch(name, grid, threads, shared, *arguments, dy, *_steps(dy), ungated, marks, enter, leave, sums, *rest, *size)
 
     size = (L, E, N, plan.span, s.flags)
-    nothing = (None, None, None, 0, 0, None, None, None)
+    nothing = (None, None, None, None, None, 0, 0, None, None, None)
     enter, first = dfinal, None
     if S > 1:
         launch("scan_backward_states", _shared_step(plan), None, *nothing)
@@ -204,7 +204,7 @@ def backward(
     parts = torch.empty((d, B, L, blocks, 2, plan.states), **wide)
     width = -(-E * (N + 2) // 4) * 4
     rows, total = torch.empty((d, B * S, width), **wide), torch.empty((d, width), **wide)
-    results = (du, ddelta, dz, *(_steps(dz) if dz is not None else (0, 0)), out, parts, rows)
+    results = (*_both(du), *_both(ddelta), dz, *(_steps(dz) if dz is not None else (0, 0)), out, parts, rows)
     launch("scan_backward_full", _shared_backward(plan), enter, *results)
     args = (parts, *_both(dB), *_steps(dB[0]), *_both(dC), *_steps(dC[0]), L, N, blocks)
     module.launch("scan_sum_parts", (-(-L * 2 * plan.states // 256), B, d), 256, 0, *args)

@@ -225,7 +225,7 @@ template <bool FULL> DEVICE void scan_backward(
     for (int k = 0; k < K; k++) {
       const int row = tid / (CHANNELS / 4) + k * TILE / K, position = tile * TILE + row;
       if (position >= walk.size) continue;
-      const i64 at = ((direction * clips + clip) * L + walk.token(position)) * E + edge + column;
+      const i64 at = (clip * L + walk.token(position)) * E + edge + column;
       store(du + at, result + row * CHANNELS + column, count);
       store(ddelta + at, result + (TILE + row) * CHANNELS + column, count);
     }
@@ -263,21 +263,21 @@ template <bool FULL> DEVICE void scan_backward(
       (d ? u1 : u0) + clip * u_b, (d ? delta1 : delta0) + clip * d_b, z ? z + clip * z_b : 0, (d ? B1 : B0) + clip * B_b, \
       (d ? C1 : C0) + clip * C_b, dout + clip * dout_b, ungated ? ungated + clip * L * E : 0, \
       u_t, d_t, z_t, B_t, C_t, dout_t, E, dz ? dz + clip * dz_b : 0, gated ? gated + clip * L * E : 0, dz_t}; \
-    scan_backward<FULL>(memory, in, d ? A1 : A0, d ? D1 : D0, d ? bias1 : bias0, marks, enter, leave, sums, du, ddelta, \
+    scan_backward<FULL>(memory, in, d ? A1 : A0, d ? D1 : D0, d ? bias1 : bias0, marks, enter, leave, sums, d ? du1 : du0, d ? ddelta1 : ddelta0, \
                         parts, rows, L, E, (int)N, span, flags, d, DIRECTIONS == 2 ? d : flags & REVERSE)
 
-// du, ddelta (direction, clip, L, E); dz and the gated output; `parts` (direction, clip, L, block of channels, dB | dC) and
+// du, ddelta (clip, L, E) of either direction; dz and the gated output; `parts` (direction, clip, L, block of channels, dB | dC) and
 // `rows` (direction, clip, split, dA | dD | dbias), to be summed; `leave` (direction, clip, split, E, N): the adjoint of what
 // entered every split. `enter`, likewise, is the adjoint of what left it, or 0.
 KERNEL(scan_backward_full, THREADS)(
     STREAMS, const io *dout, i64 dout_b, i64 dout_t, const io *ungated, const float *marks, const float *enter, float *leave,
-    float *sums, io *du, io *ddelta, io *dz, i64 dz_b, i64 dz_t, io *gated, float *parts, float *rows,
+    float *sums, io *du0, io *du1, io *ddelta0, io *ddelta1, io *dz, i64 dz_b, i64 dz_t, io *gated, float *parts, float *rows,
     i64 L, i64 E, i64 N, i64 span, i64 flags) { BACKWARD(true); }
 
 // Only `leave`, when nothing enters, and `sums` of delta (direction, clip, split, E).
 KERNEL(scan_backward_states, THREADS)(
     STREAMS, const io *dout, i64 dout_b, i64 dout_t, const io *ungated, const float *marks, const float *enter, float *leave,
-    float *sums, io *du, io *ddelta, io *dz, i64 dz_b, i64 dz_t, io *gated, float *parts, float *rows,
+    float *sums, io *du0, io *du1, io *ddelta0, io *ddelta1, io *dz, i64 dz_b, i64 dz_t, io *gated, float *parts, float *rows,
     i64 L, i64 E, i64 N, i64 span, i64 flags) { BACKWARD(false); }
 
 // dB and dC: the sum over blocks of channels, one after another. A thread makes one number.

@@ -1,0 +1,155 @@
+"""All of a mixer after in_proj as one operator, `videomamba::mixer`.
+
+    c = silu(conv(x))        dt, B, C = x_proj(c)        y = sum of both scans * silu(z)        out = out_proj(y)
+
+It keeps xz and the rows of x_proj; the backward makes everything else again. Both directions share one launch of the
+convolution and of the scan, B and C are read where x_proj wrote them, and the gradients of x and z are written where those
+of in_proj's output are wanted.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused.backends import invariant
+from fused.kernels import conv, scan
+from fused.native.scan import plan, streams
+
+_library = torch.library.Library("videomamba", "FRAGMENT")
+_NAMES = ("conv", "conv_bias", "proj", "dt", "dt_bias", "A", "D")
+_TENSORS = (
+    "Tensor xz, Tensor conv0, Tensor? conv1, Tensor? conv_bias0, Tensor? conv_bias1, Tensor proj0, Tensor? proj1,"
+    " Tensor dt0, Tensor? dt1, Tensor dt_bias0, Tensor? dt_bias1, Tensor A0, Tensor? A1, Tensor D0, Tensor? D1,"
+    " Tensor out, Tensor? out_bias"
+)
+_COUNT = 17
+_library.define(f"mixer({_TENSORS}, bool invariant) -> (Tensor, Tensor, Tensor, Tensor)")
+_library.define(
+    f"mixer_backward(Tensor dy, Tensor rows0, Tensor rows1, Tensor starts, {_TENSORS}, bool invariant) -> ("
+    + ", ".join(["Tensor"] * _COUNT) + ")"
+)  # fmt: skip
+
+
+def mix(xz: Tensor, directions: list[dict[str, Any]], out: Tensor, out_bias: Tensor | None) -> Tensor:
+    """xz (B, L, 2E) to (B, L, D). A direction has conv (E, K), conv_bias (E,) or None, proj (R + 2N, E), dt (E, R),
+    dt_bias (E,), A (E, N) the logarithm of -A, and D (E,); the second of two runs from the last token.
+
+    Matrix products are in xz's dtype, under autocast as elsewhere with their weights rounded to it.
+    """
+    low = torch.is_autocast_enabled(xz.device.type)
+
+    def product(x: Tensor | None) -> Tensor | None:
+        return x.to(xz.dtype) if low and x is not None else x
+
+    def one(name: str, own: dict[str, Any]) -> Tensor | None:
+        if name in ("proj", "dt"):
+            return product(own[name])
+        return own[name].float() if name in ("dt_bias", "A", "D") else own[name]
+
+    flat = [one(name, own) for name in _NAMES for own in (directions + [dict.fromkeys(_NAMES)] if len(directions) == 1 else directions)]
+    return torch.ops.videomamba.mixer(xz, *flat, product(out), product(out_bias), invariant())[0]
+
+
+class _Parts:
+    """The operator's flat arguments by name, and what forward and backward both make of them."""
+
+    def __init__(self, tensors: tuple[Tensor | None, ...], even: bool) -> None:
+        self.xz, *flat, self.out, self.out_bias = tensors
+        count = 1 if flat[1] is None else 2
+        for i, name in enumerate(_NAMES):
+            setattr(self, name, tuple(flat[2 * i : 2 * i + count]))
+        self.reverses = (False, True)[:count]
+        self.x, self.z = self.xz.chunk(2, dim=-1)
+        self.R, self.N = self.dt[0].shape[1], self.A[0].shape[1]
+        self.plan = plan(self.x, self.N, count, even)
+
+    def convolved(self) -> Tensor:
+        """(directions, B, L, E)."""
+        return conv.forward(self.x, self.conv, self.conv_bias, None, self.reverses, True, False)[0]
+
+    def streams(self, c: Tensor, rows: tuple[Tensor, ...]) -> scan.Streams:
+        """What the scan reads; delta comes from the rows."""
+        dt, B, C = zip(*(r.split((self.R, self.N, self.N), dim=-1) for r in rows), strict=True)
+        delta = tuple(F.linear(x, w) for x, w in zip(dt, self.dt, strict=True))
+        return streams(self.reverses, tuple(c), delta, self.A, B, C, self.D, self.z, self.dt_bias, True, logarithm=True)
+
+
+@torch.library.impl(_library, "mixer", "CompositeExplicitAutograd")
+def _mixer(*args):
+    *tensors, even = args
+    p = _Parts(tuple(tensors), even)
+    c = p.convolved()
+    rows = tuple(F.linear(x, w) for x, w in zip(c, p.proj, strict=True))
+    r = scan.forward(p.streams(c, rows), None, p.plan, ungated=False, marks=False)
+    starts = r.starts if r.starts is not None else r.final.new_empty(0)
+    return F.linear(r.y, p.out, p.out_bias), rows[0], rows[1] if len(rows) == 2 else rows[0].new_empty(0), starts
+
+
+@torch.library.register_fake("videomamba::mixer", lib=_library)
+def _(*args):
+    *tensors, even = args
+    p = _Parts(tuple(tensors), even)
+    B, L, E = p.x.shape
+    rows = [p.xz.new_empty((B, L, w.shape[0])) for w in p.proj]
+    starts = (len(rows), B, p.plan.splits, E, p.N) if p.plan.splits > 1 else 0
+    rest = rows[1] if len(rows) == 2 else p.xz.new_empty(0)
+    return p.xz.new_empty((B, L, p.out.shape[0])), rows[0], rest, p.A[0].new_empty(starts)
+
+
+@torch.library.impl(_library, "mixer_backward", "CompositeExplicitAutograd")
+def _mixer_backward(dout, rows0, rows1, starts, *args):
+    *tensors, even = args
+    p = _Parts(tuple(tensors), even)
+    rows, c = (rows0, rows1)[: len(p.reverses)], p.convolved()
+    s = p.streams(c, rows)
+    flat = dout.flatten(0, 1)
+    dy = (flat @ p.out).view(p.x.shape)
+    r = scan.forward(s, None, p.plan, ungated=True, marks=True, starts=starts if starts.numel() else None)
+    dxz, drows = torch.empty_like(p.xz, memory_format=torch.contiguous_format), [torch.empty_like(x) for x in rows]
+    dx, dz = dxz.chunk(2, dim=-1)
+    _, dB, dC = zip(*(x.split((p.R, p.N, p.N), dim=-1) for x in drows), strict=True)
+    g = scan.backward(s, dy, None, r.marks, r.ungated, p.plan, dB, dC, dz)
+    dproj, ddt = [], []
+    for i, (row, drow, du, ddelta) in enumerate(zip(rows, drows, g.u, g.delta, strict=True)):
+        row, drow, du, ddelta = (x.flatten(0, 1) for x in (row, drow, du, ddelta))
+        torch.mm(ddelta, p.dt[i], out=drow[:, : p.R])
+        ddt.append(ddelta.t() @ row[:, : p.R])
+        dproj.append(drow.t() @ c[i].flatten(0, 1))
+        du.addmm_(drow, p.proj[i])
+    _, dconv, dconv_bias, _ = conv.backward(g.u, None, p.x, p.conv, p.conv_bias, None, p.reverses, True, dx)
+    dA = [x * -a.exp() for x, a in zip(g.A, p.A, strict=True)]
+    pairs = (dconv, dconv_bias, dproj, ddt, g.bias, dA, g.D)
+    nothing = lambda: dout.new_empty(0)  # noqa: E731
+
+    def given(grads, asked):
+        pair = [nothing() if x is None else d.to(x.dtype, copy=d._is_view()) for d, x in zip(grads, asked, strict=True)]
+        return pair + [nothing()] * (2 - len(pair))
+
+    own = [d for grads, name in zip(pairs, _NAMES, strict=True) for d in given(grads, getattr(p, name))]
+    dout_bias = nothing() if p.out_bias is None else flat.sum(0)
+    return dxz, *own, flat.t() @ r.y.flatten(0, 1), dout_bias
+
+
+@torch.library.register_fake("videomamba::mixer_backward", lib=_library)
+def _(dout, rows0, rows1, starts, *args):
+    return tuple(dout.new_empty(0) if x is None else x.new_empty(x.shape) for x in args[:_COUNT])
+
+
+def _setup(ctx, inputs, output):
+    *tensors, ctx.even = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:], *tensors)
+
+
+def _gradient(ctx, dout, *_):
+    rows0, rows1, starts, *tensors = ctx.saved_tensors
+    if dout is None:
+        return (None,) * (_COUNT + 1)
+    grads = torch.ops.videomamba.mixer_backward(dout.contiguous(), rows0, rows1, starts, *tensors, ctx.even)
+    return *(None if x is None else g for g, x in zip(grads, tensors, strict=True)), None
+
+
+torch.library.register_autograd("videomamba::mixer", _gradient, setup_context=_setup, lib=_library)
