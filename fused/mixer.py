@@ -134,6 +134,8 @@ class Mamba(nn.Module):
         xz = self.in_proj(hidden)
         if backend == "mamba_ssm_inner":
             return upstream.mamba_inner(xz, self)
+        if backend == "native" and state is None and not return_state:
+            return self._native(xz)
         x, z = xz.chunk(2, dim=-1)
         first, *others = self._directions()
         y, state = self._scan(x, z, first, state, backend)
@@ -141,6 +143,19 @@ class Mamba(nn.Module):
             y = y + self._scan(x, z, other, None, backend)[0]
         out = self.out_proj(y)
         return (out, state) if return_state else out
+
+    def _native(self, xz: Tensor) -> Tensor:
+        """Everything behind in_proj as one operator."""
+        from .native import mixer
+
+        directions = [
+            {
+                "conv": own.conv.weight.squeeze(1), "conv_bias": own.conv.bias, "proj": own.x_proj.weight,
+                "dt": own.dt_proj.weight, "dt_bias": own.dt_proj.bias, "A": own.A_log, "D": own.D,
+            }
+            for own in self._directions()
+        ]  # fmt: skip
+        return mixer.mix(xz, directions, self.out_proj.weight, self.out_proj.bias)
 
     def _check_state(self, hidden: Tensor, state: State | None, return_state: bool, backend: str) -> None:
         carried = state is not None or return_state

@@ -43,12 +43,14 @@ def mix(xz: Tensor, directions: list[dict[str, Any]], out: Tensor, out_bias: Ten
     def product(x: Tensor | None) -> Tensor | None:
         return x.to(xz.dtype) if low and x is not None else x
 
-    def one(name: str, own: dict[str, Any]) -> Tensor | None:
+    flat: list[Tensor | None] = []
+    for name in _NAMES:
+        pair = [own[name] for own in directions]
         if name in ("proj", "dt"):
-            return product(own[name])
-        return own[name].float() if name in ("dt_bias", "A", "D") else own[name]
-
-    flat = [one(name, own) for name in _NAMES for own in (directions + [dict.fromkeys(_NAMES)] if len(directions) == 1 else directions)]
+            pair = [product(x) for x in pair]
+        elif name in ("dt_bias", "A", "D"):
+            pair = [x.float() for x in pair]
+        flat += [*pair, *[None] * (2 - len(pair))]
     return torch.ops.videomamba.mixer(xz, *flat, product(out), product(out_bias), invariant())[0]
 
 
