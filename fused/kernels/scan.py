@@ -59,10 +59,13 @@ class Result(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """Channels a thread and warps a direction; a block has 8 * channels * warps channels."""
+    """Channels a thread and warps a direction; a block has 8 * channels * warps channels, and a multiprocessor holds `blocks`
+    at least, by which the compiler counts registers. `piece` tokens stay in the registers of the backward."""
 
     channels: int
     warps: int
+    blocks: int = 1
+    piece: int = 4
 
     @property
     def width(self) -> int:
@@ -82,7 +85,7 @@ class Plan(NamedTuple):
 
 def shapes(N: int, E: int) -> tuple[Shape, Shape]:
     """Measured best on an H200 for N <= 16; with more states a thread has registers for one channel."""
-    return (Shape(1, 4), Shape(2, 2)) if N <= 16 else (Shape(1, 4), Shape(1, 4))
+    return (Shape(1, 4), Shape(2, 2, 5)) if N <= 16 else (Shape(1, 4), Shape(1, 4))
 
 
 def plan(B: int, L: int, E: int, N: int, directions: int, processors: int, splits: int = 0) -> Plan:
@@ -228,8 +231,8 @@ def _shared_step(plan: Plan) -> int:
 
 def _shared_backward(plan: Plan) -> int:
     """Bytes of a block: staged inputs, held states, results, sums over channels."""
-    K, warps = plan.backward
-    held = 3 * K * plan.states // 16 * 32 * warps * 16
+    K, warps, _, piece = plan.backward
+    held = (TILE // piece - 1) * K * plan.states // 16 * 32 * warps * 16
     return _shared_step(plan) + held + 2 * TILE * plan.backward.width * 4 + TILE * warps * 2 * plan.states * 4
 
 
@@ -257,7 +260,8 @@ def _module(s: Streams, plan: Plan, *others: Tensor | None) -> Any:
         ("IO", IO[s.u[0].dtype]), ("STATES", plan.states), ("VECTOR", int(E % 4 == 0 and all(map(_aligned, tokens)))),
         ("VECTOR_BC", int(N % 4 == 0 and all(map(_aligned, (*s.B, *s.C))))), ("DIRECTIONS", len(s.reverses)),
         ("FORWARD_CHANNELS", plan.forward.channels), ("FORWARD_WARPS", plan.forward.warps),
-        ("BACKWARD_CHANNELS", plan.backward.channels), ("BACKWARD_WARPS", plan.backward.warps),
+        ("FORWARD_BLOCKS", plan.forward.blocks), ("BACKWARD_CHANNELS", plan.backward.channels),
+        ("BACKWARD_WARPS", plan.backward.warps), ("BACKWARD_BLOCKS", plan.backward.blocks), ("PIECE", plan.backward.piece),
     )  # fmt: skip
     return nvrtc.module(source(), defines, s.u[0].device)
 

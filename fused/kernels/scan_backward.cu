@@ -10,9 +10,6 @@
 #define CHANNELS (8 * BACKWARD_CHANNELS * BACKWARD_WARPS)
 #define THREADS (32 * BACKWARD_WARPS)
 #define K BACKWARD_CHANNELS
-#ifndef PIECE
-#define PIECE 4
-#endif
 #define PIECES (TILE / PIECE)
 #define WIDTH(E, N) (((E) * ((N) + 2) + 3) / 4 * 4)  // of a row of dA, dD and dbias, so that all rows are aligned
 #define TOGETHER (4 / K)  // tokens whose sums over the quarters are made together
@@ -269,19 +266,19 @@ template <bool FULL> DEVICE void scan_backward(
 // du, ddelta (clip, L, E) of either direction; dz and the gated output; `parts` (direction, clip, L, block of channels, dB | dC) and
 // `rows` (direction, clip, split, dA | dD | dbias), to be summed; `leave` (direction, clip, split, E, N): the adjoint of what
 // entered every split. `enter`, likewise, is the adjoint of what left it, or 0.
-KERNEL(scan_backward_full, THREADS)(
+KERNEL(scan_backward_full, THREADS, BACKWARD_BLOCKS)(
     STREAMS, const io *dout, i64 dout_b, i64 dout_t, const io *ungated, const float *marks, const float *enter, float *leave,
     float *sums, io *du0, io *du1, io *ddelta0, io *ddelta1, io *dz, i64 dz_b, i64 dz_t, io *gated, float *parts, float *rows,
     i64 L, i64 E, i64 N, i64 span, i64 flags) { BACKWARD(true); }
 
 // Only `leave`, when nothing enters, and `sums` of delta (direction, clip, split, E).
-KERNEL(scan_backward_states, THREADS)(
+KERNEL(scan_backward_states, THREADS, 1)(
     STREAMS, const io *dout, i64 dout_b, i64 dout_t, const io *ungated, const float *marks, const float *enter, float *leave,
     float *sums, io *du0, io *du1, io *ddelta0, io *ddelta1, io *dz, i64 dz_b, i64 dz_t, io *gated, float *parts, float *rows,
     i64 L, i64 E, i64 N, i64 span, i64 flags) { BACKWARD(false); }
 
 // dB and dC: the sum over blocks of channels, one after another. A thread makes one number.
-KERNEL(scan_sum_parts, 256)(
+KERNEL(scan_sum_parts, 256, 1)(
     const float *parts, io *dB0, io *dB1, i64 dB_b, i64 dB_t, io *dC0, io *dC1, i64 dC_b, i64 dC_t, i64 L, i64 N, i64 blocks) {
   const i64 i = (i64)blockIdx.x * 256 + threadIdx.x, token = i / (2 * STATES), clip = blockIdx.y, clips = gridDim.y, d = blockIdx.z;
   const int n = i % STATES, is_C = i / STATES % 2;
@@ -295,7 +292,7 @@ KERNEL(scan_sum_parts, 256)(
 }
 
 // dA, dD and dbias: the sum over clips and splits, one after another. `sum` (direction, width).
-KERNEL(scan_sum_rows, 128)(const float *rows, float *sum, i64 width, i64 count) {
+KERNEL(scan_sum_rows, 128, 1)(const float *rows, float *sum, i64 width, i64 count) {
   const i64 i = (i64)blockIdx.x * 128 + threadIdx.x, d = blockIdx.y;
   if (i >= width) return;
   float x = 0.f;

@@ -6,10 +6,13 @@
 // TILE tokens at a time through shared memory. Rows of a tile are in the order of the walk: `reverse` is only where they lie
 // in memory. Compiled with: IO (0 bfloat16, 1 float16, 2 float32), STATES (a multiple of 16, padded with zeros), VECTOR
 // (streams can be read in groups of four), VECTOR_BC (B and C too), DIRECTIONS (1 or 2), and for each kernel the channels of
-// a thread and the warps of a direction: FORWARD_CHANNELS, FORWARD_WARPS, BACKWARD_CHANNELS, BACKWARD_WARPS.
+// a thread, the warps of a direction and the blocks that a multiprocessor must hold at least: FORWARD_CHANNELS, FORWARD_WARPS,
+// FORWARD_BLOCKS, BACKWARD_CHANNELS, BACKWARD_WARPS, BACKWARD_BLOCKS; PIECE tokens of the backward stay in registers.
 
-#ifndef KERNEL
-#define KERNEL(name, threads) extern "C" __global__ void __launch_bounds__(threads) name
+#ifdef EMULATED
+#define KERNEL(name, threads, blocks) extern "C" __global__ void __launch_bounds__(threads) name
+#else
+#define KERNEL(name, threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks) name
 #endif
 typedef long long i64;
 #define DEVICE __device__ __forceinline__

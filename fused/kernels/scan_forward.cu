@@ -183,12 +183,12 @@ template <bool FULL> DEVICE void scan_forward(
 
 // y, and as asked: `last` (direction, clip, E, N) the final states; `marks` the state before every tile; `ungated` the sum of
 // both directions before the gate. `start` (direction, clip, split, E, N): the state that enters every split, or 0.
-KERNEL(scan_full, DIRECTIONS * THREADS)(
+KERNEL(scan_full, DIRECTIONS * THREADS, FORWARD_BLOCKS)(
     STREAMS, const float *start, float *last, float *sums, float *marks, io *out, io *ungated,
     i64 L, i64 E, i64 N, i64 span, i64 flags) { FORWARD(true); }
 
 // States only: `last` (direction, clip, split, E, N) what leaves every split, `sums` the sum of its delta, and `marks`.
-KERNEL(scan_states, DIRECTIONS * THREADS)(
+KERNEL(scan_states, DIRECTIONS * THREADS, 1)(
     STREAMS, const float *start, float *last, float *sums, float *marks, io *out, io *ungated,
     i64 L, i64 E, i64 N, i64 span, i64 flags) { FORWARD(false); }
 #undef THREADS
@@ -196,7 +196,7 @@ KERNEL(scan_states, DIRECTIONS * THREADS)(
 
 // What enters every split, from what leaves each when nothing enters it: x <- exp(A sum(delta)) x + local, split by split in
 // the order of the walk (its reverse if `adjoint`). `initial` (direction, clip, E, N) or 0; `final` as that, or 0.
-KERNEL(scan_combine, 128)(
+KERNEL(scan_combine, 128, 1)(
     const float *A0, const float *A1, const float *sums, const float *local, const float *initial, float *enter, float *final,
     i64 E, i64 N, i64 splits, i64 flags, i64 adjoint) {
   const i64 i = (i64)blockIdx.x * 128 + threadIdx.x, clip = blockIdx.y, clips = gridDim.y, d = blockIdx.z;
