@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+NATIVE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
 
 def check_tensor(op: str, name: str, value: object, letters: str, sizes: dict[str, int], device: torch.device | None) -> None:
     """Raise unless `value` is a real floating-point tensor on `device` (None: any) with one of the shapes in `letters`.
@@ -27,6 +29,14 @@ def check_choice(op: str, name: str, value: object, allowed: tuple[object, ...])
     """Raise ValueError unless `value` is one of `allowed`."""
     if value not in allowed:
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def check_native_dtypes(op: str, **tensors: Tensor | None) -> None:
+    """Raise ValueError unless every tensor has a dtype that the native kernels read."""
+    for name, value in tensors.items():
+        if value is not None and value.dtype not in NATIVE_DTYPES:
+            names = ", ".join(str(d).removeprefix("torch.") for d in NATIVE_DTYPES)
+            raise ValueError(f"{op}: backend 'native' has {names}, got {name} in {value.dtype}; use backend='torch'")
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:

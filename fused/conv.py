@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import backends, upstream
-from .arguments import check_choice, check_tensor, no_autocast
+from .arguments import check_choice, check_native_dtypes, check_tensor, no_autocast
 from .clipwise import clipwise
 
 ACTIVATIONS = ("silu", "swish", None)
@@ -46,7 +46,8 @@ def causal_conv1d(
     chosen = backends.choose(backend, x.device)
     if chosen in ("mamba_ssm", "mamba_ssm_inner"):
         return upstream.causal_conv1d(x, weight, bias, activation=activation, reverse=reverse)
-    return conv_torch(x, weight, bias, activation=activation, initial_state=initial_state, reverse=reverse)
+    run = conv_native if chosen == "native" else conv_torch
+    return run(x, weight, bias, activation=activation, initial_state=initial_state, reverse=reverse)
 
 
 def conv_torch(
@@ -107,6 +108,99 @@ class _Conv(torch.autograd.Function):
                 None,
                 None,
             )
+
+
+def conv_native(
+    x: Float[Tensor, "B L E"],
+    weight: Float[Tensor, "E K"],
+    bias: Float[Tensor, " E"] | None = None,
+    *,
+    activation: str | None = "silu",
+    initial_state: Float[Tensor, "B E S"] | None = None,
+    reverse: bool = False,
+) -> tuple[Float[Tensor, "B L E"], Float[Tensor, "B E S"]]:
+    """The convolution as one kernel each way, by `torch.ops.videomamba.causal_conv1d`.
+
+    Raises ValueError for more than 8 taps, and for a tensor in float64.
+    """
+    from .kernels.conv import MAX_WIDTH
+
+    if weight.shape[1] > MAX_WIDTH:
+        raise ValueError(
+            f"causal_conv1d: backend 'native' has K of 1 to {MAX_WIDTH}, got weight of shape {tuple(weight.shape)}; "
+            "use backend='torch'"
+        )
+    check_native_dtypes("causal_conv1d", x=x, weight=weight, bias=bias, initial_state=initial_state)
+    return torch.ops.videomamba.causal_conv1d(x, weight, bias, initial_state, activation is not None, reverse)
+
+
+def _native(x, weight, bias, initial_state, activated, reverse):
+    from .kernels import conv
+
+    y, finals = conv.forward(x, (weight,), (bias,), (initial_state,), (reverse,), activated)
+    return y[0], finals[0]
+
+
+def _native_backward(dy, dstate, x, weight, bias, initial_state, activated, reverse):
+    from .kernels import conv
+
+    dy = torch.zeros_like(x) if dy is None else dy
+    dx, dweights, dbiases, dstates = conv.backward(
+        (dy,), (dstate,), x, (weight,), (bias,), (initial_state,), (reverse,), activated
+    )  # fmt: skip
+    dbias = x.new_empty(0) if dbiases[0] is None else dbiases[0].to(bias.dtype)
+    return dx, dweights[0].to(weight.dtype), dbias, x.new_empty(0) if dstates[0] is None else dstates[0]
+
+
+def _shapes(x, weight, bias, initial_state, activated, reverse):
+    return x.new_empty(x.shape), x.new_empty((x.shape[0], x.shape[2], weight.shape[1] - 1))
+
+
+def _shapes_backward(dy, dstate, x, weight, bias, initial_state, activated, reverse):
+    return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, weight, bias, initial_state))
+
+
+class _Native(torch.autograd.Function):
+    """Saves its inputs, as `_Conv` does."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, initial_state, activated, reverse):
+        ctx.set_materialize_grads(False)
+        ctx.options = activated, reverse
+        ctx.save_for_backward(x, weight, bias, initial_state)
+        return _below_autograd(x, weight, bias, initial_state, activated, reverse)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dstate):
+        x, weight, bias, initial_state = ctx.saved_tensors
+        grads = torch.ops.videomamba.causal_conv1d_backward(dy, dstate, x, weight, bias, initial_state, *ctx.options)
+        return *(None if t is None else g for t, g in zip(ctx.saved_tensors, grads, strict=True)), None, None
+
+
+def _below_autograd(*arguments):
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.videomamba.causal_conv1d(*arguments)
+
+
+def _differentiable(*arguments):
+    wanted = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments)
+    return _Native.apply(*arguments) if wanted else _below_autograd(*arguments)
+
+
+_ARGUMENTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, bool activated, bool reverse"
+_OPS = torch.library.Library("videomamba", "FRAGMENT")
+_OPS.define(f"causal_conv1d({_ARGUMENTS}) -> (Tensor y, Tensor final_state)")
+_OPS.define(
+    f"causal_conv1d_backward(Tensor? dy, Tensor? dstate, {_ARGUMENTS}) "
+    "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)"  # empty for what is None
+)
+for _device in ("CUDA", "CPU"):  # on the CPU under Triton's interpreter only
+    _OPS.impl("causal_conv1d", _native, _device)
+    _OPS.impl("causal_conv1d_backward", _native_backward, _device)
+_OPS.impl("causal_conv1d", _shapes, "Meta")
+_OPS.impl("causal_conv1d_backward", _shapes_backward, "Meta")
+_OPS.impl("causal_conv1d", _differentiable, "Autograd")
 
 
 def _line(x: Tensor, state: Tensor | None, width: int, reverse: bool) -> Tensor:

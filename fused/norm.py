@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import backends, upstream
-from .arguments import check_choice, check_tensor, no_autocast
+from .arguments import check_choice, check_native_dtypes, check_tensor, no_autocast
 
 KINDS = ("rms", "layer")
 Rows = Float[Tensor, "*B D"]
@@ -44,7 +44,7 @@ def add_norm(
     _check(x, weight, bias, residual, kind)
     backends.check_abilities("norm", backend, x.dtype, {})
     chosen = backends.choose(backend, x.device)
-    run = upstream.add_norm if chosen in ("mamba_ssm", "mamba_ssm_inner") else norm_torch
+    run = {"native": norm_native, "torch": norm_torch}.get(chosen, upstream.add_norm)
     return run(
         x,
         weight,
@@ -69,10 +69,43 @@ def norm_torch(
     residual_in_fp32: bool = True,
 ) -> Rows | tuple[Rows, Rows]:
     """Add and normalise in PyTorch operations; keeps the residual stream and two numbers a row for its backward."""
-    precise = torch.promote_types(x.dtype, torch.float32)
-    stored = residual.dtype if residual is not None else precise if residual_in_fp32 else x.dtype
-    y, residual_out = _AddNorm.apply(x, weight, bias, residual, eps, kind == "layer", stored if prenorm else None)
+    stored = _stored(x, residual, residual_in_fp32) if prenorm else None
+    y, residual_out = _AddNorm.apply(x, weight, bias, residual, eps, kind == "layer", stored)
     return (y, residual_out) if prenorm else y
+
+
+def norm_native(
+    x: Rows,
+    weight: Float[Tensor, " D"],
+    bias: Float[Tensor, " D"] | None = None,
+    *,
+    residual: Rows | None = None,
+    eps: float = 1e-5,
+    kind: str = "rms",
+    prenorm: bool = True,
+    residual_in_fp32: bool = True,
+) -> Rows | tuple[Rows, Rows]:
+    """Add and normalise in one kernel each way, by `torch.ops.videomamba.add_norm`; keeps what `norm_torch` keeps.
+
+    Raises ValueError for rows of more than 32768 channels, and for a tensor in float64.
+    """
+    from .kernels.norm import MAX_WIDTH
+
+    if x.shape[-1] > MAX_WIDTH:
+        raise ValueError(
+            f"add_norm: backend 'native' has D of at most {MAX_WIDTH}, got x of shape {tuple(x.shape)}; use backend='torch'"
+        )
+    check_native_dtypes("add_norm", x=x, weight=weight, bias=bias, residual=residual)
+    stored = _stored(x, residual, residual_in_fp32) if prenorm else None
+    y, residual_out, _, _ = torch.ops.videomamba.add_norm(x, weight, bias, residual, eps, kind == "layer", stored)
+    return (y, residual_out) if prenorm else y
+
+
+def _stored(x: Tensor, residual: Tensor | None, residual_in_fp32: bool) -> torch.dtype:
+    """The dtype of residual_out."""
+    if residual is not None:
+        return residual.dtype
+    return torch.promote_types(x.dtype, torch.float32) if residual_in_fp32 else x.dtype
 
 
 class _AddNorm(torch.autograd.Function):
@@ -116,6 +149,110 @@ class _AddNorm(torch.autograd.Function):
                 dv = dout if dv is None else dv + dout
             dx, dresidual = (None if dv is None or dtype is None else dv.to(dtype) for dtype in ctx.dtypes)
         return dx, dweight, dbias, dresidual, None, None, None
+
+
+def _native(x, weight, bias, residual, eps, centre, stored):
+    from .kernels import norm
+
+    y, out, mean, rstd = norm.forward(_rows(x), _rows(residual), weight, bias, eps, centre, stored)
+    alone = x.shape[:-1]
+    return y.view(x.shape), _or_empty(out, x, x.shape), _or_empty(mean, x, alone), rstd.view(alone)
+
+
+def _native_backward(dy, dout, first, second, weight, bias, mean, rstd, x_dtype, residual_dtype):
+    from .kernels import norm
+
+    dx, dresidual, dweight, dbias = norm.backward(
+        _rows(dy), _rows(dout), _rows(first), _rows(second), weight, bias,
+        None if mean is None else mean.reshape(-1), rstd.reshape(-1), x_dtype, residual_dtype,
+    )  # fmt: skip
+    dresidual = None if dresidual is dx else dresidual
+    return dx.view(first.shape), _or_empty(dresidual, first, first.shape), dweight, _or_empty(dbias, first, weight.shape)
+
+
+def _shapes(x, weight, bias, residual, eps, centre, stored):
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(0) if stored is None else x.new_empty(x.shape, dtype=stored),
+        x.new_empty(x.shape[:-1], dtype=torch.float32) if centre else x.new_empty(0),
+        x.new_empty(x.shape[:-1], dtype=torch.float32),
+    )
+
+
+def _shapes_backward(dy, dout, first, second, weight, bias, mean, rstd, x_dtype, residual_dtype):
+    own = residual_dtype not in (None, x_dtype)
+    return (
+        first.new_empty(first.shape, dtype=x_dtype),
+        first.new_empty(first.shape, dtype=residual_dtype) if own else first.new_empty(0),
+        weight.new_empty(weight.shape),
+        first.new_empty(0) if bias is None else bias.new_empty(bias.shape),
+    )
+
+
+class _Native(torch.autograd.Function):
+    """Saves what `_AddNorm` does."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual, eps, centre, stored):
+        ctx.set_materialize_grads(False)
+        ctx.dtypes = (x.dtype, None if residual is None else residual.dtype)
+        y, out, mean, rstd = _below_autograd(x, weight, bias, residual, eps, centre, stored)
+        kept = (out, None) if stored == torch.float32 else (x, residual)
+        ctx.save_for_backward(*kept, weight, bias, mean if centre else None, rstd)
+        ctx.mark_non_differentiable(mean, rstd, *(() if stored else (out,)))
+        return y, out, mean, rstd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dout, _mean, _rstd):
+        first, second, weight, bias, mean, rstd = ctx.saved_tensors
+        x_dtype, residual_dtype = ctx.dtypes
+        if dy is None:  # the sum alone was used
+            dx, dresidual = (None if dout is None or dtype is None else dout.to(dtype) for dtype in ctx.dtypes)
+            return dx, None, None, dresidual, None, None, None
+        dx, dresidual, dweight, dbias = torch.ops.videomamba.add_norm_backward(
+            dy, dout, first, second, weight, bias, mean, rstd, x_dtype, residual_dtype
+        )
+        if residual_dtype is None or residual_dtype == x_dtype:
+            dresidual = None if residual_dtype is None else dx
+        return dx, dweight, None if bias is None else dbias, dresidual, None, None, None
+
+
+def _below_autograd(*arguments):
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.videomamba.add_norm(*arguments)
+
+
+def _differentiable(*arguments):
+    wanted = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments)
+    return _Native.apply(*arguments) if wanted else _below_autograd(*arguments)
+
+
+def _rows(x):
+    return x if x is None or x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def _or_empty(result: Tensor | None, like: Tensor, shape: torch.Size) -> Tensor:
+    """An op returns tensors only: an empty one for none."""
+    return like.new_empty(0) if result is None else result.view(shape)
+
+
+_OPS = torch.library.Library("videomamba", "FRAGMENT")
+_OPS.define(
+    "add_norm(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, float eps, bool centre, ScalarType? stored) "
+    "-> (Tensor y, Tensor residual_out, Tensor mean, Tensor rstd)"  # empty for what is not asked for
+)
+_OPS.define(
+    "add_norm_backward(Tensor? dy, Tensor? dout, Tensor first, Tensor? second, Tensor weight, Tensor? bias, Tensor? mean, "
+    "Tensor rstd, ScalarType x_dtype, ScalarType? residual_dtype) "
+    "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)"  # dresidual is empty where dx serves for both
+)
+for _device in ("CUDA", "CPU"):  # on the CPU under Triton's interpreter only
+    _OPS.impl("add_norm", _native, _device)
+    _OPS.impl("add_norm_backward", _native_backward, _device)
+_OPS.impl("add_norm", _shapes, "Meta")
+_OPS.impl("add_norm_backward", _shapes_backward, "Meta")
+_OPS.impl("add_norm", _differentiable, "Autograd")
 
 
 def _sum(x: Tensor, residual: Tensor | None) -> Tensor:
