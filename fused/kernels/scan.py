@@ -93,9 +93,9 @@ def plan(B: int, L: int, E: int, N: int, directions: int, processors: int, split
     has at least 8 tiles, and a GPU that one pass fills is left alone."""
     forward, backward = shapes(N, E)
     if not splits:
-        warps = -(-E // forward.width) * forward.warps * directions * B
+        warps = max(1, -(-E // forward.width) * forward.warps * directions * B)
         splits = 1 if warps >= 12 * processors else -(-24 * processors // warps)
-    tiles = -(-L // TILE)
+    tiles = max(1, -(-L // TILE))
     span = -(-tiles // min(splits, max(1, tiles // 8)))
     return Plan(-(-N // 16) * 16, forward, backward, -(-tiles // span), span * TILE)
 
@@ -253,17 +253,24 @@ def _both(pair: Sequence[Any]) -> tuple[Any, Any]:
     return pair[0], pair[-1]
 
 
+def defines(io: int, plan: Plan, directions: int, vector: int, vector_bc: int) -> tuple[tuple[str, int], ...]:
+    """What scan_common.cu says that the kernels are compiled with."""
+    forward, backward = plan.forward, plan.backward
+    return (
+        ("IO", io), ("STATES", plan.states), ("VECTOR", vector), ("VECTOR_BC", vector_bc), ("DIRECTIONS", directions),
+        ("FORWARD_CHANNELS", forward.channels), ("FORWARD_WARPS", forward.warps), ("FORWARD_BLOCKS", forward.blocks),
+        ("BACKWARD_CHANNELS", backward.channels), ("BACKWARD_WARPS", backward.warps), ("BACKWARD_BLOCKS", backward.blocks),
+        ("PIECE", backward.piece),
+    )  # fmt: skip
+
+
 def _module(s: Streams, plan: Plan, *others: Tensor | None) -> Any:
     E, N = s.sizes[2:]
     tokens = [x for x in (*s.u, *s.delta, s.z, *others) if x is not None]
-    defines = (
-        ("IO", IO[s.u[0].dtype]), ("STATES", plan.states), ("VECTOR", int(E % 4 == 0 and all(map(_aligned, tokens)))),
-        ("VECTOR_BC", int(N % 4 == 0 and all(map(_aligned, (*s.B, *s.C))))), ("DIRECTIONS", len(s.reverses)),
-        ("FORWARD_CHANNELS", plan.forward.channels), ("FORWARD_WARPS", plan.forward.warps),
-        ("FORWARD_BLOCKS", plan.forward.blocks), ("BACKWARD_CHANNELS", plan.backward.channels),
-        ("BACKWARD_WARPS", plan.backward.warps), ("BACKWARD_BLOCKS", plan.backward.blocks), ("PIECE", plan.backward.piece),
-    )  # fmt: skip
-    return nvrtc.module(source(), defines, s.u[0].device)
+    vector = int(E % 4 == 0 and all(map(_aligned, tokens)))
+    vector_bc = int(N % 4 == 0 and all(map(_aligned, (*s.B, *s.C))))
+    chosen = defines(IO[s.u[0].dtype], plan, len(s.reverses), vector, vector_bc)
+    return nvrtc.module(source(), chosen, s.u[0].device)
 
 
 def _aligned(x: Tensor) -> bool:

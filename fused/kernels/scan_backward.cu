@@ -19,19 +19,18 @@
 #define SHARED_SUMS (TILE * BACKWARD_WARPS * 2 * STATES * 4)
 #define SHARED_BACKWARD (SHARED_STEP + SHARED_HELD + SHARED_OUT + SHARED_SUMS)
 
-// Everything that a tile needs, staged as {delta, delta u, dy, u} a token and channel and {B | C} a token. `states`: only what
+// Where a thread reads and writes at token 0: everything that a tile needs, staged as {delta, delta u, dy, u} a token and channel and {B | C} a token. `states`: only what
 // the adjoint alone needs. The first direction also makes dz and, again, the gated output.
 struct Inputs {
   const io *u, *delta, *z, *B, *C, *dout, *ungated;
-  i64 u_t, d_t, z_t, B_t, C_t, dout_t, E;
+  int u_t, d_t, z_t, B_t, C_t, dout_t, dz_t;
   io *dz, *gated;
-  i64 dz_t;
 };
 
 template <bool FULL> DEVICE void scan_backward(
     char* memory, Inputs in, const float* A, const float* D, const float* bias, const float* marks, const float* enter,
     float* leave, float* sums, io* du, io* ddelta, float* parts, float* rows,
-    i64 L, i64 E, int N, i64 span, i64 flags, int direction, bool back) {
+    int L, int E, int N, int span, int flags, int direction, bool back) {
   float4* step = (float4*)memory;                                  // [TILE][CHANNELS]
   float* mix = (float*)(memory + TILE * CHANNELS * 16);            // [TILE][B | C][STATES]
   float4* held = (float4*)(memory + SHARED_STEP);                  // [PIECES - 1][K][GROUPS][THREADS]
@@ -39,10 +38,12 @@ template <bool FULL> DEVICE void scan_backward(
   float* stash = result + 2 * TILE * CHANNELS;                     // [TILE][warp][dB | dC][STATES]
   const int tid = threadIdx.x, warp = tid / 32;
   const Place place(tid % 32);
-  const i64 clips = gridDim.z / DIRECTIONS, clip = blockIdx.z / DIRECTIONS, split = blockIdx.y, splits = gridDim.y;
-  const i64 edge = (i64)blockIdx.x * CHANNELS, one = (direction * clips + clip) * splits + split;
+  const int clips = gridDim.z / DIRECTIONS, clip = blockIdx.z / DIRECTIONS, split = blockIdx.y, splits = gridDim.y;
+  const int edge = blockIdx.x * CHANNELS;
+  const i64 one = (i64)(direction * clips + clip) * splits + split;
   const Walk walk(split, span, L, back);
-  const int column = tid % (CHANNELS / 4) * 4, count = least(E - edge - column, 4);
+  const i64 results = (i64)clip * L * E + edge + tid % (CHANNELS / 4) * 4;
+  const int column = tid % (CHANNELS / 4) * 4, count = min(E - edge - column, 4);
 
   float rate[K][MINE], adjoint[K][MINE], dA[K][MINE], total[K], dD = 0.f, dbias = 0.f;
   int slot[K];
@@ -74,35 +75,33 @@ template <bool FULL> DEVICE void scan_backward(
     for (int k = 0; k < K; k++) {
       const int row = tid / (CHANNELS / 4) + k * TILE / K, position = tile * TILE + row;
       const bool here = position < walk.size;
-      const i64 t = here ? walk.token(position) : 0;
-      const Quad qu = load<VECTOR>(in.u + t * in.u_t + edge + column, FULL && here ? count : 0);
-      const Quad qd = load<VECTOR>(in.delta + t * in.d_t + edge + column, here ? count : 0);
-      const Quad qg = load<VECTOR>(in.dout + t * in.dout_t + edge + column, here ? count : 0);
-      const Quad qz = load<VECTOR>(in.z + t * in.z_t + edge + column, in.z && here ? count : 0);
-      const Quad qy = load<VECTOR>(in.ungated + t * E + edge + column, gates && here ? count : 0);
+      const int t = walk.token(position), n = here ? count : 0;
+      const Quad qu = load<VECTOR>(in.u + (i64)t * in.u_t, FULL ? n : 0), qd = load<VECTOR>(in.delta + (i64)t * in.d_t, n);
+      const Quad qg = load<VECTOR>(in.dout + (i64)t * in.dout_t, n), qz = load<VECTOR>(in.z + (i64)t * in.z_t, in.z ? n : 0);
+      const Quad qy = load<VECTOR>(in.ungated + (i64)t * E, gates ? n : 0);
       float dz[4], gated[4];
       #pragma unroll
       for (int i = 0; i < 4; i++) {
-        const float raw = value(qd.e[i]) + shift[i], x = value(qu.e[i]), g = value(qg.e[i]);
+        const float raw = value(qd, i) + shift[i], x = value(qu, i), g = value(qg, i);
         const float d = here ? (flags & SOFTPLUS ? softplus(raw) : raw) : 0.f;
         float dy = g;
         if (in.z) {
-          const float v = value(qz.e[i]), s = sigmoid(v), y = value(qy.e[i]);
+          const float v = value(qz, i), s = sigmoid(v), y = value(qy, i);
           dy = g * v * s, dz[i] = g * y * s * (1.f + v * (1.f - s)), gated[i] = y * v * s;
         }
         step[row * CHANNELS + column + i] = make_float4(d, d * x, dy, x);
       }
       if (gates && here) {
-        store(in.dz + t * in.dz_t + edge + column, dz, count);
-        if (in.gated) store(in.gated + t * E + edge + column, gated, count);
+        store(in.dz + (i64)t * in.dz_t, dz, count);
+        if (in.gated) store(in.gated + (i64)t * E, gated, count);
       }
     }
     for (int i = tid; i < TILE * STATES / 2; i += THREADS) {
       const int position = tile * TILE + i / (STATES / 2), n = i % (STATES / 4) * 4;
       const bool is_C = i % (STATES / 2) >= STATES / 4, here = position < walk.size && (FULL || is_C);
-      const i64 t = here ? walk.token(position) : 0;
-      const Quad q = load<VECTOR_BC>((is_C ? in.C + t * in.C_t : in.B + t * in.B_t) + n, here ? N - n : 0);
-      ((float4*)mix)[i] = make_float4(value(q.e[0]), value(q.e[1]), value(q.e[2]), value(q.e[3]));
+      const int t = walk.token(position);
+      const Quad q = load<VECTOR_BC>((is_C ? in.C + (i64)t * in.C_t : in.B + (i64)t * in.B_t) + n, here ? N - n : 0);
+      ((float4*)mix)[i] = make_float4(value(q, 0), value(q, 1), value(q, 2), value(q, 3));
     }
     __syncthreads();
 
@@ -222,7 +221,7 @@ template <bool FULL> DEVICE void scan_backward(
     for (int k = 0; k < K; k++) {
       const int row = tid / (CHANNELS / 4) + k * TILE / K, position = tile * TILE + row;
       if (position >= walk.size) continue;
-      const i64 at = (clip * L + walk.token(position)) * E + edge + column;
+      const i64 at = results + (i64)walk.token(position) * E;
       store(du + at, result + row * CHANNELS + column, count);
       store(ddelta + at, result + (TILE + row) * CHANNELS + column, count);
     }
@@ -232,13 +231,13 @@ template <bool FULL> DEVICE void scan_backward(
       #pragma unroll
       for (int w = 0; w < BACKWARD_WARPS; w++) sum += stash[(row * BACKWARD_WARPS + w) * 2 * STATES + i % (2 * STATES)];
       if (position < walk.size)
-        parts[(((direction * clips + clip) * L + walk.token(position)) * gridDim.x + blockIdx.x) * 2 * STATES + i % (2 * STATES)] = sum;
+        parts[(((i64)(direction * clips + clip) * L + walk.token(position)) * gridDim.x + blockIdx.x) * 2 * STATES + i % (2 * STATES)] = sum;
     }
   }
 
   #pragma unroll
   for (int k = 0; k < K; k++) {
-    const i64 channel = edge + slot[k];
+    const int channel = edge + slot[k];
     if (leave) store_states(leave + one * E * N, adjoint[k], channel, E, N, place.quarter);
     if (!FULL) { if (place.quarter == 0 && channel < E) sums[one * E + channel] = total[k]; continue; }
     store_states(rows + one * WIDTH(E, N), dA[k], channel, E, N, place.quarter);
@@ -255,13 +254,15 @@ template <bool FULL> DEVICE void scan_backward(
 #define BACKWARD(FULL) \
     SHARED(memory); \
     const int d = DIRECTIONS == 2 ? blockIdx.z % 2 : 0; \
-    const i64 clip = blockIdx.z / DIRECTIONS; \
+    const i64 clip = blockIdx.z / DIRECTIONS, corner = blockIdx.x * CHANNELS + threadIdx.x % (CHANNELS / 4) * 4; \
     const Inputs in = { \
-      (d ? u1 : u0) + clip * u_b, (d ? delta1 : delta0) + clip * d_b, z ? z + clip * z_b : 0, (d ? B1 : B0) + clip * B_b, \
-      (d ? C1 : C0) + clip * C_b, dout + clip * dout_b, ungated ? ungated + clip * L * E : 0, \
-      u_t, d_t, z_t, B_t, C_t, dout_t, E, dz ? dz + clip * dz_b : 0, gated ? gated + clip * L * E : 0, dz_t}; \
+      (d ? u1 : u0) + clip * u_b + corner, (d ? delta1 : delta0) + clip * d_b + corner, z ? z + clip * z_b + corner : 0, \
+      (d ? B1 : B0) + clip * B_b, (d ? C1 : C0) + clip * C_b, dout + clip * dout_b + corner, \
+      ungated ? ungated + clip * L * E + corner : 0, \
+      (int)u_t, (int)d_t, (int)z_t, (int)B_t, (int)C_t, (int)dout_t, (int)dz_t, \
+      dz ? dz + clip * dz_b + corner : 0, gated ? gated + clip * L * E + corner : 0}; \
     scan_backward<FULL>(memory, in, d ? A1 : A0, d ? D1 : D0, d ? bias1 : bias0, marks, enter, leave, sums, d ? du1 : du0, d ? ddelta1 : ddelta0, \
-                        parts, rows, L, E, (int)N, span, flags, d, DIRECTIONS == 2 ? d : flags & REVERSE)
+                        parts, rows, (int)L, (int)E, (int)N, (int)span, (int)flags, d, DIRECTIONS == 2 ? d : flags & REVERSE)
 
 // du, ddelta (clip, L, E) of either direction; dz and the gated output; `parts` (direction, clip, L, block of channels, dB | dC) and
 // `rows` (direction, clip, split, dA | dD | dbias), to be summed; `leave` (direction, clip, split, E, N): the adjoint of what

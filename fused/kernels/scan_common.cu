@@ -26,6 +26,7 @@ typedef long long i64;
 #define REVERSE 4    // of the only direction
 
 #ifndef EMULATED
+#define SHARED(name) extern __shared__ __align__(16) char name[]
 DEVICE float ex2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 DEVICE float lg2(float x) { float y; asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 DEVICE float rcp(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
@@ -33,41 +34,48 @@ DEVICE float from_bf16(unsigned short x) { return __uint_as_float((unsigned)x <<
 DEVICE unsigned short to_bf16(float x) { unsigned short y; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y; }
 DEVICE float from_fp16(unsigned short x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x)); return y; }
 DEVICE unsigned short to_fp16(float x) { unsigned short y; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y; }
+DEVICE unsigned bf16_pair(float a, float b) { unsigned y; asm("cvt.rn.bf16x2.f32 %0, %2, %1;" : "=r"(y) : "f"(a), "f"(b)); return y; }
+DEVICE unsigned fp16_pair(float a, float b) { unsigned y; asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(y) : "f"(a), "f"(b)); return y; }
+#else
+DEVICE unsigned bf16_pair(float a, float b) { return to_bf16(a) | (unsigned)to_bf16(b) << 16; }
+DEVICE unsigned fp16_pair(float a, float b) { return to_fp16(a) | (unsigned)to_fp16(b) << 16; }
 #endif
 
 #if IO == 2
 typedef float io;
-DEVICE float value(io x) { return x; }
+struct alignas(16) Quad { float e[4]; };  // four neighbouring elements
+DEVICE float value(const Quad& q, int i) { return q.e[i]; }
+DEVICE Quad quad(const float* v) { return {v[0], v[1], v[2], v[3]}; }
 DEVICE io rounded(float x) { return x; }
+DEVICE Quad single(const io* p, int count) { return {count > 0 ? p[0] : 0.f, count > 1 ? p[1] : 0.f, count > 2 ? p[2] : 0.f, count > 3 ? p[3] : 0.f}; }
 #else
 typedef unsigned short io;
-DEVICE float value(io x) { return IO == 0 ? from_bf16(x) : from_fp16(x); }
+struct alignas(8) Quad { unsigned e[2]; };
 DEVICE io rounded(float x) { return IO == 0 ? to_bf16(x) : to_fp16(x); }
+DEVICE float value(const Quad& q, int i) {
+  const unsigned pair = q.e[i / 2];
+  if (IO == 1) return from_fp16((io)(i % 2 ? pair >> 16 : pair));
+  return __uint_as_float(i % 2 ? pair & 0xffff0000u : pair << 16);
+}
+DEVICE Quad quad(const float* v) { return {IO == 0 ? bf16_pair(v[0], v[1]) : fp16_pair(v[0], v[1]), IO == 0 ? bf16_pair(v[2], v[3]) : fp16_pair(v[2], v[3])}; }
+DEVICE Quad single(const io* p, int count) {
+  const unsigned a = count > 0 ? p[0] : 0, b = count > 1 ? p[1] : 0, c = count > 2 ? p[2] : 0, d = count > 3 ? p[3] : 0;
+  return {a | b << 16, c | d << 16};
+}
 #endif
 
-struct alignas(4 * sizeof(io)) Quad { io e[4]; };  // four neighbouring elements
-
-// the first `count` of four elements, the rest 0; VECTOR: all or none
+// the first `count` of four elements, the rest 0; WHOLE: all or none
 template <bool WHOLE> DEVICE Quad load(const io* p, int count) {
-  Quad q;
-  if (WHOLE) {
-    if (count > 0) q = *(const Quad*)p;
-    else for (int i = 0; i < 4; i++) q.e[i] = 0;
-  } else {
-    #pragma unroll
-    for (int i = 0; i < 4; i++) q.e[i] = i < count ? p[i] : (io)0;
-  }
+  if (!WHOLE) return single(p, count);
+  Quad q = {};
+  if (count > 0) q = *(const Quad*)p;
   return q;
 }
 DEVICE void store(io* p, const float* v, int count) {
-  Quad q;
-  #pragma unroll
-  for (int i = 0; i < 4; i++) q.e[i] = rounded(v[i]);
-  if (VECTOR) { if (count > 0) *(Quad*)p = q; }
-  else for (int i = 0; i < count && i < 4; i++) p[i] = q.e[i];
+  if (VECTOR) { if (count > 0) *(Quad*)p = quad(v); }
+  else for (int i = 0; i < count && i < 4; i++) p[i] = rounded(v[i]);
 }
 DEVICE void take(float* v, float4 x) { v[0] = x.x; v[1] = x.y; v[2] = x.z; v[3] = x.w; }
-DEVICE int least(i64 a, int b) { return a < b ? (int)a : b; }
 
 // log(1 + exp(x)); 16-bit streams do not see the error of the short form (2e-4 relative at worst)
 DEVICE float softplus(float x) {
@@ -97,24 +105,24 @@ struct Place {
 #define HIGH 4
 
 // A thread's rows of a (E, N) matrix of float32: MINE states of one channel; 0 beyond E or N.
-DEVICE void load_states(float* v, const float* p, i64 channel, i64 E, int N, int quarter) {
+DEVICE void load_states(float* v, const float* p, int channel, int E, int N, int quarter) {
   #pragma unroll
   for (int i = 0; i < MINE; i++) {
     int n = (i / 4) * 16 + quarter * 4 + i % 4;
-    v[i] = p && channel < E && n < N ? p[channel * N + n] : 0.f;
+    v[i] = p && channel < E && n < N ? p[(i64)channel * N + n] : 0.f;
   }
 }
-DEVICE void store_states(float* p, const float* v, i64 channel, i64 E, int N, int quarter) {
+DEVICE void store_states(float* p, const float* v, int channel, int E, int N, int quarter) {
   if (channel >= E) return;
   #pragma unroll
   for (int g = 0; g < GROUPS; g++) {
     int n = g * 16 + quarter * 4;
-    if (N % 4 == 0) { if (n < N) *(float4*)(p + channel * N + n) = make_float4(v[4 * g], v[4 * g + 1], v[4 * g + 2], v[4 * g + 3]); }
-    else for (int i = 0; i < 4; i++) if (n + i < N) p[channel * N + n + i] = v[4 * g + i];
+    if (N % 4 == 0) { if (n < N) *(float4*)(p + (i64)channel * N + n) = make_float4(v[4 * g], v[4 * g + 1], v[4 * g + 2], v[4 * g + 3]); }
+    else for (int i = 0; i < 4; i++) if (n + i < N) p[(i64)channel * N + n + i] = v[4 * g + i];
   }
 }
 // decay rates of a thread's states, times log2(e): exp(delta A) = 2^(delta rate)
-DEVICE void load_rates(float* v, const float* A, i64 channel, i64 E, int N, int quarter, i64 flags) {
+DEVICE void load_rates(float* v, const float* A, int channel, int E, int N, int quarter, i64 flags) {
   load_states(v, A, channel, E, N, quarter);
   #pragma unroll
   for (int i = 0; i < MINE; i++) {
@@ -124,10 +132,12 @@ DEVICE void load_rates(float* v, const float* A, i64 channel, i64 E, int N, int 
   }
 }
 
+// Addresses are 64-bit products of 32-bit numbers, one instruction each: L, E and strides over tokens are below 2^31.
+
 // The tokens of one block: `size` of them from `first`, walked from either end in tiles.
 struct Walk {
-  i64 first; int size; bool back;
-  DEVICE Walk(i64 split, i64 span, i64 L, bool back) : first(split * span), size(least(L - split * span, (int)span)), back(back) {}
+  int first, size; bool back;
+  DEVICE Walk(int split, int span, int L, bool back) : first(split * span), size(min(L - split * span, span)), back(back) {}
   DEVICE int tiles() const { return (size + TILE - 1) / TILE; }
-  DEVICE i64 token(int position) const { return back ? first + size - 1 - position : first + position; }
+  DEVICE int token(int position) const { return back ? first + size - 1 - position : first + position; }
 };

@@ -10,22 +10,24 @@
 #define SHARED_FORWARD (TILE * (CHANNELS * 8 + 2 * STATES * 4 + ROW * 4))  // bytes of one direction
 
 template <bool FULL> DEVICE void scan_forward(
-    char* memory, const io* u_, i64 u_b, i64 u_t, const io* delta_, i64 d_b, i64 d_t, const io* z, i64 z_b, i64 z_t,
-    const io* B_, i64 B_b, i64 B_t, const io* C_, i64 C_b, i64 C_t, const float* A, const float* D, const float* bias,
+    char* memory, const io* u_, i64 u_b, int u_t, const io* delta_, i64 d_b, int d_t, const io* z, i64 z_b, int z_t,
+    const io* B_, i64 B_b, int B_t, const io* C_, i64 C_b, int C_t, const float* A, const float* D, const float* bias,
     const float* start, float* last, float* sums, float* marks, io* out, io* ungated,
-    i64 L, i64 E, int N, i64 span, i64 flags, int direction, bool back) {
+    int L, int E, int N, int span, int flags, int direction, bool back) {
   char* mine = memory + direction * SHARED_FORWARD;
   float2* step = (float2*)mine;                                        // [TILE][CHANNELS] delta, delta u
   float* mix = (float*)(mine + TILE * CHANNELS * 8);                   // [TILE][B | C][STATES]
   float* y = mix + TILE * 2 * STATES;                                  // [TILE][ROW]
   const int tid = threadIdx.x % THREADS, warp = tid / 32;
   const Place place(tid % 32);
-  const i64 clip = blockIdx.z, split = blockIdx.y, clips = gridDim.z, splits = gridDim.y, edge = (i64)blockIdx.x * CHANNELS;
+  const int clip = blockIdx.z, split = blockIdx.y, clips = gridDim.z, splits = gridDim.y, edge = blockIdx.x * CHANNELS;
   const Walk walk(split, span, L, back);
-  const i64 one = (direction * clips + clip) * splits + split;         // this walk among all
-  const int column = tid % (CHANNELS / 4) * 4, count = least(E - edge - column, 4);
+  const i64 one = (i64)(direction * clips + clip) * splits + split;         // this walk among all
+  const int column = tid % (CHANNELS / 4) * 4, count = min(E - edge - column, 4);
   const io *u = u_ + clip * u_b + edge + column, *delta = delta_ + clip * d_b + edge + column;
-  const io *B = B_ + clip * B_b, *C = FULL ? C_ + clip * C_b : 0;
+  const io *B = B_ + clip * B_b, *C = FULL ? C_ + clip * C_b : 0, *gates = z ? z + clip * z_b + edge + column : 0;
+  const i64 results = (i64)clip * L * E + edge + column;
+  io* parks = ungated ? ungated : out;
 
   float rate[K][MINE], h[K][MINE], total[K];
   int slot[K];
@@ -47,15 +49,15 @@ template <bool FULL> DEVICE void scan_forward(
     #pragma unroll
     for (int k = 0; k < K; k++) {
       const int position = tile * TILE + tid / (CHANNELS / 4) + k * TILE / K, n = position < walk.size ? count : 0;
-      const i64 t = n > 0 ? walk.token(position) : 0;
-      next_u[k] = load<VECTOR>(u + t * u_t, n), next_delta[k] = load<VECTOR>(delta + t * d_t, n);
+      const int t = walk.token(position);
+      next_u[k] = load<VECTOR>(u + (i64)t * u_t, n), next_delta[k] = load<VECTOR>(delta + (i64)t * d_t, n);
     }
     #pragma unroll
     for (int m = 0; m < MIXES; m++) {
       const int i = tid + m * THREADS, position = tile * TILE + i / (STATES / 2), n = i % (STATES / 4) * 4;
       const bool is_C = i % (STATES / 2) >= STATES / 4, here = i < TILE * STATES / 2 && position < walk.size && (FULL || !is_C);
-      const i64 t = here ? walk.token(position) : 0;
-      next_mix[m] = load<VECTOR_BC>((is_C ? C + t * C_t : B + t * B_t) + n, here ? N - n : 0);
+      const int t = walk.token(position);
+      next_mix[m] = load<VECTOR_BC>((is_C ? C + (i64)t * C_t : B + (i64)t * B_t) + n, here ? N - n : 0);
     }
   };
 
@@ -68,8 +70,8 @@ template <bool FULL> DEVICE void scan_forward(
       float x[4], d[4];
       #pragma unroll
       for (int i = 0; i < 4; i++) {
-        const float raw = value(next_delta[k].e[i]) + shift[i];
-        x[i] = value(next_u[k].e[i]);
+        const float raw = value(next_delta[k], i) + shift[i];
+        x[i] = value(next_u[k], i);
         d[i] = tile * TILE + row < walk.size ? (flags & SOFTPLUS ? softplus(raw) : raw) : 0.f;
       }
       float4* at = (float4*)(step + row * CHANNELS + column);
@@ -80,7 +82,7 @@ template <bool FULL> DEVICE void scan_forward(
     for (int m = 0; m < MIXES; m++) {
       const int i = tid + m * THREADS;
       const Quad q = next_mix[m];
-      if (i < TILE * STATES / 2) ((float4*)mix)[i] = make_float4(value(q.e[0]), value(q.e[1]), value(q.e[2]), value(q.e[3]));
+      if (i < TILE * STATES / 2) ((float4*)mix)[i] = make_float4(value(q, 0), value(q, 1), value(q, 2), value(q, 3));
     }
     __syncthreads();
     if (tile + 1 < tiles) fetch(tile + 1);
@@ -90,9 +92,9 @@ template <bool FULL> DEVICE void scan_forward(
       for (int k = 0; k < K; k++) {
         const int position = tile * TILE + tid / (CHANNELS / 4) + k * TILE / K, other = (walk.size - 1 - position) / TILE;
         const int n = position < walk.size && (DIRECTIONS == 1 || other <= tile) ? count : 0;
-        const i64 t = n > 0 ? walk.token(position) : 0;
-        gate[k] = load<VECTOR>(z + clip * z_b + t * z_t + edge + column, z ? n : 0);
-        if (DIRECTIONS == 2) parked[k] = load<VECTOR>((ungated ? ungated : out) + (clip * L + t) * E + edge + column, other < tile ? n : 0);
+        const int t = walk.token(position);
+        gate[k] = load<VECTOR>(gates + (i64)t * z_t, z ? n : 0);
+        if (DIRECTIONS == 2) parked[k] = load<VECTOR>(parks + results + (i64)t * E, other < tile ? n : 0);
       }
     }
     if (marks) {
@@ -140,18 +142,18 @@ template <bool FULL> DEVICE void scan_forward(
     for (int k = 0; k < K; k++) {
       const int row = tid / (CHANNELS / 4) + k * TILE / K, position = tile * TILE + row, partner = walk.size - 1 - position;
       if (position >= walk.size || (DIRECTIONS == 2 && partner / TILE == tile && direction == 1)) continue;
-      const i64 at = (clip * L + walk.token(position)) * E + edge + column;
+      const i64 at = results + (i64)walk.token(position) * E;
       const bool done = DIRECTIONS == 1 || partner / TILE <= tile;
       const float* other = (const float*)(memory + SHARED_FORWARD + TILE * (CHANNELS * 8 + 2 * STATES * 4)) + partner % TILE * ROW;
       float v[4];
       #pragma unroll
       for (int i = 0; i < 4; i++) {
         v[i] = y[row * ROW + column + i];
-        if (DIRECTIONS == 2 && done) v[i] += partner / TILE == tile ? other[column + i] : value(parked[k].e[i]);
+        if (DIRECTIONS == 2 && done) v[i] += partner / TILE == tile ? other[column + i] : value(parked[k], i);
       }
-      if (ungated || !done) store((ungated ? ungated : out) + at, v, count);
+      if (ungated || !done) store(parks + at, v, count);
       #pragma unroll
-      for (int i = 0; i < 4; i++) if (z) { const float x = value(gate[k].e[i]); v[i] *= x * sigmoid(x); }
+      for (int i = 0; i < 4; i++) if (z) { const float x = value(gate[k], i); v[i] *= x * sigmoid(x); }
       if (done && out) store(out + at, v, count);
     }
     // where both were in the same tile, the other's y has been read: it may be overwritten only after that
@@ -160,7 +162,7 @@ template <bool FULL> DEVICE void scan_forward(
 
   #pragma unroll
   for (int k = 0; k < K; k++) {
-    const i64 channel = edge + slot[k];
+    const int channel = edge + slot[k];
     if (!FULL && last) store_states(last + one * E * N, h[k], channel, E, N, place.quarter);
     if (!FULL && sums && place.quarter == 0 && channel < E) sums[one * E + channel] = total[k];
     if (FULL && last && split == (back ? 0 : splits - 1)) store_states(last + one / splits * E * N, h[k], channel, E, N, place.quarter);
@@ -173,12 +175,13 @@ template <bool FULL> DEVICE void scan_forward(
     const io *z, i64 z_b, i64 z_t, const io *B0, const io *B1, i64 B_b, i64 B_t, const io *C0, const io *C1, i64 C_b, i64 C_t, \
     const float *A0, const float *A1, const float *D0, const float *D1, const float *bias0, const float *bias1
 #define STREAMS_OF(d) \
-    d ? u1 : u0, u_b, u_t, d ? delta1 : delta0, d_b, d_t, z, z_b, z_t, d ? B1 : B0, B_b, B_t, d ? C1 : C0, C_b, C_t, \
+    d ? u1 : u0, u_b, (int)u_t, d ? delta1 : delta0, d_b, (int)d_t, z, z_b, (int)z_t, \
+    d ? B1 : B0, B_b, (int)B_t, d ? C1 : C0, C_b, (int)C_t, \
     d ? A1 : A0, d ? D1 : D0, d ? bias1 : bias0
 #define FORWARD(FULL) \
     SHARED(memory); \
     const int d = DIRECTIONS == 2 && threadIdx.x >= THREADS; \
-    scan_forward<FULL>(memory, STREAMS_OF(d), start, last, sums, marks, out, ungated, L, E, (int)N, span, flags, d, \
+    scan_forward<FULL>(memory, STREAMS_OF(d), start, last, sums, marks, out, ungated, (int)L, (int)E, (int)N, (int)span, (int)flags, d, \
                        DIRECTIONS == 2 ? d : flags & REVERSE)
 
 // y, and as asked: `last` (direction, clip, E, N) the final states; `marks` the state before every tile; `ungated` the sum of

@@ -1,0 +1,201 @@
+"""The scan's CUDA kernels, emulated on the CPU, against the loop: through the public operators with backend "native"."""
+
+import emulation
+import naive
+import pytest
+import torch
+from rule import assert_rule, double, outcome
+
+import fused.native.scan  # noqa: F401: registers the operators
+from fused import backends, bidirectional_scan, selective_scan
+from fused.kernels import nvrtc, scan
+
+SEEDS = range(4)
+PAIRED = ("u", "delta", "A", "B", "C", "D", "delta_bias")
+EVERYTHING, BARE = (True, True), (False, False)  # D, z and delta_bias; a state
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch):
+    """Backend "native" runs on the CPU."""
+    if reason := emulation.unavailable():
+        pytest.skip(reason)
+    monkeypatch.setattr(nvrtc, "module", emulation.module)
+    monkeypatch.setattr(backends, "unavailable", lambda backend, device: None)
+
+
+@pytest.fixture
+def many_splits(monkeypatch):
+    """As on a GPU that this little work does not fill: time is cut."""
+    monkeypatch.setattr(scan, "processors", lambda device: 1000)
+
+
+def draw(seed, shape, everything=True, state=True, dtype=torch.float32, suffix=""):
+    """Inputs in the range that the model produces, and the cotangents of y and final_state."""
+    batch, length, width, states, groups = (*shape, None)[:5]
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*size):
+        return torch.randn(*size, generator=g).to(dtype)
+
+    mixing = (batch, length, states) if groups is None else (batch, length, groups, states)
+    tensors = {
+        "u": normal(batch, length, width), "delta": normal(batch, length, width),
+        "A": -torch.rand(width, states, generator=g) * states - 0.1, "B": normal(*mixing), "C": normal(*mixing),
+    }  # fmt: skip
+    if everything:
+        tensors |= {"D": normal(width).float(), "z": normal(batch, length, width), "delta_bias": normal(width).float()}
+    if state:
+        tensors["initial_state"] = normal(batch, width, states).float()
+    return tensors, [normal(batch, length, width), normal(batch, width, states).float()]
+
+
+def sample(tensors, cotangents, **options):
+    dtype = torch.promote_types(tensors["u"].dtype, torch.float32)
+    return (
+        outcome(lambda **x: selective_scan(**x, **options, backend="native"), tensors, cotangents, None),
+        outcome(lambda **x: naive.scan(**x, **options), double(tensors), cotangents, torch.float64),
+        outcome(lambda **x: naive.scan(**x, **options), tensors, cotangents, dtype),
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "given", "options"),
+    [
+        ((1, 1, 1, 1), EVERYTHING, {}),
+        ((2, 15, 3, 4), BARE, {}),
+        ((1, 16, 8, 16), EVERYTHING, {"reverse": True}),
+        ((2, 33, 36, 16), EVERYTHING, {}),
+        ((2, 17, 5, 3), EVERYTHING, {"reverse": True}),
+        ((1, 18, 6, 20), (False, True), {"softplus": False}),
+        ((1, 19, 12, 64), EVERYTHING, {}),
+        ((1, 21, 8, 4, 2), EVERYTHING, {"reverse": True}),
+    ],
+    ids=lambda x: "-".join(map(str, x)) if isinstance(x, tuple) else "".join(x),
+)
+def test_follows_the_loop(shape, given, options):
+    draws = [draw(seed, shape, *given) for seed in SEEDS]
+    if "softplus" in options:
+        for tensors, _ in draws:
+            tensors["delta"] = tensors["delta"].abs()
+    assert_rule(sample(*d, **options) for d in draws)
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forth", "back"])
+def test_time_is_cut(many_splits, reverse):
+    assert scan.plan(1, 270, 4, 16, 1, 1000).splits == 2
+    assert_rule(sample(*draw(seed, (1, 270, 4, 16)), reverse=reverse) for seed in SEEDS)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("width", [8, 9])
+def test_rounds_once(dtype, width):
+    draws = [draw(seed, (2, 19, width, 16), dtype=dtype) for seed in SEEDS]
+    samples = [sample(*d) for d in draws]
+    assert_rule(samples)
+    got, tensors = samples[0][0], draws[0][0]
+    assert got["out0"].dtype == dtype and got["out1"].dtype == torch.float32
+    assert all(got[f"d{name}"].dtype == x.dtype and got[f"d{name}"].shape == x.shape for name, x in tensors.items())
+
+
+def both(tensors, op):
+    pairs = {k: (tensors[k], tensors[k + "_b"]) for k in PAIRED if k in tensors}
+    return [op(pairs, tensors.get("z"))]
+
+
+def two_loops(pairs, z):
+    first, second = ({k: v[i] for k, v in pairs.items()} for i in range(2))
+    return naive.scan(**first, z=z)[0] + naive.scan(**second, z=z, reverse=True)[0]
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 32, 40, 49, 300])
+def test_directions_meet_in_the_middle(length, many_splits):
+    samples = []
+    for seed in SEEDS:
+        tensors, (dy, _) = draw(seed, (2 if length < 300 else 1, length, 4, 16), everything=length != 40, state=False)
+        other, _ = draw(seed + 100, (2 if length < 300 else 1, length, 4, 16), everything=length != 40, state=False)
+        tensors |= {k + "_b": v for k, v in other.items() if k in PAIRED}
+        native = lambda **x: both(x, lambda pairs, z: bidirectional_scan(**pairs, z=z, backend="native"))  # noqa: E731
+        loops = lambda **x: both(x, two_loops)  # noqa: E731
+        samples.append(
+            (outcome(native, tensors, [dy], None), outcome(loops, double(tensors), [dy], torch.float64),
+             outcome(loops, tensors, [dy], torch.float32))
+        )  # fmt: skip
+    assert_rule(samples)
+
+
+@pytest.mark.parametrize("order", ["reverse", "random:1"])
+def test_no_barrier_is_missing(order, monkeypatch):
+    tensors, cotangents = draw(0, (1, 40, 40, 16))
+    run = lambda: outcome(lambda **x: selective_scan(**x, backend="native"), tensors, cotangents, None)  # noqa: E731
+    first = run()
+    monkeypatch.setenv("EMULATION_ORDER", order)
+    assert all(torch.equal(x, first[name]) for name, x in run().items())
+
+
+def test_reads_in_place_through_strides():
+    tensors, cotangents = draw(0, (2, 20, 8, 4))
+    whole = outcome(lambda **x: selective_scan(**x, backend="native"), tensors, cotangents, None)
+    xz = torch.cat((tensors["u"], tensors["z"]), 2)
+    rows = torch.cat((torch.zeros(2, 20, 3), tensors["B"], tensors["C"]), 2)
+    strided = tensors | {"u": xz[..., :8], "z": xz[..., 8:], "B": rows[..., 3:7], "C": rows[..., 7:]}
+    strided["delta"] = tensors["delta"].transpose(1, 2).contiguous().transpose(1, 2)
+    y, state = selective_scan(**strided, backend="native")
+    assert torch.equal(y, whole["out0"]) and torch.equal(state, whole["out1"])
+
+
+def test_a_clip_does_not_see_its_neighbours(many_splits):
+    tensors, (dy, dstate) = draw(0, (3, 150, 4, 16))
+    run = lambda part: outcome(lambda **x: selective_scan(**x, backend="native"), part, seeds, None)  # noqa: E731
+    per_clip = ("u", "delta", "B", "C", "z", "initial_state")
+    with backends.batch_invariant():
+        seeds = [dy, dstate]
+        whole = run(tensors)
+        seeds = [dy[1:2], dstate[1:2]]
+        alone = run({k: v[1:2] if k in per_clip else v for k, v in tensors.items()})
+    for name in ("out0", "out1", *(f"d{k}" for k in per_clip)):
+        assert torch.equal(whole[name][1:2], alone[name]), name
+
+
+@pytest.mark.parametrize("name", ["u", "delta", "A", "B", "z"])
+def test_nan_comes_out(name):
+    tensors, _ = draw(0, (1, 20, 5, 4), state=False)
+    tensors[name].view(-1)[0] = float("nan")
+    y, state = selective_scan(**tensors, backend="native")
+    assert y[0, 0].isnan().any() and (name == "z" or state.isnan().any())
+
+
+def test_nothing_to_do():
+    tensors, _ = draw(0, (0, 7, 3, 4))
+    y, state = selective_scan(**tensors, backend="native")
+    assert y.shape == (0, 7, 3) and state.shape == (0, 3, 4)
+    tensors, _ = draw(0, (2, 0, 3, 4))
+    y, state = selective_scan(**tensors, backend="native")
+    assert y.shape == (2, 0, 3) and torch.equal(state, tensors["initial_state"])
+
+
+def test_what_native_does_not_have():
+    with pytest.raises(ValueError, match="N up to 64, got N=65"):
+        selective_scan(**draw(0, (1, 2, 3, 65))[0], backend="native")
+    with pytest.raises(ValueError, match="supports float16, bfloat16, float32, got torch.float64"):
+        selective_scan(**double(draw(0, (1, 2, 3, 4))[0]), backend="native")
+
+
+def test_operators_are_registered_as_torch_wants_them():
+    tensors, _ = draw(0, (1, 18, 4, 4))
+    leaves = [tensors[k].requires_grad_() for k in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")]
+    torch.library.opcheck(torch.ops.videomamba.selective_scan.default, (*leaves, True, False, False, True))
+    torch.library.opcheck(torch.ops.videomamba.selective_scan.default, (*leaves[:5], *[None] * 4, True, True, False, True))
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_tuned_kernels_do_not_spill(arch, capsys):
+    if reason := nvrtc.missing():
+        pytest.skip(reason)
+    for directions in (1, 2):
+        forward, backward = scan.shapes(16, 1152)
+        found = nvrtc.resources(scan.source(), scan.defines(0, scan.Plan(16, forward, backward, 1, 16), directions, 1, 1), arch)
+        with capsys.disabled():
+            for name, r in found.items():
+                print(f"\n{arch} {directions} {name}: {r.registers} registers, {r.spills} bytes spilt, {r.stack} of stack", end="")
+        assert found and not any(r.spills for r in found.values())
