@@ -13,6 +13,9 @@
 #define PIECES (TILE / PIECE)
 #define WIDTH(E, N) (((E) * ((N) + 2) + 3) / 4 * 4)  // of a row of dA, dD and dbias, so that all rows are aligned
 #define TOGETHER (4 / K)  // tokens whose sums over the quarters are made together
+#define ROWS (TILE / K)
+#define MIXES ((TILE * STATES / 2 + THREADS - 1) / THREADS)
+#define MIXED (TILE / MIXES)
 #define SHARED_STEP (TILE * (CHANNELS * 16 + 2 * STATES * 4))
 #define SHARED_HELD ((PIECES - 1) * K * GROUPS * THREADS * 16)
 #define SHARED_OUT (2 * TILE * CHANNELS * 4)
@@ -42,28 +45,39 @@ template <bool FULL> DEVICE void scan_backward(
   const int edge = blockIdx.x * CHANNELS;
   const i64 one = (i64)(direction * clips + clip) * splits + split;
   const Walk walk(split, span, L, back);
-  const i64 results = (i64)clip * L * E + edge + tid % (CHANNELS / 4) * 4;
-  const int column = tid % (CHANNELS / 4) * 4, count = min(E - edge - column, 4);
+  // As in the forward a thread stages every ROWS-th token, the last one first.
+  const int column = tid % (CHANNELS / 4) * 4, count = min(E - edge - column, 4), row = tid / (CHANNELS / 4);
+  const int tiles = walk.tiles(), hop = back ? ROWS : -ROWS, token = walk.token((tiles - 1) * TILE + (K - 1) * ROWS + row);
+  const io *u = in.u + (i64)token * in.u_t, *delta = in.delta + (i64)token * in.d_t, *z = in.z + (i64)token * in.z_t;
+  const io* dout = in.dout + (i64)token * in.dout_t;
+  io* dz = in.dz + (i64)token * in.dz_t;
+  const int state = tid % (STATES / 4) * 4, mixed = tid / (STATES / 2), mixes = tid < TILE * STATES / 2 ? N - state : 0;
+  const bool is_C = tid % (STATES / 2) >= STATES / 4;
+  const int mix_t = is_C ? in.C_t : in.B_t, mix_hop = (back ? MIXED : -MIXED) * mix_t;
+  const io* blend = (is_C ? in.C : in.B) + state + (i64)walk.token((tiles - 1) * TILE + (MIXES - 1) * MIXED + mixed) * mix_t;
+  i64 staged = (i64)token * E, written = staged;  // of the contiguous streams
 
   float rate[K][MINE], adjoint[K][MINE], dA[K][MINE], total[K], dD = 0.f, dbias = 0.f;
   int slot[K];
   #pragma unroll
   for (int k = 0; k < K; k++) {
-    slot[k] = warp * 8 * K + 8 * k + place.channel, total[k] = 0.f;
+    // the order of two channels differs between lanes, so that the first step of the sums over quarters needs no choice
+    slot[k] = warp * 8 * K + 8 * (K == 2 ? k ^ place.low : k) + place.channel, total[k] = 0.f;
     load_rates(rate[k], A, edge + slot[k], E, N, place.quarter, flags);
     load_states(adjoint[k], enter ? enter + one * E * N : 0, edge + slot[k], E, N, place.quarter);
     #pragma unroll
     for (int i = 0; i < MINE; i++) dA[k][i] = 0.f;
   }
   // after sums over the quarters, each of four lanes has one token and channel of TOGETHER tokens and K channels
-  const int own_token = K == 1 ? 2 * place.high + place.low : place.high, own = slot[K == 1 ? 0 : place.low];
+  const int own_token = K == 1 ? 2 * place.low + place.high : place.high, own = slot[0];
   const float skip = D && edge + own < E ? D[edge + own] : 0.f;
   float shift[4];
   #pragma unroll
   for (int i = 0; i < 4; i++) shift[i] = bias && i < count ? bias[edge + column + i] : 0.f;
 
   const bool gates = FULL && in.z && direction == 0;
-  for (int tile = walk.tiles() - 1; tile >= 0; tile--) {
+  for (int tile = tiles - 1; tile >= 0; tile--) {
+    const int left = walk.size - tile * TILE;
     float h[K][MINE];
     if (FULL) {
       #pragma unroll
@@ -72,36 +86,31 @@ template <bool FULL> DEVICE void scan_backward(
     }
     // loads are not fetched ahead: the registers are worth more, and other blocks run meanwhile
     #pragma unroll
-    for (int k = 0; k < K; k++) {
-      const int row = tid / (CHANNELS / 4) + k * TILE / K, position = tile * TILE + row;
-      const bool here = position < walk.size;
-      const int t = walk.token(position), n = here ? count : 0;
-      const Quad qu = load<VECTOR>(in.u + (i64)t * in.u_t, FULL ? n : 0), qd = load<VECTOR>(in.delta + (i64)t * in.d_t, n);
-      const Quad qg = load<VECTOR>(in.dout + (i64)t * in.dout_t, n), qz = load<VECTOR>(in.z + (i64)t * in.z_t, in.z ? n : 0);
-      const Quad qy = load<VECTOR>(in.ungated + (i64)t * E, gates ? n : 0);
-      float dz[4], gated[4];
+    for (int k = K - 1; k >= 0; k--) {
+      const int r = row + k * ROWS, n = r < left ? count : 0;
+      const Quad qu = load<VECTOR>(u, FULL ? n : 0), qd = load<VECTOR>(delta, n), qg = load<VECTOR>(dout, n);
+      const Quad qz = load<VECTOR>(z, in.z ? n : 0), qy = load<VECTOR>(in.ungated + staged, gates ? n : 0);
+      float made[4], gated[4];
       #pragma unroll
       for (int i = 0; i < 4; i++) {
-        const float raw = value(qd, i) + shift[i], x = value(qu, i), g = value(qg, i);
-        const float d = here ? (flags & SOFTPLUS ? softplus(raw) : raw) : 0.f;
-        float dy = g;
-        if (in.z) {
-          const float v = value(qz, i), s = sigmoid(v), y = value(qy, i);
-          dy = g * v * s, dz[i] = g * y * s * (1.f + v * (1.f - s)), gated[i] = y * v * s;
-        }
-        step[row * CHANNELS + column + i] = make_float4(d, d * x, dy, x);
+        const float raw = value(qd, i) + shift[i], soft = softplus(raw), x = value(qu, i), g = value(qg, i);
+        const float d = r < left ? (flags & SOFTPLUS ? soft : raw) : 0.f, v = value(qz, i), s = sigmoid(v), y = value(qy, i);
+        made[i] = g * y * s * (1.f + v * (1.f - s)), gated[i] = y * v * s;
+        step[r * CHANNELS + column + i] = make_float4(d, d * x, in.z ? g * v * s : g, x);
       }
-      if (gates && here) {
-        store(in.dz + (i64)t * in.dz_t, dz, count);
-        if (in.gated) store(in.gated + (i64)t * E, gated, count);
+      if (gates) {
+        store(dz, made, n);
+        if (in.gated) store(in.gated + staged, gated, n);
       }
+      u += (i64)hop * in.u_t, delta += (i64)hop * in.d_t, dout += (i64)hop * in.dout_t, z += (i64)hop * in.z_t;
+      dz += (i64)hop * in.dz_t, staged += (i64)hop * E;
     }
-    for (int i = tid; i < TILE * STATES / 2; i += THREADS) {
-      const int position = tile * TILE + i / (STATES / 2), n = i % (STATES / 4) * 4;
-      const bool is_C = i % (STATES / 2) >= STATES / 4, here = position < walk.size && (FULL || is_C);
-      const int t = walk.token(position);
-      const Quad q = load<VECTOR_BC>((is_C ? in.C + (i64)t * in.C_t : in.B + (i64)t * in.B_t) + n, here ? N - n : 0);
-      ((float4*)mix)[i] = make_float4(value(q, 0), value(q, 1), value(q, 2), value(q, 3));
+    #pragma unroll
+    for (int m = MIXES - 1; m >= 0; m--) {
+      const Quad q = load<VECTOR_BC>(blend, (FULL || is_C) && mixed + m * MIXED < left ? mixes : 0);
+      blend += mix_hop;
+      if (THREADS <= TILE * STATES / 2 || tid < TILE * STATES / 2)
+        ((float4*)mix)[tid + m * THREADS] = make_float4(value(q, 0), value(q, 1), value(q, 2), value(q, 3));
     }
     __syncthreads();
 
@@ -206,8 +215,14 @@ template <bool FULL> DEVICE void scan_backward(
         }
         if (t % 2 == 0) gather(both, t0 + t, 0);
         if (t % TOGETHER) continue;
-        halve<4>(along_B, HIGH, place.high), halve<2>(along_B, LOW, place.low);
-        halve<4>(along_A, HIGH, place.high), halve<2>(along_A, LOW, place.low);
+        if (K == 2) {
+          #pragma unroll
+          for (int i = 0; i < 2; i++) {
+            along_B[i] = along_B[2 * i] + __shfl_xor_sync(0xffffffffu, along_B[2 * i + 1], LOW);
+            along_A[i] = along_A[2 * i] + __shfl_xor_sync(0xffffffffu, along_A[2 * i + 1], LOW);
+          }
+        } else halve<4>(along_B, LOW, place.low), halve<4>(along_A, LOW, place.low);
+        halve<2>(along_B, HIGH, place.high), halve<2>(along_A, HIGH, place.high);
         const int row = t0 + t + own_token;
         const float4 d = step[row * CHANNELS + own];
         const float inner = d.x < 0.02f ? d.x * (1.f - d.x * (0.5f - d.x * (1.f / 6.f))) : 1.f - ex2(-d.x * LOG2E);
@@ -218,20 +233,22 @@ template <bool FULL> DEVICE void scan_backward(
     }
     __syncthreads();
     #pragma unroll
-    for (int k = 0; k < K; k++) {
-      const int row = tid / (CHANNELS / 4) + k * TILE / K, position = tile * TILE + row;
-      if (position >= walk.size) continue;
-      const i64 at = results + (i64)walk.token(position) * E;
-      store(du + at, result + row * CHANNELS + column, count);
-      store(ddelta + at, result + (TILE + row) * CHANNELS + column, count);
+    for (int k = K - 1; k >= 0; k--) {
+      const int r = row + k * ROWS, n = r < left ? count : 0;
+      store(du + written, result + r * CHANNELS + column, n);
+      store(ddelta + written, result + (TILE + r) * CHANNELS + column, n);
+      written += (i64)hop * E;
     }
-    for (int i = tid; i < TILE * 2 * STATES; i += THREADS) {
-      const int row = i / (2 * STATES), position = tile * TILE + row;
-      float sum = 0.f;
+    for (int i = tid; i < TILE * STATES / 2; i += THREADS) {
+      const int r = i / (STATES / 2);
+      if (r >= left) break;
+      float4 sum = {};
       #pragma unroll
-      for (int w = 0; w < BACKWARD_WARPS; w++) sum += stash[(row * BACKWARD_WARPS + w) * 2 * STATES + i % (2 * STATES)];
-      if (position < walk.size)
-        parts[(((i64)(direction * clips + clip) * L + walk.token(position)) * gridDim.x + blockIdx.x) * 2 * STATES + i % (2 * STATES)] = sum;
+      for (int w = 0; w < BACKWARD_WARPS; w++) {
+        const float4 x = ((const float4*)stash)[(r * BACKWARD_WARPS + w) * (STATES / 2) + i % (STATES / 2)];
+        sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+      }
+      ((float4*)parts)[(i64)walk.token(tile * TILE + r) * gridDim.x * (STATES / 2) + i % (STATES / 2)] = sum;
     }
   }
 
@@ -261,8 +278,8 @@ template <bool FULL> DEVICE void scan_backward(
       ungated ? ungated + clip * L * E + corner : 0, \
       (int)u_t, (int)d_t, (int)z_t, (int)B_t, (int)C_t, (int)dout_t, (int)dz_t, \
       dz ? dz + clip * dz_b + corner : 0, gated ? gated + clip * L * E + corner : 0}; \
-    scan_backward<FULL>(memory, in, d ? A1 : A0, d ? D1 : D0, d ? bias1 : bias0, marks, enter, leave, sums, d ? du1 : du0, d ? ddelta1 : ddelta0, \
-                        parts, rows, (int)L, (int)E, (int)N, (int)span, (int)flags, d, DIRECTIONS == 2 ? d : flags & REVERSE)
+    scan_backward<FULL>(memory, in, d ? A1 : A0, d ? D1 : D0, d ? bias1 : bias0, marks, enter, leave, sums, (d ? du1 : du0) + clip * L * E + corner, (d ? ddelta1 : ddelta0) + clip * L * E + corner, \
+                        parts + (((i64)d * (gridDim.z / DIRECTIONS) + clip) * L * gridDim.x + blockIdx.x) * 2 * STATES, rows, (int)L, (int)E, (int)N, (int)span, (int)flags, d, DIRECTIONS == 2 ? d : flags & REVERSE)
 
 // du, ddelta (clip, L, E) of either direction; dz and the gated output; `parts` (direction, clip, L, block of channels, dB | dC) and
 // `rows` (direction, clip, split, dA | dD | dbias), to be summed; `leave` (direction, clip, split, E, N): the adjoint of what

@@ -6,7 +6,9 @@
 #define THREADS (32 * FORWARD_WARPS)
 #define K FORWARD_CHANNELS
 #define ROW (CHANNELS + 8)                                            // of y, so that four rows lie in different banks
-#define MIXES ((TILE * STATES / 2 + THREADS - 1) / THREADS)           // groups of B and C that a thread stages
+#define ROWS (TILE / K)                                               // a thread stages every ROWS-th token's u and delta,
+#define MIXES ((TILE * STATES / 2 + THREADS - 1) / THREADS)           // and B or C of MIXES tokens,
+#define MIXED (TILE / MIXES)                                          // every MIXED-th
 #define SHARED_FORWARD (TILE * (CHANNELS * 8 + 2 * STATES * 4 + ROW * 4))  // bytes of one direction
 
 template <bool FULL> DEVICE void scan_forward(
@@ -23,10 +25,17 @@ template <bool FULL> DEVICE void scan_forward(
   const int clip = blockIdx.z, split = blockIdx.y, clips = gridDim.z, splits = gridDim.y, edge = blockIdx.x * CHANNELS;
   const Walk walk(split, span, L, back);
   const i64 one = (i64)(direction * clips + clip) * splits + split;         // this walk among all
-  const int column = tid % (CHANNELS / 4) * 4, count = min(E - edge - column, 4);
-  const io *u = u_ + clip * u_b + edge + column, *delta = delta_ + clip * d_b + edge + column;
-  const io *B = B_ + clip * B_b, *C = FULL ? C_ + clip * C_b : 0, *gates = z ? z + clip * z_b + edge + column : 0;
-  const i64 results = (i64)clip * L * E + edge + column;
+  // A thread stages four channels of every ROWS-th token, and four states of every MIXED-th: pointers hop from one to the next.
+  const int column = tid % (CHANNELS / 4) * 4, count = min(E - edge - column, 4), row = tid / (CHANNELS / 4);
+  const int hop = back ? -ROWS : ROWS, token = walk.token(row);
+  const io* u = u_ + clip * u_b + edge + column + (i64)token * u_t;
+  const io* delta = delta_ + clip * d_b + edge + column + (i64)token * d_t;
+  const io* gates = z + clip * z_b + edge + column + (i64)token * z_t;
+  const int state = tid % (STATES / 4) * 4, mixed = tid / (STATES / 2), mixes = tid < TILE * STATES / 2 ? N - state : 0;
+  const bool is_C = tid % (STATES / 2) >= STATES / 4;
+  const int mix_t = is_C ? C_t : B_t, mix_hop = (back ? -MIXED : MIXED) * mix_t;
+  const io* blend = (is_C ? C_ + clip * C_b : B_ + clip * B_b) + state + (i64)walk.token(mixed) * mix_t;
+  i64 at = ((i64)clip * L + token) * E + edge + column;
   io* parks = ungated ? ungated : out;
 
   float rate[K][MINE], h[K][MINE], total[K];
@@ -45,56 +54,54 @@ template <bool FULL> DEVICE void scan_forward(
   }
 
   Quad next_u[K], next_delta[K], next_mix[MIXES];
-  auto fetch = [&](int tile) {
+  auto fetch = [&](int left) {  // tokens that are left
     #pragma unroll
     for (int k = 0; k < K; k++) {
-      const int position = tile * TILE + tid / (CHANNELS / 4) + k * TILE / K, n = position < walk.size ? count : 0;
-      const int t = walk.token(position);
-      next_u[k] = load<VECTOR>(u + (i64)t * u_t, n), next_delta[k] = load<VECTOR>(delta + (i64)t * d_t, n);
+      const int n = row + k * ROWS < left ? count : 0;
+      next_u[k] = load<VECTOR>(u, n), next_delta[k] = load<VECTOR>(delta, n);
+      u += (i64)hop * u_t, delta += (i64)hop * d_t;
     }
     #pragma unroll
     for (int m = 0; m < MIXES; m++) {
-      const int i = tid + m * THREADS, position = tile * TILE + i / (STATES / 2), n = i % (STATES / 4) * 4;
-      const bool is_C = i % (STATES / 2) >= STATES / 4, here = i < TILE * STATES / 2 && position < walk.size && (FULL || !is_C);
-      const int t = walk.token(position);
-      next_mix[m] = load<VECTOR_BC>((is_C ? C + (i64)t * C_t : B + (i64)t * B_t) + n, here ? N - n : 0);
+      next_mix[m] = load<VECTOR_BC>(blend, (FULL || !is_C) && mixed + m * MIXED < left ? mixes : 0);
+      blend += mix_hop;
     }
   };
 
-  fetch(0);
+  fetch(walk.size);
   const int tiles = walk.tiles();
   for (int tile = 0; tile < tiles; tile++) {
+    const int left = walk.size - tile * TILE;
     #pragma unroll
     for (int k = 0; k < K; k++) {
-      const int row = tid / (CHANNELS / 4) + k * TILE / K;
+      const int r = row + k * ROWS;
       float x[4], d[4];
       #pragma unroll
       for (int i = 0; i < 4; i++) {
-        const float raw = value(next_delta[k], i) + shift[i];
-        x[i] = value(next_u[k], i);
-        d[i] = tile * TILE + row < walk.size ? (flags & SOFTPLUS ? softplus(raw) : raw) : 0.f;
+        const float raw = value(next_delta[k], i) + shift[i], soft = softplus(raw);
+        x[i] = value(next_u[k], i), d[i] = r < left ? (flags & SOFTPLUS ? soft : raw) : 0.f;
       }
-      float4* at = (float4*)(step + row * CHANNELS + column);
-      at[0] = make_float4(d[0], d[0] * x[0], d[1], d[1] * x[1]), at[1] = make_float4(d[2], d[2] * x[2], d[3], d[3] * x[3]);
-      if (FULL) *(float4*)(y + row * ROW + column) = make_float4(skip[0] * x[0], skip[1] * x[1], skip[2] * x[2], skip[3] * x[3]);
+      float4* to = (float4*)(step + r * CHANNELS + column);
+      to[0] = make_float4(d[0], d[0] * x[0], d[1], d[1] * x[1]), to[1] = make_float4(d[2], d[2] * x[2], d[3], d[3] * x[3]);
+      if (FULL) *(float4*)(y + r * ROW + column) = make_float4(skip[0] * x[0], skip[1] * x[1], skip[2] * x[2], skip[3] * x[3]);
     }
     #pragma unroll
     for (int m = 0; m < MIXES; m++) {
-      const int i = tid + m * THREADS;
       const Quad q = next_mix[m];
-      if (i < TILE * STATES / 2) ((float4*)mix)[i] = make_float4(value(q, 0), value(q, 1), value(q, 2), value(q, 3));
+      if (THREADS <= TILE * STATES / 2 || tid < TILE * STATES / 2)
+        ((float4*)mix)[tid + m * THREADS] = make_float4(value(q, 0), value(q, 1), value(q, 2), value(q, 3));
     }
     __syncthreads();
-    if (tile + 1 < tiles) fetch(tile + 1);
+    if (tile + 1 < tiles) fetch(left - TILE);
+    // a token that the other direction has reached before, or reaches now, is finished here
     Quad gate[K], parked[K];
     if (FULL) {
       #pragma unroll
       for (int k = 0; k < K; k++) {
-        const int position = tile * TILE + tid / (CHANNELS / 4) + k * TILE / K, other = (walk.size - 1 - position) / TILE;
-        const int n = position < walk.size && (DIRECTIONS == 1 || other <= tile) ? count : 0;
-        const int t = walk.token(position);
-        gate[k] = load<VECTOR>(gates + (i64)t * z_t, z ? n : 0);
-        if (DIRECTIONS == 2) parked[k] = load<VECTOR>(parks + results + (i64)t * E, other < tile ? n : 0);
+        const int r = row + k * ROWS, other = (left - 1 - r) / TILE;  // the tile in which the other direction reaches it
+        const int n = r < left && (DIRECTIONS == 1 || other <= tile) ? count : 0;
+        gate[k] = load<VECTOR>(gates, z ? n : 0), gates += (i64)hop * z_t;
+        if (DIRECTIONS == 2) parked[k] = load<VECTOR>(parks + at + (i64)(k * hop) * E, other < tile ? n : 0);
       }
     }
     if (marks) {
@@ -139,25 +146,25 @@ template <bool FULL> DEVICE void scan_forward(
     if (!FULL) continue;
 
     #pragma unroll
-    for (int k = 0; k < K; k++) {
-      const int row = tid / (CHANNELS / 4) + k * TILE / K, position = tile * TILE + row, partner = walk.size - 1 - position;
-      if (position >= walk.size || (DIRECTIONS == 2 && partner / TILE == tile && direction == 1)) continue;
-      const i64 at = results + (i64)walk.token(position) * E;
+    for (int k = 0; k < K; k++, at += (i64)hop * E) {
+      const int r = row + k * ROWS, partner = left - 1 - r;
+      if (r >= left || (DIRECTIONS == 2 && partner / TILE == tile && direction == 1)) continue;
       const bool done = DIRECTIONS == 1 || partner / TILE <= tile;
       const float* other = (const float*)(memory + SHARED_FORWARD + TILE * (CHANNELS * 8 + 2 * STATES * 4)) + partner % TILE * ROW;
       float v[4];
-      #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        v[i] = y[row * ROW + column + i];
-        if (DIRECTIONS == 2 && done) v[i] += partner / TILE == tile ? other[column + i] : value(parked[k], i);
+      take(v, *(const float4*)(y + r * ROW + column));
+      if (DIRECTIONS == 2 && done) {
+        #pragma unroll
+        for (int i = 0; i < 4; i++) v[i] += partner / TILE == tile ? other[column + i] : value(parked[k], i);
       }
       if (ungated || !done) store(parks + at, v, count);
+      if (!done || !out) continue;
       #pragma unroll
-      for (int i = 0; i < 4; i++) if (z) { const float x = value(gate[k], i); v[i] *= x * sigmoid(x); }
-      if (done && out) store(out + at, v, count);
+      for (int i = 0; i < 4; i++) { const float g = value(gate[k], i); v[i] *= z ? g * sigmoid(g) : 1.f; }
+      store(out + at, v, count);
     }
     // where both were in the same tile, the other's y has been read: it may be overwritten only after that
-    if (DIRECTIONS == 2 && (walk.size - 1 - tile * TILE) / TILE >= tile && (walk.size - (tile + 1) * TILE) / TILE <= tile) __syncthreads();
+    if (DIRECTIONS == 2 && (left - 1) / TILE >= tile && (left - TILE) / TILE <= tile) __syncthreads();
   }
 
   #pragma unroll
@@ -196,6 +203,9 @@ KERNEL(scan_states, DIRECTIONS * THREADS, 1)(
     i64 L, i64 E, i64 N, i64 span, i64 flags) { FORWARD(false); }
 #undef THREADS
 #undef CHANNELS
+#undef ROWS
+#undef MIXES
+#undef MIXED
 
 // What enters every split, from what leaves each when nothing enters it: x <- exp(A sum(delta)) x + local, split by split in
 // the order of the walk (its reverse if `adjoint`). `initial` (direction, clip, E, N) or 0; `final` as that, or 0.
