@@ -22,7 +22,7 @@
 #define SHARED_SUMS (TILE * BACKWARD_WARPS * 2 * STATES * 4)
 #define SHARED_BACKWARD (SHARED_STEP + SHARED_HELD + SHARED_OUT + SHARED_SUMS)
 
-// Where a thread reads and writes at token 0: everything that a tile needs, staged as {delta, delta u, dy, u} a token and channel and {B | C} a token. `states`: only what
+// Where a thread reads and writes at token 0: everything that a tile needs, staged as {delta, delta u}, dy and u a token and channel and {B | C} a token. `states`: only what
 // the adjoint alone needs. The first direction also makes dz and, again, the gated output.
 struct Inputs {
   const io *u, *delta, *z, *B, *C, *dout, *ungated;
@@ -34,7 +34,9 @@ template <bool FULL> DEVICE void scan_backward(
     char* memory, Inputs in, const float* A, const float* D, const float* bias, const float* marks, const float* enter,
     float* leave, float* sums, io* du, io* ddelta, float* parts, float* rows,
     int L, int E, int N, int span, int flags, int direction, bool back) {
-  float4* step = (float4*)memory;                                  // [TILE][CHANNELS]
+  float2* step = (float2*)memory;                                  // [TILE][CHANNELS] delta, delta u
+  float* dys = (float*)(step + TILE * CHANNELS);                   // [TILE][CHANNELS]
+  float* us = dys + TILE * CHANNELS;                               // [TILE][CHANNELS]
   float* mix = (float*)(memory + TILE * CHANNELS * 16);            // [TILE][B | C][STATES]
   float4* held = (float4*)(memory + SHARED_STEP);                  // [PIECES - 1][K][GROUPS][THREADS]
   float* result = (float*)(memory + SHARED_STEP + SHARED_HELD);    // [du | ddelta][TILE][CHANNELS]
@@ -61,15 +63,14 @@ template <bool FULL> DEVICE void scan_backward(
   int slot[K];
   #pragma unroll
   for (int k = 0; k < K; k++) {
-    // the order of two channels differs between lanes, so that the first step of the sums over quarters needs no choice
-    slot[k] = warp * 8 * K + 8 * (K == 2 ? k ^ place.low : k) + place.channel, total[k] = 0.f;
+    slot[k] = warp * 8 * K + 8 * k + place.channel, total[k] = 0.f;
     load_rates(rate[k], A, edge + slot[k], E, N, place.quarter, flags);
     load_states(adjoint[k], enter ? enter + one * E * N : 0, edge + slot[k], E, N, place.quarter);
     #pragma unroll
     for (int i = 0; i < MINE; i++) dA[k][i] = 0.f;
   }
   // after sums over the quarters, each of four lanes has one token and channel of TOGETHER tokens and K channels
-  const int own_token = K == 1 ? 2 * place.low + place.high : place.high, own = slot[0];
+  const int own_token = K == 1 ? 2 * place.high + place.low : place.high, own = slot[K == 1 ? 0 : place.low];
   const float skip = D && edge + own < E ? D[edge + own] : 0.f;
   float shift[4];
   #pragma unroll
@@ -85,32 +86,45 @@ template <bool FULL> DEVICE void scan_backward(
         load_states(h[k], marks + (one * (span / TILE) + tile) * E * N, edge + slot[k], E, N, place.quarter);
     }
     // loads are not fetched ahead: the registers are worth more, and other blocks run meanwhile
+    Quad qu[K], qd[K], qg[K], qz[K], qy[K], qm[MIXES];
     #pragma unroll
     for (int k = K - 1; k >= 0; k--) {
-      const int r = row + k * ROWS, n = r < left ? count : 0;
-      const Quad qu = load<VECTOR>(u, FULL ? n : 0), qd = load<VECTOR>(delta, n), qg = load<VECTOR>(dout, n);
-      const Quad qz = load<VECTOR>(z, in.z ? n : 0), qy = load<VECTOR>(in.ungated + staged, gates ? n : 0);
-      float made[4], gated[4];
-      #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const float raw = value(qd, i) + shift[i], soft = softplus(raw), x = value(qu, i), g = value(qg, i);
-        const float d = r < left ? (flags & SOFTPLUS ? soft : raw) : 0.f, v = value(qz, i), s = sigmoid(v), y = value(qy, i);
-        made[i] = g * y * s * (1.f + v * (1.f - s)), gated[i] = y * v * s;
-        step[r * CHANNELS + column + i] = make_float4(d, d * x, in.z ? g * v * s : g, x);
-      }
-      if (gates) {
-        store(dz, made, n);
-        if (in.gated) store(in.gated + staged, gated, n);
-      }
+      const int n = row + k * ROWS < left ? count : 0;
+      qu[k] = load<VECTOR>(u, FULL ? n : 0), qd[k] = load<VECTOR>(delta, n), qg[k] = load<VECTOR>(dout, n);
+      qz[k] = load<VECTOR>(z, in.z ? n : 0), qy[k] = load<VECTOR>(in.ungated + staged, gates ? n : 0);
       u += (i64)hop * in.u_t, delta += (i64)hop * in.d_t, dout += (i64)hop * in.dout_t, z += (i64)hop * in.z_t;
-      dz += (i64)hop * in.dz_t, staged += (i64)hop * E;
+      staged += (i64)hop * E;
     }
     #pragma unroll
     for (int m = MIXES - 1; m >= 0; m--) {
-      const Quad q = load<VECTOR_BC>(blend, (FULL || is_C) && mixed + m * MIXED < left ? mixes : 0);
+      qm[m] = load<VECTOR_BC>(blend, (FULL || is_C) && mixed + m * MIXED < left ? mixes : 0);
       blend += mix_hop;
+    }
+    #pragma unroll
+    for (int k = K - 1; k >= 0; k--) {
+      const int r = row + k * ROWS, n = r < left ? count : 0;
+      float d[4], x[4], dy[4], made[4], gated[4];
+      #pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const float raw = value(qd[k], i) + shift[i], soft = softplus(raw), g = value(qg[k], i), v = value(qz[k], i);
+        const float s = sigmoid(v), y = value(qy[k], i);
+        d[i] = r < left ? (flags & SOFTPLUS ? soft : raw) : 0.f, x[i] = value(qu[k], i), dy[i] = in.z ? g * v * s : g;
+        made[i] = g * y * s * (1.f + v * (1.f - s)), gated[i] = y * v * s;
+      }
+      float4* to = (float4*)(step + r * CHANNELS + column);
+      to[0] = make_float4(d[0], d[0] * x[0], d[1], d[1] * x[1]), to[1] = make_float4(d[2], d[2] * x[2], d[3], d[3] * x[3]);
+      *(float4*)(dys + r * CHANNELS + column) = make_float4(dy[0], dy[1], dy[2], dy[3]);
+      if (FULL) *(float4*)(us + r * CHANNELS + column) = make_float4(x[0], x[1], x[2], x[3]);
+      if (gates) {
+        store(dz, made, n);
+        if (in.gated) store(in.gated + staged + (i64)((K - 1 - k - K) * hop) * E, gated, n);
+      }
+      dz += (i64)hop * in.dz_t;
+    }
+    #pragma unroll
+    for (int m = 0; m < MIXES; m++) {
       if (THREADS <= TILE * STATES / 2 || tid < TILE * STATES / 2)
-        ((float4*)mix)[tid + m * THREADS] = make_float4(value(q, 0), value(q, 1), value(q, 2), value(q, 3));
+        ((float4*)mix)[tid + m * THREADS] = make_float4(value(qm[m], 0), value(qm[m], 1), value(qm[m], 2), value(qm[m], 3));
     }
     __syncthreads();
 
@@ -125,10 +139,11 @@ template <bool FULL> DEVICE void scan_backward(
         mixing(c, t, true);
         #pragma unroll
         for (int k = 0; k < K; k++) {
-          const float4 d = step[t * CHANNELS + slot[k]];
+          const float2 d = step[t * CHANNELS + slot[k]];
+          const float dy = dys[t * CHANNELS + slot[k]];
           total[k] += d.x;
           #pragma unroll
-          for (int i = 0; i < MINE; i++) adjoint[k][i] = ex2(d.x * rate[k][i]) * fmaf(c[i], d.z, adjoint[k][i]);
+          for (int i = 0; i < MINE; i++) adjoint[k][i] = ex2(d.x * rate[k][i]) * fmaf(c[i], dy, adjoint[k][i]);
         }
       }
       __syncthreads();
@@ -148,7 +163,7 @@ template <bool FULL> DEVICE void scan_backward(
         mixing(b, t, false);
         #pragma unroll
         for (int k = 0; k < K; k++) {
-          const float2 d = *(const float2*)(step + t * CHANNELS + slot[k]);
+          const float2 d = step[t * CHANNELS + slot[k]];
           #pragma unroll
           for (int i = 0; i < MINE; i++) h[k][i] = fmaf(ex2(d.x * rate[k][i]), h[k][i], d.y * b[i]);
         }
@@ -185,12 +200,13 @@ template <bool FULL> DEVICE void scan_backward(
         mixing(b, t0 + t, false);
         #pragma unroll
         for (int k = 0; k < K; k++) {
-          const float4 d = step[(t0 + t) * CHANNELS + slot[k]];
+          const float2 d = step[(t0 + t) * CHANNELS + slot[k]];
+          const float dy = dys[(t0 + t) * CHANNELS + slot[k]];
           #pragma unroll
           for (int i = 0; i < MINE; i++) {
             decay[t][k][i] = ex2(d.x * rate[k][i]), kept[t][k][i] = decay[t][k][i] * h[k][i];
             h[k][i] = fmaf(d.y, b[i], kept[t][k][i]);
-            dC[i] = k ? fmaf(d.z, h[k][i], dC[i]) : d.z * h[k][i];
+            dC[i] = k ? fmaf(dy, h[k][i], dC[i]) : dy * h[k][i];
           }
         }
         if (t % 2) gather(both, t0 + t - 1, 1);
@@ -202,11 +218,12 @@ template <bool FULL> DEVICE void scan_backward(
         mixing(b, t0 + t, false), mixing(c, t0 + t, true);
         #pragma unroll
         for (int k = 0; k < K; k++) {
-          const float4 d = step[(t0 + t) * CHANNELS + slot[k]];
+          const float2 d = step[(t0 + t) * CHANNELS + slot[k]];
+          const float dy = dys[(t0 + t) * CHANNELS + slot[k]];
           float sum_B = 0.f, sum_A = 0.f;
           #pragma unroll
           for (int i = 0; i < MINE; i++) {
-            const float g = fmaf(c[i], d.z, adjoint[k][i]), w = g * kept[t][k][i];
+            const float g = fmaf(c[i], dy, adjoint[k][i]), w = g * kept[t][k][i];
             sum_B = fmaf(g, b[i], sum_B), sum_A = fmaf(w, rate[k][i], sum_A);
             dA[k][i] = fmaf(w, d.x, dA[k][i]), adjoint[k][i] = g * decay[t][k][i];
             dB[i] = k ? fmaf(d.y, g, dB[i]) : d.y * g;
@@ -215,20 +232,14 @@ template <bool FULL> DEVICE void scan_backward(
         }
         if (t % 2 == 0) gather(both, t0 + t, 0);
         if (t % TOGETHER) continue;
-        if (K == 2) {
-          #pragma unroll
-          for (int i = 0; i < 2; i++) {
-            along_B[i] = along_B[2 * i] + __shfl_xor_sync(0xffffffffu, along_B[2 * i + 1], LOW);
-            along_A[i] = along_A[2 * i] + __shfl_xor_sync(0xffffffffu, along_A[2 * i + 1], LOW);
-          }
-        } else halve<4>(along_B, LOW, place.low), halve<4>(along_A, LOW, place.low);
-        halve<2>(along_B, HIGH, place.high), halve<2>(along_A, HIGH, place.high);
+        halve<4>(along_B, HIGH, place.high), halve<2>(along_B, LOW, place.low);
+        halve<4>(along_A, HIGH, place.high), halve<2>(along_A, LOW, place.low);
         const int row = t0 + t + own_token;
-        const float4 d = step[row * CHANNELS + own];
-        const float inner = d.x < 0.02f ? d.x * (1.f - d.x * (0.5f - d.x * (1.f / 6.f))) : 1.f - ex2(-d.x * LOG2E);
-        const float dd = fmaf(d.w, along_B[0], along_A[0] * LN2) * (flags & SOFTPLUS ? inner : 1.f);
-        dD = fmaf(d.z, d.w, dD), dbias += dd;
-        result[row * CHANNELS + own] = fmaf(d.x, along_B[0], skip * d.z), result[(TILE + row) * CHANNELS + own] = dd;
+        const float d = step[row * CHANNELS + own].x, dy = dys[row * CHANNELS + own], x = us[row * CHANNELS + own];
+        const float inner = d < 0.02f ? d * (1.f - d * (0.5f - d * (1.f / 6.f))) : 1.f - ex2(-d * LOG2E);
+        const float dd = fmaf(x, along_B[0], along_A[0] * LN2) * (flags & SOFTPLUS ? inner : 1.f);
+        dD = fmaf(dy, x, dD), dbias += dd;
+        result[row * CHANNELS + own] = fmaf(d, along_B[0], skip * dy), result[(TILE + row) * CHANNELS + own] = dd;
       }
     }
     __syncthreads();

@@ -106,10 +106,17 @@ struct Place {
 
 // A thread's rows of a (E, N) matrix of float32: MINE states of one channel; 0 beyond E or N.
 DEVICE void load_states(float* v, const float* p, int channel, int E, int N, int quarter) {
+  const bool here = p && channel < E;
   #pragma unroll
-  for (int i = 0; i < MINE; i++) {
-    int n = (i / 4) * 16 + quarter * 4 + i % 4;
-    v[i] = p && channel < E && n < N ? p[(i64)channel * N + n] : 0.f;
+  for (int g = 0; g < GROUPS; g++) {
+    const int n = g * 16 + quarter * 4;
+    float4 x = {};
+    if (N % 4 == 0) { if (here && n < N) x = *(const float4*)(p + (i64)channel * N + n); }
+    else if (here) {
+      const float* at = p + (i64)channel * N + n;
+      x = make_float4(n < N ? at[0] : 0.f, n + 1 < N ? at[1] : 0.f, n + 2 < N ? at[2] : 0.f, n + 3 < N ? at[3] : 0.f);
+    }
+    take(v + 4 * g, x);
   }
 }
 DEVICE void store_states(float* p, const float* v, int channel, int E, int N, int quarter) {
