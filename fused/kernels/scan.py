@@ -198,17 +198,17 @@ def backward(
     def launch(name: str, shared: int, enter: Tensor | None, *rest: Any) -> None:
         module.launch(name, grid, threads, shared, *arguments, dy, *_steps(dy), ungated, marks, enter, leave, sums, *rest, *size)
 
-    size = (L, E, N, plan.span, s.flags)
+    size, shared = (L, E, N, plan.span, s.flags), _shared_backward(plan, u.element_size())
     nothing = (None, None, None, None, None, 0, 0, None, None, None)
     enter, first = dfinal, None
     if S > 1:
-        launch("scan_backward_states", _shared_step(plan), None, *nothing)
+        launch("scan_backward_states", shared, None, *nothing)
         enter, first = combine(s, plan, sums, leave, dfinal, adjoint=True)
     parts = torch.empty((d, B, L, blocks, 2, plan.states), **wide)
     width = -(-E * (N + 2) // 4) * 4
     rows, total = torch.empty((d, B * S, width), **wide), torch.empty((d, width), **wide)
     results = (*_both(du), *_both(ddelta), dz, *(_steps(dz) if dz is not None else (0, 0)), out, parts, rows)
-    launch("scan_backward_full", _shared_backward(plan), enter, *results)
+    launch("scan_backward_full", shared, enter, *results)
     args = (parts, *_both(dB), *_steps(dB[0]), *_both(dC), *_steps(dC[0]), L, N, blocks)
     module.launch("scan_sum_parts", (-(-L * 2 * plan.states // 256), B, d), 256, 0, *args)
     module.launch("scan_sum_rows", (-(-width // 128), d, 1), 128, 0, rows, total, width, B * S)
@@ -225,15 +225,14 @@ def _scan(name: str, s: Streams, plan: Plan, start, last, sums, marks, y, ungate
     _module(s, plan).launch(name, grid, d * 32 * shape.warps, shared, *args)
 
 
-def _shared_step(plan: Plan) -> int:
-    return TILE * (plan.backward.width * 16 + 2 * plan.states * 4)
-
-
-def _shared_backward(plan: Plan) -> int:
-    """Bytes of a block: staged inputs, held states, results, sums over channels."""
+def _shared_backward(plan: Plan, size: int) -> int:
+    """Bytes of a block, `size` of an element: staged inputs, held states, results, sums over channels, what is fetched ahead."""
     K, warps, _, piece = plan.backward
-    held = (TILE // piece - 1) * K * plan.states // 16 * 32 * warps * 16
-    return _shared_step(plan) + held + 2 * TILE * plan.backward.width * 4 + TILE * warps * 2 * plan.states * 4
+    threads, width, groups = 32 * warps, plan.backward.width, plan.states // 16
+    held, mixes = (TILE // piece - 1) * K * groups * threads * 16, -(-TILE * plan.states // 2 // threads)
+    staged = TILE * (width * 16 + 2 * plan.states * 4)
+    fetched = (5 * K + mixes) * threads * 4 * size + K * groups * threads * 16
+    return staged + held + 2 * TILE * width * 4 + TILE * warps * 2 * plan.states * 4 + fetched
 
 
 def _arguments(s: Streams) -> tuple[Any, ...]:

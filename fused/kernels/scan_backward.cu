@@ -20,7 +20,8 @@
 #define SHARED_HELD ((PIECES - 1) * K * GROUPS * THREADS * 16)
 #define SHARED_OUT (2 * TILE * CHANNELS * 4)
 #define SHARED_SUMS (TILE * BACKWARD_WARPS * 2 * STATES * 4)
-#define SHARED_BACKWARD (SHARED_STEP + SHARED_HELD + SHARED_OUT + SHARED_SUMS)
+#define RAW (5 * K + MIXES)  // groups of four that a thread fetches: u, delta, dy, z and the ungated y, then B and C
+#define SHARED_BACKWARD (SHARED_STEP + SHARED_HELD + SHARED_OUT + SHARED_SUMS + RAW * THREADS * sizeof(Quad) + K * GROUPS * THREADS * 16)
 
 // Where a thread reads and writes at token 0: everything that a tile needs, staged as {delta, delta u}, dy and u a token and channel and {B | C} a token. `states`: only what
 // the adjoint alone needs. The first direction also makes dz and, again, the gated output.
@@ -57,7 +58,7 @@ template <bool FULL> DEVICE void scan_backward(
   const bool is_C = tid % (STATES / 2) >= STATES / 4;
   const int mix_t = is_C ? in.C_t : in.B_t, mix_hop = (back ? MIXED : -MIXED) * mix_t;
   const io* blend = (is_C ? in.C : in.B) + state + (i64)walk.token((tiles - 1) * TILE + (MIXES - 1) * MIXED + mixed) * mix_t;
-  i64 staged = (i64)token * E, written = staged;  // of the contiguous streams
+  i64 staged = (i64)token * E, regated = staged, written = staged;  // of the contiguous streams
 
   float rate[K][MINE], adjoint[K][MINE], dA[K][MINE], total[K], dD = 0.f, dbias = 0.f;
   int slot[K];
@@ -77,38 +78,52 @@ template <bool FULL> DEVICE void scan_backward(
   for (int i = 0; i < 4; i++) shift[i] = bias && i < count ? bias[edge + column + i] : 0.f;
 
   const bool gates = FULL && in.z && direction == 0;
-  for (int tile = tiles - 1; tile >= 0; tile--) {
+  // what the next tile needs is on its way while this one is worked on, into places that only this thread reads
+  Quad* raw = (Quad*)(memory + SHARED_STEP + SHARED_HELD + SHARED_OUT + SHARED_SUMS) + tid;
+  float4* begun = (float4*)(raw - tid + RAW * THREADS) + tid;
+  auto ahead = [&](int tile) {
     const int left = walk.size - tile * TILE;
-    float h[K][MINE];
-    if (FULL) {
-      #pragma unroll
-      for (int k = 0; k < K; k++)
-        load_states(h[k], marks + (one * (span / TILE) + tile) * E * N, edge + slot[k], E, N, place.quarter);
-    }
-    // loads are not fetched ahead: the registers are worth more, and other blocks run meanwhile
-    Quad qu[K], qd[K], qg[K], qz[K], qy[K], qm[MIXES];
+    Quad* to = raw;
     #pragma unroll
-    for (int k = K - 1; k >= 0; k--) {
+    for (int k = K - 1; k >= 0; k--, to += 5 * THREADS) {
       const int n = row + k * ROWS < left ? count : 0;
-      qu[k] = load<VECTOR>(u, FULL ? n : 0), qd[k] = load<VECTOR>(delta, n), qg[k] = load<VECTOR>(dout, n);
-      qz[k] = load<VECTOR>(z, in.z ? n : 0), qy[k] = load<VECTOR>(in.ungated + staged, gates ? n : 0);
+      if (FULL) fetch<VECTOR>(to, u, n);
+      fetch<VECTOR>(to + THREADS, delta, n), fetch<VECTOR>(to + 2 * THREADS, dout, n);
+      if (in.z) fetch<VECTOR>(to + 3 * THREADS, z, n);
+      if (gates) fetch<VECTOR>(to + 4 * THREADS, in.ungated + staged, n);
       u += (i64)hop * in.u_t, delta += (i64)hop * in.d_t, dout += (i64)hop * in.dout_t, z += (i64)hop * in.z_t;
       staged += (i64)hop * E;
     }
     #pragma unroll
-    for (int m = MIXES - 1; m >= 0; m--) {
-      qm[m] = load<VECTOR_BC>(blend, (FULL || is_C) && mixed + m * MIXED < left ? mixes : 0);
+    for (int m = 0; m < MIXES; m++) {
+      fetch<VECTOR_BC>(to + m * THREADS, blend, (FULL || is_C) && mixed + (MIXES - 1 - m) * MIXED < left ? mixes : 0);
       blend += mix_hop;
     }
+    if (FULL && N % 4 == 0) {
+      #pragma unroll
+      for (int i = 0; i < K * GROUPS; i++) {
+        const int channel = edge + slot[i / GROUPS], n = i % GROUPS * 16 + place.quarter * 4;
+        const bool here = channel < E && n < N;
+        copy_ahead<16>(begun + i * THREADS, marks + (one * (span / TILE) + tile) * E * N + (here ? (i64)channel * N + n : 0), here);
+      }
+    }
+  };
+  ahead(tiles - 1);
+  for (int tile = tiles - 1; tile >= 0; tile--) {
+    const int left = walk.size - tile * TILE;
+    copy_wait();
+    const Quad* from = raw;
     #pragma unroll
     for (int k = K - 1; k >= 0; k--) {
       const int r = row + k * ROWS, n = r < left ? count : 0;
+      const Quad qu = from[0], qd = from[THREADS], qg = from[2 * THREADS], qz = from[3 * THREADS], qy = from[4 * THREADS];
       float d[4], x[4], dy[4], made[4], gated[4];
+      from += 5 * THREADS;
       #pragma unroll
       for (int i = 0; i < 4; i++) {
-        const float raw = value(qd[k], i) + shift[i], soft = softplus(raw), g = value(qg[k], i), v = value(qz[k], i);
-        const float s = sigmoid(v), y = value(qy[k], i);
-        d[i] = r < left ? (flags & SOFTPLUS ? soft : raw) : 0.f, x[i] = value(qu[k], i), dy[i] = in.z ? g * v * s : g;
+        const float raw = value(qd, i) + shift[i], soft = softplus(raw), g = value(qg, i), v = value(qz, i);
+        const float s = sigmoid(v), y = value(qy, i);
+        d[i] = r < left ? (flags & SOFTPLUS ? soft : raw) : 0.f, x[i] = value(qu, i), dy[i] = in.z ? g * v * s : g;
         made[i] = g * y * s * (1.f + v * (1.f - s)), gated[i] = y * v * s;
       }
       float4* to = (float4*)(step + r * CHANNELS + column);
@@ -117,16 +132,26 @@ template <bool FULL> DEVICE void scan_backward(
       if (FULL) *(float4*)(us + r * CHANNELS + column) = make_float4(x[0], x[1], x[2], x[3]);
       if (gates) {
         store(dz, made, n);
-        if (in.gated) store(in.gated + staged + (i64)((K - 1 - k - K) * hop) * E, gated, n);
+        if (in.gated) store(in.gated + regated, gated, n);
       }
-      dz += (i64)hop * in.dz_t;
+      dz += (i64)hop * in.dz_t, regated += (i64)hop * E;
     }
     #pragma unroll
     for (int m = 0; m < MIXES; m++) {
+      const Quad q = from[m * THREADS];
       if (THREADS <= TILE * STATES / 2 || tid < TILE * STATES / 2)
-        ((float4*)mix)[tid + m * THREADS] = make_float4(value(qm[m], 0), value(qm[m], 1), value(qm[m], 2), value(qm[m], 3));
+        ((float4*)mix)[tid + (MIXES - 1 - m) * THREADS] = make_float4(value(q, 0), value(q, 1), value(q, 2), value(q, 3));
+    }
+    float h[K][MINE];
+    if (FULL) {
+      #pragma unroll
+      for (int k = 0; k < K; k++) {
+        if (N % 4) load_states(h[k], marks + (one * (span / TILE) + tile) * E * N, edge + slot[k], E, N, place.quarter);
+        else for (int g = 0; g < GROUPS; g++) take(h[k] + 4 * g, begun[(k * GROUPS + g) * THREADS]);
+      }
     }
     __syncthreads();
+    if (tile > 0) ahead(tile - 1);
 
     auto mixing = [&](float* v, int t, bool is_C) {
       #pragma unroll

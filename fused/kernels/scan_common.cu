@@ -36,9 +36,19 @@ DEVICE float from_fp16(unsigned short x) { float y; asm("cvt.f32.f16 %0, %1;" : 
 DEVICE unsigned short to_fp16(float x) { unsigned short y; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y; }
 DEVICE unsigned bf16_pair(float a, float b) { unsigned y; asm("cvt.rn.bf16x2.f32 %0, %2, %1;" : "=r"(y) : "f"(a), "f"(b)); return y; }
 DEVICE unsigned fp16_pair(float a, float b) { unsigned y; asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(y) : "f"(a), "f"(b)); return y; }
+// copies to shared memory that run behind the thread's back until it waits; zeros where not `here`
+template <int BYTES> DEVICE void copy_ahead(void* to, const void* from, bool here) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
+               :: "r"((unsigned)__cvta_generic_to_shared(to)), "l"(from), "n"(BYTES), "r"(here ? BYTES : 0));
+}
+DEVICE void copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 #else
 DEVICE unsigned bf16_pair(float a, float b) { return to_bf16(a) | (unsigned)to_bf16(b) << 16; }
 DEVICE unsigned fp16_pair(float a, float b) { return to_fp16(a) | (unsigned)to_fp16(b) << 16; }
+template <int BYTES> DEVICE void copy_ahead(void* to, const void* from, bool here) {
+  for (int i = 0; i < BYTES; i++) ((char*)to)[i] = here ? ((const char*)from)[i] : 0;
+}
+DEVICE void copy_wait() {}
 #endif
 
 #if IO == 2
@@ -70,6 +80,11 @@ template <bool WHOLE> DEVICE Quad load(const io* p, int count) {
   Quad q = {};
   if (count > 0) q = *(const Quad*)p;
   return q;
+}
+// the same into a thread's own place in shared memory, ahead of time where whole groups can be copied
+template <bool WHOLE> DEVICE void fetch(Quad* to, const io* p, int count) {
+  if (WHOLE) copy_ahead<sizeof(Quad)>(to, p, count > 0);
+  else *to = single(p, count);
 }
 DEVICE void store(io* p, const float* v, int count) {
   if (VECTOR) { if (count > 0) *(Quad*)p = quad(v); }
