@@ -85,7 +85,7 @@ class Plan(NamedTuple):
 
 def shapes(N: int, E: int) -> tuple[Shape, Shape]:
     """Measured best on an H200 for N <= 16; with more states a thread has registers for one channel."""
-    return (Shape(1, 4), Shape(2, 2, 5)) if N <= 16 else (Shape(1, 4), Shape(1, 4))
+    return (Shape(2, 2, 3), Shape(2, 4, 3)) if N <= 16 else (Shape(1, 4), Shape(1, 4))
 
 
 def plan(B: int, L: int, E: int, N: int, directions: int, processors: int, splits: int = 0) -> Plan:

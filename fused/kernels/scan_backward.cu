@@ -58,7 +58,7 @@ template <bool FULL> DEVICE void scan_backward(
   const bool is_C = tid % (STATES / 2) >= STATES / 4;
   const int mix_t = is_C ? in.C_t : in.B_t, mix_hop = (back ? MIXED : -MIXED) * mix_t;
   const io* blend = (is_C ? in.C : in.B) + state + (i64)walk.token((tiles - 1) * TILE + (MIXES - 1) * MIXED + mixed) * mix_t;
-  i64 staged = (i64)token * E, regated = staged, written = staged;  // of the contiguous streams
+  i64 staged = (i64)token * E, written = staged;  // of the contiguous streams
 
   float rate[K][MINE], adjoint[K][MINE], dA[K][MINE], total[K], dD = 0.f, dbias = 0.f;
   int slot[K];
@@ -73,10 +73,6 @@ template <bool FULL> DEVICE void scan_backward(
   // after sums over the quarters, each of four lanes has one token and channel of TOGETHER tokens and K channels
   const int own_token = K == 1 ? 2 * place.high + place.low : place.high, own = slot[K == 1 ? 0 : place.low];
   const float skip = D && edge + own < E ? D[edge + own] : 0.f;
-  float shift[4];
-  #pragma unroll
-  for (int i = 0; i < 4; i++) shift[i] = bias && i < count ? bias[edge + column + i] : 0.f;
-
   const bool gates = FULL && in.z && direction == 0;
   // what the next tile needs is on its way while this one is worked on, into places that only this thread reads
   Quad* raw = (Quad*)(memory + SHARED_STEP + SHARED_HELD + SHARED_OUT + SHARED_SUMS) + tid;
@@ -113,6 +109,9 @@ template <bool FULL> DEVICE void scan_backward(
     const int left = walk.size - tile * TILE;
     copy_wait();
     const Quad* from = raw;
+    float shift[4];  // read again for every tile: four registers less
+    #pragma unroll
+    for (int i = 0; i < 4; i++) shift[i] = bias && i < count ? __ldg(bias + edge + column + i) : 0.f;
     #pragma unroll
     for (int k = K - 1; k >= 0; k--) {
       const int r = row + k * ROWS, n = r < left ? count : 0;
@@ -132,9 +131,9 @@ template <bool FULL> DEVICE void scan_backward(
       if (FULL) *(float4*)(us + r * CHANNELS + column) = make_float4(x[0], x[1], x[2], x[3]);
       if (gates) {
         store(dz, made, n);
-        if (in.gated) store(in.gated + regated, gated, n);
+        if (in.gated) store(in.gated + written + (i64)((K - 1 - k) * hop) * E, gated, n);
       }
-      dz += (i64)hop * in.dz_t, regated += (i64)hop * E;
+      dz += (i64)hop * in.dz_t;
     }
     #pragma unroll
     for (int m = 0; m < MIXES; m++) {
