@@ -138,7 +138,8 @@ def _native(x, weight, bias, initial_state, activated, reverse):
     from .kernels import conv
 
     y, finals = conv.forward(x, (weight,), (bias,), (initial_state,), (reverse,), activated)
-    return y[0], finals[0]
+    (final,) = finals or ()
+    return y[0], final
 
 
 def _native_backward(dy, dstate, x, weight, bias, initial_state, activated, reverse):
