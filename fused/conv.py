@@ -174,9 +174,9 @@ class _Native(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dstate):
-        x, weight, bias, initial_state = ctx.saved_tensors
-        grads = torch.ops.videomamba.causal_conv1d_backward(dy, dstate, x, weight, bias, initial_state, *ctx.options)
-        return *(None if t is None else g for t, g in zip(ctx.saved_tensors, grads, strict=True)), None, None
+        tensors = ctx.saved_tensors  # once: a checkpoint gives them out once
+        grads = torch.ops.videomamba.causal_conv1d_backward(dy, dstate, *tensors, *ctx.options)
+        return *(None if t is None else g for t, g in zip(tensors, grads, strict=True)), None, None
 
 
 def _below_autograd(*arguments):

@@ -87,7 +87,7 @@ def norm_native(
 ) -> Rows | tuple[Rows, Rows]:
     """Add and normalise in one kernel each way, by `torch.ops.videomamba.add_norm`; keeps what `norm_torch` keeps.
 
-    Raises ValueError for rows of more than 32768 channels, and for a tensor in float64.
+    Raises ValueError for rows of more than 8192 channels, and for a tensor in float64.
     """
     from .kernels.norm import MAX_WIDTH
 

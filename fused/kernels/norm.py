@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .device import launching_on
 
-MAX_WIDTH = 32768  # a row of 32 numbers a thread in the largest block
+MAX_WIDTH = 8192  # the widest row that both kernels hold without spilling
 PROGRAMS = 528  # of the backward: 4 for each of an H200's 132 SMs; a constant, for it decides the order of sums
 REDUCE = {"ROWS": 64, "COLUMNS": 32, "num_warps": 4}
 
@@ -141,7 +141,7 @@ def forward(
     rstd = torch.empty(M, dtype=torch.float32, device=x.device)
     mean = torch.empty_like(rstd) if centre else None
     if x.numel():
-        config = _tile(D, 32)
+        config = _tile(D, 64 // x.element_size(), 4)
         with launching_on(x.device):
             forward_kernel[(triton.cdiv(M, config["ROWS"]),)](
                 x, residual, weight.contiguous(), None if bias is None else bias.contiguous(), y, out, mean, rstd,
@@ -178,7 +178,7 @@ def backward(
     dbias = None if bias is None else torch.empty(D, dtype=bias.dtype, device=first.device)
     if not first.numel():
         return dx, dresidual, dweight.zero_(), None if dbias is None else dbias.zero_()
-    config = _tile(D, 16 if bias is None else 8)  # the sums of dbias take as many registers as those of dweight
+    config = _tile(D, 8, 8)
     tiles = triton.cdiv(M, config["ROWS"])
     rounds = triton.cdiv(tiles, PROGRAMS)
     programs = triton.cdiv(tiles, rounds)
@@ -195,10 +195,10 @@ def backward(
     return dx, dresidual, dweight, dbias
 
 
-def _tile(D: int, numbers: int) -> dict[str, int]:
-    """Rows and columns of a tile with about that many numbers a thread, in 4 warps if a row fits in them."""
+def _tile(D: int, numbers: int, warps: int) -> dict[str, int]:
+    """Rows and columns of a tile with about that many numbers a thread, in more warps where a row needs them."""
     columns = triton.next_power_of_2(D)
-    warps = min(max(columns // (32 * numbers), 4), 32)
+    warps = min(max(columns // (32 * numbers), warps), 16)
     return {"ROWS": min(max(32 * warps * numbers // columns, 1), 16), "COLUMNS": columns, "num_warps": warps}
 
 
