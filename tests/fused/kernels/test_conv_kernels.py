@@ -4,7 +4,6 @@ import os
 import pathlib
 import sys
 
-import compiled
 import naive
 import pytest
 import torch
@@ -14,6 +13,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 pytest.importorskip("triton")
+
+import compiled  # noqa: E402
 
 from fused import backends  # noqa: E402
 from fused.conv import causal_conv1d, conv_native, conv_torch  # noqa: E402
@@ -27,7 +28,7 @@ AHEAD, BACK, BOTH = (False,), (True,), (False, True)
 CASES = [
     (2, 9, 5, 4, BOTH, False, True, True),
     (1, 9, 65, 3, AHEAD, True, True, True),
-    (1, 53, 3, 4, (True, False), True, True, True),
+    (1, 53, 3, 3, (True, False), True, True, True),
     (1, 2, 33, 4, BOTH, True, False, False),
     (1, 13, 5, 2, BACK, True, True, True),
     (1, 5, 3, 1, AHEAD, False, False, True),
@@ -164,7 +165,7 @@ def test_planted_wrongness_is_seen(right, wrong, tmp_path, monkeypatch):
 
 
 def test_repeats_and_ignores_its_neighbours():
-    case = (3, 11, 5, 4, BOTH, True, True, True)
+    case = (2, 11, 5, 4, BOTH, True, True, True)
     tensors, cotangents = draw(0, case)
     shared = [k for k in tensors if k.startswith(("weight", "bias"))]
     alone = {k: v if k in shared else v[1:2] for k, v in tensors.items()}
@@ -218,7 +219,7 @@ def test_the_public_operator(reverse, monkeypatch):
     assert torch.equal(
         torch.autograd.grad(state, x, dstate)[0], torch.autograd.grad(conv_torch(**tensors, reverse=reverse)[1], x, dstate)[0]
     )
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(DEVICE, dtype=torch.bfloat16):
         assert torch.equal(got["out0"], causal_conv1d(**tensors, reverse=reverse, backend="native")[0])
 
 
@@ -258,4 +259,4 @@ def test_compiles_without_spills(tmp_path, capsys):
     with capsys.disabled():
         print("", *lines, sep="\n")
     assert {(line["kernel"], line["sm"]) for line in lines} == {(k, sm) for k in KERNELS for sm in (80, 90, 100)}
-    assert not [line for line in lines if line["spilled"] or line["reloaded"]]
+    assert not [line for line in lines if line["stack"]]
