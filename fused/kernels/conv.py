@@ -82,7 +82,8 @@ def backward(
     """(dx, dweights, dbiases, dstates) of `forward`: dx summed over the directions, the others one for each.
 
     dy is (directions, B, L, E) or one (B, L, E) for each direction; dfinals (B, E, K-1) or None for each. dx is written
-    where given, through any strides over clips and tokens. dweights (E, K) and dbiases (E,) are float32, dstates have
+    where given, through any strides over clips and tokens, and must not overlap x or dy: runs read beyond their own tokens.
+    dweights (E, K) and dbiases (E,) are float32, dstates have
     their state's dtype; a bias or state that is None has no gradient.
     """
     biases, states, dfinals = _each(biases, weights), _each(states, weights), _each(dfinals, weights)
