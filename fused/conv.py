@@ -131,14 +131,16 @@ def conv_native(
             "use backend='torch'"
         )
     check_native_dtypes("causal_conv1d", x=x, weight=weight, bias=bias, initial_state=initial_state)
-    return torch.ops.videomamba.causal_conv1d(x, weight, bias, initial_state, activation is not None, reverse)
+    run = torch.ops.videomamba.causal_conv1d.default if torch.compiler.is_compiling() else _differentiable
+    return run(x, weight, bias, initial_state, activation is not None, reverse)
 
 
 def _native(x, weight, bias, initial_state, activated, reverse):
     from .kernels import conv
 
     y, finals = conv.forward(x, (weight,), (bias,), (initial_state,), (reverse,), activated)
-    return y[0], finals[0]
+    (final,) = finals or ()
+    return y[0], final
 
 
 def _native_backward(dy, dstate, x, weight, bias, initial_state, activated, reverse):
@@ -173,17 +175,18 @@ class _Native(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dstate):
-        x, weight, bias, initial_state = ctx.saved_tensors
-        grads = torch.ops.videomamba.causal_conv1d_backward(dy, dstate, x, weight, bias, initial_state, *ctx.options)
-        return *(None if t is None else g for t, g in zip(ctx.saved_tensors, grads, strict=True)), None, None
+        tensors = ctx.saved_tensors  # once: a checkpoint gives them out once
+        grads = torch.ops.videomamba.causal_conv1d_backward.default(dy, dstate, *tensors, *ctx.options)
+        return *(None if t is None else g for t, g in zip(tensors, grads, strict=True)), None, None
 
 
 def _below_autograd(*arguments):
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.videomamba.causal_conv1d(*arguments)
+        return torch.ops.videomamba.causal_conv1d.default(*arguments)
 
 
 def _differentiable(*arguments):
+    """What the op does on its way to a kernel; called by its own name it saves a round through the dispatcher."""
     wanted = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments)
     return _Native.apply(*arguments) if wanted else _below_autograd(*arguments)
 

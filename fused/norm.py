@@ -87,7 +87,7 @@ def norm_native(
 ) -> Rows | tuple[Rows, Rows]:
     """Add and normalise in one kernel each way, by `torch.ops.videomamba.add_norm`; keeps what `norm_torch` keeps.
 
-    Raises ValueError for rows of more than 32768 channels, and for a tensor in float64.
+    Raises ValueError for rows of more than 8192 channels, and for a tensor in float64.
     """
     from .kernels.norm import MAX_WIDTH
 
@@ -97,7 +97,8 @@ def norm_native(
         )
     check_native_dtypes("add_norm", x=x, weight=weight, bias=bias, residual=residual)
     stored = _stored(x, residual, residual_in_fp32) if prenorm else None
-    y, residual_out, _, _ = torch.ops.videomamba.add_norm(x, weight, bias, residual, eps, kind == "layer", stored)
+    run = torch.ops.videomamba.add_norm.default if torch.compiler.is_compiling() else _differentiable
+    y, residual_out, _, _ = run(x, weight, bias, residual, eps, kind == "layer", stored)
     return (y, residual_out) if prenorm else y
 
 
@@ -154,20 +155,18 @@ class _AddNorm(torch.autograd.Function):
 def _native(x, weight, bias, residual, eps, centre, stored):
     from .kernels import norm
 
-    y, out, mean, rstd = norm.forward(_rows(x), _rows(residual), weight, bias, eps, centre, stored)
-    alone = x.shape[:-1]
-    return y.view(x.shape), _or_empty(out, x, x.shape), _or_empty(mean, x, alone), rstd.view(alone)
+    y, out, mean, rstd = norm.forward(x, residual, weight, bias, eps, centre, stored)
+    return y, x.new_empty(0) if out is None else out, x.new_empty(0) if mean is None else mean, rstd
 
 
 def _native_backward(dy, dout, first, second, weight, bias, mean, rstd, x_dtype, residual_dtype):
     from .kernels import norm
 
     dx, dresidual, dweight, dbias = norm.backward(
-        _rows(dy), _rows(dout), _rows(first), _rows(second), weight, bias,
-        None if mean is None else mean.reshape(-1), rstd.reshape(-1), x_dtype, residual_dtype,
+        dy, dout, first, second, weight, bias, mean, rstd, x_dtype, residual_dtype
     )  # fmt: skip
-    dresidual = None if dresidual is dx else dresidual
-    return dx.view(first.shape), _or_empty(dresidual, first, first.shape), dweight, _or_empty(dbias, first, weight.shape)
+    own = dresidual is not None and dresidual is not dx
+    return dx, dresidual if own else first.new_empty(0), dweight, first.new_empty(0) if dbias is None else dbias
 
 
 def _shapes(x, weight, bias, residual, eps, centre, stored):
@@ -210,7 +209,7 @@ class _Native(torch.autograd.Function):
         if dy is None:  # the sum alone was used
             dx, dresidual = (None if dout is None or dtype is None else dout.to(dtype) for dtype in ctx.dtypes)
             return dx, None, None, dresidual, None, None, None
-        dx, dresidual, dweight, dbias = torch.ops.videomamba.add_norm_backward(
+        dx, dresidual, dweight, dbias = torch.ops.videomamba.add_norm_backward.default(
             dy, dout, first, second, weight, bias, mean, rstd, x_dtype, residual_dtype
         )
         if residual_dtype is None or residual_dtype == x_dtype:
@@ -220,21 +219,13 @@ class _Native(torch.autograd.Function):
 
 def _below_autograd(*arguments):
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.videomamba.add_norm(*arguments)
+        return torch.ops.videomamba.add_norm.default(*arguments)
 
 
 def _differentiable(*arguments):
+    """What the op does on its way to a kernel; called by its own name it saves a round through the dispatcher."""
     wanted = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments)
     return _Native.apply(*arguments) if wanted else _below_autograd(*arguments)
-
-
-def _rows(x):
-    return x if x is None or x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-
-
-def _or_empty(result: Tensor | None, like: Tensor, shape: torch.Size) -> Tensor:
-    """An op returns tensors only: an empty one for none."""
-    return like.new_empty(0) if result is None else result.view(shape)
 
 
 _OPS = torch.library.Library("videomamba", "FRAGMENT")

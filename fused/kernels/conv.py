@@ -13,6 +13,7 @@ run, then program by program, in an order that depends on the shape alone.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -22,10 +23,15 @@ from .conv_kernels import backward_kernel, forward_kernel, reduce_kernel
 from .device import launching_on
 
 MAX_WIDTH = 8
-THREADS = 132 * 1024  # what keeps an H200 busy; a constant, for sums must not depend on whose GPU it is
-AHEAD = {"RUNS": 8, "BE": 64, "UNROLL": 4, "num_warps": 4}  # 4 channels a thread
-BACKWARD = {"RUNS": 4, "BE": 64, "UNROLL": 4, "num_warps": 4}  # 2 channels a thread: it keeps 58 numbers for each pair
+# 4 channels a thread (96 registers) and 2 (126: it keeps 58 numbers for a pair of channels). SLOTS is how many programs
+# an H200 holds at once, a constant because it decides the order of sums; LOST is what a run costs beside its own
+# tokens, in steps, from the instructions in front of and behind the loop.
+AHEAD = {"RUNS": 8, "BE": 64, "UNROLL": 4, "num_warps": 4}
+BACKWARD = {"RUNS": 4, "BE": 64, "UNROLL": 4, "num_warps": 4}
+SLOTS = {"forward": 132 * 5, "backward": 132 * 4}
+LOST = {"forward": 3, "backward": 8}
 REDUCE = {"ROWS": 64, "BE": 32, "num_warps": 4}
+NATIVE = not triton.knobs.runtime.interpret
 
 Optionals = Sequence[Tensor | None] | None
 
@@ -38,8 +44,8 @@ def forward(
     reverses: Sequence[bool],
     activated: bool,
     want_states: bool = True,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Convolve x (B, L, E) in every direction: y (directions, B, L, E), and the states (B, E, K-1) that leave, or ().
+) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    """Convolve x (B, L, E) in every direction: y (directions, B, L, E), and the states (B, E, K-1) that leave, or None.
 
     weights are (E, K), biases (E,) or None, states (B, E, K-1) or None, each one for a direction; the directions are
     one of each kind at most. x may have any strides over clips and tokens; other channel strides than 1 cost a copy.
@@ -50,15 +56,15 @@ def forward(
     K = weights[0].shape[1]
     y = torch.empty((len(weights), B, L, E), dtype=x.dtype, device=x.device)
     if x.numel():
-        run, chunks = _runs(B, L + K - 1 if True in reverses else L, E, AHEAD, lanes=4, halo=0)
+        run, chunks = _runs("forward", B, L + K - 1 if True in reverses else L, E, 0)
         ahead, back = _sides(reverses, _contiguous(weights), _contiguous(biases), _as(states, x.dtype), y)
         with launching_on(x.device):
             forward_kernel[(B * chunks * triton.cdiv(E, AHEAD["BE"]),)](
                 x, *ahead, *back, L, E, x.stride(0), x.stride(1), chunks, run,
-                K=K, SILU=activated, NATIVE=not triton.knobs.runtime.interpret, **AHEAD,
+                K=K, SILU=activated, NATIVE=NATIVE, **AHEAD,
             )  # fmt: skip
     if not want_states:
-        return y, ()
+        return y, None
     return y, tuple(_leaving(x, s, K - 1, reverse) for s, reverse in zip(states, reverses, strict=True))
 
 
@@ -76,7 +82,8 @@ def backward(
     """(dx, dweights, dbiases, dstates) of `forward`: dx summed over the directions, the others one for each.
 
     dy is (directions, B, L, E) or one (B, L, E) for each direction; dfinals (B, E, K-1) or None for each. dx is written
-    where given, through any strides over clips and tokens. dweights (E, K) and dbiases (E,) are float32, dstates have
+    where given, through any strides over clips and tokens, and must not overlap x or dy: runs read beyond their own tokens.
+    dweights (E, K) and dbiases (E,) are float32, dstates have
     their state's dtype; a bias or state that is None has no gradient.
     """
     biases, states, dfinals = _each(biases, weights), _each(states, weights), _each(dfinals, weights)
@@ -91,7 +98,7 @@ def backward(
     dbias = torch.empty((directions, E), dtype=torch.float32, device=x.device) if any(b is not None for b in biases) else None
     dweight = torch.empty((directions, E, K), dtype=torch.float32, device=x.device)
     if x.numel():
-        run, chunks = _runs(B, L, E, BACKWARD, lanes=2, halo=K - 1)
+        run, chunks = _runs("backward", B, L, E, K - 1)
         steps = run + (K - 1) * (1 if all(s is None for s in states) else 2)
         partial = torch.empty((directions, B * chunks, K + 1, E), dtype=torch.float32, device=x.device)
         ahead, back = _sides(
@@ -101,7 +108,7 @@ def backward(
         with launching_on(x.device):
             backward_kernel[(B * chunks * triton.cdiv(E, BACKWARD["BE"]),)](
                 x, dx, *ahead, *back, L, E, x.stride(0), x.stride(1), dx.stride(0), dx.stride(1), chunks, run, steps,
-                K=K, SILU=activated, NATIVE=not triton.knobs.runtime.interpret, **BACKWARD,
+                K=K, SILU=activated, NATIVE=NATIVE, **BACKWARD,
             )  # fmt: skip
             reduce_kernel[(triton.cdiv(E, REDUCE["BE"]), directions * (K + 1))](
                 partial, dweight, dbias, E, B * chunks, K=K, **REDUCE
@@ -116,12 +123,22 @@ def backward(
     return dx, dweight.unbind(0), dbiases, dstates
 
 
-def _runs(clips: int, tokens: int, E: int, config: dict, lanes: int, halo: int) -> tuple[int, int]:
-    """Tokens of a run, and chunks of a clip; with a run's halo a multiple of what a round takes."""
-    wanted = max(clips * tokens * E // (lanes * THREADS), config["UNROLL"])
-    chunks = triton.cdiv(tokens, wanted * config["RUNS"])
-    run = triton.cdiv(tokens, chunks * config["RUNS"])
-    return triton.cdiv(run + halo, config["UNROLL"]) * config["UNROLL"] - halo, chunks
+@lru_cache(maxsize=1024)
+def _runs(name: str, clips: int, tokens: int, E: int, halo: int) -> tuple[int, int]:
+    """(tokens of a run, chunks of a clip): of all ways to cut a clip the one with the fewest steps, counted as waves of
+    programs times steps of a run. A run and its halo are a multiple of what one round of the kernel takes."""
+    config = AHEAD if name == "forward" else BACKWARD
+    runs, unroll = config["RUNS"], config["UNROLL"]
+    programs = clips * triton.cdiv(E, config["BE"])  # of one chunk
+    most = min(triton.cdiv(tokens, runs * (unroll + LOST[name])), triton.cdiv(8 * SLOTS[name], programs))
+    best = (0, 0, 0)
+    for chunks in range(1, most + 1):
+        steps = triton.cdiv(triton.cdiv(tokens, chunks * runs) + halo, unroll) * unroll
+        waves = triton.cdiv(chunks * programs, SLOTS[name])
+        cost = waves * (steps + LOST[name])
+        if not best[0] or cost < best[0]:
+            best = cost, steps - halo, chunks
+    return best[1:]
 
 
 def _sides(reverses: Sequence[bool], *per_direction: Sequence[Tensor | None] | Tensor) -> tuple[list, list]:

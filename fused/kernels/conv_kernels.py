@@ -78,7 +78,7 @@ def _activate(total, SILU: tl.constexpr, NATIVE: tl.constexpr):
 def _slope(dy, total, SILU: tl.constexpr, NATIVE: tl.constexpr):
     if SILU:
         gate = _sigmoid(total, NATIVE)
-        dy = dy * gate * (1.0 + total * (1.0 - gate))
+        dy = dy * gate * tl.fma(total, 1.0 - gate, 1.0)  # said, not left to the compiler: bits are promised
     return dy
 
 

@@ -11,6 +11,8 @@ the other rows; dweight and dbias are summed by programs, each over its own rows
 order, and which rows are whose depends on the number of rows alone.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from .device import launching_on
 
-MAX_WIDTH = 32768  # a row of 32 numbers a thread in the largest block
+MAX_WIDTH = 8192  # the widest row that both kernels hold without spilling
 PROGRAMS = 528  # of the backward: 4 for each of an H200's 132 SMs; a constant, for it decides the order of sums
 REDUCE = {"ROWS": 64, "COLUMNS": 32, "num_warps": 4}
 
@@ -130,22 +132,23 @@ def forward(
     centre: bool,
     stored: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """y (rows, D) in x's dtype, v in `stored` unless that is None, mean (rows,) if `centre`, rstd (rows,).
+    """y in x's dtype, v in `stored` unless that is None, the rows' means if `centre`, their rstd.
 
-    x and residual are (rows, D) with any strides; what the kernel does not read in place costs a copy.
+    x and residual are (..., D) with any strides; what the kernel does not read in place costs a copy.
     """
-    M, D = x.shape
-    x, residual = _rows(x), None if residual is None else _rows(residual)
-    y = torch.empty((M, D), dtype=x.dtype, device=x.device)
-    out = None if stored is None else torch.empty((M, D), dtype=stored, device=x.device)
-    rstd = torch.empty(M, dtype=torch.float32, device=x.device)
+    D = x.shape[-1]
+    M = x.numel() // D if D else 0
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = None if stored is None else torch.empty(x.shape, dtype=stored, device=x.device)
+    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     mean = torch.empty_like(rstd) if centre else None
-    if x.numel():
-        config = _tile(D, 32)
+    if M:
+        config = _tile(D, 64 // x.element_size(), 4)
+        (first, x_row), (second, residual_row) = _rows(x, D), _rows(residual, D)
         with launching_on(x.device):
             forward_kernel[(triton.cdiv(M, config["ROWS"]),)](
-                x, residual, weight.contiguous(), None if bias is None else bias.contiguous(), y, out, mean, rstd,
-                M, D, x.stride(0), 0 if residual is None else residual.stride(0), eps, **config,
+                first, second, weight.contiguous(), None if bias is None else bias.contiguous(), y, out, mean, rstd,
+                M, D, x_row, residual_row, eps, **config,
             )  # fmt: skip
     return y, out, mean, rstd
 
@@ -164,21 +167,21 @@ def backward(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """(dx, dresidual, dweight, dbias) of `forward`, from v or from x and residual as `first` and `second`.
 
-    dx has `x_dtype`. dresidual has `residual_dtype`: None if that is None, dx itself if the two are equal. dweight and
-    dbias have the dtype of weight and bias.
+    All but the parameters and what has one number a row are (..., D). dx has `x_dtype`. dresidual has `residual_dtype`:
+    None if that is None, dx itself if the two are equal. dweight and dbias have the dtype of weight and bias.
     """
-    M, D = first.shape
-    dy, first = _rows(dy), _rows(first)
-    dout, second = (None if t is None else _rows(t) for t in (dout, second))
-    dx = torch.empty((M, D), dtype=x_dtype, device=first.device)
+    D = first.shape[-1]
+    M = first.numel() // D if D else 0
+    dx = torch.empty(first.shape, dtype=x_dtype, device=first.device)
     dresidual = dx if residual_dtype == x_dtype else None
     if residual_dtype is not None and dresidual is None:
-        dresidual = torch.empty((M, D), dtype=residual_dtype, device=first.device)
+        dresidual = torch.empty(first.shape, dtype=residual_dtype, device=first.device)
     dweight = torch.empty(D, dtype=weight.dtype, device=first.device)
     dbias = None if bias is None else torch.empty(D, dtype=bias.dtype, device=first.device)
-    if not first.numel():
+    if not M:
         return dx, dresidual, dweight.zero_(), None if dbias is None else dbias.zero_()
-    config = _tile(D, 16 if bias is None else 8)  # the sums of dbias take as many registers as those of dweight
+    read, strides = zip(*(_rows(t, D) for t in (dy, dout, first, second)), strict=True)
+    config = _tile(D, 8, 8)
     tiles = triton.cdiv(M, config["ROWS"])
     rounds = triton.cdiv(tiles, PROGRAMS)
     programs = triton.cdiv(tiles, rounds)
@@ -186,8 +189,8 @@ def backward(
     dweights, dbiases = partial[0], None if bias is None else partial[1]
     with launching_on(first.device):
         backward_kernel[(programs,)](
-            dy, dout, first, second, weight.contiguous(), mean, rstd, dx, None if dresidual is dx else dresidual,
-            dweights, dbiases, M, D, *(0 if t is None else t.stride(0) for t in (dy, dout, first, second)), rounds, **config,
+            *read, weight.contiguous(), mean, rstd, dx, None if dresidual is dx else dresidual,
+            dweights, dbiases, M, D, *strides, rounds, **config,
         )  # fmt: skip
         reduce_kernel[(triton.cdiv(D, REDUCE["COLUMNS"]), len(partial))](
             dweights, dbiases, dweight, dbias, programs, D, **REDUCE
@@ -195,15 +198,22 @@ def backward(
     return dx, dresidual, dweight, dbias
 
 
-def _tile(D: int, numbers: int) -> dict[str, int]:
-    """Rows and columns of a tile with about that many numbers a thread, in 4 warps if a row fits in them."""
+@cache
+def _tile(D: int, numbers: int, warps: int) -> dict[str, int]:
+    """Rows and columns of a tile with about that many numbers a thread, in more warps where a row needs them."""
     columns = triton.next_power_of_2(D)
-    warps = min(max(columns // (32 * numbers), 4), 32)
+    warps = min(max(columns // (32 * numbers), warps), 16)
     return {"ROWS": min(max(32 * warps * numbers // columns, 1), 16), "COLUMNS": columns, "num_warps": warps}
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x, or a copy where its strides and address would make the compiler sum a row in another order than it does the
-    rows of a fresh tensor."""
-    aligned = x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0 if x.shape[1] % 16 == 0 else x.is_contiguous()
-    return x if aligned and x.stride(1) == 1 else x.clone(memory_format=torch.contiguous_format)
+def _rows(x: Tensor | None, D: int) -> tuple[Tensor | None, int]:
+    """x and the stride of its rows, or a copy where strides or address would make the compiler sum a row in another
+    order than it does the rows of a fresh tensor."""
+    if x is None:
+        return None, 0
+    if x.is_contiguous():
+        return (x, D) if D % 16 or x.data_ptr() % 16 == 0 else (x.clone(), D)
+    rows = x.reshape(-1, D)
+    if D % 16 or rows.stride(0) % 16 or rows.stride(1) != 1 or rows.data_ptr() % 16:
+        return rows.clone(memory_format=torch.contiguous_format), D
+    return rows, rows.stride(0)

@@ -1,0 +1,262 @@
+"""The native convolution against the loop: through Triton's interpreter, or on a GPU where there is one."""
+
+import os
+import pathlib
+import sys
+
+import naive
+import pytest
+import torch
+from rule import assert_rule, double, outcome
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+pytest.importorskip("triton")
+
+import compiled  # noqa: E402
+
+from fused import backends  # noqa: E402
+from fused.conv import causal_conv1d, conv_native, conv_torch  # noqa: E402
+from fused.kernels import conv, conv_kernels  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton 3.6's interpreter
+SEEDS = range(4)
+KERNELS = ("forward_kernel", "backward_kernel", "reduce_kernel")
+AHEAD, BACK, BOTH = (False,), (True,), (False, True)
+# B, L, E, K, directions, states, bias, activated; 53 tokens are two programs of the backward, 65 channels two blocks
+CASES = [
+    (2, 9, 5, 4, BOTH, False, True, True),
+    (1, 9, 65, 3, AHEAD, True, True, True),
+    (1, 53, 3, 3, (True, False), True, True, True),
+    (1, 2, 33, 4, BOTH, True, False, False),
+    (1, 13, 5, 2, BACK, True, True, True),
+    (1, 5, 3, 1, AHEAD, False, False, True),
+]
+
+
+def draw(seed, case, dtype=torch.float32):
+    """Named tensors, x the first half of a projection, and cotangents of every y and every state."""
+    B, L, E, K, directions, states, bias, _ = case
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*size):
+        return torch.randn(*size, generator=g).to(dtype).to(DEVICE)
+
+    tensors = {"x": normal(B, L, 2 * E)}
+    for i, _ in enumerate(directions):
+        tensors[f"weight{i}"] = normal(E, K).float()
+        if bias:
+            tensors[f"bias{i}"] = normal(E).float()
+        if states:
+            tensors[f"state{i}"] = normal(B, E, K - 1)
+    n = len(directions)
+    return tensors, [normal(B, L, E) for _ in range(n)] + [normal(B, E, K - 1) if states else None for _ in range(n)]
+
+
+def lists(tensors, case):
+    n = len(case[4])
+    return ([tensors.get(f"{name}{i}") for i in range(n)] for name in ("weight", "bias", "state"))
+
+
+class Native(torch.autograd.Function):
+    """forward and backward of the kernels, as a mixer calls them."""
+
+    @staticmethod
+    def forward(ctx, case, names, x, *rest):
+        ctx.case, ctx.names = case, names
+        ctx.save_for_backward(x, *rest)
+        x = x[..., : case[2]]
+        weights, biases, states = lists(dict(zip(names, rest, strict=True)), case)
+        y, finals = conv.forward(x, weights, biases, states, case[4], case[7])
+        return *y.clone().unbind(0), *finals
+
+    @staticmethod
+    def backward(ctx, *grads):
+        (x, *rest), case, n = ctx.saved_tensors, ctx.case, len(ctx.case[4])
+        weights, biases, states = lists(dict(zip(ctx.names, rest, strict=True)), case)
+        guarded = torch.full_like(x, torch.nan)
+        finals = grads[n:] if case[5] else None
+        _, *found = conv.backward(
+            grads[:n], finals, x[..., : case[2]], weights, biases, states, case[4], case[7], dx=guarded[..., : case[2]]
+        )
+        assert guarded[..., case[2] :].isnan().all(), "written beside dx"
+        guarded[..., case[2] :] = 0
+        lookup = {
+            f"{name}{i}": g for name, gs in zip(("weight", "bias", "state"), found, strict=True) for i, g in enumerate(gs)
+        }
+        return None, None, guarded, *(lookup[name] for name in ctx.names)
+
+
+def native(case):
+    def op(**tensors):
+        names = [k for k in tensors if k != "x"]
+        return Native.apply(case, names, tensors["x"], *(tensors[k] for k in names))
+
+    return op
+
+
+def plain(case):
+    def op(**tensors):
+        x, ys, finals = tensors["x"][..., : case[2]], [], []
+        for weight, bias, state, reverse in zip(*lists(tensors, case), case[4], strict=True):
+            activation = "silu" if case[7] else None
+            y, final = naive.conv(x, weight, bias, activation=activation, initial_state=state, reverse=reverse)
+            ys, finals = [*ys, y], [*finals, final]
+        return *ys, *finals
+
+    return op
+
+
+def sample(seed, case, dtype=torch.float32, op=native):
+    tensors, cotangents = draw(seed, case, dtype)
+    return (
+        outcome(op(case), tensors, cotangents, None),
+        outcome(plain(case), double(tensors), cotangents, torch.float64),
+        outcome(plain(case), tensors, cotangents, torch.float32),
+    )
+
+
+@pytest.fixture
+def nan_filled():
+    """torch.empty gives NaN: what a kernel leaves unwritten shows."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("nan_filled")
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "B{}-L{}-E{}-K{}".format(*c))
+def test_follows_the_loop(case):
+    assert_rule(sample(seed, case) for seed in SEEDS)
+
+
+def test_low_precision_is_near():  # no more than near: the interpreter truncates where a GPU rounds
+    got, truth, _ = sample(0, CASES[0], torch.bfloat16)
+    assert all((got[k].double() - truth[k]).norm() <= 2**-6 * truth[k].norm() for k in got)
+    assert got["out0"].dtype == got["dx"].dtype == torch.bfloat16 and got["dweight0"].dtype == torch.float32
+
+
+PLANTED = {
+    "a token counted by two runs": ("t + (K - 1) < last", "t + (K - 1) < last + 1"),
+    "the other direction's taps": ("_sum(rows, r, taps_b, bias_b, True, K)", "_sum(rows, r, taps_b, bias_b, False, K)"),
+    "the state a token late": ("sb, t, L, clip", "sb, t, L + 1, clip"),
+    "the last token unwritten": ("mask=((t >= 0) & (t < L))", "mask=((t >= 0) & (t < L - 1))"),
+    "slope of the sigmoid only": ("gate * tl.fma(total, 1.0 - gate, 1.0)", "gate * (1.0 - gate)"),
+    "no halo of slopes": ("slopes_b = slopes_b[1:]", "slopes_b = _repeat(zero, K - 1)"),
+}
+
+
+@pytest.mark.usefixtures("nan_filled")
+@pytest.mark.parametrize("right, wrong", PLANTED.values(), ids=PLANTED)
+def test_planted_wrongness_is_seen(right, wrong, tmp_path, monkeypatch):
+    source = pathlib.Path(conv_kernels.__file__).read_text()
+    assert right in source
+    (tmp_path / "planted_conv.py").write_text(source.replace(right, wrong))
+    monkeypatch.syspath_prepend(tmp_path)
+    sys.modules.pop("planted_conv", None)
+    import planted_conv
+
+    for name in KERNELS:
+        monkeypatch.setattr(conv, name, getattr(planted_conv, name))
+    with pytest.raises(AssertionError):
+        assert_rule(sample(seed, CASES[2]) for seed in SEEDS[:1])
+
+
+def test_repeats_and_ignores_its_neighbours():
+    case = (2, 11, 5, 4, BOTH, True, True, True)
+    tensors, cotangents = draw(0, case)
+    shared = [k for k in tensors if k.startswith(("weight", "bias"))]
+    alone = {k: v if k in shared else v[1:2] for k, v in tensors.items()}
+    first, again = (outcome(native(case), tensors, cotangents, None) for _ in range(2))
+    single = outcome(native((1, *case[1:])), alone, [x[1:2] for x in cotangents], None)
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    assert all(torch.equal(first[k][1:2], single[k]) for k in first if k[1:] not in shared)
+
+
+def test_any_strides_of_x():
+    case = (2, 9, 5, 4, BOTH, False, True, True)
+    tensors, _ = draw(0, case)
+    weights, biases, _ = lists(tensors, case)
+    x = tensors["x"][..., :5].contiguous()
+    want = conv.forward(x, weights, biases, None, BOTH, True, False)[0]
+    assert torch.equal(want, conv.forward(tensors["x"][..., :5], weights, biases, None, BOTH, True, False)[0])
+    for strange in (x.transpose(0, 1).contiguous().transpose(0, 1), x.transpose(1, 2).contiguous().transpose(1, 2)):
+        assert torch.equal(want, conv.forward(strange, weights, biases, None, BOTH, True, False)[0])
+    expanded = conv.forward(x[:1].expand(3, 9, 5), weights, biases, None, BOTH, True, False)[0]
+    assert torch.equal(expanded, want[:, :1].expand(2, 3, 9, 5))
+
+
+def test_no_clips_and_no_tokens():
+    weight, state = torch.randn(5, 4, device=DEVICE), torch.randn(2, 5, 3, device=DEVICE)
+    empty = torch.empty(0, 9, 5, device=DEVICE)
+    y, finals = conv.forward(empty, (weight,), None, None, AHEAD, True)
+    assert y.shape == (1, 0, 9, 5) and finals[0].shape == (0, 5, 3)
+    dx, dweights, _, _ = conv.backward(y, None, empty, (weight,), None, None, AHEAD, True)
+    assert dx.shape == empty.shape and not dweights[0].any()
+    for reverse in BOTH:
+        _, final = conv_native(torch.empty(2, 0, 5, device=DEVICE), weight, initial_state=state, reverse=reverse)
+        assert torch.equal(final, state)
+
+
+@pytest.mark.parametrize("reverse", BOTH, ids=["forth", "back"])
+def test_the_public_operator(reverse, monkeypatch):
+    monkeypatch.setattr(backends, "choose", lambda *_, **__: "native")
+    case = (2, 7, 5, 4, (reverse,), True, True, True)
+    tensors, (dy, dstate) = draw(0, case)
+    tensors = {k.rstrip("0"): v for k, v in tensors.items()}
+    tensors["initial_state"] = tensors.pop("state")
+    tensors["x"] = tensors["x"][..., :5]
+    for seeds in ([dy, dstate], [dy, None], [torch.zeros_like(dy), dstate]):
+        got, want = (
+            outcome(lambda f=f, **x: f(**x, reverse=reverse), tensors, seeds, None)
+            for f in (lambda **x: causal_conv1d(**x, backend="native"), conv_torch)
+        )
+        assert all(torch.allclose(got[k], want[k], rtol=1e-5, atol=1e-5) and got[k].dtype == want[k].dtype for k in want)
+    x = tensors["x"].requires_grad_()
+    _, state = causal_conv1d(**tensors, reverse=reverse, backend="native")
+    assert torch.equal(
+        torch.autograd.grad(state, x, dstate)[0], torch.autograd.grad(conv_torch(**tensors, reverse=reverse)[1], x, dstate)[0]
+    )
+    with torch.no_grad(), torch.autocast(DEVICE, dtype=torch.bfloat16):
+        assert torch.equal(got["out0"], causal_conv1d(**tensors, reverse=reverse, backend="native")[0])
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_native_has_not_is_named():
+    x = torch.ones(1, 3, 2, device=DEVICE)
+    with pytest.raises(ValueError, match=r"'native' has K of 1 to 8, got weight of shape \(2, 9\)"):
+        conv_native(x, torch.ones(2, 9, device=DEVICE))
+    with pytest.raises(ValueError, match="got weight in torch.float64; use backend='torch'"):
+        conv_native(x, torch.ones(2, 4, device=DEVICE).double())
+    with pytest.raises(ValueError, match="each direction once"):
+        conv.forward(x, [torch.ones(2, 4, device=DEVICE)] * 2, None, None, (True, True), True)
+
+
+def test_is_an_op_that_compiles_and_recomputes():
+    tensors, _ = draw(0, (2, 5, 3, 3, AHEAD, True, True, True))
+    leaves = [tensors[k][..., :3] if k == "x" else tensors[k] for k in ("x", "weight0", "bias0", "state0")]
+    leaves = [t.detach().requires_grad_() for t in leaves]
+    torch.library.opcheck(torch.ops.videomamba.causal_conv1d.default, (*leaves, True, True))
+    fixed = [t.detach() for t in leaves]
+    dy = torch.ones_like(fixed[0])
+    torch.library.opcheck(torch.ops.videomamba.causal_conv1d_backward.default, (dy, None, *fixed, True, False))
+
+    def op(*leaves):
+        return torch.ops.videomamba.causal_conv1d(*leaves, True, False)[0].square().sum()
+
+    def recomputed(*leaves):
+        return torch.utils.checkpoint.checkpoint(op, *leaves, use_reentrant=False)
+
+    want = torch.autograd.grad(op(*leaves), leaves)
+    for other in (torch.compile(op, fullgraph=True, backend="aot_eager"), recomputed):
+        assert all(map(torch.equal, want, torch.autograd.grad(other(*leaves), leaves)))
+
+
+def test_compiles_without_spills(tmp_path, capsys):
+    lines = compiled.ask("conv", tmp_path)
+    with capsys.disabled():
+        print("", *lines, sep="\n")
+    assert {(line["kernel"], line["sm"]) for line in lines} == {(k, sm) for k in KERNELS for sm in (80, 90, 100)}
+    assert not [line for line in lines if line["stack"]]
