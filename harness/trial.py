@@ -1,5 +1,6 @@
 """One case under judgement: its inputs, the truth and the plain result, computed once and shared by all that are asked."""
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -67,6 +68,11 @@ class Trial:
 
     def _draw_of(self, seed: int) -> int:
         return seed // ROUNDINGS if self.case.small else seed
+
+    @functools.cached_property
+    def on_cpu(self) -> "Trial":
+        """The same case on the CPU."""
+        return self if self.device == "cpu" else Trial(self.case, "cpu", self._elsewhere)
 
     def run(
         self, implementation: Implementation, seed: int, grad: bool, leaves: Named, cuts: tuple[int, ...] | None = None,
