@@ -13,7 +13,7 @@ from torch import Tensor
 
 from harness.finding import Finding
 
-BAND = 2**16  # bytes on either side: more than a tile of tokens that runs over an edge
+BAND = {"cuda": 2**16, "cpu": 2**13}  # bytes on either side: more than a tile of tokens that runs over an edge
 FUNCTIONS = ("empty", "empty_like", "empty_strided", "zeros", "zeros_like")
 METHODS = ("new_empty", "new_empty_strided", "new_zeros")
 
@@ -71,10 +71,11 @@ class Watched:
         """A tensor with the layout of another, all the memory around it, and its own part of that."""
         reach = sum((n - 1) * step for n, step in zip(like.shape, like.stride(), strict=True)) + 1 if like.numel() else 0
         size = reach * like.element_size()
-        whole = self._honest(BAND + size + BAND, dtype=torch.uint8, device=like.device).fill_(0xFF)
+        band = BAND.get(like.device.type, 2**16)
+        whole = self._honest(band + size + band, dtype=torch.uint8, device=like.device).fill_(0xFF)
         tensor = self._honest(0, dtype=like.dtype, device=like.device)
-        tensor.set_(whole.untyped_storage(), BAND // like.element_size(), like.shape, like.stride())
-        return tensor, whole, whole[BAND : BAND + size]
+        tensor.set_(whole.untyped_storage(), band // like.element_size(), like.shape, like.stride())
+        return tensor, whole, whole[band : band + size]
 
     def _rubbish(self, dtype: torch.dtype) -> float:
         return self.garbage if dtype.is_floating_point else 77 if dtype != torch.bool else True

@@ -55,7 +55,7 @@ class CannotAsk(Exception):
     """A check has nothing to ask at this point; the message says why. The record is a skip."""
 
 
-Sample = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]  # a registered op, its arguments
+Sample = tuple[Any, tuple[Any, ...], dict[str, Any]]  # an op, as torch.library.opcheck takes it, and its arguments
 
 
 @dataclass(frozen=True)

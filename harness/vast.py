@@ -6,6 +6,8 @@ results are; the others are expanded, of stride 0. In the whole of a result the 
 right, so that one wrong value anywhere is seen.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,13 +22,23 @@ FORGET = 2000
 
 
 def cases(check: str) -> list[Case]:
-    """Each of 2^31 token values and one clip or period more; the batches also backward. 24 GiB at the least."""
-    batch, scan = f"{CLIPS}={2**17 + 1}", {"B": 1, "L": 16, "E": 1024, "N": 1}
-    points: list[tuple[str, dict[str, int], tuple[str, ...]]] = [
-        ("scan", scan, (batch,)), ("scan", scan, (batch, "reverse")), ("conv", {"B": 1, "L": 16, "E": 1024, "K": 4}, (batch,)),
-        ("norm", {"B": 1, "L": 16, "D": 1024}, (batch,)), ("scan", scan | {"E": 2**14}, (f"{PERIODS}={2**13 + 1}", "infer")),
+    """A little more than 2^31 token values each, the batches also backward; 24 GiB at the least. A clip's size divides no power
+    of 2: an address that wraps around must not find the same place of another clip."""
+
+    def point(subject: str, way: str, dims: dict[str, int], *options: str) -> Case:
+        size = math.prod(dims.get(letter, 1) for letter in "LED")
+        return Case(subject, tuple(dims.items()), (f"{way}={2**31 // size + 64}", *options, f"for={check}"), "bfloat16")
+
+    scan, conv, norm = {"B": 1, "L": 17, "E": 1008, "N": 1}, {"B": 1, "L": 17, "E": 1008, "K": 4}, {"B": 1, "L": 17, "D": 1008}
+    return [
+        point("scan", CLIPS, scan), point("scan", CLIPS, scan, "reverse"), point("conv", CLIPS, conv),
+        point("norm", CLIPS, norm), point("scan", PERIODS, scan | {"E": 16000}, "infer"),
     ]  # fmt: skip
-    return [Case(s, tuple(dims.items()), (*options, f"for={check}"), "bfloat16") for s, dims, options in points]
+
+
+def is_vast(case: Case) -> bool:
+    """Whether the case is one of these."""
+    return bool(case.option(CLIPS, "") or case.option(PERIODS, ""))
 
 
 def draw(case: Case, seed: int) -> Named:

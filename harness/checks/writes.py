@@ -9,6 +9,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ def run(trial: Trial, implementation: Implementation) -> list[Finding]:
 @contextlib.contextmanager
 def filled_with_nan(on: bool) -> Iterator[None]:
     """Whether PyTorch itself fills what it allocates, also where no Python function is asked; it does by default in parity."""
-    deterministic = torch.utils.deterministic  # type: ignore[attr-defined]
+    deterministic: Any = torch.utils.deterministic
     before, deterministic.fill_uninitialized_memory = deterministic.fill_uninitialized_memory, on
     try:
         yield
