@@ -86,7 +86,8 @@ class Plan:
             for implementation in self.implementations(case.subject).values()
             if not self.names or any(fnmatchcase(implementation.name, p) for p in self.names)
             for name, check in checks().items()
-            if (not self.checks or name in self.checks) and case.asker in ("", name) and check.asks(subject, implementation, case)
+            if (not self.checks or name in self.checks) and case.asker in ("", name)
+            if check.asks(subject, implementation, case)
         ]
 
     def command(self, case: Case, implementation: str, check: str) -> str:

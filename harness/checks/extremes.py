@@ -32,6 +32,7 @@ def cases(grid: str) -> list[Case]:
     it takes a CPU 75 s for the truth, and as long for plain."""
     low = ["bfloat16"] if grid == "smoke" else ["bfloat16", "float16"]
     dtypes, lengths = ["float32", *low], [393, 1569, 6273] if grid == "smoke" else [1569, 6273, 25089, 100353]
+    long = [{"B": 4, "L": L, "E": 8, "N": 4} for L in lengths]
 
     def points(subject: str, dims: dict[str, int], words: tuple[str, ...], dtypes: list[str] = dtypes) -> list[Case]:
         return cross(subject, [dims], [(*word.split(), "for=extremes") for word in words], dtypes)
@@ -42,10 +43,10 @@ def cases(grid: str) -> list[Case]:
         *points("scan", {"B": 2, "L": 9, "E": 6, "N": 4}, ("nan", "nan reverse")),
         *points("conv", {"B": 2, "L": 9, "E": 6, "K": 4}, ("nan", "nan reverse")),
         *points("norm", {"B": 2, "L": 9, "D": 33}, ("nan kind=rms", "nan kind=layer")),
-        *(c for L in lengths for c in points("scan", {"B": 4, "L": L, "E": 8, "N": 4}, ("length infer",))),
-        *(c for L in lengths[:-1] for c in points("scan", {"B": 4, "L": L, "E": 8, "N": 4}, ("length",), ["float32", "bfloat16"])),
-        *points("scan", {"B": 4, "L": 100353, "E": 8, "N": 4}, ("length",) * (grid != "smoke"), ["float32"]),
-    ]  # fmt: skip
+        *(c for dims in long for c in points("scan", dims, ("length infer",))),
+        *(c for dims in long[:-1] for c in points("scan", dims, ("length",), ["float32", "bfloat16"])),
+        *points("scan", long[-1], ("length",) * (grid != "smoke"), ["float32"]),
+    ]
 
 
 def draw(case: Case, seed: int) -> Named:
