@@ -12,7 +12,7 @@ import importlib
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -30,7 +30,8 @@ class BackendError(RuntimeError):
 
 @dataclass(frozen=True)
 class Abilities:
-    """What one backend can do for one operator; asking for more raises ValueError."""
+    """What one backend can do for one operator; asking for more raises ValueError. `fullgraph` says whether
+    `torch.compile(fullgraph=True)` can trace it; without, it raises by itself."""
 
     initial_state: bool
     final_state_grad: bool
@@ -38,10 +39,12 @@ class Abilities:
     groups: bool
     dtypes: tuple[torch.dtype, ...]
     devices: tuple[str, ...]
+    fullgraph: bool = True
 
 
 _LOW = (torch.float16, torch.bfloat16, torch.float32)
 _TORCH = Abilities(True, True, True, True, (*_LOW, torch.float64), ("cpu", "cuda", "mps", "xpu"))
+_TORCH_SCAN = replace(_TORCH, fullgraph=False)  # a loop over blocks of tokens that writes into strided views
 _UPSTREAM = {
     "scan": Abilities(False, False, True, True, _LOW, ("cuda",)),
     "conv": Abilities(False, True, True, False, _LOW, ("cuda",)),  # its final state is a slice of its input
@@ -59,7 +62,9 @@ def abilities(op: str, backend: str) -> Abilities:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "native":
         return _NATIVE
-    return _TORCH if backend == "torch" else _UPSTREAM[op]
+    if backend == "torch":
+        return _TORCH_SCAN if op in ("scan", "mixer") else _TORCH
+    return _UPSTREAM[op]
 
 
 def check_abilities(op: str, backend: str, dtype: torch.dtype, asked: Mapping[str, bool]) -> None:

@@ -48,6 +48,11 @@ class Case:
         return "-".join([*(f"{k}{v}" for k, v in self.dims), *self.options, self.dtype])
 
     @property
+    def asker(self) -> str:
+        """The only check that is asked here; empty for all."""
+        return self.option("for", "")
+
+    @property
     def seeds(self) -> range:
         """The seeds pooled: a ratio of two rounding errors needs a sample, of tokens or of seeds."""
         return range(MANY if self.small else SEEDS)

@@ -4,6 +4,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -79,4 +80,15 @@ def call(module: nn.Module, leaves: dict[str, Tensor], function: Callable[..., A
     """function(module, *args) with the leaves as the module's parameters; the module itself may be on "meta"."""
     names = [name for name, _ in module.named_parameters()]
     values = {f"module.{name}": leaves[name] for name in names}
-    return torch.func.functional_call(_Method(module, function), values, args, strict=True)
+    return _call(_Method(module, function), values, args)
+
+
+def _call(method: nn.Module, values: dict[str, Tensor], args: tuple[Any, ...]) -> Any:
+    return torch.func.functional_call(method, values, args, strict=True)
+
+
+@contextlib.contextmanager
+def compiled(backend: str) -> Iterator[None]:
+    """With every `call` of a module compiled as one graph."""
+    with mock.patch(f"{__name__}._call", torch.compile(_call, fullgraph=True, backend=backend)):
+        yield

@@ -21,7 +21,7 @@ from harness.finding import Finding, PlainNotFinite
 from harness.plan import Plan
 from harness.record import Record, judged
 from harness.store import Run
-from harness.subject import Implementation, subjects
+from harness.subject import CannotAsk, Implementation, subjects
 from harness.trial import Trial
 
 KEPT = 12
@@ -128,6 +128,8 @@ def ask(plan: Plan, trial: Trial, name: str, check: ModuleType, implementation: 
         try:
             findings = check.run(trial, implementation)
             status = judged(findings)
+        except CannotAsk as why:
+            reason = str(why)
         except NotImplementedError as error:
             declined = implementation.backend is None and implementation.name != "reference"
             status, reason = "skip" if declined else "error", f"declares it cannot: {error}"

@@ -72,7 +72,9 @@ class Plan:
     def points(self) -> list[Case]:
         """Cases of the grid that the filters leave."""
         chosen = [name for name in subjects() if not self.subjects or name in self.subjects]
-        cases = [case for name in chosen for case in subjects()[name].cases(self.grid)]
+        wanted = [check for name, check in checks().items() if not self.checks or name in self.checks]
+        own = [case for check in wanted if hasattr(check, "cases") for case in check.cases(self.grid)]
+        cases = [c for name in chosen for c in (*subjects()[name].cases(self.grid), *(c for c in own if c.subject == name))]
         cases = [replace(case, video=self.video) if case.has("video") else case for case in cases]
         return [c for c in cases if (not self.dtypes or c.dtype in self.dtypes) and c.matches(list(self.cases))]
 
@@ -84,7 +86,8 @@ class Plan:
             for implementation in self.implementations(case.subject).values()
             if not self.names or any(fnmatchcase(implementation.name, p) for p in self.names)
             for name, check in checks().items()
-            if (not self.checks or name in self.checks) and check.asks(subject, implementation, case)
+            if (not self.checks or name in self.checks) and case.asker in ("", name)
+            if check.asks(subject, implementation, case)
         ]
 
     def command(self, case: Case, implementation: str, check: str) -> str:

@@ -10,22 +10,39 @@ A subject is a module; its name is the file's, its title the first sentence of i
     silent(case)                             names of outputs that get no cotangent
     steps(case)                              sequential scan steps of one forward: what the truth costs
 
-and, if it can be cut in time,
+if it can be cut in time,
 
     chunked(call, case, leaves, cuts)        the same outputs, computed chunk by chunk through the state
     time_axes(case)                          name of a leaf or output -> its axis of tokens
 
+if it promises that the clips of a batch do not know each other,
+
+    clips(case)                              names of leaves that have an entry per clip on axis 0, as all outputs do
+
 and, if it is a module with parameters,
 
     build(call, case)                        the module
+
+A check is a module in `harness/checks/`; its name and title come from the file in the same way. It has
+
+    asks(subject, implementation, case)      whether it is asked at this point
+    run(trial, implementation)               findings; raises `CannotAsk` where the box or the implementation has nothing to ask
+
+and, if a subject's cases are not what it needs,
+
+    cases(grid)                              cases of its own, with the option "for=NAME": no other check is asked in them
+    draw(case, seed)                         their leaves, instead of the subject's
 """
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
+
+from torch import Tensor
 
 import harness.checks
 import harness.mutants
@@ -34,11 +51,22 @@ from fused import backends
 from harness.case import Case
 
 
+class CannotAsk(Exception):
+    """A check has nothing to ask at this point; the message says why. The record is a skip."""
+
+
+Sample = tuple[Any, tuple[Any, ...], dict[str, Any]]  # an op, as torch.library.opcheck takes it, and its arguments
+
+
 @dataclass(frozen=True)
 class Implementation:
     """Something that runs a subject. `call` is the operator, or builds the module from its configuration.
 
     `backend` and `op` say where its declared abilities stand (`fused.backends`); without them it declares everything.
+
+    `batch_invariant` enters the mode in which a clip's bits do not depend on its batch, where that is a mode: the check
+    `batch` runs within it, all others without. `samples(case, leaves)` gives calls of the ops that the implementation
+    registers with `torch.library`, on the case's leaves, for the check `compile`; None where it registers none.
     """
 
     name: str
@@ -46,6 +74,8 @@ class Implementation:
     rival: bool = False
     backend: str | None = None
     op: str | None = None
+    batch_invariant: Callable[[], AbstractContextManager[Any]] = nullcontext
+    samples: Callable[[Case, dict[str, Tensor]], Sequence[Sample]] | None = None
 
     @property
     def role(self) -> str:
@@ -87,7 +117,7 @@ def subjects() -> dict[str, ModuleType]:
 
 
 def checks() -> dict[str, ModuleType]:
-    """Checks by name: modules of `harness/checks/`, each with `asks(subject, implementation, case)` and `run(trial, ...)`."""
+    """Checks by name: the modules of `harness/checks/`."""
     return _modules(harness.checks)
 
 

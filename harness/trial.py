@@ -1,5 +1,6 @@
 """One case under judgement: its inputs, the truth and the plain result, computed once and shared by all that are asked."""
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from harness.case import JITTER, ROUNDINGS, Case
 from harness.finding import Finding, Tally
-from harness.subject import Implementation, subjects
+from harness.subject import Implementation, checks, subjects
 
 Named = dict[str, Tensor]
+Cotangent = Callable[[str, Tensor], Tensor]  # of an output, by its name
 DEAR = 1000  # tokens from which on only other implementations are asked what costs the reference several loops
 
 
@@ -55,7 +57,8 @@ class Trial:
         if (seed, False) not in self._leaves:
             precise, low = self.subject.precise(self.case), self.case.torch_dtype
             wide = torch.promote_types(low, torch.float32)
-            drawn = self.subject.draw(self.case, self._draw_of(seed))
+            asker = checks().get(self.case.asker)
+            drawn = getattr(asker, "draw", self.subject.draw)(self.case, self._draw_of(seed))
             real = {"clip"} if self.case.has("video") else set()
             for k in drawn.keys() - real if self.case.small else ():
                 drawn[k] = drawn[k] * (1 + JITTER * self.case.normal(seed, "jitter " + k, *drawn[k].shape))
@@ -66,11 +69,27 @@ class Trial:
     def _draw_of(self, seed: int) -> int:
         return seed // ROUNDINGS if self.case.small else seed
 
+    @functools.cached_property
+    def on_cpu(self) -> "Trial":
+        """The same case on the CPU."""
+        return self if self.device == "cpu" else Trial(self.case, "cpu", self._elsewhere)
+
     def run(
-        self, implementation: Implementation, seed: int, grad: bool, leaves: Named, cuts: tuple[int, ...] | None = None
-    ) -> Result:
-        """Evaluate, whole or in chunks that begin at `cuts`; with `grad`, backpropagate the case's cotangents. The result is
-        on the CPU, where it is judged: many small questions to a GPU that others use take longer than the answers."""
+        self, implementation: Implementation, seed: int, grad: bool, leaves: Named, cuts: tuple[int, ...] | None = None,
+        cotangent: Cotangent | None = None,
+    ) -> Result:  # fmt: skip
+        """Evaluate, whole or in chunks that begin at `cuts`; with `grad`, backpropagate the case's cotangents, or those given.
+        The result is on the CPU, where it is judged: many small questions to a GPU that others use take longer than the
+        answers."""
+        result = self.run_there(implementation, seed, grad, leaves, cuts, cotangent)
+        present = {k: g for k, g in result.gradients.items() if g is not None}
+        return Result(moved(result.outputs, "cpu"), dict.fromkeys(result.gradients) | moved(present, "cpu"))
+
+    def run_there(
+        self, implementation: Implementation, seed: int, grad: bool, leaves: Named, cuts: tuple[int, ...] | None = None,
+        cotangent: Cotangent | None = None,
+    ) -> Result:  # fmt: skip
+        """`run`, its result where the implementation left it."""
         for leaf in leaves.values():
             leaf.requires_grad_(grad)
         with torch.set_grad_enabled(grad):
@@ -79,12 +98,11 @@ class Trial:
             else:
                 outputs = self.subject.chunked(implementation.call, self.case, leaves, cuts)
         if not grad:
-            return Result(moved(outputs, "cpu"))
+            return Result(outputs)
         heard = {k: v for k, v in outputs.items() if k not in self.subject.silent(self.case) and v.requires_grad}
-        cotangents = [self.cotangent(seed, k, v) for k, v in heard.items()]
+        cotangents = [cotangent(k, v) if cotangent else self.cotangent(seed, k, v) for k, v in heard.items()]
         gradients = torch.autograd.grad(list(heard.values()), list(leaves.values()), cotangents, allow_unused=True)
-        present = {k: g for k, g in zip(leaves, gradients, strict=True) if g is not None}
-        return Result(moved(outputs, "cpu"), dict.fromkeys(leaves) | moved(present, "cpu"))
+        return Result({k: v.detach() for k, v in outputs.items()}, dict(zip(leaves, gradients, strict=True)))
 
     def cotangent(self, seed: int, name: str, like: Tensor) -> Tensor:
         """The cotangent of an output: normal numbers that the output's low-precision dtype can hold."""

@@ -23,6 +23,13 @@ DASHES = dict(zip(DTYPES, ((6, 3), (2, 2), (6, 2, 1, 2), (1, 3)), strict=True))
 STYLE: dict[Any, Any] = {"svg.hashsalt": "parity", "svg.fonttype": "none", "font.size": 9}
 
 
+def _panel_of(record: Record) -> str | None:
+    """Where a record of the scan is drawn: `extremes` asks both questions, at its lengths."""
+    if record.check == "extremes" and "-length-" in record.case:
+        return "forward" if "-infer-" in record.case else "backward"
+    return record.check if record.check in CHECKS else None
+
+
 class _Point(NamedTuple):
     check: str
     implementation: str
@@ -43,7 +50,7 @@ def error_against_length(records: Iterable[Record], folder: Path) -> list[Path]:
     dtypes = [d for d in DTYPES if any(p.dtype == d for p in points)]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 5.6), layout="constrained")
-        lost = sum(r.failed and p is None and r.subject == "scan" and r.check in CHECKS for r, p in drawable)
+        lost = sum(r.failed and p is None and r.subject == "scan" and bool(_panel_of(r)) for r, p in drawable)
         figure.suptitle(
             "Selective scan: L2 error of the worst tensor against the float64 reference, RMS over the seeds"
             + f"\nNOT DRAWN, without a finite number: {lost} FAILED" * bool(lost)
@@ -84,7 +91,8 @@ def _point(record: Record) -> _Point | None:
     is returned in the case's dtype (a bfloat16 case also returns float32 gradients, whose budget is another).
     A log scale has no place for errors that are 0 or infinite."""
     length = re.search(r"(?:^|-)L(\d+)(?:-|$)", record.case)
-    if record.subject != "scan" or record.check not in CHECKS or not length or int(length[1]) == 0:
+    check = _panel_of(record)
+    if record.subject != "scan" or check is None or not length or int(length[1]) == 0:
         return None
     found = [f for f in record.findings if f.norm == "l2" and f.scale > 0 and f.budget > 0 and f.error > 0]
     found = [f for f in found if math.isfinite(f.error / f.scale)]
@@ -92,7 +100,7 @@ def _point(record: Record) -> _Point | None:
         return None
     worst = max(found, key=lambda f: (not f.passed, f.error / f.scale if f.passed else f.ratio))
     error, budget = worst.error / worst.scale, worst.budget / worst.scale
-    return _Point(record.check, record.implementation, record.dtype, int(length[1]), error, budget, not record.failed)
+    return _Point(check, record.implementation, record.dtype, int(length[1]), error, budget, not record.failed)
 
 
 def _panel(axes: Axes, points: list[_Point], names: list[str], dtypes: list[str]) -> None:

@@ -22,6 +22,12 @@ NaN or infinity never passes. `inf` budgets means an error where none is allowed
 - `gradcheck` asks whether the reference's own gradients are the slopes of its outputs, by finite differences in float64.
 - `chunks` asks whether a sequence cut anywhere and chained by its state equals the whole.
 - `determinism` asks whether the same call gives the same bits again, here and in another process.
+- `batch` asks whether a clip's bits depend on its batch size, its place in the batch, or its neighbours (operators only).
+- `writes` asks whether every element of every result is written, nothing beside them, and no input changed.
+- `strides` asks whether inputs may lie anywhere: strided, expanded, at odd offsets, with more than 2^31 elements.
+- `compile` asks whether registered ops are well formed, and whether compiled and captured calls equal eager ones.
+- `extremes` asks about huge, tiny and denormal values, NaN (which must come out as NaN), and lengths to 100,353 tokens.
+- `device` asks whether a device that is not the current one gives the same.
 - `layout` asks whether a state_dict has the reference's names, shapes and dtypes.
 
 `error`, `oom` and `timeout` count as failed. A skip is no pass: it says that a question was not asked, and why.

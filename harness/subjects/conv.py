@@ -76,6 +76,11 @@ def time_axes(case: Case) -> dict[str, int]:
     return TIME
 
 
+def clips(case: Case) -> set[str]:
+    """Tokens and states have them."""
+    return {"x", "initial_state"}
+
+
 def evaluate(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
     """y and the final state; `bare` is without bias and activation."""
     activation = None if case.has("bare") else "silu"

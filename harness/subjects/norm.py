@@ -70,6 +70,11 @@ def steps(case: Case) -> float:
     return 1 + case["B"] * case["L"] * case["D"] / 1e6
 
 
+def clips(case: Case) -> set[str]:
+    """Tokens have them."""
+    return {"x", "residual"}
+
+
 def evaluate(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
     """y, and the new residual with prenorm (not in the `last` norm of a model)."""
     out = call(

@@ -103,6 +103,11 @@ def time_axes(case: Case) -> dict[str, int]:
     return TIME
 
 
+def clips(case: Case) -> set[str]:
+    """Tokens and states have them."""
+    return {"u", "delta", "B", "C", "z", "initial_state"}
+
+
 def evaluate(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
     """y and the final state."""
     options = {k: leaves[k] for k in ("D", "z", "delta_bias", "initial_state") if k in leaves}

@@ -1,0 +1,181 @@
+"""Each check finds what is wrong, and finds nothing where nothing is."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import faulty
+import pytest
+import torch
+from torch import Tensor
+
+from harness import environment, vast
+from harness.case import Case
+from harness.checks import batch, compile, device, extremes, strides, writes
+from harness.finding import Finding
+from harness.subject import CannotAsk, Implementation, subjects
+from harness.trial import Trial
+
+ODD = {"B": 3, "L": 7, "E": 10, "N": 4}
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def prepared():
+    before = torch.are_deterministic_algorithms_enabled()
+    environment.prepare()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def scan_case(*options: str, dtype: str = "float32", **dims: int) -> Case:
+    return Case("scan", tuple((ODD | dims).items()), options, dtype)
+
+
+def asked(check: ModuleType, call: str, case: Case) -> list[Finding]:
+    return check.run(Trial(case, "cpu"), Implementation("mine", getattr(faulty, call)))
+
+
+def failing(found: list[Finding]) -> set[str]:
+    return {f.tensor for f in found if not f.passed}
+
+
+@pytest.mark.parametrize("options", [(), ("reverse", "state"), ("groups=2",)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("check", [batch, writes, strides])
+def test_finds_nothing_in_a_good_scan(check: ModuleType, dtype: str, options: tuple[str, ...]) -> None:
+    assert not failing(asked(check, "scan", scan_case(*options, dtype=dtype)))
+
+
+@pytest.mark.parametrize(
+    ("check", "call", "where"),
+    [
+        (batch, "leaks_from_neighbours", "y["), (batch, "multiplies_neighbours_by_zero", "final_state["),
+        (writes, "leaves_the_last_unwritten", "y"), (writes, "hides_what_is_unwritten", "y"),
+        (writes, "writes_beside", "beside "), (writes, "overwrites_cotangent", "cotangent y"),
+        (writes, "remembers_the_last_call", "y"), (strides, "reads_dense_cotangents", "grad u["),
+    ],
+)  # fmt: skip
+def test_finds_the_fault(check: ModuleType, call: str, where: str) -> None:
+    found = failing(asked(check, call, scan_case("state")))
+    assert found and any(name.startswith(where) for name in found), found
+
+
+def test_batch_runs_in_the_mode_that_it_is_about() -> None:
+    """Without the mode the fault is found, with it there is none; parameters' gradients are left out."""
+
+    class Mode:
+        on = False
+
+        def __enter__(self):
+            Mode.on = True
+
+        def __exit__(self, *error):
+            Mode.on = False
+
+    def call(u: Tensor, *args, **options):
+        return (faulty.scan if Mode.on else faulty.leaks_from_neighbours)(u, *args, **options)
+
+    trial, mine = Trial(scan_case(), "cpu"), Implementation("mine", call)
+    assert failing(batch.run(trial, mine))
+    found = batch.run(trial, replace(mine, batch_invariant=Mode))
+    assert not failing(found) and not any("grad A" in f.tensor for f in found)
+
+
+@pytest.mark.parametrize("options", [("clips=20",), ("clips=20", "reverse"), ("periods=20", "infer")])
+def test_vast(options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What wraps around is found; on a box without room nothing is asked."""
+    case = scan_case(*options, "for=strides", dtype="bfloat16", B=1, L=17, E=252, N=1)
+    with pytest.raises(CannotAsk, match="GiB are free"):
+        asked(strides, "scan", case)
+    monkeypatch.setattr(vast, "require_room", lambda case, device: None)
+    assert not failing(asked(strides, "scan", case))
+    assert any(name.startswith("y[") for name in failing(asked(strides, "counts_too_short", case)))
+
+
+def test_vast_cases_are_beyond_32_bits() -> None:
+    for case in strides.cases("full"):
+        sizes = dict(case.dims)
+        count = int(case.option(vast.CLIPS, "") or case.option(vast.PERIODS, ""))
+        assert count * sizes["L"] * sizes.get("E", sizes.get("D", 1)) > 2**31
+    assert not strides.cases("smoke")
+
+
+def test_extremes_of_every_kind_pass_and_their_faults_do_not() -> None:
+    nan, length = (next(c for c in extremes.cases("smoke") if c.subject == "scan" and c.has(w)) for w in ("nan", "length"))
+    for case in (nan, length):
+        assert not failing(asked(extremes, "scan", case))
+    assert any(name == "y[NaN in u]" for name in failing(asked(extremes, "swallows_nan", nan)))
+    assert "y" in failing(asked(extremes, "drifts", length))
+    assert max(c["L"] for c in extremes.cases("full")) > 100_000
+
+
+def test_cases_of_a_check_are_asked_by_it_alone() -> None:
+    from harness.plan import Plan
+
+    plan = Plan("full", "cpu", ("scan",))
+    for case in plan.points():
+        checks = {name for name, _, _ in plan.questions(case)}
+        assert checks and (case.asker == "" or checks == {case.asker}), case.name
+    assert not any(c.asker for c in Plan("full", "cpu", ("scan",), ("forward",)).points())
+
+
+def test_opcheck_of_registered_ops() -> None:
+    """A fake implementation of another shape than the op's is found; without registered ops nothing is asked."""
+
+    @torch.library.custom_op("faulty::twice", mutates_args=())
+    def twice(x: Tensor) -> Tensor:
+        return 2 * x
+
+    trial = Trial(scan_case(), "cpu")
+    mine = Implementation("mine", faulty.scan, samples=lambda case, leaves: [(twice, (leaves["u"].detach(),), {})])
+    twice.register_fake(lambda x: x.new_empty(1, *x.shape))
+    assert any("faketensor" in name for name in failing(compile.registered(trial, mine)))
+    twice.register_fake(lambda x: torch.empty_like(x))
+    assert not failing(compile.registered(trial, mine))
+    with pytest.raises(CannotAsk, match="registers no ops"):
+        compile.registered(trial, Implementation("mine", faulty.scan))
+
+
+def test_what_is_no_whole_graph_fails(tmp_path: Path) -> None:
+    """In a process whose signatures nobody checks: that is what cannot be traced here."""
+    words = "--grid smoke --device cpu --jobs 1 --subject conv --case B3-L7-*-reverse-state-float32 --check compile".split()
+    added = ("--with", "conv:mine=faulty:conv_that_breaks_the_graph", "--impl", "mine", "--out", str(tmp_path))
+    environ = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'harness'}"}
+    command = [sys.executable, "-m", "harness", "parity", *words, *added]
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
+    assert done.returncode == 1 and "FAIL (ours) compile" in done.stdout and "fullgraph compile inf" in done.stdout, done.stdout
+
+
+def test_scan_of_ours_says_that_it_cannot_be_one_graph() -> None:
+    torch_scan = next(i for i in subjects()["scan"].implementations() if i.name == "fused:torch")
+    with pytest.raises(CannotAsk, match="registers no ops.*does not declare fullgraph.*needs a GPU"):
+        compile.run(Trial(scan_case(), "cpu"), torch_scan)
+
+
+def test_device_that_is_not_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is none here: the CPU plays it."""
+    case = scan_case("reverse", "state")
+    with pytest.raises(CannotAsk, match="only one cpu"):
+        asked(device, "scan", case)
+    monkeypatch.setattr(device, "another", lambda device: "cpu")
+    assert not failing(asked(device, "scan", case))
+    assert "y" in failing(asked(device, "changes_with_every_call", case))
+    numbers = iter((0, 1))
+    monkeypatch.setattr(device, "index", lambda: next(numbers))
+    assert failing(asked(device, "scan", case)) == {"current device"}
+    monkeypatch.setattr(device, "index", lambda: 0)
+    monkeypatch.setattr(device, "place", lambda tensor: "cuda:0" if tensor.shape == (3, 7, 10) else "cpu")
+    assert failing(asked(device, "scan", case)) == {"y", "grad u", "grad delta", "grad z"}
+
+
+def test_other_device_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(CannotAsk, match="two GPUs"):
+        device.another("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(device, "index", lambda: 1)
+    assert device.another("cuda") == "cuda:0"
