@@ -1,0 +1,1 @@
+"""GPU source and its launch, nothing else: no modules, no autograd."""
