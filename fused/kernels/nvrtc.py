@@ -56,14 +56,14 @@ def unavailable(device: torch.device | str) -> str | None:
 @functools.cache
 def missing() -> str | None:
     """None if NVRTC can be reached, else why not and what to install; needs no GPU."""
-    major = (torch.version.cuda or "13").split(".")[0]  # an NVRTC of another major version is not found
-    wheel = "nvidia-cuda-nvrtc" + ("-cu12" if major == "12" else "")
     try:
         _bindings("driver")
         _bindings("nvrtc").nvrtcVersion()
-    except Exception as error:  # whatever keeps a shared library from loading
-        said = str(error).splitlines()[0] if str(error) else ""
-        return f'NVRTC cannot be used ({type(error).__name__}: {said}): pip install "cuda-bindings=={major}.*" "{wheel}=={major}.*"'
+    except Exception as error:  # whatever keeps a package or a shared library from loading
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        major = (torch.version.cuda or "13").split(".")[0]  # of the packages, the one that fits PyTorch's own CUDA
+        wheel = "nvidia-cuda-nvrtc" + ("-cu12" if major == "12" else "")
+        return f'NVRTC cannot be used ({said}): pip install "cuda-bindings=={major}.*" "{wheel}=={major}.*"'
     return None
 
 

@@ -8,8 +8,9 @@
 // more threads than __launch_bounds__, a grid, block or shared memory that no GPU takes.
 //
 // What the source keeps to: kernels are extern "C" __global__ void, not templates, and take pointers, long long and float
-// only; dynamic shared memory by SHARED(name); inline assembly stands under #ifndef EMULATED (fused/kernels/device.cuh has
-// the CUDA side of everything in the second half of this file). threadIdx is one-dimensional. Example:
+// only. Dynamic shared memory comes by SHARED(name); `__shared__` works too, but within a template it keeps what the block
+// before left. Inline assembly stands under #ifndef EMULATED: fused/kernels/device.cuh has the GPU's side of what ends this
+// file. threadIdx is one-dimensional. Nothing waits for another block, or by reading memory again and again. Example:
 //
 //   // y_r = bf16(sum_i x_ri) for rows of n bf16; one block a row, THREADS a multiple of 32.
 //   extern "C" __global__ void __launch_bounds__(THREADS) row_sum(

@@ -19,6 +19,8 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +40,10 @@ _BOUNDS = r"(?:__launch_bounds__\s*\((?P<bounds{}>(?:[^()]|\((?:[^()]|\([^()]*\)
 KERNEL = re.compile(
     r"extern\s+\"C\"\s+__global__\s+" + _BOUNDS.format(1) + r"void\s+" + _BOUNDS.format(2) + r"(?P<name>\w+)\s*\("
 )
+_one, _memory = threading.Lock(), ctypes.c_void_p()  # one grid runs at a time; what all libraries use
+# The example at the top of emulation.h, so that it is one that works.
+_COMMENT = (HERE / "emulation.h").read_text().split("Example:\n//\n")[1].split("#pragma once")[0]
+EXAMPLE = textwrap.dedent(_COMMENT.replace("//   ", "   "))
 
 
 class EmulationError(RuntimeError):
@@ -74,8 +80,10 @@ class Module:
         chosen, _, seed = (order or os.environ.get("EMULATION_ORDER") or "forward").partition(":")
         if chosen not in ORDERS:
             raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {chosen!r}")
-        said = ctypes.create_string_buffer(1200)
-        if run((ctypes.c_uint * 3)(*grid), threads, shared, words, ORDERS.index(chosen), int(seed or 0), said, len(said)):
+        said, how = ctypes.create_string_buffer(1200), (ORDERS.index(chosen), int(seed or 0))
+        with _one:
+            failed = run((ctypes.c_uint * 3)(*grid), threads, shared, words, *how, ctypes.byref(_memory), said, len(said))
+        if failed:
             message = re.sub(r" \[pc (0x\w+)\]", self._line, said.value.decode(errors="replace"))
             raise EmulationError(f"{name} with grid {tuple(grid)}: {message}")
 
@@ -86,8 +94,8 @@ class Module:
         except AttributeError:
             raise EmulationError(f"there is no kernel {name!r}") from None
         parameters.restype = ctypes.c_char_p
-        grid, size = ctypes.POINTER(ctypes.c_uint), ctypes.c_size_t
-        run.argtypes = (grid, ctypes.c_int, size, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint64, ctypes.c_char_p, size)
+        grid, number, size, text = ctypes.POINTER(ctypes.c_uint), ctypes.c_int, ctypes.c_size_t, ctypes.c_char_p
+        run.argtypes = (grid, number, size, text, number, ctypes.c_uint64, ctypes.c_void_p, text, size)
         self._kernels[name] = parameters().decode(), run
         return self._kernels[name]
 

@@ -3,7 +3,6 @@
 #define _GLIBCXX_INCLUDE_NEXT_C_HEADERS  // C's own headers: a kernel compiles in half the time without C++'s
 #include <dlfcn.h>
 #include <math.h>
-#include <pthread.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -288,17 +287,20 @@ inline void await_copies(int pending) {
   c.count = kept;
 }
 
-inline void reserve() {
-  constexpr auto map = [](size_t bytes) {
+// Stacks and shared memory, `*memory` of them, are one for all libraries of the process: each fence is a mapping, and a
+// process may have 65530.
+inline void reserve(char** memory) {
+  if (!*memory) {
+    const size_t bytes = MAX_THREADS * (STACK + PAGE) + ROOM + 2 * FENCE;
     void* at = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (at == MAP_FAILED) abort();
-    return static_cast<char*>(at);
-  };
-  stacks = map(MAX_THREADS * (STACK + PAGE));
-  for (int t = 0; t < MAX_THREADS; t++) mprotect(stacks + t * (STACK + PAGE), PAGE, PROT_NONE);
-  room = map(ROOM + 2 * FENCE) + FENCE;
-  mprotect(room - FENCE, FENCE, PROT_NONE);
-  mprotect(room + ROOM, FENCE, PROT_NONE);
+    *memory = static_cast<char*>(at);
+    for (int t = 0; t < MAX_THREADS; t++) mprotect(*memory + t * (STACK + PAGE), PAGE, PROT_NONE);
+    mprotect(*memory + MAX_THREADS * (STACK + PAGE), FENCE, PROT_NONE);
+    mprotect(*memory + MAX_THREADS * (STACK + PAGE) + FENCE + ROOM, FENCE, PROT_NONE);
+  }
+  stacks = *memory;
+  room = *memory + MAX_THREADS * (STACK + PAGE) + FENCE;
 }
 
 // The last byte lies at the fence, or up to 127 bytes before it. These, and what is left of the first
@@ -390,12 +392,10 @@ inline void run_grid() {
       }
 }
 
-// 0, or 1 with a message for Python.
+// 0, or 1 with a message for Python, which lets one thread in at a time.
 inline int run(void (*kernel)(const void*), int bound, const unsigned* grid, int block, size_t bytes, const void* words,
-               int in_order, uint64_t with_seed, char* said, size_t room_to_say) {
-  static pthread_mutex_t one = PTHREAD_MUTEX_INITIALIZER;
-  pthread_mutex_lock(&one);
-  if (!room) reserve();
+               int in_order, uint64_t with_seed, char** memory, char* said, size_t room_to_say) {
+  reserve(memory);
   body = kernel, arguments = words, threads = block, order = Order(in_order), seed = with_seed * 2 + 1, failed = false;
   gridDim = {grid[0], grid[1], grid[2]}, blockDim = {unsigned(block), 1, 1}, blockIdx = threadIdx = {0, 0, 0};
   if (block < 1 || block > MAX_THREADS || block > bound)
@@ -411,7 +411,6 @@ inline int run(void (*kernel)(const void*), int bound, const unsigned* grid, int
   }
   if (failed)
     snprintf(said, room_to_say, "block (%u, %u, %u), thread %u: %s", blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x, message);
-  pthread_mutex_unlock(&one);
   return failed;
 }
 
@@ -450,8 +449,10 @@ template <class... Rest> constexpr int first(int threads, Rest...) { return thre
   extern "C" __attribute__((visibility("default"))) const char* emulation_parameters_##kernel() {                         \
     return emulation::Shim<kernel>::parameters;                                                                           \
   }                                                                                                                       \
-  extern "C" __attribute__((visibility("default"))) int emulation_run_##kernel(                                           \
-      const unsigned* grid, int block, size_t bytes, const void* words, int order, uint64_t seed, char* said, size_t n) { \
-    constexpr int bound = emulation::first(__VA_ARGS__);                                                                  \
-    return emulation::run(emulation::Shim<kernel>::run, bound, grid, block, bytes, words, order, seed, said, n);          \
+  extern "C" __attribute__((visibility("default"))) int emulation_run_##kernel(                                          \
+      const unsigned* grid, int block, size_t bytes, const void* words, int order, uint64_t seed, char** memory,         \
+      char* said, size_t room_to_say) {                                                                                  \
+    constexpr int bound = emulation::first(__VA_ARGS__);                                                                 \
+    return emulation::run(emulation::Shim<kernel>::run, bound, grid, block, bytes, words, order, seed, memory, said,     \
+                          room_to_say);                                                                                  \
   }
