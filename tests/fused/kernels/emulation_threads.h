@@ -326,14 +326,19 @@ inline void handler(int number, siginfo_t* info, void* state) {
     complain("shared memory: access at byte %ld of %zu", long(at - shared), shared_bytes);
   else if (at >= stacks && at < stacks + MAX_THREADS * (STACK + PAGE)) complain("local memory: more than %zu bytes", STACK);
   else complain("access to memory that is not there, at address %p", at);
+  const mcontext_t& machine = static_cast<ucontext_t*>(state)->uc_mcontext;
 #if defined(__x86_64__)
-  const char* pc = reinterpret_cast<char*>(static_cast<ucontext_t*>(state)->uc_mcontext.gregs[REG_RIP]);
+  const char* pc = reinterpret_cast<char*>(machine.gregs[REG_RIP]);
+#elif defined(__aarch64__)
+  const char* pc = reinterpret_cast<char*>(machine.pc);
+#else
+  const char* pc = nullptr;
+#endif
   Dl_info here, there;  // Python finds the line to it, if it is in this library
   if (dladdr(&room, &here) && dladdr(pc, &there) && here.dli_fbase == there.dli_fbase) {
     const size_t end = strlen(message);
     snprintf(message + end, sizeof message - end, " [pc %#lx]", long(pc - static_cast<char*>(here.dli_fbase)));
   }
-#endif
   siglongjmp(escape, 1);
 }
 

@@ -9,20 +9,22 @@ THREADS = (("THREADS", 128),)
 ONE = (1, 1, 1)
 
 
-def run(body, x, *, threads=64, shared=0, bounds="1024", order=None):
-    """One block of a kernel that has x, 64 float32, and dynamic shared memory s; gives x."""
-    source = f'extern "C" __global__ void __launch_bounds__({bounds}) k(float* x) {{ SHARED(s)\n{body}\n}}'
-    emulation.module(source).launch("k", ONE, threads, shared, x, order=order)
+def run(bodies, body, x, *, shared=0, order=None):
+    """One block of one of the kernel's bodies, compiled all at once, which has x (float32) and s in shared memory; gives x."""
+    cases = "\n".join(f"case {i}: {{\n#line 2\n{text}\n}} break;" for i, text in enumerate(bodies))
+    source = f'extern "C" __global__ void k(float* x, long long which) {{ SHARED(s) switch (which) {{\n{cases}\n}}}}'
+    emulation.module(source).launch("k", ONE, 64, shared, x, bodies.index(body), order=order)
     return x
 
 
+@pytest.mark.parametrize("fibers", [(), (("EMULATION_UCONTEXT", 1),)], ids=["own", "ucontext"])
 @pytest.mark.parametrize("order", [*emulation.ORDERS, "random:5"])
-def test_example(order, monkeypatch):
+def test_example(order, fibers, monkeypatch):
     """A sum over a block: shuffles, shared memory, a barrier, bfloat16 in and out, in every order of threads."""
     monkeypatch.setenv("EMULATION_ORDER", order)
     x = torch.randn(5, 1001, generator=torch.Generator().manual_seed(0)).bfloat16()
     y = torch.full((5,), torch.nan, dtype=torch.bfloat16)
-    emulation.module(emulation.EXAMPLE, THREADS, x.device).launch("row_sum", (5, 1, 1), 128, 16, x, y, 1001)
+    emulation.module(emulation.EXAMPLE, THREADS + fibers, x.device).launch("row_sum", (5, 1, 1), 128, 16, x, y, 1001)
     assert torch.allclose(y.double(), x.double().sum(1), rtol=2**-8, atol=0)
 
 
@@ -38,31 +40,31 @@ def test_missing_barrier_shows():
     assert results[0] != results[0] and results[1] == 1024
 
 
-@pytest.mark.parametrize(
-    "body, shared, words",
-    [
-        ("s[threadIdx.x] = 1;", 48, "shared memory: written at byte 48 of 48"),
-        ("s[threadIdx.x] = 1;", 0, "shared memory: access at byte 0 of 0.* in line 2"),
-        ("if (threadIdx.x == 3) s[-4] = 1;", 256, "shared memory: written at byte -4 of 256"),
-        ("x[0] = s[70000];", 256, "shared memory: access at byte 70000 of 256.* in line 2"),
-        ("float v[4]; x[threadIdx.x] = v[threadIdx.x];", 0, "thread 4: .*an index beyond a local array in line 2"),
-        ("x[0] = reinterpret_cast<float4*>(x + 1)->x;", 0, "a misaligned access.* in line 2"),
-        ("copy_async<16>(s, x + 1);", 256, "copy_async<16>: misaligned"),
-        ("x = nullptr; x[0] = 1;", 0, "memory that is not there, at address .nil.* in line 2"),
-        ("if (threadIdx.x < 16) __syncthreads();", 0, "deadlock: 16 of 64 .* __syncthreads.* in line 2, .* 48 have returned"),
-        ("if (threadIdx.x < 16)\n__syncthreads();\nelse\n__syncthreads();", 0, "divergent barrier: .* line [35]"),
-        ("if (threadIdx.x < 16) x[0] = __shfl_xor_sync(~0u, x[1], 1);", 0, "deadlock: 16 of 64 threads wait at a shuffle"),
-        ("if (threadIdx.x < 16) x[0] = __shfl_xor_sync(0xffff, x[1], 16);", 0, "reads lane 16, which takes no part"),
-        ("x[0] = __shfl_xor_sync(0xffff, x[1], 1);", 0, "not in its own mask"),
-        ("if (threadIdx.x & 1)\n__syncwarp();\nelse x[0] = __shfl_xor_sync(~0u, x[1], 1);", 0, "divergent warp"),
-        ("named_barrier(1, 96);", 0, "named barrier 1 of 96 threads"),
-        ("if (threadIdx.x < 32) named_barrier(2, 64);", 0, "deadlock: 32 of 64 threads wait at named_barrier"),
-        ("__trap();", 0, "__trap"),
-    ],
-)
+MISTAKES = [
+    ("s[threadIdx.x] = 1;", 48, "shared memory: written at byte 48 of 48"),
+    ("s[threadIdx.x] = 1;", 0, "shared memory: access at byte 0 of 0.* in line 2"),
+    ("if (threadIdx.x == 3) s[-4] = 1;", 256, "shared memory: written at byte -4 of 256"),
+    ("x[0] = s[70000];", 256, "shared memory: access at byte 70000 of 256.* in line 2"),
+    ("float v[4]; x[threadIdx.x] = v[threadIdx.x];", 0, "thread 4: .*an index beyond a local array in line 2"),
+    ("x[0] = reinterpret_cast<float4*>(x + 1)->x;", 0, "a misaligned access.* in line 2"),
+    ("copy_async<16>(s, x + 1);", 256, "copy_async<16>: misaligned"),
+    ("x = nullptr; x[0] = 1;", 0, "memory that is not there, at address .nil.* in line 2"),
+    ("if (threadIdx.x < 16) __syncthreads();", 0, "deadlock: 16 of 64 .* __syncthreads.* in line 2, .* 48 have returned"),
+    ("if (threadIdx.x < 16)\n__syncthreads();\nelse\n__syncthreads();", 0, "divergent barrier: .* line [35]"),
+    ("if (threadIdx.x < 16) x[0] = __shfl_xor_sync(~0u, x[1], 1);", 0, "deadlock: 16 of 64 threads wait at a shuffle"),
+    ("if (threadIdx.x < 16) x[0] = __shfl_xor_sync(0xffff, x[1], 16);", 0, "reads lane 16, which takes no part"),
+    ("x[0] = __shfl_xor_sync(0xffff, x[1], 1);", 0, "not in its own mask"),
+    ("if (threadIdx.x & 1)\n__syncwarp();\nelse x[0] = __shfl_xor_sync(~0u, x[1], 1);", 0, "divergent warp"),
+    ("named_barrier(1, 96);", 0, "named barrier 1 of 96 threads"),
+    ("if (threadIdx.x < 32) named_barrier(2, 64);", 0, "deadlock: 32 of 64 threads wait at named_barrier"),
+    ("__trap();", 0, "__trap"),
+]
+
+
+@pytest.mark.parametrize("body, shared, words", MISTAKES)
 def test_mistakes_raise(body, shared, words):
     with pytest.raises(emulation.EmulationError, match=words):
-        run(body, torch.zeros(64), shared=shared)
+        run([body for body, _, _ in MISTAKES], body, torch.zeros(64), shared=shared, order="forward")
 
 
 def test_launches_that_no_gpu_takes_raise():
@@ -101,20 +103,24 @@ def test_arguments():
 
 def test_memory_is_not_by_chance_right():
     """Shared memory is NaN at first in every block, in all three precisions; a variable that nobody set is absurd."""
-    body = "float* f = (float*)s; x[threadIdx.x] = f[threadIdx.x] + from_bf16(*(short*)s) + from_fp16(*(short*)s);"
-    assert run(body, torch.zeros(64), shared=256).isnan().all()
-    assert run("__shared__ float f[64]; x[threadIdx.x] = f[threadIdx.x];", torch.zeros(64)).isnan().all()
+    dynamic = "float* f = (float*)s; x[threadIdx.x] = f[threadIdx.x] + from_bf16(*(short*)s) + from_fp16(*(short*)s);"
+    static = "__shared__ float f[64]; x[threadIdx.x] = f[threadIdx.x]; f[threadIdx.x] = 1;"
+    unset = "float f[4]; x[threadIdx.x] = f[(int)x[0] & 3];"
+    bodies = [dynamic, static, unset]
+    for body in (dynamic, static, static):
+        assert run(bodies, body, torch.zeros(64), shared=256).isnan().all()
     if emulation.UNSET in emulation._flags():
-        assert (run("float f[4]; x[threadIdx.x] = f[(int)x[0] & 3];", torch.zeros(64)).abs() > 1e38).all()
+        assert (run(bodies, unset, torch.zeros(64)).abs() > 1e38).all()
 
 
 def test_fences():
     """An access behind the end of a fenced tensor raises; the tensor is as it was, whatever its size."""
     x = torch.arange(35, dtype=torch.int16).view(5, 7).bfloat16()
     assert torch.equal(emulation.fenced(x), x)
-    run("x[threadIdx.x] += 1;", emulation.fenced(torch.zeros(64)))
+    within, beyond = bodies = ["x[threadIdx.x] += 1;", "x[threadIdx.x] = x[threadIdx.x + 1];"]
+    assert torch.equal(run(bodies, within, emulation.fenced(torch.zeros(64))), torch.ones(64))
     with pytest.raises(emulation.EmulationError, match="thread 63: access to memory that is not there"):
-        run("x[threadIdx.x] = x[threadIdx.x + 1];", emulation.fenced(torch.zeros(64)))
+        run(bodies, beyond, emulation.fenced(torch.zeros(64)))
 
 
 @pytest.mark.parametrize("order", emulation.ORDERS)
@@ -123,7 +129,7 @@ def test_barriers_shuffles_and_copies(order):
     lane = torch.arange(64) % 32
     swap = "float* f = (float*)s; {} x[threadIdx.x] = f[63 - threadIdx.x];"
     values = torch.arange(64.0)
-    for body, wanted in {
+    cases = {
         "x[threadIdx.x] = __shfl_xor_sync(~0u, x[threadIdx.x], 5);": values.view(2, 32)[:, torch.arange(32) ^ 5].flatten(),
         "x[threadIdx.x] = __shfl_xor_sync(~0u, threadIdx.x, 5);": values.view(2, 32)[:, torch.arange(32) ^ 5].flatten(),
         "x[threadIdx.x] = __shfl_sync(~0u, x[threadIdx.x], 3, 8);": values // 8 * 8 + 3,
@@ -141,8 +147,10 @@ def test_barriers_shuffles_and_copies(order):
         swap.format(  # a group that nobody waits for has not arrived
             "copy_async<4>(f + threadIdx.x, x + threadIdx.x); copy_commit(); copy_wait<1>(); __syncthreads();"
         ): values * torch.nan,
-    }.items():
-        assert torch.equal(run(body, values.clone(), shared=256, order=order).nan_to_num(-1), wanted.nan_to_num(-1)), body
+    }
+    for body, wanted in cases.items():
+        got = run(list(cases), body, values.clone(), shared=256, order=order)
+        assert torch.equal(got.nan_to_num(-1), wanted.nan_to_num(-1)), body
 
 
 def test_conversions():
