@@ -135,10 +135,10 @@ class Module:
         else:
             with torch.cuda.device(self.index):
                 result = self._start(*start)
-        if result[0] == self._driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:  # a thread that has not used the device yet
-            self._ask(self._driver.cuCtxSetCurrent(self._context), "no context")
-            result = self._start(*start)
         if result[0] != 0:
+            if result[0] == self._driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:  # a thread that has not used the device yet
+                self._ask(self._driver.cuCtxSetCurrent(self._context), "no context")
+                result = self._start(*start)
             self._ask(result, f"{name} does not start with grid {grid}, {threads} threads, {shared} bytes of shared memory")
 
     def _words(self, name: str, kernel: "_Kernel", args: tuple[Tensor | int | float | None, ...]) -> list[int]:
