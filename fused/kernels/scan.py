@@ -16,7 +16,7 @@ from . import nvrtc
 
 TILE = 16  # tokens; marks, the states from which the backward starts again, are that far apart
 LONGEST_STATE = 64
-FILES = ("scan_common.cu", "scan_forward.cu", "scan_backward.cu")
+FILES = ("device.cuh", "scan_common.cu", "scan_forward.cu", "scan_backward.cu")
 IO = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 SOFTPLUS, LOGARITHM, REVERSE = 1, 2, 4
 

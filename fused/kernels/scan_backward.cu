@@ -100,14 +100,15 @@ template <bool FULL> DEVICE void scan_backward(
       for (int i = 0; i < K * GROUPS; i++) {
         const int channel = edge + slot[i / GROUPS], n = i % GROUPS * 16 + place.quarter * 4;
         const bool here = channel < E && n < N;
-        copy_ahead<16>(begun + i * THREADS, marks + (one * (span / TILE) + tile) * E * N + (here ? (i64)channel * N + n : 0), here);
+        copy_async<16>(begun + i * THREADS, marks + (one * (span / TILE) + tile) * E * N + (here ? (i64)channel * N + n : 0), here);
       }
     }
+    copy_commit();
   };
   ahead(tiles - 1);
   for (int tile = tiles - 1; tile >= 0; tile--) {
     const int left = walk.size - tile * TILE;
-    copy_wait();
+    copy_wait<0>();
     const Quad* from = raw;
     float shift[4];  // read again for every tile: four registers less
     #pragma unroll

@@ -25,32 +25,6 @@ typedef long long i64;
 #define LOGARITHM 2  // A holds log(-A)
 #define REVERSE 4    // of the only direction
 
-#ifndef EMULATED
-#define SHARED(name) extern __shared__ __align__(16) char name[]
-DEVICE float ex2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
-DEVICE float lg2(float x) { float y; asm volatile("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
-DEVICE float rcp(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
-DEVICE float from_bf16(unsigned short x) { return __uint_as_float((unsigned)x << 16); }
-DEVICE unsigned short to_bf16(float x) { unsigned short y; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y; }
-DEVICE float from_fp16(unsigned short x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x)); return y; }
-DEVICE unsigned short to_fp16(float x) { unsigned short y; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y; }
-DEVICE unsigned bf16_pair(float a, float b) { unsigned y; asm("cvt.rn.bf16x2.f32 %0, %2, %1;" : "=r"(y) : "f"(a), "f"(b)); return y; }
-DEVICE unsigned fp16_pair(float a, float b) { unsigned y; asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(y) : "f"(a), "f"(b)); return y; }
-// copies to shared memory that run behind the thread's back until it waits; zeros where not `here`
-template <int BYTES> DEVICE void copy_ahead(void* to, const void* from, bool here) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
-               :: "r"((unsigned)__cvta_generic_to_shared(to)), "l"(from), "n"(BYTES), "r"(here ? BYTES : 0));
-}
-DEVICE void copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-#else
-DEVICE unsigned bf16_pair(float a, float b) { return to_bf16(a) | (unsigned)to_bf16(b) << 16; }
-DEVICE unsigned fp16_pair(float a, float b) { return to_fp16(a) | (unsigned)to_fp16(b) << 16; }
-template <int BYTES> DEVICE void copy_ahead(void* to, const void* from, bool here) {
-  for (int i = 0; i < BYTES; i++) ((char*)to)[i] = here ? ((const char*)from)[i] : 0;
-}
-DEVICE void copy_wait() {}
-#endif
-
 #if IO == 2
 typedef float io;
 struct alignas(16) Quad { float e[4]; };  // four neighbouring elements
@@ -67,7 +41,7 @@ DEVICE float value(const Quad& q, int i) {
   if (IO == 1) return from_fp16((io)(i % 2 ? pair >> 16 : pair));
   return __uint_as_float(i % 2 ? pair & 0xffff0000u : pair << 16);
 }
-DEVICE Quad quad(const float* v) { return {IO == 0 ? bf16_pair(v[0], v[1]) : fp16_pair(v[0], v[1]), IO == 0 ? bf16_pair(v[2], v[3]) : fp16_pair(v[2], v[3])}; }
+DEVICE Quad quad(const float* v) { return {IO == 0 ? pack_bf16(v[0], v[1]) : pack_fp16(v[0], v[1]), IO == 0 ? pack_bf16(v[2], v[3]) : pack_fp16(v[2], v[3])}; }
 DEVICE Quad single(const io* p, int count) {
   const unsigned a = count > 0 ? p[0] : 0, b = count > 1 ? p[1] : 0, c = count > 2 ? p[2] : 0, d = count > 3 ? p[3] : 0;
   return {a | b << 16, c | d << 16};
@@ -83,7 +57,7 @@ template <bool WHOLE> DEVICE Quad load(const io* p, int count) {
 }
 // the same into a thread's own place in shared memory, ahead of time where whole groups can be copied
 template <bool WHOLE> DEVICE void fetch(Quad* to, const io* p, int count) {
-  if (WHOLE) copy_ahead<sizeof(Quad)>(to, p, count > 0);
+  if (WHOLE) copy_async<sizeof(Quad)>(to, p, count > 0);
   else *to = single(p, count);
 }
 DEVICE void store(io* p, const float* v, int count) {

@@ -1,0 +1,63 @@
+"""Machine code kept on disk, for many processes at once: $XDG_CACHE_HOME (or ~/.cache) /videomamba-bench/cubins.
+
+A file is a digest and the machine code. It is written beside its place and then renamed into it, so that a reader finds it
+whole or not at all; one whose digest does not fit is made again. A folder that cannot be written costs the next process a
+compilation, no more.
+"""
+
+import functools
+import hashlib
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+_log = logging.getLogger("fused")
+
+
+def folder() -> Path:
+    """Where the files are."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "videomamba-bench" / "cubins"
+
+
+def kept(parts: tuple[object, ...], make: Callable[[], bytes]) -> bytes:
+    """The machine code that `parts` (whatever it depends on) name, from disk, or from `make` and then kept."""
+    path = folder() / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.cubin"
+    code = _read(path)
+    if code is None:
+        code = make()
+        try:
+            _write(path, code)
+        except OSError as error:
+            _warn(str(path.parent), str(error))
+    return code
+
+
+def _read(path: Path) -> bytes | None:
+    """What the file holds, or None if it is not there, cannot be read, or is not what was written."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    digest, code = content[:32], content[32:]
+    return code if code and hashlib.sha256(code).digest() == digest else None
+
+
+def _write(path: Path, code: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(hashlib.sha256(code).digest() + code)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+@functools.cache
+def _warn(place: str, reason: str) -> None:
+    """Once per process and folder."""
+    _log.warning("compiled kernels cannot be kept in %s, every process compiles its own: %s", place, reason)
