@@ -7,6 +7,8 @@
 B batch, L tokens, E channels, N states per channel, G groups of channels that share B and C.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -22,6 +24,7 @@ Tokens = Float[Tensor, "B L E"]
 Mixing = Float[Tensor, "B L *G N"]
 State = Float[Tensor, "B E N"]
 Pair = tuple[Tensor, Tensor]
+_PAIRED = ("u", "delta", "A", "B", "C", "D", "delta_bias")
 
 
 def selective_scan(
@@ -90,22 +93,19 @@ def bidirectional_scan(
         >>> A, mix = (-torch.rand(8, 4),) * 2, (torch.randn(2, 63, 4),) * 2
         >>> y = bidirectional_scan(*both, A, mix, mix)
     """
-    pairs = list(zip(u, delta, A, B, C, D, delta_bias, strict=True))
+    pairs = [dict(zip(_PAIRED, one, strict=True)) for one in zip(u, delta, A, B, C, D, delta_bias, strict=True)]
     if len(pairs) != 2:
         raise ValueError(f"bidirectional_scan: u and all others but z must be pairs, got {len(pairs)} of each")
-    for pair in pairs:
-        _check(*pair[:6], z, pair[6], None)
-    first, second = pairs
-    if backends.choose(backend, first[0].device) == "native" and all(x.dim() == 3 for x in (*B, *C)):
+    for one in pairs:
+        _check(**one, z=z, initial_state=None)
+    if backends.choose(backend, u[0].device) == "native" and all(x.dim() == 3 for x in (*B, *C)):
         from .native import scan as native
 
-        backends.check_abilities("scan", "native", first[0].dtype, {})
+        backends.check_abilities("scan", "native", u[0].dtype, {})
         return native.bidirectional_scan(u, delta, A, B, C, D, z, delta_bias, softplus=softplus)
-    ys = [
-        selective_scan(*one[:6], z, one[6], softplus=softplus, reverse=reverse, backend=backend)[0]
-        for one, reverse in ((first, False), (second, True))
-    ]
-    return ys[0] + ys[1]
+    options: dict[str, Any] = {"z": z, "softplus": softplus, "backend": backend}
+    first, second = pairs
+    return selective_scan(**first, **options)[0] + selective_scan(**second, **options, reverse=True)[0]
 
 
 def scan_torch(
@@ -124,7 +124,12 @@ def scan_torch(
 ) -> tuple[Tokens, State]:
     """The scan in PyTorch operations, for any device: bounded scratch memory, repeatable bit for bit."""
     keep = torch.is_grad_enabled()
-    return _Scan.apply(u, delta, A, B, C, D, z, delta_bias, initial_state, softplus, reverse, keep)
+    return _apply(u, delta, A, B, C, D, z, delta_bias, initial_state, softplus, reverse, keep)
+
+
+@torch.compiler.disable(recursive=True)  # blocks of a loop, written into views of scratch memory: nothing to gain
+def _apply(*arguments):
+    return _Scan.apply(*arguments)
 
 
 class _Scan(torch.autograd.Function):

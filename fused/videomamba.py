@@ -216,7 +216,7 @@ class Backbone(nn.Module):
         if self._chosen is None or self._chosen[0] != x.device.type:
             fast = (self.config.ssm_cfg or {}).get("use_fast_path", True)
             backend = backends.choose(self._asked, x.device, use_fast_path=fast)
-            if x.device.type == "cuda":
+            if x.device.type == "cuda" and not torch.compiler.is_compiling():
                 low = torch.is_autocast_enabled("cuda")
                 stamp.remind(backend, torch.get_autocast_dtype("cuda") if low else x.dtype, x.device)
             self._chosen = x.device.type, backend

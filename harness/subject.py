@@ -105,10 +105,18 @@ def needs(case: Case) -> list[str]:
     return [ability for ability, used in wanted.items() if used] + ["groups"] * (case.option("groups", "1") != "1")
 
 
-def fused_implementations(op: str, call_with: Callable[[str], Callable[..., Any]]) -> list[Implementation]:
-    """Every backend of `fused` that has the operator; mamba-ssm's are rivals."""
+def fused_implementations(
+    op: str,
+    call_with: Callable[[str], Callable[..., Any]],
+    samples: Callable[[Case, dict[str, Tensor]], Sequence[Sample]] | None = None,
+) -> list[Implementation]:
+    """Every backend of `fused` that has the operator; mamba-ssm's are rivals. `samples` are of native's registered ops."""
     names = [b for b in backends.BACKENDS if b != "mamba_ssm_inner" or op == "mixer"]
-    return [Implementation(f"fused:{b}", call_with(b), b.startswith("mamba_ssm"), b, op) for b in names]
+    mode = backends.batch_invariant
+    return [
+        Implementation(f"fused:{b}", call_with(b), b.startswith("mamba_ssm"), b, op, mode, samples if b == "native" else None)
+        for b in names
+    ]
 
 
 def subjects() -> dict[str, ModuleType]:

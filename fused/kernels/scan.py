@@ -112,14 +112,15 @@ def source() -> str:
     return "\n".join((Path(__file__).parent / name).read_text(encoding="utf-8") for name in FILES)
 
 
-def forward(s: Streams, initial: Tensor | None, plan: Plan, *, ungated: bool, marks: bool, starts: Tensor | None = None) -> Result:
+def forward(
+    s: Streams, initial: Tensor | None, plan: Plan, *, ungated: bool, marks: bool, starts: Tensor | None = None
+) -> Result:
     """Scan from `initial` (B, E, N), one direction only, or from zero. `starts` of an earlier call saves the pass for them."""
     B, L, E, N = s.sizes
     u, d, S = s.u[0], len(s.reverses), plan.splits
-    wide = {"dtype": torch.float32, "device": u.device}
-    y, final = torch.empty((B, L, E), dtype=u.dtype, device=u.device), torch.empty((d, B, E, N), **wide)
+    y, final = u.new_empty((B, L, E)), _wide(u, d, B, E, N)
     before = torch.empty_like(y) if ungated and s.z is not None else None
-    seen = torch.empty((d, B, S * plan.span // TILE, E, N), **wide) if marks else None
+    seen = _wide(u, d, B, S * plan.span // TILE, E, N) if marks else None
     if 0 in (B, L, E):
         final = final.zero_() if initial is None else final.copy_(initial)
         return Result(y, final, starts, before, seen)
@@ -132,7 +133,7 @@ def forward(s: Streams, initial: Tensor | None, plan: Plan, *, ungated: bool, ma
 def states(s: Streams, initial: Tensor | None, plan: Plan, starts: Tensor | None = None) -> Tensor:
     """`Result.marks` alone."""
     B, L, E, N = s.sizes
-    seen = torch.empty((len(s.reverses), B, plan.splits * plan.span // TILE, E, N), dtype=torch.float32, device=s.u[0].device)
+    seen = _wide(s.u[0], len(s.reverses), B, plan.splits * plan.span // TILE, E, N)
     if 0 not in (B, L, E):
         starts = _starts(s, initial, plan) if plan.splits > 1 and starts is None else starts
         _scan("scan_states", s, plan, starts if plan.splits > 1 else initial, None, None, seen, None, None)
@@ -141,13 +142,15 @@ def states(s: Streams, initial: Tensor | None, plan: Plan, starts: Tensor | None
 
 def _starts(s: Streams, initial: Tensor | None, plan: Plan) -> Tensor:
     B, _, E, N = s.sizes
-    shape, wide = (len(s.reverses), B, plan.splits), {"dtype": torch.float32, "device": s.u[0].device}
-    local, sums = torch.empty((*shape, E, N), **wide), torch.empty((*shape, E), **wide)
+    u, shape = s.u[0], (len(s.reverses), B, plan.splits)
+    local, sums = _wide(u, *shape, E, N), _wide(u, *shape, E)
     _scan("scan_states", s, plan, None, local, sums, None, None, None)
     return combine(s, plan, sums, local, initial, adjoint=False)[0]
 
 
-def combine(s: Streams, plan: Plan, sums: Tensor, local: Tensor, initial: Tensor | None, *, adjoint: bool) -> tuple[Tensor, Tensor]:
+def combine(
+    s: Streams, plan: Plan, sums: Tensor, local: Tensor, initial: Tensor | None, *, adjoint: bool
+) -> tuple[Tensor, Tensor]:
     """Carry states from split to split: `sums` (d, B, S, E) of delta and `local` (d, B, S, E, N), what leaves a split that
     nothing enters, give what enters each, and what leaves the last. The same for splits that lie on several devices."""
     enter, final = torch.empty_like(local), local.new_empty((*local.shape[:2], *local.shape[3:]))
@@ -178,25 +181,26 @@ def backward(
     into `dB` and `dC`, (B, L, N) each, of unit stride along N, and that of z into `dz` if it came."""
     B, L, E, N = s.sizes
     u, d, S, shape = s.u[0], len(s.reverses), plan.splits, plan.backward
-    wide, like = {"dtype": torch.float32, "device": u.device}, {"dtype": u.dtype, "device": u.device}
-    du, ddelta = (tuple(torch.empty((B, L, E), **like) for _ in range(d)) for _ in range(2))
+    du, ddelta = (tuple(u.new_empty((B, L, E)) for _ in range(d)) for _ in range(2))
     if s.z is not None and dz is None:
-        dz = torch.empty((B, L, E), **like)
-    out = torch.empty((B, L, E), **like) if gated and s.z is not None else None
-    leave = torch.empty((d, B, S, E, N), **wide)
+        dz = u.new_empty((B, L, E))
+    out = u.new_empty((B, L, E)) if gated and s.z is not None else None
+    leave = _wide(u, d, B, S, E, N)
     if 0 in (B, L, E):
-        zeros = torch.zeros((d, E, N + 2), **wide)
-        initial = torch.zeros((d, B, E, N), **wide) if dfinal is None else dfinal.clone()
+        zeros = _wide(u, d, E, N + 2).zero_()
+        initial = _wide(u, d, B, E, N).zero_() if dfinal is None else dfinal.clone()
         for x in (*dB, *dC):
             x.zero_()
         return Gradients(du, ddelta, dz, out, zeros[..., :N], zeros[..., N], zeros[..., N + 1], initial)
     blocks = -(-E // shape.width)
     grid, threads = (blocks, S, B * d), 32 * shape.warps
     module, arguments = _module(s, plan, dy, dz), _arguments(s)
-    sums = torch.empty((d, B, S, E), **wide) if S > 1 else None
+    sums = _wide(u, d, B, S, E if S > 1 else 0)
 
     def launch(name: str, shared: int, enter: Tensor | None, *rest: Any) -> None:
-        module.launch(name, grid, threads, shared, *arguments, dy, *_steps(dy), ungated, marks, enter, leave, sums, *rest, *size)
+        module.launch(
+            name, grid, threads, shared, *arguments, dy, *_steps(dy), ungated, marks, enter, leave, sums, *rest, *size
+        )
 
     size, shared = (L, E, N, plan.span, s.flags), _shared_backward(plan, u.element_size())
     nothing = (None, None, None, None, None, 0, 0, None, None, None)
@@ -204,9 +208,9 @@ def backward(
     if S > 1:
         launch("scan_backward_states", shared, None, *nothing)
         enter, first = combine(s, plan, sums, leave, dfinal, adjoint=True)
-    parts = torch.empty((d, B, L, blocks, 2, plan.states), **wide)
+    parts = _wide(u, d, B, L, blocks, 2, plan.states)
     width = -(-E * (N + 2) // 4) * 4
-    rows, total = torch.empty((d, B * S, width), **wide), torch.empty((d, width), **wide)
+    rows, total = _wide(u, d, B * S, width), _wide(u, d, width)
     results = (*_both(du), *_both(ddelta), dz, *(_steps(dz) if dz is not None else (0, 0)), out, parts, rows)
     launch("scan_backward_full", shared, enter, *results)
     args = (parts, *_both(dB), *_steps(dB[0]), *_both(dC), *_steps(dC[0]), L, N, blocks)
@@ -226,13 +230,17 @@ def _scan(name: str, s: Streams, plan: Plan, start, last, sums, marks, y, ungate
 
 
 def _shared_backward(plan: Plan, size: int) -> int:
-    """Bytes of a block, `size` of an element: staged inputs, held states, results, sums over channels, what is fetched ahead."""
+    """Bytes of a block, `size` of an element: staged inputs, held states, results, sums, what is fetched ahead."""
     K, warps, _, piece = plan.backward
     threads, width, groups = 32 * warps, plan.backward.width, plan.states // 16
     held, mixes = (TILE // piece - 1) * K * groups * threads * 16, -(-TILE * plan.states // 2 // threads)
     staged = TILE * (width * 16 + 2 * plan.states * 4)
     fetched = (5 * K + mixes) * threads * 4 * size + K * groups * threads * 16
     return staged + held + 2 * TILE * width * 4 + TILE * warps * 2 * plan.states * 4 + fetched
+
+
+def _wide(u: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=u.device)
 
 
 def _arguments(s: Streams) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ convolution and of the scan, B and C are read where x_proj wrote them, and the g
 of in_proj's output are wanted.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,13 +58,22 @@ def mix(xz: Tensor, directions: list[dict[str, Any]], out: Tensor, out_bias: Ten
 class _Parts:
     """The operator's flat arguments by name, and what forward and backward both make of them."""
 
-    def __init__(self, tensors: tuple[Tensor | None, ...], even: bool) -> None:
+    xz: Tensor
+    conv: tuple[Tensor, ...]
+    conv_bias: tuple[Tensor | None, ...]
+    proj: tuple[Tensor, ...]
+    dt: tuple[Tensor, ...]
+    dt_bias: tuple[Tensor, ...]
+    A: tuple[Tensor, ...]
+    D: tuple[Tensor, ...]
+
+    def __init__(self, tensors: Sequence[Any], even: bool) -> None:
         self.xz, *flat, self.out, self.out_bias = tensors
         count = 1 if flat[1] is None else 2
         for i, name in enumerate(_NAMES):
             setattr(self, name, tuple(flat[2 * i : 2 * i + count]))
         self.reverses = (False, True)[:count]
-        self.x, self.z = self.xz.chunk(2, dim=-1)
+        self.x, self.z = self.xz.chunk(2, dim=-1)[:2]
         self.R, self.N = self.dt[0].shape[1], self.A[0].shape[1]
         self.plan = plan(self.x, self.N, count, even)
 
@@ -81,7 +91,7 @@ class _Parts:
 @torch.library.impl(_library, "mixer", "CompositeExplicitAutograd")
 def _mixer(*args):
     *tensors, even = args
-    p = _Parts(tuple(tensors), even)
+    p = _Parts(tensors, even)
     c = p.convolved()
     rows = tuple(F.linear(x, w) for x, w in zip(c, p.proj, strict=True))
     r = scan.forward(p.streams(c, rows), None, p.plan, ungated=False, marks=False)
@@ -92,7 +102,7 @@ def _mixer(*args):
 @torch.library.register_fake("videomamba::mixer", lib=_library)
 def _(*args):
     *tensors, even = args
-    p = _Parts(tuple(tensors), even)
+    p = _Parts(tensors, even)
     B, L, E = p.x.shape
     rows = [p.xz.new_empty((B, L, w.shape[0])) for w in p.proj]
     starts = (len(rows), B, p.plan.splits, E, p.N) if p.plan.splits > 1 else 0
@@ -103,12 +113,13 @@ def _(*args):
 @torch.library.impl(_library, "mixer_backward", "CompositeExplicitAutograd")
 def _mixer_backward(dout, rows0, rows1, starts, *args):
     *tensors, even = args
-    p = _Parts(tuple(tensors), even)
+    p = _Parts(tensors, even)
     rows, c = (rows0, rows1)[: len(p.reverses)], p.convolved()
     s = p.streams(c, rows)
     flat = dout.flatten(0, 1)
     dy = (flat @ p.out).view(p.x.shape)
     r = scan.forward(s, None, p.plan, ungated=True, marks=True, starts=starts if starts.numel() else None)
+    assert r.marks is not None
     dxz, drows = torch.empty_like(p.xz, memory_format=torch.contiguous_format), [torch.empty_like(x) for x in rows]
     dx, dz = dxz.chunk(2, dim=-1)
     _, dB, dC = zip(*(x.split((p.R, p.N, p.N), dim=-1) for x in drows), strict=True)
@@ -122,16 +133,19 @@ def _mixer_backward(dout, rows0, rows1, starts, *args):
         du.addmm_(drow, p.proj[i])
     _, dconv, dconv_bias, _ = conv.backward(g.u, None, p.x, p.conv, p.conv_bias, None, p.reverses, True, dx)
     dA = [x * -a.exp() for x, a in zip(g.A, p.A, strict=True)]
-    pairs = (dconv, dconv_bias, dproj, ddt, g.bias, dA, g.D)
-    nothing = lambda: dout.new_empty(0)  # noqa: E731
+    pairs: tuple[Any, ...] = (dconv, dconv_bias, dproj, ddt, g.bias, dA, g.D)
 
-    def given(grads, asked):
-        pair = [nothing() if x is None else d.to(x.dtype, copy=d._is_view()) for d, x in zip(grads, asked, strict=True)]
-        return pair + [nothing()] * (2 - len(pair))
+    def own(grads: Sequence[Tensor | None], asked: Sequence[Tensor | None]) -> list[Tensor]:
+        """In their parameters' dtypes, for two directions; results of an operator share no memory."""
+        pair = [
+            d.to(x.dtype, copy=d._is_view()) if d is not None and x is not None else dout.new_empty(0)
+            for d, x in zip(grads, asked, strict=True)
+        ]
+        return [*pair, *(dout.new_empty(0) for _ in range(2 - len(pair)))]
 
-    own = [d for grads, name in zip(pairs, _NAMES, strict=True) for d in given(grads, getattr(p, name))]
-    dout_bias = nothing() if p.out_bias is None else flat.sum(0)
-    return dxz, *own, flat.t() @ r.y.flatten(0, 1), dout_bias
+    made = [d for grads, name in zip(pairs, _NAMES, strict=True) for d in own(grads, getattr(p, name))]
+    dout_bias = dout.new_empty(0) if p.out_bias is None else flat.sum(0)
+    return dxz, *made, flat.t() @ r.y.flatten(0, 1), dout_bias
 
 
 @torch.library.register_fake("videomamba::mixer_backward", lib=_library)

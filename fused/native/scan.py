@@ -1,5 +1,8 @@
 """The selective scan as operators `videomamba::selective_scan` and `videomamba::bidirectional_scan`."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,8 +18,9 @@ def plan(u: Tensor, N: int, directions: int, invariant: bool) -> scan.Plan:
     return scan.plan(1 if invariant else B, L, E, N, directions, scan.processors(u.device))
 
 
-def _unit(x: Tensor | None) -> Tensor | None:
-    return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+def _dense(x: Tensor) -> Tensor:
+    """With unit stride along channels or states."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 # ---------------------------------------------------------------- one direction
@@ -42,38 +46,40 @@ def selective_scan(
         raise ValueError(f"selective_scan: backend 'native' has N up to {scan.LONGEST_STATE}, got N={A.shape[1]}")
     groups = max(x.shape[2] if x.dim() == 4 else 1 for x in (B, C))
     if groups > 1:
-        width, done = u.shape[2] // groups, []
+        width, ys, states = u.shape[2] // groups, [], []
         for g in range(groups):
             e = slice(g * width, (g + 1) * width)
-            wide = (None if x is None else x[e] for x in (D, delta_bias))
-            mix = (x if x.dim() == 3 else x[:, :, g] for x in (B, C))
+            own_B, own_C = (x if x.dim() == 3 else x[:, :, g] for x in (B, C))
+            own_D, bias = (None if x is None else x[e] for x in (D, delta_bias))
             gate, state = None if z is None else z[..., e], None if initial_state is None else initial_state[:, e]
-            done.append(
-                selective_scan(
-                    u[..., e], delta[..., e], A[e], *mix, next(wide), gate, next(wide),
-                    softplus=softplus, initial_state=state, reverse=reverse,
-                )  # fmt: skip
-            )
-        ys, states = zip(*done, strict=True)
+            y, state = selective_scan(
+                u[..., e], delta[..., e], A[e], own_B, own_C, own_D, gate, bias,
+                softplus=softplus, initial_state=state, reverse=reverse,
+            )  # fmt: skip
+            ys.append(y)
+            states.append(state)
         return torch.cat(ys, 2), torch.cat(states, 1)
     B, C = (x.flatten(2) if x.dim() == 4 else x for x in (B, C))
-    streams, wide = (u, delta, B, C, z), (A, D, delta_bias, initial_state)
-    if any(x is not None and x.dtype != u.dtype for x in streams):
-        streams = tuple(None if x is None else x.float() for x in streams)
-    A, D, delta_bias, initial_state = (None if x is None else x.float() for x in wide)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*streams, *wide))
-    first, delta, B, C, z = streams
-    args = (first, delta, A, B, C, D, z, delta_bias, initial_state, softplus, reverse, invariant(), keep)
-    y, final, _, _ = torch.ops.videomamba.selective_scan(*args)
+    narrow = _alike((u, delta, B, C, z))
+    wide = [None if x is None else x.float() for x in (A, D, delta_bias, initial_state)]
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*narrow, *wide))
+    tensors = (*narrow[:2], wide[0], *narrow[2:4], wide[1], narrow[4], *wide[2:])
+    y, final, _, _ = torch.ops.videomamba.selective_scan(*tensors, softplus, reverse, invariant(), keep)
     return y.to(u.dtype), final
 
+
+def _alike(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """As they are if all have the first one's dtype, else in float32, which holds them all."""
+    given = [x for x in tensors if x is not None]
+    same = all(x.dtype == given[0].dtype for x in given)
+    return [x if same or x is None else x.float() for x in tensors]
 
 
 def streams(reverses, u, delta, A, B, C, D, z, bias, softplus, logarithm=False) -> scan.Streams:
     """As the kernels take them; all but z by direction. The two of a pair have the same strides."""
 
     def tokens(pair):
-        pair = tuple(map(_unit, pair))
+        pair = tuple(map(_dense, pair))
         same = all(x.stride() == pair[0].stride() for x in pair)
         return pair if same else tuple(x.contiguous() for x in pair)
 
@@ -81,7 +87,17 @@ def streams(reverses, u, delta, A, B, C, D, z, bias, softplus, logarithm=False) 
         return tuple(None if x is None else x.contiguous() for x in pair)
 
     return scan.Streams(
-        reverses, tokens(u), tokens(delta), wide(A), tokens(B), tokens(C), wide(D), wide(bias), _unit(z), softplus, logarithm
+        reverses,
+        tokens(u),
+        tokens(delta),
+        wide(A),
+        tokens(B),
+        tokens(C),
+        wide(D),
+        wide(bias),
+        None if z is None else _dense(z),
+        softplus,
+        logarithm,
     )
 
 
@@ -112,7 +128,7 @@ def _scan_backward(dy, dfinal, ungated, marks, u, delta, A, B, C, D, z, bias, in
     cut = plan(u, A.shape[1], 1, invariant)
     dB, dC = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (B, C))
     dfinal = None if dfinal is None else dfinal.contiguous().unsqueeze(0)
-    g = scan.backward(s, _unit(dy), dfinal, marks, ungated if z is not None else None, cut, [dB], [dC])
+    g = scan.backward(s, _dense(dy), dfinal, marks, ungated if z is not None else None, cut, [dB], [dC])
     nothing = A.new_empty(0)
     dz = u.new_empty(0) if g.z is None else g.z
     return (
@@ -153,7 +169,9 @@ _BOTH = (
     "Tensor u0, Tensor u1, Tensor delta0, Tensor delta1, Tensor A0, Tensor A1, Tensor B0, Tensor B1, Tensor C0, Tensor C1,"
     " Tensor? D0, Tensor? D1, Tensor? bias0, Tensor? bias1, Tensor? z"
 )
-_library.define(f"bidirectional_scan({_BOTH}, bool softplus, bool invariant, bool keep) -> (Tensor y, Tensor ungated, Tensor marks)")
+_library.define(
+    f"bidirectional_scan({_BOTH}, bool softplus, bool invariant, bool keep) -> (Tensor y, Tensor ungated, Tensor marks)"
+)
 _library.define(
     f"bidirectional_scan_backward(Tensor dy, Tensor ungated, Tensor marks, {_BOTH}, bool softplus, bool invariant) -> ("
     + ", ".join(["Tensor"] * 15) + ")"
@@ -164,16 +182,14 @@ def bidirectional_scan(u, delta, A, B, C, D, z, delta_bias, *, softplus: bool) -
     """`fused.bidirectional_scan` by one native kernel; B and C without groups."""
     if A[0].shape[1] > scan.LONGEST_STATE:
         raise ValueError(f"bidirectional_scan: backend 'native' has N up to {scan.LONGEST_STATE}, got N={A[0].shape[1]}")
-    dtype = u[0].dtype
-    low = all(x is None or x.dtype == dtype for x in (*u, *delta, *B, *C, z))
-    narrow = [x if low or x is None else x.float() for x in (*u, *delta, *B, *C, z)]
+    narrow = _alike((*u, *delta, *B, *C, z))
     wide = [None if x is None else x.float() for x in (*A, *D, *delta_bias)]
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*narrow, *wide))
     args = (*narrow[:4], *wide[:2], *narrow[4:8], *wide[2:], narrow[8])
-    return torch.ops.videomamba.bidirectional_scan(*args, softplus, invariant(), keep)[0].to(dtype)
+    return torch.ops.videomamba.bidirectional_scan(*args, softplus, invariant(), keep)[0].to(u[0].dtype)
 
 
-def _pairs(tensors) -> dict:
+def _pairs(tensors: Sequence[Any]) -> dict[str, Any]:
     """The flat arguments of the operator by name."""
     names = ("u", "delta", "A", "B", "C", "D", "bias")
     return {name: (tensors[2 * i], tensors[2 * i + 1]) for i, name in enumerate(names)} | {"z": tensors[14]}
@@ -206,7 +222,7 @@ def _both_backward(dy, ungated, marks, *args):
     s = streams((False, True), **_pairs(tensors), softplus=softplus)
     cut = plan(s.u[0], s.sizes[3], 2, invariant)
     dB, dC = ([torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in pair] for pair in (s.B, s.C))
-    g = scan.backward(s, _unit(dy), None, marks, ungated if s.z is not None else None, cut, dB, dC)
+    g = scan.backward(s, _dense(dy), None, marks, ungated if s.z is not None else None, cut, dB, dC)
     nothing = dy.new_empty(0)
     own = [[nothing if asked is None else x.clone() for x, asked in zip(*pair, strict=True)]  # results share no memory
            for pair in ((g.A, s.A), (g.D, s.D), (g.bias, s.bias))]  # fmt: skip

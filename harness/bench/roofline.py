@@ -23,8 +23,8 @@ def bound(point: Point, subject: str, variant: str, ceilings: Ceilings) -> float
         return config.depth * _layer(point.tokens, config.embed_dim, io, train, ceilings)
     if subject == "mixer":
         return _mixer(point.tokens, point["D"], io, train, ceilings)
-    if subject == "scan":
-        return (2 if point.race == "scan-both" else 1) * _scan(point.tokens, point["E"], point["N"], io, train, ceilings)
+    if subject in ("scan", "scan_both"):
+        return (2 if subject == "scan_both" else 1) * _scan(point.tokens, point["E"], point["N"], io, train, ceilings)
     if subject == "conv":
         return point.tokens * point["E"] * io * (5 if train else 2) / ceilings.copy
     return _norm(point.tokens, point["D"], io, train, ceilings)

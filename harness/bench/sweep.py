@@ -19,6 +19,7 @@ from harness.store import Run
 # The reduced cases that license a timing: the operator as it is called, the model in the precision in which it is timed.
 LICENCES = {
     "scan": ("B2-L197-E384-N16-{0}", "B2-L197-E384-N16-reverse-{0}"),
+    "scan_both": ("B2-L197-E384-N16-{0}",),
     "conv": ("B2-L197-E384-K4-{0}", "B2-L197-E384-K4-reverse-{0}"),
     "norm": ("B2-L9-D33-kind=rms-{0}", "B2-L1569-D576-kind=rms-{0}"),
     "mixer": ("B2-L197-D384-{1}{0}",),

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,8 +58,12 @@ def race(workers: list[Worker], point: Point, budget: float) -> Iterator[Speed]:
     seats = [Seat(worker, point) for worker in workers]
     for worker in workers:
         worker.start()
-    for seat in seats:
-        _load(seat)
+    if point.way == "compiled":  # which takes minutes and one core each
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(_load, seats))
+    else:
+        for seat in seats:
+            _load(seat)
     crowded = [s for s in seats if s.gone and s.gone.status == "oom" and len(seats) > 1]
     together = [s for s in seats if s not in crowded]
     if crowded:

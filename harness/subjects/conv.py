@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import fused
 import fused.conv
 import reference
 from harness.case import Case, cross
-from harness.subject import Implementation, fused_implementations
+from harness.subject import Implementation, Sample, fused_implementations
 from harness.subjects.scan import EVERY, chain
 
 TIME = {"x": 1, "y": 1}
@@ -42,7 +43,13 @@ def implementations() -> list[Implementation]:
     def call_with(backend: str) -> Callable[..., Any]:
         return lambda *args, **options: fused.conv.causal_conv1d(*args, **options, backend=backend)
 
-    return [Implementation("reference", reference.causal_conv1d), *fused_implementations("conv", call_with)]
+    return [Implementation("reference", reference.causal_conv1d), *fused_implementations("conv", call_with, samples)]
+
+
+def samples(case: Case, leaves: dict[str, Tensor]) -> list[Sample]:
+    """The op that native registers."""
+    args = (*(leaves.get(k) for k in ("x", "weight", "bias", "initial_state")), not case.has("bare"), case.has("reverse"))
+    return [(torch.ops.videomamba.causal_conv1d.default, args, {})]
 
 
 def draw(case: Case, seed: int) -> dict[str, Tensor]:

@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import fused
 import fused.norm
 import reference
 from harness.case import Case, cross
-from harness.subject import Implementation, fused_implementations
+from harness.subject import Implementation, Sample, fused_implementations
 from harness.subjects.scan import EVERY
 
 
@@ -41,7 +42,13 @@ def implementations() -> list[Implementation]:
     def call_with(backend: str) -> Callable[..., Any]:
         return lambda *args, **options: fused.norm.add_norm(*args, **options, backend=backend)
 
-    return [Implementation("reference", reference.add_norm), *fused_implementations("norm", call_with)]
+    return [Implementation("reference", reference.add_norm), *fused_implementations("norm", call_with, samples)]
+
+
+def samples(case: Case, leaves: dict[str, Tensor]) -> list[Sample]:
+    """The op that native registers; it stores the residual unrounded."""
+    tensors = (leaves.get(k) for k in ("x", "weight", "bias", "residual"))
+    return [(torch.ops.videomamba.add_norm.default, (*tensors, 1e-5, case.option("kind", "rms") == "layer", torch.float32), {})]
 
 
 def draw(case: Case, seed: int) -> dict[str, Tensor]:

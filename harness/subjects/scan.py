@@ -1,5 +1,6 @@
 """Selective scan, either direction."""
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import fused
 import fused.scan
 import reference
 from harness.case import Case, cross
-from harness.subject import Implementation, fused_implementations
+from harness.subject import Implementation, Sample, fused_implementations
 
 EVERY = ["float32", "bfloat16", "float16"]
 TIME = {"u": 1, "delta": 1, "B": 1, "C": 1, "z": 1, "y": 1}
@@ -51,7 +52,17 @@ def implementations() -> list[Implementation]:
     def call_with(backend: str) -> Callable[..., Any]:
         return lambda *args, **options: fused.scan.selective_scan(*args, **options, backend=backend)
 
-    return [Implementation("reference", reference.selective_scan), *fused_implementations("scan", call_with)]
+    return [Implementation("reference", reference.selective_scan), *fused_implementations("scan", call_with, samples)]
+
+
+def samples(case: Case, leaves: dict[str, Tensor]) -> list[Sample]:
+    """The op that native registers, where it runs as one call."""
+    if case.has("groups=2"):
+        return []
+    importlib.import_module("fused.native.scan")
+    names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
+    options = not case.has("bare"), case.has("reverse"), False, True
+    return [(torch.ops.videomamba.selective_scan.default, (*(leaves.get(k) for k in names), *options), {})]
 
 
 def draw(case: Case, seed: int) -> dict[str, Tensor]:

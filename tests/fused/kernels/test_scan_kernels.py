@@ -6,7 +6,7 @@ import pytest
 import torch
 from rule import assert_rule, double, outcome
 
-import fused.native.scan  # noqa: F401: registers the operators
+import fused.native.scan  # noqa: F401 (registers the operators)
 from fused import backends, bidirectional_scan, selective_scan
 from fused.kernels import nvrtc, scan
 
@@ -197,5 +197,7 @@ def test_tuned_kernels_do_not_spill(arch, capsys):
         found = nvrtc.resources(scan.source(), scan.defines(0, scan.Plan(16, forward, backward, 1, 16), directions, 1, 1), arch)
         with capsys.disabled():
             for name, r in found.items():
-                print(f"\n{arch} {directions} {name}: {r.registers} registers, {r.spills} bytes spilt, {r.stack} of stack", end="")
+                print(
+                    f"\n{arch} {directions} {name}: {r.registers} registers, {r.spills} bytes spilt, {r.stack} of stack", end=""
+                )
         assert found and not any(r.spills for r in found.values())
