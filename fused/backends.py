@@ -107,6 +107,7 @@ def unavailable(backend: str, device: torch.device | str) -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result
 def choose(name: str, device: torch.device | str, *, use_fast_path: bool = True) -> str:
     """The backend that runs for `name` on `device`; an explicit name comes back as it is, or raises BackendError."""
     if name != "auto":

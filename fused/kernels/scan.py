@@ -15,6 +15,7 @@ from torch import Tensor
 from . import nvrtc
 
 TILE = 16  # tokens; marks, the states from which the backward starts again, are that far apart
+SHORTEST = 8  # tiles of a split
 LONGEST_STATE = 64
 FILES = ("device.cuh", "scan_common.cu", "scan_forward.cu", "scan_backward.cu")
 IO = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -83,21 +84,27 @@ class Plan(NamedTuple):
     span: int  # tokens of a split, a multiple of TILE
 
 
-def shapes(N: int, E: int) -> tuple[Shape, Shape]:
+def shapes(N: int) -> tuple[Shape, Shape]:
     """Measured best on an H200 for N <= 16; with more states a thread has registers for one channel."""
     return (Shape(2, 2, 3), Shape(2, 4, 3)) if N <= 16 else (Shape(1, 4), Shape(1, 4))
 
 
 def plan(B: int, L: int, E: int, N: int, directions: int, processors: int, splits: int = 0) -> Plan:
-    """`splits` of time, or by default as few as keep `processors` busy. Cutting time costs a pass over the states, so a split
-    has at least 8 tiles, and a GPU that one pass fills is left alone."""
-    forward, backward = shapes(N, E)
-    if not splits:
-        warps = max(1, -(-E // forward.width) * forward.warps * directions * B)
-        splits = 1 if warps >= 12 * processors else -(-24 * processors // warps)
+    """`splits` of time, or by default as many as take the least time on so many `processors`."""
+    forward, backward = shapes(N)
     tiles = max(1, -(-L // TILE))
-    span = -(-tiles // min(splits, max(1, tiles // 8)))
+    blocks = max(1, -(-E // forward.width) * B * directions // 2)
+    splits = splits or min(range(1, max(1, min(tiles // SHORTEST, 64)) + 1), key=lambda n: _cost(n, tiles, blocks, processors))
+    span = -(-tiles // min(splits, max(1, tiles // SHORTEST)))
     return Plan(-(-N // 16) * 16, forward, backward, -(-tiles // span), span * TILE)
+
+
+def _cost(splits: int, tiles: int, blocks: int, processors: int) -> float:
+    """Tiles that the busiest processor walks one after another, in units of one block's. A processor that has several blocks
+    divides its time among them; below three their waiting is not filled. Cut time costs a pass over the states."""
+    span = -(-tiles // splits)
+    most = max(3, -(-blocks * -(-tiles // span) // processors))
+    return most * (span * (1.0 if span >= tiles else 1.6) + 2)
 
 
 @functools.cache
@@ -233,7 +240,7 @@ def _shared_backward(plan: Plan, size: int) -> int:
     """Bytes of a block, `size` of an element: staged inputs, held states, results, sums, what is fetched ahead."""
     K, warps, _, piece = plan.backward
     threads, width, groups = 32 * warps, plan.backward.width, plan.states // 16
-    held, mixes = (TILE // piece - 1) * K * groups * threads * 16, -(-TILE * plan.states // 2 // threads)
+    held, mixes = (TILE // piece - 1) * K * groups * threads * 16, -(-TILE // (threads // (plan.states // 2)))
     staged = TILE * (width * 16 + 2 * plan.states * 4)
     fetched = (5 * K + mixes) * threads * 4 * size + K * groups * threads * 16
     return staged + held + 2 * TILE * width * 4 + TILE * warps * 2 * plan.states * 4 + fetched

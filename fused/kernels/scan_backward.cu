@@ -14,8 +14,8 @@
 #define WIDTH(E, N) (((E) * ((N) + 2) + 3) / 4 * 4)  // of a row of dA, dD and dbias, so that all rows are aligned
 #define TOGETHER (4 / K)  // tokens whose sums over the quarters are made together
 #define ROWS (TILE / K)
-#define MIXES ((TILE * STATES / 2 + THREADS - 1) / THREADS)
-#define MIXED (TILE / MIXES)
+#define MIXED (THREADS / (STATES / 2))
+#define MIXES ((TILE + MIXED - 1) / MIXED)
 #define SHARED_STEP (TILE * (CHANNELS * 16 + 2 * STATES * 4))
 #define SHARED_HELD ((PIECES - 1) * K * GROUPS * THREADS * 16)
 #define SHARED_OUT (2 * TILE * CHANNELS * 4)
@@ -54,10 +54,10 @@ template <bool FULL> DEVICE void scan_backward(
   const io *u = in.u + (i64)token * in.u_t, *delta = in.delta + (i64)token * in.d_t, *z = in.z + (i64)token * in.z_t;
   const io* dout = in.dout + (i64)token * in.dout_t;
   io* dz = in.dz + (i64)token * in.dz_t;
-  const int state = tid % (STATES / 4) * 4, mixed = tid / (STATES / 2), mixes = tid < TILE * STATES / 2 ? N - state : 0;
+  const int state = tid % (STATES / 4) * 4, mixed = tid / (STATES / 2), mixes = N - state;
   const bool is_C = tid % (STATES / 2) >= STATES / 4;
-  const int mix_t = is_C ? in.C_t : in.B_t, mix_hop = (back ? MIXED : -MIXED) * mix_t;
-  const io* blend = (is_C ? in.C : in.B) + state + (i64)walk.token((tiles - 1) * TILE + (MIXES - 1) * MIXED + mixed) * mix_t;
+  const int mix_t = is_C ? in.C_t : in.B_t, mix_hop = (back ? -1 : 1) * mix_t;
+  const io* blend = (is_C ? in.C : in.B) + state + (i64)walk.token((tiles - 1) * TILE + mixed) * mix_t;
   i64 staged = (i64)token * E, written = staged;  // of the contiguous streams
 
   float rate[K][MINE], adjoint[K][MINE], dA[K][MINE], total[K], dD = 0.f, dbias = 0.f;
@@ -92,9 +92,10 @@ template <bool FULL> DEVICE void scan_backward(
     }
     #pragma unroll
     for (int m = 0; m < MIXES; m++) {
-      fetch<VECTOR_BC>(to + m * THREADS, blend, (FULL || is_C) && mixed + (MIXES - 1 - m) * MIXED < left ? mixes : 0);
-      blend += mix_hop;
+      const int r = mixed + m * MIXED;
+      fetch<VECTOR_BC>(to + m * THREADS, blend + (i64)(m * MIXED) * mix_hop, (FULL || is_C) && r < TILE && r < left ? mixes : 0);
     }
+    blend -= (i64)TILE * mix_hop;
     if (FULL && N % 4 == 0) {
       #pragma unroll
       for (int i = 0; i < K * GROUPS; i++) {
@@ -139,8 +140,8 @@ template <bool FULL> DEVICE void scan_backward(
     #pragma unroll
     for (int m = 0; m < MIXES; m++) {
       const Quad q = from[m * THREADS];
-      if (THREADS <= TILE * STATES / 2 || tid < TILE * STATES / 2)
-        ((float4*)mix)[tid + (MIXES - 1 - m) * THREADS] = make_float4(value(q, 0), value(q, 1), value(q, 2), value(q, 3));
+      if (TILE % MIXED == 0 || mixed + m * MIXED < TILE)
+        ((float4*)mix)[tid + m * THREADS] = make_float4(value(q, 0), value(q, 1), value(q, 2), value(q, 3));
     }
     float h[K][MINE];
     if (FULL) {
@@ -261,8 +262,7 @@ template <bool FULL> DEVICE void scan_backward(
         halve<4>(along_A, HIGH, place.high), halve<2>(along_A, LOW, place.low);
         const int row = t0 + t + own_token;
         const float d = step[row * CHANNELS + own].x, dy = dys[row * CHANNELS + own], x = us[row * CHANNELS + own];
-        const float inner = d < 0.02f ? d * (1.f - d * (0.5f - d * (1.f / 6.f))) : 1.f - ex2(-d * LOG2E);
-        const float dd = fmaf(x, along_B[0], along_A[0] * LN2) * (flags & SOFTPLUS ? inner : 1.f);
+        const float dd = fmaf(x, along_B[0], along_A[0] * LN2) * (flags & SOFTPLUS ? slope(d) : 1.f);
         dD = fmaf(dy, x, dD), dbias += dd;
         result[row * CHANNELS + own] = fmaf(d, along_B[0], skip * dy), result[(TILE + row) * CHANNELS + own] = dd;
       }

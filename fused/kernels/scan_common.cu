@@ -20,6 +20,7 @@ typedef long long i64;
 #define GROUPS (STATES / 16)  // of four states in each of four lanes
 #define MINE (STATES / 4)     // states of a thread: n = 16 group + 4 quarter + i
 #define LOG2E 1.4426950408889634f
+#define LOG2E_REST 1.9259629911e-8f
 #define LN2 0.6931471805599453f
 #define SOFTPLUS 1
 #define LOGARITHM 2  // A holds log(-A)
@@ -66,11 +67,23 @@ DEVICE void store(io* p, const float* v, int count) {
 }
 DEVICE void take(float* v, float4 x) { v[0] = x.x; v[1] = x.y; v[2] = x.z; v[3] = x.w; }
 
-// log(1 + exp(x)), of 16-bit streams without branches and to 2e-6
+// log(1 + exp(x)) = max(x, 0) + log1p(w), w = exp(-|x|), to a few roundings of float32: states are float32 whatever the
+// streams are. The exponent's rounding is made good, and log1p(w) = 2 artanh(w / (2 + w)), whose argument is at most 1/3.
 DEVICE float softplus(float x) {
-  if (IO == 2) return x > 20.f ? x : log1pf(expf(x));
-  const float e = ex2(x * LOG2E), y = lg2(1.f + e) * LN2, small = e * fmaf(e, fmaf(e, 1.f / 3.f, -0.5f), 1.f);
-  return x > 20.f ? x : e < 1e-2f ? small : y;
+  const float a = fabsf(x), t = -a * LOG2E, rest = fmaf(-a, LOG2E_REST, fmaf(-a, LOG2E, -t));
+  float w = ex2(t);
+  w = fmaf(w * rest, LN2, w);
+  const float s = w * rcp(2.f + w), q = s * s;
+  float p = fmaf(q, 2.f / 15.f, 2.f / 13.f);
+  p = fmaf(q, p, 2.f / 11.f), p = fmaf(q, p, 2.f / 9.f), p = fmaf(q, p, 2.f / 7.f), p = fmaf(q, p, 2.f / 5.f), p = fmaf(q, p, 2.f / 3.f);
+  return fmaxf(x, 0.f) + fmaf(s * q, p, 2.f * s);
+}
+// 1 - exp(-x), the slope of softplus where x is its value, without cancellation
+DEVICE float slope(float x) {
+  float p = fmaf(x, -1.f / 8.f, 1.f);
+  p = fmaf(x * p, -1.f / 7.f, 1.f), p = fmaf(x * p, -1.f / 6.f, 1.f), p = fmaf(x * p, -1.f / 5.f, 1.f);
+  p = fmaf(x * p, -1.f / 4.f, 1.f), p = fmaf(x * p, -1.f / 3.f, 1.f), p = fmaf(x * p, -1.f / 2.f, 1.f);
+  return x < 0.5f ? x * p : 1.f - ex2(-x * LOG2E);
 }
 DEVICE float sigmoid(float x) { return rcp(1.f + ex2(-x * LOG2E)); }
 

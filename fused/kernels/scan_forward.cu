@@ -7,8 +7,8 @@
 #define K FORWARD_CHANNELS
 #define ROW (CHANNELS + 8)                                            // of y, so that four rows lie in different banks
 #define ROWS (TILE / K)                                               // a thread stages every ROWS-th token's u and delta,
-#define MIXES ((TILE * STATES / 2 + THREADS - 1) / THREADS)           // and B or C of MIXES tokens,
-#define MIXED (TILE / MIXES)                                          // every MIXED-th
+#define MIXED (THREADS / (STATES / 2))                                // and B or C of every MIXED-th,
+#define MIXES ((TILE + MIXED - 1) / MIXED)                            // MIXES in all
 #define SHARED_FORWARD (TILE * (CHANNELS * 8 + 2 * STATES * 4 + ROW * 4))  // bytes of one direction
 
 template <bool FULL> DEVICE void scan_forward(
@@ -31,9 +31,9 @@ template <bool FULL> DEVICE void scan_forward(
   const io* u = u_ + clip * u_b + edge + column + (i64)token * u_t;
   const io* delta = delta_ + clip * d_b + edge + column + (i64)token * d_t;
   const io* gates = z + clip * z_b + edge + column + (i64)token * z_t;
-  const int state = tid % (STATES / 4) * 4, mixed = tid / (STATES / 2), mixes = tid < TILE * STATES / 2 ? N - state : 0;
+  const int state = tid % (STATES / 4) * 4, mixed = tid / (STATES / 2), mixes = N - state;
   const bool is_C = tid % (STATES / 2) >= STATES / 4;
-  const int mix_t = is_C ? C_t : B_t, mix_hop = (back ? -MIXED : MIXED) * mix_t;
+  const int mix_t = is_C ? C_t : B_t, mix_hop = (back ? -1 : 1) * mix_t;
   const io* blend = (is_C ? C_ + clip * C_b : B_ + clip * B_b) + state + (i64)walk.token(mixed) * mix_t;
   i64 at = ((i64)clip * L + token) * E + edge + column;
   io* parks = ungated ? ungated : out;
@@ -63,9 +63,10 @@ template <bool FULL> DEVICE void scan_forward(
     }
     #pragma unroll
     for (int m = 0; m < MIXES; m++) {
-      next_mix[m] = load<VECTOR_BC>(blend, (FULL || !is_C) && mixed + m * MIXED < left ? mixes : 0);
-      blend += mix_hop;
+      const int r = mixed + m * MIXED;
+      next_mix[m] = load<VECTOR_BC>(blend + (i64)(m * MIXED) * mix_hop, (FULL || !is_C) && r < TILE && r < left ? mixes : 0);
     }
+    blend += (i64)TILE * mix_hop;
   };
 
   fetch(walk.size);
@@ -88,7 +89,7 @@ template <bool FULL> DEVICE void scan_forward(
     #pragma unroll
     for (int m = 0; m < MIXES; m++) {
       const Quad q = next_mix[m];
-      if (THREADS <= TILE * STATES / 2 || tid < TILE * STATES / 2)
+      if (TILE % MIXED == 0 || mixed + m * MIXED < TILE)
         ((float4*)mix)[tid + m * THREADS] = make_float4(value(q, 0), value(q, 1), value(q, 2), value(q, 3));
     }
     __syncthreads();

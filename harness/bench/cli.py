@@ -20,7 +20,7 @@ from harness.report import bench as page
 from harness.store import Run, again, resumable
 
 Field = dict[str, list[Entry]]
-BUDGET = {"cpu": 1.5, "full": 1.0, "long": 4.0}  # seconds of samples an entry and point
+BUDGET = {"cpu": 1.5, "full": 0.5, "long": 4.0}  # seconds of samples an entry and point
 SLOWEST = {"cpu": 10.0, "full": 2.0, "long": 10.0}  # seconds of a call; what takes longer is not timed
 
 
@@ -48,7 +48,7 @@ def bench(
     wanted = tuple(impl or ())
     if dry_run:
         for p in points:
-            who = grids.entries(p.race, device, "sdpa", wanted)
+            who = [e for e in grids.entries(p.race, device, "sdpa", wanted) if grids.runs(e, p)]
             print(f"{p.name:60} {p.tokens:8} tokens  {', '.join(e.name for e in who)}")
         return
     box = environment.describe(device)
@@ -62,9 +62,10 @@ def bench(
     print("ceilings of this box, and its fastest attention", flush=True)
     sweep.measure_box(run, points[0].dtype)
     fastest = min(run.about["attention"], key=run.about["attention"].get)
-    field = {p.race: grids.entries(p.race, device, fastest, wanted) for p in points}
+    races = {p.race: grids.entries(p.race, device, fastest, wanted) for p in points}
+    field = {p.name: [e for e in races[p.race] if grids.runs(e, p)] for p in points}
     known = {s.key for s in run.speeds}
-    left = {_item(e, p): _cost(e, p) for p in points for e in field[p.race] if (e.name, p.name) not in known}
+    left = {_item(e, p): _cost(e, p) for p in points for e in field[p.name] if (e.name, p.name) not in known}
     progress = Progress(left)
     done = conclude(run, progress, lambda: _work(run, points, field, progress), write)
     print(last_line(run.speeds))
@@ -88,7 +89,7 @@ def exit_code(run: Run) -> int:
 
 def _work(run: Run, points: list[Point], field: Field, progress: Progress) -> None:
     plan, threads = run.about["plan"], torch.get_num_threads()
-    entries = [e for race in field.values() for e in race]
+    entries = list(dict.fromkeys(e for here in field.values() for e in here))
     environment.prepare()
     for dtype in dict.fromkeys(p.dtype for p in points):
         sweep.licence(sweep.licence_plans(entries, plan["device"], dtype, threads), run, progress.say)
@@ -99,7 +100,7 @@ def _work(run: Run, points: list[Point], field: Field, progress: Progress) -> No
 
     ceilings = Ceilings(**run.about["ceilings"])
     sweep.sweep(
-        run, points, lambda p: field[p.race], ceilings, plan["budget"], SLOWEST[plan["grid"]], plan["device"], threads, tell
+        run, points, lambda p: field[p.name], ceilings, plan["budget"], SLOWEST[plan["grid"]], plan["device"], threads, tell
     )
 
 

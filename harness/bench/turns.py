@@ -13,6 +13,8 @@ from harness.bench.worker import Gone, Turn, Worker
 GOAL = 0.01  # half the interval's width, relative to the median, at which more samples are no use
 LEAST, FEWEST, MOST, ROUNDS = 3, 7, 400, 8
 LIMIT = 300.0  # seconds for one answer of a worker
+COUNTED = 0.4  # seconds of samples below which a counter of energy, renewed some ten times a second, says nothing
+ROOMY = 30_000  # tokens up to which all load at once, which takes as long as the slowest
 
 
 @dataclass(eq=False)
@@ -49,6 +51,8 @@ class Seat:
 
     def _joules(self) -> float | None:
         spent = [turn.joules for turn in self.turns]
+        if sum(self.samples) < COUNTED:
+            return None
         return None if None in spent else sum(j for j in spent if j is not None) / len(self.samples)
 
 
@@ -58,7 +62,7 @@ def race(workers: list[Worker], point: Point, budget: float) -> Iterator[Speed]:
     seats = [Seat(worker, point) for worker in workers]
     for worker in workers:
         worker.start()
-    if point.way == "compiled":  # which takes minutes and one core each
+    if point.tokens <= ROOMY:  # nobody needs so much memory that another's loading would meet its end
         with ThreadPoolExecutor() as threads:
             list(threads.map(_load, seats))
     else:

@@ -32,7 +32,7 @@ def test_auto_is_torch_on_a_cpu_and_says_so_once(chosen, monkeypatch):
     assert chosen() == ["backend 'auto' chose 'torch': the input is on cpu"]
 
 
-def test_auto_on_cuda_takes_native_once_it_exists(chosen, monkeypatch):
+def test_auto_on_cuda_takes_native_where_it_runs(chosen, monkeypatch):
     monkeypatch.delenv(backends.SWITCH, raising=False)
     assert choose("auto", "cuda") == "torch"
     with mock.patch.object(backends, "unavailable", return_value=None):
@@ -59,7 +59,7 @@ def test_the_switch_has_an_off(chosen, monkeypatch, value):
 
 
 def test_a_backend_that_cannot_run_raises_with_the_fix():
-    with pytest.raises(BackendError, match="native.*do not exist yet: use backend='torch'"):
+    with pytest.raises(BackendError, match="native runs on CUDA only and the input is on cpu.*use 'torch'"):
         choose("native", "cpu")
     with pytest.raises(BackendError, match="mamba_ssm runs on CUDA only and the input is on cpu.*use 'torch'"):
         choose("mamba_ssm", "cpu")
@@ -87,7 +87,7 @@ def test_abilities_are_known_for_every_operator():
     assert not abilities("scan", "mamba_ssm").initial_state
     assert not abilities("mixer", "mamba_ssm_inner").final_state_grad
     for op in ("scan", "conv", "norm", "mixer"):
-        assert all(abilities(op, name).devices for name in BACKENDS if name != "native")
+        assert all(abilities(op, name).devices for name in BACKENDS)
     with pytest.raises(ValueError, match="op must be one of scan"):
         abilities("attention", "torch")
 

@@ -73,7 +73,7 @@ def test_a_call_that_takes_too_long_is_a_timeout(worker) -> None:
     slow = worker("dawdler")
     assert next(race([slow], point(2), budget=0.01)).status == "ok"
     ended = next(race([slow], point(3), budget=0.01))
-    assert ended.status == "timeout" and "11 s" in ended.reason and "10 s are allowed" in ended.reason
+    assert ended.status == "timeout" and "11.0 s" in ended.reason and "10 s are allowed" in ended.reason
 
 
 def test_memory_of_a_call_is_seen(worker) -> None:
