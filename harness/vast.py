@@ -22,8 +22,9 @@ FORGET = 2000
 
 
 def cases(check: str) -> list[Case]:
-    """A little more than 2^31 token values each, the batches also backward; 24 GiB at the least. A clip's size divides no power
-    of 2: an address that wraps around must not find the same place of another clip."""
+    """A little more than 2^31 token values each, the batches also backward: 24 GiB at the least, up to 100 where PyTorch
+    operations keep float32 between them. A clip's size divides no power of 2: an address that wraps around must not find the
+    same place of another clip."""
 
     def point(subject: str, way: str, dims: dict[str, int], *options: str) -> Case:
         size = math.prod(dims.get(letter, 1) for letter in "LED")

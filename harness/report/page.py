@@ -26,7 +26,7 @@ NaN or infinity never passes. `inf` budgets means an error where none is allowed
 - `writes` asks whether every element of every result is written, nothing beside them, and no input changed.
 - `strides` asks whether inputs may lie anywhere: strided, expanded, at odd offsets, with more than 2^31 elements.
 - `compile` asks whether registered ops are well formed, and whether compiled and captured calls equal eager ones.
-- `extremes` asks about huge, tiny and denormal values, NaN (which must come out as NaN), and lengths to 100,353 tokens.
+- `extremes` asks about huge, tiny and denormal values, NaN (which must come out as NaN), and lengths (full: to 100,353 tokens).
 - `device` asks whether a device that is not the current one gives the same.
 - `layout` asks whether a state_dict has the reference's names, shapes and dtypes.
 
