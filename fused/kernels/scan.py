@@ -50,11 +50,11 @@ class Streams(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What `forward` leaves; what was not asked for is None. d directions, S splits."""
+    """What `forward` leaves; what was not asked for is None. d directions."""
 
     y: Tensor  # (B, L, E)
     final: Tensor  # (d, B, E, N) float32
-    starts: Tensor | None  # (d, B, S, E, N) float32: the state that enters every split
+    starts: Tensor | None  # (d, B, pieces, E, N) float32: the state that enters every piece of a chain that is cut
     ungated: Tensor | None  # (B, L, E): y before the gate; y itself without one
     marks: Tensor | None  # (d, B, tiles, E, N) float32: the state before every tile
 
@@ -74,14 +74,29 @@ class Shape(NamedTuple):
         return 8 * self.channels * self.warps
 
 
+class Cut(NamedTuple):
+    """How chains, each to be walked one token after another, are shared out: the first `whole` are not cut, the others into
+    `pieces` of `span` tiles."""
+
+    chains: int
+    whole: int
+    pieces: int
+    span: int
+
+    @property
+    def units(self) -> int:
+        """Blocks that walk."""
+        return self.whole + (self.chains - self.whole) * self.pieces
+
+
 class Plan(NamedTuple):
     """How the kernels are built and how time is cut."""
 
     states: int  # N padded
     forward: Shape
     backward: Shape
-    splits: int
-    span: int  # tokens of a split, a multiple of TILE
+    ahead: Cut
+    back: Cut
 
 
 def shapes(N: int) -> tuple[Shape, Shape]:
@@ -89,22 +104,37 @@ def shapes(N: int) -> tuple[Shape, Shape]:
     return (Shape(2, 2, 3), Shape(2, 4, 3)) if N <= 16 else (Shape(1, 4), Shape(1, 4))
 
 
-def plan(B: int, L: int, E: int, N: int, directions: int, processors: int, splits: int = 0) -> Plan:
-    """`splits` of time, or by default as many as take the least time on so many `processors`."""
+@functools.cache
+def plan(B: int, L: int, E: int, N: int, directions: int, processors: int, pieces: int = 0, invariant: bool = False) -> Plan:
+    """What takes the least time on so many `processors`, or `pieces` of every chain. `invariant`: the same for every B."""
     forward, backward = shapes(N)
     tiles = max(1, -(-L // TILE))
-    blocks = max(1, -(-E // forward.width) * B * directions // 2)
-    splits = splits or min(range(1, max(1, min(tiles // SHORTEST, 64)) + 1), key=lambda n: _cost(n, tiles, blocks, processors))
-    span = -(-tiles // min(splits, max(1, tiles // SHORTEST)))
-    return Plan(-(-N // 16) * 16, forward, backward, -(-tiles // span), span * TILE)
+    counts = -(-E // forward.width), -(-E // backward.width) * directions  # chains of a clip
+    cuts = [_cut(count, B, tiles, processors, pieces, invariant) for count in counts]
+    return Plan(-(-N // 16) * 16, forward, backward, *cuts)
 
 
-def _cost(splits: int, tiles: int, blocks: int, processors: int) -> float:
-    """Tiles that the busiest processor walks one after another, in units of one block's. A processor that has several blocks
-    divides its time among them; below three their waiting is not filled. Cut time costs a pass over the states."""
-    span = -(-tiles // splits)
-    most = max(3, -(-blocks * -(-tiles // span) // processors))
-    return most * (span * (1.0 if span >= tiles else 1.6) + 2)
+def _cut(count: int, clips: int, tiles: int, processors: int, pieces: int, invariant: bool) -> Cut:
+    chains = max(1, count * (1 if invariant else clips))
+    most = max(1, min(tiles // SHORTEST, 64))
+    if pieces:
+        options = [(0, min(pieces, most))]
+    else:  # whole rounds of all processors, none or as many as there are, and the rest in pieces
+        rounds = {0} if invariant else {0, chains // processors * processors}
+        options = [(chains, 1)] + [(whole, n) for whole in rounds for n in range(2, most + 1)]
+    whole, n = min(options, key=lambda option: _cost(option[0], option[1], chains, tiles, processors))
+    span = -(-tiles // n)
+    every = max(1, count * clips)
+    return Cut(every, every if n == 1 else whole, -(-tiles // span), span)
+
+
+def _cost(whole: int, pieces: int, chains: int, tiles: int, processors: int) -> float:
+    """Tiles that the busiest processor walks. One that has several blocks divides its time among them; below three their
+    waiting is not filled. Cutting costs a pass over the states, and starting costs two tiles."""
+    span = -(-tiles // pieces)
+    long, short = -(-whole // processors), -(-(chains - whole) * -(-tiles // span) // processors)
+    work = long * (tiles + 2) + short * (span * 1.6 + 2)
+    return work * max(1.0, 3 / max(1, long + short))
 
 
 @functools.cache
@@ -124,47 +154,52 @@ def forward(
 ) -> Result:
     """Scan from `initial` (B, E, N), one direction only, or from zero. `starts` of an earlier call saves the pass for them."""
     B, L, E, N = s.sizes
-    u, d, S = s.u[0], len(s.reverses), plan.splits
+    u, d = s.u[0], len(s.reverses)
     y, final = u.new_empty((B, L, E)), _wide(u, d, B, E, N)
     before = torch.empty_like(y) if ungated and s.z is not None else None
-    seen = _wide(u, d, B, S * plan.span // TILE, E, N) if marks else None
+    seen = _wide(u, d, B, -(-L // TILE), E, N) if marks else None
     if 0 in (B, L, E):
         final = final.zero_() if initial is None else final.copy_(initial)
         return Result(y, final, starts, before, seen)
-    if S > 1 and starts is None:
+    if starts is None:
         starts = _starts(s, initial, plan)
-    _scan("scan_full", s, plan, starts if S > 1 else initial, final, None, seen, y, before)
+    _scan("scan_full", s, plan, initial, starts, final, None, seen, y, before)
     return Result(y, final, starts, y if s.z is None and ungated else before, seen)
 
 
 def states(s: Streams, initial: Tensor | None, plan: Plan, starts: Tensor | None = None) -> Tensor:
     """`Result.marks` alone."""
     B, L, E, N = s.sizes
-    seen = _wide(s.u[0], len(s.reverses), B, plan.splits * plan.span // TILE, E, N)
+    seen = _wide(s.u[0], len(s.reverses), B, -(-L // TILE), E, N)
     if 0 not in (B, L, E):
-        starts = _starts(s, initial, plan) if plan.splits > 1 and starts is None else starts
-        _scan("scan_states", s, plan, starts if plan.splits > 1 else initial, None, None, seen, None, None)
+        starts = _starts(s, initial, plan) if starts is None else starts
+        leave = None if starts is None else torch.empty_like(starts)
+        _scan("scan_states", s, plan, initial, starts, leave, None, seen, None, None)
     return seen
 
 
-def _starts(s: Streams, initial: Tensor | None, plan: Plan) -> Tensor:
+def _starts(s: Streams, initial: Tensor | None, plan: Plan) -> Tensor | None:
+    """What enters the pieces of the chains that are cut; None if none is."""
+    cut = plan.ahead
+    if cut.whole == cut.chains:
+        return None
     B, _, E, N = s.sizes
-    u, shape = s.u[0], (len(s.reverses), B, plan.splits)
+    u, shape = s.u[0], (len(s.reverses), B, cut.pieces)
     local, sums = _wide(u, *shape, E, N), _wide(u, *shape, E)
-    _scan("scan_states", s, plan, None, local, sums, None, None, None)
-    return combine(s, plan, sums, local, initial, adjoint=False)[0]
+    _scan("scan_states", s, plan, None, None, local, sums, None, None, None, first=cut.whole)
+    return combine(s, plan, sums, local, initial, clip0=cut.whole * B // cut.chains, adjoint=False)
 
 
 def combine(
-    s: Streams, plan: Plan, sums: Tensor, local: Tensor, initial: Tensor | None, *, adjoint: bool
-) -> tuple[Tensor, Tensor]:
-    """Carry states from split to split: `sums` (d, B, S, E) of delta and `local` (d, B, S, E, N), what leaves a split that
-    nothing enters, give what enters each, and what leaves the last. The same for splits that lie on several devices."""
-    enter, final = torch.empty_like(local), local.new_empty((*local.shape[:2], *local.shape[3:]))
-    d, B, S, E, N = local.shape
-    args = (*_both(s.A), sums, local, initial, enter, final, E, N, S, s.flags, int(adjoint))
-    _module(s, plan).launch("scan_combine", (-(-E * N // 128), B, d), 128, 0, *args)
-    return enter, final
+    s: Streams, plan: Plan, sums: Tensor, local: Tensor, initial: Tensor | None, *, clip0: int = 0, adjoint: bool
+) -> Tensor:
+    """Carry states from piece to piece: `sums` (d, B, pieces, E) of delta and `local` (d, B, pieces, E, N), what leaves a piece
+    that nothing enters, give what enters each, from clip `clip0`. The same for pieces that lie on several devices."""
+    enter = torch.empty_like(local)
+    d, B, pieces, E, N = local.shape
+    args = (*_both(s.A), sums, local, initial, enter, B, clip0, E, N, pieces, s.flags, int(adjoint))
+    _module(s, plan).launch("scan_combine", (-(-E * N // 128), B - clip0, d), 128, 0, *args)
+    return enter
 
 
 class Gradients(NamedTuple):
@@ -187,53 +222,55 @@ def backward(
     """Gradients, given dy (B, L, E) with unit stride along E and dfinal (d, B, E, N) or None. Those of B and C are written
     into `dB` and `dC`, (B, L, N) each, of unit stride along N, and that of z into `dz` if it came."""
     B, L, E, N = s.sizes
-    u, d, S, shape = s.u[0], len(s.reverses), plan.splits, plan.backward
+    u, d, cut, shape = s.u[0], len(s.reverses), plan.back, plan.backward
     du, ddelta = (tuple(u.new_empty((B, L, E)) for _ in range(d)) for _ in range(2))
     if s.z is not None and dz is None:
         dz = u.new_empty((B, L, E))
     out = u.new_empty((B, L, E)) if gated and s.z is not None else None
-    leave = _wide(u, d, B, S, E, N)
+    dinitial = _wide(u, d, B, E, N)
     if 0 in (B, L, E):
         zeros = _wide(u, d, E, N + 2).zero_()
-        initial = _wide(u, d, B, E, N).zero_() if dfinal is None else dfinal.clone()
+        dinitial = dinitial.zero_() if dfinal is None else dinitial.copy_(dfinal)
         for x in (*dB, *dC):
             x.zero_()
-        return Gradients(du, ddelta, dz, out, zeros[..., :N], zeros[..., N], zeros[..., N + 1], initial)
-    blocks = -(-E // shape.width)
-    grid, threads = (blocks, S, B * d), 32 * shape.warps
+        return Gradients(du, ddelta, dz, out, zeros[..., :N], zeros[..., N], zeros[..., N + 1], dinitial)
     module, arguments = _module(s, plan, dy, dz), _arguments(s)
-    sums = _wide(u, d, B, S, E if S > 1 else 0)
+    threads, shared = 32 * shape.warps, _shared_backward(plan, u.element_size())
 
-    def launch(name: str, shared: int, enter: Tensor | None, *rest: Any) -> None:
-        module.launch(
-            name, grid, threads, shared, *arguments, dy, *_steps(dy), ungated, marks, enter, leave, sums, *rest, *size
-        )
+    def launch(name: str, units: int, enter: Tensor | None, *rest: Any, first: int = 0) -> None:
+        sizes = (B, L, E, N, cut.span, cut.pieces, cut.whole, first, s.flags)
+        given = (*arguments, dy, *_steps(dy), ungated, marks, dfinal, enter, *rest, *sizes)
+        module.launch(name, (units, 1, 1), threads, shared, *given)
 
-    size, shared = (L, E, N, plan.span, s.flags), _shared_backward(plan, u.element_size())
-    nothing = (None, None, None, None, None, 0, 0, None, None, None)
-    enter, first = dfinal, None
-    if S > 1:
-        launch("scan_backward_states", shared, None, *nothing)
-        enter, first = combine(s, plan, sums, leave, dfinal, adjoint=True)
+    enter = None
+    if cut.whole < cut.chains:
+        leave, sums = _wide(u, d, B, cut.pieces, E, N), _wide(u, d, B, cut.pieces, E)
+        nothing = (None, None, None, None, None, 0, 0, None, None, None, None)
+        launch("scan_backward_states", cut.units - cut.whole, None, leave, sums, *nothing, first=cut.whole)
+        enter = combine(s, plan, sums, leave, dfinal, clip0=cut.whole * B // cut.chains, adjoint=True)
+    blocks, width = -(-E // shape.width), -(-E * (N + 2) // 4) * 4
     parts = _wide(u, d, B, L, blocks, 2, plan.states)
-    width = -(-E * (N + 2) // 4) * 4
-    rows, total = _wide(u, d, B * S, width), _wide(u, d, width)
-    results = (*_both(du), *_both(ddelta), dz, *(_steps(dz) if dz is not None else (0, 0)), out, parts, rows)
-    launch("scan_backward_full", shared, enter, *results)
+    rows, total = _wide(u, d, B * cut.pieces, width), _wide(u, d, width)
+    steps = _steps(dz) if dz is not None else (0, 0)
+    launch(
+        "scan_backward_full", cut.units, enter, None, None, *_both(du), *_both(ddelta), dz, *steps, out, parts, rows, dinitial
+    )
     args = (parts, *_both(dB), *_steps(dB[0]), *_both(dC), *_steps(dC[0]), L, N, blocks)
     module.launch("scan_sum_parts", (-(-L * 2 * plan.states // 256), B, d), 256, 0, *args)
-    module.launch("scan_sum_rows", (-(-width // 128), d, 1), 128, 0, rows, total, width, B * S)
+    module.launch(
+        "scan_sum_rows", (-(-width // 128), d, 1), 128, 0, rows, total, width, B, E, N, cut.pieces, cut.whole
+    )  # fmt: skip
     A, D, bias = total[:, : E * (N + 2)].split((E * N, E, E), dim=1)
-    return Gradients(du, ddelta, dz, out, A.view(d, E, N), D, bias, leave[:, :, 0] if first is None else first)
+    return Gradients(du, ddelta, dz, out, A.view(d, E, N), D, bias, dinitial)
 
 
-def _scan(name: str, s: Streams, plan: Plan, start, last, sums, marks, y, ungated) -> None:
+def _scan(name: str, s: Streams, plan: Plan, initial, enter, last, sums, marks, y, ungated, first: int = 0) -> None:
     B, L, E, N = s.sizes
-    shape, d = plan.forward, len(s.reverses)
+    shape, d, cut = plan.forward, len(s.reverses), plan.ahead
     shared = d * TILE * (shape.width * 8 + 2 * plan.states * 4 + (shape.width + 8) * 4)
-    grid = (-(-E // shape.width), plan.splits, B)
-    args = (*_arguments(s), start, last, sums, marks, y, ungated, L, E, N, plan.span, s.flags)
-    _module(s, plan).launch(name, grid, d * 32 * shape.warps, shared, *args)
+    sizes = (B, L, E, N, cut.span, cut.pieces, cut.whole, first, s.flags)
+    args = (*_arguments(s), initial, enter, last, sums, marks, y, ungated, *sizes)
+    _module(s, plan).launch(name, (cut.units - first, 1, 1), d * 32 * shape.warps, shared, *args)
 
 
 def _shared_backward(plan: Plan, size: int) -> int:

@@ -32,9 +32,9 @@ struct Inputs {
 };
 
 template <bool FULL> DEVICE void scan_backward(
-    char* memory, Inputs in, const float* A, const float* D, const float* bias, const float* marks, const float* enter,
-    float* leave, float* sums, io* du, io* ddelta, float* parts, float* rows,
-    int L, int E, int N, int span, int flags, int direction, bool back) {
+    char* memory, Inputs in, const float* A, const float* D, const float* bias, const float* marks, const float* dfinal,
+    const float* enter, float* leave, float* sums, io* du, io* ddelta, float* parts, float* rows, float* dinitial,
+    int clips, int L, int E, int N, int cuts, int flags, Unit unit, int direction, int clip, int edge, bool back) {
   float2* step = (float2*)memory;                                  // [TILE][CHANNELS] delta, delta u
   float* dys = (float*)(step + TILE * CHANNELS);                   // [TILE][CHANNELS]
   float* us = dys + TILE * CHANNELS;                               // [TILE][CHANNELS]
@@ -44,20 +44,20 @@ template <bool FULL> DEVICE void scan_backward(
   float* stash = result + 2 * TILE * CHANNELS;                     // [TILE][warp][dB | dC][STATES]
   const int tid = threadIdx.x, warp = tid / 32;
   const Place place(tid % 32);
-  const int clips = gridDim.z / DIRECTIONS, clip = blockIdx.z / DIRECTIONS, split = blockIdx.y, splits = gridDim.y;
-  const int edge = blockIdx.x * CHANNELS;
-  const i64 one = (i64)(direction * clips + clip) * splits + split;
-  const Walk walk(split, span, L, back);
+  const int blocks = (E + CHANNELS - 1) / CHANNELS, all = (L + TILE - 1) / TILE;
+  const i64 both = (i64)direction * clips + clip, one = both * cuts + unit.split;
+  const float* end = unit.cut ? enter ? enter + one * E * N : 0 : dfinal ? dfinal + both * E * N : 0;
+  const Walk walk(unit, back);
   // As in the forward a thread stages every ROWS-th token, the last one first.
   const int column = tid % (CHANNELS / 4) * 4, count = min(E - edge - column, 4), row = tid / (CHANNELS / 4);
-  const int tiles = walk.tiles(), hop = back ? ROWS : -ROWS, token = walk.token((tiles - 1) * TILE + (K - 1) * ROWS + row);
+  const int tiles = walk.tiles(), hop = back ? ROWS : -ROWS, token = walk.token(tiles - 1, (K - 1) * ROWS + row);
   const io *u = in.u + (i64)token * in.u_t, *delta = in.delta + (i64)token * in.d_t, *z = in.z + (i64)token * in.z_t;
   const io* dout = in.dout + (i64)token * in.dout_t;
   io* dz = in.dz + (i64)token * in.dz_t;
   const int state = tid % (STATES / 4) * 4, mixed = tid / (STATES / 2), mixes = N - state;
   const bool is_C = tid % (STATES / 2) >= STATES / 4;
   const int mix_t = is_C ? in.C_t : in.B_t, mix_hop = (back ? -1 : 1) * mix_t;
-  const io* blend = (is_C ? in.C : in.B) + state + (i64)walk.token((tiles - 1) * TILE + mixed) * mix_t;
+  const io* blend = (is_C ? in.C : in.B) + state + (i64)walk.token(tiles - 1, mixed) * mix_t;
   i64 staged = (i64)token * E, written = staged;  // of the contiguous streams
 
   float rate[K][MINE], adjoint[K][MINE], dA[K][MINE], total[K], dD = 0.f, dbias = 0.f;
@@ -66,7 +66,7 @@ template <bool FULL> DEVICE void scan_backward(
   for (int k = 0; k < K; k++) {
     slot[k] = warp * 8 * K + 8 * k + place.channel, total[k] = 0.f;
     load_rates(rate[k], A, edge + slot[k], E, N, place.quarter, flags);
-    load_states(adjoint[k], enter ? enter + one * E * N : 0, edge + slot[k], E, N, place.quarter);
+    load_states(adjoint[k], end, edge + slot[k], E, N, place.quarter);
     #pragma unroll
     for (int i = 0; i < MINE; i++) dA[k][i] = 0.f;
   }
@@ -78,11 +78,11 @@ template <bool FULL> DEVICE void scan_backward(
   Quad* raw = (Quad*)(memory + SHARED_STEP + SHARED_HELD + SHARED_OUT + SHARED_SUMS) + tid;
   float4* begun = (float4*)(raw - tid + RAW * THREADS) + tid;
   auto ahead = [&](int tile) {
-    const int left = walk.size - tile * TILE;
+    const int left = L - walk.tile(tile) * TILE;
     Quad* to = raw;
     #pragma unroll
     for (int k = K - 1; k >= 0; k--, to += 5 * THREADS) {
-      const int n = row + k * ROWS < left ? count : 0;
+      const int n = walk.has(row + k * ROWS, left) ? count : 0;
       if (FULL) fetch<VECTOR>(to, u, n);
       fetch<VECTOR>(to + THREADS, delta, n), fetch<VECTOR>(to + 2 * THREADS, dout, n);
       if (in.z) fetch<VECTOR>(to + 3 * THREADS, z, n);
@@ -93,7 +93,7 @@ template <bool FULL> DEVICE void scan_backward(
     #pragma unroll
     for (int m = 0; m < MIXES; m++) {
       const int r = mixed + m * MIXED;
-      fetch<VECTOR_BC>(to + m * THREADS, blend + (i64)(m * MIXED) * mix_hop, (FULL || is_C) && r < TILE && r < left ? mixes : 0);
+      fetch<VECTOR_BC>(to + m * THREADS, blend + (i64)(m * MIXED) * mix_hop, (FULL || is_C) && r < TILE && walk.has(r, left) ? mixes : 0);
     }
     blend -= (i64)TILE * mix_hop;
     if (FULL && N % 4 == 0) {
@@ -101,14 +101,14 @@ template <bool FULL> DEVICE void scan_backward(
       for (int i = 0; i < K * GROUPS; i++) {
         const int channel = edge + slot[i / GROUPS], n = i % GROUPS * 16 + place.quarter * 4;
         const bool here = channel < E && n < N;
-        copy_async<16>(begun + i * THREADS, marks + (one * (span / TILE) + tile) * E * N + (here ? (i64)channel * N + n : 0), here);
+        copy_async<16>(begun + i * THREADS, marks + (both * all + walk.tile(tile)) * E * N + (here ? (i64)channel * N + n : 0), here);
       }
     }
     copy_commit();
   };
   ahead(tiles - 1);
   for (int tile = tiles - 1; tile >= 0; tile--) {
-    const int left = walk.size - tile * TILE;
+    const int left = L - walk.tile(tile) * TILE;
     copy_wait<0>();
     const Quad* from = raw;
     float shift[4];  // read again for every tile: four registers less
@@ -116,7 +116,7 @@ template <bool FULL> DEVICE void scan_backward(
     for (int i = 0; i < 4; i++) shift[i] = bias && i < count ? __ldg(bias + edge + column + i) : 0.f;
     #pragma unroll
     for (int k = K - 1; k >= 0; k--) {
-      const int r = row + k * ROWS, n = r < left ? count : 0;
+      const int r = row + k * ROWS, n = walk.has(r, left) ? count : 0;
       const Quad qu = from[0], qd = from[THREADS], qg = from[2 * THREADS], qz = from[3 * THREADS], qy = from[4 * THREADS];
       float d[4], x[4], dy[4], made[4], gated[4];
       from += 5 * THREADS;
@@ -124,7 +124,7 @@ template <bool FULL> DEVICE void scan_backward(
       for (int i = 0; i < 4; i++) {
         const float raw = value(qd, i) + shift[i], soft = softplus(raw), g = value(qg, i), v = value(qz, i);
         const float s = sigmoid(v), y = value(qy, i);
-        d[i] = r < left ? (flags & SOFTPLUS ? soft : raw) : 0.f, x[i] = value(qu, i), dy[i] = in.z ? g * v * s : g;
+        d[i] = walk.has(r, left) ? (flags & SOFTPLUS ? soft : raw) : 0.f, x[i] = value(qu, i), dy[i] = in.z ? g * v * s : g;
         made[i] = g * y * s * (1.f + v * (1.f - s)), gated[i] = y * v * s;
       }
       float4* to = (float4*)(step + r * CHANNELS + column);
@@ -147,7 +147,7 @@ template <bool FULL> DEVICE void scan_backward(
     if (FULL) {
       #pragma unroll
       for (int k = 0; k < K; k++) {
-        if (N % 4) load_states(h[k], marks + (one * (span / TILE) + tile) * E * N, edge + slot[k], E, N, place.quarter);
+        if (N % 4) load_states(h[k], marks + (both * all + walk.tile(tile)) * E * N, edge + slot[k], E, N, place.quarter);
         else for (int g = 0; g < GROUPS; g++) take(h[k] + 4 * g, begun[(k * GROUPS + g) * THREADS]);
       }
     }
@@ -270,28 +270,29 @@ template <bool FULL> DEVICE void scan_backward(
     __syncthreads();
     #pragma unroll
     for (int k = K - 1; k >= 0; k--) {
-      const int r = row + k * ROWS, n = r < left ? count : 0;
+      const int r = row + k * ROWS, n = walk.has(r, left) ? count : 0;
       store(du + written, result + r * CHANNELS + column, n);
       store(ddelta + written, result + (TILE + r) * CHANNELS + column, n);
       written += (i64)hop * E;
     }
     for (int i = tid; i < TILE * STATES / 2; i += THREADS) {
       const int r = i / (STATES / 2);
-      if (r >= left) break;
+      if (!walk.has(r, left)) continue;
       float4 sum = {};
       #pragma unroll
       for (int w = 0; w < BACKWARD_WARPS; w++) {
         const float4 x = ((const float4*)stash)[(r * BACKWARD_WARPS + w) * (STATES / 2) + i % (STATES / 2)];
         sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
       }
-      ((float4*)parts)[(i64)walk.token(tile * TILE + r) * gridDim.x * (STATES / 2) + i % (STATES / 2)] = sum;
+      ((float4*)parts)[(i64)walk.token(tile, r) * blocks * (STATES / 2) + i % (STATES / 2)] = sum;
     }
   }
 
   #pragma unroll
   for (int k = 0; k < K; k++) {
     const int channel = edge + slot[k];
-    if (leave) store_states(leave + one * E * N, adjoint[k], channel, E, N, place.quarter);
+    if (!FULL) store_states(leave + one * E * N, adjoint[k], channel, E, N, place.quarter);
+    else if (dinitial && (back ? unit.to == all : unit.from == 0)) store_states(dinitial + both * E * N, adjoint[k], channel, E, N, place.quarter);
     if (!FULL) { if (place.quarter == 0 && channel < E) sums[one * E + channel] = total[k]; continue; }
     store_states(rows + one * WIDTH(E, N), dA[k], channel, E, N, place.quarter);
   }
@@ -306,30 +307,31 @@ template <bool FULL> DEVICE void scan_backward(
 
 #define BACKWARD(FULL) \
     SHARED(memory); \
-    const int d = DIRECTIONS == 2 ? blockIdx.z % 2 : 0; \
-    const i64 clip = blockIdx.z / DIRECTIONS, corner = blockIdx.x * CHANNELS + threadIdx.x % (CHANNELS / 4) * 4; \
+    const Unit unit(blockIdx.x + (int)first, (int)whole, (int)cuts, (int)span, (int)L); \
+    const int d = unit.chain % DIRECTIONS, blocks = ((int)E + CHANNELS - 1) / CHANNELS, block = unit.chain / DIRECTIONS % blocks; \
+    const i64 clip = unit.chain / DIRECTIONS / blocks, corner = block * CHANNELS + threadIdx.x % (CHANNELS / 4) * 4; \
     const Inputs in = { \
       (d ? u1 : u0) + clip * u_b + corner, (d ? delta1 : delta0) + clip * d_b + corner, z ? z + clip * z_b + corner : 0, \
       (d ? B1 : B0) + clip * B_b, (d ? C1 : C0) + clip * C_b, dout + clip * dout_b + corner, \
       ungated ? ungated + clip * L * E + corner : 0, \
       (int)u_t, (int)d_t, (int)z_t, (int)B_t, (int)C_t, (int)dout_t, (int)dz_t, \
       dz ? dz + clip * dz_b + corner : 0, gated ? gated + clip * L * E + corner : 0}; \
-    scan_backward<FULL>(memory, in, d ? A1 : A0, d ? D1 : D0, d ? bias1 : bias0, marks, enter, leave, sums, (d ? du1 : du0) + clip * L * E + corner, (d ? ddelta1 : ddelta0) + clip * L * E + corner, \
-                        parts + (((i64)d * (gridDim.z / DIRECTIONS) + clip) * L * gridDim.x + blockIdx.x) * 2 * STATES, rows, (int)L, (int)E, (int)N, (int)span, (int)flags, d, DIRECTIONS == 2 ? d : flags & REVERSE)
+    scan_backward<FULL>(memory, in, d ? A1 : A0, d ? D1 : D0, d ? bias1 : bias0, marks, dfinal, enter, leave, sums, \
+                        (d ? du1 : du0) + clip * L * E + corner, (d ? ddelta1 : ddelta0) + clip * L * E + corner, \
+                        parts + ((d * clips + clip) * L * blocks + block) * 2 * STATES, rows, dinitial, (int)clips, (int)L, (int)E, \
+                        (int)N, (int)cuts, (int)flags, unit, d, (int)clip, block * CHANNELS, DIRECTIONS == 2 ? d : flags & REVERSE)
+#define GRADIENTS \
+    const io *dout, i64 dout_b, i64 dout_t, const io *ungated, const float *marks, const float *dfinal, const float *enter, \
+    float *leave, float *sums, io *du0, io *du1, io *ddelta0, io *ddelta1, io *dz, i64 dz_b, i64 dz_t, io *gated, float *parts, \
+    float *rows, float *dinitial
 
-// du, ddelta (clip, L, E) of either direction; dz and the gated output; `parts` (direction, clip, L, block of channels, dB | dC) and
-// `rows` (direction, clip, split, dA | dD | dbias), to be summed; `leave` (direction, clip, split, E, N): the adjoint of what
-// entered every split. `enter`, likewise, is the adjoint of what left it, or 0.
-KERNEL(scan_backward_full, THREADS, BACKWARD_BLOCKS)(
-    STREAMS, const io *dout, i64 dout_b, i64 dout_t, const io *ungated, const float *marks, const float *enter, float *leave,
-    float *sums, io *du0, io *du1, io *ddelta0, io *ddelta1, io *dz, i64 dz_b, i64 dz_t, io *gated, float *parts, float *rows,
-    i64 L, i64 E, i64 N, i64 span, i64 flags) { BACKWARD(true); }
+// du, ddelta (clip, L, E) of either direction; dz and the gated output; `parts` (direction, clip, L, block of channels, dB | dC)
+// and `rows` (direction, clip, piece, dA | dD | dbias), to be summed; `dinitial` (direction, clip, E, N) the adjoint of what
+// entered a chain. `dfinal` likewise is that of what left it, or 0; `enter` (direction, clip, piece, E, N) of what left a piece.
+KERNEL(scan_backward_full, THREADS, BACKWARD_BLOCKS)(STREAMS, GRADIENTS, SIZES) { BACKWARD(true); }
 
-// Only `leave`, when nothing enters, and `sums` of delta (direction, clip, split, E).
-KERNEL(scan_backward_states, THREADS, 1)(
-    STREAMS, const io *dout, i64 dout_b, i64 dout_t, const io *ungated, const float *marks, const float *enter, float *leave,
-    float *sums, io *du0, io *du1, io *ddelta0, io *ddelta1, io *dz, i64 dz_b, i64 dz_t, io *gated, float *parts, float *rows,
-    i64 L, i64 E, i64 N, i64 span, i64 flags) { BACKWARD(false); }
+// Only `leave`, the adjoint of what enters every piece when nothing leaves it, and `sums` of delta (direction, clip, piece, E).
+KERNEL(scan_backward_states, THREADS, 1)(STREAMS, GRADIENTS, SIZES) { BACKWARD(false); }
 
 // dB and dC: the sum over blocks of channels, one after another. A thread makes one number.
 KERNEL(scan_sum_parts, 256, 1)(
@@ -345,12 +347,16 @@ KERNEL(scan_sum_parts, 256, 1)(
   else (d ? dB1 : dB0)[clip * dB_b + token * dB_t + n] = rounded(sum);
 }
 
-// dA, dD and dbias: the sum over clips and splits, one after another. `sum` (direction, width).
-KERNEL(scan_sum_rows, 128, 1)(const float *rows, float *sum, i64 width, i64 count) {
+// dA, dD and dbias: the sum over clips and their pieces, one after another. `sum` (direction, width).
+KERNEL(scan_sum_rows, 128, 1)(const float *rows, float *sum, i64 width, i64 clips, i64 E, i64 N, i64 cuts, i64 whole) {
   const i64 i = (i64)blockIdx.x * 128 + threadIdx.x, d = blockIdx.y;
-  if (i >= width) return;
+  if (i >= E * (N + 2)) return;
+  const i64 block = (i < E * N ? i / N : (i - E * N) % E) / CHANNELS, blocks = (E + CHANNELS - 1) / CHANNELS;
   float x = 0.f;
-  #pragma unroll 8
-  for (i64 k = 0; k < count; k++) x += rows[(d * count + k) * width + i];
+  for (i64 clip = 0; clip < clips; clip++) {
+    const i64 pieces = (clip * blocks + block) * DIRECTIONS + d < whole ? 1 : cuts;
+    #pragma unroll 4
+    for (i64 k = 0; k < pieces; k++) x += rows[((d * clips + clip) * cuts + k) * width + i];
+  }
   sum[d * width + i] = x;
 }

@@ -143,10 +143,25 @@ DEVICE void load_rates(float* v, const float* A, int channel, int E, int N, int 
 
 // Addresses are 64-bit products of 32-bit numbers, one instruction each: L, E and strides over tokens are below 2^31.
 
-// The tokens of one block: `size` of them from `first`, walked from either end in tiles.
+// A chain is what must be walked one token after another: a block's channels of one clip (backward: in one direction). The
+// first `whole` chains are walked by one block each, the others are cut into `cuts` pieces of `span` tiles, a block each. Tiles
+// lie at multiples of TILE tokens, whoever walks them; rows of a tile beyond the last token change nothing.
+#define SIZES i64 clips, i64 L, i64 E, i64 N, i64 span, i64 cuts, i64 whole, i64 first, i64 flags
+struct Unit {
+  int chain, split, from, to;
+  bool cut;
+  DEVICE Unit(int unit, int whole, int cuts, int span, int L) {
+    cut = unit >= whole;
+    chain = cut ? whole + (unit - whole) / cuts : unit, split = cut ? (unit - whole) % cuts : 0;
+    const int tiles = (L + TILE - 1) / TILE;
+    from = cut ? split * span : 0, to = cut ? min(tiles, from + span) : tiles;
+  }
+};
 struct Walk {
-  int first, size; bool back;
-  DEVICE Walk(int split, int span, int L, bool back) : first(split * span), size(min(L - split * span, span)), back(back) {}
-  DEVICE int tiles() const { return (size + TILE - 1) / TILE; }
-  DEVICE int token(int position) const { return back ? first + size - 1 - position : first + position; }
+  int from, to, turn; bool back;
+  DEVICE Walk(const Unit& u, bool back) : from(u.from), to(u.to), turn(back ? TILE - 1 : 0), back(back) {}
+  DEVICE int tiles() const { return to - from; }
+  DEVICE int tile(int j) const { return back ? to - 1 - j : from + j; }
+  DEVICE int token(int j, int row) const { return tile(j) * TILE + (row ^ turn); }
+  DEVICE bool has(int row, int left) const { return (row ^ turn) < left; }  // `left` tokens from the start of the tile
 };

@@ -14,27 +14,28 @@
 template <bool FULL> DEVICE void scan_forward(
     char* memory, const io* u_, i64 u_b, int u_t, const io* delta_, i64 d_b, int d_t, const io* z, i64 z_b, int z_t,
     const io* B_, i64 B_b, int B_t, const io* C_, i64 C_b, int C_t, const float* A, const float* D, const float* bias,
-    const float* start, float* last, float* sums, float* marks, io* out, io* ungated,
-    int L, int E, int N, int span, int flags, int direction, bool back) {
+    const float* initial, const float* enter, float* last, float* sums, float* marks, io* out, io* ungated,
+    int clips, int L, int E, int N, int cuts, int flags, Unit unit, int direction, bool back) {
   char* mine = memory + direction * SHARED_FORWARD;
   float2* step = (float2*)mine;                                        // [TILE][CHANNELS] delta, delta u
   float* mix = (float*)(mine + TILE * CHANNELS * 8);                   // [TILE][B | C][STATES]
   float* y = mix + TILE * 2 * STATES;                                  // [TILE][ROW]
   const int tid = threadIdx.x % THREADS, warp = tid / 32;
   const Place place(tid % 32);
-  const int clip = blockIdx.z, split = blockIdx.y, clips = gridDim.z, splits = gridDim.y, edge = blockIdx.x * CHANNELS;
-  const Walk walk(split, span, L, back);
-  const i64 one = (i64)(direction * clips + clip) * splits + split;         // this walk among all
+  const int blocks = (E + CHANNELS - 1) / CHANNELS, clip = unit.chain / blocks, edge = unit.chain % blocks * CHANNELS;
+  const Walk walk(unit, back);
+  const i64 both = (i64)direction * clips + clip, one = both * cuts + unit.split;
+  const float* start = unit.cut ? enter ? enter + one * E * N : 0 : initial ? initial + both * E * N : 0;
   // A thread stages four channels of every ROWS-th token, and four states of every MIXED-th: pointers hop from one to the next.
   const int column = tid % (CHANNELS / 4) * 4, count = min(E - edge - column, 4), row = tid / (CHANNELS / 4);
-  const int hop = back ? -ROWS : ROWS, token = walk.token(row);
+  const int hop = back ? -ROWS : ROWS, token = walk.token(0, row);
   const io* u = u_ + clip * u_b + edge + column + (i64)token * u_t;
   const io* delta = delta_ + clip * d_b + edge + column + (i64)token * d_t;
   const io* gates = z + clip * z_b + edge + column + (i64)token * z_t;
   const int state = tid % (STATES / 4) * 4, mixed = tid / (STATES / 2), mixes = N - state;
   const bool is_C = tid % (STATES / 2) >= STATES / 4;
   const int mix_t = is_C ? C_t : B_t, mix_hop = (back ? -1 : 1) * mix_t;
-  const io* blend = (is_C ? C_ + clip * C_b : B_ + clip * B_b) + state + (i64)walk.token(mixed) * mix_t;
+  const io* blend = (is_C ? C_ + clip * C_b : B_ + clip * B_b) + state + (i64)walk.token(0, mixed) * mix_t;
   i64 at = ((i64)clip * L + token) * E + edge + column;
   io* parks = ungated ? ungated : out;
 
@@ -44,7 +45,7 @@ template <bool FULL> DEVICE void scan_forward(
   for (int k = 0; k < K; k++) {
     slot[k] = warp * 8 * K + 8 * k + place.channel, total[k] = 0.f;
     load_rates(rate[k], A, edge + slot[k], E, N, place.quarter, flags);
-    load_states(h[k], start ? start + one * E * N : 0, edge + slot[k], E, N, place.quarter);
+    load_states(h[k], start, edge + slot[k], E, N, place.quarter);
   }
   float shift[4], skip[4];
   #pragma unroll
@@ -54,25 +55,26 @@ template <bool FULL> DEVICE void scan_forward(
   }
 
   Quad next_u[K], next_delta[K], next_mix[MIXES];
-  auto fetch = [&](int left) {  // tokens that are left
+  auto fetch = [&](int left) {
     #pragma unroll
     for (int k = 0; k < K; k++) {
-      const int n = row + k * ROWS < left ? count : 0;
+      const int n = walk.has(row + k * ROWS, left) ? count : 0;
       next_u[k] = load<VECTOR>(u, n), next_delta[k] = load<VECTOR>(delta, n);
       u += (i64)hop * u_t, delta += (i64)hop * d_t;
     }
     #pragma unroll
     for (int m = 0; m < MIXES; m++) {
       const int r = mixed + m * MIXED;
-      next_mix[m] = load<VECTOR_BC>(blend + (i64)(m * MIXED) * mix_hop, (FULL || !is_C) && r < TILE && r < left ? mixes : 0);
+      next_mix[m] = load<VECTOR_BC>(blend + (i64)(m * MIXED) * mix_hop, (FULL || !is_C) && r < TILE && walk.has(r, left) ? mixes : 0);
     }
     blend += (i64)TILE * mix_hop;
   };
 
-  fetch(walk.size);
+  fetch(L - walk.tile(0) * TILE);
   const int tiles = walk.tiles();
   for (int tile = 0; tile < tiles; tile++) {
-    const int left = walk.size - tile * TILE;
+    const int left = L - walk.tile(tile) * TILE, other = tiles - 1 - tile;  // when the other direction comes here
+    const bool done = DIRECTIONS == 1 || other <= tile;
     #pragma unroll
     for (int k = 0; k < K; k++) {
       const int r = row + k * ROWS;
@@ -80,7 +82,7 @@ template <bool FULL> DEVICE void scan_forward(
       #pragma unroll
       for (int i = 0; i < 4; i++) {
         const float raw = value(next_delta[k], i) + shift[i], soft = softplus(raw);
-        x[i] = value(next_u[k], i), d[i] = r < left ? (flags & SOFTPLUS ? soft : raw) : 0.f;
+        x[i] = value(next_u[k], i), d[i] = walk.has(r, left) ? (flags & SOFTPLUS ? soft : raw) : 0.f;
       }
       float4* to = (float4*)(step + r * CHANNELS + column);
       to[0] = make_float4(d[0], d[0] * x[0], d[1], d[1] * x[1]), to[1] = make_float4(d[2], d[2] * x[2], d[3], d[3] * x[3]);
@@ -93,20 +95,19 @@ template <bool FULL> DEVICE void scan_forward(
         ((float4*)mix)[tid + m * THREADS] = make_float4(value(q, 0), value(q, 1), value(q, 2), value(q, 3));
     }
     __syncthreads();
-    if (tile + 1 < tiles) fetch(left - TILE);
+    if (tile + 1 < tiles) fetch(L - walk.tile(tile + 1) * TILE);
     // a token that the other direction has reached before, or reaches now, is finished here
     Quad gate[K], parked[K];
     if (FULL) {
       #pragma unroll
       for (int k = 0; k < K; k++) {
-        const int r = row + k * ROWS, other = (left - 1 - r) / TILE;  // the tile in which the other direction reaches it
-        const int n = r < left && (DIRECTIONS == 1 || other <= tile) ? count : 0;
+        const int n = done && walk.has(row + k * ROWS, left) ? count : 0;
         gate[k] = load<VECTOR>(gates, z ? n : 0), gates += (i64)hop * z_t;
         if (DIRECTIONS == 2) parked[k] = load<VECTOR>(parks + at + (i64)(k * hop) * E, other < tile ? n : 0);
       }
     }
     if (marks) {
-      float* mark = marks + (one * (span / TILE) + tile) * E * N;
+      float* mark = marks + (both * ((L + TILE - 1) / TILE) + walk.tile(tile)) * E * N;
       #pragma unroll
       for (int k = 0; k < K; k++) store_states(mark, h[k], edge + slot[k], E, N, place.quarter);
     }
@@ -148,15 +149,14 @@ template <bool FULL> DEVICE void scan_forward(
 
     #pragma unroll
     for (int k = 0; k < K; k++, at += (i64)hop * E) {
-      const int r = row + k * ROWS, partner = left - 1 - r;
-      if (r >= left || (DIRECTIONS == 2 && partner / TILE == tile && direction == 1)) continue;
-      const bool done = DIRECTIONS == 1 || partner / TILE <= tile;
-      const float* other = (const float*)(memory + SHARED_FORWARD + TILE * (CHANNELS * 8 + 2 * STATES * 4)) + partner % TILE * ROW;
+      const int r = row + k * ROWS;
+      if (!walk.has(r, left) || (DIRECTIONS == 2 && other == tile && direction == 1)) continue;
+      const float* met = (const float*)(memory + SHARED_FORWARD + TILE * (CHANNELS * 8 + 2 * STATES * 4)) + (TILE - 1 - r) * ROW;
       float v[4];
       take(v, *(const float4*)(y + r * ROW + column));
       if (DIRECTIONS == 2 && done) {
         #pragma unroll
-        for (int i = 0; i < 4; i++) v[i] += partner / TILE == tile ? other[column + i] : value(parked[k], i);
+        for (int i = 0; i < 4; i++) v[i] += other == tile ? met[column + i] : value(parked[k], i);
       }
       if (ungated || !done) store(parks + at, v, count);
       if (!done || !out) continue;
@@ -164,8 +164,7 @@ template <bool FULL> DEVICE void scan_forward(
       for (int i = 0; i < 4; i++) { const float g = value(gate[k], i); v[i] *= z ? g * sigmoid(g) : 1.f; }
       store(out + at, v, count);
     }
-    // where both were in the same tile, the other's y has been read: it may be overwritten only after that
-    if (DIRECTIONS == 2 && (left - 1) / TILE >= tile && (left - TILE) / TILE <= tile) __syncthreads();
+    if (DIRECTIONS == 2 && other == tile) __syncthreads();  // the other's y has been read: only now may it be overwritten
   }
 
   #pragma unroll
@@ -173,7 +172,8 @@ template <bool FULL> DEVICE void scan_forward(
     const int channel = edge + slot[k];
     if (!FULL && last) store_states(last + one * E * N, h[k], channel, E, N, place.quarter);
     if (!FULL && sums && place.quarter == 0 && channel < E) sums[one * E + channel] = total[k];
-    if (FULL && last && split == (back ? 0 : splits - 1)) store_states(last + one / splits * E * N, h[k], channel, E, N, place.quarter);
+    if (FULL && last && (back ? unit.from == 0 : unit.to * TILE >= L))
+      store_states(last + both * E * N, h[k], channel, E, N, place.quarter);
   }
 }
 
@@ -189,40 +189,43 @@ template <bool FULL> DEVICE void scan_forward(
 #define FORWARD(FULL) \
     SHARED(memory); \
     const int d = DIRECTIONS == 2 && threadIdx.x >= THREADS; \
-    scan_forward<FULL>(memory, STREAMS_OF(d), start, last, sums, marks, out, ungated, (int)L, (int)E, (int)N, (int)span, (int)flags, d, \
+    scan_forward<FULL>(memory, STREAMS_OF(d), initial, enter, last, sums, marks, out, ungated, (int)clips, (int)L, (int)E, (int)N, \
+                       (int)cuts, (int)flags, Unit(blockIdx.x + (int)first, (int)whole, (int)cuts, (int)span, (int)L), d, \
                        DIRECTIONS == 2 ? d : flags & REVERSE)
 
-// y, and as asked: `last` (direction, clip, E, N) the final states; `marks` the state before every tile; `ungated` the sum of
-// both directions before the gate. `start` (direction, clip, split, E, N): the state that enters every split, or 0.
+// y, and as asked: `last` (direction, clip, E, N) the final states; `marks` (direction, clip, tile, E, N) the state before every
+// tile; `ungated` the sum of both directions before the gate. `initial` (direction, clip, E, N) enters a chain that is walked
+// whole, `enter` (direction, clip, piece, E, N) the pieces of the others; 0 where there is none.
 KERNEL(scan_full, DIRECTIONS * THREADS, FORWARD_BLOCKS)(
-    STREAMS, const float *start, float *last, float *sums, float *marks, io *out, io *ungated,
-    i64 L, i64 E, i64 N, i64 span, i64 flags) { FORWARD(true); }
+    STREAMS, const float *initial, const float *enter, float *last, float *sums, float *marks, io *out, io *ungated, SIZES) {
+  FORWARD(true);
+}
 
-// States only: `last` (direction, clip, split, E, N) what leaves every split, `sums` the sum of its delta, and `marks`.
+// States only: `last` (direction, clip, piece, E, N) what leaves every piece, `sums` the sum of its delta, and `marks`.
 KERNEL(scan_states, DIRECTIONS * THREADS, 1)(
-    STREAMS, const float *start, float *last, float *sums, float *marks, io *out, io *ungated,
-    i64 L, i64 E, i64 N, i64 span, i64 flags) { FORWARD(false); }
+    STREAMS, const float *initial, const float *enter, float *last, float *sums, float *marks, io *out, io *ungated, SIZES) {
+  FORWARD(false);
+}
 #undef THREADS
 #undef CHANNELS
 #undef ROWS
 #undef MIXES
 #undef MIXED
 
-// What enters every split, from what leaves each when nothing enters it: x <- exp(A sum(delta)) x + local, split by split in
-// the order of the walk (its reverse if `adjoint`). `initial` (direction, clip, E, N) or 0; `final` as that, or 0.
+// What enters every piece, from what leaves each when nothing enters it: x <- exp(A sum(delta)) x + local, piece by piece in
+// the order of the walk (its reverse if `adjoint`), for clips from `clip0`. `initial` (direction, clip, E, N) or 0.
 KERNEL(scan_combine, 128, 1)(
-    const float *A0, const float *A1, const float *sums, const float *local, const float *initial, float *enter, float *final,
-    i64 E, i64 N, i64 splits, i64 flags, i64 adjoint) {
-  const i64 i = (i64)blockIdx.x * 128 + threadIdx.x, clip = blockIdx.y, clips = gridDim.y, d = blockIdx.z;
+    const float *A0, const float *A1, const float *sums, const float *local, const float *initial, float *enter,
+    i64 clips, i64 clip0, i64 E, i64 N, i64 cuts, i64 flags, i64 adjoint) {
+  const i64 i = (i64)blockIdx.x * 128 + threadIdx.x, clip = clip0 + blockIdx.y, d = blockIdx.z;
   if (i >= E * N) return;
   const bool back = (DIRECTIONS == 2 ? d != 0 : (flags & REVERSE) != 0) != (adjoint != 0);
   const float a = (d ? A1 : A0)[i], rate = (flags & LOGARITHM ? -expf(a) : a) * LOG2E;
   const i64 one = d * clips + clip;
   float x = initial ? initial[one * E * N + i] : 0.f;
-  for (i64 k = 0; k < splits; k++) {
-    const i64 at = one * splits + (back ? splits - 1 - k : k);
+  for (i64 k = 0; k < cuts; k++) {
+    const i64 at = one * cuts + (back ? cuts - 1 - k : k);
     enter[at * E * N + i] = x;
     x = fmaf(ex2(sums[at * E + i / N] * rate), x, local[at * E * N + i]);
   }
-  if (final) final[one * E * N + i] = x;
 }

@@ -105,7 +105,8 @@ def _(*args):
     p = _Parts(tensors, even)
     B, L, E = p.x.shape
     rows = [p.xz.new_empty((B, L, w.shape[0])) for w in p.proj]
-    starts = (len(rows), B, p.plan.splits, E, p.N) if p.plan.splits > 1 else 0
+    cut = p.plan.ahead
+    starts = (len(rows), B, cut.pieces, E, p.N) if cut.whole < cut.chains else 0
     rest = rows[1] if len(rows) == 2 else p.xz.new_empty(0)
     return p.xz.new_empty((B, L, p.out.shape[0])), rows[0], rest, p.A[0].new_empty(starts)
 

@@ -12,10 +12,10 @@ from fused.kernels import scan
 _library = torch.library.Library("videomamba", "FRAGMENT")
 
 
-def plan(u: Tensor, N: int, directions: int, invariant: bool) -> scan.Plan:
+def plan(u: Tensor, N: int | torch.SymInt, directions: int, invariant: bool) -> scan.Plan:
     """How the kernels cut u (B, L, E); `invariant` cuts as for a batch of one."""
-    B, L, E = u.shape
-    return scan.plan(1 if invariant else B, L, E, N, directions, scan.processors(u.device))
+    B, L, E = map(int, u.shape)
+    return scan.plan(B, L, E, int(N), directions, scan.processors(u.device), invariant=invariant)
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -116,9 +116,8 @@ def _scan(u, delta, A, B, C, D, z, bias, initial, softplus, reverse, invariant, 
 def _(u, delta, A, B, C, D, z, bias, initial, softplus, reverse, invariant, keep):
     Bn, L, E = u.shape
     N = A.shape[1]
-    cut = plan(u, N, 1, invariant)
     ungated = u.new_empty((Bn, L, E)) if keep and z is not None else u.new_empty(0)
-    marks = A.new_empty((1, Bn, cut.splits * cut.span // scan.TILE, E, N)) if keep else A.new_empty(0)
+    marks = A.new_empty((1, Bn, -(-L // scan.TILE), E, N)) if keep else A.new_empty(0)
     return u.new_empty((Bn, L, E)), A.new_empty((Bn, E, N)), ungated, marks
 
 
@@ -210,9 +209,8 @@ def _(*args):
     *tensors, softplus, invariant, keep = args
     u, A, z = tensors[0], tensors[4], tensors[14]
     (B, L, E), N = u.shape, A.shape[1]
-    cut = plan(u, N, 2, invariant)
     ungated = u.new_empty((B, L, E)) if keep and z is not None else u.new_empty(0)
-    marks = A.new_empty((2, B, cut.splits * cut.span // scan.TILE, E, N)) if keep else A.new_empty(0)
+    marks = A.new_empty((2, B, -(-L // scan.TILE), E, N)) if keep else A.new_empty(0)
     return u.new_empty((B, L, E)), ungated, marks
 
 

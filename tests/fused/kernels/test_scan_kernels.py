@@ -82,9 +82,11 @@ def test_follows_the_loop(shape, given, options):
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forth", "back"])
-def test_time_is_cut(many_splits, reverse):
-    assert scan.plan(1, 270, 4, 16, 1, 1000).splits == 2
-    assert_rule(sample(*draw(seed, (1, 270, 4, 16)), reverse=reverse) for seed in SEEDS)
+@pytest.mark.parametrize(("clips", "processors", "whole"), [(1, 1000, 0), (7, 2, 6)], ids=["every chain", "the last chain"])
+def test_time_is_cut(clips, processors, whole, reverse, monkeypatch):
+    monkeypatch.setattr(scan, "processors", lambda device: processors)
+    assert scan.plan(clips, 260, 2, 4, 1, processors).ahead == (clips, whole, 2, 9)
+    assert_rule(sample(*draw(seed, (clips, 260, 2, 4)), reverse=reverse) for seed in SEEDS)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -109,7 +111,8 @@ def two_loops(pairs, z):
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 32, 40, 49, 300])
-def test_directions_meet_in_the_middle(length, many_splits):
+def test_directions_meet_in_the_middle(length, monkeypatch):
+    monkeypatch.setattr(scan, "processors", lambda device: 1000)
     samples = []
     for seed in SEEDS:
         tensors, (dy, _) = draw(seed, (2 if length < 300 else 1, length, 4, 16), everything=length != 40, state=False)
@@ -193,11 +196,12 @@ def test_tuned_kernels_do_not_spill(arch, capsys):
     if reason := nvrtc.missing():
         pytest.skip(reason)
     for directions in (1, 2):
-        forward, backward = scan.shapes(16)
-        found = nvrtc.resources(scan.source(), scan.defines(0, scan.Plan(16, forward, backward, 1, 16), directions, 1, 1), arch)
+        found = nvrtc.resources(scan.source(), scan.defines(0, scan.plan(1, 16, 64, 16, directions, 1), directions, 1, 1), arch)
         with capsys.disabled():
             for name, r in found.items():
                 print(
                     f"\n{arch} {directions} {name}: {r.registers} registers, {r.spills} bytes spilt, {r.stack} of stack", end=""
                 )
-        assert found and not any(r.spills for r in found.values())
+        # the backward keeps three blocks of 168 registers on a multiprocessor: fewer blocks without a spill were slower
+        assert found and not any(r.spills for name, r in found.items() if name != "scan_backward_full")
+        assert found["scan_backward_full"].spills <= 160
