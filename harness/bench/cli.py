@@ -48,7 +48,7 @@ def bench(
     wanted = tuple(impl or ())
     if dry_run:
         for p in points:
-            who = [e for e in grids.entries(p.race, device, "sdpa", wanted) if grids.runs(e, p)]
+            who = [e for e in grids.entries(p.race, device, "sdpa", wanted) if grids.runs(e, p, grid)]
             print(f"{p.name:60} {p.tokens:8} tokens  {', '.join(e.name for e in who)}")
         return
     box = environment.describe(device)
@@ -63,7 +63,7 @@ def bench(
     sweep.measure_box(run, points[0].dtype)
     fastest = min(run.about["attention"], key=run.about["attention"].get)
     races = {p.race: grids.entries(p.race, device, fastest, wanted) for p in points}
-    field = {p.name: [e for e in races[p.race] if grids.runs(e, p)] for p in points}
+    field = {p.name: [e for e in races[p.race] if grids.runs(e, p, grid)] for p in points}
     known = {s.key for s in run.speeds}
     left = {_item(e, p): _cost(e, p) for p in points for e in field[p.name] if (e.name, p.name) not in known}
     progress = Progress(left)

@@ -18,8 +18,8 @@ HOW = f"""\
 Every entry (an implementation of a subject) runs in a process of its own, so that what kills it costs nobody else. At each
 point the entries take turns, a turn being an eighth of the budget or less, so that a drift of the clock meets all alike;
 where they do not fit into the memory together each is timed alone, and its row says so. Each loads its call, runs it {WARM}
-times (kept apart, not counted) and once more for its memory; sampling then stops when half the width of the median's 95 %
-interval is within {100 * GOAL:.0f} % of the median ({FEWEST} samples at least), at {MOST} samples, or when its budget of
+times (once if that takes a second; kept apart, not counted) and once more for its memory; sampling then stops when half the
+width of the median's 95 % interval is within {100 * GOAL:.0f} % of the median ({FEWEST} samples at least), at {MOST} samples, or when its budget of
 {{budget}} s is spent: {{settled}}. The interval is the middle 95 % of the medians of {RESAMPLES} bootstrap resamples,
 seeded, so that the same samples give the same interval (of fewer than three samples, `n = 1` or 2, it is but their range).
 It holds the scatter within this run on this box, and no other doubt. Operators are timed on inputs that are not in the
