@@ -19,12 +19,12 @@ Every entry (an implementation of a subject) runs in a process of its own, so th
 point the entries take turns, a turn being an eighth of the budget or less, so that a drift of the clock meets all alike;
 where they do not fit into the memory together each is timed alone, and its row says so. Each loads its call, runs it {WARM}
 times (once if that takes a second; kept apart, not counted) and once more for its memory; sampling then stops when half the
-width of the median's 95 % interval is within {100 * GOAL:.0f} % of the median ({FEWEST} samples at least), at {MOST} samples, or when its budget of
-{{budget}} s is spent: {{settled}}. The interval is the middle 95 % of the medians of {RESAMPLES} bootstrap resamples,
-seeded, so that the same samples give the same interval (of fewer than three samples, `n = 1` or 2, it is but their range).
-It holds the scatter within this run on this box, and no other doubt. Operators are timed on inputs that are not in the
-cache (sets of random tensors take turns){{operators}}. Models are timed end to end, launches included, on clips that lie on
-the device already. {{memory}} No clock was locked; every raw sample is in speeds.jsonl."""
+width of the median's 95 % interval is within {100 * GOAL:.0f} % of the median ({FEWEST} samples at least), at {MOST}
+samples, or when its budget of {{budget}} s is spent: {{settled}}. The interval is the middle 95 % of the medians of
+{RESAMPLES} bootstrap resamples, seeded, so that the same samples give the same interval (of fewer than three samples, `n =
+1` or 2, it is but their range). It holds the scatter within this run on this box, and no other doubt. Operators are timed
+on inputs that are not in the cache (sets of random tensors take turns){{operators}}. Models are timed end to end, launches
+included, on clips that lie on the device already. {{memory}} No clock was locked; every raw sample is in speeds.jsonl."""
 GPU_OPERATORS = ", by the device's own clock with the launches queued ahead, so that the host's time does not count"
 GPU_MEMORY = """Memory is the peak that PyTorch's allocator held during one call: weights, gradients and
 scratch, and inputs, of an operator all the sets that take turns. A replayed graph allocates nothing, so that
