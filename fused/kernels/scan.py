@@ -104,7 +104,7 @@ def shapes(N: int) -> tuple[Shape, Shape]:
     return (Shape(2, 2, 3), Shape(2, 4, 3)) if N <= 16 else (Shape(1, 4), Shape(1, 4))
 
 
-@functools.cache
+@functools.lru_cache(1024)
 def plan(B: int, L: int, E: int, N: int, directions: int, processors: int, pieces: int = 0, invariant: bool = False) -> Plan:
     """What takes the least time on so many `processors`, or `pieces` of every chain. `invariant`: the same for every B."""
     forward, backward = shapes(N)
@@ -165,17 +165,6 @@ def forward(
         starts = _starts(s, initial, plan)
     _scan("scan_full", s, plan, initial, starts, final, None, seen, y, before)
     return Result(y, final, starts, y if s.z is None and ungated else before, seen)
-
-
-def states(s: Streams, initial: Tensor | None, plan: Plan, starts: Tensor | None = None) -> Tensor:
-    """`Result.marks` alone."""
-    B, L, E, N = s.sizes
-    seen = _wide(s.u[0], len(s.reverses), B, -(-L // TILE), E, N)
-    if 0 not in (B, L, E):
-        starts = _starts(s, initial, plan) if starts is None else starts
-        leave = None if starts is None else torch.empty_like(starts)
-        _scan("scan_states", s, plan, initial, starts, leave, None, seen, None, None)
-    return seen
 
 
 def _starts(s: Streams, initial: Tensor | None, plan: Plan) -> Tensor | None:
