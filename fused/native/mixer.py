@@ -136,7 +136,7 @@ def _mixer_backward(dout, rows0, rows1, starts, *args):
     dA = [x * -a.exp() for x, a in zip(g.A, p.A, strict=True)]
     pairs: tuple[Any, ...] = (dconv, dconv_bias, dproj, ddt, g.bias, dA, g.D)
 
-    def own(grads: Sequence[Tensor | None], asked: Sequence[Tensor | None]) -> list[Tensor]:
+    def own(grads: Any, asked: Sequence[Tensor | None]) -> list[Tensor]:
         """In their parameters' dtypes, for two directions; results of an operator share no memory."""
         pair = [
             d.to(x.dtype, copy=d._is_view()) if d is not None and x is not None else dout.new_empty(0)
