@@ -15,7 +15,7 @@ from torch import Tensor
 from . import nvrtc
 
 TILE = 16  # tokens; marks, the states from which the backward starts again, are that far apart
-SHORTEST = 8  # tiles of a split
+SHORTEST = 8  # tiles of a piece
 LONGEST_STATE = 64
 FILES = ("device.cuh", "scan_common.cu", "scan_forward.cu", "scan_backward.cu")
 IO = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -197,7 +197,6 @@ class Gradients(NamedTuple):
     u: tuple[Tensor, ...]  # (B, L, E)
     delta: tuple[Tensor, ...]  # (B, L, E)
     z: Tensor | None  # (B, L, E)
-    gated: Tensor | None  # (B, L, E): y again, if asked for
     A: Tensor  # (d, E, N); of A itself, also where A came as its logarithm
     D: Tensor  # (d, E)
     bias: Tensor  # (d, E)
@@ -206,7 +205,7 @@ class Gradients(NamedTuple):
 
 def backward(
     s: Streams, dy: Tensor, dfinal: Tensor | None, marks: Tensor, ungated: Tensor | None, plan: Plan,
-    dB: Sequence[Tensor], dC: Sequence[Tensor], dz: Tensor | None = None, *, gated: bool = False,
+    dB: Sequence[Tensor], dC: Sequence[Tensor], dz: Tensor | None = None,
 ) -> Gradients:  # fmt: skip
     """Gradients, given dy (B, L, E) with unit stride along E and dfinal (d, B, E, N) or None. Those of B and C are written
     into `dB` and `dC`, (B, L, N) each, of unit stride along N, and that of z into `dz` if it came."""
@@ -215,14 +214,13 @@ def backward(
     du, ddelta = (tuple(u.new_empty((B, L, E)) for _ in range(d)) for _ in range(2))
     if s.z is not None and dz is None:
         dz = u.new_empty((B, L, E))
-    out = u.new_empty((B, L, E)) if gated and s.z is not None else None
     dinitial = _wide(u, d, B, E, N)
     if 0 in (B, L, E):
         zeros = _wide(u, d, E, N + 2).zero_()
         dinitial = dinitial.zero_() if dfinal is None else dinitial.copy_(dfinal)
         for x in (*dB, *dC):
             x.zero_()
-        return Gradients(du, ddelta, dz, out, zeros[..., :N], zeros[..., N], zeros[..., N + 1], dinitial)
+        return Gradients(du, ddelta, dz, zeros[..., :N], zeros[..., N], zeros[..., N + 1], dinitial)
     module, arguments = _module(s, plan, dy, dz), _arguments(s)
     threads, shared = 32 * shape.warps, _shared_backward(plan, u.element_size())
 
@@ -234,23 +232,21 @@ def backward(
     enter = None
     if cut.whole < cut.chains:
         leave, sums = _wide(u, d, B, cut.pieces, E, N), _wide(u, d, B, cut.pieces, E)
-        nothing = (None, None, None, None, None, 0, 0, None, None, None, None)
+        nothing = (None, None, None, None, None, 0, 0, None, None, None)
         launch("scan_backward_states", cut.units - cut.whole, None, leave, sums, *nothing, first=cut.whole)
         enter = combine(s, plan, sums, leave, dfinal, clip0=cut.whole * B // cut.chains, adjoint=True)
     blocks, width = -(-E // shape.width), -(-E * (N + 2) // 4) * 4
     parts = _wide(u, d, B, L, blocks, 2, plan.states)
     rows, total = _wide(u, d, B * cut.pieces, width), _wide(u, d, width)
     steps = _steps(dz) if dz is not None else (0, 0)
-    launch(
-        "scan_backward_full", cut.units, enter, None, None, *_both(du), *_both(ddelta), dz, *steps, out, parts, rows, dinitial
-    )
+    launch("scan_backward_full", cut.units, enter, None, None, *_both(du), *_both(ddelta), dz, *steps, parts, rows, dinitial)
     args = (parts, *_both(dB), *_steps(dB[0]), *_both(dC), *_steps(dC[0]), L, N, blocks)
     module.launch("scan_sum_parts", (-(-L * 2 * plan.states // 256), B, d), 256, 0, *args)
     module.launch(
         "scan_sum_rows", (-(-width // 128), d, 1), 128, 0, rows, total, width, B, E, N, cut.pieces, cut.whole
     )  # fmt: skip
     A, D, bias = total[:, : E * (N + 2)].split((E * N, E, E), dim=1)
-    return Gradients(du, ddelta, dz, out, A.view(d, E, N), D, bias, dinitial)
+    return Gradients(du, ddelta, dz, A.view(d, E, N), D, bias, dinitial)
 
 
 def _scan(name: str, s: Streams, plan: Plan, initial, enter, last, sums, marks, y, ungated, first: int = 0) -> None:

@@ -4,7 +4,7 @@
 //     dB_t = delta_t u_t g_t                  dC_t = dy_t s_t                (summed over channels)
 //     du_t = delta_t sum_n g_t B_t + D dy_t   ddelta_t = u_t sum_n g_t B_t + sum_n w_t A        dA = sum_t delta_t w_t
 //
-// A block walks CHANNELS channels of one clip, direction and split from its end. States come again from `marks`, the state
+// A block walks CHANNELS channels of one clip and direction, or one piece of it, from its end. States come again from `marks`, the state
 // before every tile: first to every PIECE tokens, then PIECE tokens with a_t and a_t s_{t-1} kept in registers, then back.
 
 #define CHANNELS (8 * BACKWARD_CHANNELS * BACKWARD_WARPS)
@@ -21,14 +21,13 @@
 #define SHARED_OUT (2 * TILE * CHANNELS * 4)
 #define SHARED_SUMS (TILE * BACKWARD_WARPS * 2 * STATES * 4)
 #define RAW (5 * K + MIXES)  // groups of four that a thread fetches: u, delta, dy, z and the ungated y, then B and C
-#define SHARED_BACKWARD (SHARED_STEP + SHARED_HELD + SHARED_OUT + SHARED_SUMS + RAW * THREADS * sizeof(Quad) + K * GROUPS * THREADS * 16)
 
-// Where a thread reads and writes at token 0: everything that a tile needs, staged as {delta, delta u}, dy and u a token and channel and {B | C} a token. `states`: only what
-// the adjoint alone needs. The first direction also makes dz and, again, the gated output.
+// Where a thread reads and writes at token 0: everything that a tile needs, staged as {delta, delta u}, dy and u a token and
+// channel and {B | C} a token; if not FULL only what the adjoint alone needs. The first direction also makes dz.
 struct Inputs {
   const io *u, *delta, *z, *B, *C, *dout, *ungated;
   int u_t, d_t, z_t, B_t, C_t, dout_t, dz_t;
-  io *dz, *gated;
+  io* dz;
 };
 
 template <bool FULL> DEVICE void scan_backward(
@@ -118,23 +117,20 @@ template <bool FULL> DEVICE void scan_backward(
     for (int k = K - 1; k >= 0; k--) {
       const int r = row + k * ROWS, n = walk.has(r, left) ? count : 0;
       const Quad qu = from[0], qd = from[THREADS], qg = from[2 * THREADS], qz = from[3 * THREADS], qy = from[4 * THREADS];
-      float d[4], x[4], dy[4], made[4], gated[4];
+      float d[4], x[4], dy[4], made[4];
       from += 5 * THREADS;
       #pragma unroll
       for (int i = 0; i < 4; i++) {
         const float raw = value(qd, i) + shift[i], soft = softplus(raw), g = value(qg, i), v = value(qz, i);
         const float s = sigmoid(v), y = value(qy, i);
         d[i] = walk.has(r, left) ? (flags & SOFTPLUS ? soft : raw) : 0.f, x[i] = value(qu, i), dy[i] = in.z ? g * v * s : g;
-        made[i] = g * y * s * (1.f + v * (1.f - s)), gated[i] = y * v * s;
+        made[i] = g * y * s * (1.f + v * (1.f - s));
       }
       float4* to = (float4*)(step + r * CHANNELS + column);
       to[0] = make_float4(d[0], d[0] * x[0], d[1], d[1] * x[1]), to[1] = make_float4(d[2], d[2] * x[2], d[3], d[3] * x[3]);
       *(float4*)(dys + r * CHANNELS + column) = make_float4(dy[0], dy[1], dy[2], dy[3]);
       if (FULL) *(float4*)(us + r * CHANNELS + column) = make_float4(x[0], x[1], x[2], x[3]);
-      if (gates) {
-        store(dz, made, n);
-        if (in.gated) store(in.gated + written + (i64)((K - 1 - k) * hop) * E, gated, n);
-      }
+      if (gates) store(dz, made, n);
       dz += (i64)hop * in.dz_t;
     }
     #pragma unroll
@@ -315,17 +311,17 @@ template <bool FULL> DEVICE void scan_backward(
       (d ? B1 : B0) + clip * B_b, (d ? C1 : C0) + clip * C_b, dout + clip * dout_b + corner, \
       ungated ? ungated + clip * L * E + corner : 0, \
       (int)u_t, (int)d_t, (int)z_t, (int)B_t, (int)C_t, (int)dout_t, (int)dz_t, \
-      dz ? dz + clip * dz_b + corner : 0, gated ? gated + clip * L * E + corner : 0}; \
+      dz ? dz + clip * dz_b + corner : 0}; \
     scan_backward<FULL>(memory, in, d ? A1 : A0, d ? D1 : D0, d ? bias1 : bias0, marks, dfinal, enter, leave, sums, \
                         (d ? du1 : du0) + clip * L * E + corner, (d ? ddelta1 : ddelta0) + clip * L * E + corner, \
                         parts + ((d * clips + clip) * L * blocks + block) * 2 * STATES, rows, dinitial, (int)clips, (int)L, (int)E, \
                         (int)N, (int)cuts, (int)flags, unit, d, (int)clip, block * CHANNELS, DIRECTIONS == 2 ? d : flags & REVERSE)
 #define GRADIENTS \
     const io *dout, i64 dout_b, i64 dout_t, const io *ungated, const float *marks, const float *dfinal, const float *enter, \
-    float *leave, float *sums, io *du0, io *du1, io *ddelta0, io *ddelta1, io *dz, i64 dz_b, i64 dz_t, io *gated, float *parts, \
+    float *leave, float *sums, io *du0, io *du1, io *ddelta0, io *ddelta1, io *dz, i64 dz_b, i64 dz_t, float *parts, \
     float *rows, float *dinitial
 
-// du, ddelta (clip, L, E) of either direction; dz and the gated output; `parts` (direction, clip, L, block of channels, dB | dC)
+// du, ddelta (clip, L, E) of either direction; dz; `parts` (direction, clip, L, block of channels, dB | dC)
 // and `rows` (direction, clip, piece, dA | dD | dbias), to be summed; `dinitial` (direction, clip, E, N) the adjoint of what
 // entered a chain. `dfinal` likewise is that of what left it, or 0; `enter` (direction, clip, piece, E, N) of what left a piece.
 KERNEL(scan_backward_full, THREADS, BACKWARD_BLOCKS)(STREAMS, GRADIENTS, SIZES) { BACKWARD(true); }

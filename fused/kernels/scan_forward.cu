@@ -1,6 +1,6 @@
-// Forward: y, final states, and what the backward wants. A block walks CHANNELS channels of one clip through one split of its
-// tokens; with two directions half of its warps come from either end. They meet in the middle: who comes to a token first
-// leaves its y in the output, who comes second adds its own, and only then is the sum gated.
+// Forward: y, final states, and what the backward wants. A block walks CHANNELS channels of one clip, or one piece of it; with
+// two directions half of its warps come from either end. They meet in the middle: who comes to a token first leaves its y in
+// the output, who comes second adds its own, and only then is the sum gated.
 
 #define CHANNELS (8 * FORWARD_CHANNELS * FORWARD_WARPS)
 #define THREADS (32 * FORWARD_WARPS)
@@ -106,7 +106,7 @@ template <bool FULL> DEVICE void scan_forward(
         if (DIRECTIONS == 2) parked[k] = load<VECTOR>(parks + at + (i64)(k * hop) * E, other < tile ? n : 0);
       }
     }
-    if (marks) {
+    if (FULL && marks) {
       float* mark = marks + (both * ((L + TILE - 1) / TILE) + walk.tile(tile)) * E * N;
       #pragma unroll
       for (int k = 0; k < K; k++) store_states(mark, h[k], edge + slot[k], E, N, place.quarter);
@@ -201,7 +201,7 @@ KERNEL(scan_full, DIRECTIONS * THREADS, FORWARD_BLOCKS)(
   FORWARD(true);
 }
 
-// States only: `last` (direction, clip, piece, E, N) what leaves every piece, `sums` the sum of its delta, and `marks`.
+// States only: `last` (direction, clip, piece, E, N) what leaves every piece, and `sums` the sum of its delta.
 KERNEL(scan_states, DIRECTIONS * THREADS, 1)(
     STREAMS, const float *initial, const float *enter, float *last, float *sums, float *marks, io *out, io *ungated, SIZES) {
   FORWARD(false);
