@@ -5,6 +5,7 @@ Everything comes once per direction: a walk from the first token, one from the l
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,11 +62,13 @@ class Result(NamedTuple):
 
 class Shape(NamedTuple):
     """Channels a thread and warps a direction; a block has 8 * channels * warps channels, and a multiprocessor holds `blocks`
-    at least, by which the compiler counts registers. `piece` tokens stay in the registers of the backward."""
+    at least, by which the compiler counts registers. `piece` tokens stay in the registers of the backward. `again` is the cost
+    of a tile in the pass over the states alone."""
 
     channels: int
     warps: int
     blocks: int = 1
+    again: float = 0.75
     piece: int = 4
 
     @property
@@ -88,6 +91,11 @@ class Cut(NamedTuple):
         """Blocks that walk."""
         return self.whole + (self.chains - self.whole) * self.pieces
 
+    @property
+    def passes(self) -> int:
+        """Blocks of the pass for the states that enter the pieces: what leaves a chain's last piece enters none."""
+        return (self.chains - self.whole) * (self.pieces - 1)
+
 
 class Plan(NamedTuple):
     """How the kernels are built and how time is cut."""
@@ -101,7 +109,7 @@ class Plan(NamedTuple):
 
 def shapes(N: int) -> tuple[Shape, Shape]:
     """Measured best on an H200 for N <= 16; with more states a thread has registers for one channel."""
-    return (Shape(2, 2, 3), Shape(2, 4, 3)) if N <= 16 else (Shape(1, 4), Shape(1, 4))
+    return (Shape(2, 2, 3), Shape(2, 4, 3, 0.3)) if N <= 16 else (Shape(1, 4), Shape(1, 4, again=0.3))
 
 
 @functools.lru_cache(1024)
@@ -110,31 +118,53 @@ def plan(B: int, L: int, E: int, N: int, directions: int, processors: int, piece
     forward, backward = shapes(N)
     tiles = max(1, -(-L // TILE))
     counts = -(-E // forward.width), -(-E // backward.width) * directions  # chains of a clip
-    cuts = [_cut(count, B, tiles, processors, pieces, invariant) for count in counts]
+    cuts = [
+        _cut(n, B, tiles, processors, pieces, invariant, shape) for n, shape in zip(counts, (forward, backward), strict=True)
+    ]
     return Plan(-(-N // 16) * 16, forward, backward, *cuts)
 
 
-def _cut(count: int, clips: int, tiles: int, processors: int, pieces: int, invariant: bool) -> Cut:
+def _cut(count: int, clips: int, tiles: int, processors: int, pieces: int, invariant: bool, shape: Shape) -> Cut:
     chains = max(1, count * (1 if invariant else clips))
     most = max(1, min(tiles // SHORTEST, 64))
     if pieces:
         options = [(0, min(pieces, most))]
     else:  # whole rounds of all processors, none or as many as there are, and the rest in pieces
         rounds = {0} if invariant else {0, chains // processors * processors}
-        options = [(chains, 1)] + [(whole, n) for whole in rounds for n in range(2, most + 1)]
-    whole, n = min(options, key=lambda option: _cost(option[0], option[1], chains, tiles, processors))
+        options = [(chains, 1)] + [(whole, n) for whole in rounds if whole < chains for n in range(2, most + 1)]
+    whole, n = min(options, key=lambda option: _cost(*option, chains, tiles, processors, shape))
     span = -(-tiles // n)
     every = max(1, count * clips)
     return Cut(every, every if n == 1 else whole, -(-tiles // span), span)
 
 
-def _cost(whole: int, pieces: int, chains: int, tiles: int, processors: int) -> float:
-    """Tiles that the busiest processor walks. One that has several blocks divides its time among them; below three their
-    waiting is not filled. Cutting costs a pass over the states, and starting costs two tiles."""
+BUSY = (0.55, 0.87, 1.0)  # of its best, what a multiprocessor does with one, two or three blocks
+LAUNCHES = 8  # tiles that could be walked while the kernels of the pass over the states start and end
+
+
+def _cost(whole: int, pieces: int, chains: int, tiles: int, processors: int, shape: Shape) -> float:
+    """Tiles that the busiest processor could walk at its best in the time that it needs. Fitted to an H200, within 10 %."""
     span = -(-tiles // pieces)
-    long, short = -(-whole // processors), -(-(chains - whole) * -(-tiles // span) // processors)
-    work = long * (tiles + 2) + short * (span * 1.6 + 2)
-    return work * max(1.0, 3 / max(1, long + short))
+    pieces = -(-tiles // span)
+    rest = chains - whole
+    long, short, passes = (-(-n // processors) for n in (whole, rest * pieces, rest * (pieces - 1)))
+    slots = max(shape.blocks, 1)
+
+    def alone(units: int, length: int) -> float:
+        """Units of one length: full rounds, and one that is not."""
+        last = units % slots
+        return (length + 2) * (units - last + (last / BUSY[min(last, 3) - 1] if last else 0))
+
+    if pieces == 1 or whole == 0:
+        walk = alone(short if pieces > 1 else -(-chains // processors), span)
+    else:
+        beside = long % slots
+        if beside and beside + short > slots:
+            return math.inf  # short ones that wait for one another leave the long ones alone at the end: measured slow
+        both = beside + short
+        walk = alone(long - beside, tiles) + (span + 2) * both / BUSY[min(both, 3) - 1]
+        walk += (tiles - span) * beside / BUSY[beside - 1] if beside else 0
+    return walk + (shape.again * alone(passes, span) + LAUNCHES if pieces > 1 else 0)
 
 
 @functools.cache
@@ -175,7 +205,7 @@ def _starts(s: Streams, initial: Tensor | None, plan: Plan) -> Tensor | None:
     B, _, E, N = s.sizes
     u, shape = s.u[0], (len(s.reverses), B, cut.pieces)
     local, sums = _wide(u, *shape, E, N), _wide(u, *shape, E)
-    _scan("scan_states", s, plan, None, None, local, sums, None, None, None, first=cut.whole)
+    _scan("scan_states", s, plan, None, None, local, sums, None, None, None, states=True)
     return combine(s, plan, sums, local, initial, clip0=cut.whole * B // cut.chains, adjoint=False)
 
 
@@ -205,13 +235,15 @@ class Gradients(NamedTuple):
 
 def backward(
     s: Streams, dy: Tensor, dfinal: Tensor | None, marks: Tensor, ungated: Tensor | None, plan: Plan,
-    dB: Sequence[Tensor], dC: Sequence[Tensor], dz: Tensor | None = None,
+    dB: Sequence[Tensor], dC: Sequence[Tensor], du: Sequence[Tensor] = (), ddelta: Sequence[Tensor] = (),
+    dz: Tensor | None = None,
 ) -> Gradients:  # fmt: skip
     """Gradients, given dy (B, L, E) with unit stride along E and dfinal (d, B, E, N) or None. Those of B and C are written
-    into `dB` and `dC`, (B, L, N) each, of unit stride along N, and that of z into `dz` if it came."""
+    into `dB` and `dC`, (B, L, N) each, of unit stride along N, and the others into contiguous `du` and `ddelta` and a `dz` of
+    unit stride along E if these came."""
     B, L, E, N = s.sizes
     u, d, cut, shape = s.u[0], len(s.reverses), plan.back, plan.backward
-    du, ddelta = (tuple(u.new_empty((B, L, E)) for _ in range(d)) for _ in range(2))
+    du, ddelta = (tuple(given) or tuple(u.new_empty((B, L, E)) for _ in range(d)) for given in (du, ddelta))
     if s.z is not None and dz is None:
         dz = u.new_empty((B, L, E))
     dinitial = _wide(u, d, B, E, N)
@@ -233,7 +265,7 @@ def backward(
     if cut.whole < cut.chains:
         leave, sums = _wide(u, d, B, cut.pieces, E, N), _wide(u, d, B, cut.pieces, E)
         nothing = (None, None, None, None, None, 0, 0, None, None, None)
-        launch("scan_backward_states", cut.units - cut.whole, None, leave, sums, *nothing, first=cut.whole)
+        launch("scan_backward_states", cut.passes, None, leave, sums, *nothing, first=cut.whole)
         enter = combine(s, plan, sums, leave, dfinal, clip0=cut.whole * B // cut.chains, adjoint=True)
     blocks, width = -(-E // shape.width), -(-E * (N + 2) // 4) * 4
     parts = _wide(u, d, B, L, blocks, 2, plan.states)
@@ -249,18 +281,19 @@ def backward(
     return Gradients(du, ddelta, dz, A.view(d, E, N), D, bias, dinitial)
 
 
-def _scan(name: str, s: Streams, plan: Plan, initial, enter, last, sums, marks, y, ungated, first: int = 0) -> None:
+def _scan(name: str, s: Streams, plan: Plan, initial, enter, last, sums, marks, y, ungated, states: bool = False) -> None:
     B, L, E, N = s.sizes
     shape, d, cut = plan.forward, len(s.reverses), plan.ahead
     shared = d * TILE * (shape.width * 8 + 2 * plan.states * 4 + (shape.width + 8) * 4)
+    first, units = (cut.whole, cut.passes) if states else (0, cut.units)
     sizes = (B, L, E, N, cut.span, cut.pieces, cut.whole, first, s.flags)
     args = (*_arguments(s), initial, enter, last, sums, marks, y, ungated, *sizes)
-    _module(s, plan).launch(name, (cut.units - first, 1, 1), d * 32 * shape.warps, shared, *args)
+    _module(s, plan).launch(name, (units, 1, 1), d * 32 * shape.warps, shared, *args)
 
 
 def _shared_backward(plan: Plan, size: int) -> int:
     """Bytes of a block, `size` of an element: staged inputs, held states, results, sums, what is fetched ahead."""
-    K, warps, _, piece = plan.backward
+    K, warps, piece = plan.backward.channels, plan.backward.warps, plan.backward.piece
     threads, width, groups = 32 * warps, plan.backward.width, plan.states // 16
     held, mixes = (TILE // piece - 1) * K * groups * threads * 16, -(-TILE // (threads // (plan.states // 2)))
     staged = TILE * (width * 16 + 2 * plan.states * 4)
@@ -289,11 +322,12 @@ def _both(pair: Sequence[Any]) -> tuple[Any, Any]:
     return pair[0], pair[-1]
 
 
-def defines(io: int, plan: Plan, directions: int, vector: int, vector_bc: int) -> tuple[tuple[str, int], ...]:
+def defines(io: int, plan: Plan, directions: int, vector: int, vector_bc: int, exact: int) -> tuple[tuple[str, int], ...]:
     """What scan_common.cu says that the kernels are compiled with."""
     forward, backward = plan.forward, plan.backward
     return (
-        ("IO", io), ("STATES", plan.states), ("VECTOR", vector), ("VECTOR_BC", vector_bc), ("DIRECTIONS", directions),
+        ("IO", io), ("STATES", plan.states), ("VECTOR", vector), ("VECTOR_BC", vector_bc), ("EXACT", exact),
+        ("DIRECTIONS", directions),
         ("FORWARD_CHANNELS", forward.channels), ("FORWARD_WARPS", forward.warps), ("FORWARD_BLOCKS", forward.blocks),
         ("BACKWARD_CHANNELS", backward.channels), ("BACKWARD_WARPS", backward.warps), ("BACKWARD_BLOCKS", backward.blocks),
         ("PIECE", backward.piece),
@@ -305,7 +339,8 @@ def _module(s: Streams, plan: Plan, *others: Tensor | None) -> Any:
     tokens = [x for x in (*s.u, *s.delta, s.z, *others) if x is not None]
     vector = int(E % 4 == 0 and all(map(_aligned, tokens)))
     vector_bc = int(N % 4 == 0 and all(map(_aligned, (*s.B, *s.C))))
-    chosen = defines(IO[s.u[0].dtype], plan, len(s.reverses), vector, vector_bc)
+    exact = int(vector and vector_bc and N == plan.states and E % max(plan.forward.width, plan.backward.width) == 0)
+    chosen = defines(IO[s.u[0].dtype], plan, len(s.reverses), vector, vector_bc, exact)
     return nvrtc.module(source(), chosen, s.u[0].device)
 
 

@@ -48,12 +48,12 @@ template <bool FULL> DEVICE void scan_backward(
   const float* end = unit.cut ? enter ? enter + one * E * N : 0 : dfinal ? dfinal + both * E * N : 0;
   const Walk walk(unit, back);
   // As in the forward a thread stages every ROWS-th token, the last one first.
-  const int column = tid % (CHANNELS / 4) * 4, count = min(E - edge - column, 4), row = tid / (CHANNELS / 4);
+  const int column = tid % (CHANNELS / 4) * 4, count = LEFT(E, edge + column), row = tid / (CHANNELS / 4);
   const int tiles = walk.tiles(), hop = back ? ROWS : -ROWS, token = walk.token(tiles - 1, (K - 1) * ROWS + row);
   const io *u = in.u + (i64)token * in.u_t, *delta = in.delta + (i64)token * in.d_t, *z = in.z + (i64)token * in.z_t;
   const io* dout = in.dout + (i64)token * in.dout_t;
   io* dz = in.dz + (i64)token * in.dz_t;
-  const int state = tid % (STATES / 4) * 4, mixed = tid / (STATES / 2), mixes = N - state;
+  const int state = tid % (STATES / 4) * 4, mixed = tid / (STATES / 2), mixes = EXACT ? 4 : N - state;
   const bool is_C = tid % (STATES / 2) >= STATES / 4;
   const int mix_t = is_C ? in.C_t : in.B_t, mix_hop = (back ? -1 : 1) * mix_t;
   const io* blend = (is_C ? in.C : in.B) + state + (i64)walk.token(tiles - 1, mixed) * mix_t;
@@ -71,7 +71,7 @@ template <bool FULL> DEVICE void scan_backward(
   }
   // after sums over the quarters, each of four lanes has one token and channel of TOGETHER tokens and K channels
   const int own_token = K == 1 ? 2 * place.high + place.low : place.high, own = slot[K == 1 ? 0 : place.low];
-  const float skip = D && edge + own < E ? D[edge + own] : 0.f;
+  const float skip = D && EXISTS(edge + own) ? D[edge + own] : 0.f;
   const bool gates = FULL && in.z && direction == 0;
   // what the next tile needs is on its way while this one is worked on, into places that only this thread reads
   Quad* raw = (Quad*)(memory + SHARED_STEP + SHARED_HELD + SHARED_OUT + SHARED_SUMS) + tid;
@@ -95,11 +95,11 @@ template <bool FULL> DEVICE void scan_backward(
       fetch<VECTOR_BC>(to + m * THREADS, blend + (i64)(m * MIXED) * mix_hop, (FULL || is_C) && r < TILE && walk.has(r, left) ? mixes : 0);
     }
     blend -= (i64)TILE * mix_hop;
-    if (FULL && N % 4 == 0) {
+    if (FULL && (EXACT || N % 4 == 0)) {
       #pragma unroll
       for (int i = 0; i < K * GROUPS; i++) {
         const int channel = edge + slot[i / GROUPS], n = i % GROUPS * 16 + place.quarter * 4;
-        const bool here = channel < E && n < N;
+        const bool here = EXACT || (channel < E && n < N);
         copy_async<16>(begun + i * THREADS, marks + (both * all + walk.tile(tile)) * E * N + (here ? (i64)channel * N + n : 0), here);
       }
     }
@@ -143,7 +143,7 @@ template <bool FULL> DEVICE void scan_backward(
     if (FULL) {
       #pragma unroll
       for (int k = 0; k < K; k++) {
-        if (N % 4) load_states(h[k], marks + (both * all + walk.tile(tile)) * E * N, edge + slot[k], E, N, place.quarter);
+        if (!EXACT && N % 4) load_states(h[k], marks + (both * all + walk.tile(tile)) * E * N, edge + slot[k], E, N, place.quarter);
         else for (int g = 0; g < GROUPS; g++) take(h[k] + 4 * g, begun[(k * GROUPS + g) * THREADS]);
       }
     }
@@ -289,13 +289,13 @@ template <bool FULL> DEVICE void scan_backward(
     const int channel = edge + slot[k];
     if (!FULL) store_states(leave + one * E * N, adjoint[k], channel, E, N, place.quarter);
     else if (dinitial && (back ? unit.to == all : unit.from == 0)) store_states(dinitial + both * E * N, adjoint[k], channel, E, N, place.quarter);
-    if (!FULL) { if (place.quarter == 0 && channel < E) sums[one * E + channel] = total[k]; continue; }
+    if (!FULL) { if (place.quarter == 0 && EXISTS(channel)) sums[one * E + channel] = total[k]; continue; }
     store_states(rows + one * WIDTH(E, N), dA[k], channel, E, N, place.quarter);
   }
   if (!FULL) return;
   dD += __shfl_xor_sync(0xffffffffu, dD, HIGH), dbias += __shfl_xor_sync(0xffffffffu, dbias, HIGH);
   if (K == 1) dD += __shfl_xor_sync(0xffffffffu, dD, LOW), dbias += __shfl_xor_sync(0xffffffffu, dbias, LOW);
-  if (!place.high && (K == 2 || !place.low) && edge + own < E) {
+  if (!place.high && (K == 2 || !place.low) && EXISTS(edge + own)) {
     float* row = rows + one * WIDTH(E, N) + E * N + edge + own;  // dA, dD, dbias of this walk
     row[0] = dD, row[E] = dbias;
   }
@@ -303,8 +303,10 @@ template <bool FULL> DEVICE void scan_backward(
 
 #define BACKWARD(FULL) \
     SHARED(memory); \
-    const Unit unit(blockIdx.x + (int)first, (int)whole, (int)cuts, (int)span, (int)L); \
+    Unit unit(blockIdx.x + (int)first, (int)whole, (int)cuts - !(FULL), (int)span, (int)L); \
     const int d = unit.chain % DIRECTIONS, blocks = ((int)E + CHANNELS - 1) / CHANNELS, block = unit.chain / DIRECTIONS % blocks; \
+    const bool back = DIRECTIONS == 2 ? d : flags & REVERSE; \
+    if (!(FULL) && !back) unit.next((int)L); \
     const i64 clip = unit.chain / DIRECTIONS / blocks, corner = block * CHANNELS + threadIdx.x % (CHANNELS / 4) * 4; \
     const Inputs in = { \
       (d ? u1 : u0) + clip * u_b + corner, (d ? delta1 : delta0) + clip * d_b + corner, z ? z + clip * z_b + corner : 0, \
@@ -315,7 +317,7 @@ template <bool FULL> DEVICE void scan_backward(
     scan_backward<FULL>(memory, in, d ? A1 : A0, d ? D1 : D0, d ? bias1 : bias0, marks, dfinal, enter, leave, sums, \
                         (d ? du1 : du0) + clip * L * E + corner, (d ? ddelta1 : ddelta0) + clip * L * E + corner, \
                         parts + ((d * clips + clip) * L * blocks + block) * 2 * STATES, rows, dinitial, (int)clips, (int)L, (int)E, \
-                        (int)N, (int)cuts, (int)flags, unit, d, (int)clip, block * CHANNELS, DIRECTIONS == 2 ? d : flags & REVERSE)
+                        (int)N, (int)cuts, (int)flags, unit, d, (int)clip, block * CHANNELS, back)
 #define GRADIENTS \
     const io *dout, i64 dout_b, i64 dout_t, const io *ungated, const float *marks, const float *dfinal, const float *enter, \
     float *leave, float *sums, io *du0, io *du1, io *ddelta0, io *ddelta1, io *dz, i64 dz_b, i64 dz_t, float *parts, \
@@ -326,7 +328,8 @@ template <bool FULL> DEVICE void scan_backward(
 // entered a chain. `dfinal` likewise is that of what left it, or 0; `enter` (direction, clip, piece, E, N) of what left a piece.
 KERNEL(scan_backward_full, THREADS, BACKWARD_BLOCKS)(STREAMS, GRADIENTS, SIZES) { BACKWARD(true); }
 
-// Only `leave`, the adjoint of what enters every piece when nothing leaves it, and `sums` of delta (direction, clip, piece, E).
+// Only `leave`, the adjoint of what enters every piece but a chain's first when nothing leaves it, and `sums` of delta
+// (direction, clip, piece, E).
 KERNEL(scan_backward_states, THREADS, 1)(STREAMS, GRADIENTS, SIZES) { BACKWARD(false); }
 
 // dB and dC: the sum over blocks of channels, one after another. A thread makes one number.

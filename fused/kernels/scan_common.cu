@@ -5,9 +5,10 @@
 // walked by four lanes a channel, a quarter of its states in the registers of each, eight channels (or a multiple) a warp,
 // TILE tokens at a time through shared memory. Rows of a tile are in the order of the walk: `reverse` is only where they lie
 // in memory. Compiled with: IO (0 bfloat16, 1 float16, 2 float32), STATES (a multiple of 16, padded with zeros), VECTOR
-// (streams can be read in groups of four), VECTOR_BC (B and C too), DIRECTIONS (1 or 2), and for each kernel the channels of
-// a thread, the warps of a direction and the blocks that a multiprocessor must hold at least: FORWARD_CHANNELS, FORWARD_WARPS,
-// FORWARD_BLOCKS, BACKWARD_CHANNELS, BACKWARD_WARPS, BACKWARD_BLOCKS; PIECE tokens of the backward stay in registers.
+// (streams can be read in groups of four), VECTOR_BC (B and C too), EXACT (every block has all of its channels, and N is STATES),
+// DIRECTIONS (1 or 2), and for each kernel the channels of a thread, the warps of a direction and the blocks that a
+// multiprocessor must hold at least: FORWARD_CHANNELS, FORWARD_WARPS, FORWARD_BLOCKS, BACKWARD_CHANNELS, BACKWARD_WARPS,
+// BACKWARD_BLOCKS; PIECE tokens of the backward stay in registers.
 
 #ifdef EMULATED
 #define KERNEL(name, threads, blocks) extern "C" __global__ void __launch_bounds__(threads) name
@@ -25,6 +26,8 @@ typedef long long i64;
 #define SOFTPLUS 1
 #define LOGARITHM 2  // A holds log(-A)
 #define REVERSE 4    // of the only direction
+#define EXISTS(channel) (EXACT || (channel) < E)
+#define LEFT(count, from) (EXACT ? 4 : min((count) - (from), 4))  // elements of a group of four
 
 #if IO == 2
 typedef float io;
@@ -49,16 +52,16 @@ DEVICE Quad single(const io* p, int count) {
 }
 #endif
 
-// the first `count` of four elements, the rest 0; WHOLE: all or none
-template <bool WHOLE> DEVICE Quad load(const io* p, int count) {
-  if (!WHOLE) return single(p, count);
+// the first `count` of four elements, the rest 0; ALIGNED: all or none
+template <bool ALIGNED> DEVICE Quad load(const io* p, int count) {
+  if (!ALIGNED) return single(p, count);
   Quad q = {};
   if (count > 0) q = *(const Quad*)p;
   return q;
 }
 // the same into a thread's own place in shared memory, ahead of time where whole groups can be copied
-template <bool WHOLE> DEVICE void fetch(Quad* to, const io* p, int count) {
-  if (WHOLE) copy_async<sizeof(Quad)>(to, p, count > 0);
+template <bool ALIGNED> DEVICE void fetch(Quad* to, const io* p, int count) {
+  if (ALIGNED) copy_async<sizeof(Quad)>(to, p, count > 0);
   else *to = single(p, count);
 }
 DEVICE void store(io* p, const float* v, int count) {
@@ -68,14 +71,14 @@ DEVICE void store(io* p, const float* v, int count) {
 DEVICE void take(float* v, float4 x) { v[0] = x.x; v[1] = x.y; v[2] = x.z; v[3] = x.w; }
 
 // log(1 + exp(x)) = max(x, 0) + log1p(w), w = exp(-|x|), to a few roundings of float32: states are float32 whatever the
-// streams are. The exponent's rounding is made good, and log1p(w) = 2 artanh(w / (2 + w)), whose argument is at most 1/3.
+// streams are. The exponent's rounding is made good, and log1p(w) = 2 artanh(s), s = w / (2 + w), which is at most 1/3:
+// 2 s + s^3 times a minimax polynomial in s^2, together within 5e-9 of it.
 DEVICE float softplus(float x) {
   const float a = fabsf(x), t = -a * LOG2E, rest = fmaf(-a, LOG2E_REST, fmaf(-a, LOG2E, -t));
   float w = ex2(t);
   w = fmaf(w * rest, LN2, w);
   const float s = w * rcp(2.f + w), q = s * s;
-  float p = fmaf(q, 2.f / 15.f, 2.f / 13.f);
-  p = fmaf(q, p, 2.f / 11.f), p = fmaf(q, p, 2.f / 9.f), p = fmaf(q, p, 2.f / 7.f), p = fmaf(q, p, 2.f / 5.f), p = fmaf(q, p, 2.f / 3.f);
+  const float p = fmaf(q, fmaf(q, fmaf(q, 0.28024462f, 0.27999142f), 0.40021700f), 0.66666412f);
   return fmaxf(x, 0.f) + fmaf(s * q, p, 2.f * s);
 }
 // 1 - exp(-x), the slope of softplus where x is its value, without cancellation
@@ -108,12 +111,12 @@ struct Place {
 
 // A thread's rows of a (E, N) matrix of float32: MINE states of one channel; 0 beyond E or N.
 DEVICE void load_states(float* v, const float* p, int channel, int E, int N, int quarter) {
-  const bool here = p && channel < E;
+  const bool here = p && EXISTS(channel);
   #pragma unroll
   for (int g = 0; g < GROUPS; g++) {
     const int n = g * 16 + quarter * 4;
     float4 x = {};
-    if (N % 4 == 0) { if (here && n < N) x = *(const float4*)(p + (i64)channel * N + n); }
+    if (EXACT || N % 4 == 0) { if (here && (EXACT || n < N)) x = *(const float4*)(p + (i64)channel * N + n); }
     else if (here) {
       const float* at = p + (i64)channel * N + n;
       x = make_float4(n < N ? at[0] : 0.f, n + 1 < N ? at[1] : 0.f, n + 2 < N ? at[2] : 0.f, n + 3 < N ? at[3] : 0.f);
@@ -122,11 +125,11 @@ DEVICE void load_states(float* v, const float* p, int channel, int E, int N, int
   }
 }
 DEVICE void store_states(float* p, const float* v, int channel, int E, int N, int quarter) {
-  if (channel >= E) return;
+  if (!EXISTS(channel)) return;
   #pragma unroll
   for (int g = 0; g < GROUPS; g++) {
     int n = g * 16 + quarter * 4;
-    if (N % 4 == 0) { if (n < N) *(float4*)(p + (i64)channel * N + n) = make_float4(v[4 * g], v[4 * g + 1], v[4 * g + 2], v[4 * g + 3]); }
+    if (EXACT || N % 4 == 0) { if (EXACT || n < N) *(float4*)(p + (i64)channel * N + n) = make_float4(v[4 * g], v[4 * g + 1], v[4 * g + 2], v[4 * g + 3]); }
     else for (int i = 0; i < 4; i++) if (n + i < N) p[(i64)channel * N + n + i] = v[4 * g + i];
   }
 }
@@ -136,7 +139,7 @@ DEVICE void load_rates(float* v, const float* A, int channel, int E, int N, int 
   #pragma unroll
   for (int i = 0; i < MINE; i++) {
     int n = (i / 4) * 16 + quarter * 4 + i % 4;
-    if (flags & LOGARITHM) v[i] = channel < E && n < N ? -expf(v[i]) : 0.f;
+    if (flags & LOGARITHM) v[i] = EXISTS(channel) && (EXACT || n < N) ? -expf(v[i]) : 0.f;
     v[i] *= LOG2E;
   }
 }
@@ -148,11 +151,16 @@ DEVICE void load_rates(float* v, const float* A, int channel, int E, int N, int 
 // lie at multiples of TILE tokens, whoever walks them; rows of a tile beyond the last token change nothing.
 #define SIZES i64 clips, i64 L, i64 E, i64 N, i64 span, i64 cuts, i64 whole, i64 first, i64 flags
 struct Unit {
-  int chain, split, from, to;
+  int chain, split, span, from, to;
   bool cut;
-  DEVICE Unit(int unit, int whole, int cuts, int span, int L) {
+  // `pieces` of every chain have a block: all, or all but one, which is the first if `next` is called and else the last.
+  DEVICE Unit(int unit, int whole, int pieces, int span, int L) : span(span) {
     cut = unit >= whole;
-    chain = cut ? whole + (unit - whole) / cuts : unit, split = cut ? (unit - whole) % cuts : 0;
+    chain = cut ? whole + (unit - whole) / pieces : unit, split = cut ? (unit - whole) % pieces : 0;
+    place(L);
+  }
+  DEVICE void next(int L) { split++, place(L); }
+  DEVICE void place(int L) {
     const int tiles = (L + TILE - 1) / TILE;
     from = cut ? split * span : 0, to = cut ? min(tiles, from + span) : tiles;
   }

@@ -27,12 +27,12 @@ template <bool FULL> DEVICE void scan_forward(
   const i64 both = (i64)direction * clips + clip, one = both * cuts + unit.split;
   const float* start = unit.cut ? enter ? enter + one * E * N : 0 : initial ? initial + both * E * N : 0;
   // A thread stages four channels of every ROWS-th token, and four states of every MIXED-th: pointers hop from one to the next.
-  const int column = tid % (CHANNELS / 4) * 4, count = min(E - edge - column, 4), row = tid / (CHANNELS / 4);
+  const int column = tid % (CHANNELS / 4) * 4, count = LEFT(E, edge + column), row = tid / (CHANNELS / 4);
   const int hop = back ? -ROWS : ROWS, token = walk.token(0, row);
   const io* u = u_ + clip * u_b + edge + column + (i64)token * u_t;
   const io* delta = delta_ + clip * d_b + edge + column + (i64)token * d_t;
   const io* gates = z + clip * z_b + edge + column + (i64)token * z_t;
-  const int state = tid % (STATES / 4) * 4, mixed = tid / (STATES / 2), mixes = N - state;
+  const int state = tid % (STATES / 4) * 4, mixed = tid / (STATES / 2), mixes = EXACT ? 4 : N - state;
   const bool is_C = tid % (STATES / 2) >= STATES / 4;
   const int mix_t = is_C ? C_t : B_t, mix_hop = (back ? -1 : 1) * mix_t;
   const io* blend = (is_C ? C_ + clip * C_b : B_ + clip * B_b) + state + (i64)walk.token(0, mixed) * mix_t;
@@ -70,10 +70,12 @@ template <bool FULL> DEVICE void scan_forward(
     blend += (i64)TILE * mix_hop;
   };
 
-  fetch(L - walk.tile(0) * TILE);
-  const int tiles = walk.tiles();
+  // Where only states are wanted, the two directions of a block walk different pieces, of which one may be shorter.
+  const int tiles = FULL ? walk.tiles() : unit.span;
+  auto tokens = [&](int tile) { return FULL || tile < walk.tiles() ? L - walk.tile(tile) * TILE : 0; };
+  fetch(tokens(0));
   for (int tile = 0; tile < tiles; tile++) {
-    const int left = L - walk.tile(tile) * TILE, other = tiles - 1 - tile;  // when the other direction comes here
+    const int left = tokens(tile), other = tiles - 1 - tile;  // when the other direction comes here
     const bool done = DIRECTIONS == 1 || other <= tile;
     #pragma unroll
     for (int k = 0; k < K; k++) {
@@ -95,7 +97,7 @@ template <bool FULL> DEVICE void scan_forward(
         ((float4*)mix)[tid + m * THREADS] = make_float4(value(q, 0), value(q, 1), value(q, 2), value(q, 3));
     }
     __syncthreads();
-    if (tile + 1 < tiles) fetch(L - walk.tile(tile + 1) * TILE);
+    if (tile + 1 < tiles) fetch(tokens(tile + 1));
     // a token that the other direction has reached before, or reaches now, is finished here
     Quad gate[K], parked[K];
     if (FULL) {
@@ -171,7 +173,7 @@ template <bool FULL> DEVICE void scan_forward(
   for (int k = 0; k < K; k++) {
     const int channel = edge + slot[k];
     if (!FULL && last) store_states(last + one * E * N, h[k], channel, E, N, place.quarter);
-    if (!FULL && sums && place.quarter == 0 && channel < E) sums[one * E + channel] = total[k];
+    if (!FULL && sums && place.quarter == 0 && EXISTS(channel)) sums[one * E + channel] = total[k];
     if (FULL && last && (back ? unit.from == 0 : unit.to * TILE >= L))
       store_states(last + both * E * N, h[k], channel, E, N, place.quarter);
   }
@@ -189,9 +191,11 @@ template <bool FULL> DEVICE void scan_forward(
 #define FORWARD(FULL) \
     SHARED(memory); \
     const int d = DIRECTIONS == 2 && threadIdx.x >= THREADS; \
+    const bool back = DIRECTIONS == 2 ? d : flags & REVERSE; \
+    Unit unit(blockIdx.x + (int)first, (int)whole, (int)cuts - !(FULL), (int)span, (int)L); \
+    if (!(FULL) && back) unit.next((int)L); \
     scan_forward<FULL>(memory, STREAMS_OF(d), initial, enter, last, sums, marks, out, ungated, (int)clips, (int)L, (int)E, (int)N, \
-                       (int)cuts, (int)flags, Unit(blockIdx.x + (int)first, (int)whole, (int)cuts, (int)span, (int)L), d, \
-                       DIRECTIONS == 2 ? d : flags & REVERSE)
+                       (int)cuts, (int)flags, unit, d, back)
 
 // y, and as asked: `last` (direction, clip, E, N) the final states; `marks` (direction, clip, tile, E, N) the state before every
 // tile; `ungated` the sum of both directions before the gate. `initial` (direction, clip, E, N) enters a chain that is walked
@@ -201,7 +205,7 @@ KERNEL(scan_full, DIRECTIONS * THREADS, FORWARD_BLOCKS)(
   FORWARD(true);
 }
 
-// States only: `last` (direction, clip, piece, E, N) what leaves every piece, and `sums` the sum of its delta.
+// States only: `last` (direction, clip, piece, E, N) what leaves every piece but a chain's last, and `sums` of its delta.
 KERNEL(scan_states, DIRECTIONS * THREADS, 1)(
     STREAMS, const float *initial, const float *enter, float *last, float *sums, float *marks, io *out, io *ungated, SIZES) {
   FORWARD(false);
@@ -212,7 +216,7 @@ KERNEL(scan_states, DIRECTIONS * THREADS, 1)(
 #undef MIXES
 #undef MIXED
 
-// What enters every piece, from what leaves each when nothing enters it: x <- exp(A sum(delta)) x + local, piece by piece in
+// What enters every piece, from what leaves the one before when nothing enters that: x <- exp(A sum(delta)) x + local, piece by piece in
 // the order of the walk (its reverse if `adjoint`), for clips from `clip0`. `initial` (direction, clip, E, N) or 0.
 KERNEL(scan_combine, 128, 1)(
     const float *A0, const float *A1, const float *sums, const float *local, const float *initial, float *enter,
@@ -226,6 +230,6 @@ KERNEL(scan_combine, 128, 1)(
   for (i64 k = 0; k < cuts; k++) {
     const i64 at = one * cuts + (back ? cuts - 1 - k : k);
     enter[at * E * N + i] = x;
-    x = fmaf(ex2(sums[at * E + i / N] * rate), x, local[at * E * N + i]);
+    if (k + 1 < cuts) x = fmaf(ex2(sums[at * E + i / N] * rate), x, local[at * E * N + i]);
   }
 }

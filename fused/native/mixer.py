@@ -3,8 +3,9 @@
     c = silu(conv(x))        dt, B, C = x_proj(c)        y = sum of both scans * silu(z)        out = out_proj(y)
 
 It keeps xz and the rows of x_proj; the backward makes everything else again. Both directions share one launch of the
-convolution and of the scan, B and C are read where x_proj wrote them, and the gradients of x and z are written where those
-of in_proj's output are wanted.
+convolution, of x_proj, of dt_proj and of the scan, B and C are read where x_proj wrote them, and the gradients of x and z are
+written where those of in_proj's output are wanted. A row of x_proj is [dt, zeros up to a multiple of STEP | B | C]: with dt
+of 36 or 12 alone, cuBLAS takes kernels for unaligned matrices, which need twice the time.
 """
 
 from collections.abc import Sequence
@@ -26,9 +27,10 @@ _TENSORS = (
     " Tensor out, Tensor? out_bias"
 )
 _COUNT = 17
-_library.define(f"mixer({_TENSORS}, bool invariant) -> (Tensor, Tensor, Tensor, Tensor)")
+STEP = 8  # elements; 16 bytes of the narrowest dtype
+_library.define(f"mixer({_TENSORS}, bool invariant) -> (Tensor, Tensor, Tensor)")
 _library.define(
-    f"mixer_backward(Tensor dy, Tensor rows0, Tensor rows1, Tensor starts, {_TENSORS}, bool invariant) -> ("
+    f"mixer_backward(Tensor dy, Tensor rows, Tensor starts, {_TENSORS}, bool invariant) -> ("
     + ", ".join(["Tensor"] * _COUNT) + ")"
 )  # fmt: skip
 
@@ -75,28 +77,42 @@ class _Parts:
         self.reverses = (False, True)[:count]
         self.x, self.z = self.xz.chunk(2, dim=-1)[:2]
         self.R, self.N = self.dt[0].shape[1], self.A[0].shape[1]
+        self.step = -(-self.R // STEP) * STEP
+        self.width = self.step + 2 * self.N  # of a row
         self.plan = plan(self.x, self.N, count, even)
 
     def convolved(self) -> Tensor:
         """(directions, B, L, E)."""
         return conv.forward(self.x, self.conv, self.conv_bias, None, self.reverses, True, False)[0]
 
-    def streams(self, c: Tensor, rows: tuple[Tensor, ...]) -> scan.Streams:
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """x_proj (directions, width, E) and dt_proj (directions, step, E)."""
+        gap = self.proj[0].new_zeros((self.step - self.R, self.x.shape[2]))
+        rows = [x for w in self.proj for x in (w[: self.R], gap, w[self.R :])] + [x for w in self.dt for x in (w.t(), gap)]
+        packed, count = torch.cat(rows), len(self.proj)
+        proj, dt = packed.split((count * self.width, count * self.step))
+        return proj.unflatten(0, (count, -1)), dt.unflatten(0, (count, -1))
+
+    def split(self, rows: Tensor) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
+        """dt (directions, B * L, step), and for each direction B and C (B, L, N)."""
+        dt, B, C = rows.split((self.step, self.N, self.N), dim=-1)
+        return dt.flatten(1, 2), B.unbind(), C.unbind()
+
+    def streams(self, c: Tensor, rows: Tensor, dt_proj: Tensor) -> scan.Streams:
         """What the scan reads; delta comes from the rows."""
-        dt, B, C = zip(*(r.split((self.R, self.N, self.N), dim=-1) for r in rows), strict=True)
-        delta = tuple(F.linear(x, w) for x, w in zip(dt, self.dt, strict=True))
-        return streams(self.reverses, tuple(c), delta, self.A, B, C, self.D, self.z, self.dt_bias, True, logarithm=True)
+        dt, B, C = self.split(rows)
+        delta = torch.bmm(dt, dt_proj).view(c.shape).unbind()
+        return streams(self.reverses, c.unbind(), delta, self.A, B, C, self.D, self.z, self.dt_bias, True, logarithm=True)
 
 
 @torch.library.impl(_library, "mixer", "CompositeExplicitAutograd")
 def _mixer(*args):
     *tensors, even = args
     p = _Parts(tensors, even)
-    c = p.convolved()
-    rows = tuple(F.linear(x, w) for x, w in zip(c, p.proj, strict=True))
-    r = scan.forward(p.streams(c, rows), None, p.plan, ungated=False, marks=False)
-    starts = r.starts if r.starts is not None else r.final.new_empty(0)
-    return F.linear(r.y, p.out, p.out_bias), rows[0], rows[1] if len(rows) == 2 else rows[0].new_empty(0), starts
+    c, (proj, dt_proj) = p.convolved(), p.weights()
+    rows = torch.bmm(c.flatten(1, 2), proj.mT).unflatten(1, c.shape[1:3])
+    r = scan.forward(p.streams(c, rows, dt_proj), None, p.plan, ungated=False, marks=False)
+    return F.linear(r.y, p.out, p.out_bias), rows, r.starts if r.starts is not None else r.final.new_empty(0)
 
 
 @torch.library.register_fake("videomamba::mixer", lib=_library)
@@ -104,35 +120,35 @@ def _(*args):
     *tensors, even = args
     p = _Parts(tensors, even)
     B, L, E = p.x.shape
-    rows = [p.xz.new_empty((B, L, w.shape[0])) for w in p.proj]
-    cut = p.plan.ahead
-    starts = (len(rows), B, cut.pieces, E, p.N) if cut.whole < cut.chains else 0
-    rest = rows[1] if len(rows) == 2 else p.xz.new_empty(0)
-    return p.xz.new_empty((B, L, p.out.shape[0])), rows[0], rest, p.A[0].new_empty(starts)
+    cut, count = p.plan.ahead, len(p.reverses)
+    starts = p.A[0].new_empty((count, B, cut.pieces, E, p.N) if cut.whole < cut.chains else 0)
+    return p.xz.new_empty((B, L, p.out.shape[0])), p.xz.new_empty((count, B, L, p.width)), starts
 
 
 @torch.library.impl(_library, "mixer_backward", "CompositeExplicitAutograd")
-def _mixer_backward(dout, rows0, rows1, starts, *args):
+def _mixer_backward(dout, rows, starts, *args):
     *tensors, even = args
     p = _Parts(tensors, even)
-    rows, c = (rows0, rows1)[: len(p.reverses)], p.convolved()
-    s = p.streams(c, rows)
+    c, (proj, dt_proj) = p.convolved(), p.weights()
+    s = p.streams(c, rows, dt_proj)
     flat = dout.flatten(0, 1)
     dy = (flat @ p.out).view(p.x.shape)
     r = scan.forward(s, None, p.plan, ungated=True, marks=True, starts=starts if starts.numel() else None)
     assert r.marks is not None
-    dxz, drows = torch.empty_like(p.xz, memory_format=torch.contiguous_format), [torch.empty_like(x) for x in rows]
+    dxz, drows = torch.empty_like(p.xz, memory_format=torch.contiguous_format), torch.empty_like(rows)
+    du, ddelta = torch.empty_like(c), torch.empty_like(c)
     dx, dz = dxz.chunk(2, dim=-1)
-    _, dB, dC = zip(*(x.split((p.R, p.N, p.N), dim=-1) for x in drows), strict=True)
-    g = scan.backward(s, dy, None, r.marks, r.ungated, p.plan, dB, dC, dz)
-    dproj, ddt = [], []
-    for i, (row, drow, du, ddelta) in enumerate(zip(rows, drows, g.u, g.delta, strict=True)):
-        row, drow, du, ddelta = (x.flatten(0, 1) for x in (row, drow, du, ddelta))
-        torch.mm(ddelta, p.dt[i], out=drow[:, : p.R])
-        ddt.append(ddelta.t() @ row[:, : p.R])
-        dproj.append(drow.t() @ c[i].flatten(0, 1))
-        du.addmm_(drow, p.proj[i])
-    _, dconv, dconv_bias, _ = conv.backward(g.u, None, p.x, p.conv, p.conv_bias, None, p.reverses, True, dx)
+    dt, *_ = p.split(rows)
+    ddt_rows, dB, dC = p.split(drows)
+    g = scan.backward(s, dy, None, r.marks, r.ungated, p.plan, dB, dC, du.unbind(), ddelta.unbind(), dz)
+    du, ddelta, drows = (x.flatten(1, 2) for x in (du, ddelta, drows))
+    torch.bmm(ddelta, dt_proj.mT, out=ddt_rows)
+    ddt = [(x.t() @ y)[:, : p.R] for x, y in zip(ddelta, dt, strict=True)]
+    dproj = [x.t() @ y for x, y in zip(drows, c.flatten(1, 2), strict=True)]  # one by one: cuBLAS splits their long sums
+    if p.step > p.R:
+        dproj = [torch.cat((x[: p.R], x[p.step :])) for x in dproj]
+    du.baddbmm_(drows, proj)
+    _, dconv, dconv_bias, _ = conv.backward(du.view(c.shape), None, p.x, p.conv, p.conv_bias, None, p.reverses, True, dx)
     dA = [x * -a.exp() for x, a in zip(g.A, p.A, strict=True)]
     pairs: tuple[Any, ...] = (dconv, dconv_bias, dproj, ddt, g.bias, dA, g.D)
 
@@ -150,7 +166,7 @@ def _mixer_backward(dout, rows0, rows1, starts, *args):
 
 
 @torch.library.register_fake("videomamba::mixer_backward", lib=_library)
-def _(dout, rows0, rows1, starts, *args):
+def _(dout, rows, starts, *args):
     return tuple(dout.new_empty(0) if x is None else x.new_empty(x.shape) for x in args[:_COUNT])
 
 
@@ -162,10 +178,10 @@ def _setup(ctx, inputs, output):
 
 
 def _gradient(ctx, dout, *_):
-    rows0, rows1, starts, *tensors = ctx.saved_tensors
+    rows, starts, *tensors = ctx.saved_tensors
     if dout is None:
         return (None,) * (_COUNT + 1)
-    grads = torch.ops.videomamba.mixer_backward(dout.contiguous(), rows0, rows1, starts, *tensors, ctx.even)
+    grads = torch.ops.videomamba.mixer_backward(dout.contiguous(), rows, starts, *tensors, ctx.even)
     return *(None if x is None else g for g, x in zip(grads, tensors, strict=True)), None
 
 

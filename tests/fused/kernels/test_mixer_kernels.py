@@ -2,6 +2,7 @@
 
 import copy
 import os
+from functools import partial
 
 import emulation
 import pytest
@@ -56,8 +57,8 @@ def test_follows_the_mixer_in_pytorch(options):
 
 
 def test_time_is_cut(monkeypatch):
-    monkeypatch.setattr(scan, "processors", lambda device: 1000)
-    assert scan.plan(1, 241, 16, 4, 2, 1000).ahead.pieces == 2
+    monkeypatch.setattr(scan, "plan", partial(scan.plan, pieces=2))
+    assert scan.plan(1, 241, 16, 4, 2, 1).ahead.pieces == 2
     assert_rule(sample(seed, 1, 241) for seed in range(4))
 
 

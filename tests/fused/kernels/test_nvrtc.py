@@ -299,6 +299,8 @@ def test_example_on_a_gpu(way, disk):
         thread.start()
         thread.join()
     elif way == "stream":
+        launch()  # compiled before, since that takes longer than the stream sleeps
+        y.fill_(torch.nan)
         torch.cuda.synchronize()
         with torch.cuda.stream(torch.cuda.Stream()):
             torch.cuda._sleep(10_000_000)
