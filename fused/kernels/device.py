@@ -1,5 +1,6 @@
-"""Where a kernel launches: on the current stream of its tensors' device, whichever device is current."""
+"""Where a kernel launches: on the current stream of its tensors' device, whichever device is current, or beside it."""
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -12,3 +13,29 @@ def launching_on(device: torch.device) -> AbstractContextManager[object]:
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return _HERE
     return torch.cuda.device(device)
+
+
+class Branch(AbstractContextManager[None]):
+    """Kernels launched within run on a second stream, after what was queued before the branch was made, and beside what was
+    queued since; after it the current stream waits for them. Memory is to be allocated outside. Capturable. Nothing happens
+    unless `wanted`, nor on a CPU."""
+
+    def __init__(self, device: torch.device, wanted: bool) -> None:
+        self._streams = (_second(device), torch.cuda.current_stream(device)) if wanted and device.type == "cuda" else None
+        if self._streams:
+            self._streams[0].wait_stream(self._streams[1])
+
+    def __enter__(self) -> None:
+        if self._streams:
+            self._within = torch.cuda.stream(self._streams[0])
+            self._within.__enter__()
+
+    def __exit__(self, *raised: object) -> None:
+        if self._streams:
+            self._within.__exit__(*raised)
+            self._streams[1].wait_stream(self._streams[0])
+
+
+@functools.cache
+def _second(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

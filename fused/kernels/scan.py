@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import nvrtc
+from .device import Branch
 
 TILE = 16  # tokens; marks, the states from which the backward starts again, are that far apart
 SHORTEST = 8  # tiles of a piece
@@ -191,34 +192,32 @@ def forward(
     if 0 in (B, L, E):
         final = final.zero_() if initial is None else final.copy_(initial)
         return Result(y, final, starts, before, seen)
-    if starts is None:
-        starts = _starts(s, initial, plan)
-    _scan("scan_full", s, plan, initial, starts, final, None, seen, y, before)
+    cut, scan = plan.ahead, functools.partial(_scan, s, plan)
+    parted, local, sums = starts is None and cut.whole < cut.chains, None, None
+    if parted:
+        local, sums, starts = (_wide(u, d, B, cut.pieces, E, *n) for n in ((N,), (), (N,)))
+    full = functools.partial(scan, "scan_full", initial, starts, final, None, seen, y, before)
+    branch = Branch(u.device, parted and cut.whole > 0)  # chains that are whole need not wait for the states of the others
+    if parted and cut.whole:
+        full(first=0, units=cut.whole)
+    with branch:
+        if parted:
+            scan("scan_states", None, None, local, sums, None, None, None, first=cut.whole, units=cut.passes)
+            combine(s, plan, sums, local, initial, starts, clip0=cut.whole * B // cut.chains, adjoint=False)
+        done = cut.whole if parted else 0
+        full(first=done, units=cut.units - done)
     return Result(y, final, starts, y if s.z is None and ungated else before, seen)
 
 
-def _starts(s: Streams, initial: Tensor | None, plan: Plan) -> Tensor | None:
-    """What enters the pieces of the chains that are cut; None if none is."""
-    cut = plan.ahead
-    if cut.whole == cut.chains:
-        return None
-    B, _, E, N = s.sizes
-    u, shape = s.u[0], (len(s.reverses), B, cut.pieces)
-    local, sums = _wide(u, *shape, E, N), _wide(u, *shape, E)
-    _scan("scan_states", s, plan, None, None, local, sums, None, None, None, states=True)
-    return combine(s, plan, sums, local, initial, clip0=cut.whole * B // cut.chains, adjoint=False)
-
-
 def combine(
-    s: Streams, plan: Plan, sums: Tensor, local: Tensor, initial: Tensor | None, *, clip0: int = 0, adjoint: bool
-) -> Tensor:
+    s: Streams, plan: Plan, sums: Tensor, local: Tensor, initial: Tensor | None, enter: Tensor, *, clip0: int = 0, adjoint: bool
+) -> None:
     """Carry states from piece to piece: `sums` (d, B, pieces, E) of delta and `local` (d, B, pieces, E, N), what leaves a piece
-    that nothing enters, give what enters each, from clip `clip0`. The same for pieces that lie on several devices."""
-    enter = torch.empty_like(local)
+    that nothing enters, give what enters each, written into `enter`, from clip `clip0`. `adjoint` carries the other way. The
+    same for pieces that lie on several devices."""
     d, B, pieces, E, N = local.shape
     args = (*_both(s.A), sums, local, initial, enter, B, clip0, E, N, pieces, s.flags, int(adjoint))
     _module(s, plan).launch("scan_combine", (-(-E * N // 128), B - clip0, d), 128, 0, *args)
-    return enter
 
 
 class Gradients(NamedTuple):
@@ -256,22 +255,27 @@ def backward(
     module, arguments = _module(s, plan, dy, dz), _arguments(s)
     threads, shared = 32 * shape.warps, _shared_backward(plan, u.element_size())
 
-    def launch(name: str, units: int, enter: Tensor | None, *rest: Any, first: int = 0) -> None:
+    def launch(name: str, first: int, units: int, enter: Tensor | None, *rest: Any) -> None:
         sizes = (B, L, E, N, cut.span, cut.pieces, cut.whole, first, s.flags)
         given = (*arguments, dy, *_steps(dy), ungated, marks, dfinal, enter, *rest, *sizes)
         module.launch(name, (units, 1, 1), threads, shared, *given)
 
-    enter = None
-    if cut.whole < cut.chains:
-        leave, sums = _wide(u, d, B, cut.pieces, E, N), _wide(u, d, B, cut.pieces, E)
-        nothing = (None, None, None, None, None, 0, 0, None, None, None)
-        launch("scan_backward_states", cut.passes, None, leave, sums, *nothing, first=cut.whole)
-        enter = combine(s, plan, sums, leave, dfinal, clip0=cut.whole * B // cut.chains, adjoint=True)
     blocks, width = -(-E // shape.width), -(-E * (N + 2) // 4) * 4
     parts = _wide(u, d, B, L, blocks, 2, plan.states)
     rows, total = _wide(u, d, B * cut.pieces, width), _wide(u, d, width)
-    steps = _steps(dz) if dz is not None else (0, 0)
-    launch("scan_backward_full", cut.units, enter, None, None, *_both(du), *_both(ddelta), dz, *steps, parts, rows, dinitial)
+    outputs = (None, None, *_both(du), *_both(ddelta), dz, *(_steps(dz) if dz is not None else (0, 0)), parts, rows, dinitial)
+    parted, leave, sums, enter = cut.whole < cut.chains, None, None, None
+    if parted:
+        leave, sums, enter = (_wide(u, d, B, cut.pieces, E, *n) for n in ((N,), (), (N,)))
+    branch = Branch(u.device, parted and cut.whole > 0)
+    if cut.whole:
+        launch("scan_backward_full", 0, cut.whole, enter, *outputs)
+    with branch:
+        if parted:
+            nothing = (None, None, None, None, None, 0, 0, None, None, None)
+            launch("scan_backward_states", cut.whole, cut.passes, None, leave, sums, *nothing)
+            combine(s, plan, sums, leave, dfinal, enter, clip0=cut.whole * B // cut.chains, adjoint=True)
+            launch("scan_backward_full", cut.whole, cut.units - cut.whole, enter, *outputs)
     args = (parts, *_both(dB), *_steps(dB[0]), *_both(dC), *_steps(dC[0]), L, N, blocks)
     module.launch("scan_sum_parts", (-(-L * 2 * plan.states // 256), B, d), 256, 0, *args)
     module.launch(
@@ -281,11 +285,10 @@ def backward(
     return Gradients(du, ddelta, dz, A.view(d, E, N), D, bias, dinitial)
 
 
-def _scan(name: str, s: Streams, plan: Plan, initial, enter, last, sums, marks, y, ungated, states: bool = False) -> None:
+def _scan(s: Streams, plan: Plan, name: str, initial, enter, last, sums, marks, y, ungated, *, first: int, units: int) -> None:
     B, L, E, N = s.sizes
     shape, d, cut = plan.forward, len(s.reverses), plan.ahead
     shared = d * TILE * (shape.width * 8 + 2 * plan.states * 4 + (shape.width + 8) * 4)
-    first, units = (cut.whole, cut.passes) if states else (0, cut.units)
     sizes = (B, L, E, N, cut.span, cut.pieces, cut.whole, first, s.flags)
     args = (*_arguments(s), initial, enter, last, sums, marks, y, ungated, *sizes)
     _module(s, plan).launch(name, (units, 1, 1), d * 32 * shape.warps, shared, *args)
