@@ -16,6 +16,7 @@ from torch import Tensor
 from . import nvrtc
 from .device import Branch
 
+FILL, FORK = False, True
 TILE = 16  # tokens; marks, the states from which the backward starts again, are that far apart
 SHORTEST = 8  # tiles of a piece
 LONGEST_STATE = 64
@@ -110,7 +111,7 @@ class Plan(NamedTuple):
 
 def shapes(N: int) -> tuple[Shape, Shape]:
     """Measured best on an H200 for N <= 16; with more states a thread has registers for one channel."""
-    return (Shape(2, 2, 3), Shape(2, 4, 3, 0.3)) if N <= 16 else (Shape(1, 4), Shape(1, 4, again=0.3))
+    return (Shape(2, 2, 4), Shape(2, 4, 3, 0.3)) if N <= 16 else (Shape(1, 4), Shape(1, 4, again=0.3))
 
 
 @functools.lru_cache(1024)
@@ -139,7 +140,7 @@ def _cut(count: int, clips: int, tiles: int, processors: int, pieces: int, invar
     return Cut(every, every if n == 1 else whole, -(-tiles // span), span)
 
 
-BUSY = (0.55, 0.87, 1.0)  # of its best, what a multiprocessor does with one, two or three blocks
+BUSY = (0.52, 0.82, 0.94, 1.0)  # of its best, what a multiprocessor does with one, two, three or four blocks
 LAUNCHES = 8  # tiles that could be walked while the kernels of the pass over the states start and end
 
 
@@ -149,12 +150,15 @@ def _cost(whole: int, pieces: int, chains: int, tiles: int, processors: int, sha
     pieces = -(-tiles // span)
     rest = chains - whole
     long, short, passes = (-(-n // processors) for n in (whole, rest * pieces, rest * (pieces - 1)))
-    slots = max(shape.blocks, 1)
+    slots = shape.blocks
+
+    def busy(units: int) -> float:
+        return BUSY[units - 1] / BUSY[slots - 1]
 
     def alone(units: int, length: int) -> float:
         """Units of one length: full rounds, and one that is not."""
         last = units % slots
-        return (length + 2) * (units - last + (last / BUSY[min(last, 3) - 1] if last else 0))
+        return (length + 2) * (units - last + (last / busy(last) if last else 0))
 
     if pieces == 1 or whole == 0:
         walk = alone(short if pieces > 1 else -(-chains // processors), span)
@@ -163,8 +167,8 @@ def _cost(whole: int, pieces: int, chains: int, tiles: int, processors: int, sha
         if beside and beside + short > slots:
             return math.inf  # short ones that wait for one another leave the long ones alone at the end: measured slow
         both = beside + short
-        walk = alone(long - beside, tiles) + (span + 2) * both / BUSY[min(both, 3) - 1]
-        walk += (tiles - span) * beside / BUSY[beside - 1] if beside else 0
+        walk = alone(long - beside, tiles) + (span + 2) * both / busy(both)
+        walk += (tiles - span) * beside / busy(beside) if beside else 0
     return walk + (shape.again * alone(passes, span) + LAUNCHES if pieces > 1 else 0)
 
 
@@ -197,11 +201,12 @@ def forward(
     if parted:
         local, sums, starts = (_wide(u, d, B, cut.pieces, E, *n) for n in ((N,), (), (N,)))
     full = functools.partial(scan, "scan_full", initial, starts, final, None, seen, y, before)
-    branch = Branch(u.device, parted and cut.whole > 0)  # chains that are whole need not wait for the states of the others
+    branch = Branch(u.device, FORK and parted and cut.whole > 0)  # chains that are whole need not wait for the states of the others
     if parted and cut.whole:
         full(first=0, units=cut.whole)
     with branch:
         if parted:
+            if FILL: sums.zero_()
             scan("scan_states", None, None, local, sums, None, None, None, first=cut.whole, units=cut.passes)
             combine(s, plan, sums, local, initial, starts, clip0=cut.whole * B // cut.chains, adjoint=False)
         done = cut.whole if parted else 0
@@ -267,11 +272,12 @@ def backward(
     parted, leave, sums, enter = cut.whole < cut.chains, None, None, None
     if parted:
         leave, sums, enter = (_wide(u, d, B, cut.pieces, E, *n) for n in ((N,), (), (N,)))
-    branch = Branch(u.device, parted and cut.whole > 0)
+    branch = Branch(u.device, FORK and parted and cut.whole > 0)
     if cut.whole:
         launch("scan_backward_full", 0, cut.whole, enter, *outputs)
     with branch:
         if parted:
+            if FILL: sums.zero_()
             nothing = (None, None, None, None, None, 0, 0, None, None, None)
             launch("scan_backward_states", cut.whole, cut.passes, None, leave, sums, *nothing)
             combine(s, plan, sums, leave, dfinal, enter, clip0=cut.whole * B // cut.chains, adjoint=True)

@@ -206,7 +206,7 @@ KERNEL(scan_full, DIRECTIONS * THREADS, FORWARD_BLOCKS)(
 }
 
 // States only: `last` (direction, clip, piece, E, N) what leaves every piece but a chain's last, and `sums` of its delta.
-KERNEL(scan_states, DIRECTIONS * THREADS, 1)(
+KERNEL(scan_states, DIRECTIONS * THREADS, FORWARD_BLOCKS)(
     STREAMS, const float *initial, const float *enter, float *last, float *sums, float *marks, io *out, io *ungated, SIZES) {
   FORWARD(false);
 }
