@@ -5,7 +5,6 @@ Everything comes once per direction: a walk from the first token, one from the l
 """
 
 import functools
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,11 +13,9 @@ import torch
 from torch import Tensor
 
 from . import nvrtc
+from .cuts import TILE, Cut, Plan
 from .device import Branch
 
-FILL, FORK = False, True
-TILE = 16  # tokens; marks, the states from which the backward starts again, are that far apart
-SHORTEST = 8  # tiles of a piece
 LONGEST_STATE = 64
 FILES = ("device.cuh", "scan_common.cu", "scan_forward.cu", "scan_backward.cu")
 IO = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -62,122 +59,6 @@ class Result(NamedTuple):
     marks: Tensor | None  # (d, B, tiles, E, N) float32: the state before every tile
 
 
-class Shape(NamedTuple):
-    """Channels a thread and warps a direction; a block has 8 * channels * warps channels, and a multiprocessor holds `blocks`
-    at least, by which the compiler counts registers. `piece` tokens stay in the registers of the backward. `again` is the cost
-    of a tile in the pass over the states alone."""
-
-    channels: int
-    warps: int
-    blocks: int = 1
-    again: float = 0.75
-    piece: int = 4
-
-    @property
-    def width(self) -> int:
-        """Channels of a block."""
-        return 8 * self.channels * self.warps
-
-
-class Cut(NamedTuple):
-    """How chains, each to be walked one token after another, are shared out: the first `whole` are not cut, the others into
-    `pieces` of `span` tiles."""
-
-    chains: int
-    whole: int
-    pieces: int
-    span: int
-
-    @property
-    def units(self) -> int:
-        """Blocks that walk."""
-        return self.whole + (self.chains - self.whole) * self.pieces
-
-    @property
-    def passes(self) -> int:
-        """Blocks of the pass for the states that enter the pieces: what leaves a chain's last piece enters none."""
-        return (self.chains - self.whole) * (self.pieces - 1)
-
-
-class Plan(NamedTuple):
-    """How the kernels are built and how time is cut."""
-
-    states: int  # N padded
-    forward: Shape
-    backward: Shape
-    ahead: Cut
-    back: Cut
-
-
-def shapes(N: int) -> tuple[Shape, Shape]:
-    """Measured best on an H200 for N <= 16; with more states a thread has registers for one channel."""
-    return (Shape(2, 2, 4), Shape(2, 4, 3, 0.3)) if N <= 16 else (Shape(1, 4), Shape(1, 4, again=0.3))
-
-
-@functools.lru_cache(1024)
-def plan(B: int, L: int, E: int, N: int, directions: int, processors: int, pieces: int = 0, invariant: bool = False) -> Plan:
-    """What takes the least time on so many `processors`, or `pieces` of every chain. `invariant`: the same for every B."""
-    forward, backward = shapes(N)
-    tiles = max(1, -(-L // TILE))
-    counts = -(-E // forward.width), -(-E // backward.width) * directions  # chains of a clip
-    cuts = [
-        _cut(n, B, tiles, processors, pieces, invariant, shape) for n, shape in zip(counts, (forward, backward), strict=True)
-    ]
-    return Plan(-(-N // 16) * 16, forward, backward, *cuts)
-
-
-def _cut(count: int, clips: int, tiles: int, processors: int, pieces: int, invariant: bool, shape: Shape) -> Cut:
-    chains = max(1, count * (1 if invariant else clips))
-    most = max(1, min(tiles // SHORTEST, 64))
-    if pieces:
-        options = [(0, min(pieces, most))]
-    else:  # whole rounds of all processors, none or as many as there are, and the rest in pieces
-        rounds = {0} if invariant else {0, chains // processors * processors}
-        options = [(chains, 1)] + [(whole, n) for whole in rounds if whole < chains for n in range(2, most + 1)]
-    whole, n = min(options, key=lambda option: _cost(*option, chains, tiles, processors, shape))
-    span = -(-tiles // n)
-    every = max(1, count * clips)
-    return Cut(every, every if n == 1 else whole, -(-tiles // span), span)
-
-
-BUSY = (0.52, 0.82, 0.94, 1.0)  # of its best, what a multiprocessor does with one, two, three or four blocks
-LAUNCHES = 8  # tiles that could be walked while the kernels of the pass over the states start and end
-
-
-def _cost(whole: int, pieces: int, chains: int, tiles: int, processors: int, shape: Shape) -> float:
-    """Tiles that the busiest processor could walk at its best in the time that it needs. Fitted to an H200, within 10 %."""
-    span = -(-tiles // pieces)
-    pieces = -(-tiles // span)
-    rest = chains - whole
-    long, short, passes = (-(-n // processors) for n in (whole, rest * pieces, rest * (pieces - 1)))
-    slots = shape.blocks
-
-    def busy(units: int) -> float:
-        return BUSY[units - 1] / BUSY[slots - 1]
-
-    def alone(units: int, length: int) -> float:
-        """Units of one length: full rounds, and one that is not."""
-        last = units % slots
-        return (length + 2) * (units - last + (last / busy(last) if last else 0))
-
-    if pieces == 1 or whole == 0:
-        walk = alone(short if pieces > 1 else -(-chains // processors), span)
-    else:
-        beside = long % slots
-        if beside and beside + short > slots:
-            return math.inf  # short ones that wait for one another leave the long ones alone at the end: measured slow
-        both = beside + short
-        walk = alone(long - beside, tiles) + (span + 2) * both / busy(both)
-        walk += (tiles - span) * beside / busy(beside) if beside else 0
-    return walk + (shape.again * alone(passes, span) + LAUNCHES if pieces > 1 else 0)
-
-
-@functools.cache
-def processors(device: torch.device) -> int:
-    """Streaming multiprocessors; a CPU, which only emulates, has one."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
 @functools.cache
 def source() -> str:
     """The kernels' CUDA C++."""
@@ -197,31 +78,41 @@ def forward(
         final = final.zero_() if initial is None else final.copy_(initial)
         return Result(y, final, starts, before, seen)
     cut, scan = plan.ahead, functools.partial(_scan, s, plan)
-    parted, local, sums = starts is None and cut.whole < cut.chains, None, None
-    if parted:
-        local, sums, starts = (_wide(u, d, B, cut.pieces, E, *n) for n in ((N,), (), (N,)))
+    carry = Carry.over(cut, s) if starts is None and cut.whole < cut.chains else None
+    starts = carry.enter if carry else starts
     full = functools.partial(scan, "scan_full", initial, starts, final, None, seen, y, before)
-    branch = Branch(u.device, FORK and parted and cut.whole > 0)  # chains that are whole need not wait for the states of the others
-    if parted and cut.whole:
-        full(first=0, units=cut.whole)
+    branch = Branch(u.device, carry is not None and cut.whole > 0)  # whole chains need not wait for the states of the others
+    done = cut.whole if branch.open else 0
+    if done:
+        full(first=0, units=done)
     with branch:
-        if parted:
-            if FILL: sums.zero_()
-            scan("scan_states", None, None, local, sums, None, None, None, first=cut.whole, units=cut.passes)
-            combine(s, plan, sums, local, initial, starts, clip0=cut.whole * B // cut.chains, adjoint=False)
-        done = cut.whole if parted else 0
+        if carry:
+            scan("scan_states", None, None, carry.local, carry.sums, None, None, None, first=cut.whole, units=cut.passes)
+            combine(s, plan, carry, initial, clip0=cut.whole * B // cut.chains, adjoint=False)
         full(first=done, units=cut.units - done)
     return Result(y, final, starts, y if s.z is None and ungated else before, seen)
 
 
-def combine(
-    s: Streams, plan: Plan, sums: Tensor, local: Tensor, initial: Tensor | None, enter: Tensor, *, clip0: int = 0, adjoint: bool
-) -> None:
-    """Carry states from piece to piece: `sums` (d, B, pieces, E) of delta and `local` (d, B, pieces, E, N), what leaves a piece
-    that nothing enters, give what enters each, written into `enter`, from clip `clip0`. `adjoint` carries the other way. The
-    same for pieces that lie on several devices."""
-    d, B, pieces, E, N = local.shape
-    args = (*_both(s.A), sums, local, initial, enter, B, clip0, E, N, pieces, s.flags, int(adjoint))
+class Carry(NamedTuple):
+    """What goes from piece to piece, float32."""
+
+    local: Tensor  # (d, B, pieces, E, N): what leaves a piece that nothing enters
+    sums: Tensor  # (d, B, pieces, E): of delta
+    enter: Tensor  # (d, B, pieces, E, N)
+
+    @classmethod
+    def over(cls, cut: Cut, s: Streams) -> "Carry":
+        """Empty."""
+        (B, _, E, N), u = s.sizes, s.u[0]
+        shape = (len(s.reverses), B, cut.pieces, E)
+        return cls(_wide(u, *shape, N), _wide(u, *shape), _wide(u, *shape, N))
+
+
+def combine(s: Streams, plan: Plan, carry: Carry, initial: Tensor | None, *, clip0: int = 0, adjoint: bool) -> None:
+    """Carry states from piece to piece: write `enter`, from clip `clip0`; `initial` (d, B, E, N) enters the first. `adjoint`
+    carries the other way. The same for pieces that lie on several devices."""
+    d, B, pieces, E, N = carry.local.shape
+    args = (*_both(s.A), carry.sums, carry.local, initial, carry.enter, B, clip0, E, N, pieces, s.flags, int(adjoint))
     _module(s, plan).launch("scan_combine", (-(-E * N // 128), B - clip0, d), 128, 0, *args)
 
 
@@ -269,19 +160,18 @@ def backward(
     parts = _wide(u, d, B, L, blocks, 2, plan.states)
     rows, total = _wide(u, d, B * cut.pieces, width), _wide(u, d, width)
     outputs = (None, None, *_both(du), *_both(ddelta), dz, *(_steps(dz) if dz is not None else (0, 0)), parts, rows, dinitial)
-    parted, leave, sums, enter = cut.whole < cut.chains, None, None, None
-    if parted:
-        leave, sums, enter = (_wide(u, d, B, cut.pieces, E, *n) for n in ((N,), (), (N,)))
-    branch = Branch(u.device, FORK and parted and cut.whole > 0)
-    if cut.whole:
-        launch("scan_backward_full", 0, cut.whole, enter, *outputs)
+    carry = Carry.over(cut, s) if cut.whole < cut.chains else None
+    enter = carry.enter if carry else None
+    branch = Branch(u.device, carry is not None and cut.whole > 0)
+    done = cut.whole if branch.open else 0
+    if done:
+        launch("scan_backward_full", 0, done, enter, *outputs)
     with branch:
-        if parted:
-            if FILL: sums.zero_()
+        if carry:
             nothing = (None, None, None, None, None, 0, 0, None, None, None)
-            launch("scan_backward_states", cut.whole, cut.passes, None, leave, sums, *nothing)
-            combine(s, plan, sums, leave, dfinal, enter, clip0=cut.whole * B // cut.chains, adjoint=True)
-            launch("scan_backward_full", cut.whole, cut.units - cut.whole, enter, *outputs)
+            launch("scan_backward_states", cut.whole, cut.passes, None, carry.local, carry.sums, *nothing)
+            combine(s, plan, carry, dfinal, clip0=cut.whole * B // cut.chains, adjoint=True)
+        launch("scan_backward_full", done, cut.units - done, enter, *outputs)
     args = (parts, *_both(dB), *_steps(dB[0]), *_both(dC), *_steps(dC[0]), L, N, blocks)
     module.launch("scan_sum_parts", (-(-L * 2 * plan.states // 256), B, d), 256, 0, *args)
     module.launch(

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 from fused.backends import invariant
-from fused.kernels import scan
+from fused.kernels import cuts, scan
 
 _library = torch.library.Library("videomamba", "FRAGMENT")
 
 
-def plan(u: Tensor, N: int | torch.SymInt, directions: int, invariant: bool) -> scan.Plan:
+def plan(u: Tensor, N: int | torch.SymInt, directions: int, invariant: bool) -> cuts.Plan:
     """How the kernels cut u (B, L, E); `invariant` cuts as for a batch of one."""
     B, L, E = map(int, u.shape)
-    return scan.plan(B, L, E, int(N), directions, scan.processors(u.device), invariant=invariant)
+    return cuts.plan(B, L, E, int(N), directions, cuts.processors(u.device), invariant=invariant)
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def _(u, delta, A, B, C, D, z, bias, initial, softplus, reverse, invariant, keep
     Bn, L, E = u.shape
     N = A.shape[1]
     ungated = u.new_empty((Bn, L, E)) if keep and z is not None else u.new_empty(0)
-    marks = A.new_empty((1, Bn, -(-L // scan.TILE), E, N)) if keep else A.new_empty(0)
+    marks = A.new_empty((1, Bn, -(-L // cuts.TILE), E, N)) if keep else A.new_empty(0)
     return u.new_empty((Bn, L, E)), A.new_empty((Bn, E, N)), ungated, marks
 
 
@@ -210,7 +210,7 @@ def _(*args):
     u, A, z = tensors[0], tensors[4], tensors[14]
     (B, L, E), N = u.shape, A.shape[1]
     ungated = u.new_empty((B, L, E)) if keep and z is not None else u.new_empty(0)
-    marks = A.new_empty((2, B, -(-L // scan.TILE), E, N)) if keep else A.new_empty(0)
+    marks = A.new_empty((2, B, -(-L // cuts.TILE), E, N)) if keep else A.new_empty(0)
     return u.new_empty((B, L, E)), ungated, marks
 
 

@@ -15,7 +15,7 @@ if DEVICE == "cpu":
 pytest.importorskip("triton", reason="the convolution's kernels are Triton's")
 
 from fused import backends  # noqa: E402
-from fused.kernels import nvrtc, scan  # noqa: E402
+from fused.kernels import cuts, nvrtc  # noqa: E402
 from fused.mixer import Mamba  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton 3.6's interpreter
@@ -57,8 +57,8 @@ def test_follows_the_mixer_in_pytorch(options):
 
 
 def test_time_is_cut(monkeypatch):
-    monkeypatch.setattr(scan, "plan", partial(scan.plan, pieces=2))
-    assert scan.plan(1, 241, 16, 4, 2, 1).ahead.pieces == 2
+    monkeypatch.setattr(cuts, "plan", partial(cuts.plan, pieces=2))
+    assert cuts.plan(1, 241, 16, 4, 2, 1).ahead.pieces == 2
     assert_rule(sample(seed, 1, 241) for seed in range(4))
 
 

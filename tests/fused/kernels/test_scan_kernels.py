@@ -8,7 +8,7 @@ from rule import assert_rule, double, outcome
 
 import fused.native.scan  # noqa: F401 (registers the operators)
 from fused import backends, bidirectional_scan, selective_scan
-from fused.kernels import nvrtc, scan
+from fused.kernels import cuts, nvrtc, scan
 
 SEEDS = range(4)
 PAIRED = ("u", "delta", "A", "B", "C", "D", "delta_bias")
@@ -27,12 +27,12 @@ def emulated(monkeypatch):
 @pytest.fixture
 def keen(monkeypatch):
     """Time is cut also where that does not pay, as on a GPU that is not filled."""
-    monkeypatch.setattr(scan, "processors", lambda device: 1000)
+    monkeypatch.setattr(cuts, "processors", lambda device: 1000)
     for name, value in {"SHORTEST": 2, "LAUNCHES": 0, "BUSY": (0.1, 0.1, 1.0)}.items():
-        monkeypatch.setattr(scan, name, value)
-    scan.plan.cache_clear()
+        monkeypatch.setattr(cuts, name, value)
+    cuts.plan.cache_clear()
     yield
-    scan.plan.cache_clear()
+    cuts.plan.cache_clear()
 
 
 def draw(seed, shape, everything=True, state=True, dtype=torch.float32, suffix=""):
@@ -92,8 +92,8 @@ def test_follows_the_loop(shape, given, options):
     ("clips", "processors", "cut"), [(1, 6, (1, 0, 3, 3)), (3, 2, (3, 2, 3, 3))], ids=["every chain", "the last chain"]
 )
 def test_time_is_cut(clips, processors, cut, reverse, keen, monkeypatch):
-    monkeypatch.setattr(scan, "processors", lambda device: processors)
-    assert scan.plan(clips, 130, 2, 4, 1, processors).ahead == cut
+    monkeypatch.setattr(cuts, "processors", lambda device: processors)
+    assert cuts.plan(clips, 130, 2, 4, 1, processors).ahead == cut
     assert_rule(sample(*draw(seed, (clips, 130, 2, 4)), reverse=reverse) for seed in SEEDS)
 
 
@@ -155,8 +155,8 @@ def test_reads_in_place_through_strides():
 
 
 def test_a_clip_does_not_see_its_neighbours(keen, monkeypatch):
-    monkeypatch.setattr(scan, "processors", lambda device: 6)
-    assert [scan.plan(clips, 130, 4, 16, 1, 6).ahead.pieces for clips in (1, 3)] == [3, 1]
+    monkeypatch.setattr(cuts, "processors", lambda device: 6)
+    assert [cuts.plan(clips, 130, 4, 16, 1, 6).ahead.pieces for clips in (1, 3)] == [3, 1]
     tensors, (dy, dstate) = draw(0, (3, 130, 4, 16))
     run = lambda part: outcome(lambda **x: selective_scan(**x, backend="native"), part, seeds, None)  # noqa: E731
     per_clip = ("u", "delta", "B", "C", "z", "initial_state")
@@ -206,7 +206,7 @@ def test_tuned_kernels_do_not_spill(arch, capsys):
         pytest.skip(reason)
     for directions in (1, 2):
         found = nvrtc.resources(
-            scan.source(), scan.defines(0, scan.plan(1, 16, 64, 16, directions, 1), directions, 1, 1, 1), arch
+            scan.source(), scan.defines(0, cuts.plan(1, 16, 64, 16, directions, 1), directions, 1, 1, 1), arch
         )
         with capsys.disabled():
             for name, r in found.items():
