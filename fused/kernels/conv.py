@@ -26,7 +26,7 @@ MAX_WIDTH = 8
 # 4 channels a thread (96 registers) and 2 (126: it keeps 58 numbers for a pair of channels). SLOTS is how many programs
 # an H200 holds at once, a constant because it decides the order of sums; LOST is what a run costs beside its own
 # tokens, in steps, from the instructions in front of and behind the loop.
-AHEAD = {"RUNS": 8, "BE": 64, "UNROLL": 4, "num_warps": 4}
+AHEAD = {"RUNS": 4, "BE": 128, "UNROLL": 4, "num_warps": 4}
 BACKWARD = {"RUNS": 4, "BE": 64, "UNROLL": 4, "num_warps": 4}
 SLOTS = {"forward": 132 * 5, "backward": 132 * 4}
 LOST = {"forward": 3, "backward": 8}
