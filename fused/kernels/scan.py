@@ -113,7 +113,7 @@ def combine(s: Streams, plan: Plan, carry: Carry, initial: Tensor | None, *, cli
     carries the other way. The same for pieces that lie on several devices."""
     d, B, pieces, E, N = carry.local.shape
     args = (*_both(s.A), carry.sums, carry.local, initial, carry.enter, B, clip0, E, N, pieces, s.flags, int(adjoint))
-    _module(s, plan).launch("scan_combine", (-(-E * N // 128), B - clip0, d), 128, 0, *args)
+    _module(s, plan).launch("scan_combine", (-(-E * N // 128) * (B - clip0), d, 1), 128, 0, *args)
 
 
 class Gradients(NamedTuple):
@@ -172,8 +172,8 @@ def backward(
             launch("scan_backward_states", cut.whole, cut.passes, None, carry.local, carry.sums, *nothing)
             combine(s, plan, carry, dfinal, clip0=cut.whole * B // cut.chains, adjoint=True)
         launch("scan_backward_full", done, cut.units - done, enter, *outputs)
-    args = (parts, *_both(dB), *_steps(dB[0]), *_both(dC), *_steps(dC[0]), L, N, blocks)
-    module.launch("scan_sum_parts", (-(-L * 2 * plan.states // 256), B, d), 256, 0, *args)
+    args = (parts, *_both(dB), *_steps(dB[0]), *_both(dC), *_steps(dC[0]), B, L, N, blocks)
+    module.launch("scan_sum_parts", (-(-L * 2 * plan.states // 256) * B, d, 1), 256, 0, *args)
     module.launch(
         "scan_sum_rows", (-(-width // 128), d, 1), 128, 0, rows, total, width, B, E, N, cut.pieces, cut.whole
     )  # fmt: skip

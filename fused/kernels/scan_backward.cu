@@ -334,8 +334,10 @@ KERNEL(scan_backward_states, THREADS, 1)(STREAMS, GRADIENTS, SIZES) { BACKWARD(f
 
 // dB and dC: the sum over blocks of channels, one after another. A thread makes one number.
 KERNEL(scan_sum_parts, 256, 1)(
-    const float *parts, io *dB0, io *dB1, i64 dB_b, i64 dB_t, io *dC0, io *dC1, i64 dC_b, i64 dC_t, i64 L, i64 N, i64 blocks) {
-  const i64 i = (i64)blockIdx.x * 256 + threadIdx.x, token = i / (2 * STATES), clip = blockIdx.y, clips = gridDim.y, d = blockIdx.z;
+    const float *parts, io *dB0, io *dB1, i64 dB_b, i64 dB_t, io *dC0, io *dC1, i64 dC_b, i64 dC_t, i64 clips, i64 L, i64 N,
+    i64 blocks) {
+  const int each = (int)((L * 2 * STATES + 255) / 256);  // blocks of a clip; a grid has room for many clips only along x
+  const i64 clip = blockIdx.x / each, i = (i64)(blockIdx.x % each) * 256 + threadIdx.x, token = i / (2 * STATES), d = blockIdx.y;
   const int n = i % STATES, is_C = i / STATES % 2;
   if (token >= L || n >= N) return;
   const float* p = parts + ((d * clips + clip) * L + token) * blocks * 2 * STATES + i % (2 * STATES);

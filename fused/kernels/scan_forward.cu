@@ -221,7 +221,8 @@ KERNEL(scan_states, DIRECTIONS * THREADS, FORWARD_BLOCKS)(
 KERNEL(scan_combine, 128, 1)(
     const float *A0, const float *A1, const float *sums, const float *local, const float *initial, float *enter,
     i64 clips, i64 clip0, i64 E, i64 N, i64 cuts, i64 flags, i64 adjoint) {
-  const i64 i = (i64)blockIdx.x * 128 + threadIdx.x, clip = clip0 + blockIdx.y, d = blockIdx.z;
+  const int each = (int)((E * N + 127) / 128);  // blocks of a clip
+  const i64 clip = clip0 + blockIdx.x / each, i = (i64)(blockIdx.x % each) * 128 + threadIdx.x, d = blockIdx.y;
   if (i >= E * N) return;
   const bool back = (DIRECTIONS == 2 ? d != 0 : (flags & REVERSE) != 0) != (adjoint != 0);
   const float a = (d ? A1 : A0)[i], rate = (flags & LOGARITHM ? -expf(a) : a) * LOG2E;

@@ -20,7 +20,7 @@ from harness.report import bench as page
 from harness.store import Run, again, resumable
 
 Field = dict[str, list[Entry]]
-BUDGET = {"cpu": 1.5, "full": 0.5, "long": 4.0}  # seconds of samples an entry and point
+BUDGET = {"cpu": 1.5, "full": 0.4, "long": 4.0}  # seconds of samples an entry and point
 SLOWEST = {"cpu": 10.0, "full": 2.0, "long": 10.0}  # seconds of a call; what takes longer is not timed
 
 
