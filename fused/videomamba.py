@@ -18,7 +18,7 @@ from .block import Block, DropPath, Norm
 from .config import VideoMambaConfig
 from .mixer import Mamba, State, check_backend
 from .orders import Order, permute, restore, temporal_order
-from .tokens import PatchEmbed, check_clip, sincos_positions, visible_tokens
+from .tokens import PatchEmbed, Span, sincos_positions, span_of, temporal_positions, visible_tokens
 
 _log = logging.getLogger("fused")
 
@@ -108,29 +108,38 @@ class Backbone(nn.Module):
         return names if self.config.num_frames is None else names | {"temporal_pos_embedding"}
 
     def embed(
-        self, clip: Float[Tensor, "B C *T H W"], mask: Bool[Tensor, "B L"] | None = None, use_image: bool = False
-    ) -> Float[Tensor, "B V D"]:
+        self, clip: Float[Tensor, "B C *T H W"], mask: Bool[Tensor, "B L"] | None = None, use_image: bool = False, *,
+        temporal_pos_offset: int | None = None, temporal_pos_total: int | None = None,
+    ) -> Float[Tensor, "B V D"]:  # fmt: skip
         """Visible tokens with positions: cls + pos[0], then patch(f, p) + pos[1 + p] + temporal[f].
 
-        `use_image` takes a clip of one tubelet, without its temporal position. Raises ValueError or TypeError for a clip
-        or mask that the model was not built for.
+        The clip is the whole video; with `temporal_pos_offset` it is a chunk: any number of whole tubelets, of which so
+        many came before. Chunks side by side are the whole's tokens: CLS goes before tubelet 0 only, and a mask has a
+        column for each token of the chunk. `temporal_pos_total`, in tubelets, is the length of a video that is not as
+        long as the temporal table: the table is stretched to it, for every chunk alike.
+
+        `use_image` takes a clip of one tubelet, without its temporal position. Raises ValueError or TypeError for a clip,
+        mask or place in the video that the model was not built for.
         """
-        check_clip(clip, self.config, use_image)
-        return self._embed(clip, self._kept(clip, mask, use_image), use_image)
+        span = span_of(clip, self.config, use_image, temporal_pos_offset, temporal_pos_total)
+        return self._embed(clip, span, self._kept(clip, mask, span), use_image)
 
-    def _kept(self, clip: Tensor, mask: Tensor | None, use_image: bool) -> Tensor | None:
-        length = 1 + self.config.patches * (1 if use_image else self.config.tubelets)
-        return None if mask is None else visible_tokens(mask, clip.shape[0], length, clip.device)
+    def _kept(self, clip: Tensor, mask: Tensor | None, span: Span) -> Tensor | None:
+        length = span.length(self.config.patches)
+        return None if mask is None else visible_tokens(mask, clip.shape[0], length, clip.device, span.cls)
 
-    def _embed(self, clip: Tensor, kept: Tensor | None, use_image: bool) -> Tensor:
+    def _embed(self, clip: Tensor, span: Span, kept: Tensor | None, use_image: bool) -> Tensor:
         positions = self.pos_embed[0, 1:]
         if self.config.num_frames is not None and not use_image:
-            positions = (self.temporal_pos_embedding[0, :, None] + positions).flatten(0, 1)
+            positions = (temporal_positions(self.temporal_pos_embedding, span)[:, None] + positions).flatten(0, 1)
         if kept is not None:
-            positions = positions[kept[:, 1:] - 1]
-        patches = self.patch_embed(clip, kept) + positions
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(clip.shape[0], -1, -1)
-        return self.pos_drop(torch.cat((cls, patches), dim=1))
+            kept = kept[:, span.cls :] - span.cls
+            positions = positions[kept]
+        tokens = self.patch_embed(clip, kept) + positions
+        if span.cls:
+            cls = (self.cls_token + self.pos_embed[:, :1]).expand(clip.shape[0], -1, -1)
+            tokens = torch.cat((cls, tokens), dim=1)
+        return self.pos_drop(tokens)
 
     def encode(
         self, tokens: Float[Tensor, "B V D"], mask: Bool[Tensor, "B L"] | None = None, *,
@@ -145,21 +154,23 @@ class Backbone(nn.Module):
         Returns (normed tokens as stored, new state or None, tapped features). Raises ValueError for a state that does
         not fit the model, its scan order or its backend, BackendError for a backend that cannot run here.
         """
-        kept = None
+        kept, length = None, tokens.shape[1]
         if mask is not None and self.config.scan_order != "spatial":
-            kept = visible_tokens(mask, tokens.shape[0], mask.shape[1], tokens.device)
-        stream = self._run(tokens, kept, state, return_state, taps)
+            length = mask.shape[1]
+            kept = visible_tokens(mask, tokens.shape[0], length, tokens.device)
+        stream = self._run(tokens, kept, length, state, return_state, taps)
         return self._finish(stream), stream.states, stream.features
 
     def _run(
-        self, tokens: Tensor, kept: Tensor | None,
+        self, tokens: Tensor, kept: Tensor | None, length: int,
         state: Sequence[State] | None = None, return_state: bool = False, taps: Sequence[int] = (),
     ) -> _Stream:  # fmt: skip
-        """The blocks. Tokens that every layer walks in temporal order are reordered once, before the first."""
+        """The blocks, over what a mask has left of `length` tokens. Those that every layer walks in temporal order are
+        reordered once, before the first."""
         config, carried = self.config, state is not None or return_state
         self._check_state(tokens, state, carried)
         backend = self._resolve(tokens)
-        order = self._order(tokens, kept)
+        order = self._order(tokens, kept, length)
         walk = order if config.scan_order == "temporal" else None
         if walk is not None:
             tokens, order = permute(tokens, walk), None
@@ -181,18 +192,14 @@ class Backbone(nn.Module):
             features = [restore(feature, walk) for feature in features]
         return _Stream(hidden, residual, walk, states if carried else None, features)
 
-    def _order(self, tokens: Tensor, kept: Tensor | None) -> Order | None:
+    def _order(self, tokens: Tensor, kept: Tensor | None, length: int) -> Order | None:
         """The temporal walk of these tokens, if any layer takes it."""
-        config, length = self.config, tokens.shape[1]
-        if config.scan_order == "spatial":
+        patches = self.config.patches
+        if self.config.scan_order == "spatial":
             return None
-        if kept is not None:
-            return temporal_order(config.tubelets, config.patches, kept)
-        if (length - 1) % config.patches:
-            raise ValueError(
-                f"{length} tokens are not CLS and frames of {config.patches} patches; pass the mask that left them"
-            )
-        return temporal_order((length - 1) // config.patches, config.patches, None, tokens.device)
+        if (length - 1) % patches:
+            raise ValueError(f"{length} tokens are not CLS and frames of {patches} patches; pass the mask that left them")
+        return temporal_order((length - 1) // patches, patches, kept, tokens.device)
 
     def _finish(self, stream: _Stream, first: int | None = None) -> Tensor:
         """The last sum and the final norm, as stored; of the `first` tokens only if that is all that is wanted."""
@@ -244,7 +251,8 @@ class VideoMamba(Backbone):
 
     def forward(self, clip: Float[Tensor, "B C *T H W"]) -> Tensor | DistillOutput:
         """Logits (B, num_classes); a `DistillOutput` if distill_dim is set."""
-        stream = self._run(self.embed(clip), None)
+        tokens = self.embed(clip)
+        stream = self._run(tokens, None, tokens.shape[1])
         if self.config.distill_dim is None:  # CLS, token 0 in every order, is all that the head reads
             return self._classify(self._finish(stream, first=1))
         tokens = self._finish(stream)
@@ -299,10 +307,10 @@ class VideoMambaEncoder(Backbone):
         not fit.
         """
         config = self.config
-        tubelets = 1 if use_image else config.tubelets
-        check_clip(clip, config, use_image)
-        kept = self._kept(clip, mask, use_image)
-        stream = self._run(self._embed(clip, kept, use_image), kept, taps=config.student_layers())
+        span = span_of(clip, config, use_image)
+        tubelets, kept = span.tubelets, self._kept(clip, mask, span)
+        tokens = self._embed(clip, span, kept, use_image)
+        stream = self._run(tokens, kept, span.length(config.patches), taps=config.student_layers())
         tokens = self._finish(stream)
         decoded = self._decode(stream.features, kept, 1 + config.patches * tubelets) if stream.features else None
         if not config.add_pool_norm:

@@ -17,7 +17,7 @@ from reference.block import Block, DropPath, Norm
 from reference.config import VideoMambaConfig
 from reference.mixer import Mamba, State
 from reference.orders import temporal_order
-from reference.tokens import PatchEmbed, check_clip, check_mask, select, sincos_positions
+from reference.tokens import PatchEmbed, check_mask, select, sincos_positions, span_of, temporal_positions
 
 log = logging.getLogger("reference")
 
@@ -40,7 +40,7 @@ class DistillOutput(NamedTuple):
 class Backbone(nn.Module):
     """Tokens in, tokens out: embedding, positions, blocks. The two models below differ in what they read from it.
 
-    CLS is token 0, patch p of tubelet f is token 1 + f*P + p. A clip's T' tubelets must be those of the temporal table.
+    CLS is token 0, patch p of tubelet f is token 1 + f*P + p.
     """
 
     def __init__(self, config: VideoMambaConfig, drop_path_rate: float) -> None:
@@ -84,21 +84,30 @@ class Backbone(nn.Module):
         return {"pos_embed", "cls_token", "temporal_pos_embedding"} & {name for name, _ in self.named_parameters()}
 
     def embed(
-        self, clip: Float[Tensor, "B C *T H W"], mask: Bool[Tensor, "B L"] | None = None, use_image: bool = False
-    ) -> Float[Tensor, "B V D"]:
+        self, clip: Float[Tensor, "B C *T H W"], mask: Bool[Tensor, "B L"] | None = None, use_image: bool = False, *,
+        temporal_pos_offset: int | None = None, temporal_pos_total: int | None = None,
+    ) -> Float[Tensor, "B V D"]:  # fmt: skip
         """Visible tokens, CLS first: X[0] = cls + pos[0]; X[1 + f*P + p] = patch(f, p) + pos[1 + p] + temporal[f].
 
+        With `temporal_pos_offset` the clip is a chunk of a video, any number of whole tubelets that begins with this one,
+        counted from 0; chunk after chunk gives the tokens of the whole, so CLS comes with offset 0 only. `temporal_pos_total`
+        is the length of the whole video in tubelets; the temporal table is stretched to it (`temporal_positions`), the same
+        for every chunk. By default it is the table's own length, and nothing is stretched. A mask is that of the tokens here.
+
         `use_image` takes a clip of one tubelet without its temporal position. Raises ValueError for a clip or mask of
-        another shape.
+        another shape, and for a chunk that is not part of the video.
         """
-        check_clip(clip, self.config, use_image)
-        patches = self.patch_embed(clip) + self.pos_embed[:, None, 1:]
+        span = span_of(clip, self.config, use_image, temporal_pos_offset, temporal_pos_total)
+        tokens = self.patch_embed(clip) + self.pos_embed[:, None, 1:]
         if self.config.num_frames is not None and not use_image:
-            patches = patches + self.temporal_pos_embedding[:, :, None]
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(clip.shape[0], -1, -1)
-        tokens = self.pos_drop(torch.cat((cls, patches.flatten(1, 2)), dim=1))
+            tokens = tokens + temporal_positions(self.temporal_pos_embedding, span)[:, :, None]
+        tokens = tokens.flatten(1, 2)
+        if span.has_cls:
+            cls = (self.cls_token + self.pos_embed[:, :1]).expand(clip.shape[0], -1, -1)
+            tokens = torch.cat((cls, tokens), dim=1)
+        tokens = self.pos_drop(tokens)
         if mask is not None:
-            check_mask(mask, *tokens.shape[:2])
+            check_mask(mask, tokens.shape[0], tokens.shape[1], span.has_cls)
         return select(tokens, mask)
 
     def encode(
