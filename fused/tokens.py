@@ -164,16 +164,16 @@ def visible_tokens(
 
 @lru_cache(maxsize=16)  # float64 sines on the CPU: 0.2 s for 64 frames of VideoMamba-M
 @torch.inference_mode(False)  # a tensor made in inference mode could not be used in training later
-def sincos_positions(rows: int, dim: int, device: torch.device) -> Float[Tensor, "rows dim"]:
-    """Fixed positions of the CLIP decoder in float32; row 0 is CLS.
+def sincos_positions(rows: int, dim: int, device: torch.device, first: int = 0) -> Float[Tensor, "rows dim"]:
+    """Fixed positions of the CLIP decoder in float32, of tokens `first` to `first + rows - 1`; token 0 is CLS.
 
-        position[row, j] = sin(a) for even j, cos(a) for odd j, a = row / 10000^(2 floor(j/2) / dim)
+        position[token, j] = sin(a) for even j, cos(a) for odd j, a = token / 10000^(2 floor(j/2) / dim)
 
     Callers share the tensor: do not write to it.
     """
     column = torch.arange(dim, dtype=torch.float64, device="cpu")
     wavelength = 10000 ** (column.div(2, rounding_mode="floor") * 2 / dim)
-    angle = torch.arange(rows, dtype=torch.float64, device="cpu")[:, None] / wavelength
+    angle = torch.arange(first, first + rows, dtype=torch.float64, device="cpu")[:, None] / wavelength
     angle[:, 0::2].sin_()
     angle[:, 1::2].cos_()
     return angle.float().to(device)
