@@ -13,6 +13,7 @@ from .mixer import Mamba
 from .norm import add_norm
 from .scan import bidirectional_scan, selective_scan
 from .stamp import Validation, validation
+from .state import detach_state, state_to
 from .videomamba import DistillOutput, EncoderOutput, VideoMamba, VideoMambaEncoder, build_videomamba
 
 __all__ = [
@@ -28,6 +29,8 @@ __all__ = [
     "bidirectional_scan",
     "build_videomamba",
     "causal_conv1d",
+    "detach_state",
     "selective_scan",
+    "state_to",
     "validation",
 ]

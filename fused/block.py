@@ -1,13 +1,16 @@
 """One layer: add to the residual stream and normalise in one step, then mix."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import norm
 from .config import VideoMambaConfig
-from .mixer import Mamba, State
+from .mixer import Mamba
 from .orders import Order, orders_of_layer, permute, restore
+from .state import State
 
 
 class Norm(nn.Module):
@@ -78,7 +81,7 @@ class Block(nn.Module):
         """
         hidden, residual = self._add_norm(hidden, residual, backend or self.mixer.backend)
         if state is not None or return_state:
-            hidden, state = self.mixer(hidden, state, return_state=True, backend=backend)
+            hidden, state = self._mix(hidden, backend, state, True)
             return hidden, residual, state
         if order is None or self.orders == ("spatial",):
             return self._mix(hidden, backend), residual, None
@@ -101,8 +104,9 @@ class Block(nn.Module):
             residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
         return hidden, residual
 
-    def _mix(self, tokens: Tensor, backend: str | None) -> Tensor:
+    def _mix(self, tokens: Tensor, backend: str | None, *carried: Any) -> Any:
+        """The mixer's output; where a state and a word for its return are `carried`, with the new state."""
         if self.recompute and torch.is_grad_enabled():
             # a mixer draws no random numbers, so there is no generator state to stash
-            return checkpoint(self.mixer, tokens, use_reentrant=False, preserve_rng_state=False, backend=backend)
-        return self.mixer(tokens, backend=backend)
+            return checkpoint(self.mixer, tokens, *carried, use_reentrant=False, preserve_rng_state=False, backend=backend)
+        return self.mixer(tokens, *carried, backend=backend)

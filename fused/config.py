@@ -7,7 +7,8 @@ from typing import Any
 
 from .orders import SCAN_ORDERS
 
-POOL_TYPES = ("cls", "avg", "cls+avg", "cls_cat_avg")
+POOL_TYPES = ("cls", "avg", "cls+avg", "cls_cat_avg", "last")
+READOUTS = ("cls", "mean", "last", "tokens")
 CLIP_NORM_TYPES = ("l2", "none")
 SSM_FIELDS = (
     "d_state", "d_conv", "expand", "dt_rank", "dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "conv_bias", "bias",
@@ -43,7 +44,8 @@ class VideoMambaConfig:
     bimamba: bool = True
     use_checkpoint: bool = False
     checkpoint_num: int = 0  # use_checkpoint: mixers of this many first layers are run again in the backward pass
-    pool_type: str = "cls+avg"
+    readout: str = "cls"  # what the classifier's head reads; causal models: not "cls"
+    pool_type: str = "cls+avg"  # what the encoder pools; causal models: "avg" or "last"
     clip_decoder_embed_dim: int | None = None  # None: embed_dim
     clip_output_dim: int = 512
     clip_norm_type: str = "l2"
@@ -184,6 +186,7 @@ _RULES = (
     | {
         "drop_path_rate": _RATE.optional(),
         "pool_type": _one_of(POOL_TYPES),
+        "readout": _one_of(READOUTS),
         "clip_norm_type": _one_of(CLIP_NORM_TYPES),
         "scan_order": _one_of(SCAN_ORDERS),
         "ssm_cfg": _Rule(lambda value: isinstance(value, Mapping), "a mapping of the mixer's keywords").optional(),

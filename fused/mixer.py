@@ -9,8 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from . import backends, conv, scan, upstream
-
-State = tuple[Tensor, Tensor]  # (conv_state (B, E, K-1), ssm_state (B, E, N))
+from .state import State, blank, check_mixer_state, linear_dtype
 
 
 class Direction(NamedTuple):
@@ -113,6 +112,18 @@ class Mamba(nn.Module):
         step.clamp_(min=floor)
         bias.copy_(step + (-torch.expm1(-step)).log())  # the inverse of softplus
 
+    def init_state(self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> State:
+        """The state with nothing before it: zeros (B, E, K-1) in `dtype`, the stream's, and (B, E, N) in at least float32.
+
+        Without a dtype it is that of in_proj's output, which autocast decides where it is on; without a device that of
+        the parameters. Raises ValueError for a bidirectional mixer and for a batch of none.
+        """
+        self._require_causal()
+        weight = self.in_proj.weight
+        at = torch.device(device) if device is not None else weight.device
+        E = self.d_inner
+        return blank(batch_size, (E, self.d_conv - 1), (E, self.d_state), dtype or linear_dtype(weight, at), at)
+
     def forward(
         self,
         hidden: Float[Tensor, "B L D"],
@@ -126,8 +137,8 @@ class Mamba(nn.Module):
         Chunks chained by their states equal the whole, gradients included (`bimamba=False` only). `backend` is the
         choice a model has made for this forward; by itself the mixer chooses from its own `backend`.
 
-        Raises ValueError for a state with a bidirectional mixer or with a backend that cannot carry one, BackendError
-        for a backend that cannot run here.
+        Raises ValueError for a state with a bidirectional mixer or with a backend that cannot carry one, ValueError or
+        TypeError for a state of other shapes, dtypes or devices, BackendError for a backend that cannot run here.
         """
         self._check_state(hidden, state, return_state, backend or self.backend)
         backend = backend or backends.choose(self.backend, hidden.device, use_fast_path=self.use_fast_path)
@@ -137,6 +148,8 @@ class Mamba(nn.Module):
         if backend == "native" and state is None and not return_state:
             return self._native(xz)
         x, z = xz.chunk(2, dim=-1)
+        if state is not None:
+            check_mixer_state(state, x, self.d_conv, self.d_state, self.layer_idx)
         first, *others = self._directions()
         y, state = self._scan(x, z, first, state, backend)
         for other in others:
@@ -159,14 +172,18 @@ class Mamba(nn.Module):
 
     def _check_state(self, hidden: Tensor, state: State | None, return_state: bool, backend: str) -> None:
         carried = state is not None or return_state
-        if self.bimamba and carried:
+        if carried:
+            self._require_causal()
+        backends.check_abilities("mixer", backend, hidden.dtype, {"initial_state": state is not None})
+        if carried and backend == "mamba_ssm_inner":
+            raise ValueError("mixer: backend 'mamba_ssm_inner' does not return a state; use backend='torch'")
+
+    def _require_causal(self) -> None:
+        if self.bimamba:
             raise ValueError(
                 "a bidirectional mixer cannot carry a state: its backward direction starts at the last token of the video, "
                 "so that a chunk would need the future. Run the whole clip at once, or build the mixer with bimamba=False"
             )
-        backends.check_abilities("mixer", backend, hidden.dtype, {"initial_state": state is not None})
-        if carried and backend == "mamba_ssm_inner":
-            raise ValueError("mixer: backend 'mamba_ssm_inner' does not return a state; use backend='torch'")
 
     def _directions(self) -> tuple[Direction, ...]:
         """The scans of this mixer, the one that can carry a state first."""

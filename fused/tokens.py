@@ -1,6 +1,7 @@
 """From pixels to tokens: patches by one matrix product, which of them a mask leaves, and the CLIP decoder's positions."""
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,15 +33,14 @@ class PatchEmbed(nn.Module):
     def forward(self, clip: Float[Tensor, "B C *T H W"], kept: Int[Tensor, "B V"] | None = None) -> Float[Tensor, "B S D"]:
         """Patches of a clip (B, C, T, H, W) or image (B, C, H, W), frame after frame, row after row.
 
-        `kept` holds the indices of the visible tokens, CLS (0) first; only their patches are then projected.
+        `kept` holds indices of patches, counted over the clip; only these are then projected.
         """
         pixels = self._cut(clip if clip.dim() == 5 else clip.unsqueeze(2))
         if kept is None:
             rows = pixels.reshape(clip.shape[0], -1, pixels[0, 0, 0, 0].numel())
         else:
             _, _, down, across = pixels.shape[:4]
-            patch = kept[:, 1:] - 1
-            frame, row, column = patch // (down * across), patch // across % down, patch % across
+            frame, row, column = kept // (down * across), kept // across % down, kept % across
             clips = torch.arange(clip.shape[0], device=clip.device)[:, None]
             rows = pixels[clips, frame, row, column].flatten(2)
         return F.linear(rows, self.proj.weight.flatten(1), self.proj.bias)
@@ -55,29 +55,106 @@ class PatchEmbed(nn.Module):
         return whole.unflatten(4, (across, P)).unflatten(3, (down, P)).unflatten(2, (-1, t)).permute(0, 2, 4, 6, 1, 3, 5, 7)
 
 
-def check_clip(clip: Tensor, config: VideoMambaConfig, use_image: bool = False) -> None:
-    """Raise ValueError (shape) or TypeError (dtype) unless the clip is what the model was built for."""
+class Span(NamedTuple):
+    """A clip's place in its video, in tubelets: so many after the first `start`, of `total` in all."""
+
+    start: int
+    tubelets: int
+    total: int
+
+    @property
+    def cls(self) -> int:
+        """1 where CLS goes before the clip's patches: at the start of the video."""
+        return int(self.start == 0)
+
+    def first_token(self, patches: int) -> int:
+        """Index of this clip's first token in the video's, where CLS has index 0."""
+        return 0 if self.cls else 1 + self.start * patches
+
+    def length(self, patches: int) -> int:
+        """Tokens of this clip before a mask."""
+        return self.cls + self.tubelets * patches
+
+
+def span_of(
+    clip: Tensor, config: VideoMambaConfig, use_image: bool = False, offset: int | None = None, total: int | None = None
+) -> Span:
+    """The place of a clip: the whole video where `offset` is None, else whole tubelets from that one on.
+
+    Raises ValueError for a shape, offset or total that does not fit the model, TypeError for a dtype that is not real
+    floating point.
+    """
+    image = config.num_frames is None
+    _check_place("temporal_pos_offset", offset, 0, image or use_image)
+    _check_place("temporal_pos_total", total, 1, image or use_image)
+    length = 1 if use_image else total or config.tubelets
     layout, wanted = "(B, C, H, W)", [config.channels, *config.sides]
-    if config.num_frames is not None:
+    if not image:
         layout = "(B, C, T, H, W)"
-        wanted.insert(1, config.kernel_size if use_image else config.num_frames)
-    if list(clip.shape[1:]) != wanted:
-        numbers = ", ".join(map(str, wanted))
+        wanted.insert(1, -1 if offset is not None else length * config.kernel_size)
+    if clip.dim() != 1 + len(wanted) or any(w not in (-1, n) for n, w in zip(clip.shape[1:], wanted, strict=True)):
+        numbers = ", ".join("T" if n == -1 else str(n) for n in wanted)
         raise ValueError(f"clip has shape {tuple(clip.shape)}; this model takes {layout} = (B, {numbers})")
     if not clip.is_floating_point():
         raise TypeError(f"clip has dtype {clip.dtype}; allowed are floating-point dtypes, normalised as in training")
+    if offset is None:
+        return Span(0, length, length)
+
+    count, rest = divmod(clip.shape[2], config.kernel_size)
+    if rest or not count:
+        raise ValueError(
+            f"clip has {clip.shape[2]} frames; a chunk is made of whole tubelets, so allowed are multiples of kernel_size "
+            f"({config.kernel_size}) from {config.kernel_size} up: keep what is left over for the next chunk"
+        )
+    if offset + count > length:
+        raise ValueError(
+            f"temporal_pos_offset is {offset} and the chunk has {count} tubelets, which ends past the video's {length}; of a "
+            "longer video pass all its tubelets as temporal_pos_total with every chunk: the temporal table is stretched to it"
+        )
+    return Span(offset, count, length)
 
 
-def visible_tokens(mask: Bool[Tensor, "B L"], clips: int, length: int, device: torch.device) -> Int[Tensor, "B V"]:
+def _check_place(name: str, value: object, least: int, image: bool) -> None:
+    if value is None:
+        return
+    if image:
+        raise ValueError(f"{name} is {value!r}; allowed for an image, which has no place in time: None")
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} is {value!r}; allowed: a number of tubelets from {least} up, or None")
+
+
+def temporal_positions(table: Float[Tensor, "1 N D"], span: Span) -> Float[Tensor, "T D"]:
+    """The temporal positions of a clip: rows of the table, which is stretched to the video's length if that is another.
+
+    Stretching is upstream's for checkpoints of another length: position i lies at (2i + 1) N / (2 total) - 1/2 between
+    two rows and takes a share of each, computed in at least float32. Rows are indexed, whose gradient is repeatable bit
+    for bit on a GPU where that of `interpolate` is not.
+    """
+    rows, N, total = table[0], table.shape[1], span.total
+    if total == N:
+        return rows[span.start : span.start + span.tubelets]
+    spots = range(span.start, span.start + span.tubelets)
+    doubled = [min(max((2 * i + 1) * N - total, 0), 2 * total * (N - 1)) for i in spots]  # exact: 2 * total * place
+    low = torch.tensor([x // (2 * total) for x in doubled], device=table.device)
+    precise = torch.promote_types(table.dtype, torch.float32)
+    share = torch.tensor([x % (2 * total) / (2 * total) for x in doubled], dtype=precise, device=table.device)[:, None]
+    high = (low + 1).clamp(max=N - 1)
+    return (rows[low].to(precise) * (1 - share) + rows[high].to(precise) * share).to(table.dtype)
+
+
+def visible_tokens(
+    mask: Bool[Tensor, "B L"], clips: int, length: int, device: torch.device, cls: int = 1
+) -> Int[Tensor, "B V"]:
     """Ascending indices of the tokens that a mask (True = hidden) leaves visible, on `device`.
 
-    Raises ValueError unless the mask is bool (B, L), keeps CLS, and keeps as many tokens in every clip.
+    Raises ValueError unless the mask is bool (B, L), keeps CLS, which is column 0 where `cls`, and keeps as many tokens in
+    every clip.
     """
     if mask.dtype != torch.bool or tuple(mask.shape) != (clips, length):
         raise ValueError(f"mask is {mask.dtype} {tuple(mask.shape)}; allowed is bool ({clips}, {length}), True = hidden")
     count = (~mask).sum(1)
     # one transfer: on a GPU every question asked of the mask's contents waits for the queue to drain
-    hidden_cls, fewest, most = torch.stack((mask[:, 0].any().to(count.dtype), count.min(), count.max())).tolist()
+    hidden_cls, fewest, most = torch.stack((mask[:, :cls].any().to(count.dtype), count.min(), count.max())).tolist()
     if hidden_cls:
         raise ValueError("mask hides CLS (column 0); it must stay visible")
     if fewest != most:
@@ -87,16 +164,16 @@ def visible_tokens(mask: Bool[Tensor, "B L"], clips: int, length: int, device: t
 
 @lru_cache(maxsize=16)  # float64 sines on the CPU: 0.2 s for 64 frames of VideoMamba-M
 @torch.inference_mode(False)  # a tensor made in inference mode could not be used in training later
-def sincos_positions(rows: int, dim: int, device: torch.device) -> Float[Tensor, "rows dim"]:
-    """Fixed positions of the CLIP decoder in float32; row 0 is CLS.
+def sincos_positions(rows: int, dim: int, device: torch.device, first: int = 0) -> Float[Tensor, "rows dim"]:
+    """Fixed positions of the CLIP decoder in float32, of tokens `first` to `first + rows - 1`; token 0 is CLS.
 
-        position[row, j] = sin(a) for even j, cos(a) for odd j, a = row / 10000^(2 floor(j/2) / dim)
+        position[token, j] = sin(a) for even j, cos(a) for odd j, a = token / 10000^(2 floor(j/2) / dim)
 
     Callers share the tensor: do not write to it.
     """
     column = torch.arange(dim, dtype=torch.float64, device="cpu")
     wavelength = 10000 ** (column.div(2, rounding_mode="floor") * 2 / dim)
-    angle = torch.arange(rows, dtype=torch.float64, device="cpu")[:, None] / wavelength
+    angle = torch.arange(first, first + rows, dtype=torch.float64, device="cpu")[:, None] / wavelength
     angle[:, 0::2].sin_()
     angle[:, 1::2].cos_()
     return angle.float().to(device)

@@ -8,6 +8,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from harness.case import Case
 from harness.subjects.scan import delta_bias
@@ -85,6 +86,38 @@ def call(module: nn.Module, leaves: dict[str, Tensor], function: Callable[..., A
 
 def _call(method: nn.Module, values: dict[str, Tensor], args: tuple[Any, ...]) -> Any:
     return torch.func.functional_call(method, values, args, strict=True)
+
+
+State = Any  # tensors in lists, tuples and dicts
+
+
+def chained(
+    step: Callable[[int, int, State], tuple[Any, State]], cuts: tuple[int, ...], count: int, state: State
+) -> tuple[list[Any], State]:
+    """Outputs of step(start, stop, state) -> (output, state) for all chunks, and the last state.
+
+    Raises AssertionError for a step that writes to the state that came, which has to serve again.
+    """
+    outputs = []
+    for start, stop in zip(cuts, (*cuts[1:], count), strict=True):
+        came = [x for x in tree_leaves(state) if isinstance(x, Tensor)]
+        kept = [x.detach().clone() for x in came]
+        out, after = step(start, stop, state)
+        if not all(torch.equal(x, was) for x, was in zip(came, kept, strict=True)):
+            raise AssertionError(f"the chunk from {start} to {stop} wrote to the state that came with it")
+        outputs.append(out)
+        state = after
+    return outputs, state
+
+
+def refuses(step: Callable[[int, int, State], Any], start: int, stop: int, state: State) -> None:
+    """Raise AssertionError unless a step raises ValueError for a state of one clip too many."""
+    crowded = tree_map(lambda x: torch.cat((x, x[:1])) if x.dim() else x, state)
+    try:
+        step(start, stop, crowded)
+    except ValueError:
+        return
+    raise AssertionError(f"the chunk from {start} to {stop} took a state of other clips")
 
 
 @contextlib.contextmanager

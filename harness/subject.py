@@ -14,6 +14,7 @@ if it can be cut in time,
 
     chunked(call, case, leaves, cuts)        the same outputs, computed chunk by chunk through the state
     time_axes(case)                          name of a leaf or output -> its axis of tokens
+    pieces(case)                             of how many pieces it is; where this is absent, of L tokens
 
 if it promises that the clips of a batch do not know each other,
 

@@ -43,6 +43,17 @@ def read_clip(path: str | Path, frames: int, size: int, *, start: float = 0.0, s
     Raises VideoError if the file is missing, empty, a folder, truncated or corrupt as far as FFmpeg can tell, has no
     video or fewer frames in the part than asked for; ValueError for an argument out of range; ImportError without PyAV.
     """
+    clip = torch.empty(3, frames, size, size)
+    for i, frame in enumerate(read_frames(path, frames, size, start=start, stop=stop)):
+        clip[:, i] = frame
+    return clip
+
+
+def read_frames(
+    path: str | Path, frames: int, size: int, *, start: float = 0.0, stop: float = 1.0
+) -> Iterator[Float[Tensor, "3 H W"]]:
+    """The frames of `read_clip` one by one, as the decoder gives them: for a model that streams. Raises what `read_clip` does,
+    before the first frame unless it is decoding that fails."""
     if frames < 1 or size < 1:
         raise ValueError(f"frames and size have to be at least 1, not {frames} and {size}")
     if not 0 <= start < stop <= 1:
@@ -54,10 +65,7 @@ def read_clip(path: str | Path, frames: int, size: int, *, start: float = 0.0, s
         wrong = f"too short: {frames} frames were asked of its part from {start} to {stop}, and it has {total} frames"
         raise VideoError(path, wrong, "ask for fewer frames, a larger part or a longer video")
 
-    clip = torch.empty(3, frames, size, size)
-    for i, image in enumerate(_decode(path, indices)):
-        clip[:, i] = _prepare(image, size)
-    return clip
+    return (_prepare(image, size) for image in _decode(path, indices))
 
 
 def sample(total: int, frames: int, start: float = 0.0, stop: float = 1.0) -> list[int]:

@@ -5,6 +5,7 @@ from reference.conv import causal_conv1d
 from reference.mixer import Mamba
 from reference.norm import add_norm
 from reference.scan import selective_scan
+from reference.state import detach_state, state_to
 from reference.videomamba import DistillOutput, EncoderOutput, VideoMamba, VideoMambaEncoder, build_videomamba
 
 __all__ = [
@@ -17,5 +18,7 @@ __all__ = [
     "add_norm",
     "build_videomamba",
     "causal_conv1d",
+    "detach_state",
     "selective_scan",
+    "state_to",
 ]

@@ -1,13 +1,16 @@
 """One layer of VideoMamba: add to the residual stream, normalise, mix."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from reference.config import VideoMambaConfig
-from reference.mixer import Mamba, State
+from reference.mixer import Mamba
 from reference.norm import add_norm
 from reference.orders import orders_of_layer, undo, walk
+from reference.state import State
 
 
 class Norm(nn.Module):
@@ -78,16 +81,16 @@ class Block(nn.Module):
             if self.residual_in_fp32:
                 residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
         if state is not None or return_state:
-            hidden, state = self.mixer(hidden, state, return_state=True)
+            hidden, state = self._mixed(hidden, state, True)
             return hidden, residual, state
         mixed = [self.mix(hidden, order if name == "temporal" else None) for name in self.orders]
         return sum(mixed[1:], start=mixed[0]), residual, None
 
     def mix(self, hidden: Tensor, order: Tensor | None) -> Tensor:
         """The mixer over tokens in the given order, its output back in storage order."""
-        tokens = hidden if order is None else walk(hidden, order)
+        return self._mixed(hidden) if order is None else undo(self._mixed(walk(hidden, order)), order)
+
+    def _mixed(self, *arguments: Any) -> Any:
         if self.recompute and torch.is_grad_enabled():
-            tokens = checkpoint(self.mixer, tokens, use_reentrant=False)
-        else:
-            tokens = self.mixer(tokens)
-        return tokens if order is None else undo(tokens, order)
+            return checkpoint(self.mixer, *arguments, use_reentrant=False)
+        return self.mixer(*arguments)

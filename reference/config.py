@@ -7,7 +7,8 @@ from typing import Any
 
 from reference.orders import SCAN_ORDERS
 
-POOL_TYPES = ("cls", "avg", "cls+avg", "cls_cat_avg")
+POOL_TYPES = ("cls", "avg", "cls+avg", "cls_cat_avg", "last")
+READOUTS = ("cls", "mean", "last", "tokens")
 CLIP_NORM_TYPES = ("l2", "none")
 
 
@@ -39,7 +40,8 @@ class VideoMambaConfig:
     bimamba: bool = True
     use_checkpoint: bool = False
     checkpoint_num: int = 0  # with use_checkpoint, the mixers of this many first layers recompute in the backward
-    pool_type: str = "cls+avg"
+    readout: str = "cls"  # of the classifier; a causal one needs another, see `VideoMamba`
+    pool_type: str = "cls+avg"  # of the encoder; a causal one needs "avg" or "last"
     clip_decoder_embed_dim: int | None = None  # None: embed_dim
     clip_output_dim: int = 512
     clip_norm_type: str = "l2"
@@ -79,7 +81,8 @@ class VideoMambaConfig:
             _require(_is_number(value) and 0 < value < float("inf"), name, value, "a positive number")
         for name in ("rms_norm", "residual_in_fp32", "fused_add_norm", "bimamba", "use_checkpoint", "add_pool_norm"):
             _require(getattr(self, name) in (True, False), name, getattr(self, name), "True or False")
-        for name, allowed in (("pool_type", POOL_TYPES), ("clip_norm_type", CLIP_NORM_TYPES), ("scan_order", SCAN_ORDERS)):
+        for name, allowed in (("pool_type", POOL_TYPES), ("readout", READOUTS), ("clip_norm_type", CLIP_NORM_TYPES),
+                              ("scan_order", SCAN_ORDERS)):  # fmt: skip
             _require(getattr(self, name) in allowed, name, getattr(self, name), "one of " + ", ".join(map(repr, allowed)))
         fits = len(self.sides) == 2 and all(_is_int(side) and side >= self.patch_size for side in self.sides)
         _require(fits, "img_size", self.img_size,

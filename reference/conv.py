@@ -33,7 +33,7 @@ def causal_conv1d(
         initial_state = x.new_zeros(x.shape[0], x.shape[2], K - 1)
     edge = initial_state.transpose(1, 2).to(x.dtype)
     line = torch.cat((x, edge) if reverse else (edge, x), dim=1)
-    final_state = line[:, : K - 1] if reverse else line[:, L:]
+    final_state = (line[:, : K - 1] if reverse else line[:, L:]).transpose(1, 2).clone()  # or the state would keep all of line
 
     precise = torch.promote_types(x.dtype, torch.float32)
     line, taps = line.to(precise), weight.to(precise)
@@ -43,4 +43,4 @@ def causal_conv1d(
         y = y + taps[:, w] * line[:, first : first + L]
     if activation is not None:
         y = F.silu(y)
-    return y.to(x.dtype), final_state.transpose(1, 2)
+    return y.to(x.dtype), final_state

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from reference.conv import causal_conv1d
 from reference.scan import selective_scan
-
-State = tuple[Tensor, Tensor]  # (conv_state (B, E, K-1), ssm_state (B, E, N))
+from reference.state import State, check_state, stream_dtype, zero_state
 
 
 class Direction(NamedTuple):
@@ -101,20 +100,38 @@ class Mamba(nn.Module):
         dt = torch.exp(uniform * math.log(dt_max / dt_min) + math.log(dt_min)).clamp(min=floor)
         self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
 
+    def init_state(self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> State:
+        """The state before the first token: zeros (B, E, K-1) in `dtype`, (B, E, N) in at least float32. By default the dtype
+        is what in_proj returns, under autocast its dtype, and the device that of the parameters.
+
+        Raises ValueError for a bidirectional mixer or no clips.
+        """
+        self._require_causal()
+        weight = self.in_proj.weight
+        place = weight.device if device is None else torch.device(device)
+        return zero_state(batch_size, self.d_inner, self.d_conv, self.d_state, dtype or stream_dtype(weight, place), place)
+
+    def _require_causal(self) -> None:
+        if self.bimamba:
+            raise ValueError(
+                "a bidirectional mixer has no state to carry: its backward direction starts at the end of the video and needs "
+                "the future. Run the whole clip at once, or build the mixer with bimamba=False"
+            )
+
     def forward(
         self, hidden: Float[Tensor, "B L D"], state: State | None = None, return_state: bool = False
     ) -> Float[Tensor, "B L D"] | tuple[Float[Tensor, "B L D"], State]:
         """Mix tokens. With `bimamba=False` a state carries a sequence over from call to call: chunks chained by it equal the
         whole, gradients included. Nothing is changed in place.
 
-        Raises ValueError if a state is given to, or asked of, a bidirectional mixer.
+        Raises ValueError if a state is given to, or asked of, a bidirectional mixer, and for a state of another shape or
+        device; TypeError for one of another dtype.
         """
-        if self.bimamba and (state is not None or return_state):
-            raise ValueError(
-                "a bidirectional mixer has no state to carry: its backward direction starts at the end of the video and needs "
-                "the future. Run the whole clip at once, or build the mixer with bimamba=False"
-            )
+        if state is not None or return_state:
+            self._require_causal()
         x, z = self.in_proj(hidden).chunk(2, dim=-1)
+        if state is not None:
+            check_state(state, x, self.d_conv, self.d_state, self.layer_idx)
         ahead = Direction(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
         y, state = self._scan(x, z, ahead, state)
         if self.bimamba:

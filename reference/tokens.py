@@ -1,5 +1,7 @@
 """From pixels to tokens: tubelet patches, positions, and the teacher's positions for the CLIP decoder."""
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -31,23 +33,88 @@ class PatchEmbed(nn.Module):
         return grid.flatten(3).permute(0, 2, 3, 1)
 
 
-def check_clip(clip: Tensor, config: VideoMambaConfig, use_image: bool) -> None:
-    """Raise ValueError unless the clip is what the model was built for."""
-    size: tuple[int, ...] = (config.channels, *config.sides)
+class Span(NamedTuple):
+    """Which tubelets of a video a clip holds: `start` to `start + tubelets - 1` of `total`. CLS comes with tubelet 0."""
+
+    start: int
+    tubelets: int
+    total: int
+
+    @property
+    def has_cls(self) -> bool:
+        return self.start == 0
+
+    def tokens(self, patches: int) -> range:
+        """Indices of this span's tokens in the whole video's, where CLS is token 0."""
+        return range(1 + self.start * patches - self.has_cls, 1 + (self.start + self.tubelets) * patches)
+
+
+def span_of(
+    clip: Tensor, config: VideoMambaConfig, use_image: bool = False, offset: int | None = None, total: int | None = None
+) -> Span:
+    """Which part of the video the clip is: without `offset` all of its `total` tubelets, else any number of whole tubelets
+    from that one on. `total` is by default the length of the temporal table.
+
+    Raises ValueError unless the clip is what the model was built for and lies within the video, TypeError for its dtype.
+    """
+    timeless = config.num_frames is None or use_image
+    for name, value, least in (("temporal_pos_offset", offset, 0), ("temporal_pos_total", total, 1)):
+        if value is None:
+            continue
+        if timeless:
+            raise ValueError(f"{name} is {value!r}; an image has no place in time, allowed is None")
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} is {value!r}; allowed are numbers of tubelets, integers from {least} up, or None")
+    t, length = config.kernel_size, 1 if use_image else total or config.tubelets
+
+    size: list[int | str] = [config.channels, *config.sides]
     if config.num_frames is not None:
-        size = (config.channels, config.kernel_size if use_image else config.num_frames, *config.sides)
-    if tuple(clip.shape[1:]) != size:
+        size.insert(1, "T" if offset is not None else length * t)
+    pairs = list(zip(clip.shape[1:], size, strict=False))
+    if clip.dim() != 1 + len(size) or any(due not in ("T", came) for came, due in pairs):
         layout = "(B, C, H, W)" if config.num_frames is None else "(B, C, T, H, W)"
         raise ValueError(f"clip has shape {tuple(clip.shape)}; this model takes {layout} = (B, {', '.join(map(str, size))})")
     if not clip.is_floating_point():
         raise TypeError(f"clip has dtype {clip.dtype}; allowed are floating-point dtypes, normalised as in training")
+    if offset is None:
+        return Span(0, length, length)
+
+    frames = clip.shape[2]
+    if frames == 0 or frames % t:
+        raise ValueError(f"a chunk of {frames} frames; allowed are whole tubelets, multiples of kernel_size ({t}): keep the "
+                         "frames that are left over for the next chunk")  # fmt: skip
+    span = Span(offset, frames // t, length)
+    if span.start + span.tubelets > length:
+        raise ValueError(
+            f"temporal_pos_offset is {offset}: tubelets {offset} to {offset + span.tubelets - 1} reach past the {length} of "
+            "the video; a longer one needs its length as temporal_pos_total, the same for all chunks: the temporal table is "
+            "stretched to it"
+        )
+    return span
 
 
-def check_mask(mask: Tensor, clips: int, length: int) -> None:
+def temporal_positions(table: Float[Tensor, "1 N D"], span: Span) -> Float[Tensor, "1 T D"]:
+    """Rows of the span from the temporal table stretched to its total length: row i is read at x = (i + 1/2) N / total - 1/2,
+    linearly between the rows on either side and constant beyond the ends (upstream's resizing when weights are loaded).
+
+    A table of the total length is left as it is. In at least float32, rounded once.
+    """
+    N = table.shape[1]
+    if span.total == N:
+        return table[:, span.start : span.start + span.tubelets]
+    precise = torch.promote_types(table.dtype, torch.float32)
+    with torch.autocast(table.device.type, enabled=False):
+        i = torch.arange(span.start, span.start + span.tubelets, dtype=torch.float64, device=table.device)
+        x = ((i + 0.5) * N / span.total - 0.5).clamp(0, N - 1)
+        shares = (1 - (x[:, None] - torch.arange(N, device=table.device)).abs()).clamp(min=0)  # of row n in position i
+        return (shares.to(precise) @ table.to(precise)).to(table.dtype)
+
+
+def check_mask(mask: Tensor, clips: int, length: int, has_cls: bool) -> None:
     """Raise ValueError unless a mask (B, L), True where a token is hidden, keeps CLS and as many tokens in every clip."""
     if mask.dtype != torch.bool or tuple(mask.shape) != (clips, length):
         raise ValueError(f"mask is {mask.dtype} {tuple(mask.shape)}; allowed is bool ({clips}, {length}), True = hidden")
-    if bool(mask[:, 0].any()):
+    if has_cls and bool(mask[:, 0].any()):
         raise ValueError("mask hides CLS (column 0); it must stay visible")
     visible = (~mask).sum(1)
     if int(visible.min()) != int(visible.max()):

@@ -1,8 +1,6 @@
 """VideoMamba: the classifier and the masked-pretraining encoder over one stack of bidirectional Mamba blocks."""
 
 import logging
-import math
-from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,13 +11,16 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from reference.block import Block, DropPath, Norm
+from reference.backbone import Backbone
+from reference.block import Norm
 from reference.config import VideoMambaConfig
-from reference.mixer import Mamba, State
-from reference.orders import temporal_order
-from reference.tokens import PatchEmbed, check_clip, check_mask, select, sincos_positions
+from reference.state import ModelState, State, packed, running_mean
+from reference.tokens import select, sincos_positions, span_of
 
 log = logging.getLogger("reference")
+
+
+BLIND = "CLS is token 0, to which a causal model (bimamba=False) shows nothing of the video"
 
 
 class EncoderOutput(NamedTuple):
@@ -37,122 +38,21 @@ class DistillOutput(NamedTuple):
     features: Tensor  # (B, L, distill_dim), unit length, CLS included
 
 
-class Backbone(nn.Module):
-    """Tokens in, tokens out: embedding, positions, blocks. The two models below differ in what they read from it.
-
-    CLS is token 0, patch p of tubelet f is token 1 + f*P + p. A clip's T' tubelets must be those of the temporal table.
-    """
-
-    def __init__(self, config: VideoMambaConfig, drop_path_rate: float) -> None:
-        super().__init__()
-        self.config = config
-        D, rate = config.embed_dim, config.drop_path_rate if config.drop_path_rate is not None else drop_path_rate
-        self.patch_embed = PatchEmbed(config)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.patches, D))
-        if config.num_frames is not None:
-            self.temporal_pos_embedding = nn.Parameter(torch.zeros(1, config.tubelets, D))
-        self.pos_drop = nn.Dropout(config.drop_rate)
-        rates = [rate * max(i - 1, 0) / max(config.depth - 1, 1) for i in range(config.depth)]  # upstream's: 0, 0, ...
-        self.layers = nn.ModuleList(Block(config, i, rates[i]) for i in range(config.depth))
-        self.drop_path = DropPath(rate)
-
-    @property
-    def final_norm(self) -> Norm:
-        """The norm after the last block."""
-        raise NotImplementedError
-
-    def _final_norm(self) -> Norm:
-        return Norm(self.config.embed_dim, self.config.norm_epsilon, "rms" if self.config.rms_norm else "layer")
-
-    @torch.no_grad()
-    def _init_weights(self) -> None:
-        """Upstream's effective initial values. Every Linear is redrawn; so delta starts at softplus(0) = 0.69."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        for module in self.modules():
-            if isinstance(module, Mamba):
-                nn.init.kaiming_uniform_(module.out_proj.weight, a=math.sqrt(5))
-                module.out_proj.weight /= math.sqrt(self.config.depth)
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that upstream's optimisers do not decay (besides biases and vectors)."""
-        return {"pos_embed", "cls_token", "temporal_pos_embedding"} & {name for name, _ in self.named_parameters()}
-
-    def embed(
-        self, clip: Float[Tensor, "B C *T H W"], mask: Bool[Tensor, "B L"] | None = None, use_image: bool = False
-    ) -> Float[Tensor, "B V D"]:
-        """Visible tokens, CLS first: X[0] = cls + pos[0]; X[1 + f*P + p] = patch(f, p) + pos[1 + p] + temporal[f].
-
-        `use_image` takes a clip of one tubelet without its temporal position. Raises ValueError for a clip or mask of
-        another shape.
-        """
-        check_clip(clip, self.config, use_image)
-        patches = self.patch_embed(clip) + self.pos_embed[:, None, 1:]
-        if self.config.num_frames is not None and not use_image:
-            patches = patches + self.temporal_pos_embedding[:, :, None]
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(clip.shape[0], -1, -1)
-        tokens = self.pos_drop(torch.cat((cls, patches.flatten(1, 2)), dim=1))
-        if mask is not None:
-            check_mask(mask, *tokens.shape[:2])
-        return select(tokens, mask)
-
-    def encode(
-        self, tokens: Float[Tensor, "B V D"], mask: Bool[Tensor, "B L"] | None = None, *,
-        state: Sequence[State] | None = None, return_state: bool = False, taps: Sequence[int] = (),
-    ) -> tuple[Tensor, list[State] | None, list[Tensor]]:  # fmt: skip
-        """Run the blocks and the final norm over embedded tokens.
-
-        `state` has one (conv_state, ssm_state) per layer; it continues a token sequence that was cut (causal models in spatial
-        order only). `taps` names layers whose output is returned, ascending: final-norm(output), but for the last layer the raw
-        residual stream: upstream's feature, which leaves out the last mixer when fused_add_norm, and has it otherwise.
-
-        Returns (normed tokens in storage order, new state or None, tapped features).
-        """
-        config, carried = self.config, state is not None or return_state
-        if carried and config.scan_order != "spatial":
-            raise ValueError(f"scan_order is {config.scan_order!r}; a state can only be carried in 'spatial' order")
-        if state is not None and len(state) != config.depth:
-            raise ValueError(f"state has {len(state)} entries; allowed: one per layer ({config.depth})")
-        order = None if config.scan_order == "spatial" else self._order(tokens, mask)
-
-        hidden, states, features = tokens, [], []
-        residual: Any = None
-        for i, layer in enumerate(self.layers):
-            hidden, residual, new = layer(hidden, residual, order, state[i] if state is not None else None, return_state)
-            states.append(new)
-            if i - 1 in taps:
-                features.append(self.final_norm(residual.to(self.final_norm.weight.dtype)))
-        hidden = self.drop_path(hidden)
-        if config.fused_add_norm:
-            last = residual
-            hidden = self.final_norm.add(hidden, residual, prenorm=False)
-        else:
-            last = residual + hidden
-            hidden = self.final_norm(last.to(self.final_norm.weight.dtype))
-        if config.depth - 1 in taps:
-            features.append(last)
-        return hidden, states if carried else None, features
-
-    def _order(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        """The temporal walk of these tokens: of CLS and whole frames, or of what a mask has left of them."""
-        length, patches = tokens.shape[1] if mask is None else mask.shape[1], self.config.patches
-        if (length - 1) % patches:
-            raise ValueError(f"{length} tokens are not CLS and frames of {patches} patches; pass the mask that left them")
-        return temporal_order((length - 1) // patches, patches, None if mask is None else ~mask, tokens.device)
-
-
 class VideoMamba(Backbone):
-    """The classifier: clip (B, C, T, H, W), or image (B, C, H, W), to logits (B, num_classes), read from CLS.
+    """The classifier: clip (B, C, T, H, W), or image (B, C, H, W), to logits (B, num_classes), read by `config.readout` from
+    CLS ("cls", upstream's), the mean of the patch tokens ("mean") or the last of them ("last"), or for every patch token
+    ("tokens": logits (B, T'*P, num_classes)).
 
-    Its state_dict is upstream's (video_sm; image_sm for num_frames None; the distillation student with distill_dim).
+    With bimamba=False it streams: chunk by chunk it gives what the whole video gives, "mean" and "last" of all that was seen
+    so far. CLS sees nothing then and cannot be read. Its state_dict is upstream's (video_sm; image_sm for num_frames None;
+    the distillation student with distill_dim).
     """
 
     def __init__(self, config: VideoMambaConfig) -> None:
+        if not config.bimamba and config.readout == "cls":
+            raise ValueError(
+                f"readout is 'cls'; {BLIND}: all clips would get the same logits; allowed: 'mean', 'last' or 'tokens'"
+            )
         super().__init__(config, drop_path_rate=0.1)
         self.norm_f = self._final_norm()
         self.head = nn.Linear(config.embed_dim, config.num_classes) if config.num_classes else nn.Identity()
@@ -165,13 +65,39 @@ class VideoMamba(Backbone):
     def final_norm(self) -> Norm:
         return self.norm_f
 
-    def forward(self, clip: Float[Tensor, "B C *T H W"]) -> Tensor | DistillOutput:
-        """Logits (B, num_classes); with distill_dim also the unit-length features of all tokens, as a `DistillOutput`."""
-        tokens, _, _ = self.encode(self.embed(clip))
-        logits = self.head(self.head_drop(tokens[:, 0]))
-        if self.config.distill_dim is None:
-            return logits
-        return DistillOutput(logits, F.normalize(self.distill_head(tokens), dim=-1))
+    @property
+    def reads_mean(self) -> bool:
+        return self.config.readout == "mean"
+
+    def forward(
+        self, clip: Float[Tensor, "B C *T H W"], *, ssm_state: ModelState | None = None, return_state: bool = False,
+        temporal_pos_offset: int | None = None, temporal_pos_total: int | None = None,
+    ) -> Any:  # fmt: skip
+        """Logits; with distill_dim also the unit-length features of all tokens, as a `DistillOutput`. With `return_state` a
+        pair of that and the state for the next chunk's `ssm_state`.
+
+        A chunk says with `temporal_pos_offset` how many tubelets went before. `temporal_pos_total`: see `embed`. Raises
+        ValueError or TypeError for a clip, place or state that does not fit, and for a bidirectional model in chunks.
+        """
+        before, mean, offset = self._stream(ssm_state, return_state, temporal_pos_offset)
+        tokens = self.embed(clip, temporal_pos_offset=offset, temporal_pos_total=temporal_pos_total)
+        tokens, state, _ = self.encode(tokens, state=before, return_state=return_state)
+        read, mean = self._read(tokens, tokens[:, int(not offset) :], mean)
+        output: Any = self.head(self.head_drop(read))
+        if self.config.distill_dim is not None:
+            output = DistillOutput(output, F.normalize(self.distill_head(tokens), dim=-1))
+        return (output, packed([*state, mean] if mean else state, ssm_state)) if return_state else output
+
+    def _read(self, tokens: Tensor, patches: Tensor, before: State | None) -> tuple[Tensor, State | None]:
+        """What the head reads, and the running mean to carry on."""
+        match self.config.readout:
+            case "mean":
+                return running_mean(patches, before)
+            case "last":
+                return patches[:, -1], None
+            case "tokens":
+                return patches, None
+        return tokens[:, 0], None
 
 
 class ClipDecoder(nn.Module):
@@ -189,9 +115,17 @@ class ClipDecoder(nn.Module):
 
 
 class VideoMambaEncoder(Backbone):
-    """The encoder of masked pretraining and of video-text models (upstream's PretrainVideoMamba and video_sm pretrain)."""
+    """The encoder of masked pretraining and of video-text models (upstream's PretrainVideoMamba and video_sm pretrain).
+
+    With bimamba=False it streams, as `VideoMamba` does; CLS sees nothing then and no pool_type may use it.
+    """
 
     def __init__(self, config: VideoMambaConfig) -> None:
+        if not config.bimamba and config.add_pool_norm and config.pool_type not in ("avg", "last"):
+            raise ValueError(
+                f"pool_type is {config.pool_type!r}; {BLIND}; allowed: 'avg' (of all tokens so far), 'last', or "
+                "add_pool_norm=False for tokens alone"
+            )
         super().__init__(config, drop_path_rate=0.0)
         self.norm = self._final_norm()
         self.clip_decoder = nn.ModuleList(ClipDecoder(config) for _ in range(config.clip_return_layer))
@@ -203,47 +137,64 @@ class VideoMambaEncoder(Backbone):
     def final_norm(self) -> Norm:
         return self.norm
 
+    @property
+    def reads_mean(self) -> bool:
+        return self.config.add_pool_norm and self.config.pool_type == "avg"
+
     def forward(
-        self,
-        clip: Float[Tensor, "B C *T H W"],
-        mask: Bool[Tensor, "B L"] | None = None,
-        use_image: bool = False,
-        keep_temporal: bool = False,
-    ) -> EncoderOutput:
-        """mask (B, L), True where a token is hidden, CLS (column 0) visible. `use_image`: a clip of one tubelet, without
-        temporal position. `keep_temporal`: pool each tubelet by itself; the visible tokens must divide by the tubelets.
+        self, clip: Float[Tensor, "B C *T H W"], mask: Bool[Tensor, "B L"] | None = None, use_image: bool = False,
+        keep_temporal: bool = False, *, ssm_state: ModelState | None = None, return_state: bool = False,
+        temporal_pos_offset: int | None = None, temporal_pos_total: int | None = None,
+    ) -> Any:  # fmt: skip
+        """mask (B, L), True where a token of this clip is hidden, CLS (column 0) visible. `use_image`: a clip of one tubelet,
+        without temporal position. `keep_temporal`: pool each tubelet by itself; the visible tokens must divide by the tubelets.
 
-        Raises ValueError for a clip or mask of another shape.
+        Returns an `EncoderOutput`; with `return_state` a pair of that and the state for the next chunk's `ssm_state`. Tokens,
+        aligned features and tubelets' pools of chunks, side by side, are the whole's; `pooled` is of all tokens so far.
+
+        A chunk says with `temporal_pos_offset` how many tubelets went before. `temporal_pos_total`: see `embed`. Raises
+        ValueError or TypeError for a clip, mask, place or state that does not fit, and for a bidirectional model in chunks.
         """
-        tokens = self.embed(clip, mask, use_image)
-        length = 1 + self.config.patches * (1 if use_image else self.config.tubelets)
-        tokens, _, features = self.encode(tokens, mask, taps=self.config.student_layers())
-        return EncoderOutput(
-            tokens[:, 1:] if self.config.add_pool_norm else tokens,
-            self._pool(tokens, (length - 1) // self.config.patches, keep_temporal) if self.config.add_pool_norm else None,
-            self._decode(features, mask, length) if features else None,
-        )
+        config = self.config
+        before, mean, offset = self._stream(ssm_state, return_state, temporal_pos_offset, use_image)
+        tokens = self.embed(clip, mask, use_image, temporal_pos_offset=offset, temporal_pos_total=temporal_pos_total)
+        tokens, state, features = self.encode(
+            tokens, mask, state=before, return_state=return_state, taps=config.student_layers()
+        )  # fmt: skip
+        span = span_of(clip, config, use_image, offset, temporal_pos_total)
+        decoded = self._decode(features, mask, span.tokens(config.patches)) if features else None
+        output = EncoderOutput(tokens, None, decoded)
+        if config.add_pool_norm:
+            cls, rest = tokens[:, : span.has_cls], tokens[:, span.has_cls :]
+            pooled, mean = self._pool(cls, rest, span.tubelets, keep_temporal, mean)
+            output = EncoderOutput(rest, self.pool_norm(pooled), decoded)
+        return (output, packed([*state, mean] if mean else state, ssm_state)) if return_state else output
 
-    def _decode(self, features: list[Tensor], mask: Tensor | None, length: int) -> Tensor:
+    def _decode(self, features: list[Tensor], mask: Tensor | None, places: range) -> Tensor:
         """Features (B, V, D) of K layers to (K, B, V, clip_output_dim); each token gets its fixed position first."""
-        positions = sincos_positions(length, features[0].shape[-1]).to(features[0].device)
+        positions = sincos_positions(places.stop, features[0].shape[-1])[places.start :].to(features[0].device)
         visible = select(positions.expand(features[0].shape[0], -1, -1), mask)
         decoded = [decoder(f + visible.to(f.dtype)) for decoder, f in zip(self.clip_decoder, features, strict=True)]
         return torch.stack(decoded)
 
-    def _pool(self, tokens: Tensor, tubelets: int, keep_temporal: bool) -> Tensor:
-        """Pool final-normed tokens, CLS first, by pool_type. As upstream, cls_cat_avg with keep_temporal adds like cls+avg."""
-        cls, rest, kind = tokens[:, :1], tokens[:, 1:], self.config.pool_type
+    def _pool(
+        self, cls: Tensor, rest: Tensor, tubelets: int, keep_temporal: bool, before: State | None
+    ) -> tuple[Tensor, State | None]:
+        """Pool final-normed tokens by pool_type, and carry the mean on. As upstream, cls_cat_avg with keep_temporal adds like
+        cls+avg."""
+        kind = self.config.pool_type
         if kind == "cls":
-            return self.pool_norm(cls)
+            return cls, None
         if keep_temporal and rest.shape[1] % tubelets:
             raise ValueError(f"keep_temporal: {rest.shape[1]} visible tokens do not divide into {tubelets} equal tubelets")
-        average = rest.unflatten(1, (tubelets if keep_temporal else 1, -1)).mean(2)
+        parts = rest.unflatten(1, (tubelets if keep_temporal else 1, -1))
+        if kind == "last":
+            return parts[:, :, -1], None
+        average = parts.mean(2)
         if kind == "avg":
-            return self.pool_norm(average)
-        if kind == "cls_cat_avg" and not keep_temporal:
-            return self.pool_norm(torch.cat((cls, average), dim=1))
-        return self.pool_norm(cls + average)
+            so_far, after = running_mean(rest, before)
+            return average if keep_temporal else so_far[:, None], after
+        return torch.cat((cls, average), dim=1) if kind == "cls_cat_avg" and not keep_temporal else cls + average, None
 
 
 def build_videomamba(config: SimpleNamespace | VideoMambaConfig) -> VideoMambaEncoder:

@@ -24,7 +24,7 @@ def test_fields_and_defaults_are_the_same_in_both():
         [(f.name, f.default) for f in dataclasses.fields(importlib.import_module(name).VideoMambaConfig)]
         for name in ("reference", "fused")
     ]
-    assert fields[0] == fields[1] and len(fields[0]) == 31
+    assert fields[0] == fields[1] and len(fields[0]) == 32
 
 
 # field, wrong value, what the message must say is allowed; other fields that make it wrong
@@ -52,7 +52,8 @@ WRONG = [
     ("norm_epsilon", 0, "positive number", {}),
     ("norm_epsilon", float("inf"), "positive number", {}),
     ("checkpoint_num", -1, "from 0 up", {}),
-    ("pool_type", "max", "'cls', 'avg', 'cls+avg', 'cls_cat_avg'", {}),
+    ("pool_type", "max", "'cls', 'avg', 'cls+avg', 'cls_cat_avg', 'last'", {}),
+    ("readout", "avg", "'cls', 'mean', 'last', 'tokens'", {}),
     ("clip_decoder_embed_dim", 768, "embed_dim (192)", {}),
     ("clip_output_dim", 0, "positive integer", {}),
     ("clip_norm_type", None, "'l2', 'none'", {}),
@@ -158,7 +159,7 @@ def test_derived_values(package):
 BACKBONE = {
     "img_size": 32, "patch_size": 16, "depth": 3, "embed_dim": 32, "channels": 2, "drop_path_rate": 0.25,
     "ssm_cfg": {"d_state": 8}, "norm_epsilon": 1e-6, "fused_add_norm": False, "rms_norm": False, "residual_in_fp32": False,
-    "bimamba": False, "pool_type": "cls_cat_avg", "kernel_size": 2, "num_frames": 4, "use_checkpoint": True,
+    "bimamba": False, "pool_type": "last", "kernel_size": 2, "num_frames": 4, "use_checkpoint": True,
     "checkpoint_num": 1, "clip_decoder_embed_dim": 32, "clip_output_dim": 12, "clip_return_layer": 2,
     "clip_student_return_interval": 2, "pretrained": None,
 }  # fmt: skip
@@ -169,7 +170,7 @@ def test_builder_takes_every_field_of_the_backbone(package, caplog):
     assert isinstance(model, package.VideoMambaEncoder) and not caplog.records
     assert model.config == package.VideoMambaConfig(**BACKBONE, clip_norm_type="none")
     out = model(torch.randn(2, 2, 4, 32, 32))
-    assert out.pooled.shape == (2, 2, 32) and out.clip.shape == (2, 2, 9, 12)
+    assert out.pooled.shape == (2, 1, 32) and out.clip.shape == (2, 2, 9, 12)
 
 
 def test_builder_needs_no_field(package):
@@ -182,8 +183,9 @@ def test_builder_needs_no_field(package):
 def test_builder_does_without_any_one_field(package, name):
     rest = {k: v for k, v in BACKBONE.items() if k != name}
     with torch.device("meta"):
-        if name == "embed_dim":  # the decoder's width says 32, the default width is 192
-            with pytest.raises(ValueError, match="clip_decoder_embed_dim"):
+        # the decoder's width says 32, the default width is 192; CLS, which the default pools too, is blind in a causal model
+        if name in ("embed_dim", "pool_type"):
+            with pytest.raises(ValueError, match={"embed_dim": "clip_decoder_embed_dim"}.get(name, name)):
                 package.build_videomamba(SimpleNamespace(vision_encoder=SimpleNamespace(**rest)))
         else:
             model = package.build_videomamba(SimpleNamespace(vision_encoder=SimpleNamespace(**rest)))

@@ -97,7 +97,7 @@ def test_keep_temporal_needs_equal_tubelets(package):
 
 @pytest.mark.parametrize("order", ["temporal", "alternating", "both"])
 def test_a_state_needs_the_spatial_order(package, order):
-    model = model_of(package, "VideoMamba", bimamba=False, scan_order=order)
+    model = model_of(package, "VideoMamba", bimamba=False, readout="last", scan_order=order)
     with pytest.raises(ValueError, match=f"scan_order is '{order}'.*'spatial'"):
         model.encode(model.embed(CLIP), return_state=True)
 
@@ -118,7 +118,7 @@ def test_a_bidirectional_model_has_no_state(package):
 
 
 def test_a_state_of_other_layers(package):
-    model = model_of(package, "VideoMamba", bimamba=False)
+    model = model_of(package, "VideoMamba", bimamba=False, readout="last")
     with pytest.raises(ValueError, match=r"state has 1 entries; allowed: one per layer \(2\)"):
         model.encode(model.embed(CLIP), state=[(torch.zeros(2, 64, 3), torch.zeros(2, 64, 16))])
 
@@ -156,7 +156,7 @@ def test_a_backend_that_cannot_run_here(backend):
 
 @pytest.mark.parametrize("backend", ["mamba_ssm", "mamba_ssm_inner"])
 def test_a_backend_that_cannot_carry_a_state(backend):
-    model = model_of_backend(importlib.import_module("fused"), backend, bimamba=False)
+    model = model_of_backend(importlib.import_module("fused"), backend, bimamba=False, readout="last")
     tokens, state = torch.zeros(2, 17, 32), (torch.zeros(2, 64, 3), torch.zeros(2, 64, 16))
     for call in (
         lambda: model.encode(tokens, state=[state, state]),

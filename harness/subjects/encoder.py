@@ -24,16 +24,17 @@ def cases(grid: str) -> list[Case]:
         ("mask",), ("mask", "unfused"), ("mask", "order=alternating"), ("mask", "order=both"), ("pool=cls_cat_avg",),
         ("pool=avg", "temporal"), ("pool=cls", "layernorm"), ("one",),
     ]  # fmt: skip
-    small = shape(2, 2, 32, 32)
+    small, longer = shape(2, 2, 32, 32), shape(2, 3, 32, 32)
+    streams = [(longer, ("causal", "state", *v)) for v in (("pool=avg", "mask"), ("pool=last", "temporal"))]
     if grid == "smoke":
         return [
             *tiny,
-            *modules.precisions([(small, v) for v in variants], "encoder", half=False),
+            *modules.precisions([*((small, v) for v in variants), *streams], "encoder", half=False),
             *modules.precisions([(shape(1, 4, 64, 192), ("mask", "video"))], "encoder", half=False),
         ]
     return [
         *tiny,
-        *modules.precisions([(small, v) for v in variants], "encoder", half=True),
+        *modules.precisions([*((small, v) for v in variants), *streams], "encoder", half=True),
         *modules.precisions([(shape(2, 8, 64, 192), ("temporal",))], "encoder", half=True),
         *modules.precisions([(shape(2, 8, 224, 576), ("mask", "video"))], "encoder", half=True),
     ]
@@ -85,11 +86,44 @@ def steps(case: Case) -> float:
     return 1.5 * videomamba.steps(case) / (4 if case.has("mask") else 1)
 
 
+def pieces(case: Case) -> int:
+    """Tubelets."""
+    return case["T"]
+
+
+def time_axes(case: Case) -> dict[str, int]:
+    """Frames of the clip and tokens of what is aligned, both on axis 2; tokens, and tubelets if they are pooled."""
+    return {"clip": 2, "tokens": 1} | ({"pooled": 1} if case.has("temporal") else {})
+
+
 def evaluate(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tokens, pooled and aligned features."""
+    """Tokens, pooled and aligned features, and of a causal encoder every layer's states."""
+    if case.has("state"):
+        return chunked(call, case, leaves, (0,))
     hidden = mask(case)
     hidden = hidden.to(leaves["clip"].device) if hidden is not None else None
     model = modules.on_meta(build, call, case)
     with modules.precision(case, leaves):
         out = modules.call(model, leaves, lambda m, x: m(x, hidden, case.has("one"), case.has("temporal")), leaves["clip"])
     return dict(out._asdict())
+
+
+def chunked(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor], cuts: tuple[int, ...]) -> dict[str, Tensor]:
+    """A video sent through the encoder chunk by chunk, each with its part of the mask."""
+    whole, patches = mask(case), (case["S"] // 16) ** 2
+
+    def hidden(start: int, stop: int) -> Tensor | None:
+        return None if whole is None else whole[:, 1 + start * patches - (start == 0) : 1 + stop * patches]
+
+    how = {"mask": hidden, "keep_temporal": lambda start, stop: case.has("temporal")}
+    model = modules.on_meta(build, call, case)
+    with modules.precision(case, leaves):
+        parts, states = modules.call(model, leaves, lambda m, x: videomamba.stream(m, case, x, cuts, how), leaves["clip"])
+    return outputs(parts, case) | videomamba.named(states)
+
+
+def outputs(parts: list[Any], case: Case) -> dict[str, Tensor]:
+    """What the chunks gave, side by side; of what is pooled over all so far, the last."""
+    pooled = torch.cat([p.pooled for p in parts], dim=1) if case.has("temporal") else parts[-1].pooled
+    tokens, clip = torch.cat([p.tokens for p in parts], dim=1), torch.cat([p.clip for p in parts], dim=2)
+    return {"tokens": tokens, "pooled": pooled, "clip": clip}

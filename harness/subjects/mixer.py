@@ -85,10 +85,12 @@ def chunked(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor], cut
     if not case.has("state"):
         with modules.precision(case, leaves):
             return {"out": modules.call(module, leaves, lambda m, x: m(x), leaves["hidden"])}
-    state, outputs = (leaves["conv_state"], leaves["ssm_state"]), []
-    for start, stop in zip(cuts, (*cuts[1:], case["L"]), strict=True):
-        part = leaves["hidden"][:, start:stop]
+
+    def step(start: int, stop: int, state: Any) -> Any:
         with modules.precision(case, leaves):
-            out, state = modules.call(module, leaves, lambda m, x, s: m(x, state=s, return_state=True), part, state)
-        outputs.append(out)
+            part = leaves["hidden"][:, start:stop]
+            return modules.call(module, leaves, lambda m, x, s: m(x, state=s, return_state=True), part, state)
+
+    state = leaves["conv_state"], leaves["ssm_state"]
+    outputs, state = modules.chained(step, cuts, case["L"], state)
     return {"out": torch.cat(outputs, dim=1), "conv_state": state[0], "ssm_state": state[1]}

@@ -26,12 +26,16 @@ def cases(grid: str) -> list[Case]:
         L = 1 + T * (S // 16) ** 2
         return {"B": B, "T": T, "S": S, "D": D, "L": L}
 
-    tiny = [Case("videomamba", tuple(shape(1, 2, 32, 4).items()), o, "float64") for o in ((), ("order=both",))]
+    drawn: list[tuple[str, ...]] = [(), ("order=both",), ("causal", "state", "readout=mean", "stretch")]
+    tiny = [Case("videomamba", tuple(shape(1, 2, 32, 4).items()), o, "float64") for o in drawn]
     variants: list[tuple[str, ...]] = [
         ("layernorm",), ("unfused",), ("tubelet2",), ("order=temporal",), ("order=alternating",), ("order=both",),
         ("causal", "state"),
     ]  # fmt: skip
     small = [(shape(2, 2, 32, 32), v) for v in variants] + [(shape(2, 1, 32, 32), ("image",))]
+    streams = [(shape(2, 3, 32, 32), ("readout=last",)), (shape(2, 4, 32, 32), ("readout=tokens", "tubelet2")),
+               (shape(1, 4, 64, 192), ("readout=mean", "stretch", "video"))]  # fmt: skip
+    small += [(sizes, ("causal", "state", *options)) for sizes, options in streams]
     if grid == "smoke":
         return [
             *tiny,
@@ -42,6 +46,7 @@ def cases(grid: str) -> list[Case]:
         *tiny,
         *modules.precisions(small, "videomamba", half=True),
         *modules.precisions([(shape(2, 8, 64, 192), ()), (shape(2, 8, 64, 384), ("video",))], "videomamba", half=True),
+        *modules.precisions([(shape(2, 8, 64, 192), ("causal", "state", "readout=tokens", "video"))], "videomamba", half=True),
         *modules.precisions([(shape(2, 8, 224, 192), ("video",)), (shape(2, 8, 224, 576), ())], "videomamba", half=False),
     ]
 
@@ -67,10 +72,11 @@ def config(case: Case) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "img_size": case["S"], "depth": 2, "embed_dim": case["D"], "num_frames": case["T"], "num_classes": 10,
         "drop_path_rate": 0.0, "scan_order": case.option("order", "spatial"),
+        "readout": case.option("readout", "tokens" if case.has("causal") else "cls"),
     }  # fmt: skip
     for word in case.options:
         fields |= NAMED.get(word, {})
-    return fields
+    return fields | ({"num_frames": case["T"] // 2} if case.has("stretch") else {})
 
 
 def build(call: Callable[..., Any], case: Case) -> nn.Module:
@@ -111,13 +117,30 @@ def steps(case: Case) -> float:
     return case["L"] * (1 + case["B"] * case["D"] * 32 / 20000) * (8 if case.option("order", "") == "both" else 4)
 
 
+def pieces(case: Case) -> int:
+    """A model is cut between tubelets; embedded tokens, where no readout is named, anywhere."""
+    return case["T"] // tubelet(case) if by_tubelets(case) else case["L"]
+
+
+def by_tubelets(case: Case) -> bool:
+    """Whether it is the video that is cut."""
+    return case.has("state") and case.option("readout", "") != ""
+
+
+def tubelet(case: Case) -> int:
+    """Frames of a tubelet."""
+    return config(case).get("kernel_size", 1)
+
+
 def time_axes(case: Case) -> dict[str, int]:
-    """Tokens on axis 1. The clip has none: its gradient is asked whole."""
-    return {"tokens": 1}
+    """Frames on axis 2, tokens and their logits on axis 1. Where embedded tokens are cut, the clip is asked whole."""
+    if not by_tubelets(case):
+        return {"tokens": 1}
+    return {"clip": 2} | ({"logits": 1} if case.option("readout", "") == "tokens" else {})
 
 
 def evaluate(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Logits, or in a causal model with state the final tokens and every layer's states."""
+    """Logits; in a causal model also every layer's states, and where no readout is named the final tokens for logits."""
     if case.has("state"):
         return chunked(call, case, leaves, (0,))
     model = modules.on_meta(build, call, case)
@@ -126,17 +149,51 @@ def evaluate(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor]) ->
 
 
 def chunked(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor], cuts: tuple[int, ...]) -> dict[str, Tensor]:
-    """Embedded tokens cut anywhere and sent through all layers chunk by chunk."""
+    """A video, or its embedded tokens, sent through all layers chunk by chunk."""
 
-    def run(model: Any, clip: Tensor) -> tuple[Tensor, Any]:
-        tokens, state, outputs = model.embed(clip), None, []
-        for start, stop in zip(cuts, (*cuts[1:], case["L"]), strict=True):
-            out, state, _ = model.encode(tokens[:, start:stop], state=state, return_state=True)
-            outputs.append(out)
-        return torch.cat(outputs, dim=1), state
+    def of_tokens(model: Any, clip: Tensor) -> tuple[dict[str, Tensor], Any]:
+        tokens = model.embed(clip)
+
+        def step(start: int, stop: int, state: Any) -> tuple[Tensor, Any]:
+            return model.encode(tokens[:, start:stop], state=state, return_state=True)[:2]
+
+        outputs, state = modules.chained(step, cuts, case["L"], None)
+        return {"tokens": torch.cat(outputs, dim=1)}, state
+
+    def of_tubelets(model: Any, clip: Tensor) -> tuple[dict[str, Tensor], Any]:
+        outputs, state = stream(model, case, clip, cuts, {})
+        return {"logits": torch.cat(outputs, dim=1) if case.option("readout", "") == "tokens" else outputs[-1]}, state
 
     model = modules.on_meta(build, call, case)
     with modules.precision(case, leaves):
-        tokens, states = modules.call(model, leaves, run, leaves["clip"])
-    named = {f"{kind}_state.{i}": s for i, layer in enumerate(states) for kind, s in zip(("conv", "ssm"), layer, strict=True)}
-    return {"tokens": tokens} | named
+        run = of_tubelets if by_tubelets(case) else of_tokens
+        outputs, states = modules.call(model, leaves, run, leaves["clip"])
+    return outputs | named(states)
+
+
+def stream(
+    model: Any, case: Case, clip: Tensor, cuts: tuple[int, ...], how: dict[str, Callable[[int, int], Any]]
+) -> tuple[list[Any], Any]:
+    """Outputs of the chunks and the last state; the whole at once for no cuts. `how` are more keywords, by tubelets."""
+    t, total = tubelet(case), pieces(case) if case.has("stretch") else None
+
+    def step(start: int, stop: int, state: Any) -> tuple[Any, Any]:
+        if len(cuts) == 1:
+            return model(clip, return_state=True, temporal_pos_total=total, **{k: v(start, stop) for k, v in how.items()})
+        if start:
+            modules.refuses(ask, start, stop, state)
+        return ask(start, stop, state)
+
+    def ask(start: int, stop: int, state: Any) -> tuple[Any, Any]:
+        return model(
+            clip[:, :, t * start : t * stop], **{k: v(start, stop) for k, v in how.items()}, ssm_state=state,
+            return_state=True, temporal_pos_offset=start, temporal_pos_total=total,
+        )  # fmt: skip
+
+    return modules.chained(step, cuts, pieces(case), model.init_state(len(clip)))
+
+
+def named(states: Any) -> dict[str, Tensor]:
+    """The tensors of a model's state under names; a count, which is no real number, is left out."""
+    found = {f"{kind}_state.{i}": x for i, pair in enumerate(states) for kind, x in zip(("conv", "ssm"), pair, strict=True)}
+    return {k: x for k, x in found.items() if x.is_floating_point()}

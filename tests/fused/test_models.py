@@ -97,8 +97,13 @@ CLASSIFIERS = {
     "small-patch-tubelet": {"patch_size": 8, "img_size": 16, "kernel_size": 4, "stride": 4},
     "ssm": {"ssm_cfg": {"expand": 3, "d_state": 5, "d_conv": 3, "dt_rank": 7}},
     "ssm-bias": {"ssm_cfg": {"bias": True, "conv_bias": False, "expand": 1, "d_conv": 2}},
-    "forward-only": {"bimamba": False},
-    "forward-only-both": {"bimamba": False, "scan_order": "both"},
+    "forward-only": {"bimamba": False, "readout": "last"},
+    "forward-only-both": {"bimamba": False, "scan_order": "both", "readout": "mean"},
+    "forward-only-temporal": {"bimamba": False, "scan_order": "temporal", "readout": "last"},
+    "mean": {"readout": "mean"},
+    "last-temporal": {"readout": "last", "scan_order": "temporal"},
+    "tokens": {"readout": "tokens", "kernel_size": 2},
+    "tokens-distill": {"readout": "tokens", "distill_dim": 12},
     "bias-both": {"ssm_cfg": {"bias": True}, "scan_order": "both"},
     **{order: {"scan_order": order, "depth": 3} for order in ORDERS},
 }
@@ -134,7 +139,7 @@ def test_encoder(overrides, masked):
     assert_same(results(fast, clip_of(config), mask=mask), results(plain, clip_of(config), mask=mask))
 
 
-@pytest.mark.parametrize("kind", ["cls", "avg", "cls+avg", "cls_cat_avg"])
+@pytest.mark.parametrize("kind", ["cls", "avg", "cls+avg", "cls_cat_avg", "last"])
 def test_pooling(kind):
     plain, fast = models("VideoMambaEncoder", {"pool_type": kind, "depth": 1, "kernel_size": 2, "scan_order": "temporal"})
     mask = mask_of(9, tubelets=2)
@@ -163,7 +168,7 @@ def test_clip_features_alone_leave_the_same_parameters_without_gradient():
 
 @pytest.mark.parametrize("cut", [1, 5, 16])
 def test_state_carries_a_causal_model_over_a_cut(cut):
-    plain, fast = models("VideoMamba", {"bimamba": False})
+    plain, fast = models("VideoMamba", {"bimamba": False, "readout": "last"})
     embedded = fast.embed(clip_of(plain.config))
     whole, whole_state, _ = fast.encode(embedded, return_state=True)
     first, state, _ = fast.encode(embedded[:, :cut], return_state=True)
@@ -216,7 +221,9 @@ def test_hidden_pixels_are_not_read():
 
 
 @pytest.mark.parametrize("kind", ["VideoMamba", "VideoMambaEncoder"])
-@pytest.mark.parametrize("overrides", [{}, {"rms_norm": False, "bimamba": False}, IMAGE | {"distill_dim": 9}])
+@pytest.mark.parametrize(
+    "overrides", [{}, {"rms_norm": False, "bimamba": False, "readout": "mean", "pool_type": "avg"}, IMAGE | {"distill_dim": 9}]
+)
 def test_state_dict_layout(kind, overrides):
     plain, fast = (getattr(p, kind)(p.VideoMambaConfig(**TOY | overrides)) for p in (reference, fused))
     shapes = [{k: (v.shape, v.dtype) for k, v in m.state_dict().items()} for m in (plain, fast)]

@@ -1,0 +1,13 @@
+"""CLS enters with every chunk of a video, not with the first alone."""
+
+from contextlib import AbstractContextManager
+from unittest import mock
+
+from fused.tokens import Span
+
+WHERE = ("--subject", "videomamba", "--check", "chunks", "--impl", "fused:torch", "--case", "*readout=last*")
+
+
+def plant() -> AbstractContextManager[object]:
+    """The context in which the bug is there."""
+    return mock.patch.object(Span, "cls", 1)

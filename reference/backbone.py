@@ -1,0 +1,182 @@
+"""What the two models of `videomamba.py` share: embedding, positions, blocks, final norm, and how a video comes in chunks."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from reference.block import Block, DropPath, Norm
+from reference.config import VideoMambaConfig
+from reference.mixer import Mamba
+from reference.orders import temporal_order
+from reference.state import ModelState, State, entries, packed, zero_mean
+from reference.tokens import PatchEmbed, check_mask, select, span_of, temporal_positions
+
+
+class Backbone(nn.Module):
+    """Tokens in, tokens out: embedding, positions, blocks. The two models below differ in what they read from it.
+
+    CLS is token 0, patch p of tubelet f is token 1 + f*P + p.
+    """
+
+    def __init__(self, config: VideoMambaConfig, drop_path_rate: float) -> None:
+        super().__init__()
+        self.config = config
+        D, rate = config.embed_dim, config.drop_path_rate if config.drop_path_rate is not None else drop_path_rate
+        self.patch_embed = PatchEmbed(config)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.patches, D))
+        if config.num_frames is not None:
+            self.temporal_pos_embedding = nn.Parameter(torch.zeros(1, config.tubelets, D))
+        self.pos_drop = nn.Dropout(config.drop_rate)
+        rates = [rate * max(i - 1, 0) / max(config.depth - 1, 1) for i in range(config.depth)]  # upstream's: 0, 0, ...
+        self.layers = nn.ModuleList(Block(config, i, rates[i]) for i in range(config.depth))
+        self.drop_path = DropPath(rate)
+
+    @property
+    def final_norm(self) -> Norm:
+        """The norm after the last block."""
+        raise NotImplementedError
+
+    @property
+    def reads_mean(self) -> bool:
+        """Whether what is read is a mean over the tokens so far, whose count and sum belong to the state."""
+        raise NotImplementedError
+
+    def _final_norm(self) -> Norm:
+        return Norm(self.config.embed_dim, self.config.norm_epsilon, "rms" if self.config.rms_norm else "layer")
+
+    @torch.no_grad()
+    def _init_weights(self) -> None:
+        """Upstream's effective initial values. Every Linear is redrawn; so delta starts at softplus(0) = 0.69."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for module in self.modules():
+            if isinstance(module, Mamba):
+                nn.init.kaiming_uniform_(module.out_proj.weight, a=math.sqrt(5))
+                module.out_proj.weight /= math.sqrt(self.config.depth)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that upstream's optimisers do not decay (besides biases and vectors)."""
+        return {"pos_embed", "cls_token", "temporal_pos_embedding"} & {name for name, _ in self.named_parameters()}
+
+    def embed(
+        self, clip: Float[Tensor, "B C *T H W"], mask: Bool[Tensor, "B L"] | None = None, use_image: bool = False, *,
+        temporal_pos_offset: int | None = None, temporal_pos_total: int | None = None,
+    ) -> Float[Tensor, "B V D"]:  # fmt: skip
+        """Visible tokens, CLS first: X[0] = cls + pos[0]; X[1 + f*P + p] = patch(f, p) + pos[1 + p] + temporal[f].
+
+        With `temporal_pos_offset` the clip is a chunk of a video, any number of whole tubelets that begins with this one,
+        counted from 0; chunk after chunk gives the tokens of the whole, so CLS comes with offset 0 only. `temporal_pos_total`
+        is the length of the whole video in tubelets; the temporal table is stretched to it (`temporal_positions`), the same
+        for every chunk. By default it is the table's own length, and nothing is stretched. A mask is that of the tokens here.
+
+        `use_image` takes a clip of one tubelet without its temporal position. Raises ValueError for a clip or mask of
+        another shape, and for a chunk that is not part of the video.
+        """
+        span = span_of(clip, self.config, use_image, temporal_pos_offset, temporal_pos_total)
+        tokens = self.patch_embed(clip) + self.pos_embed[:, None, 1:]
+        if self.config.num_frames is not None and not use_image:
+            tokens = tokens + temporal_positions(self.temporal_pos_embedding, span)[:, :, None]
+        tokens = tokens.flatten(1, 2)
+        if span.has_cls:
+            cls = (self.cls_token + self.pos_embed[:, :1]).expand(clip.shape[0], -1, -1)
+            tokens = torch.cat((cls, tokens), dim=1)
+        tokens = self.pos_drop(tokens)
+        if mask is not None:
+            check_mask(mask, tokens.shape[0], tokens.shape[1], span.has_cls)
+        return select(tokens, mask)
+
+    def init_state(
+        self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> list[State]:
+        """The state before a video (`reference.state` says what is in it). dtype is the stream's: by default that of the
+        parameters, under autocast its own; device is by default that of the parameters.
+
+        Raises ValueError for a bidirectional model, or no clips.
+        """
+        mixers = [module for module in self.modules() if isinstance(module, Mamba)]
+        state = [mixer.init_state(batch_size, dtype, device) for mixer in mixers]
+        return [*state, zero_mean(state[0], self.config.embed_dim)] if self.reads_mean else state
+
+    def encode(
+        self, tokens: Float[Tensor, "B V D"], mask: Bool[Tensor, "B L"] | None = None, *,
+        state: ModelState | None = None, return_state: bool = False, taps: Sequence[int] = (),
+    ) -> tuple[Tensor, Any, list[Tensor]]:  # fmt: skip
+        """Run the blocks and the final norm over embedded tokens.
+
+        `state` has one (conv_state, ssm_state) per layer; it continues a token sequence that was cut anywhere (causal models in
+        spatial order only). `taps` names layers whose output is returned, ascending: final-norm(output), but for the last layer
+        the raw residual stream: upstream's feature, which leaves out the last mixer when fused_add_norm, and has it otherwise.
+
+        Returns (normed tokens in storage order, new state in the kind of container that came, or None, tapped features).
+        """
+        config, carried = self.config, state is not None or return_state
+        if carried and config.scan_order != "spatial":
+            raise ValueError(f"scan_order is {config.scan_order!r}; a state can only be carried in 'spatial' order")
+        before: list[Any] = [None] * config.depth if state is None else entries(state, config.depth)
+        order = None if config.scan_order == "spatial" else self._order(tokens, mask)
+
+        hidden, states, features = tokens, [], []
+        residual: Any = None
+        for i, layer in enumerate(self.layers):
+            hidden, residual, new = layer(hidden, residual, order, before[i], return_state)
+            states.append(new)
+            if i - 1 in taps:
+                features.append(self.final_norm(residual.to(self.final_norm.weight.dtype)))
+        hidden = self.drop_path(hidden)
+        if config.fused_add_norm:
+            last = residual
+            hidden = self.final_norm.add(hidden, residual, prenorm=False)
+        else:
+            last = residual + hidden
+            hidden = self.final_norm(last.to(self.final_norm.weight.dtype))
+        if config.depth - 1 in taps:
+            features.append(last)
+        return hidden, packed(states, state) if carried else None, features
+
+    def _stream(
+        self, ssm_state: ModelState | None, return_state: bool, offset: int | None, use_image: bool = False
+    ) -> tuple[Any, State | None, int | None]:
+        """What a forward was asked to continue: the layers' state, the running mean, and the chunk's offset, None for a whole
+        video. Raises ValueError where that cannot be."""
+        if ssm_state is None and not return_state and offset is None:
+            return None, None, None
+        if use_image or self.config.num_frames is None:
+            raise ValueError(
+                "an image is no chunk of a video: ssm_state, return_state and temporal_pos_offset are for videos; to stream "
+                "single frames pass each as a clip (B, C, kernel_size, H, W), without use_image"
+            )
+        if self.config.bimamba:
+            raise ValueError(
+                "a bidirectional model cannot stream: its backward direction starts at the end of the video, so that every "
+                "chunk would need the future. Run the whole clip at once, or build the model with bimamba=False"
+            )
+        if ssm_state is None:
+            if offset:
+                raise ValueError(
+                    f"temporal_pos_offset is {offset} and ssm_state is None: pass the state that the chunk before returned, or "
+                    "init_state(batch_size) to begin in mid-video as if there had been nothing"
+                )
+            return None, None, 0
+        if offset is None:
+            raise ValueError(
+                "temporal_pos_offset is None with an ssm_state; allowed: the number of tubelets that went before, 0 where "
+                "init_state begins a video"
+            )
+        found = entries(ssm_state, self.config.depth, self.reads_mean, "ssm_state")
+        return found[: self.config.depth], found[-1] if self.reads_mean else None, offset
+
+    def _order(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """The temporal walk of these tokens: of CLS and whole frames, or of what a mask has left of them."""
+        length, patches = tokens.shape[1] if mask is None else mask.shape[1], self.config.patches
+        if (length - 1) % patches:
+            raise ValueError(f"{length} tokens are not CLS and frames of {patches} patches; pass the mask that left them")
+        return temporal_order((length - 1) // patches, patches, None if mask is None else ~mask, tokens.device)
