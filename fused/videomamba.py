@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from . import backends, stamp
+from . import backends, chunked, stamp
 from .block import Block, DropPath, Norm
 from .config import VideoMambaConfig
 from .mixer import Mamba, State, check_backend
@@ -204,6 +204,11 @@ class Backbone(nn.Module):
             normed = norm((residual + hidden).to(norm.weight.dtype), backend)
         return normed if stream.walk is None or first == 1 else restore(normed, stream.walk)
 
+    def _finish_chunked(self, passed: chunked.Passed) -> Tensor:
+        """`_finish` of all tokens, chunk by chunk."""
+        run = lambda h, r: self._finish(_Stream(h, r, None, None, []))  # noqa: E731
+        return chunked.piecewise(run, passed.chunks, passed.hidden, passed.residual)
+
     def _check_state(self, tokens: Tensor, state: Sequence[State] | None, carried: bool) -> None:
         if carried and self.config.scan_order != "spatial":
             raise ValueError(f"scan_order is {self.config.scan_order!r}; a state can only be carried in 'spatial' order")
@@ -251,6 +256,25 @@ class VideoMamba(Backbone):
         norm, project = self.distill_head
         features = project(norm(tokens, self._resolve(tokens)))
         return DistillOutput(self._classify(tokens), F.normalize(features, dim=-1))
+
+    def forward_chunked(
+        self, clip: Tensor | Iterable[Tensor], *, chunk_frames: int, num_frames: int | None = None, offload: bool = False
+    ) -> Tensor | DistillOutput:
+        """What `forward` returns, gradients included, in the memory of `chunk_frames` frames: see `chunked.run`.
+
+        `clip` is (B, C, T, H, W), or gives frames (B, C, H, W) or runs of them (B, C, t, H, W), `num_frames` in all. T may
+        be less than the model's table of temporal positions. `offload` keeps one direction's y in host memory.
+
+        Raises ValueError or TypeError for what does not fit the model, or cannot be chunked.
+        """
+        passed = chunked.run(self, clip, chunk_frames, num_frames, offload)
+        if self.config.distill_dim is None:
+            return self._classify(self._finish(_Stream(passed.hidden, passed.residual, None, None, []), first=1))
+        tokens = self._finish_chunked(passed)
+        norm, project = self.distill_head
+        backend = self._resolve(tokens)
+        features = chunked.piecewise(lambda x: F.normalize(project(norm(x, backend)), dim=-1), passed.chunks, tokens)
+        return DistillOutput(self._classify(tokens), features)
 
     def _classify(self, tokens: Tensor) -> Tensor:
         return self.head(self.head_drop(tokens[:, 0]))
@@ -308,6 +332,21 @@ class VideoMambaEncoder(Backbone):
         if not config.add_pool_norm:
             return EncoderOutput(tokens, None, decoded)
         pooled = self.pool_norm(self._pool(tokens, tubelets if keep_temporal else 1, keep_temporal), self._resolve(tokens))
+        return EncoderOutput(tokens[:, 1:], pooled, decoded)
+
+    def forward_chunked(
+        self, clip: Tensor | Iterable[Tensor], *, chunk_frames: int, num_frames: int | None = None, offload: bool = False,
+        keep_temporal: bool = False,
+    ) -> EncoderOutput:  # fmt: skip
+        """What `forward` returns without a mask, gradients included, in the memory of `chunk_frames` frames: see
+        `VideoMamba.forward_chunked`."""
+        config = self.config
+        passed = chunked.run(self, clip, chunk_frames, num_frames, offload, config.student_layers())
+        tokens, decoded = self._finish_chunked(passed), chunked.decode(self, passed)
+        if not config.add_pool_norm:
+            return EncoderOutput(tokens, None, decoded)
+        parts = (tokens.shape[1] - 1) // config.patches if keep_temporal else 1
+        pooled = self.pool_norm(self._pool(tokens, parts, keep_temporal), self._resolve(tokens))
         return EncoderOutput(tokens[:, 1:], pooled, decoded)
 
     def _decode(self, features: list[Tensor], kept: Tensor | None, length: int) -> Tensor:
