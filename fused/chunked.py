@@ -3,6 +3,7 @@
 Layer by layer, each over all chunks (`sweep`): what lies between two layers is kept whole, what a layer makes of it is not.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -37,10 +38,15 @@ def run(
     Raises ValueError or TypeError for a video, a chunk length, a model or a backend that this cannot be done with.
     """
     config, device = model.config, model.cls_token.device
-    frames = _check(model, video, chunk_frames, num_frames)
+    check_model(model, chunk_frames)
+    frames = _frames(video, num_frames, config)
     backend = model._resolve(model.cls_token)
-    hidden = model.pos_drop(_embed(model, _pieces(video, config, chunk_frames, frames, device)))
-    chunks = _chunks(hidden.shape[1], chunk_frames // config.kernel_size * config.patches)
+    tokens = list(embedded(model, pieces(video, config, chunk_frames, device, frames)))
+    edges = [0, *itertools.accumulate(t.shape[1] for t in tokens)]
+    chunks = [slice(*pair) for pair in itertools.pairwise(edges)]
+    hidden = torch.cat(tokens, dim=1)
+    del tokens
+    hidden = model.pos_drop(hidden)
     residual: Any = None
     features = []
     for i, layer in enumerate(model.layers):
@@ -75,73 +81,77 @@ def decode(model: Any, passed: Passed) -> Tensor | None:
     )
 
 
-def _check(model: "Backbone", video: Video, chunk_frames: int, num_frames: int | None) -> int:
-    """The frames of the video."""
+def check_model(model: "Backbone", chunk_frames: int) -> None:
+    """Raise ValueError unless a video can go through this model in chunks of so many frames."""
     config, t = model.config, model.config.kernel_size
     if config.num_frames is None:
-        raise ValueError("forward_chunked: this is an image model (num_frames is None), which has no frames to cut; call it")
+        raise ValueError("this is an image model (num_frames is None): an image has no frames to cut; call the model itself")
     if config.scan_order != "spatial":
         raise ValueError(
-            f"forward_chunked: scan_order is {config.scan_order!r}; chunks are frames, which only 'spatial' order walks one "
-            "after the other. Run the whole clip at once"
+            f"scan_order is {config.scan_order!r}; chunks are frames, which only 'spatial' order walks one after the other: "
+            "run the whole clip at once"
         )
     if model._asked != "auto" and not backends.abilities("mixer", model._asked).initial_state:
         raise ValueError(
-            f"forward_chunked: backend {model._asked!r} cannot carry a state from chunk to chunk; build the model with "
-            "backend='native' or 'torch'"
+            f"backend {model._asked!r} cannot carry a state from chunk to chunk; build the model with backend='native' or 'torch'"
         )
     if not isinstance(chunk_frames, int) or chunk_frames < 1 or chunk_frames % t:
-        raise ValueError(
-            f"forward_chunked: chunk_frames is {chunk_frames!r}; allowed: a positive multiple of kernel_size ({t}), the "
-            "frames that make one tubelet"
-        )
+        raise ValueError(f"chunk_frames is {chunk_frames!r}; allowed: a positive multiple of kernel_size ({t}), a tubelet's frames")
+
+
+def _frames(video: Video, num_frames: int | None, config: VideoMambaConfig) -> int:
+    """How many there will be."""
     if isinstance(video, Tensor):
-        wanted = (config.channels, *config.sides)
-        if video.dim() != 5 or (video.shape[1], *video.shape[3:]) != wanted:
-            channels, height, width = wanted
-            raise ValueError(
-                f"forward_chunked: clip has shape {tuple(video.shape)}; this model takes (B, {channels}, T, {height}, {width})"
-            )
+        if video.dim() != 5:
+            raise ValueError(f"clip has shape {tuple(video.shape)}; this model takes (B, {config.channels}, T, H, W)")
         if num_frames not in (None, video.shape[2]):
-            raise ValueError(f"forward_chunked: num_frames is {num_frames!r}, but the clip has {video.shape[2]}; leave it out")
+            raise ValueError(f"num_frames is {num_frames!r}, but the clip has {video.shape[2]}; leave it out")
         num_frames = video.shape[2]
-    elif num_frames is None:
-        raise ValueError("forward_chunked: num_frames is None; with an iterator of frames, say how many it will give")
-    if not isinstance(num_frames, int) or num_frames < 1 or num_frames % t:
+    if num_frames is None:
+        raise ValueError("num_frames is None; an iterator's frames cannot be counted beforehand: say how many it gives")
+    if not isinstance(num_frames, int) or num_frames < 1 or num_frames % config.kernel_size:
         raise ValueError(
-            f"forward_chunked: the video has {num_frames!r} frames; allowed: a positive multiple of kernel_size ({t})"
+            f"num_frames is {num_frames!r}; allowed: a positive multiple of kernel_size ({config.kernel_size}), a tubelet's frames"
         )
-    if num_frames > config.num_frames:
-        raise ValueError(
-            f"forward_chunked: the video has {num_frames} frames, but the table of temporal positions ends after "
-            f"{config.num_frames}; build the model with num_frames={num_frames} or more, and interpolate "
-            "temporal_pos_embedding when weights are loaded"
-        )
+    if num_frames > (config.num_frames or 0):
+        raise _past(config, str(num_frames))
     return num_frames
 
 
-def _pieces(
-    video: Video, config: VideoMambaConfig, chunk_frames: int, frames: int, device: torch.device
+def _past(config: VideoMambaConfig, frames: str) -> ValueError:
+    return ValueError(
+        f"the video has {frames} frames, but temporal_pos_embedding ends after {config.num_frames}; build the model with "
+        f"num_frames={frames} and interpolate that table when weights are loaded"
+    )
+
+
+def pieces(
+    video: Video, config: VideoMambaConfig, step: int, device: torch.device, frames: int | None = None
 ) -> Iterator[Tensor]:
-    """(B, C, t, H, W) on the device, `chunk_frames` frames or in the end the rest."""
-    if isinstance(video, Tensor):
-        _check_dtype(video)
-        yield from (piece.to(device, non_blocking=True) for piece in video.split(chunk_frames, dim=2))
-        return
+    """(B, C, t, H, W) on the device, `step` frames each, in the end the rest; `frames` in all, or None: not known.
+
+    Raises ValueError or TypeError for what the iterator gives that does not fit.
+    """
+    items = video.split(step, dim=2) if isinstance(video, Tensor) else video
     waiting: list[Tensor] = []
     given, clips = 0, None
-    for item in video:
+    for item in items:
         item = item.unsqueeze(2) if isinstance(item, Tensor) and item.dim() == 4 else item
         _check_item(item, config, clips)
         clips, given = item.shape[0], given + item.shape[2]
-        if given > frames:
-            raise ValueError(f"forward_chunked: num_frames is {frames}, but the iterator gives more; say how many it gives")
-        waiting += item.to(device, non_blocking=True).split(1, dim=2)
-        while len(waiting) >= chunk_frames:
-            piece, waiting = waiting[:chunk_frames], waiting[chunk_frames:]
-            yield torch.cat(piece, dim=2)
-    if given < frames:
-        raise ValueError(f"forward_chunked: num_frames is {frames}, but the iterator gave {given}; say how many it gives")
+        if frames is not None and given > frames:
+            raise ValueError(f"num_frames is {frames}, but the iterator gives more; say how many it gives")
+        if given > (config.num_frames or 0):
+            raise _past(config, str(frames or given))
+        waiting.append(item.to(device, non_blocking=True))
+        while sum(x.shape[2] for x in waiting) >= step:
+            joined = torch.cat(waiting, dim=2) if len(waiting) > 1 else waiting[0]
+            waiting = [joined[:, :, step:]] if joined.shape[2] > step else []
+            yield joined[:, :, :step]
+    if frames is not None and given < frames:
+        raise ValueError(f"num_frames is {frames}, but the iterator gave {given}; say how many it gives")
+    if given % config.kernel_size:
+        raise ValueError(f"the iterator gave {given} frames, which are no multiple of kernel_size ({config.kernel_size})")
     if waiting:
         yield torch.cat(waiting, dim=2)
 
@@ -153,7 +163,7 @@ def _check_item(item: Any, config: VideoMambaConfig, clips: int | None) -> None:
         came = tuple(item.shape) if isinstance(item, Tensor) else type(item).__name__
         B = "B" if clips is None else clips
         raise ValueError(
-            f"forward_chunked: the iterator gave {came}; allowed: runs of frames ({B}, {channels}, t, {height}, {width}) or "
+            f"the iterator gave {came}; allowed: runs of frames ({B}, {channels}, t, {height}, {width}) or "
             f"single frames ({B}, {channels}, {height}, {width})"
         )
     _check_dtype(item)
@@ -161,26 +171,18 @@ def _check_item(item: Any, config: VideoMambaConfig, clips: int | None) -> None:
 
 def _check_dtype(frames: Tensor) -> None:
     if not frames.is_floating_point():
-        raise TypeError(f"forward_chunked: frames have dtype {frames.dtype}; allowed are floating-point dtypes, normalised")
+        raise TypeError(f"frames have dtype {frames.dtype}; allowed are floating-point dtypes, normalised")
 
 
 # The twin of `Backbone._embed` for a part of a clip. FOUNDER: swap for `Backbone.embed` once it takes an offset.
-def _embed(model: "Backbone", pieces: Iterable[Tensor]) -> Tensor:
-    """Tokens of the whole video, (B, L, D): written chunk by chunk, or for training joined in the end."""
-    config = model.config
+def embedded(model: "Backbone", pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Tokens with positions of a video's pieces, one after the other; CLS goes with the first."""
     done = 0
-    tokens: list[Tensor] = []
     for piece in pieces:
-        rows = model.temporal_pos_embedding[0, done : done + piece.shape[2] // config.kernel_size, None]
-        positions = (rows + model.pos_embed[0, 1:]).flatten(0, 1)
-        if not tokens:
-            tokens.append((model.cls_token + model.pos_embed[:, :1]).expand(piece.shape[0], -1, -1))
-        tokens.append(model.patch_embed(piece) + positions)
+        rows = model.temporal_pos_embedding[0, done : done + piece.shape[2] // model.config.kernel_size, None]
+        tokens = model.patch_embed(piece) + (rows + model.pos_embed[0, 1:]).flatten(0, 1)
+        if done == 0:
+            cls = (model.cls_token + model.pos_embed[:, :1]).expand(piece.shape[0], -1, -1)
+            tokens = torch.cat((cls, tokens), dim=1)
+        yield tokens
         done += rows.shape[0]
-    return torch.cat(tokens, dim=1)
-
-
-def _chunks(length: int, step: int) -> list[slice]:
-    """Of tokens: CLS goes with the first."""
-    edges = [0, *range(1 + step, length, step), length]
-    return [slice(*pair) for pair in zip(edges, edges[1:], strict=False)]

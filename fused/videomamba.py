@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from . import backends, chunked, stamp
+from . import backends, chunked, online, stamp
 from .block import Block, DropPath, Norm
 from .config import VideoMambaConfig
 from .mixer import Mamba, State, check_backend
@@ -203,6 +203,20 @@ class Backbone(nn.Module):
         else:
             normed = norm((residual + hidden).to(norm.weight.dtype), backend)
         return normed if stream.walk is None or first == 1 else restore(normed, stream.walk)
+
+    def forward_approximate(
+        self, clip: Tensor | Iterable[Tensor], *, chunk_frames: int, look_ahead: int = 0
+    ) -> Iterator[Tensor]:
+        """Normed tokens (B, n, D) of every chunk, CLS with the first: not what the whole clip gives, but given at once.
+
+        The backward direction starts anew behind every chunk and the `look_ahead` frames that it waits for; looking ahead
+        to the end is exact. `clip` as of `forward_chunked`; nothing is dropped, and no gradient is recorded.
+
+        Raises ValueError or TypeError for what does not fit the model.
+        """
+        for hidden, residual in online.windows(self, clip, chunk_frames, look_ahead):
+            with torch.no_grad():
+                yield self._finish(_Stream(hidden, residual, None, None, []))
 
     def _finish_chunked(self, passed: chunked.Passed) -> Tensor:
         """`_finish` of all tokens, chunk by chunk."""

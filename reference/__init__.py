@@ -1,5 +1,6 @@
 """The specification: VideoMamba in plain PyTorch with a sequential scan, on any device and in any floating-point dtype."""
 
+from reference.chunked import approximate, forward_chunked
 from reference.config import VideoMambaConfig
 from reference.conv import causal_conv1d
 from reference.mixer import Mamba
@@ -15,7 +16,9 @@ __all__ = [
     "VideoMambaConfig",
     "VideoMambaEncoder",
     "add_norm",
+    "approximate",
     "build_videomamba",
     "causal_conv1d",
+    "forward_chunked",
     "selective_scan",
 ]

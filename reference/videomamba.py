@@ -167,7 +167,10 @@ class VideoMamba(Backbone):
 
     def forward(self, clip: Float[Tensor, "B C *T H W"]) -> Tensor | DistillOutput:
         """Logits (B, num_classes); with distill_dim also the unit-length features of all tokens, as a `DistillOutput`."""
-        tokens, _, _ = self.encode(self.embed(clip))
+        return self.read(self.encode(self.embed(clip))[0])
+
+    def read(self, tokens: Float[Tensor, "B L D"]) -> Tensor | DistillOutput:
+        """What the heads make of normed tokens."""
         logits = self.head(self.head_drop(tokens[:, 0]))
         if self.config.distill_dim is None:
             return logits
@@ -216,8 +219,15 @@ class VideoMambaEncoder(Backbone):
         Raises ValueError for a clip or mask of another shape.
         """
         tokens = self.embed(clip, mask, use_image)
-        length = 1 + self.config.patches * (1 if use_image else self.config.tubelets)
         tokens, _, features = self.encode(tokens, mask, taps=self.config.student_layers())
+        return self.read(tokens, features, mask, use_image, keep_temporal)
+
+    def read(
+        self, tokens: Float[Tensor, "B V D"], features: list[Tensor], mask: Bool[Tensor, "B L"] | None = None,
+        use_image: bool = False, keep_temporal: bool = False,
+    ) -> EncoderOutput:  # fmt: skip
+        """What pooling and the CLIP decoders make of normed tokens and tapped features."""
+        length = 1 + self.config.patches * (1 if use_image else self.config.tubelets)
         return EncoderOutput(
             tokens[:, 1:] if self.config.add_pool_norm else tokens,
             self._pool(tokens, (length - 1) // self.config.patches, keep_temporal) if self.config.add_pool_norm else None,
