@@ -79,7 +79,8 @@ def _forward(
         y, state = scan_chunk(plan, w.ahead, x, state, reverse=False)
         other, behind[i] = _back(behind[i], y.device), None
         out[:, c] = project(w.out, join(y, other, z))
-        into[:, c] = v
+        if into is not hidden:  # else they are the tokens, which the first layer's residual stream is
+            into[:, c] = v
         if seen is not None and seen is not into:
             seen[:, c] = v
     return starts

@@ -68,11 +68,14 @@ def encode_chunked(
     return torch.cat(out, dim=1), [torch.cat(parts, dim=1) for parts in features]
 
 
-def forward_chunked(model: VideoMamba | VideoMambaEncoder, clip: Float[Tensor, "B C T H W"], chunk_frames: int):
+def forward_chunked(
+    model: VideoMamba | VideoMambaEncoder, clip: Float[Tensor, "B C T H W"], chunk_frames: int, keep_temporal: bool = False
+):
     """What `model(clip)` returns, computed in chunks of so many frames. Nothing is dropped at random: eval, or rates of 0."""
-    taps = model.config.student_layers() if isinstance(model, VideoMambaEncoder) else ()
-    tokens, features = encode_chunked(model, model.embed(clip), chunk_frames, taps)
-    return model.read(tokens, features) if isinstance(model, VideoMambaEncoder) else model.read(tokens)
+    if isinstance(model, VideoMamba):
+        return model.read(encode_chunked(model, model.embed(clip), chunk_frames)[0])
+    tokens, features = encode_chunked(model, model.embed(clip), chunk_frames, model.config.student_layers())
+    return model.read(tokens, features, keep_temporal=keep_temporal)
 
 
 def approximate(

@@ -21,6 +21,7 @@ NaN or infinity never passes. `inf` budgets means an error where none is allowed
 - `forward` asks it of outputs and states, `backward` of the gradients of every input, parameter and state.
 - `gradcheck` asks whether the reference's own gradients are the slopes of its outputs, by finite differences in float64.
 - `chunks` asks whether a sequence cut anywhere and chained by its state equals the whole.
+- `forward_chunked` asks whether a bidirectional model run in the memory of a chunk of the video equals the whole clip.
 - `determinism` asks whether the same call gives the same bits again, here and in another process.
 - `batch` asks whether a clip's bits depend on its batch size, its place in the batch, or its neighbours (operators only).
 - `writes` asks whether every element of every result is written, nothing beside them, and no input changed.

@@ -93,3 +93,15 @@ def evaluate(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor]) ->
     with modules.precision(case, leaves):
         out = modules.call(model, leaves, lambda m, x: m(x, hidden, case.has("one"), case.has("temporal")), leaves["clip"])
     return dict(out._asdict())
+
+
+def in_chunks(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor], frames: int) -> dict[str, Tensor]:
+    """The same, by `forward_chunked`."""
+    model = modules.on_meta(build, call, case)
+    with modules.precision(case, leaves):
+        run = videomamba.by_chunks(frames, keep_temporal=case.has("temporal"))
+        out = modules.call(model, leaves, run, leaves["clip"])
+    return dict(out._asdict())
+
+
+chunk_frames = videomamba.chunk_frames
