@@ -48,8 +48,9 @@ def run(
     del tokens
     hidden = model.pos_drop(hidden)
     residual: Any = None
+    layers: list[Any] = list(model.layers)
     features = []
-    for i, layer in enumerate(model.layers):
+    for i, layer in enumerate(layers):
         if residual is not None:
             hidden = layer.drop_path(hidden)
         hidden, residual = sweep(layer, hidden, residual, chunks, backend, offload)
@@ -93,10 +94,13 @@ def check_model(model: "Backbone", chunk_frames: int) -> None:
         )
     if model._asked != "auto" and not backends.abilities("mixer", model._asked).initial_state:
         raise ValueError(
-            f"backend {model._asked!r} cannot carry a state from chunk to chunk; build the model with backend='native' or 'torch'"
+            f"backend {model._asked!r} cannot carry a state from chunk to chunk; build the model with backend='native' or "
+            "'torch'"
         )
     if not isinstance(chunk_frames, int) or chunk_frames < 1 or chunk_frames % t:
-        raise ValueError(f"chunk_frames is {chunk_frames!r}; allowed: a positive multiple of kernel_size ({t}), a tubelet's frames")
+        raise ValueError(
+            f"chunk_frames is {chunk_frames!r}; allowed: a positive multiple of kernel_size ({t}), a tubelet's frames"
+        )
 
 
 def _frames(video: Video, num_frames: int | None, config: VideoMambaConfig) -> int:
@@ -111,7 +115,8 @@ def _frames(video: Video, num_frames: int | None, config: VideoMambaConfig) -> i
         raise ValueError("num_frames is None; an iterator's frames cannot be counted beforehand: say how many it gives")
     if not isinstance(num_frames, int) or num_frames < 1 or num_frames % config.kernel_size:
         raise ValueError(
-            f"num_frames is {num_frames!r}; allowed: a positive multiple of kernel_size ({config.kernel_size}), a tubelet's frames"
+            f"num_frames is {num_frames!r}; allowed: a positive multiple of kernel_size ({config.kernel_size}), the frames of "
+            "a tubelet"
         )
     if num_frames > (config.num_frames or 0):
         raise _past(config, str(num_frames))

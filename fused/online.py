@@ -6,7 +6,7 @@ and the frames looked ahead at. These are computed again with their own chunk.
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -30,7 +30,9 @@ def windows(model: "Backbone", video: Video, chunk_frames: int, look_ahead: int)
     check_model(model, chunk_frames)
     t = config.kernel_size
     if not isinstance(look_ahead, int) or look_ahead < 0 or look_ahead % t:
-        raise ValueError(f"look_ahead is {look_ahead!r}; allowed: 0 or a positive multiple of kernel_size ({t}), a tubelet's frames")
+        raise ValueError(
+            f"look_ahead is {look_ahead!r}; allowed: 0 or a positive multiple of kernel_size ({t}), a tubelet's frames"
+        )
     backend = model._resolve(model.cls_token)
     layers = _Layers(model, backend)
     size, more = (frames // t * config.patches for frames in (chunk_frames, look_ahead))
@@ -50,13 +52,14 @@ class _Layers:
     """The blocks, their weights cast once, and the forward states behind the last chunk."""
 
     def __init__(self, model: "Backbone", backend: str) -> None:
-        self.layers, self.backend = model.layers, backend
+        self.layers: list[Any] = list(model.layers)
+        self.backend = backend
         self.ready: list[tuple[Plan, Weights]] = []
-        self.states: list[State | None] = [None] * len(model.layers)
+        self.states: list[State | None] = [None] * len(self.layers)
 
     def __call__(self, tokens: Tensor, first: int) -> tuple[Tensor, Tensor]:
         """The `first` of a window's tokens; the others are only looked at."""
-        hidden, residual = tokens, None
+        hidden, residual = tokens, cast(Any, None)
         for i, layer in enumerate(self.layers):
             if len(self.ready) == i:
                 plan = plan_of(layer, hidden, residual, (), self.backend, False)
@@ -66,8 +69,7 @@ class _Layers:
                 y, v = add_norm(plan, w, hidden, residual)
                 y, self.states[i] = _mix(plan, w, y, first, self.states[i])
                 hidden, residual = y, v.to(plan.stored)
-        last: Any = residual
-        return hidden[:, :first], last[:, :first]
+        return hidden[:, :first], residual[:, :first]
 
 
 def _mix(plan: Plan, w: Weights, hidden: Tensor, first: int, state: State | None) -> tuple[Tensor, State]:

@@ -56,7 +56,7 @@ def plan_of(
 def parameters_of(layer: Block) -> list[Tensor | None]:
     """Of the norm, both projections and every direction, as `Weights` takes them."""
     mixer = layer.mixer
-    flat = [layer.norm.weight, layer.norm.bias]
+    flat: list[Tensor | None] = [layer.norm.weight, layer.norm.bias]
     for product in (mixer.in_proj, mixer.out_proj):
         flat += [product.weight, product.bias]
     for own in mixer._directions():
@@ -141,11 +141,11 @@ def add_norm(plan: Plan, w: Weights, hidden: Tensor, residual: Tensor | None) ->
 def norm_again(plan: Plan, w: Weights, v: Tensor) -> Tensor:
     """The first of `add_norm` from the second."""
     v = v if plan.fused_add_norm else v.to(plan.normed)
-    y = norm.add_norm(v, *w.norm, eps=plan.eps, kind=plan.kind, prenorm=False, backend=plan.backend)
+    y: Any = norm.add_norm(v, *w.norm, eps=plan.eps, kind=plan.kind, prenorm=False, backend=plan.backend)
     return y.to(plan.normed).to(plan.product)
 
 
-def scan_chunk(plan: Plan, own: Direction, x: Tensor, state: State | tuple[()] | None, reverse: bool) -> tuple[Tensor, State]:
+def scan_chunk(plan: Plan, own: Direction, x: Tensor, state: Sequence[Tensor] | None, reverse: bool) -> tuple[Tensor, State]:
     """One direction over a chunk from its state: y without the gate, and the state that leaves."""
     taps, edge = state or (None, None)
     c, taps = conv.causal_conv1d(x, own.conv, own.conv_bias, initial_state=taps, reverse=reverse, backend=plan.backend)

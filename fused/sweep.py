@@ -105,9 +105,9 @@ class _Layer(torch.autograd.Function):
     def backward(ctx, dout, dinto):
         seen, *saved = ctx.saved_tensors  # once: a checkpoint gives them out once
         states, parameters = saved[: -ctx.count], saved[-ctx.count :]
-        if dout is None:  # the residual alone was used
-            dseen, grads = dinto, [None] * ctx.count
-        else:
+        grads: list[Tensor | None] = [None] * ctx.count
+        dseen = dinto
+        if dout is not None:  # else the residual alone was used
             starts = [None, *zip(states[::2], states[1::2], strict=True)]
             with no_autocast(seen.device):
                 w = Weights(ctx.plan, parameters).differentiable()
@@ -127,31 +127,31 @@ def _backward(
     dstate: Sequence[Tensor] = ()
     for i, c in reversed(chunks):
         x, z = (t.requires_grad_() for t in project(w.into, norm_again(plan, w, seen[:, c])).chunk(2, dim=-1))
-        both: list[Tensor] = []
+        behind: list[Tensor] = []
         if w.behind is not None:
             entering[i] = state
             y, state = scan_chunk(plan, w.behind, x, state, reverse=True)
-            both = [y.requires_grad_()]
+            behind = [y.requires_grad_()]
         start = _leaves(starts[i])
         with torch.enable_grad():
             y, last = scan_chunk(plan, w.ahead, x, start, reverse=False)
-            y = join(y, *(both or [None]), z)
+            y = join(y, behind[0] if behind else None, z)
         dy = project_back(w, w.out, y.detach(), dout[:, c])
-        dx, dz, *rest = _gradients(w, (y, *last), (dy, *dstate), (x, z, *both, *start), w.ahead.tensors)
-        dboth, dstate = rest[: len(both)], rest[len(both) :]
-        waiting[i] = [_away(plan, t) for t in (torch.cat((dx, dz), dim=-1), *dboth)]
+        dx, dz, *rest = _gradients(w, (y, *last), (dy, *dstate), (x, z, *behind, *start), w.ahead.tensors)
+        dbehind, dstate = rest[: len(behind)], rest[len(behind) :]
+        waiting[i] = [_away(plan, t) for t in (torch.cat((dx, dz), dim=-1), *dbehind)]
     dseen, dstate = torch.empty_like(seen), ()
     for i, c in chunks:
         v = seen[:, c].detach().requires_grad_()
         with torch.enable_grad():
             y = norm_again(plan, w, v)
-        (dxz, *dboth), waiting[i] = (_back(t, v.device) for t in waiting[i]), None
+        (dxz, *dbehind), waiting[i] = (_back(t, v.device) for t in waiting[i]), None
         if w.behind is not None:
             inner = w.out[0].shape[1]
             x, start = project(w.into, y.detach(), inner).requires_grad_(), _leaves(entering[i])
             with torch.enable_grad():
-                both, last = scan_chunk(plan, w.behind, x, start, reverse=True)
-            dx, *dstate = _gradients(w, (both, *last), (*dboth, *dstate), (x, *start), w.behind.tensors)
+                out, last = scan_chunk(plan, w.behind, x, start, reverse=True)
+            dx, *dstate = _gradients(w, (out, *last), (*dbehind, *dstate), (x, *start), w.behind.tensors)
             dxz[..., :inner] += dx
         dy = project_back(w, w.into, y.detach(), dxz)
         (dv,) = _gradients(w, (y,), (dy,), (v,), [x for x in w.norm if x is not None])

@@ -78,9 +78,9 @@ class Trial:
         self, implementation: Implementation, seed: int, grad: bool, leaves: Named, cuts: tuple[int, ...] | None = None,
         cotangent: Cotangent | None = None, frames: int | None = None,
     ) -> Result:  # fmt: skip
-        """Evaluate, whole, in chunks that begin at `cuts`, or a video in chunks of so many `frames`; with `grad`, backpropagate the case's cotangents, or those given.
-        The result is on the CPU, where it is judged: many small questions to a GPU that others use take longer than the
-        answers."""
+        """Evaluate, whole, in chunks that begin at `cuts`, or a video in chunks of so many `frames`; with `grad`,
+        backpropagate the case's cotangents, or those given. The result is on the CPU, where it is judged: many small
+        questions to a GPU that others use take longer than the answers."""
         result = self.run_there(implementation, seed, grad, leaves, cuts, cotangent, frames)
         present = {k: g for k, g in result.gradients.items() if g is not None}
         return Result(moved(result.outputs, "cpu"), dict.fromkeys(result.gradients) | moved(present, "cpu"))

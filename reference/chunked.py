@@ -4,6 +4,7 @@ Nothing here saves memory: gradients are those of plain autograd. What it shows 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -30,11 +31,12 @@ def mix_chunked(mixer: Mamba, chunks: Chunks) -> list[Tensor]:
     state: State | None = None
     if mixer.bimamba:
         for i in reversed(range(len(chunks))):
-            y[i], state = mixer.scan(*xz[i], mixer.behind, state, reverse=True)
+            x, z = xz[i]
+            y[i], state = mixer.scan(x, z, mixer.behind, state, reverse=True)
     state = None
-    for i in range(len(chunks)):
-        ahead_y, state = mixer.scan(*xz[i], mixer.ahead, state)
-        y[i] = mixer.out_proj(ahead_y + y[i])
+    for i, (x, z) in enumerate(xz):
+        y_f, state = mixer.scan(x, z, mixer.ahead, state)
+        y[i] = mixer.out_proj(y_f + y[i])
     return y
 
 
@@ -43,12 +45,13 @@ def encode_chunked(
 ) -> tuple[Tensor, list[Tensor]]:
     """`Backbone.encode` without mask or state, layer by layer over all chunks: (normed tokens, tapped features)."""
     config, norm = model.config, model.final_norm
+    layers: list[Any] = list(model.layers)
     if config.scan_order != "spatial":
         raise ValueError(f"scan_order is {config.scan_order!r}; chunks are frames, which only 'spatial' order keeps together")
     hidden = list(cut(tokens, chunk_frames // config.kernel_size * config.patches))
-    residual: list[Tensor | None] = [None] * len(hidden)
+    residual: list[Any] = [None] * len(hidden)
     features = []
-    for i, layer in enumerate(model.layers):
+    for i, layer in enumerate(layers):
         normed = []
         for k in range(len(hidden)):
             x, residual[k] = layer.add_norm(hidden[k], residual[k])
@@ -88,6 +91,8 @@ def approximate(
     end of the video is exact.
     """
     config, norm = model.config, model.final_norm
+    layers: list[Any] = list(model.layers)
+    residual: Any
     chunks = cut(model.embed(clip), chunk_frames // config.kernel_size * config.patches)
     more = look_ahead // config.kernel_size * config.patches
     rest = torch.cat(chunks, dim=1)
@@ -96,7 +101,7 @@ def approximate(
     for chunk in chunks:
         L = chunk.shape[1]
         hidden, rest, residual = rest[:, : L + more], rest[:, L:], None
-        for i, layer in enumerate(model.layers):
+        for i, layer in enumerate(layers):
             x, residual = layer.add_norm(hidden, residual)
             hidden, states[i] = mix_online(layer.mixer, x, L, states[i])
         hidden, residual = hidden[:, :L], residual[:, :L]
@@ -116,4 +121,3 @@ def mix_online(mixer: Mamba, hidden: Float[Tensor, "B W D"], L: int, state: Stat
     if mixer.bimamba:
         y = y + mixer.scan(x, z, mixer.behind, reverse=True)[0]
     return mixer.out_proj(y), state
-

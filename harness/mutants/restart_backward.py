@@ -8,7 +8,7 @@ from torch import Tensor
 
 import fused.sweep
 
-WHERE = ("--subject", "videomamba", "--case", "B2-T2-S32-D32-L9-layernorm-*", "--check", "forward_chunked", "--impl", "fused:*")
+WHERE = ("--subject", "videomamba", "--case", "B2-T2-S32-D32-L9-layernorm-*", "--check", "forward_chunked")
 
 
 def plant() -> AbstractContextManager[object]:
@@ -16,6 +16,7 @@ def plant() -> AbstractContextManager[object]:
     honest = fused.sweep.scan_chunk
 
     def planted(plan: Any, own: Any, x: Tensor, state: Any, reverse: bool) -> Any:
-        return honest(plan, own, x, None if reverse else state, reverse)
+        y, (taps, edge) = honest(plan, own, x, state, reverse)
+        return y, (taps * 0, edge * 0) if reverse else (taps, edge)
 
     return mock.patch.object(fused.sweep, "scan_chunk", planted)

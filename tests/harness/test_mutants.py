@@ -12,7 +12,8 @@ from harness.cli import app
 from harness.store import Run
 from harness.subject import mutants
 
-NARROW = {"forget_last_token": ("--impl", "fused:torch")}
+OURS = ("--impl", "fused:torch")
+NARROW = {"forget_last_token": OURS, "restart_backward": OURS, "cut_gradients_at_chunks": OURS}
 ROOT = Path(__file__).parents[2]
 
 
