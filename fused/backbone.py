@@ -1,15 +1,16 @@
 """Embedding, positions, blocks and final norm: what both models of `videomamba.py` stand on, for whole videos and chunks."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from . import backends, stamp
+from . import backends, chunked, online, stamp
 from .block import Block, DropPath, Norm
+from .chunked import Video
 from .config import VideoMambaConfig
 from .mixer import Mamba, check_backend
 from .orders import Order, permute, restore, temporal_order
@@ -121,6 +122,9 @@ class Backbone(nn.Module):
         return None if mask is None else visible_tokens(mask, clip.shape[0], length, clip.device, span.cls)
 
     def _embed(self, clip: Tensor, span: Span, kept: Tensor | None, use_image: bool) -> Tensor:
+        return self.pos_drop(self._place(clip, span, kept, use_image))
+
+    def _place(self, clip: Tensor, span: Span, kept: Tensor | None = None, use_image: bool = False) -> Tensor:
         positions = self.pos_embed[0, 1:]
         if self.config.num_frames is not None and not use_image:
             positions = (temporal_positions(self.temporal_pos_embedding, span)[:, None] + positions).flatten(0, 1)
@@ -131,7 +135,7 @@ class Backbone(nn.Module):
         if span.cls:
             cls = (self.cls_token + self.pos_embed[:, :1]).expand(clip.shape[0], -1, -1)
             tokens = torch.cat((cls, tokens), dim=1)
-        return self.pos_drop(tokens)
+        return tokens
 
     def init_state(
         self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
@@ -213,6 +217,30 @@ class Backbone(nn.Module):
         else:
             normed = norm((residual + hidden).to(norm.weight.dtype), backend)
         return normed if stream.walk is None or part != slice(None) else restore(normed, stream.walk)
+
+    def forward_approximate(
+        self, clip: Video, *, chunk_frames: int, look_ahead: int = 0, temporal_pos_total: int | None = None
+    ) -> Iterator[Tensor]:
+        """Normed tokens (B, n, D) of every chunk, CLS with the first: not what the whole clip gives, but given at once.
+
+        The backward direction starts anew behind every chunk and the `look_ahead` frames that it waits for; looking ahead
+        to the end is exact. `clip` as of `forward_chunked`; nothing is dropped, and no gradient is recorded.
+
+        Raises ValueError or TypeError for what does not fit the model.
+        """
+        for hidden, residual in online.windows(self, clip, chunk_frames, look_ahead, temporal_pos_total):
+            with torch.no_grad():
+                yield self._finish(_Stream(hidden, residual, None, None, []))
+
+    def _finish_chunked(self, passed: chunked.Passed, part: slice = slice(None)) -> Tensor:
+        """`_finish`, of all tokens chunk by chunk."""
+
+        def run(hidden: Tensor, residual: Tensor) -> Tensor:
+            return self._finish(_Stream(hidden, residual, None, None, []), part)
+
+        if part != slice(None):
+            return run(passed.hidden, passed.residual)
+        return chunked.piecewise(run, passed.chunks, passed.hidden, passed.residual)
 
     def _unpack(self, tokens: Tensor, state: States | None, carried: bool) -> Sequence[State | None]:
         if carried and self.config.scan_order != "spatial":

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from . import chunked
 from .backbone import Backbone
 from .block import Norm
+from .chunked import Video
 from .config import VideoMambaConfig
 from .state import State, States, running_mean
 from .tokens import sincos_positions, span_of
@@ -82,17 +84,42 @@ class VideoMamba(Backbone):
         chunk = self._continue(ssm_state, return_state, temporal_pos_offset)
         tokens = self.embed(clip, temporal_pos_offset=chunk.offset, temporal_pos_total=temporal_pos_total)
         stream = self._run(tokens, None, tokens.shape[1], chunk.states, return_state)
-        part = slice(None)
-        if self.config.distill_dim is None:  # the first and the last token are so in every order: no more is normed
-            part = {"cls": slice(0, 1), "last": slice(-1, None)}.get(self.config.readout, part)
-        tokens = self._finish(stream, part)
+        tokens = self._finish(stream, self._part())
         read, mean = self._read(tokens, int(not chunk.offset), chunk.mean)
         output: Any = self.head(self.head_drop(read))
         if self.config.distill_dim is not None:
-            norm, project = self.distill_head
-            features = project(norm(tokens, self._resolve(tokens)))
-            output = DistillOutput(output, F.normalize(features, dim=-1))
+            output = DistillOutput(output, self._distilled(tokens))
         return self._with_state(output, stream.states, mean, ssm_state) if return_state else output
+
+    def forward_chunked(
+        self, clip: Video, *, chunk_frames: int, num_frames: int | None = None, offload: bool = False,
+        temporal_pos_total: int | None = None,
+    ) -> Tensor | DistillOutput:  # fmt: skip
+        """What `forward` returns, gradients included, in the memory of `chunk_frames` frames: see `chunked.run`.
+
+        `clip` is (B, C, T, H, W), or gives frames (B, C, H, W) or runs of them (B, C, t, H, W), `num_frames` in all. T may
+        be less than the model's table of temporal positions; `temporal_pos_total`: see `embed`. `offload` keeps one
+        direction's y in host memory.
+
+        Raises ValueError or TypeError for what does not fit the model, or cannot be chunked.
+        """
+        passed = chunked.run(self, clip, chunk_frames, num_frames, temporal_pos_total, offload)
+        tokens = self._finish_chunked(passed, self._part())
+        output = self.head(self.head_drop(self._read(tokens, 1, None)[0]))
+        if self.config.distill_dim is None:
+            return output
+        return DistillOutput(output, chunked.piecewise(self._distilled, passed.chunks, tokens))
+
+    def _part(self) -> slice:
+        """Of which tokens the heads read: no more are normed. The first and the last one are so in every order."""
+        whole = slice(None)
+        if self.config.distill_dim is not None:
+            return whole
+        return {"cls": slice(0, 1), "last": slice(-1, None)}.get(self.config.readout, whole)
+
+    def _distilled(self, tokens: Tensor) -> Tensor:
+        norm, project = self.distill_head
+        return F.normalize(project(norm(tokens, self._resolve(tokens))), dim=-1)
 
     def _read(self, tokens: Tensor, cls: int, before: State | None) -> tuple[Tensor, State | None]:
         """The head's input and the mean to carry, of normed tokens with CLS in front where `cls` is 1."""
@@ -177,6 +204,21 @@ class VideoMambaEncoder(Backbone):
             pooled, mean = self._pool(cls, rest, span.tubelets if keep_temporal else None, chunk.mean)
             output = EncoderOutput(rest, self.pool_norm(pooled, self._resolve(tokens)), decoded)
         return self._with_state(output, stream.states, mean, ssm_state) if return_state else output
+
+    def forward_chunked(
+        self, clip: Video, *, chunk_frames: int, num_frames: int | None = None, offload: bool = False,
+        temporal_pos_total: int | None = None, keep_temporal: bool = False,
+    ) -> EncoderOutput:  # fmt: skip
+        """What `forward` returns without a mask, gradients included, in the memory of `chunk_frames` frames: see
+        `VideoMamba.forward_chunked`."""
+        config = self.config
+        passed = chunked.run(self, clip, chunk_frames, num_frames, temporal_pos_total, offload, config.student_layers())
+        tokens, decoded = self._finish_chunked(passed), chunked.decode(self, passed)
+        if not config.add_pool_norm:
+            return EncoderOutput(tokens, None, decoded)
+        cls, rest = tokens[:, :1], tokens[:, 1:]
+        pooled, _ = self._pool(cls, rest, rest.shape[1] // config.patches if keep_temporal else None, None)
+        return EncoderOutput(rest, self.pool_norm(pooled, self._resolve(tokens)), decoded)
 
     def _decode(self, features: list[Tensor], kept: Tensor | None, length: int, first: int) -> Tensor:
         """(B, V, D) of K layers to (K, B, V, clip_output_dim); every token gets its fixed position in the video first."""

@@ -35,6 +35,11 @@ class Finding:
         return self.error <= self.budget
 
     @property
+    def measured(self) -> bool:
+        """Whether it is a measurement that may be anything: its budget is infinite."""
+        return self.budget == math.inf
+
+    @property
     def ratio(self) -> float:
         """Error in budgets; above 1 fails."""
         if self.error == 0:

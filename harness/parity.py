@@ -152,10 +152,11 @@ def ask(plan: Plan, trial: Trial, name: str, check: ModuleType, implementation: 
 
 
 def nearest(findings: list[Finding]) -> tuple[Finding, ...]:
-    """What a record keeps: the findings over their budgets and the closest to them, at most KEPT of either."""
-    ranked = sorted(findings, key=lambda f: (f.passed, -f.ratio))
+    """What a record keeps: the findings over their budgets and the closest to them, at most KEPT of either; and what was
+    only measured."""
+    ranked = sorted((f for f in findings if not f.measured), key=lambda f: (f.passed, -f.ratio))
     over = [f for f in ranked if not f.passed]
-    return tuple(over[:KEPT] + ranked[len(over) : len(over) + KEPT])
+    return tuple(over[:KEPT] + ranked[len(over) : len(over) + KEPT] + [f for f in findings if f.measured])
 
 
 def absences(plan: Plan) -> Iterator[Record]:

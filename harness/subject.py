@@ -16,6 +16,11 @@ if it can be cut in time,
     time_axes(case)                          name of a leaf or output -> its axis of tokens
     pieces(case)                             of how many pieces it is; where this is absent, of L tokens
 
+if it is a model of whole videos that can be run in chunks of them,
+
+    in_chunks(call, case, leaves, frames)    what `evaluate` gives, by `forward_chunked`
+    chunk_frames(case)                       lengths of chunks to try, in frames; none where chunks are not offered
+
 if it promises that the clips of a batch do not know each other,
 
     clips(case)                              names of leaves that have an entry per clip on axis 0, as all outputs do
@@ -83,15 +88,20 @@ class Implementation:
         """ "rival" or "ours"."""
         return "rival" if self.rival else "ours"
 
+    @property
+    def abilities(self) -> backends.Abilities | None:
+        """What it declares; None for everything."""
+        return backends.abilities(self.op, self.backend) if self.backend and self.op else None
+
     def absent(self, device: str) -> str | None:
         """Why it cannot run on this box, with the fix; None if it can."""
         return backends.unavailable(self.backend, device) if self.backend else None
 
     def missing(self, case: Case) -> str | None:
         """Which declared inability the case runs into; None if it can be asked."""
-        if self.backend is None or self.op is None:
+        can = self.abilities
+        if can is None:
             return None
-        can = backends.abilities(self.op, self.backend)
         if case.torch_dtype not in can.dtypes:
             return f"{self.name} does not declare dtype {case.dtype}"
         for ability in needs(case):

@@ -76,27 +76,29 @@ class Trial:
 
     def run(
         self, implementation: Implementation, seed: int, grad: bool, leaves: Named, cuts: tuple[int, ...] | None = None,
-        cotangent: Cotangent | None = None,
+        cotangent: Cotangent | None = None, frames: int | None = None,
     ) -> Result:  # fmt: skip
-        """Evaluate, whole or in chunks that begin at `cuts`; with `grad`, backpropagate the case's cotangents, or those given.
-        The result is on the CPU, where it is judged: many small questions to a GPU that others use take longer than the
-        answers."""
-        result = self.run_there(implementation, seed, grad, leaves, cuts, cotangent)
+        """Evaluate, whole, in chunks that begin at `cuts`, or a video in chunks of so many `frames`; with `grad`,
+        backpropagate the case's cotangents, or those given. The result is on the CPU, where it is judged: many small
+        questions to a GPU that others use take longer than the answers."""
+        result = self.run_there(implementation, seed, grad, leaves, cuts, cotangent, frames)
         present = {k: g for k, g in result.gradients.items() if g is not None}
         return Result(moved(result.outputs, "cpu"), dict.fromkeys(result.gradients) | moved(present, "cpu"))
 
     def run_there(
         self, implementation: Implementation, seed: int, grad: bool, leaves: Named, cuts: tuple[int, ...] | None = None,
-        cotangent: Cotangent | None = None,
+        cotangent: Cotangent | None = None, frames: int | None = None,
     ) -> Result:  # fmt: skip
         """`run`, its result where the implementation left it."""
         for leaf in leaves.values():
             leaf.requires_grad_(grad)
         with torch.set_grad_enabled(grad):
-            if cuts is None:
-                outputs = self.subject.evaluate(implementation.call, self.case, leaves)
-            else:
+            if frames is not None:
+                outputs = self.subject.in_chunks(implementation.call, self.case, leaves, frames)
+            elif cuts is not None:
                 outputs = self.subject.chunked(implementation.call, self.case, leaves, cuts)
+            else:
+                outputs = self.subject.evaluate(implementation.call, self.case, leaves)
         if not grad:
             return Result(outputs)
         heard = {k: v for k, v in outputs.items() if k not in self.subject.silent(self.case) and v.requires_grad}

@@ -1,5 +1,6 @@
 """The specification: VideoMamba in plain PyTorch with a sequential scan, on any device and in any floating-point dtype."""
 
+from reference.chunked import approximate, forward_chunked
 from reference.config import VideoMambaConfig
 from reference.conv import causal_conv1d
 from reference.mixer import Mamba
@@ -16,9 +17,11 @@ __all__ = [
     "VideoMambaConfig",
     "VideoMambaEncoder",
     "add_norm",
+    "approximate",
     "build_videomamba",
     "causal_conv1d",
     "detach_state",
+    "forward_chunked",
     "selective_scan",
     "state_to",
 ]

@@ -71,6 +71,15 @@ class Block(nn.Module):
         state: State | None = None, return_state: bool = False,
     ) -> tuple[Tensor, Tensor, State | None]:  # fmt: skip
         """hidden (B, L, D), residual (B, L, D) or None; `order` is the temporal walk, for layers that use it."""
+        hidden, residual = self.add_norm(hidden, residual)
+        if state is not None or return_state:
+            hidden, state = self._mixed(hidden, state, True)
+            return hidden, residual, state
+        mixed = [self.mix(hidden, order if name == "temporal" else None) for name in self.orders]
+        return sum(mixed[1:], start=mixed[0]), residual, None
+
+    def add_norm(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What the mixer reads, and the residual stream with `hidden` in it."""
         if residual is not None:
             hidden = self.drop_path(hidden)
         if self.fused_add_norm:
@@ -80,11 +89,7 @@ class Block(nn.Module):
             hidden = self.norm(residual.to(self.norm.weight.dtype))
             if self.residual_in_fp32:
                 residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
-        if state is not None or return_state:
-            hidden, state = self._mixed(hidden, state, True)
-            return hidden, residual, state
-        mixed = [self.mix(hidden, order if name == "temporal" else None) for name in self.orders]
-        return sum(mixed[1:], start=mixed[0]), residual, None
+        return hidden, residual
 
     def mix(self, hidden: Tensor, order: Tensor | None) -> Tensor:
         """The mixer over tokens in the given order, its output back in storage order."""

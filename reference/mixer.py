@@ -132,17 +132,26 @@ class Mamba(nn.Module):
         x, z = self.in_proj(hidden).chunk(2, dim=-1)
         if state is not None:
             check_state(state, x, self.d_conv, self.d_state, self.layer_idx)
-        ahead = Direction(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
-        y, state = self._scan(x, z, ahead, state)
+        y, state = self.scan(x, z, self.ahead, state)
         if self.bimamba:
-            behind = Direction(self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
-            y = y + self._scan(x, z, behind, reverse=True)[0]
+            y = y + self.scan(x, z, self.behind, reverse=True)[0]
         out = self.out_proj(y)
         return (out, state) if return_state else out
 
-    def _scan(
+    @property
+    def ahead(self) -> Direction:
+        """The forward scan's own parameters."""
+        return Direction(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
+
+    @property
+    def behind(self) -> Direction:
+        """The backward scan's."""
+        return Direction(self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
+
+    def scan(
         self, x: Tensor, z: Tensor, own: Direction, state: State | None = None, reverse: bool = False
     ) -> tuple[Tensor, State]:
+        """One direction over (a part of) a sequence: its gated output, and the state that leaves."""
         conv_state, ssm_state = state if state is not None else (None, None)
         c, conv_state = causal_conv1d(x, own.conv.weight.squeeze(1), own.conv.bias, initial_state=conv_state, reverse=reverse)
         dt, B, C = own.x_proj(c).split((self.dt_rank, self.d_state, self.d_state), dim=-1)

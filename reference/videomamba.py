@@ -15,7 +15,7 @@ from reference.backbone import Backbone
 from reference.block import Norm
 from reference.config import VideoMambaConfig
 from reference.state import ModelState, State, packed, running_mean
-from reference.tokens import select, sincos_positions, span_of
+from reference.tokens import Span, select, sincos_positions, span_of
 
 log = logging.getLogger("reference")
 
@@ -82,14 +82,19 @@ class VideoMamba(Backbone):
         before, mean, offset = self._stream(ssm_state, return_state, temporal_pos_offset)
         tokens = self.embed(clip, temporal_pos_offset=offset, temporal_pos_total=temporal_pos_total)
         tokens, state, _ = self.encode(tokens, state=before, return_state=return_state)
-        read, mean = self._read(tokens, tokens[:, int(not offset) :], mean)
-        output: Any = self.head(self.head_drop(read))
-        if self.config.distill_dim is not None:
-            output = DistillOutput(output, F.normalize(self.distill_head(tokens), dim=-1))
+        output, mean = self.read(tokens, tokens[:, int(not offset) :], mean)
         return (output, packed([*state, mean] if mean else state, ssm_state)) if return_state else output
 
+    def read(self, tokens: Tensor, patches: Tensor, before: State | None = None) -> tuple[Any, State | None]:
+        """What the heads make of normed tokens, of which `patches` are all but CLS, and the running mean to carry on."""
+        read, mean = self._read(tokens, patches, before)
+        logits = self.head(self.head_drop(read))
+        if self.config.distill_dim is None:
+            return logits, mean
+        return DistillOutput(logits, F.normalize(self.distill_head(tokens), dim=-1)), mean
+
     def _read(self, tokens: Tensor, patches: Tensor, before: State | None) -> tuple[Tensor, State | None]:
-        """What the head reads, and the running mean to carry on."""
+        """What the head for the logits reads, and the running mean to carry on."""
         match self.config.readout:
             case "mean":
                 return running_mean(patches, before)
@@ -162,13 +167,20 @@ class VideoMambaEncoder(Backbone):
             tokens, mask, state=before, return_state=return_state, taps=config.student_layers()
         )  # fmt: skip
         span = span_of(clip, config, use_image, offset, temporal_pos_total)
-        decoded = self._decode(features, mask, span.tokens(config.patches)) if features else None
-        output = EncoderOutput(tokens, None, decoded)
-        if config.add_pool_norm:
-            cls, rest = tokens[:, : span.has_cls], tokens[:, span.has_cls :]
-            pooled, mean = self._pool(cls, rest, span.tubelets, keep_temporal, mean)
-            output = EncoderOutput(rest, self.pool_norm(pooled), decoded)
+        output, mean = self.read(tokens, features, span, mask, keep_temporal, mean)
         return (output, packed([*state, mean] if mean else state, ssm_state)) if return_state else output
+
+    def read(
+        self, tokens: Tensor, features: list[Tensor], span: Span, mask: Tensor | None = None, keep_temporal: bool = False,
+        before: State | None = None,
+    ) -> tuple[EncoderOutput, State | None]:  # fmt: skip
+        """What pooling and the CLIP decoders make of normed tokens and tapped features, and the running mean to carry on."""
+        decoded = self._decode(features, mask, span.tokens(self.config.patches)) if features else None
+        if not self.config.add_pool_norm:
+            return EncoderOutput(tokens, None, decoded), None
+        cls, rest = tokens[:, : span.has_cls], tokens[:, span.has_cls :]
+        pooled, mean = self._pool(cls, rest, span.tubelets, keep_temporal, before)
+        return EncoderOutput(rest, self.pool_norm(pooled), decoded), mean
 
     def _decode(self, features: list[Tensor], mask: Tensor | None, places: range) -> Tensor:
         """Features (B, V, D) of K layers to (K, B, V, clip_output_dim); each token gets its fixed position first."""

@@ -5,7 +5,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from harness.report import figures, tables
+from harness.report import deviation, figures, tables
 from harness.report.html import both
 from harness.store import Run
 from harness.video import SHIPPED
@@ -21,6 +21,9 @@ NaN or infinity never passes. `inf` budgets means an error where none is allowed
 - `forward` asks it of outputs and states, `backward` of the gradients of every input, parameter and state.
 - `gradcheck` asks whether the reference's own gradients are the slopes of its outputs, by finite differences in float64.
 - `chunks` asks whether a sequence cut anywhere and chained by its state equals the whole.
+- `forward_chunked` asks whether a bidirectional model run in the memory of a chunk of the video equals the whole clip.
+- `forward_approximate` asks whether the approximate online mode is what its definition says; its distance from the exact
+  result (`deviation`) is measured and may be anything.
 - `determinism` asks whether the same call gives the same bits again, here and in another process.
 - `batch` asks whether a clip's bits depend on its batch size, its place in the batch, or its neighbours (operators only).
 - `writes` asks whether every element of every result is written, nothing beside them, and no input changed.
@@ -34,6 +37,15 @@ NaN or infinity never passes. `inf` budgets means an error where none is allowed
 Rivals are judged by the same rule and shown as plainly, but do not decide the exit code."""
 
 
+APPROXIMATE = """\
+What `forward_approximate` gives differs from the exact result, by its nature: the backward direction does not know what comes.
+Measured on weights that were drawn, not trained; it is not held to any budget.
+
+![Deviation against chunk and look-ahead]({0})
+
+In vectors: [{1}]({1})"""
+
+
 def write(run: Run) -> Path:
     """Write report.md, its figures and report.html into the run's folder; the path of report.md."""
     plan, here = run.about.get("plan", {}), run.about.get("box", {})
@@ -43,6 +55,7 @@ def write(run: Run) -> Path:
     if drawn:
         png, svg = (path.name for path in drawn)
         plot = f"![Error against sequence length]({png})\n\nIn vectors: [{svg}]({svg})"
+    near = deviation.approximate(run.records, run.folder)
     title = f"Parity: grid {plan.get('grid', '?')} on {here.get('gpu') or here.get('cpu') or '?'}"
     parts = [
         f"# {title}",
@@ -54,6 +67,7 @@ def write(run: Run) -> Path:
         "## Failures", tables.failures(run.records),
         "## Worst errors", "In budgets; above 1 fails.", tables.worst_errors(run.records),
         "## Error against length", plot,
+        *(["## The approximate online mode", APPROXIMATE.format(*(path.name for path in near))] if near else []),
         "## Skipped questions", tables.skips(run.records),
         "## How to read this", HOW,
         "## The box", box(run),

@@ -127,3 +127,15 @@ def outputs(parts: list[Any], case: Case) -> dict[str, Tensor]:
     pooled = torch.cat([p.pooled for p in parts], dim=1) if case.has("temporal") else parts[-1].pooled
     tokens, clip = torch.cat([p.tokens for p in parts], dim=1), torch.cat([p.clip for p in parts], dim=2)
     return {"tokens": tokens, "pooled": pooled, "clip": clip}
+
+
+def in_chunks(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor], frames: int) -> dict[str, Tensor]:
+    """The same, by `forward_chunked`."""
+    model = modules.on_meta(build, call, case)
+    with modules.precision(case, leaves):
+        run = videomamba.by_chunks(frames, keep_temporal=case.has("temporal"))
+        out = modules.call(model, leaves, run, leaves["clip"])
+    return dict(out._asdict())
+
+
+chunk_frames = videomamba.chunk_frames

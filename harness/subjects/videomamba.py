@@ -148,6 +148,33 @@ def evaluate(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor]) ->
         return {"logits": modules.call(model, leaves, lambda m, x: m(x), leaves["clip"])}
 
 
+def in_chunks(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor], frames: int) -> dict[str, Tensor]:
+    """Logits, by `forward_chunked`."""
+    model = modules.on_meta(build, call, case)
+    with modules.precision(case, leaves):
+        return {"logits": modules.call(model, leaves, by_chunks(frames), leaves["clip"])}
+
+
+def by_chunks(frames: int, **options: Any) -> Callable[[Any, Tensor], Any]:
+    """`forward_chunked` of either package as a function of a model and a clip."""
+
+    def run(model: Any, clip: Tensor) -> Any:
+        if isinstance(model, reference.VideoMamba | reference.VideoMambaEncoder):
+            return reference.forward_chunked(model, clip, frames, **options)
+        return model.forward_chunked(clip, chunk_frames=frames, **options)
+
+    return run
+
+
+def chunk_frames(case: Case) -> list[int]:
+    """One tubelet, and more than half of the clip, so that the last chunk is shorter; of what walks frame after frame."""
+    tubelet = config(case).get("kernel_size", 1)
+    count = case["T"] // tubelet
+    if count < 2 or case.has("image", "one", "mask", "state") or case.option("order", "spatial") != "spatial":
+        return []
+    return [tubelet, (count // 2 + 1) * tubelet] if count > 2 else [tubelet]
+
+
 def chunked(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor], cuts: tuple[int, ...]) -> dict[str, Tensor]:
     """A video, or its embedded tokens, sent through all layers chunk by chunk."""
 

@@ -4,9 +4,10 @@ import math
 
 import pytest
 
+from harness import parity
 from harness.finding import Finding
 from harness.record import Record
-from harness.report import figures, page
+from harness.report import deviation, figures, page
 from harness.store import Run
 
 COMMAND = "python -m harness parity --grid full --subject scan --check backward --impl fused:torch --case B1-L63-E4-N2-bfloat16"
@@ -121,6 +122,20 @@ def test_figures_are_drawn_and_shown(run):
     svg = (run.folder / "error-vs-length.svg").read_text()
     assert all(word in svg for word in ("fused:torch", "bfloat16", "least budget, float32", "FAILED", "tokens"))
     assert "NOT DRAWN, without a finite number: 1 FAILED" in svg  # the rival's error
+
+
+def test_deviation_of_the_approximate_mode_is_drawn(tmp_path):
+    near = [
+        Finding(f"chunks of {chunk}, {ahead} ahead", "deviation", 0.3 / chunk, math.inf, 1.0)
+        for chunk in (1, 2) for ahead in (0, 4)
+    ]  # fmt: skip
+    one = record(check="forward_approximate", findings=parity.nearest([GOOD, *near]))
+    run = made(tmp_path / "run", [Record.parse(one.line())])
+    assert "![Deviation against chunk and look-ahead](approximate.png)" in text(run)
+    svg = (run.folder / "approximate.svg").read_text()
+    assert all(word in svg for word in ("no look-ahead", "4 frames ahead", "chunk (frames)"))
+    assert deviation.measured(run.records[0]) == {0: {1: 0.3, 2: 0.15}, 4: {1: 0.3, 2: 0.15}}
+    assert deviation.approximate([record()], tmp_path) == []
 
 
 def test_interrupted_filtered_and_planted_are_loud(tmp_path):

@@ -1,0 +1,180 @@
+"""What one layer does to one chunk of a video: its parameters as the operators take them, and the steps between two states."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import conv, norm, scan
+from .block import Block
+from .clipwise import clipwise
+from .mixer import State
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All of a layer that is no tensor. Dtypes: `product` of matrix products, `normed` of the norm's result, `stored` of
+    the residual stream, `wide` of the sum before it is stored, at least float32."""
+
+    chunks: Sequence[slice]  # of tokens, in the order of time
+    backend: str
+    offload: bool
+    kind: str
+    eps: float
+    fused_add_norm: bool
+    R: int
+    N: int
+    product: torch.dtype
+    normed: torch.dtype
+    stored: torch.dtype
+    wide: torch.dtype
+
+
+def plan_of(
+    layer: Block, hidden: Tensor, residual: Tensor | None, chunks: Sequence[slice], backend: str, offload: bool
+) -> Plan:
+    """The plan of a layer for these streams, under the autocast of the caller."""
+    mixer, device, fused = layer.mixer, hidden.device.type, layer.fused_add_norm
+    weights = mixer.in_proj.weight.dtype
+    low = torch.is_autocast_enabled(device) and weights != torch.float64
+    summed = hidden.dtype if residual is None else torch.promote_types(hidden.dtype, residual.dtype)
+    if residual is not None and fused:
+        stored = residual.dtype
+    else:
+        stored = torch.promote_types(summed, torch.float32) if layer.residual_in_fp32 else summed
+    return Plan(
+        chunks, backend, offload, layer.norm.kind, layer.norm.eps, fused, mixer.dt_rank, mixer.d_state,
+        product=torch.get_autocast_dtype(device) if low else weights,
+        normed=hidden.dtype if fused else layer.norm.weight.dtype,
+        stored=stored, wide=torch.promote_types(summed, torch.float32),
+    )  # fmt: skip
+
+
+def parameters_of(layer: Block) -> list[Tensor | None]:
+    """Of the norm, both projections and every direction, as `Weights` takes them."""
+    mixer = layer.mixer
+    flat: list[Tensor | None] = [layer.norm.weight, layer.norm.bias]
+    for product in (mixer.in_proj, mixer.out_proj):
+        flat += [product.weight, product.bias]
+    for own in mixer._directions():
+        taps, dt = own.conv, own.dt_proj
+        flat += [taps.weight, taps.bias, own.x_proj.weight, dt.weight, dt.bias, own.A_log, own.D]
+    return flat
+
+
+@dataclass
+class Direction:
+    """One scan's weights: `A` is -exp(A_log), matrices are in the dtype of products."""
+
+    conv: Tensor
+    conv_bias: Tensor | None
+    x_proj: Tensor
+    dt_proj: Tensor
+    dt_bias: Tensor
+    A: Tensor
+    D: Tensor
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those that are there."""
+        return [x for x in vars(self).values() if x is not None]
+
+
+class Weights:
+    """A layer's parameters, cast once for all chunks, and the sums of their gradients over chunks."""
+
+    def __init__(self, plan: Plan, parameters: Sequence[Tensor | None]) -> None:
+        self._parameters = parameters
+        self._sums: dict[int, Tensor] = {}  # by the id of what was cast
+        cast: list[Any] = [None if x is None else x.detach() for x in parameters]
+        self._rates = range(11, len(cast), 7)
+        for i in (2, 3, 4, 5, *(i - 3 for i in self._rates), *(i - 2 for i in self._rates)):
+            cast[i] = None if cast[i] is None else cast[i].to(plan.product)
+        for i in self._rates:
+            cast[i - 5] = cast[i - 5].squeeze(1)
+            cast[i] = -cast[i].to(torch.promote_types(cast[i].dtype, torch.float32)).exp()
+        self._cast = cast
+        self.norm, self.into, self.out = cast[:2], cast[2:4], cast[4:6]
+        self.ahead = Direction(*cast[6:13])
+        self.behind = Direction(*cast[13:]) if len(cast) > 13 else None
+
+    def differentiable(self) -> "Weights":
+        """The same, every one a leaf."""
+        for x in self._cast:
+            if x is not None:
+                x.requires_grad_()
+        return self
+
+    def add(self, x: Tensor | None, grad: Tensor) -> None:
+        """To the gradient of one of them, summed in at least float32."""
+        if id(x) in self._sums:
+            self._sums[id(x)].add_(grad)
+        else:
+            self._sums[id(x)] = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True)
+
+    def gradients(self) -> list[Tensor | None]:
+        """Of the parameters, in their shapes and dtypes."""
+        made: list[Tensor | None] = []
+        for i, (own, x) in enumerate(zip(self._parameters, self._cast, strict=True)):
+            total = self._sums.get(id(x))
+            if own is None or total is None:
+                made.append(None)
+                continue
+            total = total * x.detach() if i in self._rates else total  # through A = -exp(A_log)
+            made.append(total.view(own.shape).to(own.dtype))
+        return made
+
+
+def add_norm(plan: Plan, w: Weights, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(what in_proj reads, the sum before it is stored)."""
+    if plan.fused_add_norm:
+        residual = None if residual is None else residual.to(plan.wide)
+        y, v = norm.add_norm(hidden, *w.norm, residual=residual, eps=plan.eps, kind=plan.kind, backend=plan.backend)
+        return y.to(plan.product), v
+    v = hidden if residual is None else residual + hidden
+    return norm_again(plan, w, v), v.to(plan.wide)
+
+
+def norm_again(plan: Plan, w: Weights, v: Tensor) -> Tensor:
+    """The first of `add_norm` from the second."""
+    v = v if plan.fused_add_norm else v.to(plan.normed)
+    y: Any = norm.add_norm(v, *w.norm, eps=plan.eps, kind=plan.kind, prenorm=False, backend=plan.backend)
+    return y.to(plan.normed).to(plan.product)
+
+
+def scan_chunk(plan: Plan, own: Direction, x: Tensor, state: Sequence[Tensor] | None, reverse: bool) -> tuple[Tensor, State]:
+    """One direction over a chunk from its state: y without the gate, and the state that leaves."""
+    taps, edge = state or (None, None)
+    c, taps = conv.causal_conv1d(x, own.conv, own.conv_bias, initial_state=taps, reverse=reverse, backend=plan.backend)
+    dt, B, C = F.linear(c, own.x_proj).split((plan.R, plan.N, plan.N), dim=-1)
+    y, edge = scan.selective_scan(
+        c, F.linear(dt, own.dt_proj), own.A, B, C, own.D, None, own.dt_bias,
+        initial_state=edge, reverse=reverse, backend=plan.backend,
+    )  # fmt: skip
+    return y, (taps, edge)
+
+
+def join(ahead: Tensor, behind: Tensor | None, z: Tensor) -> Tensor:
+    """(y_f + y_b) * silu(z), computed in at least float32 and rounded once."""
+    wide = torch.promote_types(z.dtype, torch.float32)
+    y = ahead.to(wide) if behind is None else ahead.to(wide) + behind
+    return (y * clipwise(F.silu, z.to(wide))).to(z.dtype)
+
+
+def project(weights: Sequence[Any], x: Tensor, first: int | None = None) -> Tensor:
+    """A linear layer's outputs, or the `first` of them."""
+    weight, bias = weights
+    return F.linear(x, weight[:first], None if bias is None else bias[:first])
+
+
+def project_back(w: Weights, weights: Sequence[Any], x: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of x; those of the layer are added to `w`."""
+    weight, bias = weights
+    flat = grad.flatten(0, 1)
+    w.add(weight, flat.t() @ x.flatten(0, 1))
+    if bias is not None:
+        w.add(bias, flat.sum(0))
+    return grad @ weight

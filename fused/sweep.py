@@ -1,0 +1,182 @@
+"""One layer over a video in chunks, with no more of it in memory than a chunk, the streams between layers, and one y.
+
+    right to left:   y_b = backward scan of x, its state carried from chunk to chunk
+    left to right:   y_f = forward scan of x, likewise;  hidden = out_proj((y_f + y_b) * silu(z))
+
+with x, z = in_proj(norm(residual + hidden)), computed in either walk. For training a layer keeps the sum that its norm
+saw and the forward scan's states between chunks. The gradient, its sums over chunks in at least float32:
+
+    right to left:   both scans again, then the adjoint of the gate and of the forward scan
+    left to right:   the backward scan again and its adjoint, then those of in_proj and of the norm
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .arguments import no_autocast
+from .block import Block
+from .mixer import State
+from .pieces import (
+    Plan,
+    Weights,
+    add_norm,
+    join,
+    norm_again,
+    parameters_of,
+    plan_of,
+    project,
+    project_back,
+    scan_chunk,
+)
+
+
+def sweep(
+    layer: Block, hidden: Tensor, residual: Tensor | None, chunks: Sequence[slice], backend: str, offload: bool = False
+) -> tuple[Tensor, Tensor]:
+    """What `Block.forward` does behind its drop_path, for tokens as stored: new (hidden, residual), both (B, L, D).
+
+    `chunks` cut the tokens, in the order of time; `backend` is one that carries states. `offload` keeps y_b, and in
+    training what waits for the second walk, in host memory. Without gradients, results are written into `hidden` and
+    `residual` where their dtypes allow it: neither must be used again.
+    """
+    plan, parameters = plan_of(layer, hidden, residual, chunks, backend, offload), parameters_of(layer)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, residual, *parameters)):
+        return _Layer.apply(plan, hidden, residual, *parameters)
+    with torch.no_grad(), no_autocast(hidden.device):
+        first = hidden if hidden.dtype == plan.stored else torch.empty_like(hidden, dtype=plan.stored)
+        into = first if residual is None else residual if residual.dtype == plan.stored else first
+        free = hidden is not into and hidden.dtype == plan.product
+        out = hidden if free else torch.empty_like(hidden, dtype=plan.product)
+        _forward(plan, Weights(plan, parameters), hidden, residual, out, into)
+    return out, into
+
+
+def _forward(
+    plan: Plan, w: Weights, hidden: Tensor, residual: Tensor | None, out: Tensor, into: Tensor, seen: Tensor | None = None
+) -> list[State]:
+    """Fill `out` (hidden), `into` (residual) and `seen` (the unrounded sum; None: not wanted); the forward states between
+    chunks, if `seen` is wanted. `out` and `into` may be `hidden` and `residual`: what is written was read for the last time.
+    """
+    chunks = list(enumerate(plan.chunks))
+    starts: list[State] = []
+    behind: list[Tensor | None] = [None] * len(chunks)
+    state: State | None = None
+    if w.behind is not None:
+        for i, c in reversed(chunks):
+            y, _ = add_norm(plan, w, hidden[:, c], None if residual is None else residual[:, c])
+            y, state = scan_chunk(plan, w.behind, project(w.into, y, w.out[0].shape[1]), state, reverse=True)
+            behind[i] = _away(plan, y)
+    state = None
+    for i, c in chunks:
+        y, v = add_norm(plan, w, hidden[:, c], None if residual is None else residual[:, c])
+        x, z = project(w.into, y).chunk(2, dim=-1)
+        if seen is not None and state is not None:
+            starts.append(state)
+        y, state = scan_chunk(plan, w.ahead, x, state, reverse=False)
+        other, behind[i] = _back(behind[i], y.device), None
+        out[:, c] = project(w.out, join(y, other, z))
+        if into is not hidden:  # else they are the tokens, which the first layer's residual stream is
+            into[:, c] = v
+        if seen is not None and seen is not into:
+            seen[:, c] = v
+    return starts
+
+
+class _Layer(torch.autograd.Function):
+    """Saves the sum that the norm saw, the forward states between chunks, and the parameters."""
+
+    @staticmethod
+    def forward(ctx, plan, hidden, residual, *parameters):
+        ctx.set_materialize_grads(False)
+        ctx.plan, ctx.count, ctx.dtypes = plan, len(parameters), (hidden.dtype, None if residual is None else residual.dtype)
+        out, into = (torch.empty_like(hidden, dtype=dtype) for dtype in (plan.product, plan.stored))
+        seen = into if plan.stored == plan.wide else torch.empty_like(hidden, dtype=plan.wide)
+        with no_autocast(hidden.device):
+            starts = _forward(plan, Weights(plan, parameters), hidden, residual, out, into, seen)
+        ctx.save_for_backward(seen, *(x for state in starts for x in state), *parameters)
+        return out, into
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, dinto):
+        seen, *saved = ctx.saved_tensors  # once: a checkpoint gives them out once
+        states, parameters = saved[: -ctx.count], saved[-ctx.count :]
+        grads: list[Tensor | None] = [None] * ctx.count
+        dseen = dinto
+        if dout is not None:  # else the residual alone was used
+            starts = [None, *zip(states[::2], states[1::2], strict=True)]
+            with no_autocast(seen.device):
+                w = Weights(ctx.plan, parameters).differentiable()
+                dseen = _backward(ctx.plan, w, seen, starts, dout, dinto)
+                grads = w.gradients()
+        return None, *(None if dseen is None or dtype is None else dseen.to(dtype) for dtype in ctx.dtypes), *grads
+
+
+def _backward(
+    plan: Plan, w: Weights, seen: Tensor, starts: Sequence[State | None], dout: Tensor, dinto: Tensor | None
+) -> Tensor:
+    """The gradient of the sum that the norm saw; those of the parameters are added to `w`."""
+    chunks = list(enumerate(plan.chunks))
+    waiting: list[Any] = [None] * len(chunks)  # of every chunk: gradients of x and z, and for the backward scan of its y
+    entering: list[State | None] = [None] * len(chunks)
+    state: State | None = None
+    dstate: Sequence[Tensor] = ()
+    for i, c in reversed(chunks):
+        x, z = (t.requires_grad_() for t in project(w.into, norm_again(plan, w, seen[:, c])).chunk(2, dim=-1))
+        behind: list[Tensor] = []
+        if w.behind is not None:
+            entering[i] = state
+            y, state = scan_chunk(plan, w.behind, x, state, reverse=True)
+            behind = [y.requires_grad_()]
+        start = _leaves(starts[i])
+        with torch.enable_grad():
+            y, last = scan_chunk(plan, w.ahead, x, start, reverse=False)
+            y = join(y, behind[0] if behind else None, z)
+        dy = project_back(w, w.out, y.detach(), dout[:, c])
+        dx, dz, *rest = _gradients(w, (y, *last), (dy, *dstate), (x, z, *behind, *start), w.ahead.tensors)
+        dbehind, dstate = rest[: len(behind)], rest[len(behind) :]
+        waiting[i] = [_away(plan, t) for t in (torch.cat((dx, dz), dim=-1), *dbehind)]
+    dseen, dstate = torch.empty_like(seen), ()
+    for i, c in chunks:
+        v = seen[:, c].detach().requires_grad_()
+        with torch.enable_grad():
+            y = norm_again(plan, w, v)
+        (dxz, *dbehind), waiting[i] = (_back(t, v.device) for t in waiting[i]), None
+        if w.behind is not None:
+            inner = w.out[0].shape[1]
+            x, start = project(w.into, y.detach(), inner).requires_grad_(), _leaves(entering[i])
+            with torch.enable_grad():
+                out, last = scan_chunk(plan, w.behind, x, start, reverse=True)
+            dx, *dstate = _gradients(w, (out, *last), (*dbehind, *dstate), (x, *start), w.behind.tensors)
+            dxz[..., :inner] += dx
+        dy = project_back(w, w.into, y.detach(), dxz)
+        (dv,) = _gradients(w, (y,), (dy,), (v,), [x for x in w.norm if x is not None])
+        dseen[:, c] = dv if dinto is None else dv + dinto[:, c]
+    return dseen
+
+
+def _gradients(
+    w: Weights, outputs: Sequence[Tensor], grads: Sequence[Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor]
+) -> list[Tensor]:
+    """Of the inputs; those of the weights are added to `w`. Outputs beyond the last gradient have none."""
+    given = torch.autograd.grad(outputs[: len(grads)], (*inputs, *weights), grads)
+    for x, grad in zip(weights, given[len(inputs) :], strict=True):
+        w.add(x, grad)
+    return list(given[: len(inputs)])
+
+
+def _leaves(state: State | None) -> tuple[Tensor, ...]:
+    return () if state is None else tuple(x.detach().requires_grad_() for x in state)
+
+
+def _away(plan: Plan, x: Tensor) -> Tensor:
+    """To host memory if that is wanted: pinned, and in the order of the device's stream, for which nobody waits."""
+    return x.to("cpu", non_blocking=True) if plan.offload else x
+
+
+def _back(x: Tensor | None, device: torch.device) -> Any:
+    return None if x is None else x.to(device, non_blocking=True)

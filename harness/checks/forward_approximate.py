@@ -1,0 +1,69 @@
+"""Is the approximate online mode what its definition says, and how far is that from the exact result?"""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import reference
+from harness import modules
+from harness.case import Case
+from harness.finding import Finding, Tally
+from harness.subject import CannotAsk, Implementation
+from harness.trial import Trial, worst_of
+
+DEVIATION = "deviation"  # the norm of what is measured and may be anything
+
+
+def cases(grid: str) -> list[Case]:
+    """Frames of the video through models of two layers."""
+    T, S, D = (8, 32, 32) if grid == "smoke" else (16, 64, 192)
+    shape = {"B": 1, "T": T, "S": S, "D": D, "L": 1 + T * (S // 16) ** 2}
+    return modules.precisions([(shape, ("video", "infer", "for=forward_approximate"))], "videomamba", half=False)
+
+
+def asks(subject: ModuleType, implementation: Implementation, case: Case) -> bool:
+    """Of what has the mode, in the cases above."""
+    return case.asker == "forward_approximate" and implementation.name != "reference"
+
+
+def run(trial: Trial, implementation: Implementation) -> list[Finding]:
+    """The rule against the reference's definition in float64, and the distance from the exact tokens, not held to anything."""
+    able = implementation.abilities
+    if able is not None and not able.initial_state:
+        raise CannotAsk(f"{implementation.name} does not declare initial_state: no state goes from chunk to chunk")
+    case, plain = trial.case, trial.reference
+    found: list[Finding] = []
+    measured: list[Finding] = []
+    for chunk, ahead in ways(case):
+        tally, deviations, scales = Tally(), [], []
+        for seed in case.seeds:
+
+            def tokens(who: Implementation, exact: bool, how: Callable[[Any, Tensor], Tensor], seed: int = seed) -> Tensor:
+                leaves = trial.leaves(seed, exact)
+                model = modules.on_meta(trial.subject.build, who.call, case)
+                with torch.no_grad(), modules.precision(case, leaves):
+                    return modules.call(model, leaves, how, leaves["clip"]).cpu()
+
+            def near(model: Any, clip: Tensor, chunk: int = chunk, ahead: int = ahead) -> Tensor:
+                if isinstance(model, reference.VideoMamba):
+                    return reference.approximate(model, clip, chunk, ahead)
+                return torch.cat(list(model.forward_approximate(clip, chunk_frames=chunk, look_ahead=ahead)), dim=1)
+
+            truth = tokens(plain, True, near)
+            tally.add(f"tokens[{chunk}+{ahead}]", tokens(implementation, False, near), tokens(plain, False, near), truth)
+            whole = tokens(implementation, False, lambda model, clip: model.encode(model.embed(clip))[0]).double()
+            deviations.append(float((truth - whole).norm()))
+            scales.append(float(whole.norm()))
+        found += tally.findings()
+        rms = [torch.tensor(x).square().mean().sqrt().item() for x in (deviations, scales)]
+        measured.append(Finding(f"chunks of {chunk}, {ahead} ahead", DEVIATION, rms[0], float("inf"), rms[1]))
+    return worst_of(found) + measured
+
+
+def ways(case: Case) -> list[tuple[int, int]]:
+    """Frames of a chunk and frames looked ahead at, powers of 2 up to half of the clip."""
+    sizes = [2**k for k in range(case["T"].bit_length() - 1)]
+    return [(chunk, ahead) for chunk in sizes for ahead in (0, *sizes)]

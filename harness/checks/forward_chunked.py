@@ -1,0 +1,38 @@
+"""Does `forward_chunked` equal the whole clip, whatever the length of a chunk, in inference and in training?"""
+
+from types import ModuleType
+
+from harness.case import Case
+from harness.finding import Finding, Tally
+from harness.subject import CannotAsk, Implementation
+from harness.trial import Trial, worst_of
+
+SHORT = 16  # tokens up to which the reference is asked, which defines what chunks are and is slow at it
+
+
+def asks(subject: ModuleType, implementation: Implementation, case: Case) -> bool:
+    """Of models of more than one tubelet; of the reference in short cases in float32."""
+    if not hasattr(subject, "in_chunks") or case.dtype == "float64" or not subject.chunk_frames(case):
+        return False
+    return implementation.name != "reference" or (case["L"] <= SHORT and case.dtype == "float32")
+
+
+def run(trial: Trial, implementation: Implementation) -> list[Finding]:
+    """Outputs and gradients in training; outputs without gradients being recorded, where results go in place."""
+    able = implementation.abilities
+    if able is not None and not able.initial_state:
+        raise CannotAsk(f"{implementation.name} does not declare initial_state: no state goes from chunk to chunk")
+    shortest, *others = trial.subject.chunk_frames(trial.case)
+    ways = [(shortest, False)] + [(frames, True) for frames in (shortest, *others) if trial.asks_gradients]
+    found = []
+    for frames, grad in ways:
+        tally = Tally()
+        for seed in trial.case.seeds:
+            plain, truth = trial.plain(seed, grad).named(), trial.truth(seed, grad).named()
+            got = trial.run(implementation, seed, grad, trial.leaves(seed), frames=frames).named()
+            for name, exact in truth.items():
+                if grad or not name.startswith("grad "):
+                    part = f"{name}[chunks of {frames}, {'training' if grad else 'inference'}]"
+                    tally.add(part, got.get(name), plain[name], exact)
+        found += tally.findings()
+    return worst_of(found)

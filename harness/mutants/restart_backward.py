@@ -1,0 +1,22 @@
+"""`forward_chunked` starts the backward direction anew in every chunk: what only an approximation may do."""
+
+from contextlib import AbstractContextManager
+from typing import Any
+from unittest import mock
+
+from torch import Tensor
+
+import fused.sweep
+
+WHERE = ("--subject", "videomamba", "--case", "B2-T2-S32-D32-L9-layernorm-*", "--check", "forward_chunked")
+
+
+def plant() -> AbstractContextManager[object]:
+    """The context in which the bug is there."""
+    honest = fused.sweep.scan_chunk
+
+    def planted(plan: Any, own: Any, x: Tensor, state: Any, reverse: bool) -> Any:
+        y, (taps, edge) = honest(plan, own, x, state, reverse)
+        return y, (taps * 0, edge * 0) if reverse else (taps, edge)
+
+    return mock.patch.object(fused.sweep, "scan_chunk", planted)
