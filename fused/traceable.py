@@ -3,8 +3,8 @@
     s_t = a_t s_{t-1} + w_t           a_t = exp(delta_t * A)
 
 The scan cuts time into chunks that step together, each from a state of zero; chunks are joined by their decays, twice as many
-at each step; and the decay of a chunk's tokens up to each one, exp(A * sum delta), adds what the state that entered the chunk
-is worth there. A graph so has about 8 + log2(L) steps for L tokens, at the price of holding all L states at once. Formulas
+at each step; and the product of the decays up to each token adds what the state that entered its chunk is worth there. A
+graph so has about 8 + log2(L) steps for L tokens, at the price of holding all L states at once. Formulas
 and arguments are those of `selective_scan`, `causal_conv1d` and `add_norm`.
 """
 
@@ -28,11 +28,10 @@ def selective_scan(
         x, rate, A, B, C = (t.to(precise) for t in (u, delta, A, B, C))
         rate = rate if delta_bias is None else rate + delta_bias.to(precise)
         rate = F.softplus(rate) if softplus else rate
-        walked = [rate, rate * x, *(_by_channel(t, x.shape[2]) for t in (B, C))]
-        if reverse:
-            walked = [t.flip(1) for t in walked]
+        walked = rate, rate * x, _by_channel(B, x.shape[2]), _by_channel(C, x.shape[2])
+        rate, gained, B, C = (t.flip(1) for t in walked) if reverse else walked
         state = x.new_zeros(x.shape[0], *A.shape) if state is None else state.to(precise)
-        y, state = _walk(*walked, A, state)
+        y, state = _walk(rate, gained, B, C, A, state)
         y = y.flip(1) if reverse else y
         y = y if D is None else y + D.to(precise) * x
         y = y if z is None else y * F.silu(z.to(precise))
@@ -57,8 +56,9 @@ def causal_conv1d(
 
 
 def add_norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float, centre: bool, stored: torch.dtype | None
-) -> tuple[Tensor, Tensor | None]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
+    eps: float, centre: bool, stored: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """(y, residual_out in the dtype `stored`, or None)."""
     with no_autocast(x.device):
         v = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -82,13 +82,14 @@ def _walk(delta: Tensor, x: Tensor, B: Tensor, C: Tensor, A: Tensor, state: Tens
     # tokens of no duration fill up the last chunk: they keep the state as it is
     delta, x, B, C = (_chunked(t) for t in (delta, x, B, C))
     decays, inputs = (delta.unsqueeze(-1) * A).exp().split(1, 2), (x.unsqueeze(-1) * B).split(1, 2)
-    local = [inputs[0]]
+    local, passed = [inputs[0]], [decays[0]]  # passed: what is left of the state that entered the chunk
     for decay, new in zip(decays[1:], inputs[1:], strict=True):
         local.append(decay * local[-1] + new)
-    passed = (delta.cumsum(2).unsqueeze(-1) * A).exp()  # what each token leaves of the state that entered its chunk
-    entering, state = _join(passed[:, :, -1], local[-1].squeeze(2), state)
-    states = torch.cat(local, 2) + passed * entering.unsqueeze(2)
-    return (states * C).sum(-1).flatten(1, 2)[:, :length], state
+        passed.append(decay * passed[-1])
+    entering, state = _join(passed[-1].squeeze(2), local[-1].squeeze(2), state)
+    states = torch.cat([own + left * entering.unsqueeze(2) for own, left in zip(local, passed, strict=True)], dim=2)
+    y = states @ C.transpose(-1, -2) if C.shape[3] == 1 else (states * C).sum(-1, keepdim=True)
+    return y.squeeze(-1).flatten(1, 2)[:, :length], state
 
 
 def _join(left: Tensor, added: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

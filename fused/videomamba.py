@@ -4,7 +4,6 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -15,9 +14,12 @@ from torch import Tensor, nn
 
 from . import backends, stamp
 from .block import Block, DropPath, Norm
+from .checkpoint import load_checkpoint
+from .classifier import Classifier
 from .config import VideoMambaConfig
 from .mixer import Mamba, State, check_backend
 from .orders import Order, permute, restore, temporal_order
+from .pretrained import Pretrained
 from .tokens import PatchEmbed, check_clip, sincos_positions, visible_tokens
 
 _log = logging.getLogger("fused")
@@ -48,7 +50,7 @@ class _Stream(NamedTuple):
     features: list[Tensor]
 
 
-class Backbone(nn.Module):
+class Backbone(Pretrained, nn.Module):
     """Embedding, positions, blocks, final norm: all that the two models share.
 
     Token 0 is CLS, token 1 + f*P + p is patch p of tubelet f. `backend` is a name of `fused.backends`, which never
@@ -223,7 +225,7 @@ class Backbone(nn.Module):
         return self._chosen[1]
 
 
-class VideoMamba(Backbone):
+class VideoMamba(Classifier, Backbone):
     """The classifier: a clip (B, C, T, H, W), or an image (B, C, H, W), to logits (B, num_classes) read from CLS.
 
     Loads upstream's state_dict: video_sm, image_sm (num_frames None), the distillation student (distill_dim).
@@ -335,16 +337,14 @@ class VideoMambaEncoder(Backbone):
 def build_videomamba(config: SimpleNamespace | VideoMambaConfig, backend: str = "auto") -> VideoMambaEncoder:
     """The encoder from the `SimpleNamespace(vision_encoder=...)` of the VideoMamba Backbone, any field of which may be absent.
 
-    As there, pooled features are normed and decoded features have no unit length. `pretrained` is a file with this
-    encoder's state_dict, bare or under "model" or "module"; it is loaded strictly.
+    As there, pooled features are normed and decoded features have no unit length. `pretrained` is a file that
+    `load_checkpoint` takes; it is loaded strictly.
     """
     if not isinstance(config, VideoMambaConfig):
         config = _from_namespace(config)
     model = VideoMambaEncoder(config, backend)
     if config.pretrained:
-        weights = torch.load(Path(config.pretrained), map_location="cpu", weights_only=True)
-        weights = weights.get("model", weights)
-        model.load_state_dict(weights.get("module", weights), strict=True)
+        load_checkpoint(model, config.pretrained)
     return model
 
 

@@ -136,7 +136,7 @@ def test_many_processes_at_once(disk):
     """All make the same file at the same time, over and over: none ever reads half of one, nothing is left beside it."""
     script = f"""
 import sys, types
-sys.modules["fused"] = package = types.ModuleType("fused")  # without what the package imports: without PyTorch it starts at once
+sys.modules["fused"] = package = types.ModuleType("fused")  # without its imports, PyTorch for one, it starts at once
 package.__path__ = {list(fused.__path__)!r}
 from fused.kernels import cubins
 code, path = bytes(range(256)) * 4000, cubins.folder() / "one.cubin"
