@@ -17,7 +17,8 @@ DISTILLED = {"distill_dim": 9}
 MODELS = {
     "plain": {"depth": 2},
     "everything-else": {
-        "kernel_size": 2, "rms_norm": False, "fused_add_norm": False, "scan_order": "both", "ssm_cfg": {"bias": True, "d_conv": 3},
+        "kernel_size": 2, "rms_norm": False, "fused_add_norm": False, "scan_order": "both",
+        "ssm_cfg": {"bias": True, "d_conv": 3},
     },
 }  # fmt: skip
 pytestmark = pytest.mark.usefixtures("unchecked")  # a checked signature is more than a graph can hold
