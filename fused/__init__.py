@@ -7,20 +7,29 @@ Its logger is "fused": the chosen backend at INFO, which Python shows only where
 """
 
 from .backends import BackendError
+from .checkpoint import LoadReport, load_checkpoint
 from .config import VideoMambaConfig
 from .conv import causal_conv1d
+from .export import OnnxExport, export_onnx
 from .mixer import Mamba
 from .norm import add_norm
+from .published import PRETRAINED
+from .registry_timm import register_timm
 from .scan import bidirectional_scan, selective_scan
 from .stamp import Validation, validation
 from .state import detach_state, state_to
+from .storage import CheckpointError, read_checkpoint, save_checkpoint
 from .videomamba import DistillOutput, EncoderOutput, VideoMamba, VideoMambaEncoder, build_videomamba
 
 __all__ = [
+    "PRETRAINED",
     "BackendError",
+    "CheckpointError",
     "DistillOutput",
     "EncoderOutput",
+    "LoadReport",
     "Mamba",
+    "OnnxExport",
     "Validation",
     "VideoMamba",
     "VideoMambaConfig",
@@ -30,6 +39,11 @@ __all__ = [
     "build_videomamba",
     "causal_conv1d",
     "detach_state",
+    "export_onnx",
+    "load_checkpoint",
+    "read_checkpoint",
+    "register_timm",
+    "save_checkpoint",
     "selective_scan",
     "state_to",
     "validation",

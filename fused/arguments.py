@@ -40,8 +40,8 @@ def check_native_dtypes(op: str, **tensors: Tensor | None) -> None:
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """A context without autocast on `device`, also on devices that have none."""
-    if torch.amp.is_autocast_available(device.type):
+    """A context without autocast on `device`, also on devices that have none; where it is off already, no context."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 

@@ -14,6 +14,7 @@ from .chunked import Video
 from .config import VideoMambaConfig
 from .mixer import Mamba, check_backend
 from .orders import Order, permute, restore, temporal_order
+from .pretrained import Pretrained
 from .state import State, States, blank_mean, pack, unpack
 from .tokens import PatchEmbed, Span, span_of, temporal_positions, visible_tokens
 
@@ -36,7 +37,7 @@ class _Chunk(NamedTuple):
     offset: int | None = None
 
 
-class Backbone(nn.Module):
+class Backbone(Pretrained, nn.Module):
     """Embedding, positions, blocks, final norm: all that the two models share.
 
     Token 0 is CLS, token 1 + f*P + p is patch p of tubelet f. `backend` is a name of `fused.backends`, which never

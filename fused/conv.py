@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import backends, upstream
+from . import backends, traceable, upstream
 from .arguments import check_choice, check_native_dtypes, check_tensor, no_autocast
 from .clipwise import clipwise
 
@@ -60,6 +60,8 @@ def conv_torch(
     reverse: bool = False,
 ) -> tuple[Float[Tensor, "B L E"], Float[Tensor, "B E S"]]:
     """The convolution in PyTorch operations: one multiply-add of the whole sequence for each tap."""
+    if torch.compiler.is_exporting():
+        return traceable.causal_conv1d(x, weight, bias, initial_state, activation is not None, reverse)
     return _Conv.apply(x, weight, bias, initial_state, activation is not None, reverse)
 
 

@@ -7,12 +7,14 @@
 The means are over the last dimension, and y comes from v before v is rounded for storage.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import backends, upstream
+from . import backends, traceable, upstream
 from .arguments import check_choice, check_native_dtypes, check_tensor, no_autocast
 
 KINDS = ("rms", "layer")
@@ -70,7 +72,8 @@ def norm_torch(
 ) -> Rows | tuple[Rows, Rows]:
     """Add and normalise in PyTorch operations; keeps the residual stream and two numbers a row for its backward."""
     stored = _stored(x, residual, residual_in_fp32) if prenorm else None
-    y, residual_out = _AddNorm.apply(x, weight, bias, residual, eps, kind == "layer", stored)
+    run: Any = traceable.add_norm if torch.compiler.is_exporting() else _AddNorm.apply
+    y, residual_out = run(x, weight, bias, residual, eps, kind == "layer", stored)
     return (y, residual_out) if prenorm else y
 
 

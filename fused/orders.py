@@ -38,7 +38,9 @@ def temporal_order(frames: int, patches: int, kept: Tensor | None = None, device
 
     With `kept`, the walk counts visible tokens only: it is that of the visible tokens.
     """
-    whole = _whole_order(frames, patches, device if kept is None else kept.device)
+    # tensors made while exporting are no tensors afterwards
+    make = _make_order if torch.compiler.is_exporting() else _whole_order
+    whole = make(frames, patches, device if kept is None else kept.device)
     if kept is None:
         return whole
     ahead = whole.back[0][kept].argsort(dim=1)
@@ -77,6 +79,10 @@ class _Permutation(torch.autograd.Function):
 @lru_cache(maxsize=16)  # the same few for the life of a model; computed anew they would cost a sort per forward
 @torch.inference_mode(False)  # a tensor made in inference mode could not be used in training later
 def _whole_order(frames: int, patches: int, device: torch.device | None) -> Order:
+    return _make_order(frames, patches, device)
+
+
+def _make_order(frames: int, patches: int, device: torch.device | None) -> Order:
     cls = torch.zeros(1, 1, dtype=torch.long, device=device)
     stored = torch.arange(1, 1 + frames * patches, device=device)
     ahead = stored.view(frames, patches).T.reshape(1, -1)

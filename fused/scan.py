@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import backends, upstream
+from . import backends, traceable, upstream
 from .arguments import check_tensor, no_autocast
 from .clipwise import clipwise
 from .recurrence import Recurrence, plan
@@ -123,6 +123,8 @@ def scan_torch(
     reverse: bool = False,
 ) -> tuple[Tokens, State]:
     """The scan in PyTorch operations, for any device: bounded scratch memory, repeatable bit for bit."""
+    if torch.compiler.is_exporting():
+        return traceable.selective_scan(u, delta, A, B, C, D, z, delta_bias, softplus, initial_state, reverse)
     keep = torch.is_grad_enabled()
     return _apply(u, delta, A, B, C, D, z, delta_bias, initial_state, softplus, reverse, keep)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from . import backends
+from .files import written_whole
 
 SOURCES = (".py", ".cu", ".cuh", ".h", ".hpp", ".cpp")
 KEY = ("backend", "dtype", "fused", "reference", "harness", "gpu", "driver", "torch", "triton", "nvrtc")
@@ -97,9 +98,9 @@ def write_validation(stamp: Validation) -> Path:
     """Write the stamp, replacing an older one whole, and return its path."""
     path = _path(asdict(stamp))
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(f".{os.getpid()}.tmp")
-    draft.write_text(json.dumps(asdict(stamp), indent=1) + "\n")
-    return draft.replace(path)
+    with written_whole(path) as draft:
+        draft.write_text(json.dumps(asdict(stamp), indent=1) + "\n")
+    return path
 
 
 @cache

@@ -162,8 +162,6 @@ def visible_tokens(
     return mask.to(torch.uint8).argsort(dim=1, stable=True)[:, :most].to(device)
 
 
-@lru_cache(maxsize=16)  # float64 sines on the CPU: 0.2 s for 64 frames of VideoMamba-M
-@torch.inference_mode(False)  # a tensor made in inference mode could not be used in training later
 def sincos_positions(rows: int, dim: int, device: torch.device, first: int = 0) -> Float[Tensor, "rows dim"]:
     """Fixed positions of the CLIP decoder in float32, of tokens `first` to `first + rows - 1`; token 0 is CLS.
 
@@ -171,6 +169,17 @@ def sincos_positions(rows: int, dim: int, device: torch.device, first: int = 0) 
 
     Callers share the tensor: do not write to it.
     """
+    # a tensor made while exporting is none afterwards
+    return (_make_sincos if torch.compiler.is_exporting() else _kept_sincos)(rows, dim, device, first)
+
+
+@lru_cache(maxsize=16)  # float64 sines on the CPU: 0.2 s for 64 frames of VideoMamba-M
+@torch.inference_mode(False)  # a tensor made in inference mode could not be used in training later
+def _kept_sincos(rows: int, dim: int, device: torch.device, first: int) -> Tensor:
+    return _make_sincos(rows, dim, device, first)
+
+
+def _make_sincos(rows: int, dim: int, device: torch.device, first: int) -> Tensor:
     column = torch.arange(dim, dtype=torch.float64, device="cpu")
     wavelength = 10000 ** (column.div(2, rounding_mode="floor") * 2 / dim)
     angle = torch.arange(first, first + rows, dtype=torch.float64, device="cpu")[:, None] / wavelength

@@ -2,7 +2,6 @@
 
 import logging
 from dataclasses import fields
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -14,7 +13,9 @@ from torch import Tensor, nn
 from . import chunked
 from .backbone import Backbone
 from .block import Norm
+from .checkpoint import load_checkpoint
 from .chunked import Video
+from .classifier import Classifier
 from .config import VideoMambaConfig
 from .state import State, States, running_mean
 from .tokens import sincos_positions, span_of
@@ -40,7 +41,7 @@ class DistillOutput(NamedTuple):
     features: Tensor  # (B, L, distill_dim) of unit length, CLS included
 
 
-class VideoMamba(Backbone):
+class VideoMamba(Classifier, Backbone):
     """The classifier: a clip (B, C, T, H, W), or an image (B, C, H, W), to logits (B, num_classes).
 
     `config.readout` is what the head reads: "cls", as upstream; "mean" of all patch tokens; the "last" of them; or "tokens",
@@ -250,16 +251,14 @@ class VideoMambaEncoder(Backbone):
 def build_videomamba(config: SimpleNamespace | VideoMambaConfig, backend: str = "auto") -> VideoMambaEncoder:
     """The encoder from the `SimpleNamespace(vision_encoder=...)` of the VideoMamba Backbone, any field of which may be absent.
 
-    As there, pooled features are normed and decoded features have no unit length. `pretrained` is a file with this
-    encoder's state_dict, bare or under "model" or "module"; it is loaded strictly.
+    As there, pooled features are normed and decoded features have no unit length. `pretrained` is a file that
+    `load_checkpoint` takes; it is loaded strictly.
     """
     if not isinstance(config, VideoMambaConfig):
         config = _from_namespace(config)
     model = VideoMambaEncoder(config, backend)
     if config.pretrained:
-        weights = torch.load(Path(config.pretrained), map_location="cpu", weights_only=True)
-        weights = weights.get("model", weights)
-        model.load_state_dict(weights.get("module", weights), strict=True)
+        load_checkpoint(model, config.pretrained)
     return model
 
 

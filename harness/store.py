@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fused.files import written_whole
 from harness.bench.point import Speed
 from harness.environment import ROOT
 from harness.record import Record
@@ -90,9 +91,8 @@ class Run:
 
     def save(self) -> None:
         """Write run.json whole or not at all."""
-        draft = self.folder / "run.json.part"
-        draft.write_text(json.dumps(self.about, indent=1) + "\n")
-        draft.replace(self.folder / "run.json")
+        with written_whole(self.folder / "run.json") as draft:
+            draft.write_text(json.dumps(self.about, indent=1) + "\n")
 
     def counts(self, role: str = "ours") -> dict[str, int]:
         """How many records of a role passed, failed and were skipped."""

@@ -9,9 +9,10 @@ import functools
 import hashlib
 import logging
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
+
+from fused.files import written_whole
 
 _log = logging.getLogger("fused")
 
@@ -47,14 +48,8 @@ def _read(path: Path) -> bytes | None:
 
 def _write(path: Path, code: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(hashlib.sha256(code).digest() + code)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    with written_whole(path) as draft:
+        draft.write_bytes(hashlib.sha256(code).digest() + code)
 
 
 @functools.cache

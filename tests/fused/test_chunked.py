@@ -266,7 +266,12 @@ WRONG = {
     "uncounted": ({}, iter([video()]), {}, "num_frames is None; an iterator's frames cannot be counted"),
     "fewer": ({}, iter([video(1, 3, 2, 32, 32)]), {"num_frames": 4}, "num_frames is 4, but the iterator gave 2"),
     "more": ({}, iter([video(), video()]), {"num_frames": 4}, "num_frames is 4, but the iterator gives more"),
-    "table": ({}, video(1, 3, 6, 32, 32), {}, "there are temporal positions for 4; pass all its tubelets as temporal_pos_total"),
+    "table": (
+        {},
+        video(1, 3, 6, 32, 32),
+        {},
+        "there are temporal positions for 4; pass all its tubelets as temporal_pos_total",
+    ),
     "sides": ({}, video(1, 3, 4, 32, 48), {}, r"allowed: runs of frames \(B, 3, t, 32, 32\) or single frames"),
     "dims": ({}, video(3, 4, 32, 32), {}, r"clip has shape \(3, 4, 32, 32\)"),
     "clips": ({}, iter([video(1, 3, 32, 32), video(2, 3, 32, 32)]), {"num_frames": 4}, r"gave \(2, 3, 1, .* \(1, 3, t,"),

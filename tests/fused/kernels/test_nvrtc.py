@@ -12,6 +12,7 @@ import emulation
 import pytest
 import torch
 
+import fused
 from fused.backends import BackendError
 from fused.kernels import cubins, nvrtc
 
@@ -134,10 +135,10 @@ def test_folder_that_cannot_be_written(tmp_path, monkeypatch, disk, caplog):
 def test_many_processes_at_once(disk):
     """All make the same file at the same time, over and over: none ever reads half of one, nothing is left beside it."""
     script = f"""
-import importlib.util
-spec = importlib.util.spec_from_file_location("cubins", {cubins.__file__!r})  # by itself: without PyTorch it starts at once
-cubins = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(cubins)
+import sys, types
+sys.modules["fused"] = package = types.ModuleType("fused")  # without its imports, PyTorch for one, it starts at once
+package.__path__ = {list(fused.__path__)!r}
+from fused.kernels import cubins
 code, path = bytes(range(256)) * 4000, cubins.folder() / "one.cubin"
 for _ in range(50):
     cubins._write(path, code)

@@ -1,0 +1,200 @@
+"""Published weights into a model: layouts, names, positions and patches for other sizes; and an account of every tensor."""
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import VideoMambaConfig
+from .interpolate import inflate_kernel, resize_frames, resize_grid
+from .layouts import unwrap
+from .storage import CheckpointError, read_checkpoint
+
+# Parts that one kind of VideoMamba has and another has not: each is there as a whole, or is said to be missing.
+PARTS = ("head.", "clip_decoder.", "pool_norm.", "distill_head.")
+SHOWN = 5
+
+_log = logging.getLogger("fused")
+
+
+@dataclass
+class LoadReport:
+    """What became of every tensor; prints as a summary."""
+
+    source: str
+    layout: str  # what was taken off around the weights and before their names
+    loaded: list[str] = field(default_factory=list)  # as they were, bit for bit
+    converted: dict[str, str] = field(default_factory=dict)  # name in the model -> how
+    initial: dict[str, str] = field(default_factory=dict)  # parameters that were left as they were -> why
+    dropped: dict[str, str] = field(default_factory=dict)  # entries of the checkpoint that were not used -> why
+
+    def __str__(self) -> str:
+        lines = [f"{self.source} ({self.layout}): {len(self.loaded)} tensors loaded as they were"]
+        for title, entries in (("converted", self.converted), ("left at init", self.initial), ("dropped", self.dropped)):
+            reasons: dict[str, list[str]] = {}
+            for name, why in entries.items():
+                reasons.setdefault(why, []).append(name)
+            lines += [f"  {title}: {_some(names)}: {why}" for why, names in reasons.items()]
+        return "\n".join(lines)
+
+
+def load_checkpoint(
+    model: nn.Module,
+    path_or_state_dict: str | Path | Mapping[str, Any],
+    *,
+    strict: bool = True,
+    inflate: str = "centre",
+    grid: tuple[int, int] | None = None,
+) -> LoadReport:
+    """Load weights of any published layout into a `VideoMamba` or `VideoMambaEncoder`, and report what became of them.
+
+    The file is read onto the CPU without running what is in it (`fused.read_checkpoint`). Converted where the model differs:
+    dtypes; `norm` and `norm_f`; the patches of an image model for clips (`inflate`: "centre" or "mean", see
+    `fused.interpolate.inflate_kernel`); positions, bicubic in space and linear in time. `grid` is the checkpoint's (rows,
+    columns) of patches: by default the model's if it has as many, else a square. A head for other classes, and whole parts
+    that only one of both has (`PARTS`, the temporal positions of an image model, other networks, an optimiser) are left out
+    and reported.
+
+    Anything else that is missing, left over or of another shape raises CheckpointError if `strict`, and is reported if not.
+    The report is logged too, as a warning if something was left at init. A model that an error comes from is unchanged.
+
+    Raises FileNotFoundError, CheckpointError (a RuntimeError), ValueError for `inflate` or `grid`, TypeError for another model.
+
+        >>> model = VideoMamba(VideoMambaConfig.tiny(num_frames=16, img_size=288))
+        >>> print(load_checkpoint(model, "videomamba_t16_k400_f8_res224.pth"))
+    """
+    config = getattr(model, "config", None)
+    if not isinstance(config, VideoMambaConfig):
+        raise TypeError(f"model must be a VideoMamba or VideoMambaEncoder, got {type(model).__name__}")
+    source, given = "state_dict", path_or_state_dict
+    if isinstance(given, str | Path):
+        source, given = str(given), read_checkpoint(given)
+    weights = unwrap(given)
+    report = LoadReport(source, weights.layout, dropped=dict(weights.dropped))
+    parameters = dict(model.named_parameters())
+    tensors, how = _renamed(weights.tensors, parameters)
+    image = "patch_embed.proj.weight" in tensors and tensors["patch_embed.proj.weight"].dim() == 4
+    _leave_out(tensors, parameters, image, report)
+
+    fitting, wrong = {}, []
+    for name in tensors.keys() & parameters.keys():
+        value, done = _converted(name, tensors[name], config, inflate, grid)
+        how[name] = [*how.get(name, []), *done]
+        if value.shape == parameters[name].shape:
+            fitting[name] = value
+        else:
+            came = f"checkpoint {tuple(tensors[name].shape)}, model {tuple(parameters[name].shape)}"
+            wrong.append((name, came))
+    missing = [name for name in parameters if name not in tensors and name not in report.initial]
+    unexpected = [name for name in tensors if name not in parameters]
+    if not any(name.startswith("layers.") for name in fitting) or (strict and (wrong or missing or unexpected)):
+        _refuse(source, tensors, config, sorted(wrong), missing, unexpected)
+    report.initial |= {name: "of another shape: " + came for name, came in wrong} | dict.fromkeys(missing, "not there")
+    report.dropped |= {name: "of another shape: " + came for name, came in wrong} | dict.fromkeys(unexpected, "unknown")
+    _copy(fitting, parameters, how, report)
+    _log.log(logging.WARNING if report.initial else logging.INFO, "%s", report)
+    return report
+
+
+def _renamed(tensors: dict[str, Tensor], parameters: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+    """The final norm under the model's name: pretraining calls it `norm`, the classifier `norm_f`."""
+    renamed, how = {}, {}
+    ours, theirs = ("norm_f.", "norm.") if "norm_f.weight" in parameters else ("norm.", "norm_f.")
+    swap = not any(name.startswith(ours) for name in tensors)
+    for name, value in tensors.items():
+        if swap and name.startswith(theirs):
+            how[ours + name.removeprefix(theirs)] = [f"renamed from {theirs}*"]
+            name = ours + name.removeprefix(theirs)
+        renamed[name] = value
+    return renamed, how
+
+
+def _leave_out(tensors: dict[str, Tensor], parameters: Mapping[str, Tensor], image: bool, report: LoadReport) -> None:
+    """Take from `tensors` what differs between kinds of VideoMamba by design, and report it."""
+    for part in PARTS:
+        ours, theirs = ([name for name in names if name.startswith(part)] for names in (parameters, tensors))
+        if part == "head." and ours and set(ours) == set(theirs):
+            rows = len(tensors[ours[0]]), len(parameters[ours[0]])
+            if rows[0] != rows[1]:
+                why = f"the checkpoint's head has {rows[0]} classes, the model's {rows[1]}"
+                report.initial |= dict.fromkeys(ours, why)
+                report.dropped |= {name: why for name in theirs if tensors.pop(name) is not None}
+        elif ours and not theirs:
+            report.initial |= dict.fromkeys(ours, f"the checkpoint has no {part[:-1]}")
+        elif theirs and not ours:
+            report.dropped |= {name: f"the model has no {part[:-1]}" for name in theirs if tensors.pop(name) is not None}
+    name = "temporal_pos_embedding"
+    if name in parameters and name not in tensors and image:
+        report.initial[name] = "the checkpoint is of an image model"
+    if name in tensors and name not in parameters:
+        del tensors[name]
+        report.dropped[name] = "the model is an image model"
+
+
+def _converted(
+    name: str, value: Tensor, config: VideoMambaConfig, inflate: str, grid: tuple[int, int] | None
+) -> tuple[Tensor, list[str]]:
+    """The tensor for the model's sizes, and what was done to it."""
+    if name == "patch_embed.proj.weight" and value.dim() == 4 and config.num_frames is not None:
+        done = f"inflated to {config.kernel_size} frame(s), {inflate}"
+        return inflate_kernel(value, config.kernel_size, inflate), [done]
+    if name == "pos_embed" and value.dim() == 3:
+        count = value.shape[1] - 1
+        before = grid or (config.grid if count == config.patches else _square(count))
+        if before is None:
+            raise CheckpointError(f"pos_embed has {count} patches, no square; pass the checkpoint's grid=(rows, columns)")
+        if before != config.grid:
+            return resize_grid(value, before, config.grid), ["{}x{} to {}x{} patches, bicubic".format(*before, *config.grid)]
+    if name == "temporal_pos_embedding" and value.dim() == 3 and value.shape[1] != config.tubelets:
+        return resize_frames(value, config.tubelets), [f"{value.shape[1]} to {config.tubelets} time steps, linear"]
+    return value, []
+
+
+def _square(count: int) -> tuple[int, int] | None:
+    side = round(count**0.5)
+    return (side, side) if side * side == count else None
+
+
+@torch.no_grad()
+def _copy(fitting: dict[str, Tensor], parameters: Mapping[str, Tensor], how: dict[str, list[str]], report: LoadReport) -> None:
+    for name, parameter in parameters.items():
+        if name not in fitting:
+            continue
+        value, done = fitting[name], how.get(name, [])
+        if value.dtype != parameter.dtype:
+            done = [*done, f"{value.dtype} to {parameter.dtype}".replace("torch.", "")]
+        parameter.copy_(value)
+        if done:
+            report.converted[name] = ", ".join(done)
+        else:
+            report.loaded.append(name)
+
+
+def _refuse(
+    source: str, tensors: dict[str, Tensor], config: VideoMambaConfig,
+    wrong: list[tuple[str, str]], missing: list[str], unexpected: list[str],
+) -> None:  # fmt: skip
+    """Raise CheckpointError with the first few of each, and what would explain all of them."""
+    lines = [f"{source} does not fit this model; it is unchanged."]
+    width = tensors["cls_token"].shape[-1] if "cls_token" in tensors else None
+    layers = {int(found[1]) for name in tensors if (found := re.match(r"layers\.(\d+)\.", name))}
+    if (width, len(layers)) != (config.embed_dim, config.depth):
+        lines.append(f"  it has embed_dim {width} and depth {len(layers)}, the model {config.embed_dim} and {config.depth}")
+    shapes = {name: f"{name} {tuple(tensors[name].shape)}" for name in unexpected}
+    for title, entries in (
+        ("of another shape", [f"{name} ({came})" for name, came in wrong]),
+        ("not in the checkpoint", missing),
+        ("not in the model", [shapes[name] for name in unexpected]),
+    ):
+        if entries:
+            lines.append(f"  {title}: {_some(entries)}")
+    raise CheckpointError("\n".join(lines))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + f" and {len(names) - SHOWN} more" * (len(names) > SHOWN)

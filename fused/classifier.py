@@ -1,0 +1,106 @@
+"""What timm and its training scripts ask of a classifier: its head, its features, its layers in groups."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import VideoMambaConfig
+
+_POOLS = {"cls": "token", "mean": "avg", "last": "last", "tokens": ""}
+
+
+class Classifier:
+    """timm's conventions for a model with `config`, `head`, `head_drop`, `embed`, `encode` and `_read`."""
+
+    config: VideoMambaConfig
+    head: nn.Module
+    head_drop: nn.Module
+    cls_token: nn.Parameter
+    embed: Any
+    encode: Any
+    _read: Any
+
+    @property
+    def num_classes(self) -> int:
+        """Rows of the head; 0 without one."""
+        return self.config.num_classes
+
+    @property
+    def num_features(self) -> int:
+        """Width of the tokens."""
+        return self.config.embed_dim
+
+    embed_dim = head_hidden_size = num_features
+
+    def get_classifier(self) -> nn.Module:
+        """The head: a Linear, or an Identity where num_classes is 0."""
+        return self.head
+
+    @torch.no_grad()
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new head for so many classes (0: none), where the old one was. `global_pool` may only be what the head reads now,
+        in timm's word.
+
+        Raises ValueError for a wrong number, and for another pooling.
+        """
+        pool = _POOLS[self.config.readout]
+        if global_pool not in (None, pool):
+            raise ValueError(f"global_pool is {global_pool!r}; allowed: {pool!r} for readout={self.config.readout!r}, or None")
+        self.config = replace(self.config, num_classes=num_classes)
+        head: nn.Module = nn.Identity()
+        if num_classes:
+            head = nn.Linear(self.config.embed_dim, num_classes, device=self.cls_token.device, dtype=self.cls_token.dtype)
+            nn.init.trunc_normal_(head.weight, std=0.02)
+            nn.init.zeros_(head.bias)
+        self.head = head
+
+    def forward_features(self, clip: Tensor) -> Tensor:
+        """A clip (B, C, T, H, W), or an image, to normed tokens (B, L, D), CLS first."""
+        return self.encode(self.embed(clip))[0]
+
+    def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens (B, L, D) of a whole clip to logits (B, num_classes), or with `pre_logits` to what the head reads, (B, D)."""
+        read = self.head_drop(self._read(tokens, 1, None)[0])
+        return read if pre_logits else self.head(read)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Names to groups for layer decay: embeddings, every layer, then the heads. With `coarse` all layers are one.
+
+        timm reads what a pattern captures as the number of the group, 99999 as that of the group before (the final norm goes
+        with the last layer), and what no pattern matches as the last group.
+        """
+        return {
+            "stem": r"^(?:cls_token|pos_embed|temporal_pos_embedding|patch_embed)",
+            "blocks": r"^layers" if coarse else [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))],
+        }
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Run every mixer again in the backward pass, which saves its memory; or none."""
+        self.config = replace(self.config, use_checkpoint=enable, checkpoint_num=self.config.depth if enable else 0)
+        for layer in self.layers:  # type: ignore[attr-defined]
+            layer.recompute = enable
+
+
+class TokenFeatures(nn.Module):
+    """A classifier as a feature extractor: a clip to a list of tokens (B, L, D), CLS first, one entry for each of `layers`.
+
+    An entry is the residual stream behind that layer under the final norm; negative numbers count from the last layer. Raises
+    ValueError for a layer that is not there.
+    """
+
+    def __init__(self, model: Any, layers: tuple[int, ...] = (-1,)) -> None:
+        super().__init__()
+        depth = model.config.depth
+        if not layers or not all(isinstance(i, int) and -depth <= i < depth for i in layers):
+            raise ValueError(f"out_indices is {layers!r}; allowed: layers from {-depth} to {depth - 1}")
+        self.model, self.layers = model, tuple(i % depth for i in layers)
+
+    def forward(self, clip: Tensor) -> list[Tensor]:
+        """One tensor a layer, in the sequence of `layers`."""
+        last = self.model.config.depth - 1
+        inner = sorted(set(self.layers) - {last})
+        tokens, _, features = self.model.encode(self.model.embed(clip), taps=inner)
+        found = {**dict(zip(inner, features, strict=True)), last: tokens}
+        return [found[layer] for layer in self.layers]

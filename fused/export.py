@@ -1,0 +1,57 @@
+"""A classifier as an ONNX file for one shape of clips."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .files import written_whole
+from .videomamba import VideoMamba
+
+
+class OnnxExport(NamedTuple):
+    """What `export_onnx` wrote."""
+
+    path: Path
+    shape: tuple[int, ...]  # of the clips that it takes, and no others
+    nodes: int
+
+
+def export_onnx(model: VideoMamba, path: str | Path, *, batch: int = 1) -> OnnxExport:
+    """Write the classifier in eval mode as one ONNX file, whole or not at all; print and return how many nodes it has.
+
+    The graph is that of the "torch" backend, in the parameters' dtype on the CPU, unrolled for clips of the model's own shape
+    (batch, C, T, H, W): input "clip", output "logits"; with distill_dim also "features". Another shape is refused by whatever
+    runs the file. `model` stays as it is.
+
+    Raises TypeError for another model, ValueError for a wrong batch, ImportError without onnx and onnxscript, OSError if the
+    file cannot be written.
+    """
+    if not isinstance(model, VideoMamba):
+        raise TypeError(f"model must be a VideoMamba, got {type(model).__name__}")
+    if not isinstance(batch, int) or batch < 1:
+        raise ValueError(f"batch is {batch!r}; allowed: a positive integer")
+    try:
+        import onnx  # noqa: F401
+        from onnxscript import optimizer
+    except ImportError as error:
+        raise ImportError(f"{error.name} is not installed: pip install onnx onnxscript") from error
+    path, config = Path(path), model.config
+    like = next(model.parameters())
+    twin = VideoMamba(config, backend="torch").to(like.dtype)
+    twin.load_state_dict(model.state_dict())
+    frames = () if config.num_frames is None else (config.num_frames,)
+    clip = torch.zeros(batch, config.channels, *frames, *config.sides, dtype=like.dtype)
+    names = ["logits"] if config.distill_dim is None else ["logits", "features"]
+    with torch.no_grad():
+        program: Any = torch.onnx.export(
+            twin.eval(), (clip,), dynamo=True, input_names=["clip"], output_names=names, verbose=False,
+            optimize=False,
+        )  # fmt: skip
+    optimizer.fold_constants(program.model)  # its other passes take minutes for a model of full size
+    optimizer.remove_unused_nodes(program.model)
+    with written_whole(path) as draft:
+        program.save(draft, external_data=False)  # the largest published model has 0.4 GB, a file may have 2
+    written = OnnxExport(path, tuple(clip.shape), len(program.model.graph))
+    print(f"{path}: {written.nodes} nodes for clips of shape {written.shape}")
+    return written

@@ -1,0 +1,130 @@
+"""Models by name: published weights, folders and repositories with config.json and model.safetensors side by side.
+
+The two files are those of huggingface_hub's `PyTorchModelHubMixin` for a class whose argument `config` is a dataclass: either
+reads what the other wrote. It is no base class here, so that `import fused` needs no huggingface_hub.
+"""
+
+import json
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .checkpoint import load_checkpoint
+from .config import VideoMambaConfig
+from .files import written_whole
+from .published import PRETRAINED
+from .storage import CheckpointError, read_checkpoint, save_checkpoint
+
+T = TypeVar("T", bound="Pretrained")
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+class Pretrained:
+    """`from_pretrained`, `save_pretrained` and `push_to_hub` for a model that is built from a `VideoMambaConfig`."""
+
+    config: VideoMambaConfig
+
+    @classmethod
+    def from_pretrained(
+        cls: type[T],
+        source: str | Path,
+        *,
+        backend: str = "auto",
+        strict: bool = True,
+        inflate: str = "centre",
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        **overrides: Any,
+    ) -> T:
+        """A model on the CPU, in eval mode, with weights.
+
+        `source` is a name in `fused.PRETRAINED`, a folder that `save_pretrained` wrote, or a repository of such files on the
+        Hugging Face hub. `overrides` are fields of the configuration that shall differ from what was trained, such as
+        num_classes, num_frames or img_size; weights are converted as by `load_checkpoint`, which takes `strict` and `inflate`
+        and logs what it did. `revision`, `cache_dir`, `token` and `local_files_only` are huggingface_hub's.
+
+        Raises ValueError for a wrong configuration, ImportError without huggingface_hub (safetensors), CheckpointError for
+        weights that do not fit, FileNotFoundError for a folder without the files, ConnectionError if a file can neither be
+        downloaded nor is in the cache.
+
+            >>> model = VideoMamba.from_pretrained("videomamba_t16_k400_f16_res224", num_classes=10)
+        """
+        remote = {
+            "revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only
+        }  # fmt: skip
+        if str(source) in PRETRAINED:
+            published = PRETRAINED[str(source)]
+            trained, weights = published.config, _download(published.repository, published.file, remote)
+        elif Path(source).is_dir():
+            trained, weights = _read_config(Path(source) / CONFIG), Path(source) / WEIGHTS
+        elif isinstance(source, str) and source.count("/") == 1 and not source.startswith((".", "/")):
+            trained = _read_config(_download(source, CONFIG, remote))
+            weights = _download(source, WEIGHTS, remote)
+        else:
+            near = [name for name in PRETRAINED if str(source) in name]
+            raise ValueError(
+                f"{str(source)!r} is no folder, no repository (owner/name) and no published model; "
+                + (f"published are {', '.join(near[:8])}" if near else "the published ones are the keys of fused.PRETRAINED")
+            )
+        model: Any = cls(replace(trained, **overrides), backend=backend)  # type: ignore[call-arg]
+        load_checkpoint(model, read_checkpoint(weights), strict=strict, inflate=inflate, grid=trained.grid)
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write config.json and model.safetensors, each whole or not at all, and return the folder.
+
+        Raises ImportError without safetensors, OSError if the disk is full; the files that were there then stay.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with written_whole(folder / CONFIG) as draft:
+            draft.write_text(json.dumps(asdict(replace(self.config, pretrained=None)), indent=2) + "\n")
+            save_checkpoint(self, folder / WEIGHTS)  # type: ignore[arg-type]
+        return folder
+
+    def push_to_hub(
+        self, repository: str, *, token: str | bool | None = None, private: bool | None = None, message: str = "Weights"
+    ) -> str:
+        """Upload what `save_pretrained` writes to a repository, which is made if there is none, and return the commit's URL."""
+        api = _hub().HfApi(token=token)
+        api.create_repo(repository, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message))
+
+
+def _read_config(path: Path) -> VideoMambaConfig:
+    """Fields that this version does not know are an error: the model would be another one."""
+    try:
+        fields = json.loads(path.read_text())
+        if isinstance(fields.get("img_size"), list):  # JSON has no tuples
+            fields["img_size"] = tuple(fields["img_size"])
+        return VideoMambaConfig(**fields)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(2, "the folder holds no configuration", str(path)) from error
+    except (json.JSONDecodeError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path} is no configuration of a VideoMamba: {error}") from error
+
+
+def _download(repository: str, file: str, remote: dict[str, Any]) -> Path:
+    """The file's path in huggingface_hub's cache."""
+    hub = _hub()
+    try:
+        return Path(hub.hf_hub_download(repository, file, **remote))
+    except Exception as error:  # not one class: offline, no such repository, no such file, proxies ...
+        raise ConnectionError(
+            f"{file} of {repository} could not be downloaded and is not in the cache ({type(error).__name__}: {error}). "
+            f"Where there is a network, fetch https://huggingface.co/{repository}/resolve/main/{file}; "
+            "then load_checkpoint(model, path)"
+        ) from error
+
+
+def _hub() -> Any:
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ImportError("huggingface_hub is not installed: pip install huggingface_hub, or use load_checkpoint") from error
+    return huggingface_hub
