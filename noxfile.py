@@ -35,9 +35,10 @@ def python(session: nox.Session, *arguments: str) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """The tests; they need no GPU."""
+    """The tests, one process a core; they need no GPU."""
     install(session, "-e", ".[harness]", *TEST)
-    python(session, "-m", "pytest", *session.posargs)
+    shared = ("-n", "auto") if session.venv_backend != "none" else ()
+    python(session, "-m", "pytest", *shared, *session.posargs)
 
 
 @nox.session

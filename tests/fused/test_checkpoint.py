@@ -232,7 +232,7 @@ MISFITS = {
     ),
     "deeper": (lambda w: trained(depth=3), r"depth 3, the model 32 and 2\n.*layers.2.mixer.A_b_log.* and 12 more"),
     "wider": (lambda w: trained(embed_dim=48), "it has embed_dim 48 and depth 2, the model 32 and 2"),
-    "one-way": (lambda w: trained(bimamba=False), "not in the checkpoint: layers.0.mixer.A_b_log"),
+    "one-way": (lambda w: trained(bimamba=False, readout="mean"), "not in the checkpoint: layers.0.mixer.A_b_log"),
     "tubelet": (lambda w: trained(kernel_size=2), "of another shape: patch_embed.proj.weight"),
 }
 

@@ -334,7 +334,7 @@ def test_models_copy_pickle_and_save(kind, called):
 
 
 def test_inference_mode_leaves_nothing_that_breaks_training():
-    tokens.sincos_positions.cache_clear()
+    tokens._kept_sincos.cache_clear()
     model = golden(fused.VideoMambaEncoder(fused.VideoMambaConfig(**TOY, scan_order="temporal")))
     clip = clip_of(model.config).float()
     with torch.inference_mode():

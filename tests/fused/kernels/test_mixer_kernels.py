@@ -1,7 +1,6 @@
 """The mixer as one native operator against the same mixer in PyTorch: on a GPU, or emulated and interpreted on the CPU."""
 
 import copy
-import os
 from functools import partial
 
 import emulation
@@ -10,8 +9,6 @@ import torch
 from rule import assert_rule
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 pytest.importorskip("triton", reason="the convolution's kernels are Triton's")
 
 from fused import backends  # noqa: E402

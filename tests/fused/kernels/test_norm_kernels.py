@@ -1,6 +1,5 @@
 """Native add and norm against the formula: through Triton's interpreter, or on a GPU where there is one."""
 
-import os
 import pathlib
 import sys
 
@@ -10,8 +9,6 @@ import torch
 from rule import assert_rule, double, outcome
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 pytest.importorskip("triton")
 
 import compiled  # noqa: E402
