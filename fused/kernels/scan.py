@@ -19,7 +19,7 @@ from .device import Branch
 LONGEST_STATE = 64
 FILES = ("device.cuh", "scan_common.cu", "scan_forward.cu", "scan_backward.cu")
 IO = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-SOFTPLUS, LOGARITHM, REVERSE = 1, 2, 4
+LOGARITHM, REVERSE = 1, 2
 
 
 class Streams(NamedTuple):
@@ -35,7 +35,7 @@ class Streams(NamedTuple):
     D: tuple[Tensor | None, ...]
     bias: tuple[Tensor | None, ...]
     z: Tensor | None
-    softplus: bool = True
+    softplus: int = 1  # 0: delta has none; 1: delta comes before it; 2: delta comes behind it, its gradient is that before it
     logarithm: bool = False  # A holds log(-A)
 
     @property
@@ -46,7 +46,7 @@ class Streams(NamedTuple):
     @property
     def flags(self) -> int:
         """What the kernels must know at run time."""
-        return SOFTPLUS * self.softplus + LOGARITHM * self.logarithm + REVERSE * self.reverses[0]
+        return LOGARITHM * self.logarithm + REVERSE * self.reverses[0]
 
 
 class Result(NamedTuple):
@@ -221,12 +221,14 @@ def _both(pair: Sequence[Any]) -> tuple[Any, Any]:
     return pair[0], pair[-1]
 
 
-def defines(io: int, plan: Plan, directions: int, vector: int, vector_bc: int, exact: int) -> tuple[tuple[str, int], ...]:
+def defines(
+    io: int, plan: Plan, directions: int, vector: int, vector_bc: int, exact: int, softplus: int
+) -> tuple[tuple[str, int], ...]:
     """What scan_common.cu says that the kernels are compiled with."""
     forward, backward = plan.forward, plan.backward
     return (
         ("IO", io), ("STATES", plan.states), ("VECTOR", vector), ("VECTOR_BC", vector_bc), ("EXACT", exact),
-        ("DIRECTIONS", directions),
+        ("DIRECTIONS", directions), ("SOFTPLUS", softplus),
         ("FORWARD_CHANNELS", forward.channels), ("FORWARD_WARPS", forward.warps), ("FORWARD_BLOCKS", forward.blocks),
         ("BACKWARD_CHANNELS", backward.channels), ("BACKWARD_WARPS", backward.warps), ("BACKWARD_BLOCKS", backward.blocks),
         ("PIECE", backward.piece),
@@ -239,7 +241,7 @@ def _module(s: Streams, plan: Plan, *others: Tensor | None) -> Any:
     vector = int(E % 4 == 0 and all(map(_aligned, tokens)))
     vector_bc = int(N % 4 == 0 and all(map(_aligned, (*s.B, *s.C))))
     exact = int(vector and vector_bc and N == plan.states and E % max(plan.forward.width, plan.backward.width) == 0)
-    chosen = defines(IO[s.u[0].dtype], plan, len(s.reverses), vector, vector_bc, exact)
+    chosen = defines(IO[s.u[0].dtype], plan, len(s.reverses), vector, vector_bc, exact, int(s.softplus))
     return nvrtc.module(source(), chosen, s.u[0].device)
 
 

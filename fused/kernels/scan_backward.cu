@@ -121,9 +121,9 @@ template <bool FULL> DEVICE void scan_backward(
       from += 5 * THREADS;
       #pragma unroll
       for (int i = 0; i < 4; i++) {
-        const float raw = value(qd, i) + shift[i], soft = softplus(raw), g = value(qg, i), v = value(qz, i);
+        const float raw = value(qd, i) + shift[i], g = value(qg, i), v = value(qz, i);
         const float s = sigmoid(v), y = value(qy, i);
-        d[i] = walk.has(r, left) ? (flags & SOFTPLUS ? soft : raw) : 0.f, x[i] = value(qu, i), dy[i] = in.z ? g * v * s : g;
+        d[i] = walk.has(r, left) ? (SOFTPLUS == 1 ? softplus(raw) : raw) : 0.f, x[i] = value(qu, i), dy[i] = in.z ? g * v * s : g;
         made[i] = g * y * s * (1.f + v * (1.f - s));
       }
       float4* to = (float4*)(step + r * CHANNELS + column);
@@ -258,7 +258,7 @@ template <bool FULL> DEVICE void scan_backward(
         halve<4>(along_A, HIGH, place.high), halve<2>(along_A, LOW, place.low);
         const int row = t0 + t + own_token;
         const float d = step[row * CHANNELS + own].x, dy = dys[row * CHANNELS + own], x = us[row * CHANNELS + own];
-        const float dd = fmaf(x, along_B[0], along_A[0] * LN2) * (flags & SOFTPLUS ? slope(d) : 1.f);
+        const float dd = fmaf(x, along_B[0], along_A[0] * LN2) * (SOFTPLUS ? slope(d) : 1.f);
         dD = fmaf(dy, x, dD), dbias += dd;
         result[row * CHANNELS + own] = fmaf(d, along_B[0], skip * dy), result[(TILE + row) * CHANNELS + own] = dd;
       }

@@ -6,7 +6,7 @@
 // TILE tokens at a time through shared memory. Rows of a tile are in the order of the walk: `reverse` is only where they lie
 // in memory. Compiled with: IO (0 bfloat16, 1 float16, 2 float32), STATES (a multiple of 16, padded with zeros), VECTOR
 // (streams can be read in groups of four), VECTOR_BC (B and C too), EXACT (every block has all of its channels, and N is STATES),
-// DIRECTIONS (1 or 2), and for each kernel the channels of a thread, the warps of a direction and the blocks that a
+// DIRECTIONS (1 or 2), SOFTPLUS (0: delta has none, 1: delta comes before it, 2: behind it), and for each kernel the channels of a thread, the warps of a direction and the blocks that a
 // multiprocessor must hold at least: FORWARD_CHANNELS, FORWARD_WARPS, FORWARD_BLOCKS, BACKWARD_CHANNELS, BACKWARD_WARPS,
 // BACKWARD_BLOCKS; PIECE tokens of the backward stay in registers.
 
@@ -23,9 +23,8 @@ typedef long long i64;
 #define LOG2E 1.4426950408889634f
 #define LOG2E_REST 1.9259629911e-8f
 #define LN2 0.6931471805599453f
-#define SOFTPLUS 1
-#define LOGARITHM 2  // A holds log(-A)
-#define REVERSE 4    // of the only direction
+#define LOGARITHM 1  // A holds log(-A)
+#define REVERSE 2    // of the only direction
 #define EXISTS(channel) (EXACT || (channel) < E)
 #define LEFT(count, from) (EXACT ? 4 : min((count) - (from), 4))  // elements of a group of four
 

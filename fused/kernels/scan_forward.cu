@@ -83,8 +83,8 @@ template <bool FULL> DEVICE void scan_forward(
       float x[4], d[4];
       #pragma unroll
       for (int i = 0; i < 4; i++) {
-        const float raw = value(next_delta[k], i) + shift[i], soft = softplus(raw);
-        x[i] = value(next_u[k], i), d[i] = walk.has(r, left) ? (flags & SOFTPLUS ? soft : raw) : 0.f;
+        const float raw = value(next_delta[k], i) + shift[i];
+        x[i] = value(next_u[k], i), d[i] = walk.has(r, left) ? (SOFTPLUS == 1 ? softplus(raw) : raw) : 0.f;
       }
       float4* to = (float4*)(step + r * CHANNELS + column);
       to[0] = make_float4(d[0], d[0] * x[0], d[1], d[1] * x[1]), to[1] = make_float4(d[2], d[2] * x[2], d[3], d[3] * x[3]);

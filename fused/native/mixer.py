@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fused.backends import invariant
 from fused.kernels import conv, scan
+from fused.kernels.steps import steps
 from fused.native.scan import plan, streams
 
 _library = torch.library.Library("videomamba", "FRAGMENT")
@@ -101,8 +102,9 @@ class _Parts:
     def streams(self, c: Tensor, rows: Tensor, dt_proj: Tensor) -> scan.Streams:
         """What the scan reads; delta comes from the rows."""
         dt, B, C = self.split(rows)
-        delta = torch.bmm(dt, dt_proj).view(c.shape).unbind()
-        return streams(self.reverses, c.unbind(), delta, self.A, B, C, self.D, self.z, self.dt_bias, True, logarithm=True)
+        delta = steps(dt, dt_proj, self.dt_bias).view(c.shape).unbind()
+        nothing = (None,) * len(delta)
+        return streams(self.reverses, c.unbind(), delta, self.A, B, C, self.D, self.z, nothing, 2, logarithm=True)
 
 
 @torch.library.impl(_library, "mixer", "CompositeExplicitAutograd")

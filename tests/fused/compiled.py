@@ -55,6 +55,17 @@ def launches_of_norm():
     yield "rms D576 fp32", norm, kernels, lambda: one(576, FP32, False)
 
 
+def launches_of_steps():
+    from fused.kernels import steps
+
+    def one(R, dtype):
+        rows, weights, bias = torch.empty(2, 70, R + 32, dtype=dtype), torch.empty(2, R, 128, dtype=dtype), torch.empty(128)
+        steps.steps(rows[..., :R], weights, (bias, bias))
+
+    for R, dtype in ((16, BF16), (40, BF16), (40, FP32)):
+        yield f"R{R} {PLAIN[dtype]}", steps, ("steps_kernel",), lambda R=R, dtype=dtype: one(R, dtype)
+
+
 class Recorder:
     """Stands in for a kernel and keeps the arguments of each launch."""
 
