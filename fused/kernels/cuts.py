@@ -8,8 +8,8 @@ import torch
 
 TILE = 16  # tokens; marks, the states from which the backward starts again, are that far apart
 SHORTEST = 8  # tiles of a piece
-BUSY = (0.52, 0.82, 0.94, 1.0)  # of what it can do, a multiprocessor with one, two, three or four blocks
-LAUNCHES = 8  # tiles that could be walked while the kernels of the pass over the states start and end
+BUSY = (0.0, 0.55, 0.87, 1.0)  # what a multiprocessor does of what it can, with no block, a third of its blocks, two, all
+LAUNCHES = 8 / 3  # tiles for every block of it that could be walked while the pass over the states starts and ends
 
 
 class Shape(NamedTuple):
@@ -69,11 +69,14 @@ def plan(B: int, L: int, E: int, N: int, directions: int, processors: int, piece
     """What takes the least time on so many `processors`, or `pieces` of every chain. `invariant`: the same for every B."""
     forward, backward = shapes(N)
     tiles = max(1, -(-L // TILE))
-    counts = -(-E // forward.width), -(-E // backward.width) * directions  # chains of a clip
-    cuts = [
-        _cut(n, B, tiles, processors, pieces, invariant, shape) for n, shape in zip(counts, (forward, backward), strict=True)
-    ]
-    return Plan(-(-N // 16) * 16, forward, backward, *cuts)
+    if directions == 1:  # blocks of half the size
+        forward = forward._replace(blocks=2 * forward.blocks)
+    ahead, back = -(-E // forward.width), -(-E // backward.width) * directions  # chains of a clip
+
+    def cut(count: int, shape: Shape) -> Cut:
+        return _cut(count, B, tiles, processors, pieces, invariant, shape)
+
+    return Plan(-(-N // 16) * 16, forward, backward, cut(ahead, forward), cut(back, backward))
 
 
 def _cut(count: int, clips: int, tiles: int, processors: int, pieces: int, invariant: bool, shape: Shape) -> Cut:
@@ -99,7 +102,9 @@ def _cost(whole: int, pieces: int, chains: int, tiles: int, processors: int, sha
     slots = shape.blocks
 
     def busy(units: int) -> float:
-        return BUSY[units - 1] / BUSY[slots - 1]
+        third = 3 * units / slots
+        below = min(int(third), 2)
+        return BUSY[below] + (third - below) * (BUSY[below + 1] - BUSY[below])
 
     def alone(units: int, length: int) -> float:
         """Units of one length: full rounds, and one that is not."""
@@ -115,7 +120,7 @@ def _cost(whole: int, pieces: int, chains: int, tiles: int, processors: int, sha
         both = beside + short
         walk = alone(long - beside, tiles) + (span + 2) * both / busy(both)
         walk += (tiles - span) * beside / busy(beside) if beside else 0
-    return walk + (shape.again * alone(passes, span) + LAUNCHES if pieces > 1 else 0)
+    return walk + (shape.again * alone(passes, span) + LAUNCHES * slots if pieces > 1 else 0)
 
 
 @functools.cache
