@@ -19,7 +19,7 @@ DEVIATION = "deviation"  # the norm of what is measured and may be anything
 
 def cases(grid: str) -> list[Case]:
     """Frames of the video through models of two layers."""
-    T, S, D = (8, 32, 32) if grid == "smoke" else (16, 64, 192)
+    T, S, D = (4, 32, 32) if grid == "smoke" else (16, 64, 192)
     shape = {"B": 1, "T": T, "S": S, "D": D, "L": 1 + T * (S // 16) ** 2}
     return modules.precisions([(shape, ("video", "infer", "for=forward_approximate"))], "videomamba", half=False)
 
