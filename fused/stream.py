@@ -42,9 +42,6 @@ class FrameStream:
         if total is not None and (not isinstance(total, int) or isinstance(total, bool) or total < 1):
             raise ValueError(f"total is {total!r}; allowed: the tubelets of the whole video, from 1 up, or None")
         config, device = model.config, model.cls_token.device
-        graph = device.type == "cuda" if graph is None else graph
-        if graph and device.type != "cuda":
-            raise ValueError(f"graph is True, but the model is on {device}; a CUDA graph needs it on a CUDA device")
         self.model, self.total = model, config.tubelets if total is None else total
         self._tubelets = 0
         self._autocast = {
@@ -61,7 +58,7 @@ class FrameStream:
             self._times = self._positions()
             self._time = torch.empty_like(self._times[:1])
             self._parameters = [p.detach() for p in model.parameters()]  # as long as the graph lives, so does its memory
-            self._graph, self._output = self._captured() if graph else (None, None)
+            self._graph, self._output = self._captured() if self._takes_graph(graph, device) else (None, None)
         self.reset()
 
     @property
@@ -130,6 +127,12 @@ class FrameStream:
         if mean is not None:
             _write([mean], [after])
         return output
+
+    @staticmethod
+    def _takes_graph(wanted: bool | None, device: torch.device) -> bool:
+        if wanted and device.type != "cuda":
+            raise ValueError(f"graph is True, but the model is on {device}; a CUDA graph needs it on a CUDA device")
+        return device.type == "cuda" if wanted is None else wanted
 
     def _captured(self) -> tuple[torch.cuda.CUDAGraph, Any]:
         """The graph of a frame that is not the first, and the tensors that hold its output."""

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -99,6 +100,33 @@ def test_outputs_are_the_callers_and_frames_too() -> None:
         got.append(stream(mine))
         mine.fill_(float("nan"))
     assert_bits(got, wanted)
+
+
+class Replayed(FrameStream):
+    """As on a GPU, where a replay does once more what was done at the capture, and leaves the result where that left it."""
+
+    @staticmethod
+    def _takes_graph(wanted: bool | None, device: torch.device) -> bool:
+        return True
+
+    def _captured(self) -> tuple[Any, Any]:
+        kept = [x.clone() for x in self._advance(0)]
+
+        def replay() -> None:
+            for there, new in zip(kept, self._advance(0), strict=True):
+                there.copy_(new)
+
+        return SimpleNamespace(replay=replay), fused.DistillOutput(*kept)
+
+
+def test_replayed() -> None:
+    """What a capture ran before the first frame leaves no trace, and the output of a replay is copied."""
+    model = model_of(distill_dim=6)
+    stream = Replayed(model, 2, total=6)
+    for phase in (7, 3):
+        clip = video(model, 6, phase=phase)
+        assert_bits(by_frames(stream, clip, 1), by_chunks(model, clip, 6))
+        stream.reset()
 
 
 def test_other_weights_after_a_reset() -> None:
