@@ -35,20 +35,14 @@ class FrameStream:
     this device, and for a `batch_size` or `total` that is no positive integer; BackendError for a backend that cannot run.
     """
 
-    def __init__(
-        self, model: VideoMamba, batch_size: int = 1, total: int | None = None, *, graph: bool | None = None
-    ) -> None:
+    def __init__(self, model: VideoMamba, batch_size: int = 1, total: int | None = None, *, graph: bool | None = None) -> None:
         _check_model(model)
         if total is not None and (not isinstance(total, int) or isinstance(total, bool) or total < 1):
             raise ValueError(f"total is {total!r}; allowed: the tubelets of the whole video, from 1 up, or None")
         config, device = model.config, model.cls_token.device
         self.model, self.total = model, config.tubelets if total is None else total
         self._tubelets = 0
-        self._autocast = {
-            "device_type": device.type, "dtype": torch.get_autocast_dtype(device.type),
-            "enabled": torch.is_autocast_enabled(device.type),
-            "cache_enabled": False,  # what the cache holds may be freed, and a graph would read on
-        }  # fmt: skip
+        self._autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
         with torch.inference_mode(False), torch.no_grad():
             state = model.init_state(batch_size)
             model._unpack(model.cls_token, state[: config.depth], True)  # raises for an order or a backend without states
@@ -58,7 +52,10 @@ class FrameStream:
             self._times = self._positions()
             self._time = torch.empty_like(self._times[:1])
             self._parameters = [p.detach() for p in model.parameters()]  # as long as the graph lives, so does its memory
-            self._graph, self._output = self._captured() if self._takes_graph(graph, device) else (None, None)
+            self._graph: Any = None
+            self._output: Any = None
+            if self._takes_graph(graph, device):
+                self._graph, self._output = self._captured()
         self.reset()
 
     @property
@@ -120,7 +117,9 @@ class FrameStream:
         """The output of the frame and time that lie in the buffers; the states are then those behind it. This is what the
         graph holds: it reads and writes the buffers, and asks nothing of what is in them."""
         model, mean = self.model, next(iter(self._means), None)
-        with torch.autocast(**self._autocast):
+        on, dtype = self._autocast
+        # what autocast's cache holds is freed at its end, and a graph would read on
+        with torch.autocast(self._frame.device.type, dtype, on, cache_enabled=False):
             tokens = model._placed(self._frame, self._time, cls)
             output, states, after = model._answer(tokens, cls, self._states, mean, True)
         _write(self._states, states)

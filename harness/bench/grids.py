@@ -35,8 +35,8 @@ def entries(race: str, device: str, fastest: str, names: tuple[str, ...] = ()) -
     elif race in PIECEWISE:
         maker = {"maker": "harness.bench.streaming:make"} if race == "stream" else {}
         able = {i.name for i in subjects()["videomamba"].implementations() if i.abilities and i.abilities.initial_state}
-        every = [replace(e, **maker) for size in dict.fromkeys(("tiny", *PIECEWISE[race])) for e in _entries("videomamba", size, device)]
-        found = [e for e in every if e.implementation in able]
+        every = [e for size in dict.fromkeys(("tiny", *PIECEWISE[race])) for e in _entries("videomamba", size, device)]
+        found = [replace(e, **maker) for e in every if e.implementation in able]
     else:
         mamba, vit = MODELS[race]
         found = _entries("videomamba", mamba, device)
@@ -83,7 +83,8 @@ def attentions(device: str, dtype: str) -> dict[str, float]:
 
 def absent(races: Iterable[str], device: str) -> list[dict[str, str]]:
     """Who would race in these races but cannot run here, and why."""
-    raced = dict.fromkeys(s for r in races for s in ((OPERATORS[r],) if r in OPERATORS else ("videomamba", "vit")[: 1 + (r in MODELS)]))
+    models = ("videomamba",), ("videomamba", "vit")
+    raced = dict.fromkeys(s for r in races for s in ((OPERATORS[r],) if r in OPERATORS else models[r in MODELS]))
     every = [(s, i) for s in raced if s in subjects() for i in subjects()[s].implementations() if _races(s, i)]
     return [
         {"subject": s, "implementation": i.name, "role": i.role, "reason": why} for s, i in every if (why := i.absent(device))
@@ -142,7 +143,7 @@ def _cpu() -> list[Point]:
     found = _operators([(1, 384, 197), (1, 384, 785)], "float32")
     found += _models("tiny", [(1, 1), (1, 4), (1, 16), (1, 64)], 64, ("eager",), "float32")
     found += _stream([4, 32], 64, "eager", "float32")
-    return found + [p for mode in ("infer", "train") for p in _chunks(mode, 8, [1, 4], 64, "float32")]
+    return found + [p for mode in ("infer", "train") for p in _chunks(mode, 4, [1, 2], 64, "float32")]
 
 
 def _full() -> list[Point]:

@@ -38,11 +38,11 @@ def licence_plans(racing: Iterable[tuple[str, Entry]], device: str, dtype: str, 
     """What parity asks of the entries of races before the clock starts: a plan a subject, and one for each race with a
     licence of its own."""
     names: dict[tuple[str, str], dict[str, None]] = {}
-    for race, entry in racing:
-        names.setdefault((race if race in PIECEWISE else "", entry.subject), {})[entry.implementation] = None
+    for name, entry in racing:
+        names.setdefault((name if name in PIECEWISE else "", entry.subject), {})[entry.implementation] = None
     cast, plans = "" if dtype == "float32" else "cast-", []
-    for (race, subject), who in names.items():
-        questions, cases = PIECEWISE.get(race, (PARITY, LICENCES[subject]))
+    for (name, subject), who in names.items():
+        questions, cases = PIECEWISE.get(name, (PARITY, LICENCES[subject]))
         named = tuple(c.format(dtype, cast) for c in cases)
         plans.append(Plan("full", device, (subject,), questions, tuple(who), (dtype,), named, threads=threads))
     return plans
