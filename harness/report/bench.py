@@ -38,7 +38,10 @@ be. `[low, high]` is the 95 % interval of the median; two entries whose interval
 another's is below 1 where the row is faster. `out of memory` is the entry's own doing; longer points of the same curve are
 `not tried`. The share of the roofline is the least time that this box needs for the point, by the ceilings above, over the
 time taken: 100 % cannot be beaten, and more means that the bound is wrong. Where curves meet is read off straight lines in
-logarithms between neighbouring points, against the fastest ViT of the same way; it is as good as the points are close."""
+logarithms between neighbouring points, against the fastest ViT of the same way; it is as good as the points are close. Every
+sample of a stream is the next frame, CLS's not among them: its median and 99th percentile are of what a caller waits. On a GPU
+the memory of a stream is the peak of its capture and what the frames before have left. Chunks are held against the pass over
+the whole video, in training one that runs every mixer again in the backward."""
 
 
 def write(run: Run) -> Path:
