@@ -29,7 +29,13 @@ LICENCES = {
 PARITY = ("forward", "backward")
 # Races that have a licence of their own: the checks, all asked for either mode, and their cases.
 PIECEWISE = {
-    "stream": (("chunks", "stream"), ("B1-T4-S64-D192-L65-causal-state-readout=mean-stretch-video-{1}{0}",)),
+    "stream": (
+        ("chunks", "stream"),
+        (
+            "B1-T4-S64-D192-L65-causal-state-readout=mean-stretch-video-{1}{0}",
+            "B2-T4-S32-D32-L17-causal-state-readout=tokens-tubelet2-{1}{0}",  # every tubelet judged by itself
+        ),
+    ),
     "chunks": (("forward_chunked",), LICENCES["videomamba"]),
 }
 

@@ -5,7 +5,7 @@ from unittest import mock
 
 from fused import FrameStream
 
-WHERE = ("--subject", "videomamba", "--check", "stream", "--impl", "fused:torch", "--case", "*readout=last*")
+WHERE = ("--subject", "videomamba", "--check", "stream", "--impl", "fused:torch", "--case", "*readout=tokens-tubelet2*")
 
 
 def plant() -> AbstractContextManager[object]:

@@ -103,7 +103,7 @@ def test_licences_ask_something(dtype: str) -> None:
     assert [p.checks for p in plans] == [*(PIECEWISE[race][0] for race in ("stream", "chunks")), ("forward", "backward")]
     for plan in plans:
         asked = [name for case in plan.points() for name, _, _ in plan.questions(case)]
-        assert sorted(asked) == sorted(plan.checks)
+        assert set(asked) == set(plan.checks) and len(plan.points()) >= len(plan.cases)
 
 
 def record(check: str, error: float = 0.5) -> Record:
