@@ -19,6 +19,7 @@ from .scan import bidirectional_scan, selective_scan
 from .stamp import Validation, validation
 from .state import detach_state, state_to
 from .storage import CheckpointError, read_checkpoint, save_checkpoint
+from .stream import FrameStream
 from .videomamba import DistillOutput, EncoderOutput, VideoMamba, VideoMambaEncoder, build_videomamba
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "CheckpointError",
     "DistillOutput",
     "EncoderOutput",
+    "FrameStream",
     "LoadReport",
     "Mamba",
     "OnnxExport",

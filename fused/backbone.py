@@ -126,17 +126,23 @@ class Backbone(Pretrained, nn.Module):
         return self.pos_drop(self._place(clip, span, kept, use_image))
 
     def _place(self, clip: Tensor, span: Span, kept: Tensor | None = None, use_image: bool = False) -> Tensor:
+        timed = self.config.num_frames is not None and not use_image
+        times = temporal_positions(self.temporal_pos_embedding, span) if timed else None
+        return self._placed(clip, times, span.cls, kept)
+
+    def _placed(self, clip: Tensor, times: Tensor | None, cls: int, kept: Tensor | None = None) -> Tensor:
+        """Tokens with positions, `times` (T', D) being the tubelets', and CLS in front where `cls` is 1."""
         positions = self.pos_embed[0, 1:]
-        if self.config.num_frames is not None and not use_image:
-            positions = (temporal_positions(self.temporal_pos_embedding, span)[:, None] + positions).flatten(0, 1)
+        if times is not None:
+            positions = (times[:, None] + positions).flatten(0, 1)
         if kept is not None:
-            kept = kept[:, span.cls :] - span.cls
+            kept = kept[:, cls:] - cls
             positions = positions[kept]
         tokens = self.patch_embed(clip, kept) + positions
-        if span.cls:
-            cls = (self.cls_token + self.pos_embed[:, :1]).expand(clip.shape[0], -1, -1)
-            tokens = torch.cat((cls, tokens), dim=1)
-        return tokens
+        if not cls:
+            return tokens
+        first = (self.cls_token + self.pos_embed[:, :1]).expand(clip.shape[0], -1, -1)
+        return torch.cat((first, tokens), dim=1)
 
     def init_state(
         self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None

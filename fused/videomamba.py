@@ -84,13 +84,20 @@ class VideoMamba(Classifier, Backbone):
         """
         chunk = self._continue(ssm_state, return_state, temporal_pos_offset)
         tokens = self.embed(clip, temporal_pos_offset=chunk.offset, temporal_pos_total=temporal_pos_total)
-        stream = self._run(tokens, None, tokens.shape[1], chunk.states, return_state)
+        output, states, mean = self._answer(tokens, int(not chunk.offset), chunk.states, chunk.mean, return_state)
+        return self._with_state(output, states, mean, ssm_state) if return_state else output
+
+    def _answer(
+        self, tokens: Tensor, cls: int, states: States | None, mean: State | None, return_state: bool
+    ) -> tuple[Any, States | None, State | None]:
+        """The output of embedded tokens, with CLS in front where `cls` is 1; the layers' states and the mean to carry."""
+        stream = self._run(tokens, None, tokens.shape[1], states, return_state)
         tokens = self._finish(stream, self._part())
-        read, mean = self._read(tokens, int(not chunk.offset), chunk.mean)
+        read, mean = self._read(tokens, cls, mean)
         output: Any = self.head(self.head_drop(read))
         if self.config.distill_dim is not None:
             output = DistillOutput(output, self._distilled(tokens))
-        return self._with_state(output, stream.states, mean, ssm_state) if return_state else output
+        return output, stream.states, mean
 
     def forward_chunked(
         self, clip: Video, *, chunk_frames: int, num_frames: int | None = None, offload: bool = False,

@@ -21,6 +21,11 @@ if it is a model of whole videos that can be run in chunks of them,
     in_chunks(call, case, leaves, frames)    what `evaluate` gives, by `forward_chunked`
     chunk_frames(case)                       lengths of chunks to try, in frames; none where chunks are not offered
 
+if it is a classifier that takes a video frame by frame,
+
+    framewise(call, case, leaves)            the logits that `evaluate` gives, by `FrameStream`
+    by_tubelets(case)                        whether the case is of a video that is cut
+
 if it promises that the clips of a batch do not know each other,
 
     clips(case)                              names of leaves that have an entry per clip on axis 0, as all outputs do

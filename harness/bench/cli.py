@@ -26,7 +26,7 @@ SLOWEST = {"cpu": 10.0, "full": 2.0, "long": 10.0}  # seconds of a call; what ta
 
 def bench(
     grid: Annotated[str, typer.Option(help="cpu, full or long; by default cpu without a GPU, else full")] = "",
-    race: Annotated[list[str] | None, typer.Option(help="scan, scan-both, conv, norm, mixer, tiny, small, middle")] = None,
+    race: Annotated[list[str] | None, typer.Option(help=", ".join(grids.RACES))] = None,
     impl: Annotated[list[str] | None, typer.Option(help="implementation; all by default")] = None,
     point: Annotated[list[str] | None, typer.Option(help="pattern of a point's name (--dry-run lists them)")] = None,
     budget: Annotated[float, typer.Option(min=0.0, help="seconds of samples a point; 0 takes the grid's")] = 0.0,
@@ -38,7 +38,7 @@ def bench(
     """Time everything that passes parity; exits 0 if all of ours was timed, 1 if some was gated or failed."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     grid = grid or ("full" if device.startswith("cuda") else "cpu")
-    for what, given, allowed in (("grid", [grid], grids.GRIDS), ("race", race or [], (*grids.OPERATORS, *grids.MODELS))):
+    for what, given, allowed in (("grid", [grid], grids.GRIDS), ("race", race or [], grids.RACES)):
         for name in given:
             if name not in allowed:
                 raise UsageError(f"{what} {name!r} is unknown; allowed are {', '.join(allowed)}")
@@ -89,10 +89,10 @@ def exit_code(run: Run) -> int:
 
 def _work(run: Run, points: list[Point], field: Field, progress: Progress) -> None:
     plan, threads = run.about["plan"], torch.get_num_threads()
-    entries = list(dict.fromkeys(e for here in field.values() for e in here))
     environment.prepare()
     for dtype in dict.fromkeys(p.dtype for p in points):
-        sweep.licence(sweep.licence_plans(entries, plan["device"], dtype, threads), run, progress.say)
+        races = [(p.race, e) for p in points if p.dtype == dtype for e in field[p.name]]
+        sweep.licence(sweep.licence_plans(races, plan["device"], dtype, threads), run, progress.say)
 
     def tell(speed: Speed) -> None:
         said = f"{1e3 * speed.median.middle:.3g} ms" if speed.seconds else f"{speed.status}: {speed.reason}"

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 
@@ -12,9 +13,13 @@ from harness.subject import Implementation, subjects
 
 OPERATORS = {"scan": "scan", "scan-both": "scan_both", "conv": "conv", "norm": "norm", "mixer": "mixer"}
 MODELS = {"tiny": ("tiny", "tiny"), "small": ("small", "small"), "middle": ("middle", "base")}  # VideoMamba against ViT
+# A video that comes in pieces: the sizes of VideoMamba that are timed there on a GPU.
+PIECEWISE = {"stream": ("tiny", "small", "middle"), "chunks": ("middle",)}
+RACES = (*OPERATORS, *MODELS, *PIECEWISE)
 GRIDS = ("cpu", "full", "long")
 MODEST = 12_545  # tokens, 64 frames: what the paper compares goes no further
 LITTLE = 1569  # tokens, 8 frames
+HOUR = 3600  # frames, one a second
 
 
 def points(grid: str) -> list[Point]:
@@ -27,6 +32,11 @@ def entries(race: str, device: str, fastest: str, names: tuple[str, ...] = ()) -
     rivals, and the ViT with naive attention and with the `fastest` of this box. `names` keeps some of them."""
     if race in OPERATORS:
         found = _entries(OPERATORS[race], "", device)
+    elif race in PIECEWISE:
+        maker = {"maker": "harness.bench.streaming:make"} if race == "stream" else {}
+        able = {i.name for i in subjects()["videomamba"].implementations() if i.abilities and i.abilities.initial_state}
+        every = [e for size in dict.fromkeys(("tiny", *PIECEWISE[race])) for e in _entries("videomamba", size, device)]
+        found = [replace(e, **maker) for e in every if e.implementation in able]
     else:
         mamba, vit = MODELS[race]
         found = _entries("videomamba", mamba, device)
@@ -41,7 +51,12 @@ def _entries(subject: str, variant: str, device: str) -> list[Entry]:
 
 def runs(entry: Entry, point: Point, grid: str) -> bool:
     """Whether an entry is timed at a point of its race. Among models PyTorch's own scan on a GPU and the naive attention are no
-    rivals for speed: they are timed eagerly, not captured or compiled, in grid `full` up to 8 and up to 64 frames."""
+    rivals for speed: they are timed eagerly, not captured or compiled, in grid `full` up to 8 and up to 64 frames. What comes
+    in pieces is run by the fastest backend, in the sizes of PIECEWISE; in grid `cpu` by the one that is there, in the least."""
+    if point.race in PIECEWISE:
+        if grid == "cpu":
+            return entry.variant == "tiny"
+        return entry.variant in PIECEWISE[point.race] and entry.implementation != "fused:torch"
     most = {"fused:torch": LITTLE, "reference": MODEST}.get(entry.implementation)
     if not entry.variant or most is None:
         return True
@@ -68,7 +83,8 @@ def attentions(device: str, dtype: str) -> dict[str, float]:
 
 def absent(races: Iterable[str], device: str) -> list[dict[str, str]]:
     """Who would race in these races but cannot run here, and why."""
-    raced = dict.fromkeys(s for r in races for s in ((OPERATORS[r],) if r in OPERATORS else ("videomamba", "vit")))
+    models = ("videomamba",), ("videomamba", "vit")
+    raced = dict.fromkeys(s for r in races for s in ((OPERATORS[r],) if r in OPERATORS else models[r in MODELS]))
     every = [(s, i) for s in raced if s in subjects() for i in subjects()[s].implementations() if _races(s, i)]
     return [
         {"subject": s, "implementation": i.name, "role": i.role, "reason": why} for s, i in every if (why := i.absent(device))
@@ -108,10 +124,26 @@ def _tokens(race: str, sizes: list[tuple[int, int]], ways: tuple[str, ...], dtyp
     return [Point(race, (("B", B), ("L", L)), mode, way, dtype) for mode in modes for way in ways for B, L in sizes]
 
 
+def _stream(seen: list[int], side: int, way: str, dtype: str) -> list[Point]:
+    """One more frame, after so many."""
+    return [
+        Point("stream", (("B", 1), ("T", 1), ("S", side), ("L", (side // 16) ** 2), ("A", n)), "infer", way, dtype)
+        for n in seen
+    ]
+
+
+def _chunks(mode: str, frames: int, chunks: list[int], side: int, dtype: str, whole: bool = True) -> list[Point]:
+    """A video in chunks of several lengths, and, where it fits, as one."""
+    sizes = (("B", 1), ("T", frames), ("S", side), ("L", 1 + frames * (side // 16) ** 2))
+    found = [Point("chunks", (*sizes, ("F", n)), mode, "chunked", dtype) for n in chunks]
+    return found + [Point("chunks", sizes, mode, "eager" if mode == "infer" else "checkpointed", dtype)] * whole
+
+
 def _cpu() -> list[Point]:
-    return _operators([(1, 384, 197), (1, 384, 785)], "float32") + _models(
-        "tiny", [(1, 1), (1, 4), (1, 16), (1, 64)], 64, ("eager",), "float32"
-    )
+    found = _operators([(1, 384, 197), (1, 384, 785)], "float32")
+    found += _models("tiny", [(1, 1), (1, 4), (1, 16), (1, 64)], 64, ("eager",), "float32")
+    found += _stream([4, 32], 64, "eager", "float32")
+    return found + [p for mode in ("infer", "train") for p in _chunks(mode, 4, [1, 2], 64, "float32")]
 
 
 def _full() -> list[Point]:
@@ -125,7 +157,10 @@ def _full() -> list[Point]:
         found += _models(race, [(8, 8)], 224, ("eager", "graph"), dtype)
     found += _tokens("middle", [(8, 2048), (1, 12288)], ("graph",), dtype)
     found += [p for p in _models("tiny", [(1, 8), (1, 64)], 224, ("compiled",), dtype) if p.mode == "infer"]
-    return found
+    found += _stream([8], 224, "eager", dtype) + _stream([8, 1000], 224, "graph", dtype)
+    for mode in ("infer", "train"):
+        found += _chunks(mode, 512, [8, 32, 128], 224, dtype)
+    return found + _chunks("infer", HOUR, [64], 224, dtype, whole=False)
 
 
 def _long() -> list[Point]:
@@ -134,4 +169,9 @@ def _long() -> list[Point]:
         found += _models(race, [(1, 2**i) for i in range(12)], 224, ("eager", "graph"), "bfloat16")
         found += _models(race, [(512 // 2**i, 2**i) for i in range(10)], 224, ("eager",), "bfloat16")
         found += _models(race, [(1, T) for T in (8, 16, 32, 64)], 448, ("eager",), "bfloat16")
+    found += _stream([8, 100], 224, "eager", "bfloat16") + _stream([8, 100, 1000, 10_000], 224, "graph", "bfloat16")
+    for mode in ("infer", "train"):
+        for frames in (64, 512):
+            found += _chunks(mode, frames, [2**i for i in range(1, 10) if 2**i <= frames], 224, "bfloat16")
+        found += _chunks(mode, HOUR, [16, 64, 256], 224, "bfloat16")
     return found

@@ -11,13 +11,17 @@ from harness.record import encode
 
 STATUSES = ("ok", "oom", "timeout", "error", "gated", "implied")
 MODES = {"infer": "forward, without gradients", "train": "forward, loss and backward; no optimiser"}
-WAYS = {"eager": "one call after another", "graph": "replayed from a CUDA graph", "compiled": "torch.compile"}
+WAYS = {
+    "eager": "one call after another", "graph": "replayed from a CUDA graph", "compiled": "torch.compile",
+    "chunked": "`forward_chunked`, F frames at a time", "checkpointed": "eager; every mixer is run again in the backward",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Point:
     """Conditions under which rivals are timed together: sizes, mode and way; `race` names who runs against whom. A model's
-    point with frames T and side S is of clips; one without is of tokens, which blocks and final norm take at any length."""
+    point with frames T and side S is of clips; one without is of tokens, which blocks and final norm take at any length. F are
+    the frames of a chunk, A those that a stream has seen before the clock starts."""
 
     race: str
     dims: tuple[tuple[str, int], ...]
@@ -47,6 +51,12 @@ class Point:
     def clips(self) -> bool:
         """Whether a model gets clips and not tokens."""
         return "T" in dict(self.dims)
+
+    @property
+    def fewest(self) -> int:
+        """Samples below which a budget spent is no reason to stop; a stream's are as many as a 99th percentile takes, or where
+        calls are slow a part of that."""
+        return 3 if self.race != "stream" else 100 if self.way == "graph" else 20
 
     @property
     def line(self) -> tuple[Any, ...]:

@@ -20,7 +20,8 @@ def bound(point: Point, subject: str, variant: str, ceilings: Ceilings) -> float
         return _vit(point, variant, train, ceilings)
     if subject == "videomamba":
         config = getattr(VideoMambaConfig, variant)()
-        return config.depth * _layer(point.tokens, config.embed_dim, io, train, ceilings)
+        ways = 1 if point.race == "stream" else 2
+        return config.depth * _layer(point.tokens, config.embed_dim, io, train, ceilings, ways)
     if subject == "mixer":
         return _mixer(point.tokens, point["D"], io, train, ceilings)
     if subject in ("scan", "scan_both"):
@@ -50,16 +51,16 @@ def _norm(tokens: int, D: int, io: int, train: bool, ceilings: Ceilings) -> floa
     return tokens * D * (2 * io + 8 + (2 * io + 12 if train else 0)) / ceilings.copy
 
 
-def _mixer(tokens: int, D: int, io: int, train: bool, ceilings: Ceilings) -> float:
-    """in_proj, then both ways conv, x_proj, dt_proj and scan, then out_proj; a backward is two matmuls for each."""
+def _mixer(tokens: int, D: int, io: int, train: bool, ceilings: Ceilings, ways: int = 2) -> float:
+    """in_proj, then both ways (or one) conv, x_proj, dt_proj and scan, then out_proj; a backward is two matmuls for each."""
     E, N, R = 2 * D, 16, -(-D // 16)
-    operations = 2 * tokens * (D * 2 * E + E * D + 2 * (E * (R + 2 * N) + R * E)) * (3 if train else 1)
-    conv = tokens * E * io * ((3 + 3) if train else 3) / ceilings.copy  # both ways share one reading of x
-    return operations / ceilings.matmul + conv + 2 * _scan(tokens, E, N, io, train, ceilings)
+    operations = 2 * tokens * (D * 2 * E + E * D + ways * (E * (R + 2 * N) + R * E)) * (3 if train else 1)
+    conv = tokens * E * io * (1 + ways) * (2 if train else 1) / ceilings.copy  # both ways share one reading of x
+    return operations / ceilings.matmul + conv + ways * _scan(tokens, E, N, io, train, ceilings)
 
 
-def _layer(tokens: int, D: int, io: int, train: bool, ceilings: Ceilings) -> float:
-    return _mixer(tokens, D, io, train, ceilings) + _norm(tokens, D, io, train, ceilings)
+def _layer(tokens: int, D: int, io: int, train: bool, ceilings: Ceilings, ways: int) -> float:
+    return _mixer(tokens, D, io, train, ceilings, ways) + _norm(tokens, D, io, train, ceilings)
 
 
 def _vit(point: Point, variant: str, train: bool, ceilings: Ceilings) -> float:

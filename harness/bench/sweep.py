@@ -1,6 +1,6 @@
 """A sweep: licences first, then ceilings, then every point, race by race."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from fnmatch import fnmatch
 
@@ -26,25 +26,38 @@ LICENCES = {
     "videomamba": ("B2-T8-S64-D192-L129-{1}{0}",),
     "vit": ("B2-T*-{1}{0}",),
 }
+PARITY = ("forward", "backward")
+# Races that have a licence of their own: the checks, all asked for either mode, and their cases.
+PIECEWISE = {
+    "stream": (
+        ("chunks", "stream"),
+        (
+            "B1-T4-S64-D192-L65-causal-state-readout=mean-stretch-video-{1}{0}",
+            "B2-T4-S32-D32-L17-causal-state-readout=tokens-tubelet2-{1}{0}",  # every tubelet judged by itself
+        ),
+    ),
+    "chunks": (("forward_chunked",), LICENCES["videomamba"]),
+}
 
 
-def licence_plans(entries: list[Entry], device: str, dtype: str, threads: int) -> list[Plan]:
-    """What parity asks of the entries before the clock starts, a plan a subject."""
-    names: dict[str, dict[str, None]] = {}
-    for entry in entries:
-        names.setdefault(entry.subject, {})[entry.implementation] = None
-    cast = "" if dtype == "float32" else "cast-"
-    return [
-        Plan("full", device, (subject,), ("forward", "backward"), tuple(names[subject]), (dtype,),
-             tuple(c.format(dtype, cast) for c in LICENCES[subject]), threads=threads)
-        for subject in names
-    ]  # fmt: skip
+def licence_plans(racing: Iterable[tuple[str, Entry]], device: str, dtype: str, threads: int) -> list[Plan]:
+    """What parity asks of the entries of races before the clock starts: a plan a subject, and one for each race with a
+    licence of its own."""
+    names: dict[tuple[str, str], dict[str, None]] = {}
+    for name, entry in racing:
+        names.setdefault((name if name in PIECEWISE else "", entry.subject), {})[entry.implementation] = None
+    cast, plans = "" if dtype == "float32" else "cast-", []
+    for (name, subject), who in names.items():
+        questions, cases = PIECEWISE.get(name, (PARITY, LICENCES[subject]))
+        named = tuple(c.format(dtype, cast) for c in cases)
+        plans.append(Plan("full", device, (subject,), questions, tuple(who), (dtype,), named, threads=threads))
+    return plans
 
 
 def licence(plans: list[Plan], run: Run, tell: Callable[[str], None]) -> None:
     """Ask what was not asked yet; the records go into the run."""
     for plan in plans:
-        tell(f"licence: {plan.subjects[0]}")
+        tell(f"licence: {plan.subjects[0]}, {', '.join(plan.checks)}")
         parity.run_parity(plan, run, lambda case, record: None)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -55,7 +68,8 @@ def judged(entry: Entry, point: Point, records: list[Record]) -> tuple[str, floa
     if entry.implementation == "reference":  # the others are held against it
         return "", 0.0
     mine = [r for r in records if (r.subject, r.implementation, r.dtype) == (entry.subject, entry.implementation, point.dtype)]
-    mine = [r for r in mine if r.check == "forward" or point.mode == "train"]
+    questions, _ = PIECEWISE.get(point.race, (PARITY if point.mode == "train" else PARITY[:1], ()))
+    mine = [r for r in mine if r.check in questions]
     worst = max((r.worst.ratio for r in mine if r.failed and r.worst), default=0.0)
     if failed := [r for r in mine if r.failed]:
         first = failed[0]
@@ -128,7 +142,7 @@ def _ended(run: Run, entry: Entry, point: Point) -> Speed | None:
 
 def points_here(grid: str, device: str, races: tuple[str, ...], patterns: tuple[str, ...] = ()) -> list[Point]:
     """Points of a grid that this box can time, of these races and with a name like one of the patterns."""
-    here = [p for p in grids.points(grid) if device.startswith("cuda") or p.way == "eager"]
+    here = [p for p in grids.points(grid) if device.startswith("cuda") or p.way not in ("graph", "compiled")]
     here = [p for p in here if not races or p.race in races]
     return [p for p in here if not patterns or any(fnmatch(p.name, pattern) for pattern in patterns)]
 
@@ -138,7 +152,7 @@ def about(
 ) -> dict:  # fmt: skip
     """What run.json says of a sweep at its start."""
     plan = {"grid": grid, "device": device, "races": races, "names": names, "points": patterns, "budget": budget}
-    absent = grids.absent(races or (*grids.OPERATORS, *grids.MODELS), device)
+    absent = grids.absent(races or grids.RACES, device)
     return {"kind": "bench", "plan": plan, "box": box, "absent": absent}
 
 

@@ -11,7 +11,7 @@ from harness.bench.point import Point, Speed
 from harness.bench.worker import Gone, Turn, Worker
 
 GOAL = 0.01  # half the interval's width, relative to the median, at which more samples are no use
-LEAST, FEWEST, MOST, ROUNDS = 3, 7, 400, 8
+FEWEST, MOST, ROUNDS = 7, 400, 8
 LIMIT = 300.0  # seconds for one answer of a worker
 COUNTED = 0.4  # seconds of samples below which a counter of energy, renewed some ten times a second, says nothing
 ROOMY = 30_000  # tokens up to which all load at once, which takes as long as the slowest
@@ -36,7 +36,7 @@ class Seat:
     @property
     def settled(self) -> bool:
         """Whether its interval is narrow enough."""
-        return len(self.samples) >= FEWEST and interval.median(self.samples).spread <= GOAL
+        return len(self.samples) >= max(FEWEST, self.point.fewest) and interval.median(self.samples).spread <= GOAL
 
     def speed(self) -> Speed:
         """Its record."""
@@ -93,7 +93,7 @@ def _take_turns(seats: list[Seat], budget: float) -> None:
     def done(seat: Seat) -> bool:
         if seat.gone or seat.settled or len(seat.samples) >= MOST:
             return True
-        return spent[id(seat)] >= budget and len(seat.samples) >= LEAST
+        return spent[id(seat)] >= budget and len(seat.samples) >= seat.point.fewest
 
     while waiting := [seat for seat in seats if not done(seat)]:
         for seat in waiting:

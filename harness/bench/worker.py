@@ -17,6 +17,7 @@ from harness.bench.power import Power
 from harness.workers import attend
 
 WARM = 3
+SLOW = 50_000  # tokens a second: a call of many tokens may take longer than what is allowed to all
 
 
 class Gone(RuntimeError):
@@ -29,7 +30,7 @@ class Gone(RuntimeError):
 
 class Worker:
     """The near end: starts the process at the first wish and again after it died. A call that takes more than `slowest`
-    seconds is not worth its samples."""
+    seconds is not worth its samples, unless it is of very many tokens."""
 
     def __init__(self, entry: Entry, device: str, threads: int, slowest: float = 10.0) -> None:
         self.entry, self._device, self._threads, self._slowest = entry, device, threads, slowest
@@ -94,10 +95,12 @@ class _Loaded:
         self._entry, self._device, self._clock, self._slowest = entry, device, Clock(device), slowest
         self._power = Power(device)
         self._call: Call | None = None
+        self._patience = slowest  # seconds of a call at this point
 
     def load(self, point: Point) -> dict[str, Any]:
         """Build the call and warm it up; how long that took a call, and the memory of one."""
         self.drop()
+        self._patience = max(self._slowest, point.tokens / SLOW)
         module, _, function = self._entry.maker.partition(":")
         self._call = getattr(importlib.import_module(module), function)(point, self._entry, self._device)
         assert self._call is not None
@@ -114,8 +117,8 @@ class _Loaded:
         before = self._power.joules()
         while not taken or (sum(taken) < seconds and len(taken) < most):
             taken.append(self._clock.time(self._call))
-            if taken[-1] > self._slowest:
-                raise TimeoutError(f"a call takes {taken[-1]:.1f} s, and {self._slowest:.0f} s are allowed")
+            if taken[-1] > self._patience:
+                raise TimeoutError(f"a call takes {taken[-1]:.1f} s, and {self._patience:.0f} s are allowed")
         clock, after = self._power.megahertz(), self._power.joules()
         return Turn(taken, None if before is None or after is None else after - before, clock)
 

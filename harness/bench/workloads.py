@@ -1,8 +1,10 @@
 """What a worker times: operators as the judge calls them, models as a user does."""
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,19 +85,29 @@ def operator(point: Point, entry: Entry, device: str) -> Call:
     return Call(run, queued=True)
 
 
-def model(point: Point, entry: Entry, device: str) -> Call:
-    """A classifier in the point's dtype, parameters too, on clips of random pixels, or its blocks on random tokens. Its
-    parameters are in a trained model's range and drawn where they are used: initial values take seconds."""
+def drawn(build: Callable[[Point, Entry], Network], point: Point, entry: Entry, device: str) -> Any:
+    """A network with parameters in the point's dtype, in a trained model's range, and drawn where they are used: initial
+    values take seconds."""
     dtype = getattr(torch, point.dtype)
     with torch.device("meta"):
-        network = networks()[entry.subject](point, entry)
+        network = build(point, entry)
     case = OnDevice(entry.subject, point.dims, (), point.dtype, device=device)
     with torch.device(device):
-        drawn = modules.parameters(network, case, seed=0)
-        network.load_state_dict({name: value.to(dtype) for name, value in drawn.items()}, assign=True)
+        values = modules.parameters(network, case, seed=0)
+        network.load_state_dict({name: value.to(dtype) for name, value in values.items()}, assign=True)
+    return network
+
+
+def model(point: Point, entry: Entry, device: str) -> Call:
+    """A classifier in the point's dtype, parameters too, on clips of random pixels, or its blocks on random tokens."""
+    dtype = getattr(torch, point.dtype)
+    network = drawn(networks()[entry.subject], point, entry, device)
+    with torch.device(device):
         inputs, labels = _inputs(point, network.config.embed_dim, dtype), torch.arange(point["B"]) % 10
     head = network if point.clips else _blocks(network)
     forward = torch.compile(head, dynamic=False) if point.way == "compiled" else head
+    if point.way == "chunked":
+        forward = functools.partial(network.forward_chunked, chunk_frames=point["F"])
     if point.mode == "infer":
         network.eval()
         return Call(torch.no_grad()(lambda: forward(inputs)))
@@ -127,6 +139,8 @@ def networks() -> dict[str, Callable[[Point, Entry], Network]]:
 
     def videomamba(point: Point, entry: Entry) -> Network:
         config = getattr(fused.VideoMambaConfig, entry.variant)(**_clips(point), drop_path_rate=0.0)
+        if point.way == "checkpointed":
+            config = replace(config, use_checkpoint=True, checkpoint_num=config.depth)
         return fused.VideoMamba(config, backend=entry.implementation.removeprefix("fused:"))
 
     def vit(point: Point, entry: Entry) -> Network:

@@ -8,7 +8,7 @@ from harness.bench.interval import RESAMPLES
 from harness.bench.point import MODES, WAYS, Speed, last_line
 from harness.bench.turns import FEWEST, GOAL, MOST
 from harness.bench.worker import WARM
-from harness.report import curves, paper, speed_figures, speed_tables, tables
+from harness.report import chunking, curves, paper, speed_figures, speed_tables, streaming, tables
 from harness.report.html import both
 from harness.report.page import box
 from harness.store import Run
@@ -38,7 +38,10 @@ be. `[low, high]` is the 95 % interval of the median; two entries whose interval
 another's is below 1 where the row is faster. `out of memory` is the entry's own doing; longer points of the same curve are
 `not tried`. The share of the roofline is the least time that this box needs for the point, by the ceilings above, over the
 time taken: 100 % cannot be beaten, and more means that the bound is wrong. Where curves meet is read off straight lines in
-logarithms between neighbouring points, against the fastest ViT of the same way; it is as good as the points are close."""
+logarithms between neighbouring points, against the fastest ViT of the same way; it is as good as the points are close. Every
+sample of a stream is the next frame, CLS's not among them: its median and 99th percentile are of what a caller waits. On a GPU
+the memory of a stream is the peak of its capture and what the frames before have left. Chunks are held against the pass over
+the whole video, in training one that runs every mixer again in the backward."""
 
 
 def write(run: Run) -> Path:
@@ -55,6 +58,7 @@ def write(run: Run) -> Path:
         "## Plots", *_plots(run, families),
         "## Operators", *_operators(run.speeds),
         "## Models", *_models(run.speeds),
+        "## Videos in pieces", *_pieces(run.speeds),
         "## Ceilings of this box, measured in this run", _ceilings(run),
         "## How it was measured", _how(run),
         "## How to read this", READ,
@@ -76,6 +80,7 @@ def refresh(readme: Path, run: Run, folder: Path) -> None:
         f"Measured on one {here.get('gpu') or here.get('cpu')}, {run.about['started'][:10]}: [{folder}]({folder}/report.md).",
         *_meetings(curves.families(run.speeds)),
         *_models([s for s in run.speeds if s.point.way != "compiled"]),
+        *_pieces(run.speeds)[: None if any(s.point.race in grids.PIECEWISE for s in run.speeds) else 0],
     ]
     inside = "\n\n".join([MARKERS[0], *parts, MARKERS[1]])
     readme.write_text(before + inside + rest.partition(MARKERS[1])[2], encoding="utf-8")
@@ -156,6 +161,10 @@ def _plots(run: Run, families: list[curves.Family]) -> list[str]:
     none = "Not drawn: no operator has both a time and a bound."
     show("Operators against the roofline", speed_figures.roofline(run.speeds, run.folder), none)
     pairs = paper.pairs(run.speeds)
+    none = "Not drawn: race `stream` has no time."
+    show("A stream, frame by frame", streaming.draw(run.speeds, run.folder), none)
+    none = "Not drawn: race `chunks` has no time."
+    show("Videos in chunks", chunking.draw(run.speeds, run.folder), none)
     none = f"Not drawn: it needs race `{paper.RACE}` at {paper.SIDE} px and 8 to 64 frames, a VideoMamba and a ViT both timed."
     show("The paper's comparison, redone", paper.draw(pairs, run.folder), none)
     return [*parts, paper.factors(pairs)] if pairs else parts
@@ -175,6 +184,17 @@ def _models(speeds: list[Speed]) -> list[str]:
         if s.point.race in grids.MODELS:
             groups.setdefault(f"{curves.pair(s.point.race)}, {s.point.mode}, {s.point.dtype}", []).append(s)
     return [f"### {title}\n\n{speed_tables.models(mine)}" for title, mine in groups.items()] or ["None was asked."]
+
+
+def _pieces(speeds: list[Speed]) -> list[str]:
+    parts = []
+    for race, head, made in (
+        (streaming.RACE, "A causal model, frame by frame", streaming.frames),
+        (chunking.RACE, "A bidirectional model, in chunks", chunking.passes),
+    ):
+        if mine := [s for s in speeds if s.point.race == race]:
+            parts.append(f"### {head}\n\n{made(mine)}")
+    return parts or ["None was asked."]
 
 
 def _ceilings(run: Run) -> str:

@@ -89,7 +89,7 @@ def _axes(axes: Axes, places: dict[Entry, int], shown: Sequence[Curve]) -> None:
     for axis, most in ((axes.xaxis, 60), *([] if empty else [(axes.yaxis, 1e4)])):
         low, high = axis.get_view_interval()
         axis.set_major_locator(LogLocator(subs=(1,) if high / low > most else (1, 2, 5) if high / low > 8 else FINE))
-        axis.set_major_formatter(FuncFormatter(_short))
+        axis.set_major_formatter(FuncFormatter(short))
         axis.set_minor_formatter(NullFormatter())
     hung: dict[int, int] = {}
     for entry, length, status in dict.fromkeys((c.entry, c.ended.point["L"], c.ended.status) for c in shown if c.ended):
@@ -98,7 +98,7 @@ def _axes(axes: Axes, places: dict[Entry, int], shown: Sequence[Curve]) -> None:
         axes.plot(length, 1 - 0.06 * depth, ENDS[status][0], transform=axes.get_xaxis_transform(), **look)
 
 
-def _short(x: float, _: object = None) -> str:
+def short(x: float, _: object = None) -> str:
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if x >= size:
             return f"{x / size:g}{letter}"

@@ -113,7 +113,9 @@ def silent(case: Case) -> set[str]:
 
 
 def steps(case: Case) -> float:
-    """Two layers of two scans, twice as many in both orders."""
+    """Two layers of two scans, twice as many in both orders; of an hour the reference sees but seconds."""
+    if case.asker == "long":
+        return case["L"] / 50
     return case["L"] * (1 + case["B"] * case["D"] * 32 / 20000) * (8 if case.option("order", "") == "both" else 4)
 
 
@@ -218,6 +220,27 @@ def stream(
         )  # fmt: skip
 
     return modules.chained(step, cuts, pieces(case), model.init_state(len(clip)))
+
+
+def framewise(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The logits that `evaluate` gives, by a `FrameStream` that has been used before."""
+
+    def run(model: Any, clip: Tensor) -> list[Tensor]:
+        stream = fused.FrameStream(model, len(clip), pieces(case) if case.has("stretch") else None)
+        frames = clip.split(tubelet(case), dim=2)
+        for frame in reversed(frames):
+            stream(frame)
+        stream.reset()
+        return [stream(frame) for frame in frames]
+
+    model = modules.on_meta(build, call, case)
+    training = model.training
+    try:
+        with modules.precision(case, leaves):
+            outputs = modules.call(model.eval(), leaves, run, leaves["clip"])
+    finally:
+        model.train(training)
+    return {"logits": torch.cat(outputs, dim=1) if case.option("readout", "") == "tokens" else outputs[-1]}
 
 
 def named(states: Any) -> dict[str, Tensor]:

@@ -78,6 +78,30 @@ def operators() -> Iterable[Speed]:
                         yield speed(entry, point, least * slow * 8.1, 0.3, bound=least / 1e3, wrong=wrong)
 
 
+def pieces() -> Iterable[Speed]:
+    """Streams of three sizes, flat; chunks of a video that does not fit into memory as a whole in training, and of an hour."""
+    sizes = (("B", 1), ("T", 1), ("S", 224), ("L", 196))
+    for race, ms, mib in (("tiny", 1.1, 40), ("small", 1.2, 90), ("middle", 1.9, 240)):
+        entry = Entry("videomamba", "fused:native", "ours", variant=race)
+        for way, seen in (("eager", (8,)), ("graph", (8, 1000))):
+            for n in seen:
+                point = Point("stream", (*sizes, ("A", n)), "infer", way)
+                yield speed(entry, point, ms * (9 if way == "eager" else 1), mib / 1024)
+    entry = Entry("videomamba", "fused:native", "ours", variant="middle")
+    for mode, times in (("infer", 1.0), ("train", 3.5)):
+        whole = (("B", 1), ("T", 512), ("S", 224), ("L", 100353))
+        for n in (8, 32, 128):
+            point = Point("chunks", (*whole, ("F", n)), mode, "chunked")
+            yield speed(entry, point, times * (320 + 900 / n), times * (1.5 + n / 32))
+        if mode == "infer":
+            yield speed(entry, Point("chunks", whole, mode, "eager"), 250.0, 8.0)
+        else:
+            point = Point("chunks", whole, mode, "checkpointed")
+            yield Speed(entry, point, "oom", reason="CUDA out of memory")
+    hour = (("B", 1), ("T", 3600), ("S", 224), ("L", 705601), ("F", 64))
+    yield speed(entry, Point("chunks", hour, "infer", "chunked"), 2300.0, 9.0)
+
+
 def records() -> list[Record]:
     """Licences: native's backward of the scan fails, so does a rival's forward."""
     case = "B2-L197-E384-N16-bfloat16"

@@ -180,7 +180,7 @@ def test_the_papers_comparison(whole) -> None:
 def test_nothing_timed_and_nothing_drawn(tmp_path) -> None:
     text = made(tmp_path)
     assert "**NOTHING OF OURS WAS TIMED.**" in text and "`0 timed (rivals: 0 timed)`" in text
-    assert text.count("Not drawn:") == 3 and "![" not in text
+    assert text.count("Not drawn:") == 5 and "![" not in text
     assert {f.suffix for f in (tmp_path / "run").iterdir()} == {".json", ".jsonl", ".md", ".html"}
 
 

@@ -1,0 +1,163 @@
+"""One frame after the other through a causal model, for the least latency: on a GPU a frame is one replay of a CUDA graph.
+
+    stream = FrameStream(model, total=10_000)
+    for frame in camera:  # (B, C, H, W)
+        logits = stream(frame)
+
+What a frame costs, in time and in memory, does not depend on how many came before.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .state import States
+from .tokens import Span, temporal_positions
+from .videomamba import VideoMamba
+
+WARM = 3  # runs before a capture: kernels are compiled, libraries make their handles
+
+
+class FrameStream:
+    """A causal `VideoMamba` in eval mode, with the state of `batch_size` videos in memory that is written in place.
+
+    Outputs are those of `model(frame, ssm_state=..., return_state=True, temporal_pos_offset=...)`, without gradients. The
+    temporal table holds the model's `num_frames`; a longer video's length goes into `total`, in tubelets (for
+    kernel_size 1: frames), to which the table is stretched.
+
+    `graph` says whether to replay a CUDA graph: by default on CUDA. It is captured here, under the autocast that is on
+    here, for the parameters as they lie in memory here: after other values were loaded into them call `reset`; moving or
+    replacing them is not seen. The first frame of a video, which CLS comes with, runs without it.
+
+    Raises TypeError for another kind of model, ValueError for one that is in training mode, cannot be streamed, or not on
+    this device, and for a `batch_size` or `total` that is no positive integer; BackendError for a backend that cannot run.
+    """
+
+    def __init__(self, model: VideoMamba, batch_size: int = 1, total: int | None = None, *, graph: bool | None = None) -> None:
+        _check_model(model)
+        if total is not None and (not isinstance(total, int) or isinstance(total, bool) or total < 1):
+            raise ValueError(f"total is {total!r}; allowed: the tubelets of the whole video, from 1 up, or None")
+        config, device = model.config, model.cls_token.device
+        self.model, self.total = model, config.tubelets if total is None else total
+        self._tubelets = 0
+        self._autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+        with torch.inference_mode(False), torch.no_grad():
+            state = model.init_state(batch_size)
+            model._unpack(model.cls_token, state[: config.depth], True)  # raises for an order or a backend without states
+            model._resolve(model.cls_token)
+            self._states, self._means = state[: config.depth], state[config.depth :]
+            self._frame = model.cls_token.new_zeros(batch_size, config.channels, config.kernel_size, *config.sides)
+            self._times = self._positions()
+            self._time = torch.empty_like(self._times[:1])
+            self._parameters = [p.detach() for p in model.parameters()]  # as long as the graph lives, so does its memory
+            self._graph: Any = None
+            self._output: Any = None
+            if self._takes_graph(graph, device):
+                self._graph, self._output = self._captured()
+        self.reset()
+
+    @property
+    def frames(self) -> int:
+        """How many have been seen since the last `reset`."""
+        return self._tubelets * self.model.config.kernel_size
+
+    def reset(self) -> None:
+        """Begin another video."""
+        self._tubelets = 0
+        with torch.inference_mode(False), torch.no_grad():
+            self._times.copy_(self._positions())
+            for x in (x for pair in (*self._states, *self._means) for x in pair):
+                x.zero_()
+
+    def __call__(self, frame: Tensor) -> Any:
+        """The output behind the next frame (B, C, H, W) or tubelet (B, C, kernel_size, H, W), in the parameters' dtype, on
+        any device: a tensor, or a `DistillOutput`, that later frames leave as it is.
+
+        Raises ValueError for another shape and for a frame past the video's end, TypeError for another dtype.
+        """
+        frame = self._checked(frame)
+        with torch.inference_mode(False), torch.no_grad():
+            self._frame.copy_(frame)
+            self._time.copy_(self._times[self._tubelets : self._tubelets + 1])
+            if self._tubelets == 0 or self._graph is None:
+                output = self._advance(int(self._tubelets == 0))
+            else:
+                self._graph.replay()
+                output = self._output
+                output = output.clone() if isinstance(output, Tensor) else type(output)(*map(torch.clone, output))
+        self._tubelets += 1
+        return output
+
+    def _checked(self, frame: Tensor) -> Tensor:
+        """The frame as a tubelet."""
+        if self.model.training:
+            raise ValueError("model is in training mode; allowed: eval mode, after model.eval()")
+        if self._tubelets == self.total:
+            raise ValueError(
+                f"the video's {self.total} tubelets have all been seen; for a longer one pass their number as total: the "
+                "temporal table is stretched to it. reset() begins another video"
+            )
+        wanted = tuple(self._frame.shape)
+        shapes = [wanted] if wanted[2] > 1 else [wanted[:2] + wanted[3:], wanted]
+        if not isinstance(frame, Tensor) or tuple(frame.shape) not in shapes:
+            came = tuple(frame.shape) if isinstance(frame, Tensor) else type(frame).__name__
+            raise ValueError(f"frame is {came}; allowed: {' or '.join(map(str, shapes))}")
+        if frame.dtype != self._frame.dtype:
+            raise TypeError(f"frame is {frame.dtype}; allowed: {self._frame.dtype}, as the model's parameters")
+        return frame.reshape(wanted)
+
+    def _positions(self) -> Float[Tensor, "N D"]:
+        """The temporal positions of all tubelets: a row for each of them, once, is less than the time that it would take to
+        stretch the table at each."""
+        return temporal_positions(self.model.temporal_pos_embedding.detach(), Span(0, self.total, self.total)).clone()
+
+    def _advance(self, cls: int) -> Any:
+        """The output of the frame and time that lie in the buffers; the states are then those behind it. This is what the
+        graph holds: it reads and writes the buffers, and asks nothing of what is in them."""
+        model, mean = self.model, next(iter(self._means), None)
+        on, dtype = self._autocast
+        # what autocast's cache holds is freed at its end, and a graph would read on
+        with torch.autocast(self._frame.device.type, dtype, on, cache_enabled=False):
+            tokens = model._placed(self._frame, self._time, cls)
+            output, states, after = model._answer(tokens, cls, self._states, mean, True)
+        _write(self._states, states)
+        if mean is not None:
+            _write([mean], [after])
+        return output
+
+    @staticmethod
+    def _takes_graph(wanted: bool | None, device: torch.device) -> bool:
+        if wanted and device.type != "cuda":
+            raise ValueError(f"graph is True, but the model is on {device}; a CUDA graph needs it on a CUDA device")
+        return device.type == "cuda" if wanted is None else wanted
+
+    def _captured(self) -> tuple[torch.cuda.CUDAGraph, Any]:
+        """The graph of a frame that is not the first, and the tensors that hold its output."""
+        with torch.cuda.device(self._frame.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for cls in (1, *(0 for _ in range(WARM))):
+                    self._advance(cls)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            # a thread that loads frames may allocate meanwhile
+            with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
+                output = self._advance(0)
+        return graph, output
+
+
+def _write(into: States, values: Any) -> None:
+    """Copy states over states; first and second tensors of the pairs by themselves, since each kind has one dtype."""
+    for there, new in zip(zip(*into, strict=True), zip(*values, strict=True), strict=True):
+        torch._foreach_copy_(there, new)
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, VideoMamba):
+        raise TypeError(f"model is a {type(model).__name__}; allowed: a VideoMamba with bimamba=False")
+    if model.training:
+        raise ValueError("model is in training mode; allowed: eval mode, after model.eval()")
+    model._continue(None, True, 0)  # raises for an image model and for a bidirectional one

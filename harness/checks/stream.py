@@ -1,0 +1,30 @@
+"""Does a `FrameStream`, on a GPU by its CUDA graph, give frame by frame what the whole video gives?"""
+
+from types import ModuleType
+
+from harness.case import Case
+from harness.checks.chunks import cut
+from harness.finding import Finding, Tally
+from harness.subject import Implementation
+from harness.trial import Trial, worst_of
+
+
+def asks(subject: ModuleType, implementation: Implementation, case: Case) -> bool:
+    """Of causal classifiers that are cut between tubelets, in their chunks' cases."""
+    if not hasattr(subject, "framewise") or case.dtype == "float64" or implementation.name == "reference":
+        return False
+    return case.has("state") and subject.by_tubelets(case)
+
+
+def run(trial: Trial, implementation: Implementation) -> list[Finding]:
+    """The rule, for what each tubelet adds to the output by itself."""
+    case, tally = trial.case, Tally()
+    axis, count = trial.subject.time_axes(case).get("logits"), trial.subject.pieces(case)
+    edges = [(i, i + 1) for i in range(count)] if axis is not None else [(0, count)]
+    for seed in case.seeds:
+        plain, truth = trial.plain(seed, False).outputs["logits"], trial.truth(seed, False).outputs["logits"]
+        got = trial.subject.framewise(implementation.call, case, trial.leaves(seed))["logits"].cpu()
+        for start, stop in edges:
+            parts = (t if axis is None else cut(t, axis, start, stop, count) for t in (got, plain, truth))
+            tally.add(f"logits[{start}:{stop}]", *parts)
+    return worst_of(tally.findings())

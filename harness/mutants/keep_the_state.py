@@ -1,0 +1,17 @@
+"""`FrameStream.reset` leaves the state of the video before."""
+
+from contextlib import AbstractContextManager
+from unittest import mock
+
+from fused import FrameStream
+
+WHERE = ("--subject", "videomamba", "--check", "stream", "--impl", "fused:torch", "--case", "*readout=tokens-tubelet2*")
+
+
+def plant() -> AbstractContextManager[object]:
+    """The context in which the bug is there."""
+
+    def planted(stream: FrameStream) -> None:
+        stream._tubelets = 0
+
+    return mock.patch.object(FrameStream, "reset", planted)

@@ -1,0 +1,222 @@
+"""Videos that come in pieces: the checks `long` and `stream`, the races `stream` and `chunks`, and what is said of them."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sweeps
+import torch
+
+import fused
+from harness import environment
+from harness.bench import grids, roofline, workloads
+from harness.bench.ceilings import Ceilings
+from harness.bench.point import Entry, Point, Speed
+from harness.bench.sweep import PIECEWISE, judged, licence_plans, points_here, sweep
+from harness.case import Case
+from harness.checks import long
+from harness.finding import Finding
+from harness.record import Record
+from harness.report import bench, chunking, streaming
+from harness.store import Run
+from harness.subject import CannotAsk, mutants, subjects
+from harness.trial import Trial
+
+OURS = Entry("videomamba", "fused:torch", "ours", variant="tiny")
+STREAMED = replace(OURS, maker="harness.bench.streaming:make")
+
+
+@pytest.fixture(autouse=True)
+def prepared() -> Iterator[None]:
+    before, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    environment.prepare()
+    torch.set_num_threads(1)
+    yield
+    torch.use_deterministic_algorithms(before)
+    torch.set_num_threads(threads)
+
+
+def asked_long(frames: int = 30, side: int = 16) -> set[str]:
+    """What fails."""
+    sizes = {"B": 1, "T": frames, "S": side, "D": 32, "L": 1 + frames * (side // 16) ** 2}
+    case = Case("videomamba", tuple(sizes.items()), ("readout=tokens", "infer", "for=long"))
+    ours = next(i for i in subjects()["videomamba"].implementations() if i.name == "fused:torch")
+    return {f.tensor for f in long.run(Trial(case, "cpu"), ours) if not f.passed}
+
+
+def test_long_finds_nothing_in_an_honest_pass() -> None:
+    assert asked_long() == set()
+
+
+def test_long_finds_what_goes_wrong_between_chunks() -> None:
+    with mutants()["restart_backward"].plant():
+        assert asked_long() == {"logits[30 frames]"}
+
+
+def test_long_finds_what_is_wrong_everywhere_alike() -> None:
+    """Chunks and whole agree, and the reference does not."""
+    with mutants()["drop_skip"].plant():
+        assert asked_long() == {"logits[8 frames, plain]", "logits[8 frames, truth]"}
+
+
+def test_long_leaves_hours_to_a_gpu() -> None:
+    [hour, _] = long.cases("long")
+    assert hour["T"] == 3600 and hour["L"] == 705601 and not long.cases("full")
+    ours = next(i for i in subjects()["videomamba"].implementations() if i.name == "fused:torch")
+    with pytest.raises(CannotAsk, match="705601 tokens.*on a GPU"):
+        long.run(Trial(hour, "cpu"), ours)
+
+
+@pytest.mark.parametrize("grid", grids.GRIDS)
+def test_points(grid: str) -> None:
+    points = [p for p in grids.points(grid) if p.race in grids.PIECEWISE]
+    assert len({p.name for p in points}) == len(points)
+    ways = {(p.race, p.mode, p.way) for p in points}
+    chunks = {("chunks", "infer", "chunked"), ("chunks", "train", "chunked")}
+    assert ways >= chunks | {("chunks", "infer", "eager"), ("chunks", "train", "checkpointed"), ("stream", "infer", "eager")}
+    graph = [p for p in points if p.race == "stream" and p.way == "graph"]
+    assert (len({p["A"] for p in graph}) > 1) == (grid != "cpu")
+    hours = [p for p in points if p.race == "chunks" and p["L"] == 705601 and p.mode == "infer"]
+    assert bool(hours) == (grid != "cpu")
+    if grid == "cpu":
+        assert {p.name for p in points} == {p.name for p in points_here(grid, "cpu", tuple(grids.PIECEWISE))}
+
+
+def test_who_runs() -> None:
+    for race in grids.PIECEWISE:
+        found = grids.entries(race, "cpu", "sdpa")
+        assert {e.implementation for e in found} == {"fused:torch"}  # mamba-ssm cannot carry a state
+        [point, *_] = [p for p in grids.points("cpu") if p.race == race]
+        assert [e.variant for e in found if grids.runs(e, point, "cpu")] == ["tiny"]
+        native = [replace(e, implementation="fused:native") for e in found]
+        there = [e.variant for e in (*found, *native) if grids.runs(e, point, "full")]
+        assert there == list(grids.PIECEWISE[race])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_licences_ask_something(dtype: str) -> None:
+    plans = licence_plans([("stream", OURS), ("chunks", OURS), ("tiny", OURS)], "cpu", dtype, 1)
+    assert [p.checks for p in plans] == [*(PIECEWISE[race][0] for race in ("stream", "chunks")), ("forward", "backward")]
+    for plan in plans:
+        asked = [name for case in plan.points() for name, _, _ in plan.questions(case)]
+        assert set(asked) == set(plan.checks) and len(plan.points()) >= len(plan.cases)
+
+
+def record(check: str, error: float = 0.5) -> Record:
+    status = "pass" if error <= 1 else "fail"
+    found = (Finding("y", "l2", error, 1.0),)
+    return Record("videomamba", "fused:torch", "ours", check, "case", "float32", status, findings=found)
+
+
+def test_every_race_needs_its_own_licence() -> None:
+    def why(race: str, mode: str, *records: Record) -> str:
+        return judged(OURS, Point(race, (("B", 1), ("L", 16)), mode, dtype="float32"), list(records))[0]
+
+    good = [record("forward"), record("backward")]
+    assert "asked it nothing" in why("stream", "infer", *good) and "asked it nothing" in why("chunks", "train", *good)
+    assert why("stream", "infer", record("chunks"), record("stream"), record("forward", 3.0)) == ""
+    assert "parity stream failed" in why("stream", "infer", record("chunks"), record("stream", 3.0))
+    assert "parity forward_chunked failed" in why("chunks", "infer", record("forward_chunked", 3.0), *good)
+    assert why("tiny", "train", *good, record("stream", 3.0), record("forward_chunked", 3.0)) == ""
+    assert "parity backward failed" in why("tiny", "train", record("forward"), record("backward", 3.0))
+
+
+def clip(way: str, mode: str, frames: int = 3, **more: int) -> Point:
+    sizes = {"B": 1, "T": frames, "S": 16, "L": 1 + frames} | more
+    return Point("chunks", tuple(sizes.items()), mode, way, "float32")
+
+
+def test_chunked_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest, asked = fused.VideoMamba.forward_chunked, []
+
+    def noted(model, clip, *, chunk_frames):
+        asked.append((tuple(clip.shape), chunk_frames, model.training))
+        return honest(model, clip, chunk_frames=chunk_frames)
+
+    monkeypatch.setattr(fused.VideoMamba, "forward_chunked", noted)
+    for mode in ("infer", "train"):
+        workloads.make(clip("chunked", mode, F=2), OURS, "cpu").run()
+    assert asked == [((1, 3, 3, 16, 16), 2, False), ((1, 3, 3, 16, 16), 2, True)]
+    build = workloads.networks()["videomamba"]
+    assert all(layer.recompute for layer in build(clip("checkpointed", "train"), OURS).layers)
+    assert not any(layer.recompute for layer in build(clip("eager", "infer"), OURS).layers)
+    workloads.make(clip("checkpointed", "train"), OURS, "cpu").run()
+    assert len(asked) == 2
+
+
+def test_swept(tmp_path: Path) -> None:
+    """In a worker: a stream goes on frame by frame, and has enough samples for its tail."""
+    run = Run.create(tmp_path, {"kind": "bench", "plan": {"budget": 0.01}, "box": {}})
+    for check in ("chunks", "stream"):
+        run.add(record(check))
+    point = Point("stream", (("B", 1), ("T", 1), ("S", 16), ("L", 1), ("A", 2)), "infer", dtype="float32")
+    best = Ceilings(copy=4e12, matmul=8e14, exp=4e12)
+    sweep(run, [point], lambda p: [STREAMED], best, 0.01, 10.0, "cpu", 1, lambda speed: None)
+    [speed] = Run.open(tmp_path).speeds
+    assert speed.status == "ok" and len(speed.seconds) >= point.fewest == 20 and speed.allocated > 0
+    both = roofline.bound(replace(point, race="tiny"), "videomamba", "tiny", best)
+    assert 0 < speed.bound < both < 2 * speed.bound  # one direction
+
+
+def test_a_call_of_very_many_tokens_may_take_longer() -> None:
+    from harness.bench.worker import _Loaded
+
+    loaded = _Loaded(Entry("dawdler", "fake", "ours", "fakes:sleeper"), "cpu", 0.001)
+    for tokens, slow in ((5, True), (1000, False)):
+        loaded.load(Point("fake", (("B", tokens), ("L", 5)), "infer", dtype="float32"))
+        if slow:
+            with pytest.raises(TimeoutError):
+                loaded.time(0.01, 1)
+        else:
+            loaded.time(0.01, 1)
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = sweeps.made(tmp_path_factory.mktemp("pieces") / "run", sweeps.pieces())
+    bench.write(run)
+    return run
+
+
+def rows(run: Run, pattern: str) -> list[str]:
+    return [line for line in (run.folder / "report.md").read_text().splitlines() if fnmatchcase(line, pattern)]
+
+
+def test_the_page_tells_a_frames_cost(told: Run) -> None:
+    [row] = rows(told, "| videomamba middle fused:native | graph | 224 px | bfloat16 | 1,000 |*")
+    samples = next(s.seconds for s in told.speeds if s.entry.variant == "middle" and dict(s.point.dims).get("A") == 1000)
+    assert f"| {1e3 * float(np.quantile(samples, 0.99)):.3g} (n = 9) | 526 | 240 |" in row
+    assert len(rows(told, "| videomamba * | eager | 224 px |*| 8 |*")) == 3
+
+
+def test_the_page_tells_what_chunks_cost(told: Run) -> None:
+    [row] = rows(told, "| 1 x 512 x 224 px, bfloat16 | 100,353 | infer | 32 |*")
+    assert "| 1,470 | 2.5 | 1.39, 0.312 |" in row
+    [row] = rows(told, "*| train | all at once, checkpointed |*")
+    assert "**out of memory**" in row and row.count("| - |") >= 1
+    [row] = rows(told, "| 1 x 3,600 x 224 px, bfloat16 | 705,601 | infer | 64 |*")
+    assert re.search(r"\| 1,570 \| 9 \| - \|", row)
+
+
+def test_the_plots(told: Run) -> None:
+    for stem in ("stream", "chunks"):
+        assert (told.folder / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
+    stream, chunks = ((told.folder / f"{stem}.svg").read_text() for stem in ("stream", "chunks"))
+    for word in ("videomamba tiny fused:native, 224 px, bfloat16", "eager", "graph", "ms a frame", "peak memory (MiB)"):
+        assert word in stream
+    for word in (">128<", ">whole<", "3,600 frames of 224 px", "train, all at once, checkpointed: out of memory", "frames/s"):
+        assert word in chunks
+    before = {f.name: f.read_bytes() for f in told.folder.iterdir()}
+    bench.write(Run.open(told.folder))
+    assert {f.name: f.read_bytes() for f in told.folder.iterdir()} == before
+
+
+def test_nothing_timed_is_not_drawn(tmp_path: Path) -> None:
+    ended = [Speed(s.entry, s.point, "gated", reason="wrong") for s in sweeps.pieces()]
+    assert streaming.draw(ended, tmp_path) == chunking.draw(ended, tmp_path) == []
+    assert "**GATED**: wrong" in streaming.frames([s for s in ended if s.point.race == "stream"])
+    assert "**GATED**: wrong" in chunking.passes([s for s in ended if s.point.race == "chunks"])
