@@ -10,7 +10,7 @@ def check_whole(op: str, name: str, value: object, least: int, most: int | None 
         raise ValueError(f"{op}: {name} must be {allowed}, got {value}")
 
 
-def check_real(op: str, name: str, value: object, low: float, high: float, ends: str = "[]") -> None:
+def check_real(op: str, name: str, value: object, low: int | float, high: int | float, ends: str = "[]") -> None:
     """Raise TypeError unless `value` is a real number, ValueError unless it lies between `low` and `high`.
 
     `ends` says whether these two are allowed themselves: "[" and "]" yes, "(" and ")" no. NaN is never.

@@ -23,7 +23,7 @@ def gumbel(shape: tuple[int, ...], generator: torch.Generator | None, device: to
     return -noise.log().to(torch.float32).to(device)
 
 
-def beta(alpha: float, generator: torch.Generator | None) -> float:
+def beta(alpha: int | float, generator: torch.Generator | None) -> float:
     """One number of Beta(alpha, alpha). PyTorch's own takes no generator, Python's does."""
     return random.Random(uniform_integer(2**62, generator)).betavariate(alpha, alpha)
 

@@ -10,7 +10,6 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -91,4 +90,10 @@ def _weights(op: str, clips: Tensor, targets: Tensor, classes: int) -> Float[Ten
     if tuple(targets.shape) != ((len(clips), classes) if soft else (len(clips),)) or not (soft or targets.dtype == torch.int64):
         wanted = f"int64 classes (B={len(clips)},) or floating-point weights (B={len(clips)}, classes={classes})"
         raise ValueError(f"{op}: targets must be {wanted}, got {targets.dtype} {tuple(targets.shape)}")
-    return targets if soft else F.one_hot(targets, classes).to(torch.float32)
+    if soft:
+        return targets
+    low, high = torch.stack(targets.aminmax()).tolist()
+    if low < 0 or high >= classes:
+        raise ValueError(f"{op}: targets must be classes 0 to {classes - 1}, got {low} to {high}")
+    weights = torch.zeros(len(clips), classes, device=targets.device)
+    return weights.scatter_(1, targets[:, None], 1)  # F.one_hot would look for the range again

@@ -32,6 +32,8 @@ def parameter_groups(
     module that holds some beside other parts, which then learn at the whole lr. Raises TypeError or ValueError for what is
     out of range, and for a model without trainable parameters.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"parameter_groups: model must be a torch.nn.Module, got {type(model).__name__}")
     check_choice("parameter_groups", "rule", rule, RULES)
     check_real("parameter_groups", "lr", lr, 0, float("inf"), "()")
     check_real("parameter_groups", "weight_decay", weight_decay, 0, float("inf"), "[)")
