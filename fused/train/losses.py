@@ -54,7 +54,7 @@ def distillation_loss(
     weight: int | float = 1.0,
     label_smoothing: int | float = 0.0,
 ) -> Float[Tensor, ""]:
-    """VideoMamba's self-distillation (arXiv 2403.06977, 3.2): cross-entropy + weight * mean over tokens of 2 - 2 cos.
+    """VideoMamba's self-distillation (arXiv 2403.06977): cross-entropy + weight * mean over tokens of 2 - 2 cos.
 
     `student` is the output of a `VideoMamba` with distill_dim = C: logits (B, classes), features (B, L, C). `teacher` holds a
     smaller model's final-normed tokens of the same clips, CLS included, of any length:
@@ -103,7 +103,8 @@ def similarity(
 
 
 def contrastive_loss(similarities: Float[Tensor, "B B"], ids: Int[Tensor, " B"] | None = None) -> Float[Tensor, ""]:
-    """Video-text contrast: cross-entropy of every video over the texts and of every text over the videos, halved.
+    """Video-text contrast (InfoNCE, arXiv 1807.03748): cross-entropy of every video over the texts, and of every text over
+    the videos, averaged.
 
     `similarities` is what `similarity` gives for pairs in order. `ids` tells what a pair is of: all with one id belong
     together and share the target in equal parts; None: every pair by itself. Raises ValueError or TypeError for what does
@@ -128,8 +129,8 @@ def matching_pairs(
 ) -> MatchingPairs:
     """Which video goes with which text into the head of video-text matching: `video[pairs.videos]`, `text[pairs.texts]`.
 
-    Negatives are hard: a video's is drawn by softmax of its similarities with the texts of other ids, a text's likewise; no
-    gradient. Arguments as of `contrastive_loss`; `generator`: see `fused.train.draws`. Raises ValueError or TypeError for
+    Negatives are hard (arXiv 2107.07651): a video's is drawn by softmax of its similarities with the texts of other ids, a
+    text's likewise; no gradient. Arguments as of `contrastive_loss`; `generator`: see `fused.train.draws`. Raises ValueError or TypeError for
     what does not fit, and where an item has no negative.
     """
     same = _together("matching_pairs", similarities, ids)

@@ -1,4 +1,4 @@
-"""Which tokens masked pretraining hides, in the five ways of VideoMamba's table of mask types (arXiv 2403.06977, 3.3).
+"""Which tokens masked pretraining hides, in the five ways that VideoMamba compares (arXiv 2403.06977).
 
 Every mask is bool (B, 1 + T*P), True = hidden, as `VideoMambaEncoder.forward` takes it: column 0 is CLS, always visible, and
 column 1 + f*P + p patch p of tubelet f. All clips of a batch hide equally many tokens, each clip others. `grid` is

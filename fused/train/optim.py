@@ -24,7 +24,7 @@ def parameter_groups(
     A_b_log, D and D_b do not decay either: A_log is a matrix, marked as not to be decayed, which upstream does not read, so
     that its rule pulls every A towards -1.
 
-    A model of depth layers learns at lr * layer_decay ** (depth + 1 - k): k = 0 for the embeddings, i + 1 for layer i, and
+    Layer decay (arXiv 2106.08254): a model of depth layers learns at lr * layer_decay ** (depth + 1 - k): k = 0 for the embeddings, i + 1 for layer i, and
     depth + 1, the whole lr, for the rest (last norm, heads, decoders). So is "corrected"; "upstream" has only k = 0, for
     cls_token, pos_embed and patch_embed, and trains all others, temporal_pos_embedding among them, at the whole lr.
 

@@ -1,4 +1,4 @@
-"""The learning rate over a training: up in a line, down in half a cosine."""
+"""The learning rate over a training: up in a line, down in half a cosine (arXiv 1608.03983, without restarts)."""
 
 import math
 
