@@ -130,8 +130,9 @@ def matching_pairs(
     """Which video goes with which text into the head of video-text matching: `video[pairs.videos]`, `text[pairs.texts]`.
 
     Negatives are hard (arXiv 2107.07651): a video's is drawn by softmax of its similarities with the texts of other ids, a
-    text's likewise; no gradient. Arguments as of `contrastive_loss`; `generator`: see `fused.train.draws`. Raises ValueError or TypeError for
-    what does not fit, and where an item has no negative.
+    text's likewise; no gradient. Arguments as of `contrastive_loss`; `generator`: see `fused.train.draws`.
+
+    Raises ValueError or TypeError for what does not fit, and where an item has no negative.
     """
     same = _together("matching_pairs", similarities, ids)
     if bool(same.all(dim=1).any()):

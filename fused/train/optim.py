@@ -24,9 +24,10 @@ def parameter_groups(
     A_b_log, D and D_b do not decay either: A_log is a matrix, marked as not to be decayed, which upstream does not read, so
     that its rule pulls every A towards -1.
 
-    Layer decay (arXiv 2106.08254): a model of depth layers learns at lr * layer_decay ** (depth + 1 - k): k = 0 for the embeddings, i + 1 for layer i, and
-    depth + 1, the whole lr, for the rest (last norm, heads, decoders). So is "corrected"; "upstream" has only k = 0, for
-    cls_token, pos_embed and patch_embed, and trains all others, temporal_pos_embedding among them, at the whole lr.
+    Layer decay (arXiv 2106.08254): parameters learn at lr * layer_decay ** (depth + 1 - k), with k = 0 for the embeddings,
+    i + 1 for layer i, and depth + 1, the whole lr, for the rest (last norm, heads, decoders). So is "corrected"; "upstream"
+    has only k = 0, for cls_token, pos_embed and patch_embed, and trains all others, temporal_pos_embedding among them, at
+    the whole lr.
 
     `model` may be a `VideoMamba` or `VideoMambaEncoder`, a wrapper of one (DistributedDataParallel, torch.compile), or a
     module that holds some beside other parts, which then learn at the whole lr. Raises TypeError or ValueError for what is
