@@ -1,5 +1,7 @@
 """In a mixed batch the classes have the shares that the pixels have."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -55,7 +57,7 @@ def test_mixup_mixes_every_pixel_alike():
 
 def test_cutmix_moves_one_box_through_all_frames():
     clips = torch.randn(3, 2, 4, 9, 12, generator=seeded(3))
-    tops, cut = set(), 0
+    tops, cut = set(), {"top": 0, "bottom": 0, "left": 0, "right": 0}
     for seed in range(40):
         mixed, _ = cutmix(clips, CLASSES, 5, generator=seeded(seed))
         foreign = mixed != clips
@@ -67,8 +69,13 @@ def test_cutmix_moves_one_box_through_all_frames():
         if rows:
             assert rows == list(range(rows[0], rows[-1] + 1)) and columns == list(range(columns[0], columns[-1] + 1))
             tops.add((rows[0], columns[0]))
-            cut += rows[-1] == 8 or columns[-1] == 11
-    assert len(tops) > 10 and cut > 3, "anywhere, up to the border"
+            # a whole box has even sides
+            odd_rows, odd_columns = len(rows) % 2, len(columns) % 2
+            cut["top"] += odd_rows and rows[0] == 0 and rows[-1] < 8
+            cut["bottom"] += odd_rows and rows[0] > 0
+            cut["left"] += odd_columns and columns[0] == 0 and columns[-1] < 11
+            cut["right"] += odd_columns and columns[0] > 0
+    assert len(tops) > 10 and all(cut.values()), f"anywhere, cut at every border: {cut}"
 
 
 def test_the_beta_distribution():
@@ -103,7 +110,7 @@ def test_mix_chooses():
 
 
 def test_seeds_repeat_and_inputs_stay():
-    for how in (mixup, cutmix, mix):
+    for how in (mixup, cutmix, partial(mix, switch=0.0), partial(mix, switch=1.0)):
         clips = flat_clips(4).clone()
         one, again, other = (how(clips, CLASSES, 5, generator=seeded(s)) for s in (0, 0, 1))
         assert all(torch.equal(x, y) for x, y in zip(one, again, strict=True)) and not torch.equal(one.clips, other.clips)
