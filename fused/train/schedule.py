@@ -1,0 +1,39 @@
+"""The learning rate over a training: up in a line, down in half a cosine (arXiv 1608.03983, without restarts)."""
+
+import math
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from .checks import check_real, check_whole
+
+
+def cosine_schedule(
+    optimizer: Optimizer, total_steps: int, warmup_steps: int = 0, warmup_start: int | float = 0.0, floor: int | float = 0.0
+) -> LambdaLR:
+    """A scheduler to be stepped after every step of the optimiser. Step s, counted from 0, runs at lr * f(s):
+
+        s < warmup_steps    f = warmup_start + (1 - warmup_start) * s / warmup_steps
+        then                f = floor + (1 - floor) * (1 + cos(pi * (s - warmup_steps) / (total_steps - warmup_steps))) / 2
+        s >= total_steps    f = floor
+
+    `warmup_start` and `floor` are shares, from 0 to 1, of each group's lr, so that layer decay holds to the end (upstream's
+    min_lr 1e-5 under lr 1.2e-3 is floor=1e-5/1.2e-3); PyTorch's CosineAnnealingLR has one minimum for all groups. f depends
+    on s alone: a training that goes on from a state_dict has the rates of one that never stopped, bit for bit.
+
+    0 <= warmup_steps < total_steps. Raises TypeError or ValueError for what is out of range.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"cosine_schedule: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    check_whole("cosine_schedule", "total_steps", total_steps, 1)
+    check_whole("cosine_schedule", "warmup_steps", warmup_steps, 0, total_steps - 1)
+    check_real("cosine_schedule", "warmup_start", warmup_start, 0, 1)
+    check_real("cosine_schedule", "floor", floor, 0, 1)
+
+    def share(step: int) -> float:
+        if step < warmup_steps:
+            return warmup_start + (1 - warmup_start) * step / warmup_steps
+        way = min((step - warmup_steps) / (total_steps - warmup_steps), 1.0)
+        return floor + (1 - floor) * (1 + math.cos(math.pi * way)) / 2
+
+    return LambdaLR(optimizer, share)
