@@ -16,6 +16,12 @@ instruments = finder.should_instrument
 finder.should_instrument = lambda name: not name.startswith("fused.kernels") and instruments(name)
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Operations this small only wait for each other on two; a parity run within an earlier test may have set more."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def unchecked() -> Iterator[None]:
     """Without the check of signatures, to see what the function itself says of wrong input."""

@@ -6,7 +6,8 @@ import pytest
 import torch
 from golden import fill
 from rule import assert_rule
-from test_models import assert_same, clip_of, flat, models, one_thread, results  # noqa: F401
+from test_models import CLASSIFIERS as WHOLE
+from test_models import assert_same, clip_of, flat, models, results
 
 import fused
 import reference
@@ -23,20 +24,13 @@ class InChunks:
         return self.model.forward_chunked(clip, **self.how, **how)
 
 
-CLASSIFIERS = {
-    "plain": {},
-    "deep": {"depth": 4},
-    "tubelet-2": {"kernel_size": 2},
-    "layernorm": {"rms_norm": False},
-    "unfused": {"fused_add_norm": False},
-    "residual-as-input": {"residual_in_fp32": False},
+SAME = (
+    "plain", "deep", "tubelet-2", "layernorm", "unfused", "residual-as-input", "overlap", "ssm", "forward-only", "mean",
+)  # fmt: skip
+CLASSIFIERS = {name: WHOLE[name] for name in SAME} | {
     "distill": {"distill_dim": 12},
     "one-patch": {"img_size": 16},  # a chunk of one token is shorter than the convolution's state
-    "overlap": {"stride": 8},
-    "ssm": {"ssm_cfg": {"expand": 3, "d_state": 5, "d_conv": 3, "dt_rank": 7}},
     "ssm-bias": {"ssm_cfg": {"bias": True, "conv_bias": False, "expand": 1, "d_conv": 1}},
-    "forward-only": {"bimamba": False, "readout": "last"},
-    "mean": {"readout": "mean"},
     "tokens": {"readout": "tokens"},
 }
 

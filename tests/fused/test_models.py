@@ -15,16 +15,6 @@ import fused
 import reference
 from fused import backends, mixer, scan, stamp, tokens, upstream
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Operations this small only wait for each other on two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 TOY = {"img_size": 32, "depth": 2, "embed_dim": 32, "num_frames": 4, "num_classes": 5, "clip_output_dim": 12}
 IMAGE = {"num_frames": None}
 ORDERS = ("temporal", "alternating", "both")

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from golden import fill, golden
-from test_models import one_thread  # noqa: F401
 from torch import Tensor
 
 import fused

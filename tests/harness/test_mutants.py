@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from harness.cli import app
@@ -16,15 +15,6 @@ from harness.subject import mutants
 OURS = ("--impl", "fused:torch")
 NARROW = {"forget_last_token": OURS, "restart_backward": OURS, "cut_gradients_at_chunks": OURS}
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Operations this small only wait for each other on two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def parity(out: Path, *options: str) -> int:

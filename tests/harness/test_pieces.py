@@ -32,12 +32,10 @@ STREAMED = replace(OURS, maker="harness.bench.streaming:make")
 
 @pytest.fixture(autouse=True)
 def prepared() -> Iterator[None]:
-    before, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    before = torch.are_deterministic_algorithms_enabled()
     environment.prepare()
-    torch.set_num_threads(1)
     yield
     torch.use_deterministic_algorithms(before)
-    torch.set_num_threads(threads)
 
 
 def asked_long(frames: int = 30, side: int = 16) -> set[str]:

@@ -20,18 +20,7 @@ from harness.cli import FAILED, PASSED, app
 from harness.store import Run
 from harness.subjects import vit
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TOY = {"img_size": 32, "num_frames": 3, "num_classes": 5, "embed_dim": 24, "depth": 2, "num_heads": 3}
-
-
-@pytest.fixture
-def one_thread():
-    """Operations this small only wait for each other on two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def toy(**overrides) -> ViT:
