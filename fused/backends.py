@@ -107,9 +107,17 @@ def unavailable(backend: str, device: torch.device | str) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def choose(name: str, device: torch.device | str, *, use_fast_path: bool = True) -> str:
     """The backend that runs for `name` on `device`; an explicit name comes back as it is, or raises BackendError."""
+    if torch.compiler.is_compiling():
+        from .uncompiled import select as constant  # the environment is read while tracing, not traced
+
+        return constant(name, device, use_fast_path)
+    return select(name, device, use_fast_path)
+
+
+def select(name: str, device: torch.device | str, use_fast_path: bool) -> str:
+    """`choose`, as the compiler may not see it."""
     if name != "auto":
         if name not in BACKENDS:
             raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {name!r}")

@@ -126,15 +126,13 @@ def scan_torch(
     if torch.compiler.is_exporting():
         return traceable.selective_scan(u, delta, A, B, C, D, z, delta_bias, softplus, initial_state, reverse)
     keep = torch.is_grad_enabled()
-    return _apply(u, delta, A, B, C, D, z, delta_bias, initial_state, softplus, reverse, keep)
+    apply = Scan.apply
+    if torch.compiler.is_compiling():
+        from .uncompiled import scan as apply  # blocks of a loop, written into views of scratch memory: nothing to gain
+    return apply(u, delta, A, B, C, D, z, delta_bias, initial_state, softplus, reverse, keep)
 
 
-@torch.compiler.disable(recursive=True)  # blocks of a loop, written into views of scratch memory: nothing to gain
-def _apply(*arguments):
-    return _Scan.apply(*arguments)
-
-
-class _Scan(torch.autograd.Function):
+class Scan(torch.autograd.Function):
     """Saves its inputs and the state at every block's start; the backward recomputes the states block by block."""
 
     @staticmethod
