@@ -1,7 +1,7 @@
 """The Mamba mixer: in_proj, two scans over the same tokens from either end, one gate, out_proj."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,14 @@ class Direction(NamedTuple):
     A_log: Tensor
     D: Tensor
     reverse: bool
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """As the native operators take them."""
+        return {
+            "conv": self.conv.weight.squeeze(1), "conv_bias": self.conv.bias, "proj": self.x_proj.weight,
+            "dt": self.dt_proj.weight, "dt_bias": self.dt_proj.bias, "A": self.A_log, "D": self.D,
+        }  # fmt: skip
 
 
 def check_backend(name: str) -> str:
@@ -161,13 +169,7 @@ class Mamba(nn.Module):
         """Everything behind in_proj as one operator."""
         from .native import mixer
 
-        directions = [
-            {
-                "conv": own.conv.weight.squeeze(1), "conv_bias": own.conv.bias, "proj": own.x_proj.weight,
-                "dt": own.dt_proj.weight, "dt_bias": own.dt_proj.bias, "A": own.A_log, "D": own.D,
-            }
-            for own in self._directions()
-        ]  # fmt: skip
+        directions = [own.parameters for own in self._directions()]
         return mixer.mix(xz, directions, self.out_proj.weight, self.out_proj.bias)
 
     def _check_state(self, hidden: Tensor, state: State | None, return_state: bool, backend: str) -> None:
@@ -193,6 +195,10 @@ class Mamba(nn.Module):
         return ahead, Direction(self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b, reverse=True)
 
     def _scan(self, x: Tensor, z: Tensor, own: Direction, state: State | None, backend: str) -> tuple[Tensor, State]:
+        if backend == "native":
+            from .native.walk import walk
+
+            return walk(x, z, None, state, own.parameters, reverse=own.reverse, logarithm=True)
         conv_state, ssm_state = (None, None) if state is None else state
         taps, reverse = own.conv.weight.squeeze(1), own.reverse
         c, conv_state = conv.causal_conv1d(

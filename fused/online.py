@@ -14,7 +14,7 @@ from torch import Tensor
 from .arguments import no_autocast
 from .chunked import Video, check_model, embedded, limit, pieces
 from .mixer import State
-from .pieces import Plan, Weights, add_norm, join, parameters_of, plan_of, project, scan_chunk
+from .pieces import Plan, Weights, add_norm, parameters_of, plan_of, project, scan_chunk
 
 if TYPE_CHECKING:
     from .backbone import Backbone
@@ -77,8 +77,13 @@ class _Layers:
 def _mix(plan: Plan, w: Weights, hidden: Tensor, first: int, state: State | None) -> tuple[Tensor, State]:
     """The mixer over a window, and the forward state behind its `first` tokens."""
     x, z = project(w.into, hidden).chunk(2, dim=-1)
-    ahead, state = scan_chunk(plan, w.ahead, x[:, :first], state, reverse=False)
-    if x.shape[1] > first:
-        ahead = torch.cat((ahead, scan_chunk(plan, w.ahead, x[:, first:], state, reverse=False)[0]), dim=1)
     behind = None if w.behind is None else scan_chunk(plan, w.behind, x, None, reverse=True)[0]
-    return project(w.out, join(ahead, behind, z)), state
+
+    def ahead(part: slice, state: State | None) -> tuple[Tensor, State]:
+        beside = None if behind is None else behind[:, part]
+        return scan_chunk(plan, w.ahead, x[:, part], state, False, z[:, part], beside)
+
+    y, state = ahead(slice(first), state)
+    if x.shape[1] > first:
+        y = torch.cat((y, ahead(slice(first, None), state)[0]), dim=1)
+    return project(w.out, y), state

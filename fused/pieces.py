@@ -78,6 +78,11 @@ class Direction:
     D: Tensor
 
     @property
+    def parameters(self) -> dict[str, Any]:
+        """As the native operator takes them."""
+        return dict(zip(("conv", "conv_bias", "proj", "dt", "dt_bias", "A", "D"), vars(self).values(), strict=True))
+
+    @property
     def tensors(self) -> list[Tensor]:
         """Those that are there."""
         return [x for x in vars(self).values() if x is not None]
@@ -128,6 +133,15 @@ class Weights:
         return made
 
 
+def norm_only(plan: Plan, w: Weights, hidden: Tensor, residual: Tensor | None) -> Tensor:
+    """The first of `add_norm`, without the second being stored."""
+    if not plan.fused_add_norm:
+        return add_norm(plan, w, hidden, residual)[0]
+    options: dict[str, Any] = {"eps": plan.eps, "kind": plan.kind, "prenorm": False, "backend": plan.backend}
+    y: Any = norm.add_norm(hidden, *w.norm, residual=None if residual is None else residual.to(plan.wide), **options)
+    return y.to(plan.product)
+
+
 def add_norm(plan: Plan, w: Weights, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
     """(what in_proj reads, the sum before it is stored)."""
     if plan.fused_add_norm:
@@ -145,8 +159,16 @@ def norm_again(plan: Plan, w: Weights, v: Tensor) -> Tensor:
     return y.to(plan.normed).to(plan.product)
 
 
-def scan_chunk(plan: Plan, own: Direction, x: Tensor, state: Sequence[Tensor] | None, reverse: bool) -> tuple[Tensor, State]:
-    """One direction over a chunk from its state: y without the gate, and the state that leaves."""
+def scan_chunk(
+    plan: Plan, own: Direction, x: Tensor, state: Sequence[Tensor] | None, reverse: bool,
+    z: Tensor | None = None, beside: Tensor | None = None,
+) -> tuple[Tensor, State]:  # fmt: skip
+    """One direction over a chunk from its state: y, and the state that leaves. With `z`, (y + beside) * silu(z), where
+    `beside` is the other direction's y, if there is one."""
+    if plan.backend == "native":
+        from .native.walk import walk
+
+        return walk(x, z, beside, state, own.parameters, reverse=reverse, logarithm=False)
     taps, edge = state or (None, None)
     c, taps = conv.causal_conv1d(x, own.conv, own.conv_bias, initial_state=taps, reverse=reverse, backend=plan.backend)
     dt, B, C = F.linear(c, own.x_proj).split((plan.R, plan.N, plan.N), dim=-1)
@@ -154,13 +176,13 @@ def scan_chunk(plan: Plan, own: Direction, x: Tensor, state: Sequence[Tensor] | 
         c, F.linear(dt, own.dt_proj), own.A, B, C, own.D, None, own.dt_bias,
         initial_state=edge, reverse=reverse, backend=plan.backend,
     )  # fmt: skip
-    return y, (taps, edge)
+    return y if z is None else _gated(y, beside, z), (taps, edge)
 
 
-def join(ahead: Tensor, behind: Tensor | None, z: Tensor) -> Tensor:
-    """(y_f + y_b) * silu(z), computed in at least float32 and rounded once."""
+def _gated(y: Tensor, beside: Tensor | None, z: Tensor) -> Tensor:
+    """Computed in at least float32 and rounded once."""
     wide = torch.promote_types(z.dtype, torch.float32)
-    y = ahead.to(wide) if behind is None else ahead.to(wide) + behind
+    y = y.to(wide) if beside is None else y.to(wide) + beside
     return (y * clipwise(F.silu, z.to(wide))).to(z.dtype)
 
 

@@ -24,8 +24,8 @@ from .pieces import (
     Plan,
     Weights,
     add_norm,
-    join,
     norm_again,
+    norm_only,
     parameters_of,
     plan_of,
     project,
@@ -67,7 +67,7 @@ def _forward(
     state: State | None = None
     if w.behind is not None:
         for i, c in reversed(chunks):
-            y, _ = add_norm(plan, w, hidden[:, c], None if residual is None else residual[:, c])
+            y = norm_only(plan, w, hidden[:, c], None if residual is None else residual[:, c])
             y, state = scan_chunk(plan, w.behind, project(w.into, y, w.out[0].shape[1]), state, reverse=True)
             behind[i] = _away(plan, y)
     state = None
@@ -76,9 +76,9 @@ def _forward(
         x, z = project(w.into, y).chunk(2, dim=-1)
         if seen is not None and state is not None:
             starts.append(state)
-        y, state = scan_chunk(plan, w.ahead, x, state, reverse=False)
-        other, behind[i] = _back(behind[i], y.device), None
-        out[:, c] = project(w.out, join(y, other, z))
+        other, behind[i] = _back(behind[i], x.device), None
+        y, state = scan_chunk(plan, w.ahead, x, state, False, z, other)
+        out[:, c] = project(w.out, y)
         if into is not hidden:  # else they are the tokens, which the first layer's residual stream is
             into[:, c] = v
         if seen is not None and seen is not into:
@@ -134,8 +134,7 @@ def _backward(
             behind = [y.requires_grad_()]
         start = _leaves(starts[i])
         with torch.enable_grad():
-            y, last = scan_chunk(plan, w.ahead, x, start, reverse=False)
-            y = join(y, behind[0] if behind else None, z)
+            y, last = scan_chunk(plan, w.ahead, x, start, False, z, *behind)
         dy = project_back(w, w.out, y.detach(), dout[:, c])
         dx, dz, *rest = _gradients(w, (y, *last), (dy, *dstate), (x, z, *behind, *start), w.ahead.tensors)
         dbehind, dstate = rest[: len(behind)], rest[len(behind) :]

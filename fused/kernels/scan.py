@@ -66,9 +66,11 @@ def source() -> str:
 
 
 def forward(
-    s: Streams, initial: Tensor | None, plan: Plan, *, ungated: bool, marks: bool, starts: Tensor | None = None
-) -> Result:
-    """Scan from `initial` (B, E, N), one direction only, or from zero. `starts` of an earlier call saves the pass for them."""
+    s: Streams, initial: Tensor | None, plan: Plan, *, ungated: bool, marks: bool, starts: Tensor | None = None,
+    beside: Tensor | None = None,
+) -> Result:  # fmt: skip
+    """Scan from `initial` (B, E, N), one direction only, or from zero. `starts` of an earlier call saves the pass for them.
+    `beside` (B, L, E), contiguous, is another direction's y, which one direction adds to its own before the gate."""
     B, L, E, N = s.sizes
     u, d = s.u[0], len(s.reverses)
     y, final = u.new_empty((B, L, E)), _wide(u, d, B, E, N)
@@ -80,14 +82,14 @@ def forward(
     cut, scan = plan.ahead, functools.partial(_scan, s, plan)
     carry = Carry.over(cut, s) if starts is None and cut.whole < cut.chains else None
     starts = carry.enter if carry else starts
-    full = functools.partial(scan, "scan_full", initial, starts, final, None, seen, y, before)
+    full = functools.partial(scan, "scan_full", initial, starts, final, None, seen, y, before, beside)
     branch = Branch(u.device, carry is not None and cut.whole > 0)  # whole chains need not wait for the states of the others
     done = cut.whole if branch.open else 0
     if done:
         full(first=0, units=done)
     with branch:
         if carry:
-            scan("scan_states", None, None, carry.local, carry.sums, None, None, None, first=cut.whole, units=cut.passes)
+            scan("scan_states", None, None, carry.local, carry.sums, None, None, None, None, first=cut.whole, units=cut.passes)
             combine(s, plan, carry, initial, clip0=cut.whole * B // cut.chains, adjoint=False)
         full(first=done, units=cut.units - done)
     return Result(y, final, starts, y if s.z is None and ungated else before, seen)
@@ -181,13 +183,15 @@ def backward(
     return Gradients(du, ddelta, dz, A.view(d, E, N), D, bias, dinitial)
 
 
-def _scan(s: Streams, plan: Plan, name: str, initial, enter, last, sums, marks, y, ungated, *, first: int, units: int) -> None:
+def _scan(
+    s: Streams, plan: Plan, name: str, initial, enter, last, sums, marks, y, ungated, beside, *, first: int, units: int
+) -> None:
     B, L, E, N = s.sizes
     shape, d, cut = plan.forward, len(s.reverses), plan.ahead
     shared = d * TILE * (shape.width * 8 + 2 * plan.states * 4 + (shape.width + 8) * 4)
     sizes = (B, L, E, N, cut.span, cut.pieces, cut.whole, first, s.flags)
-    args = (*_arguments(s), initial, enter, last, sums, marks, y, ungated, *sizes)
-    _module(s, plan).launch(name, (units, 1, 1), d * 32 * shape.warps, shared, *args)
+    args = (*_arguments(s), initial, enter, last, sums, marks, y, ungated, beside, *sizes)
+    _module(s, plan, beside).launch(name, (units, 1, 1), d * 32 * shape.warps, shared, *args)
 
 
 def _shared_backward(plan: Plan, size: int) -> int:

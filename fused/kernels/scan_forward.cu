@@ -1,6 +1,6 @@
 // Forward: y, final states, and what the backward wants. A block walks CHANNELS channels of one clip, or one piece of it; with
 // two directions half of its warps come from either end. They meet in the middle: who comes to a token first leaves its y in
-// the output, who comes second adds its own, and only then is the sum gated.
+// the output, who comes second adds its own, and only then is the sum gated. One direction alone adds what is `beside` it.
 
 #define CHANNELS (8 * FORWARD_CHANNELS * FORWARD_WARPS)
 #define THREADS (32 * FORWARD_WARPS)
@@ -15,7 +15,7 @@ template <bool FULL> DEVICE void scan_forward(
     char* memory, const io* u_, i64 u_b, int u_t, const io* delta_, i64 d_b, int d_t, const io* z, i64 z_b, int z_t,
     const io* B_, i64 B_b, int B_t, const io* C_, i64 C_b, int C_t, const float* A, const float* D, const float* bias,
     const float* initial, const float* enter, float* last, float* sums, float* marks, io* out, io* ungated,
-    int clips, int L, int E, int N, int cuts, int flags, Unit unit, int direction, bool back) {
+    const io* beside, int clips, int L, int E, int N, int cuts, int flags, Unit unit, int direction, bool back) {
   char* mine = memory + direction * SHARED_FORWARD;
   float2* step = (float2*)mine;                                        // [TILE][CHANNELS] delta, delta u
   float* mix = (float*)(mine + TILE * CHANNELS * 8);                   // [TILE][B | C][STATES]
@@ -105,7 +105,8 @@ template <bool FULL> DEVICE void scan_forward(
       for (int k = 0; k < K; k++) {
         const int n = done && walk.has(row + k * ROWS, left) ? count : 0;
         gate[k] = load<VECTOR>(gates, z ? n : 0), gates += (i64)hop * z_t;
-        if (DIRECTIONS == 2) parked[k] = load<VECTOR>(parks + at + (i64)(k * hop) * E, other < tile ? n : 0);
+        const io* from = DIRECTIONS == 2 ? parks : beside;
+        parked[k] = load<VECTOR>(from + at + (i64)(k * hop) * E, (DIRECTIONS == 2 ? other < tile : beside != 0) ? n : 0);
       }
     }
     if (FULL && marks) {
@@ -156,9 +157,9 @@ template <bool FULL> DEVICE void scan_forward(
       const float* met = (const float*)(memory + SHARED_FORWARD + TILE * (CHANNELS * 8 + 2 * STATES * 4)) + (TILE - 1 - r) * ROW;
       float v[4];
       take(v, *(const float4*)(y + r * ROW + column));
-      if (DIRECTIONS == 2 && done) {
+      if (done) {
         #pragma unroll
-        for (int i = 0; i < 4; i++) v[i] += other == tile ? met[column + i] : value(parked[k], i);
+        for (int i = 0; i < 4; i++) v[i] += DIRECTIONS == 2 && other == tile ? met[column + i] : value(parked[k], i);
       }
       if (ungated || !done) store(parks + at, v, count);
       if (!done || !out) continue;
@@ -194,20 +195,20 @@ template <bool FULL> DEVICE void scan_forward(
     const bool back = DIRECTIONS == 2 ? d : flags & REVERSE; \
     Unit unit(blockIdx.x + (int)first, (int)whole, (int)cuts - !(FULL), (int)span, (int)L); \
     if (!(FULL) && back) unit.next((int)L); \
-    scan_forward<FULL>(memory, STREAMS_OF(d), initial, enter, last, sums, marks, out, ungated, (int)clips, (int)L, (int)E, (int)N, \
+    scan_forward<FULL>(memory, STREAMS_OF(d), initial, enter, last, sums, marks, out, ungated, beside, (int)clips, (int)L, (int)E, (int)N, \
                        (int)cuts, (int)flags, unit, d, back)
 
 // y, and as asked: `last` (direction, clip, E, N) the final states; `marks` (direction, clip, tile, E, N) the state before every
-// tile; `ungated` the sum of both directions before the gate. `initial` (direction, clip, E, N) enters a chain that is walked
+// tile; `ungated` the sum of both directions before the gate. `beside` is the other direction's y, where this one runs alone. `initial` (direction, clip, E, N) enters a chain that is walked
 // whole, `enter` (direction, clip, piece, E, N) the pieces of the others; 0 where there is none.
 KERNEL(scan_full, DIRECTIONS * THREADS, FORWARD_BLOCKS)(
-    STREAMS, const float *initial, const float *enter, float *last, float *sums, float *marks, io *out, io *ungated, SIZES) {
+    STREAMS, const float *initial, const float *enter, float *last, float *sums, float *marks, io *out, io *ungated, const io *beside, SIZES) {
   FORWARD(true);
 }
 
 // States only: `last` (direction, clip, piece, E, N) what leaves every piece but a chain's last, and `sums` of its delta.
 KERNEL(scan_states, DIRECTIONS * THREADS, FORWARD_BLOCKS)(
-    STREAMS, const float *initial, const float *enter, float *last, float *sums, float *marks, io *out, io *ungated, SIZES) {
+    STREAMS, const float *initial, const float *enter, float *last, float *sums, float *marks, io *out, io *ungated, const io *beside, SIZES) {
   FORWARD(false);
 }
 #undef THREADS

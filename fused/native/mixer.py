@@ -17,11 +17,12 @@ from torch import Tensor
 
 from fused.backends import invariant
 from fused.kernels import conv, scan
+from fused.kernels.conv import Optionals
 from fused.kernels.steps import steps
 from fused.native.scan import plan, streams
 
 _library = torch.library.Library("videomamba", "FRAGMENT")
-_NAMES = ("conv", "conv_bias", "proj", "dt", "dt_bias", "A", "D")
+NAMES = ("conv", "conv_bias", "proj", "dt", "dt_bias", "A", "D")
 _TENSORS = (
     "Tensor xz, Tensor conv0, Tensor? conv1, Tensor? conv_bias0, Tensor? conv_bias1, Tensor proj0, Tensor? proj1,"
     " Tensor dt0, Tensor? dt1, Tensor dt_bias0, Tensor? dt_bias1, Tensor A0, Tensor? A1, Tensor D0, Tensor? D1,"
@@ -48,7 +49,7 @@ def mix(xz: Tensor, directions: list[dict[str, Any]], out: Tensor, out_bias: Ten
         return x.to(xz.dtype) if low and x is not None else x
 
     flat: list[Tensor | None] = []
-    for name in _NAMES:
+    for name in NAMES:
         pair = [own[name] for own in directions]
         if name in ("proj", "dt"):
             pair = [product(x) for x in pair]
@@ -58,10 +59,9 @@ def mix(xz: Tensor, directions: list[dict[str, Any]], out: Tensor, out_bias: Ten
     return torch.ops.videomamba.mixer(xz, *flat, product(out), product(out_bias), invariant())[0]
 
 
-class _Parts:
-    """The operator's flat arguments by name, and what forward and backward both make of them."""
+class Parts:
+    """Tensors of a mixer behind in_proj by name, each once per direction, and what forward and backward both make of them."""
 
-    xz: Tensor
     conv: tuple[Tensor, ...]
     conv_bias: tuple[Tensor | None, ...]
     proj: tuple[Tensor, ...]
@@ -70,21 +70,22 @@ class _Parts:
     A: tuple[Tensor, ...]
     D: tuple[Tensor, ...]
 
-    def __init__(self, tensors: Sequence[Any], even: bool) -> None:
-        self.xz, *flat, self.out, self.out_bias = tensors
-        count = 1 if flat[1] is None else 2
-        for i, name in enumerate(_NAMES):
-            setattr(self, name, tuple(flat[2 * i : 2 * i + count]))
-        self.reverses = (False, True)[:count]
-        self.x, self.z = self.xz.chunk(2, dim=-1)[:2]
+    def __init__(
+        self,
+        x: Tensor,
+        z: Tensor | None,
+        named: Sequence[tuple[Any, ...]],
+        reverses: tuple[bool, ...],
+        even: bool,
+        logarithm: bool,
+    ) -> None:
+        self.x, self.z, self.reverses, self.logarithm = x, z, reverses, logarithm
+        for name, pair in zip(NAMES, named, strict=True):
+            setattr(self, name, pair)
         self.R, self.N = self.dt[0].shape[1], self.A[0].shape[1]
         self.step = -(-self.R // STEP) * STEP
         self.width = self.step + 2 * self.N  # of a row
-        self.plan = plan(self.x, self.N, count, even)
-
-    def convolved(self) -> Tensor:
-        """(directions, B, L, E)."""
-        return conv.forward(self.x, self.conv, self.conv_bias, None, self.reverses, True, False)[0]
+        self.plan = plan(x, self.N, len(reverses), even)
 
     def weights(self) -> tuple[Tensor, Tensor]:
         """x_proj (directions, width, E) and dt_proj (directions, step, E)."""
@@ -99,72 +100,98 @@ class _Parts:
         dt, B, C = rows.split((self.step, self.N, self.N), dim=-1)
         return dt.flatten(1, 2), B.unbind(), C.unbind()
 
-    def streams(self, c: Tensor, rows: Tensor, dt_proj: Tensor) -> scan.Streams:
-        """What the scan reads; delta comes from the rows."""
-        dt, B, C = self.split(rows)
-        delta = steps(dt, dt_proj, self.dt_bias).view(c.shape).unbind()
+    def convolved(self) -> Tensor:
+        """(directions, B, L, E)."""
+        return conv.forward(self.x, self.conv, self.conv_bias, None, self.reverses, True, False)[0]
+
+    def delta(self, rows: Tensor, dt_proj: Tensor) -> Tensor:
+        """(directions, B, L, E), behind softplus."""
+        return steps(self.split(rows)[0], dt_proj, self.dt_bias).view(len(self.reverses), *self.x.shape)
+
+    def streams(self, c: Tensor, rows: Tensor, delta: Tensor) -> scan.Streams:
+        """What the scan reads."""
+        _, B, C = self.split(rows)
         nothing = (None,) * len(delta)
-        return streams(self.reverses, c.unbind(), delta, self.A, B, C, self.D, self.z, nothing, 2, logarithm=True)
+        return streams(
+            self.reverses, c.unbind(), delta.unbind(), self.A, B, C, self.D, self.z, nothing, 2, logarithm=self.logarithm
+        )
+
+    def gradients(
+        self, s: scan.Streams, c: Tensor, rows: Tensor, weights: tuple[Tensor, Tensor], dy: Tensor, marks: Tensor,
+        ungated: Tensor | None, dx: Tensor | None, dz: Tensor | None, dfinal: Tensor | None = None,
+        taps: Optionals = None, dtaps: Optionals = None,
+    ) -> tuple[Tensor, scan.Gradients, Any, list[tuple[Any, ...]]]:  # fmt: skip
+        """From dy (B, L, E) and, of states, `dfinal` and `dtaps`: dx, written into the one given, those of the scan with dz,
+        those of `taps`, and of the parameters in the order of NAMES."""
+        proj, dt_proj = weights
+        drows, du, ddelta = torch.empty_like(rows), torch.empty_like(c), torch.empty_like(c)
+        dt, *_ = self.split(rows)
+        ddt_rows, dB, dC = self.split(drows)
+        g = scan.backward(s, dy, dfinal, marks, ungated, self.plan, dB, dC, du.unbind(), ddelta.unbind(), dz)
+        du, ddelta, drows = (x.flatten(1, 2) for x in (du, ddelta, drows))
+        torch.bmm(ddelta, dt_proj.mT, out=ddt_rows)
+        ddt = [(x.t() @ y)[:, : self.R] for x, y in zip(ddelta, dt, strict=True)]
+        dproj = [x.t() @ y for x, y in zip(drows, c.flatten(1, 2), strict=True)]  # one by one: cuBLAS splits their long sums
+        if self.step > self.R:
+            dproj = [torch.cat((x[: self.R], x[self.step :])) for x in dproj]
+        du.baddbmm_(drows, proj)
+        dx, dconv, dconv_bias, dtaps = conv.backward(
+            du.view(c.shape), dtaps, self.x, self.conv, self.conv_bias, taps, self.reverses, True, dx
+        )
+        dA = [x * -a.exp() for x, a in zip(g.A, self.A, strict=True)] if self.logarithm else g.A
+        pairs: tuple[Any, ...] = (dconv, dconv_bias, dproj, ddt, g.bias, dA, g.D)
+        return dx, g, dtaps, [self._own(pair, getattr(self, name)) for pair, name in zip(pairs, NAMES, strict=True)]
+
+    def _own(self, grads: Any, asked: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        """In their parameters' dtypes, empty for what is None; results of an operator share no memory."""
+        pairs = zip(grads, asked, strict=True)
+        return tuple(self.x.new_empty(0) if x is None else d.to(x.dtype, copy=d._is_view()) for d, x in pairs)
+
+
+def _parts(tensors: Sequence[Any], even: bool) -> Parts:
+    xz, *flat = tensors[:-2]
+    count = 1 if flat[1] is None else 2
+    named = [tuple(flat[i : i + count]) for i in range(0, len(flat), 2)]
+    x, z = xz.chunk(2, dim=-1)
+    return Parts(x, z, named, (False, True)[:count], even, logarithm=True)
 
 
 @torch.library.impl(_library, "mixer", "CompositeExplicitAutograd")
 def _mixer(*args):
     *tensors, even = args
-    p = _Parts(tensors, even)
+    p, (out, out_bias) = _parts(tensors, even), tensors[-2:]
     c, (proj, dt_proj) = p.convolved(), p.weights()
     rows = torch.bmm(c.flatten(1, 2), proj.mT).unflatten(1, c.shape[1:3])
-    r = scan.forward(p.streams(c, rows, dt_proj), None, p.plan, ungated=False, marks=False)
-    return F.linear(r.y, p.out, p.out_bias), rows, r.starts if r.starts is not None else r.final.new_empty(0)
+    r = scan.forward(p.streams(c, rows, p.delta(rows, dt_proj)), None, p.plan, ungated=False, marks=False)
+    return F.linear(r.y, out, out_bias), rows, r.starts if r.starts is not None else r.final.new_empty(0)
 
 
 @torch.library.register_fake("videomamba::mixer", lib=_library)
 def _(*args):
     *tensors, even = args
-    p = _Parts(tensors, even)
+    p = _parts(tensors, even)
     B, L, E = p.x.shape
     cut, count = p.plan.ahead, len(p.reverses)
     starts = p.A[0].new_empty((count, B, cut.pieces, E, p.N) if cut.whole < cut.chains else 0)
-    return p.xz.new_empty((B, L, p.out.shape[0])), p.xz.new_empty((count, B, L, p.width)), starts
+    return p.x.new_empty((B, L, tensors[-2].shape[0])), p.x.new_empty((count, B, L, p.width)), starts
 
 
 @torch.library.impl(_library, "mixer_backward", "CompositeExplicitAutograd")
 def _mixer_backward(dout, rows, starts, *args):
     *tensors, even = args
-    p = _Parts(tensors, even)
-    c, (proj, dt_proj) = p.convolved(), p.weights()
-    s = p.streams(c, rows, dt_proj)
+    p, (xz, out, out_bias) = _parts(tensors, even), (tensors[0], *tensors[-2:])
+    c, weights = p.convolved(), p.weights()
+    s = p.streams(c, rows, p.delta(rows, weights[1]))
     flat = dout.flatten(0, 1)
-    dy = (flat @ p.out).view(p.x.shape)
+    dy = (flat @ out).view(p.x.shape)
     r = scan.forward(s, None, p.plan, ungated=True, marks=True, starts=starts if starts.numel() else None)
     assert r.marks is not None
-    dxz, drows = torch.empty_like(p.xz, memory_format=torch.contiguous_format), torch.empty_like(rows)
-    du, ddelta = torch.empty_like(c), torch.empty_like(c)
+    dxz = torch.empty_like(xz, memory_format=torch.contiguous_format)
     dx, dz = dxz.chunk(2, dim=-1)
-    dt, *_ = p.split(rows)
-    ddt_rows, dB, dC = p.split(drows)
-    g = scan.backward(s, dy, None, r.marks, r.ungated, p.plan, dB, dC, du.unbind(), ddelta.unbind(), dz)
-    du, ddelta, drows = (x.flatten(1, 2) for x in (du, ddelta, drows))
-    torch.bmm(ddelta, dt_proj.mT, out=ddt_rows)
-    ddt = [(x.t() @ y)[:, : p.R] for x, y in zip(ddelta, dt, strict=True)]
-    dproj = [x.t() @ y for x, y in zip(drows, c.flatten(1, 2), strict=True)]  # one by one: cuBLAS splits their long sums
-    if p.step > p.R:
-        dproj = [torch.cat((x[: p.R], x[p.step :])) for x in dproj]
-    du.baddbmm_(drows, proj)
-    _, dconv, dconv_bias, _ = conv.backward(du.view(c.shape), None, p.x, p.conv, p.conv_bias, None, p.reverses, True, dx)
-    dA = [x * -a.exp() for x, a in zip(g.A, p.A, strict=True)]
-    pairs: tuple[Any, ...] = (dconv, dconv_bias, dproj, ddt, g.bias, dA, g.D)
-
-    def own(grads: Any, asked: Sequence[Tensor | None]) -> list[Tensor]:
-        """In their parameters' dtypes, for two directions; results of an operator share no memory."""
-        pair = [
-            d.to(x.dtype, copy=d._is_view()) if d is not None and x is not None else dout.new_empty(0)
-            for d, x in zip(grads, asked, strict=True)
-        ]
-        return [*pair, *(dout.new_empty(0) for _ in range(2 - len(pair)))]
-
-    made = [d for grads, name in zip(pairs, _NAMES, strict=True) for d in own(grads, getattr(p, name))]
-    dout_bias = dout.new_empty(0) if p.out_bias is None else flat.sum(0)
-    return dxz, *made, flat.t() @ r.y.flatten(0, 1), dout_bias
+    *_, made = p.gradients(s, c, rows, weights, dy, r.marks, r.ungated, dx, dz)
+    parameters = [x for pair in made for x in (*pair, *(dout.new_empty(0) for _ in range(2 - len(pair))))]
+    dout_bias = dout.new_empty(0) if out_bias is None else flat.sum(0)
+    return dxz, *parameters, flat.t() @ r.y.flatten(0, 1), dout_bias
 
 
 @torch.library.register_fake("videomamba::mixer_backward", lib=_library)

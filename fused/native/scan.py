@@ -23,7 +23,7 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _whole(x: Tensor | None) -> Tensor | None:
+def whole(x: Tensor | None) -> Tensor | None:
     """Contiguous, and from an address where four float32 can be read at once."""
     x = None if x is None else x.contiguous()
     return x if x is None or x.data_ptr() % 16 == 0 else x.clone()
@@ -90,7 +90,7 @@ def streams(reverses, u, delta, A, B, C, D, z, bias, softplus, logarithm=False) 
         return pair if same else tuple(x.contiguous() for x in pair)
 
     def wide(pair):
-        return tuple(map(_whole, pair))
+        return tuple(map(whole, pair))
 
     return scan.Streams(
         reverses,
@@ -111,7 +111,7 @@ def streams(reverses, u, delta, A, B, C, D, z, bias, softplus, logarithm=False) 
 def _scan(u, delta, A, B, C, D, z, bias, initial, softplus, reverse, invariant, keep):
     s = streams((reverse,), (u,), (delta,), (A,), (B,), (C,), (D,), z, (bias,), softplus)
     cut = plan(u, A.shape[1], 1, invariant)
-    r = scan.forward(s, _whole(initial), cut, ungated=keep and z is not None, marks=keep)
+    r = scan.forward(s, whole(initial), cut, ungated=keep and z is not None, marks=keep)
     nothing = A.new_empty(0)
     ungated = r.ungated if keep and z is not None else u.new_empty(0)
     return r.y, r.final[0], ungated, r.marks if keep else nothing
@@ -131,7 +131,7 @@ def _scan_backward(dy, dfinal, ungated, marks, u, delta, A, B, C, D, z, bias, in
     s = streams((reverse,), (u,), (delta,), (A,), (B,), (C,), (D,), z, (bias,), softplus)
     cut = plan(u, A.shape[1], 1, invariant)
     dB, dC = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (B, C))
-    g = scan.backward(s, _dense(dy), _whole(dfinal), marks, ungated if z is not None else None, cut, [dB], [dC])
+    g = scan.backward(s, _dense(dy), whole(dfinal), marks, ungated if z is not None else None, cut, [dB], [dC])
     nothing = A.new_empty(0)
     dz = u.new_empty(0) if g.z is None else g.z
     return (

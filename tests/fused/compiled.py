@@ -56,7 +56,7 @@ def launches_of_norm():
 
 
 def launches_of_steps():
-    from fused.kernels import steps
+    from fused.kernels import gate, steps
 
     def one(R, dtype):
         rows, weights, bias = torch.empty(2, 70, R + 32, dtype=dtype), torch.empty(2, R, 128, dtype=dtype), torch.empty(128)
@@ -64,6 +64,8 @@ def launches_of_steps():
 
     for R, dtype in ((16, BF16), (40, BF16), (40, FP32)):
         yield f"R{R} {PLAIN[dtype]}", steps, ("steps_kernel",), lambda R=R, dtype=dtype: one(R, dtype)
+    dy, xz = torch.empty(2, 70, 128, dtype=BF16), torch.empty(2, 70, 256, dtype=BF16)
+    yield "gate bf16", gate, ("gate_kernel",), lambda: gate.gate(dy, xz[..., 128:])
 
 
 class Recorder:

@@ -1,6 +1,7 @@
 """The mixer as one native operator against the same mixer in PyTorch: on a GPU, or emulated and interpreted on the CPU."""
 
 import copy
+from dataclasses import fields
 from functools import partial
 
 import emulation
@@ -11,7 +12,7 @@ from rule import assert_rule
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton", reason="the convolution's kernels are Triton's")
 
-from fused import backends  # noqa: E402
+from fused import backends, pieces  # noqa: E402
 from fused.kernels import cuts, nvrtc  # noqa: E402
 from fused.mixer import Mamba  # noqa: E402
 
@@ -66,3 +67,56 @@ def test_a_state_goes_through_the_operators_of_the_mixer():
     first, state = mixer(tokens[:, :7], return_state=True, backend="native")
     rest, _ = mixer(tokens[:, 7:], state=state, return_state=True, backend="native")
     torch.testing.assert_close(torch.cat((first, rest), 1), whole, rtol=1e-5, atol=1e-6)
+
+
+def walked(seed, dtype, backend, length, reverse, given):
+    """One direction from state to state by name, with the gradient of every input: `given` of z, beside and a state."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*size, scale=1.0):
+        return (scale * torch.randn(*size, generator=g)).to(DEVICE, dtype).requires_grad_()
+
+    B, E, N, R, K = 2, 8, 4, 3, 4
+    leaves = {
+        "x": normal(B, length, E), "conv": normal(E, K, scale=0.5), "conv_bias": normal(E),
+        "x_proj": normal(R + 2 * N, E, scale=0.3), "dt_proj": normal(E, R, scale=0.5), "dt_bias": normal(E),
+        "A": (-torch.rand(E, N, generator=g) * N - 0.1).to(DEVICE, dtype).requires_grad_(), "D": normal(E),
+    }  # fmt: skip
+    leaves |= {name: normal(B, length, E) for name in ("z", "beside")}
+    taps, state = normal(B, E, K - 1), normal(B, E, N)
+    cotangents = [normal(*size).detach() for size in ((B, length, E), (B, E, K - 1), (B, E, N))]
+    leaves = {name: x for name, x in leaves.items() if name not in ("z", "beside") or name in given}
+    if "state" in given:
+        leaves |= {"taps": taps, "state": state}
+    own = pieces.Direction(**{field.name: leaves[field.name] for field in fields(pieces.Direction)})
+    plan = pieces.Plan((), backend, False, "rms", 1e-5, True, R, N, dtype, dtype, dtype, dtype)
+    entering = (taps, state) if "state" in given else None
+    y, left = pieces.scan_chunk(plan, own, leaves["x"], entering, reverse, leaves.get("z"), leaves.get("beside"))
+    outputs = {"y": y, "taps left": left[0], "state left": left[1]}
+    grads = torch.autograd.grad(list(outputs.values()), list(leaves.values()), cotangents)
+    return {k: v.detach() for k, v in outputs.items()} | {f"d{k}": g for k, g in zip(leaves, grads, strict=True)}
+
+
+@pytest.mark.parametrize(
+    ("length", "reverse", "given"),
+    [(17, False, ("z", "beside", "state")), (17, True, ("state",)), (1, False, ("z", "state"))],
+    ids=str,
+)
+def test_a_chunk_follows_its_operators(length, reverse, given):
+    assert_rule(
+        (
+            walked(seed, torch.float32, "native", length, reverse, given),
+            walked(seed, torch.float64, "torch", length, reverse, given),
+            walked(seed, torch.float32, "torch", length, reverse, given),
+        )
+        for seed in range(4)
+    )
+
+
+def test_a_chunk_is_an_operator_as_torch_wants_it():
+    def leaf(*size):
+        return torch.randn(*size, device=DEVICE).requires_grad_()
+
+    parameters = (leaf(8, 4), leaf(8), leaf(11, 8), leaf(8, 3), leaf(8), leaf(8, 4), leaf(8))
+    tensors = (leaf(1, 5, 8), leaf(1, 5, 8), leaf(1, 5, 8), leaf(1, 8, 3), leaf(1, 8, 4), *parameters)
+    torch.library.opcheck(torch.ops.videomamba.walk.default, (*tensors, False, True, False, True))

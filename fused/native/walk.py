@@ -1,0 +1,123 @@
+"""One direction of a mixer over a chunk, from state to state, as one operator, `videomamba::walk`.
+
+    c = silu(conv(x))        dt, B, C = x_proj(c)        y = (scan + beside) * silu(z)
+
+`beside` is what the other direction has made of the same tokens, so that a video in chunks needs no pass to join them. What
+the backward wants is kept: it follows at once, or after a frame.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused.backends import invariant
+from fused.kernels import conv, scan
+from fused.kernels.gate import gate
+from fused.native.mixer import Parts
+from fused.native.scan import whole
+
+_library = torch.library.Library("videomamba", "FRAGMENT")
+_TENSORS = (
+    "Tensor x, Tensor? z, Tensor? beside, Tensor? taps, Tensor? state, Tensor conv, Tensor? conv_bias, Tensor proj, Tensor dt,"
+    " Tensor dt_bias, Tensor A, Tensor D"
+)
+_COUNT, _PARAMETERS = 12, 5
+_library.define(
+    f"walk({_TENSORS}, bool reverse, bool logarithm, bool invariant, bool keep) -> (" + ", ".join(["Tensor"] * 8) + ")"
+)
+_library.define(
+    "walk_backward(Tensor dy, Tensor? dtaps, Tensor? dstate, Tensor c, Tensor rows, Tensor delta, Tensor ungated,"
+    f" Tensor marks, {_TENSORS}, bool reverse, bool logarithm, bool invariant) -> (" + ", ".join(["Tensor"] * _COUNT) + ")"
+)  # fmt: skip
+
+
+def walk(
+    x: Tensor, z: Tensor | None, beside: Tensor | None, state: Any, own: dict[str, Any], *, reverse: bool, logarithm: bool
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """y (B, L, E) of x (B, L, E) and the state that leaves: taps (B, E, K-1) in x's dtype, and (B, E, N) float32.
+
+    `own` are the parameters as `mix` takes them; A is itself, or with `logarithm` the logarithm of -A. z, the gate, and
+    `beside`, which needs z, are (B, L, E).
+    """
+    low = torch.is_autocast_enabled(x.device.type)
+    taps, edge = (None, None) if state is None else state
+    proj, dt = (own[name].to(x.dtype) if low else own[name] for name in ("proj", "dt"))
+    parameters = (own["conv"], own["conv_bias"], proj, dt, *(own[name].float() for name in ("dt_bias", "A", "D")))
+    tensors = (x, z, beside, taps, None if edge is None else edge.float(), *parameters)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    y, taps, edge, *_ = torch.ops.videomamba.walk(*tensors, reverse, logarithm, invariant(), keep)
+    return y, (taps, edge)
+
+
+def _parts(tensors: Any, reverse: bool, logarithm: bool, even: bool) -> Parts:
+    x, z = tensors[:2]
+    return Parts(x, z, [(t,) for t in tensors[_PARAMETERS:]], (reverse,), even, logarithm)
+
+
+@torch.library.impl(_library, "walk", "CompositeExplicitAutograd")
+def _walk(*args):
+    *tensors, reverse, logarithm, even, keep = args
+    _, _, beside, taps, state = tensors[:_PARAMETERS]
+    p, nothing = _parts(tensors, reverse, logarithm, even), tensors[0].new_empty
+    c, leaving = conv.forward(p.x, p.conv, p.conv_bias, (taps,), p.reverses, True)
+    assert leaving is not None
+    proj, dt_proj = p.weights()
+    rows = torch.bmm(c.flatten(1, 2), proj.mT).unflatten(1, c.shape[1:3])
+    delta = p.delta(rows, dt_proj)
+    s = p.streams(c, rows, delta)
+    r = scan.forward(s, whole(state), p.plan, ungated=keep, marks=keep, beside=whole(beside))
+    ungated = r.ungated if keep and p.z is not None else nothing(0)
+    kept = (c, rows, delta, ungated, r.marks) if keep else (*(nothing(0) for _ in range(4)), r.final.new_empty(0))
+    return r.y, leaving[0], r.final[0], *kept
+
+
+@torch.library.register_fake("videomamba::walk", lib=_library)
+def _(*args):
+    *tensors, reverse, logarithm, even, keep = args
+    p, empty = _parts(tensors, reverse, logarithm, even), tensors[0].new_empty
+    (B, L, E), precise = p.x.shape, p.A[0].new_empty
+    kept = [(1, B, L, E), (1, B, L, p.width), (1, B, L, E), (B, L, E) if p.z is not None else 0]
+    marks = precise((1, B, -(-L // scan.TILE), E, p.N) if keep else 0)
+    shapes = kept if keep else [0] * 4
+    return empty((B, L, E)), empty((B, E, p.conv[0].shape[1] - 1)), precise((B, E, p.N)), *map(empty, shapes), marks
+
+
+@torch.library.impl(_library, "walk_backward", "CompositeExplicitAutograd")
+def _walk_backward(dy, dtaps, dstate, c, rows, delta, ungated, marks, *args):
+    *tensors, reverse, logarithm, even = args
+    x, z, beside, taps, state = tensors[:_PARAMETERS]
+    p, nothing = _parts(tensors, reverse, logarithm, even), x.new_empty
+    s = p.streams(c, rows, delta)
+    dx, g, (dentering,), made = p.gradients(
+        s, c, rows, p.weights(), dy, marks, None if z is None else ungated, None, None, whole(dstate), (taps,), (dtaps,)
+    )
+    return (
+        dx, nothing(0) if z is None else g.z, nothing(0) if beside is None else gate(dy, s.z),
+        nothing(0) if taps is None else dentering, g.initial.new_empty(0) if state is None else g.initial[0].clone(),
+        *(pair[0] for pair in made),
+    )  # fmt: skip
+
+
+@torch.library.register_fake("videomamba::walk_backward", lib=_library)
+def _(dy, dtaps, dstate, c, rows, delta, ungated, marks, *args):
+    return tuple(dy.new_empty(0) if t is None else t.new_empty(t.shape) for t in args[:_COUNT])
+
+
+def _setup(ctx, inputs, output):
+    *tensors, reverse, logarithm, even, _ = inputs
+    ctx.options = reverse, logarithm, even
+    ctx.mark_non_differentiable(*output[3:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[3:], *tensors)
+
+
+def _gradient(ctx, dy, dtaps, dstate, *_):
+    saved = ctx.saved_tensors
+    kept, tensors = saved[:-_COUNT], saved[-_COUNT:]
+    dy = torch.zeros_like(tensors[0]) if dy is None else dy.contiguous()
+    grads = torch.ops.videomamba.walk_backward(dy, dtaps, dstate, *kept, *tensors, *ctx.options)
+    return *(None if t is None else g for g, t in zip(grads, tensors, strict=True)), None, None, None, None
+
+
+torch.library.register_autograd("videomamba::walk", _gradient, setup_context=_setup, lib=_library)
