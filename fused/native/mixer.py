@@ -83,6 +83,9 @@ class Parts:
         for name, pair in zip(NAMES, named, strict=True):
             setattr(self, name, pair)
         self.R, self.N = self.dt[0].shape[1], self.A[0].shape[1]
+        for name, size, most in (("d_state", self.N, scan.LONGEST_STATE), ("d_conv", self.conv[0].shape[1], conv.MAX_WIDTH)):
+            if size > most:
+                raise ValueError(f"mixer: backend 'native' has {name} up to {most}, got {size}; use backend='torch'")
         self.step = -(-self.R // STEP) * STEP
         self.width = self.step + 2 * self.N  # of a row
         self.plan = plan(x, self.N, len(reverses), even)

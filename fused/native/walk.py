@@ -93,7 +93,7 @@ def _walk_backward(dy, dtaps, dstate, c, rows, delta, ungated, marks, *args):
         s, c, rows, p.weights(), dy, marks, None if z is None else ungated, None, None, whole(dstate), (taps,), (dtaps,)
     )
     return (
-        dx, nothing(0) if z is None else g.z, nothing(0) if beside is None else gate(dy, s.z),
+        dx, nothing(0) if z is None else g.z, nothing(0) if beside is None or s.z is None else gate(dy, s.z),
         nothing(0) if taps is None else dentering, g.initial.new_empty(0) if state is None else g.initial[0].clone(),
         *(pair[0] for pair in made),
     )  # fmt: skip

@@ -69,6 +69,15 @@ def test_a_state_goes_through_the_operators_of_the_mixer():
     torch.testing.assert_close(torch.cat((first, rest), 1), whole, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"), [({"d_state": 65}, "d_state up to 64, got 65"), ({"d_conv": 9}, "d_conv up to 8")]
+)
+def test_what_native_has_not_is_named(options, words):
+    for arguments in ({}, {"return_state": True}):
+        with pytest.raises(ValueError, match=words):
+            Mamba(8, bimamba=False, **options).to(DEVICE)(torch.randn(1, 3, 8).to(DEVICE), backend="native", **arguments)
+
+
 def walked(seed, dtype, backend, length, reverse, given):
     """One direction from state to state by name, with the gradient of every input: `given` of z, beside and a state."""
     g = torch.Generator().manual_seed(seed)
