@@ -66,20 +66,21 @@ def source() -> str:
 
 
 def forward(
-    s: Streams, initial: Tensor | None, plan: Plan, *, ungated: bool, marks: bool, starts: Tensor | None = None,
+    s: Streams, initial: Tensor | None, plan: Plan, *, keep: bool, starts: Tensor | None = None,
     beside: Tensor | None = None,
 ) -> Result:  # fmt: skip
-    """Scan from `initial` (B, E, N), one direction only, or from zero. `starts` of an earlier call saves the pass for them.
-    `beside` (B, L, E), contiguous, is another direction's y, which one direction adds to its own before the gate."""
+    """Scan from `initial` (B, E, N), one direction only, or from zero, and `keep` what the backward wants. `starts` of an
+    earlier call saves the pass for them. `beside` (B, L, E), contiguous, is another direction's y, which one direction adds to
+    its own before the gate."""
     B, L, E, N = s.sizes
     u, d = s.u[0], len(s.reverses)
     y, final = u.new_empty((B, L, E)), _wide(u, d, B, E, N)
-    before = torch.empty_like(y) if ungated and s.z is not None else None
-    seen = _wide(u, d, B, -(-L // TILE), E, N) if marks else None
+    before = torch.empty_like(y) if keep and s.z is not None else None
+    seen = _wide(u, d, B, -(-L // TILE), E, N) if keep else None
     if 0 in (B, L, E):
         final = final.zero_() if initial is None else final.copy_(initial)
         return Result(y, final, starts, before, seen)
-    cut, scan = plan.ahead, functools.partial(_scan, s, plan)
+    cut, scan = plan.ahead, functools.partial(_scan, s, plan, keep)
     carry = Carry.over(cut, s) if starts is None and cut.whole < cut.chains else None
     starts = carry.enter if carry else starts
     full = functools.partial(scan, "scan_full", initial, starts, final, None, seen, y, before, beside)
@@ -90,9 +91,9 @@ def forward(
     with branch:
         if carry:
             scan("scan_states", None, None, carry.local, carry.sums, None, None, None, None, first=cut.whole, units=cut.passes)
-            combine(s, plan, carry, initial, clip0=cut.whole * B // cut.chains, adjoint=False)
+            combine(s, plan, carry, initial, keep, clip0=cut.whole * B // cut.chains, adjoint=False)
         full(first=done, units=cut.units - done)
-    return Result(y, final, starts, y if s.z is None and ungated else before, seen)
+    return Result(y, final, starts, y if s.z is None and keep else before, seen)
 
 
 class Carry(NamedTuple):
@@ -110,12 +111,12 @@ class Carry(NamedTuple):
         return cls(_wide(u, *shape, N), _wide(u, *shape), _wide(u, *shape, N))
 
 
-def combine(s: Streams, plan: Plan, carry: Carry, initial: Tensor | None, *, clip0: int = 0, adjoint: bool) -> None:
+def combine(s: Streams, plan: Plan, carry: Carry, initial: Tensor | None, keep: bool, *, clip0: int = 0, adjoint: bool) -> None:
     """Carry states from piece to piece: write `enter`, from clip `clip0`; `initial` (d, B, E, N) enters the first. `adjoint`
-    carries the other way. The same for pieces that lie on several devices."""
+    carries the other way. `keep` says in which module the kernel is. The same for pieces that lie on several devices."""
     d, B, pieces, E, N = carry.local.shape
     args = (*_both(s.A), carry.sums, carry.local, initial, carry.enter, B, clip0, E, N, pieces, s.flags, int(adjoint))
-    _module(s, plan).launch("scan_combine", (-(-E * N // 128) * (B - clip0), d, 1), 128, 0, *args)
+    _module(s, plan, keep).launch("scan_combine", (-(-E * N // 128) * (B - clip0), d, 1), 128, 0, *args)
 
 
 class Gradients(NamedTuple):
@@ -150,7 +151,7 @@ def backward(
         for x in (*dB, *dC):
             x.zero_()
         return Gradients(du, ddelta, dz, zeros[..., :N], zeros[..., N], zeros[..., N + 1], dinitial)
-    module, arguments = _module(s, plan, dy, dz), _arguments(s)
+    module, arguments = _module(s, plan, True, dy, dz), _arguments(s)
     threads, shared = 32 * shape.warps, _shared_backward(plan, u.element_size())
 
     def launch(name: str, first: int, units: int, enter: Tensor | None, *rest: Any) -> None:
@@ -172,7 +173,7 @@ def backward(
         if carry:
             nothing = (None, None, None, None, None, 0, 0, None, None, None)
             launch("scan_backward_states", cut.whole, cut.passes, None, carry.local, carry.sums, *nothing)
-            combine(s, plan, carry, dfinal, clip0=cut.whole * B // cut.chains, adjoint=True)
+            combine(s, plan, carry, dfinal, True, clip0=cut.whole * B // cut.chains, adjoint=True)
         launch("scan_backward_full", done, cut.units - done, enter, *outputs)
     args = (parts, *_both(dB), *_steps(dB[0]), *_both(dC), *_steps(dC[0]), B, L, N, blocks)
     module.launch("scan_sum_parts", (-(-L * 2 * plan.states // 256) * B, d, 1), 256, 0, *args)
@@ -184,14 +185,28 @@ def backward(
 
 
 def _scan(
-    s: Streams, plan: Plan, name: str, initial, enter, last, sums, marks, y, ungated, beside, *, first: int, units: int
+    s: Streams,
+    plan: Plan,
+    keep: bool,
+    name: str,
+    initial,
+    enter,
+    last,
+    sums,
+    marks,
+    y,
+    ungated,
+    beside,
+    *,
+    first: int,
+    units: int,
 ) -> None:
     B, L, E, N = s.sizes
     shape, d, cut = plan.forward, len(s.reverses), plan.ahead
     shared = d * TILE * (shape.width * 8 + 2 * plan.states * 4 + (shape.width + 8) * 4)
     sizes = (B, L, E, N, cut.span, cut.pieces, cut.whole, first, s.flags)
     args = (*_arguments(s), initial, enter, last, sums, marks, y, ungated, beside, *sizes)
-    _module(s, plan, beside).launch(name, (units, 1, 1), d * 32 * shape.warps, shared, *args)
+    _module(s, plan, keep, beside).launch(name, (units, 1, 1), d * 32 * shape.warps, shared, *args)
 
 
 def _shared_backward(plan: Plan, size: int) -> int:
@@ -226,26 +241,27 @@ def _both(pair: Sequence[Any]) -> tuple[Any, Any]:
 
 
 def defines(
-    io: int, plan: Plan, directions: int, vector: int, vector_bc: int, exact: int, softplus: int
+    io: int, plan: Plan, directions: int, vector: int, vector_bc: int, exact: int, softplus: int, gated: int, keeps: int
 ) -> tuple[tuple[str, int], ...]:
     """What scan_common.cu says that the kernels are compiled with."""
     forward, backward = plan.forward, plan.backward
     return (
         ("IO", io), ("STATES", plan.states), ("VECTOR", vector), ("VECTOR_BC", vector_bc), ("EXACT", exact),
-        ("DIRECTIONS", directions), ("SOFTPLUS", softplus),
+        ("DIRECTIONS", directions), ("SOFTPLUS", softplus), ("GATED", gated), ("KEEPS", keeps),
         ("FORWARD_CHANNELS", forward.channels), ("FORWARD_WARPS", forward.warps), ("FORWARD_BLOCKS", forward.blocks),
         ("BACKWARD_CHANNELS", backward.channels), ("BACKWARD_WARPS", backward.warps), ("BACKWARD_BLOCKS", backward.blocks),
         ("PIECE", backward.piece),
     )  # fmt: skip
 
 
-def _module(s: Streams, plan: Plan, *others: Tensor | None) -> Any:
+def _module(s: Streams, plan: Plan, keep: bool, *others: Tensor | None) -> Any:
     E, N = s.sizes[2:]
     tokens = [x for x in (*s.u, *s.delta, s.z, *others) if x is not None]
     vector = int(E % 4 == 0 and all(map(_aligned, tokens)))
     vector_bc = int(N % 4 == 0 and all(map(_aligned, (*s.B, *s.C))))
     exact = int(vector and vector_bc and N == plan.states and E % max(plan.forward.width, plan.backward.width) == 0)
-    chosen = defines(IO[s.u[0].dtype], plan, len(s.reverses), vector, vector_bc, exact, int(s.softplus))
+    options = (int(s.softplus), int(s.z is not None), int(keep))
+    chosen = defines(IO[s.u[0].dtype], plan, len(s.reverses), vector, vector_bc, exact, *options)
     return nvrtc.module(source(), chosen, s.u[0].device)
 
 

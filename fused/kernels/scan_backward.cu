@@ -72,7 +72,7 @@ template <bool FULL> DEVICE void scan_backward(
   // after sums over the quarters, each of four lanes has one token and channel of TOGETHER tokens and K channels
   const int own_token = K == 1 ? 2 * place.high + place.low : place.high, own = slot[K == 1 ? 0 : place.low];
   const float skip = D && EXISTS(edge + own) ? D[edge + own] : 0.f;
-  const bool gates = FULL && in.z && direction == 0;
+  const bool gates = FULL && GATED && direction == 0;
   // what the next tile needs is on its way while this one is worked on, into places that only this thread reads
   Quad* raw = (Quad*)(memory + SHARED_STEP + SHARED_HELD + SHARED_OUT + SHARED_SUMS) + tid;
   float4* begun = (float4*)(raw - tid + RAW * THREADS) + tid;
@@ -84,7 +84,7 @@ template <bool FULL> DEVICE void scan_backward(
       const int n = walk.has(row + k * ROWS, left) ? count : 0;
       if (FULL) fetch<VECTOR>(to, u, n);
       fetch<VECTOR>(to + THREADS, delta, n), fetch<VECTOR>(to + 2 * THREADS, dout, n);
-      if (in.z) fetch<VECTOR>(to + 3 * THREADS, z, n);
+      if (GATED) fetch<VECTOR>(to + 3 * THREADS, z, n);
       if (gates) fetch<VECTOR>(to + 4 * THREADS, in.ungated + staged, n);
       u += (i64)hop * in.u_t, delta += (i64)hop * in.d_t, dout += (i64)hop * in.dout_t, z += (i64)hop * in.z_t;
       staged += (i64)hop * E;
@@ -121,9 +121,9 @@ template <bool FULL> DEVICE void scan_backward(
       from += 5 * THREADS;
       #pragma unroll
       for (int i = 0; i < 4; i++) {
-        const float raw = value(qd, i) + shift[i], g = value(qg, i), v = value(qz, i);
+        const float raw = value(qd, i), g = value(qg, i), v = value(qz, i);
         const float s = sigmoid(v), y = value(qy, i);
-        d[i] = walk.has(r, left) ? (SOFTPLUS == 1 ? softplus(raw) : raw) : 0.f, x[i] = value(qu, i), dy[i] = in.z ? g * v * s : g;
+        d[i] = SOFTPLUS == 2 ? raw : walk.has(r, left) ? step_of(raw + shift[i]) : 0.f, x[i] = value(qu, i), dy[i] = GATED ? g * v * s : g;
         made[i] = g * y * s * (1.f + v * (1.f - s));
       }
       float4* to = (float4*)(step + r * CHANNELS + column);

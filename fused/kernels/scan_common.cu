@@ -6,8 +6,9 @@
 // TILE tokens at a time through shared memory. Rows of a tile are in the order of the walk: `reverse` is only where they lie
 // in memory. Compiled with: IO (0 bfloat16, 1 float16, 2 float32), STATES (a multiple of 16, padded with zeros), VECTOR
 // (streams can be read in groups of four), VECTOR_BC (B and C too), EXACT (every block has all of its channels, and N is STATES),
-// DIRECTIONS (1 or 2), SOFTPLUS (0: delta has none, 1: delta comes before it, 2: behind it), and for each kernel the channels of a thread, the warps of a direction and the blocks that a
-// multiprocessor must hold at least: FORWARD_CHANNELS, FORWARD_WARPS, FORWARD_BLOCKS, BACKWARD_CHANNELS, BACKWARD_WARPS,
+// DIRECTIONS (1 or 2), SOFTPLUS (0: delta has none, 1: delta comes before it, 2: behind it, and without a bias), GATED (z is
+// there), KEEPS (the forward keeps what the backward wants), and for each kernel the channels of a thread, the warps of a
+// direction and the blocks that a multiprocessor must hold at least: FORWARD_CHANNELS, FORWARD_WARPS, FORWARD_BLOCKS, BACKWARD_CHANNELS, BACKWARD_WARPS,
 // BACKWARD_BLOCKS; PIECE tokens of the backward stay in registers.
 
 #ifdef EMULATED
@@ -80,6 +81,7 @@ DEVICE float softplus(float x) {
   const float p = fmaf(q, fmaf(q, fmaf(q, 0.28024462f, 0.27999142f), 0.40021700f), 0.66666412f);
   return fmaxf(x, 0.f) + fmaf(s * q, p, 2.f * s);
 }
+DEVICE float step_of(float raw) { return SOFTPLUS == 1 ? softplus(raw) : raw; }  // where it does not come behind softplus
 // 1 - exp(-x), the slope of softplus where x is its value, without cancellation
 DEVICE float slope(float x) {
   float p = fmaf(x, -1.f / 8.f, 1.f);

@@ -9,6 +9,8 @@
 #define ROWS (TILE / K)                                               // a thread stages every ROWS-th token's u and delta,
 #define MIXED (THREADS / (STATES / 2))                                // and B or C of every MIXED-th,
 #define MIXES ((TILE + MIXED - 1) / MIXED)                            // MIXES in all
+// a warp that is a direction's only one shares nothing with others, but where the directions meet
+#define SETTLE(meet) do { if (FORWARD_WARPS > 1 || (DIRECTIONS == 2 && (meet))) __syncthreads(); else __syncwarp(); } while (0)
 #define SHARED_FORWARD (TILE * (CHANNELS * 8 + 2 * STATES * 4 + ROW * 4))  // bytes of one direction
 
 template <bool FULL> DEVICE void scan_forward(
@@ -37,7 +39,7 @@ template <bool FULL> DEVICE void scan_forward(
   const int mix_t = is_C ? C_t : B_t, mix_hop = (back ? -1 : 1) * mix_t;
   const io* blend = (is_C ? C_ + clip * C_b : B_ + clip * B_b) + state + (i64)walk.token(0, mixed) * mix_t;
   i64 at = ((i64)clip * L + token) * E + edge + column;
-  io* parks = ungated ? ungated : out;
+  io* parks = KEEPS && GATED ? ungated : out;
 
   float rate[K][MINE], h[K][MINE], total[K];
   int slot[K];
@@ -83,8 +85,8 @@ template <bool FULL> DEVICE void scan_forward(
       float x[4], d[4];
       #pragma unroll
       for (int i = 0; i < 4; i++) {
-        const float raw = value(next_delta[k], i) + shift[i];
-        x[i] = value(next_u[k], i), d[i] = walk.has(r, left) ? (SOFTPLUS == 1 ? softplus(raw) : raw) : 0.f;
+        const float raw = value(next_delta[k], i);
+        x[i] = value(next_u[k], i), d[i] = SOFTPLUS == 2 ? raw : walk.has(r, left) ? step_of(raw + shift[i]) : 0.f;
       }
       float4* to = (float4*)(step + r * CHANNELS + column);
       to[0] = make_float4(d[0], d[0] * x[0], d[1], d[1] * x[1]), to[1] = make_float4(d[2], d[2] * x[2], d[3], d[3] * x[3]);
@@ -96,7 +98,7 @@ template <bool FULL> DEVICE void scan_forward(
       if (TILE % MIXED == 0 || mixed + m * MIXED < TILE)
         ((float4*)mix)[tid + m * THREADS] = make_float4(value(q, 0), value(q, 1), value(q, 2), value(q, 3));
     }
-    __syncthreads();
+    SETTLE(FULL && other == tile - 1);
     if (tile + 1 < tiles) fetch(tokens(tile + 1));
     // a token that the other direction has reached before, or reaches now, is finished here
     Quad gate[K], parked[K];
@@ -104,18 +106,19 @@ template <bool FULL> DEVICE void scan_forward(
       #pragma unroll
       for (int k = 0; k < K; k++) {
         const int n = done && walk.has(row + k * ROWS, left) ? count : 0;
-        gate[k] = load<VECTOR>(gates, z ? n : 0), gates += (i64)hop * z_t;
+        if (GATED) gate[k] = load<VECTOR>(gates, n), gates += (i64)hop * z_t;
         const io* from = DIRECTIONS == 2 ? parks : beside;
         parked[k] = load<VECTOR>(from + at + (i64)(k * hop) * E, (DIRECTIONS == 2 ? other < tile : beside != 0) ? n : 0);
       }
     }
-    if (FULL && marks) {
+    if (FULL && KEEPS) {
       float* mark = marks + (both * ((L + TILE - 1) / TILE) + walk.tile(tile)) * E * N;
       #pragma unroll
       for (int k = 0; k < K; k++) store_states(mark, h[k], edge + slot[k], E, N, place.quarter);
     }
 
-    #pragma unroll 1
+    float held[TILE / 4][K];  // nothing is written to shared memory in between, so that reads can be moved ahead
+    #pragma unroll
     for (int t0 = 0; t0 < TILE; t0 += 4) {
       float part[4 * K];
       #pragma unroll
@@ -144,10 +147,14 @@ template <bool FULL> DEVICE void scan_forward(
         halve<4 * K>(part, HIGH, place.high);
         halve<2 * K>(part, LOW, place.low);
         #pragma unroll
-        for (int k = 0; k < K; k++) y[(t0 + 2 * place.high + place.low) * ROW + slot[k]] += part[k];
+        for (int k = 0; k < K; k++) held[t0 / 4][k] = part[k];
       }
     }
-    __syncthreads();
+    if (FULL) {
+      #pragma unroll
+      for (int i = 0; i < TILE / 4 * K; i++) y[(i / K * 4 + 2 * place.high + place.low) * ROW + slot[i % K]] += held[i / K][i % K];
+    }
+    SETTLE(FULL && other == tile);
     if (!FULL) continue;
 
     #pragma unroll
@@ -161,10 +168,10 @@ template <bool FULL> DEVICE void scan_forward(
         #pragma unroll
         for (int i = 0; i < 4; i++) v[i] += DIRECTIONS == 2 && other == tile ? met[column + i] : value(parked[k], i);
       }
-      if (ungated || !done) store(parks + at, v, count);
-      if (!done || !out) continue;
+      if ((KEEPS && GATED) || !done) store(parks + at, v, count);
+      if (!done) continue;
       #pragma unroll
-      for (int i = 0; i < 4; i++) { const float g = value(gate[k], i); v[i] *= z ? g * sigmoid(g) : 1.f; }
+      for (int i = 0; i < 4; i++) if (GATED) { const float g = value(gate[k], i); v[i] *= g * sigmoid(g); }
       store(out + at, v, count);
     }
     if (DIRECTIONS == 2 && other == tile) __syncthreads();  // the other's y has been read: only now may it be overwritten

@@ -165,7 +165,7 @@ def _mixer(*args):
     p, (out, out_bias) = _parts(tensors, even), tensors[-2:]
     c, (proj, dt_proj) = p.convolved(), p.weights()
     rows = torch.bmm(c.flatten(1, 2), proj.mT).unflatten(1, c.shape[1:3])
-    r = scan.forward(p.streams(c, rows, p.delta(rows, dt_proj)), None, p.plan, ungated=False, marks=False)
+    r = scan.forward(p.streams(c, rows, p.delta(rows, dt_proj)), None, p.plan, keep=False)
     return F.linear(r.y, out, out_bias), rows, r.starts if r.starts is not None else r.final.new_empty(0)
 
 
@@ -187,7 +187,7 @@ def _mixer_backward(dout, rows, starts, *args):
     s = p.streams(c, rows, p.delta(rows, weights[1]))
     flat = dout.flatten(0, 1)
     dy = (flat @ out).view(p.x.shape)
-    r = scan.forward(s, None, p.plan, ungated=True, marks=True, starts=starts if starts.numel() else None)
+    r = scan.forward(s, None, p.plan, keep=True, starts=starts if starts.numel() else None)
     assert r.marks is not None
     dxz = torch.empty_like(xz, memory_format=torch.contiguous_format)
     dx, dz = dxz.chunk(2, dim=-1)

@@ -111,7 +111,7 @@ def streams(reverses, u, delta, A, B, C, D, z, bias, softplus, logarithm=False) 
 def _scan(u, delta, A, B, C, D, z, bias, initial, softplus, reverse, invariant, keep):
     s = streams((reverse,), (u,), (delta,), (A,), (B,), (C,), (D,), z, (bias,), softplus)
     cut = plan(u, A.shape[1], 1, invariant)
-    r = scan.forward(s, whole(initial), cut, ungated=keep and z is not None, marks=keep)
+    r = scan.forward(s, whole(initial), cut, keep=keep)
     nothing = A.new_empty(0)
     ungated = r.ungated if keep and z is not None else u.new_empty(0)
     return r.y, r.final[0], ungated, r.marks if keep else nothing
@@ -203,7 +203,7 @@ def _both(*args):
     *tensors, softplus, invariant, keep = args
     s = streams((False, True), **_pairs(tensors), softplus=softplus)
     cut = plan(s.u[0], s.sizes[3], 2, invariant)
-    r = scan.forward(s, None, cut, ungated=keep and s.z is not None, marks=keep)
+    r = scan.forward(s, None, cut, keep=keep)
     u, A = s.u[0], s.A[0]
     return r.y, r.ungated if keep and s.z is not None else u.new_empty(0), r.marks if keep else A.new_empty(0)
 

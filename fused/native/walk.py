@@ -66,7 +66,7 @@ def _walk(*args):
     rows = torch.bmm(c.flatten(1, 2), proj.mT).unflatten(1, c.shape[1:3])
     delta = p.delta(rows, dt_proj)
     s = p.streams(c, rows, delta)
-    r = scan.forward(s, whole(state), p.plan, ungated=keep, marks=keep, beside=whole(beside))
+    r = scan.forward(s, whole(state), p.plan, keep=keep, beside=whole(beside))
     ungated = r.ungated if keep and p.z is not None else nothing(0)
     kept = (c, rows, delta, ungated, r.marks) if keep else (*(nothing(0) for _ in range(4)), r.final.new_empty(0))
     return r.y, leaving[0], r.final[0], *kept
