@@ -21,7 +21,7 @@ from harness.trial import Named, Trial
 BATCHES = 3  # what makes a round through the clips
 QUARTERS = 4
 MOMENTUM = 0.9
-RATE = {"videomamba": 0.003, "encoder": 0.05}  # the loss falls by much, and without leaps
+RATE = {"videomamba": 0.002, "encoder": 0.05}  # the loss falls by much, and without leaps
 
 
 def clips(case: Case) -> Tensor:
@@ -78,11 +78,17 @@ class Task:
         hidden = torch.zeros(layers.shape[1:3], dtype=torch.bool) if self._hidden is None else self._hidden
         return torch.stack([layers[:, b, ~hidden[b]] for b in range(len(clip))])
 
-    def losses(self, model: nn.Module, step: int) -> Tensor:
-        """The loss of every clip of a step's batch, in at least float32; autocast, if the case has it, is for the model."""
+    def losses(self, model: nn.Module, step: int, blur: int | None = None) -> Tensor:
+        """The loss of every clip of a step's batch, in at least float32; autocast, if the case has it, is for the model.
+
+        `blur` draws which values of the clips are one rounding, of the case's dtype, larger and which are smaller.
+        """
         count = self.case["B"]
         rows = [(step + first) % count for first in range(0, count, BATCHES)]
         clip = self._clip[rows].to(next(model.parameters()).dtype)
+        if blur is not None:
+            sides = self.case.normal(blur, f"blur of {step}", *clip.shape).sign().to(clip)
+            clip = clip * (1 + sides * torch.finfo(self.case.torch_dtype).eps / 2)
         hidden = None if self._hidden is None else self._hidden[rows].to(clip.device)
         with modules.precision(self.case, {"clip": clip}):
             found = model(clip) if self.case.subject == "videomamba" else model(clip, hidden).clip.transpose(0, 1)
@@ -95,8 +101,9 @@ class Task:
 class Learner:
     """A module as users train it: its own parameters, changed in place by PyTorch's optimiser."""
 
-    def __init__(self, task: Task, call: Callable[..., Any], exact: bool = False) -> None:
+    def __init__(self, task: Task, call: Callable[..., Any], exact: bool = False, blur: int | None = None) -> None:
         built = task.trial.subject.build(call, task.case).train()
+        self.blur = blur
         self.task, self.model = task, built.to(task.trial.device, torch.float64 if exact else torch.float32)
         self._named = dict(self.model.named_parameters())
         self._optimiser = torch.optim.SGD(self._named.values(), lr=RATE[task.case.subject], momentum=MOMENTUM)
@@ -116,7 +123,7 @@ class Learner:
     def gradients(self, step: int) -> tuple[Tensor, dict[str, Tensor | None]]:
         """The losses of a step's batch, and the gradient of their mean for every parameter."""
         self._optimiser.zero_grad()
-        losses = self.task.losses(self.model, step)
+        losses = self.task.losses(self.model, step, self.blur)
         losses.mean().backward()
         return losses.detach(), {k: p.grad for k, p in self._named.items()}
 

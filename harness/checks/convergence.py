@@ -4,7 +4,8 @@
   to float32, and takes one step from there, for each of the batches. Its losses before and after the step and the gradients
   of all parameters keep to the rule, against float64 from the same rounded numbers.
 - `free run`: trained by itself, it is after every step at most twice as far from the training in float64 as the farthest of
-  four plain trainings that begin one ulp of float32 away. A distance is L2 over all parameters, as a share of the truth's norm.
+  four plain ones. Those begin one ulp of float32 away, and see clips that are one rounding of the case's dtype away: without
+  the latter, all four round alike under autocast, and are as one. A distance is L2 over all parameters, over the truth's norm.
 
 The module is trained as users do it: its own parameters, changed in place by PyTorch's SGD with momentum.
 """
@@ -24,7 +25,7 @@ from harness.training import BATCHES, Learner, State, Task, clips
 from harness.trial import Named, Trial, worst_of
 
 STEPS, EVERY = 60, 5
-PARTS = 3  # errors are pooled over parts of the training: gradients shrink as it goes on
+POOLED = 4  # states over whose steps errors are pooled, not over all: gradients shrink as a training goes on
 RUNS = 4
 LEARNT = 0.5  # the share of its first loss that the truth may keep; a check on a run that does not learn is none
 
@@ -102,7 +103,10 @@ def follow(trial: Trial) -> Course:
     task, case = Task(trial), trial.case
     exact, plain = (Learner(task, trial.reference.call, exact=exactly) for exactly in (True, False))
     truth = list(exact.run(task.start, count(case)))
-    ways = [beside(truth, plain, task.start.an_ulp_away(case, number)) for number in range(RUNS)]
+    ways = [
+        beside(truth, Learner(task, trial.reference.call, blur=number), task.start.an_ulp_away(case, number))
+        for number in range(RUNS)
+    ]
     if not all(map(math.isfinite, (x for way in ways for x in (*way.losses, *way.distances)))):
         raise PlainNotFinite(f"the reference's training is not finite in {case.dtype}")
     single = {}
@@ -127,8 +131,9 @@ def one_step(learner: Learner, state: State, at: int) -> Iterator[Named]:
 def by_steps(course: Course, learner: Learner) -> list[Finding]:
     """The rule for single steps, pooled over each part of the training."""
     places, found = list(course.single), []
-    for part in range(PARTS):
-        mine, tally = places[part * len(places) // PARTS : (part + 1) * len(places) // PARTS], Tally()
+    parts = max(1, len(places) // POOLED)
+    for part in range(parts):
+        mine, tally = places[part * len(places) // parts : (part + 1) * len(places) // parts], Tally()
         for at in mine:
             due = course.single[at]
             for (truth, plain), got in zip(due, one_step(learner, course.truth[at][1].rounded(), at), strict=True):

@@ -50,9 +50,10 @@ In vectors: [{1}]({1})"""
 TRAININGS = """\
 The same short training, started from the same numbers: by the reference in float64 (truth), by the reference in the case's own
 precision (plain), and by each implementation. On the left the loss, on the right how far the parameters are from those of the
-truth, as a share of their norm. Plain was run four times, from parameters moved by one unit in the last place of float32: the
-grey lines are what rounding alone makes of a training. An implementation may be twice as far off as the farthest of them, after
-every step; one that leaves the grey area fails. `convergence` also judges single steps, by the rule: see the tables.
+truth, as a share of their norm. Plain was run four times, from parameters moved by one unit in the last place of float32 and
+with clips moved by one rounding: the grey lines are what rounding alone makes of a training. An implementation may be twice as
+far off as the farthest of them, after every step; one that leaves the grey area fails. `convergence` also judges single steps,
+by the rule: see the tables.
 
 ![Losses and distances of short trainings]({0})
 
