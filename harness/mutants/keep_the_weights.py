@@ -24,7 +24,7 @@ def plant() -> AbstractContextManager[object]:
         return lambda hidden: F.linear(hidden, weight - weight.detach() + copy, own.bias)
 
     def planted(self: Mamba, name: str) -> Any:
-        found = honest(self, name)
+        found: Any = honest(self, name)
         return stale(found) if name == "in_proj" else found
 
     return mock.patch.object(Mamba, "__getattr__", planted)
