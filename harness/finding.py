@@ -28,6 +28,7 @@ class Finding:
     scale: float = 0.0  # the truth's norm, for plots
     worst: tuple[int, ...] = ()  # index of the worst element
     note: str = ""
+    curve: tuple[float, ...] = ()  # what was measured step by step, for plots
 
     @property
     def passed(self) -> bool:

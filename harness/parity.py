@@ -21,7 +21,7 @@ from harness.finding import Finding, PlainNotFinite
 from harness.plan import Plan
 from harness.record import Record, judged
 from harness.store import Run
-from harness.subject import CannotAsk, Implementation, subjects
+from harness.subject import CannotAsk, Implementation, checks, subjects
 from harness.trial import Trial
 
 KEPT = 12
@@ -152,11 +152,12 @@ def ask(plan: Plan, trial: Trial, name: str, check: ModuleType, implementation: 
 
 
 def nearest(findings: list[Finding]) -> tuple[Finding, ...]:
-    """What a record keeps: the findings over their budgets and the closest to them, at most KEPT of either; and what was
-    only measured."""
-    ranked = sorted((f for f in findings if not f.measured), key=lambda f: (f.passed, -f.ratio))
+    """What a record keeps: the findings over their budgets and the closest to them, at most KEPT of either; and what has a
+    curve or was only measured."""
+    always = [f for f in findings if f.measured or f.curve]
+    ranked = sorted((f for f in findings if f not in always), key=lambda f: (f.passed, -f.ratio))
     over = [f for f in ranked if not f.passed]
-    return tuple(over[:KEPT] + ranked[len(over) : len(over) + KEPT] + [f for f in findings if f.measured])
+    return tuple(over[:KEPT] + ranked[len(over) : len(over) + KEPT] + always)
 
 
 def absences(plan: Plan) -> Iterator[Record]:
@@ -173,7 +174,8 @@ def cost(plan: Plan, case: Case) -> float:
     """Relative cost of a case: scan steps of the truth and plain runs over all seeds, with room for what is judged."""
     factor = 1.0 if case.has("infer") else 4.0
     overhead = 2000 if plan.device.startswith("cuda") else 20  # on a GPU everything but the loops takes longer than they do
-    return (subjects()[case.subject].steps(case) + overhead) * factor * 2 * len(case.seeds)
+    steps = getattr(checks().get(case.asker), "steps", subjects()[case.subject].steps)
+    return (steps(case) + overhead) * factor * 2 * len(case.seeds)
 
 
 def save_tensors(folder: Path, trial: Trial, record: Record, implementation: Implementation) -> None:

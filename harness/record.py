@@ -56,7 +56,11 @@ class Record:
 
     def line(self) -> str:
         """One line of strict JSON."""
-        return json.dumps(encode(asdict(self)), allow_nan=False)
+        raw = asdict(self)
+        for finding in raw["findings"]:
+            if not finding["curve"]:
+                del finding["curve"]
+        return json.dumps(encode(raw), allow_nan=False)
 
     @classmethod
     def parse(cls, line: str) -> "Record":
@@ -74,8 +78,13 @@ def judged(findings: list[Finding]) -> str:
 
 
 def _finding(raw: dict[str, Any]) -> Finding:
-    numbers = {k: math.inf if raw[k] == "inf" else raw[k] for k in ("error", "budget", "scale")}
-    return Finding(**raw | numbers | {"worst": tuple(raw["worst"])})
+    numbers = {k: _number(raw[k]) for k in ("error", "budget", "scale")}
+    curve = tuple(_number(x) for x in raw.get("curve", ()))
+    return Finding(**raw | numbers | {"worst": tuple(raw["worst"]), "curve": curve})
+
+
+def _number(raw: Any) -> float:
+    return math.inf if raw == "inf" else raw
 
 
 def encode(value: Any) -> Any:

@@ -43,6 +43,7 @@ and, if a subject's cases are not what it needs,
 
     cases(grid)                              cases of its own, with the option "for=NAME": no other check is asked in them
     draw(case, seed)                         their leaves, instead of the subject's
+    steps(case)                              what their truth costs, instead of the subject's
 """
 
 import importlib

@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from harness.case import JITTER, ROUNDINGS, Case
 from harness.finding import Finding, Tally
 from harness.subject import Implementation, checks, subjects
 
+T = TypeVar("T")
 Named = dict[str, Tensor]
 Cotangent = Callable[[str, Tensor], Tensor]  # of an output, by its name
 DEAR = 1000  # tokens from which on only other implementations are asked what costs the reference several loops
@@ -39,6 +41,7 @@ class Trial:
         self.reference: Implementation = self.subject.implementations()[0]
         self._leaves: dict[tuple[int, bool], Named] = {}
         self._known: dict[tuple[int, str, bool], Result] = {}
+        self._once: dict[str, Any] = {}
 
     def truth(self, seed: int, grad: bool) -> Result:
         """The reference in float64."""
@@ -126,6 +129,12 @@ class Trial:
         result = self.run(self.reference, seed, grad, self.leaves(seed, exact=what == "truth"))
         self._known[seed, what, grad] = result
         return result
+
+    def once(self, what: str, work: Callable[[], T]) -> T:
+        """What a check computes for itself and needs for every implementation: computed when first asked for."""
+        if what not in self._once:
+            self._once[what] = work()
+        return self._once[what]
 
     def judge(self, implementation: Implementation, grad: bool) -> list[Finding]:
         """The tolerance rule over all seeds, for outputs, and with `grad` for gradients too."""

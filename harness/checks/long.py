@@ -29,6 +29,11 @@ def cases(grid: str) -> list[Case]:
     return found if grid == "long" else found[:1] if T else []
 
 
+def steps(case: Case) -> float:
+    """Of an hour the reference sees but seconds."""
+    return case["L"] / 50
+
+
 def asks(subject: ModuleType, implementation: Implementation, case: Case) -> bool:
     """Of everything but the reference, in the cases above."""
     return case.asker == "long" and implementation.name != "reference"

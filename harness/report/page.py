@@ -5,7 +5,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from harness.report import deviation, figures, tables
+from harness.report import deviation, figures, tables, training
 from harness.report.html import both
 from harness.store import Run
 from harness.video import SHIPPED
@@ -30,6 +30,8 @@ NaN or infinity never passes. `inf` budgets means an error where none is allowed
 - `strides` asks whether inputs may lie anywhere: strided, expanded, at odd offsets, with more than 2^31 elements.
 - `compile` asks whether registered ops are well formed, and whether compiled and captured calls equal eager ones.
 - `extremes` asks about huge, tiny and denormal values, NaN (which must come out as NaN), and lengths (full: to 100,353 tokens).
+- `convergence` trains a tiny model on frames of the video. At every fifth step of a training in float64 it asks the rule of one
+  step from there, in losses and gradients; and whether a run left to itself stays by the float64 one (see the plot).
 - `device` asks whether a device that is not the current one gives the same.
 - `layout` asks whether a state_dict has the reference's names, shapes and dtypes.
 
@@ -45,6 +47,18 @@ Measured on weights that were drawn, not trained; it is not held to any budget.
 
 In vectors: [{1}]({1})"""
 
+TRAININGS = """\
+The same short training, started from the same numbers: by the reference in float64 (truth), by the reference in the case's own
+precision (plain), and by each implementation. On the left the loss, on the right how far the parameters are from those of the
+truth, as a share of their norm. Plain was run four times, from parameters moved by one unit in the last place of float32 and
+with clips moved by one rounding: the grey lines are what rounding alone makes of a training. An implementation may be twice as
+far off as the farthest of them, after every step; one that leaves the grey area fails. `convergence` also judges single steps,
+by the rule: see the tables.
+
+![Losses and distances of short trainings]({0})
+
+In vectors: [{1}]({1})"""
+
 
 def write(run: Run) -> Path:
     """Write report.md, its figures and report.html into the run's folder; the path of report.md."""
@@ -55,7 +69,7 @@ def write(run: Run) -> Path:
     if drawn:
         png, svg = (path.name for path in drawn)
         plot = f"![Error against sequence length]({png})\n\nIn vectors: [{svg}]({svg})"
-    near = deviation.approximate(run.records, run.folder)
+    near, trained = deviation.approximate(run.records, run.folder), training.trainings(run.records, run.folder)
     title = f"Parity: grid {plan.get('grid', '?')} on {here.get('gpu') or here.get('cpu') or '?'}"
     parts = [
         f"# {title}",
@@ -68,6 +82,7 @@ def write(run: Run) -> Path:
         "## Worst errors", "In budgets; above 1 fails.", tables.worst_errors(run.records),
         "## Error against length", plot,
         *(["## The approximate online mode", APPROXIMATE.format(*(path.name for path in near))] if near else []),
+        *(["## Trainings", TRAININGS.format(*(path.name for path in trained))] if trained else []),
         "## Skipped questions", tables.skips(run.records),
         "## How to read this", HOW,
         "## The box", box(run),

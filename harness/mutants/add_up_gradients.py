@@ -1,0 +1,31 @@
+"""The gradient of D is added to a buffer that nothing clears: from the second step on it holds those of earlier steps too."""
+
+from contextlib import AbstractContextManager
+from unittest import mock
+
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fused.mixer import Direction, Mamba
+
+WHERE = ("--case", "*-for=convergence-*", "--check", "convergence")
+
+
+def plant() -> AbstractContextManager[object]:
+    """The context in which the bug is there."""
+    honest, sums = Mamba._directions, WeakTensorKeyDictionary()
+
+    def summed(D: Tensor) -> Tensor:
+        def add(gradient: Tensor) -> Tensor:
+            sums[D] = sums.get(D, 0) + gradient
+            return sums[D]
+
+        used = D.view_as(D)
+        if used.requires_grad:
+            used.register_hook(add)
+        return used
+
+    def planted(self: Mamba) -> tuple[Direction, ...]:
+        return tuple(own._replace(D=summed(own.D)) for own in honest(self))
+
+    return mock.patch.object(Mamba, "_directions", planted)

@@ -1,0 +1,30 @@
+"""in_proj multiplies with a copy of its weight, made when that is first used: no step of an optimiser reaches it."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+from unittest import mock
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fused.mixer import Mamba
+
+WHERE = ("--case", "*-for=convergence-*", "--check", "convergence")
+
+
+def plant() -> AbstractContextManager[object]:
+    """The context in which the bug is there. Gradients go to the weight itself, and are those of the copy."""
+    honest, copies = Mamba.__getattr__, WeakTensorKeyDictionary()
+
+    def stale(own: nn.Linear) -> Callable[[Tensor], Tensor]:
+        weight = own.weight
+        copy = copies.setdefault(weight, weight.detach().clone())
+        return lambda hidden: F.linear(hidden, weight - weight.detach() + copy, own.bias)
+
+    def planted(self: Mamba, name: str) -> Any:
+        found: Any = honest(self, name)
+        return stale(found) if name == "in_proj" else found
+
+    return mock.patch.object(Mamba, "__getattr__", planted)

@@ -1,0 +1,92 @@
+"""The check `convergence`: what trains like the reference passes, planted bugs do not, and the report shows the curves."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from harness import environment
+from harness.checks import convergence
+from harness.parity import ask
+from harness.plan import Plan
+from harness.report import page, training
+from harness.store import Run
+from harness.subject import CannotAsk, Implementation, mutants, subjects
+from harness.trial import Trial
+
+SHORT = 15  # steps: enough for the truth to learn
+MUTANTS = ("keep_the_weights", "add_up_gradients")
+
+
+@pytest.fixture(autouse=True)
+def prepared() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    environment.prepare()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@lru_cache
+def trial(subject: str) -> Trial:
+    """The smoke grid's case of a subject, made short; truth and plain are computed once."""
+    case = next(c for c in convergence.cases("smoke") if c.subject == subject)
+    words = tuple(f"steps={SHORT}" if o.startswith("steps=") else o for o in case.options)
+    return Trial(replace(case, options=words), "cpu")
+
+
+def ours(subject: str) -> Implementation:
+    return next(i for i in subjects()[subject].implementations() if i.name == "fused:torch")
+
+
+@pytest.mark.parametrize("subject", ["videomamba", "encoder"])
+def test_ours_passes_and_planted_bugs_do_not(subject: str) -> None:
+    """Float32 and autocast; each bug shows in single steps and in the free run. No parameter of the classifier is left out."""
+    found = convergence.run(trial(subject), ours(subject))
+    assert all(f.passed for f in found)
+    asked = {f.tensor.partition("[")[0] for f in found}
+    assert {"loss", "loss after the step", "free run", "loss that the truth keeps"} <= asked
+    if subject == "videomamba":
+        assert {f"grad {k}" for k in trial(subject).leaves(0) if k != "clip"} <= asked
+    for mutant in MUTANTS:
+        with mutants()[mutant].plant():
+            failing = {f.tensor for f in convergence.run(trial(subject), ours(subject)) if not f.passed}
+        assert "free run" in failing and len(failing) > 1, mutant
+
+
+def test_what_cannot_be_judged_is_not_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A truth that does not learn is a reason to ask nothing."""
+    course = trial("encoder").once(convergence.NAME, lambda: convergence.follow(trial("encoder")))
+    monkeypatch.setattr(convergence, "LEARNT", course.kept / 2)
+    with pytest.raises(CannotAsk, match="does not learn"):
+        convergence.run(trial("encoder"), ours("encoder"))
+
+
+def test_records_survive_and_are_drawn(tmp_path: Path) -> None:
+    """One that passes and one that is never a number, through JSON into the report."""
+
+    def never_a_number(config: dict[str, Any]) -> torch.nn.Module:
+        model = ours("videomamba").call(config)
+        model.register_forward_hook(lambda module, given, logits: logits * torch.nan)
+        return model
+
+    plan = Plan("smoke", "cpu")
+    run = Run.create(tmp_path / "run", {"kind": "parity", "plan": asdict(plan), "box": {}})
+    for who in (ours("videomamba"), Implementation("mine", never_a_number)):
+        run.add(ask(plan, trial("videomamba"), convergence.NAME, convergence, who))
+    run.finish("finished")
+    good, bad = Run.open(run.folder).records
+    assert (good.status, bad.status) == ("pass", "fail")
+    lines = training.curves(good)
+    assert {"free run", "loss, truth", "loss, plain", "loss, got", *(f"plain run {i}" for i in (1, 2, 3, 4))} == set(lines)
+    assert all(len(line) == SHORT + 1 for line in lines.values())
+    assert lines["free run"][0] == 0 < lines["free run"][1] and math.isinf(training.curves(bad)["free run"][1])
+    assert [f.passed for f in bad.findings if f.tensor == "free run"] == [False]
+    assert "![Losses and distances of short trainings](convergence.png)" in page.write(run).read_text()
+    svg = (run.folder / "convergence.svg").read_text()
+    assert all(word in svg for word in ("fused:torch", "mine (1 FAILED)", "allowed", "loss of the step", "which quarter"))
+    assert training.trainings([replace(good, check="forward")], tmp_path) == []
