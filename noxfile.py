@@ -37,7 +37,7 @@ def python(session: nox.Session, *arguments: str) -> None:
 def tests(session: nox.Session) -> None:
     """The tests, one process a core; they need no GPU."""
     install(session, "-e", ".[harness,train]", *TEST)
-    shared = ("-n", "auto") if session.venv_backend != "none" else ()
+    shared = ("-n", "auto", "--dist", "worksteal") if session.venv_backend != "none" else ()
     python(session, "-m", "pytest", *shared, *session.posargs)
 
 

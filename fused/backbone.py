@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import backends, chunked, online, stamp
 from .block import Block, DropPath, Norm
-from .chunked import Video
+from .chunked import Chunks, Video
 from .config import VideoMambaConfig
 from .mixer import Mamba, check_backend
 from .orders import Order, permute, restore, temporal_order
@@ -27,14 +27,6 @@ class _Stream(NamedTuple):
     walk: Order | None
     states: States | None
     features: list[Tensor]
-
-
-class _Chunk(NamedTuple):
-    """What a forward continues: the layers' states and the running mean, if any, and its place, None for a whole video."""
-
-    states: list[State] | None = None
-    mean: State | None = None
-    offset: int | None = None
 
 
 class Backbone(Pretrained, nn.Module):
@@ -174,7 +166,7 @@ class Backbone(Pretrained, nn.Module):
             length = mask.shape[1]
             kept = visible_tokens(mask, tokens.shape[0], length, tokens.device)
         stream = self._run(tokens, kept, length, state, return_state, taps)
-        return self._finish(stream), stream.states, stream.features
+        return self._finish(stream.hidden, stream.residual, stream.walk), stream.states, stream.features
 
     def _run(
         self, tokens: Tensor, kept: Tensor | None, length: int,
@@ -214,16 +206,21 @@ class Backbone(Pretrained, nn.Module):
             raise ValueError(f"{length} tokens are not CLS and frames of {patches} patches; pass the mask that left them")
         return temporal_order((length - 1) // patches, patches, kept, tokens.device)
 
-    def _finish(self, stream: _Stream, part: slice = slice(None)) -> Tensor:
+    def _finish(
+        self, hidden: Tensor, residual: Tensor, walk: Order | None = None, part: slice = slice(None), chunks: Chunks = ()
+    ) -> Tensor:
         """The last sum and the final norm, as stored; of a part of the tokens if that is all that is wanted: the first or
-        the last of them, which are so in every order."""
-        hidden, residual, norm = stream.hidden[:, part], stream.residual[:, part], self.final_norm
-        backend = self._resolve(hidden)
+        the last of them, which are so in every order. All of them are normed chunk by chunk where there are `chunks`."""
+        if part != slice(None):
+            return self._finish(hidden[:, part], residual[:, part])
+        if chunks:
+            return chunked.piecewise(self._finish, chunks, hidden, residual)
+        norm, backend = self.final_norm, self._resolve(hidden)
         if self.config.fused_add_norm:
             normed = norm.add(hidden, residual, prenorm=False, backend=backend)
         else:
             normed = norm((residual + hidden).to(norm.weight.dtype), backend)
-        return normed if stream.walk is None or part != slice(None) else restore(normed, stream.walk)
+        return normed if walk is None else restore(normed, walk)
 
     def forward_approximate(
         self, clip: Video, *, chunk_frames: int, look_ahead: int = 0, temporal_pos_total: int | None = None
@@ -237,17 +234,7 @@ class Backbone(Pretrained, nn.Module):
         """
         for hidden, residual in online.windows(self, clip, chunk_frames, look_ahead, temporal_pos_total):
             with torch.no_grad():
-                yield self._finish(_Stream(hidden, residual, None, None, []))
-
-    def _finish_chunked(self, passed: chunked.Passed, part: slice = slice(None)) -> Tensor:
-        """`_finish`, of all tokens chunk by chunk."""
-
-        def run(hidden: Tensor, residual: Tensor) -> Tensor:
-            return self._finish(_Stream(hidden, residual, None, None, []), part)
-
-        if part != slice(None):
-            return run(passed.hidden, passed.residual)
-        return chunked.piecewise(run, passed.chunks, passed.hidden, passed.residual)
+                yield self._finish(hidden, residual)
 
     def _unpack(self, tokens: Tensor, state: States | None, carried: bool) -> Sequence[State | None]:
         if carried and self.config.scan_order != "spatial":
@@ -255,39 +242,6 @@ class Backbone(Pretrained, nn.Module):
         found = [None] * self.config.depth if state is None else unpack(state, self.config.depth, False, "state")
         backends.check_abilities("mixer", self._asked, tokens.dtype, {"initial_state": state is not None})
         return found
-
-    def _continue(self, ssm_state: States | None, return_state: bool, offset: int | None, use_image: bool = False) -> _Chunk:
-        """What the arguments of a forward ask for. Raises ValueError for what cannot be streamed, or not like that."""
-        if ssm_state is None and not return_state and offset is None:
-            return _Chunk()
-        if use_image or self.config.num_frames is None:
-            raise ValueError(
-                "an image is not streamed: ssm_state, return_state and temporal_pos_offset are for videos. A frame of a video "
-                "is a clip (B, C, kernel_size, H, W), and use_image is False"
-            )
-        if self.config.bimamba:
-            raise ValueError(
-                "a bidirectional model cannot be streamed: one of its directions starts at the last token of the video, so "
-                "that a chunk would need the future. Run the whole clip at once, or build the model with bimamba=False"
-            )
-        if ssm_state is None:
-            if offset:
-                raise ValueError(
-                    f"temporal_pos_offset is {offset} without an ssm_state: pass what the chunk before returned for "
-                    "return_state=True, or init_state(batch_size) to forget what was before"
-                )
-            return _Chunk(offset=0)
-        if offset is None:
-            raise ValueError(
-                "ssm_state came without temporal_pos_offset; allowed: the tubelets of all chunks before, 0 for a state that "
-                "init_state made"
-            )
-        pairs = unpack(ssm_state, self.config.depth, self.reads_mean, "ssm_state")
-        return _Chunk(pairs[: self.config.depth], pairs[-1] if self.reads_mean else None, offset)
-
-    @staticmethod
-    def _with_state(output: Any, states: Any, mean: State | None, like: States | None) -> tuple[Any, States]:
-        return output, pack([*states, mean] if mean is not None else states, like)
 
     def _resolve(self, x: Tensor) -> str:
         """The backend of this forward: one choice, made again only if the model has moved to another kind of device."""

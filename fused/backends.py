@@ -42,16 +42,16 @@ class Abilities:
     fullgraph: bool = True
 
 
-_LOW = (torch.float16, torch.bfloat16, torch.float32)
-_TORCH = Abilities(True, True, True, True, (*_LOW, torch.float64), ("cpu", "cuda", "mps", "xpu"))
+LOW = (torch.float16, torch.bfloat16, torch.float32)  # what kernels on a GPU read
+_TORCH = Abilities(True, True, True, True, (*LOW, torch.float64), ("cpu", "cuda", "mps", "xpu"))
 _TORCH_SCAN = replace(_TORCH, fullgraph=False)  # a loop over blocks of tokens that writes into strided views
 _UPSTREAM = {
-    "scan": Abilities(False, False, True, True, _LOW, ("cuda",)),
-    "conv": Abilities(False, True, True, False, _LOW, ("cuda",)),  # its final state is a slice of its input
-    "norm": Abilities(False, False, False, False, _LOW, ("cuda",)),
-    "mixer": Abilities(False, False, True, False, _LOW, ("cuda",)),
+    "scan": Abilities(False, False, True, True, LOW, ("cuda",)),
+    "conv": Abilities(False, True, True, False, LOW, ("cuda",)),  # its final state is a slice of its input
+    "norm": Abilities(False, False, False, False, LOW, ("cuda",)),
+    "mixer": Abilities(False, False, True, False, LOW, ("cuda",)),
 }
-_NATIVE = Abilities(True, True, True, True, _LOW, ("cuda",))
+_NATIVE = Abilities(True, True, True, True, LOW, ("cuda",))
 
 
 def abilities(op: str, backend: str) -> Abilities:

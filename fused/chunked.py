@@ -13,12 +13,13 @@ from torch import Tensor
 from . import backends
 from .config import VideoMambaConfig
 from .sweep import sweep
-from .tokens import sincos_positions, span_of
+from .tokens import Span, check_place
 
 if TYPE_CHECKING:
     from .backbone import Backbone
 
 Video = Tensor | Iterable[Tensor]
+Chunks = Sequence[slice]  # of tokens, in the order of time
 
 
 class Passed(NamedTuple):
@@ -27,7 +28,7 @@ class Passed(NamedTuple):
     hidden: Tensor
     residual: Tensor
     features: list[Tensor]
-    chunks: list[slice]
+    chunks: Chunks
 
 
 def run(
@@ -66,23 +67,12 @@ def run(
     return Passed(hidden, residual, features, chunks)
 
 
-def piecewise(function: Callable[..., Tensor], chunks: Sequence[slice], *tensors: Tensor) -> Tensor:
-    """function(*tensors), chunk by chunk along their tokens."""
+def piecewise(function: Callable[..., Tensor], chunks: Chunks, *tensors: Tensor) -> Tensor:
+    """function(*tensors), chunk by chunk along their tokens; at once where there are no chunks."""
+    if not chunks:
+        return function(*tensors)
     sizes = [c.stop - c.start for c in chunks]
     return torch.cat([function(*parts) for parts in zip(*(t.split(sizes, dim=1) for t in tensors), strict=True)], dim=1)
-
-
-def decode(model: Any, passed: Passed) -> Tensor | None:
-    """`VideoMambaEncoder`'s CLIP decoders on the features, (K, B, L, clip_output_dim); None without features."""
-    if not passed.features:
-        return None
-    first = passed.features[0]
-    positions = sincos_positions(first.shape[1], first.shape[2], first.device)[None]
-    backend = model._resolve(first)
-    pairs = zip(model.clip_decoder, passed.features, strict=True)
-    return torch.stack(
-        [piecewise(lambda x, p, own=own: own(x + p.to(x.dtype), backend), passed.chunks, f, positions) for own, f in pairs]
-    )
 
 
 def check_model(model: "Backbone", chunk_frames: int) -> None:
@@ -107,7 +97,8 @@ def check_model(model: "Backbone", chunk_frames: int) -> None:
 
 
 def limit(config: VideoMambaConfig, total: int | None) -> int:
-    """Frames for which there are positions."""
+    """Frames for which there are positions. Raises ValueError for a `total` that is no number of tubelets."""
+    check_place("temporal_pos_total", total, 1, False)
     return (config.num_frames or 0) if total is None else total * config.kernel_size
 
 
@@ -166,7 +157,7 @@ def pieces(
         raise ValueError(f"num_frames is {frames}, but the iterator gave {given}; say how many it gives")
     if given % config.kernel_size:
         raise ValueError(f"the iterator gave {given} frames, which are no multiple of kernel_size ({config.kernel_size})")
-    if waiting:
+    if any(x.shape[2] for x in waiting):
         yield torch.cat(waiting, dim=2)
 
 
@@ -180,18 +171,14 @@ def _check_item(item: Any, config: VideoMambaConfig, clips: int | None) -> None:
             f"the iterator gave {came}; allowed: runs of frames ({B}, {channels}, t, {height}, {width}) or "
             f"single frames ({B}, {channels}, {height}, {width})"
         )
-    _check_dtype(item)
-
-
-def _check_dtype(frames: Tensor) -> None:
-    if not frames.is_floating_point():
-        raise TypeError(f"frames have dtype {frames.dtype}; allowed are floating-point dtypes, normalised")
+    if not item.is_floating_point():
+        raise TypeError(f"frames have dtype {item.dtype}; allowed are floating-point dtypes, normalised")
 
 
 def embedded(model: "Backbone", pieces: Iterable[Tensor], total: int | None) -> Iterator[Tensor]:
     """Tokens with positions of a video's pieces, one after the other; CLS goes with the first."""
-    done = 0
+    config, done = model.config, 0
     for piece in pieces:
-        span = span_of(piece, model.config, offset=done, total=total)
+        span = Span(done, piece.shape[2] // config.kernel_size, total or config.tubelets)
         yield model._place(piece, span)
         done += span.tubelets

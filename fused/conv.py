@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from . import backends, traceable, upstream
 from .arguments import check_choice, check_native_dtypes, check_tensor, no_autocast
 from .clipwise import clipwise
+from .dispatch import below_autograd, differentiable, register
 
 ACTIVATIONS = ("silu", "swish", None)
 
@@ -172,7 +173,7 @@ class _Native(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.options = activated, reverse
         ctx.save_for_backward(x, weight, bias, initial_state)
-        return _below_autograd(x, weight, bias, initial_state, activated, reverse)
+        return below_autograd("causal_conv1d", x, weight, bias, initial_state, activated, reverse)
 
     @staticmethod
     @once_differentiable
@@ -182,30 +183,15 @@ class _Native(torch.autograd.Function):
         return *(None if t is None else g for t, g in zip(tensors, grads, strict=True)), None, None
 
 
-def _below_autograd(*arguments):
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.videomamba.causal_conv1d.default(*arguments)
-
-
-def _differentiable(*arguments):
-    """What the op does on its way to a kernel; called by its own name it saves a round through the dispatcher."""
-    wanted = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments)
-    return _Native.apply(*arguments) if wanted else _below_autograd(*arguments)
-
-
 _ARGUMENTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, bool activated, bool reverse"
-_OPS = torch.library.Library("videomamba", "FRAGMENT")
-_OPS.define(f"causal_conv1d({_ARGUMENTS}) -> (Tensor y, Tensor final_state)")
-_OPS.define(
+register(f"causal_conv1d({_ARGUMENTS}) -> (Tensor y, Tensor final_state)", _native, _shapes)
+register(
     f"causal_conv1d_backward(Tensor? dy, Tensor? dstate, {_ARGUMENTS}) "
-    "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)"  # empty for what is None
+    "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)",  # empty for what is None
+    _native_backward,
+    _shapes_backward,
 )
-for _device in ("CUDA", "CPU"):  # on the CPU under Triton's interpreter only
-    _OPS.impl("causal_conv1d", _native, _device)
-    _OPS.impl("causal_conv1d_backward", _native_backward, _device)
-_OPS.impl("causal_conv1d", _shapes, "Meta")
-_OPS.impl("causal_conv1d_backward", _shapes_backward, "Meta")
-_OPS.impl("causal_conv1d", _differentiable, "Autograd")
+_differentiable = differentiable("causal_conv1d", _Native)
 
 
 def _line(x: Tensor, state: Tensor | None, width: int, reverse: bool) -> Tensor:

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from . import backends, traceable, upstream
 from .arguments import check_choice, check_native_dtypes, check_tensor, no_autocast
+from .dispatch import below_autograd, differentiable, register
 
 KINDS = ("rms", "layer")
 Rows = Float[Tensor, "*B D"]
@@ -198,7 +199,7 @@ class _Native(torch.autograd.Function):
     def forward(ctx, x, weight, bias, residual, eps, centre, stored):
         ctx.set_materialize_grads(False)
         ctx.dtypes = (x.dtype, None if residual is None else residual.dtype)
-        y, out, mean, rstd = _below_autograd(x, weight, bias, residual, eps, centre, stored)
+        y, out, mean, rstd = below_autograd("add_norm", x, weight, bias, residual, eps, centre, stored)
         kept = (out, None) if stored == torch.float32 else (x, residual)
         ctx.save_for_backward(*kept, weight, bias, mean if centre else None, rstd)
         ctx.mark_non_differentiable(mean, rstd, *(() if stored else (out,)))
@@ -220,33 +221,20 @@ class _Native(torch.autograd.Function):
         return dx, dweight, None if bias is None else dbias, dresidual, None, None, None
 
 
-def _below_autograd(*arguments):
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.videomamba.add_norm.default(*arguments)
-
-
-def _differentiable(*arguments):
-    """What the op does on its way to a kernel; called by its own name it saves a round through the dispatcher."""
-    wanted = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments)
-    return _Native.apply(*arguments) if wanted else _below_autograd(*arguments)
-
-
-_OPS = torch.library.Library("videomamba", "FRAGMENT")
-_OPS.define(
+register(
     "add_norm(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, float eps, bool centre, ScalarType? stored) "
-    "-> (Tensor y, Tensor residual_out, Tensor mean, Tensor rstd)"  # empty for what is not asked for
+    "-> (Tensor y, Tensor residual_out, Tensor mean, Tensor rstd)",  # empty for what is not asked for
+    _native,
+    _shapes,
 )
-_OPS.define(
+register(
     "add_norm_backward(Tensor? dy, Tensor? dout, Tensor first, Tensor? second, Tensor weight, Tensor? bias, Tensor? mean, "
     "Tensor rstd, ScalarType x_dtype, ScalarType? residual_dtype) "
-    "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)"  # dresidual is empty where dx serves for both
+    "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",  # dresidual is empty where dx serves for both
+    _native_backward,
+    _shapes_backward,
 )
-for _device in ("CUDA", "CPU"):  # on the CPU under Triton's interpreter only
-    _OPS.impl("add_norm", _native, _device)
-    _OPS.impl("add_norm_backward", _native_backward, _device)
-_OPS.impl("add_norm", _shapes, "Meta")
-_OPS.impl("add_norm_backward", _shapes_backward, "Meta")
-_OPS.impl("add_norm", _differentiable, "Autograd")
+_differentiable = differentiable("add_norm", _Native)
 
 
 def _sum(x: Tensor, residual: Tensor | None) -> Tensor:

@@ -1,7 +1,7 @@
 """What one layer does to one chunk of a video: its parameters as the operators take them, and the steps between two states."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -88,19 +88,18 @@ class Direction:
         return [x for x in vars(self).values() if x is not None]
 
 
+_OWN = tuple(field.name for field in fields(Direction))
+_NAMES = ("norm", "norm_bias", "into", "into_bias", "out", "out_bias", *_OWN, *_OWN)  # a causal layer has the first _OWN alone
+_PRODUCTS = ("into", "into_bias", "out", "out_bias", "x_proj", "dt_proj")
+
+
 class Weights:
     """A layer's parameters, cast once for all chunks, and the sums of their gradients over chunks."""
 
     def __init__(self, plan: Plan, parameters: Sequence[Tensor | None]) -> None:
         self._parameters = parameters
         self._sums: dict[int, Tensor] = {}  # by the id of what was cast
-        cast: list[Any] = [None if x is None else x.detach() for x in parameters]
-        self._rates = range(11, len(cast), 7)
-        for i in (2, 3, 4, 5, *(i - 3 for i in self._rates), *(i - 2 for i in self._rates)):
-            cast[i] = None if cast[i] is None else cast[i].to(plan.product)
-        for i in self._rates:
-            cast[i - 5] = cast[i - 5].squeeze(1)
-            cast[i] = -cast[i].to(torch.promote_types(cast[i].dtype, torch.float32)).exp()
+        cast: list[Any] = [_cast(plan, name, x) for name, x in zip(_NAMES, parameters, strict=False)]
         self._cast = cast
         self.norm, self.into, self.out = cast[:2], cast[2:4], cast[4:6]
         self.ahead = Direction(*cast[6:13])
@@ -123,12 +122,12 @@ class Weights:
     def gradients(self) -> list[Tensor | None]:
         """Of the parameters, in their shapes and dtypes."""
         made: list[Tensor | None] = []
-        for i, (own, x) in enumerate(zip(self._parameters, self._cast, strict=True)):
+        for name, own, x in zip(_NAMES, self._parameters, self._cast, strict=False):
             total = self._sums.get(id(x))
             if own is None or total is None:
                 made.append(None)
                 continue
-            total = total * x.detach() if i in self._rates else total  # through A = -exp(A_log)
+            total = total * x.detach() if name == "A" else total  # through A = -exp(A_log)
             made.append(total.view(own.shape).to(own.dtype))
         return made
 
@@ -140,6 +139,18 @@ def norm_only(plan: Plan, w: Weights, hidden: Tensor, residual: Tensor | None) -
     options: dict[str, Any] = {"eps": plan.eps, "kind": plan.kind, "prenorm": False, "backend": plan.backend}
     y: Any = norm.add_norm(hidden, *w.norm, residual=None if residual is None else residual.to(plan.wide), **options)
     return y.to(plan.product)
+
+
+def _cast(plan: Plan, name: str, x: Tensor | None) -> Tensor | None:
+    """A parameter as the operators take it."""
+    if x is None:
+        return None
+    x = x.detach()
+    if name == "conv":
+        return x.squeeze(1)
+    if name == "A":
+        return -x.to(torch.promote_types(x.dtype, torch.float32)).exp()
+    return x.to(plan.product) if name in _PRODUCTS else x
 
 
 def add_norm(plan: Plan, w: Weights, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:

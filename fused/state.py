@@ -8,14 +8,24 @@ integer, and their sum. Zeros stand for nothing before. Only tensors and plain c
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .config import VideoMambaConfig
+
 State = tuple[Tensor, Tensor]
 States = Sequence[State] | Mapping[int, State]
+
+
+class Chunk(NamedTuple):
+    """What a forward continues: the layers' states and the running mean, if any, and its place, None for a whole video."""
+
+    states: list[State] | None = None
+    mean: State | None = None
+    offset: int | None = None
 
 
 def linear_dtype(weight: Tensor, device: torch.device) -> torch.dtype:
@@ -65,8 +75,44 @@ def unpack(state: States, depth: int, mean: bool, name: str) -> list[State]:
     return [cast(State, tuple(state[i])) for i in range(len(state))]
 
 
-def pack(pairs: list[State], like: States | None) -> States:
-    """The pairs in a dict, tuple or list, whichever `like` is; a list for None."""
+def continued(
+    config: VideoMambaConfig, mean: bool, state: States | None, return_state: bool, offset: int | None, use_image: bool = False
+) -> Chunk:
+    """What the arguments of a model's forward ask for; `mean` says whether it reads a running one.
+
+    Raises ValueError for what cannot be streamed, or not like that, and what `unpack` raises.
+    """
+    if state is None and not return_state and offset is None:
+        return Chunk()
+    if use_image or config.num_frames is None:
+        raise ValueError(
+            "an image is not streamed: ssm_state, return_state and temporal_pos_offset are for videos. A frame of a video "
+            "is a clip (B, C, kernel_size, H, W), and use_image is False"
+        )
+    if config.bimamba:
+        raise ValueError(
+            "a bidirectional model cannot be streamed: one of its directions starts at the last token of the video, so "
+            "that a chunk would need the future. Run the whole clip at once, or build the model with bimamba=False"
+        )
+    if state is None:
+        if offset:
+            raise ValueError(
+                f"temporal_pos_offset is {offset} without an ssm_state: pass what the chunk before returned for "
+                "return_state=True, or init_state(batch_size) to forget what was before"
+            )
+        return Chunk(offset=0)
+    if offset is None:
+        raise ValueError(
+            "ssm_state came without temporal_pos_offset; allowed: the tubelets of all chunks before, 0 for a state that "
+            "init_state made"
+        )
+    pairs = unpack(state, config.depth, mean, "ssm_state")
+    return Chunk(pairs[: config.depth], pairs[-1] if mean else None, offset)
+
+
+def pack(pairs: Any, like: States | None, mean: State | None = None) -> States:
+    """The pairs, and behind them a running mean, in a dict, tuple or list, whichever `like` is; a list for None."""
+    pairs = [*pairs] if mean is None else [*pairs, mean]
     if isinstance(like, Mapping):
         return {i: pair for i, pair in enumerate(pairs)}
     return tuple(pairs) if isinstance(like, tuple) else pairs

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .state import States
+from .state import States, continued
 from .tokens import Span, temporal_positions
 from .videomamba import VideoMamba
 
@@ -160,4 +160,4 @@ def _check_model(model: Any) -> None:
         raise TypeError(f"model is a {type(model).__name__}; allowed: a VideoMamba with bimamba=False")
     if model.training:
         raise ValueError("model is in training mode; allowed: eval mode, after model.eval()")
-    model._continue(None, True, 0)  # raises for an image model and for a bidirectional one
+    continued(model.config, model.reads_mean, None, True, 0)  # raises for an image model and for a bidirectional one

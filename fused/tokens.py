@@ -85,8 +85,8 @@ def span_of(
     floating point.
     """
     image = config.num_frames is None
-    _check_place("temporal_pos_offset", offset, 0, image or use_image)
-    _check_place("temporal_pos_total", total, 1, image or use_image)
+    check_place("temporal_pos_offset", offset, 0, image or use_image)
+    check_place("temporal_pos_total", total, 1, image or use_image)
     length = 1 if use_image else total or config.tubelets
     layout, wanted = "(B, C, H, W)", [config.channels, *config.sides]
     if not image:
@@ -114,7 +114,8 @@ def span_of(
     return Span(offset, count, length)
 
 
-def _check_place(name: str, value: object, least: int, image: bool) -> None:
+def check_place(name: str, value: object, least: int, image: bool) -> None:
+    """Raise ValueError unless it is a number of tubelets from `least` up, or None; of an `image` None alone."""
     if value is None:
         return
     if image:

@@ -14,10 +14,10 @@ from . import chunked
 from .backbone import Backbone
 from .block import Norm
 from .checkpoint import load_checkpoint
-from .chunked import Video
+from .chunked import Chunks, Video
 from .classifier import Classifier
 from .config import VideoMambaConfig
-from .state import State, States, running_mean
+from .state import State, States, continued, pack, running_mean
 from .tokens import sincos_positions, span_of
 
 _log = logging.getLogger("fused")
@@ -82,17 +82,17 @@ class VideoMamba(Classifier, Backbone):
         returned and the number of tubelets before it, `temporal_pos_offset`; the first with neither, or with `init_state` and
         0. For `temporal_pos_total` see `embed`. Raises ValueError or TypeError for what does not fit.
         """
-        chunk = self._continue(ssm_state, return_state, temporal_pos_offset)
+        chunk = continued(self.config, self.reads_mean, ssm_state, return_state, temporal_pos_offset)
         tokens = self.embed(clip, temporal_pos_offset=chunk.offset, temporal_pos_total=temporal_pos_total)
         output, states, mean = self._answer(tokens, int(not chunk.offset), chunk.states, chunk.mean, return_state)
-        return self._with_state(output, states, mean, ssm_state) if return_state else output
+        return (output, pack(states, ssm_state, mean)) if return_state else output
 
     def _answer(
         self, tokens: Tensor, cls: int, states: States | None, mean: State | None, return_state: bool
     ) -> tuple[Any, States | None, State | None]:
         """The output of embedded tokens, with CLS in front where `cls` is 1; the layers' states and the mean to carry."""
         stream = self._run(tokens, None, tokens.shape[1], states, return_state)
-        tokens = self._finish(stream, self._part())
+        tokens = self._finish(stream.hidden, stream.residual, stream.walk, self._part())
         read, mean = self._read(tokens, cls, mean)
         output: Any = self.head(self.head_drop(read))
         if self.config.distill_dim is not None:
@@ -112,7 +112,7 @@ class VideoMamba(Classifier, Backbone):
         Raises ValueError or TypeError for what does not fit the model, or cannot be chunked.
         """
         passed = chunked.run(self, clip, chunk_frames, num_frames, temporal_pos_total, offload)
-        tokens = self._finish_chunked(passed, self._part())
+        tokens = self._finish(passed.hidden, passed.residual, part=self._part(), chunks=passed.chunks)
         output = self.head(self.head_drop(self._read(tokens, 1, None)[0]))
         if self.config.distill_dim is None:
             return output
@@ -198,20 +198,20 @@ class VideoMambaEncoder(Backbone):
         `pooled` is of all that has come so far. Raises ValueError or TypeError for what does not fit.
         """
         config = self.config
-        chunk = self._continue(ssm_state, return_state, temporal_pos_offset, use_image)
+        chunk = continued(config, self.reads_mean, ssm_state, return_state, temporal_pos_offset, use_image)
         span = span_of(clip, config, use_image, chunk.offset, temporal_pos_total)
         kept = self._kept(clip, mask, span)
         tokens = self._embed(clip, span, kept, use_image)
         length = span.length(config.patches)
         stream = self._run(tokens, kept, length, chunk.states, return_state, taps=config.student_layers())
-        tokens, mean = self._finish(stream), None
-        decoded = self._decode(stream.features, kept, length, span.first_token(config.patches)) if stream.features else None
+        tokens, mean = self._finish(stream.hidden, stream.residual, stream.walk), None
+        decoded = self._decode(stream.features, kept, length, span.first_token(config.patches))
         output = EncoderOutput(tokens, None, decoded)
         if config.add_pool_norm:
             cls, rest = tokens[:, : span.cls], tokens[:, span.cls :]
             pooled, mean = self._pool(cls, rest, span.tubelets if keep_temporal else None, chunk.mean)
             output = EncoderOutput(rest, self.pool_norm(pooled, self._resolve(tokens)), decoded)
-        return self._with_state(output, stream.states, mean, ssm_state) if return_state else output
+        return (output, pack(stream.states, ssm_state, mean)) if return_state else output
 
     def forward_chunked(
         self, clip: Video, *, chunk_frames: int, num_frames: int | None = None, offload: bool = False,
@@ -221,21 +221,29 @@ class VideoMambaEncoder(Backbone):
         `VideoMamba.forward_chunked`."""
         config = self.config
         passed = chunked.run(self, clip, chunk_frames, num_frames, temporal_pos_total, offload, config.student_layers())
-        tokens, decoded = self._finish_chunked(passed), chunked.decode(self, passed)
+        tokens = self._finish(passed.hidden, passed.residual, chunks=passed.chunks)
+        decoded = self._decode(passed.features, None, tokens.shape[1], chunks=passed.chunks)
         if not config.add_pool_norm:
             return EncoderOutput(tokens, None, decoded)
         cls, rest = tokens[:, :1], tokens[:, 1:]
         pooled, _ = self._pool(cls, rest, rest.shape[1] // config.patches if keep_temporal else None, None)
         return EncoderOutput(rest, self.pool_norm(pooled, self._resolve(tokens)), decoded)
 
-    def _decode(self, features: list[Tensor], kept: Tensor | None, length: int, first: int) -> Tensor:
-        """(B, V, D) of K layers to (K, B, V, clip_output_dim); every token gets its fixed position in the video first."""
+    def _decode(
+        self, features: list[Tensor], kept: Tensor | None, length: int, first: int = 0, chunks: Chunks = ()
+    ) -> Tensor | None:
+        """(B, V, D) of K layers to (K, B, V, clip_output_dim), None of none; every token gets its fixed position in the video
+        first. Chunk by chunk where there are `chunks`."""
+        if not features:
+            return None
         positions = sincos_positions(length, self.config.embed_dim, features[0].device, first)
         positions = positions[None] if kept is None else positions[kept]
         backend = self._resolve(features[0])
-        return torch.stack(
-            [decode(x + positions.to(x.dtype), backend) for decode, x in zip(self.clip_decoder, features, strict=True)]
-        )
+
+        def decode(decoder: nn.Module, feature: Tensor) -> Tensor:
+            return chunked.piecewise(lambda x, p: decoder(x + p.to(x.dtype), backend), chunks, feature, positions)
+
+        return torch.stack([decode(own, feature) for own, feature in zip(self.clip_decoder, features, strict=True)])
 
     def _pool(self, cls: Tensor, rest: Tensor, parts: int | None, before: State | None) -> tuple[Tensor, State | None]:
         """(B, 1 or 2, D), or (B, parts, D) of so many tubelets, before the norm; and the mean to carry. By tubelets

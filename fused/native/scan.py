@@ -29,6 +29,76 @@ def whole(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.data_ptr() % 16 == 0 else x.clone()
 
 
+def streams(reverses, u, delta, A, B, C, D, z, bias, softplus, logarithm=False) -> scan.Streams:
+    """As the kernels take them; all but z by direction. The two of a pair have the same strides."""
+
+    def tokens(pair):
+        pair = tuple(map(_dense, pair))
+        same = all(x.stride() == pair[0].stride() for x in pair)
+        return pair if same else tuple(x.contiguous() for x in pair)
+
+    def wide(pair):
+        return tuple(map(whole, pair))
+
+    return scan.Streams(
+        reverses,
+        tokens(u),
+        tokens(delta),
+        wide(A),
+        tokens(B),
+        tokens(C),
+        wide(D),
+        wide(bias),
+        None if z is None else _dense(z),
+        softplus,
+        logarithm,
+    )
+
+
+def _forward(s: scan.Streams, initial: Tensor | None, invariant: bool, keep: bool):
+    """y, the final states, and what the backward reads, empty unless `keep`."""
+    cut = plan(s.u[0], s.sizes[3], len(s.reverses), invariant)
+    r = scan.forward(s, initial, cut, keep=keep)
+    ungated = r.ungated if keep and s.z is not None else s.u[0].new_empty(0)
+    return r.y, r.final, ungated, r.marks if keep else s.A[0].new_empty(0)
+
+
+def _backward(s: scan.Streams, dy: Tensor, dfinal: Tensor | None, ungated: Tensor, marks: Tensor, invariant: bool):
+    """Gradients of u, delta, A, B, C, D and bias by direction, of z, and of the states; empty for what is not there."""
+    cut = plan(s.u[0], s.sizes[3], len(s.reverses), invariant)
+    dB, dC = ([torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in pair] for pair in (s.B, s.C))
+    g = scan.backward(s, _dense(dy), dfinal, marks, ungated if s.z is not None else None, cut, dB, dC)
+    nothing = dy.new_empty(0)
+    own = [[nothing if asked is None else x.clone() for x, asked in zip(*pair, strict=True)]  # results share no memory
+           for pair in ((g.A, s.A), (g.D, s.D), (g.bias, s.bias))]  # fmt: skip
+    return (g.u, g.delta, own[0], dB, dC, *own[1:]), nothing.clone() if g.z is None else g.z, g.initial
+
+
+def _register_gradient(name: str, finals: int, options: int) -> None:
+    """Of an operator (*tensors, *options) -> (y, *finals, ungated, marks), by its twin `_backward`, which lacks the last
+    option, `keep`."""
+
+    def setup(ctx, inputs, output):
+        ctx.how = inputs[-options:-1]
+        ctx.mark_non_differentiable(*output[-2:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*output[-2:], *inputs[:-options])
+
+    def gradient(ctx, dy, *others):
+        ungated, marks, *tensors = ctx.saved_tensors
+        dy = torch.zeros_like(tensors[0]) if dy is None else dy
+        backward = getattr(torch.ops.videomamba, f"{name}_backward")
+        grads = backward(dy, *others[:finals], ungated, marks, *tensors, *ctx.how)
+        return *(None if x is None else g for g, x in zip(grads, tensors, strict=True)), *[None] * options
+
+    def shapes(dy, *others):
+        tensors = others[finals + 2 : 1 - options]
+        return tuple(dy.new_empty(0) if x is None else x.new_empty(x.shape) for x in tensors)
+
+    torch.library.register_autograd(f"videomamba::{name}", gradient, setup_context=setup, lib=_library)
+    torch.library.register_fake(f"videomamba::{name}_backward", shapes, lib=_library)
+
+
 # ---------------------------------------------------------------- one direction
 
 _SCAN = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? bias, Tensor? initial"
@@ -81,40 +151,11 @@ def _alike(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [x if same or x is None else x.float() for x in tensors]
 
 
-def streams(reverses, u, delta, A, B, C, D, z, bias, softplus, logarithm=False) -> scan.Streams:
-    """As the kernels take them; all but z by direction. The two of a pair have the same strides."""
-
-    def tokens(pair):
-        pair = tuple(map(_dense, pair))
-        same = all(x.stride() == pair[0].stride() for x in pair)
-        return pair if same else tuple(x.contiguous() for x in pair)
-
-    def wide(pair):
-        return tuple(map(whole, pair))
-
-    return scan.Streams(
-        reverses,
-        tokens(u),
-        tokens(delta),
-        wide(A),
-        tokens(B),
-        tokens(C),
-        wide(D),
-        wide(bias),
-        None if z is None else _dense(z),
-        softplus,
-        logarithm,
-    )
-
-
 @torch.library.impl(_library, "selective_scan", "CompositeExplicitAutograd")
 def _scan(u, delta, A, B, C, D, z, bias, initial, softplus, reverse, invariant, keep):
     s = streams((reverse,), (u,), (delta,), (A,), (B,), (C,), (D,), z, (bias,), softplus)
-    cut = plan(u, A.shape[1], 1, invariant)
-    r = scan.forward(s, whole(initial), cut, keep=keep)
-    nothing = A.new_empty(0)
-    ungated = r.ungated if keep and z is not None else u.new_empty(0)
-    return r.y, r.final[0], ungated, r.marks if keep else nothing
+    y, final, ungated, marks = _forward(s, whole(initial), invariant, keep)
+    return y, final[0], ungated, marks
 
 
 @torch.library.register_fake("videomamba::selective_scan", lib=_library)
@@ -129,41 +170,12 @@ def _(u, delta, A, B, C, D, z, bias, initial, softplus, reverse, invariant, keep
 @torch.library.impl(_library, "selective_scan_backward", "CompositeExplicitAutograd")
 def _scan_backward(dy, dfinal, ungated, marks, u, delta, A, B, C, D, z, bias, initial, softplus, reverse, invariant):
     s = streams((reverse,), (u,), (delta,), (A,), (B,), (C,), (D,), z, (bias,), softplus)
-    cut = plan(u, A.shape[1], 1, invariant)
-    dB, dC = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (B, C))
-    g = scan.backward(s, _dense(dy), whole(dfinal), marks, ungated if z is not None else None, cut, [dB], [dC])
-    nothing = A.new_empty(0)
-    dz = u.new_empty(0) if g.z is None else g.z
-    return (
-        g.u[0], g.delta[0], g.A[0].clone(), dB, dC, g.D[0].clone() if D is not None else nothing, dz,
-        g.bias[0].clone() if bias is not None else nothing, g.initial[0].clone() if initial is not None else nothing,
-    )  # fmt: skip
+    grads, dz, dinitial = _backward(s, dy, whole(dfinal), ungated, marks, invariant)
+    du, ddelta, dA, dB, dC, dD, dbias = (one for (one,) in grads)
+    return du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial[0].clone() if initial is not None else dy.new_empty(0)
 
 
-@torch.library.register_fake("videomamba::selective_scan_backward", lib=_library)
-def _(dy, dfinal, ungated, marks, u, delta, A, B, C, D, z, bias, initial, softplus, reverse, invariant):
-    like = lambda x, other: other.new_empty(0 if x is None else x.shape)  # noqa: E731
-    u, delta, B, C = (x.new_empty(x.shape) for x in (u, delta, B, C))
-    return u, delta, A.new_empty(A.shape), B, C, like(D, A), like(z, u), like(bias, A), like(initial, A)
-
-
-def _scan_setup(ctx, inputs, output):
-    *tensors, ctx.softplus, ctx.reverse, ctx.invariant, _ = inputs
-    _, _, ungated, marks = output
-    ctx.mark_non_differentiable(ungated, marks)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(ungated, marks, *tensors)
-
-
-def _scan_gradient(ctx, dy, dfinal, *_):
-    ungated, marks, *tensors = ctx.saved_tensors
-    dy = torch.zeros_like(tensors[0]) if dy is None else dy
-    args = (dy, dfinal, ungated, marks, *tensors, ctx.softplus, ctx.reverse, ctx.invariant)
-    grads = torch.ops.videomamba.selective_scan_backward(*args)
-    return *(None if x is None else g for g, x in zip(grads, tensors, strict=True)), None, None, None, None
-
-
-torch.library.register_autograd("videomamba::selective_scan", _scan_gradient, setup_context=_scan_setup, lib=_library)
+_register_gradient("selective_scan", finals=1, options=4)
 
 
 # ---------------------------------------------------------------- both directions
@@ -202,10 +214,8 @@ def _pairs(tensors: Sequence[Any]) -> dict[str, Any]:
 def _both(*args):
     *tensors, softplus, invariant, keep = args
     s = streams((False, True), **_pairs(tensors), softplus=softplus)
-    cut = plan(s.u[0], s.sizes[3], 2, invariant)
-    r = scan.forward(s, None, cut, keep=keep)
-    u, A = s.u[0], s.A[0]
-    return r.y, r.ungated if keep and s.z is not None else u.new_empty(0), r.marks if keep else A.new_empty(0)
+    y, _, ungated, marks = _forward(s, None, invariant, keep)
+    return y, ungated, marks
 
 
 @torch.library.register_fake("videomamba::bidirectional_scan", lib=_library)
@@ -222,33 +232,8 @@ def _(*args):
 def _both_backward(dy, ungated, marks, *args):
     *tensors, softplus, invariant = args
     s = streams((False, True), **_pairs(tensors), softplus=softplus)
-    cut = plan(s.u[0], s.sizes[3], 2, invariant)
-    dB, dC = ([torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in pair] for pair in (s.B, s.C))
-    g = scan.backward(s, _dense(dy), None, marks, ungated if s.z is not None else None, cut, dB, dC)
-    nothing = dy.new_empty(0)
-    own = [[nothing if asked is None else x.clone() for x, asked in zip(*pair, strict=True)]  # results share no memory
-           for pair in ((g.A, s.A), (g.D, s.D), (g.bias, s.bias))]  # fmt: skip
-    return *g.u, *g.delta, *own[0], *dB, *dC, *own[1], *own[2], nothing.clone() if g.z is None else g.z
+    grads, dz, _ = _backward(s, dy, None, ungated, marks, invariant)
+    return *(x for pair in grads for x in pair), dz
 
 
-@torch.library.register_fake("videomamba::bidirectional_scan_backward", lib=_library)
-def _(dy, ungated, marks, *args):
-    return tuple(dy.new_empty(0) if x is None else x.new_empty(x.shape) for x in args[:15])
-
-
-def _both_setup(ctx, inputs, output):
-    *tensors, ctx.softplus, ctx.invariant, _ = inputs
-    _, ungated, marks = output
-    ctx.mark_non_differentiable(ungated, marks)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(ungated, marks, *tensors)
-
-
-def _both_gradient(ctx, dy, *_):
-    ungated, marks, *tensors = ctx.saved_tensors
-    dy = torch.zeros_like(ungated) if dy is None else dy
-    grads = torch.ops.videomamba.bidirectional_scan_backward(dy, ungated, marks, *tensors, ctx.softplus, ctx.invariant)
-    return *(None if x is None else g for g, x in zip(grads, tensors, strict=True)), None, None, None
-
-
-torch.library.register_autograd("videomamba::bidirectional_scan", _both_gradient, setup_context=_both_setup, lib=_library)
+_register_gradient("bidirectional_scan", finals=0, options=3)

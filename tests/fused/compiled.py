@@ -10,9 +10,11 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
 
 import torch
 
@@ -133,14 +135,19 @@ def main(op, *capabilities):
                     print(json.dumps({"case": name, "kernel": kernel, "sm": capability} | found), flush=True)
 
 
-def ask(op, cache):
-    """The lines of `main` for sm_80, sm_90 and sm_100; skips the test where Triton cannot compile."""
+def ask(op):
+    """The lines of `main` for sm_80, sm_90 and sm_100; skips the test where Triton cannot compile. Triton keeps what it has
+    compiled on disk, by the source, its own version and all options; what is a week old goes."""
     import pytest
 
     if not all((TOOLS / tool).exists() for tool in ("ptxas", "cuobjdump")):
         pytest.skip(f"Triton brings no ptxas and cuobjdump: {TOOLS}")
+    folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "videomamba-bench" / "compiled"
+    for kept in folder.glob("*"):
+        if kept.stat().st_mtime < time.time() - 7 * 86400:
+            shutil.rmtree(kept, ignore_errors=True)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment |= {"TRITON_CACHE_DIR": str(folder), "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, __file__, op, "80", "90", "100"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -19,6 +19,7 @@ from harness.plan import UsageError
 from harness.record import Record
 from harness.store import Run, StoreError
 
+pytestmark = pytest.mark.usefixtures("answered_once", "unchecked")  # loops whose every step is checked take twice as long
 TINY = ("--subject", "scan", "--dtype", "float32", "--case", "B3-L7-E10-N16-float32")
 
 
@@ -73,18 +74,23 @@ def test_added_implementation(call: str, check: str, status: str, tmp_path: Path
         assert rival.exit_code == PASSED and "rivals: 0 passed, 1 failed" in rival.output
 
 
-def test_adapter_for_mamba_ssms_layout(tmp_path: Path) -> None:
-    added = ("--with", "scan:theirs=test_parity:scan_in_their_layout@mamba_ssm", "--impl", "theirs")
-    done = parity("--subject", "scan", "--case", "B3-L7-*-float32", *added, "--check", "forward", "--out", str(tmp_path))
-    assert done.exit_code == PASSED, done.output
-    assert {r.status for r in Run.open(tmp_path).records} == {"pass", "skip"}
+def test_adapter_for_mamba_ssms_layout_and_a_planted_bug_in_two_processes(tmp_path: Path) -> None:
+    """What is added and what is planted reach the processes that answer: theirs passes, ours, with the bug, fails."""
+    added = ("--with", "scan:theirs=test_parity:scan_in_their_layout@mamba_ssm", "--impl", "theirs", "--impl", "fused:torch")
+    asked = ("--subject", "scan", "--case", "B3-L7-*-float32", "--check", "forward", "--mutant", "drop_skip")
+    done = parity(*asked, *added, "--jobs", "2", "--out", str(tmp_path))
+    assert done.exit_code == FAILED, done.output
+    records = Run.open(tmp_path).records
+    assert {r.status for r in records if r.implementation == "theirs"} == {"pass", "skip"}
+    assert "fail" in {r.status for r in records if r.implementation == "fused:torch"}
 
 
-@pytest.mark.parametrize("jobs", ["1", "2"])
-def test_interrupted_run_is_readable_and_goes_on(jobs: str, tmp_path: Path) -> None:
-    options = ["--grid", "smoke", "--device", "cpu", "--subject", "scan", "--case", "B3-L7-*e-float32", "--out", str(tmp_path)]
+@pytest.mark.parametrize(("jobs", "cases"), [("1", "B3-L7-*state-float32"), ("2", "B3-L7-*e-float32")])
+def test_interrupted_run_is_readable_and_goes_on(jobs: str, cases: str, tmp_path: Path) -> None:
+    options = ["--grid", "smoke", "--device", "cpu", "--subject", "scan", "--case", cases, "--out", str(tmp_path)]
     command = [sys.executable, "-m", "harness", "parity", *options, "--impl", "fused:torch", "--jobs", jobs]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as here, where it goes on: the plan holds their number
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
     while len(Run.open(tmp_path).records if (tmp_path / "run.json").exists() else []) < 4:
         assert process.poll() is None
         time.sleep(0.05)
@@ -97,9 +103,9 @@ def test_interrupted_run_is_readable_and_goes_on(jobs: str, tmp_path: Path) -> N
     assert f"--resume --out {tmp_path}" in said and "INTERRUPTED" in (tmp_path / "report.md").read_text()
     assert "--out" not in run.about["command"] and "--impl fused:torch" in run.about["command"]
     asked = len(run.records)
-    done = subprocess.run([*command, "--resume"], capture_output=True, text=True)
+    done = CliRunner().invoke(app, ["parity", *options, "--impl", "fused:torch", "--jobs", "1", "--resume"])
     run = Run.open(tmp_path)
-    assert done.returncode == PASSED and run.about["status"] == "finished" and len(run.records) > asked, done.stdout
+    assert done.exit_code == PASSED and run.about["status"] == "finished" and len(run.records) > asked, done.output
     assert len({r.key for r in run.records}) == len(run.records)
 
 

@@ -18,7 +18,7 @@ from fused.conv import causal_conv1d, conv_native, conv_torch  # noqa: E402
 from fused.kernels import conv, conv_kernels  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton 3.6's interpreter
-SEEDS = range(4)
+SEEDS = range(2)  # one finds each planted wrongness; the interpreter takes seconds for each
 KERNELS = ("forward_kernel", "backward_kernel", "reduce_kernel")
 AHEAD, BACK, BOTH = (False,), (True,), (False, True)
 # B, L, E, K, directions, states, bias, activated; 53 tokens are two programs of the backward, 65 channels two blocks
@@ -251,8 +251,8 @@ def test_is_an_op_that_compiles_and_recomputes():
         assert all(map(torch.equal, want, torch.autograd.grad(other(*leaves), leaves)))
 
 
-def test_compiles_without_spills(tmp_path, capsys):
-    lines = compiled.ask("conv", tmp_path)
+def test_compiles_without_spills(capsys):
+    lines = compiled.ask("conv")
     with capsys.disabled():
         print("", *lines, sep="\n")
     assert {(line["kernel"], line["sm"]) for line in lines} == {(k, sm) for k in KERNELS for sm in (80, 90, 100)}

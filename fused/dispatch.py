@@ -1,0 +1,35 @@
+"""Operators `videomamba::` with a kernel each way, as PyTorch's dispatcher knows them, and the short way to their kernels."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_OPS = torch.library.Library("videomamba", "FRAGMENT")
+
+
+def register(schema: str, kernel: Callable[..., Any], shapes: Callable[..., Any]) -> None:
+    """An operator: what runs it, and what gives empty tensors of its results' shapes and dtypes."""
+    _OPS.define(schema)
+    name = schema.partition("(")[0]
+    for device in ("CUDA", "CPU"):  # on the CPU under Triton's interpreter only
+        _OPS.impl(name, kernel, device)
+    _OPS.impl(name, shapes, "Meta")
+
+
+def differentiable(name: str, function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Give an operator its gradient. Returns what it does on its way to a kernel: a round through the dispatcher less."""
+
+    def run(*arguments: Any) -> Any:
+        wanted = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments)
+        return function.apply(*arguments) if wanted else below_autograd(name, *arguments)
+
+    _OPS.impl(name, run, "Autograd")
+    return run
+
+
+def below_autograd(name: str, *arguments: Any) -> Any:
+    """The kernel of an operator, within its own `torch.autograd.Function`."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return getattr(torch.ops.videomamba, name).default(*arguments)
