@@ -18,7 +18,7 @@ SIZES = ("tiny", "small", "middle", "base")
 # keys that a task does not read; to set one is an error, and they are not shown
 UNREAD = {
     "finetune": ("mask", "teacher", "loss.alignment", "loss.distillation"),
-    "pretrain": ("mix", "loss.label_smoothing", "loss.distillation"),
+    "pretrain": ("mix", "loss.label_smoothing", "loss.distillation", "data.val", "evaluate_every"),
     "distill": ("mask", "loss.alignment"),
 }
 # keys with which a run may go on though they differ; of all others the weights, bit for bit, are a matter

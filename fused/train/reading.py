@@ -18,7 +18,7 @@ def read_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """
     tree: dict[str, Any] = {}
     if path is not None:
-        content = _parse(Path(path).read_text(), str(path))
+        content = parse(Path(path).read_text(), str(path))
         if not isinstance(content, Mapping):
             raise ValueError(f"{path} holds a {type(content).__name__}; allowed: a mapping of keys such as task, data, model")
         tree = _copied(content)
@@ -32,7 +32,7 @@ def read_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
             if not isinstance(inner, dict):
                 raise ValueError(f"{key} is given, but {section} is {inner!r}, no section")
             branch = inner
-        branch[name] = _parse(value, override)
+        branch[name] = parse(value, override)
     config = _build(TrainConfig, tree, "")
     for key in _keys(tree):
         if any(key == off or key.startswith(off + ".") for off in UNREAD[str(config.task)]):
@@ -68,7 +68,8 @@ def _copied(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {str(key): _copied(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
 
 
-def _parse(text: str, source: str) -> Any:
+def parse(text: str, source: str) -> Any:
+    """What YAML holds; `source` names it in errors. Raises ValueError, ImportError without pyyaml."""
     yaml = _yaml()
 
     class Loader(yaml.SafeLoader):  # type: ignore[name-defined, misc]

@@ -1,0 +1,186 @@
+"""The three tasks: which models they train, and the loss of a batch.
+
+A task is a module around its student. `prepare` makes of a batch what `forward` needs, without gradient: mixtures, masks,
+what the teacher says. `forward` gives the loss and nothing else that has a gradient, so that it is what
+DistributedDataParallel wraps.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..checkpoint import load_checkpoint
+from ..config import VideoMambaConfig
+from ..published import PRETRAINED
+from ..rules import wrong
+from ..videomamba import VideoMamba, VideoMambaEncoder
+from .config import TrainConfig
+from .losses import alignment_loss, distillation_loss
+from .masks import attention_mask, clip_row_mask, frame_row_mask, keep_visible, random_mask, tube_mask
+from .mix import mix
+
+MASKS: dict[str, Callable[..., Tensor]] = {
+    "random": random_mask, "tube": tube_mask, "clip-row": clip_row_mask, "frame-row": frame_row_mask
+}  # fmt: skip
+
+Parts = dict[str, Tensor]
+Teacher = Callable[[Tensor], tuple[Tensor, Tensor | None]]  # clips to features (K, B, L, C) and attention (B, T, P)
+
+
+class Task(nn.Module):
+    """A student and what is asked of it. `partial`: some parameters never get a gradient."""
+
+    student: VideoMamba | VideoMambaEncoder
+    partial = False
+
+    def prepare(self, clips: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """The arguments of `forward`, for clips (B, C, T, H, W) and labels (B,) int64; without gradient."""
+        raise NotImplementedError
+
+    def logits(self, clips: Tensor) -> Tensor:
+        """(B, classes), to be judged by the labels; only of tasks with classes."""
+        raise NotImplementedError
+
+
+class Finetune(Task):
+    """Cross-entropy with the labels, of clips that may be mixed."""
+
+    def __init__(self, config: TrainConfig, classes: int) -> None:
+        super().__init__()
+        self.settings, self.classes = config, classes
+        self.student = _student(VideoMamba, config, {"num_classes": classes, "distill_dim": None})
+        if self.student.config.readout == "tokens":
+            raise wrong("model.readout", "tokens", "'cls', 'mean' or 'last', which give a clip one answer")
+
+    def prepare(self, clips: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+        if len(clips) < 2:  # a clip that is alone has none to be mixed with
+            return clips, labels
+        how = self.settings.mix
+        mixed = mix(clips, labels, self.classes, how.mixup, how.cutmix, how.probability, how.switch, generator)
+        return mixed.clips, mixed.targets
+
+    def forward(self, clips: Tensor, targets: Tensor) -> tuple[Tensor, Parts]:
+        logits = self.student(clips).float()
+        return F.cross_entropy(logits, targets, label_smoothing=self.settings.loss.label_smoothing), {}
+
+    def logits(self, clips: Tensor) -> Tensor:
+        return self.student(clips)
+
+
+class Distill(Finetune):
+    """Self-distillation: beside the labels, every token of a smaller teacher, which sees the same mixed clips."""
+
+    def __init__(self, config: TrainConfig, classes: int, device: torch.device) -> None:
+        nn.Module.__init__(self)
+        self.settings, self.classes = config, classes
+        self.teach, width = _videomamba_teacher(config, device)
+        self.student = _student(VideoMamba, config, {"num_classes": classes, "distill_dim": width})
+
+    def prepare(self, clips: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+        clips, targets = super().prepare(clips, labels, generator)
+        return clips, targets, self.teach(clips)[0][0]
+
+    def forward(self, clips: Tensor, targets: Tensor, tokens: Tensor) -> tuple[Tensor, Parts]:  # type: ignore[override]
+        out, how = self.student(clips), self.settings.loss
+        loss = distillation_loss(out, targets, tokens, how.distillation, how.label_smoothing)
+        return loss, {"distance": alignment_loss(out.features.detach(), tokens)}
+
+    def logits(self, clips: Tensor) -> Tensor:
+        return self.student(clips).logits
+
+
+class Pretrain(Task):
+    """Masked alignment: the student's features of visible tokens against those of a teacher that sees all."""
+
+    partial = True  # features end before the last mixer, and before what pools: upstream's way
+
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        super().__init__()
+        self.settings = config
+        self.teach, layers, width = _teacher(config, device)
+        wanted = {"clip_return_layer": layers, "clip_output_dim": width}
+        self.student = _student(VideoMambaEncoder, config, wanted)
+
+    def prepare(self, clips: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+        features, attention = self.teach(clips)
+        how, config = self.settings.mask, self.student.config
+        if how.kind == "attention":
+            assert attention is not None  # _teacher has seen to it
+            mask = attention_mask(attention, how.ratio, generator)
+        else:
+            mask = MASKS[how.kind](len(clips), (config.tubelets, *config.grid), how.ratio, generator)
+        return clips, mask, keep_visible(features, mask)
+
+    def forward(self, clips: Tensor, mask: Tensor, features: Tensor) -> tuple[Tensor, Parts]:
+        return alignment_loss(self.student(clips, mask).clip, features, self.settings.loss.alignment), {}
+
+
+def build(config: TrainConfig, classes: Sequence[str], device: torch.device) -> Task:
+    """The task with its models on `device`, the student ready to train.
+
+    Raises ValueError for a model, start or teacher that does not fit, FileNotFoundError, CheckpointError, ImportError.
+    """
+    if config.task == "pretrain":
+        return Pretrain(config, device).to(device)
+    if len(classes) < 2:
+        raise ValueError(
+            f"data.train is {config.data.train!r} with {len(classes)} classes; allowed: a folder for each of 2 or more"
+        )
+    task = Distill(config, len(classes), device) if config.task == "distill" else Finetune(config, len(classes))
+    return task.to(device)
+
+
+def _student(kind: Any, config: TrainConfig, follows: dict[str, Any]) -> Any:
+    """The model with its first weights; `follows` are fields that data and teacher decide."""
+    for key, value in follows.items():
+        if config.model.get(key, value) != value:
+            raise ValueError(f"model.{key} is {config.model[key]!r}; allowed: {value}, which follows from data and teacher")
+    given = {key: value for key, value in config.model.items() if key != "size"}
+    given |= {"img_size": config.data.size, "num_frames": config.data.frames, **follows}
+    start = config.start
+    if start is not None and not Path(start).is_file():
+        return kind.from_pretrained(start, backend=config.backend, **given)
+    model = kind(getattr(VideoMambaConfig, config.model.get("size", "tiny"))(**given), backend=config.backend)
+    if start is not None:
+        load_checkpoint(model, start)
+    return model
+
+
+def _teacher(config: TrainConfig, device: torch.device) -> tuple[Teacher, int, int]:
+    """A frozen teacher for pretraining, how many layers it shows, and their width."""
+    if _model_type(str(config.teacher)) == "clip":
+        return _clip_teacher(config, device)
+    if config.mask.kind == "attention":
+        raise ValueError(
+            f"mask.kind is 'attention'; allowed with the teacher {config.teacher}, which is a VideoMamba and has none: "
+            f"{', '.join(MASKS)}"
+        )
+    teach, width = _videomamba_teacher(config, device)
+    return teach, 1, width
+
+
+def _videomamba_teacher(config: TrainConfig, device: torch.device) -> tuple[Teacher, int]:
+    """The final-normed tokens of a VideoMamba of either kind, as its one layer (1, B, L, D); and D."""
+    sizes = {"img_size": config.data.size, "num_frames": config.data.frames}
+    asked = {"clip_return_layer": 0, "add_pool_norm": False, "distill_dim": None}  # its heads are not asked
+    model = VideoMambaEncoder.from_pretrained(str(config.teacher), backend=config.backend, **sizes, **asked)
+    model = model.to(device).requires_grad_(False)
+
+    @torch.no_grad()
+    def teach(clips: Tensor) -> tuple[Tensor, Tensor | None]:
+        return model.encode(model.embed(clips))[0][None], None
+
+    return teach, model.config.embed_dim
+
+
+def _model_type(source: str) -> str | None:
+    """ "clip" for a folder of one of transformers' CLIP models, None for all others."""
+    if source in PRETRAINED or not (Path(source) / "config.json").is_file():
+        return None
+    kind = json.loads((Path(source) / "config.json").read_text()).get("model_type", "")
+    return "clip" if kind in ("clip", "clip_vision_model") else None
