@@ -36,7 +36,7 @@ def python(session: nox.Session, *arguments: str) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """The tests, one process a core; they need no GPU."""
-    install(session, "-e", ".[harness]", *TEST)
+    install(session, "-e", ".[harness,train]", *TEST)
     shared = ("-n", "auto") if session.venv_backend != "none" else ()
     python(session, "-m", "pytest", *shared, *session.posargs)
 
@@ -52,7 +52,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Types (mypy)."""
-    install(session, "-e", ".[harness]", *TYPES)
+    install(session, "-e", ".[harness,train]", *TYPES)
     python(session, "-m", "mypy", *session.posargs)
 
 

@@ -25,7 +25,7 @@ def test_fused_and_reference_are_light():
     """Under 2 s beyond torch, without the compiler and the harness's libraries; the slower of two imports is not counted."""
     script = (
         "import sys, time, torch, jaxtyping\n"
-        "heavy = 'torch._dynamo pandas matplotlib typer rich av harness mamba_ssm causal_conv1d'\n"
+        "heavy = 'torch._dynamo pandas matplotlib typer rich av yaml transformers harness mamba_ssm causal_conv1d'\n"
         "hub = 'safetensors huggingface_hub timm onnx onnxscript'\n"
         "for name in (heavy + ' ' + hub).split():\n"
         "    sys.modules[name] = None\n"

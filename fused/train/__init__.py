@@ -1,4 +1,4 @@
-"""Parts of training: masks, losses, mixtures, parameter groups, the schedule, the seed. `import fused` leaves it out.
+"""Parts of training: clips, masks, losses, mixtures, parameter groups, the schedule, the seed. `import fused` leaves it out.
 
     groups = parameter_groups(model, lr=1.2e-3, weight_decay=0.05)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
@@ -8,6 +8,7 @@ Stochastic depth and recomputation are the model's: `drop_path_rate`, `use_check
 configuration.
 """
 
+from .data import Batch, Batches, ClipFolder, batches
 from .losses import (
     MatchingPairs,
     alignment_loss,
@@ -26,10 +27,14 @@ from .seed import setup_seed
 from .words import mask_words
 
 __all__ = [
+    "Batch",
+    "Batches",
+    "ClipFolder",
     "MatchingPairs",
     "Mixed",
     "alignment_loss",
     "attention_mask",
+    "batches",
     "clip_row_mask",
     "contrastive_loss",
     "cosine_schedule",

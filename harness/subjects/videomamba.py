@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 import fused
 import reference
-from harness import modules, video
+from fused.video import read_clip
+from harness import modules
 from harness.case import Case
 from harness.subject import Implementation, fused_implementations
+from harness.video import SHIPPED
 
 NAMED: dict[str, dict[str, Any]] = {
     "layernorm": {"rms_norm": False}, "unfused": {"fused_add_norm": False}, "tubelet2": {"kernel_size": 2},
@@ -98,8 +100,8 @@ def clip(case: Case, seed: int) -> Tensor:
     if not case.has("video"):
         return case.normal(seed, "clip", B, 3, T, S, S)
     starts = [(seed * B + b) / (8 * B) for b in range(B)]
-    path = case.video or video.SHIPPED
-    return torch.stack([video.read_clip(path, T, S, start=s, stop=s + 0.5) for s in starts]).double()
+    path = case.video or SHIPPED
+    return torch.stack([read_clip(path, T, S, start=s, stop=s + 0.5) for s in starts]).double()
 
 
 def precise(case: Case) -> set[str]:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from harness.video import MEAN, SHIPPED, STD, VideoError, count_frames, read_clip, sample
+from fused.video import MEAN, STD, VideoError, count_frames, read_clip, sample
+from harness.video import SHIPPED
 
 STEP = 4  # frame i of the made videos is the grey value 20 + 4 i
 
@@ -186,5 +187,5 @@ def test_arguments_out_of_range(wrong):
 def test_without_pyav_the_message_names_the_extra(monkeypatch):
     real = builtins.__import__
     monkeypatch.setattr(builtins, "__import__", lambda name, *rest: real("not_there" if name == "av" else name, *rest))
-    with pytest.raises(ImportError, match=r"videomamba-bench\[harness\]"):
+    with pytest.raises(ImportError, match=r"videomamba-bench\[train\]"):
         read_clip(SHIPPED, 1, 8)

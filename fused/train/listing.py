@@ -1,0 +1,112 @@
+"""Which video files a training reads, and their classes: a folder, a folder of classes, or a list."""
+
+import csv
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+SUFFIXES = frozenset(
+    ".3gp .asf .avi .flv .gif .h264 .m2ts .m4v .mjpeg .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogv .ts .vob .webm .wmv".split()
+)
+"""What is taken for a video in a folder; a list may name any file."""
+
+
+class Listing(NamedTuple):
+    """Files in order, the number of each one's class (-1: none), the names of the classes."""
+
+    files: tuple[Path, ...]
+    labels: tuple[int, ...]
+    classes: tuple[str, ...]
+
+
+def list_videos(root: str | Path, classes: Sequence[str] | None) -> Listing:
+    """The videos of a folder, or of a list of them. Files are sorted, and not opened.
+
+    - root/class/file.mp4, nested as deep as you like: the class is the first folder's name.
+    - root/file.mp4: no classes.
+    - a text file with `path,label` in each line (the first may say so), or `path` alone: paths are relative to the list's
+      folder. If all labels are whole numbers, they are the numbers of the classes; else names.
+
+    `classes` None: the names that occur, sorted. Names in the order of their numbers: nothing else may occur (pass
+    training's to validation, which may lack some). (): classes are not asked for. Hidden files and folders are left out.
+
+    Raises ValueError or TypeError for what is not so, naming the place.
+    """
+    _check_classes(classes)
+    root = Path(root)
+    if root.is_dir():
+        found = _of_folder(root, classes != ())
+    elif not root.exists():
+        raise ValueError(f"root must be a folder of videos, or a list of them (path,label in each line); there is no {root}")
+    else:
+        found = _of_list(root)
+    if not found:
+        kinds = f"files with the suffixes {' '.join(sorted(SUFFIXES))}" if root.is_dir() else "path,label in each line"
+        raise ValueError(f"root must hold videos, {kinds}; there is none in {root}")
+    found.sort()
+    files = tuple(path for path, _ in found)
+    names = [name for _, name in found]
+    if classes == () or not any(names):
+        if classes:
+            raise ValueError(f"classes are {_some(classes)}, but the videos of {root} have none; allowed: None or ()")
+        return Listing(files, (-1,) * len(files), ())
+    if not all(names):
+        bare = files[names.index("")]
+        raise ValueError(f"root must hold videos with classes or without, not both; {bare} has none, and others have one")
+    known = tuple(classes) if classes else _known(names)
+    numbers = {name: number for number, name in enumerate(known)}
+    for path, name in found:
+        if name not in numbers:
+            raise ValueError(f"{path} has the class {name!r}; allowed are {_some(known)}")
+    return Listing(files, tuple(numbers[name] for name in names), known)
+
+
+def _of_folder(root: Path, with_classes: bool) -> list[tuple[Path, str]]:
+    found = []
+    for folder, inner, names in os.walk(root, followlinks=True):  # classes are often links
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        for name in names:
+            path = Path(folder, name)
+            if path.suffix.lower() in SUFFIXES and not name.startswith("."):
+                parts = path.relative_to(root).parts
+                found.append((path, parts[0] if with_classes and len(parts) > 1 else ""))
+    return found
+
+
+def _of_list(file: Path) -> list[tuple[Path, str]]:
+    found = []
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as lines:
+            for number, row in enumerate(csv.reader(lines), 1):
+                row = [cell.strip() for cell in row]
+                if not any(row) or (number == 1 and [cell.lower() for cell in row] == ["path", "label"]):
+                    continue
+                if len(row) > 2 or not row[0]:
+                    raise ValueError(f"{file}, line {number}: allowed is path,label, or path alone, got {','.join(row)!r}")
+                found.append((file.parent / row[0], row[1] if len(row) == 2 else ""))
+    except (UnicodeDecodeError, csv.Error) as error:
+        wanted = "a folder of videos, or a list of them (UTF-8 text, path,label in each line)"
+        raise ValueError(f"root must be {wanted}, got {file}") from error
+    return found
+
+
+def _known(names: list[str]) -> tuple[str, ...]:
+    """The classes that occur, sorted; whole numbers are classes by themselves."""
+    if all(name.isascii() and name.isdigit() for name in names):
+        return tuple(map(str, range(max(map(int, names)) + 1)))
+    return tuple(sorted(set(names)))
+
+
+def _check_classes(classes: Sequence[str] | None) -> None:
+    if classes is None:
+        return
+    if isinstance(classes, str) or not all(isinstance(name, str) and name for name in classes):
+        raise TypeError(f"classes must be a sequence of names, or None, got {classes!r}")
+    if len(set(classes)) < len(classes):
+        raise ValueError(f"classes must be names that differ, got {_some(classes)}")
+
+
+def _some(names: Sequence[str]) -> str:
+    few = ", ".join(map(repr, names[:10]))
+    return few if len(names) <= 10 else f"{few} and {len(names) - 10} others"
