@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train as the command line says, and return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m fused.train",
-        description="Fine-tune, pretrain or distil a VideoMamba on a folder of videos. A run that was stopped, in whatever way, "
+        description="Fine-tune, pretrain or distil a VideoMamba on a folder of videos. A run that was stopped, in any way, "
         "goes on with the same command.",
         epilog="Keys and their defaults: --print-config. Several GPUs: torchrun --nproc-per-node N -m fused.train ...",
     )

@@ -11,6 +11,9 @@ any number of processes. Rates are not stored: they follow from the configuratio
 import json
 import os
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +46,8 @@ def save(folder: Path, facts: dict[str, Any], model: nn.Module, optimizer: Optim
     world.wait()
     error: Exception | None = None
     try:
-        dcp.save(_tensors(model, optimizer), checkpoint_id=draft, no_dist=not world.group)
+        with _quiet():
+            dcp.save(_tensors(model, optimizer), checkpoint_id=draft, no_dist=not world.group)
         if world.first:
             with written_whole(draft / FACTS) as file:
                 file.write_text(json.dumps(facts))
@@ -90,7 +94,8 @@ def load(checkpoint: Path, model: nn.Module, optimizer: Optimizer, world: World)
         metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
         _make_room(metadata, model, optimizer)
         tensors = _tensors(model, optimizer)
-        dcp.load(tensors, checkpoint_id=checkpoint, no_dist=not world.group)
+        with _quiet():
+            dcp.load(tensors, checkpoint_id=checkpoint, no_dist=not world.group)
     except Exception as error:  # its reader has no class of its own for a file that is cut
         raise CheckpointError(f"{checkpoint} cannot be read, or is of another model: {_first_line(error)}") from error
 
@@ -129,6 +134,14 @@ def _forget(final: Path, keep: int) -> None:
         doomed = final.parent / f".{old.name}.part"
         os.replace(old, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """PyTorch warns that there is no process group, also where it was told so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
 
 
 def _first_line(error: BaseException | None) -> str:

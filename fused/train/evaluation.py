@@ -17,7 +17,8 @@ def evaluate(
     `val_videos` videos; and a sentence for each that could not be read. Every process of the world calls it, with its own
     `batch_size`; all get the same."""
     task.eval()
-    right1, right5, count, bad = 0.0, 0.0, 0, []
+    counts = torch.zeros(3, dtype=torch.long, device=world.device)  # right at first, right among five, all
+    bad: list[str] = []
     for batch in batches(
         dataset, batch_size, epoch=0, seed=0, workers=workers, rank=world.rank, world=world.size, shuffle=False, drop_last=False
     ):
@@ -28,7 +29,7 @@ def evaluate(
         with autocast:
             logits = task.logits(shown)[: len(clips)]
         right = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        right1, right5, count = right1 + right[:, 0].sum(), right5 + right.any(dim=1).sum(), count + len(clips)
-    top1, top5, videos = world.sum([right1, right5, count])
+        counts += torch.stack((right[:, 0].sum(), right.any(dim=1).sum(), counts.new_tensor(len(clips))))
+    top1, top5, videos = world.sum(counts.unbind())
     results = {"val_top1": top1 / max(videos, 1), "val_top5": top5 / max(videos, 1), "val_videos": videos}
     return results, [sentence for found in world.gather(bad) for sentence in found]

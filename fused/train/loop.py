@@ -54,10 +54,18 @@ class Trainer:
     def __init__(self, config: TrainConfig, world: World) -> None:
         self.config, self.world, self.folder = config, world, Path(str(config.out))
         data = config.data
-        shape = {"sampling": data.sampling, "stride": data.stride, "scale": data.scale, "flip": data.flip, "seed": config.seed}
-        self.data = ClipFolder(str(data.train), data.frames, data.size, train=True, **shape)
+        shape: dict[str, Any] = {
+            "sampling": data.sampling,
+            "stride": data.stride,
+            "scale": data.scale,
+            "flip": data.flip,
+            "seed": config.seed,
+        }
+        self.data = ClipFolder(
+            str(data.train), data.frames, data.size, train=True, classes=() if config.task == "pretrain" else None, **shape
+        )
         self.val = None
-        if data.val is not None and config.task != "pretrain":
+        if data.val is not None:
             self.val = ClipFolder(data.val, data.frames, data.size, train=False, classes=self.data.classes, **shape)
         self.part, rest = divmod(config.batch_size, world.size * config.accumulate)
         if rest:
@@ -196,7 +204,7 @@ class Trainer:
             )
 
     def _batches(self, epoch: int, skip: int) -> Any:
-        settings = {"rank": self.world.rank, "world": self.world.size, "workers": self.config.data.workers}
+        settings: dict[str, Any] = {"rank": self.world.rank, "world": self.world.size, "workers": self.config.data.workers}
         return batches(self.data, self.part, epoch=epoch, seed=self.config.seed, skip=skip, **settings)
 
     def _autocast(self) -> torch.autocast:

@@ -4,6 +4,7 @@ torchrun --nproc-per-node 8 -m fused.train --config FILE.yaml parallel=fsdp
 """
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -93,6 +94,8 @@ def spread(task: Task, parallel: str, world: World) -> nn.Module:
         # parameters stay float32, as under DDP, and autocast chooses what is computed in less: rounding A_log would be
         # another model, and these models are small enough to be gathered in float32
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+        # PyTorch warns of outputs that are views, in case somebody writes to them in place; nobody does
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
         for block in task.student.layers:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(task.student, mesh=mesh, mp_policy=policy)

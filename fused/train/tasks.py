@@ -5,8 +5,8 @@ what the teacher says. `forward` gives the loss and nothing else that has a grad
 DistributedDataParallel wraps.
 """
 
-import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from ..checkpoint import load_checkpoint
 from ..config import VideoMambaConfig
-from ..published import PRETRAINED
 from ..rules import wrong
 from ..videomamba import VideoMamba, VideoMambaEncoder
 from .config import TrainConfig
@@ -29,7 +28,22 @@ MASKS: dict[str, Callable[..., Tensor]] = {
 }  # fmt: skip
 
 Parts = dict[str, Tensor]
-Teacher = Callable[[Tensor], tuple[Tensor, Tensor | None]]  # clips to features (K, B, L, C) and attention (B, T, P)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen model: what it says of clips, and how large that is."""
+
+    says: Callable[[Tensor], tuple[Tensor, Tensor | None]]  # features (K, B, L, C), attention (B, T, P) or None
+    layers: int  # K
+    width: int  # C
+    grid: tuple[int, int, int]  # tubelets, rows, columns; L is 1 more than their product
+
+    def check(self, student: VideoMambaConfig) -> None:
+        """Raise ValueError unless the student has the same tokens."""
+        if (student.tubelets, *student.grid) != self.grid:
+            ours, theirs = ("{}x{}x{}".format(*grid) for grid in ((student.tubelets, *student.grid), self.grid))
+            raise ValueError(f"teacher has {theirs} tokens in time, rows and columns, the model {ours}; allowed: as many")
 
 
 class Task(nn.Module):
@@ -78,12 +92,13 @@ class Distill(Finetune):
     def __init__(self, config: TrainConfig, classes: int, device: torch.device) -> None:
         nn.Module.__init__(self)
         self.settings, self.classes = config, classes
-        self.teach, width = _videomamba_teacher(config, device)
-        self.student = _student(VideoMamba, config, {"num_classes": classes, "distill_dim": width})
+        self.teacher = _videomamba_teacher(config, device)
+        self.student = _student(VideoMamba, config, {"num_classes": classes, "distill_dim": self.teacher.width})
+        self.teacher.check(self.student.config)
 
     def prepare(self, clips: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
         clips, targets = super().prepare(clips, labels, generator)
-        return clips, targets, self.teach(clips)[0][0]
+        return clips, targets, self.teacher.says(clips)[0][0]
 
     def forward(self, clips: Tensor, targets: Tensor, tokens: Tensor) -> tuple[Tensor, Parts]:  # type: ignore[override]
         out, how = self.student(clips), self.settings.loss
@@ -102,12 +117,13 @@ class Pretrain(Task):
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
         super().__init__()
         self.settings = config
-        self.teach, layers, width = _teacher(config, device)
-        wanted = {"clip_return_layer": layers, "clip_output_dim": width}
-        self.student = _student(VideoMambaEncoder, config, wanted)
+        self.teacher = _teacher(config, device)
+        follows = {"clip_return_layer": self.teacher.layers, "clip_output_dim": self.teacher.width}
+        self.student = _student(VideoMambaEncoder, config, follows)
+        self.teacher.check(self.student.config)
 
     def prepare(self, clips: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
-        features, attention = self.teach(clips)
+        features, attention = self.teacher.says(clips)
         how, config = self.settings.mask, self.student.config
         if how.kind == "attention":
             assert attention is not None  # _teacher has seen to it
@@ -151,36 +167,25 @@ def _student(kind: Any, config: TrainConfig, follows: dict[str, Any]) -> Any:
     return model
 
 
-def _teacher(config: TrainConfig, device: torch.device) -> tuple[Teacher, int, int]:
-    """A frozen teacher for pretraining, how many layers it shows, and their width."""
-    if _model_type(str(config.teacher)) == "clip":
-        return _clip_teacher(config, device)
+def _teacher(config: TrainConfig, device: torch.device) -> Teacher:
+    """The teacher of pretraining."""
     if config.mask.kind == "attention":
         raise ValueError(
             f"mask.kind is 'attention'; allowed with the teacher {config.teacher}, which is a VideoMamba and has none: "
             f"{', '.join(MASKS)}"
         )
-    teach, width = _videomamba_teacher(config, device)
-    return teach, 1, width
+    return _videomamba_teacher(config, device)
 
 
-def _videomamba_teacher(config: TrainConfig, device: torch.device) -> tuple[Teacher, int]:
-    """The final-normed tokens of a VideoMamba of either kind, as its one layer (1, B, L, D); and D."""
-    sizes = {"img_size": config.data.size, "num_frames": config.data.frames}
-    asked = {"clip_return_layer": 0, "add_pool_norm": False, "distill_dim": None}  # its heads are not asked
-    model = VideoMambaEncoder.from_pretrained(str(config.teacher), backend=config.backend, **sizes, **asked)
+def _videomamba_teacher(config: TrainConfig, device: torch.device) -> Teacher:
+    """A VideoMamba of either kind: its final-normed tokens, as one layer. Its heads are left out, nobody asks them."""
+    asked: dict[str, Any] = {"clip_return_layer": 0, "add_pool_norm": False, "distill_dim": None}
+    asked |= {"img_size": config.data.size, "num_frames": config.data.frames}
+    model = VideoMambaEncoder.from_pretrained(str(config.teacher), backend=config.backend, **asked)
     model = model.to(device).requires_grad_(False)
 
     @torch.no_grad()
-    def teach(clips: Tensor) -> tuple[Tensor, Tensor | None]:
+    def says(clips: Tensor) -> tuple[Tensor, Tensor | None]:
         return model.encode(model.embed(clips))[0][None], None
 
-    return teach, model.config.embed_dim
-
-
-def _model_type(source: str) -> str | None:
-    """ "clip" for a folder of one of transformers' CLIP models, None for all others."""
-    if source in PRETRAINED or not (Path(source) / "config.json").is_file():
-        return None
-    kind = json.loads((Path(source) / "config.json").read_text()).get("model_type", "")
-    return "clip" if kind in ("clip", "clip_vision_model") else None
+    return Teacher(says, 1, model.config.embed_dim, (model.config.tubelets, *model.config.grid))
