@@ -127,6 +127,7 @@ def decode(path: Path, indices: list[int]) -> Iterator[UInt8[Tensor, "H W 3"]]:
             # 20 of 40 copies of the shipped clip with 3000 random bytes in them went by, with frame threads none.
             video.codec_context.options = {"err_detect": "explode"}
             video.thread_type = "FRAME"
+            video.codec_context.thread_count = min(torch.get_num_threads(), 16)  # one in a worker process of PyTorch
             for frame in container.decode(video):
                 if frame.is_corrupt:  # so are those that are predicted from it, without a mark
                     raise VideoError(path, f"corrupt at frame {decoded}")

@@ -12,7 +12,7 @@ import random
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,7 +83,7 @@ class ClipFolder:
         check_real("ClipFolder", "scale's most", scale[1], scale[0], 1)
         self.frames, self.size, self.train, self.sampling, self.stride = frames, size, train, sampling, stride
         self.scale, self.flip, self.seed = (scale[0], scale[1]), flip, seed
-        self.files, self.labels, self.classes = list_videos(root, tuple(classes) if classes is not None else None)
+        self.files, self.labels, self.classes = list_videos(root, classes)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -126,9 +126,10 @@ def batches(
     rank its part, so that two ranks with batches of 4 see together what one sees with batches of 8.
 
     With `drop_last`, for training, every batch is whole: what is left at the epoch's end is dropped, and a file that cannot
-    be read is replaced by the next one of this rank's later batches that can. After 32 that cannot, one after another, comes
-    a RuntimeError. Without, for evaluation, every file comes exactly once over all ranks, except those that cannot be read;
-    all ranks have as many steps, so that the last batch, shared evenly, may be empty on some.
+    be read is replaced by the next one of the order, behind this step, that can; the ranks take such in turn. After 32 that
+    cannot, one after another, comes a RuntimeError. Without, for evaluation, every file comes exactly once over all ranks,
+    except those that cannot be read; all ranks have as many steps, so that the last batch, shared evenly, may be empty on
+    some.
 
     `workers` processes read ahead (0: this one reads); they ignore the interrupt of Ctrl-C, which ends them through this
     process. If one dies, PyTorch's RuntimeError names it. Nothing here draws from PyTorch's own generators. Where CUDA is,
@@ -196,24 +197,22 @@ class _Steps(Dataset):
         indices: list[int] = []
         bad: dict[int, str] = {}
         row = 0  # of bad files one after another
-        for index in chain(own, self._later(step) if self.replace else ()):
+        for index in chain(own, self._next(step) if self.replace else ()):
             if len(samples) == len(own):
                 break
+            if self.replace and row == MOST_BAD:
+                *_, last = bad.values()
+                raise RuntimeError(f"batches: of the last {row} files none could be read, the last being {last}")
+            row += 1
             if index in bad:  # the order has gone round
                 continue
             try:
                 samples.append(self.dataset.sample(index, self.epoch))
             except VideoError as error:
                 bad[index] = str(error)
-                row += 1
-                if self.replace and row == MOST_BAD:
-                    break
             else:
                 indices.append(index)
                 row = 0
-        if self.replace and len(samples) < len(own):
-            count, last = (row or len(bad)), list(bad.values())[-1]
-            raise RuntimeError(f"batches: of the last {count} files none could be read: {last}")
         size, frames = self.dataset.size, self.dataset.frames
         clips = torch.stack([s.clip for s in samples]) if samples else torch.empty(0, 3, frames, size, size)
         labels = torch.tensor([s.label for s in samples], dtype=torch.int64)
@@ -222,14 +221,13 @@ class _Steps(Dataset):
     def _own(self, step: int) -> list[int]:
         """This rank's files of a step; of the last, which may lack some, an even part."""
         shared = self.order[step * self.whole : (step + 1) * self.whole]
-        count = len(shared)
-        return shared[self.rank * count // self.world : (self.rank + 1) * count // self.world].tolist()
+        size = len(shared)
+        return shared[self.rank * size // self.world : (self.rank + 1) * size // self.world].tolist()
 
-    def _later(self, step: int) -> Iterator[int]:
-        """This rank's files after a step's, round to the step itself."""
-        steps = len(self.order) // self.whole
-        for later in range(step + 1, step + 1 + steps):
-            yield from self._own(later % steps)
+    def _next(self, step: int) -> Iterator[int]:
+        """The files that follow a step's in the order, round and round: the ranks take them in turn."""
+        for place in count((step + 1) * self.whole + self.rank, self.world):
+            yield int(self.order[place % len(self.order)])
 
 
 def _ignore_interrupts(_: int) -> None:

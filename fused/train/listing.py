@@ -34,7 +34,7 @@ def list_videos(root: str | Path, classes: Sequence[str] | None) -> Listing:
     Raises ValueError or TypeError for what is not so, naming the place.
     """
     _check_classes(classes)
-    root = Path(root)
+    root, classes = Path(root), None if classes is None else tuple(classes)
     if root.is_dir():
         found = _of_folder(root, classes != ())
     elif not root.exists():
@@ -54,7 +54,7 @@ def list_videos(root: str | Path, classes: Sequence[str] | None) -> Listing:
     if not all(names):
         bare = files[names.index("")]
         raise ValueError(f"root must hold videos with classes or without, not both; {bare} has none, and others have one")
-    known = tuple(classes) if classes else _known(names)
+    known = classes or _known(names)
     numbers = {name: number for number, name in enumerate(known)}
     for path, name in found:
         if name not in numbers:
