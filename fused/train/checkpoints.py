@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.optim import Optimizer
 
@@ -40,11 +41,12 @@ def save(folder: Path, facts: dict[str, Any], model: nn.Module, optimizer: Optim
     draft = folder / f".{final.name}.part"
     if world.first:
         folder.mkdir(parents=True, exist_ok=True)
-        for old in (*folder.glob(".*.part"), final):  # of processes that were killed; a whole one that `last` does not name
-            if old.is_dir():
-                shutil.rmtree(old)
+        for old in folder.glob(".*.part"):  # of processes that were killed; nobody else writes here
+            old.unlink() if old.is_file() else shutil.rmtree(old)
+        if final.is_dir():  # whole, but `last` was not to name it any more
+            shutil.rmtree(final)
     world.wait()
-    error: Exception | None = None
+    error: BaseException | None = None
     try:
         with _quiet():
             dcp.save(_tensors(model, optimizer), checkpoint_id=draft, no_dist=not world.group)
@@ -54,14 +56,14 @@ def save(folder: Path, facts: dict[str, Any], model: nn.Module, optimizer: Optim
             os.replace(draft, final)
             with written_whole(folder / POINTER) as file:
                 file.write_text(final.name + "\n")
-    except Exception as problem:  # PyTorch's CheckpointException, OSError of the second half: any failure to write
+    except (Exception, CheckpointException) as problem:  # any failure to write; PyTorch's own is no Exception
         error = problem
     if any(world.gather(error is not None)):
         if world.first:
             shutil.rmtree(draft, ignore_errors=True)
         free = shutil.disk_usage(folder).free / 2**20
         raise NotWritten(
-            f"{final}: not written, the checkpoint before it stays ({free:.0f} MiB are free there): {_first_line(error)}"
+            f"{final}: not written, the checkpoint before it stays ({free:.0f} MiB are free there): {_reason(error)}"
         ) from error
     if world.first:
         _forget(final, keep)
@@ -96,8 +98,8 @@ def load(checkpoint: Path, model: nn.Module, optimizer: Optimizer, world: World)
         tensors = _tensors(model, optimizer)
         with _quiet():
             dcp.load(tensors, checkpoint_id=checkpoint, no_dist=not world.group)
-    except Exception as error:  # its reader has no class of its own for a file that is cut
-        raise CheckpointError(f"{checkpoint} cannot be read, or is of another model: {_first_line(error)}") from error
+    except (Exception, CheckpointException) as error:  # whatever its reader trips over
+        raise CheckpointError(f"{checkpoint} cannot be read, or is of another model: {_reason(error)}") from error
 
 
 def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
@@ -144,11 +146,15 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _first_line(error: BaseException | None) -> str:
-    """PyTorch wraps the reason of every process, with its traceback, into one message."""
+def _reason(error: BaseException | None) -> str:
+    """In one line. PyTorch wraps what happened in every process, with its traceback, into one exception, and its writer
+    stumbles once more over a file that the disk did not take: what the system said is behind that."""
     if error is None:
         return "another process could not"
-    reasons = getattr(error, "failures", None)
-    if reasons:
-        error = next(iter(reasons.values()))[0]
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else error!r}"
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    behind: BaseException | None = error
+    while behind is not None and not isinstance(behind, OSError):
+        behind = behind.__cause__ or behind.__context__
+    error = behind or error
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"

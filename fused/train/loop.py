@@ -151,7 +151,7 @@ class Trainer:
             clips, labels = batch.clips.to(world.device, non_blocking=True), batch.labels.to(world.device, non_blocking=True)
             with parallel.shared(self.module, self.task, i + 1 == parts):
                 with self._autocast():
-                    given = self._prepare(clips, labels, torch.Generator().manual_seed(seed))
+                    given = self.task.prepare(clips, labels, torch.Generator().manual_seed(seed))
                     loss, more = self.module(*given)
                 self.scaler.scale(loss / parts).backward()
             for name, value in {"loss": loss, **more}.items():
@@ -175,10 +175,6 @@ class Trainer:
         line["memory_mib"] = memory(world.device)
         every = [sentence for sentences in world.gather(bad) for sentence in sentences] if bad_files else []
         return line, every, stops > 0
-
-    @torch.no_grad()
-    def _prepare(self, clips: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
-        return self.task.prepare(clips, labels, generator)
 
     def _check(self, loss: float, norm: float) -> None:
         """Raise Diverged unless both are numbers. A scaler leaves such a step out by itself, unless it has nothing left to

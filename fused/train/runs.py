@@ -75,6 +75,7 @@ def finish(trainer: "Trainer", log: Log | None) -> Path:
         whole = kind(student.config)  # the student itself may be spread
         whole.load_state_dict(state)
         whole.save_pretrained(folder)
-        bad = f"; {len(log.bad)} files could not be read, log.jsonl names them" if log.bad else ""
+        count = len(log.bad)
+        bad = f"; {count} file{'s' * (count > 1)} could not be read, log.jsonl names them" if count else ""
         log.say(f"done: {trainer.step} steps; the model is in {folder}{bad}")
     return folder

@@ -1,6 +1,6 @@
 """The three tasks: which models they train, and the loss of a batch.
 
-A task is a module around its student. `prepare` makes of a batch what `forward` needs, without gradient: mixtures, masks,
+A task is a module around its student. `prepare` makes of a batch what `forward` needs: mixtures, masks,
 what the teacher says. `forward` gives the loss and nothing else that has a gradient, so that it is what
 DistributedDataParallel wraps.
 """
@@ -53,7 +53,7 @@ class Task(nn.Module):
     partial = False
 
     def prepare(self, clips: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """The arguments of `forward`, for clips (B, C, T, H, W) and labels (B,) int64; without gradient."""
+        """The arguments of `forward`, for clips (B, C, T, H, W) and labels (B,) int64; nothing of it has a gradient."""
         raise NotImplementedError
 
     def logits(self, clips: Tensor) -> Tensor:
@@ -184,7 +184,6 @@ def _videomamba_teacher(config: TrainConfig, device: torch.device) -> Teacher:
     model = VideoMambaEncoder.from_pretrained(str(config.teacher), backend=config.backend, **asked)
     model = model.to(device).requires_grad_(False)
 
-    @torch.no_grad()
     def says(clips: Tensor) -> tuple[Tensor, Tensor | None]:
         return model.encode(model.embed(clips))[0][None], None
 
