@@ -24,14 +24,20 @@ from .mix import Mixed, cutmix, mix, mixup
 from .optim import parameter_groups
 from .schedule import cosine_schedule
 from .seed import setup_seed
+from .teachers import ClipTeacher, TeacherOutput
+from .text import TextEncoder, TextOutput
 from .words import mask_words
 
 __all__ = [
     "Batch",
     "Batches",
     "ClipFolder",
+    "ClipTeacher",
     "MatchingPairs",
     "Mixed",
+    "TeacherOutput",
+    "TextEncoder",
+    "TextOutput",
     "alignment_loss",
     "attention_mask",
     "batches",

@@ -5,6 +5,7 @@ what the teacher says. `forward` gives the loss and nothing else that has a grad
 DistributedDataParallel wraps.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from .config import TrainConfig
 from .losses import alignment_loss, distillation_loss
 from .masks import attention_mask, clip_row_mask, frame_row_mask, keep_visible, random_mask, tube_mask
 from .mix import mix
+from .teachers import ClipTeacher
 
 MASKS: dict[str, Callable[..., Tensor]] = {
     "random": random_mask, "tube": tube_mask, "clip-row": clip_row_mask, "frame-row": frame_row_mask
@@ -156,9 +158,7 @@ def _student(kind: Any, config: TrainConfig, follows: dict[str, Any]) -> Any:
     for key, value in follows.items():
         if config.model.get(key, value) != value:
             raise ValueError(f"model.{key} is {config.model[key]!r}; allowed: {value}, which follows from data and teacher")
-    given = {key: value for key, value in config.model.items() if key != "size"}
-    given |= {"img_size": config.data.size, "num_frames": config.data.frames, **follows}
-    start = config.start
+    given, start = _fields(config) | follows, config.start
     if start is not None and not Path(start).is_file():
         return kind.from_pretrained(start, backend=config.backend, **given)
     model = kind(getattr(VideoMambaConfig, config.model.get("size", "tiny"))(**given), backend=config.backend)
@@ -167,14 +167,31 @@ def _student(kind: Any, config: TrainConfig, follows: dict[str, Any]) -> Any:
     return model
 
 
+def _fields(config: TrainConfig) -> dict[str, Any]:
+    """The fields of VideoMambaConfig that the configuration gives."""
+    given = {key: value for key, value in config.model.items() if key != "size"}
+    return given | {"img_size": config.data.size, "num_frames": config.data.frames}
+
+
 def _teacher(config: TrainConfig, device: torch.device) -> Teacher:
-    """The teacher of pretraining."""
+    """The teacher of pretraining: CLIP, if the folder is one of transformers' models, else a VideoMamba."""
+    about = Path(str(config.teacher)) / "config.json"
+    if about.is_file() and "architectures" in json.loads(about.read_text()):
+        return _clip_teacher(config, device)
     if config.mask.kind == "attention":
         raise ValueError(
             f"mask.kind is 'attention'; allowed with the teacher {config.teacher}, which is a VideoMamba and has none: "
             f"{', '.join(MASKS)}"
         )
     return _videomamba_teacher(config, device)
+
+
+def _clip_teacher(config: TrainConfig, device: torch.device) -> Teacher:
+    """CLIP over every tubelet, as many of its last layers as model.clip_return_layer says."""
+    student = VideoMambaConfig(**_fields(config))  # as far as a teacher has to know: its clips, tokens and layers
+    clip = ClipTeacher.from_pretrained(str(config.teacher), student)
+    clip.model.to(device)
+    return Teacher(clip, len(clip.layers), clip.width, (student.tubelets, *student.grid))
 
 
 def _videomamba_teacher(config: TrainConfig, device: torch.device) -> Teacher:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from trainings import SMALL, killed_at, log, start, steps, tensors, train, videos
+from trainings import SMALL, killed_at, log, steps, tensors, train, videos
 
 STEPS, EVERY = 8, 3
 WORDS = [*SMALL, "task=finetune", f"steps={STEPS}", f"save_every={EVERY}", "evaluate_every=4", "model.drop_path_rate=0.3"]
