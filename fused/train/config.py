@@ -38,8 +38,8 @@ class DataConfig:
     size: int = 224  # pixels of a side
     sampling: str = "segments"
     stride: int = 4
-    scale: tuple[float, float] = (0.5, 1.0)
-    flip: float = 0.5
+    scale: tuple[int | float, int | float] = (0.5, 1.0)
+    flip: int | float = 0.5
     workers: int = 2  # processes that decode, for each process that trains
 
 
@@ -47,32 +47,32 @@ class DataConfig:
 class OptimConfig:
     """AdamW, its groups (`parameter_groups`) and its schedule (`cosine_schedule`)."""
 
-    lr: float = 1e-4
-    weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.999)
-    layer_decay: float = 1.0
+    lr: int | float = 1e-4
+    weight_decay: int | float = 0.05
+    betas: tuple[int | float, int | float] = (0.9, 0.999)
+    layer_decay: int | float = 1.0
     rule: str = "corrected"
     warmup_steps: int = 0
-    warmup_start: float = 0.0  # shares of lr
-    floor: float = 0.01
-    clip_grad: float | None = None  # the most that the norm of all gradients may be
+    warmup_start: int | float = 0.0  # shares of lr
+    floor: int | float = 0.01
+    clip_grad: int | float | None = None  # the most that the norm of all gradients may be
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    label_smoothing: float = 0.1
+    label_smoothing: int | float = 0.1
     alignment: str = "l2"
-    distillation: float = 1.0  # weight beside the cross-entropy
+    distillation: int | float = 1.0  # weight beside the cross-entropy
 
 
 @dataclass(frozen=True)
 class MixConfig:
     """`mix`; alphas of 0 leave clips as they are."""
 
-    mixup: float = 0.8
-    cutmix: float = 1.0
-    probability: float = 1.0
-    switch: float = 0.5
+    mixup: int | float = 0.8
+    cutmix: int | float = 1.0
+    probability: int | float = 1.0
+    switch: int | float = 0.5
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class MaskConfig:
     """Which tokens the student does not see; "attention" needs a CLIP teacher."""
 
     kind: str = "tube"
-    ratio: float = 0.8
+    ratio: int | float = 0.8
 
 
 @dataclass(frozen=True)

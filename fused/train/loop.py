@@ -226,6 +226,9 @@ class Trainer:
                 f"{self.config.data.train} holds {len(self.data)} videos, and held {facts['videos']} when {self.folder} began"
             )
             raise ValueError(f"{found}; allowed: the same, or another out")
+        if facts["processes"] != self.world.size:
+            same = "a step takes the same videos, and draws otherwise"
+            self.changed.append(f"processes: {facts['processes']} -> {self.world.size}; {same}")
         checkpoints.load(checkpoint, self.task.student, self.optimizer, self.world)
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(facts["scaler"])

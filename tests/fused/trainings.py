@@ -93,12 +93,12 @@ def killed_at(words: list[str], run: Path, step: int, number: signal.Signals, ou
     return process.exitcode
 
 
-def videos(root: Path, each: int, classes: tuple[int, ...] = (2, 28)) -> Path:
-    """A folder of classes: so steeply the frames of their videos brighten."""
-    for step in classes:
-        (root / f"steep{step}").mkdir(parents=True)
+def videos(root: Path, each: int, sides: tuple[int, ...] = (0, 20)) -> Path:
+    """A folder of classes: how much of the frame is white at the left and at the right."""
+    for side in sides:
+        (root / f"side{side}").mkdir(parents=True)
         for i in range(each):
-            write_video(root / f"steep{step}" / f"{i}.avi", frames=6 + i % 2, width=48, height=32, step=step + i % 2)
+            write_video(root / f"side{side}" / f"{i}.avi", frames=6 + i % 2, width=48, height=32, side=side, step=4 + i)
     return root
 
 

@@ -19,7 +19,7 @@ def folder(tmp_path_factory) -> Path:
     """Videos, one of them broken, and a run that nothing disturbed: 3 steps an epoch."""
     folder = tmp_path_factory.mktemp("training")
     videos(folder / "videos", 7)
-    (folder / "videos" / "steep2" / "0.avi").write_bytes(b"no video")
+    (folder / "videos" / "side0" / "0.avi").write_bytes(b"no video")
     code, said = train(words(folder, "whole"), folder=folder)
     assert code == 0, said
     return folder

@@ -1,0 +1,150 @@
+"""`python -m fused.train` from a folder of videos to a model: the three tasks, what is logged, what stops it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from trainings import SMALL, log, steps, train, videos
+
+from fused import VideoMamba, VideoMambaConfig, VideoMambaEncoder
+
+TINY = {"img_size": 32, "num_frames": 2, "depth": 1, "embed_dim": 24}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Eight videos of two classes, and a teacher that was never trained."""
+    folder = tmp_path_factory.mktemp("cli")
+    videos(folder / "videos", 4)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        VideoMamba(VideoMambaConfig(**TINY, num_classes=3)).save_pretrained(folder / "teacher")
+    return folder
+
+
+def words(folder: Path, run: str, *more: str) -> list[str]:
+    return [*SMALL, f"data.train={folder / 'videos'}", f"out={folder / run}", *more]
+
+
+def falls(run: Path) -> bool:
+    losses = [line["loss"] for line in steps(run)]
+    return sum(losses[-4:]) < 0.8 * sum(losses[:4])
+
+
+def test_finetune(folder):
+    """All that a run leaves; the classes are learnt."""
+    # bends in the middle: evaluation between, files that are no videos, parts of a step, images mixed or not
+    val = videos(folder / "val", 3)
+    (val / "side0" / "broken.avi").write_bytes(b"no video")
+    more = ["task=finetune", "epochs=12", f"data.val={val}", "evaluate_every=20", "accumulate=2", "mix.probability=0.3"]
+    code, said = train(words(folder, "fine", *more, "log_every=2", "optim.clip_grad=1.0"), folder=folder)
+    assert code == 0, said
+    run = folder / "fine"
+    assert "finetune: VideoMamba" in said and "8 videos in 2 classes, 2 steps an epoch, 24 steps" in said
+    assert said.count("left out") == 1 and "1 file could not be read" in said
+    assert [line["step"] for line in steps(run)] == list(range(2, 25, 2)) and falls(run)
+    assert [line["epoch"] for line in steps(run)][:3] == [0, 1, 2]
+    assert steps(run)[0].keys() == {"step", "epoch", "loss", "lr", "grad_norm"}
+    judged = [line for line in log(run) if "val_top1" in line]
+    assert [line["step"] for line in judged] == [20, 24]
+    assert judged[-1]["val_videos"] == 6 and judged[-1]["val_top1"] > 0.8 and judged[-1]["val_top5"] == 1
+    assert [line["step"] for line in log(run) if "broken.avi" in line.get("bad", "")] == [20, 24]
+    model = VideoMamba.from_pretrained(run / "model")
+    assert model.config.num_classes == 2 and model.config.num_frames == 2
+    code, said = train(["--config", str(run / "config.yaml"), "--dry-run"], folder=folder)
+    assert code == 0 and "goes on behind step 24" in said and "accumulate: 2" in said
+
+
+def test_distill(folder):
+    more = ["task=distill", f"teacher={folder / 'teacher'}", "steps=14", "precision=bfloat16", "optim.lr=1e-2"]
+    code, said = train(words(folder, "distilled", *more), folder=folder)
+    assert code == 0, said
+    first, *_, last = steps(folder / "distilled")
+    assert last["distance"] < 0.8 * first["distance"] and falls(folder / "distilled")
+    assert VideoMamba.from_pretrained(folder / "distilled/model").config.distill_dim == TINY["embed_dim"]
+
+
+@pytest.mark.parametrize("kind", ["tube", "random", "clip-row", "frame-row"])
+def test_pretrain_and_go_on_with_its_weights(folder, kind):
+    more = [
+        "task=pretrain",
+        f"teacher={folder / 'teacher'}",
+        "steps=12",
+        f"mask.kind={kind}",
+        "mask.ratio=0.5",
+        "optim.lr=1e-2",
+    ]
+    trainings = [words(folder, kind, *more)]
+    if kind == "tube":
+        start = f"start={folder / kind / 'model'}"
+        trainings.append([word for word in words(folder, "from", start, "task=finetune", "steps=1") if "model." not in word])
+    code, said = train(*trainings, folder=folder)
+    assert code == 0 and falls(folder / kind), said
+    assert VideoMambaEncoder.from_pretrained(folder / kind / "model").config.clip_output_dim == TINY["embed_dim"]
+    if kind == "tube":
+        assert "the checkpoint has no head" in said and "model has no clip_decoder" in said
+        assert VideoMamba.from_pretrained(folder / "from/model").config.depth == 2
+
+
+def test_pretrain_with_clip(folder):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16,
+        projection_dim=12,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        transformers.CLIPVisionModelWithProjection(config).save_pretrained(folder / "clip")
+    more = ["task=pretrain", f"teacher={folder / 'clip'}", "steps=12", "mask.kind=attention", "mask.ratio=0.5", "optim.lr=1e-2"]
+    code, said = train(words(folder, "clipped", *more, "model.clip_return_layer=2"), folder=folder)
+    assert code == 0 and falls(folder / "clipped"), said
+    student = VideoMambaEncoder.from_pretrained(folder / "clipped/model")
+    assert (student.config.clip_output_dim, student.config.clip_return_layer) == (12, 2)
+
+
+def test_float16(folder):
+    """The loss is scaled; a step whose gradients overflow is left out, and the scale comes down."""
+    code, said = train(words(folder, "half", "task=finetune", "steps=3", "precision=float16", "save_every=2"), folder=folder)
+    assert code == 0, said
+    assert all(line["scale"] >= 1 for line in steps(folder / "half"))
+    facts = json.loads((folder / "half/checkpoints/step-00000002/training.json").read_text())
+    assert facts["scaler"]["scale"] == steps(folder / "half")[1]["scale"]
+
+
+def test_a_loss_that_is_no_number(folder):
+    more = ["task=finetune", "steps=9", "optim.lr=1e30", "save_every=1"]
+    code, said = train(words(folder, "diverged", *more), folder=folder)
+    assert code == 1 and "Traceback" not in said
+    last = (folder / "diverged/checkpoints/last").read_text().strip()
+    assert (
+        f"step {int(last[5:]) + 1}: the " in said and f"last good checkpoint: {folder / 'diverged/checkpoints' / last}" in said
+    )
+    assert len(steps(folder / "diverged")) == int(last[5:]) < 9
+
+
+@pytest.mark.parametrize(
+    ("more", "wanted"),
+    [
+        (["batch_size=16"], "files for one step, got 8"),
+        (["batch_size=8", "accumulate=8", "parallel=ddp"], "parallel is 'ddp'; allowed without torchrun: 'auto'"),
+        (["data.train=no/such"], "there is no no/such"),
+        (["model.num_classes=7"], "model.num_classes is 7; allowed: 2, which follows from data and teacher"),
+        (["model.depth=0"], "depth is 0; allowed: a positive integer"),
+        (["model.readout=tokens"], "model.readout is 'tokens'; allowed: 'cls', 'mean' or 'last'"),
+        (["start=no/such/file.pth"], "no folder, no repository"),
+        (["optim.warmup_steps=3"], "warmup_steps must be an integer from 0 to 2"),
+        (["backend=fast"], "backend"),
+        (["task=pretrain", "teacher={teacher}", "mask.kind=attention"], "mask.kind is 'attention'; allowed: with a VideoMamba"),
+        (["task=pretrain", "teacher={teacher}", "model.patch_size=8"], "teacher has 2x2x2 tokens in time, rows and columns, the model 2x4x4"),
+        (["task=distill", "teacher=no/such/folder"], "no folder, no repository"),
+        (["data.workers=2", "batch_size=2", "data.flip=0"], None),
+        (["batch_size=2"], "another configuration, which differs in data.flip: 0 -> 0.5. Go on with"),
+        (["batch_size=2", "data.flip=0", "steps=2"], "is at step 3; allowed: as many steps or more, got 2"),
+        (["batch_size=2", "data.flip=0", "data.train={folder}/val"], "data.train"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit(folder, more, wanted):
+    more = [word.format(teacher=folder / "teacher", folder=folder) for word in more]
+    code, said = train(words(folder, "wrong", "task=finetune", "steps=3", *more), folder=folder)
+    assert code == (2 if wanted else 0) and "Traceback" not in said, said
+    assert wanted is None or wanted in said, said
