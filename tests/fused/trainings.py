@@ -23,36 +23,35 @@ SMALL = (
     "data.frames=2 data.size=32 data.workers=0 data.scale=[0.9,1.0] model.depth=2 model.embed_dim=32 batch_size=4 "
     "optim.lr=3e-3 log_every=1 deterministic=true device=cpu"
 ).split()
+PATIENCE = 60  # seconds
 TIMING = ("clips_per_s", "memory_mib")
 
 
-def start(
-    *trainings: list[str], rank: int | None = None, world: int = 1, port: int = 0, sabotage=None, out: Path | None = None
-):
-    """A process that runs one training after another; what it prints goes to `out`."""
+def start(*trainings: list[str], rank: int | None = None, ports: tuple[int, ...] = (), sabotage=None, out: Path | None = None):
+    """A process that runs one training after another; what it prints goes to `out`. With a rank it is one of two, which meet
+    for each training at another port."""
     os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, Path(__file__).parent)))  # of the process that is forked
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trainings", "fused.train.loop", "torch._dynamo", "av", "yaml", "safetensors.torch"])
-    environment = {} if rank is None else {
-        "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port
-    }  # fmt: skip
-    process = context.Process(target=_child, args=(trainings, {k: str(v) for k, v in environment.items()}, sabotage, out))
+    process = context.Process(target=_child, args=(trainings, rank, ports, sabotage, out))
     process.start()
     return process
 
 
-def _child(trainings, environment, sabotage, out) -> None:
+def _child(trainings, rank, ports, sabotage, out) -> None:
     if out is not None:
         with open(out, "a") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-    os.environ |= environment
     multiprocessing.set_start_method("fork", force=True)  # for its workers: it was made by another method than they are
     torch.set_num_threads(1)
     if sabotage is not None:
         sabotage()
-    for words in trainings:
+    for i, words in enumerate(trainings):
+        if rank is not None:  # what torchrun sets
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ports[i]}
+            os.environ |= {name: str(value) for name, value in place.items()}
         sys.argv = ["fused.train", *words]
         try:
             runpy.run_module("fused.train", run_name="__main__", alter_sys=True)
@@ -65,22 +64,33 @@ def _child(trainings, environment, sabotage, out) -> None:
 def train(*trainings: list[str], sabotage=None, folder: Path) -> tuple[int, str]:
     """The exit code of trainings one after another, and what they printed."""
     said = folder / f"said-{time.monotonic_ns()}.txt"
-    process = start(*trainings, sabotage=sabotage, out=said)
-    process.join()
-    return process.exitcode, said.read_text()
+    code = _ended(start(*trainings, sabotage=sabotage, out=said))
+    return code, said.read_text()
 
 
-def together(*trainings: list[str], folder: Path, world: int = 2) -> str:
-    """The same in several processes that see each other; what they printed."""
+def together(*trainings: list[str], folder: Path) -> str:
+    """The same in two processes that see each other; what they printed."""
     said = folder / f"said-{time.monotonic_ns()}.txt"
+    ports = tuple(_free_port() for _ in trainings)
+    processes = [start(*trainings, rank=rank, ports=ports, out=said) for rank in range(2)]
+    codes = [_ended(process) for process in processes]
+    assert codes == [0, 0], said.read_text()
+    return said.read_text()
+
+
+def _ended(process) -> int:
+    """Its exit code; a process that waits for one that is not there is killed."""
+    process.join(PATIENCE)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    return process.exitcode
+
+
+def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [start(*trainings, rank=rank, world=world, port=port, out=said) for rank in range(world)]
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0] * world, said.read_text()
-    return said.read_text()
+        return free.getsockname()[1]
 
 
 def killed_at(words: list[str], run: Path, step: int, number: signal.Signals, out: Path | None = None) -> int:
@@ -89,8 +99,7 @@ def killed_at(words: list[str], run: Path, step: int, number: signal.Signals, ou
     while process.is_alive() and not any(line.get("step", 0) >= step for line in log(run)):
         time.sleep(0.01)
     os.kill(process.pid, number)
-    process.join()
-    return process.exitcode
+    return _ended(process)
 
 
 def videos(root: Path, each: int, sides: tuple[int, ...] = (0, 20)) -> Path:

@@ -135,7 +135,7 @@ def test_a_loss_that_is_no_number(folder):
         (["optim.warmup_steps=3"], "warmup_steps must be an integer from 0 to 2"),
         (["backend=fast"], "backend"),
         (["task=pretrain", "teacher={teacher}", "mask.kind=attention"], "mask.kind is 'attention'; allowed: with a VideoMamba"),
-        (["task=pretrain", "teacher={teacher}", "model.patch_size=8"], "teacher has 2x2x2 tokens in time, rows and columns, the model 2x4x4"),
+        (["task=pretrain", "teacher={teacher}", "model.patch_size=8"], "teacher has 2x2x2 tokens"),
         (["task=distill", "teacher=no/such/folder"], "no folder, no repository"),
         (["data.workers=2", "batch_size=2", "data.flip=0"], None),
         (["batch_size=2"], "another configuration, which differs in data.flip: 0 -> 0.5. Go on with"),

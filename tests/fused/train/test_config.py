@@ -16,7 +16,8 @@ def test_a_file_and_what_is_put_over_it(tmp_path):
         "model: {size: small, drop_path_rate: 0.2}\noptim: {lr: 2e-4, betas: [0.9, 0.95]}\n"
     )
     config = read_config(file, ["data.frames=4", "model.ssm_cfg.d_state=8", "optim.weight_decay=1e-2", "data.val=more"])
-    assert (config.data.frames, config.data.train, config.data.val, config.epochs, config.steps) == (4, "videos", "more", 2, None)
+    assert (config.data.frames, config.data.train, config.data.val) == (4, "videos", "more")
+    assert (config.epochs, config.steps) == (2, None)
     assert config.optim.lr == 2e-4 and config.optim.weight_decay == 0.01 and config.optim.betas == (0.9, 0.95)
     assert config.model == {"size": "small", "drop_path_rate": 0.2, "ssm_cfg": {"d_state": 8}}
     file.write_text(written(config))
