@@ -93,7 +93,7 @@ class ClipTeacher:
         sizes = {"C": 3, "T": tubelets * self.config.kernel_size, "H": height, "W": width}
         check_tensor("ClipTeacher", "clips", clips, "B C T H W", sizes, self.model.device)
         frames = clips[:, :, :: self.config.kernel_size].transpose(1, 2).flatten(0, 1)
-        hidden = self._vision(_as_clip(frames, self._size).to(self.model.dtype), output_hidden_states=True).hidden_states
+        hidden = self.model(_as_clip(frames, self._size).to(self.model.dtype), output_hidden_states=True).hidden_states
         features = torch.stack([self._features(hidden[i + 1], tubelets) for i in self.layers])  # 0 is what enters the first
         return TeacherOutput(features, self._attention(hidden[-2]).unflatten(0, (-1, tubelets)))
 

@@ -177,16 +177,18 @@ def test_frames_by_chance(videos):
 
 
 def test_part_of_the_picture_by_chance(tmp_path):
-    """The same for all frames; of one width and another, mirrored or not."""
+    """The same for all frames, another for each file, epoch and seed; at any place, mirrored or not."""
     write_video(tmp_path / "still.mp4", frames=6, width=96, height=64, side=8, step=0)
-    found = folder(tmp_path, scale=(0.1, 1))
+    (tmp_path / "twin.mp4").symlink_to(tmp_path / "still.mp4")
+    found = folder(tmp_path, scale=(0.1, 1), flip=0)
     clips = [found.sample(0, epoch).clip for epoch in range(40)]
     assert all((clip == clip[:, :1]).all() for clip in clips)
     bright = [tuple((clip[1, 0, 0, [0, -1]] > 1).tolist()) for clip in clips]
     assert set(bright) == {(False, False), (True, False), (False, True)}
     whole = [folder(tmp_path, scale=(1, 1), flip=flip).sample(0, 0).clip for flip in (0, 1)]  # the same part, and mirrored
     assert torch.equal(whole[0], whole[1].flip(-1)) and not torch.equal(*whole)
-    assert not any(torch.equal(whole[0], folder(tmp_path, scale=(1, 1), seed=seed).sample(0, 0).clip) for seed in (1, 2))
+    assert not torch.equal(*(found.sample(index, 0).clip for index in range(2)))
+    assert not torch.equal(*(folder(tmp_path, seed=seed).sample(0, 0).clip for seed in range(2)))
 
 
 def test_bits_depend_on_neither_workers_nor_what_was_read_before(videos):
@@ -237,6 +239,8 @@ def test_bad_files_are_replaced_and_named(harmed):
     assert all(said.startswith(f"{file}: ") for file, said in zip(found.files, read[0].bad, strict=False))
     assert torch.equal(read[0].clips, read[2].clips) and torch.equal(read[0].labels, read[2].labels)
     assert same(read, batches(found, 2, epoch=0, seed=0, shuffle=False, workers=1))
+    mixed = [b.indices.tolist() for b in batches(found, 3, epoch=0, seed=0, shuffle=False)]
+    assert mixed == [[4, 5, 6], [4, 5, 6]]  # of text, 0 and 2 the first by what comes behind them
     ranks = [list(batches(found, 1, epoch=0, seed=0, shuffle=False, rank=rank, world=2)) for rank in range(2)]
     assert [[b.indices.item() for b in rank] for rank in ranks] == [[4, 4, 4, 6], [5, 5, 5, 7]]  # never both the same
 
@@ -254,6 +258,14 @@ def test_where_no_file_can_be_read(tmp_path, count):
         list(batches(found, 2, epoch=0, seed=0))
     empty = list(batches(found, 100, epoch=0, seed=0, drop_last=False))
     assert [b.clips.shape for b in empty] == [(0, 3, FRAMES, SIZE, SIZE)] and len(empty[0].bad) == count
+
+
+def test_bad_files_that_are_many_but_not_in_a_row(tmp_path, videos):
+    for name in ("b.mp4", "d.mp4"):
+        (tmp_path / name).symlink_to(videos / "a" / "nested" / "0.mp4")
+    found = listed(tmp_path, "".join(f"a{i:02}.mp4\nc{i:02}.mp4\n" for i in range(20)) + "b.mp4\nd.mp4\n")
+    (first,) = list(batches(found, 40, epoch=0, seed=0, shuffle=False))[:1]
+    assert len(first.clips) == 40 and len(first.bad) == 40
 
 
 class Deadly(ClipFolder):
