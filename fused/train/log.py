@@ -7,7 +7,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -24,13 +24,13 @@ class Log:
     step stands there twice.
     """
 
-    def __init__(self, folder: Path, step: int, total: int, tensorboard: bool = False, stream: IO[str] | None = None) -> None:
+    def __init__(self, folder: Path, step: int, total: int, tensorboard: bool = False) -> None:
         """Raises ImportError for `tensorboard` where it is not installed, OSError for a folder that cannot be written to."""
         self.total, self.start, self.started = total, step, time.perf_counter()
-        self.stream = sys.stdout if stream is None else stream
+        self.stream = sys.stdout
         self.bad = Counter(line["bad"] for line in self._kept(folder / LINES, step) if "bad" in line)
         self._file = open(folder / LINES, "a")
-        self._board = _board(folder, step) if tensorboard else None
+        self._board = summary_writer()(str(folder / "tensorboard"), purge_step=step + 1) if tensorboard else None
         self._live = False  # a line without an end stands on the terminal
 
     def close(self) -> None:
@@ -100,14 +100,15 @@ class Log:
         return kept
 
 
-def _board(folder: Path, step: int) -> Any:
+def summary_writer() -> Any:
+    """TensorBoard's writer. Raises ImportError where it is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ImportError(
             "tensorboard is true, and it is not installed: pip install tensorboard, or tensorboard=false"
         ) from error
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+    return SummaryWriter
 
 
 def memory(device: torch.device) -> float:

@@ -1,5 +1,6 @@
 """A run's folder: config.yaml, log.jsonl, checkpoints/, and model/ at the end."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ from ..files import written_whole
 from ..videomamba import VideoMamba, VideoMambaEncoder
 from . import checkpoints
 from .config import HARMLESS, TrainConfig, flat
-from .log import Log
+from .log import Log, summary_writer
 from .reading import parse, written
 
 if TYPE_CHECKING:
@@ -21,8 +22,13 @@ CONFIG, CHECKPOINTS, MODEL = "config.yaml", "checkpoints", "model"
 def check(folder: Path, config: TrainConfig) -> list[str]:
     """What differs from the configuration of the run in this folder, where it has a checkpoint to go on from.
 
-    Raises ValueError if something does that its weights depend on.
+    Raises ValueError if something does that its weights depend on, ImportError if what will be written needs a package that
+    is not there: better now than at the end.
     """
+    if config.tensorboard:
+        summary_writer()
+    if find_spec("safetensors") is None:
+        raise ImportError("safetensors is not installed, with which the trained model is written: pip install safetensors")
     if checkpoints.newest(folder / CHECKPOINTS) is None:
         return []
     before, now = flat(parse((folder / CONFIG).read_text(), str(folder / CONFIG))), flat(config.described())

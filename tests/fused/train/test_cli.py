@@ -1,13 +1,17 @@
 """`python -m fused.train` from a folder of videos to a model: the three tasks, what is logged, what stops it."""
 
+import io
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from trainings import SMALL, log, steps, train, videos
 
 from fused import VideoMamba, VideoMambaConfig, VideoMambaEncoder
+from fused.train.log import Log
 
 TINY = {"img_size": 32, "num_frames": 2, "depth": 1, "embed_dim": 24}
 
@@ -104,6 +108,55 @@ def test_float16(folder):
     assert all(line["scale"] >= 1 for line in steps(folder / "half"))
     facts = json.loads((folder / "half/checkpoints/step-00000002/training.json").read_text())
     assert facts["scaler"]["scale"] == steps(folder / "half")[1]["scale"]
+
+
+class Board:
+    """In place of TensorBoard's writer: leaves what it was told in a file."""
+
+    def __init__(self, folder: str, purge_step: int) -> None:
+        self.file = open(Path(folder).parent / "board.txt", "a")
+        self.add_scalar("from", 0, purge_step)
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        print(name, value, step, file=self.file)
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def with_board() -> None:
+    sys.modules["torch.utils.tensorboard"] = SimpleNamespace(SummaryWriter=Board)
+
+
+def without_board() -> None:
+    sys.modules["torch.utils.tensorboard"] = None
+
+
+def test_tensorboard(folder):
+    more = words(folder, "board", "task=finetune", "tensorboard=true")
+    code, said = train([*more, "steps=2"], sabotage=without_board, folder=folder)
+    assert code == 2 and "tensorboard is true, and it is not installed: pip install tensorboard" in said, said
+    code, said = train([*more, "steps=2"], [*more, "steps=3"], sabotage=with_board, folder=folder)
+    assert code == 0, said
+    told = [line.split() for line in (folder / "board/board.txt").read_text().splitlines()]
+    assert [step for name, _, step in told if name == "from"] == ["1", "3"]
+    assert [float(value) for name, value, _ in told if name == "loss"] == [line["loss"] for line in steps(folder / "board")]
+
+
+def test_a_terminal_sees_one_line(tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    lines = Log(tmp_path, 0, 100)
+    for step in (1, 2):
+        lines.progress({"step": step, "epoch": 0, "loss": 0.5, "lr": 1e-3, "clips_per_s": 20.0}, logged=False)
+    lines.say("done")
+    lines.close()
+    first, second, end = lines.stream.getvalue().split("\r\x1b[2K")[1:] + ["no more"]
+    assert first.startswith("step 1/100, epoch 0: loss 0.5000, lr 0.001, 20 clips/s, 0:0") and "\n" not in first
+    assert second.endswith(" left\ndone\n") and end == "no more"
 
 
 def test_a_loss_that_is_no_number(folder):
