@@ -1,11 +1,11 @@
 """What a VideoMamba is built from: one frozen description for image model, video classifier and pretraining encoder."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from numbers import Real
 from typing import Any
 
 from .orders import SCAN_ORDERS
+from .rules import COUNT, COUNT_OR_0, FLAG, POSITIVE, RATE, Rule, one_of, whole, wrong
 
 POOL_TYPES = ("cls", "avg", "cls+avg", "cls_cat_avg", "last")
 READOUTS = ("cls", "mean", "last", "tokens")
@@ -71,24 +71,24 @@ class VideoMambaConfig:
 
     def _check_together(self) -> None:
         """What is allowed for one field depends on another."""
-        if not all(_whole(side, self.patch_size) for side in self.sides) or len(self.sides) != 2:
+        if not all(whole(side, self.patch_size) for side in self.sides) or len(self.sides) != 2:
             allowed = f"pixels, or (height, width), each at least patch_size ({self.patch_size})"
-            raise _wrong("img_size", self.img_size, allowed)
+            raise wrong("img_size", self.img_size, allowed)
         if self.num_frames is not None and self.num_frames % self.kernel_size:
-            raise _wrong("num_frames", self.num_frames, f"a multiple of kernel_size ({self.kernel_size}), or None")
+            raise wrong("num_frames", self.num_frames, f"a multiple of kernel_size ({self.kernel_size}), or None")
         unknown = sorted(set(self.ssm_cfg or ()) - set(SSM_FIELDS), key=str)
         if unknown:
-            raise _wrong("ssm_cfg", unknown, "keys among " + ", ".join(sorted(SSM_FIELDS)))
+            raise wrong("ssm_cfg", unknown, "keys among " + ", ".join(sorted(SSM_FIELDS)))
         if self.clip_decoder_embed_dim not in (None, self.embed_dim):
             allowed = f"embed_dim ({self.embed_dim}), whose tokens enter the decoder, or None for the same"
-            raise _wrong("clip_decoder_embed_dim", self.clip_decoder_embed_dim, allowed)
+            raise wrong("clip_decoder_embed_dim", self.clip_decoder_embed_dim, allowed)
         layers = self.student_layers()
         if any(layer < 0 for layer in layers) or len(set(layers)) < len(layers):
             allowed = (
                 f"as many distinct layers as depth ({self.depth}) and clip_student_return_interval "
                 f"({self.clip_student_return_interval}) leave"
             )
-            raise _wrong("clip_return_layer", self.clip_return_layer, allowed)
+            raise wrong("clip_return_layer", self.clip_return_layer, allowed)
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -139,56 +139,19 @@ class VideoMambaConfig:
         return cls(**{"embed_dim": 768, "depth": 24, **overrides})
 
 
-@dataclass(frozen=True)
-class _Rule:
-    """What one field may be by itself, as a predicate and in words."""
-
-    holds: Callable[[Any], bool]
-    allowed: str
-
-    def check(self, name: str, value: object) -> None:
-        if not self.holds(value):
-            raise _wrong(name, value, self.allowed)
-
-    def optional(self) -> "_Rule":
-        return _Rule(lambda value: value is None or self.holds(value), f"{self.allowed}, or None")
-
-
-def _wrong(name: str, value: object, allowed: str) -> ValueError:
-    return ValueError(f"{name} is {value!r}; allowed: {allowed}")
-
-
-def _whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _number(value: object, holds: Callable[[Any], bool]) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and holds(value)
-
-
-def _one_of(names: tuple[str, ...]) -> _Rule:
-    return _Rule(lambda value: value in names, "one of " + ", ".join(map(repr, names)))
-
-
-_COUNT = _Rule(lambda value: _whole(value, 1), "a positive integer")
-_COUNT_OR_0 = _Rule(lambda value: _whole(value, 0), "an integer from 0 up")
-_RATE = _Rule(lambda value: _number(value, lambda rate: 0 <= rate < 1), "a rate from 0 up to, not including, 1")
-_POSITIVE = _Rule(lambda value: _number(value, lambda x: 0 < x < float("inf")), "a positive number")
-_FLAG = _Rule(lambda value: value in (True, False), "True or False")
-
 _RULES = (
-    dict.fromkeys(("patch_size", "depth", "embed_dim", "channels", "kernel_size", "clip_output_dim"), _COUNT)
-    | dict.fromkeys(("stride", "num_frames", "clip_decoder_embed_dim", "distill_dim", "ckpt_num_frame"), _COUNT.optional())
-    | dict.fromkeys(("num_classes", "checkpoint_num", "clip_return_layer"), _COUNT_OR_0)
-    | dict.fromkeys(("drop_rate", "fc_drop_rate"), _RATE)
-    | dict.fromkeys(("norm_epsilon", "clip_student_return_interval"), _POSITIVE)
-    | dict.fromkeys(("rms_norm", "residual_in_fp32", "fused_add_norm", "bimamba", "use_checkpoint", "add_pool_norm"), _FLAG)
+    dict.fromkeys(("patch_size", "depth", "embed_dim", "channels", "kernel_size", "clip_output_dim"), COUNT)
+    | dict.fromkeys(("stride", "num_frames", "clip_decoder_embed_dim", "distill_dim", "ckpt_num_frame"), COUNT.optional())
+    | dict.fromkeys(("num_classes", "checkpoint_num", "clip_return_layer"), COUNT_OR_0)
+    | dict.fromkeys(("drop_rate", "fc_drop_rate"), RATE)
+    | dict.fromkeys(("norm_epsilon", "clip_student_return_interval"), POSITIVE)
+    | dict.fromkeys(("rms_norm", "residual_in_fp32", "fused_add_norm", "bimamba", "use_checkpoint", "add_pool_norm"), FLAG)
     | {
-        "drop_path_rate": _RATE.optional(),
-        "pool_type": _one_of(POOL_TYPES),
-        "readout": _one_of(READOUTS),
-        "clip_norm_type": _one_of(CLIP_NORM_TYPES),
-        "scan_order": _one_of(SCAN_ORDERS),
-        "ssm_cfg": _Rule(lambda value: isinstance(value, Mapping), "a mapping of the mixer's keywords").optional(),
+        "drop_path_rate": RATE.optional(),
+        "pool_type": one_of(POOL_TYPES),
+        "readout": one_of(READOUTS),
+        "clip_norm_type": one_of(CLIP_NORM_TYPES),
+        "scan_order": one_of(SCAN_ORDERS),
+        "ssm_cfg": Rule(lambda value: isinstance(value, Mapping), "a mapping of the mixer's keywords").optional(),
     }
 )

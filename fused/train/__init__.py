@@ -4,6 +4,8 @@
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     schedule = cosine_schedule(optimizer, total_steps, warmup_steps)
 
+`python -m fused.train` is a whole training made of them, from a folder of videos to a model.
+
 Stochastic depth and recomputation are the model's: `drop_path_rate`, `use_checkpoint` and `checkpoint_num` of its
 configuration.
 """

@@ -1,5 +1,6 @@
 """Repeatable training: one seed for every generator, and only algorithms that give the same bits again."""
 
+import hashlib
 import os
 import random
 
@@ -38,6 +39,12 @@ def setup_seed(seed: int, deterministic: bool = True) -> None:
     except ImportError:
         return
     numpy.random.seed(seed)
+
+
+def seed_of(*place: int) -> int:
+    """A seed, 0 to 2^63 - 1, for one place in a training, such as (seed, step, rank): what is drawn there is the same for a
+    training that went on from a checkpoint as for one that never stopped, and no generator's state is saved."""
+    return int.from_bytes(hashlib.blake2b(repr(place).encode(), digest_size=8).digest(), "big") >> 1
 
 
 def _fix_cublas() -> None:

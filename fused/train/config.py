@@ -1,0 +1,218 @@
+"""What a training is told: every key, its default, and what it may be."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..config import VideoMambaConfig
+from ..rules import COUNT, COUNT_OR_0, FLAG, POSITIVE, POSITIVE_OR_0, RATE, SHARE, Rule, number, one_of, whole, wrong
+from .losses import ALIGNMENTS
+from .optim import RULES as DECAY_RULES
+
+TASKS = ("finetune", "pretrain", "distill")
+MASKS = ("attention", "random", "tube", "clip-row", "frame-row")
+PRECISIONS = ("float32", "bfloat16", "float16")
+SIZES = ("tiny", "small", "middle", "base")
+# keys that a task does not read; to set one is an error, and they are not shown
+UNREAD = {
+    "finetune": ("mask", "teacher", "loss.alignment", "loss.distillation"),
+    "pretrain": ("mix", "loss.label_smoothing", "loss.distillation", "data.val", "evaluate_every"),
+    "distill": ("mask", "loss.alignment"),
+}
+# keys with which a run may go on though they differ; of all others the weights, bit for bit, are a matter
+HARMLESS = (
+    "out", "steps", "epochs", "data.val", "data.workers", "parallel", "log_every", "save_every", "keep", "evaluate_every",
+    "tensorboard",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Folders of video files, one folder a class below them, and how clips are cut from videos (see `ClipFolder`)."""
+
+    train: str | None = None
+    val: str | None = None
+    frames: int = 8
+    size: int = 224  # pixels of a side
+    sampling: str = "segments"
+    stride: int = 4
+    scale: tuple[int | float, int | float] = (0.5, 1.0)
+    flip: int | float = 0.5
+    workers: int = 2  # processes that decode, for each process that trains
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, its groups (`parameter_groups`) and its schedule (`cosine_schedule`)."""
+
+    lr: int | float = 1e-4
+    weight_decay: int | float = 0.05
+    betas: tuple[int | float, int | float] = (0.9, 0.999)
+    layer_decay: int | float = 1.0
+    rule: str = "corrected"
+    warmup_steps: int = 0
+    warmup_start: int | float = 0.0  # shares of lr
+    floor: int | float = 0.01
+    clip_grad: int | float | None = None  # the most that the norm of all gradients may be
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    label_smoothing: int | float = 0.1
+    alignment: str = "l2"
+    distillation: int | float = 1.0  # weight beside the cross-entropy
+
+
+@dataclass(frozen=True)
+class MixConfig:
+    """`mix`; alphas of 0 leave clips as they are."""
+
+    mixup: int | float = 0.8
+    cutmix: int | float = 1.0
+    probability: int | float = 1.0
+    switch: int | float = 0.5
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """Which tokens the student does not see; "attention" needs a CLIP teacher."""
+
+    kind: str = "tube"
+    ratio: int | float = 0.8
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All of it. Raises ValueError at construction: the message names the key, what came and what is allowed."""
+
+    task: str | None = None
+    out: str | None = None  # the run's folder: configuration, log, checkpoints, model
+    model: Mapping[str, Any] = field(default_factory=dict)  # fields of VideoMambaConfig, and `size`
+    start: str | None = None  # weights to start from: a name in fused.PRETRAINED, a folder of save_pretrained, a file
+    teacher: str | None = None  # a name or folder likewise; for pretraining also a folder of CLIP, of transformers
+    data: DataConfig = field(default_factory=DataConfig)
+    batch_size: int = 8  # clips of one step, over all processes and parts
+    accumulate: int = 1  # parts that a process takes its clips in, to save memory
+    steps: int | None = None
+    epochs: int | None = None
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    mix: MixConfig = field(default_factory=MixConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    precision: str = "float32"  # the other two: autocast over float32 parameters; float16 with a scaled loss
+    backend: str = "auto"  # of the model, see fused.backends
+    device: str = "auto"
+    parallel: str = "auto"  # under torchrun: ddp or fsdp; auto: ddp if there are several processes
+    seed: int = 0
+    deterministic: bool = False
+    log_every: int = 10  # all in steps
+    save_every: int = 500
+    keep: int = 2  # checkpoints
+    evaluate_every: int | None = None  # None: once, at the end
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        given = flat(self)
+        for key, rule in RULES.items():
+            rule.check(key, given[key])
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(
+                f"steps is {self.steps} and epochs is {self.epochs}; allowed: a number for one, none for the other"
+            )
+        if self.task != "finetune" and self.teacher is None:
+            raise wrong("teacher", None, f"for task {self.task!r} a folder or a name in fused.PRETRAINED")
+        if self.batch_size % self.accumulate:
+            raise wrong("accumulate", self.accumulate, f"a divisor of batch_size ({self.batch_size})")
+        known = [f.name for f in fields(VideoMambaConfig)] + ["size"]
+        for key, owner in (("img_size", "data.size"), ("num_frames", "data.frames"), ("pretrained", "start")):
+            if key in self.model:
+                raise ValueError(f"model.{key} is {self.model[key]!r}; allowed: nothing, it follows from {owner}")
+        for key in self.model:
+            if key not in known:
+                raise unknown(f"model.{key}", [f"model.{name}" for name in known])
+        one_of(SIZES).optional().check("model.size", self.model.get("size"))
+        if self.start is not None and "size" in self.model and not Path(self.start).is_file():
+            raise wrong("model.size", self.model["size"], f"nothing, since start ({self.start}) says what the model is")
+
+    def described(self) -> dict[str, Any]:
+        """The effective configuration as nested plain values: every key that the task reads."""
+        hidden = UNREAD[str(self.task)]
+        tree = _plain(asdict(self))
+        for key in hidden:
+            section, _, name = key.partition(".")
+            if name:
+                del tree[section][name]
+            else:
+                del tree[section]
+        return tree
+
+
+def flat(tree: Any, before: str = "") -> dict[str, Any]:
+    """Keys with dots to values, of a configuration or of what `described` gives. `model` is one value."""
+    items = tree.items() if isinstance(tree, Mapping) else ((f.name, getattr(tree, f.name)) for f in fields(tree))
+    found: dict[str, Any] = {}
+    for name, value in items:
+        if name in SECTIONS and not before:
+            found |= flat(value, name + ".")
+        else:
+            found[before + name] = value
+    return found
+
+
+def unknown(key: str, allowed: Sequence[str]) -> ValueError:
+    """The error for a key that is not there; the caller raises it."""
+    near = difflib.get_close_matches(key, allowed, 1, 0.0)
+    return ValueError(f"{key} is no key; the nearest is {near[0]}. Allowed: {', '.join(allowed)}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _pair(holds: Any, allowed: str) -> Rule:
+    def two(value: Any) -> bool:
+        return isinstance(value, tuple) and len(value) == 2 and all(number(x, lambda _: True) for x in value) and holds(*value)
+
+    return Rule(two, allowed)
+
+
+_FOLDER = Rule(lambda value: isinstance(value, str) and bool(value), "a folder")
+_NAME = Rule(lambda value: isinstance(value, str) and bool(value), "a name in fused.PRETRAINED, a folder or a file")
+
+SECTIONS = {"data": DataConfig, "optim": OptimConfig, "loss": LossConfig, "mix": MixConfig, "mask": MaskConfig}
+RULES = (
+    dict.fromkeys(("out", "data.train"), _FOLDER)
+    | dict.fromkeys(("start", "teacher"), _NAME.optional())
+    | dict.fromkeys(("data.frames", "data.size", "data.stride", "batch_size", "accumulate", "log_every"), COUNT)
+    | dict.fromkeys(("save_every", "keep"), COUNT)
+    | dict.fromkeys(("steps", "epochs", "evaluate_every"), COUNT.optional())
+    | dict.fromkeys(("data.workers", "optim.warmup_steps"), COUNT_OR_0)
+    | dict.fromkeys(("data.flip", "optim.warmup_start", "optim.floor", "loss.label_smoothing"), SHARE)
+    | dict.fromkeys(("mix.probability", "mix.switch"), SHARE)
+    | dict.fromkeys(("optim.weight_decay", "loss.distillation", "mix.mixup", "mix.cutmix"), POSITIVE_OR_0)
+    | dict.fromkeys(("deterministic", "tensorboard"), FLAG)
+    | {
+        "task": one_of(TASKS),
+        "data.val": _FOLDER.optional(),
+        "data.sampling": Rule(lambda value: isinstance(value, str), "a way of sampling of ClipFolder"),
+        "data.scale": _pair(lambda low, high: 0 < low <= high <= 1, "two shares of the frame's area, 0 < low <= high <= 1"),
+        "model": Rule(lambda value: isinstance(value, Mapping), "a section of VideoMambaConfig's fields, and size"),
+        "optim.lr": POSITIVE,
+        "optim.betas": _pair(lambda a, b: 0 <= a < 1 and 0 <= b < 1, "two rates from 0 up to, not including, 1"),
+        "optim.layer_decay": Rule(lambda value: number(value, lambda x: 0 < x <= 1), "a number above 0, up to 1"),
+        "optim.rule": one_of(DECAY_RULES),
+        "optim.clip_grad": POSITIVE.optional(),
+        "loss.alignment": one_of(ALIGNMENTS),
+        "mask.kind": one_of(MASKS),
+        "mask.ratio": RATE,
+        "precision": one_of(PRECISIONS),
+        "device": one_of(("auto", "cpu", "cuda")),
+        "parallel": one_of(("auto", "ddp", "fsdp")),
+        "backend": Rule(lambda value: isinstance(value, str), "a name of fused.backends, or 'auto'"),
+        "seed": Rule(lambda value: whole(value, 0) and value < 2**32, "an integer from 0 to 2^32 - 1"),
+    }
+)

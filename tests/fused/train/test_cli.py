@@ -1,0 +1,198 @@
+"""`python -m fused.train` from a folder of videos to a model: the three tasks, what is logged, what stops it."""
+
+import io
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from trainings import SMALL, log, steps, train, videos
+
+from fused import VideoMamba, VideoMambaConfig, VideoMambaEncoder
+from fused.train.log import Log
+
+TINY = {"img_size": 32, "num_frames": 2, "depth": 1, "embed_dim": 24}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Eight videos of two classes, and a teacher that was never trained."""
+    folder = tmp_path_factory.mktemp("cli")
+    videos(folder / "videos", 4)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        VideoMamba(VideoMambaConfig(**TINY, num_classes=3)).save_pretrained(folder / "teacher")
+    return folder
+
+
+def words(folder: Path, run: str, *more: str) -> list[str]:
+    return [*SMALL, f"data.train={folder / 'videos'}", f"out={folder / run}", *more]
+
+
+def falls(run: Path) -> bool:
+    losses = [line["loss"] for line in steps(run)]
+    return sum(losses[-4:]) < 0.8 * sum(losses[:4])
+
+
+def test_finetune(folder):
+    """All that a run leaves; the classes are learnt."""
+    # bends in the middle: evaluation between, files that are no videos, parts of a step, images mixed or not
+    val = videos(folder / "val", 3)
+    (val / "side0" / "broken.avi").write_bytes(b"no video")
+    more = ["task=finetune", "epochs=12", f"data.val={val}", "evaluate_every=20", "accumulate=2", "mix.probability=0.3"]
+    code, said = train(words(folder, "fine", *more, "log_every=2", "optim.clip_grad=1.0"), folder=folder)
+    assert code == 0, said
+    run = folder / "fine"
+    assert "finetune: VideoMamba" in said and "8 videos in 2 classes, 2 steps an epoch, 24 steps" in said
+    assert said.count("left out") == 1 and "1 file could not be read" in said
+    assert [line["step"] for line in steps(run)] == list(range(2, 25, 2)) and falls(run)
+    assert [line["epoch"] for line in steps(run)][:3] == [0, 1, 2]
+    assert steps(run)[0].keys() == {"step", "epoch", "loss", "lr", "grad_norm"}
+    judged = [line for line in log(run) if "val_top1" in line]
+    assert [line["step"] for line in judged] == [20, 24]
+    assert judged[-1]["val_videos"] == 6 and judged[-1]["val_top1"] > 0.8 and judged[-1]["val_top5"] == 1
+    assert [line["step"] for line in log(run) if "broken.avi" in line.get("bad", "")] == [20, 24]
+    model = VideoMamba.from_pretrained(run / "model")
+    assert model.config.num_classes == 2 and model.config.num_frames == 2
+    code, said = train(["--config", str(run / "config.yaml"), "--dry-run"], folder=folder)
+    assert code == 0 and "goes on behind step 24" in said and "accumulate: 2" in said
+
+
+def test_distill(folder):
+    more = ["task=distill", f"teacher={folder / 'teacher'}", "steps=14", "precision=bfloat16", "optim.lr=1e-2"]
+    code, said = train(words(folder, "distilled", *more), folder=folder)
+    assert code == 0, said
+    first, *_, last = steps(folder / "distilled")
+    assert last["distance"] < 0.8 * first["distance"] and falls(folder / "distilled")
+    assert VideoMamba.from_pretrained(folder / "distilled/model").config.distill_dim == TINY["embed_dim"]
+
+
+def test_pretrain_and_go_on_with_its_weights(folder):
+    pretrain = ["task=pretrain", f"teacher={folder / 'teacher'}", "mask.ratio=0.5", "optim.lr=1e-2"]
+    finetune = ["task=finetune", f"start={folder / 'tube/model'}", "steps=1"]
+    code, said = train(
+        words(folder, "tube", *pretrain, "steps=12"),
+        *(words(folder, kind, *pretrain, "steps=1", f"mask.kind={kind}") for kind in ("random", "clip-row", "frame-row")),
+        [word for word in words(folder, "from", *finetune) if "model." not in word],
+        folder=folder,
+    )
+    assert code == 0 and falls(folder / "tube"), said
+    assert VideoMambaEncoder.from_pretrained(folder / "tube/model").config.clip_output_dim == TINY["embed_dim"]
+    assert "the checkpoint has no head" in said and "model has no clip_decoder" in said
+    assert VideoMamba.from_pretrained(folder / "from/model").config.depth == 2
+    first = [steps(folder / kind)[0]["loss"] for kind in ("tube", "random", "clip-row", "frame-row")]
+    assert len(set(first)) == 4  # the same weights and clips, each seen otherwise
+
+
+def test_pretrain_with_clip(folder):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16,
+        projection_dim=12,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        transformers.CLIPVisionModelWithProjection(config).save_pretrained(folder / "clip")
+    more = ["task=pretrain", f"teacher={folder / 'clip'}", "steps=12", "mask.kind=attention", "mask.ratio=0.5", "optim.lr=1e-2"]
+    code, said = train(words(folder, "clipped", *more, "model.clip_return_layer=2"), folder=folder)
+    assert code == 0 and falls(folder / "clipped"), said
+    student = VideoMambaEncoder.from_pretrained(folder / "clipped/model")
+    assert (student.config.clip_output_dim, student.config.clip_return_layer) == (12, 2)
+
+
+def test_float16(folder):
+    """The loss is scaled; a step whose gradients overflow is left out, and the scale comes down."""
+    code, said = train(words(folder, "half", "task=finetune", "steps=3", "precision=float16", "save_every=2"), folder=folder)
+    assert code == 0, said
+    assert all(line["scale"] >= 1 for line in steps(folder / "half"))
+    facts = json.loads((folder / "half/checkpoints/step-00000002/training.json").read_text())
+    assert facts["scaler"]["scale"] == steps(folder / "half")[1]["scale"]
+
+
+class Board:
+    """In place of TensorBoard's writer: leaves what it was told in a file."""
+
+    def __init__(self, folder: str, purge_step: int) -> None:
+        self.file = open(Path(folder).parent / "board.txt", "a")
+        self.add_scalar("from", 0, purge_step)
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        print(name, value, step, file=self.file)
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def with_board() -> None:
+    sys.modules["torch.utils.tensorboard"] = SimpleNamespace(SummaryWriter=Board)
+
+
+def without_board() -> None:
+    sys.modules["torch.utils.tensorboard"] = None
+
+
+def test_tensorboard(folder):
+    more = words(folder, "board", "task=finetune", "tensorboard=true")
+    code, said = train([*more, "steps=2"], sabotage=without_board, folder=folder)
+    assert code == 2 and "tensorboard is true, and it is not installed: pip install tensorboard" in said, said
+    code, said = train([*more, "steps=2"], [*more, "steps=3"], sabotage=with_board, folder=folder)
+    assert code == 0, said
+    told = [line.split() for line in (folder / "board/board.txt").read_text().splitlines()]
+    assert [step for name, _, step in told if name == "from"] == ["1", "3"]
+    assert [float(value) for name, value, _ in told if name == "loss"] == [line["loss"] for line in steps(folder / "board")]
+
+
+def test_a_terminal_sees_one_line(tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    lines = Log(tmp_path, 0, 100)
+    for step in (1, 2):
+        lines.progress({"step": step, "epoch": 0, "loss": 0.5, "lr": 1e-3, "clips_per_s": 20.0}, logged=False)
+    lines.say("done")
+    lines.close()
+    first, second, end = lines.stream.getvalue().split("\r\x1b[2K")[1:] + ["no more"]
+    assert first.startswith("step 1/100, epoch 0: loss 0.5000, lr 0.001, 20 clips/s, 0:0") and "\n" not in first
+    assert second.endswith(" left\ndone\n") and end == "no more"
+
+
+def test_a_loss_that_is_no_number(folder):
+    more = ["task=finetune", "steps=9", "optim.lr=1e30", "save_every=1"]
+    code, said = train(words(folder, "diverged", *more), folder=folder)
+    assert code == 1 and "Traceback" not in said
+    last = (folder / "diverged/checkpoints/last").read_text().strip()
+    assert (
+        f"step {int(last[5:]) + 1}: the " in said and f"last good checkpoint: {folder / 'diverged/checkpoints' / last}" in said
+    )
+    assert len(steps(folder / "diverged")) == int(last[5:]) < 9
+
+
+@pytest.mark.parametrize(
+    ("more", "wanted"),
+    [
+        (["batch_size=16"], "files for one step, got 8"),
+        (["batch_size=8", "accumulate=8", "parallel=ddp"], "parallel is 'ddp'; allowed without torchrun: 'auto'"),
+        (["data.train=no/such"], "there is no no/such"),
+        (["model.num_classes=7"], "model.num_classes is 7; allowed: 2, which follows from data and teacher"),
+        (["model.depth=0"], "depth is 0; allowed: a positive integer"),
+        (["model.readout=tokens"], "model.readout is 'tokens'; allowed: 'cls', 'mean' or 'last'"),
+        (["start=no/such/file.pth"], "no folder, no repository"),
+        (["optim.warmup_steps=3"], "warmup_steps must be an integer from 0 to 2"),
+        (["backend=fast"], "backend"),
+        (["task=pretrain", "teacher={teacher}", "mask.kind=attention"], "mask.kind is 'attention'; allowed: with a VideoMamba"),
+        (["task=pretrain", "teacher={teacher}", "model.patch_size=8"], "teacher has 2x2x2 tokens"),
+        (["task=distill", "teacher=no/such/folder"], "no folder, no repository"),
+        (["data.workers=2", "batch_size=2", "data.flip=0"], None),
+        (["batch_size=2"], "another configuration, which differs in data.flip: 0 -> 0.5. Go on with"),
+        (["batch_size=2", "data.flip=0", "steps=2"], "is at step 3; allowed: as many steps or more, got 2"),
+        (["batch_size=2", "data.flip=0", "data.train={folder}/val"], "data.train"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit(folder, more, wanted):
+    more = [word.format(teacher=folder / "teacher", folder=folder) for word in more]
+    code, said = train(words(folder, "wrong", "task=finetune", "steps=3", *more), folder=folder)
+    assert code == (2 if wanted else 0) and "Traceback" not in said, said
+    assert wanted is None or wanted in said, said
