@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness import modules, video
+from fused.video import read_clip
+from harness import modules
 from harness.case import Case
 from harness.subjects import encoder
 from harness.trial import Named, Trial
+from harness.video import SHIPPED
 
 BATCHES = 3  # what makes a round through the clips
 QUARTERS = 4
@@ -27,7 +29,7 @@ RATE = {"videomamba": 0.002, "encoder": 0.05}  # the loss falls by much, and wit
 def clips(case: Case) -> Tensor:
     """(B, 3, T, S, S), float64: all frames that the clips need, in one pass through the video."""
     B, T = case["B"], case["T"]
-    frames = video.read_clip(case.video or video.SHIPPED, B * T, case["S"])
+    frames = read_clip(case.video or SHIPPED, B * T, case["S"])
     return frames.unflatten(1, (B, T)).transpose(0, 1).double()
 
 
