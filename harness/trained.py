@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from fused import save_checkpoint
 from fused.storage import read_checkpoint
 from harness.learning import digits, motion
+from harness.video import SHIPPED
 
-PATH = Path(__file__).resolve().parent / "data" / "motion.pth"
+PATH = SHIPPED.with_name("motion.pth")  # beside the clip, in a checkout and where the wheel puts it
 DIGITS = 64
 
 
@@ -29,7 +30,7 @@ class Trained(NamedTuple):
 
 def save(model: nn.Module, path: Path = PATH) -> Path:
     """Keep a model that learnt the task `motion`; the path."""
-    pixels = digits.images()[0][-digits.HELD_OUT :][:DIGITS]
+    pixels = digits.split(digits.images()[0])[1][:DIGITS]
     weights = {name: p.detach().cpu() for name, p in model.state_dict().items()}
     return save_checkpoint({"model": weights, "config": motion.TASK.config, "digits": (16 * pixels).to(torch.uint8)}, path)
 

@@ -30,10 +30,9 @@ def clips(pixels: Tensor, generator: torch.Generator, count: int) -> Batch:
 
 def data() -> Data:
     """Digits that are held out in `digits` are so here."""
-    pixels = digits.images()[0]
-    seen = len(pixels) - digits.HELD_OUT
-    held_out = clips(pixels[seen:], torch.Generator().manual_seed(0), HELD_OUT)
-    return Data(lambda generator, count: clips(pixels[:seen], generator, count), held_out)
+    seen, others = digits.split(digits.images()[0])
+    held_out = clips(others, torch.Generator().manual_seed(0), HELD_OUT)
+    return Data(lambda generator, count: clips(seen, generator, count), held_out)
 
 
 TASK = Task(
@@ -42,6 +41,6 @@ TASK = Task(
     {"img_size": SIDE, "patch_size": 6, "channels": 1, "num_frames": FRAMES, "num_classes": len(DIRECTIONS), "embed_dim": 32,
      "depth": 2, "drop_path_rate": 0.0, "scan_order": "temporal", "ssm_cfg": {"d_state": 8}},
     data,
-    full=Recipe(steps=600, batch=32, lr=1e-2, bar=0.9),
-    short=Recipe(steps=150, batch=32, lr=1e-2, bar=0.6),
+    full=Recipe(steps=360, batch=32, lr=6e-3, bar=0.9),
+    short=Recipe(steps=150, batch=32, lr=6e-3, bar=0.6),
 )  # fmt: skip
