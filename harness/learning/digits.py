@@ -58,6 +58,6 @@ TASK = Task(
     {"img_size": 8, "patch_size": 4, "channels": 1, "num_frames": None, "num_classes": 10, "embed_dim": 48, "depth": 2,
      "drop_path_rate": 0.0, "ssm_cfg": {"d_state": 8}},
     data,
-    full=Recipe(steps=600, batch=64, lr=5e-3, bar=0.95),
-    short=Recipe(steps=120, batch=64, lr=5e-3, bar=0.85),
+    full=Recipe(steps=500, batch=64, lr=5e-3, bar=0.95),
+    short=Recipe(steps=100, batch=64, lr=5e-3, bar=0.6),
 )  # fmt: skip
