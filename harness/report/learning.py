@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -102,7 +103,7 @@ def curve(record: Record, what: str) -> dict[int, Finding]:
 
 def _panels(above: Axes, under: Axes, records: list[Record], names: list[str]) -> None:
     for r in records:
-        look = {"color": colour(names.index(r.implementation)), "marker": ".", "linewidth": 1.0}
+        look: dict[str, Any] = {"color": colour(names.index(r.implementation)), "marker": ".", "linewidth": 1.0}
         loss, missed = curve(r, "loss"), curve(r, "wrong")
         above.plot(list(loss), [f.error for f in loss.values()], **look)
         under.plot(list(missed), [1 - f.error / f.scale for f in missed.values()], **look)
