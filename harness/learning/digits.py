@@ -59,5 +59,5 @@ TASK = Task(
      "drop_path_rate": 0.0, "ssm_cfg": {"d_state": 8}},
     data,
     full=Recipe(steps=500, batch=64, lr=5e-3, bar=0.95),
-    short=Recipe(steps=90, batch=64, lr=5e-3, bar=0.6),
+    short=Recipe(steps=80, batch=32, lr=8e-3, bar=0.5),
 )  # fmt: skip
