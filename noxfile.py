@@ -71,6 +71,13 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def learn(session: nox.Session) -> None:
+    """Train small models on small tasks; leaves a run and its report under reports/runs/."""
+    install(session, "-e", ".[harness]")
+    python(session, "-m", "harness", "learn", *session.posargs)
+
+
+@nox.session
 def compare(session: nox.Session) -> None:
     """Whether one bench is faster than another: `nox -s compare -- BASE RUN`."""
     install(session, "-e", ".[harness]")

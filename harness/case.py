@@ -67,6 +67,11 @@ class Case:
         return values < SMALL and self.dtype != "float64"
 
     @property
+    def jittered(self) -> bool:
+        """Whether seeds in a row share a draw but for JITTER; fitted weights are asked as they are, with other clips."""
+        return self.small and not self.has("trained")
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         """The case's precision."""
         return DTYPES[self.dtype]

@@ -18,10 +18,12 @@ from harness import subject as registry
 from harness.bench.cli import bench, compare
 from harness.case import Case
 from harness.conclude import conclude
+from harness.learning.cli import learn
 from harness.plan import GRIDS, Plan, UsageError
 from harness.progress import Progress
 from harness.record import Record
 from harness.report import bench as bench_page
+from harness.report import learning as learning_page
 from harness.report import page
 from harness.store import ACCEPTED, Run, StoreError, again, resumable
 
@@ -177,6 +179,7 @@ def list_cases(plan: Plan, points: list[Case]) -> int:
 
 app.command()(bench)
 app.command()(compare)
+app.command()(learn)
 
 
 @app.command()
@@ -187,8 +190,8 @@ def report(folder: Annotated[Path | None, typer.Argument(help="a run's folder; t
 
 
 def write_page(run: Run) -> Path:
-    """The page of a run of either kind."""
-    return (bench_page if run.about["kind"] == "bench" else page).write(run)
+    """The page of a run of any kind."""
+    return {"bench": bench_page, "learn": learning_page}.get(run.about["kind"], page).write(run)
 
 
 @app.command()

@@ -63,14 +63,14 @@ class Trial:
             asker = checks().get(self.case.asker)
             drawn = getattr(asker, "draw", self.subject.draw)(self.case, self._draw_of(seed))
             real = {"clip"} if self.case.has("video") else set()
-            for k in drawn.keys() - real if self.case.small else ():
+            for k in drawn.keys() - real if self.case.jittered else ():
                 drawn[k] = drawn[k] * (1 + JITTER * self.case.normal(seed, "jitter " + k, *drawn[k].shape))
             rounded = moved({k: v.to(wide if k in precise else low) for k, v in drawn.items()}, self.device)
             self._leaves[seed, False], self._leaves[seed, True] = rounded, {k: v.double() for k, v in rounded.items()}
         return {k: v.clone() for k, v in self._leaves[seed, exact].items()}
 
     def _draw_of(self, seed: int) -> int:
-        return seed // ROUNDINGS if self.case.small else seed
+        return seed // ROUNDINGS if self.case.jittered else seed
 
     @functools.cached_property
     def on_cpu(self) -> "Trial":

@@ -15,8 +15,8 @@ def plant() -> AbstractContextManager[object]:
     """The context in which the bug is there."""
     honest = fused.sweep.scan_chunk
 
-    def planted(plan: Any, own: Any, x: Tensor, state: Any, reverse: bool) -> Any:
-        y, (taps, edge) = honest(plan, own, x, state, reverse)
+    def planted(plan: Any, own: Any, x: Tensor, state: Any, reverse: bool, *gate: Any) -> Any:
+        y, (taps, edge) = honest(plan, own, x, state, reverse, *gate)
         return y, (taps * 0, edge * 0) if reverse else (taps, edge)
 
     return mock.patch.object(fused.sweep, "scan_chunk", planted)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 import fused
 import reference
 from fused.video import read_clip
-from harness import modules
+from harness import modules, trained
 from harness.case import Case
+from harness.learning import motion
 from harness.subject import Implementation, fused_implementations
 from harness.video import SHIPPED
 
@@ -38,6 +39,7 @@ def cases(grid: str) -> list[Case]:
     streams = [(shape(2, 3, 32, 32), ("readout=last",)), (shape(2, 4, 32, 32), ("readout=tokens", "tubelet2")),
                (shape(1, 4, 64, 192), ("readout=mean", "stretch", "video"))]  # fmt: skip
     small += [(sizes, ("causal", "state", *options)) for sizes, options in streams]
+    small.append((fitted(2), ("trained",)))
     if grid == "smoke":
         return [
             *tiny,
@@ -51,6 +53,12 @@ def cases(grid: str) -> list[Case]:
         *modules.precisions([(shape(2, 8, 64, 192), ("causal", "state", "readout=tokens", "video"))], "videomamba", half=True),
         *modules.precisions([(shape(2, 8, 224, 192), ("video",)), (shape(2, 8, 224, 576), ())], "videomamba", half=False),
     ]
+
+
+def fitted(B: int) -> dict[str, int]:
+    """Sizes of the cases with fitted weights."""
+    T, S, D = (motion.TASK.config[k] for k in ("num_frames", "img_size", "embed_dim"))
+    return {"B": B, "T": T, "S": S, "D": D, "L": 1 + T * (S // motion.TASK.config["patch_size"]) ** 2}
 
 
 @functools.lru_cache(maxsize=1)
@@ -71,6 +79,8 @@ def of_both(model: str) -> list[Implementation]:
 
 def config(case: Case) -> dict[str, Any]:
     """Fields of the model's configuration. Nothing is dropped at random, so that gradients can be compared."""
+    if case.has("trained"):
+        return trained.read().config
     fields: dict[str, Any] = {
         "img_size": case["S"], "depth": 2, "embed_dim": case["D"], "num_frames": case["T"], "num_classes": 10,
         "drop_path_rate": 0.0, "scan_order": case.option("order", "spatial"),
@@ -87,14 +97,18 @@ def build(call: Callable[..., Any], case: Case) -> nn.Module:
 
 
 def draw(case: Case, seed: int) -> dict[str, Tensor]:
-    """A clip and a trained model's parameters."""
+    """A clip and parameters: fitted ones, or drawn in a trained model's range."""
+    if case.has("trained"):
+        return {"clip": clip(case, seed)} | {k: v.double() for k, v in trained.read().weights.items()}
     module = modules.on_meta(build, implementations()[0].call, case)
     return {"clip": clip(case, seed)} | modules.parameters(module, case, seed)
 
 
 def clip(case: Case, seed: int) -> Tensor:
-    """(B, 3, T, S, S): normal numbers, or frames from another part of the video for each seed and clip."""
+    """(B, C, T, S, S): normal numbers, or frames from another part of the video for each seed and clip, or moving digits."""
     B, T, S = case["B"], case["T"], case["S"]
+    if case.has("trained"):
+        return motion.clips(trained.read().pixels, case.generator(seed, "clip"), B)[0].double()
     if case.has("image"):
         return case.normal(seed, "clip", B, 3, S, S)
     if not case.has("video"):

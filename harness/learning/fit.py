@@ -1,0 +1,101 @@
+"""Train one model on one task, and ask it what it was not shown."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fused
+from fused.train import cosine_schedule, parameter_groups, setup_seed
+from harness.learning.task import Data, Recipe, Task
+
+LOOKS = 10  # how often a training is looked at
+SMOOTHING, WEIGHT_DECAY, CLIPPED = 0.1, 0.05, 1.0  # labels, AdamW, norm of the gradient
+TOGETHER = 256  # held-out clips a forward
+
+
+@dataclass(frozen=True)
+class Look:
+    """After `step` steps: the mean loss since the look before, how many held-out answers are wrong, seconds of training."""
+
+    step: int
+    loss: float
+    wrong: int
+    seconds: float
+
+
+@dataclass
+class Fitted:
+    """A trained model, how it got there, and of how many answers `Look.wrong` counts."""
+
+    model: nn.Module
+    asked: int
+    looks: list[Look] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+
+
+def fit(
+    task: Task, data: Data, build: Callable[[dict[str, Any]], Any], recipe: Recipe, seed: int, device: str,
+    tell: Callable[[Look], None] = lambda look: None,
+) -> Fitted:  # fmt: skip
+    """Train `build(task.config)`, a VideoMamba of either package, on a device; `tell` hears of every look at it.
+
+    The seed gives the initial weights, the same for all implementations, and the batches, which are drawn on the CPU.
+    Settings of the process become those of `setup_seed`; a training repeats bit for bit on the same machine.
+    """
+    setup_seed(seed)
+    twin = fused.VideoMamba(fused.VideoMambaConfig(**task.config))
+    model = build(task.config).to(device)
+    model.load_state_dict(twin.state_dict(), strict=True)
+    optimizer = torch.optim.AdamW(_groups(twin, model, recipe.lr), betas=(0.9, 0.95))
+    schedule = cosine_schedule(optimizer, recipe.steps, recipe.steps // 10, floor=0.01)
+    generator = torch.Generator().manual_seed(seed)
+    fitted = Fitted(model, len(data.held_out[1]))
+    marks, spent, since = looked_at(recipe.steps), 0.0, 0
+    for step in range(1, recipe.steps + 1):
+        begin = time.perf_counter()
+        inputs, classes = (x.to(device) for x in data.draw(generator, recipe.batch))
+        loss = F.cross_entropy(model.train()(inputs).float(), classes, label_smoothing=SMOOTHING)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIPPED)
+        optimizer.step()
+        schedule.step()
+        fitted.losses.append(loss.item())
+        spent += time.perf_counter() - begin
+        if step in marks:
+            mean = math.fsum(fitted.losses[since:]) / (step - since)
+            fitted.looks.append(Look(step, mean, wrong(model, *data.held_out), spent))
+            since = step
+            tell(fitted.looks[-1])
+    return fitted
+
+
+def looked_at(steps: int) -> list[int]:
+    """The steps after which a training is looked at, the last among them."""
+    return sorted({round(steps * i / LOOKS) for i in range(1, LOOKS + 1)} - {0})
+
+
+def wrong(model: nn.Module, inputs: Tensor, classes: Tensor) -> int:
+    """How many answers are wrong. A model that gives NaN gives no answer."""
+    return int((_answers(model, inputs) != classes).sum())
+
+
+def _answers(model: nn.Module, inputs: Tensor) -> Tensor:
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        logits = torch.cat([model.eval()(part.to(device)).float().cpu() for part in inputs.split(TOGETHER)])
+    return torch.where(logits.isfinite().all(dim=1), logits.argmax(dim=1), -1)
+
+
+def _groups(twin: nn.Module, model: nn.Module, lr: float) -> list[dict[str, Any]]:
+    """`parameter_groups`, which knows fused's classes, of a model that has the same names."""
+    names = {id(p): name for name, p in twin.named_parameters()}
+    own = dict(model.named_parameters())
+    groups = parameter_groups(twin, lr, WEIGHT_DECAY, rule="corrected")
+    return [group | {"params": [own[names[id(p)]] for p in group["params"]]} for group in groups]

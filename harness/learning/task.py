@@ -1,0 +1,47 @@
+"""What a task is: data that never run out, data that are held out, the model that learns it, and how much it has to learn."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Batch = tuple[Tensor, Tensor]  # clips or images, float32; classes, int64 (B,)
+
+
+@dataclass(frozen=True)
+class Data:
+    """`draw(generator, count)` gives a fresh batch for training; `held_out` is never drawn from."""
+
+    draw: Callable[[torch.Generator, int], Batch]
+    held_out: Batch
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training: AdamW, a cosine with warm-up, `batch` drawn anew at each step. `bar` is the share of what is held out that
+    must be exceeded; None where the result may be anything."""
+
+    steps: int
+    batch: int
+    lr: float
+    bar: float | None
+
+
+@dataclass(frozen=True)
+class Task:
+    """`config` are fields of a VideoMambaConfig, of either package."""
+
+    name: str
+    title: str
+    config: dict[str, Any]
+    data: Callable[[], Data]
+    full: Recipe
+    short: Recipe
+
+
+def allowed(bar: float | None, count: int) -> float:
+    """How many of `count` may be wrong if more than the share `bar` has to be right; infinite without a bar."""
+    return math.inf if bar is None else math.ceil(count * (1 - bar) - 1e-9) - 1

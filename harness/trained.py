@@ -1,0 +1,42 @@
+"""Fitted weights that come with the project: what `python -m harness learn --task motion --save-weights` wrote.
+
+The file holds the model, the fields of its configuration, and held-out digits of which its clips are made, so that parity asks
+on trained weights and the data that they are for, on boxes without scikit-learn too.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fused import save_checkpoint
+from fused.storage import read_checkpoint
+from harness.learning import digits, motion
+from harness.video import SHIPPED
+
+PATH = SHIPPED.with_name("motion.pth")  # beside the clip, in a checkout and where the wheel puts it
+DIGITS = 64
+
+
+class Trained(NamedTuple):
+    """`weights` in float32 by name; `pixels` (DIGITS, 8, 8) in 0..1, of digits that were held out."""
+
+    config: dict[str, Any]
+    weights: dict[str, Tensor]
+    pixels: Tensor
+
+
+def save(model: nn.Module, path: Path = PATH) -> Path:
+    """Keep a model that learnt the task `motion`; the path."""
+    pixels = digits.split(digits.images()[0])[1][:DIGITS]
+    weights = {name: p.detach().cpu() for name, p in model.state_dict().items()}
+    return save_checkpoint({"model": weights, "config": motion.TASK.config, "digits": (16 * pixels).to(torch.uint8)}, path)
+
+
+@functools.cache
+def read(path: Path = PATH) -> Trained:
+    """What `save` kept."""
+    kept = read_checkpoint(path)
+    return Trained(dict(kept["config"]), dict(kept["model"]), kept["digits"].float() / 16)
