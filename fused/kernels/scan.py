@@ -60,9 +60,10 @@ class Result(NamedTuple):
 
 
 @functools.cache
-def source() -> str:
-    """The kernels' CUDA C++."""
-    return "\n".join((Path(__file__).parent / name).read_text(encoding="utf-8") for name in FILES)
+def source(keeps: bool) -> str:
+    """The kernels' CUDA C++; those of the backward, half of the time that compiling takes, where there will be one."""
+    names = FILES if keeps else FILES[:-1]
+    return "\n".join((Path(__file__).parent / name).read_text(encoding="utf-8") for name in names)
 
 
 def forward(
@@ -262,7 +263,7 @@ def _module(s: Streams, plan: Plan, keep: bool, *others: Tensor | None) -> Any:
     exact = int(vector and vector_bc and N == plan.states and E % max(plan.forward.width, plan.backward.width) == 0)
     options = (int(s.softplus), int(s.z is not None), int(keep))
     chosen = defines(IO[s.u[0].dtype], plan, len(s.reverses), vector, vector_bc, exact, *options)
-    return nvrtc.module(source(), chosen, s.u[0].device)
+    return nvrtc.module(source(keep), chosen, s.u[0].device)
 
 
 def _aligned(x: Tensor) -> bool:

@@ -209,11 +209,11 @@ def test_tuned_kernels_do_not_spill(arch, capsys):
     tuned = ((1, 2, 1, 0), (2, 1, 1, 1), (2, 2, 1, 0), (2, 2, 1, 1))
     for directions, softplus, gated, keeps in tuned if arch == "sm_90" else tuned[-1:]:
         chosen = scan.defines(0, cuts.plan(1, 16, 64, 16, directions, 1), directions, 1, 1, 1, softplus, gated, keeps)
-        found = nvrtc.resources(scan.source(), chosen, arch)
+        found = nvrtc.resources(scan.source(bool(keeps)), chosen, arch)
         with capsys.disabled():
             for name, r in found.items():
                 which = f"{arch} {directions} {softplus} {keeps} {name}"
                 print(f"\n{which}: {r.registers} registers, {r.spills} bytes spilt, {r.stack} of stack", end="")
         # the backward keeps three blocks of 168 registers on a multiprocessor: fewer blocks without a spill were slower
         assert found and not any(r.spills for name, r in found.items() if name != "scan_backward_full")
-        assert found["scan_backward_full"].spills <= 160
+        assert not keeps or found["scan_backward_full"].spills <= 160
