@@ -67,7 +67,8 @@ def run(trial: Trial, implementation: Implementation) -> list[Finding]:
     truth = trial.once(NAME, lambda: exactly(trial))
     with tempfile.TemporaryDirectory() as name:
         asked = Questions(trial, str(implementation.backend), Path(name))
-        said = together.trained([*asked.firsts("plain"), *(t for e in ENGINES for t in (*asked.firsts(e), asked.whole(e)))], asked.folder)
+        engines = [training for engine in ENGINES for training in (*asked.firsts(engine), asked.whole(engine))]
+        together.trained([*asked.firsts("plain"), *engines], asked.folder)
         for engine in ENGINES:
             asked.stop(engine)
         said = together.trained([asked.again(engine) for engine in ENGINES], asked.folder)
@@ -162,12 +163,12 @@ def described(run: Path) -> Named:
 
 def write_videos(case: Case, root: Path) -> None:
     """Parts of the video, in turns of two classes."""
-    mean, std = torch.tensor(MEAN), torch.tensor(STD)
-    for i in range(VIDEOS):
-        clip = read_clip(case.video or video.SHIPPED, FRAMES, 2 * case["S"], start=i / VIDEOS, stop=(i + 1) / VIDEOS)
+    clip = read_clip(case.video or video.SHIPPED, VIDEOS * FRAMES, 2 * case["S"]).movedim(0, -1)
+    frames = ((clip * torch.tensor(STD) + torch.tensor(MEAN)) * 255).round().clamp(0, 255).byte()
+    for i, part in enumerate(frames.split(FRAMES)):
         folder = root / f"class{i % 2}"
         folder.mkdir(parents=True, exist_ok=True)
-        video.write(folder / f"{i}.avi", ((clip.movedim(0, -1) * std + mean) * 255).round().clamp(0, 255).byte())
+        video.write(folder / f"{i}.avi", part)
 
 
 def write_teacher(case: Case, folder: Path) -> None:
