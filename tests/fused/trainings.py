@@ -1,22 +1,20 @@
-"""Trainings in processes of their own, as `python -m fused.train` and torchrun start them, and what they leave.
+"""Trainings in a process of their own, as `python -m fused.train` starts them.
 
 The processes are forked from one that has imported PyTorch and nothing has used: each costs milliseconds.
 """
 
-import json
 import multiprocessing
 import os
 import runpy
 import signal
-import socket
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from videos import write_video
+
+from harness.together import log
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SMALL = (
@@ -24,22 +22,20 @@ SMALL = (
     "optim.lr=3e-3 log_every=1 deterministic=true device=cpu"
 ).split()
 PATIENCE = 60  # seconds
-TIMING = ("clips_per_s", "memory_mib")
 
 
-def start(*trainings: list[str], rank: int | None = None, ports: tuple[int, ...] = (), sabotage=None, out: Path | None = None):
-    """A process that runs one training after another; what it prints goes to `out`. With a rank it is one of two, which meet
-    for each training at another port."""
+def start(*trainings: list[str], sabotage=None, out: Path | None = None):
+    """A process that runs one training after another; what it prints goes to `out`."""
     os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, Path(__file__).parent)))  # of the process that is forked
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trainings", "fused.train.loop", "torch._dynamo", "av", "yaml", "safetensors.torch"])
-    process = context.Process(target=_child, args=(trainings, rank, ports, sabotage, out))
+    process = context.Process(target=_child, args=(trainings, sabotage, out))
     process.start()
     return process
 
 
-def _child(trainings, rank, ports, sabotage, out) -> None:
+def _child(trainings, sabotage, out) -> None:
     if out is not None:
         with open(out, "a") as file:
             os.dup2(file.fileno(), 1)
@@ -48,10 +44,7 @@ def _child(trainings, rank, ports, sabotage, out) -> None:
     torch.set_num_threads(1)
     if sabotage is not None:
         sabotage()
-    for i, words in enumerate(trainings):
-        if rank is not None:  # what torchrun sets
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ports[i]}
-            os.environ |= {name: str(value) for name, value in place.items()}
+    for words in trainings:
         sys.argv = ["fused.train", *words]
         try:
             runpy.run_module("fused.train", run_name="__main__", alter_sys=True)
@@ -68,16 +61,6 @@ def train(*trainings: list[str], sabotage=None, folder: Path) -> tuple[int, str]
     return code, said.read_text()
 
 
-def together(*trainings: list[str], folder: Path) -> str:
-    """The same in two processes that see each other; what they printed."""
-    said = folder / f"said-{time.monotonic_ns()}.txt"
-    ports = tuple(_free_port() for _ in trainings)
-    processes = [start(*trainings, rank=rank, ports=ports, out=said) for rank in range(2)]
-    codes = [_ended(process) for process in processes]
-    assert codes == [0, 0], said.read_text()
-    return said.read_text()
-
-
 def _ended(process) -> int:
     """Its exit code; a process that waits for one that is not there is killed."""
     process.join(PATIENCE)
@@ -85,12 +68,6 @@ def _ended(process) -> int:
         process.kill()
         process.join()
     return process.exitcode
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def killed_at(words: list[str], run: Path, step: int, number: signal.Signals, out: Path | None = None) -> int:
@@ -109,25 +86,3 @@ def videos(root: Path, each: int, sides: tuple[int, ...] = (0, 20)) -> Path:
         for i in range(each):
             write_video(root / f"side{side}" / f"{i}.avi", frames=6 + i % 2, width=48, height=32, side=side, step=4 + i)
     return root
-
-
-def log(run: Path) -> list[dict]:
-    """The whole lines of a run's log, without what depends on the machine."""
-    if not (run / "log.jsonl").is_file():
-        return []
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines(keepends=True) if line.endswith("\n")]
-    return [{key: value for key, value in line.items() if key not in TIMING} for line in lines]
-
-
-def steps(run: Path) -> list[dict]:
-    return [line for line in log(run) if "loss" in line]
-
-
-def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """All that a checkpoint holds, put together."""
-    metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    found = {name: torch.empty(about.size, dtype=about.properties.dtype) for name, about in metadata.items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # there is no process group
-        dcp.load(found, checkpoint_id=checkpoint, no_dist=True)
-    return found

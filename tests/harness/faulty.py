@@ -122,3 +122,22 @@ def changes_with_every_call(*args, **options):
     _calls[0] += 1
     y, state = scan(*args, **options)
     return y * (1 + 1e-3 * _calls[0]), state
+
+
+def in_processes():
+    """For the check `processes`: DDP never adds gradients up, and FSDP2 goes on without the optimiser's moments."""
+    from fused.train import checkpoints, loop, parallel
+
+    load = checkpoints.load
+
+    def apart(module, task, now):
+        return module.no_sync() if isinstance(module, torch.nn.parallel.DistributedDataParallel) else shared(module, task, now)
+
+    def forgetful(checkpoint, model, optimizer, world):
+        load(checkpoint, model, optimizer, world)
+        if isinstance(model, torch.distributed.fsdp.FSDPModule):
+            optimizer.state.clear()
+
+    shared = parallel.shared
+    assert loop.parallel is parallel and loop.checkpoints is checkpoints
+    parallel.shared, checkpoints.load = apart, forgetful

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from trainings import SMALL, log, steps, train, videos
+from trainings import SMALL, train, videos
 
 from fused import VideoMamba, VideoMambaConfig, VideoMambaEncoder
 from fused.train.log import Log
+from harness.together import log, steps
 
 TINY = {"img_size": 32, "num_frames": 2, "depth": 1, "embed_dim": 24}
 

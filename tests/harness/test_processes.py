@@ -1,0 +1,79 @@
+"""The check `processes`: trainings of ours pass, bugs of two processes do not, and a process that fails says why."""
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+import faulty
+import pytest
+import torch
+
+from harness import environment, together
+from harness.checks import processes
+from harness.finding import Finding
+from harness.subject import CannotAsk, Implementation, subjects
+from harness.together import Training
+from harness.trial import Trial
+
+
+@pytest.fixture(autouse=True)
+def prepared(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(processes, "SEEDS", 2)
+    before = torch.are_deterministic_algorithms_enabled()
+    environment.prepare()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@functools.cache
+def trial(subject: str, device: str = "cpu") -> Trial:
+    """The truth is computed once."""
+    return Trial(next(c for c in processes.cases("full") if c.subject == subject), device)
+
+
+def ours(subject: str) -> Implementation:
+    return next(i for i in subjects()[subject].implementations() if i.name == "fused:torch")
+
+
+def failing(found: list[Finding]) -> set[str]:
+    return {f.tensor for f in found if not f.passed}
+
+
+@pytest.mark.parametrize("subject", ["videomamba", "encoder"])
+def test_ours_passes(subject: str) -> None:
+    """All parameters of the classifier are asked about, and in both ways."""
+    found = processes.run(trial(subject), ours(subject))
+    assert not failing(found)
+    asked = {f.tensor for f in found}
+    for engine in processes.ENGINES:
+        assert {f"loss, {engine}", f"log loss, {engine} again"} <= asked
+    if subject == "videomamba":
+        parameters = {f.removeprefix("model.").removesuffix(" again") for f in asked if f.startswith("model.")}
+        assert parameters and {f"grad {name}" for name in parameters} <= asked
+
+
+def test_planted_bugs_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients that DDP leaves apart, moments that FSDP2 forgets: each fails in the place where it is."""
+    monkeypatch.setattr(together, "trained", functools.partial(together.trained, plant=faulty.in_processes))
+    found = failing(processes.run(trial("videomamba"), ours("videomamba")))
+    assert {name for name in found if name.startswith("grad ") and name.endswith(", ddp")}
+    assert not {name for name in found if name.endswith(", fsdp")}
+    assert "log grad_norm, fsdp again" in found and "log loss, fsdp again" in found
+
+
+def test_what_cannot_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One GPU is a reason to ask nothing; on the smoke grid nobody is asked."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(CannotAsk, match="needs two GPUs, there is 1"):
+        processes.run(trial("encoder", "cuda"), ours("encoder"))
+    assert not processes.cases("smoke")
+
+
+def test_a_process_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong word ends both; so does the limit, with one that waits."""
+    wrong = Training((f"out={tmp_path}", "task=dream", "data.train=nowhere"))
+    with pytest.raises(RuntimeError, match=r"exit code 2(.|\n)*task is 'dream'; allowed"):
+        together.trained([wrong], tmp_path)
+    monkeypatch.setattr(together, "LIMIT", 0.0)
+    with pytest.raises(RuntimeError, match="not ended"):
+        together.trained([wrong], tmp_path)
