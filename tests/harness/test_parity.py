@@ -1,5 +1,6 @@
 """The judge's command line: filters, exit codes, added implementations, resume, records."""
 
+import functools
 import json
 import os
 import signal
@@ -90,7 +91,10 @@ def test_interrupted_run_is_readable_and_goes_on(jobs: str, cases: str, tmp_path
     options = ["--grid", "smoke", "--device", "cpu", "--subject", "scan", "--case", cases, "--out", str(tmp_path)]
     command = [sys.executable, "-m", "harness", "parity", *options, "--impl", "fused:torch", "--jobs", jobs]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as here, where it goes on: the plan holds their number
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # tests run in the background ignore it
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heard
+    )
     while len(Run.open(tmp_path).records if (tmp_path / "run.json").exists() else []) < 4:
         assert process.poll() is None
         time.sleep(0.05)
