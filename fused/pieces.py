@@ -132,15 +132,6 @@ class Weights:
         return made
 
 
-def norm_only(plan: Plan, w: Weights, hidden: Tensor, residual: Tensor | None) -> Tensor:
-    """The first of `add_norm`, without the second being stored."""
-    if not plan.fused_add_norm:
-        return add_norm(plan, w, hidden, residual)[0]
-    options: dict[str, Any] = {"eps": plan.eps, "kind": plan.kind, "prenorm": False, "backend": plan.backend}
-    y: Any = norm.add_norm(hidden, *w.norm, residual=None if residual is None else residual.to(plan.wide), **options)
-    return y.to(plan.product)
-
-
 def _cast(plan: Plan, name: str, x: Tensor | None) -> Tensor | None:
     """A parameter as the operators take it."""
     if x is None:
@@ -160,13 +151,17 @@ def add_norm(plan: Plan, w: Weights, hidden: Tensor, residual: Tensor | None) ->
         y, v = norm.add_norm(hidden, *w.norm, residual=residual, eps=plan.eps, kind=plan.kind, backend=plan.backend)
         return y.to(plan.product), v
     v = hidden if residual is None else residual + hidden
-    return norm_again(plan, w, v), v.to(plan.wide)
+    return norm_only(plan, w, v), v.to(plan.wide)
 
 
-def norm_again(plan: Plan, w: Weights, v: Tensor) -> Tensor:
-    """The first of `add_norm` from the second."""
-    v = v if plan.fused_add_norm else v.to(plan.normed)
-    y: Any = norm.add_norm(v, *w.norm, eps=plan.eps, kind=plan.kind, prenorm=False, backend=plan.backend)
+def norm_only(plan: Plan, w: Weights, v: Tensor, residual: Tensor | None = None) -> Tensor:
+    """The first of `add_norm`, without the second being stored; of the second, `v`, or of what is added up to it."""
+    if plan.fused_add_norm:
+        residual = None if residual is None else residual.to(plan.wide)
+    else:
+        v, residual = (v if residual is None else residual + v).to(plan.normed), None
+    options: dict[str, Any] = {"eps": plan.eps, "kind": plan.kind, "prenorm": False, "backend": plan.backend}
+    y: Any = norm.add_norm(v, *w.norm, residual=residual, **options)
     return y.to(plan.normed).to(plan.product)
 
 

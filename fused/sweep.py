@@ -24,7 +24,6 @@ from .pieces import (
     Plan,
     Weights,
     add_norm,
-    norm_again,
     norm_only,
     parameters_of,
     plan_of,
@@ -126,7 +125,7 @@ def _backward(
     state: State | None = None
     dstate: Sequence[Tensor] = ()
     for i, c in reversed(chunks):
-        x, z = (t.requires_grad_() for t in project(w.into, norm_again(plan, w, seen[:, c])).chunk(2, dim=-1))
+        x, z = (t.requires_grad_() for t in project(w.into, norm_only(plan, w, seen[:, c])).chunk(2, dim=-1))
         behind: list[Tensor] = []
         if w.behind is not None:
             entering[i] = state
@@ -143,7 +142,7 @@ def _backward(
     for i, c in chunks:
         v = seen[:, c].detach().requires_grad_()
         with torch.enable_grad():
-            y = norm_again(plan, w, v)
+            y = norm_only(plan, w, v)
         (dxz, *dbehind), waiting[i] = (_back(t, v.device) for t in waiting[i]), None
         if w.behind is not None:
             inner = w.out[0].shape[1]

@@ -107,6 +107,10 @@ class Parts:
         """(directions, B, L, E)."""
         return conv.forward(self.x, self.conv, self.conv_bias, None, self.reverses, True, False)[0]
 
+    def rows(self, c: Tensor, proj: Tensor) -> Tensor:
+        """x_proj of c (directions, B, L, E): (directions, B, L, width)."""
+        return torch.bmm(c.flatten(1, 2), proj.mT).unflatten(1, c.shape[1:3])
+
     def delta(self, rows: Tensor, dt_proj: Tensor) -> Tensor:
         """(directions, B, L, E), behind softplus."""
         return steps(self.split(rows)[0], dt_proj, self.dt_bias).view(len(self.reverses), *self.x.shape)
@@ -164,7 +168,7 @@ def _mixer(*args):
     *tensors, even = args
     p, (out, out_bias) = _parts(tensors, even), tensors[-2:]
     c, (proj, dt_proj) = p.convolved(), p.weights()
-    rows = torch.bmm(c.flatten(1, 2), proj.mT).unflatten(1, c.shape[1:3])
+    rows = p.rows(c, proj)
     r = scan.forward(p.streams(c, rows, p.delta(rows, dt_proj)), None, p.plan, keep=False)
     return F.linear(r.y, out, out_bias), rows, r.starts if r.starts is not None else r.final.new_empty(0)
 

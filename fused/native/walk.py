@@ -63,7 +63,7 @@ def _walk(*args):
     c, leaving = conv.forward(p.x, p.conv, p.conv_bias, (taps,), p.reverses, True)
     assert leaving is not None
     proj, dt_proj = p.weights()
-    rows = torch.bmm(c.flatten(1, 2), proj.mT).unflatten(1, c.shape[1:3])
+    rows = p.rows(c, proj)
     delta = p.delta(rows, dt_proj)
     s = p.streams(c, rows, delta)
     r = scan.forward(s, whole(state), p.plan, keep=keep, beside=whole(beside))
