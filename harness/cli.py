@@ -17,7 +17,7 @@ from harness import environment, parity
 from harness import subject as registry
 from harness.bench.cli import bench, compare
 from harness.case import Case
-from harness.conclude import conclude
+from harness.conclude import INTERRUPTED, NOTHING, PASSED, UNFIT, USAGE, conclude, exit_code
 from harness.learning.cli import learn
 from harness.plan import GRIDS, Plan, UsageError
 from harness.progress import Progress
@@ -26,8 +26,6 @@ from harness.report import bench as bench_page
 from harness.report import learning as learning_page
 from harness.report import page
 from harness.store import ACCEPTED, Run, StoreError, again, resumable
-
-PASSED, FAILED, USAGE, NOTHING, UNFIT, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 Many = Annotated[list[str] | None, typer.Option()]
@@ -143,10 +141,7 @@ def judge(plan: Plan, run: Run, save_failing: bool, jobs: int) -> int:
     for backend, dtype in parity.stamps(plan, run):
         print(f"validated: {backend}, {dtype}")
     print(run.last_line())
-    ours = run.counts()
-    if not ours["passed"] + ours["failed"] + run.counts("rival")["passed"] + run.counts("rival")["failed"]:
-        return NOTHING
-    return FAILED if ours["failed"] else PASSED
+    return exit_code(run)
 
 
 def teller(progress: Progress) -> Callable[[Case, Record | None], None]:

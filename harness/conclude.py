@@ -7,6 +7,8 @@ from pathlib import Path
 from harness.progress import Progress
 from harness.store import Run
 
+PASSED, FAILED, USAGE, NOTHING, UNFIT, INTERRUPTED = 0, 1, 2, 3, 4, 130
+
 
 def conclude(run: Run, progress: Progress, work: Callable[[], None], write: Callable[[Run], Path]) -> bool:
     """Do the work and write the report; whether it came to its end. Ctrl-C keeps what was done."""
@@ -23,3 +25,11 @@ def conclude(run: Run, progress: Progress, work: Callable[[], None], write: Call
     if status == "interrupted":
         print(f"interrupted; continue with the same options and --resume --out {run.folder}")
     return status == "finished"
+
+
+def exit_code(run: Run) -> int:
+    """Of records that were judged: whether one of ours failed, or nothing ran, rivals' included."""
+    ours, rivals = run.counts(), run.counts("rival")
+    if not any(counts[k] for counts in (ours, rivals) for k in ("passed", "failed")):
+        return NOTHING
+    return FAILED if ours["failed"] else PASSED

@@ -11,7 +11,7 @@ import torch
 import typer
 
 from harness import environment, trained
-from harness.conclude import conclude
+from harness.conclude import INTERRUPTED, conclude, exit_code
 from harness.finding import Finding
 from harness.learning.fit import Fitted, Look, fit, looked_at
 from harness.learning.task import Recipe, Task, allowed
@@ -96,16 +96,8 @@ def learn(
     done = conclude(run, progress, work, page.write)
     print(run.last_line())
     if not done:
-        raise typer.Exit(130)
+        raise typer.Exit(INTERRUPTED)
     raise typer.Exit(exit_code(run))
-
-
-def exit_code(run: Run) -> int:
-    """0 if all learnt what they must, 1 if one of ours did not, 3 if nothing ran."""
-    ours, rivals = run.counts(), run.counts("rival")
-    if not sum(counts[k] for counts in (ours, rivals) for k in ("passed", "failed")):
-        return 3
-    return int(bool(ours["failed"]))
 
 
 def courses(names: tuple[str, ...], wanted: tuple[str, ...], seeds: int, steps: int, short: bool) -> list[Course]:

@@ -12,7 +12,8 @@ from typer.testing import CliRunner, Result
 import fused
 from harness import environment, trained
 from harness.case import Case
-from harness.cli import FAILED, PASSED, app
+from harness.cli import app
+from harness.conclude import FAILED, PASSED
 from harness.learning import arrow, digits, motion
 from harness.learning.cli import recipe
 from harness.learning.fit import Fitted, fit, wrong

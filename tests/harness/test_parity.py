@@ -14,7 +14,8 @@ import torch
 from typer.testing import CliRunner, Result
 
 import reference
-from harness.cli import FAILED, INTERRUPTED, NOTHING, PASSED, app
+from harness.cli import app
+from harness.conclude import FAILED, INTERRUPTED, NOTHING, PASSED
 from harness.finding import Tally
 from harness.plan import UsageError
 from harness.record import Record

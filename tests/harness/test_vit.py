@@ -16,7 +16,8 @@ from harness.baselines import attention
 from harness.baselines.vit import ViT, ViTConfig
 from harness.bench import workloads
 from harness.bench.point import Entry, Point
-from harness.cli import FAILED, PASSED, app
+from harness.cli import app
+from harness.conclude import FAILED, PASSED
 from harness.store import Run
 from harness.subjects import vit
 
