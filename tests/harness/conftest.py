@@ -1,11 +1,12 @@
-"""For tests that ask the judge the same things again and again."""
+"""For tests that ask the judge itself: as its runs set the process up, and the same things again and again."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 
-from harness import parity
+from harness import environment, parity
 from harness.case import Case
 from harness.trial import Trial
 
@@ -25,3 +26,12 @@ def _known(case: Case, device: str, elsewhere: Callable[[Case, str], dict[str, s
 def answered_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a case the reference, which no bug of `fused` reaches, is asked once; on CPUs its loops are most of a run's cost."""
     monkeypatch.setattr(parity, "Trial", _known)
+
+
+@pytest.fixture
+def prepared() -> Iterator[None]:
+    """The settings under which parity judges, for one test."""
+    before = torch.are_deterministic_algorithms_enabled()
+    environment.prepare()
+    yield
+    torch.use_deterministic_algorithms(before)

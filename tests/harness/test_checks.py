@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from harness import environment, vast
+from harness import vast
 from harness.case import Case
 from harness.checks import batch, compile, device, extremes, strides, writes
 from harness.cli import app
@@ -22,12 +22,7 @@ ODD = {"B": 3, "L": 7, "E": 10, "N": 4}
 WIDE = {"E": 198}  # as few tokens, but so many values that a quarter of the seeds is enough
 
 
-@pytest.fixture(autouse=True)
-def prepared():
-    before = torch.are_deterministic_algorithms_enabled()
-    environment.prepare()
-    yield
-    torch.use_deterministic_algorithms(before)
+pytestmark = pytest.mark.usefixtures("prepared")
 
 
 def scan_case(*options: str, dtype: str = "float32", **dims: int) -> Case:

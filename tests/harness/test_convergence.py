@@ -1,7 +1,6 @@
 """The check `convergence`: what trains like the reference passes, planted bugs do not, and the report shows the curves."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from harness import environment
 from harness.checks import convergence
 from harness.parity import ask
 from harness.plan import Plan
@@ -23,12 +21,7 @@ SHORT = 15  # steps: enough for the truth to learn
 MUTANTS = ("keep_the_weights", "add_up_gradients")
 
 
-@pytest.fixture(autouse=True)
-def prepared() -> Iterator[None]:
-    before = torch.are_deterministic_algorithms_enabled()
-    environment.prepare()
-    yield
-    torch.use_deterministic_algorithms(before)
+pytestmark = pytest.mark.usefixtures("prepared")
 
 
 @lru_cache

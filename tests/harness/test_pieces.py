@@ -1,7 +1,6 @@
 """Videos that come in pieces: the checks `long` and `stream`, the races `stream` and `chunks`, and what is said of them."""
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -9,10 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sweeps
-import torch
 
 import fused
-from harness import environment
 from harness.bench import grids, roofline, workloads
 from harness.bench.ceilings import Ceilings
 from harness.bench.point import Entry, Point, Speed
@@ -30,12 +27,7 @@ OURS = Entry("videomamba", "fused:torch", "ours", variant="tiny")
 STREAMED = replace(OURS, maker="harness.bench.streaming:make")
 
 
-@pytest.fixture(autouse=True)
-def prepared() -> Iterator[None]:
-    before = torch.are_deterministic_algorithms_enabled()
-    environment.prepare()
-    yield
-    torch.use_deterministic_algorithms(before)
+pytestmark = pytest.mark.usefixtures("prepared")
 
 
 def asked_long(frames: int = 30, side: int = 16) -> set[str]:

@@ -1,14 +1,13 @@
 """The check `processes`: trainings of ours pass, bugs of two processes do not, and a process that fails says why."""
 
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 
 import faulty
 import pytest
 import torch
 
-from harness import environment, together
+from harness import together
 from harness.checks import processes
 from harness.finding import Finding
 from harness.subject import CannotAsk, Implementation, subjects
@@ -17,12 +16,8 @@ from harness.trial import Trial
 
 
 @pytest.fixture(autouse=True)
-def prepared(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def two_seeds(monkeypatch: pytest.MonkeyPatch, prepared: None) -> None:
     monkeypatch.setattr(processes, "SEEDS", 2)
-    before = torch.are_deterministic_algorithms_enabled()
-    environment.prepare()
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 @functools.cache
