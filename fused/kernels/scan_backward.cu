@@ -165,7 +165,7 @@ template <bool FULL> DEVICE void scan_backward(
           const float dy = dys[t * CHANNELS + slot[k]];
           total[k] += d.x;
           #pragma unroll
-          for (int i = 0; i < MINE; i++) adjoint[k][i] = ex2(d.x * rate[k][i]) * fmaf(c[i], dy, adjoint[k][i]);
+          for (int i = 0; i < MINE; i++) adjoint[k][i] = decay_of(d.x, rate[k][i]) * fmaf(c[i], dy, adjoint[k][i]);
         }
       }
       __syncthreads();
@@ -187,7 +187,7 @@ template <bool FULL> DEVICE void scan_backward(
         for (int k = 0; k < K; k++) {
           const float2 d = step[t * CHANNELS + slot[k]];
           #pragma unroll
-          for (int i = 0; i < MINE; i++) h[k][i] = fmaf(ex2(d.x * rate[k][i]), h[k][i], d.y * b[i]);
+          for (int i = 0; i < MINE; i++) h[k][i] = fmaf(decay_of(d.x, rate[k][i]), h[k][i], d.y * b[i]);
         }
       }
     }
@@ -226,7 +226,7 @@ template <bool FULL> DEVICE void scan_backward(
           const float dy = dys[(t0 + t) * CHANNELS + slot[k]];
           #pragma unroll
           for (int i = 0; i < MINE; i++) {
-            decay[t][k][i] = ex2(d.x * rate[k][i]), kept[t][k][i] = decay[t][k][i] * h[k][i];
+            decay[t][k][i] = decay_of(d.x, rate[k][i]), kept[t][k][i] = decay[t][k][i] * h[k][i];
             h[k][i] = fmaf(d.y, b[i], kept[t][k][i]);
             dC[i] = k ? fmaf(dy, h[k][i], dC[i]) : dy * h[k][i];
           }

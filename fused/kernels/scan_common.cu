@@ -89,6 +89,11 @@ DEVICE float slope(float x) {
   p = fmaf(x * p, -1.f / 4.f, 1.f), p = fmaf(x * p, -1.f / 3.f, 1.f), p = fmaf(x * p, -1.f / 2.f, 1.f);
   return x < 0.5f ? x * p : 1.f - ex2(-x * LOG2E);
 }
+// exp(step * A), rate = A / ln 2. The special function unit's results lie below the true ones, by 5e-9 on average near 1 and by
+// 2e-8 to 2.7e-8 elsewhere (measured on an H200): over a long memory that adds up, where roundings cancel. The nudge halves it,
+// is lost in rounding at a step of 0, and is free in the fused multiply-add.
+#define NUDGE 1.5e-8f
+DEVICE float decay_of(float step, float rate) { return ex2(fmaf(step, rate, NUDGE)); }
 DEVICE float sigmoid(float x) { return rcp(1.f + ex2(-x * LOG2E)); }
 
 // One step of a sum over lanes that also shares it out: of COUNT values each of the two lanes keeps the sums of half.

@@ -137,7 +137,7 @@ template <bool FULL> DEVICE void scan_forward(
           if (!FULL) total[k] += d.x;
           #pragma unroll
           for (int i = 0; i < MINE; i++) {
-            h[k][i] = fmaf(ex2(d.x * rate[k][i]), h[k][i], d.y * b[i]);
+            h[k][i] = fmaf(decay_of(d.x, rate[k][i]), h[k][i], d.y * b[i]);
             if (FULL) sum = fmaf(h[k][i], c[i], sum);
           }
           part[t * K + k] = sum;
@@ -239,6 +239,6 @@ KERNEL(scan_combine, 128, 1)(
   for (i64 k = 0; k < cuts; k++) {
     const i64 at = one * cuts + (back ? cuts - 1 - k : k);
     enter[at * E * N + i] = x;
-    if (k + 1 < cuts) x = fmaf(ex2(sums[at * E + i / N] * rate), x, local[at * E * N + i]);
+    if (k + 1 < cuts) x = fmaf(decay_of(sums[at * E + i / N], rate), x, local[at * E * N + i]);
   }
 }
