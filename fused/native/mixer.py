@@ -18,6 +18,7 @@ from torch import Tensor
 from fused.backends import invariant
 from fused.kernels import conv, scan
 from fused.kernels.conv import Optionals
+from fused.kernels.pack import pack
 from fused.kernels.steps import steps
 from fused.native.scan import plan, streams
 
@@ -92,11 +93,7 @@ class Parts:
 
     def weights(self) -> tuple[Tensor, Tensor]:
         """x_proj (directions, width, E) and dt_proj (directions, step, E)."""
-        gap = self.proj[0].new_zeros((self.step - self.R, self.x.shape[2]))
-        rows = [x for w in self.proj for x in (w[: self.R], gap, w[self.R :])] + [x for w in self.dt for x in (w.t(), gap)]
-        packed, count = torch.cat(rows), len(self.proj)
-        proj, dt = packed.split((count * self.width, count * self.step))
-        return proj.unflatten(0, (count, -1)), dt.unflatten(0, (count, -1))
+        return pack([w.contiguous() for w in self.proj], [w.contiguous() for w in self.dt], self.step)
 
     def split(self, rows: Tensor) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
         """dt (directions, B * L, step), and for each direction B and C (B, L, N)."""
