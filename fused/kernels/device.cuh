@@ -57,6 +57,20 @@ __device__ __forceinline__ void named_arrive(int id, int count) {
   asm volatile("barrier.arrive %0, %1;" ::"r"(id), "r"(count) : "memory");
 }
 
+// Among the blocks of a grid: who comes when, that something is done, and waiting until `done` times it is. What the announcing
+// thread saw written is seen by who waited, and behind a barrier by its block.
+__device__ __forceinline__ int ticket(int* count) { return atomicAdd(count, 1); }
+__device__ __forceinline__ void announce(int* count) {
+  __threadfence();
+  atomicAdd(count, 1);
+}
+__device__ __forceinline__ void await(const int* count, int done) {
+  for (int seen = -1; seen < done;) {
+    if (seen >= 0) __nanosleep(100);
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(count) : "memory");
+  }
+}
+
 // cp.async: BYTES (4, 8, 16) from global to shared memory, both aligned to BYTES; zeros where not ok, `from` is not read then.
 template <int BYTES> __device__ __forceinline__ void copy_async(void* to, const void* from, bool ok = true) {
   const unsigned place = static_cast<unsigned>(__cvta_generic_to_shared(to));

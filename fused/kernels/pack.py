@@ -29,8 +29,8 @@ def pack_kernel(proj0, proj1, dt0, dt1, out, E, R, STEP, WIDTH, DIRECTIONS, BLOC
 
 
 def pack(proj: Sequence[Tensor], dt: Sequence[Tensor], step: int) -> tuple[Tensor, Tensor]:
-    """x_proj (directions, step + 2N, E) and dt_proj (directions, step, E), of proj (R + 2N, E) and dt (E, R), contiguous and one
-    or two each: rows of zeros stand between R and `step`, and dt is transposed."""
+    """x_proj (directions, step + 2N, E) and dt_proj (directions, step, E), of proj (R + 2N, E) and dt (E, R), contiguous and
+    one or two each: rows of zeros stand between R and `step`, and dt is transposed."""
     count, (E, R) = len(proj), dt[0].shape
     width = proj[0].shape[0] - R + step
     out = torch.empty((count * (width + step), E), dtype=proj[0].dtype, device=proj[0].device)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from . import nvrtc
 from .cuts import TILE, Cut, Plan
-from .device import Branch
 
 LONGEST_STATE = 64
 FILES = ("device.cuh", "scan_common.cu", "scan_forward.cu", "scan_backward.cu")
@@ -81,43 +80,35 @@ def forward(
     if 0 in (B, L, E):
         final = final.zero_() if initial is None else final.copy_(initial)
         return Result(y, final, starts, before, seen)
-    cut, scan = plan.ahead, functools.partial(_scan, s, plan, keep)
-    carry = Carry.over(cut, s) if starts is None and cut.whole < cut.chains else None
-    starts = carry.enter if carry else starts
-    full = functools.partial(scan, "scan_full", initial, starts, final, None, seen, y, before, beside)
-    branch = Branch(u.device, carry is not None and cut.whole > 0)  # whole chains need not wait for the states of the others
-    done = cut.whole if branch.open else 0
-    if done:
-        full(first=0, units=done)
-    with branch:
-        if carry:
-            scan("scan_states", None, None, carry.local, carry.sums, None, None, None, None, first=cut.whole, units=cut.passes)
-            combine(s, plan, carry, initial, keep, clip0=cut.whole * B // cut.chains, adjoint=False)
-        full(first=done, units=cut.units - done)
+    cut, shape = plan.ahead, plan.forward
+    passes = Passes.over(cut, s, starts is None)
+    if passes.blocks:
+        starts = _wide(u, d, B, cut.pieces, E, N)
+    shared = d * TILE * (shape.width * 8 + 2 * plan.states * 4 + (shape.width + 8) * 4)
+    sizes = (B, L, E, N, cut.span, cut.pieces, cut.whole, s.flags)
+    args = (initial, starts, passes.local, passes.sums, final, seen, y, before, beside, passes.counts, passes.blocks, *sizes)
+    threads, blocks = d * 32 * shape.warps, cut.units + passes.blocks
+    _module(s, plan, keep, beside).launch("scan_forward", (blocks, 1, 1), threads, shared, *_arguments(s), *args)
     return Result(y, final, starts, y if s.z is None and keep else before, seen)
 
 
-class Carry(NamedTuple):
-    """What goes from piece to piece, float32."""
+class Passes(NamedTuple):
+    """How pieces of time hear of one another within a launch: what goes from piece to piece, float32, and Turn's counts."""
 
-    local: Tensor  # (d, B, pieces, E, N): what leaves a piece that nothing enters
-    sums: Tensor  # (d, B, pieces, E): of delta
-    enter: Tensor  # (d, B, pieces, E, N)
+    local: Tensor | None  # (d, B, pieces, E, N): what leaves a piece that nothing enters
+    sums: Tensor | None  # (d, B, pieces, E): of delta
+    counts: Tensor | None
+    blocks: int  # 0 where nothing goes from piece to piece
 
     @classmethod
-    def over(cls, cut: Cut, s: Streams) -> "Carry":
+    def over(cls, cut: Cut, s: Streams, wanted: bool = True) -> "Passes":
         """Empty."""
+        if not wanted or cut.whole == cut.chains:
+            return cls(None, None, None, 0)
         (B, _, E, N), u = s.sizes, s.u[0]
         shape = (len(s.reverses), B, cut.pieces, E)
-        return cls(_wide(u, *shape, N), _wide(u, *shape), _wide(u, *shape, N))
-
-
-def combine(s: Streams, plan: Plan, carry: Carry, initial: Tensor | None, keep: bool, *, clip0: int = 0, adjoint: bool) -> None:
-    """Carry states from piece to piece: write `enter`, from clip `clip0`; `initial` (d, B, E, N) enters the first. `adjoint`
-    carries the other way. `keep` says in which module the kernel is. The same for pieces that lie on several devices."""
-    d, B, pieces, E, N = carry.local.shape
-    args = (*_both(s.A), carry.sums, carry.local, initial, carry.enter, B, clip0, E, N, pieces, s.flags, int(adjoint))
-    _module(s, plan, keep).launch("scan_combine", (-(-E * N // 128) * (B - clip0), d, 1), 128, 0, *args)
+        counts = torch.zeros(1 + cut.chains - cut.whole, dtype=torch.int32, device=u.device)
+        return cls(_wide(u, *shape, N), _wide(u, *shape), counts, cut.passes)
 
 
 class Gradients(NamedTuple):
@@ -154,28 +145,15 @@ def backward(
         return Gradients(du, ddelta, dz, zeros[..., :N], zeros[..., N], zeros[..., N + 1], dinitial)
     module, arguments = _module(s, plan, True, dy, dz), _arguments(s)
     threads, shared = 32 * shape.warps, _shared_backward(plan, u.element_size())
-
-    def launch(name: str, first: int, units: int, enter: Tensor | None, *rest: Any) -> None:
-        sizes = (B, L, E, N, cut.span, cut.pieces, cut.whole, first, s.flags)
-        given = (*arguments, dy, *_steps(dy), ungated, marks, dfinal, enter, *rest, *sizes)
-        module.launch(name, (units, 1, 1), threads, shared, *given)
-
     blocks, width = -(-E // shape.width), -(-E * (N + 2) // 4) * 4
     parts = _wide(u, d, B, L, blocks, 2, plan.states)
     rows, total = _wide(u, d, B * cut.pieces, width), _wide(u, d, width)
-    outputs = (None, None, *_both(du), *_both(ddelta), dz, *(_steps(dz) if dz is not None else (0, 0)), parts, rows, dinitial)
-    carry = Carry.over(cut, s) if cut.whole < cut.chains else None
-    enter = carry.enter if carry else None
-    branch = Branch(u.device, carry is not None and cut.whole > 0)
-    done = cut.whole if branch.open else 0
-    if done:
-        launch("scan_backward_full", 0, done, enter, *outputs)
-    with branch:
-        if carry:
-            nothing = (None, None, None, None, None, 0, 0, None, None, None)
-            launch("scan_backward_states", cut.whole, cut.passes, None, carry.local, carry.sums, *nothing)
-            combine(s, plan, carry, dfinal, True, clip0=cut.whole * B // cut.chains, adjoint=True)
-        launch("scan_backward_full", done, cut.units - done, enter, *outputs)
+    passes = Passes.over(cut, s)
+    given = (dy, *_steps(dy), ungated, marks, dfinal, passes.local, passes.sums)
+    made = (*_both(du), *_both(ddelta), dz, *(_steps(dz) if dz is not None else (0, 0)), parts, rows, dinitial)
+    sizes = (B, L, E, N, cut.span, cut.pieces, cut.whole, s.flags)
+    args = (*arguments, *given, *made, passes.counts, passes.blocks, *sizes)
+    module.launch("scan_backward", (cut.units + passes.blocks, 1, 1), threads, shared, *args)
     args = (parts, *_both(dB), *_steps(dB[0]), *_both(dC), *_steps(dC[0]), B, L, N, blocks)
     module.launch("scan_sum_parts", (-(-L * 2 * plan.states // 256) * B, d, 1), 256, 0, *args)
     module.launch(
@@ -183,31 +161,6 @@ def backward(
     )  # fmt: skip
     A, D, bias = total[:, : E * (N + 2)].split((E * N, E, E), dim=1)
     return Gradients(du, ddelta, dz, A.view(d, E, N), D, bias, dinitial)
-
-
-def _scan(
-    s: Streams,
-    plan: Plan,
-    keep: bool,
-    name: str,
-    initial,
-    enter,
-    last,
-    sums,
-    marks,
-    y,
-    ungated,
-    beside,
-    *,
-    first: int,
-    units: int,
-) -> None:
-    B, L, E, N = s.sizes
-    shape, d, cut = plan.forward, len(s.reverses), plan.ahead
-    shared = d * TILE * (shape.width * 8 + 2 * plan.states * 4 + (shape.width + 8) * 4)
-    sizes = (B, L, E, N, cut.span, cut.pieces, cut.whole, first, s.flags)
-    args = (*_arguments(s), initial, enter, last, sums, marks, y, ungated, beside, *sizes)
-    _module(s, plan, keep, beside).launch(name, (units, 1, 1), d * 32 * shape.warps, shared, *args)
 
 
 def _shared_backward(plan: Plan, size: int) -> int:

@@ -30,9 +30,9 @@ struct Inputs {
   io* dz;
 };
 
-template <bool FULL> DEVICE void scan_backward(
+template <bool FULL> DEVICE void backward_walk(
     char* memory, Inputs in, const float* A, const float* D, const float* bias, const float* marks, const float* dfinal,
-    const float* enter, float* leave, float* sums, io* du, io* ddelta, float* parts, float* rows, float* dinitial,
+    float* leave, float* sums, io* du, io* ddelta, float* parts, float* rows, float* dinitial,
     int clips, int L, int E, int N, int cuts, int flags, Unit unit, int direction, int clip, int edge, bool back) {
   float2* step = (float2*)memory;                                  // [TILE][CHANNELS] delta, delta u
   float* dys = (float*)(step + TILE * CHANNELS);                   // [TILE][CHANNELS]
@@ -45,7 +45,6 @@ template <bool FULL> DEVICE void scan_backward(
   const Place place(tid % 32);
   const int blocks = (E + CHANNELS - 1) / CHANNELS, all = (L + TILE - 1) / TILE;
   const i64 both = (i64)direction * clips + clip, one = both * cuts + unit.split;
-  const float* end = unit.cut ? enter ? enter + one * E * N : 0 : dfinal ? dfinal + both * E * N : 0;
   const Walk walk(unit, back);
   // As in the forward a thread stages every ROWS-th token, the last one first.
   const int column = tid % (CHANNELS / 4) * 4, count = LEFT(E, edge + column), row = tid / (CHANNELS / 4);
@@ -65,10 +64,12 @@ template <bool FULL> DEVICE void scan_backward(
   for (int k = 0; k < K; k++) {
     slot[k] = warp * 8 * K + 8 * k + place.channel, total[k] = 0.f;
     load_rates(rate[k], A, edge + slot[k], E, N, place.quarter, flags);
-    load_states(adjoint[k], end, edge + slot[k], E, N, place.quarter);
+    load_states(adjoint[k], dfinal && (FULL || !unit.cut) ? dfinal + both * E * N : 0, edge + slot[k], E, N, place.quarter);
     #pragma unroll
     for (int i = 0; i < MINE; i++) dA[k][i] = 0.f;
   }
+  if (FULL && unit.cut)
+    combine<K>(adjoint, rate, slot, leave + both * cuts * E * N, sums + both * cuts * E, back ? 0 : cuts - 1, unit.split, edge, E, N, place.quarter);
   // after sums over the quarters, each of four lanes has one token and channel of TOGETHER tokens and K channels
   const int own_token = K == 1 ? 2 * place.high + place.low : place.high, own = slot[K == 1 ? 0 : place.low];
   const float skip = D && EXISTS(edge + own) ? D[edge + own] : 0.f;
@@ -302,35 +303,40 @@ template <bool FULL> DEVICE void scan_backward(
 }
 
 #define BACKWARD(FULL) \
-    SHARED(memory); \
-    Unit unit(blockIdx.x + (int)first, (int)whole, (int)cuts - !(FULL), (int)span, (int)L); \
-    const int d = unit.chain % DIRECTIONS, blocks = ((int)E + CHANNELS - 1) / CHANNELS, block = unit.chain / DIRECTIONS % blocks; \
-    const bool back = DIRECTIONS == 2 ? d : flags & REVERSE; \
-    if (!(FULL) && !back) unit.next((int)L); \
-    const i64 clip = unit.chain / DIRECTIONS / blocks, corner = block * CHANNELS + threadIdx.x % (CHANNELS / 4) * 4; \
-    const Inputs in = { \
-      (d ? u1 : u0) + clip * u_b + corner, (d ? delta1 : delta0) + clip * d_b + corner, z ? z + clip * z_b + corner : 0, \
-      (d ? B1 : B0) + clip * B_b, (d ? C1 : C0) + clip * C_b, dout + clip * dout_b + corner, \
-      ungated ? ungated + clip * L * E + corner : 0, \
-      (int)u_t, (int)d_t, (int)z_t, (int)B_t, (int)C_t, (int)dout_t, (int)dz_t, \
-      dz ? dz + clip * dz_b + corner : 0}; \
-    scan_backward<FULL>(memory, in, d ? A1 : A0, d ? D1 : D0, d ? bias1 : bias0, marks, dfinal, enter, leave, sums, \
+    backward_walk<FULL>(memory, in, d ? A1 : A0, d ? D1 : D0, d ? bias1 : bias0, marks, dfinal, leave, sums, \
                         (d ? du1 : du0) + clip * L * E + corner, (d ? ddelta1 : ddelta0) + clip * L * E + corner, \
                         parts + ((d * clips + clip) * L * blocks + block) * 2 * STATES, rows, dinitial, (int)clips, (int)L, (int)E, \
                         (int)N, (int)cuts, (int)flags, unit, d, (int)clip, block * CHANNELS, back)
-#define GRADIENTS \
-    const io *dout, i64 dout_b, i64 dout_t, const io *ungated, const float *marks, const float *dfinal, const float *enter, \
-    float *leave, float *sums, io *du0, io *du1, io *ddelta0, io *ddelta1, io *dz, i64 dz_b, i64 dz_t, float *parts, \
-    float *rows, float *dinitial
 
 // du, ddelta (clip, L, E) of either direction; dz; `parts` (direction, clip, L, block of channels, dB | dC)
 // and `rows` (direction, clip, piece, dA | dD | dbias), to be summed; `dinitial` (direction, clip, E, N) the adjoint of what
-// entered a chain. `dfinal` likewise is that of what left it, or 0; `enter` (direction, clip, piece, E, N) of what left a piece.
-KERNEL(scan_backward_full, THREADS, BACKWARD_BLOCKS)(STREAMS, GRADIENTS, SIZES) { BACKWARD(true); }
-
-// Only `leave`, the adjoint of what enters every piece but a chain's first when nothing leaves it, and `sums` of delta
-// (direction, clip, piece, E).
-KERNEL(scan_backward_states, THREADS, 1)(STREAMS, GRADIENTS, SIZES) { BACKWARD(false); }
+// entered a chain. `dfinal` likewise is that of what left it, or 0. Passes leave in `leave` (direction, clip, piece, E, N) the
+// adjoint of what enters every piece but a chain's first when nothing leaves it, and `sums` of delta (direction, clip, piece, E).
+KERNEL(scan_backward, THREADS, BACKWARD_BLOCKS)(
+    STREAMS, const io *dout, i64 dout_b, i64 dout_t, const io *ungated, const float *marks, const float *dfinal, float *leave,
+    float *sums, io *du0, io *du1, io *ddelta0, io *ddelta1, io *dz, i64 dz_b, i64 dz_t, float *parts, float *rows,
+    float *dinitial, int *counts, i64 passes, SIZES) {
+  SHARED(memory);
+  const Turn turn(memory, counts, (int)whole, (int)passes);
+  Unit unit(turn.place, (int)whole, (int)cuts - turn.pass, (int)span, (int)L);
+  const int d = unit.chain % DIRECTIONS, blocks = ((int)E + CHANNELS - 1) / CHANNELS, block = unit.chain / DIRECTIONS % blocks;
+  const bool back = DIRECTIONS == 2 ? d : flags & REVERSE;
+  const i64 clip = unit.chain / DIRECTIONS / blocks, corner = block * CHANNELS + threadIdx.x % (CHANNELS / 4) * 4;
+  const Inputs in = {
+    (d ? u1 : u0) + clip * u_b + corner, (d ? delta1 : delta0) + clip * d_b + corner, z ? z + clip * z_b + corner : 0,
+    (d ? B1 : B0) + clip * B_b, (d ? C1 : C0) + clip * C_b, dout + clip * dout_b + corner,
+    ungated ? ungated + clip * L * E + corner : 0,
+    (int)u_t, (int)d_t, (int)z_t, (int)B_t, (int)C_t, (int)dout_t, (int)dz_t,
+    dz ? dz + clip * dz_b + corner : 0};
+  if (turn.pass) {
+    if (!back) unit.next((int)L);
+    BACKWARD(false);
+    turn.passed(counts, unit, (int)whole);
+  } else {
+    if (unit.cut) turn.wait(counts, unit, (int)whole, (int)cuts);
+    BACKWARD(true);
+  }
+}
 
 // dB and dC: the sum over blocks of channels, one after another. A thread makes one number.
 KERNEL(scan_sum_parts, 256, 1)(

@@ -155,7 +155,7 @@ DEVICE void load_rates(float* v, const float* A, int channel, int E, int N, int 
 // A chain is what must be walked one token after another: a block's channels of one clip (backward: in one direction). The
 // first `whole` chains are walked by one block each, the others are cut into `cuts` pieces of `span` tiles, a block each. Tiles
 // lie at multiples of TILE tokens, whoever walks them; rows of a tile beyond the last token change nothing.
-#define SIZES i64 clips, i64 L, i64 E, i64 N, i64 span, i64 cuts, i64 whole, i64 first, i64 flags
+#define SIZES i64 clips, i64 L, i64 E, i64 N, i64 span, i64 cuts, i64 whole, i64 flags
 struct Unit {
   int chain, split, span, from, to;
   bool cut;
@@ -178,4 +178,49 @@ struct Walk {
   DEVICE int tile(int j) const { return back ? to - 1 - j : from + j; }
   DEVICE int token(int j, int row) const { return tile(j) * TILE + (row ^ turn); }
   DEVICE bool has(int row, int left) const { return (row ^ turn) < left; }  // `left` tokens from the start of the tile
+};
+
+// What enters piece `to` of a chain that is cut, from what entered the piece `from` of its walk (in `x`) and from what leaves
+// every piece when nothing enters it: x <- exp(A sum(delta)) x + local, piece by piece. The adjoint goes the other way.
+template <int K> DEVICE void combine(
+    float (*x)[MINE], const float (*rate)[MINE], const int* slot, const float* local, const float* sums, int from, int to,
+    int edge, int E, int N, int quarter) {
+  #pragma unroll 2
+  for (int piece = from; piece != to; piece += from < to ? 1 : -1) {
+    #pragma unroll
+    for (int k = 0; k < K; k++) {
+      const int channel = edge + slot[k];
+      const float sum = EXISTS(channel) ? sums[(i64)piece * E + channel] : 0.f;
+      float left[MINE];
+      load_states(left, local + (i64)piece * E * N, channel, E, N, quarter);
+      #pragma unroll
+      for (int i = 0; i < MINE; i++) x[k][i] = fmaf(decay_of(sum, rate[k][i]), x[k][i], left[i]);
+    }
+  }
+}
+
+// One launch walks whole chains, then what leaves the pieces of the others (`passes` blocks; 0 where it is known what enters
+// them), then those pieces, each of which waits for the passes of its chain. A block's place is its ticket, the order in which
+// blocks start: so whom a block waits for has started before it, and waits for nobody. `counts` are zeros, one for the
+// tickets and one a chain that is cut.
+struct Turn {
+  int place;
+  bool pass;
+  DEVICE Turn(char* memory, int* counts, int whole, int passes) : place(blockIdx.x), pass(false) {
+    if (!passes) return;
+    if (threadIdx.x == 0) *(int*)memory = ticket(counts);
+    __syncthreads();
+    place = *(int*)memory;
+    __syncthreads();
+    pass = place >= whole && place < whole + passes;
+    if (place >= whole + passes) place -= passes;
+  }
+  DEVICE void passed(int* counts, const Unit& unit, int whole) const {
+    __syncthreads();
+    if (threadIdx.x == 0) announce(counts + 1 + unit.chain - whole);
+  }
+  DEVICE void wait(const int* counts, const Unit& unit, int whole, int cuts) const {
+    if (threadIdx.x == 0) await(counts + 1 + unit.chain - whole, cuts - 1);
+    __syncthreads();
+  }
 };

@@ -1,6 +1,8 @@
 // Forward: y, final states, and what the backward wants. A block walks CHANNELS channels of one clip, or one piece of it; with
 // two directions half of its warps come from either end. They meet in the middle: who comes to a token first leaves its y in
 // the output, who comes second adds its own, and only then is the sum gated. One direction alone adds what is `beside` it.
+// Chains that are cut are walked twice: once for the states that leave their pieces (not FULL), then piece by piece from what
+// enters them.
 
 #define CHANNELS (8 * FORWARD_CHANNELS * FORWARD_WARPS)
 #define THREADS (32 * FORWARD_WARPS)
@@ -13,10 +15,10 @@
 #define SETTLE(meet) do { if (FORWARD_WARPS > 1 || (DIRECTIONS == 2 && (meet))) __syncthreads(); else __syncwarp(); } while (0)
 #define SHARED_FORWARD (TILE * (CHANNELS * 8 + 2 * STATES * 4 + ROW * 4))  // bytes of one direction
 
-template <bool FULL> DEVICE void scan_forward(
+template <bool FULL> DEVICE void forward_walk(
     char* memory, const io* u_, i64 u_b, int u_t, const io* delta_, i64 d_b, int d_t, const io* z, i64 z_b, int z_t,
     const io* B_, i64 B_b, int B_t, const io* C_, i64 C_b, int C_t, const float* A, const float* D, const float* bias,
-    const float* initial, const float* enter, float* last, float* sums, float* marks, io* out, io* ungated,
+    const float* initial, float* enter, float* local, float* sums, float* last, float* marks, io* out, io* ungated,
     const io* beside, int clips, int L, int E, int N, int cuts, int flags, Unit unit, int direction, bool back) {
   char* mine = memory + direction * SHARED_FORWARD;
   float2* step = (float2*)mine;                                        // [TILE][CHANNELS] delta, delta u
@@ -27,7 +29,8 @@ template <bool FULL> DEVICE void scan_forward(
   const int blocks = (E + CHANNELS - 1) / CHANNELS, clip = unit.chain / blocks, edge = unit.chain % blocks * CHANNELS;
   const Walk walk(unit, back);
   const i64 both = (i64)direction * clips + clip, one = both * cuts + unit.split;
-  const float* start = unit.cut ? enter ? enter + one * E * N : 0 : initial ? initial + both * E * N : 0;
+  const float* chain = initial ? initial + both * E * N : 0;
+  const float* start = !unit.cut || (FULL && local) ? chain : enter ? enter + one * E * N : 0;
   // A thread stages four channels of every ROWS-th token, and four states of every MIXED-th: pointers hop from one to the next.
   const int column = tid % (CHANNELS / 4) * 4, count = LEFT(E, edge + column), row = tid / (CHANNELS / 4);
   const int hop = back ? -ROWS : ROWS, token = walk.token(0, row);
@@ -47,7 +50,12 @@ template <bool FULL> DEVICE void scan_forward(
   for (int k = 0; k < K; k++) {
     slot[k] = warp * 8 * K + 8 * k + place.channel, total[k] = 0.f;
     load_rates(rate[k], A, edge + slot[k], E, N, place.quarter, flags);
-    load_states(h[k], start, edge + slot[k], E, N, place.quarter);
+    load_states(h[k], FULL ? start : 0, edge + slot[k], E, N, place.quarter);
+  }
+  if (FULL && unit.cut && local) {
+    combine<K>(h, rate, slot, local + both * cuts * E * N, sums + both * cuts * E, back ? cuts - 1 : 0, unit.split, edge, E, N, place.quarter);
+    #pragma unroll
+    for (int k = 0; k < K; k++) store_states(enter + one * E * N, h[k], edge + slot[k], E, N, place.quarter);
   }
   float shift[4], skip[4];
   #pragma unroll
@@ -180,8 +188,8 @@ template <bool FULL> DEVICE void scan_forward(
   #pragma unroll
   for (int k = 0; k < K; k++) {
     const int channel = edge + slot[k];
-    if (!FULL && last) store_states(last + one * E * N, h[k], channel, E, N, place.quarter);
-    if (!FULL && sums && place.quarter == 0 && EXISTS(channel)) sums[one * E + channel] = total[k];
+    if (!FULL) store_states(local + one * E * N, h[k], channel, E, N, place.quarter);
+    if (!FULL && place.quarter == 0 && EXISTS(channel)) sums[one * E + channel] = total[k];
     if (FULL && last && (back ? unit.from == 0 : unit.to * TILE >= L))
       store_states(last + both * E * N, h[k], channel, E, N, place.quarter);
   }
@@ -197,48 +205,33 @@ template <bool FULL> DEVICE void scan_forward(
     d ? B1 : B0, B_b, (int)B_t, d ? C1 : C0, C_b, (int)C_t, \
     d ? A1 : A0, d ? D1 : D0, d ? bias1 : bias0
 #define FORWARD(FULL) \
-    SHARED(memory); \
-    const int d = DIRECTIONS == 2 && threadIdx.x >= THREADS; \
-    const bool back = DIRECTIONS == 2 ? d : flags & REVERSE; \
-    Unit unit(blockIdx.x + (int)first, (int)whole, (int)cuts - !(FULL), (int)span, (int)L); \
-    if (!(FULL) && back) unit.next((int)L); \
-    scan_forward<FULL>(memory, STREAMS_OF(d), initial, enter, last, sums, marks, out, ungated, beside, (int)clips, (int)L, (int)E, (int)N, \
-                       (int)cuts, (int)flags, unit, d, back)
+    forward_walk<FULL>(memory, STREAMS_OF(d), initial, enter, local, sums, last, marks, out, ungated, beside, (int)clips, (int)L, (int)E, \
+                       (int)N, (int)cuts, (int)flags, unit, d, back)
 
 // y, and as asked: `last` (direction, clip, E, N) the final states; `marks` (direction, clip, tile, E, N) the state before every
-// tile; `ungated` the sum of both directions before the gate. `beside` is the other direction's y, where this one runs alone. `initial` (direction, clip, E, N) enters a chain that is walked
-// whole, `enter` (direction, clip, piece, E, N) the pieces of the others; 0 where there is none.
-KERNEL(scan_full, DIRECTIONS * THREADS, FORWARD_BLOCKS)(
-    STREAMS, const float *initial, const float *enter, float *last, float *sums, float *marks, io *out, io *ungated, const io *beside, SIZES) {
-  FORWARD(true);
-}
-
-// States only: `last` (direction, clip, piece, E, N) what leaves every piece but a chain's last, and `sums` of its delta.
-KERNEL(scan_states, DIRECTIONS * THREADS, FORWARD_BLOCKS)(
-    STREAMS, const float *initial, const float *enter, float *last, float *sums, float *marks, io *out, io *ungated, const io *beside, SIZES) {
-  FORWARD(false);
+// tile; `ungated` the sum of both directions before the gate. `beside` is the other direction's y, where this one runs alone.
+// `initial` (direction, clip, E, N) enters a chain, or 0; `enter` (direction, clip, piece, E, N) the pieces of one that is cut.
+// With passes `enter` is made, from `local` (as `enter`), what leaves every piece but a chain's last when nothing enters it, and
+// `sums` (direction, clip, piece, E), that of its delta.
+KERNEL(scan_forward, DIRECTIONS * THREADS, FORWARD_BLOCKS)(
+    STREAMS, const float *initial, float *enter, float *local, float *sums, float *last, float *marks, io *out, io *ungated,
+    const io *beside, int *counts, i64 passes, SIZES) {
+  SHARED(memory);
+  const int d = DIRECTIONS == 2 && threadIdx.x >= THREADS;
+  const bool back = DIRECTIONS == 2 ? d : flags & REVERSE;
+  const Turn turn(memory, counts, (int)whole, (int)passes);
+  Unit unit(turn.place, (int)whole, (int)cuts - turn.pass, (int)span, (int)L);
+  if (turn.pass) {
+    if (back) unit.next((int)L);
+    FORWARD(false);
+    turn.passed(counts, unit, (int)whole);
+  } else {
+    if (passes && unit.cut) turn.wait(counts, unit, (int)whole, (int)cuts);
+    FORWARD(true);
+  }
 }
 #undef THREADS
 #undef CHANNELS
 #undef ROWS
 #undef MIXES
 #undef MIXED
-
-// What enters every piece, from what leaves the one before when nothing enters that: x <- exp(A sum(delta)) x + local, piece by piece in
-// the order of the walk (its reverse if `adjoint`), for clips from `clip0`. `initial` (direction, clip, E, N) or 0.
-KERNEL(scan_combine, 128, 1)(
-    const float *A0, const float *A1, const float *sums, const float *local, const float *initial, float *enter,
-    i64 clips, i64 clip0, i64 E, i64 N, i64 cuts, i64 flags, i64 adjoint) {
-  const int each = (int)((E * N + 127) / 128);  // blocks of a clip
-  const i64 clip = clip0 + blockIdx.x / each, i = (i64)(blockIdx.x % each) * 128 + threadIdx.x, d = blockIdx.y;
-  if (i >= E * N) return;
-  const bool back = (DIRECTIONS == 2 ? d != 0 : (flags & REVERSE) != 0) != (adjoint != 0);
-  const float a = (d ? A1 : A0)[i], rate = (flags & LOGARITHM ? -expf(a) : a) * LOG2E;
-  const i64 one = d * clips + clip;
-  float x = initial ? initial[one * E * N + i] : 0.f;
-  for (i64 k = 0; k < cuts; k++) {
-    const i64 at = one * cuts + (back ? cuts - 1 - k : k);
-    enter[at * E * N + i] = x;
-    if (k + 1 < cuts) x = fmaf(decay_of(sums[at * E + i / N], rate), x, local[at * E * N + i]);
-  }
-}

@@ -37,7 +37,7 @@ def _log2(x):
 @triton.jit
 def _softplus(x, FINE: tl.constexpr):
     """max(x, 0) + log1p(w), w = exp(-|x|). Fine: log1p(w) = 2 artanh(w / (2 + w)) by a minimax polynomial, as in the scan.
-    Else within 1e-5 of it, relatively: its series below w = 1/32 and the special function unit above, in half the instructions."""
+    Else within 1e-5 of it: its series below w = 1/32 and the special function unit above, in half the instructions."""
     if FINE:
         w = tl.exp(-tl.abs(x))
         s = w / (2.0 + w)
@@ -70,8 +70,8 @@ def steps_kernel(
 
 
 def steps(dt: Tensor, weights: Tensor, biases: Sequence[Tensor]) -> Tensor:
-    """delta (directions, tokens, E) in dt's dtype, of dt (directions, tokens, R), the first columns of contiguous rows, contiguous
-    weights (directions, R, E) in the same dtype and biases (E,)."""
+    """delta (directions, tokens, E) in dt's dtype, of dt (directions, tokens, R), the first columns of contiguous rows,
+    contiguous weights (directions, R, E) in the same dtype and biases (E,)."""
     directions, M, R = dt.shape
     E = weights.shape[2]
     delta = torch.empty((directions, M, E), dtype=dt.dtype, device=dt.device)
