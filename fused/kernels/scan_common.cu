@@ -185,7 +185,7 @@ struct Walk {
 template <int K> DEVICE void combine(
     float (*x)[MINE], const float (*rate)[MINE], const int* slot, const float* local, const float* sums, int from, int to,
     int edge, int E, int N, int quarter) {
-  #pragma unroll 2
+  #pragma unroll 1
   for (int piece = from; piece != to; piece += from < to ? 1 : -1) {
     #pragma unroll
     for (int k = 0; k < K; k++) {
@@ -199,27 +199,30 @@ template <int K> DEVICE void combine(
   }
 }
 
-// One launch walks whole chains, then what leaves the pieces of the others (`passes` blocks; 0 where it is known what enters
-// them), then those pieces, each of which waits for the passes of its chain. A block's place is its ticket, the order in which
-// blocks start: so whom a block waits for has started before it, and waits for nobody. `counts` are zeros, one for the
-// tickets and one a chain that is cut.
+// One launch walks whole chains, then what leaves the pieces of the others (`passes`; 0 where it is known what enters them), then
+// those pieces, each of which waits for the passes of its chain. A pass belongs to the block that claims it. Who must wait first
+// claims what is left, so that it waits for blocks that run, in whatever order blocks start. `counts` are zeros, one for the
+// claims and one a chain that is cut.
 struct Turn {
-  int place;
-  bool pass;
-  DEVICE Turn(char* memory, int* counts, int whole, int passes) : place(blockIdx.x), pass(false) {
-    if (!passes) return;
+  int whole, passes, place;  // of a block in all without passes, -1 for those that are there for passes only
+  DEVICE Turn(int whole, int passes) : whole(whole), passes(passes), place(blockIdx.x) {
+    if (place >= whole) place = place < whole + passes ? -1 : place - passes;
+  }
+  DEVICE bool claims() const { return passes && (place < 0 || place >= whole); }
+  // the next pass, or -1 when all are claimed
+  DEVICE int claim(char* memory, int* counts) const {
+    __syncthreads();  // the one before has been read, and its pass has left shared memory
     if (threadIdx.x == 0) *(int*)memory = ticket(counts);
     __syncthreads();
-    place = *(int*)memory;
+    const int pass = *(int*)memory;
     __syncthreads();
-    pass = place >= whole && place < whole + passes;
-    if (place >= whole + passes) place -= passes;
+    return pass < passes ? pass : -1;
   }
-  DEVICE void passed(int* counts, const Unit& unit, int whole) const {
+  DEVICE void passed(int* counts, const Unit& unit) const {
     __syncthreads();
     if (threadIdx.x == 0) announce(counts + 1 + unit.chain - whole);
   }
-  DEVICE void wait(const int* counts, const Unit& unit, int whole, int cuts) const {
+  DEVICE void wait(const int* counts, const Unit& unit, int cuts) const {
     if (threadIdx.x == 0) await(counts + 1 + unit.chain - whole, cuts - 1);
     __syncthreads();
   }

@@ -219,16 +219,18 @@ KERNEL(scan_forward, DIRECTIONS * THREADS, FORWARD_BLOCKS)(
   SHARED(memory);
   const int d = DIRECTIONS == 2 && threadIdx.x >= THREADS;
   const bool back = DIRECTIONS == 2 ? d : flags & REVERSE;
-  const Turn turn(memory, counts, (int)whole, (int)passes);
-  Unit unit(turn.place, (int)whole, (int)cuts - turn.pass, (int)span, (int)L);
-  if (turn.pass) {
+  const Turn turn((int)whole, (int)passes);
+  for (int pass; turn.claims() && (pass = turn.claim(memory, counts)) >= 0;) {
+    Unit unit(turn.whole + pass, (int)whole, (int)cuts - 1, (int)span, (int)L);
     if (back) unit.next((int)L);
     FORWARD(false);
-    turn.passed(counts, unit, (int)whole);
-  } else {
-    if (passes && unit.cut) turn.wait(counts, unit, (int)whole, (int)cuts);
-    FORWARD(true);
+    turn.passed(counts, unit);
+    if (turn.place < 0) return;
   }
+  if (turn.place < 0) return;
+  const Unit unit(turn.place, (int)whole, (int)cuts, (int)span, (int)L);
+  if (passes && unit.cut) turn.wait(counts, unit, (int)cuts);
+  FORWARD(true);
 }
 #undef THREADS
 #undef CHANNELS
