@@ -9,7 +9,9 @@ import torch
 TILE = 16  # tokens; marks, the states from which the backward starts again, are that far apart
 SHORTEST = 8  # tiles of a piece
 BUSY = (1.0, 0.6, 0.86, 1.0)  # what a multiprocessor does of what it can, with no block, a third of its blocks, two, all
-LAUNCHES = 8 / 3  # tiles for every block of it that could be walked while the pass over the states starts and ends
+START = 1.0  # tiles that every block could walk while pieces of time begin to be walked,
+COMBINE = 0.2  # and while it is told what one piece before leaves
+UNEVEN = 1.08  # what small blocks lose that begin where others end, in one round: a scheduler may have a warp more than another
 
 
 class Shape(NamedTuple):
@@ -118,7 +120,8 @@ def _cost(whole: int, pieces: int, chains: int, tiles: int, processors: int, sha
         return math.inf  # short ones that wait for one another leave the long ones alone at the end: measured slow
     walk = alone(long - beside, tiles) + (span + 1) * (together(beside + short) if beside else alone(short, span) / (span + 1))
     walk += (tiles - span) * together(beside) if beside else 0
-    return walk + shape.again * alone(passes, span) + LAUNCHES * slots
+    walk *= UNEVEN if shape.warps == 1 and short <= slots and not whole else 1
+    return walk + shape.again * alone(passes, span) + (START + COMBINE * (pieces - 1) / 2 * -(-short // slots)) * slots
 
 
 @functools.cache

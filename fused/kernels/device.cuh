@@ -57,9 +57,15 @@ __device__ __forceinline__ void named_arrive(int id, int count) {
   asm volatile("barrier.arrive %0, %1;" ::"r"(id), "r"(count) : "memory");
 }
 
-// Among the blocks of a grid: who comes when, that something is done, and waiting until `done` times it is. What the announcing
+// Among the blocks of a grid: who comes when, on which multiprocessor, that something is done, and waiting until `done` times it
+// is. What the announcing
 // thread saw written is seen by who waited, and behind a barrier by its block.
 __device__ __forceinline__ int ticket(int* count) { return atomicAdd(count, 1); }
+__device__ __forceinline__ unsigned processor() {
+  unsigned x;
+  asm volatile("mov.u32 %0, %%smid;" : "=r"(x));
+  return x;
+}
 __device__ __forceinline__ void announce(int* count) {
   __threadfence();
   atomicAdd(count, 1);

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from . import nvrtc
-from .cuts import TILE, Cut, Plan
+from .cuts import TILE, Cut, Plan, processors
 
 LONGEST_STATE = 64
 FILES = ("device.cuh", "scan_common.cu", "scan_forward.cu", "scan_backward.cu")
 IO = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 LOGARITHM, REVERSE = 1, 2
+PROCESSORS = 256  # as in scan_common.cu
 
 
 class Streams(NamedTuple):
@@ -86,7 +87,7 @@ def forward(
         starts = _wide(u, d, B, cut.pieces, E, N)
     shared = d * TILE * (shape.width * 8 + 2 * plan.states * 4 + (shape.width + 8) * 4)
     sizes = (B, L, E, N, cut.span, cut.pieces, cut.whole, s.flags)
-    args = (initial, starts, passes.local, passes.sums, final, seen, y, before, beside, passes.counts, passes.blocks, *sizes)
+    args = (initial, starts, passes.local, passes.sums, final, seen, y, before, beside, *passes[2:], *sizes)
     threads, blocks = d * 32 * shape.warps, cut.units + passes.blocks
     _module(s, plan, keep, beside).launch("scan_forward", (blocks, 1, 1), threads, shared, *_arguments(s), *args)
     return Result(y, final, starts, y if s.z is None and keep else before, seen)
@@ -99,16 +100,17 @@ class Passes(NamedTuple):
     sums: Tensor | None  # (d, B, pieces, E): of delta
     counts: Tensor | None
     blocks: int  # 0 where nothing goes from piece to piece
+    even: int  # whole chains for every multiprocessor
 
     @classmethod
     def over(cls, cut: Cut, s: Streams, wanted: bool = True) -> "Passes":
         """Empty."""
         if not wanted or cut.whole == cut.chains:
-            return cls(None, None, None, 0)
+            return cls(None, None, None, 0, 0)
         (B, _, E, N), u = s.sizes, s.u[0]
         shape = (len(s.reverses), B, cut.pieces, E)
-        counts = torch.zeros(1 + cut.chains - cut.whole, dtype=torch.int32, device=u.device)
-        return cls(_wide(u, *shape, N), _wide(u, *shape), counts, cut.passes)
+        counts = torch.zeros(3 + PROCESSORS + cut.chains - cut.whole, dtype=torch.int32, device=u.device)
+        return cls(_wide(u, *shape, N), _wide(u, *shape), counts, cut.passes, -(-cut.whole // processors(u.device)))
 
 
 class Gradients(NamedTuple):
@@ -152,7 +154,7 @@ def backward(
     given = (dy, *_steps(dy), ungated, marks, dfinal, passes.local, passes.sums)
     made = (*_both(du), *_both(ddelta), dz, *(_steps(dz) if dz is not None else (0, 0)), parts, rows, dinitial)
     sizes = (B, L, E, N, cut.span, cut.pieces, cut.whole, s.flags)
-    args = (*arguments, *given, *made, passes.counts, passes.blocks, *sizes)
+    args = (*arguments, *given, *made, *passes[2:], *sizes)
     module.launch("scan_backward", (cut.units + passes.blocks, 1, 1), threads, shared, *args)
     args = (parts, *_both(dB), *_steps(dB[0]), *_both(dC), *_steps(dC[0]), B, L, N, blocks)
     module.launch("scan_sum_parts", (-(-L * 2 * plan.states // 256) * B, d, 1), 256, 0, *args)

@@ -302,18 +302,7 @@ template <bool FULL> DEVICE void backward_walk(
   }
 }
 
-// A walk of either kind over `unit`, whose chain is a direction of a block of channels of a clip.
 #define BACKWARD(FULL) \
-    const int d = unit.chain % DIRECTIONS, blocks = ((int)E + CHANNELS - 1) / CHANNELS, block = unit.chain / DIRECTIONS % blocks; \
-    const bool back = DIRECTIONS == 2 ? d : flags & REVERSE; \
-    if (!(FULL) && !back) unit.next((int)L); \
-    const i64 clip = unit.chain / DIRECTIONS / blocks, corner = block * CHANNELS + threadIdx.x % (CHANNELS / 4) * 4; \
-    const Inputs in = { \
-      (d ? u1 : u0) + clip * u_b + corner, (d ? delta1 : delta0) + clip * d_b + corner, z ? z + clip * z_b + corner : 0, \
-      (d ? B1 : B0) + clip * B_b, (d ? C1 : C0) + clip * C_b, dout + clip * dout_b + corner, \
-      ungated ? ungated + clip * L * E + corner : 0, \
-      (int)u_t, (int)d_t, (int)z_t, (int)B_t, (int)C_t, (int)dout_t, (int)dz_t, \
-      dz ? dz + clip * dz_b + corner : 0}; \
     backward_walk<FULL>(memory, in, d ? A1 : A0, d ? D1 : D0, d ? bias1 : bias0, marks, dfinal, leave, sums, \
                         (d ? du1 : du0) + clip * L * E + corner, (d ? ddelta1 : ddelta0) + clip * L * E + corner, \
                         parts + ((d * clips + clip) * L * blocks + block) * 2 * STATES, rows, dinitial, (int)clips, (int)L, (int)E, \
@@ -326,18 +315,26 @@ template <bool FULL> DEVICE void backward_walk(
 KERNEL(scan_backward, THREADS, BACKWARD_BLOCKS)(
     STREAMS, const io *dout, i64 dout_b, i64 dout_t, const io *ungated, const float *marks, const float *dfinal, float *leave,
     float *sums, io *du0, io *du1, io *ddelta0, io *ddelta1, io *dz, i64 dz_b, i64 dz_t, float *parts, float *rows,
-    float *dinitial, int *counts, i64 passes, SIZES) {
+    float *dinitial, int *counts, i64 passes, i64 even, SIZES) {
   SHARED(memory);
-  const Turn turn((int)whole, (int)passes);
-  for (int pass; turn.claims() && (pass = turn.claim(memory, counts)) >= 0;) {
-    Unit unit(turn.whole + pass, (int)whole, (int)cuts - 1, (int)span, (int)L);
+  const Turn turn(memory, counts, (int)whole, (int)passes, (int)even);
+  Unit unit(turn.place, (int)whole, (int)cuts - turn.pass, (int)span, (int)L);
+  const int d = unit.chain % DIRECTIONS, blocks = ((int)E + CHANNELS - 1) / CHANNELS, block = unit.chain / DIRECTIONS % blocks;
+  const bool back = DIRECTIONS == 2 ? d : flags & REVERSE;
+  const i64 clip = unit.chain / DIRECTIONS / blocks, corner = block * CHANNELS + threadIdx.x % (CHANNELS / 4) * 4;
+  const Inputs in = {
+    (d ? u1 : u0) + clip * u_b + corner, (d ? delta1 : delta0) + clip * d_b + corner, z ? z + clip * z_b + corner : 0,
+    (d ? B1 : B0) + clip * B_b, (d ? C1 : C0) + clip * C_b, dout + clip * dout_b + corner,
+    ungated ? ungated + clip * L * E + corner : 0,
+    (int)u_t, (int)d_t, (int)z_t, (int)B_t, (int)C_t, (int)dout_t, (int)dz_t,
+    dz ? dz + clip * dz_b + corner : 0};
+  if (turn.pass) {
+    if (!back) unit.next((int)L);
     BACKWARD(false);
-    turn.passed(counts, unit);
-    if (turn.place < 0) return;
+    turn.passed(counts, unit, (int)whole);
+    return;
   }
-  if (turn.place < 0) return;
-  Unit unit(turn.place, (int)whole, (int)cuts, (int)span, (int)L);
-  if (unit.cut) turn.wait(counts, unit, (int)cuts);
+  if (unit.cut) turn.wait(counts, unit, (int)whole, (int)cuts);
   BACKWARD(true);
 }
 

@@ -200,30 +200,37 @@ template <int K> DEVICE void combine(
 }
 
 // One launch walks whole chains, then what leaves the pieces of the others (`passes`; 0 where it is known what enters them), then
-// those pieces, each of which waits for the passes of its chain. A pass belongs to the block that claims it. Who must wait first
-// claims what is left, so that it waits for blocks that run, in whatever order blocks start. `counts` are zeros, one for the
-// claims and one a chain that is cut.
+// those pieces, each of which waits for the passes of its chain. As many blocks as there is work of all kinds claim one of it
+// each, in the order in which they start, whatever order that is: on every multiprocessor the first `even` whole chains, so that
+// these are spread evenly, then passes, then pieces, then what is left. So whom a block waits for runs or has run. `counts` are
+// zeros: claims of passes, pieces and whole chains, blocks begun on each multiprocessor, and passes done of every chain that is
+// cut.
+#define PROCESSORS 256
 struct Turn {
-  int whole, passes, place;  // of a block in all without passes, -1 for those that are there for passes only
-  DEVICE Turn(int whole, int passes) : whole(whole), passes(passes), place(blockIdx.x) {
-    if (place >= whole) place = place < whole + passes ? -1 : place - passes;
-  }
-  DEVICE bool claims() const { return passes && (place < 0 || place >= whole); }
-  // the next pass, or -1 when all are claimed
-  DEVICE int claim(char* memory, int* counts) const {
-    __syncthreads();  // the one before has been read, and its pass has left shared memory
-    if (threadIdx.x == 0) *(int*)memory = ticket(counts);
+  int place;  // of a chain or a piece; for a pass, of the chain's passes
+  bool pass;
+  DEVICE Turn(char* memory, int* counts, int whole, int passes, int even) : place(blockIdx.x), pass(false) {
+    if (!passes) return;
+    if (threadIdx.x == 0) {
+      int* mine = (int*)memory, *begun = counts + 3 + processor() % PROCESSORS, k;
+      const int pieces = gridDim.x - whole - passes;
+      mine[1] = 0;
+      if (ticket(begun) < even && (k = ticket(counts + 2)) < whole) mine[0] = k;
+      else if ((k = ticket(counts)) < passes) mine[0] = whole + k, mine[1] = 1;
+      else if ((k = ticket(counts + 1)) < pieces) mine[0] = whole + k;
+      else mine[0] = ticket(counts + 2);
+    }
     __syncthreads();
-    const int pass = *(int*)memory;
+    place = ((int*)memory)[0], pass = ((int*)memory)[1];
     __syncthreads();
-    return pass < passes ? pass : -1;
   }
-  DEVICE void passed(int* counts, const Unit& unit) const {
+  DEVICE static int* done(int* counts, const Unit& unit, int whole) { return counts + 3 + PROCESSORS + unit.chain - whole; }
+  DEVICE void passed(int* counts, const Unit& unit, int whole) const {
     __syncthreads();
-    if (threadIdx.x == 0) announce(counts + 1 + unit.chain - whole);
+    if (threadIdx.x == 0) announce(done(counts, unit, whole));
   }
-  DEVICE void wait(const int* counts, const Unit& unit, int cuts) const {
-    if (threadIdx.x == 0) await(counts + 1 + unit.chain - whole, cuts - 1);
+  DEVICE void wait(int* counts, const Unit& unit, int whole, int cuts) const {
+    if (threadIdx.x == 0) await(done(counts, unit, whole), cuts - 1);
     __syncthreads();
   }
 };

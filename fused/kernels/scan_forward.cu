@@ -215,21 +215,19 @@ template <bool FULL> DEVICE void forward_walk(
 // `sums` (direction, clip, piece, E), that of its delta.
 KERNEL(scan_forward, DIRECTIONS * THREADS, FORWARD_BLOCKS)(
     STREAMS, const float *initial, float *enter, float *local, float *sums, float *last, float *marks, io *out, io *ungated,
-    const io *beside, int *counts, i64 passes, SIZES) {
+    const io *beside, int *counts, i64 passes, i64 even, SIZES) {
   SHARED(memory);
   const int d = DIRECTIONS == 2 && threadIdx.x >= THREADS;
   const bool back = DIRECTIONS == 2 ? d : flags & REVERSE;
-  const Turn turn((int)whole, (int)passes);
-  for (int pass; turn.claims() && (pass = turn.claim(memory, counts)) >= 0;) {
-    Unit unit(turn.whole + pass, (int)whole, (int)cuts - 1, (int)span, (int)L);
+  const Turn turn(memory, counts, (int)whole, (int)passes, (int)even);
+  Unit unit(turn.place, (int)whole, (int)cuts - turn.pass, (int)span, (int)L);
+  if (turn.pass) {
     if (back) unit.next((int)L);
     FORWARD(false);
-    turn.passed(counts, unit);
-    if (turn.place < 0) return;
+    turn.passed(counts, unit, (int)whole);
+    return;
   }
-  if (turn.place < 0) return;
-  const Unit unit(turn.place, (int)whole, (int)cuts, (int)span, (int)L);
-  if (passes && unit.cut) turn.wait(counts, unit, (int)cuts);
+  if (passes && unit.cut) turn.wait(counts, unit, (int)whole, (int)cuts);
   FORWARD(true);
 }
 #undef THREADS

@@ -10,7 +10,7 @@
 // What the source keeps to: kernels are extern "C" __global__ void, not templates, and take pointers, long long and float
 // only. Dynamic shared memory comes by SHARED(name); `__shared__` works too, but within a template it keeps what the block
 // before left. Inline assembly stands under #ifndef EMULATED: fused/kernels/device.cuh has the GPU's side of what ends this
-// file. threadIdx is one-dimensional. Blocks wait for others by ticket, announce and await only. Example:
+// file. threadIdx is one-dimensional. Blocks wait for others by announce and await only. Example:
 //
 //   // y_r = bf16(sum_i x_ri) for rows of n bf16; one block a row, THREADS a multiple of 32.
 //   extern "C" __global__ void __launch_bounds__(THREADS) row_sum(
@@ -160,6 +160,7 @@ inline void named_barrier(int id, int count, int line = __builtin_LINE()) { emul
 inline void named_arrive(int id, int count, int line = __builtin_LINE()) { emulation::barrier(id, count, false, line); }
 
 inline int ticket(int* count) { return (*count)++; }
+inline unsigned processor() { return blockIdx.x % 2; }
 inline void announce(int* count) { ++*count; }
 inline void await(const int* count, int done) {  // blocks run one after the other: what has not happened will not
   if (*count != done) EMULATION_FAIL("a block waits for what comes %d times and has come %d times", done, *count);
