@@ -57,7 +57,7 @@ __device__ __forceinline__ void named_arrive(int id, int count) {
   asm volatile("barrier.arrive %0, %1;" ::"r"(id), "r"(count) : "memory");
 }
 
-// Among the blocks of a grid: who comes when, on which multiprocessor, that something is done, and waiting until `done` times it
+// Among the blocks of a grid: who comes when, on which multiprocessor and for which of its four schedulers, that something is done, and waiting until `done` times it
 // is. What the announcing
 // thread saw written is seen by who waited, and behind a barrier by its block.
 __device__ __forceinline__ int ticket(int* count) { return atomicAdd(count, 1); }
@@ -65,6 +65,11 @@ __device__ __forceinline__ unsigned processor() {
   unsigned x;
   asm volatile("mov.u32 %0, %%smid;" : "=r"(x));
   return x;
+}
+__device__ __forceinline__ unsigned scheduler() {
+  unsigned x;
+  asm volatile("mov.u32 %0, %%warpid;" : "=r"(x));
+  return x % 4;
 }
 __device__ __forceinline__ void announce(int* count) {
   __threadfence();

@@ -19,7 +19,7 @@ LONGEST_STATE = 64
 FILES = ("device.cuh", "scan_common.cu", "scan_forward.cu", "scan_backward.cu")
 IO = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 LOGARITHM, REVERSE = 1, 2
-PROCESSORS = 256  # as in scan_common.cu
+PLACES = 1024  # as in scan_common.cu
 
 
 class Streams(NamedTuple):
@@ -82,7 +82,7 @@ def forward(
         final = final.zero_() if initial is None else final.copy_(initial)
         return Result(y, final, starts, before, seen)
     cut, shape = plan.ahead, plan.forward
-    passes = Passes.over(cut, s, starts is None)
+    passes = Passes.over(cut, s, d * shape.warps, starts is None)
     if passes.blocks:
         starts = _wide(u, d, B, cut.pieces, E, N)
     shared = d * TILE * (shape.width * 8 + 2 * plan.states * 4 + (shape.width + 8) * 4)
@@ -100,17 +100,18 @@ class Passes(NamedTuple):
     sums: Tensor | None  # (d, B, pieces, E): of delta
     counts: Tensor | None
     blocks: int  # 0 where nothing goes from piece to piece
-    even: int  # whole chains for every multiprocessor
+    even: int  # whole chains for a multiprocessor's schedulers, as many of the four as a block has warps
 
     @classmethod
-    def over(cls, cut: Cut, s: Streams, wanted: bool = True) -> "Passes":
+    def over(cls, cut: Cut, s: Streams, warps: int, wanted: bool = True) -> "Passes":
         """Empty."""
         if not wanted or cut.whole == cut.chains:
             return cls(None, None, None, 0, 0)
         (B, _, E, N), u = s.sizes, s.u[0]
         shape = (len(s.reverses), B, cut.pieces, E)
-        counts = torch.zeros(3 + PROCESSORS + cut.chains - cut.whole, dtype=torch.int32, device=u.device)
-        return cls(_wide(u, *shape, N), _wide(u, *shape), counts, cut.passes, -(-cut.whole // processors(u.device)))
+        counts = torch.zeros(3 + PLACES + cut.chains - cut.whole, dtype=torch.int32, device=u.device)
+        even = -(-cut.whole // (processors(u.device) * max(1, 4 // warps)))
+        return cls(_wide(u, *shape, N), _wide(u, *shape), counts, cut.passes, even)
 
 
 class Gradients(NamedTuple):
@@ -150,7 +151,7 @@ def backward(
     blocks, width = -(-E // shape.width), -(-E * (N + 2) // 4) * 4
     parts = _wide(u, d, B, L, blocks, 2, plan.states)
     rows, total = _wide(u, d, B * cut.pieces, width), _wide(u, d, width)
-    passes = Passes.over(cut, s)
+    passes = Passes.over(cut, s, shape.warps)
     given = (dy, *_steps(dy), ungated, marks, dfinal, passes.local, passes.sums)
     made = (*_both(du), *_both(ddelta), dz, *(_steps(dz) if dz is not None else (0, 0)), parts, rows, dinitial)
     sizes = (B, L, E, N, cut.span, cut.pieces, cut.whole, s.flags)

@@ -201,18 +201,18 @@ template <int K> DEVICE void combine(
 
 // One launch walks whole chains, then what leaves the pieces of the others (`passes`; 0 where it is known what enters them), then
 // those pieces, each of which waits for the passes of its chain. As many blocks as there is work of all kinds claim one of it
-// each, in the order in which they start, whatever order that is: on every multiprocessor the first `even` whole chains, so that
-// these are spread evenly, then passes, then pieces, then what is left. So whom a block waits for runs or has run. `counts` are
-// zeros: claims of passes, pieces and whole chains, blocks begun on each multiprocessor, and passes done of every chain that is
-// cut.
-#define PROCESSORS 256
+// each, in the order in which they start, whatever order that is: beside the same schedulers of a multiprocessor the first `even`
+// whole chains, so that these are spread evenly, then passes, then pieces, then what is left. So whom a block waits for runs or
+// has run. `counts` are zeros: claims of passes, pieces and whole chains, blocks begun at each of PLACES, and passes done of every
+// chain that is cut.
+#define PLACES 1024
 struct Turn {
   int place;  // of a chain or a piece; for a pass, of the chain's passes
   bool pass;
   DEVICE Turn(char* memory, int* counts, int whole, int passes, int even) : place(blockIdx.x), pass(false) {
     if (!passes) return;
     if (threadIdx.x == 0) {
-      int* mine = (int*)memory, *begun = counts + 3 + processor() % PROCESSORS, k;
+      int* mine = (int*)memory, *begun = counts + 3 + (processor() * 4 + scheduler() / (blockDim.x / 32)) % PLACES, k;
       const int pieces = gridDim.x - whole - passes;
       mine[1] = 0;
       if (ticket(begun) < even && (k = ticket(counts + 2)) < whole) mine[0] = k;
@@ -224,7 +224,7 @@ struct Turn {
     place = ((int*)memory)[0], pass = ((int*)memory)[1];
     __syncthreads();
   }
-  DEVICE static int* done(int* counts, const Unit& unit, int whole) { return counts + 3 + PROCESSORS + unit.chain - whole; }
+  DEVICE static int* done(int* counts, const Unit& unit, int whole) { return counts + 3 + PLACES + unit.chain - whole; }
   DEVICE void passed(int* counts, const Unit& unit, int whole) const {
     __syncthreads();
     if (threadIdx.x == 0) announce(done(counts, unit, whole));

@@ -161,6 +161,7 @@ inline void named_arrive(int id, int count, int line = __builtin_LINE()) { emula
 
 inline int ticket(int* count) { return (*count)++; }
 inline unsigned processor() { return blockIdx.x % 2; }
+inline unsigned scheduler() { return blockIdx.x / 2 % 4; }
 inline void announce(int* count) { ++*count; }
 inline void await(const int* count, int done) {  // blocks run one after the other: what has not happened will not
   if (*count != done) EMULATION_FAIL("a block waits for what comes %d times and has come %d times", done, *count);

@@ -30,7 +30,7 @@ def keen(monkeypatch):
     monkeypatch.setattr(cuts, "processors", lambda device: 1000)
     shapes = cuts.shapes
     monkeypatch.setattr(cuts, "shapes", lambda N: tuple(shape._replace(blocks=3) for shape in shapes(N)))
-    for name, value in {"SHORTEST": 2, "LAUNCHES": 0}.items():
+    for name, value in {"SHORTEST": 2, "START": 0}.items():
         monkeypatch.setattr(cuts, name, value)
     cuts.plan.cache_clear()
     yield
