@@ -1,8 +1,9 @@
 """Does a training go where it goes in float64, step by step and left to itself?
 
 - At every fifth step of a training in float64, an implementation is set to that training's parameters and momentum, rounded
-  to float32, and takes one step from there, for each of the batches. Its losses before and after the step and the gradients
-  of all parameters keep to the rule, against float64 from the same rounded numbers.
+  to float32, and takes one step from there, for each of the batches; and so from states near by, all parameters changed by a
+  hundredth. Its losses before and after the step and the gradients of all parameters keep to the rule, against float64 from
+  the same rounded numbers.
 - `free run`: trained by itself, it is after every step at most twice as far from the training in float64 as the farthest of
   four plain ones. Those begin one ulp of float32 away, and see clips that are one rounding of the case's dtype away: without
   the latter, all four round alike under autocast, and are as one. A distance is L2 over all parameters, over the truth's norm.
@@ -18,14 +19,14 @@ from types import ModuleType
 import torch
 
 from harness import modules
-from harness.case import Case
+from harness.case import ROUNDINGS, Case
 from harness.finding import Finding, PlainNotFinite, Tally
 from harness.subject import CannotAsk, Implementation, subjects
 from harness.training import BATCHES, Learner, State, Task, clips
 from harness.trial import Named, Trial, worst_of
 
 STEPS, EVERY = 60, 5
-POOLED = 4  # states over whose steps errors are pooled, not over all: gradients shrink as a training goes on
+POOLED = 4  # places over whose steps errors are pooled, not over all: gradients shrink as a training goes on
 RUNS = 4
 LEARNT = 0.5  # the share of its first loss that the truth may keep; a check on a run that does not learn is none
 
@@ -45,7 +46,7 @@ def cases(grid: str) -> list[Case]:
 
 def steps(case: Case) -> float:
     """What truth and plain cost, as tokens of the scan."""
-    return 36.0 * count(case)
+    return 82.0 * count(case)
 
 
 def count(case: Case) -> int:
@@ -80,7 +81,7 @@ class Course:
     task: Task
     truth: list[tuple[float, State]]  # loss and state before every step and after the last
     plain: list[Way]  # free runs, each from another ulp
-    single: dict[int, list[tuple[Named, Named]]]  # what truth and plain give at every fifth step, batch by batch
+    single: dict[int, list[tuple[Named, Named]]]  # what truth and plain give at every fifth step, by state and batch
 
     @property
     def kept(self) -> float:
@@ -111,9 +112,16 @@ def follow(trial: Trial) -> Course:
         raise PlainNotFinite(f"the reference's training is not finite in {case.dtype}")
     single = {}
     for at in range(0, count(case), EVERY):
-        state = truth[at][1].rounded()
-        single[at] = list(zip(one_step(exact, state, at), one_step(plain, state, at), strict=True))
+        single[at] = list(zip(single_steps(exact, truth, at), single_steps(plain, truth, at), strict=True))
     return Course(task, truth, ways, single)
+
+
+def single_steps(learner: Learner, truth: list[tuple[float, State]], at: int) -> Iterator[Named]:
+    """One step from the truth's state, and from others near by: at one state, errors under autocast hang together in all
+    tensors, and are a lottery."""
+    state, case = truth[at][1], learner.task.case
+    for draw in range(ROUNDINGS):
+        yield from one_step(learner, (state.jittered(case, f"{at} {draw}") if draw else state).rounded(), at)
 
 
 def one_step(learner: Learner, state: State, at: int) -> Iterator[Named]:
@@ -136,7 +144,7 @@ def by_steps(course: Course, learner: Learner) -> list[Finding]:
         mine, tally = places[part * len(places) // parts : (part + 1) * len(places) // parts], Tally()
         for at in mine:
             due = course.single[at]
-            for (truth, plain), got in zip(due, one_step(learner, course.truth[at][1].rounded(), at), strict=True):
+            for (truth, plain), got in zip(due, single_steps(learner, course.truth, at), strict=True):
                 for name in truth | got:
                     tally.add(f"{name}[steps {mine[0]} to {mine[-1]}]", got.get(name), plain.get(name), truth.get(name))
         found += tally.findings()
