@@ -54,7 +54,7 @@ def mix(xz: Tensor, directions: list[dict[str, Any]], out: Tensor, out_bias: Ten
         pair = [own[name] for own in directions]
         if name in ("proj", "dt"):
             pair = [product(x) for x in pair]
-        elif name in ("dt_bias", "A", "D"):
+        elif name in ("A", "D"):
             pair = [x.float() for x in pair]
         flat += [*pair, *[None] * (2 - len(pair))]
     return torch.ops.videomamba.mixer(xz, *flat, product(out), product(out_bias), invariant())[0]

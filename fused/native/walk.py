@@ -43,7 +43,7 @@ def walk(
     low = torch.is_autocast_enabled(x.device.type)
     taps, edge = (None, None) if state is None else state
     proj, dt = (own[name].to(x.dtype) if low else own[name] for name in ("proj", "dt"))
-    parameters = (own["conv"], own["conv_bias"], proj, dt, *(own[name].float() for name in ("dt_bias", "A", "D")))
+    parameters = (own["conv"], own["conv_bias"], proj, dt, own["dt_bias"], own["A"].float(), own["D"].float())
     tensors = (x, z, beside, taps, None if edge is None else edge.float(), *parameters)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     y, taps, edge, *_ = torch.ops.videomamba.walk(*tensors, reverse, logarithm, invariant(), keep)
