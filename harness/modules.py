@@ -96,10 +96,12 @@ def chained(
 ) -> tuple[list[Any], State]:
     """Outputs of step(start, stop, state) -> (output, state) for all chunks, and the last state.
 
-    Raises AssertionError for a step that writes to the state that came, which has to serve again.
+    Autocast forgets its rounded weights in between, as if it were entered once a chunk: else it sums their gradients over the
+    chunks in half precision. Raises AssertionError for a step that writes to the state that came, which has to serve again.
     """
     outputs = []
     for start, stop in zip(cuts, (*cuts[1:], count), strict=True):
+        torch.clear_autocast_cache()
         came = [x for x in tree_leaves(state) if isinstance(x, Tensor)]
         kept = [x.detach().clone() for x in came]
         out, after = step(start, stop, state)

@@ -41,7 +41,7 @@ def walk(
     `beside`, which needs z, are (B, L, E).
     """
     low = torch.is_autocast_enabled(x.device.type)
-    taps, edge = (None, None) if state is None else state
+    taps, edge = state or (None, None)
     proj, dt = (own[name].to(x.dtype) if low else own[name] for name in ("proj", "dt"))
     parameters = (own["conv"], own["conv_bias"], proj, dt, own["dt_bias"], own["A"].float(), own["D"].float())
     tensors = (x, z, beside, taps, None if edge is None else edge.float(), *parameters)
