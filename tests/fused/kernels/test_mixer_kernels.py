@@ -100,7 +100,7 @@ def walked(seed, dtype, backend, length, reverse, given):
         leaves |= {"taps": taps, "state": state}
     own = pieces.Direction(**{field.name: leaves[field.name] for field in fields(pieces.Direction)})
     plan = pieces.Plan((), backend, False, "rms", 1e-5, True, R, N, dtype, dtype, dtype, dtype)
-    entering = (taps, state) if "state" in given else None
+    entering = (taps, state) if "state" in given else ()
     y, left = pieces.scan_chunk(plan, own, leaves["x"], entering, reverse, leaves.get("z"), leaves.get("beside"))
     outputs = {"y": y, "taps left": left[0], "state left": left[1]}
     grads = torch.autograd.grad(list(outputs.values()), list(leaves.values()), cotangents)
@@ -109,7 +109,7 @@ def walked(seed, dtype, backend, length, reverse, given):
 
 @pytest.mark.parametrize(
     ("length", "reverse", "given"),
-    [(17, False, ("z", "beside", "state")), (17, True, ("state",)), (1, False, ("z", "state"))],
+    [(17, False, ("z", "beside", "state")), (17, True, ("state",)), (17, True, ("z",)), (1, False, ("z", "state"))],
     ids=str,
 )
 def test_a_chunk_follows_its_operators(length, reverse, given):
