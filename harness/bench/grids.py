@@ -159,8 +159,8 @@ def _full() -> list[Point]:
     found += [p for p in _models("tiny", [(1, 8), (1, 64)], 224, ("compiled",), dtype) if p.mode == "infer"]
     found += _stream([8], 224, "eager", dtype) + _stream([8, 1000], 224, "graph", dtype)
     for mode in ("infer", "train"):
-        found += _chunks(mode, 512, [8, 32, 128], 224, dtype)
-    return found + _chunks("infer", HOUR, [64], 224, dtype, whole=False)
+        found += _chunks(mode, 512, [32, 128, 256], 224, dtype)
+    return found + _chunks("infer", HOUR, [256], 224, dtype, whole=False)
 
 
 def _long() -> list[Point]:

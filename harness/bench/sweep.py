@@ -86,14 +86,25 @@ def sweep(
 ) -> None:  # fmt: skip
     """Time what the run has not timed yet. A point longer than one that ran out of memory or time is implied."""
     staff: dict[Entry, Worker] = {}
+    coming: dict[Entry, Worker] = {}  # those of the next race
+    races = list(dict.fromkeys(point.race for point in points))
+
+    def left(point: Point) -> list[Entry]:
+        known = {s.key for s in run.speeds}
+        return [e for e in who(point) if (e.name, point.name) not in known]
+
     racing = ""
     try:
         for point in points:
             if point.race != racing:
                 _dismiss(staff)  # every process holds some of the device's memory
-            racing = point.race
-            known = {s.key for s in run.speeds}
-            wanted = [e for e in who(point) if (e.name, point.name) not in known]
+                staff, coming, racing = coming, {}, point.race
+                if device.startswith("cuda"):  # on a CPU that would take from what is timed
+                    following = races[races.index(racing) + 1 :][:1]
+                    coming = {e: Worker(e, device, threads, slowest) for p in points if p.race in following for e in left(p)}
+                    for worker in coming.values():
+                        worker.start()  # and import, while others are timed
+            wanted = left(point)
             for speed in _speeds(run, point, wanted, staff, budget, slowest, device, threads):
                 if best:
                     speed = replace(speed, bound=roofline.bound(point, speed.entry.subject, speed.entry.variant, best))
@@ -101,6 +112,7 @@ def sweep(
                 tell(speed)
     finally:
         _dismiss(staff)
+        _dismiss(coming)
 
 
 def _dismiss(staff: dict[Entry, Worker]) -> None:

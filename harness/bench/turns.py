@@ -14,7 +14,7 @@ GOAL = 0.01  # half the interval's width, relative to the median, at which more 
 FEWEST, MOST, ROUNDS = 7, 400, 8
 LIMIT = 300.0  # seconds for one answer of a worker
 COUNTED = 0.4  # seconds of samples below which a counter of energy, renewed some ten times a second, says nothing
-ROOMY = 30_000  # tokens up to which all load at once, which takes as long as the slowest
+ROOMY = {"infer": 300_000, "train": 30_000}  # tokens up to which all load at once, which takes as long as the slowest
 
 
 @dataclass(eq=False)
@@ -62,7 +62,7 @@ def race(workers: list[Worker], point: Point, budget: float) -> Iterator[Speed]:
     seats = [Seat(worker, point) for worker in workers]
     for worker in workers:
         worker.start()
-    if point.tokens <= ROOMY:  # nobody needs so much memory that another's loading would meet its end
+    if point.tokens <= ROOMY[point.mode]:  # nobody needs so much memory that another's loading would meet its end
         with ThreadPoolExecutor() as threads:
             list(threads.map(_load, seats))
     else:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fused import backends
 from harness.bench.clock import Call, Clock
 from harness.bench.point import Entry, Point
 from harness.bench.power import Power
@@ -131,9 +132,19 @@ class _Loaded:
             torch.cuda.empty_cache()
 
 
+def _prepare(entry: Entry, device: str) -> None:
+    """Import what its calls will need, which takes seconds."""
+    importlib.import_module(entry.maker.partition(":")[0])
+    product, _, backend = entry.implementation.partition(":")
+    if product == "fused":
+        backends.unavailable(backend, device)
+
+
 def _serve(pipe: Connection, parent: int, entry: Entry, device: str, threads: int, slowest: float) -> None:
     attend(parent)
     torch.set_num_threads(threads)
+    with contextlib.suppress(Exception):  # what cannot be imported says so when it is called
+        _prepare(entry, device)
     loaded = _Loaded(entry, device, slowest)
     wishes: dict[str, Callable[..., Any]] = {"load": loaded.load, "time": loaded.time, "drop": loaded.drop}
     while True:

@@ -31,8 +31,8 @@ NaN or infinity never passes. `inf` budgets means an error where none is allowed
 - `compile` asks whether registered ops are well formed, and whether compiled and captured calls equal eager ones.
 - `extremes` asks about huge, tiny and denormal values, NaN (which must come out as NaN), and lengths (full: to 100,353 tokens).
 - `convergence` trains a tiny model on frames of the video. At every fifth step of a training in float64 it asks the rule of one
-  step from there and from seven states near by, in losses and gradients; and whether a run left to itself stays by the float64
-  one (see the plot).
+  step from there, under autocast from seven states near by too, in losses and gradients; and whether a run left to itself
+  stays by the float64 one (see the plot).
 - `device` asks whether a device that is not the current one gives the same.
 - `layout` asks whether a state_dict has the reference's names, shapes and dtypes.
 

@@ -58,7 +58,7 @@ def launches_of_norm():
 
 
 def launches_of_steps():
-    from fused.kernels import gate, steps
+    from fused.kernels import gate, pack, steps
 
     def one(R, dtype):
         rows, weights, bias = torch.empty(2, 70, R + 32, dtype=dtype), torch.empty(2, R, 128, dtype=dtype), torch.empty(128)
@@ -66,6 +66,8 @@ def launches_of_steps():
 
     for R, dtype in ((16, BF16), (40, BF16), (40, FP32)):
         yield f"R{R} {PLAIN[dtype]}", steps, ("steps_kernel",), lambda R=R, dtype=dtype: one(R, dtype)
+    proj, dt = torch.empty(68, 128, dtype=BF16), torch.empty(128, 36, dtype=BF16)
+    yield "pack bf16", pack, ("pack_kernel",), lambda: pack.pack((proj, proj), (dt, dt), 40)
     dy, xz = torch.empty(2, 70, 128, dtype=BF16), torch.empty(2, 70, 256, dtype=BF16)
     yield "gate bf16", gate, ("gate_kernel",), lambda: gate.gate(dy, xz[..., 128:])
 
