@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 
 from .conv_kernels import backward_kernel, forward_kernel, reduce_kernel
-from .device import launching_on
+from .device import blocks, launching_on
 
 MAX_WIDTH = 8
 # 4 channels a thread (96 registers) and 2 (126: it keeps 58 numbers for a pair of channels). SLOTS is how many programs
@@ -59,7 +59,7 @@ def forward(
         run, chunks = _runs("forward", B, L + K - 1 if True in reverses else L, E, 0)
         ahead, back = _sides(reverses, _contiguous(weights), _contiguous(biases), _as(states, x.dtype), y)
         with launching_on(x.device):
-            forward_kernel[(B * chunks * triton.cdiv(E, AHEAD["BE"]),)](
+            forward_kernel[(B * chunks * blocks(E, AHEAD["BE"]),)](
                 x, *ahead, *back, L, E, x.stride(0), x.stride(1), chunks, run,
                 K=K, SILU=activated, NATIVE=NATIVE, **AHEAD,
             )  # fmt: skip
@@ -106,11 +106,11 @@ def backward(
             _contiguous(dy), _contiguous(dfinals), dstates, partial,
         )  # fmt: skip
         with launching_on(x.device):
-            backward_kernel[(B * chunks * triton.cdiv(E, BACKWARD["BE"]),)](
+            backward_kernel[(B * chunks * blocks(E, BACKWARD["BE"]),)](
                 x, dx, *ahead, *back, L, E, x.stride(0), x.stride(1), dx.stride(0), dx.stride(1), chunks, run, steps,
                 K=K, SILU=activated, NATIVE=NATIVE, **BACKWARD,
             )  # fmt: skip
-            reduce_kernel[(triton.cdiv(E, REDUCE["BE"]), directions * (K + 1))](
+            reduce_kernel[(blocks(E, REDUCE["BE"]), directions * (K + 1))](
                 partial, dweight, dbias, E, B * chunks, K=K, **REDUCE
             )
     else:  # no token: what leaves is what entered
@@ -129,12 +129,12 @@ def _runs(name: str, clips: int, tokens: int, E: int, halo: int) -> tuple[int, i
     programs times steps of a run. A run and its halo are a multiple of what one round of the kernel takes."""
     config = AHEAD if name == "forward" else BACKWARD
     runs, unroll = config["RUNS"], config["UNROLL"]
-    programs = clips * triton.cdiv(E, config["BE"])  # of one chunk
-    most = min(triton.cdiv(tokens, runs * (unroll + LOST[name])), triton.cdiv(8 * SLOTS[name], programs))
+    programs = clips * blocks(E, config["BE"])  # of one chunk
+    most = min(blocks(tokens, runs * (unroll + LOST[name])), blocks(8 * SLOTS[name], programs))
     best = (0, 0, 0)
     for chunks in range(1, most + 1):
-        steps = triton.cdiv(triton.cdiv(tokens, chunks * runs) + halo, unroll) * unroll
-        waves = triton.cdiv(chunks * programs, SLOTS[name])
+        steps = blocks(blocks(tokens, chunks * runs) + halo, unroll) * unroll
+        waves = blocks(chunks * programs, SLOTS[name])
         cost = waves * (steps + LOST[name])
         if not best[0] or cost < best[0]:
             best = cost, steps - halo, chunks

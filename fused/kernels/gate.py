@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import launching_on
+from .device import blocks, launching_on
 
 BLOCK = 1024
 
@@ -25,7 +25,7 @@ def gate(dy: Tensor, z: Tensor) -> Tensor:
     out = torch.empty((B, L, E), dtype=dy.dtype, device=dy.device)
     if out.numel():
         with launching_on(dy.device):
-            gate_kernel[(B * L, triton.cdiv(E, BLOCK))](
+            gate_kernel[(B * L, blocks(E, BLOCK))](
                 dy, z, out, L, E, dy.stride(0), dy.stride(1), z.stride(0), z.stride(1), BLOCK=BLOCK
             )  # fmt: skip
     return out

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import launching_on
+from .device import blocks, launching_on, power_of_2
 
 MAX_WIDTH = 8192  # the widest row that both kernels hold without spilling
 PROGRAMS = 528  # of the backward: 4 for each of an H200's 132 SMs; a constant, for it decides the order of sums
@@ -146,7 +146,7 @@ def forward(
         config = _tile(D, 64 // x.element_size(), 4)
         (first, x_row), (second, residual_row) = _rows(x, D), _rows(residual, D)
         with launching_on(x.device):
-            forward_kernel[(triton.cdiv(M, config["ROWS"]),)](
+            forward_kernel[(blocks(M, config["ROWS"]),)](
                 first, second, weight.contiguous(), None if bias is None else bias.contiguous(), y, out, mean, rstd,
                 M, D, x_row, residual_row, eps, **config,
             )  # fmt: skip
@@ -182,9 +182,9 @@ def backward(
         return dx, dresidual, dweight.zero_(), None if dbias is None else dbias.zero_()
     read, strides = zip(*(_rows(t, D) for t in (dy, dout, first, second)), strict=True)
     config = _tile(D, 8, 8)
-    tiles = triton.cdiv(M, config["ROWS"])
-    rounds = triton.cdiv(tiles, PROGRAMS)
-    programs = triton.cdiv(tiles, rounds)
+    tiles = blocks(M, config["ROWS"])
+    rounds = blocks(tiles, PROGRAMS)
+    programs = blocks(tiles, rounds)
     partial = torch.empty((1 if bias is None else 2, programs, D), dtype=torch.float32, device=first.device)
     dweights, dbiases = partial[0], None if bias is None else partial[1]
     with launching_on(first.device):
@@ -192,16 +192,14 @@ def backward(
             *read, weight.contiguous(), mean, rstd, dx, None if dresidual is dx else dresidual,
             dweights, dbiases, M, D, *strides, rounds, **config,
         )  # fmt: skip
-        reduce_kernel[(triton.cdiv(D, REDUCE["COLUMNS"]), len(partial))](
-            dweights, dbiases, dweight, dbias, programs, D, **REDUCE
-        )
+        reduce_kernel[(blocks(D, REDUCE["COLUMNS"]), len(partial))](dweights, dbiases, dweight, dbias, programs, D, **REDUCE)
     return dx, dresidual, dweight, dbias
 
 
 @cache
 def _tile(D: int, numbers: int, warps: int) -> dict[str, int]:
     """Rows and columns of a tile with about that many numbers a thread, in more warps where a row needs them."""
-    columns = triton.next_power_of_2(D)
+    columns = power_of_2(D)
     warps = min(max(columns // (32 * numbers), warps), 16)
     return {"ROWS": min(max(32 * warps * numbers // columns, 1), 16), "COLUMNS": columns, "num_warps": warps}
 

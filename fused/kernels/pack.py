@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import launching_on
+from .device import blocks, launching_on
 
 BLOCK = 1024
 
@@ -35,7 +35,7 @@ def pack(proj: Sequence[Tensor], dt: Sequence[Tensor], step: int) -> tuple[Tenso
     width = proj[0].shape[0] - R + step
     out = torch.empty((count * (width + step), E), dtype=proj[0].dtype, device=proj[0].device)
     with launching_on(out.device):
-        pack_kernel[width + step, triton.cdiv(E, BLOCK), count](
+        pack_kernel[width + step, blocks(E, BLOCK), count](
             proj[0], proj[-1], dt[0], dt[-1], out, E, R, step, width, count, BLOCK=BLOCK
         )  # fmt: skip
     both = out.split((count * width, count * step))

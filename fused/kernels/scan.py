@@ -98,19 +98,21 @@ class Passes(NamedTuple):
 
     local: Tensor | None  # (d, B, pieces, E, N): what leaves a piece that nothing enters
     sums: Tensor | None  # (d, B, pieces, E): of delta
-    counts: Tensor | None
+    counts: Tensor | None  # None where all chains are alike
     blocks: int  # 0 where nothing goes from piece to piece
     even: int  # whole chains for a multiprocessor's schedulers, as many of the four as a block has warps
 
     @classmethod
     def over(cls, cut: Cut, s: Streams, warps: int, wanted: bool = True) -> "Passes":
-        """Empty."""
-        if not wanted or cut.whole == cut.chains:
+        """Empty; without passes, if they are not `wanted`."""
+        if cut.whole == cut.chains or not (wanted or cut.whole):
             return cls(None, None, None, 0, 0)
         (B, _, E, N), u = s.sizes, s.u[0]
-        shape = (len(s.reverses), B, cut.pieces, E)
         counts = torch.zeros(3 + PLACES + cut.chains - cut.whole, dtype=torch.int32, device=u.device)
         even = -(-cut.whole // (processors(u.device) * max(1, 4 // warps)))
+        if not wanted:
+            return cls(None, None, counts, 0, even)
+        shape = (len(s.reverses), B, cut.pieces, E)
         return cls(_wide(u, *shape, N), _wide(u, *shape), counts, cut.passes, even)
 
 

@@ -204,13 +204,13 @@ template <int K> DEVICE void combine(
 // each, in the order in which they start, whatever order that is: beside the same schedulers of a multiprocessor the first `even`
 // whole chains, so that these are spread evenly, then passes, then pieces, then what is left. So whom a block waits for runs or
 // has run. `counts` are zeros: claims of passes, pieces and whole chains, blocks begun at each of PLACES, and passes done of every
-// chain that is cut.
+// chain that is cut; without them a block's work is its own.
 #define PLACES 1024
 struct Turn {
   int place;  // of a chain or a piece; for a pass, of the chain's passes
   bool pass;
   DEVICE Turn(char* memory, int* counts, int whole, int passes, int even) : place(blockIdx.x), pass(false) {
-    if (!passes) return;
+    if (!counts) return;
     if (threadIdx.x == 0) {
       int* mine = (int*)memory, *begun = counts + 3 + (processor() * 4 + scheduler() / (blockDim.x / 32)) % PLACES, k;
       const int pieces = gridDim.x - whole - passes;

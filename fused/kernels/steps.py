@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import launching_on
+from .device import blocks, launching_on, power_of_2
 
 LOW = {"TOKENS": 64, "CHANNELS": 128, "TILES": 4, "num_warps": 4, "num_stages": 3}
 FULL = {"TOKENS": 16, "CHANNELS": 32, "TILES": 4, "num_warps": 4}  # float32 has no tensor cores: larger products do not fit
@@ -76,10 +76,10 @@ def steps(dt: Tensor, weights: Tensor, biases: Sequence[Tensor]) -> Tensor:
     E = weights.shape[2]
     delta = torch.empty((directions, M, E), dtype=dt.dtype, device=dt.device)
     if delta.numel():
-        rank = max(16, triton.next_power_of_2(R))
+        rank = max(16, power_of_2(R))
         fine = dt.dtype == torch.float32
         config = FULL if fine else LOW
-        grid = (triton.cdiv(M, config["TOKENS"] * config["TILES"]), triton.cdiv(E, config["CHANNELS"]), directions)
+        grid = (blocks(M, config["TOKENS"] * config["TILES"]), blocks(E, config["CHANNELS"]), directions)
         with launching_on(dt.device):
             steps_kernel[grid](
                 dt, weights, biases[0], biases[-1], delta, M, E, R, dt.stride(1), RANK=rank, FINE=fine, **config
