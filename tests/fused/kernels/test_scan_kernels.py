@@ -217,3 +217,20 @@ def test_tuned_kernels_do_not_spill(arch, capsys):
         # the backward keeps three blocks of 168 registers on a multiprocessor: fewer blocks without a spill were slower
         assert found and not any(r.spills for name, r in found.items() if name != "scan_backward")
         assert not keeps or found["scan_backward"].spills <= 160
+
+
+@pytest.mark.parametrize("whole", [0, 12])
+def test_knowing_what_enters_the_pieces_changes_no_bit(whole):
+    g = torch.Generator().manual_seed(0)
+    B, L, E, N = 13, 130, 2, 4
+
+    def normal(*size):
+        return torch.randn(*size, generator=g)
+
+    A, D, (u, delta, z) = -normal(E, N).exp(), normal(E), (normal(B, L, E) for _ in range(3))
+    s = scan.Streams((False,), (u,), (delta,), (A,), (normal(B, L, N),), (normal(B, L, N),), (D,), (D,), z)
+    plan = cuts.plan(B, L, E, N, 1, 2)._replace(ahead=cuts.Cut(B, whole, 3, 3))
+    first = scan.forward(s, None, plan, keep=True)
+    again = scan.forward(s, None, plan, keep=True, starts=first.starts)
+    for name in ("y", "final", "ungated", "marks"):
+        assert torch.equal(getattr(first, name), getattr(again, name)), name
