@@ -29,7 +29,8 @@ def cases(grid: str) -> list[Case]:
     return [
         *tiny, *odd,
         *cross("scan_both", [shape(2, 65, 40, 64), shape(2, 197, 384, 16)], [(), ("bare",)], EVERY),
-        *cross("scan_both", [shape(1, 1569, 1152, 16), shape(1, 12545, 64, 16)], [()], EVERY),
+        *cross("scan_both", [shape(1, 1569, 1152, 16)], [()], EVERY),
+        *cross("scan_both", [shape(1, 12545, 64, 16)], [()], EVERY[:2]),  # the loop takes minutes
     ]  # fmt: skip
 
 
