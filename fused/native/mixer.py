@@ -20,7 +20,7 @@ from fused.kernels import conv, scan
 from fused.kernels.conv import Optionals
 from fused.kernels.pack import pack
 from fused.kernels.steps import steps
-from fused.native.scan import plan, streams
+from fused.native.scan import aligned, dense, plan
 
 _library = torch.library.Library("videomamba", "FRAGMENT")
 NAMES = ("conv", "conv_bias", "proj", "dt", "dt_bias", "A", "D")
@@ -95,7 +95,7 @@ class Parts:
         """x_proj (directions, width, E) and dt_proj (directions, step, E)."""
         return pack([w.contiguous() for w in self.proj], [w.contiguous() for w in self.dt], self.step)
 
-    def split(self, rows: Tensor) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
+    def split(self, rows: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """dt (directions, B * L, step), and for each direction B and C (B, L, N)."""
         dt, B, C = rows.split((self.step, self.N, self.N), dim=-1)
         return dt.flatten(1, 2), B.unbind(), C.unbind()
@@ -110,15 +110,14 @@ class Parts:
 
     def delta(self, rows: Tensor, dt_proj: Tensor) -> Tensor:
         """(directions, B, L, E), behind softplus."""
-        return steps(self.split(rows)[0], dt_proj, self.dt_bias).view(len(self.reverses), *self.x.shape)
+        return steps(rows[..., : self.step].flatten(1, 2), dt_proj, self.dt_bias).view(len(self.reverses), *self.x.shape)
 
     def streams(self, c: Tensor, rows: Tensor, delta: Tensor) -> scan.Streams:
         """What the scan reads."""
         _, B, C = self.split(rows)
-        nothing = (None,) * len(delta)
-        return streams(
-            self.reverses, c.unbind(), delta.unbind(), self.A, B, C, self.D, self.z, nothing, 2, logarithm=self.logarithm
-        )
+        A, D = (tuple(map(aligned, pair)) for pair in (self.A, self.D))
+        z, nothing = None if self.z is None else dense(self.z), (None,) * len(delta)
+        return scan.Streams(self.reverses, c.unbind(), delta.unbind(), A, B, C, D, nothing, z, 2, self.logarithm)
 
     def gradients(
         self, s: scan.Streams, c: Tensor, rows: Tensor, weights: tuple[Tensor, Tensor], dy: Tensor, marks: Tensor,

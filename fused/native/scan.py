@@ -18,22 +18,27 @@ def plan(u: Tensor, N: int | torch.SymInt, directions: int, invariant: bool) -> 
     return cuts.plan(B, L, E, int(N), directions, cuts.processors(u.device), invariant=invariant)
 
 
-def _dense(x: Tensor) -> Tensor:
+def dense(x: Tensor) -> Tensor:
     """With unit stride along channels or states."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def whole(x: Tensor | None) -> Tensor | None:
+def aligned(x: Tensor) -> Tensor:
     """Contiguous, and from an address where four float32 can be read at once."""
-    x = None if x is None else x.contiguous()
-    return x if x is None or x.data_ptr() % 16 == 0 else x.clone()
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def whole(x: Tensor | None) -> Tensor | None:
+    """`aligned`, if it is there."""
+    return None if x is None else aligned(x)
 
 
 def streams(reverses, u, delta, A, B, C, D, z, bias, softplus, logarithm=False) -> scan.Streams:
     """As the kernels take them; all but z by direction. The two of a pair have the same strides."""
 
     def tokens(pair):
-        pair = tuple(map(_dense, pair))
+        pair = tuple(map(dense, pair))
         same = all(x.stride() == pair[0].stride() for x in pair)
         return pair if same else tuple(x.contiguous() for x in pair)
 
@@ -49,7 +54,7 @@ def streams(reverses, u, delta, A, B, C, D, z, bias, softplus, logarithm=False) 
         tokens(C),
         wide(D),
         wide(bias),
-        None if z is None else _dense(z),
+        None if z is None else dense(z),
         softplus,
         logarithm,
     )
@@ -67,7 +72,7 @@ def _backward(s: scan.Streams, dy: Tensor, dfinal: Tensor | None, ungated: Tenso
     """Gradients of u, delta, A, B, C, D and bias by direction, of z, and of the states; empty for what is not there."""
     cut = plan(s.u[0], s.sizes[3], len(s.reverses), invariant)
     dB, dC = ([torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in pair] for pair in (s.B, s.C))
-    g = scan.backward(s, _dense(dy), dfinal, marks, ungated if s.z is not None else None, cut, dB, dC)
+    g = scan.backward(s, dense(dy), dfinal, marks, ungated if s.z is not None else None, cut, dB, dC)
     nothing = dy.new_empty(0)
     own = [[nothing if asked is None else x.clone() for x, asked in zip(*pair, strict=True)]  # results share no memory
            for pair in ((g.A, s.A), (g.D, s.D), (g.bias, s.bias))]  # fmt: skip
