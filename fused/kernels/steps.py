@@ -69,19 +69,19 @@ def steps_kernel(
         tl.store(at, step.to(delta.dtype.element_ty), mask=(m < M)[:, None] & (e < E)[None, :])
 
 
-def steps(dt: Tensor, weights: Tensor, biases: Sequence[Tensor]) -> Tensor:
-    """delta (directions, tokens, E) in dt's dtype, of dt (directions, tokens, R), the first columns of contiguous rows,
-    contiguous weights (directions, R, E) in the same dtype and biases (E,)."""
-    directions, M, R = dt.shape
-    E = weights.shape[2]
-    delta = torch.empty((directions, M, E), dtype=dt.dtype, device=dt.device)
+def steps(rows: Tensor, weights: Tensor, biases: Sequence[Tensor]) -> Tensor:
+    """delta (directions, tokens, E) in the dtype of contiguous rows (directions, tokens, R and more), whose first R columns are
+    dt, contiguous weights (directions, R, E) in the same dtype and biases (E,)."""
+    directions, M, row = rows.shape
+    _, R, E = weights.shape
+    delta = torch.empty((directions, M, E), dtype=rows.dtype, device=rows.device)
     if delta.numel():
         rank = max(16, power_of_2(R))
-        fine = dt.dtype == torch.float32
+        fine = rows.dtype == torch.float32
         config = FULL if fine else LOW
         grid = (blocks(M, config["TOKENS"] * config["TILES"]), blocks(E, config["CHANNELS"]), directions)
-        with launching_on(dt.device):
+        with launching_on(rows.device):
             steps_kernel[grid](
-                dt, weights, biases[0], biases[-1], delta, M, E, R, dt.stride(1), RANK=rank, FINE=fine, **config
+                rows, weights, biases[0], biases[-1], delta, M, E, R, row, RANK=rank, FINE=fine, **config
             )  # fmt: skip
     return delta

@@ -110,7 +110,7 @@ class Parts:
 
     def delta(self, rows: Tensor, dt_proj: Tensor) -> Tensor:
         """(directions, B, L, E), behind softplus."""
-        return steps(rows[..., : self.step].flatten(1, 2), dt_proj, self.dt_bias).view(len(self.reverses), *self.x.shape)
+        return steps(rows.flatten(1, 2), dt_proj, self.dt_bias).view(len(self.reverses), *self.x.shape)
 
     def streams(self, c: Tensor, rows: Tensor, delta: Tensor) -> scan.Streams:
         """What the scan reads."""

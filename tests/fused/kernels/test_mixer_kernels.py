@@ -130,3 +130,7 @@ def test_a_chunk_is_an_operator_as_torch_wants_it():
     parameters = (leaf(8, 4), leaf(8), leaf(11, 8), leaf(8, 3), leaf(8), leaf(8, 4), leaf(8))
     tensors = (leaf(1, 5, 8), leaf(1, 5, 8), leaf(1, 5, 8), leaf(1, 8, 3), leaf(1, 8, 4), *parameters)
     torch.library.opcheck(torch.ops.videomamba.walk.default, (*tensors, False, True, False, True))
+
+
+def test_one_token_of_one_clip():
+    assert_rule(sample(seed, 1, 1) for seed in range(16))

@@ -24,7 +24,7 @@ def sample(seed, directions, tokens, R, E, dtype=torch.float32):
         raw = dt @ W + b[:, None]
         return {"delta": torch.logaddexp(raw, torch.zeros_like(raw))}
 
-    got = steps(rows.to(DEVICE)[..., :R], weights.to(DEVICE), [b.to(DEVICE) for b in biases])
+    got = steps(rows.to(DEVICE), weights.to(DEVICE), [b.to(DEVICE) for b in biases])
     return {"delta": got.cpu()}, formula(torch.float64), {"delta": formula(torch.float32)["delta"].to(dtype)}
 
 
