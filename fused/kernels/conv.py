@@ -16,11 +16,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
-import triton
 from torch import Tensor
 
 from .conv_kernels import backward_kernel, forward_kernel, reduce_kernel
-from .device import blocks, launching_on
+from .device import NATIVE, blocks, launching_on
 
 MAX_WIDTH = 8
 # 4 channels a thread (96 registers) and 2 (126: it keeps 58 numbers for a pair of channels). SLOTS is how many programs
@@ -31,7 +30,6 @@ BACKWARD = {"RUNS": 4, "BE": 64, "UNROLL": 4, "num_warps": 4}
 SLOTS = {"forward": 132 * 5, "backward": 132 * 4}
 LOST = {"forward": 3, "backward": 8}
 REDUCE = {"ROWS": 64, "BE": 32, "num_warps": 4}
-NATIVE = not triton.knobs.runtime.interpret
 
 Optionals = Sequence[Tensor | None] | None
 

@@ -8,7 +8,7 @@ import torch
 
 TILE = 16  # tokens; marks, the states from which the backward starts again, are that far apart
 SHORTEST = 8  # tiles of a piece
-BUSY = (1.0, 0.6, 0.86, 1.0)  # what a multiprocessor does of what it can, with no block, a third of its blocks, two, all
+BUSY = (0.6, 0.86, 1.0)  # what a multiprocessor does of what it can, with a third of its blocks, two, all
 START = 1.0  # tiles that every block could walk while pieces of time begin to be walked,
 COMBINE = 0.2  # and while it is told what one piece before leaves
 UNEVEN = 1.08  # what small blocks lose that begin where others end, in one round: a scheduler may have a warp more than another
@@ -106,7 +106,7 @@ def _cost(whole: int, pieces: int, chains: int, tiles: int, processors: int, sha
     def together(units: int) -> float:
         """A tile of each: a third of the slots gives every scheduler a warp, another third a second."""
         third = -(-3 * units // slots)
-        return third * slots / 3 / BUSY[third]
+        return third * slots / 3 / BUSY[third - 1]
 
     def alone(units: int, length: int) -> float:
         """Units of one length: full rounds, and one that is not."""
@@ -118,9 +118,13 @@ def _cost(whole: int, pieces: int, chains: int, tiles: int, processors: int, sha
     beside = long % slots
     if beside and beside + short > slots:
         return math.inf  # short ones that wait for one another leave the long ones alone at the end: measured slow
-    walk = alone(long - beside, tiles) + (span + 1) * (together(beside + short) if beside else alone(short, span) / (span + 1))
-    walk += (tiles - span) * together(beside) if beside else 0
-    walk *= UNEVEN if shape.warps == 1 and short <= slots and not whole else 1
+    walk = alone(long - beside, tiles)
+    if beside:
+        walk += (span + 1) * together(beside + short) + (tiles - span) * together(beside)
+    else:
+        walk += alone(short, span)
+    if shape.warps == 1 and short <= slots and not whole:
+        walk *= UNEVEN
     return walk + shape.again * alone(passes, span) + (START + COMBINE * (pieces - 1) / 2 * -(-short // slots)) * slots
 
 

@@ -57,9 +57,9 @@ __device__ __forceinline__ void named_arrive(int id, int count) {
   asm volatile("barrier.arrive %0, %1;" ::"r"(id), "r"(count) : "memory");
 }
 
-// Among the blocks of a grid: who comes when, on which multiprocessor and for which of its four schedulers, that something is done, and waiting until `done` times it
-// is. What the announcing
-// thread saw written is seen by who waited, and behind a barrier by its block.
+// Among the blocks of a grid: who comes when, on which multiprocessor and for which of its four schedulers; that something is
+// done, and waiting until it is `done` times. What the announcing thread saw written is seen by who waited, and behind a barrier
+// by its block.
 __device__ __forceinline__ int ticket(int* count) { return atomicAdd(count, 1); }
 __device__ __forceinline__ unsigned processor() {
   unsigned x;

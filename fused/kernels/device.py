@@ -1,9 +1,11 @@
-"""Where a kernel launches, on its tensors' device, whichever is current; and on how many blocks."""
+"""How Triton kernels launch: on their tensors' device, whichever is current, on how many blocks, and with PTX or without."""
 
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import triton
 
+NATIVE = not triton.knobs.runtime.interpret  # Triton's interpreter knows no PTX
 _HERE: AbstractContextManager[object] = nullcontext()
 
 
@@ -15,7 +17,7 @@ def launching_on(device: torch.device) -> AbstractContextManager[object]:
 
 
 def blocks(count: int, each: int) -> int:
-    """Of `each`, for so many; Triton's own cdiv and next_power_of_2 take ten microseconds on the host."""
+    """How many of `each` hold `count`. Triton's own cdiv and next_power_of_2 take ten microseconds on the host."""
     return -(-count // each)
 
 

@@ -19,7 +19,7 @@ LONGEST_STATE = 64
 FILES = ("device.cuh", "scan_common.cu", "scan_forward.cu", "scan_backward.cu")
 IO = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 LOGARITHM, REVERSE = 1, 2
-PLACES = 1024  # as in scan_common.cu
+PLACES = 1024  # at which blocks are counted: the schedulers of 256 multiprocessors
 
 
 class Streams(NamedTuple):
@@ -209,7 +209,7 @@ def defines(
         ("DIRECTIONS", directions), ("SOFTPLUS", softplus), ("GATED", gated), ("KEEPS", keeps),
         ("FORWARD_CHANNELS", forward.channels), ("FORWARD_WARPS", forward.warps), ("FORWARD_BLOCKS", forward.blocks),
         ("BACKWARD_CHANNELS", backward.channels), ("BACKWARD_WARPS", backward.warps), ("BACKWARD_BLOCKS", backward.blocks),
-        ("PIECE", backward.piece),
+        ("PIECE", backward.piece), ("PLACES", PLACES),
     )  # fmt: skip
 
 

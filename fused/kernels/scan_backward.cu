@@ -64,7 +64,7 @@ template <bool FULL> DEVICE void backward_walk(
   for (int k = 0; k < K; k++) {
     slot[k] = warp * 8 * K + 8 * k + place.channel, total[k] = 0.f;
     load_rates(rate[k], A, edge + slot[k], E, N, place.quarter, flags);
-    load_states(adjoint[k], dfinal && (FULL || !unit.cut) ? dfinal + both * E * N : 0, edge + slot[k], E, N, place.quarter);
+    load_states(adjoint[k], FULL && dfinal ? dfinal + both * E * N : 0, edge + slot[k], E, N, place.quarter);
     #pragma unroll
     for (int i = 0; i < MINE; i++) dA[k][i] = 0.f;
   }

@@ -6,7 +6,7 @@
 // TILE tokens at a time through shared memory. Rows of a tile are in the order of the walk: `reverse` is only where they lie
 // in memory. Compiled with: IO (0 bfloat16, 1 float16, 2 float32), STATES (a multiple of 16, padded with zeros), VECTOR
 // (streams can be read in groups of four), VECTOR_BC (B and C too), EXACT (every block has all of its channels, and N is STATES),
-// DIRECTIONS (1 or 2), SOFTPLUS (0: delta has none, 1: delta comes before it, 2: behind it, and without a bias), GATED (z is
+// DIRECTIONS (1 or 2), PLACES (of Turn), SOFTPLUS (0: delta has none, 1: delta comes before it, 2: behind it, and without a bias), GATED (z is
 // there), KEEPS (the forward keeps what the backward wants), and for each kernel the channels of a thread, the warps of a
 // direction and the blocks that a multiprocessor must hold at least: FORWARD_CHANNELS, FORWARD_WARPS, FORWARD_BLOCKS, BACKWARD_CHANNELS, BACKWARD_WARPS,
 // BACKWARD_BLOCKS; PIECE tokens of the backward stay in registers.
@@ -205,7 +205,6 @@ template <int K> DEVICE void combine(
 // whole chains, so that these are spread evenly, then passes, then pieces, then what is left. So whom a block waits for runs or
 // has run. `counts` are zeros: claims of passes, pieces and whole chains, blocks begun at each of PLACES, and passes done of every
 // chain that is cut; without them a block's work is its own.
-#define PLACES 1024
 struct Turn {
   int place;  // of a chain or a piece; for a pass, of the chain's passes
   bool pass;

@@ -29,8 +29,7 @@ template <bool FULL> DEVICE void forward_walk(
   const int blocks = (E + CHANNELS - 1) / CHANNELS, clip = unit.chain / blocks, edge = unit.chain % blocks * CHANNELS;
   const Walk walk(unit, back);
   const i64 both = (i64)direction * clips + clip, one = both * cuts + unit.split;
-  const float* chain = initial ? initial + both * E * N : 0;
-  const float* start = !unit.cut || (FULL && local) ? chain : enter ? enter + one * E * N : 0;
+  const float* start = !FULL ? 0 : unit.cut && !local ? enter + one * E * N : initial ? initial + both * E * N : 0;
   // A thread stages four channels of every ROWS-th token, and four states of every MIXED-th: pointers hop from one to the next.
   const int column = tid % (CHANNELS / 4) * 4, count = LEFT(E, edge + column), row = tid / (CHANNELS / 4);
   const int hop = back ? -ROWS : ROWS, token = walk.token(0, row);
@@ -50,7 +49,7 @@ template <bool FULL> DEVICE void forward_walk(
   for (int k = 0; k < K; k++) {
     slot[k] = warp * 8 * K + 8 * k + place.channel, total[k] = 0.f;
     load_rates(rate[k], A, edge + slot[k], E, N, place.quarter, flags);
-    load_states(h[k], FULL ? start : 0, edge + slot[k], E, N, place.quarter);
+    load_states(h[k], start, edge + slot[k], E, N, place.quarter);
   }
   if (FULL && unit.cut && local) {
     combine<K>(h, rate, slot, local + both * cuts * E * N, sums + both * cuts * E, back ? cuts - 1 : 0, unit.split, edge, E, N, place.quarter);

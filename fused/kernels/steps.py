@@ -13,29 +13,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import blocks, launching_on, power_of_2
+from .device import NATIVE, blocks, launching_on, power_of_2
 
 LOW = {"TOKENS": 64, "CHANNELS": 128, "TILES": 4, "num_warps": 4, "num_stages": 3}
 FULL = {"TOKENS": 16, "CHANNELS": 32, "TILES": 4, "num_warps": 4}  # float32 has no tensor cores: larger products do not fit
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # which knows no PTX
 
 
 @triton.jit
-def _exp2(x):
-    if INTERPRETED:
+def _exp2(x, NATIVE: tl.constexpr):
+    if not NATIVE:
         return tl.exp2(x)
     return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
-def _log2(x):
-    if INTERPRETED:
+def _log2(x, NATIVE: tl.constexpr):
+    if not NATIVE:
         return tl.log2(x)
     return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
-def _softplus(x, FINE: tl.constexpr):
+def _softplus(x, FINE: tl.constexpr, NATIVE: tl.constexpr):
     """max(x, 0) + log1p(w), w = exp(-|x|). Fine: log1p(w) = 2 artanh(w / (2 + w)) by a minimax polynomial, as in the scan.
     Else within 1e-5 of it: its series below w = 1/32 and the special function unit above, in half the instructions."""
     if FINE:
@@ -44,15 +43,16 @@ def _softplus(x, FINE: tl.constexpr):
         q = s * s
         p = tl.fma(q, tl.fma(q, tl.fma(q, tl.full(q.shape, 0.28024462, tl.float32), 0.27999142), 0.40021700), 0.66666412)
         return tl.maximum(x, 0.0) + tl.fma(s * q, p, 2.0 * s)
-    w = _exp2(tl.abs(x) * -1.4426950408889634)
+    w = _exp2(tl.abs(x) * -1.4426950408889634, NATIVE)
     small = w * tl.fma(w, tl.fma(w, tl.full(w.shape, 0.33333333, tl.float32), -0.5), 1.0)
-    return tl.maximum(x, 0.0) + tl.where(w < 0.03125, small, _log2(1.0 + w) * 0.6931471805599453)
+    return tl.maximum(x, 0.0) + tl.where(w < 0.03125, small, _log2(1.0 + w, NATIVE) * 0.6931471805599453)
 
 
 @triton.jit(do_not_specialize=["M"])
 def steps_kernel(
     rows, weight, bias0, bias1, delta, M, E, R: tl.constexpr, ROW: tl.constexpr, RANK: tl.constexpr,
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr, TILES: tl.constexpr, FINE: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):  # fmt: skip
     d = tl.program_id(2).to(tl.int64)
     e, r = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS), tl.arange(0, RANK)
@@ -64,7 +64,7 @@ def steps_kernel(
         m = (tl.program_id(0).to(tl.int64) * TILES + i) * TOKENS + tl.arange(0, TOKENS)
         inside = (m < M)[:, None] & (r < R)[None, :]
         dt = tl.load(rows + (d * M + m[:, None]) * ROW + r[None, :], mask=inside, other=0.0)
-        step = _softplus(tl.dot(dt, W, input_precision="ieee") + shift[None, :], FINE)
+        step = _softplus(tl.dot(dt, W, input_precision="ieee") + shift[None, :], FINE, NATIVE)
         at = delta + (d * M + m[:, None]) * E + e[None, :]
         tl.store(at, step.to(delta.dtype.element_ty), mask=(m < M)[:, None] & (e < E)[None, :])
 
@@ -82,6 +82,6 @@ def steps(rows: Tensor, weights: Tensor, biases: Sequence[Tensor]) -> Tensor:
         grid = (blocks(M, config["TOKENS"] * config["TILES"]), blocks(E, config["CHANNELS"]), directions)
         with launching_on(rows.device):
             steps_kernel[grid](
-                rows, weights, biases[0], biases[-1], delta, M, E, R, row, RANK=rank, FINE=fine, **config
+                rows, weights, biases[0], biases[-1], delta, M, E, R, row, RANK=rank, FINE=fine, NATIVE=NATIVE, **config
             )  # fmt: skip
     return delta

@@ -34,7 +34,7 @@ def whole(x: Tensor | None) -> Tensor | None:
     return None if x is None else aligned(x)
 
 
-def streams(reverses, u, delta, A, B, C, D, z, bias, softplus, logarithm=False) -> scan.Streams:
+def streams(reverses, u, delta, A, B, C, D, z, bias, softplus) -> scan.Streams:
     """As the kernels take them; all but z by direction. The two of a pair have the same strides."""
 
     def tokens(pair):
@@ -56,7 +56,6 @@ def streams(reverses, u, delta, A, B, C, D, z, bias, softplus, logarithm=False) 
         wide(bias),
         None if z is None else dense(z),
         softplus,
-        logarithm,
     )
 
 
