@@ -89,6 +89,10 @@ class Case:
         """Standard normal numbers, float64 on the CPU."""
         return torch.randn(*shape, generator=self.generator(seed, what), dtype=torch.float64)
 
+    def jitter(self, x: Tensor, seed: int, what: str) -> Tensor:
+        """x, every number changed by about JITTER of itself."""
+        return x * (1 + JITTER * self.normal(seed, "jitter " + what, *x.shape).to(x.device))
+
     def log_uniform(self, seed: int, what: str, low: float, high: float, *shape: int) -> Tensor:
         """Numbers between low and high, uniform in their logarithm, float64 on the CPU."""
         u = torch.rand(*shape, generator=self.generator(seed, what), dtype=torch.float64)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fused.video import read_clip
 from harness import modules
-from harness.case import JITTER, Case
+from harness.case import Case
 from harness.subjects import encoder
 from harness.trial import Named, Trial
 from harness.video import SHIPPED
@@ -53,9 +53,8 @@ class State:
         return State(away, self.momentum)
 
     def jittered(self, case: Case, draw: str) -> "State":
-        """Every parameter changed by about JITTER of itself, which rounds all that is computed from them afresh."""
-        near = {k: p * (1 + JITTER * case.normal(0, f"jitter {draw} {k}", *p.shape).to(p)) for k, p in self.parameters.items()}
-        return State(near, self.momentum)
+        """Every parameter changed a little, which rounds all that is computed from them afresh."""
+        return State({k: case.jitter(p, 0, f"{draw} {k}") for k, p in self.parameters.items()}, self.momentum)
 
     def flat(self) -> Tensor:
         """All parameters in a row, float64."""

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from harness.case import JITTER, ROUNDINGS, Case
+from harness.case import ROUNDINGS, Case
 from harness.finding import Finding, Tally
 from harness.subject import Implementation, checks, subjects
 
@@ -64,7 +64,7 @@ class Trial:
             drawn = getattr(asker, "draw", self.subject.draw)(self.case, self._draw_of(seed))
             real = {"clip"} if self.case.has("video") else set()
             for k in drawn.keys() - real if self.case.jittered else ():
-                drawn[k] = drawn[k] * (1 + JITTER * self.case.normal(seed, "jitter " + k, *drawn[k].shape))
+                drawn[k] = self.case.jitter(drawn[k], seed, k)
             rounded = moved({k: v.to(wide if k in precise else low) for k, v in drawn.items()}, self.device)
             self._leaves[seed, False], self._leaves[seed, True] = rounded, {k: v.double() for k, v in rounded.items()}
         return {k: v.clone() for k, v in self._leaves[seed, exact].items()}

@@ -13,7 +13,7 @@ from harness.bench import benchmark_json, grids, interval, sweep
 from harness.bench.ceilings import Ceilings
 from harness.bench.compare import compare as compare_runs
 from harness.bench.point import Entry, Point, Speed, last_line
-from harness.conclude import conclude
+from harness.conclude import FAILED, INTERRUPTED, NOTHING, PASSED, conclude
 from harness.plan import UsageError
 from harness.progress import Progress
 from harness.report import bench as page
@@ -70,7 +70,7 @@ def bench(
     done = conclude(run, progress, lambda: _work(run, points, field, progress), write)
     print(last_line(run.speeds))
     if not done:
-        raise typer.Exit(130)
+        raise typer.Exit(INTERRUPTED)
     raise typer.Exit(exit_code(run))
 
 
@@ -83,8 +83,8 @@ def write(run: Run) -> Path:
 def exit_code(run: Run) -> int:
     """0 if all of ours has a speed or ran out of memory or time, 1 if some was gated or failed, 3 if nothing was timed."""
     if not any(s.status == "ok" for s in run.speeds):
-        return 3
-    return int(any(s.entry.role == "ours" and s.status in ("gated", "error") for s in run.speeds))
+        return NOTHING
+    return FAILED if any(s.entry.role == "ours" and s.status in ("gated", "error") for s in run.speeds) else PASSED
 
 
 def _work(run: Run, points: list[Point], field: Field, progress: Progress) -> None:
@@ -125,5 +125,5 @@ def compare(base: Path, new: Path) -> None:
     said = Counter(c.verdict for c in changes)
     print(", ".join(f"{said[v]} {v}" for v in interval.VERDICTS))
     if not changes:
-        raise typer.Exit(3)
-    raise typer.Exit(int(any(c.verdict == "SLOWER" and c.new.entry.role == "ours" for c in changes)))
+        raise typer.Exit(NOTHING)
+    raise typer.Exit(FAILED if any(c.verdict == "SLOWER" and c.new.entry.role == "ours" for c in changes) else PASSED)

@@ -88,6 +88,7 @@ def sweep(
     staff: dict[Entry, Worker] = {}
     coming: dict[Entry, Worker] = {}  # those of the next race
     races = list(dict.fromkeys(point.race for point in points))
+    after = dict(zip(races, races[1:], strict=False))
 
     def left(point: Point) -> list[Entry]:
         known = {s.key for s in run.speeds}
@@ -100,8 +101,8 @@ def sweep(
                 _dismiss(staff)  # every process holds some of the device's memory
                 staff, coming, racing = coming, {}, point.race
                 if device.startswith("cuda"):  # on a CPU that would take from what is timed
-                    following = races[races.index(racing) + 1 :][:1]
-                    coming = {e: Worker(e, device, threads, slowest) for p in points if p.race in following for e in left(p)}
+                    entries = dict.fromkeys(e for p in points if p.race == after.get(racing) for e in left(p))
+                    coming = {entry: Worker(entry, device, threads, slowest) for entry in entries}
                     for worker in coming.values():
                         worker.start()  # and import, while others are timed
             wanted = left(point)

@@ -135,15 +135,13 @@ class _Loaded:
 def _prepare(entry: Entry, device: str) -> None:
     """Import what its calls will need, which takes seconds."""
     importlib.import_module(entry.maker.partition(":")[0])
-    product, _, backend = entry.implementation.partition(":")
-    if product == "fused":
-        backends.unavailable(backend, device)
+    backends.unavailable(entry.implementation.removeprefix("fused:"), device)
 
 
 def _serve(pipe: Connection, parent: int, entry: Entry, device: str, threads: int, slowest: float) -> None:
     attend(parent)
     torch.set_num_threads(threads)
-    with contextlib.suppress(Exception):  # what cannot be imported says so when it is called
+    with contextlib.suppress(Exception):  # some have no backend, and what cannot be imported says so when it is called
         _prepare(entry, device)
     loaded = _Loaded(entry, device, slowest)
     wishes: dict[str, Callable[..., Any]] = {"load": loaded.load, "time": loaded.time, "drop": loaded.drop}
