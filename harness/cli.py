@@ -134,7 +134,7 @@ def processes(device: str) -> int:
 def judge(plan: Plan, run: Run, save_failing: bool, jobs: int) -> int:
     """Run, report, stamp; the exit code."""
     progress = Progress({c.name + c.subject: parity.cost(plan, c) for c in plan.points()})
-    done = conclude(run, progress, lambda: parity.run_parity(plan, run, teller(progress), save_failing, jobs), page.write)
+    done = conclude(run, progress, lambda: parity.run_parity([plan], run, teller(progress), save_failing, jobs), page.write)
     if not done:
         print(run.last_line())
         return INTERRUPTED

@@ -1,9 +1,8 @@
 """Ask every check of every implementation in every case, and keep what came of it."""
 
-import contextlib
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
@@ -33,15 +32,15 @@ def about(plan: Plan, box: dict) -> dict:
 
 
 def run_parity(
-    plan: Plan, run: Run, tell: Callable[[Case, Record | None], None], save_failing: bool = False, jobs: int = 1
+    plans: Sequence[Plan], run: Run, tell: Callable[[Case, Record | None], None], save_failing: bool = False, jobs: int = 1
 ) -> None:
     """Ask all that the run has not answered yet, in `jobs` processes; `tell` hears of records, and of cases when done."""
     answered = {r.key for r in run.records}
-    for absence in absences(plan):
+    for absence in (a for plan in plans for a in absences(plan)):
         if absence.key not in answered:
             run.add(absence)
     folder = run.folder if save_failing else None
-    for case, record in (_answers_here if jobs == 1 else _answers_there)(plan, answered, folder, jobs):
+    for case, record in (_answers_here if jobs == 1 else _answers_there)(plans, answered, folder, jobs):
         if record is not None:
             run.add(record)
         tell(case, record)
@@ -51,23 +50,23 @@ Key = tuple[str, str, str, str]
 Answers = Iterator[tuple[Case, Record | None]]
 
 
-def _answers_here(plan: Plan, answered: set[Key], folder: Path | None, jobs: int) -> Answers:
-    asker = Asker(plan, folder)
-    try:
-        with plan.planted():
+def _answers_here(plans: Sequence[Plan], answered: set[Key], folder: Path | None, jobs: int) -> Answers:
+    for plan in plans:
+        asker = Asker(plan, folder)
+        try:
             for case in plan.points():
                 yield from ((case, record) for record in asker.answers(case, answered))
                 yield case, None
-    finally:
-        asker.elsewhere.close()
+        finally:
+            asker.elsewhere.close()
 
 
-def _answers_there(plan: Plan, answered: set[Key], folder: Path | None, jobs: int) -> Answers:
+def _answers_there(plans: Sequence[Plan], answered: set[Key], folder: Path | None, jobs: int) -> Answers:
     """Dear cases first, so that no process is left alone with one at the end."""
-    pool = workers.pool(jobs, _become_asker, plan, folder)
+    pool = workers.pool(jobs, environment.prepare)
     try:
-        cases = sorted(plan.points(), key=lambda case: -cost(plan, case))
-        coming = {pool.submit(_answers_of, case, answered): case for case in cases}
+        asked = sorted(((plan, case) for plan in plans for case in plan.points()), key=lambda pair: -cost(*pair))
+        coming = {pool.submit(_answers_of, plan, case, answered, folder): case for plan, case in asked}
         for done in as_completed(coming):
             yield from ((coming[done], record) for record in done.result())
             yield coming[done], None
@@ -89,36 +88,37 @@ class Asker:
 
     def answers(self, case: Case, answered: set[Key]) -> Iterator[Record]:
         """A record for every question that is not answered yet; the tensors of failing ones go to the folder."""
-        if case.subject not in self._present:
-            every = self.plan.implementations(case.subject).items()
-            self._present[case.subject] = {name for name, i in every if i.absent(self.plan.device) is None}
-        trial = Trial(case, self.plan.device, self.elsewhere.digests)
-        for name, check, implementation in self.plan.questions(case):
-            key = (case.subject, implementation.name, name, case.name)
-            if implementation.name in self._present[case.subject] and key not in answered:
-                record = ask(self.plan, trial, name, check, implementation)
-                if record.failed and self.folder:
-                    save_tensors(self.folder, trial, record, implementation)
-                yield record
+        with self.plan.planted():
+            if case.subject not in self._present:
+                every = self.plan.implementations(case.subject).items()
+                self._present[case.subject] = {name for name, i in every if i.absent(self.plan.device) is None}
+            trial = Trial(case, self.plan.device, self.elsewhere.digests)
+            for name, check, implementation in self.plan.questions(case):
+                key = (case.subject, implementation.name, name, case.name)
+                if implementation.name in self._present[case.subject] and key not in answered:
+                    record = ask(self.plan, trial, name, check, implementation)
+                    if record.failed and self.folder:
+                        save_tensors(self.folder, trial, record, implementation)
+                    yield record
         del trial
         _release(self.plan.device)
 
 
-_asker: Asker  # of a process that answers for another
-_planted: contextlib.AbstractContextManager[None]  # for the life of that process
+_askers: dict[Plan, Asker] = {}  # of a process that answers for another
 
 
-def _become_asker(plan: Plan, folder: Path | None) -> None:
-    global _asker, _planted
-    environment.prepare()
-    _asker = Asker(plan, folder)
-    Finalize(None, _asker.elsewhere.close, exitpriority=1)  # this process would wait for that one at its end
-    _planted = plan.planted()
-    _planted.__enter__()
+def _answers_of(plan: Plan, case: Case, answered: set[Key], folder: Path | None) -> list[Record]:
+    if plan not in _askers:
+        _askers[plan] = Asker(plan, folder)
+        Finalize(None, _askers[plan].elsewhere.close, exitpriority=1)  # this process would wait for that one at its end
+    return list(_askers[plan].answers(case, answered))
 
 
-def _answers_of(case: Case, answered: set[Key]) -> list[Record]:
-    return list(_asker.answers(case, answered))
+def left(plan: Plan, run: Run) -> bool:
+    """Whether a question of the plan has no answer yet."""
+    answered = {r.key for r in run.records}
+    asked = ((c.subject, i.name, name, c.name) for c in plan.points() for name, _, i in plan.questions(c))
+    return any(key not in answered for key in asked)
 
 
 def ask(plan: Plan, trial: Trial, name: str, check: ModuleType, implementation: Implementation) -> Record:

@@ -92,7 +92,8 @@ def _work(run: Run, points: list[Point], field: Field, progress: Progress) -> No
     environment.prepare()
     for dtype in dict.fromkeys(p.dtype for p in points):
         races = [(p.race, e) for p in points if p.dtype == dtype for e in field[p.name]]
-        sweep.licence(sweep.licence_plans(races, plan["device"], dtype, threads), run, progress.say)
+        licences = sweep.licence_plans(races, plan["device"], dtype, threads)
+        sweep.licence(licences, run, progress.say, len(licences) if plan["device"].startswith("cuda") else 1)
 
     def tell(speed: Speed) -> None:
         said = f"{1e3 * speed.median.middle:.3g} ms" if speed.seconds else f"{speed.status}: {speed.reason}"

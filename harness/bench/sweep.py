@@ -27,6 +27,7 @@ LICENCES = {
     "vit": ("B2-T*-{1}{0}",),
 }
 PARITY = ("forward", "backward")
+ROOMY = {"infer": 300_000, "train": 30_000}  # tokens, of all clips together, that nobody needs much memory for
 # Races that have a licence of their own: the checks, all asked for either mode, and their cases.
 PIECEWISE = {
     "stream": (
@@ -54,11 +55,12 @@ def licence_plans(racing: Iterable[tuple[str, Entry]], device: str, dtype: str, 
     return plans
 
 
-def licence(plans: list[Plan], run: Run, tell: Callable[[str], None]) -> None:
-    """Ask what was not asked yet; the records go into the run."""
-    for plan in plans:
+def licence(plans: list[Plan], run: Run, tell: Callable[[str], None], jobs: int = 1) -> None:
+    """Ask what was not asked yet, in `jobs` processes; the records go into the run."""
+    asked = [plan for plan in plans if parity.left(plan, run)]
+    for plan in asked:
         tell(f"licence: {plan.subjects[0]}, {', '.join(plan.checks)}")
-        parity.run_parity(plan, run, lambda case, record: None)
+    parity.run_parity(asked, run, lambda case, record: None, jobs=jobs)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -142,9 +144,20 @@ def _speeds(
         else:
             racing.append(staff.setdefault(entry, Worker(entry, device, threads, slowest)))
             wrong[entry] = why, budgets
-    for speed in race(racing, point, budget):
+    for speed in race(racing, point, budget, roomy(run, [w.entry for w in racing], point)):
         why, budgets = wrong[speed.entry]
         yield replace(speed, wrong=budgets, reason=speed.reason or why)
+
+
+def roomy(run: Run, entries: list[Entry], point: Point) -> bool:
+    """Whether nobody's loading will meet another's end: tokens are few, or what all took at a shorter point of the curve fits
+    after growing with the tokens. What grows faster, as naive attention does, is then loaded a second time, alone."""
+    if point.tokens <= ROOMY[point.mode]:
+        return True
+    shorter = [s for s in run.speeds if s.reserved and s.point.line == point.line and s.point["L"] <= point["L"]]
+    needs = {s.entry: s.reserved * point.tokens / s.point.tokens for s in sorted(shorter, key=lambda s: s.point["L"])}
+    room = run.about["box"].get("gpu_memory_gib") or 0
+    return needs.keys() >= set(entries) and sum(needs[e] for e in entries) <= room * 2**30
 
 
 def _ended(run: Run, entry: Entry, point: Point) -> Speed | None:

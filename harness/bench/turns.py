@@ -14,7 +14,6 @@ GOAL = 0.01  # half the interval's width, relative to the median, at which more 
 FEWEST, MOST, ROUNDS = 7, 400, 8
 LIMIT = 300.0  # seconds for one answer of a worker
 COUNTED = 0.4  # seconds of samples below which a counter of energy, renewed some ten times a second, says nothing
-ROOMY = {"infer": 300_000, "train": 30_000}  # tokens up to which all load at once, which takes as long as the slowest
 
 
 @dataclass(eq=False)
@@ -56,32 +55,27 @@ class Seat:
         return None if None in spent else sum(j for j in spent if j is not None) / len(self.samples)
 
 
-def race(workers: list[Worker], point: Point, budget: float) -> Iterator[Speed]:
+def race(workers: list[Worker], point: Point, budget: float, roomy: bool = True) -> Iterator[Speed]:
     """Time all workers at a point for `budget` seconds each. Those that fit into the memory together take turns. One that
-    does not fit beside the others has the device to itself: running out of memory is then its own doing."""
+    does not fit beside the others has the device to itself: running out of memory is then its own doing. Where there is room
+    for all, all load at once, which takes as long as the slowest."""
     seats = [Seat(worker, point) for worker in workers]
     for worker in workers:
         worker.start()
-    if point.tokens <= ROOMY[point.mode]:  # nobody needs so much memory that another's loading would meet its end
+    if roomy:
         with ThreadPoolExecutor() as threads:
             list(threads.map(_load, seats))
     else:
         for seat in seats:
             _load(seat)
     crowded = [s for s in seats if s.gone and s.gone.status == "oom" and len(seats) > 1]
-    together = [s for s in seats if s not in crowded]
-    if crowded:
-        for seat in together:
-            _drop(seat)
-        for seat in crowded:
-            seat.gone, seat.alone = None, True
-            _load(seat)
-            _take_turns([seat], budget)
-            _drop(seat)
-        for seat in together:
-            _load(seat)
-    _take_turns(together, budget)
-    for seat in together:
+    _take_turns([s for s in seats if s not in crowded], budget)
+    for seat in seats:
+        _drop(seat)
+    for seat in crowded:
+        seat.gone, seat.alone = None, True
+        _load(seat)
+        _take_turns([seat], budget)
         _drop(seat)
     yield from (seat.speed() for seat in seats)
 

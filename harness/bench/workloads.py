@@ -2,6 +2,7 @@
 
 import functools
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -162,11 +163,15 @@ def graphed(call: Call) -> Call:
     """The same call replayed from a CUDA graph; gradients are made anew inside of it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
+    begin = time.perf_counter()
     with torch.cuda.stream(stream):
         for _ in range(3):
             if call.before:
                 call.before()
             call.run()
+            stream.synchronize()
+            if time.perf_counter() - begin > 1:  # the first compiles and fills caches
+                break
     torch.cuda.current_stream().wait_stream(stream)
     if call.before:
         call.before()

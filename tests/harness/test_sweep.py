@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from harness.bench.point import Entry, Point, Speed
-from harness.bench.sweep import judged, sweep
+from harness.bench.sweep import judged, roomy, sweep
 from harness.cli import app
 from harness.finding import Finding
 from harness.record import Record
@@ -71,6 +71,16 @@ def test_what_fails_parity_gets_no_speed_unless_it_is_a_rival(tmp_path: Path) ->
     assert speeds[rival].status == "ok" and speeds[rival].wrong == float("inf")
     assert Run.open(tmp_path).speeds == run.speeds
     assert speeds[unasked].status == "gated" and "asked it nothing" in speeds[unasked].reason
+
+
+def test_all_load_at_once_where_what_they_took_before_has_room_for_its_growth(tmp_path: Path) -> None:
+    run = Run.create(tmp_path, {"kind": "bench", "plan": {}, "box": BOX | {"gpu_memory_gib": 100.0}})
+    both = [entry("sleeper"), entry("greedy")]
+    for e, gib in zip(both, (10, 14), strict=True):
+        assert not roomy(run, both, point(400_000))  # nothing is known of one of them
+        run.add_speed(Speed(e, point(200_000), "ok", (1.0,), reserved=gib * 2**30))
+    assert roomy(run, both, point(800_000)) and not roomy(run, both, point(1_000_000))
+    assert roomy(run, both, point(1000, "train")) and not roomy(run, both, point(400_000, "train"))
 
 
 def test_a_wrong_gradient_gates_training_only() -> None:

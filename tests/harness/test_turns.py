@@ -3,7 +3,7 @@
 import pytest
 
 from harness.bench.point import Entry, Point, Speed
-from harness.bench.turns import ROOMY, race
+from harness.bench.turns import race
 from harness.bench.worker import Gone, Worker
 
 
@@ -49,7 +49,7 @@ def test_out_of_memory_is_a_result_and_the_worker_lives(worker) -> None:
 
 
 def test_what_does_not_fit_beside_its_rivals_is_timed_alone(worker, tmp_path) -> None:
-    first, second = race([worker("sharer", str(tmp_path)) for _ in range(2)], point(ROOMY["infer"] + 1), budget=0.05)
+    first, second = race([worker("sharer", str(tmp_path)) for _ in range(2)], point(2), 0.05, roomy=False)
     assert (first.status, first.alone) == ("ok", False)
     assert (second.status, second.alone) == ("ok", True)
 
