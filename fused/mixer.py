@@ -150,9 +150,9 @@ class Mamba(nn.Module):
         """
         self._check_state(hidden, state, return_state, backend or self.backend)
         backend = backend or backends.choose(self.backend, hidden.device, use_fast_path=self.use_fast_path)
+        if backend in ("mamba_ssm", "mamba_ssm_inner") and not return_state:
+            return upstream.mix(hidden, self, inner=backend == "mamba_ssm_inner")
         xz = self.in_proj(hidden)
-        if backend == "mamba_ssm_inner":
-            return upstream.mamba_inner(xz, self)
         if backend == "native" and state is None and not return_state:
             return self._native(xz)
         x, z = xz.chunk(2, dim=-1)

@@ -1,7 +1,8 @@
 """mamba-ssm and causal-conv1d behind this package's signatures: channel-last tokens, both directions, states returned.
 
 Nothing is imported before the first call. Upstream's layout is (B, channels, L) with the tokens contiguous and its
-directions are one, so that a transposed copy and, for `reverse`, a flip before and after belong to each call.
+directions are one, so that a transposed copy and, for `reverse`, a flip before and after belong to each call of an operator;
+a whole mixer has that layout from its first product on.
 Upstream carries no state into a call and ignores the gradient of the state that leaves the scan: the first is refused
 by `backends.check_abilities`, the second here, in the backward. Written against mamba-ssm 2.3.2 and causal-conv1d 1.7.
 """
@@ -72,8 +73,7 @@ def causal_conv1d(
     from causal_conv1d import causal_conv1d_fn
 
     beyond = weight.shape[1] - 1
-    if not 1 <= beyond <= 3:
-        raise ValueError(f"causal_conv1d: mamba_ssm has K of 2 to 4 only, got K={beyond + 1}; use backend='torch'")
+    _check_width(beyond + 1)
     if reverse:
         state = F.pad(x[:, :beyond], (0, 0, 0, max(0, beyond - x.shape[1])))
     else:
@@ -105,8 +105,9 @@ def add_norm(
 
 @runtime_checkable
 class Mixer(Protocol):
-    """What `mamba_inner` reads of a mixer; a backward direction has the same with `_b` (and `A_b_log`)."""
+    """What `mix` reads of a mixer; a backward direction has the same with `_b` (and `A_b_log`), but for the outer two."""
 
+    in_proj: nn.Linear
     conv1d: nn.Conv1d
     x_proj: nn.Linear
     dt_proj: nn.Linear
@@ -115,33 +116,63 @@ class Mixer(Protocol):
     out_proj: nn.Linear
 
 
-def mamba_inner(xz: Float[Tensor, "B L E2"], mixer: Mixer) -> Float[Tensor, "B L D"]:
-    """Everything of a mixer after in_proj by mamba-ssm's `mamba_inner_fn`, once per direction, outputs added.
+def mix(hidden: Float[Tensor, "B L D"], mixer: Mixer, *, inner: bool) -> Float[Tensor, "B L D"]:
+    """A mixer as mamba-ssm's own module runs it, with the tokens contiguous from in_proj's product on: nothing is transposed.
 
-    The backward direction runs if the mixer has one, on flipped tokens. out_proj's bias is added once.
+    With `inner` by `mamba_inner_fn`, once per direction, outputs added; else by causal-conv1d, products and the scan, and one
+    out_proj. The backward direction runs if the mixer has one, on flipped tokens. out_proj's bias is added once.
     """
+    xz = _tokens_contiguous(mixer.in_proj, hidden.flatten(0, 1), hidden.shape[0])
+    both = hasattr(mixer, "A_b_log")
+    if inner:
+        out = _inner(xz, mixer, "", mixer.out_proj.bias)
+        return out + _inner(xz.flip(-1), mixer, "_b", None).flip(1) if both else out
+    y = _separate(xz, mixer, "")
+    y = y + _separate(xz.flip(-1), mixer, "_b").flip(-1) if both else y
+    return mixer.out_proj(y.transpose(1, 2))
+
+
+def _tokens_contiguous(linear: nn.Linear, rows: Tensor, clips: int, bias: bool = True) -> Tensor:
+    """(clips, out, L) of rows (clips * L, in), in memory (out, clips, L)."""
+    product = linear.weight @ rows.t()
+    if bias and linear.bias is not None:
+        product = product + linear.bias.to(product.dtype)[:, None]
+    return product.unflatten(1, (clips, -1)).transpose(0, 1)
+
+
+def _own(mixer: Mixer, suffix: str) -> tuple[nn.Conv1d, nn.Linear, nn.Linear, Tensor, Tensor]:
+    conv, x_proj, dt_proj, D = (getattr(mixer, name + suffix) for name in ("conv1d", "x_proj", "dt_proj", "D"))
+    return conv, x_proj, dt_proj, -torch.exp(getattr(mixer, "A_b_log" if suffix else "A_log").float()), D.float()
+
+
+def _inner(xz: Tensor, mixer: Mixer, suffix: str, out_bias: Tensor | None) -> Tensor:
     from mamba_ssm.ops.selective_scan_interface import mamba_inner_fn
 
-    def one(tokens: Tensor, suffix: str, out_bias: Tensor | None) -> Tensor:
-        conv, x_proj, dt_proj = (getattr(mixer, name + suffix) for name in ("conv1d", "x_proj", "dt_proj"))
-        A_log = getattr(mixer, "A_b_log" if suffix else "A_log")
-        return mamba_inner_fn(
-            tokens,
-            conv.weight,
-            conv.bias,
-            x_proj.weight,
-            dt_proj.weight,
-            mixer.out_proj.weight,
-            out_bias,
-            -torch.exp(A_log.float()),
-            D=getattr(mixer, "D" + suffix).float(),
-            delta_bias=dt_proj.bias.float(),
-            delta_softplus=True,
-        )
+    conv, x_proj, dt_proj, A, D = _own(mixer, suffix)
+    return mamba_inner_fn(
+        xz, conv.weight, conv.bias, x_proj.weight, dt_proj.weight, mixer.out_proj.weight, out_bias, A,
+        D=D, delta_bias=dt_proj.bias.float(), delta_softplus=True,
+    )  # fmt: skip
 
-    tokens = xz.transpose(1, 2).contiguous()
-    out = one(tokens, "", mixer.out_proj.bias)
-    return out + one(tokens.flip(-1), "_b", None).flip(1) if hasattr(mixer, "A_b_log") else out
+
+def _separate(xz: Tensor, mixer: Mixer, suffix: str) -> Tensor:
+    from causal_conv1d import causal_conv1d_fn
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    conv, x_proj, dt_proj, A, D = _own(mixer, suffix)
+    x, z = xz.chunk(2, dim=1)
+    _check_width(conv.weight.shape[-1])
+    c = causal_conv1d_fn(x, conv.weight.squeeze(1), conv.bias, activation="silu")
+    N, clips = A.shape[1], len(c)
+    dt, *mixes = x_proj(c.transpose(1, 2).flatten(0, 1)).split((dt_proj.in_features, N, N), dim=-1)
+    delta = _tokens_contiguous(dt_proj, dt, clips, bias=False)
+    B, C = (m.unflatten(0, (clips, -1)).transpose(1, 2).to(c.dtype).contiguous() for m in mixes)
+    return selective_scan_fn(c, delta.to(c.dtype), A, B, C, D, z=z, delta_bias=dt_proj.bias.float(), delta_softplus=True)
+
+
+def _check_width(K: int) -> None:
+    if not 2 <= K <= 4:
+        raise ValueError(f"causal_conv1d: mamba_ssm has K of 2 to 4 only, got K={K}; use backend='torch'")
 
 
 def _channel_last(line: Tensor) -> bool:

@@ -92,8 +92,9 @@ def _work(run: Run, points: list[Point], field: Field, progress: Progress) -> No
     environment.prepare()
     for dtype in dict.fromkeys(p.dtype for p in points):
         races = [(p.race, e) for p in points if p.dtype == dtype for e in field[p.name]]
-        licences = sweep.licence_plans(races, plan["device"], dtype, threads)
-        sweep.licence(licences, run, progress.say, len(licences) if plan["device"].startswith("cuda") else 1)
+        jobs = 6 if plan["device"].startswith("cuda") else 1
+        each = max(1, threads // jobs)  # 16 threads in each of 12 processes took three times as long as one process
+        sweep.licence(sweep.licence_plans(races, plan["device"], dtype, each), run, progress.say, jobs)
 
     def tell(speed: Speed) -> None:
         said = f"{1e3 * speed.median.middle:.3g} ms" if speed.seconds else f"{speed.status}: {speed.reason}"

@@ -129,6 +129,7 @@ class _Loaded:
         gc.collect()
         if self._device.startswith("cuda"):
             torch.cuda.synchronize()
+            torch._C._cuda_clearCublasWorkspaces()  # of streams that are gone: 32 MiB each, which the next point would count
             torch.cuda.empty_cache()
 
 

@@ -8,7 +8,7 @@ from harness.bench.interval import RESAMPLES
 from harness.bench.point import MODES, WAYS, Speed, last_line
 from harness.bench.turns import FEWEST, GOAL, MOST
 from harness.bench.worker import WARM
-from harness.report import chunking, curves, paper, speed_figures, speed_tables, streaming, tables
+from harness.report import chunking, curves, overview, paper, speed_figures, speed_tables, streaming, tables
 from harness.report.html import both
 from harness.report.page import box
 from harness.store import Run
@@ -76,11 +76,15 @@ def refresh(readme: Path, run: Run, folder: Path) -> None:
         return
     before, _, rest = text.partition(MARKERS[0])
     here = run.about["box"]
+    found, pieces = curves.families(run.speeds), any(s.point.race in grids.PIECEWISE for s in run.speeds)
+    plots = [f"![{f.title}]({folder}/{f.stem}.png)" for f in found if f.mode == "infer"]
     parts = [
-        f"Measured on one {here.get('gpu') or here.get('cpu')}, {run.about['started'][:10]}: [{folder}]({folder}/report.md).",
-        *_meetings(curves.families(run.speeds)),
-        *_models([s for s in run.speeds if s.point.way != "compiled"]),
-        *_pieces(run.speeds)[: None if any(s.point.race in grids.PIECEWISE for s in run.speeds) else 0],
+        f"Measured on one {here.get('gpu') or here.get('cpu')}, {run.about['started'][:10]}; everything is in the "
+        f"[report]({folder}/report.md).",
+        "\n".join([*overview.crossings(found), *overview.most_memory(run.speeds)]),
+        *plots[-1:],
+        overview.overview(run.speeds),
+        *(_pieces(run.speeds) if pieces else []),
     ]
     inside = "\n\n".join([MARKERS[0], *parts, MARKERS[1]])
     readme.write_text(before + inside + rest.partition(MARKERS[1])[2], encoding="utf-8")

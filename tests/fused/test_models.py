@@ -378,15 +378,13 @@ def test_operators_are_reached_through_their_modules():
         assert not torch.allclose(model(clip), wanted)
 
 
-def test_the_inner_backend_takes_all_after_in_proj():
+@pytest.mark.parametrize("backend", ["mamba_ssm", "mamba_ssm_inner"])
+def test_upstreams_backends_take_the_whole_mixer(backend):
     model, x = golden(fused.Mamba(32)), fill(2, 9, 32, phase=7)
 
-    def inner(xz, mixer):
-        assert mixer is model and xz.shape == (2, 9, 128)
-        return xz[..., :32]
+    def mix(hidden, mixer, *, inner):
+        assert mixer is model and inner == (backend == "mamba_ssm_inner")
+        return hidden + 1
 
-    with (
-        mock.patch.object(backends, "choose", return_value="mamba_ssm_inner"),
-        mock.patch.object(upstream, "mamba_inner", inner),
-    ):
-        assert torch.equal(model(x), model.in_proj(x)[..., :32])
+    with mock.patch.object(backends, "choose", return_value=backend), mock.patch.object(upstream, "mix", mix):
+        assert torch.equal(model(x), x + 1)

@@ -9,7 +9,7 @@ import pytest
 import sweeps
 
 from harness.bench.point import Entry, Point, Speed, last_line
-from harness.report import bench, curves, page, paper, speed_figures, speed_tables
+from harness.report import bench, curves, overview, page, paper, speed_figures, speed_tables
 from harness.report.html import html
 from harness.store import Run
 
@@ -160,10 +160,27 @@ def test_the_readme_gets_the_newest_numbers_between_its_markers(whole, tmp_path)
         bench.refresh(readme, whole, Path("reports/accepted/h200/run"))
         text = readme.read_text()
         assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-        assert text.count("(reports/accepted/h200/run/report.md)") == 1 and "fused:native" in text
+        assert text.count("(reports/accepted/h200/run/report.md)") == 1 and "| scan B8 L1569 E1152 N16 |" in text
     readme.write_text("no place for numbers")
     bench.refresh(readme, whole, Path("run"))
     assert readme.read_text() == "no place for numbers"
+
+
+def test_the_overview_sets_ours_beside_the_fastest_of_either_kind() -> None:
+    at = next(iter(sweeps.operators())).point
+    scan = Speed(Entry("scan", "fused:native", "ours"), at, "ok", (0.5,))
+    slower, upstream = (dataclasses.replace(scan, entry=Entry("scan", n, r), seconds=(t,)) for n, r, t in
+                        (("fused:torch", "ours", 2.0), ("fused:mamba_ssm", "rival", 1.5)))  # fmt: skip
+    line = overview.overview([slower, scan, upstream]).splitlines()[-1]
+    assert "| 500 | 1,500 (3.00x) | - | - |" in line and at.race in line
+    wrong = dataclasses.replace(upstream, wrong=2.0)
+    assert "1,500 (3.00x)* |" in overview.overview([scan, wrong])
+    gated = dataclasses.replace(scan, status="gated", seconds=(), reason="parity failed")
+    assert "GATED" in overview.overview([gated, upstream]) and "1,500 |" in overview.overview([gated, upstream])
+    graph, eager = _line(NATIVE, (8, 2), way="graph") + _line(SDPA, (2, 8), way="graph"), _line(NATIVE, (99, 99))
+    assert overview.overview([*graph, *eager]).count("99") == 0
+    [said] = overview.crossings(curves.families([*graph, *eager]))
+    assert "(graph)" in said and "ours meets the ViT at **" in said and "upstream" not in said
 
 
 def test_the_papers_comparison(whole) -> None:

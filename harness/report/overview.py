@@ -1,0 +1,104 @@
+"""A sweep on half a page, as the README has it: our fastest beside upstream's fastest and the fastest ViT."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from harness.bench import grids
+from harness.bench.point import MODES, Speed
+from harness.report.curves import MAMBA, VIT, Curve, Family, doubt, meeting, memory, seconds
+from harness.report.speed_figures import sizes, tokens
+from harness.report.speed_tables import number, status
+from harness.report.tables import table
+
+HEAD = ["", *(w for what in ("forward", "forward + backward") for w in (what, "upstream", "ViT", "roofline"))]
+
+
+def overview(speeds: Sequence[Speed]) -> str:
+    """One table, a row for each size of an operator or model; models in the way in which least of the host's time counts."""
+    ways = {s.point.way for s in speeds if s.point.race in grids.MODELS}
+    rows: dict[tuple[Any, ...], list[Speed]] = {}
+    for s in speeds:
+        p = s.point
+        if p.race in grids.OPERATORS or (p.race in grids.MODELS and p.way == ("graph" if "graph" in ways else "eager")):
+            rows.setdefault((p.race, p.dims, p.way, p.dtype), []).append(s)
+    lines = []
+    for mine in rows.values():
+        cells = [sizes(mine[0].point)]
+        for mode in MODES:
+            at = [s for s in mine if s.point.mode == mode]
+            ours = _least(at, _is_ours)
+            cells += [_ours(ours, at), *(_other(ours, _least(at, which)) for which in (_is_upstream, _is_vit))]
+            cells.append(f"{100 * ours.bound / seconds(ours):.2g} %" if ours and ours.bound else "-")
+        lines.append(cells)
+    if not lines:
+        return "No operator or model has a time."
+    how = "replayed from CUDA graphs" if "graph" in ways else "run eagerly"
+    return (
+        f"Medians in ms, and how many times ours a rival's is; `*`: its answers failed parity. All models are {how}.\n\n"
+        + table(HEAD, lines)
+    )
+
+
+def most_memory(speeds: Iterable[Speed]) -> list[str]:
+    """A sentence for each race of models: the memory of a training step on the longest clip that all could time eagerly."""
+    found = []
+    for race in grids.MODELS:
+        steps = [s for s in speeds if (s.point.race, s.point.mode, s.point.way) == (race, "train", "eager") and s.seconds]
+        for point in sorted({s.point for s in steps}, key=lambda p: -p["L"])[:1]:
+            at = [s for s in steps if s.point == point]
+            chosen = [_least(at, which) for which in (_is_ours, _is_upstream, _is_vit)]
+            said = [f"{s.entry.name} {number((memory(s) or 0) / 2**30)} GiB" for s in chosen if s]
+            found.append(f"- Peak memory of an eager training step, {sizes(point)}: {', '.join(said)}.")
+    return found
+
+
+def crossings(families: Iterable[Family]) -> list[str]:
+    """A sentence for each family: from how many tokens on our fastest and upstream's fastest are faster than the ViT."""
+    found = []
+    for family in families:
+        way = "graph" if "graph" in family.ways else "eager"
+        curves = [c for c in family.of(MAMBA) if c.way == way]
+        said = []
+        for word, is_one in (("ours", _is_ours), ("upstream", _is_upstream)):
+            some = [c for c in curves if is_one(c.timed[0])]
+            if some:
+                said.append(f"{word} {_meets(family, min(some, key=lambda c: seconds(c.timed[-1])))}")
+        if said:
+            found.append(f"- {family.title} ({way}): {'; '.join(said)}.")
+    return found
+
+
+def _meets(family: Family, curve: Curve) -> str:
+    m = meeting(family, curve)
+    if m.at:
+        return f"meets the ViT at **{tokens(m.at)} tokens**"
+    return "meets it nowhere" + (f" from {m.lengths[0]:,} to {m.lengths[-1]:,} tokens" if m.lengths else "")
+
+
+def _is_ours(s: Speed) -> bool:
+    return s.entry.role == "ours"
+
+
+def _is_upstream(s: Speed) -> bool:
+    return s.entry.role == "rival" and s.entry.subject != VIT
+
+
+def _is_vit(s: Speed) -> bool:
+    return s.entry.subject == VIT
+
+
+def _least(speeds: Iterable[Speed], which: Callable[[Speed], bool]) -> Speed | None:
+    return min((s for s in speeds if s.seconds and which(s)), key=seconds, default=None)
+
+
+def _ours(best: Speed | None, at: Sequence[Speed]) -> str:
+    if best:
+        return number(1e3 * seconds(best))
+    return next((status(s) for s in at if s.entry.role == "ours"), "-")
+
+
+def _other(ours: Speed | None, other: Speed | None) -> str:
+    if not other:
+        return "-"
+    times = f" ({seconds(other) / seconds(ours):.2f}x)" if ours else ""
+    return f"{number(1e3 * seconds(other))}{times}" + "*" * bool(doubt(other))
