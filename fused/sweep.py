@@ -3,8 +3,10 @@
     right to left:   y_b = backward scan of x, its state carried from chunk to chunk
     left to right:   y_f = forward scan of x, likewise;  hidden = out_proj((y_f + y_b) * silu(z))
 
-with x, z = in_proj(norm(residual + hidden)), computed in either walk. For training a layer keeps the sum that its norm
-saw and the forward scan's states between chunks. The gradient, its sums over chunks in at least float32:
+with x, z = in_proj(norm(residual + hidden)), computed in either walk. Where native kernels cut time, the first walk makes the
+backward scan's states and no y_b, and keeps the norm's result, which is half as wide; the second is both scans at once. For
+training a layer keeps the sum that its norm saw and the forward scan's states between chunks. The gradient, its sums over
+chunks in at least float32:
 
     right to left:   both scans again, then the adjoint of the gate and of the forward scan
     left to right:   the backward scan again and its adjoint, then those of in_proj and of the norm
@@ -60,6 +62,8 @@ def _forward(
     """Fill `out` (hidden), `into` (residual) and `seen` (the unrounded sum; None: not wanted); the forward states between
     chunks, if `seen` is wanted. `out` and `into` may be `hidden` and `residual`: what is written was read for the last time.
     """
+    if (mixer := _by_states(plan, w, hidden)) is not None:
+        return _forward_by_states(plan, w, mixer, hidden, residual, out, into, seen)
     chunks = list(enumerate(plan.chunks))
     starts: list[State] = []
     behind: list[Tensor | None] = [None] * len(chunks)
@@ -82,6 +86,41 @@ def _forward(
             into[:, c] = v
         if seen is not None and seen is not into:
             seen[:, c] = v
+    return starts
+
+
+def _by_states(plan: Plan, w: Weights, hidden: Tensor) -> Any:
+    """What walks by states, if native kernels cut the time of the first chunk."""
+    if plan.backend != "native" or w.behind is None:
+        return None
+    from .native.chunks import Mixer
+
+    mixer, first = Mixer([w.ahead.parameters, w.behind.parameters]), plan.chunks[0]
+    return mixer if mixer.suits(len(hidden), first.stop - first.start, hidden.device) else None
+
+
+def _forward_by_states(
+    plan: Plan, w: Weights, mixer: Any, hidden: Tensor, residual: Tensor | None, out: Tensor, into: Tensor, seen: Tensor | None
+) -> list[State]:
+    """`_forward`, the sum of the norm being stored in the first walk already."""
+    chunks, inner = list(enumerate(plan.chunks)), w.out[0].shape[1]
+    waiting: list[Any] = [None] * len(chunks)  # the norm's result, and what the backward scan starts from
+    starts: list[State] = []
+    state: State | None = None
+    for i, c in reversed(chunks):
+        y, v = add_norm(plan, w, hidden[:, c], None if residual is None else residual[:, c])
+        for kept in (into, seen) if seen is not into else (into,):
+            if kept is not None and kept is not hidden:  # else they are the tokens, which the first layer's residual stream is
+                kept[:, c] = v
+        entering, state = mixer.behind(project(w.into, y, inner), state)
+        waiting[i] = _away(plan, y), entering
+    state = None
+    for i, c in chunks:
+        (y, entering), waiting[i] = waiting[i], None
+        if seen is not None and state is not None:
+            starts.append(state)
+        y, state = mixer.mix(project(w.into, _back(y, hidden.device)), state, entering)
+        out[:, c] = project(w.out, y)
     return starts
 
 

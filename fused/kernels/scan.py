@@ -18,7 +18,7 @@ from .cuts import TILE, Cut, Plan, processors
 LONGEST_STATE = 64
 FILES = ("device.cuh", "scan_common.cu", "scan_forward.cu", "scan_backward.cu")
 IO = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-LOGARITHM, REVERSE = 1, 2
+LOGARITHM, REVERSE, STATES_ONLY = 1, 2, 4
 PLACES = 1024  # at which blocks are counted: the schedulers of 256 multiprocessors
 
 
@@ -42,6 +42,12 @@ class Streams(NamedTuple):
     def sizes(self) -> tuple[int, int, int, int]:
         """B, L, E, N."""
         return (*self.u[0].shape, self.A[0].shape[1])
+
+    @property
+    def ahead(self) -> "Streams":
+        """The first direction alone, without the gate."""
+        pairs = ("reverses", "u", "delta", "A", "B", "C", "D", "bias")
+        return self._replace(z=None, **{name: getattr(self, name)[:1] for name in pairs})
 
     @property
     def flags(self) -> int:
@@ -70,9 +76,9 @@ def forward(
     s: Streams, initial: Tensor | None, plan: Plan, *, keep: bool, starts: Tensor | None = None,
     beside: Tensor | None = None,
 ) -> Result:  # fmt: skip
-    """Scan from `initial` (B, E, N), one direction only, or from zero, and `keep` what the backward wants. `starts` of an
-    earlier call saves the pass for them. `beside` (B, L, E), contiguous, is another direction's y, which one direction adds to
-    its own before the gate."""
+    """Scan from `initial` (d, B, E, N), of one direction (B, E, N), or from zero, and `keep` what the backward wants. `starts`
+    of an earlier call or of `states` saves the pass for them. `beside` (B, L, E), contiguous, is another direction's y, which
+    one direction adds to its own before the gate."""
     B, L, E, N = s.sizes
     u, d = s.u[0], len(s.reverses)
     y, final = u.new_empty((B, L, E)), _wide(u, d, B, E, N)
@@ -85,12 +91,28 @@ def forward(
     passes = Passes.over(cut, s, d * shape.warps, starts is None)
     if passes.blocks:
         starts = _wide(u, d, B, cut.pieces, E, N)
-    shared = d * TILE * (shape.width * 8 + 2 * plan.states * 4 + (shape.width + 8) * 4)
     sizes = (B, L, E, N, cut.span, cut.pieces, cut.whole, s.flags)
     args = (initial, starts, passes.local, passes.sums, final, seen, y, before, beside, *passes[2:], *sizes)
-    threads, blocks = d * 32 * shape.warps, cut.units + passes.blocks
-    _module(s, plan, keep, beside).launch("scan_forward", (blocks, 1, 1), threads, shared, *_arguments(s), *args)
+    module, blocks = _module(s, plan, keep, beside), cut.units + passes.blocks
+    threads, shared = d * 32 * shape.warps, _shared_forward(plan, d)
+    module.launch("scan_forward", (blocks, 1, 1), threads, shared, *_arguments(s), *args)
     return Result(y, final, starts, y if s.z is None and keep else before, seen)
+
+
+def states(s: Streams, initial: Tensor | None, plan: Plan, cut: Cut) -> tuple[Tensor, Tensor]:
+    """No y, but what enters every piece of time and what leaves the last: (d, B, pieces, E, N) and (d, B, E, N), float32, from
+    `initial` (d, B, E, N) or zero. All chains are cut as `cut` says, those too that it leaves whole; C and z are not read."""
+    B, L, E, N = s.sizes
+    u, d, shape = s.u[0], len(s.reverses), plan.forward
+    enter, local, last = (_wide(u, d, B, *sizes) for sizes in ((cut.pieces, E, N), (cut.pieces, E, N), (E, N)))
+    counts = torch.zeros(3 + PLACES + cut.chains, dtype=torch.int32, device=u.device)
+    passes = cut.chains * cut.pieces
+    args = (initial, enter, local, _wide(u, d, B, cut.pieces, E), last, None, u, None, None, counts, passes, 0)
+    sizes = (B, L, E, N, cut.span, cut.pieces, 0, s.flags | STATES_ONLY)
+    module, blocks = _module(s, plan, False), passes + cut.chains * (cut.pieces + 1)
+    threads, shared = d * 32 * shape.warps, _shared_forward(plan, d)
+    module.launch("scan_forward", (blocks, 1, 1), threads, shared, *_arguments(s), *args, *sizes)
+    return enter, last
 
 
 class Passes(NamedTuple):
@@ -166,6 +188,12 @@ def backward(
     )  # fmt: skip
     A, D, bias = total[:, : E * (N + 2)].split((E * N, E, E), dim=1)
     return Gradients(du, ddelta, dz, A.view(d, E, N), D, bias, dinitial)
+
+
+def _shared_forward(plan: Plan, directions: int) -> int:
+    """Bytes of a block: staged inputs and y."""
+    width = plan.forward.width
+    return directions * TILE * (width * 8 + 2 * plan.states * 4 + (width + 8) * 4)
 
 
 def _shared_backward(plan: Plan, size: int) -> int:

@@ -26,6 +26,7 @@ typedef long long i64;
 #define LN2 0.6931471805599453f
 #define LOGARITHM 1  // A holds log(-A)
 #define REVERSE 2    // of the only direction
+#define STATES_ONLY 4  // of the forward: no y, but what enters every piece and what leaves the last
 #define EXISTS(channel) (EXACT || (channel) < E)
 #define LEFT(count, from) (EXACT ? 4 : min((count) - (from), 4))  // elements of a group of four
 

@@ -52,9 +52,12 @@ template <bool FULL> DEVICE void forward_walk(
     load_states(h[k], start, edge + slot[k], E, N, place.quarter);
   }
   if (FULL && unit.cut && local) {
-    combine<K>(h, rate, slot, local + both * cuts * E * N, sums + both * cuts * E, back ? cuts - 1 : 0, unit.split, edge, E, N, place.quarter);
+    const int to = back && flags & STATES_ONLY ? unit.split - 1 : unit.split;
+    combine<K>(h, rate, slot, local + both * cuts * E * N, sums + both * cuts * E, back ? cuts - 1 : 0, to, edge, E, N, place.quarter);
+    float* kept = to >= 0 && to < cuts ? enter + (both * cuts + to) * E * N : last + both * E * N;
     #pragma unroll
-    for (int k = 0; k < K; k++) store_states(enter + one * E * N, h[k], edge + slot[k], E, N, place.quarter);
+    for (int k = 0; k < K; k++) store_states(kept, h[k], edge + slot[k], E, N, place.quarter);
+    if (flags & STATES_ONLY) return;
   }
   float shift[4], skip[4];
   #pragma unroll
@@ -211,7 +214,8 @@ template <bool FULL> DEVICE void forward_walk(
 // tile; `ungated` the sum of both directions before the gate. `beside` is the other direction's y, where this one runs alone.
 // `initial` (direction, clip, E, N) enters a chain, or 0; `enter` (direction, clip, piece, E, N) the pieces of one that is cut.
 // With passes `enter` is made, from `local` (as `enter`), what leaves every piece but a chain's last when nothing enters it, and
-// `sums` (direction, clip, piece, E), that of its delta.
+// `sums` (direction, clip, piece, E), that of its delta. With STATES_ONLY no piece is walked but in passes, of which a chain's last
+// piece has one too, and what would enter a piece behind it is `last`.
 KERNEL(scan_forward, DIRECTIONS * THREADS, FORWARD_BLOCKS)(
     STREAMS, const float *initial, float *enter, float *local, float *sums, float *last, float *marks, io *out, io *ungated,
     const io *beside, int *counts, i64 passes, i64 even, SIZES) {
@@ -219,14 +223,15 @@ KERNEL(scan_forward, DIRECTIONS * THREADS, FORWARD_BLOCKS)(
   const int d = DIRECTIONS == 2 && threadIdx.x >= THREADS;
   const bool back = DIRECTIONS == 2 ? d : flags & REVERSE;
   const Turn turn(memory, counts, (int)whole, (int)passes, (int)even);
-  Unit unit(turn.place, (int)whole, (int)cuts - turn.pass, (int)span, (int)L);
+  const int pieces = (int)cuts + (flags & STATES_ONLY ? 1 : 0);  // and all of their passes but one
+  Unit unit(turn.place, (int)whole, pieces - turn.pass, (int)span, (int)L);
   if (turn.pass) {
-    if (back) unit.next((int)L);
+    if (back && pieces == cuts) unit.next((int)L);
     FORWARD(false);
     turn.passed(counts, unit, (int)whole);
     return;
   }
-  if (passes && unit.cut) turn.wait(counts, unit, (int)whole, (int)cuts);
+  if (passes && unit.cut) turn.wait(counts, unit, (int)whole, pieces);
   FORWARD(true);
 }
 #undef THREADS

@@ -1,6 +1,7 @@
 """The mixer as one native operator against the same mixer in PyTorch: on a GPU, or emulated and interpreted on the CPU."""
 
 import copy
+import itertools
 from dataclasses import fields
 from functools import partial
 
@@ -13,8 +14,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton", reason="the convolution's kernels are Triton's")
 
 from fused import backends, pieces  # noqa: E402
-from fused.kernels import cuts, nvrtc  # noqa: E402
+from fused.block import Block  # noqa: E402
+from fused.config import VideoMambaConfig  # noqa: E402
+from fused.kernels import cuts, nvrtc, scan  # noqa: E402
 from fused.mixer import Mamba  # noqa: E402
+from fused.sweep import sweep  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton 3.6's interpreter
 
@@ -134,3 +138,35 @@ def test_a_chunk_is_an_operator_as_torch_wants_it():
 
 def test_one_token_of_one_clip():
     assert_rule(sample(seed, 1, 1) for seed in range(16))
+
+
+def layer_in_chunks(seed, clips, sizes, backend, dtype, trained):
+    """Outputs of a layer over chunks of so many tokens, and of one that is `trained` its gradients."""
+    torch.manual_seed(seed)
+    layer = Block(VideoMambaConfig(embed_dim=8, depth=1, ssm_cfg={"d_state": 4}), 0, 0.0).to(DEVICE)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+            p.data = p.data.to(dtype)
+    hidden, residual, *cotangents = (torch.randn(clips, sum(sizes), 8).to(DEVICE, dtype) for _ in range(4))
+    chunks = [slice(*pair) for pair in itertools.pairwise([0, *itertools.accumulate(sizes)])]
+    with torch.set_grad_enabled(trained):
+        leaves = [hidden.requires_grad_(trained), residual.requires_grad_(trained)]
+        outs = dict(zip(("hidden", "residual"), sweep(layer, *leaves, chunks, backend), strict=True))
+    grads = torch.autograd.grad(list(outs.values()), [*leaves, *layer.parameters()], cotangents) if trained else ()
+    return {k: v.detach() for k, v in outs.items()} | {f"d{i}": g for i, g in enumerate(grads)}
+
+
+@pytest.mark.parametrize(("clips", "whole", "trained"), [(1, 0, True), (2, 1, False)], ids=["all chains cut", "one of two cut"])
+def test_a_layer_walks_its_chunks_by_states_where_time_is_cut(clips, whole, trained, monkeypatch):
+    def cut(*args, **options):
+        found = honest(*args, **options, pieces=2)
+        return found._replace(ahead=found.ahead._replace(whole=whole))
+
+    asked, states, honest = [], scan.states, cuts.plan.__wrapped__
+    monkeypatch.setattr(cuts, "SHORTEST", 1)
+    monkeypatch.setattr(cuts, "plan", cut)
+    monkeypatch.setattr(scan, "states", lambda *a: asked.append(a) or states(*a))
+    kinds = ("native", torch.float32), ("torch", torch.float64), ("torch", torch.float32)
+    assert_rule([layer_in_chunks(seed, clips, (33, 19), *kind, trained) for kind in kinds] for seed in range(2))
+    assert len(asked) == 2 * 2 * 2  # seeds, chunks, directions

@@ -1,0 +1,73 @@
+"""Both directions of a mixer over a video in chunks, in two walks of which the first makes states alone.
+
+    right to left:   what enters every piece of time of the backward scan
+    left to right:   what enters those of the forward scan; then both scans at once, as over a whole clip
+
+So the work of either scan is done once: the passes for the states that enter pieces are made anyway where time is cut. Where it
+is not, in batches that fill a GPU by themselves, `suits` says so. Without gradients, and no operators: nothing to be traced.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused.backends import invariant
+from fused.kernels import conv, cuts, scan
+from fused.native.mixer import NAMES, Parts
+from fused.native.scan import plan, whole
+
+
+class Entering(NamedTuple):
+    """What the backward scan of a chunk starts from."""
+
+    taps: Tensor | None  # (B, E, K-1) in the stream's dtype, None at the end of the video
+    pieces: Tensor  # (1, B, pieces, E, N) float32
+
+
+class Mixer:
+    """A mixer's two directions, as `walk` takes one, A itself; weights are packed once for all chunks."""
+
+    def __init__(self, directions: Sequence[dict[str, Any]]) -> None:
+        self._named = [tuple(own[name] for own in directions) for name in NAMES]
+        self._packed: tuple[Tensor, Tensor] | None = None
+
+    def suits(self, clips: int, tokens: int, device: torch.device) -> bool:
+        """Whether time is cut over a chunk of so many tokens."""
+        E, N = self._named[NAMES.index("A")][0].shape
+        return cuts.plan(clips, tokens, E, N, 2, cuts.processors(device), invariant=invariant()).ahead.pieces > 1
+
+    def behind(self, x: Tensor, state: Any) -> tuple[Entering, tuple[Tensor, Tensor]]:
+        """The backward direction over x (B, L, E) from its state: what enters its pieces, and the state that leaves."""
+        taps, edge = state or (None, None)
+        p = Parts(x, None, [pair[1:] for pair in self._named], (True,), invariant(), logarithm=False)
+        c, leaving = conv.forward(x, p.conv, p.conv_bias, (taps,), p.reverses, True)
+        assert leaving is not None
+        proj, dt_proj = self._weights(x)
+        rows = p.rows(c, proj[1:])
+        s = p.streams(c, rows, p.delta(rows, dt_proj[1:]))
+        enter, last = scan.states(s, whole(edge), p.plan, plan(x, p.N, 2, invariant()).ahead)
+        return Entering(taps, enter), (leaving[0], last[0])
+
+    def mix(self, xz: Tensor, state: Any, entering: Entering) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """y (B, L, E), gated, of both directions over xz (B, L, 2E), and the state that leaves the forward one."""
+        taps, edge = state or (None, None)
+        x, z = xz.chunk(2, dim=-1)
+        p = Parts(x, z, self._named, (False, True), invariant(), logarithm=False)
+        c, leaving = conv.forward(x, p.conv, p.conv_bias, (taps, entering.taps), p.reverses, True)
+        assert leaving is not None
+        proj, dt_proj = self._weights(x)
+        rows = p.rows(c, proj)
+        s = p.streams(c, rows, p.delta(rows, dt_proj))
+        cut = p.plan.ahead
+        enter, _ = scan.states(s.ahead, whole(edge), plan(x, p.N, 1, invariant()), cut)
+        starts = torch.cat((enter, entering.pieces))
+        first = torch.cat((enter[:, :, 0], entering.pieces[:, :, -1])) if cut.whole else None  # of chains that are not cut
+        r = scan.forward(s, first, p.plan, keep=False, starts=starts)
+        return r.y, (leaving[0], r.final[0])
+
+    def _weights(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self._packed is None:
+            self._packed = Parts(x, None, self._named, (False, True), invariant(), logarithm=False).weights()
+        return self._packed
