@@ -37,7 +37,8 @@ PIECEWISE = {
             "B2-T4-S32-D32-L17-causal-state-readout=tokens-tubelet2-{1}{0}",  # every tubelet judged by itself
         ),
     ),
-    "chunks": (("forward_chunked",), ("B[12]-T*-S[61]*-D192-L[17][26]9-{1}{0}",)),  # L129, and L769 in bfloat16, whose chunks are cut
+    # L129, and in bfloat16 L769, of whose chunks the time is cut
+    "chunks": (("forward_chunked",), ("B[12]-T*-S[61]*-D192-L[17][26]9-{1}{0}",)),
 }
 
 
