@@ -14,15 +14,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fused.backends import invariant
+from fused.dispatch import below_autograd, differentiable, register
 from fused.kernels import conv, scan
 from fused.kernels.conv import Optionals
 from fused.kernels.pack import pack
 from fused.kernels.steps import steps
 from fused.native.scan import aligned, dense, plan
 
-_library = torch.library.Library("videomamba", "FRAGMENT")
 NAMES = ("conv", "conv_bias", "proj", "dt", "dt_bias", "A", "D")
 _TENSORS = (
     "Tensor xz, Tensor conv0, Tensor? conv1, Tensor? conv_bias0, Tensor? conv_bias1, Tensor proj0, Tensor? proj1,"
@@ -31,11 +32,6 @@ _TENSORS = (
 )
 _COUNT = 17
 STEP = 8  # elements; 16 bytes of the narrowest dtype
-_library.define(f"mixer({_TENSORS}, bool invariant) -> (Tensor, Tensor, Tensor)")
-_library.define(
-    f"mixer_backward(Tensor dy, Tensor rows, Tensor starts, {_TENSORS}, bool invariant) -> ("
-    + ", ".join(["Tensor"] * _COUNT) + ")"
-)  # fmt: skip
 
 
 def mix(xz: Tensor, directions: list[dict[str, Any]], out: Tensor, out_bias: Tensor | None) -> Tensor:
@@ -57,7 +53,8 @@ def mix(xz: Tensor, directions: list[dict[str, Any]], out: Tensor, out_bias: Ten
         elif name in ("A", "D"):
             pair = [x.float() for x in pair]
         flat += [*pair, *[None] * (2 - len(pair))]
-    return torch.ops.videomamba.mixer(xz, *flat, product(out), product(out_bias), invariant())[0]
+    run = torch.ops.videomamba.mixer.default if torch.compiler.is_compiling() else _differentiable
+    return run(xz, *flat, product(out), product(out_bias), invariant())[0]
 
 
 class Parts:
@@ -170,7 +167,6 @@ def _parts(tensors: Sequence[Any], even: bool) -> Parts:
     return Parts(x, z, named, (False, True)[:count], even, logarithm=True)
 
 
-@torch.library.impl(_library, "mixer", "CompositeExplicitAutograd")
 def _mixer(*args):
     *tensors, even = args
     p, (out, out_bias) = _parts(tensors, even), tensors[-2:]
@@ -180,8 +176,7 @@ def _mixer(*args):
     return F.linear(r.y, out, out_bias), rows, r.starts if r.starts is not None else r.final.new_empty(0)
 
 
-@torch.library.register_fake("videomamba::mixer", lib=_library)
-def _(*args):
+def _shapes(*args):
     *tensors, even = args
     p = _parts(tensors, even)
     B, L, E = p.x.shape
@@ -190,7 +185,6 @@ def _(*args):
     return p.x.new_empty((B, L, tensors[-2].shape[0])), p.x.new_empty((count, B, L, p.width)), starts
 
 
-@torch.library.impl(_library, "mixer_backward", "CompositeExplicitAutograd")
 def _mixer_backward(dout, rows, starts, *args):
     *tensors, even = args
     p, (xz, out, out_bias) = _parts(tensors, even), (tensors[0], *tensors[-2:])
@@ -208,24 +202,37 @@ def _mixer_backward(dout, rows, starts, *args):
     return dxz, *parameters, flat.t() @ r.y.flatten(0, 1), dout_bias
 
 
-@torch.library.register_fake("videomamba::mixer_backward", lib=_library)
-def _(dout, rows, starts, *args):
+def _shapes_backward(dout, rows, starts, *args):
     return tuple(dout.new_empty(0) if x is None else x.new_empty(x.shape) for x in args[:_COUNT])
 
 
-def _setup(ctx, inputs, output):
-    *tensors, ctx.even = inputs
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:], *tensors)
+class _Mixer(torch.autograd.Function):
+    """Saves its tensors, the rows of x_proj and the states that enter the pieces of time."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        *tensors, ctx.even = inputs
+        out, *kept = below_autograd("mixer", *inputs)
+        ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*kept, *tensors)
+        return out, *kept
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, *_):
+        rows, starts, *tensors = ctx.saved_tensors
+        if dout is None:
+            return (None,) * (_COUNT + 1)
+        grads = torch.ops.videomamba.mixer_backward.default(dout.contiguous(), rows, starts, *tensors, ctx.even)
+        return *(None if x is None else g for g, x in zip(grads, tensors, strict=True)), None
 
 
-def _gradient(ctx, dout, *_):
-    rows, starts, *tensors = ctx.saved_tensors
-    if dout is None:
-        return (None,) * (_COUNT + 1)
-    grads = torch.ops.videomamba.mixer_backward(dout.contiguous(), rows, starts, *tensors, ctx.even)
-    return *(None if x is None else g for g, x in zip(grads, tensors, strict=True)), None
-
-
-torch.library.register_autograd("videomamba::mixer", _gradient, setup_context=_setup, lib=_library)
+register(f"mixer({_TENSORS}, bool invariant) -> (Tensor, Tensor, Tensor)", _mixer, _shapes)
+register(
+    f"mixer_backward(Tensor dy, Tensor rows, Tensor starts, {_TENSORS}, bool invariant) -> ("
+    + ", ".join(["Tensor"] * _COUNT) + ")",
+    _mixer_backward,
+    _shapes_backward,
+)  # fmt: skip
+_differentiable = differentiable("mixer", _Mixer)

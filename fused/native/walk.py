@@ -10,26 +10,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fused.backends import invariant
+from fused.dispatch import below_autograd, differentiable, register
 from fused.kernels import conv, scan
 from fused.kernels.gate import gate
 from fused.native.mixer import Parts
 from fused.native.scan import whole
 
-_library = torch.library.Library("videomamba", "FRAGMENT")
 _TENSORS = (
     "Tensor x, Tensor? z, Tensor? beside, Tensor? taps, Tensor? state, Tensor conv, Tensor? conv_bias, Tensor proj, Tensor dt,"
     " Tensor dt_bias, Tensor A, Tensor D"
 )
 _COUNT, _PARAMETERS = 12, 5
-_library.define(
-    f"walk({_TENSORS}, bool reverse, bool logarithm, bool invariant, bool keep) -> (" + ", ".join(["Tensor"] * 8) + ")"
-)
-_library.define(
-    "walk_backward(Tensor dy, Tensor? dtaps, Tensor? dstate, Tensor c, Tensor rows, Tensor delta, Tensor ungated,"
-    f" Tensor marks, {_TENSORS}, bool reverse, bool logarithm, bool invariant) -> (" + ", ".join(["Tensor"] * _COUNT) + ")"
-)  # fmt: skip
 
 
 def walk(
@@ -46,7 +40,8 @@ def walk(
     parameters = (own["conv"], own["conv_bias"], proj, dt, own["dt_bias"], own["A"].float(), own["D"].float())
     tensors = (x, z, beside, taps, None if edge is None else edge.float(), *parameters)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    y, taps, edge, *_ = torch.ops.videomamba.walk(*tensors, reverse, logarithm, invariant(), keep)
+    run = torch.ops.videomamba.walk.default if torch.compiler.is_compiling() else _differentiable
+    y, taps, edge, *_ = run(*tensors, reverse, logarithm, invariant(), keep)
     return y, (taps, edge)
 
 
@@ -55,7 +50,6 @@ def _parts(tensors: Any, reverse: bool, logarithm: bool, even: bool) -> Parts:
     return Parts(x, z, [(t,) for t in tensors[_PARAMETERS:]], (reverse,), even, logarithm)
 
 
-@torch.library.impl(_library, "walk", "CompositeExplicitAutograd")
 def _walk(*args):
     *tensors, reverse, logarithm, even, keep = args
     _, _, beside, taps, state = tensors[:_PARAMETERS]
@@ -72,8 +66,7 @@ def _walk(*args):
     return r.y, leaving[0], r.final[0], *kept
 
 
-@torch.library.register_fake("videomamba::walk", lib=_library)
-def _(*args):
+def _shapes(*args):
     *tensors, reverse, logarithm, even, keep = args
     p, empty = _parts(tensors, reverse, logarithm, even), tensors[0].new_empty
     (B, L, E), precise = p.x.shape, p.A[0].new_empty
@@ -83,7 +76,6 @@ def _(*args):
     return empty((B, L, E)), empty((B, E, p.conv[0].shape[1] - 1)), precise((B, E, p.N)), *map(empty, shapes), marks
 
 
-@torch.library.impl(_library, "walk_backward", "CompositeExplicitAutograd")
 def _walk_backward(dy, dtaps, dstate, c, rows, delta, ungated, marks, *args):
     *tensors, reverse, logarithm, even = args
     x, z, beside, taps, state = tensors[:_PARAMETERS]
@@ -99,25 +91,42 @@ def _walk_backward(dy, dtaps, dstate, c, rows, delta, ungated, marks, *args):
     )  # fmt: skip
 
 
-@torch.library.register_fake("videomamba::walk_backward", lib=_library)
-def _(dy, dtaps, dstate, c, rows, delta, ungated, marks, *args):
+def _shapes_backward(dy, dtaps, dstate, c, rows, delta, ungated, marks, *args):
     return tuple(dy.new_empty(0) if t is None else t.new_empty(t.shape) for t in args[:_COUNT])
 
 
-def _setup(ctx, inputs, output):
-    *tensors, reverse, logarithm, even, _ = inputs
-    ctx.options = reverse, logarithm, even
-    ctx.mark_non_differentiable(*output[3:])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[3:], *tensors)
+class _Walk(torch.autograd.Function):
+    """Saves its tensors and all that it made."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        *tensors, reverse, logarithm, even, _ = inputs
+        ctx.options = reverse, logarithm, even
+        y, taps, edge, *kept = below_autograd("walk", *inputs)
+        ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*kept, *tensors)
+        return y, taps, edge, *kept
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dtaps, dstate, *_):
+        saved = ctx.saved_tensors
+        kept, tensors = saved[:-_COUNT], saved[-_COUNT:]
+        dy = torch.zeros_like(tensors[0]) if dy is None else dy.contiguous()
+        grads = torch.ops.videomamba.walk_backward.default(dy, dtaps, dstate, *kept, *tensors, *ctx.options)
+        return *(None if t is None else g for g, t in zip(grads, tensors, strict=True)), None, None, None, None
 
 
-def _gradient(ctx, dy, dtaps, dstate, *_):
-    saved = ctx.saved_tensors
-    kept, tensors = saved[:-_COUNT], saved[-_COUNT:]
-    dy = torch.zeros_like(tensors[0]) if dy is None else dy.contiguous()
-    grads = torch.ops.videomamba.walk_backward(dy, dtaps, dstate, *kept, *tensors, *ctx.options)
-    return *(None if t is None else g for g, t in zip(grads, tensors, strict=True)), None, None, None, None
-
-
-torch.library.register_autograd("videomamba::walk", _gradient, setup_context=_setup, lib=_library)
+register(
+    f"walk({_TENSORS}, bool reverse, bool logarithm, bool invariant, bool keep) -> (" + ", ".join(["Tensor"] * 8) + ")",
+    _walk,
+    _shapes,
+)
+register(
+    "walk_backward(Tensor dy, Tensor? dtaps, Tensor? dstate, Tensor c, Tensor rows, Tensor delta, Tensor ungated,"
+    f" Tensor marks, {_TENSORS}, bool reverse, bool logarithm, bool invariant) -> (" + ", ".join(["Tensor"] * _COUNT) + ")",
+    _walk_backward,
+    _shapes_backward,
+)  # fmt: skip
+_differentiable = differentiable("walk", _Walk)

@@ -13,6 +13,8 @@ from rule import assert_rule
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton", reason="the convolution's kernels are Triton's")
 
+import fused.native.mixer  # noqa: E402 (they define the operators)
+import fused.native.walk  # noqa: E402, F401
 from fused import backends, pieces  # noqa: E402
 from fused.block import Block  # noqa: E402
 from fused.config import VideoMambaConfig  # noqa: E402
@@ -134,6 +136,14 @@ def test_a_chunk_is_an_operator_as_torch_wants_it():
     parameters = (leaf(8, 4), leaf(8), leaf(11, 8), leaf(8, 3), leaf(8), leaf(8, 4), leaf(8))
     tensors = (leaf(1, 5, 8), leaf(1, 5, 8), leaf(1, 5, 8), leaf(1, 8, 3), leaf(1, 8, 4), *parameters)
     torch.library.opcheck(torch.ops.videomamba.walk.default, (*tensors, False, True, False, True))
+
+
+def test_a_mixer_is_an_operator_as_torch_wants_it():
+    layer = Mamba(8, d_state=4, backend="native").to(DEVICE)
+    pairs = zip(*(own.parameters.values() for own in layer._directions()), strict=True)
+    own = [t.detach().requires_grad_() for pair in pairs for t in pair]
+    xz = torch.randn(1, 5, 32, device=DEVICE).requires_grad_()
+    torch.library.opcheck(torch.ops.videomamba.mixer.default, (xz, *own, layer.out_proj.weight, None, False))
 
 
 def test_one_token_of_one_clip():
