@@ -144,8 +144,23 @@ def _cast(plan: Plan, name: str, x: Tensor | None) -> Tensor | None:
     return x.to(plan.product) if name in _PRODUCTS else x
 
 
-def add_norm(plan: Plan, w: Weights, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(what in_proj reads, the sum before it is stored)."""
+def add_norm(
+    plan: Plan, w: Weights, hidden: Tensor, residual: Tensor | None, into: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(what in_proj reads, the sum before it is stored). The second is `into` where it can be written there by native kernels,
+    within autograd's back; `into` may be `residual`."""
+    if (
+        into is not None
+        and plan.backend == "native"
+        and plan.fused_add_norm
+        and into.dtype == plan.wide
+        and into.is_contiguous()
+    ):
+        from .kernels import norm as kernels
+
+        weight, bias = w.norm
+        y = kernels.forward(hidden, residual, weight, bias, plan.eps, plan.kind == "layer", plan.wide, into)[0]
+        return y.to(plan.product), into
     if plan.fused_add_norm:
         residual = None if residual is None else residual.to(plan.wide)
         y, v = norm.add_norm(hidden, *w.norm, residual=residual, eps=plan.eps, kind=plan.kind, backend=plan.backend)
@@ -196,6 +211,17 @@ def project(weights: Sequence[Any], x: Tensor, first: int | None = None) -> Tens
     """A linear layer's outputs, or the `first` of them."""
     weight, bias = weights
     return F.linear(x, weight[:first], None if bias is None else bias[:first])
+
+
+def project_into(weights: Sequence[Any], x: Tensor, out: Tensor) -> None:
+    """A linear layer's outputs, written into `out`; behind autograd's back."""
+    weight, bias = weights
+    if not out.is_contiguous() or out.dtype != x.dtype:
+        out.copy_(F.linear(x, weight, bias))
+    elif bias is None:
+        torch.mm(x.flatten(0, 1), weight.t(), out=out.flatten(0, 1))
+    else:
+        torch.addmm(bias, x.flatten(0, 1), weight.t(), out=out.flatten(0, 1))
 
 
 def project_back(w: Weights, weights: Sequence[Any], x: Tensor, grad: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from .pieces import (
     plan_of,
     project,
     project_back,
+    project_into,
     scan_chunk,
 )
 
@@ -81,7 +82,7 @@ def _forward(
             starts.append(state)
         other, behind[i] = _back(behind[i], x.device), None
         y, state = scan_chunk(plan, w.ahead, x, state, False, z, other)
-        out[:, c] = project(w.out, y)
+        project_into(w.out, y, out[:, c])
         if into is not hidden:  # else they are the tokens, which the first layer's residual stream is
             into[:, c] = v
         if seen is not None and seen is not into:
@@ -108,10 +109,12 @@ def _forward_by_states(
     starts: list[State] = []
     state: State | None = None
     for i, c in reversed(chunks):
-        y, v = add_norm(plan, w, hidden[:, c], None if residual is None else residual[:, c])
-        for kept in (into, seen) if seen is not into else (into,):
-            if kept is not None and kept is not hidden:  # else they are the tokens, which the first layer's residual stream is
-                kept[:, c] = v
+        place = None if into is hidden else into[:, c]  # else v are the tokens, which the first layer's residual stream is
+        y, v = add_norm(plan, w, hidden[:, c], None if residual is None else residual[:, c], place)
+        if place is not None and v is not place:
+            place.copy_(v)
+        if seen is not None and seen is not into:
+            seen[:, c] = v
         entering, state = mixer.behind(project(w.into, y, inner), state)
         waiting[i] = _away(plan, y), entering
     state = None
@@ -120,7 +123,7 @@ def _forward_by_states(
         if seen is not None and state is not None:
             starts.append(state)
         y, state = mixer.mix(project(w.into, _back(y, hidden.device)), state, entering)
-        out[:, c] = project(w.out, y)
+        project_into(w.out, y, out[:, c])
     return starts
 
 

@@ -131,15 +131,18 @@ def forward(
     eps: float,
     centre: bool,
     stored: torch.dtype | None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """y in x's dtype, v in `stored` unless that is None, the rows' means if `centre`, their rstd.
 
-    x and residual are (..., D) with any strides; what the kernel does not read in place costs a copy.
+    x and residual are (..., D) with any strides; what the kernel does not read in place costs a copy. v is written into a
+    contiguous `out` if that is given; it may be residual itself, of which a row is read before it is written.
     """
     D = x.shape[-1]
     M = x.numel() // D if D else 0
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    out = None if stored is None else torch.empty(x.shape, dtype=stored, device=x.device)
+    if out is None and stored is not None:
+        out = torch.empty(x.shape, dtype=stored, device=x.device)
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     mean = torch.empty_like(rstd) if centre else None
     if M:
