@@ -41,9 +41,9 @@ def sweep(
 ) -> tuple[Tensor, Tensor]:
     """What `Block.forward` does behind its drop_path, for tokens as stored: new (hidden, residual), both (B, L, D).
 
-    `chunks` cut the tokens, in the order of time; `backend` is one that carries states. `offload` keeps y_b, and in
-    training what waits for the second walk, in host memory. Without gradients, results are written into `hidden` and
-    `residual` where their dtypes allow it: neither must be used again.
+    `chunks` cut the tokens, in the order of time; `backend` is one that carries states. `offload` keeps what the
+    first walk leaves for the second in host memory. Without gradients, results are written into `hidden` and `residual` where
+    their dtypes allow it: neither must be used again.
     """
     plan, parameters = plan_of(layer, hidden, residual, chunks, backend, offload), parameters_of(layer)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, residual, *parameters)):

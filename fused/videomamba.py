@@ -106,8 +106,8 @@ class VideoMamba(Classifier, Backbone):
         """What `forward` returns, gradients included, in the memory of `chunk_frames` frames: see `chunked.run`.
 
         `clip` is (B, C, T, H, W), or gives frames (B, C, H, W) or runs of them (B, C, t, H, W), `num_frames` in all. T may
-        be less than the model's table of temporal positions; `temporal_pos_total`: see `embed`. `offload` keeps one
-        direction's y in host memory.
+        be less than the model's table of temporal positions; `temporal_pos_total`: see `embed`. `offload` keeps
+        what a layer's first walk leaves for its second in host memory.
 
         Raises ValueError or TypeError for what does not fit the model, or cannot be chunked.
         """
