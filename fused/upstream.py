@@ -125,8 +125,10 @@ def mix(hidden: Float[Tensor, "B L D"], mixer: Mixer, *, inner: bool) -> Float[T
     xz = _tokens_contiguous(mixer.in_proj, hidden.flatten(0, 1), hidden.shape[0])
     both = hasattr(mixer, "A_b_log")
     if inner:
-        out = _inner(xz, mixer, "", mixer.out_proj.bias)
-        return out + _inner(xz.flip(-1), mixer, "_b", None).flip(1) if both else out
+        out = _inner(xz, mixer, "")
+        out = out + _inner(xz.flip(-1), mixer, "_b").flip(1) if both else out
+        bias = mixer.out_proj.bias  # its gradient by mamba_inner_fn is a single number
+        return out if bias is None else out + bias.to(out.dtype)
     y = _separate(xz, mixer, "")
     y = y + _separate(xz.flip(-1), mixer, "_b").flip(-1) if both else y
     return mixer.out_proj(y.transpose(1, 2))
@@ -145,12 +147,12 @@ def _own(mixer: Mixer, suffix: str) -> tuple[nn.Conv1d, nn.Linear, nn.Linear, Te
     return conv, x_proj, dt_proj, -torch.exp(getattr(mixer, "A_b_log" if suffix else "A_log").float()), D.float()
 
 
-def _inner(xz: Tensor, mixer: Mixer, suffix: str, out_bias: Tensor | None) -> Tensor:
+def _inner(xz: Tensor, mixer: Mixer, suffix: str) -> Tensor:
     from mamba_ssm.ops.selective_scan_interface import mamba_inner_fn
 
     conv, x_proj, dt_proj, A, D = _own(mixer, suffix)
     return mamba_inner_fn(
-        xz, conv.weight, conv.bias, x_proj.weight, dt_proj.weight, mixer.out_proj.weight, out_bias, A,
+        xz, conv.weight, conv.bias, x_proj.weight, dt_proj.weight, mixer.out_proj.weight, None, A,
         D=D, delta_bias=dt_proj.bias.float(), delta_softplus=True,
     )  # fmt: skip
 

@@ -30,13 +30,14 @@ class Mixer:
     """A mixer's two directions, as `walk` takes one, A itself; weights are packed once for all chunks."""
 
     def __init__(self, directions: Sequence[dict[str, Any]]) -> None:
-        self._named = [tuple(own[name] for own in directions) for name in NAMES]
+        wide = ("A", "D")  # float32, whatever the parameters' dtype
+        self._named = [tuple(own[name].float() if name in wide else own[name] for own in directions) for name in NAMES]
         self._packed: tuple[Tensor, Tensor] | None = None
 
     def suits(self, clips: int, tokens: int, device: torch.device) -> bool:
         """Whether time is cut over a chunk of so many tokens."""
         E, N = self._named[NAMES.index("A")][0].shape
-        return cuts.plan(clips, tokens, E, N, 2, cuts.processors(device), invariant=invariant()).ahead.pieces > 1
+        return clips > 0 and cuts.plan(clips, tokens, E, N, 2, cuts.processors(device), invariant=invariant()).ahead.pieces > 1
 
     def behind(self, x: Tensor, state: Any) -> tuple[Entering, tuple[Tensor, Tensor]]:
         """The backward direction over x (B, L, E) from its state: what enters its pieces, and the state that leaves."""

@@ -157,8 +157,8 @@ def roomy(run: Run, entries: list[Entry], point: Point) -> bool:
         return True
     shorter = [s for s in run.speeds if s.reserved and s.point.line == point.line and s.point["L"] <= point["L"]]
     needs = {s.entry: s.reserved * point.tokens / s.point.tokens for s in sorted(shorter, key=lambda s: s.point["L"])}
-    room = run.about["box"].get("gpu_memory_gib") or 0
-    return needs.keys() >= set(entries) and sum(needs[e] for e in entries) <= room * 2**30
+    room = 0.9 * (run.about["box"].get("gpu_memory_gib") or 0) * 2**30  # every process needs some to be there
+    return needs.keys() >= set(entries) and sum(needs[e] for e in entries) <= room
 
 
 def _ended(run: Run, entry: Entry, point: Point) -> Speed | None:

@@ -28,7 +28,7 @@ def overview(speeds: Sequence[Speed]) -> str:
             at = [s for s in mine if s.point.mode == mode]
             ours = _least(at, _is_ours)
             cells += [_ours(ours, at), *(_other(ours, _least(at, which)) for which in (_is_upstream, _is_vit))]
-            cells.append(f"{100 * ours.bound / seconds(ours):.2g} %" if ours and ours.bound else "-")
+            cells.append(f"{round(100 * ours.bound / seconds(ours))} %" if ours and ours.bound else "-")
         lines.append(cells)
     if not lines:
         return "No operator or model has a time."
@@ -40,15 +40,17 @@ def overview(speeds: Sequence[Speed]) -> str:
 
 
 def most_memory(speeds: Iterable[Speed]) -> list[str]:
-    """A sentence for each race of models: the memory of a training step on the longest clip that all could time eagerly."""
+    """A sentence for each race of models: memory of an eager training step, on the longest clip that all could time."""
     found = []
     for race in grids.MODELS:
-        steps = [s for s in speeds if (s.point.race, s.point.mode, s.point.way) == (race, "train", "eager") and s.seconds]
-        for point in sorted({s.point for s in steps}, key=lambda p: -p["L"])[:1]:
-            at = [s for s in steps if s.point == point]
-            chosen = [_least(at, which) for which in (_is_ours, _is_upstream, _is_vit)]
-            said = [f"{s.entry.name} {number((memory(s) or 0) / 2**30)} GiB" for s in chosen if s]
-            found.append(f"- Peak memory of an eager training step, {sizes(point)}: {', '.join(said)}.")
+        steps = [s for s in speeds if (s.point.race, s.point.mode, s.point.way) == (race, "train", "eager")]
+        kinds = [which for which in (_is_ours, _is_upstream, _is_vit) if any(map(which, steps))]
+        for point in sorted({s.point for s in steps}, key=lambda p: -p["L"]):
+            chosen = [_least((s for s in steps if s.point == point), which) for which in kinds]
+            if all(chosen):
+                said = [f"{s.entry.name} {number((memory(s) or 0) / 2**30)} GiB" for s in chosen if s]
+                found.append(f"- Peak memory of an eager training step, {sizes(point)}: {', '.join(said)}.")
+                break
     return found
 
 
@@ -62,7 +64,9 @@ def crossings(families: Iterable[Family]) -> list[str]:
         for word, is_one in (("ours", _is_ours), ("upstream", _is_upstream)):
             some = [c for c in curves if is_one(c.timed[0])]
             if some:
-                said.append(f"{word} {_meets(family, min(some, key=lambda c: seconds(c.timed[-1])))}")
+                said.append(
+                    f"{word} {_meets(family, min(some, key=lambda c: (-c.timed[-1].point['L'], seconds(c.timed[-1]))))}"
+                )
         if said:
             found.append(f"- {family.title} ({way}): {'; '.join(said)}.")
     return found

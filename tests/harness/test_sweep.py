@@ -79,7 +79,7 @@ def test_all_load_at_once_where_what_they_took_before_has_room_for_its_growth(tm
     for e, gib in zip(both, (10, 14), strict=True):
         assert not roomy(run, both, point(400_000))  # nothing is known of one of them
         run.add_speed(Speed(e, point(200_000), "ok", (1.0,), reserved=gib * 2**30))
-    assert roomy(run, both, point(800_000)) and not roomy(run, both, point(1_000_000))
+    assert roomy(run, both, point(700_000)) and not roomy(run, both, point(800_000))
     assert roomy(run, both, point(1000, "train")) and not roomy(run, both, point(400_000, "train"))
 
 

@@ -158,12 +158,15 @@ def layer_in_chunks(seed, clips, sizes, backend, dtype, trained):
         for p in layer.parameters():
             p.add_(0.05 * torch.randn_like(p))
             p.data = p.data.to(dtype)
+        for own in ("D", "D_b"):  # as a model in half precision has it
+            setattr(layer.mixer, own, torch.nn.Parameter(getattr(layer.mixer, own).half()))
     hidden, residual, *cotangents = (torch.randn(clips, sum(sizes), 8).to(DEVICE, dtype) for _ in range(4))
     chunks = [slice(*pair) for pair in itertools.pairwise([0, *itertools.accumulate(sizes)])]
     with torch.set_grad_enabled(trained):
         leaves = [hidden.requires_grad_(trained), residual.requires_grad_(trained)]
         outs = dict(zip(("hidden", "residual"), sweep(layer, *leaves, chunks, backend), strict=True))
-    grads = torch.autograd.grad(list(outs.values()), [*leaves, *layer.parameters()], cotangents) if trained else ()
+    weights = [p for p in layer.parameters() if p.dtype == dtype]
+    grads = torch.autograd.grad(list(outs.values()), [*leaves, *weights], cotangents) if trained else ()
     return {k: v.detach() for k, v in outs.items()} | {f"d{i}": g for i, g in enumerate(grads)}
 
 
