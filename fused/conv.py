@@ -134,8 +134,7 @@ def conv_native(
             "use backend='torch'"
         )
     check_native_dtypes("causal_conv1d", x=x, weight=weight, bias=bias, initial_state=initial_state)
-    run = torch.ops.videomamba.causal_conv1d.default if torch.compiler.is_compiling() else _differentiable
-    return run(x, weight, bias, initial_state, activation is not None, reverse)
+    return _differentiable(x, weight, bias, initial_state, activation is not None, reverse)
 
 
 def _native(x, weight, bias, initial_state, activated, reverse):

@@ -19,14 +19,20 @@ def register(schema: str, kernel: Callable[..., Any], shapes: Callable[..., Any]
 
 
 def differentiable(name: str, function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """Give an operator its gradient. Returns what it does on its way to a kernel: a round through the dispatcher less."""
+    """Give an operator its gradient. Returns it with a round through the dispatcher less on its way to a kernel, but while a
+    compiler traces, which must see the operator."""
 
     def run(*arguments: Any) -> Any:
         wanted = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments)
         return function.apply(*arguments) if wanted else below_autograd(name, *arguments)
 
+    def short(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return getattr(torch.ops.videomamba, name).default(*arguments)
+        return run(*arguments)
+
     _OPS.impl(name, run, "Autograd")
-    return run
+    return short
 
 
 def below_autograd(name: str, *arguments: Any) -> Any:

@@ -93,6 +93,23 @@ def norm_native(
 
     Raises ValueError for rows of more than 8192 channels, and for a tensor in float64.
     """
+    _check_native(x, weight, bias, residual)
+    stored = _stored(x, residual, residual_in_fp32) if prenorm else None
+    y, residual_out, _, _ = _differentiable(x, weight, bias, residual, eps, kind == "layer", stored)
+    return (y, residual_out) if prenorm else y
+
+
+def norm_into(
+    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *, eps: float, kind: str
+) -> Tensor:
+    """What `norm_native` returns first; its second is written into a contiguous `out`, which may be residual. No gradients."""
+    from .kernels import norm
+
+    _check_native(x, weight, bias, residual)
+    return norm.forward(x, residual, weight, bias, eps, kind == "layer", out.dtype, out)[0]
+
+
+def _check_native(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
     from .kernels.norm import MAX_WIDTH
 
     if x.shape[-1] > MAX_WIDTH:
@@ -100,10 +117,6 @@ def norm_native(
             f"add_norm: backend 'native' has D of at most {MAX_WIDTH}, got x of shape {tuple(x.shape)}; use backend='torch'"
         )
     check_native_dtypes("add_norm", x=x, weight=weight, bias=bias, residual=residual)
-    stored = _stored(x, residual, residual_in_fp32) if prenorm else None
-    run = torch.ops.videomamba.add_norm.default if torch.compiler.is_compiling() else _differentiable
-    y, residual_out, _, _ = run(x, weight, bias, residual, eps, kind == "layer", stored)
-    return (y, residual_out) if prenorm else y
 
 
 def _stored(x: Tensor, residual: Tensor | None, residual_in_fp32: bool) -> torch.dtype:

@@ -149,18 +149,10 @@ def add_norm(
 ) -> tuple[Tensor, Tensor]:
     """(what in_proj reads, the sum before it is stored). The second is `into` where it can be written there by native kernels,
     within autograd's back; `into` may be `residual`."""
-    if (
-        into is not None
-        and plan.backend == "native"
-        and plan.fused_add_norm
-        and into.dtype == plan.wide
-        and into.is_contiguous()
-    ):
-        from .kernels import norm as kernels
-
+    native = plan.backend == "native" and plan.fused_add_norm
+    if native and into is not None and into.dtype == plan.wide and into.is_contiguous():
         weight, bias = w.norm
-        y = kernels.forward(hidden, residual, weight, bias, plan.eps, plan.kind == "layer", plan.wide, into)[0]
-        return y.to(plan.product), into
+        return norm.norm_into(into, hidden, weight, bias, residual, eps=plan.eps, kind=plan.kind).to(plan.product), into
     if plan.fused_add_norm:
         residual = None if residual is None else residual.to(plan.wide)
         y, v = norm.add_norm(hidden, *w.norm, residual=residual, eps=plan.eps, kind=plan.kind, backend=plan.backend)

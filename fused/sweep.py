@@ -76,18 +76,26 @@ def _forward(
             behind[i] = _away(plan, y)
     state = None
     for i, c in chunks:
-        y, v = add_norm(plan, w, hidden[:, c], None if residual is None else residual[:, c])
-        x, z = project(w.into, y).chunk(2, dim=-1)
+        x, z = project(w.into, _normed(plan, w, hidden, residual, into, seen, c)).chunk(2, dim=-1)
         if seen is not None and state is not None:
             starts.append(state)
         other, behind[i] = _back(behind[i], x.device), None
         y, state = scan_chunk(plan, w.ahead, x, state, False, z, other)
         project_into(w.out, y, out[:, c])
-        if into is not hidden:  # else they are the tokens, which the first layer's residual stream is
-            into[:, c] = v
-        if seen is not None and seen is not into:
-            seen[:, c] = v
     return starts
+
+
+def _normed(
+    plan: Plan, w: Weights, hidden: Tensor, residual: Tensor | None, into: Tensor, seen: Tensor | None, c: slice
+) -> Tensor:
+    """What in_proj reads of a chunk, whose sum goes to `into` and `seen`."""
+    place = None if into is hidden else into[:, c]  # else it is the tokens, which the first layer's residual stream is
+    y, v = add_norm(plan, w, hidden[:, c], None if residual is None else residual[:, c], place)
+    if place is not None and v is not place:
+        place.copy_(v)
+    if seen is not None and seen is not into:
+        seen[:, c] = v
+    return y
 
 
 def _by_states(plan: Plan, w: Weights, hidden: Tensor) -> Any:
@@ -109,12 +117,7 @@ def _forward_by_states(
     starts: list[State] = []
     state: State | None = None
     for i, c in reversed(chunks):
-        place = None if into is hidden else into[:, c]  # else v are the tokens, which the first layer's residual stream is
-        y, v = add_norm(plan, w, hidden[:, c], None if residual is None else residual[:, c], place)
-        if place is not None and v is not place:
-            place.copy_(v)
-        if seen is not None and seen is not into:
-            seen[:, c] = v
+        y = _normed(plan, w, hidden, residual, into, seen, c)
         entering, state = mixer.behind(project(w.into, y, inner), state)
         waiting[i] = _away(plan, y), entering
     state = None

@@ -1,6 +1,5 @@
 """The command line of the judge."""
 
-import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import typer
 
 import fused
 from fused import backends, stamp
-from harness import environment, parity
+from harness import environment, parity, workers
 from harness import subject as registry
 from harness.bench.cli import bench, compare
 from harness.case import Case
@@ -107,7 +106,7 @@ def run_parity(
         mutant=mutant,
     )
     points = plan.points()
-    jobs = jobs or max(1, min(processes(where), len(points)))
+    jobs = jobs or max(1, min(workers.fitting(where), len(points)))
     plan = replace(plan, threads=max(1, torch.get_num_threads() // jobs))
     if dry_run:
         raise typer.Exit(list_cases(plan, points))
@@ -121,14 +120,6 @@ def run_parity(
     if mutant:
         print(f"A BUG IS PLANTED in fused: {mutant}. This run must fail.", flush=True)
     raise typer.Exit(judge(plan, run, save_failing, jobs))
-
-
-def processes(device: str) -> int:
-    """Small tensors use several cores badly; on a GPU the reference's loop waits for launches, and others use the time."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if not device.startswith("cuda"):
-        return min(8, cores)
-    return max(1, min(8, cores // 2, int(torch.cuda.mem_get_info(device)[0] / 2**30 / 10)))
 
 
 def judge(plan: Plan, run: Run, save_failing: bool, jobs: int) -> int:

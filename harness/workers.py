@@ -9,11 +9,22 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+import torch
+
 
 def pool(count: int, begin: Callable[..., None] | None = None, *args: Any) -> ProcessPoolExecutor:
     """`count` fresh processes, each of which first calls begin(*args)."""
     spawn = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(count, mp_context=spawn, initializer=_begin, initargs=(os.getpid(), begin, args))
+
+
+def fitting(device: str) -> int:
+    """How many processes share a device well. Small tensors use several cores badly; on a GPU the reference's loop waits for
+    launches, and others use the time."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not device.startswith("cuda"):
+        return min(8, cores)
+    return max(1, min(8, cores // 2, int(torch.cuda.mem_get_info(device)[0] / 2**30 / 10)))
 
 
 def end(workers: ProcessPoolExecutor) -> None:

@@ -93,9 +93,7 @@ def forward(
         starts = _wide(u, d, B, cut.pieces, E, N)
     sizes = (B, L, E, N, cut.span, cut.pieces, cut.whole, s.flags)
     args = (initial, starts, passes.local, passes.sums, final, seen, y, before, beside, *passes[2:], *sizes)
-    module, blocks = _module(s, plan, keep, beside), cut.units + passes.blocks
-    threads, shared = d * 32 * shape.warps, _shared_forward(plan, d)
-    module.launch("scan_forward", (blocks, 1, 1), threads, shared, *_arguments(s), *args)
+    _launch_forward(s, plan, cut.units + passes.blocks, args, keep, beside)
     return Result(y, final, starts, y if s.z is None and keep else before, seen)
 
 
@@ -103,16 +101,28 @@ def states(s: Streams, initial: Tensor | None, plan: Plan, cut: Cut) -> tuple[Te
     """No y, but what enters every piece of time and what leaves the last: (d, B, pieces, E, N) and (d, B, E, N), float32, from
     `initial` (d, B, E, N) or zero. All chains are cut as `cut` says, those too that it leaves whole; C and z are not read."""
     B, L, E, N = s.sizes
-    u, d, shape = s.u[0], len(s.reverses), plan.forward
+    u, d = s.u[0], len(s.reverses)
     enter, local, last = (_wide(u, d, B, *sizes) for sizes in ((cut.pieces, E, N), (cut.pieces, E, N), (E, N)))
-    counts = torch.zeros(3 + PLACES + cut.chains, dtype=torch.int32, device=u.device)
-    passes = cut.chains * cut.pieces
-    args = (initial, enter, local, _wide(u, d, B, cut.pieces, E), last, None, u, None, None, counts, passes, 0)
+    passes, counts = cut.chains * cut.pieces, _counts(u, cut.chains)
+    made = (enter, local, _wide(u, d, B, cut.pieces, E), last)
     sizes = (B, L, E, N, cut.span, cut.pieces, 0, s.flags | STATES_ONLY)
-    module, blocks = _module(s, plan, False), passes + cut.chains * (cut.pieces + 1)
-    threads, shared = d * 32 * shape.warps, _shared_forward(plan, d)
-    module.launch("scan_forward", (blocks, 1, 1), threads, shared, *_arguments(s), *args, *sizes)
+    args = (initial, *made, None, u, None, None, counts, passes, 0, *sizes)
+    _launch_forward(s, plan, passes + cut.chains * (cut.pieces + 1), args)
     return enter, last
+
+
+def _launch_forward(
+    s: Streams, plan: Plan, blocks: int, args: tuple[Any, ...], keep: bool = False, beside: Tensor | None = None
+) -> None:
+    d, width = len(s.reverses), plan.forward.width
+    shared = d * TILE * (width * 8 + 2 * plan.states * 4 + (width + 8) * 4)  # staged inputs and y
+    threads, module = d * 32 * plan.forward.warps, _module(s, plan, keep, beside)
+    module.launch("scan_forward", (blocks, 1, 1), threads, shared, *_arguments(s), *args)
+
+
+def _counts(u: Tensor, chains: int) -> Tensor:
+    """Of a launch with so many chains that are cut, as Turn in scan_common.cu wants them."""
+    return torch.zeros(3 + PLACES + chains, dtype=torch.int32, device=u.device)
 
 
 class Passes(NamedTuple):
@@ -130,7 +140,7 @@ class Passes(NamedTuple):
         if cut.whole == cut.chains or not (wanted or cut.whole):
             return cls(None, None, None, 0, 0)
         (B, _, E, N), u = s.sizes, s.u[0]
-        counts = torch.zeros(3 + PLACES + cut.chains - cut.whole, dtype=torch.int32, device=u.device)
+        counts = _counts(u, cut.chains - cut.whole)
         even = -(-cut.whole // (processors(u.device) * max(1, 4 // warps)))
         if not wanted:
             return cls(None, None, counts, 0, even)
@@ -188,12 +198,6 @@ def backward(
     )  # fmt: skip
     A, D, bias = total[:, : E * (N + 2)].split((E * N, E, E), dim=1)
     return Gradients(du, ddelta, dz, A.view(d, E, N), D, bias, dinitial)
-
-
-def _shared_forward(plan: Plan, directions: int) -> int:
-    """Bytes of a block: staged inputs and y."""
-    width = plan.forward.width
-    return directions * TILE * (width * 8 + 2 * plan.states * 4 + (width + 8) * 4)
 
 
 def _shared_backward(plan: Plan, size: int) -> int:

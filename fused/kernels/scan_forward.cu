@@ -223,7 +223,7 @@ KERNEL(scan_forward, DIRECTIONS * THREADS, FORWARD_BLOCKS)(
   const int d = DIRECTIONS == 2 && threadIdx.x >= THREADS;
   const bool back = DIRECTIONS == 2 ? d : flags & REVERSE;
   const Turn turn(memory, counts, (int)whole, (int)passes, (int)even);
-  const int pieces = (int)cuts + (flags & STATES_ONLY ? 1 : 0);  // and all of their passes but one
+  const int pieces = (int)cuts + (flags & STATES_ONLY ? 1 : 0);  // of a chain, with one pass fewer
   Unit unit(turn.place, (int)whole, pieces - turn.pass, (int)span, (int)L);
   if (turn.pass) {
     if (back && pieces == cuts) unit.next((int)L);

@@ -43,11 +43,7 @@ class Mixer:
         """The backward direction over x (B, L, E) from its state: what enters its pieces, and the state that leaves."""
         taps, edge = state or (None, None)
         p = Parts(x, None, [pair[1:] for pair in self._named], (True,), invariant(), logarithm=False)
-        c, leaving = conv.forward(x, p.conv, p.conv_bias, (taps,), p.reverses, True)
-        assert leaving is not None
-        proj, dt_proj = self._weights(x)
-        rows = p.rows(c, proj[1:])
-        s = p.streams(c, rows, p.delta(rows, dt_proj[1:]))
+        s, leaving = self._read(p, (taps,))
         enter, last = scan.states(s, whole(edge), p.plan, plan(x, p.N, 2, invariant()).ahead)
         return Entering(taps, enter), (leaving[0], last[0])
 
@@ -56,11 +52,7 @@ class Mixer:
         taps, edge = state or (None, None)
         x, z = xz.chunk(2, dim=-1)
         p = Parts(x, z, self._named, (False, True), invariant(), logarithm=False)
-        c, leaving = conv.forward(x, p.conv, p.conv_bias, (taps, entering.taps), p.reverses, True)
-        assert leaving is not None
-        proj, dt_proj = self._weights(x)
-        rows = p.rows(c, proj)
-        s = p.streams(c, rows, p.delta(rows, dt_proj))
+        s, leaving = self._read(p, (taps, entering.taps))
         cut = p.plan.ahead
         enter, _ = scan.states(s.ahead, whole(edge), plan(x, p.N, 1, invariant()), cut)
         starts = torch.cat((enter, entering.pieces))
@@ -68,7 +60,12 @@ class Mixer:
         r = scan.forward(s, first, p.plan, keep=False, starts=starts)
         return r.y, (leaving[0], r.final[0])
 
-    def _weights(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _read(self, p: Parts, taps: Sequence[Tensor | None]) -> tuple[scan.Streams, tuple[Tensor, ...]]:
+        """What the scans of all of its directions, the last ones of two, read, and the taps that leave."""
         if self._packed is None:
-            self._packed = Parts(x, None, self._named, (False, True), invariant(), logarithm=False).weights()
-        return self._packed
+            self._packed = Parts(p.x, None, self._named, (False, True), invariant(), logarithm=False).weights()
+        c, leaving = conv.forward(p.x, p.conv, p.conv_bias, taps, p.reverses, True)
+        assert leaving is not None
+        proj, dt_proj = (x[-len(taps) :] for x in self._packed)
+        rows = p.rows(c, proj)
+        return p.streams(c, rows, p.delta(rows, dt_proj)), leaving

@@ -53,8 +53,7 @@ def mix(xz: Tensor, directions: list[dict[str, Any]], out: Tensor, out_bias: Ten
         elif name in ("A", "D"):
             pair = [x.float() for x in pair]
         flat += [*pair, *[None] * (2 - len(pair))]
-    run = torch.ops.videomamba.mixer.default if torch.compiler.is_compiling() else _differentiable
-    return run(xz, *flat, product(out), product(out_bias), invariant())[0]
+    return _differentiable(xz, *flat, product(out), product(out_bias), invariant())[0]
 
 
 class Parts:

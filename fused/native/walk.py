@@ -40,8 +40,7 @@ def walk(
     parameters = (own["conv"], own["conv_bias"], proj, dt, own["dt_bias"], own["A"].float(), own["D"].float())
     tensors = (x, z, beside, taps, None if edge is None else edge.float(), *parameters)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    run = torch.ops.videomamba.walk.default if torch.compiler.is_compiling() else _differentiable
-    y, taps, edge, *_ = run(*tensors, reverse, logarithm, invariant(), keep)
+    y, taps, edge, *_ = _differentiable(*tensors, reverse, logarithm, invariant(), keep)
     return y, (taps, edge)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 import typer
 
-from harness import environment
+from harness import environment, workers
 from harness.bench import benchmark_json, grids, interval, sweep
 from harness.bench.ceilings import Ceilings
 from harness.bench.compare import compare as compare_runs
@@ -92,7 +92,7 @@ def _work(run: Run, points: list[Point], field: Field, progress: Progress) -> No
     environment.prepare()
     for dtype in dict.fromkeys(p.dtype for p in points):
         races = [(p.race, e) for p in points if p.dtype == dtype for e in field[p.name]]
-        jobs = 6 if plan["device"].startswith("cuda") else 1
+        jobs = workers.fitting(plan["device"]) if plan["device"].startswith("cuda") else 1
         each = max(1, threads // jobs)  # 16 threads in each of 12 processes took three times as long as one process
         sweep.licence(sweep.licence_plans(races, plan["device"], dtype, each), run, progress.say, jobs)
 
