@@ -6,10 +6,10 @@
 // TILE tokens at a time through shared memory. Rows of a tile are in the order of the walk: `reverse` is only where they lie
 // in memory. Compiled with: IO (0 bfloat16, 1 float16, 2 float32), STATES (a multiple of 16, padded with zeros), VECTOR
 // (streams can be read in groups of four), VECTOR_BC (B and C too), EXACT (every block has all of its channels, and N is STATES),
-// DIRECTIONS (1 or 2), PLACES (of Turn), SOFTPLUS (0: delta has none, 1: delta comes before it, 2: behind it, and without a bias), GATED (z is
-// there), KEEPS (the forward keeps what the backward wants), and for each kernel the channels of a thread, the warps of a
-// direction and the blocks that a multiprocessor must hold at least: FORWARD_CHANNELS, FORWARD_WARPS, FORWARD_BLOCKS, BACKWARD_CHANNELS, BACKWARD_WARPS,
-// BACKWARD_BLOCKS; PIECE tokens of the backward stay in registers.
+// DIRECTIONS (1 or 2), PLACES (of Turn), SOFTPLUS (0: delta has none, 1: delta comes before it, 2: behind it, and without a
+// bias), GATED (z is there), KEEPS (the forward keeps what the backward wants), and for each kernel the channels of a thread, the
+// warps of a direction and the blocks that a multiprocessor must hold at least: FORWARD_CHANNELS, FORWARD_WARPS, FORWARD_BLOCKS,
+// BACKWARD_CHANNELS, BACKWARD_WARPS, BACKWARD_BLOCKS; PIECE tokens of the backward stay in registers.
 
 #ifdef EMULATED
 #define KERNEL(name, threads, blocks) extern "C" __global__ void __launch_bounds__(threads) name

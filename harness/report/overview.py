@@ -1,13 +1,13 @@
 """A sweep on half a page, as the README has it: our fastest beside upstream's fastest and the fastest ViT."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from harness.bench import grids
 from harness.bench.point import MODES, Speed
 from harness.report.curves import MAMBA, VIT, Curve, Family, doubt, meeting, memory, seconds
 from harness.report.speed_figures import sizes, tokens
-from harness.report.speed_tables import number, status
+from harness.report.speed_tables import fastest, number, status
 from harness.report.tables import table
 
 HEAD = ["", *(w for what in ("forward", "forward + backward") for w in (what, "upstream", "ViT", "roofline"))]
@@ -21,14 +21,15 @@ def overview(speeds: Sequence[Speed]) -> str:
         p = s.point
         if p.race in grids.OPERATORS or (p.race in grids.MODELS and p.way == ("graph" if "graph" in ways else "eager")):
             rows.setdefault((p.race, p.dims, p.way, p.dtype), []).append(s)
+    ours, *others = (fastest(filter(which, speeds)) for which in KINDS)
     lines = []
     for mine in rows.values():
         cells = [sizes(mine[0].point)]
         for mode in MODES:
             at = [s for s in mine if s.point.mode == mode]
-            ours = _least(at, _is_ours)
-            cells += [_ours(ours, at), *(_other(ours, _least(at, which)) for which in (_is_upstream, _is_vit))]
-            cells.append(f"{round(100 * ours.bound / seconds(ours))} %" if ours and ours.bound else "-")
+            best, *rivals = (found.get(at[0].point) if at else None for found in (ours, *others))
+            cells += [_ours(best, at), *(_other(best, rival) for rival in rivals)]
+            cells.append(f"{round(100 * best.bound / seconds(best))} %" if best and best.bound else "-")
         lines.append(cells)
     if not lines:
         return "No operator or model has a time."
@@ -44,11 +45,10 @@ def most_memory(speeds: Iterable[Speed]) -> list[str]:
     found = []
     for race in grids.MODELS:
         steps = [s for s in speeds if (s.point.race, s.point.mode, s.point.way) == (race, "train", "eager")]
-        kinds = [which for which in (_is_ours, _is_upstream, _is_vit) if any(map(which, steps))]
+        bests = [fastest(filter(which, steps)) for which in KINDS if any(map(which, steps))]
         for point in sorted({s.point for s in steps}, key=lambda p: -p["L"]):
-            chosen = [_least((s for s in steps if s.point == point), which) for which in kinds]
-            if all(chosen):
-                said = [f"{s.entry.name} {number((memory(s) or 0) / 2**30)} GiB" for s in chosen if s]
+            if all(point in best for best in bests):
+                said = [f"{s.entry.name} {number((memory(s) or 0) / 2**30)} GiB" for s in (best[point] for best in bests)]
                 found.append(f"- Peak memory of an eager training step, {sizes(point)}: {', '.join(said)}.")
                 break
     return found
@@ -61,12 +61,11 @@ def crossings(families: Iterable[Family]) -> list[str]:
         way = "graph" if "graph" in family.ways else "eager"
         curves = [c for c in family.of(MAMBA) if c.way == way]
         said = []
-        for word, is_one in (("ours", _is_ours), ("upstream", _is_upstream)):
-            some = [c for c in curves if is_one(c.timed[0])]
+        for word, which in (("ours", _is_ours), ("upstream", _is_upstream)):
+            some = [c for c in curves if which(c.timed[-1])]
             if some:
-                said.append(
-                    f"{word} {_meets(family, min(some, key=lambda c: (-c.timed[-1].point['L'], seconds(c.timed[-1]))))}"
-                )
+                best = min(some, key=lambda c: (-c.timed[-1].point["L"], seconds(c.timed[-1])))
+                said.append(f"{word} {_meets(family, best)}")
         if said:
             found.append(f"- {family.title} ({way}): {'; '.join(said)}.")
     return found
@@ -91,8 +90,7 @@ def _is_vit(s: Speed) -> bool:
     return s.entry.subject == VIT
 
 
-def _least(speeds: Iterable[Speed], which: Callable[[Speed], bool]) -> Speed | None:
-    return min((s for s in speeds if s.seconds and which(s)), key=seconds, default=None)
+KINDS = (_is_ours, _is_upstream, _is_vit)
 
 
 def _ours(best: Speed | None, at: Sequence[Speed]) -> str:

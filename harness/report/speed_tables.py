@@ -54,7 +54,7 @@ def who(entry: Entry) -> str:
 
 def operators(speeds: Sequence[Speed]) -> str:
     """One operator's race."""
-    best = _fastest(s for s in speeds if s.entry.role == "rival")
+    best = fastest(s for s in speeds if s.entry.role == "rival")
     rows = [
         (sizes(s.point), s.point.mode, who(s.entry), milliseconds(s),
          f"{100 * s.bound / seconds(s):.2g} %" if s.bound and s.seconds else "-",
@@ -67,7 +67,7 @@ def operators(speeds: Sequence[Speed]) -> str:
 
 def models(speeds: Sequence[Speed]) -> str:
     """One race of models in one mode."""
-    best = _fastest(s for s in speeds if s.entry.subject == VIT)
+    best = fastest(s for s in speeds if s.entry.subject == VIT)
     rows = []
     for s in speeds:
         p, t = s.point, seconds(s) if s.seconds else 0.0
@@ -83,7 +83,8 @@ def _size(speed: Speed, unit: int) -> str:
     return number(held / unit) if held else "-"
 
 
-def _fastest(speeds: Iterable[Speed]) -> dict[Point, Speed]:
+def fastest(speeds: Iterable[Speed]) -> dict[Point, Speed]:
+    """Of those with a speed, at every point."""
     best: dict[Point, Speed] = {}
     for s in speeds:
         if s.seconds and (s.point not in best or seconds(s) < seconds(best[s.point])):
