@@ -115,17 +115,18 @@ def _forward_by_states(
     chunks, inner = list(enumerate(plan.chunks)), w.out[0].shape[1]
     waiting: list[Any] = [None] * len(chunks)  # the norm's result, and what the backward scan starts from
     starts: list[State] = []
-    state: State | None = None
+    entering = mixer.nothing
     for i, c in reversed(chunks):
-        y = _normed(plan, w, hidden, residual, into, seen, c)
-        entering, state = mixer.behind(project(w.into, y, inner), state)
-        waiting[i] = _away(plan, y), entering
-    state = None
+        y, own = _normed(plan, w, hidden, residual, into, seen, c), entering
+        if i:
+            own, entering = mixer.behind(project(w.into, y, inner), own)
+        waiting[i] = _away(plan, y), own
+    state: State | None = None
     for i, c in chunks:
-        (y, entering), waiting[i] = waiting[i], None
+        (y, own), waiting[i] = waiting[i], None
         if seen is not None and state is not None:
             starts.append(state)
-        y, state = mixer.mix(project(w.into, _back(y, hidden.device)), state, entering)
+        y, state = mixer.mix(project(w.into, _back(y, hidden.device)), state, own)
         project_into(w.out, y, out[:, c])
     return starts
 

@@ -98,8 +98,8 @@ def forward_kernel(
     K: tl.constexpr, SILU: tl.constexpr, NATIVE: tl.constexpr, RUNS: tl.constexpr, BE: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Names ending in a are ahead's, in b back's; a direction that is not asked for is None throughout."""
-    clip, _, runs, e = _place(chunks, E, BE, RUNS)
-    start = runs * run - (K - 1)
+    clip, chunk, runs, e = _place(chunks, E, BE, RUNS)
+    start, last = runs * run - (K - 1), (chunk * RUNS + RUNS - 1) * run
     x += clip * x_clip
     if ya is not None:
         taps_a, bias_a = _taps(wa, ba, e, E, K)
@@ -115,8 +115,14 @@ def forward_kernel(
     for i in range(0, run, UNROLL):
         rows = window
         for r in tl.static_range(UNROLL):
-            t = start + (i + r + K - 1)
-            rows = rows + (_edge(_row(x, t, e, L, E, x_token, False), sb, t, L, clip, e, E, K),)
+            rows = rows + (_row(x, start + (i + r + K - 1), e, L, E, x_token, False),)
+        if sb is not None:
+            if last + i + UNROLL > L:  # else no run of this program looks beyond the sequence
+                ends = window
+                for r in tl.static_range(UNROLL):
+                    t = start + (i + r + K - 1)
+                    ends = ends + (_edge(rows[K - 1 + r], sb, t, L, clip, e, E, K),)
+                rows = ends
         for r in tl.static_range(UNROLL):
             t = start + (i + r)
             if ya is not None:

@@ -1,6 +1,7 @@
-"""The weights of x_proj and dt_proj of every direction as the mixer's products want them, in one Triton launch."""
+"""A mixer's weights as its products and its scan want them, of every direction in one Triton launch."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -13,7 +14,9 @@ BLOCK = 1024
 
 
 @triton.jit
-def pack_kernel(proj0, proj1, dt0, dt1, out, E, R, STEP, WIDTH, DIRECTIONS, BLOCK: tl.constexpr):
+def pack_kernel(
+    proj0, proj1, dt0, dt1, A0, A1, D0, D1, out, wide, E, R, N, STEP, WIDTH, DIRECTIONS, BLOCK: tl.constexpr
+):  # fmt: skip
     row, d = tl.program_id(0), tl.program_id(2)
     e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = e < E
@@ -22,21 +25,44 @@ def pack_kernel(proj0, proj1, dt0, dt1, out, E, R, STEP, WIDTH, DIRECTIONS, BLOC
         own = tl.where(row < R, row, row - (STEP - R))
         x = tl.load(proj + own * E + e, mask=inside & ((row < R) | (row >= STEP)), other=0.0)
         tl.store(out + (d * WIDTH + row) * E + e, x, mask=inside)
-    else:
+    elif row < WIDTH + STEP:
         dt, r = (dt0 if d == 0 else dt1), row - WIDTH
         x = tl.load(dt + e * R + r, mask=inside & (r < R), other=0.0)
         tl.store(out + (DIRECTIONS * WIDTH + d * STEP + r) * E + e, x, mask=inside)
+    elif wide is not None:
+        n = row - WIDTH - STEP
+        at = wide + (d * (N + 1) + n) * E + e
+        if n < N:
+            tl.store(at, tl.load((A0 if d == 0 else A1) + n * E + e, mask=inside).to(tl.float32), mask=inside)
+        else:
+            tl.store(at, tl.load((D0 if d == 0 else D1) + e, mask=inside).to(tl.float32), mask=inside)
 
 
-def pack(proj: Sequence[Tensor], dt: Sequence[Tensor], step: int) -> tuple[Tensor, Tensor]:
-    """x_proj (directions, step + 2N, E) and dt_proj (directions, step, E), of proj (R + 2N, E) and dt (E, R), contiguous and
-    one or two each: rows of zeros stand between R and `step`, and dt is transposed."""
-    count, (E, R) = len(proj), dt[0].shape
+class Packed(NamedTuple):
+    """Of every direction, in the dtype of matrix products but A and D, which are float32."""
+
+    proj: Tensor  # (directions, step + 2N, E)
+    dt: Tensor  # (directions, step, E)
+    A: Sequence[Tensor]  # (E, N)
+    D: Sequence[Tensor]  # (E,)
+
+
+def pack(proj: Sequence[Tensor], dt: Sequence[Tensor], A: Sequence[Tensor], D: Sequence[Tensor], step: int) -> Packed:
+    """Of proj (R + 2N, E), dt (E, R), A (E, N) and D (E,), contiguous and one or two each: in proj rows of zeros stand between
+    R and `step`, and dt is transposed. A and D are themselves where all of them are float32."""
+    count, (E, R), N = len(proj), dt[0].shape, A[0].shape[1]
     width = proj[0].shape[0] - R + step
     out = torch.empty((count * (width + step), E), dtype=proj[0].dtype, device=proj[0].device)
+    wide = None
+    if any(x.dtype != torch.float32 for x in (*A, *D)):
+        wide = torch.empty((count, (N + 1) * E), dtype=torch.float32, device=out.device)
+    rows = width + step + (0 if wide is None else N + 1)
     with launching_on(out.device):
-        pack_kernel[width + step, blocks(E, BLOCK), count](
-            proj[0], proj[-1], dt[0], dt[-1], out, E, R, step, width, count, BLOCK=BLOCK
+        pack_kernel[rows, blocks(E, BLOCK), count](
+            proj[0], proj[-1], dt[0], dt[-1], A[0], A[-1], D[0], D[-1], out, wide, E, R, N, step, width, count, BLOCK=BLOCK
         )  # fmt: skip
-    both = out.split((count * width, count * step))
-    return both[0].unflatten(0, (count, width)), both[1].unflatten(0, (count, step))
+    if wide is not None:
+        both = wide.split((N * E, E), dim=1)
+        A, D = both[0].unflatten(1, (E, N)).unbind(), both[1].unbind()
+    products = out.split((count * width, count * step))
+    return Packed(products[0].unflatten(0, (count, width)), products[1].unflatten(0, (count, step)), A, D)

@@ -1,6 +1,6 @@
 """Both directions of a mixer over a video in chunks, in two walks of which the first makes states alone.
 
-    right to left:   what enters every piece of time of the backward scan
+    right to left:   what enters every piece of time of the backward scan; not over the first chunk, which comes last
     left to right:   what enters those of the forward scan; then both scans at once, as over a whole clip
 
 So the work of either scan is done once: the passes for the states that enter pieces are made anyway where time is cut. Where it
@@ -15,37 +15,39 @@ from torch import Tensor
 
 from fused.backends import invariant
 from fused.kernels import conv, cuts, scan
+from fused.kernels.pack import Packed
 from fused.native.mixer import NAMES, Parts
 from fused.native.scan import plan, whole
 
 
 class Entering(NamedTuple):
-    """What the backward scan of a chunk starts from."""
+    """What the backward scan of a chunk starts from: None at the end of the video, or what is not known."""
 
-    taps: Tensor | None  # (B, E, K-1) in the stream's dtype, None at the end of the video
-    pieces: Tensor  # (1, B, pieces, E, N) float32
+    taps: Tensor | None  # (B, E, K-1) in the stream's dtype
+    edge: Tensor | None  # (B, E, N) float32
+    pieces: Tensor | None  # (1, B, pieces, E, N) float32
 
 
 class Mixer:
     """A mixer's two directions, as `walk` takes one, A itself; weights are packed once for all chunks."""
 
+    nothing = Entering(None, None, None)
+
     def __init__(self, directions: Sequence[dict[str, Any]]) -> None:
-        wide = ("A", "D")  # float32, whatever the parameters' dtype
-        self._named = [tuple(own[name].float() if name in wide else own[name] for own in directions) for name in NAMES]
-        self._packed: tuple[Tensor, Tensor] | None = None
+        self._named = [tuple(own[name] for own in directions) for name in NAMES]
+        self._packed: Packed | None = None
 
     def suits(self, clips: int, tokens: int, device: torch.device) -> bool:
         """Whether time is cut over a chunk of so many tokens."""
         E, N = self._named[NAMES.index("A")][0].shape
         return clips > 0 and cuts.plan(clips, tokens, E, N, 2, cuts.processors(device), invariant=invariant()).ahead.pieces > 1
 
-    def behind(self, x: Tensor, state: Any) -> tuple[Entering, tuple[Tensor, Tensor]]:
-        """The backward direction over x (B, L, E) from its state: what enters its pieces, and the state that leaves."""
-        taps, edge = state or (None, None)
+    def behind(self, x: Tensor, entering: Entering) -> tuple[Entering, Entering]:
+        """The backward direction over x (B, L, E): what enters it with its pieces, and what enters the chunk before."""
         p = Parts(x, None, [pair[1:] for pair in self._named], (True,), invariant(), logarithm=False)
-        s, leaving = self._read(p, (taps,))
-        enter, last = scan.states(s, whole(edge), p.plan, plan(x, p.N, 2, invariant()).ahead)
-        return Entering(taps, enter), (leaving[0], last[0])
+        s, leaving = self._read(p, (entering.taps,))
+        enter, last = scan.states(s, whole(entering.edge), p.plan, plan(x, p.N, 2, invariant()).ahead)
+        return entering._replace(pieces=enter), Entering(leaving[0], last[0], None)
 
     def mix(self, xz: Tensor, state: Any, entering: Entering) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """y (B, L, E), gated, of both directions over xz (B, L, 2E), and the state that leaves the forward one."""
@@ -53,6 +55,10 @@ class Mixer:
         x, z = xz.chunk(2, dim=-1)
         p = Parts(x, z, self._named, (False, True), invariant(), logarithm=False)
         s, leaving = self._read(p, (taps, entering.taps))
+        if entering.pieces is None:
+            edges = [s.A[0].new_zeros(len(x), *s.A[0].shape) if e is None else e for e in (edge, entering.edge)]
+            r = scan.forward(s, torch.stack(edges), p.plan, keep=False)
+            return r.y, (leaving[0], r.final[0])
         cut = p.plan.ahead
         enter, _ = scan.states(s.ahead, whole(edge), plan(x, p.N, 1, invariant()), cut)
         starts = torch.cat((enter, entering.pieces))
@@ -66,6 +72,6 @@ class Mixer:
             self._packed = Parts(p.x, None, self._named, (False, True), invariant(), logarithm=False).weights()
         c, leaving = conv.forward(p.x, p.conv, p.conv_bias, taps, p.reverses, True)
         assert leaving is not None
-        proj, dt_proj = (x[-len(taps) :] for x in self._packed)
-        rows = p.rows(c, proj)
-        return p.streams(c, rows, p.delta(rows, dt_proj)), leaving
+        weights = Packed(*(x[-len(taps) :] for x in self._packed))
+        rows = p.rows(c, weights.proj)
+        return p.streams(c, rows, p.delta(rows, weights.dt), weights), leaving

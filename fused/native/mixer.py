@@ -20,7 +20,7 @@ from fused.backends import invariant
 from fused.dispatch import below_autograd, differentiable, register
 from fused.kernels import conv, scan
 from fused.kernels.conv import Optionals
-from fused.kernels.pack import pack
+from fused.kernels.pack import Packed, pack
 from fused.kernels.steps import steps
 from fused.native.scan import aligned, dense, plan
 
@@ -50,8 +50,6 @@ def mix(xz: Tensor, directions: list[dict[str, Any]], out: Tensor, out_bias: Ten
         pair = [own[name] for own in directions]
         if name in ("proj", "dt"):
             pair = [product(x) for x in pair]
-        elif name in ("A", "D"):
-            pair = [x.float() for x in pair]
         flat += [*pair, *[None] * (2 - len(pair))]
     return _differentiable(xz, *flat, product(out), product(out_bias), invariant())[0]
 
@@ -87,9 +85,9 @@ class Parts:
         self.width = self.step + 2 * self.N  # of a row
         self.plan = plan(x, self.N, len(reverses), even)
 
-    def weights(self) -> tuple[Tensor, Tensor]:
-        """x_proj (directions, width, E) and dt_proj (directions, step, E)."""
-        return pack([w.contiguous() for w in self.proj], [w.contiguous() for w in self.dt], self.step)
+    def weights(self) -> Packed:
+        """x_proj (directions, width, E), dt_proj (directions, step, E), A and D."""
+        return pack(*([w.contiguous() for w in pair] for pair in (self.proj, self.dt, self.A, self.D)), self.step)
 
     def split(self, rows: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """dt (directions, B * L, step), and for each direction B and C (B, L, N)."""
@@ -109,36 +107,35 @@ class Parts:
         """(directions, B, L, E), behind softplus."""
         return steps(rows.flatten(1, 2), dt_proj, self.dt_bias).view(len(self.reverses), *self.x.shape)
 
-    def streams(self, c: Tensor, rows: Tensor, delta: Tensor) -> scan.Streams:
+    def streams(self, c: Tensor, rows: Tensor, delta: Tensor, weights: Packed) -> scan.Streams:
         """What the scan reads."""
         _, B, C = self.split(rows)
-        A, D = (tuple(map(aligned, pair)) for pair in (self.A, self.D))
+        A, D = (tuple(map(aligned, pair)) for pair in (weights.A, weights.D))
         z, nothing = None if self.z is None else dense(self.z), (None,) * len(delta)
         return scan.Streams(self.reverses, c.unbind(), delta.unbind(), A, B, C, D, nothing, z, 2, self.logarithm)
 
     def gradients(
-        self, s: scan.Streams, c: Tensor, rows: Tensor, weights: tuple[Tensor, Tensor], dy: Tensor, marks: Tensor,
+        self, s: scan.Streams, c: Tensor, rows: Tensor, weights: Packed, dy: Tensor, marks: Tensor,
         ungated: Tensor | None, dx: Tensor | None, dz: Tensor | None, dfinal: Tensor | None = None,
         taps: Optionals = None, dtaps: Optionals = None,
     ) -> tuple[Tensor, scan.Gradients, Any, list[tuple[Any, ...]]]:  # fmt: skip
         """From dy (B, L, E) and, of states, `dfinal` and `dtaps`: dx, written into the one given, those of the scan with dz,
         those of `taps`, and of the parameters in the order of NAMES."""
-        proj, dt_proj = weights
         drows, du, ddelta = torch.empty_like(rows), torch.empty_like(c), torch.empty_like(c)
         dt, *_ = self.split(rows)
         ddt_rows, dB, dC = self.split(drows)
         g = scan.backward(s, dy, dfinal, marks, ungated, self.plan, dB, dC, du.unbind(), ddelta.unbind(), dz)
         du, ddelta, drows = (x.flatten(1, 2) for x in (du, ddelta, drows))
-        _products(ddelta, dt_proj.mT, ddt_rows)
+        _products(ddelta, weights.dt.mT, ddt_rows)
         ddt = [(x.t() @ y)[:, : self.R] for x, y in zip(ddelta, dt, strict=True)]
         dproj = [x.t() @ y for x, y in zip(drows, c.flatten(1, 2), strict=True)]  # one by one: cuBLAS splits their long sums
         if self.step > self.R:
             dproj = [torch.cat((x[: self.R], x[self.step :])) for x in dproj]
-        du.baddbmm_(drows, proj)
+        du.baddbmm_(drows, weights.proj)
         dx, dconv, dconv_bias, dtaps = conv.backward(
             du.view(c.shape), dtaps, self.x, self.conv, self.conv_bias, taps, self.reverses, True, dx
         )
-        dA = [x * -a.exp() for x, a in zip(g.A, self.A, strict=True)] if self.logarithm else g.A
+        dA = [x * -a.exp() for x, a in zip(g.A, s.A, strict=True)] if self.logarithm else g.A
         pairs: tuple[Any, ...] = (dconv, dconv_bias, dproj, ddt, g.bias, dA, g.D)
         return dx, g, dtaps, [self._own(pair, getattr(self, name)) for pair, name in zip(pairs, NAMES, strict=True)]
 
@@ -169,9 +166,9 @@ def _parts(tensors: Sequence[Any], even: bool) -> Parts:
 def _mixer(*args):
     *tensors, even = args
     p, (out, out_bias) = _parts(tensors, even), tensors[-2:]
-    c, (proj, dt_proj) = p.convolved(), p.weights()
-    rows = p.rows(c, proj)
-    r = scan.forward(p.streams(c, rows, p.delta(rows, dt_proj)), None, p.plan, keep=False)
+    c, weights = p.convolved(), p.weights()
+    rows = p.rows(c, weights.proj)
+    r = scan.forward(p.streams(c, rows, p.delta(rows, weights.dt), weights), None, p.plan, keep=False)
     return F.linear(r.y, out, out_bias), rows, r.starts if r.starts is not None else r.final.new_empty(0)
 
 
@@ -180,7 +177,8 @@ def _shapes(*args):
     p = _parts(tensors, even)
     B, L, E = p.x.shape
     cut, count = p.plan.ahead, len(p.reverses)
-    starts = p.A[0].new_empty((count, B, cut.pieces, E, p.N) if cut.whole < cut.chains else 0)
+    size = (count, B, cut.pieces, E, p.N) if cut.whole < cut.chains else 0
+    starts = p.x.new_empty(size, dtype=torch.float32)
     return p.x.new_empty((B, L, tensors[-2].shape[0])), p.x.new_empty((count, B, L, p.width)), starts
 
 
@@ -188,7 +186,7 @@ def _mixer_backward(dout, rows, starts, *args):
     *tensors, even = args
     p, (xz, out, out_bias) = _parts(tensors, even), (tensors[0], *tensors[-2:])
     c, weights = p.convolved(), p.weights()
-    s = p.streams(c, rows, p.delta(rows, weights[1]))
+    s = p.streams(c, rows, p.delta(rows, weights.dt), weights)
     flat = dout.flatten(0, 1)
     dy = (flat @ out).view(p.x.shape)
     r = scan.forward(s, None, p.plan, keep=True, starts=starts if starts.numel() else None)

@@ -6,6 +6,7 @@
 the backward wants is kept: it follows at once, or after a frame.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def walk(
     low = torch.is_autocast_enabled(x.device.type)
     taps, edge = state or (None, None)
     proj, dt = (own[name].to(x.dtype) if low else own[name] for name in ("proj", "dt"))
-    parameters = (own["conv"], own["conv_bias"], proj, dt, own["dt_bias"], own["A"].float(), own["D"].float())
+    parameters = (own["conv"], own["conv_bias"], proj, dt, own["dt_bias"], own["A"], own["D"])
     tensors = (x, z, beside, taps, None if edge is None else edge.float(), *parameters)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     y, taps, edge, *_ = _differentiable(*tensors, reverse, logarithm, invariant(), keep)
@@ -55,10 +56,10 @@ def _walk(*args):
     p, nothing = _parts(tensors, reverse, logarithm, even), tensors[0].new_empty
     c, leaving = conv.forward(p.x, p.conv, p.conv_bias, (taps,), p.reverses, True)
     assert leaving is not None
-    proj, dt_proj = p.weights()
-    rows = p.rows(c, proj)
-    delta = p.delta(rows, dt_proj)
-    s = p.streams(c, rows, delta)
+    weights = p.weights()
+    rows = p.rows(c, weights.proj)
+    delta = p.delta(rows, weights.dt)
+    s = p.streams(c, rows, delta, weights)
     r = scan.forward(s, whole(state), p.plan, keep=keep, beside=whole(beside))
     ungated = r.ungated if keep and p.z is not None else nothing(0)
     kept = (c, rows, delta, ungated, r.marks) if keep else (*(nothing(0) for _ in range(4)), r.final.new_empty(0))
@@ -68,7 +69,7 @@ def _walk(*args):
 def _shapes(*args):
     *tensors, reverse, logarithm, even, keep = args
     p, empty = _parts(tensors, reverse, logarithm, even), tensors[0].new_empty
-    (B, L, E), precise = p.x.shape, p.A[0].new_empty
+    (B, L, E), precise = p.x.shape, partial(empty, dtype=torch.float32)
     kept = [(1, B, L, E), (1, B, L, p.width), (1, B, L, E), (B, L, E) if p.z is not None else 0]
     marks = precise((1, B, -(-L // scan.TILE), E, p.N) if keep else 0)
     shapes = kept if keep else [0] * 4
@@ -79,9 +80,10 @@ def _walk_backward(dy, dtaps, dstate, c, rows, delta, ungated, marks, *args):
     *tensors, reverse, logarithm, even = args
     x, z, beside, taps, state = tensors[:_PARAMETERS]
     p, nothing = _parts(tensors, reverse, logarithm, even), x.new_empty
-    s = p.streams(c, rows, delta)
+    weights = p.weights()
+    s = p.streams(c, rows, delta, weights)
     dx, g, (dentering,), made = p.gradients(
-        s, c, rows, p.weights(), dy, marks, None if z is None else ungated, None, None, whole(dstate), (taps,), (dtaps,)
+        s, c, rows, weights, dy, marks, None if z is None else ungated, None, None, whole(dstate), (taps,), (dtaps,)
     )
     return (
         dx, nothing(0) if z is None else g.z, nothing(0) if beside is None or s.z is None else gate(dy, s.z),

@@ -67,7 +67,10 @@ def launches_of_steps():
     for R, dtype in ((16, BF16), (40, BF16), (40, FP32)):
         yield f"R{R} {PLAIN[dtype]}", steps, ("steps_kernel",), lambda R=R, dtype=dtype: one(R, dtype)
     proj, dt = torch.empty(68, 128, dtype=BF16), torch.empty(128, 36, dtype=BF16)
-    yield "pack bf16", pack, ("pack_kernel",), lambda: pack.pack((proj, proj), (dt, dt), 40)
+    for dtype in (BF16, FP32):
+        A, D = torch.empty(128, 16, dtype=dtype), torch.empty(128, dtype=dtype)
+        every = (proj, proj), (dt, dt), (A, A), (D, D), 40
+        yield f"pack bf16, A {PLAIN[dtype]}", pack, ("pack_kernel",), lambda every=every: pack.pack(*every)
     dy, xz = torch.empty(2, 70, 128, dtype=BF16), torch.empty(2, 70, 256, dtype=BF16)
     yield "gate bf16", gate, ("gate_kernel",), lambda: gate.gate(dy, xz[..., 128:])
 
