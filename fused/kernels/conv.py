@@ -54,16 +54,28 @@ def forward(
     K = weights[0].shape[1]
     y = torch.empty((len(weights), B, L, E), dtype=x.dtype, device=x.device)
     if x.numel():
-        run, chunks = _runs("forward", B, L + K - 1 if True in reverses else L, E, 0)
         ahead, back = _sides(reverses, _contiguous(weights), _contiguous(biases), _as(states, x.dtype), y)
-        with launching_on(x.device):
-            forward_kernel[(B * chunks * blocks(E, AHEAD["BE"]),)](
-                x, *ahead, *back, L, E, x.stride(0), x.stride(1), chunks, run,
-                K=K, SILU=activated, NATIVE=NATIVE, **AHEAD,
-            )  # fmt: skip
+        if back[2] is None or not 1 < K <= L:
+            _launch_forward(x, ahead, back, K, activated)
+        else:  # looking for a state in the loop takes twice the registers: the few tokens that see it are made again
+            w, b, state, out = back
+            _launch_forward(x, ahead, (w, b, None, out), K, activated)
+            _launch_forward(x[:, 1 - K :], (None,) * 4, (w, b, state, out[:, 1 - K :]), K, activated)
     if not want_states:
         return y, None
     return y, tuple(_leaving(x, s, K - 1, reverse) for s, reverse in zip(states, reverses, strict=True))
+
+
+def _launch_forward(x: Tensor, ahead: Sequence, back: Sequence, K: int, activated: bool) -> None:
+    """Of either direction its weights, bias, state and y (B, L, E), whose rows are dense; None throughout: not wanted."""
+    B, L, E = x.shape
+    y = ahead[3] if back[3] is None else back[3]
+    run, chunks = _runs("forward", B, L if back[3] is None else L + K - 1, E, 0)
+    with launching_on(x.device):
+        forward_kernel[(B * chunks * blocks(E, AHEAD["BE"]),)](
+            x, *ahead, *back, L, E, x.stride(0), x.stride(1), y.stride(0), chunks, run,
+            K=K, SILU=activated, NATIVE=NATIVE, **AHEAD,
+        )  # fmt: skip
 
 
 def backward(

@@ -94,19 +94,19 @@ def _place(chunks, E, BE: tl.constexpr, RUNS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["L", "chunks", "run"])
 def forward_kernel(
-    x, wa, ba, sa, ya, wb, bb, sb, yb, L, E, x_clip, x_token, chunks, run,
+    x, wa, ba, sa, ya, wb, bb, sb, yb, L, E, x_clip, x_token, y_clip, chunks, run,
     K: tl.constexpr, SILU: tl.constexpr, NATIVE: tl.constexpr, RUNS: tl.constexpr, BE: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Names ending in a are ahead's, in b back's; a direction that is not asked for is None throughout."""
-    clip, chunk, runs, e = _place(chunks, E, BE, RUNS)
-    start, last = runs * run - (K - 1), (chunk * RUNS + RUNS - 1) * run
+    clip, _, runs, e = _place(chunks, E, BE, RUNS)
+    start = runs * run - (K - 1)
     x += clip * x_clip
     if ya is not None:
         taps_a, bias_a = _taps(wa, ba, e, E, K)
-        ya += clip * L * E
+        ya += clip * y_clip
     if yb is not None:
         taps_b, bias_b = _taps(wb, bb, e, E, K)
-        yb += clip * L * E
+        yb += clip * y_clip
     window = ()
     for j in tl.static_range(K - 1):
         t = start + j
@@ -115,14 +115,8 @@ def forward_kernel(
     for i in range(0, run, UNROLL):
         rows = window
         for r in tl.static_range(UNROLL):
-            rows = rows + (_row(x, start + (i + r + K - 1), e, L, E, x_token, False),)
-        if sb is not None:
-            if last + i + UNROLL > L:  # else no run of this program looks beyond the sequence
-                ends = window
-                for r in tl.static_range(UNROLL):
-                    t = start + (i + r + K - 1)
-                    ends = ends + (_edge(rows[K - 1 + r], sb, t, L, clip, e, E, K),)
-                rows = ends
+            t = start + (i + r + K - 1)
+            rows = rows + (_edge(_row(x, t, e, L, E, x_token, False), sb, t, L, clip, e, E, K),)
         for r in tl.static_range(UNROLL):
             t = start + (i + r)
             if ya is not None:

@@ -139,7 +139,6 @@ PLANTED = {
     "a token counted by two runs": ("t + (K - 1) < last", "t + (K - 1) < last + 1"),
     "the other direction's taps": ("_sum(rows, r, taps_b, bias_b, True, K)", "_sum(rows, r, taps_b, bias_b, False, K)"),
     "the state a token late": ("sb, t, L, clip", "sb, t, L + 1, clip"),
-    "no state beyond the end": ("last + i + UNROLL > L", "chunk < 0"),
     "the last token unwritten": ("mask=((t >= 0) & (t < L))", "mask=((t >= 0) & (t < L - 1))"),
     "slope of the sigmoid only": ("gate * tl.fma(total, 1.0 - gate, 1.0)", "gate * (1.0 - gate)"),
     "no halo of slopes": ("slopes_b = slopes_b[1:]", "slopes_b = _repeat(zero, K - 1)"),
