@@ -149,8 +149,7 @@ def add_norm(
 ) -> tuple[Tensor, Tensor]:
     """(what in_proj reads, the sum before it is stored). The second is `into` where it can be written there by native kernels,
     within autograd's back; `into` may be `residual`."""
-    native = plan.backend == "native" and plan.fused_add_norm
-    if native and into is not None and into.dtype == plan.wide and into.is_contiguous():
+    if _native(plan) and into is not None and into.dtype == plan.wide and into.is_contiguous():
         weight, bias = w.norm
         return norm.norm_into(into, hidden, weight, bias, residual, eps=plan.eps, kind=plan.kind).to(plan.product), into
     if plan.fused_add_norm:
@@ -170,6 +169,46 @@ def norm_only(plan: Plan, w: Weights, v: Tensor, residual: Tensor | None = None)
     options: dict[str, Any] = {"eps": plan.eps, "kind": plan.kind, "prenorm": False, "backend": plan.backend}
     y: Any = norm.add_norm(v, *w.norm, residual=residual, **options)
     return y.to(plan.normed).to(plan.product)
+
+
+def norm_again(plan: Plan, w: Weights, v: Tensor) -> tuple[Tensor, tuple[Any, Any]]:
+    """`norm_only` of v, and what `norm_back` wants."""
+    if _native(plan):
+        from .kernels import norm as kernels
+
+        weight, bias = w.norm
+        y, _, mean, rstd = kernels.forward(v, None, weight, bias, plan.eps, plan.kind == "layer", None, dtype=plan.normed)
+        return y.to(plan.product), (mean, rstd)
+    v = v.detach().requires_grad_()
+    with torch.enable_grad():
+        y = norm_only(plan, w, v)
+    return y.detach(), (v, y)
+
+
+def norm_back(
+    plan: Plan, w: Weights, v: Tensor, kept: tuple[Any, Any], dy: Tensor, dinto: Tensor | None, place: Tensor
+) -> None:
+    """Write the gradient of v into `place`, `dinto` added if there is any; those of the parameters are added to `w`."""
+    weight, bias = w.norm
+    if _native(plan):
+        from .kernels import norm as kernels
+
+        (mean, rstd), own = kept, place if place.is_contiguous() else None
+        dv, _, dweight, dbias = kernels.backward(dy, dinto, v, None, weight, bias, mean, rstd, place.dtype, dx=own)
+    else:
+        leaf, y = kept
+        dv, dweight, *rest = torch.autograd.grad(y, [x for x in (leaf, weight, bias) if x is not None], dy)
+        dv, dbias = dv if dinto is None else dv + dinto, rest[0] if rest else None
+    if dv is not place:
+        place.copy_(dv)
+    w.add(weight, dweight)
+    if dbias is not None:
+        w.add(bias, dbias)
+
+
+def _native(plan: Plan) -> bool:
+    """Whether the norm's own kernels can be called, past autograd: the sum that they see is not rounded."""
+    return plan.backend == "native" and plan.fused_add_norm
 
 
 def scan_chunk(

@@ -26,6 +26,8 @@ from .pieces import (
     Plan,
     Weights,
     add_norm,
+    norm_again,
+    norm_back,
     norm_only,
     parameters_of,
     plan_of,
@@ -166,12 +168,12 @@ def _backward(
 ) -> Tensor:
     """The gradient of the sum that the norm saw; those of the parameters are added to `w`."""
     chunks = list(enumerate(plan.chunks))
-    waiting: list[Any] = [None] * len(chunks)  # of every chunk: gradients of x and z, and for the backward scan of its y
+    waiting: list[Any] = [None] * len(chunks)  # of every chunk: gradients of x, z, and for the backward scan of its y
     entering: list[State | None] = [None] * len(chunks)
     state: State | None = None
     dstate: Sequence[Tensor] = ()
     for i, c in reversed(chunks):
-        x, z = (t.requires_grad_() for t in project(w.into, norm_only(plan, w, seen[:, c])).chunk(2, dim=-1))
+        x, z = (t.requires_grad_() for t in project(w.into, norm_again(plan, w, seen[:, c])[0]).chunk(2, dim=-1))
         behind: list[Tensor] = []
         if w.behind is not None:
             entering[i] = state
@@ -183,23 +185,20 @@ def _backward(
         dy = project_back(w, w.out, y.detach(), dout[:, c])
         dx, dz, *rest = _gradients(w, (y, *last), (dy, *dstate), (x, z, *behind, *start), w.ahead.tensors)
         dbehind, dstate = rest[: len(behind)], rest[len(behind) :]
-        waiting[i] = [_away(plan, t) for t in (torch.cat((dx, dz), dim=-1), *dbehind)]
+        waiting[i] = [_away(plan, t) for t in (dx, dz, *dbehind)]
     dseen, dstate = torch.empty_like(seen), ()
     for i, c in chunks:
-        v = seen[:, c].detach().requires_grad_()
-        with torch.enable_grad():
-            y = norm_only(plan, w, v)
-        (dxz, *dbehind), waiting[i] = (_back(t, v.device) for t in waiting[i]), None
+        v = seen[:, c]
+        y, kept = norm_again(plan, w, v)
+        (dx, dz, *dbehind), waiting[i] = (_back(t, v.device) for t in waiting[i]), None
         if w.behind is not None:
-            inner = w.out[0].shape[1]
-            x, start = project(w.into, y.detach(), inner).requires_grad_(), _leaves(entering[i])
+            x, start = project(w.into, y, w.out[0].shape[1]).requires_grad_(), _leaves(entering[i])
             with torch.enable_grad():
                 out, last = scan_chunk(plan, w.behind, x, start, reverse=True)
-            dx, *dstate = _gradients(w, (out, *last), (*dbehind, *dstate), (x, *start), w.behind.tensors)
-            dxz[..., :inner] += dx
-        dy = project_back(w, w.into, y.detach(), dxz)
-        (dv,) = _gradients(w, (y,), (dy,), (v,), [x for x in w.norm if x is not None])
-        dseen[:, c] = dv if dinto is None else dv + dinto[:, c]
+            own, *dstate = _gradients(w, (out, *last), (*dbehind, *dstate), (x, *start), w.behind.tensors)
+            dx = dx.add_(own)
+        dy = project_back(w, w.into, y, torch.cat((dx, dz), dim=-1))
+        norm_back(plan, w, v, kept, dy, None if dinto is None else dinto[:, c], dseen[:, c])
     return dseen
 
 

@@ -132,15 +132,16 @@ def forward(
     centre: bool,
     stored: torch.dtype | None,
     out: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """y in x's dtype, v in `stored` unless that is None, the rows' means if `centre`, their rstd.
+    """y in `dtype` or else in x's, v in `stored` unless that is None, the rows' means if `centre`, their rstd.
 
     x and residual are (..., D) with any strides; what the kernel does not read in place costs a copy. v is written into a
     contiguous `out` if that is given; it may be residual itself, of which a row is read before it is written.
     """
     D = x.shape[-1]
     M = x.numel() // D if D else 0
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
     if out is None and stored is not None:
         out = torch.empty(x.shape, dtype=stored, device=x.device)
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
@@ -167,15 +168,17 @@ def backward(
     rstd: Tensor,
     x_dtype: torch.dtype,
     residual_dtype: torch.dtype | None = None,
+    dx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """(dx, dresidual, dweight, dbias) of `forward`, from v or from x and residual as `first` and `second`.
 
-    All but the parameters and what has one number a row are (..., D). dx has `x_dtype`. dresidual has `residual_dtype`:
-    None if that is None, dx itself if the two are equal. dweight and dbias have the dtype of weight and bias.
+    All but the parameters and what has one number a row are (..., D). dx has `x_dtype`, or is given, contiguous. dresidual
+    has `residual_dtype`: None if that is None, dx itself if the two are equal. dweight and dbias have the dtype of weight
+    and bias.
     """
     D = first.shape[-1]
     M = first.numel() // D if D else 0
-    dx = torch.empty(first.shape, dtype=x_dtype, device=first.device)
+    dx = torch.empty(first.shape, dtype=x_dtype, device=first.device) if dx is None else dx
     dresidual = dx if residual_dtype == x_dtype else None
     if residual_dtype is not None and dresidual is None:
         dresidual = torch.empty(first.shape, dtype=residual_dtype, device=first.device)

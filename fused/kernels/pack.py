@@ -46,6 +46,10 @@ class Packed(NamedTuple):
     A: Sequence[Tensor]  # (E, N)
     D: Sequence[Tensor]  # (E,)
 
+    def last(self, count: int) -> "Packed":
+        """Of so many directions, the last ones."""
+        return Packed(self.proj[-count:], self.dt[-count:], self.A[-count:], self.D[-count:])
+
 
 def pack(proj: Sequence[Tensor], dt: Sequence[Tensor], A: Sequence[Tensor], D: Sequence[Tensor], step: int) -> Packed:
     """Of proj (R + 2N, E), dt (E, R), A (E, N) and D (E,), contiguous and one or two each: in proj rows of zeros stand between

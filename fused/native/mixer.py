@@ -87,7 +87,8 @@ class Parts:
 
     def weights(self) -> Packed:
         """x_proj (directions, width, E), dt_proj (directions, step, E), A and D."""
-        return pack(*([w.contiguous() for w in pair] for pair in (self.proj, self.dt, self.A, self.D)), self.step)
+        proj, dt, A, D = ([w.contiguous() for w in pair] for pair in (self.proj, self.dt, self.A, self.D))
+        return pack(proj, dt, A, D, self.step)
 
     def split(self, rows: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """dt (directions, B * L, step), and for each direction B and C (B, L, N)."""
