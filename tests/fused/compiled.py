@@ -89,9 +89,9 @@ def described(kernel, args, options):
     """(signature, constants, attributes, options) as a launch with these arguments would give them to the compiler."""
     signature, constants, attributes = {}, {}, {}
     free = {p.name for p in kernel.params if p.do_not_specialize}
-    names = kernel.arg_names
+    names, fixed = kernel.arg_names, {p.name for p in kernel.params if p.is_constexpr}
     for place, (name, value) in enumerate(zip(names, args, strict=False)):
-        if value is None or (type(value) is int and value == 1 and name not in free):
+        if value is None or name in fixed or (type(value) is int and value == 1 and name not in free):
             signature[name], constants[name] = "constexpr", value
             continue
         number = value.data_ptr() if isinstance(value, torch.Tensor) else value
