@@ -1,5 +1,6 @@
 """How Triton kernels launch: on their tensors' device, whichever is current, on how many blocks, and with PTX or without."""
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -14,6 +15,13 @@ def launching_on(device: torch.device) -> AbstractContextManager[object]:
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return _HERE
     return torch.cuda.device(device)
+
+
+@functools.cache
+def capability(device: torch.device) -> int:
+    """90 for compute capability 9.0; 0 for a CPU."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    return 10 * major + minor
 
 
 def blocks(count: int, each: int) -> int:

@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import NATIVE, blocks, launching_on, power_of_2
+from .device import NATIVE, blocks, capability, launching_on, power_of_2
 
 LOW = {"TOKENS": 64, "CHANNELS": 128, "TILES": 4, "num_warps": 4, "num_stages": 3}
+TUNED = {90: {"maxnreg": 128}}  # by compute capability, for LOW: four programs at once, where that spills nothing
 FULL = {"TOKENS": 16, "CHANNELS": 32, "TILES": 4, "num_warps": 4}  # float32 has no tensor cores: larger products do not fit
 
 
@@ -72,7 +73,7 @@ def steps(rows: Tensor, weights: Tensor, biases: Sequence[Tensor]) -> Tensor:
     if delta.numel():
         rank = max(16, power_of_2(R))
         fine = rows.dtype == torch.float32
-        config = FULL if fine else LOW
+        config = FULL if fine else LOW | TUNED.get(capability(rows.device), {})
         grid = (blocks(M, config["TOKENS"] * config["TILES"]), blocks(E, config["CHANNELS"]), directions)
         with launching_on(rows.device):
             steps_kernel[grid](

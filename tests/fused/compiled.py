@@ -135,8 +135,10 @@ def main(op, *capabilities):
                 if (kernel, asked := described(recorder.kernel, *call)) in seen:
                     continue
                 seen.append((kernel, asked))
+                *what, options = asked
                 for capability in map(int, capabilities):
-                    found = resources(recorder.kernel, *asked, capability)
+                    own = getattr(module, "TUNED", {}).get(capability, {}) if "bf16" in name else {}
+                    found = resources(recorder.kernel, *what, options | own, capability)
                     print(json.dumps({"case": name, "kernel": kernel, "sm": capability} | found), flush=True)
 
 
