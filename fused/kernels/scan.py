@@ -154,9 +154,9 @@ class Gradients(NamedTuple):
     u: tuple[Tensor, ...]  # (B, L, E)
     delta: tuple[Tensor, ...]  # (B, L, E)
     z: Tensor | None  # (B, L, E)
-    A: Tensor  # (d, E, N); of A itself, also where A came as its logarithm
-    D: Tensor  # (d, E)
-    bias: Tensor  # (d, E)
+    A: tuple[Tensor, ...]  # (E, N); of A's logarithm, where that came
+    D: tuple[Tensor, ...]  # (E,)
+    bias: tuple[Tensor, ...]  # (E,)
     initial: Tensor  # (d, B, E, N)
 
 
@@ -174,30 +174,28 @@ def backward(
     if s.z is not None and dz is None:
         dz = u.new_empty((B, L, E))
     dinitial = _wide(u, d, B, E, N)
+    dA, dD, dbias = (tuple(_wide(u, *shape) for _ in range(d)) for shape in ((E, N), (E,), (E,)))
     if 0 in (B, L, E):
-        zeros = _wide(u, d, E, N + 2).zero_()
         dinitial = dinitial.zero_() if dfinal is None else dinitial.copy_(dfinal)
-        for x in (*dB, *dC):
+        for x in (*dB, *dC, *dA, *dD, *dbias):
             x.zero_()
-        return Gradients(du, ddelta, dz, zeros[..., :N], zeros[..., N], zeros[..., N + 1], dinitial)
+        return Gradients(du, ddelta, dz, dA, dD, dbias, dinitial)
     module, arguments = _module(s, plan, True, dy, dz), _arguments(s)
     threads, shared = 32 * shape.warps, _shared_backward(plan, u.element_size())
     blocks, width = -(-E // shape.width), -(-E * (N + 2) // 4) * 4
     parts = _wide(u, d, B, L, blocks, 2, plan.states)
-    rows, total = _wide(u, d, B * cut.pieces, width), _wide(u, d, width)
+    rows = _wide(u, d, B * cut.pieces, width)
     passes = Passes.over(cut, s, shape.warps)
     given = (dy, *_steps(dy), ungated, marks, dfinal, passes.local, passes.sums)
     made = (*_both(du), *_both(ddelta), dz, *(_steps(dz) if dz is not None else (0, 0)), parts, rows, dinitial)
     sizes = (B, L, E, N, cut.span, cut.pieces, cut.whole, s.flags)
     args = (*arguments, *given, *made, *passes[2:], *sizes)
     module.launch("scan_backward", (cut.units + passes.blocks, 1, 1), threads, shared, *args)
-    args = (parts, *_both(dB), *_steps(dB[0]), *_both(dC), *_steps(dC[0]), B, L, N, blocks)
-    module.launch("scan_sum_parts", (-(-L * 2 * plan.states // 256) * B, d, 1), 256, 0, *args)
-    module.launch(
-        "scan_sum_rows", (-(-width // 128), d, 1), 128, 0, rows, total, width, B, E, N, cut.pieces, cut.whole
-    )  # fmt: skip
-    A, D, bias = total[:, : E * (N + 2)].split((E * N, E, E), dim=1)
-    return Gradients(du, ddelta, dz, A.view(d, E, N), D, bias, dinitial)
+    sums = (*_both(s.A), *_both(dA), *_both(dD), *_both(dbias))
+    args = (parts, *_both(dB), *_steps(dB[0]), *_both(dC), *_steps(dC[0]), rows, width, *sums, *sizes)
+    grid = -(-L * 2 * plan.states // 256) * B + -(-E * (N + 2) // 256)
+    module.launch("scan_sums", (grid, d, 1), 256, 0, *args)
+    return Gradients(du, ddelta, dz, dA, dD, dbias, dinitial)
 
 
 def _shared_backward(plan: Plan, size: int) -> int:

@@ -338,32 +338,34 @@ KERNEL(scan_backward, THREADS, BACKWARD_BLOCKS)(
   BACKWARD(true);
 }
 
-// dB and dC: the sum over blocks of channels, one after another. A thread makes one number.
-KERNEL(scan_sum_parts, 256, 1)(
-    const float *parts, io *dB0, io *dB1, i64 dB_b, i64 dB_t, io *dC0, io *dC1, i64 dC_b, i64 dC_t, i64 clips, i64 L, i64 N,
-    i64 blocks) {
+// What blocks have left, summed one after another, a number a thread: over blocks of channels `parts`, which make dB and dC, and
+// over clips and their pieces `rows`, which make dA (of log(-A) with LOGARITHM), dD and dbias.
+KERNEL(scan_sums, 256, 1)(
+    const float *parts, io *dB0, io *dB1, i64 dB_b, i64 dB_t, io *dC0, io *dC1, i64 dC_b, i64 dC_t, const float *rows, i64 width,
+    const float *A0, const float *A1, float *dA0, float *dA1, float *dD0, float *dD1, float *dbias0, float *dbias1, SIZES) {
   const int each = (int)((L * 2 * STATES + 255) / 256);  // blocks of a clip; a grid has room for many clips only along x
-  const i64 clip = blockIdx.x / each, i = (i64)(blockIdx.x % each) * 256 + threadIdx.x, token = i / (2 * STATES), d = blockIdx.y;
-  const int n = i % STATES, is_C = i / STATES % 2;
-  if (token >= L || n >= N) return;
-  const float* p = parts + ((d * clips + clip) * L + token) * blocks * 2 * STATES + i % (2 * STATES);
+  const i64 d = blockIdx.y, blocks = (E + CHANNELS - 1) / CHANNELS;
   float sum = 0.f;
-  #pragma unroll 8
-  for (i64 k = 0; k < blocks; k++) sum += p[k * 2 * STATES];
-  if (is_C) (d ? dC1 : dC0)[clip * dC_b + token * dC_t + n] = rounded(sum);
-  else (d ? dB1 : dB0)[clip * dB_b + token * dB_t + n] = rounded(sum);
-}
-
-// dA, dD and dbias: the sum over clips and their pieces, one after another. `sum` (direction, width).
-KERNEL(scan_sum_rows, 128, 1)(const float *rows, float *sum, i64 width, i64 clips, i64 E, i64 N, i64 cuts, i64 whole) {
-  const i64 i = (i64)blockIdx.x * 128 + threadIdx.x, d = blockIdx.y;
-  if (i >= E * (N + 2)) return;
-  const i64 block = (i < E * N ? i / N : (i - E * N) % E) / CHANNELS, blocks = (E + CHANNELS - 1) / CHANNELS;
-  float x = 0.f;
+  if (blockIdx.x < each * clips) {
+    const i64 clip = blockIdx.x / each, i = (i64)(blockIdx.x % each) * 256 + threadIdx.x, token = i / (2 * STATES);
+    const int n = i % STATES, is_C = i / STATES % 2;
+    if (token >= L || n >= N) return;
+    const float* p = parts + ((d * clips + clip) * L + token) * blocks * 2 * STATES + i % (2 * STATES);
+    #pragma unroll 8
+    for (i64 k = 0; k < blocks; k++) sum += p[k * 2 * STATES];
+    if (is_C) (d ? dC1 : dC0)[clip * dC_b + token * dC_t + n] = rounded(sum);
+    else (d ? dB1 : dB0)[clip * dB_b + token * dB_t + n] = rounded(sum);
+    return;
+  }
+  const i64 i = (blockIdx.x - each * clips) * 256 + threadIdx.x, beyond = i - E * N;
+  if (beyond >= 2 * E) return;
+  const i64 block = (beyond < 0 ? i / N : beyond % E) / CHANNELS;
   for (i64 clip = 0; clip < clips; clip++) {
     const i64 pieces = (clip * blocks + block) * DIRECTIONS + d < whole ? 1 : cuts;
     #pragma unroll 4
-    for (i64 k = 0; k < pieces; k++) x += rows[((d * clips + clip) * cuts + k) * width + i];
+    for (i64 k = 0; k < pieces; k++) sum += rows[((d * clips + clip) * cuts + k) * width + i];
   }
-  sum[d * width + i] = x;
+  if (beyond < 0) (d ? dA1 : dA0)[i] = flags & LOGARITHM ? sum * -expf((d ? A1 : A0)[i]) : sum;
+  else if (beyond < E) (d ? dD1 : dD0)[beyond] = sum;
+  else (d ? dbias1 : dbias0)[beyond - E] = sum;
 }

@@ -136,8 +136,7 @@ class Parts:
         dx, dconv, dconv_bias, dtaps = conv.backward(
             du.view(c.shape), dtaps, self.x, self.conv, self.conv_bias, taps, self.reverses, True, dx
         )
-        dA = [x * -a.exp() for x, a in zip(g.A, s.A, strict=True)] if self.logarithm else g.A
-        pairs: tuple[Any, ...] = (dconv, dconv_bias, dproj, ddt, g.bias, dA, g.D)
+        pairs: tuple[Any, ...] = (dconv, dconv_bias, dproj, ddt, g.bias, g.A, g.D)
         return dx, g, dtaps, [self._own(pair, getattr(self, name)) for pair, name in zip(pairs, NAMES, strict=True)]
 
     def _own(self, grads: Any, asked: Sequence[Tensor | None]) -> tuple[Tensor, ...]:

@@ -73,9 +73,9 @@ def _backward(s: scan.Streams, dy: Tensor, dfinal: Tensor | None, ungated: Tenso
     dB, dC = ([torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in pair] for pair in (s.B, s.C))
     g = scan.backward(s, dense(dy), dfinal, marks, ungated if s.z is not None else None, cut, dB, dC)
     nothing = dy.new_empty(0)
-    own = [[nothing if asked is None else x.clone() for x, asked in zip(*pair, strict=True)]  # results share no memory
-           for pair in ((g.A, s.A), (g.D, s.D), (g.bias, s.bias))]  # fmt: skip
-    return (g.u, g.delta, own[0], dB, dC, *own[1:]), nothing.clone() if g.z is None else g.z, g.initial
+    pairs = (g.D, s.D), (g.bias, s.bias)
+    D, bias = ([nothing if asked is None else x for x, asked in zip(*pair, strict=True)] for pair in pairs)
+    return (g.u, g.delta, g.A, dB, dC, D, bias), nothing.clone() if g.z is None else g.z, g.initial
 
 
 def _register_gradient(name: str, finals: int, options: int) -> None:
