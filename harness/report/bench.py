@@ -1,6 +1,7 @@
 """The page of a sweep: who may be timed at all, then the speeds, then how they were had."""
 
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 
 from harness.bench import grids
@@ -69,25 +70,33 @@ def write(run: Run) -> Path:
     return both(run.folder, "\n\n".join(parts) + "\n", title)
 
 
-def refresh(readme: Path, run: Run, folder: Path) -> None:
-    """Put a run's numbers between the README's markers, where it has them."""
+def refresh(readme: Path, runs: Mapping[Path, Run]) -> None:
+    """Put runs' numbers between the README's markers, where it has them: of every race those of the newest run that has a time
+    of ours in it. A run stands by its folder, as the README links to it."""
     text = readme.read_text(encoding="utf-8")
     if not all(marker in text for marker in MARKERS):
         return
     before, _, rest = text.partition(MARKERS[0])
-    here = run.about["box"]
-    found, pieces = curves.families(run.speeds), any(s.point.race in grids.PIECEWISE for s in run.speeds)
-    plots = [f"![{f.title}]({folder}/{f.stem}.png)" for f in found if f.mode == "infer"]
+    newest: dict[str, Path] = {}
+    for folder, run in sorted(runs.items(), key=lambda item: item[1].about["started"]):
+        newest |= {s.point.race: folder for s in run.speeds if s.entry.role == "ours" and s.seconds}
+    speeds = [s for folder, run in runs.items() for s in run.speeds if newest.get(s.point.race) == folder]
+    found = curves.families(speeds)
     parts = [
-        f"Measured on one {here.get('gpu') or here.get('cpu')}, {run.about['started'][:10]}; everything is in the "
-        f"[report]({folder}/report.md).",
-        "\n".join([*overview.crossings(found), *overview.most_memory(run.speeds)]),
-        *plots[-1:],
-        overview.overview(run.speeds),
-        *(_pieces(run.speeds) if pieces else []),
+        "\n".join(_source(folder, run, newest) for folder, run in runs.items() if folder in newest.values()),
+        "\n".join([*overview.crossings(found), *overview.most_memory(speeds)]),
+        *[f"![{f.title}]({newest[f.race]}/{f.stem}.png)" for f in found if f.mode == "infer"][-1:],
+        overview.overview(speeds),
+        *(_pieces(speeds) if not newest.keys().isdisjoint(grids.PIECEWISE) else []),
     ]
     inside = "\n\n".join([MARKERS[0], *parts, MARKERS[1]])
     readme.write_text(before + inside + rest.partition(MARKERS[1])[2], encoding="utf-8")
+
+
+def _source(folder: Path, run: Run, newest: Mapping[str, Path]) -> str:
+    here, races = run.about["box"], [race for race, found in newest.items() if found == folder]
+    day = run.about["started"][:10]
+    return f"- {', '.join(races)}: on one {here.get('gpu') or here.get('cpu')}, {day} ([report]({folder}/report.md))."
 
 
 def _gpu(run: Run) -> bool:

@@ -153,16 +153,23 @@ def test_the_fastest_vit_is_taken_at_each_length() -> None:
     assert [s.entry.implementation for s in family.fastest_vit("eager").values()] == ["reference", "sdpa", "sdpa"]
 
 
-def test_the_readme_gets_the_newest_numbers_between_its_markers(whole, tmp_path) -> None:
-    readme = tmp_path / "README.md"
+def test_the_readme_gets_of_every_race_the_newest_numbers_between_its_markers(whole, tmp_path) -> None:
+    readme, place = tmp_path / "README.md", Path("reports/accepted/h200")
     readme.write_text(f"before\n{bench.MARKERS[0]}\nold\n{bench.MARKERS[1]}\nafter\n")
+    later = sweeps.made(tmp_path / "later", [s for s in sweeps.operators() if s.point.race == "conv"])
+    gated = sweeps.made(tmp_path / "gated", [dataclasses.replace(s, seconds=(), status="gated", reason="parity") for s in whole.speeds])
+    later.about["started"], gated.about["started"] = "3026-01-02", "3026-01-03"
+    runs = {place / "gated": gated, place / "later": later, place / "whole": whole}
     for _ in range(2):
-        bench.refresh(readme, whole, Path("reports/accepted/h200/run"))
+        bench.refresh(readme, runs)
         text = readme.read_text()
         assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-        assert text.count("(reports/accepted/h200/run/report.md)") == 1 and "| scan B8 L1569 E1152 N16 |" in text
+        assert "conv: on one NVIDIA H200, 3026-01-02 ([report](reports/accepted/h200/later/report.md))" in text
+        assert text.count("(reports/accepted/h200/whole/report.md)") == 1 and "/gated" not in text
+        assert "| scan B8 L1569 E1152 N16 |" in text and "| conv B8" in text
+        assert "(reports/accepted/h200/whole/models-infer-tiny" in text
     readme.write_text("no place for numbers")
-    bench.refresh(readme, whole, Path("run"))
+    bench.refresh(readme, runs)
     assert readme.read_text() == "no place for numbers"
 
 
