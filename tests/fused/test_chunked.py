@@ -1,5 +1,6 @@
 """A video in chunks gives what the whole clip gives, gradients included, in the memory of a chunk; online it approximates."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -174,12 +175,14 @@ def test_memory_is_that_of_a_chunk():
     """Twice the frames cost twice the streams that are kept whole, and nothing else."""
     depth, D, patches = 3, 32, 16
     own = {"img_size": 64, "depth": depth, "embed_dim": D, "num_classes": 3, "drop_path_rate": 0.0}
-    infer, train = {}, {}
+    infer, low, train = {}, {}, {}
     for frames in (16, 32):
         model = fused.VideoMamba(fused.VideoMambaConfig(num_frames=frames, **own))
         clip = fill(1, 3, frames, 64, 64, phase=1)
         with torch.no_grad():
             infer[frames] = peak(lambda m=model, x=clip: m.forward_chunked(x, chunk_frames=2))
+            half, small = copy.deepcopy(model).bfloat16(), clip.bfloat16()
+            low[frames] = peak(lambda m=half, x=small: m.forward_chunked(x, chunk_frames=2))
 
         def step(m=model, x=clip):
             m.forward_chunked(x, chunk_frames=2).sum().backward()
@@ -188,6 +191,7 @@ def test_memory_is_that_of_a_chunk():
         train[frames] = peak(step)
     stream = 16 * patches * D * 4  # bytes of 16 frames more
     assert infer[32] - infer[16] <= 4.1 * stream  # residual, hidden, y_b
+    assert low[32] - low[16] <= 2.6 * stream  # the residual in float32, hidden and y_b in half of that
     states = 8 * depth * 2 * D * (16 + 3) * 4  # at 8 borders more
     pixels = 16 * 3 * 64 * 64 * 4
     padding = 8 * 2 * D * 3 * 4  # of the convolution, whose x's gradient is a part of a longer one

@@ -157,7 +157,9 @@ def test_the_readme_gets_of_every_race_the_newest_numbers_between_its_markers(wh
     readme, place = tmp_path / "README.md", Path("reports/accepted/h200")
     readme.write_text(f"before\n{bench.MARKERS[0]}\nold\n{bench.MARKERS[1]}\nafter\n")
     later = sweeps.made(tmp_path / "later", [s for s in sweeps.operators() if s.point.race == "conv"])
-    gated = sweeps.made(tmp_path / "gated", [dataclasses.replace(s, seconds=(), status="gated", reason="parity") for s in whole.speeds])
+    gated = sweeps.made(
+        tmp_path / "gated", [dataclasses.replace(s, seconds=(), status="gated", reason="parity") for s in whole.speeds]
+    )
     later.about["started"], gated.about["started"] = "3026-01-02", "3026-01-03"
     runs = {place / "gated": gated, place / "later": later, place / "whole": whole}
     for _ in range(2):
