@@ -158,8 +158,8 @@ def _full() -> list[Point]:
     found += _tokens("middle", [(8, 2048), (1, 12288)], ("graph",), dtype)
     found += [p for p in _models("tiny", [(1, 8), (1, 64)], 224, ("compiled",), dtype) if p.mode == "infer"]
     found += _stream([8], 224, "eager", dtype) + _stream([8, 1000], 224, "graph", dtype)
-    for mode in ("infer", "train"):
-        found += _chunks(mode, 512, [32, 128, 256], 224, dtype)
+    for mode, sizes in (("infer", [32, 128, 256]), ("train", [128, 256])):
+        found += _chunks(mode, 512, sizes, 224, dtype)
     return found + _chunks("infer", HOUR, [256], 224, dtype, whole=False)
 
 
