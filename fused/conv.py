@@ -122,7 +122,7 @@ def conv_native(
     initial_state: Float[Tensor, "B E S"] | None = None,
     reverse: bool = False,
 ) -> tuple[Float[Tensor, "B L E"], Float[Tensor, "B E S"]]:
-    """The convolution as one kernel each way, by `torch.ops.videomamba.causal_conv1d`.
+    """The convolution by kernels of its own, by `torch.ops.videomamba.causal_conv1d`.
 
     Raises ValueError for more than 8 taps, and for a tensor in float64.
     """

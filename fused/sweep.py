@@ -51,8 +51,8 @@ def sweep(
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, residual, *parameters)):
         return _Layer.apply(plan, hidden, residual, *parameters)
     with torch.no_grad(), no_autocast(hidden.device):
-        own = next((x for x in (residual, hidden) if x is not None and x.dtype == plan.stored), None)
-        into = torch.empty_like(hidden, dtype=plan.stored) if own is None else own
+        stream = hidden if residual is None else residual
+        into = stream if stream.dtype == plan.stored else torch.empty_like(hidden, dtype=plan.stored)
         free = hidden is not into and hidden.dtype == plan.product
         out = hidden if free else torch.empty_like(hidden, dtype=plan.product)
         _forward(plan, Weights(plan, parameters), hidden, residual, out, into)

@@ -1,4 +1,5 @@
-"""The short causal convolution in Triton: every direction of one x in one launch, forward and backward.
+"""The short causal convolution in Triton: every direction of one x in one launch each way; a state that enters behind the last
+token takes a small one more.
 
     s_t  = bias + sum_w W[w] x_{t-(K-1-w)}       ahead          s_t = bias + sum_w W[w] x_{t+(K-1-w)}       back
     y_t  = s_t sigmoid(s_t)                      or s_t
@@ -55,7 +56,7 @@ def forward(
     y = torch.empty((len(weights), B, L, E), dtype=x.dtype, device=x.device)
     if x.numel():
         ahead, back = _sides(reverses, _contiguous(weights), _contiguous(biases), _as(states, x.dtype), y)
-        if back[2] is None or not 1 < K <= L:
+        if back[2] is None or K == 1:
             _launch_forward(x, ahead, back, K, activated)
         else:  # looking for a state in the loop takes twice the registers: the few tokens that see it are made again
             w, b, state, out = back

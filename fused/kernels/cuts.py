@@ -11,8 +11,9 @@ SHORTEST = 8  # tiles of a piece
 BUSY = (0.6, 0.83, 1.0)  # what a multiprocessor does of what it can, with a third of its blocks, two, all
 START = 1.0  # tiles that every block could walk while pieces of time begin to be walked,
 COMBINE = 0.1  # and while it is told what one piece before leaves
-UNEVEN = 1.25  # what small blocks lose in one round that takes all but a few places: they begin where others end, and a
-ROOM = 0.07  # scheduler may get a warp more than another; in so much room it need not
+# Small blocks begin where others end, and a scheduler may get a warp more than another: so much is lost in a single round,
+UNEVEN = 1.25
+ROOM = 0.07  # unless at least so many of the places stay free
 
 
 class Shape(NamedTuple):

@@ -14,6 +14,15 @@ BLOCK = 1024
 
 
 @triton.jit
+def _widen(first, second, at, to, d, inside):
+    """Pointers of two dtypes cannot be one or the other; what is loaded through them can."""
+    if d == 0:
+        tl.store(to, tl.load(first + at, mask=inside).to(tl.float32), mask=inside)
+    else:
+        tl.store(to, tl.load(second + at, mask=inside).to(tl.float32), mask=inside)
+
+
+@triton.jit
 def pack_kernel(
     proj0, proj1, dt0, dt1, A0, A1, D0, D1, out, wide, E, R, N, STEP, WIDTH, DIRECTIONS, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -33,9 +42,9 @@ def pack_kernel(
         n = row - WIDTH - STEP
         at = wide + (d * (N + 1) + n) * E + e
         if n < N:
-            tl.store(at, tl.load((A0 if d == 0 else A1) + n * E + e, mask=inside).to(tl.float32), mask=inside)
+            _widen(A0, A1, n * E + e, at, d, inside)
         else:
-            tl.store(at, tl.load((D0 if d == 0 else D1) + e, mask=inside).to(tl.float32), mask=inside)
+            _widen(D0, D1, e, at, d, inside)
 
 
 class Packed(NamedTuple):

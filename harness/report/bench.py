@@ -71,15 +71,15 @@ def write(run: Run) -> Path:
 
 
 def refresh(readme: Path, runs: Mapping[Path, Run]) -> None:
-    """Put runs' numbers between the README's markers, where it has them: of every race those of the newest run that has a time
-    of ours in it. A run stands by its folder, as the README links to it."""
+    """Put runs' numbers between the README's markers, where it has them: of every race those of the newest run that timed ours
+    in it, at all points and with all rivals. A run stands by its folder, as the README links to it."""
     text = readme.read_text(encoding="utf-8")
     if not all(marker in text for marker in MARKERS):
         return
     before, _, rest = text.partition(MARKERS[0])
     newest: dict[str, Path] = {}
     for folder, run in sorted(runs.items(), key=lambda item: item[1].about["started"]):
-        newest |= {s.point.race: folder for s in run.speeds if s.entry.role == "ours" and s.seconds}
+        newest |= dict.fromkeys(_whole_races(run), folder)
     speeds = [s for folder, run in runs.items() for s in run.speeds if newest.get(s.point.race) == folder]
     found = curves.families(speeds)
     parts = [
@@ -91,6 +91,12 @@ def refresh(readme: Path, runs: Mapping[Path, Run]) -> None:
     ]
     inside = "\n\n".join([MARKERS[0], *parts, MARKERS[1]])
     readme.write_text(before + inside + rest.partition(MARKERS[1])[2], encoding="utf-8")
+
+
+def _whole_races(run: Run) -> list[str]:
+    """Those with a time of ours, none of whose points or rivals were left out by the run's options."""
+    plan, timed = run.about["plan"], {s.point.race for s in run.speeds if s.entry.role == "ours" and s.seconds}
+    return [r for r in grids.RACES if r in timed and not plan.get("points") and (r in grids.PIECEWISE or not plan.get("names"))]
 
 
 def _source(folder: Path, run: Run, newest: Mapping[str, Path]) -> str:

@@ -41,14 +41,17 @@ def overview(speeds: Sequence[Speed]) -> str:
 
 
 def most_memory(speeds: Iterable[Speed]) -> list[str]:
-    """A sentence for each race of models: memory of an eager training step, on the longest clip that all could time."""
+    """A sentence for each race of models: the least memory of an eager training step, on the longest clip that all could
+    time."""
     found = []
     for race in grids.MODELS:
-        steps = [s for s in speeds if (s.point.race, s.point.mode, s.point.way) == (race, "train", "eager")]
-        bests = [fastest(filter(which, steps)) for which in KINDS if any(map(which, steps))]
+        steps = [s for s in speeds if s.seconds and (s.point.race, s.point.mode, s.point.way) == (race, "train", "eager")]
+        kinds = [which for which in KINDS if any(map(which, steps))]
         for point in sorted({s.point for s in steps}, key=lambda p: -p["L"]):
-            if all(point in best for best in bests):
-                said = [f"{s.entry.name} {number((memory(s) or 0) / 2**30)} GiB" for s in (best[point] for best in bests)]
+            there = [[s for s in steps if s.point == point and which(s)] for which in kinds]
+            if all(there):
+                least = (min(some, key=lambda s: memory(s) or 0) for some in there)
+                said = [f"{s.entry.name} {number((memory(s) or 0) / 2**30)} GiB" for s in least]
                 found.append(f"- Peak memory of an eager training step, {sizes(point)}: {', '.join(said)}.")
                 break
     return found

@@ -40,6 +40,7 @@ def launches_of_conv():
     yield "both bf16", conv, kernels, lambda: both(4, BF16, False, (False, True))
     yield "both fp32", conv, kernels, lambda: both(4, FP32, False, (False, True))
     yield "state bf16", conv, kernels, lambda: both(4, BF16, True, (False,))
+    yield "state at the back bf16", conv, kernels, lambda: both(4, BF16, True, (True,))
 
 
 def launches_of_norm():
@@ -68,8 +69,8 @@ def launches_of_steps():
         yield f"R{R} {PLAIN[dtype]}", steps, ("steps_kernel",), lambda R=R, dtype=dtype: one(R, dtype)
     proj, dt = torch.empty(68, 128, dtype=BF16), torch.empty(128, 36, dtype=BF16)
     for dtype in (BF16, FP32):
-        A, D = torch.empty(128, 16, dtype=dtype), torch.empty(128, dtype=dtype)
-        every = (proj, proj), (dt, dt), (A, A), (D, D), 40
+        A, D, wide = torch.empty(128, 16, dtype=dtype), torch.empty(128, dtype=dtype), torch.empty(128, 16)
+        every = (proj, proj), (dt, dt), (A, wide), (D, D), 40
         yield f"pack bf16, A {PLAIN[dtype]}", pack, ("pack_kernel",), lambda every=every: pack.pack(*every)
     dy, xz = torch.empty(2, 70, 128, dtype=BF16), torch.empty(2, 70, 256, dtype=BF16)
     yield "gate bf16", gate, ("gate_kernel",), lambda: gate.gate(dy, xz[..., 128:])

@@ -109,6 +109,17 @@ def test_low_precision_keeps_to_the_rule():
     assert_rule(samples)
 
 
+@pytest.mark.parametrize("layers", [torch.float32, torch.float64], ids=str)
+def test_a_residual_stream_narrower_than_the_layers_is_kept_without_gradients_too(layers):
+    _, fast = models("VideoMamba", {"fused_add_norm": False, "residual_in_fp32": False, "depth": 3})
+    fast.bfloat16().layers.to(layers)
+    clip = clip_of(fast.config).bfloat16()
+    with torch.no_grad():
+        got = fast.forward_chunked(clip, chunk_frames=2)
+    assert torch.equal(got, fast.forward_chunked(clip, chunk_frames=2).detach())
+    assert (got - fast(clip)).abs().max() < 0.02  # of outputs up to 0.2, in bfloat16
+
+
 def test_iterator_and_host_memory_give_the_same_bits():
     _, fast = models("VideoMamba", {"kernel_size": 2, "distill_dim": 12})
     clip = clip_of(fast.config)
@@ -196,7 +207,7 @@ def test_memory_is_that_of_a_chunk():
     pixels = 16 * 3 * 64 * 64 * 4
     padding = 8 * 2 * D * 3 * 4  # of the convolution, whose x's gradient is a part of a longer one
     # a sum per layer; its gradient, those that come in, those of x, z and y_b
-    assert train[32] - train[16] <= (depth + 3 + 6) * 1.1 * stream + states + padding + pixels
+    assert train[32] - train[16] <= 1.02 * ((depth + 3 + 6) * 1.1 * stream + states + padding + pixels)  # by less than a stream
 
 
 @pytest.mark.parametrize(("chunk", "ahead"), [(1, 0), (2, 2), (4, 2), (2, 4), (6, 0), (3, 1)])

@@ -121,6 +121,7 @@ def records() -> list[Record]:
 def made(folder: Path, speeds: Iterable[Speed], status: str = "finished", **about) -> Run:
     """A stored run."""
     plan = {"grid": "full", "device": "cuda", "races": [], "names": [], "budget": 2.0} | about.pop("plan", {})
+    started = about.pop("started", None)
     given = {"kind": "bench", "plan": plan, "box": BOX, "absent": ABSENT, "ceilings": CEILINGS}
     run = Run.create(folder, given | {"command": "python -m harness bench"} | about)
     for record in records():
@@ -128,4 +129,5 @@ def made(folder: Path, speeds: Iterable[Speed], status: str = "finished", **abou
     for one in speeds:
         run.add_speed(one)
     run.finish(status)
+    run.about["started"] = started or run.about["started"]
     return run

@@ -156,19 +156,20 @@ def test_the_fastest_vit_is_taken_at_each_length() -> None:
 def test_the_readme_gets_of_every_race_the_newest_numbers_between_its_markers(whole, tmp_path) -> None:
     readme, place = tmp_path / "README.md", Path("reports/accepted/h200")
     readme.write_text(f"before\n{bench.MARKERS[0]}\nold\n{bench.MARKERS[1]}\nafter\n")
-    later = sweeps.made(tmp_path / "later", [s for s in sweeps.operators() if s.point.race == "conv"])
-    gated = sweeps.made(
-        tmp_path / "gated", [dataclasses.replace(s, seconds=(), status="gated", reason="parity") for s in whole.speeds]
-    )
-    later.about["started"], gated.about["started"] = "3026-01-02", "3026-01-03"
+    conv = [s for s in sweeps.operators() if s.point.race == "conv"]
+    without = [dataclasses.replace(s, seconds=(), status="gated", reason="parity") for s in whole.speeds]
+    later = sweeps.made(tmp_path / "later", conv, started="3026-01-02")
+    gated = sweeps.made(tmp_path / "gated", without, started="3026-01-03")
+    narrow = [sweeps.made(tmp_path / w, whole.speeds, plan={w: ["*"]}, started="3026-01-04") for w in ("points", "names")]
     runs = {place / "gated": gated, place / "later": later, place / "whole": whole}
+    runs |= {place / run.folder.name: run for run in narrow}
     for _ in range(2):
         bench.refresh(readme, runs)
         text = readme.read_text()
         assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
         assert "conv: on one NVIDIA H200, 3026-01-02 ([report](reports/accepted/h200/later/report.md))" in text
         assert text.count("(reports/accepted/h200/whole/report.md)") == 1 and "/gated" not in text
-        assert "| scan B8 L1569 E1152 N16 |" in text and "| conv B8" in text
+        assert "| scan B8 L1569 E1152 N16 |" in text and "| conv B8" in text and "3026-01-04" not in text
         assert "(reports/accepted/h200/whole/models-infer-tiny" in text
     readme.write_text("no place for numbers")
     bench.refresh(readme, runs)
@@ -190,6 +191,14 @@ def test_the_overview_sets_ours_beside_the_fastest_of_either_kind() -> None:
     assert overview.overview([*graph, *eager]).count("99") == 0
     [said] = overview.crossings(curves.families([*graph, *eager]))
     assert "(graph)" in said and "ours meets the ViT at **" in said and "upstream" not in said
+
+
+def test_the_least_memory_of_a_kind_is_named() -> None:
+    point = sweeps.clip(64, mode="train")
+    hungry, lean = (Entry("videomamba", f"fused:mamba_ssm{n}", "rival", variant="middle") for n in ("", "_inner"))
+    steps = [sweeps.speed(hungry, point, 1.0, 11.0), sweeps.speed(lean, point, 2.0, 7.0), sweeps.speed(NATIVE, point, 1.0, 4.0)]
+    [said] = overview.most_memory(steps)
+    assert "4 GiB" in said and "mamba_ssm_inner 7 GiB" in said and "11 GiB" not in said
 
 
 def test_the_papers_comparison(whole) -> None:
