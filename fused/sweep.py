@@ -196,7 +196,7 @@ def _backward(
             with torch.enable_grad():
                 out, last = scan_chunk(plan, w.behind, x, start, reverse=True)
             own, *dstate = _gradients(w, (out, *last), (*dbehind, *dstate), (x, *start), w.behind.tensors)
-            dx = dx.add_(own)
+            dx += own
         dy = project_back(w, w.into, y, torch.cat((dx, dz), dim=-1))
         norm_back(plan, w, v, kept, dy, None if dinto is None else dinto[:, c], dseen[:, c])
     return dseen

@@ -72,6 +72,4 @@ class Mixer:
             self._packed = Parts(p.x, None, self._named, (False, True), invariant(), logarithm=False).weights()
         c, leaving = conv.forward(p.x, p.conv, p.conv_bias, taps, p.reverses, True)
         assert leaving is not None
-        weights = self._packed.last(len(taps))
-        rows = p.rows(c, weights.proj)
-        return p.streams(c, rows, p.delta(rows, weights.dt), weights), leaving
+        return p.read(c, self._packed.last(len(taps)))[-1], leaving

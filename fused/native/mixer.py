@@ -99,10 +99,12 @@ class Parts:
         """(directions, B, L, E)."""
         return conv.forward(self.x, self.conv, self.conv_bias, None, self.reverses, True, False)[0]
 
-    def rows(self, c: Tensor, proj: Tensor) -> Tensor:
-        """x_proj of c (directions, B, L, E): (directions, B, L, width)."""
-        rows = c.new_empty(len(c), c.shape[1] * c.shape[2], proj.shape[1])
-        return _products(c.flatten(1, 2), proj.mT, rows).unflatten(1, c.shape[1:3])
+    def read(self, c: Tensor, weights: Packed) -> tuple[Tensor, Tensor, scan.Streams]:
+        """x_proj of c (directions, B, L, E), which is (directions, B, L, width), delta, and what the scan reads."""
+        rows = c.new_empty(len(c), c.shape[1] * c.shape[2], self.width)
+        rows = _products(c.flatten(1, 2), weights.proj.mT, rows).unflatten(1, c.shape[1:3])
+        delta = self.delta(rows, weights.dt)
+        return rows, delta, self.streams(c, rows, delta, weights)
 
     def delta(self, rows: Tensor, dt_proj: Tensor) -> Tensor:
         """(directions, B, L, E), behind softplus."""
@@ -166,9 +168,8 @@ def _parts(tensors: Sequence[Any], even: bool) -> Parts:
 def _mixer(*args):
     *tensors, even = args
     p, (out, out_bias) = _parts(tensors, even), tensors[-2:]
-    c, weights = p.convolved(), p.weights()
-    rows = p.rows(c, weights.proj)
-    r = scan.forward(p.streams(c, rows, p.delta(rows, weights.dt), weights), None, p.plan, keep=False)
+    rows, _, s = p.read(p.convolved(), p.weights())
+    r = scan.forward(s, None, p.plan, keep=False)
     return F.linear(r.y, out, out_bias), rows, r.starts if r.starts is not None else r.final.new_empty(0)
 
 

@@ -56,10 +56,7 @@ def _walk(*args):
     p, nothing = _parts(tensors, reverse, logarithm, even), tensors[0].new_empty
     c, leaving = conv.forward(p.x, p.conv, p.conv_bias, (taps,), p.reverses, True)
     assert leaving is not None
-    weights = p.weights()
-    rows = p.rows(c, weights.proj)
-    delta = p.delta(rows, weights.dt)
-    s = p.streams(c, rows, delta, weights)
+    rows, delta, s = p.read(c, p.weights())
     r = scan.forward(s, whole(state), p.plan, keep=keep, beside=whole(beside))
     ungated = r.ungated if keep and p.z is not None else nothing(0)
     kept = (c, rows, delta, ungated, r.marks) if keep else (*(nothing(0) for _ in range(4)), r.final.new_empty(0))
