@@ -1,6 +1,7 @@
 """Which implementation runs an operator: asked for by name, or chosen by the device; never silently another one.
 
 - `native`            kernels of this project: CUDA C++ for the scan, compiled at its first use, and Triton for the rest
+- `native_kept`       the same, and a mixer keeps the states of its scan for the backward pass, which then need not scan again
 - `mamba_ssm`         mamba-ssm's CUDA scan, causal-conv1d, mamba-ssm's Triton norm
 - `mamba_ssm_inner`   the same, with mamba-ssm's recomputing `mamba_inner_fn` as the body of a mixer
 - `torch`             PyTorch operations, on any device
@@ -17,7 +18,8 @@ from functools import cache
 
 import torch
 
-BACKENDS = ("native", "mamba_ssm", "mamba_ssm_inner", "torch")
+BACKENDS = ("native", "native_kept", "mamba_ssm", "mamba_ssm_inner", "torch")
+LIKE = {"native_kept": "native", "mamba_ssm_inner": "mamba_ssm"}  # another mixer over the same operators
 OPERATORS = ("scan", "conv", "norm", "mixer")
 SWITCH = "VIDEOMAMBA_DISABLE_FUSED"
 
@@ -60,11 +62,16 @@ def abilities(op: str, backend: str) -> Abilities:
         raise ValueError(f"op must be one of {', '.join(OPERATORS)}, got {op!r}")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend == "native":
+    if operators_of(backend) == "native":
         return _NATIVE
     if backend == "torch":
         return _TORCH_SCAN if op in ("scan", "mixer") else _TORCH
     return _UPSTREAM[op]
+
+
+def operators_of(backend: str) -> str:
+    """The backend whose scan, conv and norm it has: its own, but for the two that only differ in how a mixer uses them."""
+    return LIKE.get(backend, backend)
 
 
 def check_abilities(op: str, backend: str, dtype: torch.dtype, asked: Mapping[str, bool]) -> None:
@@ -95,7 +102,7 @@ def unavailable(backend: str, device: torch.device | str) -> str | None:
         return None
     if kind != "cuda":
         return f"{backend} runs on CUDA only and the input is on {kind}: move model and input to a GPU, or use 'torch'."
-    if backend == "native":
+    if operators_of(backend) == "native":
         return _native_failure(device)
     for module in ("mamba_ssm", "causal_conv1d"):
         reason = _import_failure(module)

@@ -44,8 +44,8 @@ def causal_conv1d(
     _check(x, weight, bias, activation, initial_state)
     asked = {"initial_state": initial_state is not None, "reverse": reverse}
     backends.check_abilities("conv", backend, x.dtype, asked)
-    chosen = backends.choose(backend, x.device)
-    if chosen in ("mamba_ssm", "mamba_ssm_inner"):
+    chosen = backends.operators_of(backends.choose(backend, x.device))
+    if chosen == "mamba_ssm":
         return upstream.causal_conv1d(x, weight, bias, activation=activation, reverse=reverse)
     run = conv_native if chosen == "native" else conv_torch
     return run(x, weight, bias, activation=activation, initial_state=initial_state, reverse=reverse)

@@ -150,11 +150,12 @@ class Mamba(nn.Module):
         """
         self._check_state(hidden, state, return_state, backend or self.backend)
         backend = backend or backends.choose(self.backend, hidden.device, use_fast_path=self.use_fast_path)
-        if backend in ("mamba_ssm", "mamba_ssm_inner") and not return_state:
+        operators = backends.operators_of(backend)
+        if operators == "mamba_ssm" and not return_state:
             return upstream.mix(hidden, self, inner=backend == "mamba_ssm_inner")
         xz = self.in_proj(hidden)
-        if backend == "native" and state is None and not return_state:
-            return self._native(xz)
+        if operators == "native" and state is None and not return_state:
+            return self._native(xz, backend == "native_kept")
         x, z = xz.chunk(2, dim=-1)
         if state is not None:
             check_mixer_state(state, x, self.d_conv, self.d_state, self.layer_idx)
@@ -165,12 +166,12 @@ class Mamba(nn.Module):
         out = self.out_proj(y)
         return (out, state) if return_state else out
 
-    def _native(self, xz: Tensor) -> Tensor:
-        """Everything behind in_proj as one operator."""
+    def _native(self, xz: Tensor, keep: bool) -> Tensor:
+        """Everything behind in_proj as one operator; `keep` saves its backward the scan."""
         from .native import mixer
 
         directions = [own.parameters for own in self._directions()]
-        return mixer.mix(xz, directions, self.out_proj.weight, self.out_proj.bias)
+        return mixer.mix(xz, directions, self.out_proj.weight, self.out_proj.bias, keep)
 
     def _check_state(self, hidden: Tensor, state: State | None, return_state: bool, backend: str) -> None:
         carried = state is not None or return_state
@@ -195,7 +196,7 @@ class Mamba(nn.Module):
         return ahead, Direction(self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b, reverse=True)
 
     def _scan(self, x: Tensor, z: Tensor, own: Direction, state: State | None, backend: str) -> tuple[Tensor, State]:
-        if backend == "native":
+        if backends.operators_of(backend) == "native":
             from .native.walk import walk
 
             return walk(x, z, None, state, own.parameters, reverse=own.reverse, logarithm=True)

@@ -46,7 +46,7 @@ def add_norm(
     """
     _check(x, weight, bias, residual, kind)
     backends.check_abilities("norm", backend, x.dtype, {})
-    chosen = backends.choose(backend, x.device)
+    chosen = backends.operators_of(backends.choose(backend, x.device))
     run = {"native": norm_native, "torch": norm_torch}.get(chosen, upstream.add_norm)
     return run(
         x,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import conv, norm, scan
+from . import backends, conv, norm, scan
 from .block import Block
 from .clipwise import clipwise
 from .mixer import State
@@ -46,7 +46,7 @@ def plan_of(
     else:
         stored = torch.promote_types(summed, torch.float32) if layer.residual_in_fp32 else summed
     return Plan(
-        chunks, backend, offload, layer.norm.kind, layer.norm.eps, fused, mixer.dt_rank, mixer.d_state,
+        chunks, backends.operators_of(backend), offload, layer.norm.kind, layer.norm.eps, fused, mixer.dt_rank, mixer.d_state,
         product=torch.get_autocast_dtype(device) if low else weights,
         normed=hidden.dtype if fused else layer.norm.weight.dtype,
         stored=stored, wide=torch.promote_types(summed, torch.float32),

@@ -58,14 +58,14 @@ def selective_scan(
     _check(u, delta, A, B, C, D, z, delta_bias, initial_state)
     asked = {"initial_state": initial_state is not None, "reverse": reverse, "groups": B.dim() == 4 or C.dim() == 4}
     backends.check_abilities("scan", backend, u.dtype, asked)
-    chosen = backends.choose(backend, u.device)
+    chosen = backends.operators_of(backends.choose(backend, u.device))
     if chosen == "native":
         from .native import scan as native
 
         return native.selective_scan(
             u, delta, A, B, C, D, z, delta_bias, softplus=softplus, initial_state=initial_state, reverse=reverse
         )
-    if chosen in ("mamba_ssm", "mamba_ssm_inner"):
+    if chosen == "mamba_ssm":
         return upstream.selective_scan(u, delta, A, B, C, D, z, delta_bias, softplus=softplus, reverse=reverse)
     return scan_torch(u, delta, A, B, C, D, z, delta_bias, softplus=softplus, initial_state=initial_state, reverse=reverse)
 
@@ -98,7 +98,8 @@ def bidirectional_scan(
         raise ValueError(f"bidirectional_scan: u and all others but z must be pairs, got {len(pairs)} of each")
     for one in pairs:
         _check(**one, z=z, initial_state=None)
-    if backends.choose(backend, u[0].device) == "native" and all(x.dim() == 3 for x in (*B, *C)):
+    chosen = backends.operators_of(backends.choose(backend, u[0].device))
+    if chosen == "native" and all(x.dim() == 3 for x in (*B, *C)):
         from .native import scan as native
 
         backends.check_abilities("scan", "native", u[0].dtype, {})

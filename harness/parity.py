@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 
 from fused import stamp
+from fused.backends import operators_of
 from harness import environment, workers
 from harness.case import DTYPES, Case
 from harness.elsewhere import Elsewhere
@@ -213,7 +214,8 @@ def stamps(plan: Plan, run: Run) -> list[tuple[str, str]]:
     asked = sorted({(r.implementation, r.dtype) for r in run.records if r.role == "ours" and r.dtype})
     for name, dtype in asked:
         backend = name.removeprefix("fused:")
-        mine = [r for r in run.records if r.implementation == name and r.dtype == dtype]
+        names = {name, f"fused:{operators_of(backend)}"}
+        mine = [r for r in run.records if r.implementation in names and r.dtype == dtype]
         if backend == name or any(r.failed for r in mine) or not any(r.status == "pass" for r in mine):
             continue
         values = stamp.key(backend, DTYPES[dtype], plan.device)

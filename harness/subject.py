@@ -128,7 +128,7 @@ def fused_implementations(
     samples: Callable[[Case, dict[str, Tensor]], Sequence[Sample]] | None = None,
 ) -> list[Implementation]:
     """Every backend of `fused` that has the operator; mamba-ssm's are rivals. `samples` are of native's registered ops."""
-    names = [b for b in backends.BACKENDS if b != "mamba_ssm_inner" or op == "mixer"]
+    names = [b for b in backends.BACKENDS if backends.operators_of(b) == b or op == "mixer"]
     mode = backends.batch_invariant
     return [
         Implementation(f"fused:{b}", call_with(b), b.startswith("mamba_ssm"), b, op, mode, samples if b == "native" else None)

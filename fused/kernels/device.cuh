@@ -20,6 +20,13 @@ __device__ __forceinline__ float rcp(float x) {
   return y;
 }
 
+// What belongs to an x below the limit, or else; both are there, and no branch is made of it.
+__device__ __forceinline__ float below(float x, float limit, float then, float otherwise) {
+  float y;
+  asm("{ .reg .pred p; setp.lt.f32 p, %1, %2; selp.f32 %0, %3, %4, p; }" : "=f"(y) : "f"(x), "f"(limit), "f"(then), "f"(otherwise));
+  return y;
+}
+
 // 16-bit numbers travel as unsigned short. To them: round to nearest even; NaN becomes 0x7fff.
 __device__ __forceinline__ float from_bf16(unsigned short x) { return __uint_as_float(unsigned(x) << 16); }
 __device__ __forceinline__ unsigned short to_bf16(float x) {

@@ -2,13 +2,15 @@
 
     c = silu(conv(x))        dt, B, C = x_proj(c)        y = sum of both scans * silu(z)        out = out_proj(y)
 
-It keeps xz and the rows of x_proj; the backward makes everything else again. Both directions share one launch of the
-convolution, of x_proj, of dt_proj and of the scan, B and C are read where x_proj wrote them, and the gradients of x and z are
-written where those of in_proj's output are wanted. A row of x_proj is [dt, zeros up to a multiple of STEP | B | C]: with dt
-of 36 or 12 alone, cuBLAS takes kernels for unaligned matrices, which need twice the time.
+It keeps xz and the rows of x_proj; the backward makes everything else again, the scan too unless what it wants of that was
+kept. Both directions share one launch of the convolution, of x_proj, of dt_proj and of the scan, B and C are read where x_proj
+wrote them, and the gradients of x and z are written where those of in_proj's output are wanted. A row of x_proj is
+[dt, zeros up to a multiple of STEP | B | C]: with dt of 36 or 12 alone, cuBLAS takes kernels for unaligned matrices, which need
+twice the time.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from fused.backends import invariant
 from fused.dispatch import below_autograd, differentiable, register
 from fused.kernels import conv, scan
 from fused.kernels.conv import Optionals
+from fused.kernels.cuts import TILE
 from fused.kernels.pack import Packed, pack
 from fused.kernels.steps import steps
 from fused.native.scan import aligned, dense, plan
@@ -31,12 +34,14 @@ _TENSORS = (
     " Tensor out, Tensor? out_bias"
 )
 _COUNT = 17
+_KEPT = 5  # results beside the first: rows, starts, y, ungated, marks; empty for what is not kept
 STEP = 8  # elements; 16 bytes of the narrowest dtype
 
 
-def mix(xz: Tensor, directions: list[dict[str, Any]], out: Tensor, out_bias: Tensor | None) -> Tensor:
+def mix(xz: Tensor, directions: list[dict[str, Any]], out: Tensor, out_bias: Tensor | None, keep: bool = False) -> Tensor:
     """xz (B, L, 2E) to (B, L, D). A direction has conv (E, K), conv_bias (E,) or None, proj (R + 2N, E), dt (E, R),
     dt_bias (E,), A (E, N) the logarithm of -A, and D (E,); the second of two runs from the last token.
+    With `keep` the backward does not scan again: y, once more without the gate, and the states before every 16 tokens are kept.
 
     Matrix products are in xz's dtype, under autocast as elsewhere with their weights rounded to it.
     """
@@ -51,7 +56,9 @@ def mix(xz: Tensor, directions: list[dict[str, Any]], out: Tensor, out_bias: Ten
         if name in ("proj", "dt"):
             pair = [product(x) for x in pair]
         flat += [*pair, *[None] * (2 - len(pair))]
-    return _differentiable(xz, *flat, product(out), product(out_bias), invariant())[0]
+    tensors = (xz, *flat, product(out), product(out_bias))
+    keep = keep and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    return _differentiable(*tensors, invariant(), keep)[0]
 
 
 class Parts:
@@ -166,50 +173,56 @@ def _parts(tensors: Sequence[Any], even: bool) -> Parts:
 
 
 def _mixer(*args):
-    *tensors, even = args
+    *tensors, even, keep = args
     p, (out, out_bias) = _parts(tensors, even), tensors[-2:]
     rows, _, s = p.read(p.convolved(), p.weights())
-    r = scan.forward(s, None, p.plan, keep=False)
-    return F.linear(r.y, out, out_bias), rows, r.starts if r.starts is not None else r.final.new_empty(0)
+    r = scan.forward(s, None, p.plan, keep=keep)
+    kept = (None, r.y, r.ungated, r.marks) if keep else (r.starts, None, None, None)
+    return F.linear(r.y, out, out_bias), rows, *(p.x.new_empty(0) if x is None else x for x in kept)
 
 
 def _shapes(*args):
-    *tensors, even = args
+    *tensors, even, keep = args
     p = _parts(tensors, even)
     B, L, E = p.x.shape
     cut, count = p.plan.ahead, len(p.reverses)
-    size = (count, B, cut.pieces, E, p.N) if cut.whole < cut.chains else 0
-    starts = p.x.new_empty(size, dtype=torch.float32)
-    return p.x.new_empty((B, L, tensors[-2].shape[0])), p.x.new_empty((count, B, L, p.width)), starts
+    kept, states = [p.x.new_empty(0) for _ in range(4)], partial(p.x.new_empty, dtype=torch.float32)
+    if keep:
+        kept[1:] = p.x.new_empty((B, L, E)), p.x.new_empty((B, L, E)), states((count, B, -(-L // TILE), E, p.N))
+    elif cut.whole < cut.chains:
+        kept[0] = states((count, B, cut.pieces, E, p.N))
+    return p.x.new_empty((B, L, tensors[-2].shape[0])), p.x.new_empty((count, B, L, p.width)), *kept
 
 
-def _mixer_backward(dout, rows, starts, *args):
+def _mixer_backward(dout, rows, starts, y, ungated, marks, *args):
     *tensors, even = args
     p, (xz, out, out_bias) = _parts(tensors, even), (tensors[0], *tensors[-2:])
     c, weights = p.convolved(), p.weights()
     s = p.streams(c, rows, p.delta(rows, weights.dt), weights)
     flat = dout.flatten(0, 1)
     dy = (flat @ out).view(p.x.shape)
-    r = scan.forward(s, None, p.plan, keep=True, starts=starts if starts.numel() else None)
-    assert r.marks is not None
+    if not marks.numel():
+        again = scan.forward(s, None, p.plan, keep=True, starts=starts if starts.numel() else None)
+        y, ungated, marks = again.y, again.ungated, again.marks
     dxz = torch.empty_like(xz, memory_format=torch.contiguous_format)
     dx, dz = dxz.chunk(2, dim=-1)
-    *_, made = p.gradients(s, c, rows, weights, dy, r.marks, r.ungated, dx, dz)
+    *_, made = p.gradients(s, c, rows, weights, dy, marks, ungated, dx, dz)
     parameters = [x for pair in made for x in (*pair, *(dout.new_empty(0) for _ in range(2 - len(pair))))]
     dout_bias = dout.new_empty(0) if out_bias is None else flat.sum(0)
-    return dxz, *parameters, flat.t() @ r.y.flatten(0, 1), dout_bias
+    return dxz, *parameters, flat.t() @ y.flatten(0, 1), dout_bias
 
 
-def _shapes_backward(dout, rows, starts, *args):
-    return tuple(dout.new_empty(0) if x is None else x.new_empty(x.shape) for x in args[:_COUNT])
+def _shapes_backward(dout, *args):
+    tensors = args[_KEPT : _KEPT + _COUNT]
+    return tuple(dout.new_empty(0) if x is None else x.new_empty(x.shape) for x in tensors)
 
 
 class _Mixer(torch.autograd.Function):
-    """Saves its tensors, the rows of x_proj and the states that enter the pieces of time."""
+    """Saves its tensors, the rows of x_proj and the states that enter the pieces of time, or what the scan kept."""
 
     @staticmethod
     def forward(ctx, *inputs):
-        *tensors, ctx.even = inputs
+        *tensors, ctx.even, _ = inputs
         out, *kept = below_autograd("mixer", *inputs)
         ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
@@ -219,17 +232,17 @@ class _Mixer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, *_):
-        rows, starts, *tensors = ctx.saved_tensors
         if dout is None:
-            return (None,) * (_COUNT + 1)
-        grads = torch.ops.videomamba.mixer_backward.default(dout.contiguous(), rows, starts, *tensors, ctx.even)
-        return *(None if x is None else g for g, x in zip(grads, tensors, strict=True)), None
+            return (None,) * (_COUNT + 2)
+        saved, tensors = ctx.saved_tensors, ctx.saved_tensors[_KEPT:]
+        grads = torch.ops.videomamba.mixer_backward.default(dout.contiguous(), *saved, ctx.even)
+        return *(None if x is None else g for g, x in zip(grads, tensors, strict=True)), None, None
 
 
-register(f"mixer({_TENSORS}, bool invariant) -> (Tensor, Tensor, Tensor)", _mixer, _shapes)
+register(f"mixer({_TENSORS}, bool invariant, bool keep) -> (" + ", ".join(["Tensor"] * (1 + _KEPT)) + ")", _mixer, _shapes)
 register(
-    f"mixer_backward(Tensor dy, Tensor rows, Tensor starts, {_TENSORS}, bool invariant) -> ("
-    + ", ".join(["Tensor"] * _COUNT) + ")",
+    "mixer_backward(Tensor dy, Tensor rows, Tensor starts, Tensor y, Tensor ungated, Tensor marks,"
+    f" {_TENSORS}, bool invariant) -> (" + ", ".join(["Tensor"] * _COUNT) + ")",
     _mixer_backward,
     _shapes_backward,
 )  # fmt: skip

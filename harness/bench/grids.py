@@ -17,6 +17,7 @@ MODELS = {"tiny": ("tiny", "tiny"), "small": ("small", "small"), "middle": ("mid
 PIECEWISE = {"stream": ("tiny", "small", "middle"), "chunks": ("middle",)}
 RACES = (*OPERATORS, *MODELS, *PIECEWISE)
 GRIDS = ("cpu", "full", "long")
+KEPT = "fused:native_kept"  # native but for the backward pass of a mixer
 MODEST = 12_545  # tokens, 64 frames: what the paper compares goes no further
 LITTLE = 1569  # tokens, 8 frames
 HOUR = 3600  # frames, one a second
@@ -53,6 +54,8 @@ def runs(entry: Entry, point: Point, grid: str) -> bool:
     """Whether an entry is timed at a point of its race. Among models PyTorch's own scan on a GPU and the naive attention are no
     rivals for speed: they are timed eagerly, not captured or compiled, in grid `full` up to 8 and up to 64 frames. What comes
     in pieces is run by the fastest backend, in the sizes of PIECEWISE; in grid `cpu` by the one that is there, in the least."""
+    if entry.implementation == KEPT and (point.mode != "train" or point.race in PIECEWISE):
+        return False
     if point.race in PIECEWISE:
         if grid == "cpu":
             return entry.variant == "tiny"

@@ -193,6 +193,19 @@ def test_the_overview_sets_ours_beside_the_fastest_of_either_kind() -> None:
     assert "(graph)" in said and "ours meets the ViT at **" in said and "upstream" not in said
 
 
+def test_what_keeps_its_scan_stands_beside_ours() -> None:
+    kept = dataclasses.replace(NATIVE, implementation="fused:native_kept")
+    point = sweeps.clip(64, mode="train")
+    ours, other, vit = (sweeps.speed(e, point, t, m) for e, t, m in ((NATIVE, 2.0, 4.0), (kept, 1.5, 9.0), (SDPA, 3.0, 3.0)))
+    line = overview.overview([ours, other, vit]).splitlines()[-1]
+    assert line.endswith("| 2 | 1.5 (0.75x) | - | 3 (1.50x) | - |")
+    [said] = overview.most_memory([ours, other, vit])
+    assert "fused:native 4 GiB" in said and "fused:native_kept 9 GiB" in said
+    lines = _line(NATIVE, (8, 2), way="graph"), _line(kept, (8, 1), way="graph"), _line(SDPA, (2, 8), way="graph")
+    [said] = overview.crossings(curves.families([s for line in lines for s in line]))
+    assert said.count("meets the ViT at **") == 2 and "ours, the scan kept, meets" in said
+
+
 def test_the_least_memory_of_a_kind_is_named() -> None:
     point = sweeps.clip(64, mode="train")
     hungry, lean = (Entry("videomamba", f"fused:mamba_ssm{n}", "rival", variant="middle") for n in ("", "_inner"))

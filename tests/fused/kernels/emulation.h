@@ -130,6 +130,7 @@ inline float emulation_flush(float x) { return fabsf(x) < 0x1p-126f ? copysignf(
 // results lie below the true ones by as much as an H200's do on average
 inline float ex2(float x) { return emulation_flush((float)(exp2((double)emulation_flush(x)) * (1 - (fabsf(x) < 0x1p-8f ? 6e-9 : 2.1e-8)))); }
 inline float lg2(float x) { return log2f(emulation_flush(x)); }
+inline float below(float x, float limit, float then, float otherwise) { return x < limit ? then : otherwise; }
 inline float rcp(float x) { return emulation_flush(1.f / emulation_flush(x)); }
 
 inline float from_bf16(unsigned short x) { return __uint_as_float(unsigned(x) << 16); }

@@ -67,6 +67,24 @@ def test_time_is_cut(monkeypatch):
     assert_rule(sample(seed, 1, 65) for seed in range(4))
 
 
+@pytest.mark.parametrize("pieces", [0, 2])
+@pytest.mark.parametrize("options", [{}, {"bimamba": False}], ids=str)
+def test_what_is_kept_changes_no_bit_and_spares_a_scan(monkeypatch, pieces, options):
+    monkeypatch.setattr(cuts, "SHORTEST", 1)
+    monkeypatch.setattr(cuts, "plan", partial(cuts.plan.__wrapped__, pieces=pieces))
+    torch.manual_seed(0)
+    mixer, tokens, cotangent = Mamba(8, d_state=4, **options).to(DEVICE), *torch.randn(2, 1, 35, 8).to(DEVICE)
+    scans, forward = [], scan.forward
+    monkeypatch.setattr(scan, "forward", lambda *a, **k: scans.append(k["keep"]) or forward(*a, **k))
+    lean = outcome(mixer, tokens, cotangent, "native")
+    assert scans == [False, True]
+    kept = outcome(mixer, tokens, cotangent, "native_kept")
+    assert scans[2:] == [True] and all(torch.equal(kept[name], x) for name, x in lean.items())
+    with torch.no_grad():
+        mixer(tokens, backend="native_kept")
+    assert scans[3:] == [False]  # there will be no backward
+
+
 def test_a_state_goes_through_the_operators_of_the_mixer():
     torch.manual_seed(0)
     mixer, tokens = Mamba(8, d_state=4, bimamba=False).to(DEVICE), torch.randn(2, 19, 8).to(DEVICE)
@@ -143,7 +161,8 @@ def test_a_mixer_is_an_operator_as_torch_wants_it():
     pairs = zip(*(own.parameters.values() for own in layer._directions()), strict=True)
     own = [t.detach().requires_grad_() for pair in pairs for t in pair]
     xz = torch.randn(1, 5, 32, device=DEVICE).requires_grad_()
-    torch.library.opcheck(torch.ops.videomamba.mixer.default, (xz, *own, layer.out_proj.weight, None, False))
+    for keep in (False, True):
+        torch.library.opcheck(torch.ops.videomamba.mixer.default, (xz, *own, layer.out_proj.weight, None, False, keep))
 
 
 def test_one_token_of_one_clip():
