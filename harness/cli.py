@@ -18,7 +18,7 @@ from harness.bench.cli import bench, compare
 from harness.case import Case
 from harness.conclude import INTERRUPTED, NOTHING, PASSED, UNFIT, USAGE, conclude, exit_code
 from harness.learning.cli import learn
-from harness.plan import GRIDS, Plan, UsageError
+from harness.plan import GRIDS, Plan, UsageError, existing
 from harness.progress import Progress
 from harness.record import Record
 from harness.report import bench as bench_page
@@ -91,7 +91,7 @@ def run_parity(
     """Judge implementations against the reference; exits 0 if all of ours passed, 1 if one failed, 3 if nothing ran."""
     require_fit()
     environment.prepare()
-    where = device or default_device()
+    where = existing(device or default_device())
     plan = Plan(
         grid=grid or ("full" if where.startswith("cuda") else "smoke"),
         device=where,

@@ -22,6 +22,16 @@ class UsageError(ValueError):
     """A wish that cannot be met as it was put; the message says what is allowed."""
 
 
+def existing(device: str) -> str:
+    """The device, if it is here. Raises UsageError."""
+    kind, _, index = device.partition(":")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "cuda" and int(index or 0) >= count:
+        there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
+        raise UsageError(f"PyTorch sees no device {device!r} here; there are {there}")
+    return device
+
+
 @dataclass(frozen=True)
 class Plan:
     """Empty filters take all. `added` are `SUBJECT:NAME=module:callable[@layout]`, `rivals` names that do not decide the exit

@@ -14,7 +14,7 @@ from harness.bench.ceilings import Ceilings
 from harness.bench.compare import compare as compare_runs
 from harness.bench.point import Entry, Point, Speed, last_line
 from harness.conclude import FAILED, INTERRUPTED, NOTHING, PASSED, conclude
-from harness.plan import UsageError
+from harness.plan import UsageError, existing
 from harness.progress import Progress
 from harness.report import bench as page
 from harness.store import Run, again, resumable
@@ -51,7 +51,7 @@ def bench(
             who = [e for e in grids.entries(p.race, device, "sdpa", wanted) if grids.runs(e, p, grid)]
             print(f"{p.name:60} {p.tokens:8} tokens  {', '.join(e.name for e in who)}")
         return
-    box = environment.describe(device)
+    box = environment.describe(existing(device))
     about = sweep.about(grid, device, tuple(race or ()), wanted, tuple(point or ()), budget or BUDGET[grid], box)
     if resume:
         run = Run.open(out) if out else Run.latest(unfinished=True, kind="bench")
