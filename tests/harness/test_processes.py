@@ -14,10 +14,7 @@ from harness.subject import CannotAsk, Implementation, subjects
 from harness.together import Training
 from harness.trial import Trial
 
-
-@pytest.fixture(autouse=True)
-def two_seeds(monkeypatch: pytest.MonkeyPatch, prepared: None) -> None:
-    monkeypatch.setattr(processes, "SEEDS", 2)
+pytestmark = pytest.mark.usefixtures("prepared")
 
 
 @functools.cache
