@@ -234,9 +234,9 @@ class _Mixer(torch.autograd.Function):
     def backward(ctx, dout, *_):
         if dout is None:
             return (None,) * (_COUNT + 2)
-        saved, tensors = ctx.saved_tensors, ctx.saved_tensors[_KEPT:]
+        saved = ctx.saved_tensors  # once: under activation checkpointing they are made again for that
         grads = torch.ops.videomamba.mixer_backward.default(dout.contiguous(), *saved, ctx.even)
-        return *(None if x is None else g for g, x in zip(grads, tensors, strict=True)), None, None
+        return *(None if x is None else g for g, x in zip(grads, saved[_KEPT:], strict=True)), None, None
 
 
 register(f"mixer({_TENSORS}, bool invariant, bool keep) -> (" + ", ".join(["Tensor"] * (1 + _KEPT)) + ")", _mixer, _shapes)

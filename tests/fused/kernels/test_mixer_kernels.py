@@ -9,6 +9,7 @@ import emulation
 import pytest
 import torch
 from rule import assert_rule
+from torch.utils.checkpoint import checkpoint
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton", reason="the convolution's kernels are Triton's")
@@ -83,6 +84,19 @@ def test_what_is_kept_changes_no_bit_and_spares_a_scan(monkeypatch, pieces, opti
     with torch.no_grad():
         mixer(tokens, backend="native_kept")
     assert scans[3:] == [False]  # there will be no backward
+
+
+@pytest.mark.parametrize("backend", ["native", "native_kept"])
+def test_checkpointed_gradients_are_the_same(backend):
+    torch.manual_seed(0)
+    mixer, tokens, cotangent = Mamba(8, d_state=4).to(DEVICE), *torch.randn(2, 1, 19, 8).to(DEVICE)
+    plain = outcome(mixer, tokens, cotangent, backend)
+
+    def again(x, backend):
+        return checkpoint(mixer, x, use_reentrant=False, backend=backend)
+
+    again.parameters = mixer.parameters
+    assert all(torch.equal(x, plain[name]) for name, x in outcome(again, tokens, cotangent, backend).items())
 
 
 def test_a_state_goes_through_the_operators_of_the_mixer():
