@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from harness.progress import Progress
 from harness.store import Run
@@ -13,12 +14,25 @@ PASSED, FAILED, USAGE, NOTHING, UNFIT, INTERRUPTED = 0, 1, 2, 3, 4, 130
 def conclude(run: Run, progress: Progress, work: Callable[[], None], write: Callable[[Run], Path]) -> bool:
     """Do the work and write the report; whether it came to its end. Ctrl-C keeps what was done."""
     status = "finished"
+
+    def stop(*_: Any) -> None:
+        nonlocal status
+        status = "interrupted"
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:  # as in the background of a shell
+        signal.signal(signal.SIGINT, stop)
     try:
         with progress:
             work()
     except KeyboardInterrupt:
         status = "interrupted"
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not cost the report of what was done
+    except RuntimeError:  # what becomes of a Ctrl-C that comes while Python releases a lock
+        if status == "finished":
+            signal.signal(signal.SIGINT, before)
+            raise
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not cost the report of what was done
     run.finish(status)
     print(f"report: {write(run)}")
     signal.signal(signal.SIGINT, before)

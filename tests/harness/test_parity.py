@@ -15,9 +15,10 @@ from typer.testing import CliRunner, Result
 
 import reference
 from harness.cli import app
-from harness.conclude import FAILED, INTERRUPTED, NOTHING, PASSED
+from harness.conclude import FAILED, INTERRUPTED, NOTHING, PASSED, conclude
 from harness.finding import Tally
 from harness.plan import UsageError
+from harness.progress import Progress
 from harness.record import Record
 from harness.store import Run, StoreError
 
@@ -112,6 +113,27 @@ def test_interrupted_run_is_readable_and_goes_on(jobs: str, cases: str, tmp_path
     run = Run.open(tmp_path)
     assert done.exit_code == PASSED and run.about["status"] == "finished" and len(run.records) > asked, done.output
     assert len({r.key for r in run.records}) == len(run.records)
+
+
+@pytest.mark.parametrize("pressed", [True, False])
+def test_a_ctrl_c_within_a_lock_ends_a_run_as_any(pressed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signal, "getsignal", lambda which: signal.default_int_handler)  # tests in the background ignore it
+
+    def work() -> None:
+        try:
+            if pressed:
+                signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            pass
+        raise RuntimeError("release unlocked lock")  # as Python 3.12 makes of it
+
+    run = Run.create(tmp_path, {"kind": "parity"})
+    ending = functools.partial(conclude, run, Progress({}), work, lambda run: run.folder)
+    if pressed:
+        assert not ending() and Run.open(tmp_path).about["status"] == "interrupted"
+    else:
+        with pytest.raises(RuntimeError, match="unlocked"):
+            ending()
 
 
 def test_resume_asks_only_what_is_left(tmp_path: Path) -> None:
