@@ -1,7 +1,8 @@
 """Which implementation runs an operator: asked for by name, or chosen by the device; never silently another one.
 
 - `native`            kernels of this project: CUDA C++ for the scan, compiled at its first use, and Triton for the rest
-- `native_kept`       the same, and a mixer keeps the states of its scan for the backward pass, which then need not scan again
+- `native_kept`       the same, and a mixer keeps the states of its scan for the backward pass, which then need not scan again;
+                      with states and in chunks it is `native`
 - `mamba_ssm`         mamba-ssm's CUDA scan, causal-conv1d, mamba-ssm's Triton norm
 - `mamba_ssm_inner`   the same, with mamba-ssm's recomputing `mamba_inner_fn` as the body of a mixer
 - `torch`             PyTorch operations, on any device

@@ -28,7 +28,7 @@ def conclude(run: Run, progress: Progress, work: Callable[[], None], write: Call
             work()
     except KeyboardInterrupt:
         status = "interrupted"
-    except RuntimeError:  # what becomes of a Ctrl-C that comes while Python releases a lock
+    except BaseException:  # a RuntimeError where Ctrl-C came while Python released a lock
         if status == "finished":
             signal.signal(signal.SIGINT, before)
             raise

@@ -24,10 +24,13 @@ class UsageError(ValueError):
 
 def existing(device: str) -> str:
     """The device, if it is here. Raises UsageError."""
-    kind, _, index = device.partition(":")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if kind == "cuda" and int(index or 0) >= count:
-        there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
+    there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
+    try:
+        asked = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"{device!r} is no device; there are {there}") from error
+    if asked.type == "cuda" and (asked.index or 0) >= count:
         raise UsageError(f"PyTorch sees no device {device!r} here; there are {there}")
     return device
 

@@ -53,7 +53,8 @@ def _entries(subject: str, variant: str, device: str) -> list[Entry]:
 def runs(entry: Entry, point: Point, grid: str) -> bool:
     """Whether an entry is timed at a point of its race. Among models PyTorch's own scan on a GPU and the naive attention are no
     rivals for speed: they are timed eagerly, not captured or compiled, in grid `full` up to 8 and up to 64 frames. What comes
-    in pieces is run by the fastest backend, in the sizes of PIECEWISE; in grid `cpu` by the one that is there, in the least."""
+    in pieces is run by the fastest backend, in the sizes of PIECEWISE; in grid `cpu` by the one that is there, in the least.
+    KEPT differs where there is a backward pass of a whole mixer, and nowhere else."""
     if entry.implementation == KEPT and (point.mode != "train" or point.race in PIECEWISE):
         return False
     if point.race in PIECEWISE:

@@ -104,7 +104,7 @@ KINDS = (_is_ours, _is_kept, _is_upstream, _is_vit)
 def _ours(best: Speed | None, at: Sequence[Speed]) -> str:
     if best:
         return number(1e3 * seconds(best))
-    return next((status(s) for s in at if s.entry.role == "ours"), "-")
+    return next((status(s) for s in at if _is_ours(s)), "-")
 
 
 def _other(ours: Speed | None, other: Speed | None) -> str:

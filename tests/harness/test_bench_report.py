@@ -199,6 +199,8 @@ def test_what_keeps_its_scan_stands_beside_ours() -> None:
     ours, other, vit = (sweeps.speed(e, point, t, m) for e, t, m in ((NATIVE, 2.0, 4.0), (kept, 1.5, 9.0), (SDPA, 3.0, 3.0)))
     line = overview.overview([ours, other, vit]).splitlines()[-1]
     assert line.endswith("| 2 | 1.5 (0.75x) | - | 3 (1.50x) | - |")
+    failed = [dataclasses.replace(s, status=word, seconds=(), reason=word) for s, word in ((other, "oom"), (ours, "timeout"))]
+    assert overview.overview([*failed, vit]).splitlines()[-1].split(" | ")[5:7] == ["**out of time**: timeout", "-"]
     [said] = overview.most_memory([ours, other, vit])
     assert "fused:native 4 GiB" in said and "fused:native_kept 9 GiB" in said
     lines = _line(NATIVE, (8, 2), way="graph"), _line(kept, (8, 1), way="graph"), _line(SDPA, (2, 8), way="graph")

@@ -153,6 +153,7 @@ def test_resume_asks_only_what_is_left(tmp_path: Path) -> None:
         (("--subject", "scam"), "scan"), (("--dtype", "int8"), "bfloat16"), (("--impl", "nobody"), "fused:torch"),
         (("--with", "scan:x=nowhere:f"), "nowhere"), (("--with", "garbage"), "SUBJECT:NAME"),
         (("--video", "/no/file"), "not a file"), (("--device", "cuda:99"), "there are cpu"),
+        (("--device", "cuda:x"), "there are cpu"),
     ],
 )  # fmt: skip
 def test_wrong_wishes_say_what_is_allowed(options: tuple[str, ...], allowed: str) -> None:

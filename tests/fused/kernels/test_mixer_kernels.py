@@ -69,12 +69,16 @@ def test_time_is_cut(monkeypatch):
 
 
 @pytest.mark.parametrize("pieces", [0, 2])
-@pytest.mark.parametrize("options", [{}, {"bimamba": False}], ids=str)
+@pytest.mark.parametrize("options", [{"d_state": 4}, {"d_state": 4, "bimamba": False}, {"d_model": 32}], ids=str)
 def test_what_is_kept_changes_no_bit_and_spares_a_scan(monkeypatch, pieces, options):
+    """Also in the kernels of whole blocks of channels and 16 states, which on a GPU run in bfloat16."""
+    options = {"d_model": 8, **options}
+    width = options["d_model"]
+    dtype = torch.bfloat16 if DEVICE == "cuda" and width == 32 else torch.float32
     monkeypatch.setattr(cuts, "SHORTEST", 1)
     monkeypatch.setattr(cuts, "plan", partial(cuts.plan.__wrapped__, pieces=pieces))
     torch.manual_seed(0)
-    mixer, tokens, cotangent = Mamba(8, d_state=4, **options).to(DEVICE), *torch.randn(2, 1, 35, 8).to(DEVICE)
+    mixer, tokens, cotangent = Mamba(**options).to(DEVICE, dtype), *torch.randn(2, 1, 35, width).to(DEVICE, dtype)
     scans, forward = [], scan.forward
     monkeypatch.setattr(scan, "forward", lambda *a, **k: scans.append(k["keep"]) or forward(*a, **k))
     lean = outcome(mixer, tokens, cotangent, "native")
