@@ -18,13 +18,17 @@ def register(schema: str, kernel: Callable[..., Any], shapes: Callable[..., Any]
     torch.library.register_fake(f"videomamba::{name}", shapes, lib=_OPS)  # unlike a kernel for Meta it is told the device
 
 
+def wants_gradients(*arguments: Any) -> bool:
+    """Whether autograd will ask for a gradient of one of them."""
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments)
+
+
 def differentiable(name: str, function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """Give an operator its gradient. Returns it with a round through the dispatcher less on its way to a kernel, but while a
     compiler traces, which must see the operator."""
 
     def run(*arguments: Any) -> Any:
-        wanted = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments)
-        return function.apply(*arguments) if wanted else below_autograd(name, *arguments)
+        return function.apply(*arguments) if wants_gradients(*arguments) else below_autograd(name, *arguments)
 
     def short(*arguments: Any) -> Any:
         if torch.compiler.is_compiling():

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from .arguments import no_autocast
 from .block import Block
+from .dispatch import wants_gradients
 from .mixer import State
 from .pieces import (
     Plan,
@@ -48,7 +49,7 @@ def sweep(
     their dtypes allow it: neither must be used again.
     """
     plan, parameters = plan_of(layer, hidden, residual, chunks, backend, offload), parameters_of(layer)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, residual, *parameters)):
+    if wants_gradients(hidden, residual, *parameters):
         return _Layer.apply(plan, hidden, residual, *parameters)
     with torch.no_grad(), no_autocast(hidden.device):
         stream = hidden if residual is None else residual

@@ -18,7 +18,7 @@ from harness.bench.cli import bench, compare
 from harness.case import Case
 from harness.conclude import INTERRUPTED, NOTHING, PASSED, UNFIT, USAGE, conclude, exit_code
 from harness.learning.cli import learn
-from harness.plan import GRIDS, Plan, UsageError, existing
+from harness.plan import GRIDS, Plan, UsageError, default_device, existing
 from harness.progress import Progress
 from harness.record import Record
 from harness.report import bench as bench_page
@@ -203,11 +203,6 @@ def accept(folder: Path) -> None:
         runs = {f.parent: Run.open(f.parent) for f in sorted(target.parent.glob("*/run.json"))}
         benches = {f.relative_to(environment.ROOT): r for f, r in runs.items() if r.about["kind"] == "bench"}
         bench_page.refresh(environment.ROOT / "README.md", benches)
-
-
-def default_device() -> str:
-    """The first GPU if there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def require_fit() -> None:

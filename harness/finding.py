@@ -108,7 +108,7 @@ class Tally:
                 continue
             worst = max(samples, key=lambda s: s.error[1]).worst
             for i, norm in enumerate(("l2", "max")):
-                error, plain, scale = (_rms([getattr(s, part)[i] for s in samples]) for part in ("error", "plain", "truth"))
+                error, plain, scale = (rms([getattr(s, part)[i] for s in samples]) for part in ("error", "plain", "truth"))
                 found.append(Finding(name, norm, error, 2 * plain + self._unit[name] * scale, scale, worst))
             strays = [s.stray for s in samples if s.stray is not None]
             if strays:
@@ -143,5 +143,6 @@ def _largest(x: Tensor) -> float:
     return largest if math.isfinite(largest) else math.inf
 
 
-def _rms(values: list[float]) -> float:
+def rms(values: list[float]) -> float:
+    """The root mean square."""
     return math.sqrt(sum(v * v for v in values) / len(values))

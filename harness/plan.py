@@ -22,6 +22,11 @@ class UsageError(ValueError):
     """A wish that cannot be met as it was put; the message says what is allowed."""
 
 
+def default_device() -> str:
+    """The first GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def existing(device: str) -> str:
     """The device, if it is here. Raises UsageError."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fused.backends import invariant
-from fused.dispatch import below_autograd, differentiable, register
+from fused.dispatch import below_autograd, differentiable, register, wants_gradients
 from fused.kernels import conv, scan
 from fused.kernels.conv import Optionals
 from fused.kernels.cuts import TILE
@@ -57,8 +57,7 @@ def mix(xz: Tensor, directions: list[dict[str, Any]], out: Tensor, out_bias: Ten
             pair = [product(x) for x in pair]
         flat += [*pair, *[None] * (2 - len(pair))]
     tensors = (xz, *flat, product(out), product(out_bias))
-    keep = keep and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    return _differentiable(*tensors, invariant(), keep)[0]
+    return _differentiable(*tensors, invariant(), keep and wants_gradients(*tensors))[0]
 
 
 class Parts:

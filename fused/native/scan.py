@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fused.backends import invariant
+from fused.dispatch import wants_gradients
 from fused.kernels import cuts, scan
 
 _library = torch.library.Library("videomamba", "FRAGMENT")
@@ -142,7 +143,7 @@ def selective_scan(
     B, C = (x.flatten(2) if x.dim() == 4 else x for x in (B, C))
     narrow = _alike((u, delta, B, C, z))
     wide = [None if x is None else x.float() for x in (A, D, delta_bias, initial_state)]
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*narrow, *wide))
+    keep = wants_gradients(*narrow, *wide)
     tensors = (*narrow[:2], wide[0], *narrow[2:4], wide[1], narrow[4], *wide[2:])
     y, final, _, _ = torch.ops.videomamba.selective_scan(*tensors, softplus, reverse, invariant(), keep)
     return y.to(u.dtype), final
@@ -203,7 +204,7 @@ def bidirectional_scan(u, delta, A, B, C, D, z, delta_bias, *, softplus: bool) -
         raise ValueError(f"bidirectional_scan: backend 'native' has N up to {scan.LONGEST_STATE}, got N={A[0].shape[1]}")
     narrow = _alike((*u, *delta, *B, *C, z))
     wide = [None if x is None else x.float() for x in (*A, *D, *delta_bias)]
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*narrow, *wide))
+    keep = wants_gradients(*narrow, *wide)
     args = (*narrow[:4], *wide[:2], *narrow[4:8], *wide[2:], narrow[8])
     return torch.ops.videomamba.bidirectional_scan(*args, softplus, invariant(), keep)[0].to(u[0].dtype)
 

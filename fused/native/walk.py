@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fused.backends import invariant
-from fused.dispatch import below_autograd, differentiable, register
+from fused.dispatch import below_autograd, differentiable, register, wants_gradients
 from fused.kernels import conv, scan
 from fused.kernels.gate import gate
 from fused.native.mixer import Parts
@@ -40,8 +40,7 @@ def walk(
     proj, dt = (own[name].to(x.dtype) if low else own[name] for name in ("proj", "dt"))
     parameters = (own["conv"], own["conv_bias"], proj, dt, own["dt_bias"], own["A"], own["D"])
     tensors = (x, z, beside, taps, None if edge is None else edge.float(), *parameters)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    y, taps, edge, *_ = _differentiable(*tensors, reverse, logarithm, invariant(), keep)
+    y, taps, edge, *_ = _differentiable(*tensors, reverse, logarithm, invariant(), wants_gradients(*tensors))
     return y, (taps, edge)
 
 

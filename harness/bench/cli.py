@@ -14,7 +14,7 @@ from harness.bench.ceilings import Ceilings
 from harness.bench.compare import compare as compare_runs
 from harness.bench.point import Entry, Point, Speed, last_line
 from harness.conclude import FAILED, INTERRUPTED, NOTHING, PASSED, conclude
-from harness.plan import UsageError, existing
+from harness.plan import UsageError, default_device, existing
 from harness.progress import Progress
 from harness.report import bench as page
 from harness.store import Run, again, resumable
@@ -36,7 +36,7 @@ def bench(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list the points")] = False,
 ) -> None:
     """Time everything that passes parity; exits 0 if all of ours was timed, 1 if some was gated or failed."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     grid = grid or ("full" if device.startswith("cuda") else "cpu")
     for what, given, allowed in (("grid", [grid], grids.GRIDS), ("race", race or [], grids.RACES)):
         for name in given:

@@ -1,6 +1,7 @@
 """Is the approximate online mode what its definition says, and how far is that from the exact result?"""
 
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 import reference
 from harness import modules
 from harness.case import Case
-from harness.finding import Finding, Tally
+from harness.finding import Finding, Tally, rms
 from harness.subject import CannotAsk, Implementation
 from harness.trial import Trial, worst_of
 
@@ -40,33 +41,41 @@ def run(trial: Trial, implementation: Implementation) -> list[Finding]:
     if able is not None and not able.initial_state:
         raise CannotAsk(f"{implementation.name} does not declare initial_state: no state goes from chunk to chunk")
     case, plain = trial.case, trial.reference
+
+    def tokens(who: Implementation, exact: bool, seed: int, how: Callable[[Any, Tensor], Tensor]) -> Tensor:
+        leaves = trial.leaves(seed, exact)
+        model = modules.on_meta(trial.subject.build, who.call, case)
+        with torch.no_grad(), modules.precision(case, leaves):
+            return modules.call(model, leaves, how, leaves["clip"]).cpu()
+
+    def due(seed: int, near: Callable[[Any, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        return tokens(plain, True, seed, near), tokens(plain, False, seed, near)
+
+    wholes = {seed: tokens(implementation, False, seed, at_once).double() for seed in case.seeds}
     found: list[Finding] = []
     measured: list[Finding] = []
     for chunk, ahead in ways(case):
-        tally, deviations, scales = Tally(), [], []
-        for seed in case.seeds:
-
-            def tokens(who: Implementation, exact: bool, how: Callable[[Any, Tensor], Tensor], seed: int = seed) -> Tensor:
-                leaves = trial.leaves(seed, exact)
-                model = modules.on_meta(trial.subject.build, who.call, case)
-                with torch.no_grad(), modules.precision(case, leaves):
-                    return modules.call(model, leaves, how, leaves["clip"]).cpu()
-
-            def near(model: Any, clip: Tensor, chunk: int = chunk, ahead: int = ahead) -> Tensor:
-                if isinstance(model, reference.VideoMamba):
-                    return reference.approximate(model, clip, chunk, ahead)
-                return torch.cat(list(model.forward_approximate(clip, chunk_frames=chunk, look_ahead=ahead)), dim=1)
-
-            asked = f"{chunk} frames, {ahead} ahead, seed {seed}"
-            truth, rounded = trial.once(asked, lambda: (tokens(plain, True, near), tokens(plain, False, near)))  # noqa: B023
-            tally.add(f"tokens[{chunk}+{ahead}]", tokens(implementation, False, near), rounded, truth)
-            whole = tokens(implementation, False, lambda model, clip: model.encode(model.embed(clip))[0]).double()
-            deviations.append(float((truth - whole).norm()))
-            scales.append(float(whole.norm()))
+        near, tally, deviations = partial(approximated, chunk, ahead), Tally(), []
+        for seed, whole in wholes.items():
+            truth, rounded = trial.once(f"{chunk} frames, {ahead} ahead, seed {seed}", partial(due, seed, near))
+            tally.add(f"tokens[{chunk}+{ahead}]", tokens(implementation, False, seed, near), rounded, truth)
+            deviations.append(truth - whole)
         found += tally.findings()
-        rms = [torch.tensor(x).square().mean().sqrt().item() for x in (deviations, scales)]
-        measured.append(Finding(f"chunks of {chunk}, {ahead} ahead", DEVIATION, rms[0], float("inf"), rms[1]))
+        error, scale = (rms([float(x.norm()) for x in some]) for some in (deviations, wholes.values()))
+        measured.append(Finding(f"chunks of {chunk}, {ahead} ahead", DEVIATION, error, float("inf"), scale))
     return worst_of(found) + measured
+
+
+def at_once(model: Any, clip: Tensor) -> Tensor:
+    """The exact tokens."""
+    return model.encode(model.embed(clip))[0]
+
+
+def approximated(chunk: int, ahead: int, model: Any, clip: Tensor) -> Tensor:
+    """Tokens of chunks of so many frames, with so many looked ahead at."""
+    if isinstance(model, reference.VideoMamba):
+        return reference.approximate(model, clip, chunk, ahead)
+    return torch.cat(list(model.forward_approximate(clip, chunk_frames=chunk, look_ahead=ahead)), dim=1)
 
 
 def ways(case: Case) -> list[tuple[int, int]]:

@@ -16,7 +16,7 @@ from harness.finding import Finding
 from harness.learning.fit import Fitted, Look, fit, looked_at
 from harness.learning.task import Recipe, Task, allowed
 from harness.learning.tasks import TASKS
-from harness.plan import UsageError, existing
+from harness.plan import UsageError, default_device, existing
 from harness.progress import Progress
 from harness.record import Record, judged
 from harness.report import learning as page
@@ -65,7 +65,7 @@ def learn(
     resume: Annotated[bool, typer.Option("--resume", help="continue the newest unfinished run, or that in --out")] = False,
 ) -> None:
     """Train small models on small tasks; exits 0 if all learnt what they must, 1 if one did not, 3 if nothing ran."""
-    device = existing(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = existing(device or default_device())
     names = tuple(task or TASKS)
     wanted = tuple(impl or ("fused:native" if device.startswith("cuda") else "fused:torch",))
     every = courses(names, wanted, seeds, steps, short)

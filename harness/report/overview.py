@@ -28,7 +28,10 @@ def overview(speeds: Sequence[Speed]) -> str:
         for mode in MODES:
             at = [s for s in mine if s.point.mode == mode]
             best, kept, *rivals = (found.get(at[0].point) if at else None for found in fastest_of)
-            cells += [_ours(best, at), *[_other(best, kept)][: mode == "train"], *(_other(best, rival) for rival in rivals)]
+            cells.append(_ours(best, at))
+            if mode == "train":
+                cells.append(_other(best, kept))
+            cells += [_other(best, rival) for rival in rivals]
             cells.append(f"{round(100 * best.bound / seconds(best))} %" if best and best.bound else "-")
         lines.append(cells)
     if not lines:
