@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def parameters_of(layer: Block) -> list[Tensor | None]:
 
 @dataclass
 class Direction:
-    """One scan's weights: `A` is -exp(A_log), matrices are in the dtype of products."""
+    """One scan's weights: `A` is -exp(A_log), matrices are in the dtype of products, A and D at least float32."""
 
     conv: Tensor
     conv_bias: Tensor | None
@@ -80,12 +81,22 @@ class Direction:
     @property
     def parameters(self) -> dict[str, Any]:
         """As the native operator takes them."""
-        return dict(zip(("conv", "conv_bias", "proj", "dt", "dt_bias", "A", "D"), vars(self).values(), strict=True))
+        return dict(zip(("conv", "conv_bias", "proj", "dt", "dt_bias", "A", "D"), self._all(), strict=True))
+
+    @cached_property
+    def packed(self) -> tuple[Tensor, Tensor]:
+        """What native walks make of the matrices, once for all chunks."""
+        from .native.walk import once
+
+        return once(self.parameters)
 
     @property
     def tensors(self) -> list[Tensor]:
         """Those that are there."""
-        return [x for x in vars(self).values() if x is not None]
+        return [x for x in self._all() if x is not None]
+
+    def _all(self) -> list[Any]:
+        return [getattr(self, name) for name in _OWN]
 
 
 _OWN = tuple(field.name for field in fields(Direction))
@@ -139,8 +150,9 @@ def _cast(plan: Plan, name: str, x: Tensor | None) -> Tensor | None:
     x = x.detach()
     if name == "conv":
         return x.squeeze(1)
-    if name == "A":
-        return -x.to(torch.promote_types(x.dtype, torch.float32)).exp()
+    if name in ("A", "D"):
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return -x.exp() if name == "A" else x
     return x.to(plan.product) if name in _PRODUCTS else x
 
 
@@ -220,7 +232,7 @@ def scan_chunk(
     if plan.backend == "native":
         from .native.walk import walk
 
-        return walk(x, z, beside, state, own.parameters, reverse=reverse, logarithm=False)
+        return walk(x, z, beside, state, own.parameters, reverse=reverse, logarithm=False, packed=own.packed)
     taps, edge = state or (None, None)
     c, taps = conv.causal_conv1d(x, own.conv, own.conv_bias, initial_state=taps, reverse=reverse, backend=plan.backend)
     dt, B, C = F.linear(c, own.x_proj).split((plan.R, plan.N, plan.N), dim=-1)

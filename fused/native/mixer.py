@@ -87,14 +87,13 @@ class Parts:
         for name, size, most in (("d_state", self.N, scan.LONGEST_STATE), ("d_conv", self.conv[0].shape[1], conv.MAX_WIDTH)):
             if size > most:
                 raise ValueError(f"mixer: backend 'native' has {name} up to {most}, got {size}; use backend='torch'")
-        self.step = -(-self.R // STEP) * STEP
+        self.step = stepped(self.R)
         self.width = self.step + 2 * self.N  # of a row
         self.plan = plan(x, self.N, len(reverses), even)
 
     def weights(self) -> Packed:
         """x_proj (directions, width, E), dt_proj (directions, step, E), A and D."""
-        proj, dt, A, D = ([w.contiguous() for w in pair] for pair in (self.proj, self.dt, self.A, self.D))
-        return pack(proj, dt, A, D, self.step)
+        return packed(self.proj, self.dt, self.A, self.D)
 
     def split(self, rows: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """dt (directions, B * L, step), and for each direction B and C (B, L, N)."""
@@ -151,6 +150,17 @@ class Parts:
         """In their parameters' dtypes, empty for what is None; results of an operator share no memory."""
         pairs = zip(grads, asked, strict=True)
         return tuple(self.x.new_empty(0) if x is None else d.to(x.dtype, copy=d._is_view()) for d, x in pairs)
+
+
+def stepped(R: int | torch.SymInt) -> Any:
+    """Of a row of x_proj what dt and its zeros take."""
+    return -(-R // STEP) * STEP
+
+
+def packed(*weights: Sequence[Tensor]) -> Packed:
+    """proj, dt, A and D, each of one direction or of both."""
+    proj, dt, A, D = ([w.contiguous() for w in pair] for pair in weights)
+    return pack(proj, dt, A, D, stepped(dt[0].shape[1]))
 
 
 def _products(x: Tensor, y: Tensor, out: Tensor) -> Tensor:

@@ -6,6 +6,7 @@
 the backward wants is kept: it follows at once, or after a frame.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,36 +18,49 @@ from fused.backends import invariant
 from fused.dispatch import below_autograd, differentiable, register, wants_gradients
 from fused.kernels import conv, scan
 from fused.kernels.gate import gate
-from fused.native.mixer import Parts
+from fused.kernels.pack import Packed
+from fused.native.mixer import Parts, packed
 from fused.native.scan import whole
 
 _TENSORS = (
     "Tensor x, Tensor? z, Tensor? beside, Tensor? taps, Tensor? state, Tensor conv, Tensor? conv_bias, Tensor proj, Tensor dt,"
-    " Tensor dt_bias, Tensor A, Tensor D"
+    " Tensor dt_bias, Tensor A, Tensor D, Tensor? packed_proj, Tensor? packed_dt"
 )
-_COUNT, _PARAMETERS = 12, 5
+_PARAMETERS, _GRADIENTS, _COUNT = 5, 12, 14  # the first of the parameters, all that has a gradient, all
 
 
 def walk(
-    x: Tensor, z: Tensor | None, beside: Tensor | None, state: Any, own: dict[str, Any], *, reverse: bool, logarithm: bool
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    x: Tensor, z: Tensor | None, beside: Tensor | None, state: Any, own: dict[str, Any], *, reverse: bool, logarithm: bool,
+    packed: Sequence[Tensor | None] = (None, None),
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
     """y (B, L, E) of x (B, L, E) and the state that leaves: taps (B, E, K-1) in x's dtype, and (B, E, N) float32.
 
     `own` are the parameters as `mix` takes them; A is itself, or with `logarithm` the logarithm of -A. z, the gate, and
-    `beside`, which needs z, are (B, L, E).
+    `beside`, which needs z, are (B, L, E). `packed` is what `once` made of `own`, whose A and D then are float32.
     """
     low = torch.is_autocast_enabled(x.device.type)
     taps, edge = state or (None, None)
     proj, dt = (own[name].to(x.dtype) if low else own[name] for name in ("proj", "dt"))
-    parameters = (own["conv"], own["conv_bias"], proj, dt, own["dt_bias"], own["A"], own["D"])
+    parameters = (own["conv"], own["conv_bias"], proj, dt, own["dt_bias"], own["A"], own["D"], *packed)
     tensors = (x, z, beside, taps, None if edge is None else edge.float(), *parameters)
     y, taps, edge, *_ = _differentiable(*tensors, reverse, logarithm, invariant(), wants_gradients(*tensors))
     return y, (taps, edge)
 
 
+def once(own: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """What every walk with these parameters would make of them each way."""
+    proj, dt, *_ = packed(*([own[name]] for name in ("proj", "dt", "A", "D")))
+    return proj, dt
+
+
 def _parts(tensors: Any, reverse: bool, logarithm: bool, even: bool) -> Parts:
     x, z = tensors[:2]
-    return Parts(x, z, [(t,) for t in tensors[_PARAMETERS:]], (reverse,), even, logarithm)
+    return Parts(x, z, [(t,) for t in tensors[_PARAMETERS:_GRADIENTS]], (reverse,), even, logarithm)
+
+
+def _weights(p: Parts, tensors: Any) -> Packed:
+    proj, dt = tensors[_GRADIENTS:]
+    return p.weights() if proj is None else Packed(proj, dt, p.A, p.D)
 
 
 def _walk(*args):
@@ -55,7 +69,7 @@ def _walk(*args):
     p, nothing = _parts(tensors, reverse, logarithm, even), tensors[0].new_empty
     c, leaving = conv.forward(p.x, p.conv, p.conv_bias, (taps,), p.reverses, True)
     assert leaving is not None
-    rows, delta, s = p.read(c, p.weights())
+    rows, delta, s = p.read(c, _weights(p, tensors))
     r = scan.forward(s, whole(state), p.plan, keep=keep, beside=whole(beside))
     ungated = r.ungated if keep and p.z is not None else nothing(0)
     kept = (c, rows, delta, ungated, r.marks) if keep else (*(nothing(0) for _ in range(4)), r.final.new_empty(0))
@@ -76,7 +90,7 @@ def _walk_backward(dy, dtaps, dstate, c, rows, delta, ungated, marks, *args):
     *tensors, reverse, logarithm, even = args
     x, z, beside, taps, state = tensors[:_PARAMETERS]
     p, nothing = _parts(tensors, reverse, logarithm, even), x.new_empty
-    weights = p.weights()
+    weights = _weights(p, tensors)
     s = p.streams(c, rows, delta, weights)
     dx, g, (dentering,), made = p.gradients(
         s, c, rows, weights, dy, marks, None if z is None else ungated, None, None, whole(dstate), (taps,), (dtaps,)
@@ -89,7 +103,7 @@ def _walk_backward(dy, dtaps, dstate, c, rows, delta, ungated, marks, *args):
 
 
 def _shapes_backward(dy, dtaps, dstate, c, rows, delta, ungated, marks, *args):
-    return tuple(dy.new_empty(0) if t is None else t.new_empty(t.shape) for t in args[:_COUNT])
+    return tuple(dy.new_empty(0) if t is None else t.new_empty(t.shape) for t in args[:_GRADIENTS])
 
 
 class _Walk(torch.autograd.Function):
@@ -112,7 +126,8 @@ class _Walk(torch.autograd.Function):
         kept, tensors = saved[:-_COUNT], saved[-_COUNT:]
         dy = torch.zeros_like(tensors[0]) if dy is None else dy.contiguous()
         grads = torch.ops.videomamba.walk_backward.default(dy, dtaps, dstate, *kept, *tensors, *ctx.options)
-        return *(None if t is None else g for g, t in zip(grads, tensors, strict=True)), None, None, None, None
+        made = (None if t is None else g for g, t in zip(grads, tensors, strict=False))
+        return *made, *[None] * 6
 
 
 register(
@@ -122,7 +137,7 @@ register(
 )
 register(
     "walk_backward(Tensor dy, Tensor? dtaps, Tensor? dstate, Tensor c, Tensor rows, Tensor delta, Tensor ungated,"
-    f" Tensor marks, {_TENSORS}, bool reverse, bool logarithm, bool invariant) -> (" + ", ".join(["Tensor"] * _COUNT) + ")",
+    f" Tensor marks, {_TENSORS}, bool reverse, bool logarithm, bool invariant) -> (" + ", ".join(["Tensor"] * _GRADIENTS) + ")",
     _walk_backward,
     _shapes_backward,
 )  # fmt: skip

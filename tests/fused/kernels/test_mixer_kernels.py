@@ -171,7 +171,10 @@ def test_a_chunk_is_an_operator_as_torch_wants_it():
 
     parameters = (leaf(8, 4), leaf(8), leaf(11, 8), leaf(8, 3), leaf(8), leaf(8, 4), leaf(8))
     tensors = (leaf(1, 5, 8), leaf(1, 5, 8), leaf(1, 5, 8), leaf(1, 8, 3), leaf(1, 8, 4), *parameters)
-    torch.library.opcheck(torch.ops.videomamba.walk.default, (*tensors, False, True, False, True))
+    names = ("conv", "conv_bias", "proj", "dt", "dt_bias", "A", "D")
+    packed = fused.native.walk.once({k: v.detach() for k, v in zip(names, parameters, strict=True)})
+    for once in ((None, None), packed):
+        torch.library.opcheck(torch.ops.videomamba.walk.default, (*tensors, *once, False, True, False, True))
 
 
 def test_a_mixer_is_an_operator_as_torch_wants_it():
@@ -213,10 +216,13 @@ def test_a_layer_walks_its_chunks_by_states_where_time_is_cut(clips, whole, trai
         found = honest(*args, **options, pieces=2)
         return found._replace(ahead=found.ahead._replace(whole=whole))
 
-    asked, states, honest = [], scan.states, cuts.plan.__wrapped__
+    asked, packed, states, honest = [], [], scan.states, cuts.plan.__wrapped__
+    pack = fused.native.mixer.pack
     monkeypatch.setattr(cuts, "SHORTEST", 1)
     monkeypatch.setattr(cuts, "plan", cut)
     monkeypatch.setattr(scan, "states", lambda *a: asked.append(a) or states(*a))
+    monkeypatch.setattr(fused.native.mixer, "pack", lambda *a: packed.append(a) or pack(*a))
     kinds = ("native", torch.float32), ("torch", torch.float64), ("torch", torch.float32)
     assert_rule([layer_in_chunks(seed, clips, (33, 19, 20), *kind, trained) for kind in kinds] for seed in range(2))
     assert len(asked) == 2 * 2 * 2  # seeds, chunks but the first, directions
+    assert len(packed) == 2 * (3 if trained else 1)  # once a layer, and for its gradients once a direction
