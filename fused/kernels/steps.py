@@ -7,17 +7,21 @@ softplus to make.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .cuts import processors
 from .device import NATIVE, blocks, capability, launching_on, power_of_2
 
-LOW = {"TOKENS": 64, "CHANNELS": 128, "TILES": 4, "num_warps": 4, "num_stages": 3}
+LOW = {"TOKENS": 64, "CHANNELS": 128, "num_warps": 4, "num_stages": 3}
 TUNED = {90: {"maxnreg": 128}}  # by compute capability, for LOW: four programs at once, where that spills nothing
-FULL = {"TOKENS": 16, "CHANNELS": 32, "TILES": 4, "num_warps": 4}  # float32 has no tensor cores: larger products do not fit
+FULL = {"TOKENS": 16, "CHANNELS": 32, "num_warps": 4}  # float32 has no tensor cores: larger products do not fit
+AT_ONCE = 4  # programs of a multiprocessor
+LOST = 1  # what a program costs beside its tiles of tokens, in tiles
 
 
 @triton.jit
@@ -43,11 +47,10 @@ def _softplus(x, FINE: tl.constexpr, NATIVE: tl.constexpr):
     return tl.fma(w, p, tl.maximum(x, 0.0))
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "tiles"])
 def steps_kernel(
-    rows, weight, bias0, bias1, delta, M, E, R: tl.constexpr, ROW: tl.constexpr, RANK: tl.constexpr,
-    TOKENS: tl.constexpr, CHANNELS: tl.constexpr, TILES: tl.constexpr, FINE: tl.constexpr,
-    NATIVE: tl.constexpr,
+    rows, weight, bias0, bias1, delta, M, E, tiles, R: tl.constexpr, ROW: tl.constexpr, RANK: tl.constexpr,
+    TOKENS: tl.constexpr, CHANNELS: tl.constexpr, FINE: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     d = tl.program_id(2).to(tl.int64)
     e, r = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS), tl.arange(0, RANK)
@@ -55,8 +58,8 @@ def steps_kernel(
     W = tl.load(weight + d * R * E + r[:, None] * E + e[None, :], mask=known, other=0.0)
     bias = bias0 if tl.program_id(2) == 0 else bias1
     shift = tl.load(bias + e, mask=e < E, other=0.0).to(tl.float32)
-    for i in range(TILES):
-        m = (tl.program_id(0).to(tl.int64) * TILES + i) * TOKENS + tl.arange(0, TOKENS)
+    for i in range(tiles):
+        m = (tl.program_id(0).to(tl.int64) * tiles + i) * TOKENS + tl.arange(0, TOKENS)
         inside = (m < M)[:, None] & (r < R)[None, :]
         dt = tl.load(rows + (d * M + m[:, None]) * ROW + r[None, :], mask=inside, other=0.0)
         step = _softplus(tl.dot(dt, W, input_precision="ieee") + shift[None, :], FINE, NATIVE)
@@ -74,9 +77,18 @@ def steps(rows: Tensor, weights: Tensor, biases: Sequence[Tensor]) -> Tensor:
         rank = max(16, power_of_2(R))
         fine = rows.dtype == torch.float32
         config = FULL if fine else LOW | TUNED.get(capability(rows.device), {})
-        grid = (blocks(M, config["TOKENS"] * config["TILES"]), blocks(E, config["CHANNELS"]), directions)
+        beside = blocks(E, config["CHANNELS"]) * directions
+        tiles = _tiles(blocks(M, config["TOKENS"]), beside, AT_ONCE * processors(rows.device))
+        grid = (blocks(M, config["TOKENS"] * tiles), beside // directions, directions)
         with launching_on(rows.device):
             steps_kernel[grid](
-                rows, weights, biases[0], biases[-1], delta, M, E, R, row, RANK=rank, FINE=fine, NATIVE=NATIVE, **config
+                rows, weights, biases[0], biases[-1], delta, M, E, tiles, R, row, RANK=rank, FINE=fine, NATIVE=NATIVE, **config
             )  # fmt: skip
     return delta
+
+
+@lru_cache(maxsize=1024)
+def _tiles(count: int, beside: int, slots: int) -> int:
+    """How many of `count` tiles of tokens a program takes, with `beside` programs for the same tokens: of all the fewest waves
+    of programs times what one takes."""
+    return min(range(1, min(count, 8) + 1), key=lambda n: blocks(blocks(count, n) * beside, slots) * (n + LOST))

@@ -11,6 +11,7 @@ import compiled  # noqa: E402
 from fused.kernels.steps import steps  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton 3.6's interpreter
 
 
 def sample(seed, directions, tokens, R, E, dtype=torch.float32):
