@@ -8,7 +8,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import socket
 import sys
 import time
 import warnings
@@ -83,7 +82,7 @@ def _child(
     torch.set_num_threads(threads)
     from fused.train.__main__ import main
 
-    destroy, kept = dist.destroy_process_group, []
+    destroy, kept = dist.destroy_process_group, list[Any]()
 
     def leave(group: dist.ProcessGroup | None = None) -> None:
         kept.append(dist.group.WORLD)  # a process hung once behind a training, it seems in freeing the group of gloo's threads
@@ -94,7 +93,7 @@ def _child(
     dist.destroy_process_group = leave  # type: ignore[assignment]
     for i, training in enumerate(trainings):
         if training.together:
-            os.environ |= _place(rank, other)
+            os.environ |= _place(rank, other, kept)
         elif i % 2 != rank:
             continue
         with in_float64() if training.exact else contextlib.nullcontext():
@@ -105,19 +104,23 @@ def _child(
             sys.exit(code)
 
 
-_PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_PLACE = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE",
+    "TORCHELASTIC_RESTART_COUNT",
+)  # fmt: skip
 
 
-def _place(rank: int, other: Connection) -> dict[str, str]:
-    """What torchrun sets. The processes meet at another port each time: who comes early must not find the last meeting."""
+def _place(rank: int, other: Connection, kept: list[Any]) -> dict[str, str]:
+    """What torchrun sets. The processes meet at another store each time: who comes early must not find the last meeting. As
+    torchrun's it listens before its port is told, and is `kept`: a port that is only known to be free may be taken by then."""
+    host = "127.0.0.1"
     if rank == 0:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        other.send(port)
+        kept.append(dist.TCPStore(host, 0, is_master=True, wait_for_workers=False))
+        other.send(kept[-1].port)
+        port = kept[-1].port
     else:
         port = other.recv()
-    return dict(zip(_PLACE, map(str, (rank, rank, 2, "127.0.0.1", port)), strict=True))
+    return dict(zip(_PLACE, map(str, (rank, rank, 2, host, port, True, 0)), strict=True))
 
 
 @contextlib.contextmanager
