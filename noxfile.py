@@ -30,7 +30,8 @@ def python(session: nox.Session, *arguments: str) -> None:
     """Run Python on the checkout, which goes before whatever else bears the name `fused` on this box."""
     program = sys.executable if session.venv_backend == "none" else "python"
     path = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
-    session.run(program, *arguments, env={"PYTHONPATH": path}, external=session.venv_backend == "none")
+    patience = {"interrupt_timeout": 60.0, "terminate_timeout": 10.0}  # Ctrl-C: a run keeps what it has and says how it goes on
+    session.run(program, *arguments, env={"PYTHONPATH": path}, external=session.venv_backend == "none", **patience)
 
 
 @nox.session

@@ -35,9 +35,12 @@ class PatchEmbed(nn.Module):
 
         `kept` holds indices of patches, counted over the clip; only these are then projected.
         """
+        if clip.dtype != self.proj.weight.dtype and not torch.is_autocast_enabled(clip.device.type):
+            own = self.proj.weight.dtype
+            raise TypeError(f"clip has dtype {clip.dtype}, parameters {own}; allowed: the same, or torch.autocast")
         pixels = self._cut(clip if clip.dim() == 5 else clip.unsqueeze(2))
         if kept is None:
-            rows = pixels.reshape(clip.shape[0], -1, pixels[0, 0, 0, 0].numel())
+            rows = pixels.flatten(4).flatten(1, 3)
         else:
             _, _, down, across = pixels.shape[:4]
             frame, row, column = kept // (down * across), kept // across % down, kept % across
@@ -88,6 +91,8 @@ def span_of(
     check_place("temporal_pos_offset", offset, 0, image or use_image)
     check_place("temporal_pos_total", total, 1, image or use_image)
     length = 1 if use_image else total or config.tubelets
+    if not isinstance(clip, Tensor):
+        raise TypeError(f"clip is a {type(clip).__name__}; allowed: a tensor")
     layout, wanted = "(B, C, H, W)", [config.channels, *config.sides]
     if not image:
         layout = "(B, C, T, H, W)"

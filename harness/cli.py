@@ -131,8 +131,12 @@ def judge(plan: Plan, run: Run, save_failing: bool, jobs: int) -> int:
         return INTERRUPTED
     for backend, dtype in parity.stamps(plan, run):
         print(f"validated: {backend}, {dtype}")
+    code = exit_code(run)
+    if code == NOTHING:
+        reasons = sorted({f"{r.implementation}: {r.reason}" for r in run.records if r.reason})
+        print("nothing ran:", *(reasons or ["the options leave no question"]), sep="\n    ")
     print(run.last_line())
-    return exit_code(run)
+    return code
 
 
 def teller(progress: Progress) -> Callable[[Case, Record | None], None]:
@@ -143,7 +147,10 @@ def teller(progress: Progress) -> Callable[[Case, Record | None], None]:
             progress.done(case.name + case.subject, f"{case.subject} {case.name}")
         elif record.failed:
             worst = record.worst
-            detail = f"{worst.tensor} {worst.norm} {worst.error:.3g}, may be {worst.budget:.3g}" if worst else record.reason
+            detail = record.reason
+            if worst:
+                detail = f"{worst.tensor} {worst.norm} {worst.error:.3g}, may be {worst.budget:.3g}"
+                detail += f"; {worst.note}" * bool(worst.note)
             progress.say(f"{record.status.upper()} ({record.role}) {record.check} {record.subject} {record.implementation} "
                          f"{record.case}: {detail}\n    {record.command}")  # fmt: skip
 

@@ -37,7 +37,7 @@ def conclude(run: Run, progress: Progress, work: Callable[[], None], write: Call
     print(f"report: {write(run)}")
     signal.signal(signal.SIGINT, before)
     if status == "interrupted":
-        print(f"interrupted; continue with the same options and --resume --out {run.folder}")
+        print(f"interrupted; {run.continued}")
     return status == "finished"
 
 

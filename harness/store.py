@@ -39,6 +39,8 @@ class Run:
             folder = next(f for i in range(1000) if not (f := RUNS / (stem + f"-{i}" * bool(i))).exists())
         elif (folder / "run.json").exists():
             raise StoreError(f"{folder} already holds a run; continue it with --resume --out {folder}, or name another folder")
+        elif folder.exists() and not folder.is_dir():
+            raise StoreError(f"--out {folder} is a file; name a folder that is empty or not there yet")
         folder.mkdir(parents=True, exist_ok=True)
         run = cls(folder)
         run.about = about | {"started": _now(), "status": "running"}
@@ -67,6 +69,13 @@ class Run:
             if kind in ("", run.about.get("kind")) and (not unfinished or run.about.get("status") != "finished"):
                 return run
         raise StoreError(f"there is no {'unfinished ' if unfinished else ''}run under {RUNS}")
+
+    @property
+    def continued(self) -> str:
+        """How this run goes on, in words."""
+        command = self.about.get("command")
+        resume = f"--resume --out {shlex.quote(str(self.folder))}"
+        return f"continue with: {command} {resume}" if command else f"continue with the same options and {resume}"
 
     def add(self, record: Record) -> None:
         """Append one record."""
@@ -116,7 +125,7 @@ def resumable(run: Run, about: dict[str, Any]) -> None:
     before, now = run.about, json.loads(json.dumps(about))
     for what in ("plan", "kind"):
         if before.get(what) != now[what]:
-            raise StoreError(f"{run.folder} was another run ({what} differs); resume it with the options it had")
+            raise StoreError(f"{run.folder} was another run ({what} differs); {run.continued}")
     for what in ("fingerprints", "gpu", "packages"):
         if before["box"].get(what) != now["box"].get(what):
             raise StoreError(f"{run.folder}: {what} changed since; its records and new ones do not belong together")

@@ -27,6 +27,9 @@ class PatchEmbed(nn.Module):
 
     def forward(self, clip: Float[Tensor, "B C *T H W"]) -> Float[Tensor, "B t P D"]:
         """Clip (B, C, T, H, W), or image (B, C, H, W), to patches (B, tubelets, patches of a frame in row order, D)."""
+        if clip.dtype != self.proj.weight.dtype and not torch.is_autocast_enabled(clip.device.type):
+            own = self.proj.weight.dtype
+            raise TypeError(f"clip has dtype {clip.dtype}, parameters {own}; allowed: the same, or torch.autocast")
         grid = self.proj(clip)
         if grid.dim() == 4:
             grid = grid.unsqueeze(2)

@@ -47,6 +47,15 @@ def test_clip_of_bytes(package):
         model_of(package)(CLIP.to(torch.uint8))
 
 
+@pytest.mark.parametrize("kind", ["VideoMamba", "VideoMambaEncoder"])
+def test_clip_of_another_dtype_than_the_model(package, kind):
+    model = model_of(package, kind)
+    with pytest.raises(TypeError, match="torch.float64, parameters torch.float32; allowed: the same, or torch.autocast"):
+        model(CLIP.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        model(CLIP.bfloat16())
+
+
 def test_image_of_more_than_a_tubelet(package):
     with pytest.raises(ValueError, match=r"clip has shape .*\(B, 3, 2, 32, 32\)"):
         model_of(package, kernel_size=2)(CLIP, use_image=True)

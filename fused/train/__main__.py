@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from . import runs
 from .checkpoints import NotWritten
+from .data import Unreadable
 from .loop import Diverged, Trainer
 from .parallel import joined
 from .reading import read_config, written
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return DONE
             code = FAILED
             outcome = trainer.run()
-    except (Diverged, NotWritten) as error:
+    except (Diverged, NotWritten, Unreadable) as error:
         return _fail(error, FAILED)
     except WRONG as error:
         if code == FAILED:  # nothing that is known: the traceback tells more

@@ -133,8 +133,8 @@ class TrainConfig:
             if key not in known:
                 raise unknown(f"model.{key}", [f"model.{name}" for name in known])
         one_of(SIZES).optional().check("model.size", self.model.get("size"))
-        if self.start is not None and "size" in self.model and not Path(self.start).is_file():
-            raise wrong("model.size", self.model["size"], f"nothing, since start ({self.start}) says what the model is")
+        if self.start is not None and self.model.get("size") is not None and not Path(self.start).is_file():
+            raise wrong("model.size", self.model["size"], f"null, since start ({self.start}) says what the model is")
 
     def described(self) -> dict[str, Any]:
         """The effective configuration as nested plain values: every key that the task reads."""

@@ -28,7 +28,15 @@ from .checks import check_real, check_whole
 from .listing import list_videos
 
 SAMPLINGS = ("segments", "dense")
-MOST_BAD = 32  # so many bad files one after another are no accident: a wrong path, a disk that is gone
+MOST_BAD = 32  # so many tries one after another are no accident: a wrong path, a disk that is gone
+SHOWN = 3  # files that an error names
+
+
+class Unreadable(RuntimeError):
+    """Too many files one after another cannot be read; the message says why."""
+
+    def __init__(self, message: str) -> None:  # of a worker process it comes back behind that one's traceback
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
 
 
 @dataclass(frozen=True)
@@ -126,10 +134,10 @@ def batches(
     rank its part, so that two ranks with batches of 4 see together what one sees with batches of 8.
 
     With `drop_last`, for training, every batch is whole: what is left at the epoch's end is dropped, and a file that cannot
-    be read is replaced by the next one of the order, behind this step, that can; the ranks take such in turn. After 32 that
-    cannot, one after another, comes a RuntimeError. Without, for evaluation, every file comes exactly once over all ranks,
-    except those that cannot be read; all ranks have as many steps, so that the last batch, shared evenly, may be empty on
-    some.
+    be read is replaced by the next one of the order, behind this step, that can; the ranks take such in turn. After 32 tries
+    in vain, one after another, comes Unreadable, a RuntimeError. Without, for evaluation, every file comes exactly once over
+    all ranks, except those that cannot be read; all ranks have as many steps, so that the last batch, shared evenly, may be
+    empty on some.
 
     `workers` processes read ahead (0: this one reads); they ignore the interrupt of Ctrl-C, which ends them through this
     process. If one dies, PyTorch's RuntimeError names it. Nothing here draws from PyTorch's own generators. Where CUDA is,
@@ -201,8 +209,7 @@ class _Steps(Dataset):
             if len(samples) == len(own):
                 break
             if self.replace and row == MOST_BAD:
-                *_, last = bad.values()
-                raise RuntimeError(f"batches: of the last {row} files none could be read, the last being {last}")
+                raise Unreadable(f"batches: none of {len(bad)} files can be read: {'; '.join(list(bad.values())[:SHOWN])}")
             row += 1
             if index in bad:  # the order has gone round
                 continue

@@ -6,6 +6,7 @@ training is its parameters, the optimiser's tensors and the step, and one that w
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import backends
 from . import checkpoints, parallel, runs, tasks
 from .config import TrainConfig
 from .data import Batch, ClipFolder, batches
@@ -54,6 +56,8 @@ class Trainer:
     def __init__(self, config: TrainConfig, world: World) -> None:
         self.config, self.world, self.folder = config, world, Path(str(config.out))
         data = config.data
+        if reason := config.backend != "auto" and backends.unavailable(config.backend, world.device):
+            raise ValueError(f"backend {config.backend!r} cannot run here. {reason}")
         shape: dict[str, Any] = {
             "sampling": data.sampling,
             "stride": data.stride,
@@ -61,19 +65,22 @@ class Trainer:
             "flip": data.flip,
             "seed": config.seed,
         }
-        self.data = ClipFolder(
-            str(data.train), data.frames, data.size, train=True, classes=() if config.task == "pretrain" else None, **shape
-        )
-        self.val = None
-        if data.val is not None:
-            self.val = ClipFolder(data.val, data.frames, data.size, train=False, classes=self.data.classes, **shape)
+
+        def folder(key: str, classes: Sequence[str] | None) -> ClipFolder:
+            try:
+                return ClipFolder(getattr(data, key), data.frames, data.size, train=key == "train", classes=classes, **shape)
+            except (ValueError, OSError) as error:
+                raise ValueError(f"data.{key}: {error}") from error
+
+        self.data = folder("train", () if config.task == "pretrain" else None)
+        self.val = folder("val", self.data.classes) if data.val is not None else None
         self.part, rest = divmod(config.batch_size, world.size * config.accumulate)
         if rest:
             product = f"processes * accumulate ({world.size} * {config.accumulate})"
             raise ValueError(f"batch_size is {config.batch_size}; allowed: a multiple of {product}")
-        self.per_epoch = len(self._batches(0, 0)) // config.accumulate
-        if not self.per_epoch:
+        if len(self.data) < config.batch_size:
             raise ValueError(f"batch_size is {config.batch_size}; allowed: up to the {len(self.data)} videos of {data.train}")
+        self.per_epoch = len(self._batches(0, 0)) // config.accumulate
         self.total = config.steps or self.per_epoch * int(config.epochs or 0)
         self.changed = runs.check(self.folder, config)
 
@@ -93,7 +100,7 @@ class Trainer:
     def run(self) -> Outcome:
         """Train to the last step, or until an interrupt, which is answered between two steps and leaves a checkpoint.
 
-        Raises Diverged, NotWritten (an OSError) for a full disk, RuntimeError where too many files cannot be read.
+        Raises Diverged, NotWritten (an OSError) for a full disk, Unreadable where too many files cannot be read.
         """
         log = runs.begin(self) if self.world.first else None
         interrupted = False

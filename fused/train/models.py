@@ -44,7 +44,7 @@ def make_student(kind: Any, config: TrainConfig, follows: dict[str, Any]) -> Any
     given, start = _fields(config) | follows, config.start
     if start is not None and not Path(start).is_file():
         return kind.from_pretrained(start, backend=config.backend, **given)
-    model = kind(getattr(VideoMambaConfig, config.model.get("size", "tiny"))(**given), backend=config.backend)
+    model = kind(getattr(VideoMambaConfig, config.model.get("size") or "tiny")(**given), backend=config.backend)
     if start is not None:
         load_checkpoint(model, start)
     return model

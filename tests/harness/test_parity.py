@@ -35,6 +35,11 @@ def nan_scan(*args, **options):
     return y * float("nan"), state
 
 
+def transposed_scan(*args, **options):
+    y, state = reference.selective_scan(*args, **options)
+    return y.mT, state
+
+
 def shy_scan(*args, **options):
     raise NotImplementedError("never does anything")
 
@@ -75,6 +80,11 @@ def test_added_implementation(call: str, check: str, status: str, tmp_path: Path
         assert "--impl mine" in done.output and "--with" in done.output
         rival = parity(*TINY, *added, "--rival", "mine", "--out", str(tmp_path / "rival"))
         assert rival.exit_code == PASSED and "rivals: 0 passed, 1 failed" in rival.output
+
+
+def test_what_has_another_shape_is_told_so(tmp_path: Path) -> None:
+    done = parity(*TINY, "--with", "scan:mine=test_parity:transposed_scan", "--impl", "mine", "--out", str(tmp_path))
+    assert done.exit_code == FAILED and "got torch.float32 (3, 10, 7), due is torch.float32 (3, 7, 10)" in done.output
 
 
 def test_adapter_for_mamba_ssms_layout_and_a_planted_bug_in_two_processes(tmp_path: Path) -> None:
@@ -144,7 +154,14 @@ def test_resume_asks_only_what_is_left(tmp_path: Path) -> None:
     assert parity(*TINY, "--out", str(tmp_path), "--resume").exit_code == PASSED
     before, after = (sorted(json.loads(x)["check"] for x in ls) for ls in (lines, path.read_text().splitlines()))
     assert before == after
-    assert isinstance(parity("--subject", "conv", "--out", str(tmp_path), "--resume").exception, StoreError)
+    error = parity("--subject", "conv", "--out", str(tmp_path), "--resume").exception
+    assert isinstance(error, StoreError) and f"{Run.open(tmp_path).about['command']} --resume --out {tmp_path}" in str(error)
+
+
+def test_a_file_is_no_folder_for_a_run(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    error = parity(*TINY, "--out", str(tmp_path / "file")).exception
+    assert isinstance(error, StoreError) and "is a file" in str(error)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +179,10 @@ def test_wrong_wishes_say_what_is_allowed(options: tuple[str, ...], allowed: str
 
 
 def test_nothing_ran_is_not_green(tmp_path: Path) -> None:
-    assert parity("--subject", "scan", "--case", "no-such-case", "--out", str(tmp_path)).exit_code == NOTHING
+    done = parity("--subject", "scan", "--case", "no-such-case", "--out", str(tmp_path / "none"))
+    assert done.exit_code == NOTHING and "nothing ran:\n    the options leave no question" in done.output
+    done = parity(*TINY, "--impl", "fused:native", "--out", str(tmp_path / "native"))
+    assert done.exit_code == NOTHING and "nothing ran:\n    fused:native: " in done.output
 
 
 def test_dry_run_runs_nothing() -> None:

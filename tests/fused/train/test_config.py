@@ -60,7 +60,7 @@ def test_what_is_printed_is_what_the_task_reads(capsys):
         ([*LEAST, "accumulate=3"], "accumulate is 3; allowed: a divisor of batch_size (8)"),
         ([*LEAST, "model.img_size=32"], "model.img_size is 32; allowed: nothing, it follows from data.size"),
         ([*LEAST, "model.size=huge"], "model.size is 'huge'; allowed: one of 'tiny'"),
-        ([*LEAST, "start=folder", "model.size=tiny"], "model.size is 'tiny'; allowed: nothing, since start"),
+        ([*LEAST, "start=folder", "model.size=tiny"], "model.size is 'tiny'; allowed: null, since start"),
         ([*LEAST, "mask.ratio=0.5"], "mask.ratio is given; task 'finetune' does not read it"),
         ([*LEAST, "teacher=clip"], "teacher is given; task 'finetune' does not read it"),
         (["task=pretrain", *LEAST[1:]], "teacher is None; allowed: for task 'pretrain' a folder"),
