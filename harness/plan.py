@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fused.video import VideoError, count_frames
 from harness import adapters
 from harness.case import Case
 from harness.subject import Implementation, checks, mutants, subjects
@@ -72,6 +73,13 @@ class Plan:
                 raise UsageError(f"implementation {pattern!r} is unknown; there are {', '.join(dict.fromkeys(everyone))}")
         if self.video and not Path(self.video).is_file():
             raise UsageError(f"video {self.video!r} is not a file")
+        if self.video:
+            try:
+                count_frames(Path(self.video))
+            except VideoError as error:
+                raise UsageError(f"--video: {error}") from error
+            except ImportError:
+                pass  # cases that need it are skipped, and say so
 
     @property
     def filtered(self) -> bool:

@@ -169,7 +169,7 @@ def test_a_file_is_no_folder_for_a_run(tmp_path: Path) -> None:
     [
         (("--subject", "scam"), "scan"), (("--dtype", "int8"), "bfloat16"), (("--impl", "nobody"), "fused:torch"),
         (("--with", "scan:x=nowhere:f"), "nowhere"), (("--with", "garbage"), "SUBJECT:NAME"),
-        (("--video", "/no/file"), "not a file"), (("--device", "cuda:99"), "there are cpu"),
+        (("--video", "/no/file"), "not a file"), (("--video", __file__), "video"), (("--device", "cuda:99"), "there are cpu"),
         (("--device", "cuda:x"), "there are cpu"),
     ],
 )  # fmt: skip
