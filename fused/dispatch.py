@@ -6,15 +6,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import no_autocast
+
 _OPS = torch.library.Library("videomamba", "FRAGMENT")
 
 
 def register(schema: str, kernel: Callable[..., Any], shapes: Callable[..., Any]) -> None:
-    """An operator: what runs it, and what gives empty tensors of its results' shapes and dtypes."""
+    """An operator of a tensor and more: what runs it, and what gives empty tensors of its results' shapes and dtypes."""
     _OPS.define(schema)
     name = schema.partition("(")[0]
+
+    def run(*arguments: Any) -> Any:
+        device = next(x.device for x in arguments if isinstance(x, Tensor))
+        with no_autocast(device):  # its rules would reach what the kernel calls; a backward may run within it by itself
+            return kernel(*arguments)
+
     for device in ("CUDA", "CPU"):  # on the CPU under Triton's interpreter only
-        _OPS.impl(name, kernel, device)
+        _OPS.impl(name, run, device)
     torch.library.register_fake(f"videomamba::{name}", shapes, lib=_OPS)  # unlike a kernel for Meta it is told the device
 
 

@@ -98,6 +98,10 @@ def bidirectional_scan(
         raise ValueError(f"bidirectional_scan: u and all others but z must be pairs, got {len(pairs)} of each")
     for one in pairs:
         _check(**one, z=z, initial_state=None)
+    for name, (first, second) in (("u", u), ("A", A)):
+        if (first.shape, first.dtype, first.device) != (second.shape, second.dtype, second.device):
+            told = (f"{tuple(x.shape)} of {x.dtype} on {x.device}" for x in (first, second))
+            raise ValueError(f"bidirectional_scan: {name} must be alike in both directions, got {' and '.join(told)}")
     chosen = backends.operators_of(backends.choose(backend, u[0].device))
     if chosen == "native" and all(x.dim() == 3 for x in (*B, *C)):
         from .native import scan as native
@@ -105,8 +109,8 @@ def bidirectional_scan(
         backends.check_abilities("scan", "native", u[0].dtype, {})
         return native.bidirectional_scan(u, delta, A, B, C, D, z, delta_bias, softplus=softplus)
     options: dict[str, Any] = {"z": z, "softplus": softplus, "backend": backend}
-    first, second = pairs
-    return selective_scan(**first, **options)[0] + selective_scan(**second, **options, reverse=True)[0]
+    ahead, back = pairs
+    return selective_scan(**ahead, **options)[0] + selective_scan(**back, **options, reverse=True)[0]
 
 
 def scan_torch(
@@ -277,6 +281,8 @@ def _check(u, delta, A, B, C, D, z, delta_bias, initial_state) -> None:
     sizes = dict(zip("BLE", u.shape, strict=True))
     check_tensor(op, "A", A, "E N", sizes, u.device)
     sizes["N"] = A.shape[1]
+    if not sizes["N"]:
+        raise ValueError(f"{op}: A must have at least one state a channel (N), got {tuple(A.shape)}")
     for name, value, letters in (("delta", delta, "B L E"), ("B", B, "B L N | B L G N"), ("C", C, "B L N | B L G N")):
         check_tensor(op, name, value, letters, sizes, u.device)
     for name, value, letters in (

@@ -138,7 +138,7 @@ template <bool FULL> DEVICE void backward_walk(
     for (int m = 0; m < MIXES; m++) {
       const Quad q = from[m * THREADS];
       if (TILE % MIXED == 0 || mixed + m * MIXED < TILE)
-        ((float4*)mix)[tid + m * THREADS] = make_float4(value(q, 0), value(q, 1), value(q, 2), value(q, 3));
+        ((float4*)mix)[MIX_PLACE(m)] = make_float4(value(q, 0), value(q, 1), value(q, 2), value(q, 3));
     }
     float h[K][MINE];
     if (FULL) {
@@ -260,7 +260,7 @@ template <bool FULL> DEVICE void backward_walk(
         const int row = t0 + t + own_token;
         const float d = step[row * CHANNELS + own].x, dy = dys[row * CHANNELS + own], x = us[row * CHANNELS + own];
         const float dd = fmaf(x, along_B[0], along_A[0] * LN2) * (SOFTPLUS ? slope(d) : 1.f);
-        dD = fmaf(dy, x, dD), dbias += dd;
+        dD = fmaf(dy, x, dD), dbias += SOFTPLUS || walk.has(row, left) ? dd : 0.f;
         result[row * CHANNELS + own] = fmaf(d, along_B[0], skip * dy), result[(TILE + row) * CHANNELS + own] = dd;
       }
     }

@@ -27,6 +27,8 @@ typedef long long i64;
 #define LOGARITHM 1  // A holds log(-A)
 #define REVERSE 2    // of the only direction
 #define STATES_ONLY 4  // of the forward: no y, but what enters every piece and what leaves the last
+// where a thread's m-th group of B or C lies in a tile; with 48 states some threads of a round are left over, and repeat others
+#define MIX_PLACE(m) (THREADS % (STATES / 2) ? (mixed + (m) * MIXED) * (STATES / 2) + tid % (STATES / 2) : tid + (m) * THREADS)
 #define EXISTS(channel) (EXACT || (channel) < E)
 #define LEFT(count, from) (EXACT ? 4 : min((count) - (from), 4))  // elements of a group of four
 

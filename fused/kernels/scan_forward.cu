@@ -106,7 +106,7 @@ template <bool FULL> DEVICE void forward_walk(
     for (int m = 0; m < MIXES; m++) {
       const Quad q = next_mix[m];
       if (TILE % MIXED == 0 || mixed + m * MIXED < TILE)
-        ((float4*)mix)[tid + m * THREADS] = make_float4(value(q, 0), value(q, 1), value(q, 2), value(q, 3));
+        ((float4*)mix)[MIX_PLACE(m)] = make_float4(value(q, 0), value(q, 1), value(q, 2), value(q, 3));
     }
     SETTLE(FULL && other == tile - 1);
     if (tile + 1 < tiles) fetch(tokens(tile + 1));

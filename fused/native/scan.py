@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused.arguments import no_autocast
 from fused.backends import invariant
 from fused.dispatch import wants_gradients
 from fused.kernels import cuts, scan
@@ -96,11 +97,15 @@ def _register_gradient(name: str, finals: int, options: int) -> None:
         grads = backward(dy, *others[:finals], ungated, marks, *tensors, *ctx.how)
         return *(None if x is None else g for g, x in zip(grads, tensors, strict=True)), *[None] * options
 
+    def again(ctx, *grads):
+        raise RuntimeError(f"{name}: trying to differentiate twice; use backend='torch' or reference for what can be")
+
     def shapes(dy, *others):
         tensors = others[finals + 2 : 1 - options]
         return tuple(dy.new_empty(0) if x is None else x.new_empty(x.shape) for x in tensors)
 
     torch.library.register_autograd(f"videomamba::{name}", gradient, setup_context=setup, lib=_library)
+    torch.library.register_autograd(f"videomamba::{name}_backward", again, lib=_library)  # else it is taken for constant
     torch.library.register_fake(f"videomamba::{name}_backward", shapes, lib=_library)
 
 
@@ -139,7 +144,8 @@ def selective_scan(
             )  # fmt: skip
             ys.append(y)
             states.append(state)
-        return torch.cat(ys, 2), torch.cat(states, 1)
+        with no_autocast(u.device):
+            return torch.cat(ys, 2), torch.cat(states, 1)
     B, C = (x.flatten(2) if x.dim() == 4 else x for x in (B, C))
     narrow = _alike((u, delta, B, C, z))
     wide = [None if x is None else x.float() for x in (A, D, delta_bias, initial_state)]

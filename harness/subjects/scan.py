@@ -36,7 +36,7 @@ def cases(grid: str) -> list[Case]:
         ]  # fmt: skip
     full = [
         *tiny, *odd,
-        *cross("scan", [shape(2, 63, 24, 1), shape(2, 65, 40, 64)], carried, EVERY),
+        *cross("scan", [shape(2, 63, 24, 1), shape(2, 33, 12, 40), shape(2, 65, 40, 64)], carried, EVERY),
         *cross("scan", [shape(2, 197, 384, 16)], [*plain, *carried, *rare], EVERY),
         *cross("scan", [shape(1, 1569, 1152, 16)], [(), ("reverse", "state")], EVERY),
         *cross("scan", [shape(1, 12545, 64, 16)], [("infer",), ("reverse", "state")], EVERY[:2]),  # the loop takes minutes

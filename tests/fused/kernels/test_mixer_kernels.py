@@ -165,6 +165,17 @@ def test_a_chunk_follows_its_operators(length, reverse, given):
     )
 
 
+@pytest.mark.parametrize("backend", ["native", "native_kept"])
+def test_a_backward_within_autocast_is_what_it_is_without(backend):
+    mixer, tokens = Mamba(8, d_state=4).to(DEVICE), torch.randn(2, 19, 8).to(DEVICE)
+    due = torch.autograd.grad(mixer(tokens, backend=backend).sum(), list(mixer.parameters()))
+    y = mixer(tokens, backend=backend).sum()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        got = torch.autograd.grad(y, list(mixer.parameters()))
+    own = [name for name, _ in mixer.named_parameters()]
+    assert all(torch.equal(a, b) for a, b, name in zip(due, got, own, strict=True) if "in_proj" not in name)  # PyTorch's own
+
+
 def test_a_chunk_is_an_operator_as_torch_wants_it():
     def leaf(*size):
         return torch.randn(*size, device=DEVICE).requires_grad_()

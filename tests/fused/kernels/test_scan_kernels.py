@@ -75,6 +75,10 @@ def sample(tensors, cotangents, **options):
         ((2, 33, 36, 16), EVERYTHING, {}),
         ((2, 17, 5, 3), EVERYTHING, {"reverse": True}),
         ((1, 18, 6, 20), (False, True), {"softplus": False}),
+        ((1, 17, 4, 4), EVERYTHING, {"softplus": False}),
+        ((1, 17, 4, 4), EVERYTHING, {"softplus": False, "reverse": True}),
+        ((1, 17, 5, 40), EVERYTHING, {}),
+        ((1, 18, 8, 48), EVERYTHING, {"reverse": True}),
         ((1, 19, 12, 64), EVERYTHING, {}),
         ((1, 18, 64, 16), EVERYTHING, {}),
         ((1, 21, 8, 4, 2), EVERYTHING, {"reverse": True}),
@@ -234,3 +238,44 @@ def test_knowing_what_enters_the_pieces_changes_no_bit(whole):
     again = scan.forward(s, None, plan, keep=True, starts=first.starts)
     for name in ("y", "final", "ungated", "marks"):
         assert torch.equal(getattr(first, name), getattr(again, name)), name
+
+
+def test_a_gradient_is_not_differentiated_silently():
+    u, delta, B, C = (torch.randn(1, 5, 4, requires_grad=True) for _ in range(4))
+    A = -torch.rand(4, 4)
+    for y in (
+        selective_scan(u, delta, A, B, C, backend="native")[0],
+        bidirectional_scan((u, u), (delta, delta), (A, A), (B, B), (C, C), backend="native"),
+    ):
+        (du,) = torch.autograd.grad(y.square().sum(), u, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            du.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("second", "words"),
+    [
+        ({"u": torch.randn(2, 3, 4)}, r"u must be alike in both directions, got \(2, 5, 4\) .* and \(2, 3, 4\)"),
+        ({"u": torch.randn(2, 5, 4).bfloat16()}, "u must be alike .* of torch.float32 .* torch.bfloat16"),
+        ({"A": -torch.rand(4, 8)}, r"A must be alike in both directions, got \(4, 3\) .* and \(4, 8\)"),
+    ],
+    ids=["tokens", "dtypes", "states"],
+)
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_both_directions_are_alike(backend, second, words):
+    first = {"u": torch.randn(2, 5, 4), "A": -torch.rand(4, 3)}
+    pairs = [first, first | second]
+    own = [one["u"].shape[:2] + (one["A"].shape[1],) for one in pairs]
+    u, A = (tuple(one[name] for one in pairs) for name in ("u", "A"))
+    B, C = (tuple(torch.randn(*size) for size in own) for _ in range(2))
+    with pytest.raises(ValueError, match=words):
+        bidirectional_scan(u, u, A, B, C, backend=backend)
+
+
+def test_groups_of_another_half_precision_than_autocast():
+    u, delta = (torch.randn(1, 5, 4).half() for _ in range(2))
+    B, C = (torch.randn(1, 5, 2, 4).half() for _ in range(2))
+    due, state = selective_scan(u, delta, -torch.ones(4, 4), B, C, backend="native")
+    with torch.autocast("cpu", torch.bfloat16):
+        got, other = selective_scan(u, delta, -torch.ones(4, 4), B, C, backend="native")
+    assert got.dtype == torch.float16 and torch.equal(got, due) and torch.equal(state, other)
