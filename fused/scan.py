@@ -98,9 +98,9 @@ def bidirectional_scan(
         raise ValueError(f"bidirectional_scan: u and all others but z must be pairs, got {len(pairs)} of each")
     for one in pairs:
         _check(**one, z=z, initial_state=None)
-    for name, (first, second) in (("u", u), ("A", A)):
-        if (first.shape, first.dtype, first.device) != (second.shape, second.dtype, second.device):
-            told = (f"{tuple(x.shape)} of {x.dtype} on {x.device}" for x in (first, second))
+    for name, pair in (("u", u), ("A", A)):
+        if len({(x.shape, x.dtype, x.device) for x in pair}) > 1:
+            told = (f"{tuple(x.shape)} of {x.dtype} on {x.device}" for x in pair)
             raise ValueError(f"bidirectional_scan: {name} must be alike in both directions, got {' and '.join(told)}")
     chosen = backends.operators_of(backends.choose(backend, u[0].device))
     if chosen == "native" and all(x.dim() == 3 for x in (*B, *C)):
@@ -109,8 +109,8 @@ def bidirectional_scan(
         backends.check_abilities("scan", "native", u[0].dtype, {})
         return native.bidirectional_scan(u, delta, A, B, C, D, z, delta_bias, softplus=softplus)
     options: dict[str, Any] = {"z": z, "softplus": softplus, "backend": backend}
-    ahead, back = pairs
-    return selective_scan(**ahead, **options)[0] + selective_scan(**back, **options, reverse=True)[0]
+    first, second = pairs
+    return selective_scan(**first, **options)[0] + selective_scan(**second, **options, reverse=True)[0]
 
 
 def scan_torch(

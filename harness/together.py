@@ -115,9 +115,10 @@ def _place(rank: int, other: Connection, kept: list[Any]) -> dict[str, str]:
     torchrun's it listens before its port is told, and is `kept`: a port that is only known to be free may be taken by then."""
     host = "127.0.0.1"
     if rank == 0:
-        kept.append(dist.TCPStore(host, 0, is_master=True, wait_for_workers=False))
-        other.send(kept[-1].port)
-        port = kept[-1].port
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        kept.append(store)
+        port = store.port
+        other.send(port)
     else:
         port = other.recv()
     return dict(zip(_PLACE, map(str, (rank, rank, 2, host, port, True, 0)), strict=True))

@@ -77,9 +77,9 @@ def steps(rows: Tensor, weights: Tensor, biases: Sequence[Tensor]) -> Tensor:
         rank = max(16, power_of_2(R))
         fine = rows.dtype == torch.float32
         config = FULL if fine else LOW | TUNED.get(capability(rows.device), {})
-        beside = blocks(E, config["CHANNELS"]) * directions
-        tiles = _tiles(blocks(M, config["TOKENS"]), beside, AT_ONCE * processors(rows.device))
-        grid = (blocks(M, config["TOKENS"] * tiles), beside // directions, directions)
+        across = blocks(E, config["CHANNELS"])
+        tiles = _tiles(blocks(M, config["TOKENS"]), across * directions, AT_ONCE * processors(rows.device))
+        grid = (blocks(M, config["TOKENS"] * tiles), across, directions)
         with launching_on(rows.device):
             steps_kernel[grid](
                 rows, weights, biases[0], biases[-1], delta, M, E, tiles, R, row, RANK=rank, FINE=fine, NATIVE=NATIVE, **config

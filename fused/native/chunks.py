@@ -16,7 +16,7 @@ from torch import Tensor
 from fused.backends import invariant
 from fused.kernels import conv, cuts, scan
 from fused.kernels.pack import Packed
-from fused.native.mixer import NAMES, Parts
+from fused.native.mixer import NAMES, PACKED, Parts, packed
 from fused.native.scan import plan, whole
 
 
@@ -69,7 +69,7 @@ class Mixer:
     def _read(self, p: Parts, taps: Sequence[Tensor | None]) -> tuple[scan.Streams, tuple[Tensor, ...]]:
         """What the scans of all of its directions, the last ones of two, read, and the taps that leave."""
         if self._packed is None:
-            self._packed = Parts(p.x, None, self._named, (False, True), invariant(), logarithm=False).weights()
+            self._packed = packed(*(self._named[NAMES.index(name)] for name in PACKED))
         c, leaving = conv.forward(p.x, p.conv, p.conv_bias, taps, p.reverses, True)
         assert leaving is not None
         return p.read(c, self._packed.last(len(taps)))[-1], leaving

@@ -28,6 +28,7 @@ from fused.kernels.steps import steps
 from fused.native.scan import aligned, dense, plan
 
 NAMES = ("conv", "conv_bias", "proj", "dt", "dt_bias", "A", "D")
+PACKED = ("proj", "dt", "A", "D")  # what `packed` takes
 _TENSORS = (
     "Tensor xz, Tensor conv0, Tensor? conv1, Tensor? conv_bias0, Tensor? conv_bias1, Tensor proj0, Tensor? proj1,"
     " Tensor dt0, Tensor? dt1, Tensor dt_bias0, Tensor? dt_bias1, Tensor A0, Tensor? A1, Tensor D0, Tensor? D1,"
@@ -93,7 +94,7 @@ class Parts:
 
     def weights(self) -> Packed:
         """x_proj (directions, width, E), dt_proj (directions, step, E), A and D."""
-        return packed(self.proj, self.dt, self.A, self.D)
+        return packed(*(getattr(self, name) for name in PACKED))
 
     def split(self, rows: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """dt (directions, B * L, step), and for each direction B and C (B, L, N)."""
@@ -158,7 +159,7 @@ def stepped(R: int | torch.SymInt) -> Any:
 
 
 def packed(*weights: Sequence[Tensor]) -> Packed:
-    """proj, dt, A and D, each of one direction or of both."""
+    """Those named in PACKED, each of one direction or of both."""
     proj, dt, A, D = ([w.contiguous() for w in pair] for pair in weights)
     return pack(proj, dt, A, D, stepped(dt[0].shape[1]))
 

@@ -19,7 +19,7 @@ from fused.dispatch import below_autograd, differentiable, register, wants_gradi
 from fused.kernels import conv, scan
 from fused.kernels.gate import gate
 from fused.kernels.pack import Packed
-from fused.native.mixer import Parts, packed
+from fused.native.mixer import PACKED, Parts, packed
 from fused.native.scan import whole
 
 _TENSORS = (
@@ -49,7 +49,7 @@ def walk(
 
 def once(own: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """What every walk with these parameters would make of them each way."""
-    proj, dt, *_ = packed(*([own[name]] for name in ("proj", "dt", "A", "D")))
+    proj, dt, *_ = packed(*([own[name]] for name in PACKED))
     return proj, dt
 
 
@@ -126,8 +126,8 @@ class _Walk(torch.autograd.Function):
         kept, tensors = saved[:-_COUNT], saved[-_COUNT:]
         dy = torch.zeros_like(tensors[0]) if dy is None else dy.contiguous()
         grads = torch.ops.videomamba.walk_backward.default(dy, dtaps, dstate, *kept, *tensors, *ctx.options)
-        made = (None if t is None else g for g, t in zip(grads, tensors, strict=False))
-        return *made, *[None] * 6
+        made = (None if t is None else g for g, t in zip(grads, tensors[:_GRADIENTS], strict=True))
+        return *made, *[None] * (_COUNT - _GRADIENTS + len(ctx.options) + 1)
 
 
 register(

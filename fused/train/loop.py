@@ -49,15 +49,15 @@ class Outcome:
 class Trainer:
     """A run, built from its configuration and ready to go on from its newest checkpoint.
 
-    Every process of `world` makes one. Raises ValueError, FileNotFoundError, CheckpointError or ImportError for what does not
-    fit together: models, data, batch sizes, or a folder of another configuration.
+    Every process of `world` makes one. Raises ValueError, FileNotFoundError, CheckpointError, ImportError or BackendError for
+    what does not fit together, models, data, batch sizes, or a folder of another configuration, and what cannot run here.
     """
 
     def __init__(self, config: TrainConfig, world: World) -> None:
         self.config, self.world, self.folder = config, world, Path(str(config.out))
         data = config.data
-        if reason := config.backend != "auto" and backends.unavailable(config.backend, world.device):
-            raise ValueError(f"backend {config.backend!r} cannot run here. {reason}")
+        if config.backend != "auto":
+            backends.choose(config.backend, world.device)  # now, not in the first step
         shape: dict[str, Any] = {
             "sampling": data.sampling,
             "stride": data.stride,
