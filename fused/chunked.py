@@ -155,6 +155,8 @@ def pieces(
             yield joined[:, :, :step]
     if frames is not None and given < frames:
         raise ValueError(f"num_frames is {frames}, but the iterator gave {given}; say how many it gives")
+    if not given:
+        raise ValueError("the iterator gave no frames")
     if given % config.kernel_size:
         raise ValueError(f"the iterator gave {given} frames, which are no multiple of kernel_size ({config.kernel_size})")
     if any(x.shape[2] for x in waiting):

@@ -306,6 +306,8 @@ def test_more_errors():
         next(fast.forward_approximate(video(), chunk_frames=1, look_ahead=-1))
     with pytest.raises(ValueError, match="the video has 8 frames or more, but there are temporal positions for 4"):
         list(fast.float().forward_approximate(iter([video(), video()]), chunk_frames=1))
+    with pytest.raises(ValueError, match="the iterator gave no frames"):
+        next(fast.forward_approximate(iter([]), chunk_frames=1))
     rival = fused.VideoMamba(fused.VideoMambaConfig(img_size=32, depth=1, embed_dim=32, num_frames=4), backend="mamba_ssm")
     with pytest.raises(ValueError, match="'mamba_ssm' cannot carry a state .* backend='native' or 'torch'"):
         rival.forward_chunked(video(), chunk_frames=1)
