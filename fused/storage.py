@@ -82,7 +82,9 @@ def _read_pickle(path: Path) -> Any:
             "state_dict"
         ) from error
     except Exception as error:  # a cut file gives whatever its reader trips over
-        raise CheckpointError(f"{path} cannot be read, it is no checkpoint or it is damaged ({type(error).__name__})") from error
+        raise CheckpointError(
+            f"{path} cannot be read, it is no checkpoint or it is damaged ({type(error).__name__})"
+        ) from error
 
 
 def _safetensors() -> Any:

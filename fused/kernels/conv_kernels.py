@@ -46,9 +46,11 @@ def _repeat(value, times: tl.constexpr):
 
 @triton.jit
 def _row(x, t, e, L, E, stride, BEFORE: tl.constexpr):
-    """x[t, e] in float32, zero outside the sequence; t is (RUNS,) and can be negative only if BEFORE, e is (BE,)."""
+    """x[t, e] in float32, zero outside the sequence; t is (RUNS,) and can be negative only if BEFORE, e is (BE,). The cache
+    keeps what is written, which is read next, rather than x."""
     inside = ((t >= 0) & (t < L) if BEFORE else t < L)[:, None] & (e < E)[None, :]
-    return tl.load(x + t.to(tl.int64)[:, None] * stride + e[None, :], mask=inside, other=0.0).to(tl.float32)
+    at = x + t.to(tl.int64)[:, None] * stride + e[None, :]
+    return tl.load(at, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
 
 
 @triton.jit

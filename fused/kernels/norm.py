@@ -27,16 +27,17 @@ REDUCE = {"ROWS": 64, "COLUMNS": 32, "num_warps": 4}
 
 @triton.jit
 def _load(pointer, rows, columns, M, D, stride):
-    """(ROWS, COLUMNS) of a matrix in float32, zero outside it."""
+    """(ROWS, COLUMNS) of a matrix in float32, zero outside it; the cache is for what is read again sooner."""
     inside = (rows < M)[:, None] & (columns < D)[None, :]
-    return tl.load(pointer + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    at = pointer + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    return tl.load(at, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
 
 
 @triton.jit
-def _store(pointer, value, rows, columns, M, D):
+def _store(pointer, value, rows, columns, M, D, LATE: tl.constexpr = False):
     inside = (rows < M)[:, None] & (columns < D)[None, :]
     at = rows.to(tl.int64)[:, None] * D + columns[None, :]
-    tl.store(pointer + at, value.to(pointer.dtype.element_ty), mask=inside)
+    tl.store(pointer + at, value.to(pointer.dtype.element_ty), mask=inside, cache_modifier=".cs" if LATE else "")
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -50,7 +51,7 @@ def forward_kernel(
     if residual is not None:
         v += _load(residual, rows, columns, M, D, residual_row)
     if out is not None:
-        _store(out, v, rows, columns, M, D)
+        _store(out, v, rows, columns, M, D, LATE=True)  # read by the next norm, behind all of a mixer
     if mean is not None:
         centre = tl.sum(v, axis=1) / D
         tl.store(mean + rows, centre, mask=rows < M)
