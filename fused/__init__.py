@@ -6,21 +6,21 @@
 Its logger is "fused": the chosen backend at INFO, which Python shows only where asked for, and warnings.
 """
 
-from .backends import BackendError
-from .checkpoint import LoadReport, load_checkpoint
-from .config import VideoMambaConfig
-from .conv import causal_conv1d
-from .export import OnnxExport, export_onnx
-from .mixer import Mamba
-from .norm import add_norm
-from .published import PRETRAINED
-from .registry_timm import register_timm
-from .scan import bidirectional_scan, selective_scan
-from .stamp import Validation, validation
-from .state import detach_state, state_to
-from .storage import CheckpointError, read_checkpoint, save_checkpoint
-from .stream import FrameStream
-from .videomamba import DistillOutput, EncoderOutput, VideoMamba, VideoMambaEncoder, build_videomamba
+from fused.backends import BackendError
+from fused.io.checkpoint_file import CheckpointError, read_checkpoint, save_checkpoint
+from fused.models.videomamba.config import VideoMambaConfig
+from fused.models.videomamba.frame_stream import FrameStream
+from fused.models.videomamba.load import LoadReport, load_checkpoint
+from fused.models.videomamba.model import DistillOutput, EncoderOutput, VideoMamba, VideoMambaEncoder, build_videomamba
+from fused.models.videomamba.onnx import OnnxExport, export_onnx
+from fused.models.videomamba.published import PRETRAINED
+from fused.models.videomamba.timm_registry import register_timm
+from fused.modules.mamba import Mamba
+from fused.modules.state import detach_state, state_to
+from fused.ops.add_norm.api import add_norm
+from fused.ops.causal_conv1d.api import causal_conv1d
+from fused.ops.selective_scan.api import bidirectional_scan, selective_scan
+from fused.stamp import Validation, validation
 
 __all__ = [
     "PRETRAINED",

@@ -118,7 +118,7 @@ def unavailable(backend: str, device: torch.device | str) -> str | None:
 def choose(name: str, device: torch.device | str, *, use_fast_path: bool = True) -> str:
     """The backend that runs for `name` on `device`; an explicit name comes back as it is, or raises BackendError."""
     if torch.compiler.is_compiling():
-        from .uncompiled import select as constant  # the environment is read while tracing, not traced
+        from fused.uncompiled import select as constant  # the environment is read while tracing, not traced
 
         return constant(name, device, use_fast_path)
     return select(name, device, use_fast_path)
@@ -170,7 +170,7 @@ def _native_failure(device: torch.device | str) -> str | None:
     reason = _import_failure("triton")
     if reason:
         return f"triton cannot be imported ({reason}): install PyTorch's CUDA build, or use backend='torch'."
-    from .kernels import nvrtc
+    from fused.runtime import nvrtc
 
     return nvrtc.unavailable(device)
 

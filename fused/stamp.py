@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from . import backends
-from .files import written_whole
+from fused import backends
+from fused.io.atomic_write import written_whole
 
 SOURCES = (".py", ".cu", ".cuh", ".h", ".hpp", ".cpp")
 KEY = ("backend", "dtype", "fused", "reference", "harness", "gpu", "driver", "torch", "triton", "nvrtc")

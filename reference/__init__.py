@@ -1,13 +1,13 @@
 """The specification: VideoMamba in plain PyTorch with a sequential scan, on any device and in any floating-point dtype."""
 
-from reference.chunked import approximate, forward_chunked
-from reference.config import VideoMambaConfig
-from reference.conv import causal_conv1d
-from reference.mixer import Mamba
-from reference.norm import add_norm
-from reference.scan import selective_scan
-from reference.state import detach_state, state_to
-from reference.videomamba import DistillOutput, EncoderOutput, VideoMamba, VideoMambaEncoder, build_videomamba
+from reference.models.videomamba.chunked import approximate, forward_chunked
+from reference.models.videomamba.config import VideoMambaConfig
+from reference.models.videomamba.model import DistillOutput, EncoderOutput, VideoMamba, VideoMambaEncoder, build_videomamba
+from reference.modules.mamba import Mamba
+from reference.modules.state import detach_state, state_to
+from reference.ops.add_norm import add_norm
+from reference.ops.causal_conv1d import causal_conv1d
+from reference.ops.selective_scan import selective_scan
 
 __all__ = [
     "DistillOutput",

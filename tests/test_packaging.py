@@ -44,7 +44,8 @@ def test_fused_and_reference_are_light():
 
 
 def test_core_dependencies():
-    assert [re.split(r"[<>=]", d)[0] for d in PROJECT["project"]["dependencies"]] == ["torch", "jaxtyping", "safetensors", "numpy"]
+    names = [re.split(r"[<>=]", d)[0] for d in PROJECT["project"]["dependencies"]]
+    assert names == ["torch", "jaxtyping", "safetensors", "numpy"]
 
 
 def test_cpu_pins():

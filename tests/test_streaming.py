@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fused
 import reference
-from fused.video import read_clip, read_frames
-from harness.video import SHIPPED
+from fused.io.video import read_clip, read_frames
+from harness.fixtures.video import SHIPPED
 
 TOY = {"img_size": 32, "depth": 2, "embed_dim": 32, "num_frames": 4, "num_classes": 5, "clip_output_dim": 12}
 LENGTHS = (None, 1, 3, 4, 7, 12)  # of a video in tubelets; the temporal table has 4

@@ -19,11 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .arguments import no_autocast
-from .block import Block
-from .dispatch import wants_gradients
-from .mixer import State
-from .pieces import (
+from fused.chunked.layer_ops import (
     Plan,
     Weights,
     add_norm,
@@ -37,6 +33,10 @@ from .pieces import (
     project_into,
     scan_chunk,
 )
+from fused.models.videomamba.block import Block
+from fused.modules.mamba import State
+from fused.runtime.checks import no_autocast
+from fused.runtime.library import wants_gradients
 
 
 def sweep(
@@ -105,7 +105,7 @@ def _by_states(plan: Plan, w: Weights, hidden: Tensor) -> Any:
     """What walks by states, if native kernels cut the time of the first chunk."""
     if plan.backend != "native" or w.behind is None:
         return None
-    from .native.chunks import Mixer
+    from fused.ops.mamba_inner.two_pass import Mixer
 
     mixer, first = Mixer([w.ahead.parameters, w.behind.parameters]), plan.chunks[0]
     return mixer if mixer.suits(len(hidden), first.stop - first.start, hidden.device) else None

@@ -9,10 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backends, conv, norm, scan
-from .block import Block
-from .clipwise import clipwise
-from .mixer import State
+from fused import backends
+from fused.models.videomamba.block import Block
+from fused.modules.mamba import State
+from fused.ops.add_norm import api as norm
+from fused.ops.causal_conv1d import api as conv
+from fused.ops.selective_scan import api as scan
+from fused.runtime.elementwise import clipwise
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class Direction:
     @cached_property
     def packed(self) -> tuple[Tensor, Tensor]:
         """What native walks make of the matrices, once for all chunks."""
-        from .native.walk import once
+        from fused.ops.mamba_inner.one_direction import once
 
         return once(self.parameters)
 
@@ -186,7 +189,7 @@ def norm_only(plan: Plan, w: Weights, v: Tensor, residual: Tensor | None = None)
 def norm_again(plan: Plan, w: Weights, v: Tensor) -> tuple[Tensor, tuple[Any, Any]]:
     """`norm_only` of v, and what `norm_back` wants."""
     if _native(plan):
-        from .kernels import norm as kernels
+        from fused.ops.add_norm import kernels
 
         weight, bias = w.norm
         y, _, mean, rstd = kernels.forward(v, None, weight, bias, plan.eps, plan.kind == "layer", None, dtype=plan.normed)
@@ -203,7 +206,7 @@ def norm_back(
     """Write the gradient of v into `place`, `dinto` added if there is any; those of the parameters are added to `w`."""
     weight, bias = w.norm
     if _native(plan):
-        from .kernels import norm as kernels
+        from fused.ops.add_norm import kernels
 
         (mean, rstd), own = kept, place if place.is_contiguous() else None
         dv, _, dweight, dbias = kernels.backward(dy, dinto, v, None, weight, bias, mean, rstd, place.dtype, dx=own)
@@ -230,7 +233,7 @@ def scan_chunk(
     """One direction over a chunk from its state: y, and the state that leaves. With `z`, (y + beside) * silu(z), where
     `beside` is the other direction's y, if there is one."""
     if plan.backend == "native":
-        from .native.walk import walk
+        from fused.ops.mamba_inner.one_direction import walk
 
         return walk(x, z, beside, state, own.parameters, reverse=reverse, logarithm=False, packed=own.packed)
     taps, edge = state or (None, None)

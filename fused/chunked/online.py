@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from .arguments import no_autocast
-from .chunked import Video, check_model, embedded, limit, pieces
-from .mixer import State
-from .pieces import Plan, Weights, add_norm, parameters_of, plan_of, project, scan_chunk
+from fused.chunked.layer_ops import Plan, Weights, add_norm, parameters_of, plan_of, project, scan_chunk
+from fused.chunked.video import Video, check_model, embedded, limit, pieces
+from fused.modules.mamba import State
+from fused.runtime.checks import no_autocast
 
 if TYPE_CHECKING:
-    from .backbone import Backbone
+    from fused.models.videomamba.backbone import Backbone
 
 
 @torch.no_grad()

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends
-from .config import VideoMambaConfig
-from .sweep import sweep
-from .tokens import Span, check_place
+from fused import backends
+from fused.chunked.layer import sweep
+from fused.models.videomamba.config import VideoMambaConfig
+from fused.models.videomamba.embedding import Span, check_place
 
 if TYPE_CHECKING:
-    from .backbone import Backbone
+    from fused.models.videomamba.backbone import Backbone
 
 Video = Tensor | Iterable[Tensor]
 Chunks = Sequence[slice]  # of tokens, in the order of time

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .files import written_whole
+from fused.io.atomic_write import written_whole
 
 SAFETENSORS = ".safetensors"
 

@@ -8,8 +8,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from . import backends, conv, scan, upstream
-from .state import State, blank, check_mixer_state, linear_dtype
+from fused import backends
+from fused.modules.state import State, blank, check_mixer_state, linear_dtype
+from fused.ops import mamba_ssm as upstream
+from fused.ops.causal_conv1d import api as conv
+from fused.ops.selective_scan import api as scan
 
 
 class Direction(NamedTuple):
@@ -168,7 +171,7 @@ class Mamba(nn.Module):
 
     def _native(self, xz: Tensor, keep: bool) -> Tensor:
         """Everything behind in_proj as one operator; `keep` saves its backward the scan."""
-        from .native import mixer
+        from fused.ops.mamba_inner import native as mixer
 
         directions = [own.parameters for own in self._directions()]
         return mixer.mix(xz, directions, self.out_proj.weight, self.out_proj.bias, keep)
@@ -197,7 +200,7 @@ class Mamba(nn.Module):
 
     def _scan(self, x: Tensor, z: Tensor, own: Direction, state: State | None, backend: str) -> tuple[Tensor, State]:
         if backends.operators_of(backend) == "native":
-            from .native.walk import walk
+            from fused.ops.mamba_inner.one_direction import walk
 
             return walk(x, z, None, state, own.parameters, reverse=own.reverse, logarithm=True)
         conv_state, ssm_state = (None, None) if state is None else state

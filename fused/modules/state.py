@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .config import VideoMambaConfig
+from fused.models.videomamba.config import VideoMambaConfig
 
 State = tuple[Tensor, Tensor]
 States = Sequence[State] | Mapping[int, State]

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from .backends import LOW
+from fused.backends import LOW
 
 
 def check_tensor(op: str, name: str, value: object, letters: str, sizes: dict[str, int], device: torch.device | None) -> None:

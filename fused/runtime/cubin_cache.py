@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from fused.files import written_whole
+from fused.io.atomic_write import written_whole
 
 _log = logging.getLogger("fused")
 

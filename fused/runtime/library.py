@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import no_autocast
+from fused.runtime.checks import no_autocast
 
 _OPS = torch.library.Library("videomamba", "FRAGMENT")
 

@@ -3,7 +3,7 @@
 NVRTC, which comes with PyTorch's CUDA build, makes the machine code; the driver loads it into PyTorch's own context of the
 device. Both are reached through cuda-bindings, imported at the first call. Machine code is kept on disk (`cubins.py`).
 A kernel is `extern "C" __global__ void` and takes pointers, `long long` and `float` only; the same source runs on a CPU,
-and tests/fused/kernels/emulation.h says what it keeps to for that.
+and tests/fused/runtime/emulation.h says what it keeps to for that.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fused.backends import BackendError
-from fused.kernels import cubins
+from fused.runtime import cubin_cache as cubins
 
 OLDEST = (8, 0)  # compute capability: bfloat16 and asynchronous copies
 UNASKED = 48 << 10  # bytes of dynamic shared memory that a block may have without asking

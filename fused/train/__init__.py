@@ -10,8 +10,9 @@ Stochastic depth and recomputation are the model's: `drop_path_rate`, `use_check
 configuration.
 """
 
-from .data import Batch, Batches, ClipFolder, batches
-from .losses import (
+from fused.train.data.clips import Batch, Batches, ClipFolder, batches
+from fused.train.data.mixup import Mixed, cutmix, mix, mixup
+from fused.train.objectives.losses import (
     MatchingPairs,
     alignment_loss,
     contrastive_loss,
@@ -21,14 +22,13 @@ from .losses import (
     matching_pairs,
     similarity,
 )
-from .masks import attention_mask, clip_row_mask, frame_row_mask, keep_visible, random_mask, tube_mask
-from .mix import Mixed, cutmix, mix, mixup
-from .optim import parameter_groups
-from .schedule import cosine_schedule
-from .seed import setup_seed
-from .teachers import ClipTeacher, TeacherOutput
-from .text import TextEncoder, TextOutput
-from .words import mask_words
+from fused.train.objectives.masks import attention_mask, clip_row_mask, frame_row_mask, keep_visible, random_mask, tube_mask
+from fused.train.objectives.teachers import ClipTeacher, TeacherOutput
+from fused.train.objectives.text_encoder import TextEncoder, TextOutput
+from fused.train.objectives.text_masking import mask_words
+from fused.train.optim import parameter_groups
+from fused.train.schedule import cosine_schedule
+from fused.train.seed import setup_seed
 
 __all__ = [
     "Batch",

@@ -10,13 +10,13 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import runs
-from .checkpoints import NotWritten
-from .data import Unreadable
-from .loop import Diverged, Trainer
-from .parallel import joined
-from .reading import read_config, written
-from .seed import setup_seed
+from fused.train import run_folder as runs
+from fused.train.checkpoints import NotWritten
+from fused.train.config_file import read_config, written
+from fused.train.data.clips import Unreadable
+from fused.train.loop import Diverged, Trainer
+from fused.train.parallel import joined
+from fused.train.seed import setup_seed
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 WRONG = (ValueError, TypeError, OSError, ImportError, RuntimeError)  # what setting up says of what it was given

@@ -24,9 +24,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.optim import Optimizer
 
-from ..files import NotWritten, written_whole
-from ..storage import CheckpointError
-from .parallel import World
+from fused.io.atomic_write import NotWritten, written_whole
+from fused.io.checkpoint_file import CheckpointError
+from fused.train.parallel import World
 
 POINTER, FACTS = "last", "training.json"
 

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..config import VideoMambaConfig
-from ..rules import COUNT, COUNT_OR_0, FLAG, POSITIVE, POSITIVE_OR_0, RATE, SHARE, Rule, number, one_of, whole, wrong
-from .losses import ALIGNMENTS
-from .optim import RULES as DECAY_RULES
+from fused.models.videomamba.config import VideoMambaConfig
+from fused.rules import COUNT, COUNT_OR_0, FLAG, POSITIVE, POSITIVE_OR_0, RATE, SHARE, Rule, number, one_of, whole, wrong
+from fused.train.objectives.losses import ALIGNMENTS
+from fused.train.optim import RULES as DECAY_RULES
 
 TASKS = ("finetune", "pretrain", "distill")
 MASKS = ("attention", "random", "tube", "clip-row", "frame-row")

@@ -6,8 +6,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..rules import wrong
-from .config import SECTIONS, UNREAD, TrainConfig, flat, unknown
+from fused.rules import wrong
+from fused.train.config import SECTIONS, UNREAD, TrainConfig, flat, unknown
 
 
 def read_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> TrainConfig:

@@ -4,9 +4,9 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from .data import ClipFolder, batches
-from .parallel import World
-from .tasks import Task
+from fused.train.data.clips import ClipFolder, batches
+from fused.train.parallel import World
+from fused.train.tasks import Task
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..files import written_whole
+from fused.io.atomic_write import written_whole
 
 LINES = "log.jsonl"
 

@@ -15,17 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends
-from . import checkpoints, parallel, runs, tasks
-from .config import TrainConfig
-from .data import Batch, ClipFolder, batches
-from .evaluation import evaluate
-from .interrupt import Interrupt
-from .log import Log, memory
-from .optim import parameter_groups
-from .parallel import World
-from .schedule import cosine_schedule
-from .seed import seed_of
+from fused import backends
+from fused.train import checkpoints, parallel, tasks
+from fused.train import run_folder as runs
+from fused.train.config import TrainConfig
+from fused.train.data.clips import Batch, ClipFolder, batches
+from fused.train.evaluation import evaluate
+from fused.train.interrupt import Interrupt
+from fused.train.log import Log, memory
+from fused.train.optim import parameter_groups
+from fused.train.parallel import World
+from fused.train.schedule import cosine_schedule
+from fused.train.seed import seed_of
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 

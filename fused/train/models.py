@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import load_checkpoint
-from ..config import VideoMambaConfig
-from ..videomamba import VideoMambaEncoder
-from .config import TrainConfig
-from .teachers import ClipTeacher
+from fused.models.videomamba.config import VideoMambaConfig
+from fused.models.videomamba.load import load_checkpoint
+from fused.models.videomamba.model import VideoMambaEncoder
+from fused.train.config import TrainConfig
+from fused.train.objectives.teachers import ClipTeacher
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from typing import Any
 
 from torch import nn
 
-from ..arguments import check_choice
-from ..backbone import Backbone
-from ..mixer import Mamba
-from .checks import check_real
+from fused.models.videomamba.backbone import Backbone
+from fused.modules.mamba import Mamba
+from fused.runtime.checks import check_choice
+from fused.train.checks import check_real
 
 RULES = ("upstream", "corrected")
 STATE_SPACE = ("A_log", "A_b_log", "D", "D_b")

@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from ..files import written_whole
-from ..videomamba import VideoMamba, VideoMambaEncoder
-from . import checkpoints
-from .config import HARMLESS, TrainConfig, flat
-from .log import Log, summary_writer
-from .reading import parse, written
+from fused.io.atomic_write import written_whole
+from fused.models.videomamba.model import VideoMamba, VideoMambaEncoder
+from fused.train import checkpoints
+from fused.train.config import HARMLESS, TrainConfig, flat
+from fused.train.config_file import parse, written
+from fused.train.log import Log, summary_writer
 
 if TYPE_CHECKING:
-    from .loop import Trainer
+    from fused.train.loop import Trainer
 
 CONFIG, CHECKPOINTS, MODEL = "config.yaml", "checkpoints", "model"
 

@@ -5,7 +5,7 @@ import math
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from .checks import check_real, check_whole
+from fused.train.checks import check_real, check_whole
 
 
 def cosine_schedule(

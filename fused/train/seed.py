@@ -6,7 +6,7 @@ import random
 
 import torch
 
-from .checks import check_whole
+from fused.train.checks import check_whole
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 REPEATABLE = (":4096:8", ":16:8")  # cuBLAS, "Results reproducibility"

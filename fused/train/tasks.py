@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..rules import wrong
-from ..videomamba import VideoMamba, VideoMambaEncoder
-from .config import TrainConfig
-from .losses import alignment_loss, distillation_loss
-from .masks import attention_mask, clip_row_mask, frame_row_mask, keep_visible, random_mask, tube_mask
-from .mix import mix
-from .models import make_student, pretraining_teacher, videomamba_teacher
+from fused.models.videomamba.model import VideoMamba, VideoMambaEncoder
+from fused.rules import wrong
+from fused.train.config import TrainConfig
+from fused.train.data.mixup import mix
+from fused.train.models import make_student, pretraining_teacher, videomamba_teacher
+from fused.train.objectives.losses import alignment_loss, distillation_loss
+from fused.train.objectives.masks import attention_mask, clip_row_mask, frame_row_mask, keep_visible, random_mask, tube_mask
 
 MASKS: dict[str, Callable[..., Tensor]] = {
     "random": random_mask, "tube": tube_mask, "clip-row": clip_row_mask, "frame-row": frame_row_mask

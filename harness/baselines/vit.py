@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .attention import KINDS, attend, only
+from harness.baselines.attention import KINDS, attend, only
 
 COLOURS = 3
 EXPANSION = 4  # of the MLP
@@ -86,7 +86,7 @@ class PatchEmbed(nn.Module):
     """Cut every frame into P x P patches and project each to the model width.
 
     `proj` is timm's convolution and only holds its parameters: one matmul over the pixels laid out in rows does the
-    same and is repeatable bit for bit, as in `fused.tokens`.
+    same and is repeatable bit for bit, as in `fused.models.videomamba.embedding`.
     """
 
     def __init__(self, config: ViTConfig) -> None:

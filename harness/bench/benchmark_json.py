@@ -6,8 +6,8 @@ from pathlib import Path
 from pytest_benchmark import __version__
 from pytest_benchmark.stats import Stats
 
-from harness.bench.point import Speed
-from harness.store import Run
+from harness.records.speed import Speed
+from harness.runs.store import Run
 
 
 def write(run: Run) -> Path:

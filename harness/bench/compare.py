@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from harness.bench import interval
-from harness.bench.point import Speed
-from harness.store import Run, StoreError
+from harness.records import interval
+from harness.records.speed import Speed
+from harness.runs.store import Run, StoreError
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import torch
 
 from harness.baselines import attention
 from harness.bench.clock import Call, Clock
-from harness.bench.point import Entry, Point
-from harness.subject import Implementation, subjects
+from harness.judge.registry import Implementation, subjects
+from harness.records.speed import Entry, Point
 
 OPERATORS = {"scan": "scan", "scan-both": "scan_both", "conv": "conv", "norm": "norm", "mixer": "mixer"}
 MODELS = {"tiny": ("tiny", "tiny"), "small": ("small", "small"), "middle": ("middle", "base")}  # VideoMamba against ViT

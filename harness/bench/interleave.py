@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.bench import interval
-from harness.bench.point import Point, Speed
 from harness.bench.worker import Gone, Turn, Worker
+from harness.records import interval
+from harness.records.speed import Point, Speed
 
 GOAL = 0.01  # half the interval's width, relative to the median, at which more samples are no use
 FEWEST, MOST, ROUNDS = 7, 400, 8

@@ -8,7 +8,7 @@ meant here a multiprocessor issues 8 lane-instructions for each special function
 from fused import VideoMambaConfig
 from harness.baselines.vit import ViTConfig
 from harness.bench.ceilings import Ceilings
-from harness.bench.point import Point
+from harness.records.speed import Point
 
 ISSUED_PER_EXP = 8
 

@@ -6,15 +6,16 @@ from fnmatch import fnmatch
 
 import torch
 
-from harness import parity, workers
 from harness.bench import ceilings, grids, roofline
 from harness.bench.ceilings import Ceilings
-from harness.bench.point import Entry, Point, Speed
-from harness.bench.turns import race
+from harness.bench.interleave import race
 from harness.bench.worker import Worker
-from harness.plan import Plan
-from harness.record import Record
-from harness.store import Run
+from harness.judge import parity
+from harness.judge.plan import Plan
+from harness.records.record import Record
+from harness.records.speed import Entry, Point, Speed
+from harness.runs import workers
+from harness.runs.store import Run
 
 # The reduced cases that license a timing: the operator as it is called, the model in the precision in which it is timed.
 LICENCES = {

@@ -4,9 +4,9 @@ import torch
 
 import fused
 from harness.bench.clock import Call
-from harness.bench.point import Entry, Point
-from harness.bench.turns import MOST
+from harness.bench.interleave import MOST
 from harness.bench.workloads import drawn
+from harness.records.speed import Entry, Point
 
 SPARE = 2 * MOST  # frames of the video beyond those before the clock starts
 

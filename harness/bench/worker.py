@@ -13,9 +13,9 @@ import torch
 
 from fused import backends
 from harness.bench.clock import Call, Clock
-from harness.bench.point import Entry, Point
 from harness.bench.power import Power
-from harness.workers import attend
+from harness.records.speed import Entry, Point
+from harness.runs.workers import attend
 
 WARM = 3
 SLOW = 50_000  # tokens a second: a call of many tokens may take longer than what is allowed to all

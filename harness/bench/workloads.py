@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import fused
-from harness import modules
 from harness.baselines.vit import ViT, ViTConfig
 from harness.bench.clock import Call
-from harness.bench.point import Entry, Point
-from harness.case import Case
-from harness.subject import subjects
+from harness.fixtures import functional_modules as modules
+from harness.judge.case import Case
+from harness.judge.registry import subjects
+from harness.records.speed import Entry, Point
 
 COLD = 160 * 2**20  # bytes of rotated inputs: three times an H200's L2 cache
 ROTATIONS = 16

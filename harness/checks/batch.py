@@ -10,10 +10,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from harness.case import Case
-from harness.finding import Finding, differing
-from harness.subject import Implementation
-from harness.trial import Named, Trial, worst_of
+from harness.judge.case import Case
+from harness.judge.registry import Implementation
+from harness.judge.trial import Named, Trial, worst_of
+from harness.records.finding import Finding, differing
 
 # Batch size, place of the clip, and what its neighbours are multiplied by. A neighbour of NaN is still only a neighbour.
 COMPANY = ((2, 1, 1.0), (3, 1, math.nan), (5, 0, 1.0), (8, 6, 1.0), (33, 32, 1.0))

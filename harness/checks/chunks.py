@@ -5,10 +5,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from harness.case import Case
-from harness.finding import Finding, Tally
-from harness.subject import Implementation
-from harness.trial import DEAR, Trial, worst_of
+from harness.judge.case import Case
+from harness.judge.registry import Implementation
+from harness.judge.trial import DEAR, Trial, worst_of
+from harness.records.finding import Finding, Tally
 
 RANDOM = (3, 6)  # how many cuts the random partitions have, where there are so many places
 FEW = 16  # pieces that are also asked one by one

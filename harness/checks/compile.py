@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from fused import backends
-from harness import modules
-from harness.case import Case
-from harness.finding import Finding, differing
-from harness.subject import CannotAsk, Implementation
-from harness.trial import Trial
+from harness.fixtures import functional_modules as modules
+from harness.judge.case import Case
+from harness.judge.registry import CannotAsk, Implementation
+from harness.judge.trial import Trial
+from harness.records.finding import Finding, differing
 
 # One small odd size of each, and options with all that there is: compiling takes seconds.
 SHAPES = {"scan": {"B": 3, "L": 7}, "conv": {"B": 3, "L": 7}, "norm": {"B": 2, "L": 9}, "mixer": {"B": 2, "L": 9}}

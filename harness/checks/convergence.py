@@ -18,12 +18,12 @@ from types import ModuleType
 
 import torch
 
-from harness import modules
-from harness.case import ROUNDINGS, Case
-from harness.finding import Finding, PlainNotFinite, Tally
-from harness.subject import CannotAsk, Implementation, subjects
-from harness.training import BATCHES, Learner, State, Task, clips
-from harness.trial import Named, Trial, worst_of
+from harness.fixtures import functional_modules as modules
+from harness.instruments.short_training import BATCHES, Learner, State, Task, clips
+from harness.judge.case import ROUNDINGS, Case
+from harness.judge.registry import CannotAsk, Implementation, subjects
+from harness.judge.trial import Named, Trial, worst_of
+from harness.records.finding import Finding, PlainNotFinite, Tally
 
 STEPS, EVERY = 60, 5
 POOLED = 4  # places over whose steps errors are pooled, not over all: gradients shrink as a training goes on

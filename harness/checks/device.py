@@ -8,10 +8,10 @@ from types import ModuleType
 
 import torch
 
-from harness.case import Case
-from harness.finding import Finding, differing
-from harness.subject import CannotAsk, Implementation
-from harness.trial import Trial
+from harness.judge.case import Case
+from harness.judge.registry import CannotAsk, Implementation
+from harness.judge.trial import Trial
+from harness.records.finding import Finding, differing
 
 SHAPES = {"scan": {"B": 3, "L": 7}, "conv": {"B": 3, "L": 7}, "norm": {"B": 2, "L": 9}, "mixer": {"B": 2, "L": 9}}
 OPTIONS = (("reverse", "state"), ("kind=layer", "low"), ())

@@ -16,10 +16,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from harness.case import Case, cross
-from harness.finding import Finding, Tally
-from harness.subject import Implementation, subjects
-from harness.trial import Named, Trial, worst_of
+from harness.judge.case import Case, cross
+from harness.judge.registry import Implementation, subjects
+from harness.judge.trial import Named, Trial, worst_of
+from harness.records.finding import Finding, Tally
 
 WORDS = ("delta=huge", "delta=tiny", "delta=negative", "A=zero", "A=huge", "z=huge", "denormal")
 SINGLE = ("delta=huge", "delta=tiny", "A=zero")  # also with one token

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 import reference
-from harness import modules
-from harness.case import Case
-from harness.finding import Finding, Tally, rms
-from harness.subject import CannotAsk, Implementation
-from harness.trial import Trial, worst_of
+from harness.fixtures import functional_modules as modules
+from harness.judge.case import Case
+from harness.judge.registry import CannotAsk, Implementation
+from harness.judge.trial import Trial, worst_of
+from harness.records.finding import Finding, Tally, rms
 
 DEVIATION = "deviation"  # the norm of what is measured and may be anything
 

@@ -2,10 +2,10 @@
 
 from types import ModuleType
 
-from harness.case import Case
-from harness.finding import Finding, Tally
-from harness.subject import CannotAsk, Implementation
-from harness.trial import Trial, worst_of
+from harness.judge.case import Case
+from harness.judge.registry import CannotAsk, Implementation
+from harness.judge.trial import Trial, worst_of
+from harness.records.finding import Finding, Tally
 
 SHORT = 16  # tokens up to which the reference is asked, which defines what chunks are and is slow at it
 

@@ -10,10 +10,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from harness.case import Case
-from harness.finding import Finding
-from harness.subject import Implementation
-from harness.trial import Trial
+from harness.judge.case import Case
+from harness.judge.registry import Implementation
+from harness.judge.trial import Trial
+from harness.records.finding import Finding
 
 MANY = 16  # with more leaves than this, each is asked under one of the seeds only
 STEP = 2.0**-14  # near the cube root of float64's roundoff, where truncation and cancellation balance

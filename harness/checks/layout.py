@@ -4,10 +4,10 @@ from types import ModuleType
 
 import torch
 
-from harness.case import Case
-from harness.finding import Finding
-from harness.subject import Implementation
-from harness.trial import Trial
+from harness.judge.case import Case
+from harness.judge.registry import Implementation
+from harness.judge.trial import Trial
+from harness.records.finding import Finding
 
 
 def asks(subject: ModuleType, implementation: Implementation, case: Case) -> bool:

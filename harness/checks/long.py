@@ -10,11 +10,11 @@ from types import ModuleType
 
 import torch
 
-from harness import modules
-from harness.case import Case
-from harness.finding import Finding, Tally
-from harness.subject import CannotAsk, Implementation
-from harness.trial import Trial
+from harness.fixtures import functional_modules as modules
+from harness.judge.case import Case
+from harness.judge.registry import CannotAsk, Implementation
+from harness.judge.trial import Trial
+from harness.records.finding import Finding, Tally
 
 FEW = 8  # frames for which the reference is asked
 CHUNK = 28  # frames; the last chunk is shorter

@@ -18,13 +18,14 @@ from types import ModuleType
 import torch
 
 import fused
-from fused.video import MEAN, STD, read_clip
-from harness import together, video
-from harness.case import SEEDS, Case
-from harness.finding import Finding, Tally, differing
-from harness.subject import CannotAsk, Implementation
-from harness.together import Training
-from harness.trial import Named, Trial
+from fused.io.video import MEAN, STD, read_clip
+from harness.fixtures import video
+from harness.instruments import two_processes as together
+from harness.instruments.two_processes import Training
+from harness.judge.case import SEEDS, Case
+from harness.judge.registry import CannotAsk, Implementation
+from harness.judge.trial import Named, Trial
+from harness.records.finding import Finding, Tally, differing
 
 NAME = "processes"
 ENGINES = ("ddp", "fsdp")

@@ -2,11 +2,11 @@
 
 from types import ModuleType
 
-from harness.case import Case
 from harness.checks.chunks import cut
-from harness.finding import Finding, Tally
-from harness.subject import Implementation
-from harness.trial import Trial, worst_of
+from harness.judge.case import Case
+from harness.judge.registry import Implementation
+from harness.judge.trial import Trial, worst_of
+from harness.records.finding import Finding, Tally
 
 
 def asks(subject: ModuleType, implementation: Implementation, case: Case) -> bool:

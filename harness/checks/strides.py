@@ -1,7 +1,8 @@
 """Do inputs and cotangents give the same wherever they lie in memory: any stride, any offset, more than 2^31 elements?
 
 Halves of a projection, columns of longer rows, transposed, channels that are not neighbours, an odd offset: whatever lies
-between is NaN. Expanded tensors, of stride 0, have a truth of their own. The largest cases are those of `harness.vast`.
+between is NaN. Expanded tensors, of stride 0, have a truth of their own. The largest cases are
+those of `instruments.huge_tensors`.
 """
 
 import functools
@@ -12,11 +13,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from harness import vast
-from harness.case import Case
-from harness.finding import Finding, Tally
-from harness.subject import Implementation
-from harness.trial import Trial, worst_of
+from harness.instruments import huge_tensors as vast
+from harness.judge.case import Case
+from harness.judge.registry import Implementation
+from harness.judge.trial import Trial, worst_of
+from harness.records.finding import Finding, Tally
 
 draw = vast.draw
 

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.case import Case
-from harness.finding import Finding, differing
-from harness.memory import Watched
-from harness.subject import Implementation
-from harness.trial import Trial
+from harness.instruments.guard_bands import Watched
+from harness.judge.case import Case
+from harness.judge.registry import Implementation
+from harness.judge.trial import Trial
+from harness.records.finding import Finding, differing
 
 GARBAGE = (math.nan, 4096.0)
 

@@ -8,16 +8,18 @@ from typing import Annotated
 import torch
 import typer
 
-from harness import environment, workers
-from harness.bench import benchmark_json, grids, interval, sweep
+from harness.bench import benchmark_json, grids
+from harness.bench import run as sweep
 from harness.bench.ceilings import Ceilings
 from harness.bench.compare import compare as compare_runs
-from harness.bench.point import Entry, Point, Speed, last_line
-from harness.conclude import FAILED, INTERRUPTED, NOTHING, PASSED, conclude
-from harness.plan import UsageError, default_device, existing
-from harness.progress import Progress
+from harness.judge.plan import UsageError, default_device, existing
+from harness.records import interval
+from harness.records.speed import Entry, Point, Speed, last_line
 from harness.report import bench as page
-from harness.store import Run, again, resumable
+from harness.runs import environment, workers
+from harness.runs.conclude import FAILED, INTERRUPTED, NOTHING, PASSED, conclude
+from harness.runs.progress import Progress
+from harness.runs.store import Run, again, resumable
 
 Field = dict[str, list[Entry]]
 BUDGET = {"cpu": 1.5, "full": 0.4, "long": 4.0}  # seconds of samples an entry and point

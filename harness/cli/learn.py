@@ -10,18 +10,19 @@ from typing import Annotated
 import torch
 import typer
 
-from harness import environment, trained
-from harness.conclude import INTERRUPTED, conclude, exit_code
-from harness.finding import Finding
+from harness.judge.plan import UsageError, default_device, existing
+from harness.judge.registry import Implementation
+from harness.learning import trained_weights as trained
 from harness.learning.fit import Fitted, Look, fit, looked_at
 from harness.learning.task import Recipe, Task, allowed
 from harness.learning.tasks import TASKS
-from harness.plan import UsageError, default_device, existing
-from harness.progress import Progress
-from harness.record import Record, judged
+from harness.records.finding import Finding
+from harness.records.record import Record, judged
 from harness.report import learning as page
-from harness.store import Run, again, resumable
-from harness.subject import Implementation
+from harness.runs import environment
+from harness.runs.conclude import INTERRUPTED, conclude, exit_code
+from harness.runs.progress import Progress
+from harness.runs.store import Run, again, resumable
 from harness.subjects import videomamba
 
 CHECK = "learn"  # what the records say was asked

@@ -12,19 +12,19 @@ import typer
 
 import fused
 from fused import backends, stamp
-from harness import environment, parity, workers
-from harness import subject as registry
-from harness.bench.cli import bench, compare
-from harness.case import Case
-from harness.conclude import INTERRUPTED, NOTHING, PASSED, UNFIT, USAGE, conclude, exit_code
-from harness.learning.cli import learn
-from harness.plan import GRIDS, Plan, UsageError, default_device, existing
-from harness.progress import Progress
-from harness.record import Record
+from harness.cli.bench import bench, compare
+from harness.cli.learn import learn
+from harness.judge import parity, registry
+from harness.judge.case import Case
+from harness.judge.plan import GRIDS, Plan, UsageError, default_device, existing
+from harness.records.record import Record
 from harness.report import bench as bench_page
 from harness.report import learning as learning_page
 from harness.report import page
-from harness.store import ACCEPTED, Run, StoreError, again, resumable
+from harness.runs import environment, workers
+from harness.runs.conclude import INTERRUPTED, NOTHING, PASSED, UNFIT, USAGE, conclude, exit_code
+from harness.runs.progress import Progress
+from harness.runs.store import ACCEPTED, Run, StoreError, again, resumable
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 Many = Annotated[list[str] | None, typer.Option()]

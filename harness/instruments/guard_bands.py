@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from harness.finding import Finding
+from harness.records.finding import Finding
 
 BAND = {"cuda": 2**16, "cpu": 2**13}  # bytes on either side: more than a tile of tokens that runs over an edge
 FUNCTIONS = ("empty", "empty_like", "empty_strided", "zeros", "zeros_like")

@@ -11,10 +11,10 @@ import math
 import torch
 from torch import Tensor
 
-from harness.case import Case
-from harness.finding import Finding, Tally
-from harness.subject import CannotAsk, Implementation, subjects
-from harness.trial import Named, Trial, worst_of
+from harness.judge.case import Case
+from harness.judge.registry import CannotAsk, Implementation, subjects
+from harness.judge.trial import Named, Trial, worst_of
+from harness.records.finding import Finding, Tally
 
 NEEDED = 12  # bytes of memory for a token value: the first input, y and the gradients of three inputs, in bfloat16
 CLIPS, PERIODS = "clips", "periods"

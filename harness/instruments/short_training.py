@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused.video import read_clip
-from harness import modules
-from harness.case import Case
+from fused.io.video import read_clip
+from harness.fixtures import functional_modules as modules
+from harness.fixtures.video import SHIPPED
+from harness.judge.case import Case
+from harness.judge.trial import Named, Trial
 from harness.subjects import encoder
-from harness.trial import Named, Trial
-from harness.video import SHIPPED
 
 BATCHES = 3  # what makes a round through the clips
 QUARTERS = 4

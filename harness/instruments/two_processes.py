@@ -23,12 +23,15 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from harness import workers
+from harness.runs import workers
 
 LIMIT = 240.0  # seconds for all trainings before the processes count as stuck
 SHOWN = 450  # characters of what they printed that an error shows
 MEASURED = ("clips_per_s", "memory_mib")  # of a log, what another run need not repeat
-PRELOADED = ("harness.cli", "harness.together", "fused.train.__main__", "torch._dynamo", "av", "yaml", "safetensors.torch")
+PRELOADED = (
+    "harness.cli.parity", "harness.instruments.two_processes", "fused.train.__main__",
+    "torch._dynamo", "av", "yaml", "safetensors.torch",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,15 @@ import torch
 
 from fused import stamp
 from fused.backends import operators_of
-from harness import environment, workers
-from harness.case import DTYPES, Case
-from harness.elsewhere import Elsewhere
-from harness.finding import Finding, PlainNotFinite
-from harness.plan import Plan
-from harness.record import Record, judged
-from harness.store import Run
-from harness.subject import CannotAsk, Implementation, checks, subjects
-from harness.trial import Trial
+from harness.judge.case import DTYPES, Case
+from harness.judge.plan import Plan
+from harness.judge.registry import CannotAsk, Implementation, checks, subjects
+from harness.judge.second_process import Elsewhere
+from harness.judge.trial import Trial
+from harness.records.finding import Finding, PlainNotFinite
+from harness.records.record import Record, judged
+from harness.runs import environment, workers
+from harness.runs.store import Run
 
 KEPT = 12
 

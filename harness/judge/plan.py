@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from fused.video import VideoError, count_frames
-from harness import adapters
-from harness.case import Case
-from harness.subject import Implementation, checks, mutants, subjects
+from fused.io.video import VideoError, count_frames
+from harness.judge import layout_adapters as adapters
+from harness.judge.case import Case
+from harness.judge.registry import Implementation, checks, mutants, subjects
 
 GRIDS = ("smoke", "full", "long")
 

@@ -60,7 +60,7 @@ import harness.checks
 import harness.mutants
 import harness.subjects
 from fused import backends
-from harness.case import Case
+from harness.judge.case import Case
 
 
 class CannotAsk(Exception):

@@ -4,9 +4,9 @@ import os
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-from harness import workers
-from harness.case import Case
-from harness.plan import Plan
+from harness.judge.case import Case
+from harness.judge.plan import Plan
+from harness.runs import workers
 
 LIMIT = 600.0  # seconds for one case before the other process counts as stuck
 
@@ -38,8 +38,8 @@ class Elsewhere:
 def _digests(plan: Plan, case: Case, implementation: str) -> dict[str, str]:
     """Runs in the other process."""
     os.environ["PYTHONWARNINGS"] = "ignore"
-    from harness import environment
-    from harness.trial import Trial
+    from harness.judge.trial import Trial
+    from harness.runs import environment
 
     environment.prepare()
     plan.threads_here()

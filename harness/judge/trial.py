@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from harness.case import ROUNDINGS, Case
-from harness.finding import Finding, Tally
-from harness.subject import Implementation, checks, subjects
+from harness.judge.case import ROUNDINGS, Case
+from harness.judge.registry import Implementation, checks, subjects
+from harness.records.finding import Finding, Tally
 
 T = TypeVar("T")
 Named = dict[str, Tensor]

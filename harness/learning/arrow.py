@@ -9,9 +9,9 @@ import functools
 import torch
 from torch import Tensor
 
-from fused.video import count_frames, read_clip
+from fused.io.video import count_frames, read_clip
+from harness.fixtures.video import SHIPPED
 from harness.learning.task import Batch, Data, Recipe, Task
-from harness.video import SHIPPED
 
 SIDE, FRAMES, STRIDE = 32, 6, 2  # every second frame
 SEEN, ASKED = 0.6, 0.7  # of the video's time: training ends here, what is held out begins there

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fused import save_checkpoint
-from fused.storage import read_checkpoint
+from fused.io.checkpoint_file import read_checkpoint
+from harness.fixtures.video import SHIPPED
 from harness.learning import digits, motion
-from harness.video import SHIPPED
 
 PATH = SHIPPED.with_name("motion.pth")  # beside the clip, in a checkout and where the wheel puts it
 DIGITS = 64

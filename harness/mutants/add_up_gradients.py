@@ -6,7 +6,7 @@ from unittest import mock
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fused.mixer import Direction, Mamba
+from fused.modules.mamba import Direction, Mamba
 
 WHERE = ("--case", "*-for=convergence-*", "--check", "convergence")
 

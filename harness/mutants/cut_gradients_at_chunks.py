@@ -7,16 +7,16 @@ from unittest import mock
 
 from torch import Tensor
 
-import fused.sweep
+import fused.chunked.layer
 
 WHERE = ("--subject", "videomamba", "--case", "B2-T2-S32-D32-L9-unfused-*", "--check", "forward_chunked")
 
 
 def plant() -> AbstractContextManager[object]:
     """The context in which the bug is there."""
-    honest = fused.sweep._gradients
+    honest = fused.chunked.layer._gradients
 
     def planted(w: Any, outputs: Sequence[Tensor], grads: Sequence[Tensor], *others: Any) -> list[Tensor]:
         return honest(w, outputs[:1], grads[:1], *others)
 
-    return mock.patch.object(fused.sweep, "_gradients", planted)
+    return mock.patch.object(fused.chunked.layer, "_gradients", planted)

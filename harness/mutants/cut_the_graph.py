@@ -4,17 +4,17 @@ from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
 
-import fused.backbone
-from fused.state import detach_state
+import fused.models.videomamba.backbone
+from fused.modules.state import detach_state
 
 WHERE = ("--subject", "videomamba", "--check", "chunks", "--impl", "fused:torch", "--case", "*readout=last*")
 
 
 def plant() -> AbstractContextManager[object]:
     """The context in which the bug is there."""
-    honest = fused.backbone.unpack
+    honest = fused.models.videomamba.backbone.unpack
 
     def cut(*arguments: Any) -> Any:
         return detach_state(honest(*arguments))
 
-    return mock.patch.object(fused.backbone, "unpack", cut)
+    return mock.patch.object(fused.models.videomamba.backbone, "unpack", cut)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fused.mixer import Mamba
+from fused.modules.mamba import Mamba
 
 WHERE = ("--case", "*-for=convergence-*", "--check", "convergence")
 

@@ -7,16 +7,16 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-import fused.conv
+import fused.ops.causal_conv1d.api
 
 WHERE = ("--subject", "conv", "--case", "B3-L7-*-reverse-state-*", "--check", "compile")
 
 
 def plant() -> AbstractContextManager[object]:
     """The context in which the bug is there."""
-    honest = fused.conv.causal_conv1d
+    honest = fused.ops.causal_conv1d.api.causal_conv1d
 
     def planted(x: Tensor, weight: Tensor, bias: Tensor | None = None, **rest: Any) -> tuple[Tensor, Tensor]:
         return honest(x, weight, None if torch.compiler.is_compiling() else bias, **rest)
 
-    return mock.patch.object(fused.conv, "causal_conv1d", planted)
+    return mock.patch.object(fused.ops.causal_conv1d.api, "causal_conv1d", planted)

@@ -6,17 +6,17 @@ from unittest import mock
 
 from torch import Tensor
 
-import fused.sweep
+import fused.chunked.layer
 
 WHERE = ("--subject", "videomamba", "--case", "B2-T2-S32-D32-L9-layernorm-*", "--check", "forward_chunked")
 
 
 def plant() -> AbstractContextManager[object]:
     """The context in which the bug is there."""
-    honest = fused.sweep.scan_chunk
+    honest = fused.chunked.layer.scan_chunk
 
     def planted(plan: Any, own: Any, x: Tensor, state: Any, reverse: bool, *gate: Any) -> Any:
         y, (taps, edge) = honest(plan, own, x, state, reverse, *gate)
         return y, (taps * 0, edge * 0) if reverse else (taps, edge)
 
-    return mock.patch.object(fused.sweep, "scan_chunk", planted)
+    return mock.patch.object(fused.chunked.layer, "scan_chunk", planted)

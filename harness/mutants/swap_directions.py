@@ -3,7 +3,7 @@
 from contextlib import AbstractContextManager
 from unittest import mock
 
-from fused.mixer import Direction, Mamba
+from fused.modules.mamba import Direction, Mamba
 
 WHERE = ("--subject", "mixer", "--case", "B2-L9-*", "--impl", "fused:torch")
 

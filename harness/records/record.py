@@ -5,7 +5,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from harness.finding import Finding
+from harness.records.finding import Finding
 
 STATUSES = ("pass", "fail", "error", "skip", "oom", "timeout")
 FAILED = ("fail", "error", "oom", "timeout")

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from harness.bench import interval
-from harness.record import encode
+from harness.records import interval
+from harness.records.record import encode
 
 STATUSES = ("ok", "oom", "timeout", "error", "gated", "implied")
 MODES = {"infer": "forward, without gradients", "train": "forward, loss and backward; no optimiser"}

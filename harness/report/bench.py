@@ -5,14 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from harness.bench import grids
-from harness.bench.interval import RESAMPLES
-from harness.bench.point import MODES, WAYS, Speed, last_line
-from harness.bench.turns import FEWEST, GOAL, MOST
+from harness.bench.interleave import FEWEST, GOAL, MOST
 from harness.bench.worker import WARM
+from harness.records.interval import RESAMPLES
+from harness.records.speed import MODES, WAYS, Speed, last_line
 from harness.report import chunking, curves, overview, paper, speed_figures, speed_tables, streaming, tables
 from harness.report.html import both
 from harness.report.page import box
-from harness.store import Run
+from harness.runs.store import Run
 
 CPU = "This is the CPU grid: it shows that the bench works; its numbers say nothing of a GPU."
 HOW = f"""\

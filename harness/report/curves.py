@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from harness.bench import grids, interval
-from harness.bench.point import Entry, Speed
+from harness.bench import grids
+from harness.records import interval
+from harness.records.speed import Entry, Speed
 
 MAMBA, VIT = "videomamba", "vit"
 ENDED = ("oom", "timeout")

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from harness.checks.forward_approximate import DEVIATION
-from harness.record import Record
+from harness.records.record import Record
 from harness.report.figures import STYLE, colour, save
 
 STEM = "approximate"

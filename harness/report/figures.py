@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from harness.case import DTYPES
-from harness.record import Record
+from harness.judge.case import DTYPES
+from harness.records.record import Record
 
 CHECKS = ("forward", "backward")
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")  # Okabe and Ito, told apart by all

@@ -11,14 +11,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
-from harness.finding import Finding
 from harness.learning.tasks import TASKS
-from harness.record import Record
+from harness.records.finding import Finding
+from harness.records.record import Record
 from harness.report import tables
 from harness.report.figures import STYLE, below, colour, save
 from harness.report.html import both
 from harness.report.page import box
-from harness.store import Run
+from harness.runs.store import Run
 
 STEM = "learning"
 HOW = """\

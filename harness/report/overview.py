@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from harness.bench import grids
-from harness.bench.point import MODES, Speed
+from harness.records.speed import MODES, Speed
 from harness.report.curves import MAMBA, VIT, Curve, Family, doubt, meeting, memory, seconds
 from harness.report.speed_figures import sizes, tokens
 from harness.report.speed_tables import fastest, number, status

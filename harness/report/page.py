@@ -5,10 +5,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from harness.fixtures.video import SHIPPED
 from harness.report import deviation, figures, tables, training
 from harness.report.html import both
-from harness.store import Run
-from harness.video import SHIPPED
+from harness.runs.store import Run
 
 HOW = """\
 There is one tolerance rule and no hand-typed tolerance. Truth is the reference in float64, plain is the reference in the

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, LogLocator, NullFormatter
 
-from harness.bench.point import Speed
+from harness.records.speed import Speed
 from harness.report.curves import MAMBA, VIT, doubt, memory, seconds
 from harness.report.figures import STYLE, below, colour, save
 from harness.report.speed_figures import MARKERS

@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from harness.bench import grids
-from harness.bench.point import Entry, Point, Speed
+from harness.records.speed import Entry, Point, Speed
 from harness.report.curves import MAMBA, VIT, Curve, Family, doubt, median, meeting, memory, seconds
 from harness.report.figures import STYLE, below, colour, save
 

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from harness.bench.point import Entry, Point, Speed
+from harness.records.speed import Entry, Point, Speed
 from harness.report.curves import VIT, Family, doubt, median, meeting, memory, seconds
 from harness.report.speed_figures import sizes, tokens
 from harness.report.tables import flat, table

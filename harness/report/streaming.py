@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from harness.bench.point import Speed
+from harness.records.speed import Speed
 from harness.report.curves import doubt, memory, seconds
 from harness.report.figures import STYLE, below, colour, save
 from harness.report.speed_figures import DASHES, FINE, MARKERS, short

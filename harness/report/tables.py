@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from harness.record import Record
+from harness.records.record import Record
 
 SHOWN = 30  # failures in full; records.jsonl has all
 

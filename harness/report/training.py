@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from harness.checks.convergence import FREE, GOT, LOSS, NAME, PLAIN, TRUTH
-from harness.record import Record
+from harness.records.record import Record
 from harness.report.figures import STYLE, below, colour, save
 
 GREY = "0.55"

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from harness.progress import Progress
-from harness.store import Run
+from harness.runs.progress import Progress
+from harness.runs.store import Run
 
 PASSED, FAILED, USAGE, NOTHING, UNFIT, INTERRUPTED = 0, 1, 2, 3, 4, 130
 

@@ -12,7 +12,7 @@ import torch
 
 from fused import stamp
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "triton", "mamba-ssm", "causal-conv1d", "timm", "numpy", "pandas", "matplotlib", "av", "pytest", "nox")
 
 

@@ -8,10 +8,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fused.files import written_whole
-from harness.bench.point import Speed
-from harness.environment import ROOT
-from harness.record import Record
+from fused.io.atomic_write import written_whole
+from harness.records.record import Record
+from harness.records.speed import Speed
+from harness.runs.environment import ROOT
 
 T = TypeVar("T")
 RUNS = ROOT / "reports" / "runs"

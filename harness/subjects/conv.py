@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 import fused
-import fused.conv
+import fused.ops.causal_conv1d.api
 import reference
-from harness.case import Case, cross
-from harness.subject import Implementation, Sample, fused_implementations
+from harness.judge.case import Case, cross
+from harness.judge.registry import Implementation, Sample, fused_implementations
 from harness.subjects.scan import EVERY, chain
 
 TIME = {"x": 1, "y": 1}
@@ -41,7 +41,7 @@ def implementations() -> list[Implementation]:
     """The reference, and `fused.causal_conv1d` by backend."""
 
     def call_with(backend: str) -> Callable[..., Any]:
-        return lambda *args, **options: fused.conv.causal_conv1d(*args, **options, backend=backend)
+        return lambda *args, **options: fused.ops.causal_conv1d.api.causal_conv1d(*args, **options, backend=backend)
 
     return [Implementation("reference", reference.causal_conv1d), *fused_implementations("conv", call_with, samples)]
 

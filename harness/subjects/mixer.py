@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 import fused
 import reference
-from harness import modules
-from harness.case import Case
-from harness.subject import Implementation, fused_implementations
+from harness.fixtures import functional_modules as modules
+from harness.judge.case import Case
+from harness.judge.registry import Implementation, fused_implementations
 
 
 def cases(grid: str) -> list[Case]:
@@ -54,7 +54,7 @@ def draw(case: Case, seed: int) -> dict[str, Tensor]:
 
 
 def precise(case: Case) -> set[str]:
-    """See `harness.modules.precise`; a conv state is in the tokens' dtype, an SSM state in float32."""
+    """See `harness.fixtures.functional_modules.precise`; a conv state is in the tokens' dtype, an SSM state in float32."""
     names = modules.precise(case, modules.on_meta(build, reference.Mamba, case), {"hidden"}, {"ssm_state"})
     return names if case.has("cast", "autocast") else names | {"conv_state"}
 

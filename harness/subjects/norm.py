@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 import fused
-import fused.norm
+import fused.ops.add_norm.api
 import reference
-from harness.case import Case, cross
-from harness.subject import Implementation, Sample, fused_implementations
+from harness.judge.case import Case, cross
+from harness.judge.registry import Implementation, Sample, fused_implementations
 from harness.subjects.scan import EVERY
 
 
@@ -40,7 +40,7 @@ def implementations() -> list[Implementation]:
     """The reference, and `fused.add_norm` by backend."""
 
     def call_with(backend: str) -> Callable[..., Any]:
-        return lambda *args, **options: fused.norm.add_norm(*args, **options, backend=backend)
+        return lambda *args, **options: fused.ops.add_norm.api.add_norm(*args, **options, backend=backend)
 
     return [Implementation("reference", reference.add_norm), *fused_implementations("norm", call_with, samples)]
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 import fused
-import fused.scan
+import fused.ops.selective_scan.api
 import reference
-from harness.case import Case, cross
-from harness.subject import Implementation, Sample, fused_implementations
+from harness.judge.case import Case, cross
+from harness.judge.registry import Implementation, Sample, fused_implementations
 
 EVERY = ["float32", "bfloat16", "float16"]
 TIME = {"u": 1, "delta": 1, "B": 1, "C": 1, "z": 1, "y": 1}
@@ -50,7 +50,7 @@ def implementations() -> list[Implementation]:
     """The reference, and `fused.selective_scan` by backend, looked up at the call so that a planted bug is met."""
 
     def call_with(backend: str) -> Callable[..., Any]:
-        return lambda *args, **options: fused.scan.selective_scan(*args, **options, backend=backend)
+        return lambda *args, **options: fused.ops.selective_scan.api.selective_scan(*args, **options, backend=backend)
 
     return [Implementation("reference", reference.selective_scan), *fused_implementations("scan", call_with, samples)]
 
@@ -59,7 +59,7 @@ def samples(case: Case, leaves: dict[str, Tensor]) -> list[Sample]:
     """The op that native registers, where it runs as one call."""
     if case.has("groups=2"):
         return []
-    importlib.import_module("fused.native.scan")
+    importlib.import_module("fused.ops.selective_scan.native")
     names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
     options = not case.has("bare"), case.has("reverse"), False, True
     return [(torch.ops.videomamba.selective_scan.default, (*(leaves.get(k) for k in names), *options), {})]

@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-import fused.scan
 import reference
-from harness.case import Case, cross
-from harness.subject import Implementation, fused_implementations
+from fused.ops.selective_scan import api as scan_api
+from harness.judge.case import Case, cross
+from harness.judge.registry import Implementation, fused_implementations
 from harness.subjects import scan
 from harness.subjects.scan import EVERY
 
@@ -42,7 +42,7 @@ def implementations() -> list[Implementation]:
         return reference.selective_scan(**first)[0] + reference.selective_scan(**second, reverse=True)[0]
 
     def call_with(backend: str) -> Callable[..., Any]:
-        return lambda pairs, z, softplus: fused.scan.bidirectional_scan(**pairs, z=z, softplus=softplus, backend=backend)
+        return lambda pairs, z, softplus: scan_api.bidirectional_scan(**pairs, z=z, softplus=softplus, backend=backend)
 
     return [Implementation("reference", two), *fused_implementations("scan", call_with)]
 

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 import fused
 import reference
-from fused.video import read_clip
-from harness import modules, trained
-from harness.case import Case
+from fused.io.video import read_clip
+from harness.fixtures import functional_modules as modules
+from harness.fixtures.video import SHIPPED
+from harness.judge.case import Case
+from harness.judge.registry import Implementation, fused_implementations
 from harness.learning import motion
-from harness.subject import Implementation, fused_implementations
-from harness.video import SHIPPED
+from harness.learning import trained_weights as trained
 
 NAMED: dict[str, dict[str, Any]] = {
     "layernorm": {"rms_norm": False}, "unfused": {"fused_add_norm": False}, "tubelet2": {"kernel_size": 2},
@@ -120,7 +121,7 @@ def clip(case: Case, seed: int) -> Tensor:
 
 
 def precise(case: Case) -> set[str]:
-    """See `harness.modules.precise`."""
+    """See `harness.fixtures.functional_modules.precise`."""
     return modules.precise(case, modules.on_meta(build, implementations()[0].call, case), {"clip"}, set())
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness import modules
 from harness.baselines import attention
 from harness.baselines.vit import ViT, ViTConfig
-from harness.case import Case
-from harness.subject import Implementation
+from harness.fixtures import functional_modules as modules
+from harness.judge.case import Case
+from harness.judge.registry import Implementation
 from harness.subjects import videomamba
 
 
@@ -104,7 +104,7 @@ def draw(case: Case, seed: int) -> dict[str, Tensor]:
 
 
 def precise(case: Case) -> set[str]:
-    """See `harness.modules.precise`."""
+    """See `harness.fixtures.functional_modules.precise`."""
     return modules.precise(case, modules.on_meta(build, implementations()[0].call, case), {"clip"}, set())
 
 

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from reference.conv import causal_conv1d
-from reference.scan import selective_scan
-from reference.state import State, check_state, stream_dtype, zero_state
+from reference.modules.state import State, check_state, stream_dtype, zero_state
+from reference.ops.causal_conv1d import causal_conv1d
+from reference.ops.selective_scan import selective_scan
 
 
 class Direction(NamedTuple):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from harness.bench.grids import OPERATORS, entries
-from harness.bench.point import Point
 from harness.bench.workloads import make
+from harness.records.speed import Point
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = "bfloat16" if DEVICE == "cuda" else "float32"

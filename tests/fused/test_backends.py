@@ -11,8 +11,12 @@ import torch
 import torch.nn.functional as F
 from rule import assert_rule, double, outcome
 
-from fused import backends, conv, norm, scan, upstream
+from fused import backends
 from fused.backends import BACKENDS, BackendError, abilities, choose, unavailable
+from fused.ops import mamba_ssm as upstream
+from fused.ops.add_norm import api as norm
+from fused.ops.causal_conv1d import api as conv
+from fused.ops.selective_scan import api as scan
 
 SEEDS = range(4)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fused import backends, selective_scan
-from fused.scan import scan_torch
+from fused.ops.selective_scan.api import scan_torch
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 TOLERANCES = {torch.float32: (6e-4, 2e-3), torch.float16: (3e-3, 5e-3), torch.bfloat16: (3e-2, 5e-2)}

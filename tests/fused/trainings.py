@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from videos import write_video
 
-from harness.together import log
+from harness.instruments.two_processes import log
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SMALL = (

@@ -3,7 +3,7 @@
 import av
 import torch
 
-from harness.video import SHIPPED, write
+from harness.fixtures.video import SHIPPED, write
 
 STEP = 4  # frame i of the made videos is the grey value 20 + 4 i
 

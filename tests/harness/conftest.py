@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from harness import environment, parity
-from harness.case import Case
-from harness.trial import Trial
+from harness.judge import parity
+from harness.judge.case import Case
+from harness.judge.trial import Trial
+from harness.runs import environment
 
 
 @functools.cache

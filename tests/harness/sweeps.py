@@ -3,10 +3,10 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from harness.bench.point import Entry, Point, Speed
-from harness.finding import Finding
-from harness.record import Record
-from harness.store import Run
+from harness.records.finding import Finding
+from harness.records.record import Record
+from harness.records.speed import Entry, Point, Speed
+from harness.runs.store import Run
 
 GOOD = Finding("y", "l2", 1e-3, 4e-3, 1.0)
 BAD = Finding("u.grad", "max", 6e-2, 2e-2, 1.0, (0, 3, 5))

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import sweeps
 
-from harness.bench.point import Entry, Point, Speed, last_line
+from harness.records.speed import Entry, Point, Speed, last_line
 from harness.report import bench, curves, overview, page, paper, speed_figures, speed_tables
 from harness.report.html import html
-from harness.store import Run
+from harness.runs.store import Run
 
 NATIVE, SDPA = Entry("videomamba", "fused:native", "ours", variant="tiny"), Entry("vit", "sdpa", "rival", variant="tiny")
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from harness import vast
-from harness.case import Case
 from harness.checks import batch, compile, device, extremes, strides, writes
-from harness.cli import app
-from harness.finding import Finding
-from harness.subject import CannotAsk, Implementation, subjects
-from harness.trial import Trial
+from harness.cli.parity import app
+from harness.instruments import huge_tensors as vast
+from harness.judge.case import Case
+from harness.judge.registry import CannotAsk, Implementation, subjects
+from harness.judge.trial import Trial
+from harness.records.finding import Finding
 
 ODD = {"B": 3, "L": 7, "E": 10, "N": 4}
 WIDE = {"E": 198}  # as few tokens, but so many values that a quarter of the seeds is enough
@@ -110,7 +110,7 @@ def test_extremes_of_every_kind_pass_and_their_faults_do_not() -> None:
 
 
 def test_cases_of_a_check_are_asked_by_it_alone() -> None:
-    from harness.plan import Plan
+    from harness.judge.plan import Plan
 
     plan = Plan("full", "cpu", ("scan",))
     for case in plan.points():

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from harness.checks import convergence
-from harness.parity import ask
-from harness.plan import Plan
+from harness.judge.parity import ask
+from harness.judge.plan import Plan
+from harness.judge.registry import CannotAsk, Implementation, mutants, subjects
+from harness.judge.trial import Trial
 from harness.report import page, training
-from harness.store import Run
-from harness.subject import CannotAsk, Implementation, mutants, subjects
-from harness.trial import Trial
+from harness.runs.store import Run
 
 SHORT = 15  # steps: enough for the truth to learn
 MUTANTS = ("keep_the_weights", "add_up_gradients")

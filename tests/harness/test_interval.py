@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from harness.bench import interval
+from harness.records import interval
 
 
 def noisy(middle: float, seed: int, count: int = 60, noise: float = 0.01) -> list[float]:

@@ -10,20 +10,21 @@ from torch import Tensor
 from typer.testing import CliRunner, Result
 
 import fused
-from harness import environment, trained
-from harness.case import Case
-from harness.cli import app
-from harness.conclude import FAILED, PASSED
+from harness.cli.learn import recipe
+from harness.cli.parity import app
+from harness.judge.case import Case
+from harness.judge.plan import UsageError
+from harness.judge.registry import Implementation, checks, subjects
+from harness.judge.trial import Trial
 from harness.learning import arrow, digits, motion
-from harness.learning.cli import recipe
+from harness.learning import trained_weights as trained
 from harness.learning.fit import Fitted, fit, wrong
 from harness.learning.task import Task, allowed
 from harness.learning.tasks import TASKS
-from harness.plan import UsageError
-from harness.store import Run
-from harness.subject import Implementation, checks, subjects
+from harness.runs import environment
+from harness.runs.conclude import FAILED, PASSED
+from harness.runs.store import Run
 from harness.subjects import videomamba
-from harness.trial import Trial
 
 OPPOSITE = torch.tensor([2, 3, 0, 1])  # right, down, left, up
 

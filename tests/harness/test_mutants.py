@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from harness.cli import app
-from harness.store import Run
-from harness.subject import mutants
+from harness.cli.parity import app
+from harness.judge.registry import mutants
+from harness.runs.store import Run
 
 OURS = ("--impl", "fused:torch")
 NARROW = {"forget_last_token": OURS, "restart_backward": OURS, "cut_gradients_at_chunks": OURS}

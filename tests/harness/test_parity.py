@@ -14,13 +14,13 @@ import torch
 from typer.testing import CliRunner, Result
 
 import reference
-from harness.cli import app
-from harness.conclude import FAILED, INTERRUPTED, NOTHING, PASSED, conclude
-from harness.finding import Tally
-from harness.plan import UsageError
-from harness.progress import Progress
-from harness.record import Record
-from harness.store import Run, StoreError
+from harness.cli.parity import app
+from harness.judge.plan import UsageError
+from harness.records.finding import Tally
+from harness.records.record import Record
+from harness.runs.conclude import FAILED, INTERRUPTED, NOTHING, PASSED, conclude
+from harness.runs.progress import Progress
+from harness.runs.store import Run, StoreError
 
 pytestmark = pytest.mark.usefixtures("answered_once", "unchecked")  # loops whose every step is checked take twice as long
 TINY = ("--subject", "scan", "--dtype", "float32", "--case", "B3-L7-E10-N16-float32")

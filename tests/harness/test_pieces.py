@@ -12,16 +12,16 @@ import sweeps
 import fused
 from harness.bench import grids, roofline, workloads
 from harness.bench.ceilings import Ceilings
-from harness.bench.point import Entry, Point, Speed
-from harness.bench.sweep import PIECEWISE, judged, licence_plans, points_here, sweep
-from harness.case import Case
+from harness.bench.run import PIECEWISE, judged, licence_plans, points_here, sweep
 from harness.checks import long
-from harness.finding import Finding
-from harness.record import Record
+from harness.judge.case import Case
+from harness.judge.registry import CannotAsk, mutants, subjects
+from harness.judge.trial import Trial
+from harness.records.finding import Finding
+from harness.records.record import Record
+from harness.records.speed import Entry, Point, Speed
 from harness.report import bench, chunking, streaming
-from harness.store import Run
-from harness.subject import CannotAsk, mutants, subjects
-from harness.trial import Trial
+from harness.runs.store import Run
 
 OURS = Entry("videomamba", "fused:torch", "ours", variant="tiny")
 STREAMED = replace(OURS, maker="harness.bench.streaming:make")

@@ -7,12 +7,12 @@ import faulty
 import pytest
 import torch
 
-from harness import together
 from harness.checks import processes
-from harness.finding import Finding
-from harness.subject import CannotAsk, Implementation, subjects
-from harness.together import Training
-from harness.trial import Trial
+from harness.instruments import two_processes as together
+from harness.instruments.two_processes import Training
+from harness.judge.registry import CannotAsk, Implementation, subjects
+from harness.judge.trial import Trial
+from harness.records.finding import Finding
 
 pytestmark = pytest.mark.usefixtures("prepared")
 

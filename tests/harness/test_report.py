@@ -4,11 +4,11 @@ import math
 
 import pytest
 
-from harness import parity
-from harness.finding import Finding
-from harness.record import Record
+from harness.judge import parity
+from harness.records.finding import Finding
+from harness.records.record import Record
 from harness.report import deviation, figures, page
-from harness.store import Run
+from harness.runs.store import Run
 
 COMMAND = "python -m harness parity --grid full --subject scan --check backward --impl fused:torch --case B1-L63-E4-N2-bfloat16"
 GOOD = Finding("y", "l2", 1e-7, 4e-7, 1.0, (0, 1))

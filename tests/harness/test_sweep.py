@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from harness.bench.point import Entry, Point, Speed
-from harness.bench.sweep import judged, roomy, sweep
-from harness.cli import app
-from harness.finding import Finding
-from harness.record import Record
-from harness.store import Run
+from harness.bench.run import judged, roomy, sweep
+from harness.cli.parity import app
+from harness.records.finding import Finding
+from harness.records.record import Record
+from harness.records.speed import Entry, Point, Speed
+from harness.runs.store import Run
 
 BOX = {"gpu": None, "cpu": "a box", "fingerprints": {}, "packages": {}}
 

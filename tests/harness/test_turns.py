@@ -2,9 +2,9 @@
 
 import pytest
 
-from harness.bench.point import Entry, Point, Speed
-from harness.bench.turns import race
+from harness.bench.interleave import race
 from harness.bench.worker import Gone, Worker
+from harness.records.speed import Entry, Point, Speed
 
 
 def point(length: int) -> Point:

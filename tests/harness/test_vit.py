@@ -15,10 +15,10 @@ import fused
 from harness.baselines import attention
 from harness.baselines.vit import ViT, ViTConfig
 from harness.bench import workloads
-from harness.bench.point import Entry, Point
-from harness.cli import app
-from harness.conclude import FAILED, PASSED
-from harness.store import Run
+from harness.cli.parity import app
+from harness.records.speed import Entry, Point
+from harness.runs.conclude import FAILED, PASSED
+from harness.runs.store import Run
 from harness.subjects import vit
 
 TOY = {"img_size": 32, "num_frames": 3, "num_classes": 5, "embed_dim": 24, "depth": 2, "num_heads": 3}

@@ -8,15 +8,17 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from . import backends, chunked, online, stamp
-from .block import Block, DropPath, Norm
-from .chunked import Chunks, Video
-from .config import VideoMambaConfig
-from .mixer import Mamba, check_backend
-from .orders import Order, permute, restore, temporal_order
-from .pretrained import Pretrained
-from .state import State, States, blank_mean, pack, unpack
-from .tokens import PatchEmbed, Span, span_of, temporal_positions, visible_tokens
+from fused import backends, stamp
+from fused.chunked import online
+from fused.chunked import video as chunked
+from fused.chunked.video import Chunks, Video
+from fused.models.videomamba.block import Block, DropPath, Norm
+from fused.models.videomamba.config import VideoMambaConfig
+from fused.models.videomamba.embedding import PatchEmbed, Span, span_of, temporal_positions, visible_tokens
+from fused.models.videomamba.hub import Pretrained
+from fused.models.videomamba.scan_order import Order, permute, restore, temporal_order
+from fused.modules.mamba import Mamba, check_backend
+from fused.modules.state import State, States, blank_mean, pack, unpack
 
 
 class _Stream(NamedTuple):
@@ -139,7 +141,7 @@ class Backbone(Pretrained, nn.Module):
     def init_state(
         self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> list[State]:
-        """The state of a stream that begins, for `ssm_state`; `fused.state` says what it is made of.
+        """The state of a stream that begins, for `ssm_state`; `fused.modules.state` says what it is made of.
 
         `dtype` is the stream's: by default that of the parameters, or of autocast where it is on. `device` is by default that
         of the parameters. Raises ValueError for a bidirectional model and for a batch of none.

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from . import norm
-from .config import VideoMambaConfig
-from .mixer import Mamba
-from .orders import Order, orders_of_layer, permute, restore
-from .state import State
+from fused.models.videomamba.config import VideoMambaConfig
+from fused.models.videomamba.scan_order import Order, orders_of_layer, permute, restore
+from fused.modules.mamba import Mamba
+from fused.modules.state import State
+from fused.ops.add_norm import api as norm
 
 
 class Norm(nn.Module):

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from .orders import SCAN_ORDERS
-from .rules import COUNT, COUNT_OR_0, FLAG, POSITIVE, RATE, Rule, one_of, whole, wrong
+from fused.models.videomamba.scan_order import SCAN_ORDERS
+from fused.rules import COUNT, COUNT_OR_0, FLAG, POSITIVE, RATE, Rule, one_of, whole, wrong
 
 POOL_TYPES = ("cls", "avg", "cls+avg", "cls_cat_avg", "last")
 READOUTS = ("cls", "mean", "last", "tokens")

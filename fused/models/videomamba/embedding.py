@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .config import VideoMambaConfig
+from fused.models.videomamba.config import VideoMambaConfig
 
 
 class PatchEmbed(nn.Module):

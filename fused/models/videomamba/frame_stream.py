@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .state import States, continued
-from .tokens import Span, temporal_positions
-from .videomamba import VideoMamba
+from fused.models.videomamba.embedding import Span, temporal_positions
+from fused.models.videomamba.model import VideoMamba
+from fused.modules.state import States, continued
 
 WARM = 3  # runs before a capture: kernels are compiled, libraries make their handles
 

@@ -10,11 +10,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .checkpoint import load_checkpoint
-from .config import VideoMambaConfig
-from .files import written_whole
-from .published import PRETRAINED
-from .storage import CheckpointError, read_checkpoint, save_checkpoint
+from fused.io.atomic_write import written_whole
+from fused.io.checkpoint_file import CheckpointError, read_checkpoint, save_checkpoint
+from fused.models.videomamba.config import VideoMambaConfig
+from fused.models.videomamba.load import load_checkpoint
+from fused.models.videomamba.published import PRETRAINED
 
 T = TypeVar("T", bound="Pretrained")
 CONFIG, WEIGHTS = "config.json", "model.safetensors"

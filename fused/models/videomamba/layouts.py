@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .storage import CheckpointError
+from fused.io.checkpoint_file import CheckpointError
 
 WRAPPERS = ("model", "module", "state_dict")
 PREFIXES = ("module.", "_orig_mod.", "vision_encoder.", "backbone.", "encoder.", "student.")

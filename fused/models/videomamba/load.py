@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import VideoMambaConfig
-from .interpolate import inflate_kernel, resize_frames, resize_grid
-from .layouts import unwrap
-from .storage import CheckpointError, read_checkpoint
+from fused.io.checkpoint_file import CheckpointError, read_checkpoint
+from fused.models.videomamba.config import VideoMambaConfig
+from fused.models.videomamba.layouts import unwrap
+from fused.models.videomamba.resize import inflate_kernel, resize_frames, resize_grid
 
 # Parts that one kind of VideoMamba has and another has not: each is there as a whole, or is said to be missing.
 PARTS = ("head.", "clip_decoder.", "pool_norm.", "distill_head.")
@@ -55,7 +55,7 @@ def load_checkpoint(
 
     The file is read onto the CPU without running what is in it (`fused.read_checkpoint`). Converted where the model differs:
     dtypes; `norm` and `norm_f`; the patches of an image model for clips (`inflate`: "centre" or "mean", see
-    `fused.interpolate.inflate_kernel`); positions, bicubic in space and linear in time. `grid` is the checkpoint's (rows,
+    `resize.inflate_kernel`); positions, bicubic in space and linear in time. `grid` is the checkpoint's (rows,
     columns) of patches: by default the model's if it has as many, else a square. A head for other classes, and whole parts
     that only one of both has (`PARTS`, the temporal positions of an image model, other networks, an optimiser) are left out
     and reported.

@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from . import chunked
-from .backbone import Backbone
-from .block import Norm
-from .checkpoint import load_checkpoint
-from .chunked import Chunks, Video
-from .classifier import Classifier
-from .config import VideoMambaConfig
-from .state import State, States, continued, pack, running_mean
-from .tokens import sincos_positions, span_of
+from fused.chunked import video as chunked
+from fused.chunked.video import Chunks, Video
+from fused.models.videomamba.backbone import Backbone
+from fused.models.videomamba.block import Norm
+from fused.models.videomamba.config import VideoMambaConfig
+from fused.models.videomamba.embedding import sincos_positions, span_of
+from fused.models.videomamba.load import load_checkpoint
+from fused.models.videomamba.timm_api import Classifier
+from fused.modules.state import State, States, continued, pack, running_mean
 
 _log = logging.getLogger("fused")
 

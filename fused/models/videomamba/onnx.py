@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .files import written_whole
-from .videomamba import VideoMamba
+from fused.io.atomic_write import written_whole
+from fused.models.videomamba.model import VideoMamba
 
 
 class OnnxExport(NamedTuple):

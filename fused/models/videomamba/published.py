@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from .config import VideoMambaConfig
+from fused.models.videomamba.config import VideoMambaConfig
 
 REPOSITORY = "OpenGVLab/VideoMamba"
 SIZES = {

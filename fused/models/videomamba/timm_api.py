@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import VideoMambaConfig
+from fused.models.videomamba.config import VideoMambaConfig
 
 _POOLS = {"cls": "token", "mean": "avg", "last": "last", "tokens": ""}
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from .classifier import TokenFeatures
-from .published import PRETRAINED, SIZES
-from .videomamba import VideoMamba
+from fused.models.videomamba.model import VideoMamba
+from fused.models.videomamba.published import PRETRAINED, SIZES
+from fused.models.videomamba.timm_api import TokenFeatures
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DEFAULT_TAGS = ("k400_f8_res224", "in1k_res224")  # of a video model, and of an image model or where there is no other

@@ -14,9 +14,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import backends, traceable, upstream
-from .arguments import check_choice, check_native_dtypes, check_tensor, no_autocast
-from .dispatch import below_autograd, differentiable, register
+from fused import backends
+from fused.ops import mamba_ssm as upstream
+from fused.ops.selective_scan import export as traceable
+from fused.runtime.checks import check_choice, check_native_dtypes, check_tensor, no_autocast
+from fused.runtime.library import below_autograd, differentiable, register
 
 KINDS = ("rms", "layer")
 Rows = Float[Tensor, "*B D"]
@@ -103,14 +105,14 @@ def norm_into(
     out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *, eps: float, kind: str
 ) -> Tensor:
     """What `norm_native` returns first; its second is written into a contiguous `out`, which may be residual. No gradients."""
-    from .kernels import norm
+    from fused.ops.add_norm import kernels as norm
 
     _check_native(x, weight, bias, residual)
     return norm.forward(x, residual, weight, bias, eps, kind == "layer", out.dtype, out)[0]
 
 
 def _check_native(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
-    from .kernels.norm import MAX_WIDTH
+    from fused.ops.add_norm.kernels import MAX_WIDTH
 
     if x.shape[-1] > MAX_WIDTH:
         raise ValueError(
@@ -170,14 +172,14 @@ class _AddNorm(torch.autograd.Function):
 
 
 def _native(x, weight, bias, residual, eps, centre, stored):
-    from .kernels import norm
+    from fused.ops.add_norm import kernels as norm
 
     y, out, mean, rstd = norm.forward(x, residual, weight, bias, eps, centre, stored)
     return y, x.new_empty(0) if out is None else out, x.new_empty(0) if mean is None else mean, rstd
 
 
 def _native_backward(dy, dout, first, second, weight, bias, mean, rstd, x_dtype, residual_dtype):
-    from .kernels import norm
+    from fused.ops.add_norm import kernels as norm
 
     dx, dresidual, dweight, dbias = norm.backward(
         dy, dout, first, second, weight, bias, mean, rstd, x_dtype, residual_dtype

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import blocks, launching_on, power_of_2
+from fused.runtime.triton_launch import blocks, launching_on, power_of_2
 
 MAX_WIDTH = 8192  # the widest row that both kernels hold without spilling
 PROGRAMS = 528  # of the backward: 4 for each of an H200's 132 SMs; a constant, for it decides the order of sums

@@ -12,10 +12,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import backends, traceable, upstream
-from .arguments import check_choice, check_native_dtypes, check_tensor, no_autocast
-from .clipwise import clipwise
-from .dispatch import below_autograd, differentiable, register
+from fused import backends
+from fused.ops import mamba_ssm as upstream
+from fused.ops.selective_scan import export as traceable
+from fused.runtime.checks import check_choice, check_native_dtypes, check_tensor, no_autocast
+from fused.runtime.elementwise import clipwise
+from fused.runtime.library import below_autograd, differentiable, register
 
 ACTIVATIONS = ("silu", "swish", None)
 
@@ -126,7 +128,7 @@ def conv_native(
 
     Raises ValueError for more than 8 taps, and for a tensor in float64.
     """
-    from .kernels.conv import MAX_WIDTH
+    from fused.ops.causal_conv1d.launch import MAX_WIDTH
 
     if weight.shape[1] > MAX_WIDTH:
         raise ValueError(
@@ -138,7 +140,7 @@ def conv_native(
 
 
 def _native(x, weight, bias, initial_state, activated, reverse):
-    from .kernels import conv
+    from fused.ops.causal_conv1d import launch as conv
 
     y, finals = conv.forward(x, (weight,), (bias,), (initial_state,), (reverse,), activated)
     (final,) = finals or ()
@@ -146,7 +148,7 @@ def _native(x, weight, bias, initial_state, activated, reverse):
 
 
 def _native_backward(dy, dstate, x, weight, bias, initial_state, activated, reverse):
-    from .kernels import conv
+    from fused.ops.causal_conv1d import launch as conv
 
     dy = torch.zeros_like(x) if dy is None else dy
     dx, dweights, dbiases, dstates = conv.backward(

@@ -19,8 +19,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .conv_kernels import backward_kernel, forward_kernel, reduce_kernel
-from .device import NATIVE, blocks, launching_on
+from fused.ops.causal_conv1d.kernels import backward_kernel, forward_kernel, reduce_kernel
+from fused.runtime.triton_launch import NATIVE, blocks, launching_on
 
 MAX_WIDTH = 8
 # 4 channels a thread (96 registers) and 2 (126: it keeps 58 numbers for a pair of channels). SLOTS is how many programs

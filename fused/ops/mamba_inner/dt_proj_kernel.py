@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cuts import processors
-from .device import NATIVE, blocks, capability, launching_on, power_of_2
+from fused.ops.selective_scan.schedule import processors
+from fused.runtime.triton_launch import NATIVE, blocks, capability, launching_on, power_of_2
 
 LOW = {"TOKENS": 64, "CHANNELS": 128, "num_warps": 4, "num_stages": 3}
 TUNED = {90: {"maxnreg": 128}}  # by compute capability, for LOW: four programs at once, where that spills nothing

@@ -19,13 +19,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fused.backends import invariant
-from fused.dispatch import below_autograd, differentiable, register, wants_gradients
-from fused.kernels import conv, scan
-from fused.kernels.conv import Optionals
-from fused.kernels.cuts import TILE
-from fused.kernels.pack import Packed, pack
-from fused.kernels.steps import steps
-from fused.native.scan import aligned, dense, plan
+from fused.ops.causal_conv1d import launch as conv
+from fused.ops.causal_conv1d.launch import Optionals
+from fused.ops.mamba_inner.dt_proj_kernel import steps
+from fused.ops.mamba_inner.pack_kernel import Packed, pack
+from fused.ops.selective_scan import launch as scan
+from fused.ops.selective_scan.native import aligned, dense, plan
+from fused.ops.selective_scan.schedule import TILE
+from fused.runtime.library import below_autograd, differentiable, register, wants_gradients
 
 NAMES = ("conv", "conv_bias", "proj", "dt", "dt_bias", "A", "D")
 PACKED = ("proj", "dt", "A", "D")  # what `packed` takes

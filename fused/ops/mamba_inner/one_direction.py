@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fused.backends import invariant
-from fused.dispatch import below_autograd, differentiable, register, wants_gradients
-from fused.kernels import conv, scan
-from fused.kernels.gate import gate
-from fused.kernels.pack import Packed
-from fused.native.mixer import PACKED, Parts, packed
-from fused.native.scan import whole
+from fused.ops.causal_conv1d import launch as conv
+from fused.ops.mamba_inner.gate_kernel import gate
+from fused.ops.mamba_inner.native import PACKED, Parts, packed
+from fused.ops.mamba_inner.pack_kernel import Packed
+from fused.ops.selective_scan import launch as scan
+from fused.ops.selective_scan.native import whole
+from fused.runtime.library import below_autograd, differentiable, register, wants_gradients
 
 _TENSORS = (
     "Tensor x, Tensor? z, Tensor? beside, Tensor? taps, Tensor? state, Tensor conv, Tensor? conv_bias, Tensor proj, Tensor dt,"

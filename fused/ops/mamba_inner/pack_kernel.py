@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import blocks, launching_on
+from fused.runtime.triton_launch import blocks, launching_on
 
 BLOCK = 1024
 

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from fused.backends import invariant
-from fused.kernels import conv, cuts, scan
-from fused.kernels.pack import Packed
-from fused.native.mixer import NAMES, PACKED, Parts, packed
-from fused.native.scan import plan, whole
+from fused.ops.causal_conv1d import launch as conv
+from fused.ops.mamba_inner.native import NAMES, PACKED, Parts, packed
+from fused.ops.mamba_inner.pack_kernel import Packed
+from fused.ops.selective_scan import launch as scan
+from fused.ops.selective_scan import schedule as cuts
+from fused.ops.selective_scan.native import plan, whole
 
 
 class Entering(NamedTuple):

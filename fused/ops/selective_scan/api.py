@@ -15,10 +15,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import backends, traceable, upstream
-from .arguments import check_tensor, no_autocast
-from .clipwise import clipwise
-from .recurrence import Recurrence, plan
+from fused import backends
+from fused.ops import mamba_ssm as upstream
+from fused.ops.selective_scan import export as traceable
+from fused.ops.selective_scan.recurrence import Recurrence, plan
+from fused.runtime.checks import check_tensor, no_autocast
+from fused.runtime.elementwise import clipwise
 
 Tokens = Float[Tensor, "B L E"]
 Mixing = Float[Tensor, "B L *G N"]
@@ -60,7 +62,7 @@ def selective_scan(
     backends.check_abilities("scan", backend, u.dtype, asked)
     chosen = backends.operators_of(backends.choose(backend, u.device))
     if chosen == "native":
-        from .native import scan as native
+        from fused.ops.selective_scan import native
 
         return native.selective_scan(
             u, delta, A, B, C, D, z, delta_bias, softplus=softplus, initial_state=initial_state, reverse=reverse
@@ -104,7 +106,7 @@ def bidirectional_scan(
             raise ValueError(f"bidirectional_scan: {name} must be alike in both directions, got {' and '.join(told)}")
     chosen = backends.operators_of(backends.choose(backend, u[0].device))
     if chosen == "native" and all(x.dim() == 3 for x in (*B, *C)):
-        from .native import scan as native
+        from fused.ops.selective_scan import native
 
         backends.check_abilities("scan", "native", u[0].dtype, {})
         return native.bidirectional_scan(u, delta, A, B, C, D, z, delta_bias, softplus=softplus)
@@ -133,7 +135,7 @@ def scan_torch(
     keep = torch.is_grad_enabled()
     apply = Scan.apply
     if torch.compiler.is_compiling():
-        from .uncompiled import scan as apply  # blocks of a loop, written into views of scratch memory: nothing to gain
+        from fused.uncompiled import scan as apply  # blocks of a loop, written into views of scratch memory: nothing to gain
     return apply(u, delta, A, B, C, D, z, delta_bias, initial_state, softplus, reverse, keep)
 
 

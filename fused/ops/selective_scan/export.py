@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import no_autocast
+from fused.runtime.checks import no_autocast
 
 STEPS = 8  # tokens of a chunk: with fewer, joining chunks costs more memory traffic than it saves nodes
 

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import nvrtc
-from .cuts import TILE, Cut, Plan, processors
+from fused.ops.selective_scan.schedule import TILE, Cut, Plan, processors
+from fused.runtime import nvrtc
 
 LONGEST_STATE = 64
-FILES = ("device.cuh", "scan_common.cu", "scan_forward.cu", "scan_backward.cu")
+FILES = ("../../runtime/device.cuh", "common.cu", "forward.cu", "backward.cu")
 IO = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 LOGARITHM, REVERSE, STATES_ONLY = 1, 2, 4
 PLACES = 1024  # at which blocks are counted: the schedulers of 256 multiprocessors

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused.arguments import no_autocast
 from fused.backends import invariant
-from fused.dispatch import wants_gradients
-from fused.kernels import cuts, scan
+from fused.ops.selective_scan import launch as scan
+from fused.ops.selective_scan import schedule as cuts
+from fused.runtime.checks import no_autocast
+from fused.runtime.library import wants_gradients
 
 _library = torch.library.Library("videomamba", "FRAGMENT")
 

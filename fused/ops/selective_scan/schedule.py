@@ -108,12 +108,12 @@ def _cost(whole: int, pieces: int, chains: int, tiles: int, processors: int, sha
     long, short = -(-whole // processors), rest * pieces / processors
     slots = shape.blocks
 
-    def together(units: float) -> float:
+    def together(units: int | float) -> float:
         """A tile of each of a processor's blocks: a third of the slots gives every scheduler a warp, another third a second."""
         third = -(-3 * math.ceil(units) // slots)
         return third * slots / 3 / BUSY[third - 1] if third else 0.0
 
-    def alone(units: float, length: int) -> float:
+    def alone(units: int | float, length: int) -> float:
         """A processor's blocks of one length: full rounds, and one that is not, begun when the first of a full one end."""
         rounds, last = divmod(units, slots)
         lost = together(last) - last

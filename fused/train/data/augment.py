@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from ..video import normalised, resized
+from fused.io.video import normalised, resized
 
 ASPECTS = (3 / 4, 4 / 3)  # width over height of the part that is cut out
 
 
 def segment_frames(total: int, frames: int, chance: random.Random) -> list[int]:
     """One frame of each of `frames` equal segments of a video's `total` frames, each as likely as another; none if the video
-    has too few. In evaluation it is the middle one: `fused.video.sample`."""
+    has too few. In evaluation it is the middle one: `fused.io.video.sample`."""
     if total < frames:
         return []
     edges = [i * total // frames for i in range(frames + 1)]

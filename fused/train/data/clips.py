@@ -21,11 +21,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..arguments import check_choice
-from ..video import VideoError, central, count_frames, decode, sample
-from .augment import Crop, dense_frames, segment_frames
-from .checks import check_real, check_whole
-from .listing import list_videos
+from fused.io.video import VideoError, central, count_frames, decode, sample
+from fused.runtime.checks import check_choice
+from fused.train.checks import check_real, check_whole
+from fused.train.data.augment import Crop, dense_frames, segment_frames
+from fused.train.data.listing import list_videos
 
 SAMPLINGS = ("segments", "dense")
 MOST_BAD = 32  # so many tries one after another are no accident: a wrong path, a disk that is gone
@@ -66,7 +66,7 @@ class ClipFolder:
     A clip has `frames` frames of (size, size) pixels. With `train`, "segments" takes a random frame of each of as many equal
     segments of the video, "dense" frames `stride` apart from a random start; of all of them the same random part (`scale` of
     the area, sides of 3:4 to 4:3), mirrored with probability `flip`. Without, they are the middle frames and the middle
-    square: what `fused.video.read_clip` gives, or the middle start of "dense".
+    square: what `fused.io.video.read_clip` gives, or the middle start of "dense".
 
     `files` (sorted), `classes` and `labels` say what was found; files are opened by `sample` alone. Raises ValueError or
     TypeError for arguments out of range, and a root that holds no videos.

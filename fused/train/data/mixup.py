@@ -2,7 +2,7 @@
 
 `clips` is floating point (B, C, T, H, W), or images (B, C, H, W), B at least 2: each is mixed with the one before it in the
 batch, which the data loader has shuffled (upstream pairs the first with the last). One share is drawn for a batch.
-`targets` are classes, int64 (B,), below `classes`, or weights (B, classes). `generator`: see `fused.train.draws`. All raise
+`targets` are classes, int64 (B,), below `classes`, or weights (B, classes). `generator`: see `fused.train.random`. All raise
 TypeError or ValueError for what does not fit.
 """
 
@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .checks import check_real, check_whole
-from .draws import beta, uniform, uniform_integer
+from fused.train.checks import check_real, check_whole
+from fused.train.random import beta, uniform, uniform_integer
 
 Clips = Float[Tensor, "B C *T H W"]
 Targets = Int[Tensor, " B"] | Float[Tensor, "B classes"]

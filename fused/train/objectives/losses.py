@@ -1,7 +1,7 @@
 """What training minimises. Every loss is a scalar in at least float32, also under autocast; teachers get no gradient.
 
 Labels are smoothed by PyTorch: `F.cross_entropy(logits, targets, label_smoothing=0.1)`, whose targets may be classes (B,) or
-the weights (B, classes) of `fused.train.mix`; smoothing before mixing and after is the same.
+the weights (B, classes) of `fused.train.data.mixup`; smoothing before mixing and after is the same.
 """
 
 from typing import NamedTuple
@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..arguments import check_choice, check_tensor, no_autocast
-from ..videomamba import DistillOutput
-from .checks import check_real
-from .draws import gumbel
+from fused.models.videomamba.model import DistillOutput
+from fused.runtime.checks import check_choice, check_tensor, no_autocast
+from fused.train.checks import check_real
+from fused.train.random import gumbel
 
 ALIGNMENTS = ("l2", "mse", "smooth_l1")
 IGNORED = -100  # the label of a word that is not predicted, F.cross_entropy's own
@@ -130,7 +130,7 @@ def matching_pairs(
     """Which video goes with which text into the head of video-text matching: `video[pairs.videos]`, `text[pairs.texts]`.
 
     Negatives are hard (arXiv 2107.07651): a video's is drawn by softmax of its similarities with the texts of other ids, a
-    text's likewise; no gradient. Arguments as of `contrastive_loss`; `generator`: see `fused.train.draws`.
+    text's likewise; no gradient. Arguments as of `contrastive_loss`; `generator`: see `fused.train.random`.
 
     Raises ValueError or TypeError for what does not fit, and where an item has no negative.
     """

@@ -4,7 +4,7 @@ Every mask is bool (B, 1 + T*P), True = hidden, as `VideoMambaEncoder.forward` t
 column 1 + f*P + p patch p of tubelet f. All clips of a batch hide equally many tokens, each clip others. `grid` is
 (tubelets T, rows, columns), of a model `(config.tubelets, *config.grid)`; P = rows * columns. `ratio` is a number in [0, 1):
 of n things to choose from int(ratio * n) are hidden, as upstream, which may be none; at least one is always left.
-`generator`: see `fused.train.draws`. Masks are on the CPU, where the model asks nothing of a GPU to read them;
+`generator`: see `fused.train.random`. Masks are on the CPU, where the model asks nothing of a GPU to read them;
 `attention_mask` is where the attention is.
 """
 
@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..arguments import check_tensor
-from ..tokens import visible_tokens
-from .checks import check_real, check_whole
-from .draws import gumbel, subset
+from fused.models.videomamba.embedding import visible_tokens
+from fused.runtime.checks import check_tensor
+from fused.train.checks import check_real, check_whole
+from fused.train.random import gumbel, subset
 
 Grid = tuple[int, int, int]
 Mask = Bool[Tensor, "B L"]

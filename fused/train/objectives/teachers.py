@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from ..arguments import check_tensor, no_autocast
-from ..config import VideoMambaConfig
-from ..video import MEAN, STD
-from .checks import check_whole
+from fused.io.video import MEAN, STD
+from fused.models.videomamba.config import VideoMambaConfig
+from fused.runtime.checks import check_tensor, no_autocast
+from fused.train.checks import check_whole
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's own training images (arXiv 2103.00020)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ..arguments import check_tensor
-from .checks import check_whole
-from .teachers import import_transformers
+from fused.runtime.checks import check_tensor
+from fused.train.checks import check_whole
+from fused.train.objectives.teachers import import_transformers
 
 
 class TextOutput(NamedTuple):

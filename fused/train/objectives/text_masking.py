@@ -4,9 +4,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from .checks import check_real, check_whole
-from .draws import checked
-from .losses import IGNORED
+from fused.train.checks import check_real, check_whole
+from fused.train.objectives.losses import IGNORED
+from fused.train.random import checked
 
 
 def mask_words(
@@ -17,7 +17,7 @@ def mask_words(
     the word; of the chosen 80 % show `mask_id`, 10 % any word of the `vocabulary` (its size), 10 % themselves.
 
     `words` is int64. Where `kept` is True (padding, separators) nothing is chosen. All others have the label -100 of
-    `masked_language_loss`. VideoMamba's text model takes ratio 0.5. `generator`: see `fused.train.draws`.
+    `masked_language_loss`. VideoMamba's text model takes ratio 0.5. `generator`: see `fused.train.random`.
 
     Raises ValueError or TypeError for what does not fit.
     """

@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from reference.block import Block, DropPath, Norm
-from reference.config import VideoMambaConfig
-from reference.mixer import Mamba
-from reference.orders import temporal_order
-from reference.state import ModelState, State, entries, packed, zero_mean
-from reference.tokens import PatchEmbed, check_mask, select, span_of, temporal_positions
+from reference.models.videomamba.block import Block, DropPath, Norm
+from reference.models.videomamba.config import VideoMambaConfig
+from reference.models.videomamba.embedding import PatchEmbed, check_mask, select, span_of, temporal_positions
+from reference.models.videomamba.scan_order import temporal_order
+from reference.modules.mamba import Mamba
+from reference.modules.state import ModelState, State, entries, packed, zero_mean
 
 
 class Backbone(nn.Module):
@@ -97,8 +97,8 @@ class Backbone(nn.Module):
     def init_state(
         self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> list[State]:
-        """The state before a video (`reference.state` says what is in it). dtype is the stream's: by default that of the
-        parameters, under autocast its own; device is by default that of the parameters.
+        """The state before a video (`reference.modules.state` says what is in it). dtype is the stream's: by
+        default that of the parameters, under autocast its own; device is by default that of the parameters.
 
         Raises ValueError for a bidirectional model, or no clips.
         """

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from reference.config import VideoMambaConfig
-from reference.mixer import Mamba
-from reference.norm import add_norm
-from reference.orders import orders_of_layer, undo, walk
-from reference.state import State
+from reference.models.videomamba.config import VideoMambaConfig
+from reference.models.videomamba.scan_order import orders_of_layer, undo, walk
+from reference.modules.mamba import Mamba
+from reference.modules.state import State
+from reference.ops.add_norm import add_norm
 
 
 class Norm(nn.Module):

@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reference.backbone import Backbone
-from reference.mixer import Mamba, State
-from reference.tokens import span_of
-from reference.videomamba import VideoMamba, VideoMambaEncoder
+from reference.models.videomamba.backbone import Backbone
+from reference.models.videomamba.embedding import span_of
+from reference.models.videomamba.model import VideoMamba, VideoMambaEncoder
+from reference.modules.mamba import Mamba, State
 
 Chunks = Sequence[Tensor]  # (B, L, D) each, in the order of time
 

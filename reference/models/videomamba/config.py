@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
-from reference.orders import SCAN_ORDERS
+from reference.models.videomamba.scan_order import SCAN_ORDERS
 
 POOL_TYPES = ("cls", "avg", "cls+avg", "cls_cat_avg", "last")
 READOUTS = ("cls", "mean", "last", "tokens")

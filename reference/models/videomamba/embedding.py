@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from reference.config import VideoMambaConfig
+from reference.models.videomamba.config import VideoMambaConfig
 
 
 class PatchEmbed(nn.Module):

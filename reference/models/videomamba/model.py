@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from reference.backbone import Backbone
-from reference.block import Norm
-from reference.config import VideoMambaConfig
-from reference.state import ModelState, State, packed, running_mean
-from reference.tokens import Span, select, sincos_positions, span_of
+from reference.models.videomamba.backbone import Backbone
+from reference.models.videomamba.block import Norm
+from reference.models.videomamba.config import VideoMambaConfig
+from reference.models.videomamba.embedding import Span, select, sincos_positions, span_of
+from reference.modules.state import ModelState, State, packed, running_mean
 
 log = logging.getLogger("reference")
 

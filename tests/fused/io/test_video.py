@@ -9,8 +9,8 @@ import pytest
 import torch
 from videos import STEP, cut, remux, write_video
 
-from fused.video import MEAN, STD, VideoError, count_frames, read_clip, sample
-from harness.video import SHIPPED
+from fused.io.video import MEAN, STD, VideoError, count_frames, read_clip, sample
+from harness.fixtures.video import SHIPPED
 
 
 def grey(clip):

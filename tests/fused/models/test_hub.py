@@ -13,7 +13,7 @@ from golden import fill, golden
 
 import fused
 from fused import PRETRAINED, CheckpointError, VideoMamba, VideoMambaConfig, VideoMambaEncoder, load_checkpoint, save_checkpoint
-from fused.published import Published
+from fused.models.videomamba.published import Published
 
 resource = pytest.importorskip("resource", reason="limits on files are POSIX's")
 hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
@@ -95,7 +95,7 @@ def test_published_weights_come_from_the_hub(tmp_path, monkeypatch):
     image = toy(num_frames=None, img_size=32)
     torch.save({"model": image.state_dict(), "epoch": 1}, tmp_path / "toy.pth")
     entry = Published("toy.pth", "VideoMamba", image.config)
-    monkeypatch.setattr("fused.pretrained.PRETRAINED", {"toy": entry})
+    monkeypatch.setattr("fused.models.videomamba.hub.PRETRAINED", {"toy": entry})
     with mock.patch.object(hub, "hf_hub_download", return_value=str(tmp_path / "toy.pth")) as fetch:
         same(VideoMamba.from_pretrained("toy", revision="abc"), image)
         video = VideoMamba.from_pretrained("toy", num_frames=2, kernel_size=2, inflate="mean")

@@ -21,7 +21,7 @@ from fused import (
     read_checkpoint,
     save_checkpoint,
 )
-from fused.interpolate import inflate_kernel, resize_frames, resize_grid
+from fused.models.videomamba.resize import inflate_kernel, resize_frames, resize_grid
 
 pytest.importorskip("safetensors", reason="safetensors is not installed")
 TOY = {"img_size": 32, "depth": 2, "embed_dim": 32, "num_frames": 4, "num_classes": 5, "clip_output_dim": 12}

@@ -13,7 +13,11 @@ from torch import Tensor
 
 import fused
 import reference
-from fused import backends, mixer, scan, stamp, tokens, upstream
+from fused import backends, stamp
+from fused.models.videomamba import embedding as tokens
+from fused.modules import mamba as mixer
+from fused.ops import mamba_ssm as upstream
+from fused.ops.selective_scan import api as scan
 
 TOY = {"img_size": 32, "depth": 2, "embed_dim": 32, "num_frames": 4, "num_classes": 5, "clip_output_dim": 12}
 IMAGE = {"num_frames": None}
@@ -198,7 +202,7 @@ def test_taps_of_encode():
 def test_positions_of_the_decoder():
     for dim in (12, 7):
         got = tokens.sincos_positions(50, dim, torch.device("cpu"))
-        assert torch.equal(got, reference.tokens.sincos_positions(50, dim))
+        assert torch.equal(got, reference.models.videomamba.embedding.sincos_positions(50, dim))
 
 
 def test_hidden_pixels_are_not_read():

@@ -9,8 +9,8 @@ from golden import fill, golden
 
 import fused
 from fused import VideoMamba, VideoMambaConfig
-from fused.classifier import TokenFeatures
-from fused.registry_timm import videomamba_base, videomamba_tiny
+from fused.models.videomamba.timm_api import TokenFeatures
+from fused.models.videomamba.timm_registry import videomamba_base, videomamba_tiny
 
 TOY = {"img_size": 32, "depth": 3, "embed_dim": 32, "num_frames": 4, "num_classes": 5}
 CLIP = fill(2, 3, 4, 32, 32, phase=7)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from rule import assert_rule, double, outcome
 
-from fused.norm import add_norm
+from fused.ops.add_norm.api import add_norm
 
 SEEDS = range(4)
 LOW, FULL = torch.bfloat16, torch.float32

@@ -5,7 +5,7 @@ import pytest
 import torch
 from rule import assert_rule, double, outcome
 
-from fused.conv import causal_conv1d
+from fused.ops.causal_conv1d.api import causal_conv1d
 
 SEEDS = range(4)
 SHAPES = [(1, 1, 1, 1), (1, 1, 1, 4), (2, 2, 3, 4), (2, 7, 5, 1), (3, 17, 6, 2), (2, 63, 4, 5)]

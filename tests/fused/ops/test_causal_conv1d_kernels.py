@@ -14,8 +14,9 @@ pytest.importorskip("triton")
 import compiled  # noqa: E402
 
 from fused import backends  # noqa: E402
-from fused.conv import causal_conv1d, conv_native, conv_torch  # noqa: E402
-from fused.kernels import conv, conv_kernels  # noqa: E402
+from fused.ops.causal_conv1d import kernels as conv_kernels  # noqa: E402
+from fused.ops.causal_conv1d import launch as conv  # noqa: E402
+from fused.ops.causal_conv1d.api import causal_conv1d, conv_native, conv_torch  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton 3.6's interpreter
 SEEDS = range(2)  # one finds each planted wrongness; the interpreter takes seconds for each

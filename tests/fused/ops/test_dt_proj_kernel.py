@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 
 import compiled  # noqa: E402
 
-from fused.kernels.steps import steps  # noqa: E402
+from fused.ops.mamba_inner.dt_proj_kernel import steps  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton 3.6's interpreter

@@ -14,14 +14,17 @@ from torch.utils.checkpoint import checkpoint
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton", reason="the convolution's kernels are Triton's")
 
-import fused.native.mixer  # noqa: E402 (they define the operators)
-import fused.native.walk  # noqa: E402, F401
-from fused import backends, pieces  # noqa: E402
-from fused.block import Block  # noqa: E402
-from fused.config import VideoMambaConfig  # noqa: E402
-from fused.kernels import cuts, nvrtc, scan  # noqa: E402
-from fused.mixer import Mamba  # noqa: E402
-from fused.sweep import sweep  # noqa: E402
+import fused.ops.mamba_inner.native  # noqa: E402 (they define the operators)
+import fused.ops.mamba_inner.one_direction  # noqa: E402, F401
+from fused import backends  # noqa: E402
+from fused.chunked import layer_ops as pieces  # noqa: E402
+from fused.chunked.layer import sweep  # noqa: E402
+from fused.models.videomamba.block import Block  # noqa: E402
+from fused.models.videomamba.config import VideoMambaConfig  # noqa: E402
+from fused.modules.mamba import Mamba  # noqa: E402
+from fused.ops.selective_scan import launch as scan  # noqa: E402
+from fused.ops.selective_scan import schedule as cuts  # noqa: E402
+from fused.runtime import nvrtc  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton 3.6's interpreter
 
@@ -183,7 +186,7 @@ def test_a_chunk_is_an_operator_as_torch_wants_it():
     parameters = (leaf(8, 4), leaf(8), leaf(11, 8), leaf(8, 3), leaf(8), leaf(8, 4), leaf(8))
     tensors = (leaf(1, 5, 8), leaf(1, 5, 8), leaf(1, 5, 8), leaf(1, 8, 3), leaf(1, 8, 4), *parameters)
     names = ("conv", "conv_bias", "proj", "dt", "dt_bias", "A", "D")
-    packed = fused.native.walk.once({k: v.detach() for k, v in zip(names, parameters, strict=True)})
+    packed = fused.ops.mamba_inner.one_direction.once({k: v.detach() for k, v in zip(names, parameters, strict=True)})
     for once in ((None, None), packed):
         torch.library.opcheck(torch.ops.videomamba.walk.default, (*tensors, *once, False, True, False, True))
 
@@ -228,11 +231,11 @@ def test_a_layer_walks_its_chunks_by_states_where_time_is_cut(clips, whole, trai
         return found._replace(ahead=found.ahead._replace(whole=whole))
 
     asked, packed, states, honest = [], [], scan.states, cuts.plan.__wrapped__
-    pack = fused.native.mixer.pack
+    pack = fused.ops.mamba_inner.native.pack
     monkeypatch.setattr(cuts, "SHORTEST", 1)
     monkeypatch.setattr(cuts, "plan", cut)
     monkeypatch.setattr(scan, "states", lambda *a: asked.append(a) or states(*a))
-    monkeypatch.setattr(fused.native.mixer, "pack", lambda *a: packed.append(a) or pack(*a))
+    monkeypatch.setattr(fused.ops.mamba_inner.native, "pack", lambda *a: packed.append(a) or pack(*a))
     kinds = ("native", torch.float32), ("torch", torch.float64), ("torch", torch.float32)
     assert_rule([layer_in_chunks(seed, clips, (33, 19, 20), *kind, trained) for kind in kinds] for seed in range(2))
     assert len(asked) == 2 * 2 * 2  # seeds, chunks but the first, directions

@@ -6,7 +6,7 @@ import pandas as pd
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fused.kernels import cuts
+from fused.ops.selective_scan import schedule as cuts
 
 MEASURED = Path(__file__).parents[2] / "data/cuts.csv"
 PROCESSORS = 132  # of an H200

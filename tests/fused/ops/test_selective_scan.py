@@ -5,8 +5,8 @@ import pytest
 import torch
 from rule import assert_rule, double, outcome
 
-from fused import recurrence
-from fused.scan import selective_scan
+from fused.ops.selective_scan import recurrence
+from fused.ops.selective_scan.api import selective_scan
 
 SEEDS = range(4)
 SHAPES = [(1, 1, 1, 1, None), (2, 2, 3, 1, None), (2, 17, 6, 4, 3), (1, 63, 5, 4, None)]

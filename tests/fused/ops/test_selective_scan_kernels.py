@@ -6,9 +6,11 @@ import pytest
 import torch
 from rule import assert_rule, double, outcome
 
-import fused.native.scan  # noqa: F401 (registers the operators)
+import fused.ops.selective_scan.native  # noqa: F401 (registers the operators)
 from fused import backends, bidirectional_scan, selective_scan
-from fused.kernels import cuts, nvrtc, scan
+from fused.ops.selective_scan import launch as scan
+from fused.ops.selective_scan import schedule as cuts
+from fused.runtime import nvrtc
 
 SEEDS = range(4)
 PAIRED = ("u", "delta", "A", "B", "C", "D", "delta_bias")

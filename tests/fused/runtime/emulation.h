@@ -9,7 +9,7 @@
 //
 // What the source keeps to: kernels are extern "C" __global__ void, not templates, and take pointers, long long and float
 // only. Dynamic shared memory comes by SHARED(name); `__shared__` works too, but within a template it keeps what the block
-// before left. Inline assembly stands under #ifndef EMULATED: fused/kernels/device.cuh has the GPU's side of what ends this
+// before left. Inline assembly stands under #ifndef EMULATED: fused/runtime/device.cuh has the GPU's side of what ends this
 // file. threadIdx is one-dimensional. Blocks wait for others by announce and await only. Example:
 //
 //   // y_r = bf16(sum_i x_ri) for rows of n bf16; one block a row, THREADS a multiple of 32.
@@ -124,7 +124,7 @@ EMULATION_MINMAX(int) EMULATION_MINMAX(unsigned) EMULATION_MINMAX(long long) EMU
 inline float min(float a, float b) { return fminf(a, b); }
 inline float max(float a, float b) { return fmaxf(a, b); }
 
-// ---------------------------------------------------------------- what fused/kernels/device.cuh writes in PTX
+// ---------------------------------------------------------------- what fused/runtime/device.cuh writes in PTX
 
 inline float emulation_flush(float x) { return fabsf(x) < 0x1p-126f ? copysignf(0.f, x) : x; }
 // results lie below the true ones by as much as an H200's do on average

@@ -1,8 +1,8 @@
 """CUDA C++ on the CPU: the source that NVRTC compiles for a GPU, compiled by g++ against `emulation.h`.
 
-`module` and `Module.launch` have the signatures of `fused.kernels.nvrtc`, so that a test replaces the one by the other:
+`module` and `Module.launch` have the signatures of `fused.runtime.nvrtc`, so that a test replaces the one by the other:
 
-    monkeypatch.setattr("fused.kernels.nvrtc.module", emulation.module)
+    monkeypatch.setattr("fused.runtime.nvrtc.module", emulation.module)
 
 The environment's EMULATION_ORDER is the order in which the threads of a block run between barriers: `forward` (the default),
 `reverse`, `random` or `random:SEED`. Results must not depend on it; where they do, a barrier is missing.

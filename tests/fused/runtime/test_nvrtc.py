@@ -14,7 +14,8 @@ import torch
 
 import fused
 from fused.backends import BackendError
-from fused.kernels import cubins, nvrtc
+from fused.runtime import cubin_cache as cubins
+from fused.runtime import nvrtc
 
 DEVICE = (Path(nvrtc.__file__).parent / "device.cuh").read_text()
 THREADS = (("THREADS", 128),)
@@ -138,7 +139,7 @@ def test_many_processes_at_once(disk):
 import sys, types
 sys.modules["fused"] = package = types.ModuleType("fused")  # without its imports, PyTorch for one, it starts at once
 package.__path__ = {list(fused.__path__)!r}
-from fused.kernels import cubins
+from fused.runtime import cubin_cache as cubins
 code, path = bytes(range(256)) * 4000, cubins.folder() / "one.cubin"
 for _ in range(50):
     cubins._write(path, code)

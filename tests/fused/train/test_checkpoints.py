@@ -10,7 +10,7 @@ import pytest
 import torch
 from trainings import SMALL, killed_at, train, videos
 
-from harness.together import log, steps, tensors
+from harness.instruments.two_processes import log, steps, tensors
 
 STEPS, EVERY = 8, 3
 WORDS = [*SMALL, "task=finetune", f"steps={STEPS}", f"save_every={EVERY}", "evaluate_every=4", "model.drop_path_rate=0.3"]

@@ -12,7 +12,7 @@ from trainings import SMALL, train, videos
 
 from fused import VideoMamba, VideoMambaConfig, VideoMambaEncoder
 from fused.train.log import Log
-from harness.together import log, steps
+from harness.instruments.two_processes import log, steps
 
 TINY = {"img_size": 32, "num_frames": 2, "depth": 1, "embed_dim": 24}
 

@@ -3,7 +3,7 @@
 import pytest
 
 from fused.train.__main__ import main
-from fused.train.reading import read_config, written
+from fused.train.config_file import read_config, written
 
 LEAST = ["task=finetune", "out=run", "data.train=videos", "steps=3"]
 DISTILL = ["task=distill", "teacher=small", "out=run", "data.train=videos", "steps=3"]

@@ -8,9 +8,9 @@ import pytest
 import torch
 from videos import STEP, cut, write_video
 
+from fused.io.video import MEAN, STD, VideoError, read_clip
 from fused.train import ClipFolder, batches
-from fused.train.data import Unreadable
-from fused.video import MEAN, STD, VideoError, read_clip
+from fused.train.data.clips import Unreadable
 
 FRAMES, SIZE = 3, 16
 GOOD = ["0.mp4", "2.mp4", "1.mp4", "3.mp4"]

@@ -5,7 +5,7 @@ import shutil
 import pytest
 from trainings import SMALL, train, videos
 
-from harness.together import Training, log, trained
+from harness.instruments.two_processes import Training, log, trained
 
 VIDEOS = 8
 

@@ -11,6 +11,7 @@ from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel, CLIPTextC
 from transformers import CLIPVisionModelWithProjection as Projected
 
 from fused import VideoMambaConfig, VideoMambaEncoder
+from fused.io.video import MEAN, STD
 from fused.train import (
     ClipTeacher,
     TextEncoder,
@@ -24,7 +25,6 @@ from fused.train import (
     matching_pairs,
     similarity,
 )
-from fused.video import MEAN, STD
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
 VISION = {**SIZES, "image_size": 32, "patch_size": 8, "projection_dim": 12}

@@ -1,0 +1,1 @@
+"""Files: videos, checkpoints, and writing whole or not at all."""

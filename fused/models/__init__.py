@@ -1,0 +1,1 @@
+"""Model families, a folder each; families do not import one another."""

@@ -1,0 +1,1 @@
+"""VideoMamba: classifier, encoder, streaming, weights."""

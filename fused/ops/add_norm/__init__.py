@@ -1,0 +1,1 @@
+"""Add to the residual stream and normalise, in one kernel."""

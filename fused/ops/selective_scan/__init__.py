@@ -1,0 +1,1 @@
+"""The selective scan, one direction or both."""

@@ -1,0 +1,1 @@
+"""Clips for training: lists of files, reading, augmentation, mixtures."""

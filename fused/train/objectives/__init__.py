@@ -1,0 +1,1 @@
+"""What a training optimises: losses, masks, teachers, text."""

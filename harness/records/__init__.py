@@ -1,0 +1,1 @@
+"""What a question or a timing gave, as data."""

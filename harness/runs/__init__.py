@@ -1,0 +1,1 @@
+"""A run's folder, progress, end, and the box it ran on."""

@@ -1,0 +1,1 @@
+"""The operators, one file each, as sequential loops over tokens."""
