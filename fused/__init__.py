@@ -6,7 +6,7 @@
 Its logger is "fused": the chosen backend at INFO, which Python shows only where asked for, and warnings.
 """
 
-from fused.backends import BackendError
+from fused.errors import BackendError
 from fused.io.checkpoint_file import CheckpointError, read_checkpoint, save_checkpoint
 from fused.models.videomamba.config import VideoMambaConfig
 from fused.models.videomamba.frame_stream import FrameStream

@@ -9,15 +9,18 @@
 - `auto`              on CUDA native, or torch where native cannot run; elsewhere torch
 """
 
-import contextlib
 import importlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
+
+from fused.errors import BackendError
+from fused.runtime.dtypes import KERNEL_DTYPES
+from fused.runtime.modes import batch_invariant as batch_invariant
 
 BACKENDS = ("native", "native_kept", "mamba_ssm", "mamba_ssm_inner", "torch")
 LIKE = {"native_kept": "native", "mamba_ssm_inner": "mamba_ssm"}  # another mixer over the same operators
@@ -25,10 +28,6 @@ OPERATORS = ("scan", "conv", "norm", "mixer")
 SWITCH = "VIDEOMAMBA_DISABLE_FUSED"
 
 _log = logging.getLogger("fused")
-
-
-class BackendError(RuntimeError):
-    """A backend was asked for that cannot run here; the message says why, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +44,15 @@ class Abilities:
     fullgraph: bool = True
 
 
-LOW = (torch.float16, torch.bfloat16, torch.float32)  # what kernels on a GPU read
-_TORCH = Abilities(True, True, True, True, (*LOW, torch.float64), ("cpu", "cuda", "mps", "xpu"))
+_TORCH = Abilities(True, True, True, True, (*KERNEL_DTYPES, torch.float64), ("cpu", "cuda", "mps", "xpu"))
 _TORCH_SCAN = replace(_TORCH, fullgraph=False)  # a loop over blocks of tokens that writes into strided views
 _UPSTREAM = {
-    "scan": Abilities(False, False, True, True, LOW, ("cuda",)),
-    "conv": Abilities(False, True, True, False, LOW, ("cuda",)),  # its final state is a slice of its input
-    "norm": Abilities(False, False, False, False, LOW, ("cuda",)),
-    "mixer": Abilities(False, False, True, False, LOW, ("cuda",)),
+    "scan": Abilities(False, False, True, True, KERNEL_DTYPES, ("cuda",)),
+    "conv": Abilities(False, True, True, False, KERNEL_DTYPES, ("cuda",)),  # its final state is a slice of its input
+    "norm": Abilities(False, False, False, False, KERNEL_DTYPES, ("cuda",)),
+    "mixer": Abilities(False, False, True, False, KERNEL_DTYPES, ("cuda",)),
 }
-_NATIVE = Abilities(True, True, True, True, LOW, ("cuda",))
+_NATIVE = Abilities(True, True, True, True, KERNEL_DTYPES, ("cuda",))
 
 
 def abilities(op: str, backend: str) -> Abilities:
@@ -140,28 +138,6 @@ def select(name: str, device: torch.device | str, use_fast_path: bool) -> str:
         return _announce("torch", f"{SWITCH} is set")
     reason = unavailable("native", device) if kind == "cuda" else f"the input is on {kind}"
     return _announce("native", "the input is on cuda") if reason is None else _announce("torch", reason)
-
-
-_invariant = False
-
-
-@contextlib.contextmanager
-def batch_invariant(on: bool = True) -> Iterator[None]:
-    """Within, native kernels cut time as for a batch of one, so that a clip's bits do not depend on its neighbours.
-
-    Otherwise the cut of the scan depends on the batch, which is faster where the clips alone fill the GPU.
-    """
-    global _invariant
-    before, _invariant = _invariant, on
-    try:
-        yield
-    finally:
-        _invariant = before
-
-
-def invariant() -> bool:
-    """Whether `batch_invariant` is on."""
-    return _invariant
 
 
 @cache

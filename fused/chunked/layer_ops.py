@@ -15,6 +15,7 @@ from fused.modules.mamba import State
 from fused.ops.add_norm import api as norm
 from fused.ops.causal_conv1d import api as conv
 from fused.ops.selective_scan import api as scan
+from fused.runtime.dtypes import accumulation_dtype
 from fused.runtime.elementwise import clipwise
 
 
@@ -48,12 +49,12 @@ def plan_of(
     if residual is not None and fused:
         stored = residual.dtype
     else:
-        stored = torch.promote_types(summed, torch.float32) if layer.residual_in_fp32 else summed
+        stored = accumulation_dtype(summed) if layer.residual_in_fp32 else summed
     return Plan(
         chunks, backends.operators_of(backend), offload, layer.norm.kind, layer.norm.eps, fused, mixer.dt_rank, mixer.d_state,
         product=torch.get_autocast_dtype(device) if low else weights,
         normed=hidden.dtype if fused else layer.norm.weight.dtype,
-        stored=stored, wide=torch.promote_types(summed, torch.float32),
+        stored=stored, wide=accumulation_dtype(summed),
     )  # fmt: skip
 
 
@@ -131,7 +132,7 @@ class Weights:
         if id(x) in self._sums:
             self._sums[id(x)].add_(grad)
         else:
-            self._sums[id(x)] = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True)
+            self._sums[id(x)] = grad.to(accumulation_dtype(grad.dtype), copy=True)
 
     def gradients(self) -> list[Tensor | None]:
         """Of the parameters, in their shapes and dtypes."""
@@ -154,7 +155,7 @@ def _cast(plan: Plan, name: str, x: Tensor | None) -> Tensor | None:
     if name == "conv":
         return x.squeeze(1)
     if name in ("A", "D"):
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = x.to(accumulation_dtype(x.dtype))
         return -x.exp() if name == "A" else x
     return x.to(plan.product) if name in _PRODUCTS else x
 
@@ -248,7 +249,7 @@ def scan_chunk(
 
 def _gated(y: Tensor, beside: Tensor | None, z: Tensor) -> Tensor:
     """Computed in at least float32 and rounded once."""
-    wide = torch.promote_types(z.dtype, torch.float32)
+    wide = accumulation_dtype(z.dtype)
     y = y.to(wide) if beside is None else y.to(wide) + beside
     return (y * clipwise(F.silu, z.to(wide))).to(z.dtype)
 

@@ -13,6 +13,7 @@ from fused.modules.state import State, blank, check_mixer_state, linear_dtype
 from fused.ops import mamba_ssm as upstream
 from fused.ops.causal_conv1d import api as conv
 from fused.ops.selective_scan import api as scan
+from fused.runtime.dtypes import accumulation_dtype
 
 
 class Direction(NamedTuple):
@@ -210,7 +211,7 @@ class Mamba(nn.Module):
         )  # fmt: skip
         dt, B, C = own.x_proj(c).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
         delta = F.linear(dt, own.dt_proj.weight)  # the scan adds dt_proj's bias, unrounded
-        A = -own.A_log.to(torch.promote_types(own.A_log.dtype, torch.float32)).exp()
+        A = -own.A_log.to(accumulation_dtype(own.A_log.dtype)).exp()
         y, ssm_state = scan.selective_scan(
             c, delta, A, B, C, own.D, z, own.dt_proj.bias, initial_state=ssm_state, reverse=reverse, backend=backend
         )

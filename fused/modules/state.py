@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fused.models.videomamba.config import VideoMambaConfig
+from fused.runtime.dtypes import accumulation_dtype
 
 State = tuple[Tensor, Tensor]
 States = Sequence[State] | Mapping[int, State]
@@ -47,7 +48,7 @@ def blank(
     if not dtype.is_floating_point:
         raise TypeError(f"dtype is {dtype}; allowed: the floating-point dtype of the stream (parameters, or autocast's)")
     state = torch.zeros((clips, *conv), dtype=dtype, device=device)
-    return state, torch.zeros((clips, *scan), dtype=_precise(dtype), device=device)
+    return state, torch.zeros((clips, *scan), dtype=accumulation_dtype(dtype), device=device)
 
 
 def blank_mean(state: State, width: int) -> State:
@@ -124,7 +125,7 @@ def check_mixer_state(state: State, x: Float[Tensor, "B L E"], taps: int, N: int
     clips, _, E = x.shape
     of = "" if layer is None else f" of layer {layer}"
     _check(f"conv_state{of}", state[0], (clips, E, taps - 1), x.dtype, x.device)
-    _check(f"ssm_state{of}", state[1], (clips, E, N), _precise(x.dtype), x.device)
+    _check(f"ssm_state{of}", state[1], (clips, E, N), accumulation_dtype(x.dtype), x.device)
 
 
 def _check(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
@@ -148,7 +149,7 @@ def running_mean(tokens: Float[Tensor, "B V D"], before: State | None) -> tuple[
 
     Adds and divides in at least float32. Raises ValueError or TypeError for a (count, total) that does not fit.
     """
-    total = tokens.sum(dim=1, dtype=_precise(tokens.dtype))
+    total = tokens.sum(dim=1, dtype=accumulation_dtype(tokens.dtype))
     count = torch.full((), tokens.shape[1], device=tokens.device)
     if before is not None:
         _check("count of the running mean", before[0], (), count.dtype, total.device)
@@ -178,7 +179,7 @@ def state_to(state: Any, device: torch.device | str | None = None, dtype: torch.
         return x.to(device=device, dtype=dtype if x.is_floating_point() else None)
 
     def second(x: Tensor) -> Tensor:
-        return x.to(device=device, dtype=dtype and _precise(dtype))
+        return x.to(device=device, dtype=dtype and accumulation_dtype(dtype))
 
     return _each(state, first, second)
 
@@ -194,7 +195,3 @@ def _each(state: Any, first: Callable[[Tensor], Tensor], second: Callable[[Tenso
         case _:
             raise TypeError(f"state is a {type(state).__name__}; allowed: what `init_state` made or `return_state` returned")
     return tuple(found) if isinstance(state, tuple) else found
-
-
-def _precise(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

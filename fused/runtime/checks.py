@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from fused.backends import LOW
+from fused.runtime.dtypes import KERNEL_DTYPES
 
 
 def check_tensor(op: str, name: str, value: object, letters: str, sizes: dict[str, int], device: torch.device | None) -> None:
@@ -34,8 +34,8 @@ def check_choice(op: str, name: str, value: object, allowed: tuple[object, ...])
 def check_native_dtypes(op: str, **tensors: Tensor | None) -> None:
     """Raise ValueError unless every tensor has a dtype that the native kernels read."""
     for name, value in tensors.items():
-        if value is not None and value.dtype not in LOW:
-            names = ", ".join(str(d).removeprefix("torch.") for d in LOW)
+        if value is not None and value.dtype not in KERNEL_DTYPES:
+            names = ", ".join(str(d).removeprefix("torch.") for d in KERNEL_DTYPES)
             raise ValueError(f"{op}: backend 'native' has {names}, got {name} in {value.dtype}; use backend='torch'")
 
 

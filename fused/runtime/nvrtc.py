@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused.backends import BackendError
+from fused.errors import BackendError
 from fused.runtime import cubin_cache as cubins
 
 OLDEST = (8, 0)  # compute capability: bfloat16 and asynchronous copies

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fused.models.videomamba.model import VideoMamba, VideoMambaEncoder
 from fused.rules import wrong
+from fused.runtime.dtypes import accumulation_dtype
 from fused.train.config import TrainConfig
 from fused.train.data.mixup import mix
 from fused.train.models import make_student, pretraining_teacher, videomamba_teacher
@@ -59,7 +60,7 @@ class Finetune(Task):
 
     def forward(self, clips: Tensor, targets: Tensor) -> tuple[Tensor, Parts]:
         logits = self.student(clips)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits.to(accumulation_dtype(logits.dtype))
         return F.cross_entropy(logits, targets, label_smoothing=self.settings.loss.label_smoothing), {}
 
     def logits(self, clips: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fused import backends
-from fused.backends import BackendError
+from fused.errors import BackendError
 
 KINDS = ("naive", "sdpa", "cudnn", "flash", "efficient")
 PINNED = {

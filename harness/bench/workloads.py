@@ -17,6 +17,7 @@ from harness.fixtures import functional_modules as modules
 from harness.judge.case import Case
 from harness.judge.registry import subjects
 from harness.records.speed import Entry, Point
+from reference.ops.dtypes import accumulation_dtype
 
 COLD = 160 * 2**20  # bytes of rotated inputs: three times an H200's L2 cache
 ROTATIONS = 16
@@ -58,7 +59,7 @@ def operator(point: Point, entry: Entry, device: str) -> Call:
     case = OnDevice(entry.subject, point.dims, _OPTIONS.get(point.race, ()), point.dtype, device=device)
     implementation = next(i for i in subject.implementations() if i.name == entry.implementation)
     low, precise = case.torch_dtype, subject.precise(case)
-    wide = torch.promote_types(low, torch.float32)
+    wide = accumulation_dtype(low)
     sets: list[dict[str, Tensor]] = []
     while len(sets) < ROTATIONS and sum(t.nbytes for leaves in sets for t in leaves.values()) < COLD:
         with torch.device(device):

@@ -19,6 +19,7 @@ from harness.fixtures.video import SHIPPED
 from harness.judge.case import Case
 from harness.judge.trial import Named, Trial
 from harness.subjects import encoder
+from reference.ops.dtypes import accumulation_dtype
 
 BATCHES = 3  # what makes a round through the clips
 QUARTERS = 4
@@ -98,7 +99,7 @@ class Task:
         hidden = None if self._hidden is None else self._hidden[rows].to(clip.device)
         with modules.precision(self.case, {"clip": clip}):
             found = model(clip) if self.case.subject == "videomamba" else model(clip, hidden).clip.transpose(0, 1)
-        found, target = found.to(torch.promote_types(found.dtype, torch.float32)), self._target[rows]
+        found, target = found.to(accumulation_dtype(found.dtype)), self._target[rows]
         if self.case.subject == "videomamba":
             return F.cross_entropy(found, target, reduction="none")
         return (2 - 2 * F.cosine_similarity(found, target.to(found.dtype), dim=-1)).flatten(1).mean(1)

@@ -13,6 +13,7 @@ from torch import Tensor
 from harness.judge.case import ROUNDINGS, Case
 from harness.judge.registry import Implementation, checks, subjects
 from harness.records.finding import Finding, Tally
+from reference.ops.dtypes import accumulation_dtype
 
 T = TypeVar("T")
 Named = dict[str, Tensor]
@@ -59,7 +60,7 @@ class Trial:
         """Fresh inputs on the device in their own dtypes, or `exact`ly the same numbers in float64."""
         if (seed, False) not in self._leaves:
             precise, low = self.subject.precise(self.case), self.case.torch_dtype
-            wide = torch.promote_types(low, torch.float32)
+            wide = accumulation_dtype(low)
             asker = checks().get(self.case.asker)
             drawn = getattr(asker, "draw", self.subject.draw)(self.case, self._draw_of(seed))
             real = {"clip"} if self.case.has("video") else set()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from reference.modules.state import State, check_state, stream_dtype, zero_state
 from reference.ops.causal_conv1d import causal_conv1d
+from reference.ops.dtypes import accumulation_dtype
 from reference.ops.selective_scan import selective_scan
 
 
@@ -156,6 +157,6 @@ class Mamba(nn.Module):
         c, conv_state = causal_conv1d(x, own.conv.weight.squeeze(1), own.conv.bias, initial_state=conv_state, reverse=reverse)
         dt, B, C = own.x_proj(c).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
         delta = F.linear(dt, own.dt_proj.weight)  # its bias is added inside the scan, in float32
-        A = -torch.exp(own.A_log.to(torch.promote_types(own.A_log.dtype, torch.float32)))
+        A = -torch.exp(own.A_log.to(accumulation_dtype(own.A_log.dtype)))
         y, ssm_state = selective_scan(c, delta, A, B, C, own.D, z, own.dt_proj.bias, initial_state=ssm_state, reverse=reverse)
         return y, (conv_state, ssm_state)

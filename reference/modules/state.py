@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from reference.ops.dtypes import accumulation_dtype
+
 State = tuple[Tensor, Tensor]  # (conv_state, ssm_state), or (count, total)
 ModelState = Sequence[State] | Mapping[int, State]
 
@@ -33,7 +35,7 @@ def zero_state(B: int, E: int, K: int, N: int, dtype: torch.dtype, device: torch
         raise ValueError(f"batch_size is {B!r}; allowed is the number of clips in a batch, an integer from 1 up")
     if not dtype.is_floating_point:
         raise TypeError(f"dtype is {dtype}; allowed is the floating-point dtype of the stream, of parameters or autocast")
-    precise = torch.promote_types(dtype, torch.float32)
+    precise = accumulation_dtype(dtype)
     return torch.zeros(B, E, K - 1, dtype=dtype, device=device), torch.zeros(B, E, N, dtype=precise, device=device)
 
 
@@ -78,7 +80,7 @@ def check_state(state: State, x: Float[Tensor, "B L E"], K: int, N: int, layer: 
     B, _, E = x.shape
     where = "" if layer is None else f" of layer {layer}"
     _check("conv_state" + where, state[0], (B, E, K - 1), x.dtype, x.device)
-    _check("ssm_state" + where, state[1], (B, E, N), torch.promote_types(x.dtype, torch.float32), x.device)
+    _check("ssm_state" + where, state[1], (B, E, N), accumulation_dtype(x.dtype), x.device)
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
@@ -97,7 +99,7 @@ def running_mean(tokens: Float[Tensor, "B V D"], before: State | None) -> tuple[
 
     Raises ValueError or TypeError for a (count, total) that does not fit.
     """
-    precise = torch.promote_types(tokens.dtype, torch.float32)
+    precise = accumulation_dtype(tokens.dtype)
     count: Int[Tensor, ""] = torch.tensor(tokens.shape[1], device=tokens.device)
     total = tokens.to(precise).sum(1)
     if before is not None:
@@ -124,7 +126,7 @@ def state_to(state: Any, device: torch.device | str | None = None, dtype: torch.
 
     `dtype` is the stream's: conv_state takes it, ssm_state and total take at least float32, count stays an integer.
     """
-    precise = None if dtype is None else torch.promote_types(dtype, torch.float32)
+    precise = None if dtype is None else accumulation_dtype(dtype)
     return _mapped(
         state,
         lambda first: first.to(device=device, dtype=dtype if first.is_floating_point() else None),

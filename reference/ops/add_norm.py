@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from reference.ops.dtypes import accumulation_dtype
+
 
 def add_norm(
     x: Float[Tensor, "*B D"],
@@ -29,7 +31,7 @@ def add_norm(
     """
     if kind not in ("rms", "layer"):
         raise ValueError(f"kind is {kind!r}; allowed are 'rms' and 'layer'")
-    precise = torch.promote_types(x.dtype, torch.float32)
+    precise = accumulation_dtype(x.dtype)
     v = x.to(precise) if residual is None else x.to(precise) + residual.to(precise)
 
     centred = v if kind == "rms" else v - v.mean(-1, keepdim=True)

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from reference.ops.dtypes import accumulation_dtype
+
 
 def causal_conv1d(
     x: Float[Tensor, "B L E"],
@@ -35,7 +37,7 @@ def causal_conv1d(
     line = torch.cat((x, edge) if reverse else (edge, x), dim=1)
     final_state = (line[:, : K - 1] if reverse else line[:, L:]).transpose(1, 2).clone()  # or the state would keep all of line
 
-    precise = torch.promote_types(x.dtype, torch.float32)
+    precise = accumulation_dtype(x.dtype)
     line, taps = line.to(precise), weight.to(precise)
     y = torch.zeros_like(x, dtype=precise) if bias is None else bias.to(precise).expand(x.shape)
     for w in range(K):

@@ -6,6 +6,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from reference.ops.dtypes import accumulation_dtype
+
 BLOCK = 64  # tokens whose states are alive at once in the backward; their count does not change any result
 
 
@@ -37,7 +39,7 @@ def selective_scan(
 
     Returns y in u's dtype and the final state in at least float32; gradients flow to every input and from both outputs.
     """
-    precise = torch.promote_types(u.dtype, torch.float32)
+    precise = accumulation_dtype(u.dtype)
     G = B.shape[2] if B.dim() == 4 else 1
     with torch.autocast(u.device.type, enabled=False):
         x, d = u.to(precise), delta.to(precise)

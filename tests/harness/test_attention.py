@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fused.backends import BackendError
+from fused.errors import BackendError
 from harness.baselines import attention
 from harness.baselines.vit import ViT, ViTConfig
 

@@ -12,12 +12,13 @@ from fused import backends, stamp
 from fused.chunked import online
 from fused.chunked import video as chunked
 from fused.chunked.video import Chunks, Video
-from fused.models.videomamba.block import Block, DropPath, Norm
+from fused.models.videomamba.block import Block
 from fused.models.videomamba.config import VideoMambaConfig
 from fused.models.videomamba.embedding import PatchEmbed, Span, span_of, temporal_positions, visible_tokens
 from fused.models.videomamba.hub import Pretrained
 from fused.models.videomamba.scan_order import Order, permute, restore, temporal_order
 from fused.modules.mamba import Mamba, check_backend
+from fused.modules.norm import DropPath, Norm
 from fused.modules.state import State, States, blank_mean, pack, unpack
 
 

@@ -9,48 +9,9 @@ from torch.utils.checkpoint import checkpoint
 from fused.models.videomamba.config import VideoMambaConfig
 from fused.models.videomamba.scan_order import Order, orders_of_layer, permute, restore
 from fused.modules.mamba import Mamba
+from fused.modules.norm import DropPath, Norm
 from fused.modules.state import State
-from fused.ops.add_norm import api as norm
-
-
-class Norm(nn.Module):
-    """RMSNorm ("rms", no bias and no `bias` key) or LayerNorm ("layer") over `norm.add_norm`."""
-
-    bias: nn.Parameter | None
-
-    def __init__(self, dim: int, eps: float = 1e-5, kind: str = "rms") -> None:
-        super().__init__()
-        self.eps, self.kind = eps, kind
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.register_parameter("bias", nn.Parameter(torch.zeros(dim)) if kind == "layer" else None)
-
-    def forward(self, x: Tensor, backend: str = "auto") -> Tensor:
-        """Normalise x, which has no residual."""
-        return self.add(x, None, prenorm=False, backend=backend)
-
-    def add(
-        self, x: Tensor, residual: Tensor | None, *, prenorm: bool = True, residual_in_fp32: bool = True, backend: str = "auto"
-    ):
-        """`add_norm` with this module's parameters."""
-        return norm.add_norm(
-            x, self.weight, self.bias, residual=residual, eps=self.eps, kind=self.kind,
-            prenorm=prenorm, residual_in_fp32=residual_in_fp32, backend=backend,
-        )  # fmt: skip
-
-
-class DropPath(nn.Module):
-    """Stochastic depth: while training, a clip's branch is dropped with probability `rate`, the others scaled up."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.rate == 0 or not self.training:
-            return x
-        keep = 1 - self.rate
-        kept = torch.rand((x.shape[0],) + (1,) * (x.dim() - 1), device=x.device) < keep
-        return torch.addcmul(x.new_zeros(()), x, kept.to(x.dtype), value=1 / keep)  # x * kept / keep in one pass, rounded once
+from fused.runtime.dtypes import accumulation_dtype
 
 
 class Block(nn.Module):
@@ -101,7 +62,7 @@ class Block(nn.Module):
         residual = hidden if residual is None else residual + hidden
         hidden = self.norm(residual.to(self.norm.weight.dtype), backend)
         if self.residual_in_fp32:
-            residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
+            residual = residual.to(accumulation_dtype(residual.dtype))
         return hidden, residual
 
     def _mix(self, tokens: Tensor, backend: str | None, *carried: Any) -> Any:

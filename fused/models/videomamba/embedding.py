@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from fused.models.videomamba.config import VideoMambaConfig
+from fused.runtime.dtypes import accumulation_dtype
 
 
 class PatchEmbed(nn.Module):
@@ -142,7 +143,7 @@ def temporal_positions(table: Float[Tensor, "1 N D"], span: Span) -> Float[Tenso
     spots = range(span.start, span.start + span.tubelets)
     doubled = [min(max((2 * i + 1) * N - total, 0), 2 * total * (N - 1)) for i in spots]  # exact: 2 * total * place
     low = torch.tensor([x // (2 * total) for x in doubled], device=table.device)
-    precise = torch.promote_types(table.dtype, torch.float32)
+    precise = accumulation_dtype(table.dtype)
     share = torch.tensor([x % (2 * total) / (2 * total) for x in doubled], dtype=precise, device=table.device)[:, None]
     high = (low + 1).clamp(max=N - 1)
     return (rows[low].to(precise) * (1 - share) + rows[high].to(precise) * share).to(table.dtype)

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from fused.chunked import video as chunked
 from fused.chunked.video import Chunks, Video
 from fused.models.videomamba.backbone import Backbone
-from fused.models.videomamba.block import Norm
 from fused.models.videomamba.config import VideoMambaConfig
 from fused.models.videomamba.embedding import sincos_positions, span_of
 from fused.models.videomamba.load import load_checkpoint
 from fused.models.videomamba.timm_api import Classifier
+from fused.modules.norm import Norm
 from fused.modules.state import State, States, continued, pack, running_mean
 
 _log = logging.getLogger("fused")

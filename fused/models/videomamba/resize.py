@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from fused.runtime.dtypes import accumulation_dtype
+
 
 def inflate_kernel(kernel: Float[Tensor, "D C P P"], tubelet: int, how: str = "centre") -> Float[Tensor, "D C t P P"]:
     """Patch embedding of an image model for tubelets of `tubelet` frames; without change of values for one frame.
@@ -43,4 +45,4 @@ def resize_frames(positions: Float[Tensor, "1 before D"], after: int) -> Float[T
 
 
 def _precise(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(accumulation_dtype(x.dtype))

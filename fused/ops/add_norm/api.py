@@ -18,6 +18,7 @@ from fused import backends
 from fused.ops import mamba_ssm as upstream
 from fused.ops.selective_scan import export as traceable
 from fused.runtime.checks import check_choice, check_native_dtypes, check_tensor, no_autocast
+from fused.runtime.dtypes import accumulation_dtype
 from fused.runtime.library import below_autograd, differentiable, register
 
 KINDS = ("rms", "layer")
@@ -125,7 +126,7 @@ def _stored(x: Tensor, residual: Tensor | None, residual_in_fp32: bool) -> torch
     """The dtype of residual_out."""
     if residual is not None:
         return residual.dtype
-    return torch.promote_types(x.dtype, torch.float32) if residual_in_fp32 else x.dtype
+    return accumulation_dtype(x.dtype) if residual_in_fp32 else x.dtype
 
 
 class _AddNorm(torch.autograd.Function):
@@ -253,7 +254,7 @@ _differentiable = differentiable("add_norm", _Native)
 
 
 def _sum(x: Tensor, residual: Tensor | None) -> Tensor:
-    v = x.to(torch.promote_types(x.dtype, torch.float32))
+    v = x.to(accumulation_dtype(x.dtype))
     return v if residual is None else v + residual.to(v.dtype)
 
 

@@ -16,6 +16,7 @@ from fused import backends
 from fused.ops import mamba_ssm as upstream
 from fused.ops.selective_scan import export as traceable
 from fused.runtime.checks import check_choice, check_native_dtypes, check_tensor, no_autocast
+from fused.runtime.dtypes import accumulation_dtype
 from fused.runtime.elementwise import clipwise
 from fused.runtime.library import below_autograd, differentiable, register
 
@@ -197,7 +198,7 @@ _differentiable = differentiable("causal_conv1d", _Native)
 
 def _line(x: Tensor, state: Tensor | None, width: int, reverse: bool) -> Tensor:
     """The sequence with the K-1 inputs beyond its edge, (B, L+K-1, E), in at least float32."""
-    precise = torch.promote_types(x.dtype, torch.float32)
+    precise = accumulation_dtype(x.dtype)
     line = torch.empty((x.shape[0], x.shape[1] + width - 1, x.shape[2]), dtype=precise, device=x.device)
     inside, edge = _split(line, x.shape[1], reverse)
     inside.copy_(x)

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fused.backends import invariant
 from fused.ops.causal_conv1d import launch as conv
 from fused.ops.causal_conv1d.launch import Optionals
 from fused.ops.mamba_inner.dt_proj_kernel import steps
@@ -27,6 +26,7 @@ from fused.ops.selective_scan import launch as scan
 from fused.ops.selective_scan.native import aligned, dense, plan
 from fused.ops.selective_scan.schedule import TILE
 from fused.runtime.library import below_autograd, differentiable, register, wants_gradients
+from fused.runtime.modes import is_batch_invariant
 
 NAMES = ("conv", "conv_bias", "proj", "dt", "dt_bias", "A", "D")
 PACKED = ("proj", "dt", "A", "D")  # what `packed` takes
@@ -59,7 +59,7 @@ def mix(xz: Tensor, directions: list[dict[str, Any]], out: Tensor, out_bias: Ten
             pair = [product(x) for x in pair]
         flat += [*pair, *[None] * (2 - len(pair))]
     tensors = (xz, *flat, product(out), product(out_bias))
-    return _differentiable(*tensors, invariant(), keep and wants_gradients(*tensors))[0]
+    return _differentiable(*tensors, is_batch_invariant(), keep and wants_gradients(*tensors))[0]
 
 
 class Parts:

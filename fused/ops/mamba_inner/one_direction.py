@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fused.backends import invariant
 from fused.ops.causal_conv1d import launch as conv
 from fused.ops.mamba_inner.gate_kernel import gate
 from fused.ops.mamba_inner.native import PACKED, Parts, packed
@@ -22,6 +21,7 @@ from fused.ops.mamba_inner.pack_kernel import Packed
 from fused.ops.selective_scan import launch as scan
 from fused.ops.selective_scan.native import whole
 from fused.runtime.library import below_autograd, differentiable, register, wants_gradients
+from fused.runtime.modes import is_batch_invariant
 
 _TENSORS = (
     "Tensor x, Tensor? z, Tensor? beside, Tensor? taps, Tensor? state, Tensor conv, Tensor? conv_bias, Tensor proj, Tensor dt,"
@@ -44,7 +44,7 @@ def walk(
     proj, dt = (own[name].to(x.dtype) if low else own[name] for name in ("proj", "dt"))
     parameters = (own["conv"], own["conv_bias"], proj, dt, own["dt_bias"], own["A"], own["D"], *packed)
     tensors = (x, z, beside, taps, None if edge is None else edge.float(), *parameters)
-    y, taps, edge, *_ = _differentiable(*tensors, reverse, logarithm, invariant(), wants_gradients(*tensors))
+    y, taps, edge, *_ = _differentiable(*tensors, reverse, logarithm, is_batch_invariant(), wants_gradients(*tensors))
     return y, (taps, edge)
 
 

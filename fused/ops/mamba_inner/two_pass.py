@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused.backends import invariant
 from fused.ops.causal_conv1d import launch as conv
 from fused.ops.mamba_inner.native import NAMES, PACKED, Parts, packed
 from fused.ops.mamba_inner.pack_kernel import Packed
 from fused.ops.selective_scan import launch as scan
 from fused.ops.selective_scan import schedule as cuts
 from fused.ops.selective_scan.native import plan, whole
+from fused.runtime.modes import is_batch_invariant
 
 
 class Entering(NamedTuple):
@@ -42,27 +42,28 @@ class Mixer:
     def suits(self, clips: int, tokens: int, device: torch.device) -> bool:
         """Whether time is cut over a chunk of so many tokens."""
         E, N = self._named[NAMES.index("A")][0].shape
-        return clips > 0 and cuts.plan(clips, tokens, E, N, 2, cuts.processors(device), invariant=invariant()).ahead.pieces > 1
+        plan = cuts.plan(clips, tokens, E, N, 2, cuts.processors(device), invariant=is_batch_invariant())
+        return clips > 0 and plan.ahead.pieces > 1
 
     def behind(self, x: Tensor, entering: Entering) -> tuple[Entering, Entering]:
         """The backward direction over x (B, L, E): what enters it with its pieces, and what enters the chunk before."""
-        p = Parts(x, None, [pair[1:] for pair in self._named], (True,), invariant(), logarithm=False)
+        p = Parts(x, None, [pair[1:] for pair in self._named], (True,), is_batch_invariant(), logarithm=False)
         s, leaving = self._read(p, (entering.taps,))
-        enter, last = scan.states(s, whole(entering.edge), p.plan, plan(x, p.N, 2, invariant()).ahead)
+        enter, last = scan.states(s, whole(entering.edge), p.plan, plan(x, p.N, 2, is_batch_invariant()).ahead)
         return entering._replace(pieces=enter), Entering(leaving[0], last[0], None)
 
     def mix(self, xz: Tensor, state: Any, entering: Entering) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """y (B, L, E), gated, of both directions over xz (B, L, 2E), and the state that leaves the forward one."""
         taps, edge = state or (None, None)
         x, z = xz.chunk(2, dim=-1)
-        p = Parts(x, z, self._named, (False, True), invariant(), logarithm=False)
+        p = Parts(x, z, self._named, (False, True), is_batch_invariant(), logarithm=False)
         s, leaving = self._read(p, (taps, entering.taps))
         if entering.pieces is None:
             edges = [s.A[0].new_zeros(len(x), *s.A[0].shape) if e is None else e for e in (edge, entering.edge)]
             r = scan.forward(s, torch.stack(edges), p.plan, keep=False)
             return r.y, (leaving[0], r.final[0])
         cut = p.plan.ahead
-        enter, _ = scan.states(s.ahead, whole(edge), plan(x, p.N, 1, invariant()), cut)
+        enter, _ = scan.states(s.ahead, whole(edge), plan(x, p.N, 1, is_batch_invariant()), cut)
         starts = torch.cat((enter, entering.pieces))
         first = torch.cat((enter[:, :, 0], entering.pieces[:, :, -1])) if cut.whole else None  # of chains that are not cut
         r = scan.forward(s, first, p.plan, keep=False, starts=starts)

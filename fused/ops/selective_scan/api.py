@@ -20,6 +20,7 @@ from fused.ops import mamba_ssm as upstream
 from fused.ops.selective_scan import export as traceable
 from fused.ops.selective_scan.recurrence import Recurrence, plan
 from fused.runtime.checks import check_tensor, no_autocast
+from fused.runtime.dtypes import accumulation_dtype
 from fused.runtime.elementwise import clipwise
 
 Tokens = Float[Tensor, "B L E"]
@@ -169,7 +170,7 @@ class _Walk:
     def __init__(self, u, delta, A, B, C, D, z, delta_bias, softplus, reverse):
         self.u, self.delta, self.D, self.z, self.bias = u, delta, D, z, delta_bias
         self.softplus, self.reverse = softplus, reverse
-        self.new = {"dtype": torch.promote_types(u.dtype, torch.float32), "device": u.device}
+        self.new = {"dtype": accumulation_dtype(u.dtype), "device": u.device}
         self.plain = (B.dim() == 3, C.dim() == 3)
         B, C = (x if x.dim() == 4 else x.unsqueeze(2) for x in (B, C))
         groups = max(B.shape[2], C.shape[2])

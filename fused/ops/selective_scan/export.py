@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused.runtime.checks import no_autocast
+from fused.runtime.dtypes import accumulation_dtype
 
 STEPS = 8  # tokens of a chunk: with fewer, joining chunks costs more memory traffic than it saves nodes
 
@@ -23,7 +24,7 @@ def selective_scan(
     softplus: bool, state: Tensor | None, reverse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y, final_state); the price of one call is five tensors of B * L * E * N elements."""
-    precise = torch.promote_types(u.dtype, torch.float32)
+    precise = accumulation_dtype(u.dtype)
     with no_autocast(u.device):
         x, rate, A, B, C = (t.to(precise) for t in (u, delta, A, B, C))
         rate = rate if delta_bias is None else rate + delta_bias.to(precise)
@@ -42,7 +43,7 @@ def causal_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, activated: bool, reverse: bool
 ) -> tuple[Tensor, Tensor]:
     """(y, final_state)."""
-    precise = torch.promote_types(x.dtype, torch.float32)
+    precise = accumulation_dtype(x.dtype)
     with no_autocast(x.device):
         beyond = weight.shape[1] - 1
         inside = x.to(precise).transpose(1, 2)
@@ -61,7 +62,7 @@ def add_norm(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """(y, residual_out in the dtype `stored`, or None)."""
     with no_autocast(x.device):
-        v = x.to(torch.promote_types(x.dtype, torch.float32))
+        v = x.to(accumulation_dtype(x.dtype))
         v = v if residual is None else v + residual.to(v.dtype)
         unit = v - v.mean(-1, keepdim=True) if centre else v
         y = unit * torch.rsqrt(unit.square().mean(-1, keepdim=True) + eps) * weight

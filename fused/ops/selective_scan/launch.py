@@ -4,22 +4,18 @@ Everything comes once per direction: a walk from the first token, one from the l
 (`Streams.reverses`). Two directions share z: out = (y_first + y_second) * silu(z).
 """
 
-import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fused.ops.selective_scan.kernel_source import LOGARITHM, PLACES, REVERSE, STATES_ONLY, defines, source
 from fused.ops.selective_scan.schedule import TILE, Cut, Plan, processors
 from fused.runtime import nvrtc
 
 LONGEST_STATE = 64
-FILES = ("../../runtime/device.cuh", "common.cu", "forward.cu", "backward.cu")
 IO = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-LOGARITHM, REVERSE, STATES_ONLY = 1, 2, 4
-PLACES = 1024  # at which blocks are counted: the schedulers of 256 multiprocessors
 
 
 class Streams(NamedTuple):
@@ -63,13 +59,6 @@ class Result(NamedTuple):
     starts: Tensor | None  # (d, B, pieces, E, N) float32: the state that enters every piece of a chain that is cut
     ungated: Tensor | None  # (B, L, E): y before the gate; y itself without one
     marks: Tensor | None  # (d, B, tiles, E, N) float32: the state before every tile
-
-
-@functools.cache
-def source(keeps: bool) -> str:
-    """The kernels' CUDA C++; those of the backward, half of the time that compiling takes, where there will be one."""
-    names = FILES if keeps else FILES[:-1]
-    return "\n".join((Path(__file__).parent / name).read_text(encoding="utf-8") for name in names)
 
 
 def forward(
@@ -227,20 +216,6 @@ def _steps(x: Tensor) -> tuple[int, int]:
 
 def _both(pair: Sequence[Any]) -> tuple[Any, Any]:
     return pair[0], pair[-1]
-
-
-def defines(
-    io: int, plan: Plan, directions: int, vector: int, vector_bc: int, exact: int, softplus: int, gated: int, keeps: int
-) -> tuple[tuple[str, int], ...]:
-    """What scan_common.cu says that the kernels are compiled with."""
-    forward, backward = plan.forward, plan.backward
-    return (
-        ("IO", io), ("STATES", plan.states), ("VECTOR", vector), ("VECTOR_BC", vector_bc), ("EXACT", exact),
-        ("DIRECTIONS", directions), ("SOFTPLUS", softplus), ("GATED", gated), ("KEEPS", keeps),
-        ("FORWARD_CHANNELS", forward.channels), ("FORWARD_WARPS", forward.warps), ("FORWARD_BLOCKS", forward.blocks),
-        ("BACKWARD_CHANNELS", backward.channels), ("BACKWARD_WARPS", backward.warps), ("BACKWARD_BLOCKS", backward.blocks),
-        ("PIECE", backward.piece), ("PLACES", PLACES),
-    )  # fmt: skip
 
 
 def _module(s: Streams, plan: Plan, keep: bool, *others: Tensor | None) -> Any:

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused.backends import invariant
 from fused.ops.selective_scan import launch as scan
 from fused.ops.selective_scan import schedule as cuts
 from fused.runtime.checks import no_autocast
 from fused.runtime.library import wants_gradients
+from fused.runtime.modes import is_batch_invariant
 
 _library = torch.library.Library("videomamba", "FRAGMENT")
 
@@ -152,7 +152,7 @@ def selective_scan(
     wide = [None if x is None else x.float() for x in (A, D, delta_bias, initial_state)]
     keep = wants_gradients(*narrow, *wide)
     tensors = (*narrow[:2], wide[0], *narrow[2:4], wide[1], narrow[4], *wide[2:])
-    y, final, _, _ = torch.ops.videomamba.selective_scan(*tensors, softplus, reverse, invariant(), keep)
+    y, final, _, _ = torch.ops.videomamba.selective_scan(*tensors, softplus, reverse, is_batch_invariant(), keep)
     return y.to(u.dtype), final
 
 
@@ -213,7 +213,7 @@ def bidirectional_scan(u, delta, A, B, C, D, z, delta_bias, *, softplus: bool) -
     wide = [None if x is None else x.float() for x in (*A, *D, *delta_bias)]
     keep = wants_gradients(*narrow, *wide)
     args = (*narrow[:4], *wide[:2], *narrow[4:8], *wide[2:], narrow[8])
-    return torch.ops.videomamba.bidirectional_scan(*args, softplus, invariant(), keep)[0].to(u[0].dtype)
+    return torch.ops.videomamba.bidirectional_scan(*args, softplus, is_batch_invariant(), keep)[0].to(u[0].dtype)
 
 
 def _pairs(tensors: Sequence[Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fused.models.videomamba.model import DistillOutput
 from fused.runtime.checks import check_choice, check_tensor, no_autocast
+from fused.runtime.dtypes import accumulation_dtype
 from fused.train.checks import check_real
 from fused.train.random import gumbel
 
@@ -200,4 +201,4 @@ def _check_like(op: str, name: str, value: Tensor, model: Tensor) -> None:
 
 
 def _precise(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(accumulation_dtype(x.dtype))

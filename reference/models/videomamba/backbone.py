@@ -8,11 +8,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from reference.models.videomamba.block import Block, DropPath, Norm
+from reference.models.videomamba.block import Block
 from reference.models.videomamba.config import VideoMambaConfig
 from reference.models.videomamba.embedding import PatchEmbed, check_mask, select, span_of, temporal_positions
 from reference.models.videomamba.scan_order import temporal_order
 from reference.modules.mamba import Mamba
+from reference.modules.norm import DropPath, Norm
 from reference.modules.state import ModelState, State, entries, packed, zero_mean
 
 

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from reference.models.videomamba.config import VideoMambaConfig
+from reference.ops.dtypes import accumulation_dtype
 
 
 class PatchEmbed(nn.Module):
@@ -105,7 +106,7 @@ def temporal_positions(table: Float[Tensor, "1 N D"], span: Span) -> Float[Tenso
     N = table.shape[1]
     if span.total == N:
         return table[:, span.start : span.start + span.tubelets]
-    precise = torch.promote_types(table.dtype, torch.float32)
+    precise = accumulation_dtype(table.dtype)
     with torch.autocast(table.device.type, enabled=False):
         i = torch.arange(span.start, span.start + span.tubelets, dtype=torch.float64, device=table.device)
         x = ((i + 0.5) * N / span.total - 0.5).clamp(0, N - 1)

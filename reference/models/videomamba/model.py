@@ -12,9 +12,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from reference.models.videomamba.backbone import Backbone
-from reference.models.videomamba.block import Norm
 from reference.models.videomamba.config import VideoMambaConfig
 from reference.models.videomamba.embedding import Span, select, sincos_positions, span_of
+from reference.modules.norm import Norm
 from reference.modules.state import ModelState, State, packed, running_mean
 
 log = logging.getLogger("reference")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fused
-from fused.backends import BackendError
+from fused.errors import BackendError
 from fused.runtime import cubin_cache as cubins
 from fused.runtime import nvrtc
 

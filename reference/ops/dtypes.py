@@ -1,0 +1,8 @@
+"""The dtype that operators compute in."""
+
+import torch
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which tensors of `dtype` are computed, summed and carried as states: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
