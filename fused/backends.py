@@ -13,7 +13,7 @@ import importlib
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -24,7 +24,6 @@ from fused.runtime.modes import batch_invariant as batch_invariant
 
 BACKENDS = ("native", "native_kept", "mamba_ssm", "mamba_ssm_inner", "torch")
 LIKE = {"native_kept": "native", "mamba_ssm_inner": "mamba_ssm"}  # another mixer over the same operators
-OPERATORS = ("scan", "conv", "norm", "mixer")
 SWITCH = "VIDEOMAMBA_DISABLE_FUSED"
 
 _log = logging.getLogger("fused")
@@ -32,7 +31,7 @@ _log = logging.getLogger("fused")
 
 @dataclass(frozen=True)
 class Abilities:
-    """What one backend can do for one operator; asking for more raises ValueError. `fullgraph` says whether
+    """Abilities of one backend for one operator; asking for more raises ValueError. `fullgraph` says whether
     `torch.compile(fullgraph=True)` can trace it; without, it raises by itself."""
 
     initial_state: bool
@@ -44,28 +43,21 @@ class Abilities:
     fullgraph: bool = True
 
 
-_TORCH = Abilities(True, True, True, True, (*KERNEL_DTYPES, torch.float64), ("cpu", "cuda", "mps", "xpu"))
-_TORCH_SCAN = replace(_TORCH, fullgraph=False)  # a loop over blocks of tokens that writes into strided views
-_UPSTREAM = {
-    "scan": Abilities(False, False, True, True, KERNEL_DTYPES, ("cuda",)),
-    "conv": Abilities(False, True, True, False, KERNEL_DTYPES, ("cuda",)),  # its final state is a slice of its input
-    "norm": Abilities(False, False, False, False, KERNEL_DTYPES, ("cuda",)),
-    "mixer": Abilities(False, False, True, False, KERNEL_DTYPES, ("cuda",)),
-}
-_NATIVE = Abilities(True, True, True, True, KERNEL_DTYPES, ("cuda",))
+TORCH = Abilities(True, True, True, True, (*KERNEL_DTYPES, torch.float64), ("cpu", "cuda", "mps", "xpu"))
+NATIVE = Abilities(True, True, True, True, KERNEL_DTYPES, ("cuda",))
 
 
-def abilities(op: str, backend: str) -> Abilities:
-    """What `backend` can do for `op` ("scan", "conv", "norm" or "mixer"). Raises ValueError for an unknown name."""
-    if op not in OPERATORS:
-        raise ValueError(f"op must be one of {', '.join(OPERATORS)}, got {op!r}")
+def declared(op: str, table: Mapping[str, Abilities], backend: str) -> Abilities:
+    """Return what `backend` can do for an operator whose `table` maps the backends of operators to their abilities.
+
+    Raises ValueError for an unknown name, and for a backend that does not have the operator.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if operators_of(backend) == "native":
-        return _NATIVE
-    if backend == "torch":
-        return _TORCH_SCAN if op in ("scan", "mixer") else _TORCH
-    return _UPSTREAM[op]
+    own = operators_of(backend)
+    if own not in table:
+        raise ValueError(f"{op}: backend {backend!r} does not have it; allowed are {', '.join(table)}")
+    return table[own]
 
 
 def operators_of(backend: str) -> str:
@@ -73,7 +65,9 @@ def operators_of(backend: str) -> str:
     return LIKE.get(backend, backend)
 
 
-def check_abilities(op: str, backend: str, dtype: torch.dtype, asked: Mapping[str, bool]) -> None:
+def check_abilities(
+    op: str, table: Mapping[str, Abilities], backend: str, dtype: torch.dtype, asked: Mapping[str, bool]
+) -> None:
     """Raise ValueError if `backend` cannot do what the caller asks of `op`, naming a backend that can.
 
     `asked` maps a field of `Abilities` to whether the caller needs it. Says nothing of whether the backend can run here
@@ -81,7 +75,7 @@ def check_abilities(op: str, backend: str, dtype: torch.dtype, asked: Mapping[st
     """
     if backend == "auto":
         return
-    able = abilities(op, backend)
+    able = declared(op, table, backend)
     for argument, needed in asked.items():
         if needed and not getattr(able, argument):
             raise ValueError(f"{op}: backend {backend!r} does not support {argument}; use backend='torch'")

@@ -14,6 +14,7 @@ from fused import backends
 from fused.chunked.layer import sweep
 from fused.models.videomamba.config import VideoMambaConfig
 from fused.models.videomamba.embedding import Span, check_place
+from fused.modules import mamba
 
 if TYPE_CHECKING:
     from fused.models.videomamba.backbone import Backbone
@@ -85,7 +86,7 @@ def check_model(model: "Backbone", chunk_frames: int) -> None:
             f"scan_order is {config.scan_order!r}; chunks are frames, which only 'spatial' order walks one after the other: "
             "run the whole clip at once"
         )
-    if model._asked != "auto" and not backends.abilities("mixer", model._asked).initial_state:
+    if model._asked != "auto" and not backends.declared("mixer", mamba.BACKENDS, model._asked).initial_state:
         raise ValueError(
             f"backend {model._asked!r} cannot carry a state from chunk to chunk; build the model with backend='native' or "
             "'torch'"

@@ -1,6 +1,7 @@
 """The Mamba mixer: in_proj, two scans over the same tokens from either end, one gate, out_proj."""
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -9,11 +10,19 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fused import backends
+from fused.backends import NATIVE, TORCH, Abilities
 from fused.modules.state import State, blank, check_mixer_state, linear_dtype
 from fused.ops import mamba_ssm as upstream
 from fused.ops.causal_conv1d import api as conv
 from fused.ops.selective_scan import api as scan
-from fused.runtime.dtypes import accumulation_dtype
+from fused.runtime.dtypes import KERNEL_DTYPES, accumulation_dtype
+
+BACKENDS = {
+    "native": NATIVE,
+    "mamba_ssm": Abilities(False, False, True, False, KERNEL_DTYPES, ("cuda",)),
+    "torch": replace(TORCH, fullgraph=False),  # as its scan
+}
+"""Abilities of the backends that can run a mixer."""
 
 
 class Direction(NamedTuple):
@@ -181,7 +190,7 @@ class Mamba(nn.Module):
         carried = state is not None or return_state
         if carried:
             self._require_causal()
-        backends.check_abilities("mixer", backend, hidden.dtype, {"initial_state": state is not None})
+        backends.check_abilities("mixer", BACKENDS, backend, hidden.dtype, {"initial_state": state is not None})
         if carried and backend == "mamba_ssm_inner":
             raise ValueError("mixer: backend 'mamba_ssm_inner' does not return a state; use backend='torch'")
 

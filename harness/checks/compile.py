@@ -14,7 +14,6 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fused import backends
 from harness.fixtures import functional_modules as modules
 from harness.judge.case import Case
 from harness.judge.registry import CannotAsk, Implementation
@@ -60,7 +59,7 @@ def registered(trial: Trial, implementation: Implementation) -> list[Finding]:
 
 def compiled(trial: Trial, implementation: Implementation) -> list[Finding]:
     """The rule for one graph; that there is none is a finding too. Inductor on a GPU; on a CPU it would take a compiler."""
-    if implementation.backend and not backends.abilities(trial.case.subject, implementation.backend).fullgraph:
+    if implementation.abilities and not implementation.abilities.fullgraph:
         raise CannotAsk(f"{implementation.name} does not declare fullgraph")
     backend = "inductor" if trial.device.startswith("cuda") else "aot_eager"
     torch.compiler.reset()

@@ -48,7 +48,7 @@ and, if a subject's cases are not what it needs,
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
@@ -74,7 +74,7 @@ Sample = tuple[Any, tuple[Any, ...], dict[str, Any]]  # an op, as torch.library.
 class Implementation:
     """Something that runs a subject. `call` is the operator, or builds the module from its configuration.
 
-    `backend` and `op` say where its declared abilities stand (`fused.backends`); without them it declares everything.
+    `backend` and the operator's `table` of abilities say what it declares; without them it declares everything.
 
     `batch_invariant` enters the mode in which a clip's bits do not depend on its batch, where that is a mode: the check
     `batch` runs within it, all others without. `samples(case, leaves)` gives calls of the ops that the implementation
@@ -85,7 +85,7 @@ class Implementation:
     call: Callable[..., Any]
     rival: bool = False
     backend: str | None = None
-    op: str | None = None
+    table: Mapping[str, backends.Abilities] | None = None
     batch_invariant: Callable[[], AbstractContextManager[Any]] = nullcontext
     samples: Callable[[Case, dict[str, Tensor]], Sequence[Sample]] | None = None
 
@@ -97,7 +97,7 @@ class Implementation:
     @property
     def abilities(self) -> backends.Abilities | None:
         """What it declares; None for everything."""
-        return backends.abilities(self.op, self.backend) if self.backend and self.op else None
+        return backends.declared(self.name, self.table, self.backend) if self.backend and self.table else None
 
     def absent(self, device: str) -> str | None:
         """Why it cannot run on this box, with the fix; None if it can."""
@@ -123,15 +123,21 @@ def needs(case: Case) -> list[str]:
 
 
 def fused_implementations(
-    op: str,
+    table: Mapping[str, backends.Abilities],
     call_with: Callable[[str], Callable[..., Any]],
     samples: Callable[[Case, dict[str, Tensor]], Sequence[Sample]] | None = None,
+    every_backend: bool = False,
 ) -> list[Implementation]:
-    """Every backend of `fused` that has the operator; mamba-ssm's are rivals. `samples` are of native's registered ops."""
-    names = [b for b in backends.BACKENDS if backends.operators_of(b) == b or op == "mixer"]
+    """Return the backends of `fused` with operators of their own or, for mixers and models, every one; mamba-ssm's are rivals.
+
+    `samples` are of native's registered ops.
+    """
+    names = [b for b in backends.BACKENDS if backends.operators_of(b) == b or every_backend]
     mode = backends.batch_invariant
     return [
-        Implementation(f"fused:{b}", call_with(b), b.startswith("mamba_ssm"), b, op, mode, samples if b == "native" else None)
+        Implementation(
+            f"fused:{b}", call_with(b), b.startswith("mamba_ssm"), b, table, mode, samples if b == "native" else None
+        )
         for b in names
     ]
 

@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fused
-import fused.ops.causal_conv1d.api
 import reference
+from fused.ops.causal_conv1d import api
 from harness.judge.case import Case, cross
 from harness.judge.registry import Implementation, Sample, fused_implementations
 from harness.subjects.scan import EVERY, chain
@@ -41,9 +40,9 @@ def implementations() -> list[Implementation]:
     """The reference, and `fused.causal_conv1d` by backend."""
 
     def call_with(backend: str) -> Callable[..., Any]:
-        return lambda *args, **options: fused.ops.causal_conv1d.api.causal_conv1d(*args, **options, backend=backend)
+        return lambda *args, **options: api.causal_conv1d(*args, **options, backend=backend)
 
-    return [Implementation("reference", reference.causal_conv1d), *fused_implementations("conv", call_with, samples)]
+    return [Implementation("reference", reference.causal_conv1d), *fused_implementations(api.BACKENDS, call_with, samples)]
 
 
 def samples(case: Case, leaves: dict[str, Tensor]) -> list[Sample]:

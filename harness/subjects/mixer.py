@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import fused
 import reference
+from fused.modules import mamba
 from harness.fixtures import functional_modules as modules
 from harness.judge.case import Case
 from harness.judge.registry import Implementation, fused_implementations
@@ -35,7 +36,7 @@ def implementations() -> list[Implementation]:
     def call_with(backend: str) -> Callable[..., Any]:
         return lambda *args, **options: fused.Mamba(*args, **options, backend=backend)
 
-    return [Implementation("reference", reference.Mamba), *fused_implementations("mixer", call_with)]
+    return [Implementation("reference", reference.Mamba), *fused_implementations(mamba.BACKENDS, call_with, every_backend=True)]
 
 
 def build(call: Callable[..., Any], case: Case) -> nn.Module:

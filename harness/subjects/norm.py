@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fused
-import fused.ops.add_norm.api
 import reference
+from fused.ops.add_norm import api
 from harness.judge.case import Case, cross
 from harness.judge.registry import Implementation, Sample, fused_implementations
 from harness.subjects.scan import EVERY
@@ -40,9 +39,9 @@ def implementations() -> list[Implementation]:
     """The reference, and `fused.add_norm` by backend."""
 
     def call_with(backend: str) -> Callable[..., Any]:
-        return lambda *args, **options: fused.ops.add_norm.api.add_norm(*args, **options, backend=backend)
+        return lambda *args, **options: api.add_norm(*args, **options, backend=backend)
 
-    return [Implementation("reference", reference.add_norm), *fused_implementations("norm", call_with, samples)]
+    return [Implementation("reference", reference.add_norm), *fused_implementations(api.BACKENDS, call_with, samples)]
 
 
 def samples(case: Case, leaves: dict[str, Tensor]) -> list[Sample]:

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fused
-import fused.ops.selective_scan.api
 import reference
+from fused.ops.selective_scan import api
 from harness.judge.case import Case, cross
 from harness.judge.registry import Implementation, Sample, fused_implementations
 
@@ -50,9 +49,9 @@ def implementations() -> list[Implementation]:
     """The reference, and `fused.selective_scan` by backend, looked up at the call so that a planted bug is met."""
 
     def call_with(backend: str) -> Callable[..., Any]:
-        return lambda *args, **options: fused.ops.selective_scan.api.selective_scan(*args, **options, backend=backend)
+        return lambda *args, **options: api.selective_scan(*args, **options, backend=backend)
 
-    return [Implementation("reference", reference.selective_scan), *fused_implementations("scan", call_with, samples)]
+    return [Implementation("reference", reference.selective_scan), *fused_implementations(api.BACKENDS, call_with, samples)]
 
 
 def samples(case: Case, leaves: dict[str, Tensor]) -> list[Sample]:

@@ -44,7 +44,7 @@ def implementations() -> list[Implementation]:
     def call_with(backend: str) -> Callable[..., Any]:
         return lambda pairs, z, softplus: scan_api.bidirectional_scan(**pairs, z=z, softplus=softplus, backend=backend)
 
-    return [Implementation("reference", two), *fused_implementations("scan", call_with)]
+    return [Implementation("reference", two), *fused_implementations(scan_api.BACKENDS, call_with)]
 
 
 def draw(case: Case, seed: int) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import fused
 import reference
 from fused.io.video import read_clip
+from fused.modules import mamba
 from harness.fixtures import functional_modules as modules
 from harness.fixtures.video import SHIPPED
 from harness.judge.case import Case
@@ -76,7 +77,7 @@ def of_both(model: str) -> list[Implementation]:
         return lambda config: getattr(fused, model)(fused.VideoMambaConfig(**config), backend=backend)
 
     first = Implementation("reference", lambda config: getattr(reference, model)(reference.VideoMambaConfig(**config)))
-    return [first, *fused_implementations("mixer", call_with)]
+    return [first, *fused_implementations(mamba.BACKENDS, call_with, every_backend=True)]
 
 
 def config(case: Case) -> dict[str, Any]:

@@ -12,11 +12,16 @@ import torch.nn.functional as F
 from rule import assert_rule, double, outcome
 
 from fused import backends
-from fused.backends import BACKENDS, BackendError, abilities, choose, unavailable
+from fused.backends import BACKENDS, choose, declared, unavailable
+from fused.errors import BackendError
+from fused.modules import mamba
 from fused.ops import mamba_ssm as upstream
 from fused.ops.add_norm import api as norm
+from fused.ops.add_norm import api as norm_api
 from fused.ops.causal_conv1d import api as conv
+from fused.ops.causal_conv1d import api as conv_api
 from fused.ops.selective_scan import api as scan
+from fused.ops.selective_scan import api as scan_api
 
 SEEDS = range(4)
 
@@ -87,13 +92,16 @@ def test_a_missing_gpu_is_named(monkeypatch):
 
 
 def test_abilities_are_known_for_every_operator():
-    assert abilities("scan", "torch").initial_state and torch.float64 in abilities("scan", "torch").dtypes
-    assert not abilities("scan", "mamba_ssm").initial_state
-    assert not abilities("mixer", "mamba_ssm_inner").final_state_grad
-    for op in ("scan", "conv", "norm", "mixer"):
-        assert all(abilities(op, name).devices for name in BACKENDS)
-    with pytest.raises(ValueError, match="op must be one of scan"):
-        abilities("attention", "torch")
+    scans, mixers = scan_api.BACKENDS, mamba.BACKENDS
+    assert declared("scan", scans, "torch").initial_state and torch.float64 in declared("scan", scans, "torch").dtypes
+    assert not declared("scan", scans, "mamba_ssm").initial_state
+    assert not declared("mixer", mixers, "mamba_ssm_inner").final_state_grad
+    for table in (scans, conv_api.BACKENDS, norm_api.BACKENDS, mixers):
+        assert all(declared("op", table, name).devices for name in BACKENDS)
+    with pytest.raises(ValueError, match="backend must be one of native"):
+        declared("scan", scans, "fast")
+    with pytest.raises(ValueError, match="attention: backend 'native_kept' does not have it; allowed are torch"):
+        declared("attention", {"torch": scans["torch"]}, "native_kept")
 
 
 @pytest.mark.parametrize("backend", ["mamba_ssm", "mamba_ssm_inner"])
@@ -104,9 +112,9 @@ def test_asking_for_too_much_raises_before_anything_runs(backend):
         scan.selective_scan(**tensors, initial_state=state, backend=backend)
     with pytest.raises(ValueError, match=f"scan: backend '{backend}' supports .*got torch.float64.*'torch'"):
         scan.selective_scan(**double(tensors), backend=backend)
-    with pytest.raises(ValueError, match=f"conv: backend '{backend}' does not support initial_state"):
+    with pytest.raises(ValueError, match=f"causal_conv1d: backend '{backend}' does not support initial_state"):
         conv.causal_conv1d(tensors["u"], torch.ones(8, 4), initial_state=state, backend=backend)
-    with pytest.raises(ValueError, match=f"norm: backend '{backend}' supports"):
+    with pytest.raises(ValueError, match=f"add_norm: backend '{backend}' supports"):
         norm.add_norm(torch.ones(2, 4).double(), torch.ones(4), backend=backend)
 
 

@@ -17,6 +17,7 @@ from fused.models.videomamba.config import VideoMambaConfig
 from fused.models.videomamba.embedding import PatchEmbed, Span, span_of, temporal_positions, visible_tokens
 from fused.models.videomamba.hub import Pretrained
 from fused.models.videomamba.scan_order import Order, permute, restore, temporal_order
+from fused.modules import mamba
 from fused.modules.mamba import Mamba, check_backend
 from fused.modules.norm import DropPath, Norm
 from fused.modules.state import State, States, blank_mean, pack, unpack
@@ -243,7 +244,7 @@ class Backbone(Pretrained, nn.Module):
         if carried and self.config.scan_order != "spatial":
             raise ValueError(f"scan_order is {self.config.scan_order!r}; a state can only be carried in 'spatial' order")
         found = [None] * self.config.depth if state is None else unpack(state, self.config.depth, False, "state")
-        backends.check_abilities("mixer", self._asked, tokens.dtype, {"initial_state": state is not None})
+        backends.check_abilities("mixer", mamba.BACKENDS, self._asked, tokens.dtype, {"initial_state": state is not None})
         return found
 
     def _resolve(self, x: Tensor) -> str:

@@ -15,14 +15,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fused import backends
+from fused.backends import NATIVE, TORCH, Abilities
 from fused.ops import mamba_ssm as upstream
 from fused.ops.selective_scan import export as traceable
 from fused.runtime.checks import check_choice, check_native_dtypes, check_tensor, no_autocast
-from fused.runtime.dtypes import accumulation_dtype
+from fused.runtime.dtypes import KERNEL_DTYPES, accumulation_dtype
 from fused.runtime.library import below_autograd, differentiable, register
 
 KINDS = ("rms", "layer")
 Rows = Float[Tensor, "*B D"]
+
+
+BACKENDS = {
+    "native": NATIVE,
+    "mamba_ssm": Abilities(False, False, False, False, KERNEL_DTYPES, ("cuda",)),
+    "torch": TORCH,
+}
+"""Abilities of the backends that have this operator."""
 
 
 def add_norm(
@@ -48,7 +57,7 @@ def add_norm(
         >>> y, residual = add_norm(torch.randn(2, 63, 8), torch.ones(8))
     """
     _check(x, weight, bias, residual, kind)
-    backends.check_abilities("norm", backend, x.dtype, {})
+    backends.check_abilities("add_norm", BACKENDS, backend, x.dtype, {})
     chosen = backends.operators_of(backends.choose(backend, x.device))
     run = {"native": norm_native, "torch": norm_torch}.get(chosen, upstream.add_norm)
     return run(

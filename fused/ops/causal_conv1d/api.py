@@ -13,14 +13,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fused import backends
+from fused.backends import NATIVE, TORCH, Abilities
 from fused.ops import mamba_ssm as upstream
 from fused.ops.selective_scan import export as traceable
 from fused.runtime.checks import check_choice, check_native_dtypes, check_tensor, no_autocast
-from fused.runtime.dtypes import accumulation_dtype
+from fused.runtime.dtypes import KERNEL_DTYPES, accumulation_dtype
 from fused.runtime.elementwise import clipwise
 from fused.runtime.library import below_autograd, differentiable, register
 
 ACTIVATIONS = ("silu", "swish", None)
+
+
+BACKENDS = {
+    "native": NATIVE,
+    "mamba_ssm": Abilities(False, True, True, False, KERNEL_DTYPES, ("cuda",)),
+    "torch": TORCH,
+}
+"""Abilities of the backends that have this operator."""
 
 
 def causal_conv1d(
@@ -46,7 +55,7 @@ def causal_conv1d(
     """
     _check(x, weight, bias, activation, initial_state)
     asked = {"initial_state": initial_state is not None, "reverse": reverse}
-    backends.check_abilities("conv", backend, x.dtype, asked)
+    backends.check_abilities("causal_conv1d", BACKENDS, backend, x.dtype, asked)
     chosen = backends.operators_of(backends.choose(backend, x.device))
     if chosen == "mamba_ssm":
         return upstream.causal_conv1d(x, weight, bias, activation=activation, reverse=reverse)

@@ -7,6 +7,7 @@
 B batch, L tokens, E channels, N states per channel, G groups of channels that share B and C.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,11 +17,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fused import backends
+from fused.backends import NATIVE, TORCH, Abilities
 from fused.ops import mamba_ssm as upstream
 from fused.ops.selective_scan import export as traceable
 from fused.ops.selective_scan.recurrence import Recurrence, plan
 from fused.runtime.checks import check_tensor, no_autocast
-from fused.runtime.dtypes import accumulation_dtype
+from fused.runtime.dtypes import KERNEL_DTYPES, accumulation_dtype
 from fused.runtime.elementwise import clipwise
 
 Tokens = Float[Tensor, "B L E"]
@@ -28,6 +30,14 @@ Mixing = Float[Tensor, "B L *G N"]
 State = Float[Tensor, "B E N"]
 Pair = tuple[Tensor, Tensor]
 _PAIRED = ("u", "delta", "A", "B", "C", "D", "delta_bias")
+
+
+BACKENDS = {
+    "native": NATIVE,
+    "mamba_ssm": Abilities(False, False, True, True, KERNEL_DTYPES, ("cuda",)),
+    "torch": replace(TORCH, fullgraph=False),
+}
+"""Abilities of the backends that have this operator."""
 
 
 def selective_scan(
@@ -60,7 +70,7 @@ def selective_scan(
     """
     _check(u, delta, A, B, C, D, z, delta_bias, initial_state)
     asked = {"initial_state": initial_state is not None, "reverse": reverse, "groups": B.dim() == 4 or C.dim() == 4}
-    backends.check_abilities("scan", backend, u.dtype, asked)
+    backends.check_abilities("selective_scan", BACKENDS, backend, u.dtype, asked)
     chosen = backends.operators_of(backends.choose(backend, u.device))
     if chosen == "native":
         from fused.ops.selective_scan import native
@@ -109,7 +119,7 @@ def bidirectional_scan(
     if chosen == "native" and all(x.dim() == 3 for x in (*B, *C)):
         from fused.ops.selective_scan import native
 
-        backends.check_abilities("scan", "native", u[0].dtype, {})
+        backends.check_abilities("selective_scan", BACKENDS, "native", u[0].dtype, {})
         return native.bidirectional_scan(u, delta, A, B, C, D, z, delta_bias, softplus=softplus)
     options: dict[str, Any] = {"z": z, "softplus": softplus, "backend": backend}
     first, second = pairs
