@@ -50,3 +50,25 @@ SHARE = Rule(lambda value: number(value, lambda share: 0 <= share <= 1), "a numb
 POSITIVE = Rule(lambda value: number(value, lambda x: 0 < x < float("inf")), "a positive number")
 POSITIVE_OR_0 = Rule(lambda value: number(value, lambda x: 0 <= x < float("inf")), "a number from 0 up")
 FLAG = Rule(lambda value: value in (True, False), "True or False")
+
+
+def check_integer(op: str, name: str, value: object, least: int, most: int | None = None) -> None:
+    """Raise TypeError unless argument `name` of `op` is an integer, ValueError unless it is in [least, most] (None: no limit)."""
+    allowed = f"an integer from {least} up" if most is None else f"an integer from {least} to {most}"
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be {allowed}, got {type(value).__name__}")
+    if value < least or (most is not None and value > most):
+        raise ValueError(f"{op}: {name} must be {allowed}, got {value}")
+
+
+def check_number(op: str, name: str, value: object, low: int | float, high: int | float, ends: str = "[]") -> None:
+    """Raise TypeError unless argument `name` of `op` is a real number, ValueError unless it lies between `low` and `high`.
+
+    `ends` says whether the two limits are allowed: "[" and "]" include them, "(" and ")" exclude them. NaN is never allowed.
+    """
+    allowed = f"a number in {ends[0]}{low:g}, {high:g}{ends[1]}"
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be {allowed}, got {type(value).__name__}")
+    inside = low <= value <= high and not (value == low and ends[0] == "(") and not (value == high and ends[1] == ")")
+    if not inside:
+        raise ValueError(f"{op}: {name} must be {allowed}, got {value}")

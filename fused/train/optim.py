@@ -6,8 +6,8 @@ from torch import nn
 
 from fused.models.videomamba.backbone import Backbone
 from fused.modules.mamba import Mamba
+from fused.rules import check_number
 from fused.runtime.checks import check_choice
-from fused.train.checks import check_real
 
 RULES = ("upstream", "corrected")
 STATE_SPACE = ("A_log", "A_b_log", "D", "D_b")
@@ -36,9 +36,9 @@ def parameter_groups(
     if not isinstance(model, nn.Module):
         raise TypeError(f"parameter_groups: model must be a torch.nn.Module, got {type(model).__name__}")
     check_choice("parameter_groups", "rule", rule, RULES)
-    check_real("parameter_groups", "lr", lr, 0, float("inf"), "()")
-    check_real("parameter_groups", "weight_decay", weight_decay, 0, float("inf"), "[)")
-    check_real("parameter_groups", "layer_decay", layer_decay, 0, 1, "(]")
+    check_number("parameter_groups", "lr", lr, 0, float("inf"), "()")
+    check_number("parameter_groups", "weight_decay", weight_decay, 0, float("inf"), "[)")
+    check_number("parameter_groups", "layer_decay", layer_decay, 0, 1, "(]")
 
     plain, power = _not_decayed(model, rule), _powers(model, rule)
     groups: dict[tuple[int, bool], dict[str, Any]] = {}

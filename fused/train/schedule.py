@@ -5,7 +5,7 @@ import math
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from fused.train.checks import check_real, check_whole
+from fused.rules import check_integer, check_number
 
 
 def cosine_schedule(
@@ -25,10 +25,10 @@ def cosine_schedule(
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"cosine_schedule: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    check_whole("cosine_schedule", "total_steps", total_steps, 1)
-    check_whole("cosine_schedule", "warmup_steps", warmup_steps, 0, total_steps - 1)
-    check_real("cosine_schedule", "warmup_start", warmup_start, 0, 1)
-    check_real("cosine_schedule", "floor", floor, 0, 1)
+    check_integer("cosine_schedule", "total_steps", total_steps, 1)
+    check_integer("cosine_schedule", "warmup_steps", warmup_steps, 0, total_steps - 1)
+    check_number("cosine_schedule", "warmup_start", warmup_start, 0, 1)
+    check_number("cosine_schedule", "floor", floor, 0, 1)
 
     def share(step: int) -> float:
         if step < warmup_steps:

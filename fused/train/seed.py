@@ -6,7 +6,7 @@ import random
 
 import torch
 
-from fused.train.checks import check_whole
+from fused.rules import check_integer
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 REPEATABLE = (":4096:8", ":16:8")  # cuBLAS, "Results reproducibility"
@@ -24,7 +24,7 @@ def setup_seed(seed: int, deterministic: bool = True) -> None:
     `seed` is an integer from 0 to 2^32 - 1, NumPy's range. Raises TypeError or ValueError for another, RuntimeError where
     CUBLAS_WORKSPACE_CONFIG has another value, or none and CUDA has started: call it first, or set the variable outside.
     """
-    check_whole("setup_seed", "seed", seed, 0, 2**32 - 1)
+    check_integer("setup_seed", "seed", seed, 0, 2**32 - 1)
     if not isinstance(deterministic, bool):
         raise TypeError(f"setup_seed: deterministic must be True or False, got {type(deterministic).__name__}")
     if deterministic:

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fused.io.video import VideoError, central, count_frames, decode, sample
+from fused.rules import check_integer, check_number
 from fused.runtime.checks import check_choice
-from fused.train.checks import check_real, check_whole
 from fused.train.data.augment import Crop, dense_frames, segment_frames
 from fused.train.data.listing import list_videos
 
@@ -82,13 +82,13 @@ class ClipFolder:
         classes: Sequence[str] | None = None,
     ) -> None:  # fmt: skip
         for name, value, least in (("frames", frames, 1), ("size", size, 1), ("stride", stride, 1), ("seed", seed, 0)):
-            check_whole("ClipFolder", name, value, least)
+            check_integer("ClipFolder", name, value, least)
         check_choice("ClipFolder", "sampling", sampling, SAMPLINGS)
-        check_real("ClipFolder", "flip", flip, 0, 1)
+        check_number("ClipFolder", "flip", flip, 0, 1)
         if len(scale) != 2:
             raise ValueError(f"ClipFolder: scale must be (least, most), shares of the area, got {scale!r}")
-        check_real("ClipFolder", "scale's least", scale[0], 0, 1, "(]")
-        check_real("ClipFolder", "scale's most", scale[1], scale[0], 1)
+        check_number("ClipFolder", "scale's least", scale[0], 0, 1, "(]")
+        check_number("ClipFolder", "scale's most", scale[1], scale[0], 1)
         self.frames, self.size, self.train, self.sampling, self.stride = frames, size, train, sampling, stride
         self.scale, self.flip, self.seed = (scale[0], scale[1]), flip, seed
         self.files, self.labels, self.classes = list_videos(root, classes)
@@ -145,12 +145,12 @@ def batches(
 
     Raises ValueError or TypeError for arguments out of range, and where there are too few files for one step.
     """
-    check_whole("batches", "batch_size", batch_size, 1)
-    check_whole("batches", "epoch", epoch, 0)
-    check_whole("batches", "seed", seed, 0)
-    check_whole("batches", "workers", workers, 0)
-    check_whole("batches", "world", world, 1)
-    check_whole("batches", "rank", rank, 0, world - 1)
+    check_integer("batches", "batch_size", batch_size, 1)
+    check_integer("batches", "epoch", epoch, 0)
+    check_integer("batches", "seed", seed, 0)
+    check_integer("batches", "workers", workers, 0)
+    check_integer("batches", "world", world, 1)
+    check_integer("batches", "rank", rank, 0, world - 1)
     order = list(range(len(dataset)))
     if shuffle:
         random.Random(f"{seed} {epoch}").shuffle(order)
@@ -160,7 +160,7 @@ def batches(
     if not steps:
         came = f"{len(order)}; a step takes batch_size * world = {batch_size} * {world}"
         raise ValueError(f"batches: dataset must have files for one step, got {came} (drop_last=False takes fewer)")
-    check_whole("batches", "skip", skip, 0, steps)
+    check_integer("batches", "skip", skip, 0, steps)
     read = _Steps(dataset, epoch, torch.tensor(order), batch_size * world, rank, world, replace=drop_last)
     return Batches(read, range(skip, steps), workers)
 

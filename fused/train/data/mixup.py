@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fused.train.checks import check_real, check_whole
+from fused.rules import check_integer, check_number
 from fused.train.random import beta, uniform, uniform_integer
 
 Clips = Float[Tensor, "B C *T H W"]
@@ -32,7 +32,7 @@ def mixup(
 ) -> Mixed:
     """share * clip + (1 - share) * other, targets likewise; the share is drawn from Beta(alpha, alpha), alpha > 0."""
     weights = _weights("mixup", clips, targets, classes)
-    check_real("mixup", "alpha", alpha, 0, math.inf, "()")
+    check_number("mixup", "alpha", alpha, 0, math.inf, "()")
     share = beta(alpha, generator)
     return Mixed(clips.roll(1, 0).lerp(clips, share), weights.roll(1, 0).lerp(weights, share))
 
@@ -46,7 +46,7 @@ def cutmix(
     at the border it is cut, and the targets' share is of what is left of it.
     """
     weights = _weights("cutmix", clips, targets, classes)
-    check_real("cutmix", "alpha", alpha, 0, math.inf, "()")
+    check_number("cutmix", "alpha", alpha, 0, math.inf, "()")
     side = math.sqrt(1 - beta(alpha, generator))
     height, width = clips.shape[-2:]
     (top, bottom), (left, right) = _span(height, side, generator), _span(width, side, generator)
@@ -64,9 +64,9 @@ def mix(
     only the other one. The defaults are upstream's for fine-tuning."""
     weights = _weights("mix", clips, targets, classes)
     for name, value in (("mixup_alpha", mixup_alpha), ("cutmix_alpha", cutmix_alpha)):
-        check_real("mix", name, value, 0, math.inf, "[)")
+        check_number("mix", name, value, 0, math.inf, "[)")
     for name, value in (("probability", probability), ("switch", switch)):
-        check_real("mix", name, value, 0, 1)
+        check_number("mix", name, value, 0, 1)
     mixes, cuts = uniform(generator) < probability, uniform(generator) < switch
     if not mixes or not (mixup_alpha or cutmix_alpha):
         return Mixed(clips, weights)
@@ -82,7 +82,7 @@ def _span(size: int, side: float, generator: torch.Generator | None) -> tuple[in
 
 
 def _weights(op: str, clips: Tensor, targets: Tensor, classes: int) -> Float[Tensor, "B classes"]:
-    check_whole(op, "classes", classes, 1)
+    check_integer(op, "classes", classes, 1)
     if clips.dim() not in (4, 5) or len(clips) < 2 or not clips.is_floating_point():
         wanted = "floating point (B, C, T, H, W) or (B, C, H, W) with B at least 2"
         raise ValueError(f"{op}: clips must be {wanted}, got {clips.dtype} {tuple(clips.shape)}")

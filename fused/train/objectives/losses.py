@@ -12,9 +12,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fused.models.videomamba.model import DistillOutput
+from fused.rules import check_number
 from fused.runtime.checks import check_choice, check_tensor, no_autocast
 from fused.runtime.dtypes import accumulation_dtype
-from fused.train.checks import check_real
 from fused.train.random import gumbel
 
 ALIGNMENTS = ("l2", "mse", "smooth_l1")
@@ -63,8 +63,8 @@ def distillation_loss(
 
     Raises ValueError or TypeError for shapes that differ, other dtypes, a negative weight, a smoothing outside [0, 1].
     """
-    check_real("distillation_loss", "weight", weight, 0, float("inf"), "[)")
-    check_real("distillation_loss", "label_smoothing", label_smoothing, 0, 1)
+    check_number("distillation_loss", "weight", weight, 0, float("inf"), "[)")
+    check_number("distillation_loss", "label_smoothing", label_smoothing, 0, 1)
     check_tensor("distillation_loss", "student.logits", student.logits, "B classes", {}, None)
     _check_float("distillation_loss", "student.features", student.features)
     _check_like("distillation_loss", "teacher", teacher, student.features)
@@ -94,7 +94,7 @@ def similarity(
     if isinstance(temperature, Tensor):
         check_tensor("similarity", "temperature", temperature, "", {}, None)
     else:
-        check_real("similarity", "temperature", temperature, 0, float("inf"), "()")
+        check_number("similarity", "temperature", temperature, 0, float("inf"), "()")
     with no_autocast(video.device):
         video, text = F.normalize(_precise(video), dim=-1), F.normalize(_precise(text), dim=-1)
         if video.dim() == 3:

@@ -13,8 +13,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fused.models.videomamba.embedding import visible_tokens
+from fused.rules import check_integer, check_number
 from fused.runtime.checks import check_tensor
-from fused.train.checks import check_real, check_whole
 from fused.train.random import gumbel, subset
 
 Grid = tuple[int, int, int]
@@ -75,7 +75,7 @@ def attention_mask(
     negative, infinite or undefined attention, or a ratio out of range.
     """
     check_tensor("attention_mask", "attention", attention, "B T P", {}, None)
-    check_real("attention_mask", "ratio", ratio, 0, 1, "[)")
+    check_number("attention_mask", "ratio", ratio, 0, 1, "[)")
     if not attention.numel():
         raise ValueError(f"attention_mask: attention must not be empty, got {tuple(attention.shape)}")
     low, high = torch.stack(attention.detach().aminmax()).tolist()
@@ -102,12 +102,12 @@ def keep_visible(features: Float[Tensor, "*K B L C"], mask: Bool[Tensor, "B L"])
 
 
 def _check(op: str, batch: int, grid: Grid, ratio: int | float) -> Grid:
-    check_whole(op, "batch", batch, 1)
+    check_integer(op, "batch", batch, 1)
     if not isinstance(grid, tuple) or len(grid) != 3:
         raise TypeError(f"{op}: grid must be a tuple (tubelets, rows, columns) of positive integers, got {grid!r}")
     for name, size in zip(("tubelets", "rows", "columns"), grid, strict=True):
-        check_whole(op, f"grid's {name}", size, 1)
-    check_real(op, "ratio", ratio, 0, 1, "[)")
+        check_integer(op, f"grid's {name}", size, 1)
+    check_number(op, "ratio", ratio, 0, 1, "[)")
     return grid
 
 

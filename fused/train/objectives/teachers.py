@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fused.io.video import MEAN, STD
 from fused.models.videomamba.config import VideoMambaConfig
+from fused.rules import check_integer
 from fused.runtime.checks import check_tensor, no_autocast
-from fused.train.checks import check_whole
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's own training images (arXiv 2103.00020)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -128,10 +128,10 @@ def import_transformers() -> ModuleType:
 
 def _which(layers: int | Sequence[int], depth: int) -> tuple[int, ...]:
     if isinstance(layers, int):
-        check_whole("ClipTeacher", "layers", layers, 1, depth)
+        check_integer("ClipTeacher", "layers", layers, 1, depth)
         return tuple(range(depth - layers, depth))
     for layer in layers:
-        check_whole("ClipTeacher", "a layer", layer, 0, depth - 1)
+        check_integer("ClipTeacher", "a layer", layer, 0, depth - 1)
     if not layers or list(layers) != sorted(set(layers)):
         raise ValueError(f"ClipTeacher: layers must be ascending numbers, at least one, got {list(layers)}")
     return tuple(layers)

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from fused.rules import check_integer
 from fused.runtime.checks import check_tensor
-from fused.train.checks import check_whole
 from fused.train.objectives.teachers import import_transformers
 
 
@@ -39,7 +39,7 @@ class TextEncoder(nn.Module):
             raise TypeError(f"TextEncoder: bert must be a transformers BertModel, got {type(bert).__name__}")
         self.bert, self.project = bert, None
         if video_width is not None:
-            check_whole("TextEncoder", "video_width", video_width, 1)
+            check_integer("TextEncoder", "video_width", video_width, 1)
             if not bert.config.add_cross_attention:
                 allowed = "is_decoder=True, add_cross_attention=True"
                 raise ValueError(f"TextEncoder: bert must be built with {allowed} to read a video, got one without")

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from fused.train.checks import check_real, check_whole
+from fused.rules import check_integer, check_number
 from fused.train.objectives.losses import IGNORED
 from fused.train.random import checked
 
@@ -21,9 +21,9 @@ def mask_words(
 
     Raises ValueError or TypeError for what does not fit.
     """
-    check_real("mask_words", "ratio", ratio, 0, 1)
-    check_whole("mask_words", "vocabulary", vocabulary, 1)
-    check_whole("mask_words", "mask_id", mask_id, 0, vocabulary - 1)
+    check_number("mask_words", "ratio", ratio, 0, 1)
+    check_integer("mask_words", "vocabulary", vocabulary, 1)
+    check_integer("mask_words", "mask_id", mask_id, 0, vocabulary - 1)
     if words.dtype != torch.int64 or words.dim() != 2:
         raise ValueError(f"mask_words: words must be int64 (B, N), got {words.dtype} {tuple(words.shape)}")
     if kept is not None and (kept.dtype != torch.bool or kept.shape != words.shape):
