@@ -53,7 +53,7 @@ FLAG = Rule(lambda value: value in (True, False), "True or False")
 
 
 def check_integer(op: str, name: str, value: object, least: int, most: int | None = None) -> None:
-    """Raise TypeError unless argument `name` of `op` is an integer, ValueError unless it is in [least, most] (None: no limit)."""
+    """Raise TypeError unless argument `name` of `op` is an integer, ValueError unless it is in [least, most] (None: no end)."""
     allowed = f"an integer from {least} up" if most is None else f"an integer from {least} to {most}"
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be {allowed}, got {type(value).__name__}")
