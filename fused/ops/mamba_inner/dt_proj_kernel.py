@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused.ops.selective_scan.schedule import processors
+from fused.ops.selective_scan.schedule import multiprocessors
 from fused.runtime.triton_launch import NATIVE, blocks, capability, launching_on, power_of_2
 
 LOW = {"TOKENS": 64, "CHANNELS": 128, "num_warps": 4, "num_stages": 3}
@@ -78,7 +78,7 @@ def steps(rows: Tensor, weights: Tensor, biases: Sequence[Tensor]) -> Tensor:
         fine = rows.dtype == torch.float32
         config = FULL if fine else LOW | TUNED.get(capability(rows.device), {})
         across = blocks(E, config["CHANNELS"])
-        tiles = _tiles(blocks(M, config["TOKENS"]), across * directions, AT_ONCE * processors(rows.device))
+        tiles = _tiles(blocks(M, config["TOKENS"]), across * directions, AT_ONCE * multiprocessors(rows.device))
         grid = (blocks(M, config["TOKENS"] * tiles), across, directions)
         with launching_on(rows.device):
             steps_kernel[grid](

@@ -196,12 +196,12 @@ def _shapes(*args):
     *tensors, even, keep = args
     p = _parts(tensors, even)
     B, L, E = p.x.shape
-    cut, count = p.plan.ahead, len(p.reverses)
+    cut, count = p.plan.fwd_schedule, len(p.reverses)
     kept, states = [p.x.new_empty(0) for _ in range(4)], partial(p.x.new_empty, dtype=torch.float32)
     if keep:
         kept[1:] = p.x.new_empty((B, L, E)), p.x.new_empty((B, L, E)), states((count, B, -(-L // TILE), E, p.N))
-    elif cut.whole < cut.chains:
-        kept[0] = states((count, B, cut.pieces, E, p.N))
+    elif cut.num_unsplit < cut.num_sequences:
+        kept[0] = states((count, B, cut.num_splits, E, p.N))
     return p.x.new_empty((B, L, tensors[-2].shape[0])), p.x.new_empty((count, B, L, p.width)), *kept
 
 

@@ -17,7 +17,7 @@ from fused.ops.causal_conv1d import launch as conv
 from fused.ops.mamba_inner.native import NAMES, PACKED, Parts, packed
 from fused.ops.mamba_inner.pack_kernel import Packed
 from fused.ops.selective_scan import launch as scan
-from fused.ops.selective_scan import schedule as cuts
+from fused.ops.selective_scan import schedule
 from fused.ops.selective_scan.native import plan, whole
 from fused.runtime.modes import is_batch_invariant
 
@@ -42,14 +42,15 @@ class Mixer:
     def suits(self, clips: int, tokens: int, device: torch.device) -> bool:
         """Whether time is cut over a chunk of so many tokens."""
         E, N = self._named[NAMES.index("A")][0].shape
-        plan = cuts.plan(clips, tokens, E, N, 2, cuts.processors(device), invariant=is_batch_invariant())
-        return clips > 0 and plan.ahead.pieces > 1
+        processors = schedule.multiprocessors(device)
+        plan = schedule.make_schedule(clips, tokens, E, N, 2, processors, batch_invariant=is_batch_invariant())
+        return clips > 0 and plan.fwd_schedule.num_splits > 1
 
     def behind(self, x: Tensor, entering: Entering) -> tuple[Entering, Entering]:
         """The backward direction over x (B, L, E): what enters it with its pieces, and what enters the chunk before."""
         p = Parts(x, None, [pair[1:] for pair in self._named], (True,), is_batch_invariant(), logarithm=False)
         s, leaving = self._read(p, (entering.taps,))
-        enter, last = scan.states(s, whole(entering.edge), p.plan, plan(x, p.N, 2, is_batch_invariant()).ahead)
+        enter, last = scan.states(s, whole(entering.edge), p.plan, plan(x, p.N, 2, is_batch_invariant()).fwd_schedule)
         return entering._replace(pieces=enter), Entering(leaving[0], last[0], None)
 
     def mix(self, xz: Tensor, state: Any, entering: Entering) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -62,10 +63,10 @@ class Mixer:
             edges = [s.A[0].new_zeros(len(x), *s.A[0].shape) if e is None else e for e in (edge, entering.edge)]
             r = scan.forward(s, torch.stack(edges), p.plan, keep=False)
             return r.y, (leaving[0], r.final[0])
-        cut = p.plan.ahead
+        cut = p.plan.fwd_schedule
         enter, _ = scan.states(s.ahead, whole(edge), plan(x, p.N, 1, is_batch_invariant()), cut)
         starts = torch.cat((enter, entering.pieces))
-        first = torch.cat((enter[:, :, 0], entering.pieces[:, :, -1])) if cut.whole else None  # of chains that are not cut
+        first = torch.cat((enter[:, :, 0], entering.pieces[:, :, -1])) if cut.num_unsplit else None
         r = scan.forward(s, first, p.plan, keep=False, starts=starts)
         return r.y, (leaving[0], r.final[0])
 

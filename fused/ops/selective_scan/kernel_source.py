@@ -3,7 +3,7 @@
 import functools
 from pathlib import Path
 
-from fused.ops.selective_scan.schedule import Plan
+from fused.ops.selective_scan.schedule import ScanSchedule
 
 FILES = ("../../runtime/device.cuh", "common.cu", "forward.cu", "backward.cu")
 LOGARITHM, REVERSE, STATES_ONLY = 1, 2, 4
@@ -18,14 +18,17 @@ def source(keeps: bool) -> str:
 
 
 def defines(
-    io: int, plan: Plan, directions: int, vector: int, vector_bc: int, exact: int, softplus: int, gated: int, keeps: int
-) -> tuple[tuple[str, int], ...]:
+    io: int, schedule: ScanSchedule, directions: int, vector: int, vector_bc: int, exact: int, softplus: int, gated: int,
+    keeps: int,
+) -> tuple[tuple[str, int], ...]:  # fmt: skip
     """What scan_common.cu says that the kernels are compiled with."""
-    forward, backward = plan.forward, plan.backward
+    forward, backward = schedule.fwd_config, schedule.bwd_config
     return (
-        ("IO", io), ("STATES", plan.states), ("VECTOR", vector), ("VECTOR_BC", vector_bc), ("EXACT", exact),
+        ("IO", io), ("STATES", schedule.padded_states), ("VECTOR", vector), ("VECTOR_BC", vector_bc), ("EXACT", exact),
         ("DIRECTIONS", directions), ("SOFTPLUS", softplus), ("GATED", gated), ("KEEPS", keeps),
-        ("FORWARD_CHANNELS", forward.channels), ("FORWARD_WARPS", forward.warps), ("FORWARD_BLOCKS", forward.blocks),
-        ("BACKWARD_CHANNELS", backward.channels), ("BACKWARD_WARPS", backward.warps), ("BACKWARD_BLOCKS", backward.blocks),
-        ("PIECE", backward.piece), ("PLACES", PLACES),
+        ("FORWARD_CHANNELS", forward.channels_per_thread), ("FORWARD_WARPS", forward.warps),
+        ("FORWARD_BLOCKS", forward.min_blocks_per_sm),
+        ("BACKWARD_CHANNELS", backward.channels_per_thread), ("BACKWARD_WARPS", backward.warps),
+        ("BACKWARD_BLOCKS", backward.min_blocks_per_sm),
+        ("PIECE", backward.subtile), ("PLACES", PLACES),
     )  # fmt: skip

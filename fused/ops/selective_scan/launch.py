@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fused.ops.selective_scan.kernel_source import LOGARITHM, PLACES, REVERSE, STATES_ONLY, defines, source
-from fused.ops.selective_scan.schedule import TILE, Cut, Plan, processors
+from fused.ops.selective_scan.schedule import TILE, ScanSchedule, SplitSchedule, multiprocessors
 from fused.runtime import nvrtc
 
 LONGEST_STATE = 64
@@ -62,7 +62,7 @@ class Result(NamedTuple):
 
 
 def forward(
-    s: Streams, initial: Tensor | None, plan: Plan, *, keep: bool, starts: Tensor | None = None,
+    s: Streams, initial: Tensor | None, plan: ScanSchedule, *, keep: bool, starts: Tensor | None = None,
     beside: Tensor | None = None,
 ) -> Result:  # fmt: skip
     """Scan from `initial` (d, B, E, N), of one direction (B, E, N), or from zero, and `keep` what the backward wants. `starts`
@@ -76,36 +76,36 @@ def forward(
     if 0 in (B, L, E):
         final = final.zero_() if initial is None else final.copy_(initial)
         return Result(y, final, starts, before, seen)
-    cut, shape = plan.ahead, plan.forward
+    cut, shape = plan.fwd_schedule, plan.fwd_config
     passes = Passes.over(cut, s, d * shape.warps, starts is None)
     if passes.blocks:
-        starts = _wide(u, d, B, cut.pieces, E, N)
-    sizes = (B, L, E, N, cut.span, cut.pieces, cut.whole, s.flags)
+        starts = _wide(u, d, B, cut.num_splits, E, N)
+    sizes = (B, L, E, N, cut.tiles_per_split, cut.num_splits, cut.num_unsplit, s.flags)
     args = (initial, starts, passes.local, passes.sums, final, seen, y, before, beside, *passes[2:], *sizes)
-    _launch_forward(s, plan, cut.units + passes.blocks, args, keep, beside)
+    _launch_forward(s, plan, cut.num_blocks + passes.blocks, args, keep, beside)
     return Result(y, final, starts, y if s.z is None and keep else before, seen)
 
 
-def states(s: Streams, initial: Tensor | None, plan: Plan, cut: Cut) -> tuple[Tensor, Tensor]:
+def states(s: Streams, initial: Tensor | None, plan: ScanSchedule, cut: SplitSchedule) -> tuple[Tensor, Tensor]:
     """No y, but what enters every piece of time and what leaves the last: (d, B, pieces, E, N) and (d, B, E, N), float32, from
     `initial` (d, B, E, N) or zero. All chains are cut as `cut` says, those too that it leaves whole; C and z are not read."""
     B, L, E, N = s.sizes
     u, d = s.u[0], len(s.reverses)
-    enter, local, last = (_wide(u, d, B, *sizes) for sizes in ((cut.pieces, E, N), (cut.pieces, E, N), (E, N)))
-    passes, counts = cut.chains * cut.pieces, _counts(u, cut.chains)
-    made = (enter, local, _wide(u, d, B, cut.pieces, E), last)
-    sizes = (B, L, E, N, cut.span, cut.pieces, 0, s.flags | STATES_ONLY)
+    enter, local, last = (_wide(u, d, B, *sizes) for sizes in ((cut.num_splits, E, N), (cut.num_splits, E, N), (E, N)))
+    passes, counts = cut.num_sequences * cut.num_splits, _counts(u, cut.num_sequences)
+    made = (enter, local, _wide(u, d, B, cut.num_splits, E), last)
+    sizes = (B, L, E, N, cut.tiles_per_split, cut.num_splits, 0, s.flags | STATES_ONLY)
     args = (initial, *made, None, u, None, None, counts, passes, 0, *sizes)
-    _launch_forward(s, plan, passes + cut.chains * (cut.pieces + 1), args)
+    _launch_forward(s, plan, passes + cut.num_sequences * (cut.num_splits + 1), args)
     return enter, last
 
 
 def _launch_forward(
-    s: Streams, plan: Plan, blocks: int, args: tuple[Any, ...], keep: bool = False, beside: Tensor | None = None
+    s: Streams, plan: ScanSchedule, blocks: int, args: tuple[Any, ...], keep: bool = False, beside: Tensor | None = None
 ) -> None:
-    d, width = len(s.reverses), plan.forward.width
-    shared = d * TILE * (width * 8 + 2 * plan.states * 4 + (width + 8) * 4)  # staged inputs and y
-    threads, module = d * 32 * plan.forward.warps, _module(s, plan, keep, beside)
+    d, width = len(s.reverses), plan.fwd_config.channels
+    shared = d * TILE * (width * 8 + 2 * plan.padded_states * 4 + (width + 8) * 4)  # staged inputs and y
+    threads, module = d * 32 * plan.fwd_config.warps, _module(s, plan, keep, beside)
     module.launch("scan_forward", (blocks, 1, 1), threads, shared, *_arguments(s), *args)
 
 
@@ -124,17 +124,17 @@ class Passes(NamedTuple):
     even: int  # whole chains for a multiprocessor's schedulers, as many of the four as a block has warps
 
     @classmethod
-    def over(cls, cut: Cut, s: Streams, warps: int, wanted: bool = True) -> "Passes":
+    def over(cls, cut: SplitSchedule, s: Streams, warps: int, wanted: bool = True) -> "Passes":
         """Empty; without passes, if they are not `wanted`."""
-        if cut.whole == cut.chains or not (wanted or cut.whole):
+        if cut.num_unsplit == cut.num_sequences or not (wanted or cut.num_unsplit):
             return cls(None, None, None, 0, 0)
         (B, _, E, N), u = s.sizes, s.u[0]
-        counts = _counts(u, cut.chains - cut.whole)
-        even = -(-cut.whole // (processors(u.device) * max(1, 4 // warps)))
+        counts = _counts(u, cut.num_sequences - cut.num_unsplit)
+        even = -(-cut.num_unsplit // (multiprocessors(u.device) * max(1, 4 // warps)))
         if not wanted:
             return cls(None, None, counts, 0, even)
-        shape = (len(s.reverses), B, cut.pieces, E)
-        return cls(_wide(u, *shape, N), _wide(u, *shape), counts, cut.passes, even)
+        shape = (len(s.reverses), B, cut.num_splits, E)
+        return cls(_wide(u, *shape, N), _wide(u, *shape), counts, cut.num_state_passes, even)
 
 
 class Gradients(NamedTuple):
@@ -150,7 +150,7 @@ class Gradients(NamedTuple):
 
 
 def backward(
-    s: Streams, dy: Tensor, dfinal: Tensor | None, marks: Tensor, ungated: Tensor | None, plan: Plan,
+    s: Streams, dy: Tensor, dfinal: Tensor | None, marks: Tensor, ungated: Tensor | None, plan: ScanSchedule,
     dB: Sequence[Tensor], dC: Sequence[Tensor], du: Sequence[Tensor] = (), ddelta: Sequence[Tensor] = (),
     dz: Tensor | None = None,
 ) -> Gradients:  # fmt: skip
@@ -158,7 +158,7 @@ def backward(
     into `dB` and `dC`, (B, L, N) each, of unit stride along N, and the others into contiguous `du` and `ddelta` and a `dz` of
     unit stride along E if these came."""
     B, L, E, N = s.sizes
-    u, d, cut, shape = s.u[0], len(s.reverses), plan.back, plan.backward
+    u, d, cut, shape = s.u[0], len(s.reverses), plan.bwd_schedule, plan.bwd_config
     du, ddelta = (tuple(given) or tuple(u.new_empty((B, L, E)) for _ in range(d)) for given in (du, ddelta))
     if s.z is not None and dz is None:
         dz = u.new_empty((B, L, E))
@@ -171,30 +171,30 @@ def backward(
         return Gradients(du, ddelta, dz, dA, dD, dbias, dinitial)
     module, arguments = _module(s, plan, True, dy, dz), _arguments(s)
     threads, shared = 32 * shape.warps, _shared_backward(plan, u.element_size())
-    blocks, width = -(-E // shape.width), -(-E * (N + 2) // 4) * 4
-    parts = _wide(u, d, B, L, blocks, 2, plan.states)
-    rows = _wide(u, d, B * cut.pieces, width)
+    blocks, width = -(-E // shape.channels), -(-E * (N + 2) // 4) * 4
+    parts = _wide(u, d, B, L, blocks, 2, plan.padded_states)
+    rows = _wide(u, d, B * cut.num_splits, width)
     passes = Passes.over(cut, s, shape.warps)
     given = (dy, *_steps(dy), ungated, marks, dfinal, passes.local, passes.sums)
     made = (*_both(du), *_both(ddelta), dz, *(_steps(dz) if dz is not None else (0, 0)), parts, rows, dinitial)
-    sizes = (B, L, E, N, cut.span, cut.pieces, cut.whole, s.flags)
+    sizes = (B, L, E, N, cut.tiles_per_split, cut.num_splits, cut.num_unsplit, s.flags)
     args = (*arguments, *given, *made, *passes[2:], *sizes)
-    module.launch("scan_backward", (cut.units + passes.blocks, 1, 1), threads, shared, *args)
+    module.launch("scan_backward", (cut.num_blocks + passes.blocks, 1, 1), threads, shared, *args)
     sums = (*_both(s.A), *_both(dA), *_both(dD), *_both(dbias))
     args = (parts, *_both(dB), *_steps(dB[0]), *_both(dC), *_steps(dC[0]), rows, width, *sums, *sizes)
-    grid = -(-L * 2 * plan.states // 256) * B + -(-E * (N + 2) // 256)
+    grid = -(-L * 2 * plan.padded_states // 256) * B + -(-E * (N + 2) // 256)
     module.launch("scan_sums", (grid, d, 1), 256, 0, *args)
     return Gradients(du, ddelta, dz, dA, dD, dbias, dinitial)
 
 
-def _shared_backward(plan: Plan, size: int) -> int:
+def _shared_backward(plan: ScanSchedule, size: int) -> int:
     """Bytes of a block, `size` of an element: staged inputs, held states, results, sums, what is fetched ahead."""
-    K, warps, piece = plan.backward.channels, plan.backward.warps, plan.backward.piece
-    threads, width, groups = 32 * warps, plan.backward.width, plan.states // 16
-    held, mixes = (TILE // piece - 1) * K * groups * threads * 16, -(-TILE // (threads // (plan.states // 2)))
-    staged = TILE * (width * 16 + 2 * plan.states * 4)
+    K, warps, piece = plan.bwd_config.channels_per_thread, plan.bwd_config.warps, plan.bwd_config.subtile
+    threads, width, groups = 32 * warps, plan.bwd_config.channels, plan.padded_states // 16
+    held, mixes = (TILE // piece - 1) * K * groups * threads * 16, -(-TILE // (threads // (plan.padded_states // 2)))
+    staged = TILE * (width * 16 + 2 * plan.padded_states * 4)
     fetched = (5 * K + mixes) * threads * 4 * size + K * groups * threads * 16
-    return staged + held + 2 * TILE * width * 4 + TILE * warps * 2 * plan.states * 4 + fetched
+    return staged + held + 2 * TILE * width * 4 + TILE * warps * 2 * plan.padded_states * 4 + fetched
 
 
 def _wide(u: Tensor, *shape: int) -> Tensor:
@@ -218,12 +218,13 @@ def _both(pair: Sequence[Any]) -> tuple[Any, Any]:
     return pair[0], pair[-1]
 
 
-def _module(s: Streams, plan: Plan, keep: bool, *others: Tensor | None) -> Any:
+def _module(s: Streams, plan: ScanSchedule, keep: bool, *others: Tensor | None) -> Any:
     E, N = s.sizes[2:]
     tokens = [x for x in (*s.u, *s.delta, s.z, *others) if x is not None]
     vector = int(E % 4 == 0 and all(map(_aligned, tokens)))
     vector_bc = int(N % 4 == 0 and all(map(_aligned, (*s.B, *s.C))))
-    exact = int(vector and vector_bc and N == plan.states and E % max(plan.forward.width, plan.backward.width) == 0)
+    widest = max(plan.fwd_config.channels, plan.bwd_config.channels)
+    exact = int(vector and vector_bc and N == plan.padded_states and E % widest == 0)
     options = (int(s.softplus), int(s.z is not None), int(keep))
     chosen = defines(IO[s.u[0].dtype], plan, len(s.reverses), vector, vector_bc, exact, *options)
     return nvrtc.module(source(keep), chosen, s.u[0].device)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fused.ops.selective_scan import launch as scan
-from fused.ops.selective_scan import schedule as cuts
+from fused.ops.selective_scan import schedule
 from fused.runtime.checks import no_autocast
 from fused.runtime.library import wants_gradients
 from fused.runtime.modes import is_batch_invariant
@@ -15,10 +15,10 @@ from fused.runtime.modes import is_batch_invariant
 _library = torch.library.Library("videomamba", "FRAGMENT")
 
 
-def plan(u: Tensor, N: int | torch.SymInt, directions: int, invariant: bool) -> cuts.Plan:
+def plan(u: Tensor, N: int | torch.SymInt, directions: int, invariant: bool) -> schedule.ScanSchedule:
     """How the kernels cut u (B, L, E); `invariant` cuts as for a batch of one."""
     B, L, E = map(int, u.shape)
-    return cuts.plan(B, L, E, int(N), directions, cuts.processors(u.device), invariant=invariant)
+    return schedule.make_schedule(B, L, E, int(N), directions, schedule.multiprocessors(u.device), batch_invariant=invariant)
 
 
 def dense(x: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ def _(u, delta, A, B, C, D, z, bias, initial, softplus, reverse, invariant, keep
     Bn, L, E = u.shape
     N = A.shape[1]
     ungated = u.new_empty((Bn, L, E)) if keep and z is not None else u.new_empty(0)
-    marks = A.new_empty((1, Bn, -(-L // cuts.TILE), E, N)) if keep else A.new_empty(0)
+    marks = A.new_empty((1, Bn, -(-L // schedule.TILE), E, N)) if keep else A.new_empty(0)
     return u.new_empty((Bn, L, E)), A.new_empty((Bn, E, N)), ungated, marks
 
 
@@ -236,7 +236,7 @@ def _(*args):
     u, A, z = tensors[0], tensors[4], tensors[14]
     (B, L, E), N = u.shape, A.shape[1]
     ungated = u.new_empty((B, L, E)) if keep and z is not None else u.new_empty(0)
-    marks = A.new_empty((2, B, -(-L // cuts.TILE), E, N)) if keep else A.new_empty(0)
+    marks = A.new_empty((2, B, -(-L // schedule.TILE), E, N)) if keep else A.new_empty(0)
     return u.new_empty((B, L, E)), ungated, marks
 
 

@@ -1,4 +1,9 @@
-"""How the selective scan is shared out among a GPU's multiprocessors: what a block walks, and where chains are cut."""
+"""How the selective scan is shared out among a GPU's multiprocessors: what a block walks, and which sequences are split.
+
+A sequence is what must be walked one token after another: the channels of a block in one clip (and, in the backward, in one
+direction). Sequences that are not split are walked by one block each. With split-L a sequence is cut into splits, a block each;
+each split then needs the state that enters it, which a state-only pass over the splits before it makes.
+"""
 
 import functools
 import math
@@ -6,139 +11,156 @@ from typing import NamedTuple
 
 import torch
 
-TILE = 16  # tokens; marks, the states from which the backward starts again, are that far apart
-SHORTEST = 8  # tiles of a piece
-# What a launch takes, fitted to an H200 (_cost):
-BUSY = (0.67, 0.765, 1.0)  # what a multiprocessor does of what it can, with a third of its blocks, two, all
-LAST = 0.72  # of what a last round that is not full would lose so, behind one full round; behind more so much less
-START = 0.75  # tiles that every block could walk while pieces of time begin to be walked,
-COMBINE = 0.1  # while it is told what one piece before leaves,
-END = 0.1  # and, of a piece, while the last ones end
-UNEVEN = 1.4  # a single round of small blocks in all places: they begin where others end, and a scheduler may get a warp more
-BESIDE = 1.03  # large blocks of pieces beside whole chains
+TILE = 16  # tokens that a block stages in shared memory at a time; tile_states are that far apart
+MIN_TILES_PER_SPLIT = 8
+MAX_SPLITS = 64
+# The cost model of `_cost`, fitted to launches on an H200. Unit: one tile of one block.
+UTILISATION = (0.67, 0.765, 1.0)  # share of its throughput that a multiprocessor has with 1/3, 2/3, all of its blocks
+PARTIAL_WAVE = 0.72  # share of the lost throughput that a last, partial wave costs behind one full wave; less behind more waves
+SPLIT_START = 0.75  # tiles that every block could walk while the walk of the splits begins
+COMBINE = 0.1  # tiles that combining the state of one split before takes
+SPLIT_END = 0.1  # share of a split's tiles that its last blocks run behind
+UNEVEN_WAVE = 1.4  # factor for a single wave of one-warp blocks that fills all places: a scheduler may get a warp more
+MIXED_BLOCKS = 1.03  # factor for large blocks of splits beside sequences that are not split
 
 
-class Shape(NamedTuple):
-    """Channels a thread and warps a direction; a block has 8 * channels * warps channels, and a multiprocessor holds `blocks`
-    at least, by which the compiler counts registers. `piece` tokens stay in the registers of the backward. `again` is the cost
-    of a tile in the pass over the states alone."""
+class KernelConfig(NamedTuple):
+    """Sizes with which a kernel is compiled. Of the costs, one is what a tile costs in the walk that gives outputs."""
 
-    channels: int
-    warps: int
-    blocks: int = 1
-    again: float = 0.6
-    piece: int = 4
+    channels_per_thread: int
+    warps: int  # of a direction
+    min_blocks_per_sm: int = 1  # by which the compiler limits registers
+    state_pass_cost: float = 0.6  # of a tile in the state-only pass
+    subtile: int = 4  # tokens that the backward keeps in registers
 
     @property
-    def width(self) -> int:
+    def channels(self) -> int:
         """Channels of a block."""
-        return 8 * self.channels * self.warps
+        return 8 * self.channels_per_thread * self.warps
 
 
-class Cut(NamedTuple):
-    """How chains, each to be walked one token after another, are shared out: the first `whole` are not cut, the others into
-    `pieces` of `span` tiles."""
+class SplitSchedule(NamedTuple):
+    """The first `num_unsplit` sequences are not split, the others have `num_splits` splits of `tiles_per_split` tiles."""
 
-    chains: int
-    whole: int
-    pieces: int
-    span: int
-
-    @property
-    def units(self) -> int:
-        """Blocks that walk."""
-        return self.whole + (self.chains - self.whole) * self.pieces
+    num_sequences: int
+    num_unsplit: int
+    num_splits: int
+    tiles_per_split: int
 
     @property
-    def passes(self) -> int:
-        """Blocks of the pass for the states that enter the pieces: what leaves a chain's last piece enters none."""
-        return (self.chains - self.whole) * (self.pieces - 1)
+    def num_blocks(self) -> int:
+        """Blocks that walk for outputs."""
+        return self.num_unsplit + (self.num_sequences - self.num_unsplit) * self.num_splits
+
+    @property
+    def num_state_passes(self) -> int:
+        """Blocks of the state-only pass. The last split of a sequence has none: its final state enters no other split."""
+        return (self.num_sequences - self.num_unsplit) * (self.num_splits - 1)
 
 
-class Plan(NamedTuple):
-    """How the kernels are built and how time is cut."""
+class ScanSchedule(NamedTuple):
+    """How the kernels are compiled and how they share out a scan."""
 
-    states: int  # N padded
-    forward: Shape
-    backward: Shape
-    ahead: Cut
-    back: Cut
+    padded_states: int  # N, rounded up to a multiple of 16
+    fwd_config: KernelConfig
+    bwd_config: KernelConfig
+    fwd_schedule: SplitSchedule
+    bwd_schedule: SplitSchedule
 
 
-def shapes(N: int) -> tuple[Shape, Shape]:
-    """Measured best on an H200 for N <= 16; with more states a thread has registers for one channel."""
-    return (Shape(2, 1, 6), Shape(2, 4, 3, 0.3)) if N <= 16 else (Shape(1, 4), Shape(1, 4, again=0.3))
+def kernel_configs(N: int) -> tuple[KernelConfig, KernelConfig]:
+    """Return the configs of forward and backward for N states, measured best on an H200 for N <= 16.
+
+    With more states a thread has registers for one channel.
+    """
+    if N <= 16:
+        return KernelConfig(2, 1, 6), KernelConfig(2, 4, 3, 0.3)
+    return KernelConfig(1, 4), KernelConfig(1, 4, state_pass_cost=0.3)
 
 
 @functools.lru_cache(1024)
-def plan(B: int, L: int, E: int, N: int, directions: int, processors: int, pieces: int = 0, invariant: bool = False) -> Plan:
-    """What takes the least time on so many `processors`, or `pieces` of every chain. `invariant`: the same for every B."""
-    forward, backward = shapes(N)
+def make_schedule(
+    B: int, L: int, E: int, N: int, directions: int, processors: int, num_splits: int = 0, batch_invariant: bool = False
+) -> ScanSchedule:
+    """Return the schedule that takes the least time on so many multiprocessors.
+
+    `num_splits` forces that many splits of every sequence. With `batch_invariant` the splits do not depend on B.
+    """
+    fwd_config, bwd_config = kernel_configs(N)
     tiles = max(1, -(-L // TILE))
-    if directions == 1:  # blocks of half the size
-        forward = forward._replace(blocks=2 * forward.blocks)
-    ahead, back = -(-E // forward.width), -(-E // backward.width) * directions  # chains of a clip
+    if directions == 1:  # a block has half the warps
+        fwd_config = fwd_config._replace(min_blocks_per_sm=2 * fwd_config.min_blocks_per_sm)
+    fwd_sequences, bwd_sequences = -(-E // fwd_config.channels), -(-E // bwd_config.channels) * directions  # of a clip
 
-    def cut(count: int, shape: Shape) -> Cut:
-        return _cut(count, B, tiles, processors, pieces, invariant, shape)
+    def split(sequences: int, config: KernelConfig) -> SplitSchedule:
+        return _cheapest_split(sequences, B, tiles, processors, num_splits, batch_invariant, config)
 
-    return Plan(-(-N // 16) * 16, forward, backward, cut(ahead, forward), cut(back, backward))
-
-
-def _cut(count: int, clips: int, tiles: int, processors: int, pieces: int, invariant: bool, shape: Shape) -> Cut:
-    chains = max(1, count * (1 if invariant else clips))
-    most = max(1, min(tiles // SHORTEST, 64))
-    if pieces:
-        options = [(0, min(pieces, most))]
-    else:  # whole rounds of all processors, none or as many as there are, and the rest in pieces
-        rounds = {0} if invariant else {0, chains // processors * processors}
-        options = [(chains, 1)] + [(whole, n) for whole in rounds if whole < chains for n in range(2, most + 1)]
-    whole, n = min(options, key=lambda option: _cost(option[0], option[1], chains, tiles, processors, shape))
-    span = -(-tiles // n)
-    every = max(1, count * clips)
-    return Cut(every, every if n == 1 else whole, -(-tiles // span), span)
+    fwd_schedule, bwd_schedule = split(fwd_sequences, fwd_config), split(bwd_sequences, bwd_config)
+    return ScanSchedule(-(-N // 16) * 16, fwd_config, bwd_config, fwd_schedule, bwd_schedule)
 
 
-def _cost(whole: int, pieces: int, chains: int, tiles: int, processors: int, shape: Shape) -> float:
-    """Tiles that the busiest processor could walk at its best in the time that it needs. Of 133 launches on an H200 what it
-    chooses takes 0.5 % longer than the best on average, 10 % at worst."""
-    span = -(-tiles // pieces)
-    pieces = -(-tiles // span)
-    rest = chains - whole
-    long, short = -(-whole // processors), rest * pieces / processors
-    slots = shape.blocks
+def _cheapest_split(
+    per_clip: int, clips: int, tiles: int, processors: int, num_splits: int, batch_invariant: bool, config: KernelConfig
+) -> SplitSchedule:
+    sequences = max(1, per_clip * (1 if batch_invariant else clips))
+    most = max(1, min(tiles // MIN_TILES_PER_SPLIT, MAX_SPLITS))
+    if num_splits:
+        options = [(0, min(num_splits, most))]
+    else:  # unsplit: none, or as many as fill whole waves of all processors; the rest are split
+        unsplit = {0} if batch_invariant else {0, sequences // processors * processors}
+        options = [(sequences, 1)] + [(u, n) for u in unsplit if u < sequences for n in range(2, most + 1)]
+    num_unsplit, n = min(options, key=lambda option: _cost(option[0], option[1], sequences, tiles, processors, config))
+    tiles_per_split = -(-tiles // n)
+    every = max(1, per_clip * clips)
+    return SplitSchedule(every, every if n == 1 else num_unsplit, -(-tiles // tiles_per_split), tiles_per_split)
 
-    def together(units: int | float) -> float:
-        """A tile of each of a processor's blocks: a third of the slots gives every scheduler a warp, another third a second."""
-        third = -(-3 * math.ceil(units) // slots)
-        return third * slots / 3 / BUSY[third - 1] if third else 0.0
 
-    def alone(units: int | float, length: int) -> float:
-        """A processor's blocks of one length: full rounds, and one that is not, begun when the first of a full one end."""
-        rounds, last = divmod(units, slots)
-        lost = together(last) - last
-        return (length + 1) * (units + (lost * LAST / rounds if rounds else lost))
+def _cost(num_unsplit: int, num_splits: int, sequences: int, tiles: int, processors: int, config: KernelConfig) -> float:
+    """Return the tiles that the busiest multiprocessor could walk at its best in the time that it needs.
 
-    if pieces == 1:
-        return alone(chains / processors, tiles)
-    beside = long % slots
-    walk = alone(long - beside, tiles)
+    Of 133 launches on an H200, what this chooses takes 0.5 % longer than the best on average, 10 % at worst.
+    """
+    tiles_per_split = -(-tiles // num_splits)
+    num_splits = -(-tiles // tiles_per_split)
+    num_split = sequences - num_unsplit
+    unsplit, splits = -(-num_unsplit // processors), num_split * num_splits / processors  # blocks of a multiprocessor
+    slots = config.min_blocks_per_sm
+
+    def at_once(blocks: int | float) -> float:
+        """Cost of a tile of each of a multiprocessor's blocks: a third of the slots gives every scheduler a warp."""
+        third = -(-3 * math.ceil(blocks) // slots)
+        return third * slots / 3 / UTILISATION[third - 1] if third else 0.0
+
+    def in_waves(blocks: int | float, length: int) -> float:
+        """Cost of blocks of one length: full waves, and a partial one, begun when the first of a full one end."""
+        waves, last = divmod(blocks, slots)
+        lost = at_once(last) - last
+        return (length + 1) * (blocks + (lost * PARTIAL_WAVE / waves if waves else lost))
+
+    if num_splits == 1:
+        return in_waves(sequences / processors, tiles)
+    beside = unsplit % slots  # unsplit sequences that are walked at the same time as the splits
+    walk = in_waves(unsplit - beside, tiles)
     if not beside:
-        walk += alone(short, span)
-        if shape.warps == 1 and not whole and 0.99 * slots < short <= slots:
-            walk *= UNEVEN
-    elif beside + short <= slots:
-        walk += (span + 1) * together(beside + short) + (tiles - span) * together(beside)
-    else:  # one after another in the places that the long ones leave
-        turns = (span + 1) * short / (slots - beside)
-        walk += turns * slots + (tiles - turns) * together(beside) if turns < tiles else (span + 1) * short + tiles * beside
-    if beside and shape.warps > 1:
-        walk *= BESIDE
-    between = START + COMBINE * (pieces - 1) / 2 * math.ceil(short / slots) + END * span
-    return walk + shape.again * alone(rest * (pieces - 1) / processors, span) + between * slots
+        walk += in_waves(splits, tiles_per_split)
+        if config.warps == 1 and not num_unsplit and 0.99 * slots < splits <= slots:
+            walk *= UNEVEN_WAVE
+    elif beside + splits <= slots:
+        walk += (tiles_per_split + 1) * at_once(beside + splits) + (tiles - tiles_per_split) * at_once(beside)
+    else:  # splits follow one another in the slots that the unsplit sequences leave
+        length = (tiles_per_split + 1) * splits / (slots - beside)
+        if length < tiles:
+            walk += length * slots + (tiles - length) * at_once(beside)
+        else:
+            walk += (tiles_per_split + 1) * splits + tiles * beside
+    if beside and config.warps > 1:
+        walk *= MIXED_BLOCKS
+    between = SPLIT_START + COMBINE * (num_splits - 1) / 2 * math.ceil(splits / slots) + SPLIT_END * tiles_per_split
+    passes = in_waves(num_split * (num_splits - 1) / processors, tiles_per_split)
+    return walk + config.state_pass_cost * passes + between * slots
 
 
 @functools.cache
-def processors(device: torch.device) -> int:
-    """Streaming multiprocessors; a CPU, which only emulates, has one."""
+def multiprocessors(device: torch.device) -> int:
+    """Return a GPU's streaming multiprocessors; a CPU, which only emulates, has one."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -23,7 +23,7 @@ from fused.models.videomamba.block import Block  # noqa: E402
 from fused.models.videomamba.config import VideoMambaConfig  # noqa: E402
 from fused.modules.mamba import Mamba  # noqa: E402
 from fused.ops.selective_scan import launch as scan  # noqa: E402
-from fused.ops.selective_scan import schedule as cuts  # noqa: E402
+from fused.ops.selective_scan import schedule  # noqa: E402
 from fused.runtime import nvrtc  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton 3.6's interpreter
@@ -65,9 +65,10 @@ def test_follows_the_mixer_in_pytorch(options):
 
 
 def test_time_is_cut(monkeypatch):
-    monkeypatch.setattr(cuts, "SHORTEST", 2)  # else 16 tiles are needed, which the interpreter walks for half a minute
-    monkeypatch.setattr(cuts, "plan", partial(cuts.plan.__wrapped__, pieces=2))
-    assert cuts.plan(1, 65, 16, 4, 2, 1).ahead.pieces == 2
+    # with the least number of tiles in use, the interpreter would walk 16 tiles for half a minute
+    monkeypatch.setattr(schedule, "MIN_TILES_PER_SPLIT", 2)
+    monkeypatch.setattr(schedule, "make_schedule", partial(schedule.make_schedule.__wrapped__, num_splits=2))
+    assert schedule.make_schedule(1, 65, 16, 4, 2, 1).fwd_schedule.num_splits == 2
     assert_rule(sample(seed, 1, 65) for seed in range(4))
 
 
@@ -78,8 +79,8 @@ def test_what_is_kept_changes_no_bit_and_spares_a_scan(monkeypatch, pieces, opti
     options = {"d_model": 8, **options}
     width = options["d_model"]
     dtype = torch.bfloat16 if DEVICE == "cuda" and width == 32 else torch.float32
-    monkeypatch.setattr(cuts, "SHORTEST", 1)
-    monkeypatch.setattr(cuts, "plan", partial(cuts.plan.__wrapped__, pieces=pieces))
+    monkeypatch.setattr(schedule, "MIN_TILES_PER_SPLIT", 1)
+    monkeypatch.setattr(schedule, "make_schedule", partial(schedule.make_schedule.__wrapped__, num_splits=pieces))
     torch.manual_seed(0)
     mixer, tokens, cotangent = Mamba(**options).to(DEVICE, dtype), *torch.randn(2, 1, 35, width).to(DEVICE, dtype)
     scans, forward = [], scan.forward
@@ -227,13 +228,13 @@ def layer_in_chunks(seed, clips, sizes, backend, dtype, trained):
 @pytest.mark.parametrize(("clips", "whole", "trained"), [(1, 0, True), (2, 1, False)], ids=["all chains cut", "one of two cut"])
 def test_a_layer_walks_its_chunks_by_states_where_time_is_cut(clips, whole, trained, monkeypatch):
     def cut(*args, **options):
-        found = honest(*args, **options, pieces=2)
-        return found._replace(ahead=found.ahead._replace(whole=whole))
+        found = honest(*args, **options, num_splits=2)
+        return found._replace(fwd_schedule=found.fwd_schedule._replace(num_unsplit=whole))
 
-    asked, packed, states, honest = [], [], scan.states, cuts.plan.__wrapped__
+    asked, packed, states, honest = [], [], scan.states, schedule.make_schedule.__wrapped__
     pack = fused.ops.mamba_inner.native.pack
-    monkeypatch.setattr(cuts, "SHORTEST", 1)
-    monkeypatch.setattr(cuts, "plan", cut)
+    monkeypatch.setattr(schedule, "MIN_TILES_PER_SPLIT", 1)
+    monkeypatch.setattr(schedule, "make_schedule", cut)
     monkeypatch.setattr(scan, "states", lambda *a: asked.append(a) or states(*a))
     monkeypatch.setattr(fused.ops.mamba_inner.native, "pack", lambda *a: packed.append(a) or pack(*a))
     kinds = ("native", torch.float32), ("torch", torch.float64), ("torch", torch.float32)

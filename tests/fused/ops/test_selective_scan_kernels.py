@@ -9,7 +9,7 @@ from rule import assert_rule, double, outcome
 import fused.ops.selective_scan.native  # noqa: F401 (registers the operators)
 from fused import backends, bidirectional_scan, selective_scan
 from fused.ops.selective_scan import launch as scan
-from fused.ops.selective_scan import schedule as cuts
+from fused.ops.selective_scan import schedule
 from fused.runtime import nvrtc
 
 SEEDS = range(4)
@@ -29,14 +29,14 @@ def emulated(monkeypatch):
 @pytest.fixture
 def keen(monkeypatch):
     """Time is cut also where that does not pay, as on a GPU that is not filled."""
-    monkeypatch.setattr(cuts, "processors", lambda device: 1000)
-    shapes = cuts.shapes
-    monkeypatch.setattr(cuts, "shapes", lambda N: tuple(shape._replace(blocks=3) for shape in shapes(N)))
-    for name, value in {"SHORTEST": 2, "START": 0}.items():
-        monkeypatch.setattr(cuts, name, value)
-    cuts.plan.cache_clear()
+    monkeypatch.setattr(schedule, "multiprocessors", lambda device: 1000)
+    shapes = schedule.kernel_configs
+    monkeypatch.setattr(schedule, "kernel_configs", lambda N: tuple(shape._replace(min_blocks_per_sm=3) for shape in shapes(N)))
+    for name, value in {"MIN_TILES_PER_SPLIT": 2, "SPLIT_START": 0}.items():
+        monkeypatch.setattr(schedule, name, value)
+    schedule.make_schedule.cache_clear()
     yield
-    cuts.plan.cache_clear()
+    schedule.make_schedule.cache_clear()
 
 
 def draw(seed, shape, everything=True, state=True, dtype=torch.float32, suffix=""):
@@ -100,8 +100,8 @@ def test_follows_the_loop(shape, given, options):
     ("clips", "processors", "cut"), [(1, 6, (1, 0, 3, 3)), (13, 2, (13, 12, 3, 3))], ids=["every chain", "the last chain"]
 )
 def test_time_is_cut(clips, processors, cut, reverse, keen, monkeypatch):
-    monkeypatch.setattr(cuts, "processors", lambda device: processors)
-    assert cuts.plan(clips, 130, 2, 4, 1, processors).ahead == cut
+    monkeypatch.setattr(schedule, "multiprocessors", lambda device: processors)
+    assert schedule.make_schedule(clips, 130, 2, 4, 1, processors).ahead == cut
     assert_rule(sample(*draw(seed, (clips, 130, 2, 4)), reverse=reverse) for seed in SEEDS)
 
 
@@ -163,8 +163,8 @@ def test_reads_in_place_through_strides():
 
 
 def test_a_clip_does_not_see_its_neighbours(keen, monkeypatch):
-    monkeypatch.setattr(cuts, "processors", lambda device: 2)
-    assert [cuts.plan(clips, 130, 4, 16, 1, 2).ahead.pieces for clips in (1, 3)] == [3, 1]
+    monkeypatch.setattr(schedule, "multiprocessors", lambda device: 2)
+    assert [schedule.make_schedule(clips, 130, 4, 16, 1, 2).fwd_schedule.num_splits for clips in (1, 3)] == [3, 1]
     tensors, (dy, dstate) = draw(0, (3, 130, 4, 16))
     run = lambda part: outcome(lambda **x: selective_scan(**x, backend="native"), part, seeds, None)  # noqa: E731
     per_clip = ("u", "delta", "B", "C", "z", "initial_state")
@@ -214,7 +214,8 @@ def test_tuned_kernels_do_not_spill(arch, capsys):
         pytest.skip(reason)
     tuned = ((1, 2, 1, 0), (2, 1, 1, 1), (2, 2, 1, 0), (2, 2, 1, 1))
     for directions, softplus, gated, keeps in tuned if arch == "sm_90" else tuned[-1:]:
-        chosen = scan.defines(0, cuts.plan(1, 16, 64, 16, directions, 1), directions, 1, 1, 1, softplus, gated, keeps)
+        chosen_schedule = schedule.make_schedule(1, 16, 64, 16, directions, 1)
+        chosen = scan.defines(0, chosen_schedule, directions, 1, 1, 1, softplus, gated, keeps)
         found = nvrtc.resources(scan.source(bool(keeps)), chosen, arch)
         with capsys.disabled():
             for name, r in found.items():
@@ -235,7 +236,7 @@ def test_knowing_what_enters_the_pieces_changes_no_bit(whole):
 
     A, D, (u, delta, z) = -normal(E, N).exp(), normal(E), (normal(B, L, E) for _ in range(3))
     s = scan.Streams((False,), (u,), (delta,), (A,), (normal(B, L, N),), (normal(B, L, N),), (D,), (D,), z)
-    plan = cuts.plan(B, L, E, N, 1, 2)._replace(ahead=cuts.Cut(B, whole, 3, 3))
+    plan = schedule.make_schedule(B, L, E, N, 1, 2)._replace(ahead=schedule.Cut(B, whole, 3, 3))
     first = scan.forward(s, None, plan, keep=True)
     again = scan.forward(s, None, plan, keep=True, starts=first.starts)
     for name in ("y", "final", "ungated", "marks"):
