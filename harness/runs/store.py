@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fused.io.atomic_write import written_whole
+from fused.io.atomic_write import atomic_write
 from harness.records.record import Record
 from harness.records.speed import Speed
 from harness.runs import sessions
@@ -115,7 +115,7 @@ class Run:
 
     def save(self) -> None:
         """Write run.json, whole or not at all."""
-        with written_whole(self.folder / "run.json") as draft:
+        with atomic_write(self.folder / "run.json") as draft:
             draft.write_text(json.dumps(self.about, indent=1) + "\n")
 
     def counts(self, role: str = "ours") -> dict[str, int]:

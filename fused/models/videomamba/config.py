@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from fused.models.videomamba.scan_order import SCAN_ORDERS
-from fused.rules import COUNT, COUNT_OR_0, FLAG, POSITIVE, RATE, Rule, one_of, whole, wrong
+from fused.rules import COUNT, COUNT_OR_0, FLAG, POSITIVE, RATE, Rule, invalid, is_integer, one_of
 
 POOL_TYPES = ("cls", "avg", "cls+avg", "cls_cat_avg", "last")
 READOUTS = ("cls", "mean", "last", "tokens")
@@ -71,24 +71,24 @@ class VideoMambaConfig:
 
     def _check_together(self) -> None:
         """What is allowed for one field depends on another."""
-        if not all(whole(side, self.patch_size) for side in self.sides) or len(self.sides) != 2:
+        if not all(is_integer(side, self.patch_size) for side in self.sides) or len(self.sides) != 2:
             allowed = f"pixels, or (height, width), each at least patch_size ({self.patch_size})"
-            raise wrong("img_size", self.img_size, allowed)
+            raise invalid("img_size", self.img_size, allowed)
         if self.num_frames is not None and self.num_frames % self.kernel_size:
-            raise wrong("num_frames", self.num_frames, f"a multiple of kernel_size ({self.kernel_size}), or None")
+            raise invalid("num_frames", self.num_frames, f"a multiple of kernel_size ({self.kernel_size}), or None")
         unknown = sorted(set(self.ssm_cfg or ()) - set(SSM_FIELDS), key=str)
         if unknown:
-            raise wrong("ssm_cfg", unknown, "keys among " + ", ".join(sorted(SSM_FIELDS)))
+            raise invalid("ssm_cfg", unknown, "keys among " + ", ".join(sorted(SSM_FIELDS)))
         if self.clip_decoder_embed_dim not in (None, self.embed_dim):
             allowed = f"embed_dim ({self.embed_dim}), whose tokens enter the decoder, or None for the same"
-            raise wrong("clip_decoder_embed_dim", self.clip_decoder_embed_dim, allowed)
+            raise invalid("clip_decoder_embed_dim", self.clip_decoder_embed_dim, allowed)
         layers = self.student_layers()
         if any(layer < 0 for layer in layers) or len(set(layers)) < len(layers):
             allowed = (
                 f"as many distinct layers as depth ({self.depth}) and clip_student_return_interval "
                 f"({self.clip_student_return_interval}) leave"
             )
-            raise wrong("clip_return_layer", self.clip_return_layer, allowed)
+            raise invalid("clip_return_layer", self.clip_return_layer, allowed)
 
     @property
     def sides(self) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fused.io.atomic_write import written_whole
+from fused.io.atomic_write import atomic_write
 from fused.io.checkpoint_file import CheckpointError, read_checkpoint, save_checkpoint
 from fused.models.videomamba.config import VideoMambaConfig
 from fused.models.videomamba.load import load_checkpoint
@@ -80,7 +80,7 @@ class Pretrained:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with written_whole(folder / CONFIG) as draft:
+        with atomic_write(folder / CONFIG) as draft:
             draft.write_text(json.dumps(asdict(replace(self.config, pretrained=None)), indent=2) + "\n")
             save_checkpoint(self, folder / WEIGHTS)  # type: ignore[arg-type]
         return folder

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fused.io.atomic_write import written_whole
+from fused.io.atomic_write import atomic_write
 from fused.models.videomamba.model import VideoMamba
 
 
@@ -50,7 +50,7 @@ def export_onnx(model: VideoMamba, path: str | Path, *, batch: int = 1) -> OnnxE
         )  # fmt: skip
     optimizer.fold_constants(program.model)  # its other passes take minutes for a model of full size
     optimizer.remove_unused_nodes(program.model)
-    with written_whole(path) as draft:
+    with atomic_write(path) as draft:
         program.save(draft, external_data=False)  # the largest published model has 0.4 GB, a file may have 2
     written = OnnxExport(path, tuple(clip.shape), len(program.model.graph))
     print(f"{path}: {written.nodes} nodes for clips of shape {written.shape}")
