@@ -8,6 +8,7 @@ from typing import Any
 from harness.fixtures.video import SHIPPED
 from harness.report import deviation, figures, tables, training
 from harness.report.html import both
+from harness.runs import sessions
 from harness.runs.store import Run
 
 HOW = """\
@@ -144,14 +145,26 @@ def box(run: Run) -> str:
     for group in ("packages", "fingerprints", "settings"):
         rows.append((group, ", ".join(f"{k} {'none' if v is None else v}" for k, v in found.get(group, {}).items())))
     rows += [(k, about.get(k, "?")) for k in ("started", "ended")]
+    rows += [("sessions", said)] if (said := _sessions(run)) else []
     rows.append(("wall time", _wall(run)))
     rows += [(f"plan: {k}", ", ".join(v) if isinstance(v, list | tuple) else v) for k, v in about.get("plan", {}).items() if v]
     return tables.table(["what", "is"], [(k, "none" if v is None else v) for k, v in rows])
 
 
+def _sessions(run: Run) -> str:
+    """Return when each session began and how it ended; "" if there was only one."""
+    found = sessions.of(run.about)
+    parts = [f"{s.get('started', '?')} ({s.get('status', '?')})" for s in found]
+    return f"{len(found)}: {', '.join(parts)}" if len(found) > 1 else ""
+
+
 def _wall(run: Run) -> str:
+    """Return the seconds of all sessions that lived to note their end, and of the questions."""
     spent = math.fsum(r.seconds for r in run.records)
-    if not {"started", "ended"} <= run.about.keys():
+    found = sessions.of(run.about)
+    times = [(datetime.fromisoformat(s["started"]), datetime.fromisoformat(s["ended"])) for s in found if "ended" in s]
+    if not times:
         return f"{spent:.0f} s in questions"
-    wall = datetime.fromisoformat(run.about["ended"]) - datetime.fromisoformat(run.about["started"])
-    return f"{wall.total_seconds():.0f} s from start to end, {spent:.0f} s of them in questions"
+    wall = sum((end - start).total_seconds() for start, end in times)
+    unknown = f", and those of {len(found) - len(times)} killed" * (len(times) < len(found))
+    return f"{wall:.0f} s from start to end{unknown}, {spent:.0f} s of them in questions"
