@@ -153,7 +153,7 @@ def test_a_terminal_sees_one_line(tmp_path, monkeypatch):
     lines = Log(tmp_path, 0, 100)
     for step in (1, 2):
         lines.progress({"step": step, "epoch": 0, "loss": 0.5, "lr": 1e-3, "clips_per_s": 20.0}, logged=False)
-    lines.say("done")
+    lines.print_line("done")
     lines.close()
     first, second, end = lines.stream.getvalue().split("\r\x1b[2K")[1:] + ["no more"]
     assert first.startswith("step 1/100, epoch 0: loss 0.5000, lr 0.001, 20 clips/s, 0:0") and "\n" not in first

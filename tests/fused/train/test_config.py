@@ -3,7 +3,7 @@
 import pytest
 
 from fused.train.__main__ import main
-from fused.train.config_file import read_config, written
+from fused.train.config_file import read_config, to_yaml
 
 LEAST = ["task=finetune", "out=run", "data.train=videos", "steps=3"]
 DISTILL = ["task=distill", "teacher=small", "out=run", "data.train=videos", "steps=3"]
@@ -20,7 +20,7 @@ def test_a_file_and_what_is_put_over_it(tmp_path):
     assert (config.epochs, config.steps) == (2, None)
     assert config.optim.lr == 2e-4 and config.optim.weight_decay == 0.01 and config.optim.betas == (0.9, 0.95)
     assert config.model == {"size": "small", "drop_path_rate": 0.2, "ssm_cfg": {"d_state": 8}}
-    file.write_text(written(config))
+    file.write_text(to_yaml(config))
     assert read_config(file) == config
 
 

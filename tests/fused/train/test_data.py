@@ -10,7 +10,7 @@ from videos import STEP, cut, write_video
 
 from fused.io.video import MEAN, STD, VideoError, read_clip
 from fused.train import ClipFolder, batches
-from fused.train.data.clips import Unreadable
+from fused.train.data.clips import UnreadableFiles
 
 FRAMES, SIZE = 3, 16
 GOOD = ["0.mp4", "2.mp4", "1.mp4", "3.mp4"]
@@ -276,7 +276,7 @@ class Deadly(ClipFolder):
 
 def test_a_worker_that_finds_no_file_says_why_without_its_traceback(tmp_path):
     found = listed(tmp_path, "missing0.mp4\nmissing1.mp4\n")
-    with pytest.raises(Unreadable, match="^batches: none of 2 files can be read: .*missing.*no such file") as caught:
+    with pytest.raises(UnreadableFiles, match="^batches: none of 2 files can be read: .*missing.*no such file") as caught:
         list(batches(found, 2, epoch=0, seed=0, workers=1))
     assert "Traceback" not in str(caught.value)
 
