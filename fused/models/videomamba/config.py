@@ -1,4 +1,4 @@
-"""What a VideoMamba is built from: one frozen description for image model, video classifier and pretraining encoder."""
+"""The configuration of VideoMamba: one frozen description for image model, video classifier and pretraining encoder."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -18,7 +18,7 @@ SSM_FIELDS = (
 
 @dataclass(frozen=True)
 class VideoMambaConfig:
-    """Upstream's fields with upstream's defaults; None where the value follows from the others.
+    """Upstream's fields with upstream's defaults; None where a value follows from other fields.
 
     `num_frames=None` describes the image model (two-dimensional patches, no temporal embedding). Raises ValueError or
     TypeError at construction; the message names the field, what came and what is allowed.
@@ -43,7 +43,7 @@ class VideoMambaConfig:
     fused_add_norm: bool = True
     bimamba: bool = True
     use_checkpoint: bool = False
-    checkpoint_num: int = 0  # use_checkpoint: mixers of this many first layers are run again in the backward pass
+    checkpoint_num: int = 0  # with use_checkpoint, the mixers of so many first layers run again in the backward pass
     readout: str = "cls"  # what the classifier's head reads; causal models: not "cls"
     pool_type: str = "cls+avg"  # what the encoder pools; causal models: "avg" or "last"
     clip_decoder_embed_dim: int | None = None  # None: embed_dim
@@ -67,10 +67,10 @@ class VideoMambaConfig:
         for f in fields(self):
             if f.name in _RULES:
                 _RULES[f.name].check(f.name, getattr(self, f.name))
-        self._check_together()
+        self._check_combinations()
 
-    def _check_together(self) -> None:
-        """What is allowed for one field depends on another."""
+    def _check_combinations(self) -> None:
+        """Raise ValueError for a field whose value does not go with that of another."""
         if not all(is_integer(side, self.patch_size) for side in self.sides) or len(self.sides) != 2:
             allowed = f"pixels, or (height, width), each at least patch_size ({self.patch_size})"
             raise invalid("img_size", self.img_size, allowed)
@@ -110,32 +110,32 @@ class VideoMambaConfig:
 
     @property
     def tubelets(self) -> int:
-        """Time steps that the patch embedding leaves of a clip; an image has 1."""
+        """Tubelets of a clip, the time steps behind the patch embedding; an image has 1."""
         return self.num_frames // self.kernel_size if self.num_frames is not None else 1
 
     def student_layers(self) -> tuple[int, ...]:
-        """The layers whose outputs the CLIP decoders read, ascending."""
+        """Return the numbers of the layers whose features the CLIP decoders read, ascending."""
         last, gap = self.depth - 1, self.clip_student_return_interval
         return tuple(last - int(k * gap) for k in reversed(range(self.clip_return_layer)))
 
     @classmethod
     def tiny(cls, **overrides: Any) -> "VideoMambaConfig":
-        """VideoMamba-Ti, 7 M parameters."""
+        """Return the configuration of VideoMamba-Ti, 7 M parameters."""
         return cls(**{"embed_dim": 192, "depth": 24, **overrides})
 
     @classmethod
     def small(cls, **overrides: Any) -> "VideoMambaConfig":
-        """VideoMamba-S, 26 M parameters."""
+        """Return the configuration of VideoMamba-S, 26 M parameters."""
         return cls(**{"embed_dim": 384, "depth": 24, **overrides})
 
     @classmethod
     def middle(cls, **overrides: Any) -> "VideoMambaConfig":
-        """VideoMamba-M, 74 M parameters."""
+        """Return the configuration of VideoMamba-M, 74 M parameters."""
         return cls(**{"embed_dim": 576, "depth": 32, **overrides})
 
     @classmethod
     def base(cls, **overrides: Any) -> "VideoMambaConfig":
-        """VideoMamba-B, 98 M parameters."""
+        """Return the configuration of VideoMamba-B, 98 M parameters."""
         return cls(**{"embed_dim": 768, "depth": 24, **overrides})
 
 
