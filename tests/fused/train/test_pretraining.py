@@ -37,7 +37,7 @@ def pretrain(kind: str, seed: int = 0) -> tuple[list[float], VideoMambaEncoder, 
 
 
 @pytest.mark.parametrize("kind", ["l2", "mse", "smooth_l1"])
-def test_the_loss_falls(kind):
+def test_the_loss_falls(kind: str) -> None:
     with torch.random.fork_rng():
         losses, student, teacher = pretrain(kind)
     assert sum(losses[-3:]) < 0.5 * sum(losses[:3]), losses
