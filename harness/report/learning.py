@@ -15,8 +15,8 @@ from harness.learning.tasks import TASKS
 from harness.records.finding import Finding
 from harness.records.record import Record
 from harness.report import tables
-from harness.report.figures import STYLE, below, colour, save
-from harness.report.html import both
+from harness.report.figures import STYLE, colour, legend_below, save
+from harness.report.html import write_both
 from harness.report.page import box
 from harness.runs.store import Run
 
@@ -41,7 +41,7 @@ def write(run: Run) -> Path:
     parts = [
         f"# {title}",
         _verdict(run),
-        *_loud(run),
+        *_warnings(run),
         "## What was learnt", table(run.records),
         "## Step by step", plot,
         "## Failures", tables.failures(run.records),
@@ -50,11 +50,11 @@ def write(run: Run) -> Path:
         "## The box", box(run),
         "## Again", f"```\n{run.about.get('command', '(not recorded; the plan above says what was asked)')}\n```",
     ]  # fmt: skip
-    return both(run.folder, "\n\n".join(parts) + "\n", title)
+    return write_both(run.folder, "\n\n".join(parts) + "\n", title)
 
 
-def said(record: Record) -> str:
-    """A training in a line."""
+def one_line(record: Record) -> str:
+    """Return a training in a line."""
     who = f"{record.status.upper()} ({record.role}) {record.subject} {record.implementation} {record.case}"
     result = _held_out(record)
     if result is None:
@@ -64,7 +64,7 @@ def said(record: Record) -> str:
 
 
 def table(records: Sequence[Record]) -> str:
-    """Every training with its verdict."""
+    """Return a table of all trainings with their verdicts."""
     rows = []
     for r in records:
         result = _held_out(r)
@@ -76,7 +76,7 @@ def table(records: Sequence[Record]) -> str:
 
 
 def draw(records: Sequence[Record], folder: Path) -> list[Path]:
-    """learning.png and .svg in the folder: a column a task, loss above accuracy; none without a look."""
+    """Draw learning.png and .svg in the folder: a column a task, loss above accuracy. Return their paths."""
     mine = [r for r in records if curve(r, "loss")]
     if not mine:
         return []
@@ -92,16 +92,17 @@ def draw(records: Sequence[Record], folder: Path) -> list[Path]:
         panels[1][0].set_ylabel("right, of what is held out")
         bar = Line2D([], [], color="0.3", linestyle="--", label="bar")
         chance = Line2D([], [], color="0.3", linestyle=":", label="chance")
-        below(figure, [*(Line2D([], [], color=colour(i), label=n) for i, n in enumerate(names)), bar, chance], most=4)
+        legend_below(figure, [*(Line2D([], [], color=colour(i), label=n) for i, n in enumerate(names)), bar, chance], most=4)
         return save(figure, folder, STEM)
 
 
 def curve(record: Record, what: str) -> dict[int, Finding]:
-    """What was measured at every look, by step."""
+    """Return the findings of one kind, by step."""
     return {int(f.tensor.split()[1]): f for f in record.findings if f.norm == what and f.tensor.startswith("step ")}
 
 
 def _panels(above: Axes, under: Axes, records: list[Record], names: list[str]) -> None:
+    """Draw a task's losses and shares of right answers over the steps."""
     for r in records:
         look: dict[str, Any] = {"color": colour(names.index(r.implementation)), "marker": ".", "linewidth": 1.0}
         loss, missed = curve(r, "loss"), curve(r, "wrong")
@@ -122,22 +123,25 @@ def _panels(above: Axes, under: Axes, records: list[Record], names: list[str]) -
 
 
 def _held_out(record: Record) -> Finding | None:
+    """Return the finding about held-out answers, if there is one."""
     return next((f for f in record.findings if f.tensor == "held out"), None)
 
 
 def _share(result: Finding) -> str:
+    """Return the share of right answers in words."""
     return f"{100 * (1 - result.error / result.scale):.1f} % of {result.scale:.0f}"
 
 
 def _verdict(run: Run) -> str:
+    """Return the verdict in bold, with counts."""
     counts = run.counts()
     word = "FAILED" if counts["failed"] else "PASSED" if counts["passed"] else "NOTHING RAN"
     word += f" SO FAR ({run.about.get('status')})" * (run.about.get("status") != "finished")
     return f"**{word}.**\n\n`{run.last_line()}`"
 
 
-def _loud(run: Run) -> list[str]:
-    """What a reader must know before trusting the verdict."""
+def _warnings(run: Run) -> list[str]:
+    """Return what limits the trust in the verdict."""
     plan, said = run.about.get("plan", {}), []
     if run.about.get("status") != "finished":
         said.append(f"> **NOT FINISHED** (status: {run.about.get('status')}). Trainings are missing.")

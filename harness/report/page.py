@@ -7,7 +7,7 @@ from typing import Any
 
 from harness.fixtures.video import SHIPPED
 from harness.report import deviation, figures, tables, training
-from harness.report.html import both
+from harness.report.html import write_both
 from harness.runs import sessions
 from harness.runs.store import Run
 
@@ -76,7 +76,7 @@ def write(run: Run) -> Path:
     parts = [
         f"# {title}",
         _verdict(run),
-        *_loud(run),
+        *_warnings(run),
         "## Checks and implementations",
         *(f"### {s}\n\n{tables.matrix([r for r in run.records if r.subject == s])}" for s in subjects),
         _video(run),
@@ -90,10 +90,11 @@ def write(run: Run) -> Path:
         "## The box", box(run),
         "## Again", f"```\n{run.about.get('command', '(not recorded; the plan above says what was asked)')}\n```",
     ]  # fmt: skip
-    return both(run.folder, "\n\n".join(parts) + "\n", title)
+    return write_both(run.folder, "\n\n".join(parts) + "\n", title)
 
 
 def _verdict(run: Run) -> str:
+    """Return the verdict in bold, with counts."""
     ours, rivals = run.counts(), run.counts("rival")
     word = "FAILED" if ours["failed"] else "PASSED" if ours["passed"] else "NOTHING OF OURS RAN"
     word += f" SO FAR ({run.about.get('status')})" * (run.about.get("status") != "finished")
@@ -101,8 +102,8 @@ def _verdict(run: Run) -> str:
     return f"**{word}.** ours: {ours_said}; rivals: {rivals_said}\n\n`{run.last_line()}`"
 
 
-def _loud(run: Run) -> list[str]:
-    """What a reader must know before trusting the verdict."""
+def _warnings(run: Run) -> list[str]:
+    """Return what limits the trust in the verdict."""
     plan, said = run.about.get("plan", {}), []
     if mutant := plan.get("mutant"):
         caught = "it was caught" if run.counts()["failed"] else "IT WAS NOT CAUGHT"
@@ -124,7 +125,7 @@ def _loud(run: Run) -> list[str]:
 
 
 def _video(run: Run) -> str:
-    """Real input is a claim of its own."""
+    """Return how many cases used a real video, and which: real input is a claim of its own."""
     judged = [r for r in run.records if r.status != "skip" and "video" in r.case.split("-")]
     cases = {(r.subject, r.case) for r in judged}
     if not cases:
@@ -135,7 +136,7 @@ def _video(run: Run) -> str:
 
 
 def box(run: Run) -> str:
-    """What a reader must know of the box, the code and the plan."""
+    """Return the box, the code and the plan as a table."""
     about, found = run.about, run.about.get("box", {})
     git = found.get("git", {})
     state = {True: "WITH CHANGES", False: "clean", None: "unknown whether changed"}[git.get("dirty")]

@@ -90,7 +90,7 @@ class Run:
 
     @property
     def how_to_continue(self) -> str:
-        """The command that continues this run, in words."""
+        """Return the command that continues this run, in words."""
         command = self.about.get("command")
         resume = f"--resume --out {shlex.quote(str(self.folder))}"
         return f"continue with: {command} {resume}" if command else f"continue with the same options and {resume}"
@@ -149,6 +149,7 @@ class Run:
         return found
 
     def _append(self, name: str, line: str) -> None:
+        """Append a line and flush it to the disk."""
         with open(self.folder / name, "a+b") as file:
             if name in self._kept:
                 file.truncate(kept := self._kept.pop(name))
