@@ -3,6 +3,7 @@ accepted as one run, unless a session was of other code or of another box."""
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -217,3 +218,10 @@ def test_accepted_runs_render(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert done.exit_code == 0 and done.output.strip() == str(copy / "report.md"), (path, done.exception)
         first = (path.parent / "report.md").read_text().splitlines()
         assert (copy / "report.md").read_text().splitlines()[:5] == first[:5], path
+
+
+def test_the_page_of_reports_names_every_run_and_no_other() -> None:
+    page = (ROOT / "reports" / "README.md").read_text()
+    linked = {ROOT / "reports" / path for path in re.findall(r"\]\((accepted/[^)]*)\)", page)}
+    assert all(path.is_file() for path in linked) and all(marker in page for marker in MARKERS)
+    assert {path.parent for path in linked} == {path.parent for path in (ROOT / "reports" / "accepted").glob("*/*/run.json")}
