@@ -1,4 +1,4 @@
-"""A training that was killed goes on bit for bit; what cannot be written leaves what was there."""
+"""A killed training resumes bit for bit; a checkpoint that cannot be written leaves the one before it."""
 
 import os
 import resource
@@ -20,11 +20,11 @@ ARGUMENTS = [*SMALL, "task=finetune", f"steps={STEPS}", f"save_every={EVERY}", "
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Videos, one of them broken, and a run that nothing disturbed: 3 steps an epoch."""
+    """Return a folder of videos, one of them broken, and of an uninterrupted run with 3 steps an epoch."""
     folder = tmp_path_factory.mktemp("training")
     class_folders(folder / "videos", 7)
     (folder / "videos" / "side0" / "0.avi").write_bytes(b"no video")
-    code, output = train(arguments(folder, "whole"), folder=folder)
+    code, output = train(arguments(folder, "uninterrupted"), folder=folder)
     assert code == 0, output
     return folder
 
@@ -34,18 +34,18 @@ def arguments(folder: Path, run: str) -> list[str]:
 
 
 def assert_same(folder: Path, run: str) -> None:
-    """The log, the last checkpoint and the model are those of the run that nothing disturbed."""
-    whole, run = folder / "whole", folder / run
-    assert log(run) == log(whole) and [line["step"] for line in steps(run)] == list(range(1, STEPS + 1))
+    """Assert that log, last checkpoint and model equal those of the uninterrupted run."""
+    expected, run = folder / "uninterrupted", folder / run
+    assert log(run) == log(expected) and [line["step"] for line in steps(run)] == list(range(1, STEPS + 1))
     last = f"checkpoints/step-{STEPS:08d}"
-    ours, theirs = tensors(run / last), tensors(whole / last)
+    ours, theirs = tensors(run / last), tensors(expected / last)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert (run / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+    assert (run / "model/model.safetensors").read_bytes() == (expected / "model/model.safetensors").read_bytes()
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["last", "step-00000006", "step-00000008"]
 
 
-def test_stopped_killed_and_gone_on(folder: Path) -> None:
-    """Ctrl-C, then kill -9, then with a worker process to the end."""
+def test_interrupted_killed_and_resumed(folder: Path) -> None:
+    """Ctrl-C, then kill -9, then to the end with a worker process."""
     run, output = folder / "stopped", folder / "ctrl-c.txt"
     assert signal_at_step(arguments(folder, "stopped"), run, 2, signal.SIGINT, output) == 130
     stopped = steps(run)[-1]["step"]
@@ -58,8 +58,8 @@ def test_stopped_killed_and_gone_on(folder: Path) -> None:
     assert_same(folder, "stopped")
 
 
-def die_before_the_last_file() -> None:
-    """In the second checkpoint, when the tensors are written and the list of them is not."""
+def die_before_metadata() -> None:
+    """Kill the process in the second checkpoint, after its tensors are written and before their metadata is."""
     from torch.distributed.checkpoint import FileSystemWriter
 
     finish = FileSystemWriter.finish
@@ -72,8 +72,8 @@ def die_before_the_last_file() -> None:
     FileSystemWriter.finish = die
 
 
-def die_before_last_is_written() -> None:
-    """When the second checkpoint is whole, and nobody has named it."""
+def die_before_pointer() -> None:
+    """Kill the process when the second checkpoint is complete and `last` does not name it yet."""
     replace = os.replace
 
     def die(source: Path, target: Path) -> None:
@@ -84,13 +84,13 @@ def die_before_last_is_written() -> None:
     os.replace = die
 
 
-@pytest.mark.parametrize("fault", [die_before_the_last_file, die_before_last_is_written])
+@pytest.mark.parametrize("fault", [die_before_metadata, die_before_pointer])
 def test_killed_while_a_checkpoint_is_written(folder: Path, fault: Callable[[], None]) -> None:
     run = fault.__name__
     code, _ = train(arguments(folder, run), fault=fault, folder=folder)
     place = folder / run / "checkpoints"
     assert code == -signal.SIGKILL and (place / "last").read_text() == "step-00000003\n"
-    assert all((path / "training.json").is_file() for path in place.glob("step-*"))  # half of one has no name
+    assert all((path / "training.json").is_file() for path in place.glob("step-*"))  # an incomplete one has a draft's name
     code, output = train(arguments(folder, run), folder=folder)
     assert code == 0 and "goes on behind step 3" in output, output
     assert_same(folder, run)
@@ -113,9 +113,9 @@ def test_full_disk(folder: Path) -> None:
     assert all(torch.equal(value, before[name]) for name, value in tensors(run / "checkpoints/step-00000003").items())
 
 
-def test_a_checkpoint_that_is_damaged(folder: Path) -> None:
+def test_damaged_checkpoint(folder: Path) -> None:
     run = folder / "damaged"
-    shutil.copytree(folder / "whole", run)
+    shutil.copytree(folder / "uninterrupted", run)
     data = run / "checkpoints/step-00000008/__0_0.distcp"
     data.write_bytes(data.read_bytes()[:1000])
     code, output = train(arguments(folder, "damaged"), folder=folder)

@@ -1,4 +1,4 @@
-"""`python -m fused.train` from a folder of videos to a model: the three tasks, what is logged, what stops it."""
+"""`python -m fused.train` from a folder of videos to a model: the three tasks, the log, and errors."""
 
 import io
 import json
@@ -19,7 +19,7 @@ TINY = {"img_size": 32, "num_frames": 2, "depth": 1, "embed_dim": 24}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight videos of two classes, and a teacher that was never trained."""
+    """Return a folder of eight videos of two classes, and of an untrained teacher."""
     folder = tmp_path_factory.mktemp("cli")
     class_folders(folder / "videos", 4)
     with torch.random.fork_rng():
@@ -38,8 +38,8 @@ def falls(run: Path) -> bool:
 
 
 def test_finetune(folder: Path) -> None:
-    """All that a run leaves; the classes are learnt."""
-    # bends in the middle: evaluation between, files that are no videos, parts of a step, images mixed or not
+    """A run writes log, evaluation, checkpoints and model; the classes are learnt."""
+    # with evaluation during training, an unreadable file, micro-batches, and mixing in some of the steps
     val = class_folders(folder / "val", 3)
     (val / "side0" / "broken.avi").write_bytes(b"no video")
     more = ["task=finetune", "epochs=12", f"data.val={val}", "evaluate_every=20", "accumulate=2", "mix.probability=0.3"]
@@ -70,7 +70,7 @@ def test_distill(folder: Path) -> None:
     assert VideoMamba.from_pretrained(folder / "distilled/model").config.distill_dim == TINY["embed_dim"]
 
 
-def test_pretrain_and_go_on_with_its_weights(folder: Path) -> None:
+def test_pretrain_and_finetune_its_weights(folder: Path) -> None:
     pretrain = ["task=pretrain", f"teacher={folder / 'teacher'}", "mask.ratio=0.5", "optim.lr=1e-2"]
     finetune = ["task=finetune", f"start={folder / 'tube/model'}", "steps=1"]
     code, output = train(
@@ -84,7 +84,7 @@ def test_pretrain_and_go_on_with_its_weights(folder: Path) -> None:
     assert "the checkpoint has no head" in output and "model has no clip_decoder" in output
     assert VideoMamba.from_pretrained(folder / "from/model").config.depth == 2
     first = [steps(folder / kind)[0]["loss"] for kind in ("tube", "random", "clip-row", "frame-row")]
-    assert len(set(first)) == 4  # the same weights and clips, each seen otherwise
+    assert len(set(first)) == 4  # the same weights and clips under different masks
 
 
 def test_pretrain_with_clip(folder: Path) -> None:
@@ -103,7 +103,7 @@ def test_pretrain_with_clip(folder: Path) -> None:
 
 
 def test_float16(folder: Path) -> None:
-    """The loss is scaled; a step whose gradients overflow is left out, and the scale comes down."""
+    """The loss is scaled; a step whose gradients overflow is skipped, and the scale is lowered."""
     more = ["task=finetune", "steps=3", "precision=float16", "save_every=2"]
     code, output = train(arguments(folder, "half", *more), folder=folder)
     assert code == 0, output
@@ -113,7 +113,7 @@ def test_float16(folder: Path) -> None:
 
 
 class Board:
-    """In place of TensorBoard's writer: leaves what it was told in a file."""
+    """A replacement of TensorBoard's writer that writes its calls to a file."""
 
     def __init__(self, folder: str, purge_step: int) -> None:
         self.file = open(Path(folder).parent / "board.txt", "a")
@@ -140,12 +140,12 @@ def test_tensorboard(folder: Path) -> None:
     assert code == 2 and "tensorboard is true, and it is not installed: pip install tensorboard" in output, output
     code, output = train([*more, "steps=2"], [*more, "steps=3"], fault=with_board, folder=folder)
     assert code == 0, output
-    told = [line.split() for line in (folder / "board/board.txt").read_text().splitlines()]
-    assert [step for name, _, step in told if name == "from"] == ["1", "3"]
-    assert [float(value) for name, value, _ in told if name == "loss"] == [line["loss"] for line in steps(folder / "board")]
+    scalars = [line.split() for line in (folder / "board/board.txt").read_text().splitlines()]
+    assert [step for name, _, step in scalars if name == "from"] == ["1", "3"]
+    assert [float(value) for name, value, _ in scalars if name == "loss"] == [line["loss"] for line in steps(folder / "board")]
 
 
-def test_a_terminal_sees_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_overwrites_one_line_of_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
@@ -161,7 +161,7 @@ def test_a_terminal_sees_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert second.endswith(" left\ndone\n") and end == "no more"
 
 
-def test_a_loss_that_is_no_number(folder: Path) -> None:
+def test_loss_that_is_not_finite(folder: Path) -> None:
     more = ["task=finetune", "steps=9", "optim.lr=1e30", "save_every=1"]
     code, output = train(arguments(folder, "diverged", *more), folder=folder)
     assert code == 1 and "Traceback" not in output
@@ -194,9 +194,10 @@ def test_a_loss_that_is_no_number(folder: Path) -> None:
         (["batch_size=2", "data.flip=0", "data.train={folder}/val"], "data.train"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit(folder: Path, more: list[str], wanted: str | None) -> None:
+def test_configurations_that_do_not_fit(folder: Path, more: list[str], wanted: str | None) -> None:
     more = [word.format(teacher=folder / "teacher", folder=folder) for word in more]
     code, output = train(arguments(folder, "wrong", "task=finetune", "steps=3", *more), folder=folder)
-    due = 0 if wanted is None else 1 if "can be read" in wanted else 2  # what is found out while training is no wrong wish
-    assert code == due and "Traceback" not in output, output
+    # an error found while training is not a usage error
+    expected_code = 0 if wanted is None else 1 if "can be read" in wanted else 2
+    assert code == expected_code and "Traceback" not in output, output
     assert wanted is None or wanted in output, output

@@ -1,4 +1,4 @@
-"""Losses are their formulas, written out here and taken in float64; their gradients reach what they should, and no more."""
+"""Losses equal their formulas in float64, by the rule; their gradients reach students and not teachers."""
 
 from collections.abc import Callable
 
@@ -29,7 +29,7 @@ def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32, scale: fl
 def judge(
     loss: Callable[..., Tensor], formula: Callable[..., Tensor], draw: Callable[[int], dict[str, Tensor]], dtype: torch.dtype
 ) -> None:
-    """`loss` against `formula` by the rule: value and gradient of every tensor that `draw(seed)` gives."""
+    """Assert the rule for `loss` against `formula`: its value, and the gradient of every tensor that `draw(seed)` returns."""
     samples = []
     for seed in SEEDS:
         tensors, ones = draw(seed), [torch.ones((), dtype=torch.float64)]
@@ -46,7 +46,7 @@ def unit(x: Tensor) -> Tensor:
 
 
 def entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """- sum of targets * log softmax, averaged over rows; classes or weights."""
+    """Return the cross-entropy of logits (B, C), averaged over rows, for classes (B,) or weights (B, C)."""
     if not targets.is_floating_point():
         targets = (targets[:, None] == torch.arange(logits.shape[1])).double()
     return -(targets.to(logits.dtype) * (logits - logits.exp().sum(-1, keepdim=True).log())).sum(-1).mean()
@@ -76,7 +76,7 @@ def test_alignment(kind: str, dtype: torch.dtype) -> None:
     )
 
 
-def test_alignment_is_none_where_they_agree_and_leaves_the_teacher_alone() -> None:
+def test_alignment_is_0_for_equal_features_and_gives_the_teacher_no_gradient() -> None:
     student, teacher = normal(0, 2, 3, 8).requires_grad_(), normal(1, 2, 3, 8).requires_grad_()
     for kind in FORMULAS:
         alignment_loss(student, teacher, kind).backward()
@@ -87,7 +87,7 @@ def test_alignment_is_none_where_they_agree_and_leaves_the_teacher_alone() -> No
     assert alignment_loss(same, -same) == 4
 
 
-def test_every_layer_counts_as_much() -> None:
+def test_layers_have_equal_weight() -> None:
     student, teacher = normal(0, 3, 2, 4, 8).double(), normal(1, 3, 2, 4, 8).double()
     layers = [alignment_loss(s, t).item() for s, t in zip(student, teacher, strict=True)]
     assert alignment_loss(student, teacher).item() == pytest.approx(sum(layers) / 3, rel=8 * torch.finfo(torch.float64).eps)
@@ -128,7 +128,7 @@ def test_distillation_of_models() -> None:
 @pytest.mark.parametrize("frames", [(), (3,)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_contrast(dtype: torch.dtype, frames: tuple[int, ...]) -> None:
-    ids = torch.tensor([7, 2, 7, 4])  # the first and the third are of one thing
+    ids = torch.tensor([7, 2, 7, 4])  # the first and the third pair are positives of each other
 
     def formula(video: Tensor, text: Tensor, temperature: Tensor) -> Tensor:
         products = torch.einsum("b...c,nc->b...n", unit(video), unit(text)) / temperature
@@ -157,7 +157,7 @@ def test_contrast_without_ids_is_with_ids_that_differ() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_does_not_reach_losses(dtype: torch.dtype) -> None:
-    """Inside of autocast every loss is what it is outside, bit for bit: a matmul in bfloat16 would not be."""
+    """Every loss has the same bits inside and outside of autocast; a matmul in bfloat16 would have others."""
     video, text, head = normal(0, 6, 8), normal(1, 6, 8), normal(2, 6, 2)
     ids, words = torch.tensor([0, 1, 2, 0, 3, 4]), torch.tensor([1, -100, 3, 0, 2, 7])
 

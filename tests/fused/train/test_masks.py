@@ -1,4 +1,4 @@
-"""Masks hide what their names say, as many tokens in every clip, and the same for the same seed."""
+"""Masks of every kind: structure, equal counts in every clip, seeds, probabilities, errors."""
 
 import itertools
 from typing import Any
@@ -83,7 +83,7 @@ def test_seeds(kind: str) -> None:
 
 
 def assert_likely(found: Tensor, share: Tensor | float, draws: int) -> None:
-    """Counts of independent draws lie within five standard deviations of what the share says."""
+    """Assert that counts of independent draws lie within five standard deviations of their expectation."""
     share = torch.as_tensor(share, dtype=torch.float64)
     assert ((found - draws * share).abs() <= 5 * (draws * share * (1 - share)).sqrt()).all(), found / draws
 
@@ -96,7 +96,7 @@ def test_no_place_is_preferred(kind: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_is_a_probability(dtype: torch.dtype) -> None:
-    """Of patches of attention a, the first drawn is i with p = a / sum; of two drawn the pair has Luce's probability."""
+    """One visible patch has probability a / sum of its attention a; two visible patches have Luce's probability."""
     share = torch.tensor([1.0, 2.0, 5.0]).double() / 8
     attention = torch.tensor([1.0, 2.0, 5.0], dtype=dtype).expand(2000, 2, 3)
     one = ~attention_mask(attention, 0.67, seeded(4))[:, 1:].reshape(4000, 3)

@@ -1,4 +1,4 @@
-"""In a mixed batch the classes have the shares that the pixels have."""
+"""Targets of a mixed batch are in the proportion of its pixels."""
 
 from collections.abc import Callable
 from functools import partial
@@ -19,12 +19,12 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def flat_clips(*frames: int) -> Tensor:
-    """Clip i is all 2^i: what a pixel is made of can be read off it."""
+    """Return clips of which clip i is 2^i everywhere, so that a mixed pixel tells its proportions."""
     return (2.0 ** torch.arange(3)).view(3, *[1] * (3 + len(frames))).expand(3, 2, *frames, 9, 12).double()
 
 
 def shares(clips: Tensor) -> Tensor:
-    """(B,): the share of the clip itself, from the mean of its pixels."""
+    """Return the proportion (B,) of each clip itself, from the mean of its pixels."""
     own, other = 2.0 ** torch.arange(3), (2.0 ** torch.arange(3)).roll(1)
     return (clips.flatten(1).mean(1) - other) / (own - other)
 
@@ -81,7 +81,7 @@ def test_cutmix_moves_one_box_through_all_frames() -> None:
 
 
 def test_the_beta_distribution() -> None:
-    """Shares of Beta(a, a) have the variance 1 / (4 (2a + 1)): small a gives nearly one clip, large a nearly halves."""
+    """Proportions have the variance of Beta(a, a), 1 / (4 (2a + 1))."""
     for alpha in (0.2, 1.0, 20.0):
         generator = seeded(4)
         drawn = torch.stack([mixup(flat_clips(), CLASSES, 5, alpha, generator).targets[0, 3] for _ in range(500)]).double()
@@ -122,8 +122,8 @@ def test_seeds_repeat_and_inputs_stay() -> None:
             assert torch.equal(how(clips, CLASSES, 5).clips, one.clips), "without a generator PyTorch's own"
 
 
-def test_smoothing_before_mixing_is_smoothing_behind() -> None:
-    """As the module says: F.cross_entropy's label_smoothing on mixed weights is upstream's mixture of smoothed classes."""
+def test_smoothing_before_mixing_equals_smoothing_after() -> None:
+    """F.cross_entropy's label_smoothing on mixed weights equals upstream's mixture of smoothed classes."""
     logits, s = torch.randn(3, 5, generator=seeded(5), dtype=torch.float64), 0.1
     clips = flat_clips(4)
     behind = F.cross_entropy(

@@ -1,4 +1,4 @@
-"""Parameter groups hold every parameter once, at the rate and decay that its name says."""
+"""Parameter groups hold every parameter once, with the learning rate and decay that its name implies."""
 
 import copy
 import re
@@ -25,7 +25,7 @@ LR, DECAY = 0.01, 0.05
 
 
 def settings(model: nn.Module, **how: Any) -> dict[str, tuple[float, float]]:
-    """(lr, weight_decay) by name, from an optimiser that was given the groups."""
+    """Return (lr, weight_decay) by parameter name, from an optimiser with the groups."""
     groups = torch.optim.AdamW(parameter_groups(model, LR, DECAY, **how)).param_groups
     found = [(id(p), group["lr"], group["weight_decay"]) for group in groups for p in group["params"]]
     assert len({key for key, *_ in found}) == len(found), "no parameter twice"
@@ -54,7 +54,7 @@ def test_weight_decay(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_layer_decay(kind: str) -> None:
-    """depth 3: embeddings four powers down, layers three, two, one, the rest none; upstream's only knows the first."""
+    """At depth 3 the exponents are 4 for embeddings, 3, 2, 1 for layers, 0 for the rest; "upstream" has only the first."""
     model = KINDS[kind]()
     upstream, corrected = settings(model, layer_decay=0.5), settings(model, layer_decay=0.5, rule="corrected")
     for name in upstream:
@@ -75,7 +75,7 @@ def test_frozen_and_shared_parameters() -> None:
 
 
 def test_wrappers_and_larger_models() -> None:
-    """What a wrapper or a model around it puts in front of names changes nothing; other parts learn at the whole rate."""
+    """Name prefixes of a wrapper or an outer model change nothing; other modules learn at the full rate."""
     for rule in ("upstream", "corrected"):
         inner = KINDS["encoder"]()
         alone = settings(inner, layer_decay=0.5, rule=rule)

@@ -1,4 +1,4 @@
-"""What the check `processes` does not ask of two processes: their evaluation, who writes, and going on with one."""
+"""Two processes, beyond the check `processes`: evaluation, writing by rank 0 alone, and resuming with one process."""
 
 import shutil
 from pathlib import Path
@@ -12,8 +12,8 @@ VIDEOS = 8
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_one_process_goes_on_where_two_stopped(tmp_path: Path, parallel: str) -> None:
-    """With their parameters, bit for bit; each video is evaluated once, and one of the two writes."""
+def test_one_process_resumes_a_run_of_two(tmp_path: Path, parallel: str) -> None:
+    """The parameters are the same bits; each video is evaluated once, and one of the two processes writes."""
     source = class_folders(tmp_path / "videos", VIDEOS // 2)
     words = [*SMALL, "task=finetune", "steps=2", f"data.train={source}", f"data.val={source}", f"out={tmp_path / 'run'}"]
     output = trained([Training((*words, f"parallel={parallel}"), together=True)], tmp_path)

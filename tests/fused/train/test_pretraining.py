@@ -1,4 +1,4 @@
-"""All parts together: ten steps of masked alignment with a frozen random teacher, as a user would write them."""
+"""Ten steps of masked alignment with a frozen random teacher, with the functions of `fused.train`."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ STEPS = 10
 
 
 def pretrain(kind: str, seed: int = 0) -> tuple[list[float], VideoMambaEncoder, VideoMambaEncoder]:
-    """Losses of all steps, student, teacher."""
+    """Return the losses of all steps, the student and the teacher."""
     torch.manual_seed(seed)
     teacher = VideoMambaEncoder(CONFIG).eval().requires_grad_(False)
     student = VideoMambaEncoder(CONFIG).train()

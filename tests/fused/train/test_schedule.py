@@ -1,4 +1,4 @@
-"""The rates of a training: at its ends, at the warm-up's end, half way, and after a restart."""
+"""Learning rates of a training: at its ends, at the end of warm-up, half way, and after a restart."""
 
 import math
 from pathlib import Path
@@ -23,7 +23,7 @@ def training(**how: Any) -> tuple[torch.optim.Optimizer, LambdaLR]:
 
 
 def rates(optimizer: torch.optim.Optimizer, schedule: LambdaLR, steps: int) -> list[tuple[float, ...]]:
-    """What each of so many steps ran at."""
+    """Return the learning rates of both groups in each of the next `steps` steps."""
     found = []
     for _ in range(steps):
         found.append(tuple(group["lr"] for group in optimizer.param_groups))
@@ -54,7 +54,7 @@ def test_without_warmup_and_defaults() -> None:
 
 @pytest.mark.parametrize("stop", [4, WARM, 57])
 def test_restart(tmp_path: Path, stop: int) -> None:
-    """Through a file of the project's own, read without running what is in it."""
+    """The state passes through `save_checkpoint` and is read with weights_only=True."""
     whole = rates(*training(), TOTAL)
     optimizer, schedule = training()
     first = rates(optimizer, schedule, stop)

@@ -1,4 +1,4 @@
-"""The same seed gives the same training, bit for bit; another seed another one."""
+"""The same seed gives the same training, bit for bit, and another seed a different one."""
 
 import os
 import random
@@ -17,8 +17,8 @@ WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
 @pytest.fixture(autouse=True)
-def settings_come_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """`setup_seed` is for a whole process; the tests behind this one are in the same."""
+def restored_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Restore the process-wide settings and generators that `setup_seed` changes."""
     cudnn = torch.backends.cudnn
     kept = torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
     drawn = random.getstate(), numpy.random.get_state()
@@ -35,7 +35,7 @@ def settings_come_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def trained(seed: int) -> dict[str, torch.Tensor]:
-    """Weights after three steps: initial values, clips, mixtures and stochastic depth all come from the seed."""
+    """Return weights after three steps; initial values, clips, mixtures and stochastic depth follow from the seed."""
     setup_seed(seed)
     config = VideoMambaConfig(
         img_size=16, patch_size=8, depth=3, embed_dim=16, num_frames=2, num_classes=5,
@@ -78,7 +78,7 @@ def test_settings() -> None:
     assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
 
 
-def test_a_workspace_that_was_chosen_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repeatable_workspace_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(WORKSPACE, ":16:8")
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     setup_seed(1)
@@ -93,7 +93,7 @@ def test_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
     setup_seed(1, deterministic=False)  # needs nothing of CUDA
 
 
-def test_a_workspace_that_does_not_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unrepeatable_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(WORKSPACE, ":0:0")
     with pytest.raises(RuntimeError, match=f"{WORKSPACE} must be :4096:8 or :16:8 .*got ':0:0'"):
         setup_seed(1)

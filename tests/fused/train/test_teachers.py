@@ -1,4 +1,4 @@
-"""CLIP as a teacher and BERT beside a video: transformers' real classes, small and with random weights."""
+"""CLIP as a teacher and BERT as a text encoder: transformers' own classes, small and with random weights."""
 
 import sys
 from dataclasses import replace
@@ -50,8 +50,10 @@ def clips(seed: int = 1, size: int = 32) -> Tensor:
 
 
 def own(kind: type, batch: Tensor, dtype: torch.dtype, layers: tuple[int, ...] = (1, 2)) -> dict[str, Tensor]:
-    """What transformers itself gives in this precision, with eager attention, for the first frame of each tubelet: from
-    ImageNet's values back to colours, then CLIP's, as its own processor does."""
+    """Return transformers' own output in a precision, with eager attention, for the first frame of each tubelet.
+
+    Frames are renormalised from ImageNet's values to CLIP's, as CLIP's own processor does.
+    """
     model, batch = clip(kind, attn_implementation="eager").to(dtype).eval(), batch.to(dtype)
     mean, std, clip_mean, clip_std = (
         torch.tensor(x, dtype=dtype)[:, None, None]
@@ -93,7 +95,7 @@ def test_layers() -> None:
 
 
 def test_clips_of_another_size_are_resized() -> None:
-    """Of one colour each, so that it does not matter how."""
+    """Frames of one colour are resized, so that the interpolation does not matter."""
     large = replace(STUDENT, img_size=48, patch_size=12)
     colours = [torch.randn(2, 3, 4, 1, 1, generator=torch.Generator().manual_seed(seed)) for seed in SEEDS]
     small, big = ([x.expand(-1, -1, -1, side, side) for x in colours] for side in (32, 48))
@@ -103,7 +105,7 @@ def test_clips_of_another_size_are_resized() -> None:
     )
 
 
-def test_what_does_not_fit() -> None:
+def test_errors_of_the_teacher() -> None:
     with pytest.raises(ValueError, match=r"grid of \(2, 2\) patches; allowed is \(4, 4\), .* images of 32 and patches of 8"):
         ClipTeacher(clip(), VideoMambaConfig(img_size=32, patch_size=16, depth=1))
     with pytest.raises(TypeError, match="CLIPVisionModelWithProjection, got Linear"):
@@ -160,7 +162,7 @@ CROSS = {"is_decoder": True, "add_cross_attention": True}
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_text_alone_is_an_encoder(attention: str) -> None:
-    """A BERT with cross-attention gives, without a video, what the same weights without it give; padding changes nothing."""
+    """Without a video, a BERT with cross-attention equals the same weights without it; padding changes nothing."""
     text = TextEncoder(bert(attn_implementation=attention, **CROSS), video_width=24)
     plain, exact = bert(attn_implementation="eager"), bert(attn_implementation="eager").double()
     for model in (plain, exact):
@@ -193,7 +195,7 @@ def test_every_word_sees_the_video_and_all_words() -> None:
         assert ((text(**other).words - first).abs().sum(-1) > 0).all()
 
 
-def test_what_text_does_not_take() -> None:
+def test_errors_of_the_text_encoder() -> None:
     for call, error, message in [
         (lambda: TextEncoder(nn.Linear(2, 2)), TypeError, "transformers BertModel, got Linear"),
         (lambda: TextEncoder(bert(), 24), ValueError, "is_decoder=True, add_cross_attention=True"),
@@ -205,7 +207,7 @@ def test_what_text_does_not_take() -> None:
 
 
 def test_three_losses_of_video_and_text() -> None:
-    """Contrast, matching and masked words, as a multi-modal training adds them up; gradients reach all of both models."""
+    """The losses of contrast, matching and masked words have gradients for all parameters of both models."""
     torch.manual_seed(0)
     encoder = VideoMambaEncoder(VideoMambaConfig(img_size=16, patch_size=8, depth=2, embed_dim=24, num_frames=2))
     text = TextEncoder(bert(**CROSS), video_width=24)
@@ -231,7 +233,7 @@ def test_three_losses_of_video_and_text() -> None:
     assert {name.split(".")[1] for name in both.keys() - reached} == {"clip_decoder"}
 
 
-def test_without_transformers_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_message_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"videomamba-bench\[teachers\]"):
         TextEncoder(None)

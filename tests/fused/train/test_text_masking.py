@@ -1,4 +1,4 @@
-"""Words are hidden as BERT does it, and their labels are what was hidden."""
+"""Words are masked as in BERT, and the labels are the original words."""
 
 from typing import Any
 
