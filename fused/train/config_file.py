@@ -89,6 +89,7 @@ def _copy(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _import_yaml() -> Any:
+    """Return the package yaml. Raise ImportError that says how to install it."""
     try:
         import yaml
     except ImportError as error:

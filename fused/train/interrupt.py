@@ -25,6 +25,7 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        """Note the first signal, and pass on the second one to the previous handler."""
         if os.getpid() != self._owner:  # a data-loading worker, forked with this handler: the training process ends it
             os._exit(128 + number)
         if self.requested:

@@ -143,7 +143,7 @@ class Trainer:
         """Take one step of the optimiser.
 
         Returns the step's log line, a sentence for each file that could not be read, and whether any process was interrupted.
-        All three are the same in all processes.
+        All three are the same in all processes, except for the line's memory.
         """
         config, world, count = self.config, self.world, len(micro_batches)
         self.task.train()
@@ -198,6 +198,7 @@ class Trainer:
         raise Diverged(f"step {self.step + 1}: the {reason}; last good checkpoint: {good}")
 
     def _evaluate(self, dataset: ClipFolder, epoch: int, log: Log | None) -> None:
+        """Evaluate the model and write the results to the log."""
         autocast, workers = self._autocast(), self.config.data.workers
         results, unreadable = evaluate(self.task, dataset, self.micro_batch_size, self.world, autocast, workers)
         if log is not None:
@@ -225,6 +226,7 @@ class Trainer:
         )  # fmt: skip
 
     def _autocast(self) -> torch.autocast:
+        """Return the autocast context of the configured precision."""
         dtype = AUTOCAST_DTYPES.get(self.config.precision)
         return torch.autocast(self.world.device.type, dtype, enabled=dtype is not None)
 

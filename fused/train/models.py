@@ -18,7 +18,7 @@ from fused.train.objectives.teachers import ClipTeacher
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen model and the sizes of its output."""
+    """A frozen model and the sizes of its output for clips (B, C, T, H, W)."""
 
     forward: Callable[[Tensor], tuple[Tensor, Tensor | None]]  # features (K, B, L, C), attention (B, T, P) or None
     layers: int  # K

@@ -56,6 +56,7 @@ class Finetune(Task):
             raise invalid("model.readout", "tokens", "'cls', 'mean' or 'last', which give a clip one answer")
 
     def prepare(self, clips: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Return clips (B, C, T, H, W), and weights (B, classes) or, for a single clip, its class (1,)."""
         if len(clips) < 2:  # a single clip has no other to be mixed with
             return clips, labels
         options = self.config.mix
@@ -65,6 +66,7 @@ class Finetune(Task):
         return mixed.clips, mixed.targets
 
     def forward(self, clips: Tensor, targets: Tensor) -> tuple[Tensor, Metrics]:
+        """Return the cross-entropy (), for the output of `prepare`."""
         logits = self.student(clips)
         logits = logits.to(accumulation_dtype(logits.dtype))
         return F.cross_entropy(logits, targets, label_smoothing=self.config.loss.label_smoothing), {}
@@ -84,11 +86,13 @@ class Distill(Finetune):
         self.teacher.check_tokens(self.student.config)
 
     def prepare(self, clips: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Return clips and targets as `Finetune` does, and the teacher's tokens (B, L, C)."""
         clips, targets = super().prepare(clips, labels, generator)
         features, _ = self.teacher.forward(clips)
         return clips, targets, features[0]
 
     def forward(self, clips: Tensor, targets: Tensor, tokens: Tensor) -> tuple[Tensor, Metrics]:  # type: ignore[override]
+        """Return the distillation loss (), and the distance () of the tokens; arguments are the output of `prepare`."""
         output, options = self.student(clips), self.config.loss
         loss = distillation_loss(output, targets, tokens, options.distillation, options.label_smoothing)
         return loss, {"distance": alignment_loss(output.features.detach(), tokens)}
@@ -113,6 +117,7 @@ class Pretrain(Task):
         self.teacher.check_tokens(self.student.config)
 
     def prepare(self, clips: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Return clips (B, C, T, H, W), a mask (B, L), and the teacher's features (K, B, V, C) of visible tokens."""
         features, attention = self.teacher.forward(clips)
         options, student = self.config.mask, self.student.config
         if options.kind == "attention":
@@ -123,6 +128,7 @@ class Pretrain(Task):
         return clips, mask, keep_visible(features, mask)
 
     def forward(self, clips: Tensor, mask: Tensor, features: Tensor) -> tuple[Tensor, Metrics]:
+        """Return the alignment loss (), for the output of `prepare`."""
         return alignment_loss(self.student(clips, mask).clip, features, self.config.loss.alignment), {}
 
 
