@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused.ops.selective_scan.kernel_source import LOGARITHM, PLACES, REVERSE, STATES_ONLY, defines, source
+from fused.ops.selective_scan.kernel_source import A_LOG, REVERSE, STATES_ONLY, defines, num_work_counters, source
 from fused.ops.selective_scan.schedule import TILE, ScanSchedule, SplitSchedule, multiprocessors
 from fused.runtime import nvrtc
 
 LONGEST_STATE = 64
-IO = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
 class Streams(NamedTuple):
@@ -48,7 +47,7 @@ class Streams(NamedTuple):
     @property
     def flags(self) -> int:
         """What the kernels must know at run time."""
-        return LOGARITHM * self.logarithm + REVERSE * self.reverses[0]
+        return A_LOG * self.logarithm + REVERSE * self.reverses[0]
 
 
 class Result(NamedTuple):
@@ -110,12 +109,12 @@ def _launch_forward(
 
 
 def _counts(u: Tensor, chains: int) -> Tensor:
-    """Of a launch with so many chains that are cut, as Turn in scan_common.cu wants them."""
-    return torch.zeros(3 + PLACES + chains, dtype=torch.int32, device=u.device)
+    """Of a launch with so many chains that are cut, as WorkQueue in work.cu wants them."""
+    return torch.zeros(num_work_counters(chains), dtype=torch.int32, device=u.device)
 
 
 class Passes(NamedTuple):
-    """How pieces of time hear of one another within a launch: what goes from piece to piece, float32, and Turn's counts."""
+    """How pieces of time hear of one another within a launch: what goes from piece to piece, float32, and the counters."""
 
     local: Tensor | None  # (d, B, pieces, E, N): what leaves a piece that nothing enters
     sums: Tensor | None  # (d, B, pieces, E): of delta
@@ -183,7 +182,7 @@ def backward(
     sums = (*_both(s.A), *_both(dA), *_both(dD), *_both(dbias))
     args = (parts, *_both(dB), *_steps(dB[0]), *_both(dC), *_steps(dC[0]), rows, width, *sums, *sizes)
     grid = -(-L * 2 * plan.padded_states // 256) * B + -(-E * (N + 2) // 256)
-    module.launch("scan_sums", (grid, d, 1), 256, 0, *args)
+    module.launch("scan_backward_reduce", (grid, d, 1), 256, 0, *args)
     return Gradients(du, ddelta, dz, dA, dD, dbias, dinitial)
 
 
@@ -202,7 +201,7 @@ def _wide(u: Tensor, *shape: int) -> Tensor:
 
 
 def _arguments(s: Streams) -> tuple[Any, ...]:
-    """STREAMS of scan_forward.cu."""
+    """STREAM_PARAMS of common.cu."""
     z = (None, 0, 0) if s.z is None else (s.z, *_steps(s.z))
     read = [v for pair in (s.u, s.delta) for v in (*_both(pair), *_steps(pair[0]))]
     mix = [v for pair in (s.B, s.C) for v in (*_both(pair), *_steps(pair[0]))]
@@ -221,13 +220,16 @@ def _both(pair: Sequence[Any]) -> tuple[Any, Any]:
 def _module(s: Streams, plan: ScanSchedule, keep: bool, *others: Tensor | None) -> Any:
     E, N = s.sizes[2:]
     tokens = [x for x in (*s.u, *s.delta, s.z, *others) if x is not None]
-    vector = int(E % 4 == 0 and all(map(_aligned, tokens)))
-    vector_bc = int(N % 4 == 0 and all(map(_aligned, (*s.B, *s.C))))
+    vectorized = E % 4 == 0 and all(map(_aligned, tokens))
+    vectorized_bc = N % 4 == 0 and all(map(_aligned, (*s.B, *s.C)))
     widest = max(plan.fwd_config.channels, plan.bwd_config.channels)
-    exact = int(vector and vector_bc and N == plan.padded_states and E % widest == 0)
-    options = (int(s.softplus), int(s.z is not None), int(keep))
-    chosen = defines(IO[s.u[0].dtype], plan, len(s.reverses), vector, vector_bc, exact, *options)
-    return nvrtc.module(source(keep), chosen, s.u[0].device)
+    macros = defines(
+        io_dtype=s.u[0].dtype, schedule=plan, directions=len(s.reverses),
+        vectorized=vectorized, vectorized_bc=vectorized_bc,
+        no_padding=vectorized and vectorized_bc and N == plan.padded_states and E % widest == 0,
+        softplus=int(s.softplus), has_z=s.z is not None, store_tile_states=keep,
+    )  # fmt: skip
+    return nvrtc.module(source(keep), macros, s.u[0].device)
 
 
 def _aligned(x: Tensor) -> bool:
