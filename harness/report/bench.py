@@ -44,7 +44,7 @@ the whole video, in training one that runs every mixer again in the backward."""
 
 
 def write(run: Run) -> Path:
-    """Write report.md, its figures and report.html into the run's folder; the path of report.md."""
+    """Write report.md, its figures and report.html into the run's folder; return the path of report.md."""
     plan, here = run.about.get("plan", {}), run.about.get("box", {})
     title = f"Bench: grid {plan.get('grid', '?')} on {(here.get('gpu') if _gpu(run) else '') or here.get('cpu') or '?'}"
     families = curves.families(run.speeds)

@@ -44,7 +44,7 @@ def html(markdown: str, folder: Path, title: str) -> str:
 
 
 def write_both(folder: Path, markdown: str, title: str) -> Path:
-    """Write report.md and report.html into the folder; the path of the former."""
+    """Write report.md and report.html into the folder; return the path of the former."""
     path = folder / "report.md"
     path.write_text(markdown, encoding="utf-8")
     (folder / "report.html").write_text(html(markdown, folder, title), encoding="utf-8")

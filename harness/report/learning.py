@@ -25,16 +25,16 @@ HOW = """\
 Each training starts from weights that its seed gives, the same for every implementation, and takes AdamW with a cosine
 schedule through batches that are drawn anew at each step. What is held out is never trained on: of `digits` and `motion` every
 fifth of scikit-learn's 1797 handwritten digits, which the same people wrote as the rest; of `arrow` the end of the video's
-time. A bar has to be exceeded; where there is none, any share passes, if every loss was a number. The curves are
-looked at ten times, without a choice of the best: the last look counts. Chance is the share that guessing gives."""
+time. A bar has to be exceeded; where there is none, any share passes, if every loss was a number. A training is
+evaluated ten times; the last evaluation counts, not the best. Chance is the share that guessing gives."""
 
 
 def write(run: Run) -> Path:
-    """Write report.md, its figure and report.html into the run's folder; the path of report.md."""
+    """Write report.md, its figure and report.html into the run's folder; return the path of report.md."""
     here = run.about.get("box", {})
     title = f"Learning: {', '.join(run.about.get('plan', {}).get('tasks', []))} on {here.get('gpu') or here.get('cpu') or '?'}"
     drawn = draw(run.records, run.folder)
-    plot = "Nothing to draw: no training was looked at."
+    plot = "Nothing to draw: no training was evaluated."
     if drawn:
         png, svg = (path.name for path in drawn)
         plot = f"![Loss and accuracy over the steps]({png})\n\nIn vectors: [{svg}]({svg})"
@@ -88,8 +88,8 @@ def draw(records: Sequence[Record], folder: Path) -> list[Path]:
         panels = figure.subplots(2, len(columns), sharex="col", squeeze=False)
         for (above, under), task in zip(panels.T, columns, strict=True):
             _panels(above, under, [r for r in mine if r.subject == task], names)
-        panels[0][0].set_ylabel("loss (mean since the look before)")
-        panels[1][0].set_ylabel("right, of what is held out")
+        panels[0][0].set_ylabel("loss (mean since the evaluation before)")
+        panels[1][0].set_ylabel("right, of held-out answers")
         bar = Line2D([], [], color="0.3", linestyle="--", label="bar")
         chance = Line2D([], [], color="0.3", linestyle=":", label="chance")
         legend_below(figure, [*(Line2D([], [], color=colour(i), label=n) for i, n in enumerate(names)), bar, chance], most=4)

@@ -63,7 +63,7 @@ In vectors: [{1}]({1})"""
 
 
 def write(run: Run) -> Path:
-    """Write report.md, its figures and report.html into the run's folder; the path of report.md."""
+    """Write report.md, its figures and report.html into the run's folder; return the path of report.md."""
     plan, here = run.about.get("plan", {}), run.about.get("box", {})
     subjects = list(dict.fromkeys(r.subject for r in run.records))
     drawn = figures.error_against_length(run.records, run.folder)
