@@ -172,9 +172,10 @@ def check_harness(arguments: list[str]) -> None:
     from harness.bench import grids
     from harness.cli.app import app
     from harness.judge import registry
+    from harness.judge.check import checks
 
     known = {
-        "--subject": registry.subjects(), "--check": registry.checks(), "--mutant": registry.mutants(), "--race": grids.RACES,
+        "--subject": registry.subjects(), "--check": checks(), "--mutant": registry.mutants(), "--race": grids.races(),
     }  # fmt: skip
     if not arguments:
         return
