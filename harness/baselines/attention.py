@@ -40,7 +40,7 @@ def dtypes(kind: str) -> tuple[torch.dtype, ...]:
 
 
 def unavailable(kind: str, device: torch.device | str) -> str | None:
-    """None if `kind` can run on `device`, else one sentence: why not, and what to do."""
+    """Return None if `kind` can run on `device`, else one sentence: why not, and what to do."""
     if kind not in KINDS:
         raise ValueError(f"attention is {kind!r}; allowed: one of {', '.join(KINDS)}")
     reason = backends.unavailable("torch", device)
@@ -68,7 +68,7 @@ def _refusal(kind: str, device: str) -> str | None:
 
 @contextlib.contextmanager
 def only(kind: str, device: torch.device) -> Iterator[None]:
-    """Within, PyTorch's attention is `kind`, or BackendError says that it cannot be.
+    """Allow PyTorch's attention only `kind`, for the time within. Raises BackendError where that cannot run.
 
     The host decides when a kernel is launched, so a CUDA graph keeps the kernel with which it was captured; a backward
     pass has the kernel of its forward pass, wherever it runs. PyTorch refuses cuDNN under deterministic algorithms; who
@@ -99,7 +99,7 @@ def only(kind: str, device: torch.device) -> Iterator[None]:
 def attend(
     q: Float[Tensor, "B heads L d"], k: Float[Tensor, "B heads L d"], v: Float[Tensor, "B heads L d"], kind: str = "sdpa"
 ) -> Float[Tensor, "B heads L d"]:
-    """softmax(q k^T / sqrt(d)) v over all tokens, no mask. For a pinned kind call it within `only`.
+    """Return softmax(q k^T / sqrt(d)) v over all tokens, no mask. For a pinned kind call it within `only`.
 
     Raises ValueError for a dtype that the kind does not take.
     """

@@ -49,27 +49,27 @@ class ViTConfig:
 
     @property
     def patches(self) -> int:
-        """Patches in one frame."""
+        """Return the number of patches in one frame."""
         return (self.img_size // self.patch_size) ** 2
 
     @property
     def tokens(self) -> int:
-        """Tokens of one clip, the class token included."""
+        """Return the number of tokens of one clip, the class token included."""
         return 1 + (self.num_frames or 1) * self.patches
 
     @classmethod
     def tiny(cls, **overrides: Any) -> "ViTConfig":
-        """ViT-Ti, 5.7 M parameters."""
+        """Return ViT-Ti, 5.7 M parameters."""
         return cls(**{"embed_dim": 192, "depth": 12, "num_heads": 3, **overrides})
 
     @classmethod
     def small(cls, **overrides: Any) -> "ViTConfig":
-        """ViT-S, 22 M parameters."""
+        """Return ViT-S, 22 M parameters."""
         return cls(**{"embed_dim": 384, "depth": 12, "num_heads": 6, **overrides})
 
     @classmethod
     def base(cls, **overrides: Any) -> "ViTConfig":
-        """ViT-B, 87 M parameters."""
+        """Return ViT-B, 87 M parameters."""
         return cls(**{"embed_dim": 768, "depth": 12, "num_heads": 12, **overrides})
 
 
@@ -95,7 +95,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(COLOURS, config.embed_dim, self.patch, self.patch)
 
     def forward(self, clip: Float[Tensor, "B 3 T S S"]) -> Float[Tensor, "B patches D"]:
-        """Patches frame after frame, row after row."""
+        """Return patches frame after frame, row after row."""
         P = self.patch
         pixels = clip.unflatten(4, (-1, P)).unflatten(3, (-1, P)).permute(0, 2, 3, 5, 1, 4, 6)  # B T row column 3 P P
         return F.linear(pixels.flatten(4).flatten(1, 3), self.proj.weight.flatten(1), self.proj.bias)
@@ -159,7 +159,7 @@ class ViT(nn.Module):
 
     @torch.no_grad()
     def _init_weights(self) -> None:
-        """timm's initial values; the patch embedding keeps a convolution's."""
+        """Set timm's initial values; the patch embedding keeps a convolution's."""
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)
         for module in self.modules():
@@ -168,7 +168,7 @@ class ViT(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def embed(self, clip: Float[Tensor, "B 3 *T S S"]) -> Float[Tensor, "B L D"]:
-        """Tokens with positions, as VideoMamba's: cls + pos[0], then patch(f, p) + pos[1 + p] + temporal[f]."""
+        """Return tokens with positions, as VideoMamba's: cls + pos[0], then patch(f, p) + pos[1 + p] + temporal[f]."""
         self._check(clip)
         positions = self.pos_embed[0, 1:]
         if self.config.num_frames is not None:
@@ -178,15 +178,17 @@ class ViT(nn.Module):
         return torch.cat((cls, patches), dim=1)
 
     def encode(self, tokens: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
-        """The blocks over embedded tokens, before the final norm. Raises BackendError for an attention that cannot run on
-        their device."""
+        """Return the result of all blocks on embedded tokens, before the final norm.
+
+        Raises BackendError for an attention that cannot run on their device.
+        """
         with only(self.config.attention, tokens.device):
             for block in self.blocks:
                 tokens = block(tokens)
         return tokens
 
     def forward(self, clip: Float[Tensor, "B 3 *T S S"]) -> Float[Tensor, "B classes"]:
-        """Logits. Raises ValueError or TypeError for a clip that the model was not built for, BackendError as `encode`."""
+        """Return logits. Raises ValueError or TypeError for a clip of another size, BackendError as `encode`."""
         return self.head(self.norm(self.encode(self.embed(clip))[:, 0]))
 
     def _check(self, clip: Tensor) -> None:

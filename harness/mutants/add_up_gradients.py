@@ -12,8 +12,8 @@ WHERE = ("--case", "*-for=convergence-*", "--check", "convergence")
 
 
 def plant() -> AbstractContextManager[object]:
-    """The context in which the bug is there."""
-    honest, sums = Mamba._directions, WeakTensorKeyDictionary()
+    """Return the context in which the bug is there."""
+    original, sums = Mamba._directions, WeakTensorKeyDictionary()
 
     def summed(D: Tensor) -> Tensor:
         def add(gradient: Tensor) -> Tensor:
@@ -26,6 +26,6 @@ def plant() -> AbstractContextManager[object]:
         return used
 
     def planted(self: Mamba) -> tuple[Direction, ...]:
-        return tuple(own._replace(D=summed(own.D)) for own in honest(self))
+        return tuple(own._replace(D=summed(own.D)) for own in original(self))
 
     return mock.patch.object(Mamba, "_directions", planted)

@@ -9,11 +9,11 @@ WHERE = ("--subject", "mixer", "--case", "B2-L9-*", "--impl", "fused:torch")
 
 
 def plant() -> AbstractContextManager[object]:
-    """The context in which the bug is there."""
-    honest = Mamba._directions
+    """Return the context in which the bug is there."""
+    original = Mamba._directions
 
     def swapped(self: Mamba) -> tuple[Direction, ...]:
-        own = honest(self)
+        own = original(self)
         return tuple(one._replace(reverse=other.reverse) for one, other in zip(own, own[::-1], strict=True))
 
     return mock.patch.object(Mamba, "_directions", swapped)

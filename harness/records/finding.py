@@ -70,7 +70,7 @@ class Tally:
         self._wrong_form: dict[str, str] = {}
 
     def add(self, name: str, got: Tensor | None, plain: Tensor | None, truth: Tensor | None) -> None:
-        """One seed's tensor. None is a gradient that does not exist; it counts as 0 only where the reference has none."""
+        """Add one seed's tensor. None is a gradient that does not exist; it counts as 0 only where the reference has none."""
         if truth is None or plain is None:
             stray = 0.0 if got is None else _largest(got.double())
             self._samples.setdefault(name, []).append(_Sample((0, 0), (0, 0), (0, 0), (), stray))

@@ -9,8 +9,8 @@ from torch import Tensor
 
 import reference
 from fused.ops.selective_scan import api
+from harness.fixtures import extreme_scan
 from harness.fixtures.chains import chain_operator
-from harness.fixtures.extreme_scan import CHANNELS, extreme
 from harness.fixtures.functional_modules import delta_bias
 from harness.instruments.huge_tensors import CLIPS, PERIODS, huge_case
 from harness.judge import race
@@ -102,7 +102,7 @@ def draw(case: Case, seed: int) -> dict[str, Tensor]:
     if case.option(PERIODS, ""):
         constant = {k: leaves[k][:, :1].expand_as(leaves["u"]) for k in ("delta", "z")}
         leaves |= constant | {"delta": constant["delta"] + FORGETTING, "C": leaves["C"] / FORGETTING}
-    return extreme(case, seed, leaves) if case.only_check == "extremes" else leaves
+    return extreme_scan.extreme(case, seed, leaves) if case.only_check == "extremes" else leaves
 
 
 def precise(case: Case) -> set[str]:
@@ -161,7 +161,7 @@ def repeat(leaves: dict[str, Tensor], count: int) -> dict[str, Tensor]:
 
 def channel_axes() -> dict[str, int]:
     """Return the axes of channels."""
-    return CHANNELS
+    return extreme_scan.CHANNELS
 
 
 def costly_checks(case: Case) -> set[str]:
@@ -187,30 +187,7 @@ def special_cases(check: str, grid: str) -> list[Case]:
             huge_case(check, "scan", PERIODS, clip | {"E": 16000}, "infer"),
         ]  # fmt: skip
         return small if grid == "smoke" else small + huge
-    return extreme_cases(grid) if check == "extremes" else []
-
-
-def extreme_cases(grid: str) -> list[Case]:
-    """Return short cases, just large enough to need few seeds, and lengths up to that of 512 frames: forward in `full`,
-    backward in `long` only, where truth and plain take a CPU 8 minutes together."""
-    words = ["delta=huge", "delta=tiny", "delta=negative", "A=zero", "A=huge", "z=huge", "denormal"]
-    one_token = ["delta=huge", "delta=tiny", "A=zero"]
-    dtypes, lengths = LOW_PRECISIONS, [1569, 6273, 25089, 100353]
-    if grid == "smoke":
-        dtypes, lengths = LOW_PRECISIONS[:2], [393, 1569, 6273]
-    long = [{"B": 4, "L": L, "E": 8, "N": 4} for L in lengths]
-
-    def points(dims: dict[str, int], words: list[str], dtypes: list[str] = dtypes) -> list[Case]:
-        return cross("scan", [dims], [(*word.split(), "for=extremes") for word in words], dtypes)
-
-    return [
-        *points({"B": 8, "L": 9, "E": 58, "N": 4}, words),
-        *points({"B": 64, "L": 1, "E": 66, "N": 4}, one_token),
-        *points({"B": 2, "L": 9, "E": 6, "N": 4}, ["nan", "nan reverse"]),
-        *(c for dims in long for c in points(dims, ["length infer"])),
-        *(c for dims in long[:2] for c in points(dims, ["length"], LOW_PRECISIONS[:2])),
-        *(c for dims in long[2 : {"smoke": 2, "full": 3}.get(grid)] for c in points(dims, ["length"], LOW_PRECISIONS[:1])),
-    ]
+    return extreme_scan.cases(grid) if check == "extremes" else []
 
 
 def races() -> list[Race]:
