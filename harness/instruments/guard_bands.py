@@ -23,22 +23,22 @@ class GuardedMemory:
 
     def __init__(self, garbage: float) -> None:
         self.garbage = garbage
-        self._placed: list[tuple[str, Tensor, Tensor, Tensor | None]] = []  # name, whole, own part, what it must stay
+        self._placed: list[tuple[str, Tensor, Tensor, Tensor | None]] = []  # name, memory, own part, bytes to stay
         self._allocate = torch.empty  # what allocates, also while it is replaced
 
     def place(self, name: str, value: Tensor) -> Tensor:
         """Return a copy of the value, which nobody may change."""
-        tensor, whole, own = self._between(value)
+        tensor, memory, own = self._between(value)
         tensor.copy_(value)
-        self._placed.append((name, whole, own, own.clone()))
+        self._placed.append((name, memory, own, own.clone()))
         return tensor
 
     def findings(self) -> list[Finding]:
         """Return how many bytes of what must stay, and of the bands beside anything, have changed."""
         changed: dict[str, float] = {}
-        for name, whole, own, before in self._placed:
+        for name, memory, own, before in self._placed:
             begin = own.storage_offset()
-            bands = whole[:begin], whole[begin + own.numel() :]
+            bands = memory[:begin], memory[begin + own.numel() :]
             beside = sum(int((band != 0xFF).sum()) for band in bands)
             changed[f"beside {name}"] = max(changed.get(f"beside {name}", 0.0), float(beside))
             if before is not None:
@@ -60,9 +60,9 @@ class GuardedMemory:
             asked = original(*args, **options)
             if "out" in options or asked.is_meta or asked.layout != torch.strided or type(asked) is not Tensor:
                 return asked
-            tensor, whole, own = self._between(asked)
+            tensor, memory, own = self._between(asked)
             tensor.copy_(asked) if "zeros" in name else tensor.fill_(self._garbage_of(asked.dtype))
-            self._placed.append(("what was allocated", whole, own, None))
+            self._placed.append(("what was allocated", memory, own, None))
             return tensor.requires_grad_(asked.requires_grad)
 
         return allocate
@@ -72,10 +72,10 @@ class GuardedMemory:
         reach = sum((n - 1) * step for n, step in zip(like.shape, like.stride(), strict=True)) + 1 if like.numel() else 0
         size = reach * like.element_size()
         band = BAND.get(like.device.type, 2**16)
-        whole = self._allocate(band + size + band, dtype=torch.uint8, device=like.device).fill_(0xFF)
+        memory = self._allocate(band + size + band, dtype=torch.uint8, device=like.device).fill_(0xFF)
         tensor = self._allocate(0, dtype=like.dtype, device=like.device)
-        tensor.set_(whole.untyped_storage(), band // like.element_size(), like.shape, like.stride())
-        return tensor, whole, whole[band : band + size]
+        tensor.set_(memory.untyped_storage(), band // like.element_size(), like.shape, like.stride())
+        return tensor, memory, memory[band : band + size]
 
     def _garbage_of(self, dtype: torch.dtype) -> float:
         return self.garbage if dtype.is_floating_point else 77 if dtype != torch.bool else True

@@ -16,7 +16,7 @@ def plant() -> AbstractContextManager[object]:
     original = fused.chunked.layer.scan_chunk
 
     def planted(plan: Any, own: Any, x: Tensor, state: Any, reverse: bool, *gate: Any) -> Any:
-        y, (taps, edge) = original(plan, own, x, state, reverse, *gate)
-        return y, (taps * 0, edge * 0) if reverse else (taps, edge)
+        y, (conv_state, ssm_state) = original(plan, own, x, state, reverse, *gate)
+        return y, (conv_state * 0, ssm_state * 0) if reverse else (conv_state, ssm_state)
 
     return mock.patch.object(fused.chunked.layer, "scan_chunk", planted)
