@@ -39,37 +39,6 @@ def selective_scan(
         return y.to(u.dtype), state
 
 
-def causal_conv1d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, activated: bool, reverse: bool
-) -> tuple[Tensor, Tensor]:
-    """(y, final_state)."""
-    precise = accumulation_dtype(x.dtype)
-    with no_autocast(x.device):
-        beyond = weight.shape[1] - 1
-        inside = x.to(precise).transpose(1, 2)
-        edge = inside.new_zeros(*inside.shape[:2], beyond) if state is None else state.to(x.dtype).to(precise)
-        line = torch.cat((inside, edge) if reverse else (edge, inside), dim=2)
-        taps = weight.to(precise).flip(1) if reverse else weight.to(precise)
-        y = F.conv1d(line, taps.unsqueeze(1), None if bias is None else bias.to(precise), groups=x.shape[2])
-        y = F.silu(y) if activated else y
-        leaving = line[:, :, :beyond] if reverse else line[:, :, x.shape[1] :]
-        return y.transpose(1, 2).to(x.dtype), leaving.to(x.dtype)
-
-
-def add_norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
-    eps: float, centre: bool, stored: torch.dtype | None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """(y, residual_out in the dtype `stored`, or None)."""
-    with no_autocast(x.device):
-        v = x.to(accumulation_dtype(x.dtype))
-        v = v if residual is None else v + residual.to(v.dtype)
-        unit = v - v.mean(-1, keepdim=True) if centre else v
-        y = unit * torch.rsqrt(unit.square().mean(-1, keepdim=True) + eps) * weight
-        y = y if bias is None else y + bias
-        return y.to(x.dtype), None if stored is None else v.to(stored)
-
-
 def _by_channel(x: Tensor, channels: int) -> Tensor:
     """(B, L, N) or (B, L, G, N) to (B, L, 1 or E, N)."""
     return x.unsqueeze(2) if x.dim() == 3 else x.repeat_interleave(channels // x.shape[2], dim=2)

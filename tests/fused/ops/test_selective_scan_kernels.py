@@ -101,7 +101,7 @@ def test_follows_the_loop(shape, given, options):
 )
 def test_time_is_cut(clips, processors, cut, reverse, keen, monkeypatch):
     monkeypatch.setattr(schedule, "multiprocessors", lambda device: processors)
-    assert schedule.make_schedule(clips, 130, 2, 4, 1, processors).ahead == cut
+    assert schedule.make_schedule(clips, 130, 2, 4, 1, processors).fwd_schedule == cut
     assert_rule(sample(*draw(seed, (clips, 130, 2, 4)), reverse=reverse) for seed in SEEDS)
 
 
@@ -236,7 +236,7 @@ def test_knowing_what_enters_the_pieces_changes_no_bit(whole):
 
     A, D, (u, delta, z) = -normal(E, N).exp(), normal(E), (normal(B, L, E) for _ in range(3))
     s = scan.Streams((False,), (u,), (delta,), (A,), (normal(B, L, N),), (normal(B, L, N),), (D,), (D,), z)
-    plan = schedule.make_schedule(B, L, E, N, 1, 2)._replace(ahead=schedule.Cut(B, whole, 3, 3))
+    plan = schedule.make_schedule(B, L, E, N, 1, 2)._replace(fwd_schedule=schedule.SplitSchedule(B, whole, 3, 3))
     first = scan.forward(s, None, plan, keep=True)
     again = scan.forward(s, None, plan, keep=True, starts=first.starts)
     for name in ("y", "final", "ungated", "marks"):
