@@ -1,7 +1,8 @@
-"""Frames through a bidirectional model as they come: an approximation, since the backward direction would need the future.
+"""Frames through a bidirectional model as they come: an approximation, since the backward scan would need the future.
 
-In every layer the forward state goes on from chunk to chunk, and the backward scan starts from nothing behind the chunk
-and the frames looked ahead at. These are computed again with their own chunk.
+A window is a chunk of frames and the frames looked ahead at behind it. In every layer the forward state is carried from chunk
+to chunk, and the backward scan starts from zeros at the window's end. The frames looked ahead at are computed again with
+their own chunk.
 """
 
 import math
@@ -12,55 +13,57 @@ import torch
 from torch import Tensor
 
 from fused.chunked.layer_ops import Plan, Weights, add_norm, parameters_of, plan_of, project, scan_chunk
-from fused.chunked.video import Video, check_model, embedded, limit, pieces
+from fused.chunked.video import ChunkedOutput, Video, check_chunkable, embed_chunks, max_frames, split_frames
 from fused.modules.mamba import State
 from fused.runtime.checks import no_autocast
 
 if TYPE_CHECKING:
-    from fused.models.videomamba.backbone import Backbone
+    from fused.chunked.protocol import ChunkableModel
 
 
 @torch.no_grad()
-def windows(
-    model: "Backbone", video: Video, chunk_frames: int, look_ahead: int, total: int | None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """(hidden, residual) behind the last block of every chunk, as soon as its frames and those ahead of it are there.
+def run_approximate(
+    model: "ChunkableModel", video: Video, chunk_frames: int, look_ahead: int, total: int | None
+) -> Iterator[ChunkedOutput]:
+    """Yield the last layer's output for every chunk, as soon as its frames and the `look_ahead` frames behind it have come.
 
-    Raises ValueError or TypeError for a model or a video that this cannot be done with.
+    `total` is the number of tubelets to which the temporal table is stretched, None for its own. Raises ValueError or
+    TypeError for a model or a video with which this cannot be done.
     """
     config = model.config
-    check_model(model, chunk_frames)
+    check_chunkable(model, chunk_frames)
     t = config.kernel_size
     if not isinstance(look_ahead, int) or look_ahead < 0 or look_ahead % t:
         raise ValueError(
             f"look_ahead is {look_ahead!r}; allowed: 0 or a positive multiple of kernel_size ({t}), a tubelet's frames"
         )
-    backend = model._resolve(model.cls_token)
-    layers = _Layers(model, backend)
+    backend = model.resolve_backend(model.cls_token)
+    layers = _WindowLayers(model, backend)
     size, more = (frames // t * config.patches for frames in (chunk_frames, look_ahead))
-    source = pieces(video, config, math.gcd(chunk_frames, look_ahead), model.cls_token.device, limit(config, total))
-    waiting, cls = None, 1
-    for tokens in embedded(model, source, total):
+    most, device = max_frames(config, total), model.cls_token.device
+    clips = split_frames(video, config, math.gcd(chunk_frames, look_ahead), device, most)
+    waiting, cls = None, 1  # tokens that no chunk has taken yet, and whether CLS is the first of them
+    for tokens in embed_chunks(model, clips, total):
         waiting = tokens if waiting is None else torch.cat((waiting, tokens), dim=1)
         while waiting.shape[1] >= cls + size + more:
-            yield layers(waiting[:, : cls + size + more], cls + size)
+            yield layers.run(waiting[:, : cls + size + more], cls + size)
             waiting, cls = waiting[:, cls + size :], 0
     while waiting is not None and waiting.shape[1] > 0:
-        yield layers(waiting[:, : cls + size + more], cls + size)
+        yield layers.run(waiting[:, : cls + size + more], cls + size)
         waiting, cls = waiting[:, cls + size :], 0
 
 
-class _Layers:
-    """The blocks, their weights cast once, and the forward states behind the last chunk."""
+class _WindowLayers:
+    """The layers of a model, their weights cast once, and their forward states behind the last chunk."""
 
-    def __init__(self, model: "Backbone", backend: str) -> None:
+    def __init__(self, model: "ChunkableModel", backend: str) -> None:
         self.layers: list[Any] = list(model.layers)
         self.backend = backend
         self.ready: list[tuple[Plan, Weights]] = []
         self.states: list[State | None] = [None] * len(self.layers)
 
-    def __call__(self, tokens: Tensor, first: int) -> tuple[Tensor, Tensor]:
-        """The `first` of a window's tokens; the others are only looked at."""
+    def run(self, tokens: Tensor, count: int) -> ChunkedOutput:
+        """Run a window (B, L, D). Its chunk is the first `count` tokens, for which the output is; the rest is look-ahead."""
         hidden, residual = tokens, cast(Any, None)
         for i, layer in enumerate(self.layers):
             if len(self.ready) == i:
@@ -69,21 +72,21 @@ class _Layers:
             plan, w = self.ready[i]
             with no_autocast(tokens.device):
                 y, v = add_norm(plan, w, hidden, residual)
-                y, self.states[i] = _mix(plan, w, y, first, self.states[i])
+                y, self.states[i] = _mix_window(plan, w, y, count, self.states[i])
                 hidden, residual = y, v.to(plan.stored)
-        return hidden[:, :first], residual[:, :first]
+        return ChunkedOutput(hidden[:, :count], residual[:, :count], [], (), self.backend)
 
 
-def _mix(plan: Plan, w: Weights, hidden: Tensor, first: int, state: State | None) -> tuple[Tensor, State]:
-    """The mixer over a window, and the forward state behind its `first` tokens."""
+def _mix_window(plan: Plan, w: Weights, hidden: Tensor, count: int, state: State | None) -> tuple[Tensor, State]:
+    """Return the mixer's output (B, L, D) for a window, and the forward state behind its first `count` tokens."""
     x, z = project(w.into, hidden).chunk(2, dim=-1)
-    behind = None if w.behind is None else scan_chunk(plan, w.behind, x, None, reverse=True)[0]
+    y_backward = None if w.behind is None else scan_chunk(plan, w.behind, x, None, reverse=True)[0]
 
-    def ahead(part: slice, state: State | None) -> tuple[Tensor, State]:
-        beside = None if behind is None else behind[:, part]
-        return scan_chunk(plan, w.ahead, x[:, part], state, False, z[:, part], beside)
+    def scan_forward(part: slice, state: State | None) -> tuple[Tensor, State]:
+        other = None if y_backward is None else y_backward[:, part]
+        return scan_chunk(plan, w.ahead, x[:, part], state, False, z[:, part], other)
 
-    y, state = ahead(slice(first), state)
-    if x.shape[1] > first:
-        y = torch.cat((y, ahead(slice(first, None), state)[0]), dim=1)
+    y, state = scan_forward(slice(count), state)
+    if x.shape[1] > count:
+        y = torch.cat((y, scan_forward(slice(count, None), state)[0]), dim=1)
     return project(w.out, y), state

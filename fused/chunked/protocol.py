@@ -1,4 +1,8 @@
-"""The interfaces of a model, a layer and a mixer that `fused.chunked` can run. They are structural: no class inherits them."""
+"""The interfaces of a model, a layer and a mixer that `fused.chunked` can run. They are structural: no class inherits them.
+
+They are imported under TYPE_CHECKING and quoted in annotations: an nn.Module holds parameters and modules in dictionaries, in
+which a check of a protocol at run time does not find them.
+"""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -10,29 +14,30 @@ from fused.modules.norm import DropPath, Norm
 from fused.modules.span import Span
 
 
-class ChunkableMixer(Protocol):
-    """A mixer of in_proj, one or two scans, a gate and out_proj."""
+class ChunkableModel(Protocol):
+    """A stack of layers over embedded frames; the dropout before the first layer and the drop_path behind the last."""
 
-    in_proj: nn.Linear
-    out_proj: nn.Linear
-    dt_rank: int
-    d_state: int
-
-    def directions(self) -> Sequence[Direction]:
-        """Return the forward scan's weights, and behind them the backward scan's if the mixer has one."""
-
-
-class ChunkableLayer(Protocol):
-    """A layer that adds to the residual stream, normalises, and mixes."""
-
-    norm: Norm
+    requested_backend: str
+    cls_token: nn.Parameter
+    pos_drop: nn.Dropout
+    layers: nn.ModuleList
     drop_path: DropPath
-    fused_add_norm: bool
-    residual_in_fp32: bool
 
     @property
-    def mixer(self) -> ChunkableMixer:
-        """The mixer behind the norm."""
+    def config(self) -> "ChunkableConfig":
+        """The sizes of the model."""
+
+    def resolve_backend(self, x: Tensor) -> str:
+        """Return the name of the backend that runs where `x` is."""
+
+    def embed_span(self, clip: Tensor, span: Span) -> Tensor:
+        """Return tokens with positions (B, L, D) of a clip (B, C, T, H, W) at its place in the video, without dropout."""
+
+    def layer_feature(self, residual: Tensor, backend: str) -> Tensor:
+        """Return the feature (B, L, D) of a layer that is not the last, given the residual stream behind it."""
+
+    def last_layer_feature(self, hidden: Tensor, residual: Tensor) -> Tensor:
+        """Return the feature (B, L, D) of the last layer, given its output and the residual stream before it."""
 
 
 class ChunkableConfig(Protocol):
@@ -56,27 +61,26 @@ class ChunkableConfig(Protocol):
     def scan_order(self) -> str: ...
 
 
-class ChunkableModel(Protocol):
-    """A stack of layers over embedded frames; the dropout before the first layer and the drop_path behind the last."""
+class ChunkableLayer(Protocol):
+    """A layer that adds to the residual stream, normalises, and mixes."""
 
-    requested_backend: str
-    cls_token: nn.Parameter
-    pos_drop: nn.Dropout
-    layers: nn.ModuleList
+    norm: Norm
     drop_path: DropPath
+    fused_add_norm: bool
+    residual_in_fp32: bool
 
     @property
-    def config(self) -> ChunkableConfig:
-        """The sizes of the model."""
+    def mixer(self) -> "ChunkableMixer":
+        """The mixer behind the norm."""
 
-    def resolve_backend(self, x: Tensor) -> str:
-        """Return the name of the backend that runs where `x` is."""
 
-    def embed_span(self, clip: Tensor, span: Span) -> Tensor:
-        """Return tokens with positions (B, L, D) of a clip (B, C, T, H, W) at its place in the video, without dropout."""
+class ChunkableMixer(Protocol):
+    """A mixer of in_proj, one or two scans, a gate and out_proj."""
 
-    def layer_feature(self, residual: Tensor, backend: str) -> Tensor:
-        """Return the feature (B, L, D) of a layer that is not the last, given the residual stream behind it."""
+    in_proj: nn.Linear
+    out_proj: nn.Linear
+    dt_rank: int
+    d_state: int
 
-    def last_layer_feature(self, hidden: Tensor, residual: Tensor) -> Tensor:
-        """Return the feature (B, L, D) of the last layer, given its output and the residual stream before it."""
+    def directions(self) -> Sequence[Direction]:
+        """Return the forward scan's weights, and behind them the backward scan's if the mixer has one."""

@@ -1,6 +1,7 @@
 """A whole video through a bidirectional model in the memory of a chunk of it: exactly, in inference and in training.
 
-Layer by layer, each over all chunks (`sweep`): what lies between two layers is kept whole, what a layer makes of it is not.
+The layers run one after the other, each over all chunks. The streams between two layers are in memory for the whole video; the
+intermediate tensors of a layer are so for one chunk only.
 """
 
 import itertools
@@ -12,41 +13,44 @@ from torch import Tensor
 
 from fused import backends
 from fused.chunked.layer import sweep
-from fused.models.videomamba.config import VideoMambaConfig
-from fused.models.videomamba.embedding import Span, check_place
 from fused.modules import mamba
+from fused.modules.span import Span, check_tubelets
 
 if TYPE_CHECKING:
-    from fused.models.videomamba.backbone import Backbone
+    from fused.chunked.protocol import ChunkableConfig, ChunkableModel
 
-Video = Tensor | Iterable[Tensor]
-Chunks = Sequence[slice]  # of tokens, in the order of time
+Video = Tensor | Iterable[Tensor]  # (B, C, T, H, W), or an iterator of frames (B, C, H, W) or runs of frames (B, C, t, H, W)
+Chunks = Sequence[slice]  # of tokens, ascending
 
 
-class Passed(NamedTuple):
-    """What the last layer leaves: its output and the residual stream before it, the features asked for, and the chunks."""
+class ChunkedOutput(NamedTuple):
+    """The output of the last layer and the residual stream before it, (B, L, D), and how they were made."""
 
     hidden: Tensor
     residual: Tensor
-    features: list[Tensor]
+    features: list[Tensor]  # of the layers that were asked for
     chunks: Chunks
+    backend: str
 
 
-def run(
-    model: "Backbone", video: Video, chunk_frames: int, num_frames: int | None, total: int | None, offload: bool,
-    taps: Sequence[int] = (),
-) -> Passed:  # fmt: skip
-    """Embed a video and send it through the blocks. `taps` as of `Backbone.encode`, `total` the tubelets to which the temporal
-    table is stretched, if any.
+def run_layers(
+    model: "ChunkableModel", video: Video, chunk_frames: int, num_frames: int | None, total: int | None, offload: bool,
+    out_layers: Sequence[int] = (),
+) -> ChunkedOutput:  # fmt: skip
+    """Embed a video and run the layers over it in chunks of `chunk_frames` frames.
 
-    Raises ValueError or TypeError for a video, a chunk length, a model or a backend that this cannot be done with.
+    `num_frames` is the number of frames that an iterator gives. `total` is the number of tubelets to which the temporal table
+    is stretched, None for its own. With `offload` a layer keeps in host memory what its first pass leaves for its second.
+    `out_layers` are the numbers of layers whose feature is wanted, as in `Backbone.encode`.
+
+    Raises ValueError or TypeError for a video, a chunk length, a model or a backend with which this cannot be done.
     """
     config, device = model.config, model.cls_token.device
-    check_model(model, chunk_frames)
-    most = limit(config, total)
-    frames = _frames(video, num_frames, config, most)
-    backend = model._resolve(model.cls_token)
-    tokens = list(embedded(model, pieces(video, config, chunk_frames, device, most, frames), total))
+    check_chunkable(model, chunk_frames)
+    most = max_frames(config, total)
+    frames = count_frames(video, num_frames, config, most)
+    backend = model.resolve_backend(model.cls_token)
+    tokens = list(embed_chunks(model, split_frames(video, config, chunk_frames, device, most, frames), total))
     edges = [0, *itertools.accumulate(t.shape[1] for t in tokens)]
     chunks = [slice(*pair) for pair in itertools.pairwise(edges)]
     hidden = torch.cat(tokens, dim=1)
@@ -59,37 +63,36 @@ def run(
         if residual is not None:
             hidden = layer.drop_path(hidden)
         hidden, residual = sweep(layer, hidden, residual, chunks, backend, offload)
-        if i - 1 in taps:
-            dtype = model.final_norm.weight.dtype
-            features.append(piecewise(lambda x: model.final_norm(x.to(dtype), backend), chunks, residual))  # noqa: B023
+        if i - 1 in out_layers:  # the stream behind layer i - 1 is summed in layer i
+            features.append(apply_per_chunk(lambda x: model.layer_feature(x, backend), chunks, residual))
     hidden = model.drop_path(hidden)
-    if config.depth - 1 in taps:
-        features.append(residual if config.fused_add_norm else residual + hidden)
-    return Passed(hidden, residual, features, chunks)
+    if config.depth - 1 in out_layers:
+        features.append(model.last_layer_feature(hidden, residual))
+    return ChunkedOutput(hidden, residual, features, chunks, backend)
 
 
-def piecewise(function: Callable[..., Tensor], chunks: Chunks, *tensors: Tensor) -> Tensor:
-    """function(*tensors), chunk by chunk along their tokens; at once where there are no chunks."""
+def apply_per_chunk(function: Callable[..., Tensor], chunks: Chunks, *tensors: Tensor) -> Tensor:
+    """Return function(*tensors), computed chunk by chunk along dimension 1; at once if there are no chunks."""
     if not chunks:
         return function(*tensors)
     sizes = [c.stop - c.start for c in chunks]
     return torch.cat([function(*parts) for parts in zip(*(t.split(sizes, dim=1) for t in tensors), strict=True)], dim=1)
 
 
-def check_model(model: "Backbone", chunk_frames: int) -> None:
-    """Raise ValueError unless a video can go through this model in chunks of so many frames."""
+def check_chunkable(model: "ChunkableModel", chunk_frames: int) -> None:
+    """Raise ValueError unless this model can run a video in chunks of `chunk_frames` frames."""
     config, t = model.config, model.config.kernel_size
     if config.num_frames is None:
         raise ValueError("this is an image model (num_frames is None): an image has no frames to cut; call the model itself")
     if config.scan_order != "spatial":
         raise ValueError(
-            f"scan_order is {config.scan_order!r}; chunks are frames, which only 'spatial' order walks one after the other: "
+            f"scan_order is {config.scan_order!r}; chunks are frames, which only 'spatial' order scans one after the other: "
             "run the whole clip at once"
         )
-    if model._asked != "auto" and not backends.declared("mixer", mamba.BACKENDS, model._asked).initial_state:
+    backend = model.requested_backend
+    if backend != "auto" and not backends.declared("mixer", mamba.BACKENDS, backend).initial_state:
         raise ValueError(
-            f"backend {model._asked!r} cannot carry a state from chunk to chunk; build the model with backend='native' or "
-            "'torch'"
+            f"backend {backend!r} cannot carry a state from chunk to chunk; build the model with backend='native' or 'torch'"
         )
     if not isinstance(chunk_frames, int) or chunk_frames < 1 or chunk_frames % t:
         raise ValueError(
@@ -97,14 +100,17 @@ def check_model(model: "Backbone", chunk_frames: int) -> None:
         )
 
 
-def limit(config: VideoMambaConfig, total: int | None) -> int:
-    """Frames for which there are positions. Raises ValueError for a `total` that is no number of tubelets."""
-    check_place("temporal_pos_total", total, 1, False)
+def max_frames(config: "ChunkableConfig", total: int | None) -> int:
+    """Return the number of frames for which there are positions. Raises ValueError for a `total` below 1."""
+    check_tubelets("temporal_pos_total", total, 1, False)
     return (config.num_frames or 0) if total is None else total * config.kernel_size
 
 
-def _frames(video: Video, num_frames: int | None, config: VideoMambaConfig, most: int) -> int:
-    """How many there will be."""
+def count_frames(video: Video, num_frames: int | None, config: "ChunkableConfig", most: int) -> int:
+    """Return the number of frames of a video: a clip's own, or the `num_frames` that an iterator will give.
+
+    Raises ValueError for a number that is missing, is no multiple of kernel_size, or is above `most`.
+    """
     if isinstance(video, Tensor):
         if video.dim() != 5:
             raise ValueError(f"clip has shape {tuple(video.shape)}; this model takes (B, {config.channels}, T, H, W)")
@@ -119,24 +125,25 @@ def _frames(video: Video, num_frames: int | None, config: VideoMambaConfig, most
             "a tubelet"
         )
     if num_frames > most:
-        raise _past(most, num_frames)
+        raise _too_long(most, num_frames)
     return num_frames
 
 
-def _past(most: int, frames: int) -> ValueError:
+def _too_long(most: int, frames: int) -> ValueError:
+    """Return the error for a video of more frames than there are positions for."""
     return ValueError(
         f"the video has {frames} frames or more, but there are temporal positions for {most}; pass all its tubelets as "
         "temporal_pos_total: the temporal table is stretched to it"
     )
 
 
-def pieces(
-    video: Video, config: VideoMambaConfig, step: int, device: torch.device, most: int, frames: int | None = None
+def split_frames(
+    video: Video, config: "ChunkableConfig", step: int, device: torch.device, most: int, frames: int | None = None
 ) -> Iterator[Tensor]:
-    """(B, C, t, H, W) on the device, `step` frames each, in the end the rest; `frames` in all, or None: not known, `most` at
-    most.
+    """Yield clips (B, C, t, H, W) on the device, of `step` frames each; the last may be shorter.
 
-    Raises ValueError or TypeError for what the iterator gives that does not fit.
+    `frames` is the number of frames in all, None if it is not known; `most` is the largest allowed. Raises ValueError or
+    TypeError for frames that do not fit the model, for too many and for too few.
     """
     items = video.split(step, dim=2) if isinstance(video, Tensor) else video
     waiting: list[Tensor] = []
@@ -148,7 +155,7 @@ def pieces(
         if frames is not None and given > frames:
             raise ValueError(f"num_frames is {frames}, but the iterator gives more; say how many it gives")
         if given > most:
-            raise _past(most, given)
+            raise _too_long(most, given)
         waiting.append(item.to(device, non_blocking=True))
         while sum(x.shape[2] for x in waiting) >= step:
             joined = torch.cat(waiting, dim=2) if len(waiting) > 1 else waiting[0]
@@ -164,7 +171,8 @@ def pieces(
         yield torch.cat(waiting, dim=2)
 
 
-def _check_item(item: Any, config: VideoMambaConfig, clips: int | None) -> None:
+def _check_item(item: Any, config: "ChunkableConfig", clips: int | None) -> None:
+    """Raise unless `item` is a run of frames (B, C, t, H, W) for this model, with B = `clips` unless that is None."""
     channels, height, width = config.channels, *config.sides
     wanted = (item.shape[0] if clips is None else clips, channels, height, width) if isinstance(item, Tensor) else ()
     if not isinstance(item, Tensor) or item.dim() != 5 or (*item.shape[:2], *item.shape[3:]) != wanted:
@@ -178,10 +186,13 @@ def _check_item(item: Any, config: VideoMambaConfig, clips: int | None) -> None:
         raise TypeError(f"frames have dtype {item.dtype}; allowed are floating-point dtypes, normalised")
 
 
-def embedded(model: "Backbone", pieces: Iterable[Tensor], total: int | None) -> Iterator[Tensor]:
-    """Tokens with positions of a video's pieces, one after the other; CLS goes with the first."""
+def embed_chunks(model: "ChunkableModel", clips: Iterable[Tensor], total: int | None) -> Iterator[Tensor]:
+    """Yield tokens with positions (B, L, D) of a video's clips, which follow each other; CLS goes with the first.
+
+    `total` is the number of tubelets to which the temporal table is stretched, None for its own.
+    """
     config, done = model.config, 0
-    for piece in pieces:
-        span = Span(done, piece.shape[2] // config.kernel_size, total or config.tubelets)
-        yield model._place(piece, span)
+    for clip in clips:
+        span = Span(done, clip.shape[2] // config.kernel_size, total or config.tubelets)
+        yield model.embed_span(clip, span)
         done += span.tubelets

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fused import backends
 from fused.backends import NATIVE, TORCH, Abilities
-from fused.modules.state import State, blank, check_mixer_state, linear_dtype
+from fused.modules.state import State, check_mixer_state, linear_dtype, zero_state
 from fused.ops import mamba_ssm as upstream
 from fused.ops.causal_conv1d import api as conv
 from fused.ops.selective_scan import api as scan
@@ -143,7 +143,7 @@ class Mamba(nn.Module):
         weight = self.in_proj.weight
         at = torch.device(device) if device is not None else weight.device
         E = self.d_inner
-        return blank(batch_size, (E, self.d_conv - 1), (E, self.d_state), dtype or linear_dtype(weight, at), at)
+        return zero_state(batch_size, (E, self.d_conv - 1), (E, self.d_state), dtype or linear_dtype(weight, at), at)
 
     def forward(
         self,

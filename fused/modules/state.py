@@ -1,45 +1,38 @@
-"""The state of a causal stream: made, checked, carried, moved and cut off from its graph.
+"""The state of a causal model between two chunks of a video.
 
-For a mixer a pair of tensors, (conv_state (B, E, K-1) in the stream's dtype, ssm_state (B, E, N) in at least float32): the
-raw inputs before the cut, and the recurrence's state. For a model a list, tuple or dict with that pair of every layer from 0
-on, and, where the model reads a running mean, behind them (count (), total (B, D)): how many patch tokens have gone by, an
-integer, and their sum. Zeros stand for nothing before. Only tensors and plain containers, which `torch.save` writes and
-`torch.load` reads with weights_only; none is ever written to, so that any state can serve again.
+A mixer's state is a pair (conv_state (B, E, K-1), ssm_state (B, E, N)): the last K-1 inputs of its convolution in the dtype of
+the stream, and the state of its scan in at least float32. A model's state is a list, tuple or dict with such a pair of every
+layer, numbered from 0. If the model reads a running mean, one entry (count (), total (B, D)) follows: the number of patch
+tokens so far, an integer, and their sum.
+
+Zeros are the state before a video. A state holds tensors and plain containers only, which `torch.save` writes and
+`torch.load` reads with weights_only. No function writes into a state, so any state can be used again.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fused.models.videomamba.config import VideoMambaConfig
 from fused.runtime.dtypes import accumulation_dtype
 
 State = tuple[Tensor, Tensor]
 States = Sequence[State] | Mapping[int, State]
 
 
-class Chunk(NamedTuple):
-    """What a forward continues: the layers' states and the running mean, if any, and its place, None for a whole video."""
-
-    states: list[State] | None = None
-    mean: State | None = None
-    offset: int | None = None
-
-
 def linear_dtype(weight: Tensor, device: torch.device) -> torch.dtype:
-    """The dtype in which a Linear of this weight gives its output on a device."""
+    """Return the dtype of the output of a Linear with this weight on a device: the weight's, or autocast's."""
     if weight.dtype == torch.float64 or not torch.amp.is_autocast_available(device.type):
         return weight.dtype
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
 
 
-def blank(
+def zero_state(
     clips: int, conv: tuple[int, int], scan: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> tuple[Float[Tensor, "B E S"], Float[Tensor, "B E N"]]:
-    """A mixer's state with nothing before it, its tensors (clips, *conv) and (clips, *scan).
+    """Return a mixer's state before the first token: zeros (clips, *conv) in `dtype`, (clips, *scan) in at least float32.
 
     Raises ValueError for a number of clips below 1, TypeError for a dtype that is not floating point.
     """
@@ -51,16 +44,17 @@ def blank(
     return state, torch.zeros((clips, *scan), dtype=accumulation_dtype(dtype), device=device)
 
 
-def blank_mean(state: State, width: int) -> State:
-    """(count, total) with nothing before it, beside a layer's blank state."""
-    _, scan = state
-    return scan.new_zeros((), dtype=torch.int64), scan.new_zeros(len(scan), width)
+def zero_mean(state: State, width: int) -> State:
+    """Return (count (), total (B, width)) before the first token, for the clips and on the device of a mixer's state."""
+    _, ssm_state = state
+    return ssm_state.new_zeros((), dtype=torch.int64), ssm_state.new_zeros(len(ssm_state), width)
 
 
 def unpack(state: States, depth: int, mean: bool, name: str) -> list[State]:
-    """The pairs of a model's state in order.
+    """Return the pairs of a model's state in order: `depth` of layers, then (count, total) if `mean`.
 
-    Raises TypeError for what is no list, tuple or dict of pairs of tensors, ValueError for too many, too few or other keys.
+    `name` is the argument's name in the errors. Raises TypeError for what is no list, tuple or dict of pairs of tensors,
+    ValueError for too many or too few entries or for other keys.
     """
     due = f"one per layer ({depth})" + (", then (count, total) of the running mean" if mean else "")
     if not isinstance(state, (list, tuple, Mapping)):
@@ -76,59 +70,25 @@ def unpack(state: States, depth: int, mean: bool, name: str) -> list[State]:
     return [cast(State, tuple(state[i])) for i in range(len(state))]
 
 
-def continued(
-    config: VideoMambaConfig, mean: bool, state: States | None, return_state: bool, offset: int | None, use_image: bool = False
-) -> Chunk:
-    """What the arguments of a model's forward ask for; `mean` says whether it reads a running one.
-
-    Raises ValueError for what cannot be streamed, or not like that, and what `unpack` raises.
-    """
-    if state is None and not return_state and offset is None:
-        return Chunk()
-    if use_image or config.num_frames is None:
-        raise ValueError(
-            "an image is not streamed: ssm_state, return_state and temporal_pos_offset are for videos. A frame of a video "
-            "is a clip (B, C, kernel_size, H, W), and use_image is False"
-        )
-    if config.bimamba:
-        raise ValueError(
-            "a bidirectional model cannot be streamed: one of its directions starts at the last token of the video, so "
-            "that a chunk would need the future. Run the whole clip at once, or build the model with bimamba=False"
-        )
-    if state is None:
-        if offset:
-            raise ValueError(
-                f"temporal_pos_offset is {offset} without an ssm_state: pass what the chunk before returned for "
-                "return_state=True, or init_state(batch_size) to forget what was before"
-            )
-        return Chunk(offset=0)
-    if offset is None:
-        raise ValueError(
-            "ssm_state came without temporal_pos_offset; allowed: the tubelets of all chunks before, 0 for a state that "
-            "init_state made"
-        )
-    pairs = unpack(state, config.depth, mean, "ssm_state")
-    return Chunk(pairs[: config.depth], pairs[-1] if mean else None, offset)
-
-
 def pack(pairs: Any, like: States | None, mean: State | None = None) -> States:
-    """The pairs, and behind them a running mean, in a dict, tuple or list, whichever `like` is; a list for None."""
+    """Return the pairs, and behind them a running mean, in a container of the type of `like`: dict, tuple, or else list."""
     pairs = [*pairs] if mean is None else [*pairs, mean]
     if isinstance(like, Mapping):
         return {i: pair for i, pair in enumerate(pairs)}
     return tuple(pairs) if isinstance(like, tuple) else pairs
 
 
-def check_mixer_state(state: State, x: Float[Tensor, "B L E"], taps: int, N: int, layer: int | None) -> None:
-    """Raise unless the state is one of the mixer whose convolution and scan are about to take x: ValueError for shapes and
-    devices, TypeError for dtypes."""
+def check_mixer_state(state: State, x: Float[Tensor, "B L E"], K: int, N: int, layer: int | None) -> None:
+    """Raise unless `state` fits x, the input of a mixer's convolution of width K, and a scan of N states: ValueError for
+    shapes and devices, TypeError for dtypes. `layer` is the mixer's number for the message."""
     clips, _, E = x.shape
     of = "" if layer is None else f" of layer {layer}"
-    _check(f"conv_state{of}", state[0], (clips, E, taps - 1), x.dtype, x.device)
+    _check(f"conv_state{of}", state[0], (clips, E, K - 1), x.dtype, x.device)
     _check(f"ssm_state{of}", state[1], (clips, E, N), accumulation_dtype(x.dtype), x.device)
 
 
 def _check(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Raise unless `value` has this shape, device and dtype."""
     if value.shape != shape:
         raise ValueError(
             f"{name} has shape {tuple(value.shape)}; allowed: {shape}. Every chunk needs the clips, and the model, whose state "
@@ -145,9 +105,11 @@ def _check(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype,
 
 
 def running_mean(tokens: Float[Tensor, "B V D"], before: State | None) -> tuple[Float[Tensor, "B D"], State]:
-    """The mean of all tokens up to here, in the tokens' dtype, and (count, total) for the next chunk.
+    """Return the mean of all tokens so far, in the tokens' dtype, and (count, total) for the next chunk.
 
-    Adds and divides in at least float32. Raises ValueError or TypeError for a (count, total) that does not fit.
+    `before` is (count, total) of the chunks before. Sums and divides in at least float32.
+
+    Raises ValueError or TypeError for a (count, total) that does not fit.
     """
     total = tokens.sum(dim=1, dtype=accumulation_dtype(tokens.dtype))
     count = torch.full((), tokens.shape[1], device=tokens.device)
@@ -159,20 +121,21 @@ def running_mean(tokens: Float[Tensor, "B V D"], before: State | None) -> tuple[
 
 
 def detach_state(state: Any) -> Any:
-    """A mixer's or model's state without its history: gradients end here. Memory is shared, unless the state was made in
-    inference mode and is wanted outside of it, where autograd would refuse it: then it is copied.
+    """Return a mixer's or model's state without its autograd history: gradients end here.
+
+    Memory is shared. Only a state that was made in inference mode is copied outside of it, where autograd refuses it.
     """
 
-    def cut(x: Tensor) -> Tensor:
+    def detached(x: Tensor) -> Tensor:
         return x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x.detach()
 
-    return _each(state, cut, cut)
+    return _map_pairs(state, detached, detached)
 
 
 def state_to(state: Any, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Any:
-    """A mixer's or model's state on another device, or for a stream of another dtype. Gradients pass through.
+    """Return a mixer's or model's state on another device, or for a stream of another dtype. Gradients pass through.
 
-    In the stream's `dtype` is what was an input of a convolution; the rest is in at least float32, and a count an integer.
+    conv_state gets the stream's `dtype`; ssm_state and total get it widened to at least float32; count stays an integer.
     """
 
     def first(x: Tensor) -> Tensor:
@@ -181,17 +144,18 @@ def state_to(state: Any, device: torch.device | str | None = None, dtype: torch.
     def second(x: Tensor) -> Tensor:
         return x.to(device=device, dtype=dtype and accumulation_dtype(dtype))
 
-    return _each(state, first, second)
+    return _map_pairs(state, first, second)
 
 
-def _each(state: Any, first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor]) -> Any:
+def _map_pairs(state: Any, first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor]) -> Any:
+    """Return the state with `first` applied to the first tensor of every pair and `second` to the second."""
     match state:
         case [Tensor() as one, Tensor() as other]:
             found = [first(one), second(other)]
         case list() | tuple():
-            found = [_each(entry, first, second) for entry in state]
+            found = [_map_pairs(entry, first, second) for entry in state]
         case Mapping():
-            return {key: _each(entry, first, second) for key, entry in state.items()}
+            return {key: _map_pairs(entry, first, second) for key, entry in state.items()}
         case _:
             raise TypeError(f"state is a {type(state).__name__}; allowed: what `init_state` made or `return_state` returned")
     return tuple(found) if isinstance(state, tuple) else found

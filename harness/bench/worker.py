@@ -15,7 +15,7 @@ from fused import backends
 from harness.bench.clock import Call, Clock
 from harness.bench.power import Power
 from harness.records.speed import Entry, Point
-from harness.runs.workers import attend
+from harness.runs.workers import follow
 
 WARM = 3
 SLOW = 50_000  # tokens a second: a call of many tokens may take longer than what is allowed to all
@@ -140,7 +140,7 @@ def _prepare(entry: Entry, device: str) -> None:
 
 
 def _serve(pipe: Connection, parent: int, entry: Entry, device: str, threads: int, slowest: float) -> None:
-    attend(parent)
+    follow(parent)
     torch.set_num_threads(threads)
     with contextlib.suppress(Exception):  # some have no backend, and what cannot be imported says so when it is called
         _prepare(entry, device)

@@ -1,7 +1,6 @@
-"""`python -m harness bench` and `compare`."""
+"""`python -m harness bench`."""
 
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -11,17 +10,14 @@ import typer
 from harness.bench import benchmark_json, grids
 from harness.bench import run as sweep
 from harness.bench.ceilings import Ceilings
-from harness.bench.compare import compare as compare_runs
 from harness.judge.plan import UsageError, default_device, existing
-from harness.records import interval
 from harness.records.speed import Entry, Point, Speed, last_line
 from harness.report import bench as page
 from harness.runs import environment, workers
 from harness.runs.conclude import FAILED, INTERRUPTED, NOTHING, PASSED, conclude
 from harness.runs.progress import Progress
-from harness.runs.store import Run, again, resumable
+from harness.runs.store import Run, begin, unfinished
 
-Field = dict[str, list[Entry]]
 BUDGET = {"cpu": 1.5, "full": 0.4, "long": 4.0}  # seconds of samples an entry and point
 SLOWEST = {"cpu": 10.0, "full": 2.0, "long": 10.0}  # seconds of a call; what takes longer is not timed
 
@@ -55,21 +51,10 @@ def bench(
         return
     box = environment.describe(existing(device))
     about = sweep.about(grid, device, tuple(race or ()), wanted, tuple(point or ()), budget or BUDGET[grid], box)
-    if resume:
-        run = Run.open(out) if out else Run.latest(unfinished=True, kind="bench")
-        resumable(run, about)
-    else:
-        run = Run.create(out, about | {"command": again(sys.argv[1:])})
+    run = begin(about, sys.argv[1:], out, unfinished(out, "bench") if resume else None)
     print(f"{len(points)} points of grid {grid} on {box['gpu'] or box['cpu']}, into {run.folder}", flush=True)
-    print("ceilings of this box, and its fastest attention", flush=True)
-    sweep.measure_box(run, points[0].dtype)
-    fastest = min(run.about["attention"], key=run.about["attention"].get)
-    races = {p.race: grids.entries(p.race, device, fastest, wanted) for p in points}
-    field = {p.name: [e for e in races[p.race] if grids.runs(e, p, grid)] for p in points}
-    known = {s.key for s in run.speeds}
-    left = {_item(e, p): _cost(e, p) for p in points for e in field[p.name] if (e.name, p.name) not in known}
-    progress = Progress(left)
-    done = conclude(run, progress, lambda: _work(run, points, field, progress), write)
+    progress = Progress({})
+    done = conclude(run, progress, lambda: _work(run, points, wanted, progress), write)
     print(last_line(run.speeds))
     if not done:
         raise typer.Exit(INTERRUPTED)
@@ -77,39 +62,45 @@ def bench(
 
 
 def write(run: Run) -> Path:
-    """The report, and beside it the speeds as pytest-benchmark writes them."""
+    """Write the report, and beside it the speeds as pytest-benchmark writes them; return the report's path."""
     benchmark_json.write(run)
     return page.write(run)
 
 
 def exit_code(run: Run) -> int:
-    """0 if all of ours has a speed or ran out of memory or time, 1 if some was gated or failed, 3 if nothing was timed."""
+    """Return 0 if all of ours has a speed or ran out of memory or time, 1 if some was gated or failed, 3 if none was timed."""
     if not any(s.status == "ok" for s in run.speeds):
         return NOTHING
     return FAILED if any(s.entry.role == "ours" and s.status in ("gated", "error") for s in run.speeds) else PASSED
 
 
-def _work(run: Run, points: list[Point], field: Field, progress: Progress) -> None:
+def _work(run: Run, points: list[Point], wanted: tuple[str, ...], progress: Progress) -> None:
+    """Measure the box, ask for licences, then time what the run has not timed yet."""
     plan, threads = run.about["plan"], torch.get_num_threads()
+    progress.say("ceilings of this box, and its fastest attention")
+    sweep.measure_box(run, points[0].dtype)
+    fastest = min(run.about["attention"], key=run.about["attention"].get)
+    races = {p.race: grids.entries(p.race, plan["device"], fastest, wanted) for p in points}
+    entries = {p.name: [e for e in races[p.race] if grids.runs(e, p, plan["grid"])] for p in points}
+    known = {s.key for s in run.speeds}
+    progress.expect({_item(e, p): _cost(e, p) for p in points for e in entries[p.name] if (e.name, p.name) not in known})
     environment.prepare()
     for dtype in dict.fromkeys(p.dtype for p in points):
-        races = [(p.race, e) for p in points if p.dtype == dtype for e in field[p.name]]
-        jobs = workers.fitting(plan["device"]) if plan["device"].startswith("cuda") else 1
+        racing = [(p.race, e) for p in points if p.dtype == dtype for e in entries[p.name]]
+        jobs = workers.processes_for(plan["device"]) if plan["device"].startswith("cuda") else 1
         each = max(1, threads // jobs)  # 16 threads in each of 12 processes took three times as long as one process
-        sweep.licence(sweep.licence_plans(races, plan["device"], dtype, each), run, progress.say, jobs)
+        sweep.licence(sweep.licence_plans(racing, plan["device"], dtype, each), run, progress.say, jobs)
 
     def tell(speed: Speed) -> None:
-        said = f"{1e3 * speed.median.middle:.3g} ms" if speed.seconds else f"{speed.status}: {speed.reason}"
-        progress.done(_item(speed.entry, speed.point), f"{speed.point.name} {speed.entry.name} {said}")
+        result = f"{1e3 * speed.median.middle:.3g} ms" if speed.seconds else f"{speed.status}: {speed.reason}"
+        progress.done(_item(speed.entry, speed.point), f"{speed.point.name} {speed.entry.name} {result}")
 
-    ceilings = Ceilings(**run.about["ceilings"])
-    sweep.sweep(
-        run, points, lambda p: field[p.name], ceilings, plan["budget"], SLOWEST[plan["grid"]], plan["device"], threads, tell
-    )
+    ceilings, slowest = Ceilings(**run.about["ceilings"]), SLOWEST[plan["grid"]]
+    sweep.sweep(run, points, lambda p: entries[p.name], ceilings, plan["budget"], slowest, plan["device"], threads, tell)
 
 
 def _cost(entry: Entry, point: Point) -> float:
-    """What an entry costs at a point, next to an operator: models are built, long ones are slow, and compiling takes long."""
+    """Return an entry's cost at a point, of an operator 1: models are built, long ones are slow, and compiling takes long."""
     if not entry.variant:
         return 1.0
     return (3.0 + point.tokens / 10_000) * (8.0 if point.way == "compiled" else 1.0)
@@ -117,17 +108,3 @@ def _cost(entry: Entry, point: Point) -> float:
 
 def _item(entry: Entry, point: Point) -> str:
     return f"{entry.name} {point.name}"
-
-
-def compare(base: Path, new: Path) -> None:
-    """Whether run NEW is faster than run BASE, point by point; exits 1 if ours is SLOWER anywhere, 3 if nothing compares."""
-    changes, left = compare_runs(Run.open(base), Run.open(new))
-    for c in changes:
-        print(f"{c.verdict:7} {c.ratio.middle:6.3f} [{c.ratio.low:.3f}, {c.ratio.high:.3f}]  {' '.join(c.new.key)}")
-    for line in left:
-        print(f"left out: {line}")
-    said = Counter(c.verdict for c in changes)
-    print(", ".join(f"{said[v]} {v}" for v in interval.VERDICTS))
-    if not changes:
-        raise typer.Exit(NOTHING)
-    raise typer.Exit(FAILED if any(c.verdict == "SLOWER" and c.new.entry.role == "ours" for c in changes) else PASSED)

@@ -22,15 +22,15 @@ from harness.report import learning as page
 from harness.runs import environment
 from harness.runs.conclude import INTERRUPTED, conclude, exit_code
 from harness.runs.progress import Progress
-from harness.runs.store import Run, again, resumable
+from harness.runs.store import begin, unfinished
 from harness.subjects import videomamba
 
-CHECK = "learn"  # what the records say was asked
+CHECK = "learn"  # the check that the records name
 
 
 @dataclass(frozen=True)
-class Course:
-    """One training that is asked for."""
+class Training:
+    """One training that is asked for: `implementation` learns `task` by `recipe` from `seed`."""
 
     task: Task
     recipe: Recipe
@@ -39,16 +39,16 @@ class Course:
 
     @property
     def case(self) -> str:
-        """What is the same for all implementations."""
+        """The name that all implementations share."""
         return f"steps{self.recipe.steps}-batch{self.recipe.batch}-seed{self.seed}"
 
     @property
     def key(self) -> tuple[str, str, str, str]:
-        """As a record's."""
+        """The key of its record."""
         return self.task.name, self.implementation.name, CHECK, self.case
 
     def item(self, step: int) -> str:
-        """A part of it in the progress."""
+        """Return the name of one of its parts in the progress, up to `step`."""
         return f"{self.task.name} {self.implementation.name} seed {self.seed}, step {step}"
 
 
@@ -69,29 +69,25 @@ def learn(
     device = existing(device or default_device())
     names = tuple(task or TASKS)
     wanted = tuple(impl or ("fused:native" if device.startswith("cuda") else "fused:torch",))
-    every = courses(names, wanted, seeds, steps, short)
+    every = trainings(names, wanted, seeds, steps, short)
     if save_weights and (short or steps or "motion" not in names or len({c.implementation.name for c in every}) > 1):
         raise UsageError("--save-weights needs task motion, one implementation, and neither --short nor --steps")
     environment.prepare()
     box = environment.describe(device)
     plan = {"tasks": names, "names": wanted, "seeds": seeds, "steps": steps, "short": short, "device": device}
     about = {"kind": CHECK, "plan": plan, "box": box}
-    if resume:
-        run = Run.open(out) if out else Run.latest(unfinished=True, kind=CHECK)
-        resumable(run, about)
-    else:
-        run = Run.create(out, about | {"command": again(sys.argv[1:])})
+    run = begin(about, sys.argv[1:], out, unfinished(out, CHECK) if resume else None)
     print(f"{len(every)} trainings on {box['gpu'] or box['cpu']}, into {run.folder}", flush=True)
     left = [c for c in every if c.key not in {r.key for r in run.records}]
     costs = {c.item(mark): float(c.recipe.steps * c.recipe.batch) for c in left for mark in looked_at(c.recipe.steps)}
     progress = Progress(costs)
 
     def work() -> None:
-        for course in left:
-            record, fitted = trained_by(course, device, progress)
+        for training in left:
+            record, fitted = run_training(training, device, progress)
             run.add(record)
             progress.say(page.said(record))
-            if save_weights and fitted and course.task.name == "motion" and course.seed == 0 and not record.failed:
+            if save_weights and fitted and training.task.name == "motion" and training.seed == 0 and not record.failed:
                 progress.say(f"weights: {trained.save(fitted.model)}")
 
     done = conclude(run, progress, work, page.write)
@@ -101,8 +97,8 @@ def learn(
     raise typer.Exit(exit_code(run))
 
 
-def courses(names: tuple[str, ...], wanted: tuple[str, ...], seeds: int, steps: int, short: bool) -> list[Course]:
-    """What is asked for, task by task. Raises UsageError for names that are unknown."""
+def trainings(names: tuple[str, ...], wanted: tuple[str, ...], seeds: int, steps: int, short: bool) -> list[Training]:
+    """Return the trainings that are asked for, task by task. Raises UsageError for names that are unknown."""
     for name in names:
         if name not in TASKS:
             raise UsageError(f"task {name!r} is unknown; allowed are {', '.join(TASKS)}")
@@ -112,7 +108,7 @@ def courses(names: tuple[str, ...], wanted: tuple[str, ...], seeds: int, steps: 
             raise UsageError(f"implementation {pattern!r} is unknown; there are {', '.join(i.name for i in models)}")
     chosen = [i for i in models if any(fnmatchcase(i.name, pattern) for pattern in wanted)]
     return [
-        Course(TASKS[name], recipe(TASKS[name], steps, short), implementation, seed)
+        Training(TASKS[name], recipe(TASKS[name], steps, short), implementation, seed)
         for name in dict.fromkeys(names)
         for implementation in chosen
         for seed in range(seeds)
@@ -120,47 +116,50 @@ def courses(names: tuple[str, ...], wanted: tuple[str, ...], seeds: int, steps: 
 
 
 def recipe(task: Task, steps: int, short: bool) -> Recipe:
-    """The task's own, or with another number of steps; fewer steps than its own are not held to its bar."""
+    """Return the task's recipe, or it with another number of steps; fewer steps than its own have no bar."""
     own = task.short if short else task.full
     if not steps:
         return own
     return replace(own, steps=steps, bar=own.bar if steps >= own.steps else None)
 
 
-def trained_by(course: Course, device: str, progress: Progress) -> tuple[Record, Fitted | None]:
-    """The record of a training, and the model if there is one; whatever goes wrong becomes a record."""
-    begin, fitted, findings = time.perf_counter(), None, []
-    status, reason = "skip", course.implementation.absent(device) or ""
+def run_training(training: Training, device: str, progress: Progress) -> tuple[Record, Fitted | None]:
+    """Return the record of a training, and the model if there is one; whatever goes wrong becomes a record."""
+    start, fitted, findings = time.perf_counter(), None, []
+    status, reason = "skip", training.implementation.absent(device) or ""
     if not reason:
 
         def tell(look: Look) -> None:
-            item = course.item(look.step)
+            item = training.item(look.step)
             progress.done(item, f"{item}: loss {look.loss:.3f}, held out {look.wrong} of {asked} wrong")
 
         try:
-            data = course.task.data()
+            data = training.task.data()
             asked = len(data.held_out[1])
-            fitted = fit(course.task, data, course.implementation.call, course.recipe, course.seed, device, tell)
-            findings = found(fitted, course.recipe)
+            fitted = fit(training.task, data, training.implementation.call, training.recipe, training.seed, device, tell)
+            findings = findings_of(fitted, training.recipe)
             status = judged(findings)
         except torch.OutOfMemoryError as error:
             status, reason = "oom", str(error).splitlines()[0]
         except Exception as error:  # a kernel may raise anything; the run goes on and the record says what
             status, reason = "error", f"{type(error).__name__}: {str(error)[:600]}"
-    short = " --short" if course.recipe == course.task.short else ""
-    steps = f" --steps {course.recipe.steps}" if course.recipe not in (course.task.full, course.task.short) else ""
-    name = course.implementation.name
+    short = " --short" if training.recipe == training.task.short else ""
+    steps = f" --steps {training.recipe.steps}" if training.recipe not in (training.task.full, training.task.short) else ""
+    name = training.implementation.name
     record = Record(
-        course.task.name, name, course.implementation.role, CHECK, course.case, "float32", status,
-        round(time.perf_counter() - begin, 4), reason, tuple(findings),
-        f"python -m harness learn --task {course.task.name} --impl {name} --seeds {course.seed + 1}{steps}{short} "
+        training.task.name, name, training.implementation.role, CHECK, training.case, "float32", status,
+        round(time.perf_counter() - start, 4), reason, tuple(findings),
+        f"python -m harness learn --task {training.task.name} --impl {name} --seeds {training.seed + 1}{steps}{short} "
         f"--device {device}",
     )  # fmt: skip
     return record, fitted
 
 
-def found(fitted: Fitted, recipe: Recipe) -> list[Finding]:
-    """What is held out against the bar, losses that are no numbers, and the way there, which is measured only."""
+def findings_of(fitted: Fitted, recipe: Recipe) -> list[Finding]:
+    """Return the findings of a training.
+
+    Judged are the wrong answers, against the bar, and losses that are no numbers; every look is measured only.
+    """
     asked, last = fitted.asked, fitted.looks[-1]
     bar = f"bar {100 * recipe.bar:.0f} %" if recipe.bar is not None else "no bar"
     findings = [
@@ -168,6 +167,6 @@ def found(fitted: Fitted, recipe: Recipe) -> list[Finding]:
         Finding("loss", "not finite", sum(x != x or abs(x) == float("inf") for x in fitted.losses), 0.0, len(fitted.losses)),
     ]
     for look in fitted.looks:
-        for what, value in (("loss", look.loss), ("wrong", look.wrong), ("seconds", look.seconds)):
-            findings.append(Finding(f"step {look.step}", what, value, float("inf"), asked))
+        for norm, value in (("loss", look.loss), ("wrong", look.wrong), ("seconds", look.seconds)):
+            findings.append(Finding(f"step {look.step}", norm, value, float("inf"), asked))
     return findings

@@ -29,7 +29,7 @@ LIMIT = 240.0  # seconds for all trainings before the processes count as stuck
 SHOWN = 450  # characters of what they printed that an error shows
 MEASURED = ("clips_per_s", "memory_mib")  # of a log, what another run need not repeat
 PRELOADED = (
-    "harness.cli.parity", "harness.instruments.two_processes", "fused.train.__main__",
+    "harness.cli.app", "harness.instruments.two_processes", "fused.train.__main__",
     "torch._dynamo", "av", "yaml", "safetensors.torch",
 )  # fmt: skip
 
@@ -81,7 +81,7 @@ def _child(
     with open(said, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    workers.attend(os.getppid())
+    workers.follow(os.getppid())
     torch.set_num_threads(threads)
     from fused.train.__main__ import main
 

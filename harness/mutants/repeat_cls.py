@@ -3,7 +3,7 @@
 from contextlib import AbstractContextManager
 from unittest import mock
 
-from fused.models.videomamba.embedding import Span
+from fused.modules.span import Span
 
 WHERE = ("--subject", "videomamba", "--check", "chunks", "--impl", "fused:torch", "--case", "*readout=last*")
 

@@ -1,7 +1,6 @@
 """The page of a sweep: who may be timed at all, then the speeds, then how they were had."""
 
 import textwrap
-from collections.abc import Mapping
 from pathlib import Path
 
 from harness.bench import grids
@@ -9,7 +8,7 @@ from harness.bench.interleave import FEWEST, GOAL, MOST
 from harness.bench.worker import WARM
 from harness.records.interval import RESAMPLES
 from harness.records.speed import MODES, WAYS, Speed, last_line
-from harness.report import chunking, curves, overview, paper, speed_figures, speed_tables, streaming, tables
+from harness.report import chunking, curves, paper, speed_figures, speed_tables, streaming, tables
 from harness.report.html import both
 from harness.report.page import box
 from harness.runs.store import Run
@@ -31,7 +30,6 @@ GPU_MEMORY = """Memory is the peak that PyTorch's allocator held during one call
 scratch, and inputs, of an operator all the sets that take turns. A replayed graph allocates nothing, so that
 its peak is that of its capture."""
 CPU_MEMORY = "Memory is the most that the process held resident during one call, PyTorch itself included."
-MARKERS = ("<!-- newest accepted bench -->", "<!-- end of newest accepted bench -->")
 READ = """\
 A figure of an entry of ours exists only if parity passed in this run: `GATED` is what failed, and has no speed. A rival that
 failed is timed, with "wrong by N budgets" beside its figure and wherever that figure is used; a budget is what its error may
@@ -59,7 +57,7 @@ def write(run: Run) -> Path:
         "## Plots", *_plots(run, families),
         "## Operators", *_operators(run.speeds),
         "## Models", *_models(run.speeds),
-        "## Videos in pieces", *_pieces(run.speeds),
+        "## Streams and chunks", *split_videos(run.speeds),
         "## Ceilings of this box, measured in this run", _ceilings(run),
         "## How it was measured", _how(run),
         "## How to read this", READ,
@@ -68,41 +66,6 @@ def write(run: Run) -> Path:
         "## Again", f"```\n{run.about.get('command', '(not recorded; the plan above says what was asked)')}\n```",
     ]  # fmt: skip
     return both(run.folder, "\n\n".join(parts) + "\n", title)
-
-
-def refresh(readme: Path, runs: Mapping[Path, Run]) -> None:
-    """Put runs' numbers between the README's markers, where it has them: of every race those of the newest run that timed ours
-    in it, at all points and with all rivals. A run stands by its folder, as the README links to it."""
-    text = readme.read_text(encoding="utf-8")
-    if not all(marker in text for marker in MARKERS):
-        return
-    before, _, rest = text.partition(MARKERS[0])
-    newest: dict[str, Path] = {}
-    for folder, run in sorted(runs.items(), key=lambda item: item[1].about["started"]):
-        newest |= dict.fromkeys(_whole_races(run), folder)
-    speeds = [s for folder, run in runs.items() for s in run.speeds if newest.get(s.point.race) == folder]
-    found = curves.families(speeds)
-    parts = [
-        "\n".join(_source(folder, run, newest) for folder, run in runs.items() if folder in newest.values()),
-        "\n".join([*overview.crossings(found), *overview.most_memory(speeds)]),
-        *[f"![{f.title}]({newest[f.race]}/{f.stem}.png)" for f in found if f.mode == "infer"][-1:],
-        overview.overview(speeds),
-        *(_pieces(speeds) if not newest.keys().isdisjoint(grids.PIECEWISE) else []),
-    ]
-    inside = "\n\n".join([MARKERS[0], *parts, MARKERS[1]])
-    readme.write_text(before + inside + rest.partition(MARKERS[1])[2], encoding="utf-8")
-
-
-def _whole_races(run: Run) -> list[str]:
-    """Those with a time of ours, none of whose points or rivals were left out by the run's options."""
-    plan, timed = run.about["plan"], {s.point.race for s in run.speeds if s.entry.role == "ours" and s.seconds}
-    return [r for r in grids.RACES if r in timed and not plan.get("points") and (r in grids.PIECEWISE or not plan.get("names"))]
-
-
-def _source(folder: Path, run: Run, newest: Mapping[str, Path]) -> str:
-    here, races = run.about["box"], [race for race, found in newest.items() if found == folder]
-    day = run.about["started"][:10]
-    return f"- {', '.join(races)}: on one {here.get('gpu') or here.get('cpu')}, {day} ([report]({folder}/report.md))."
 
 
 def _gpu(run: Run) -> bool:
@@ -205,7 +168,7 @@ def _models(speeds: list[Speed]) -> list[str]:
     return [f"### {title}\n\n{speed_tables.models(mine)}" for title, mine in groups.items()] or ["None was asked."]
 
 
-def _pieces(speeds: list[Speed]) -> list[str]:
+def split_videos(speeds: list[Speed]) -> list[str]:
     parts = []
     for race, head, made in (
         (streaming.RACE, "A causal model, frame by frame", streaming.frames),

@@ -1,6 +1,7 @@
 """How a run ends: finished or interrupted, always with a report."""
 
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,20 +10,22 @@ from harness.runs.progress import Progress
 from harness.runs.store import Run
 
 PASSED, FAILED, USAGE, NOTHING, UNFIT, INTERRUPTED = 0, 1, 2, 3, 4, 130
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what `timeout` and batch systems send
+SAME_STOP = 2.0  # seconds within which further signals are the same wish: `timeout` sends two, so does an impatient hand
 
 
 def conclude(run: Run, progress: Progress, work: Callable[[], None], write: Callable[[Run], Path]) -> bool:
-    """Do the work and write the report; whether it came to its end. Ctrl-C keeps what was done."""
-    status = "finished"
+    """Do the work and write the report; return whether the work came to its end. Ctrl-C and SIGTERM keep what was done."""
+    status, stopped = "finished", -SAME_STOP
 
     def stop(*_: Any) -> None:
-        nonlocal status
-        status = "interrupted"
-        raise KeyboardInterrupt
+        nonlocal status, stopped
+        if time.monotonic() - stopped > SAME_STOP:  # else the first is still unwinding, and ends processes on its way
+            status, stopped = "interrupted", time.monotonic()
+            raise KeyboardInterrupt
 
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.SIG_IGN:  # as in the background of a shell
-        signal.signal(signal.SIGINT, stop)
+    heard = [s for s in SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]  # a shell's background ignores Ctrl-C
+    before = {s: signal.signal(s, stop) for s in heard}
     try:
         with progress:
             work()
@@ -30,20 +33,26 @@ def conclude(run: Run, progress: Progress, work: Callable[[], None], write: Call
         status = "interrupted"
     except BaseException:  # a RuntimeError where Ctrl-C came while Python released a lock
         if status == "finished":
-            signal.signal(signal.SIGINT, before)
+            _restore(before)
             raise
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not cost the report of what was done
+    for s in heard:
+        signal.signal(s, signal.SIG_IGN)  # a second Ctrl-C must not cost the report of what was done
     run.finish(status)
-    print(f"report: {write(run)}")
-    signal.signal(signal.SIGINT, before)
+    print(f"report: {write(run)}", flush=True)
+    _restore(before)
     if status == "interrupted":
-        print(f"interrupted; {run.continued}")
+        print(f"interrupted; {run.how_to_continue}", flush=True)
     return status == "finished"
 
 
 def exit_code(run: Run) -> int:
-    """Of records that were judged: whether one of ours failed, or nothing ran, rivals' included."""
+    """Return FAILED if one of ours failed, NOTHING if nothing was judged, rivals included, else PASSED."""
     ours, rivals = run.counts(), run.counts("rival")
     if not any(counts[k] for counts in (ours, rivals) for k in ("passed", "failed")):
         return NOTHING
     return FAILED if ours["failed"] else PASSED
+
+
+def _restore(before: dict[signal.Signals, Any]) -> None:
+    for s, handler in before.items():
+        signal.signal(s, handler or signal.SIG_DFL)

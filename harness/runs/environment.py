@@ -1,4 +1,4 @@
-"""The box: what it has, what is installed, which code this is, and whether it can judge at all."""
+"""The box: its hardware, its packages, the code that runs on it, and whether it can judge at all."""
 
 import importlib.metadata
 import os
@@ -17,7 +17,7 @@ PACKAGES = ("torch", "triton", "mamba-ssm", "causal-conv1d", "timm", "numpy", "p
 
 
 def describe(device: str) -> dict[str, Any]:
-    """Everything that a reader of a run must know of the box, as JSON."""
+    """Return, as JSON types, all that a reader of a run must know of the box on which `device` is used."""
     cuda = torch.cuda.is_available()
     box: dict[str, Any] = {
         "device": device,
@@ -43,7 +43,7 @@ def describe(device: str) -> dict[str, Any]:
 
 
 def prepare() -> None:
-    """The settings under which everything is judged; call before the first CUDA work."""
+    """Set PyTorch to the settings under which everything is judged; call before the first CUDA work."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
@@ -52,7 +52,7 @@ def prepare() -> None:
 
 
 def settings() -> dict[str, Any]:
-    """The settings in force."""
+    """Return the settings in force."""
     return {
         "tf32": torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
@@ -62,24 +62,24 @@ def settings() -> dict[str, Any]:
 
 
 def unfit() -> list[str]:
-    """Why this box cannot judge; empty if it can."""
+    """Return the reasons why this box cannot judge; none if it can."""
     reasons = []
     if tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2]) < (2, 8):
         reasons.append(f"torch is {torch.__version__}; 2.8 or newer is needed")
     for name in ("fused", "reference"):
-        if whose(name) != ROOT / name:
-            reasons.append(f"`import {name}` finds {whose(name)}, not {ROOT / name}; uninstall the other package")
+        if imported_from(name) != ROOT / name:
+            reasons.append(f"`import {name}` finds {imported_from(name)}, not {ROOT / name}; uninstall the other package")
     return reasons
 
 
-def whose(package: str) -> Path | None:
-    """The folder that `import package` reads."""
+def imported_from(package: str) -> Path | None:
+    """Return the folder that `import package` reads."""
     spec = find_spec(package)
     return Path(spec.origin).resolve().parent if spec and spec.origin else None
 
 
 def git() -> dict[str, Any]:
-    """Commit of the checkout and whether files differ from it; None for both where git or the checkout is missing."""
+    """Return the checkout's commit and whether files differ from it; None for both without git or a checkout."""
 
     def ask(*words: str) -> str | None:
         try:

@@ -1,4 +1,4 @@
-"""A run's folder: run.json says what and where, records.jsonl grows by one line a question, the report stands beside them."""
+"""A run's folder: run.json describes it, records.jsonl grows by one line a question, the report stands beside them."""
 
 import json
 import os
@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 from fused.io.atomic_write import written_whole
 from harness.records.record import Record
 from harness.records.speed import Speed
+from harness.runs import sessions
 from harness.runs.environment import ROOT
 
 T = TypeVar("T")
 RUNS = ROOT / "reports" / "runs"
-ACCEPTED = ROOT / "reports" / "accepted"
 
 
 class StoreError(ValueError):
@@ -23,17 +23,18 @@ class StoreError(ValueError):
 
 
 class Run:
-    """One folder. Records are flushed as they come, so that a killed run keeps all it had finished."""
+    """One folder. `about` is its run.json. Records are flushed as they come, so that a killed run keeps all it had finished."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.about: dict[str, Any] = {}
         self.records: list[Record] = []
         self.speeds: list[Speed] = []
+        self._kept: dict[str, int] = {}  # bytes of whole lines in the files that were read
 
     @classmethod
     def create(cls, folder: Path | None, about: dict[str, Any]) -> "Run":
-        """A new folder; by default reports/runs/TIME-KIND."""
+        """Make a new folder, by default reports/runs/TIME-KIND. Raises StoreError if it holds a run or is a file."""
         if folder is None:
             stem = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{about['kind']}"
             folder = next(f for i in range(1000) if not (f := RUNS / (stem + f"-{i}" * bool(i))).exists())
@@ -43,26 +44,26 @@ class Run:
             raise StoreError(f"--out {folder} is a file; name a folder that is empty or not there yet")
         folder.mkdir(parents=True, exist_ok=True)
         run = cls(folder)
-        run.about = about | {"started": _now(), "status": "running"}
+        run.about = about | {"started": sessions.now(), "status": "running", "sessions": [sessions.begun(about)]}
         run.save()
         return run
 
     @classmethod
     def open(cls, folder: Path) -> "Run":
-        """A folder that holds a run. A last line cut short by a kill is dropped."""
+        """Read a folder that holds a run. A last line cut short by a kill is left out. Raises StoreError if there is no run."""
         try:
             about = json.loads((folder / "run.json").read_text())
         except (OSError, json.JSONDecodeError) as error:
             raise StoreError(f"{folder} holds no readable run ({error})") from error
         run = cls(folder)
         run.about = about
-        run.records = _lines(folder / "records.jsonl", Record.parse)
-        run.speeds = _lines(folder / "speeds.jsonl", Speed.parse)
+        run.records = run._read("records.jsonl", Record.parse)
+        run.speeds = run._read("speeds.jsonl", Speed.parse)
         return run
 
     @classmethod
     def latest(cls, unfinished: bool = False, kind: str = "") -> "Run":
-        """The newest run under reports/runs."""
+        """Open the newest run under reports/runs. Raises StoreError if there is none."""
         folders = sorted((f.parent for f in RUNS.glob("*/run.json")), reverse=True)
         for folder in folders:
             run = cls.open(folder)
@@ -70,9 +71,26 @@ class Run:
                 return run
         raise StoreError(f"there is no {'unfinished ' if unfinished else ''}run under {RUNS}")
 
+    def resume(self, about: dict[str, Any]) -> None:
+        """Begin another session. Raises StoreError unless `about` asks the same of the same code on the same box."""
+        given = json.loads(json.dumps(about))
+        for key in ("plan", "kind"):
+            if self.about.get(key) != given[key]:
+                raise StoreError(f"{self.folder} was another run ({key} differs); {self.how_to_continue}")
+        if found := sessions.differences(self.about["box"], given["box"]):
+            raise StoreError(
+                f"{self.folder} cannot be continued, its records and new ones do not belong together: {'; '.join(found)}; "
+                "go back to that code and box, or start a new run without --resume"
+            )
+        before = sessions.of(self.about)
+        if before[-1].get("status") == "running":  # nothing was left to say how it ended
+            before[-1]["status"] = "killed"
+        self.about |= {"status": "running", "sessions": [*before, sessions.begun(given)]}
+        self.save()
+
     @property
-    def continued(self) -> str:
-        """How this run goes on, in words."""
+    def how_to_continue(self) -> str:
+        """The command that continues this run, in words."""
         command = self.about.get("command")
         resume = f"--resume --out {shlex.quote(str(self.folder))}"
         return f"continue with: {command} {resume}" if command else f"continue with the same options and {resume}"
@@ -83,28 +101,25 @@ class Run:
         self._append("records.jsonl", record.line())
 
     def add_speed(self, speed: Speed) -> None:
-        """Append what one timing gave."""
+        """Append the result of one timing."""
         self.speeds.append(speed)
         self._append("speeds.jsonl", speed.to_line())
 
-    def _append(self, name: str, line: str) -> None:
-        with open(self.folder / name, "a") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
     def finish(self, status: str) -> None:
-        """ "finished" or "interrupted"."""
-        self.about |= {"status": status, "ended": _now()}
+        """Write how the session, and so far the run, ended: "finished" or "interrupted"."""
+        end = {"status": status, "ended": sessions.now()}
+        self.about |= end
+        if "sessions" in self.about:
+            self.about["sessions"][-1] |= end
         self.save()
 
     def save(self) -> None:
-        """Write run.json whole or not at all."""
+        """Write run.json, whole or not at all."""
         with written_whole(self.folder / "run.json") as draft:
             draft.write_text(json.dumps(self.about, indent=1) + "\n")
 
     def counts(self, role: str = "ours") -> dict[str, int]:
-        """How many records of a role passed, failed and were skipped."""
+        """Return how many records of a role passed, failed and were skipped."""
         mine = [r for r in self.records if r.role == role]
         return {
             "passed": sum(r.status == "pass" for r in mine),
@@ -113,43 +128,53 @@ class Run:
         }
 
     def last_line(self) -> str:
-        """`N passed, N failed, N skipped`, rivals behind it."""
+        """Return `N passed, N failed, N skipped`, rivals behind it."""
         ours, rivals = self.counts(), self.counts("rival")
         line = ", ".join(f"{ours[k]} {k}" for k in ours)
         ran = rivals["passed"] + rivals["failed"]
         return line + f" (rivals: {rivals['passed']} passed, {rivals['failed']} failed)" * bool(ran)
 
+    def _read(self, name: str, parse: Callable[[str], T]) -> list[T]:
+        """Return one object a line. Only the last line may be cut short; the first `_append` removes it from the file."""
+        path = self.folder / name
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        found = []
+        for number, line in enumerate(lines, 1):
+            try:
+                found.append(parse(line.decode()))
+            except (KeyError, TypeError, ValueError) as error:
+                if number < len(lines):
+                    raise StoreError(f"{path}, line {number} is not a record ({error})") from error
+        self._kept[name] = sum(map(len, lines[: len(found)]))
+        return found
 
-def resumable(run: Run, about: dict[str, Any]) -> None:
-    """Raise StoreError unless the run asked the same of the same code on the same box."""
-    before, now = run.about, json.loads(json.dumps(about))
-    for what in ("plan", "kind"):
-        if before.get(what) != now[what]:
-            raise StoreError(f"{run.folder} was another run ({what} differs); {run.continued}")
-    for what in ("fingerprints", "gpu", "packages"):
-        if before["box"].get(what) != now["box"].get(what):
-            raise StoreError(f"{run.folder}: {what} changed since; its records and new ones do not belong together")
+    def _append(self, name: str, line: str) -> None:
+        with open(self.folder / name, "a+b") as file:
+            if name in self._kept:
+                file.truncate(kept := self._kept.pop(name))
+                file.seek(max(0, kept - 1))
+                if kept and file.read(1) != b"\n":
+                    file.write(b"\n")
+            file.write(f"{line}\n".encode())
+            file.flush()
+            os.fsync(file.fileno())
 
 
-def again(words: list[str]) -> str:
-    """The command that does the same in a folder of its own."""
+def begin(about: dict[str, Any], words: list[str], folder: Path | None, earlier: Run | None = None) -> Run:
+    """Return a new run in `folder`, or `earlier` with another session. `words` are the command line's."""
+    about = about | {"command": command(words)}
+    if earlier is None:
+        return Run.create(folder, about)
+    earlier.resume(about)
+    return earlier
+
+
+def unfinished(folder: Path | None, kind: str) -> Run:
+    """Return the run that `--resume` means: the one in `folder`, by default the newest unfinished one of its kind."""
+    return Run.open(folder) if folder else Run.latest(unfinished=True, kind=kind)
+
+
+def command(words: list[str]) -> str:
+    """Return the command that does the same in a folder of its own: `python -m harness WORDS` without --out."""
     kept = [w for before, w in zip(["", *words], words, strict=False) if "--out" not in (before, w.partition("=")[0])]
     return shlex.join(["python", "-m", "harness", *kept])
-
-
-def _lines(path: Path, parse: Callable[[str], T]) -> list[T]:
-    """One object a line; a last line cut short by a kill is dropped from the file."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            found.append(parse(line))
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-            if number < len(lines):
-                raise StoreError(f"{path}, line {number} is not a record ({error})") from error
-            path.write_text("".join(lines[:-1]))
-    return found
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

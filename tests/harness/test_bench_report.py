@@ -9,7 +9,7 @@ import pytest
 import sweeps
 
 from harness.records.speed import Entry, Point, Speed, last_line
-from harness.report import bench, curves, overview, page, paper, speed_figures, speed_tables
+from harness.report import accepted, bench, curves, overview, page, paper, speed_figures, speed_tables
 from harness.report.html import html
 from harness.runs.store import Run
 
@@ -153,9 +153,9 @@ def test_the_fastest_vit_is_taken_at_each_length() -> None:
     assert [s.entry.implementation for s in family.fastest_vit("eager").values()] == ["reference", "sdpa", "sdpa"]
 
 
-def test_the_readme_gets_of_every_race_the_newest_numbers_between_its_markers(whole, tmp_path) -> None:
-    readme, place = tmp_path / "README.md", Path("reports/accepted/h200")
-    readme.write_text(f"before\n{bench.MARKERS[0]}\nold\n{bench.MARKERS[1]}\nafter\n")
+def test_the_page_of_reports_gets_of_every_race_the_newest_numbers_between_its_markers(whole, tmp_path) -> None:
+    page_file, place = tmp_path / "README.md", Path("accepted/h200")
+    page_file.write_text(f"before\n{accepted.MARKERS[0]}\nold\n{accepted.MARKERS[1]}\nafter\n")
     conv = [s for s in sweeps.operators() if s.point.race == "conv"]
     without = [dataclasses.replace(s, seconds=(), status="gated", reason="parity") for s in whole.speeds]
     later = sweeps.made(tmp_path / "later", conv, started="3026-01-02")
@@ -164,16 +164,17 @@ def test_the_readme_gets_of_every_race_the_newest_numbers_between_its_markers(wh
     runs = {place / "gated": gated, place / "later": later, place / "whole": whole}
     runs |= {place / run.folder.name: run for run in narrow}
     for _ in range(2):
-        bench.refresh(readme, runs)
-        text = readme.read_text()
+        accepted.write(page_file, runs)
+        text = page_file.read_text()
         assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-        assert "conv: on one NVIDIA H200, 3026-01-02 ([report](reports/accepted/h200/later/report.md))" in text
-        assert text.count("(reports/accepted/h200/whole/report.md)") == 1 and "/gated" not in text
+        assert "conv: on one NVIDIA H200, 3026-01-02 ([report](accepted/h200/later/report.md))" in text
+        assert text.count("(accepted/h200/whole/report.md)") == 2 and "/gated" not in text
+        assert "From [whole](accepted/h200/whole/report.md), [later](accepted/h200/later/report.md):\n\nMedians" in text
         assert "| scan B8 L1569 E1152 N16 |" in text and "| conv B8" in text and "3026-01-04" not in text
-        assert "(reports/accepted/h200/whole/models-infer-tiny" in text
-    readme.write_text("no place for numbers")
-    bench.refresh(readme, runs)
-    assert readme.read_text() == "no place for numbers"
+        assert "(accepted/h200/whole/models-infer-tiny" in text
+    page_file.write_text("no place for numbers")
+    accepted.write(page_file, runs)
+    assert page_file.read_text() == "no place for numbers"
 
 
 def test_the_overview_sets_ours_beside_the_fastest_of_either_kind() -> None:

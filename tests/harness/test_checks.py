@@ -11,7 +11,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from harness.checks import batch, compile, device, extremes, strides, writes
-from harness.cli.parity import app
+from harness.cli.app import app
 from harness.instruments import huge_tensors as vast
 from harness.judge.case import Case
 from harness.judge.registry import CannotAsk, Implementation, subjects

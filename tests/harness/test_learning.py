@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 import fused
 from harness.cli.learn import recipe
-from harness.cli.parity import app
+from harness.cli.app import app
 from harness.judge.case import Case
 from harness.judge.plan import UsageError
 from harness.judge.registry import Implementation, checks, subjects

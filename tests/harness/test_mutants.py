@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from harness.cli.parity import app
+from harness.cli.app import app
 from harness.judge.registry import mutants
 from harness.runs.store import Run
 

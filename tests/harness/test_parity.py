@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 import reference
-from harness.cli.parity import app
+from harness.cli.app import app
 from harness.judge.plan import UsageError
 from harness.records.finding import Tally
 from harness.records.record import Record

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from harness.bench.run import judged, roomy, sweep
-from harness.cli.parity import app
+from harness.cli.app import app
 from harness.records.finding import Finding
 from harness.records.record import Record
 from harness.records.speed import Entry, Point, Speed

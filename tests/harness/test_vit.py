@@ -15,7 +15,7 @@ import fused
 from harness.baselines import attention
 from harness.baselines.vit import ViT, ViTConfig
 from harness.bench import workloads
-from harness.cli.parity import app
+from harness.cli.app import app
 from harness.records.speed import Entry, Point
 from harness.runs.conclude import FAILED, PASSED
 from harness.runs.store import Run

@@ -1,7 +1,6 @@
-"""From pixels to tokens: patches by one matrix product, which of them a mask leaves, and the CLIP decoder's positions."""
+"""The embedding: patches by one matrix product, the tokens that a mask leaves visible, and the positions of tokens."""
 
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,15 +8,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from fused.models.videomamba.config import VideoMambaConfig
+from fused.modules.span import Span, check_tubelets
 from fused.runtime.dtypes import accumulation_dtype
 
 
 class PatchEmbed(nn.Module):
-    """Cut a clip into tubelets of kernel_size x P x P pixels and project each to the model width.
+    """A linear projection of the tubelets of a clip, kernel_size x P x P pixels each, to the model's width.
 
-    `proj` is upstream's convolution and only holds its parameters: the product is a matmul over the pixels laid out in
-    rows, which is repeatable bit for bit on a GPU (cuDNN's choice of algorithm is not ours) and can leave out what a
-    mask hides.
+    `proj` is upstream's convolution and only holds its parameters. The product is a matmul over the pixels laid out in
+    rows: it is repeatable bit for bit on a GPU, where cuDNN may choose another algorithm, and it can leave out hidden patches.
     """
 
     def __init__(self, config: VideoMambaConfig) -> None:
@@ -31,66 +30,48 @@ class PatchEmbed(nn.Module):
         else:
             self.proj = nn.Conv3d(config.channels, config.embed_dim, (self.tubelet, *sides), (self.tubelet, *steps))
 
-    def forward(self, clip: Float[Tensor, "B C *T H W"], kept: Int[Tensor, "B V"] | None = None) -> Float[Tensor, "B S D"]:
-        """Patches of a clip (B, C, T, H, W) or image (B, C, H, W), frame after frame, row after row.
+    def forward(self, clip: Float[Tensor, "B C *T H W"], visible: Int[Tensor, "B V"] | None = None) -> Float[Tensor, "B S D"]:
+        """Return the projected patches of a clip (B, C, T, H, W) or image (B, C, H, W), frame after frame, row after row.
 
-        `kept` holds indices of patches, counted over the clip; only these are then projected.
+        `visible` holds indices of patches, counted over the clip; only these are projected then. Raises TypeError for a clip
+        in another dtype than the parameters' without autocast.
         """
         if clip.dtype != self.proj.weight.dtype and not torch.is_autocast_enabled(clip.device.type):
             own = self.proj.weight.dtype
             raise TypeError(f"clip has dtype {clip.dtype}, parameters {own}; allowed: the same, or torch.autocast")
         pixels = self._cut(clip if clip.dim() == 5 else clip.unsqueeze(2))
-        if kept is None:
+        if visible is None:
             rows = pixels.flatten(4).flatten(1, 3)
         else:
             _, _, down, across = pixels.shape[:4]
-            frame, row, column = kept // (down * across), kept // across % down, kept % across
+            frame, row, column = visible // (down * across), visible // across % down, visible % across
             clips = torch.arange(clip.shape[0], device=clip.device)[:, None]
             rows = pixels[clips, frame, row, column].flatten(2)
         return F.linear(rows, self.proj.weight.flatten(1), self.proj.bias)
 
     def _cut(self, clip: Tensor) -> Tensor:
-        """(B, C, T, H, W) to a view (B, tubelets, rows, columns, C, t, P, P)."""
+        """Return a view (B, tubelets, rows, columns, C, t, P, P) of a clip (B, C, T, H, W)."""
         P, t, step = self.patch, self.tubelet, self.step
         if step != P:
             return clip.unfold(2, t, t).unfold(3, P, step).unfold(4, P, step).permute(0, 2, 3, 4, 1, 5, 6, 7)
         down, across = clip.shape[3] // P, clip.shape[4] // P
-        whole = clip[..., : down * P, : across * P]
-        return whole.unflatten(4, (across, P)).unflatten(3, (down, P)).unflatten(2, (-1, t)).permute(0, 2, 4, 6, 1, 3, 5, 7)
-
-
-class Span(NamedTuple):
-    """A clip's place in its video, in tubelets: so many after the first `start`, of `total` in all."""
-
-    start: int
-    tubelets: int
-    total: int
-
-    @property
-    def cls(self) -> int:
-        """1 where CLS goes before the clip's patches: at the start of the video."""
-        return int(self.start == 0)
-
-    def first_token(self, patches: int) -> int:
-        """Index of this clip's first token in the video's, where CLS has index 0."""
-        return 0 if self.cls else 1 + self.start * patches
-
-    def length(self, patches: int) -> int:
-        """Tokens of this clip before a mask."""
-        return self.cls + self.tubelets * patches
+        covered = clip[..., : down * P, : across * P]
+        return covered.unflatten(4, (across, P)).unflatten(3, (down, P)).unflatten(2, (-1, t)).permute(0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def span_of(
     clip: Tensor, config: VideoMambaConfig, use_image: bool = False, offset: int | None = None, total: int | None = None
 ) -> Span:
-    """The place of a clip: the whole video where `offset` is None, else whole tubelets from that one on.
+    """Return the place of a clip: the whole video if `offset` is None, else the clip's tubelets from number `offset` on.
+
+    `total` is the number of tubelets to which the temporal table is stretched, None for the model's own.
 
     Raises ValueError for a shape, offset or total that does not fit the model, TypeError for a dtype that is not real
     floating point.
     """
     image = config.num_frames is None
-    check_place("temporal_pos_offset", offset, 0, image or use_image)
-    check_place("temporal_pos_total", total, 1, image or use_image)
+    check_tubelets("temporal_pos_offset", offset, 0, image or use_image)
+    check_tubelets("temporal_pos_total", total, 1, image or use_image)
     length = 1 if use_image else total or config.tubelets
     if not isinstance(clip, Tensor):
         raise TypeError(f"clip is a {type(clip).__name__}; allowed: a tensor")
@@ -120,22 +101,12 @@ def span_of(
     return Span(offset, count, length)
 
 
-def check_place(name: str, value: object, least: int, image: bool) -> None:
-    """Raise ValueError unless it is a number of tubelets from `least` up, or None; of an `image` None alone."""
-    if value is None:
-        return
-    if image:
-        raise ValueError(f"{name} is {value!r}; allowed for an image, which has no place in time: None")
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} is {value!r}; allowed: a number of tubelets from {least} up, or None")
-
-
 def temporal_positions(table: Float[Tensor, "1 N D"], span: Span) -> Float[Tensor, "T D"]:
-    """The temporal positions of a clip: rows of the table, which is stretched to the video's length if that is another.
+    """Return the temporal positions of a clip: rows of the table, stretched to `span.total` tubelets if N is another.
 
     Stretching is upstream's for checkpoints of another length: position i lies at (2i + 1) N / (2 total) - 1/2 between
-    two rows and takes a share of each, computed in at least float32. Rows are indexed, whose gradient is repeatable bit
-    for bit on a GPU where that of `interpolate` is not.
+    two rows and is interpolated linearly, in at least float32. Rows are indexed, because the gradient of indexing is
+    repeatable bit for bit on a GPU and that of `interpolate` is not.
     """
     rows, N, total = table[0], table.shape[1], span.total
     if total == N:
@@ -152,15 +123,15 @@ def temporal_positions(table: Float[Tensor, "1 N D"], span: Span) -> Float[Tenso
 def visible_tokens(
     mask: Bool[Tensor, "B L"], clips: int, length: int, device: torch.device, cls: int = 1
 ) -> Int[Tensor, "B V"]:
-    """Ascending indices of the tokens that a mask (True = hidden) leaves visible, on `device`.
+    """Return ascending indices of the tokens that a mask (True = hidden) leaves visible, on `device`.
 
-    Raises ValueError unless the mask is bool (B, L), keeps CLS, which is column 0 where `cls`, and keeps as many tokens in
-    every clip.
+    `cls` is 1 if column 0 is CLS, else 0. Raises ValueError unless the mask is bool (clips, length), leaves CLS visible, and
+    leaves as many tokens in every clip.
     """
     if mask.dtype != torch.bool or tuple(mask.shape) != (clips, length):
         raise ValueError(f"mask is {mask.dtype} {tuple(mask.shape)}; allowed is bool ({clips}, {length}), True = hidden")
     count = (~mask).sum(1)
-    # one transfer: on a GPU every question asked of the mask's contents waits for the queue to drain
+    # one transfer: on a GPU each read of the mask's contents waits for the stream
     hidden_cls, fewest, most = torch.stack((mask[:, :cls].any().to(count.dtype), count.min(), count.max())).tolist()
     if hidden_cls:
         raise ValueError("mask hides CLS (column 0); it must stay visible")
@@ -170,23 +141,24 @@ def visible_tokens(
 
 
 def sincos_positions(rows: int, dim: int, device: torch.device, first: int = 0) -> Float[Tensor, "rows dim"]:
-    """Fixed positions of the CLIP decoder in float32, of tokens `first` to `first + rows - 1`; token 0 is CLS.
+    """Return the fixed positions of the CLIP decoder, float32, for tokens `first` to `first + rows - 1`; token 0 is CLS.
 
         position[token, j] = sin(a) for even j, cos(a) for odd j, a = token / 10000^(2 floor(j/2) / dim)
 
     Callers share the tensor: do not write to it.
     """
-    # a tensor made while exporting is none afterwards
-    return (_make_sincos if torch.compiler.is_exporting() else _kept_sincos)(rows, dim, device, first)
+    # a tensor made while exporting is no tensor afterwards
+    return (_make_sincos if torch.compiler.is_exporting() else _cached_sincos)(rows, dim, device, first)
 
 
 @lru_cache(maxsize=16)  # float64 sines on the CPU: 0.2 s for 64 frames of VideoMamba-M
 @torch.inference_mode(False)  # a tensor made in inference mode could not be used in training later
-def _kept_sincos(rows: int, dim: int, device: torch.device, first: int) -> Tensor:
+def _cached_sincos(rows: int, dim: int, device: torch.device, first: int) -> Tensor:
     return _make_sincos(rows, dim, device, first)
 
 
 def _make_sincos(rows: int, dim: int, device: torch.device, first: int) -> Tensor:
+    """Return the positions (rows, dim), computed in float64 on the CPU."""
     column = torch.arange(dim, dtype=torch.float64, device="cpu")
     wavelength = 10000 ** (column.div(2, rounding_mode="floor") * 2 / dim)
     angle = torch.arange(first, first + rows, dtype=torch.float64, device="cpu")[:, None] / wavelength

@@ -1,10 +1,10 @@
-"""One frame after the other through a causal model, for the least latency: on a GPU a frame is one replay of a CUDA graph.
+"""A causal model on one frame after the other with the least latency: on a GPU each frame is one replay of a CUDA graph.
 
     stream = FrameStream(model, total=10_000)
     for frame in camera:  # (B, C, H, W)
         logits = stream(frame)
 
-What a frame costs, in time and in memory, does not depend on how many came before.
+The time and the memory of a frame do not depend on the number of frames before it.
 """
 
 from typing import Any
@@ -13,26 +13,30 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fused.models.videomamba.embedding import Span, temporal_positions
+from fused.models.videomamba.embedding import temporal_positions
 from fused.models.videomamba.model import VideoMamba
-from fused.modules.state import States, continued
+from fused.models.videomamba.streaming import continuation
+from fused.modules.span import Span
+from fused.modules.state import States
 
-WARM = 3  # runs before a capture: kernels are compiled, libraries make their handles
+WARMUP = 3  # runs before a capture: kernels are compiled, libraries make their handles
 
 
 class FrameStream:
-    """A causal `VideoMamba` in eval mode, with the state of `batch_size` videos in memory that is written in place.
+    """A causal `VideoMamba` in eval mode, with the state of `batch_size` videos, which is written in place.
 
     Outputs are those of `model(frame, ssm_state=..., return_state=True, temporal_pos_offset=...)`, without gradients. The
-    temporal table holds the model's `num_frames`; a longer video's length goes into `total`, in tubelets (for
-    kernel_size 1: frames), to which the table is stretched.
+    temporal table holds the model's `num_frames`. For a longer video `total` is its length in tubelets (frames, if
+    kernel_size is 1), and the table is stretched to it.
 
-    `graph` says whether to replay a CUDA graph: by default on CUDA. It is captured here, under the autocast that is on
-    here, for the parameters as they lie in memory here: after other values were loaded into them call `reset`; moving or
-    replacing them is not seen. The first frame of a video, which CLS comes with, runs without it.
+    `graph` says whether to replay a CUDA graph; None means on CUDA. The graph is captured by the constructor, under the
+    autocast that is on then, and reads the parameters at their addresses of then. After new values were loaded into the
+    parameters call `reset`; a move or a replacement of them has no effect on the graph. The first frame of a video, which
+    comes with CLS, runs without it.
 
-    Raises TypeError for another kind of model, ValueError for one that is in training mode, cannot be streamed, or not on
-    this device, and for a `batch_size` or `total` that is no positive integer; BackendError for a backend that cannot run.
+    Raises TypeError for another kind of model; ValueError for a model that is in training mode or cannot be streamed, for
+    graph=True off CUDA, and for a `batch_size` or `total` that is no positive integer; BackendError for a backend that
+    cannot run.
     """
 
     def __init__(self, model: VideoMamba, batch_size: int = 1, total: int | None = None, *, graph: bool | None = None) -> None:
@@ -45,26 +49,26 @@ class FrameStream:
         self._autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
         with torch.inference_mode(False), torch.no_grad():
             state = model.init_state(batch_size)
-            model._unpack(model.cls_token, state[: config.depth], True)  # raises for an order or a backend without states
-            model._resolve(model.cls_token)
+            model.unpack_states(model.cls_token.dtype, state[: config.depth], True)  # raises for an order without states
+            model.resolve_backend(model.cls_token)
             self._states, self._means = state[: config.depth], state[config.depth :]
             self._frame = model.cls_token.new_zeros(batch_size, config.channels, config.kernel_size, *config.sides)
             self._times = self._positions()
             self._time = torch.empty_like(self._times[:1])
-            self._parameters = [p.detach() for p in model.parameters()]  # as long as the graph lives, so does its memory
+            self._parameters = [p.detach() for p in model.parameters()]  # the graph reads this memory
             self._graph: Any = None
             self._output: Any = None
             if self._takes_graph(graph, device):
-                self._graph, self._output = self._captured()
+                self._graph, self._output = self._capture()
         self.reset()
 
     @property
     def frames(self) -> int:
-        """How many have been seen since the last `reset`."""
+        """The number of frames since the last `reset`."""
         return self._tubelets * self.model.config.kernel_size
 
     def reset(self) -> None:
-        """Begin another video."""
+        """Begin another video: set the states to zero."""
         self._tubelets = 0
         with torch.inference_mode(False), torch.no_grad():
             self._times.copy_(self._positions())
@@ -72,8 +76,10 @@ class FrameStream:
                 x.zero_()
 
     def __call__(self, frame: Tensor) -> Any:
-        """The output behind the next frame (B, C, H, W) or tubelet (B, C, kernel_size, H, W), in the parameters' dtype, on
-        any device: a tensor, or a `DistillOutput`, that later frames leave as it is.
+        """Return the output behind the next frame (B, C, H, W) or tubelet (B, C, kernel_size, H, W).
+
+        The frame is on any device, in the parameters' dtype. The output, a tensor or a `DistillOutput`, is the caller's:
+        later frames do not write into it.
 
         Raises ValueError for another shape and for a frame past the video's end, TypeError for another dtype.
         """
@@ -91,7 +97,7 @@ class FrameStream:
         return output
 
     def _checked(self, frame: Tensor) -> Tensor:
-        """The frame as a tubelet."""
+        """Return the frame as a tubelet (B, C, kernel_size, H, W); raise ValueError or TypeError for one that does not fit."""
         if self.model.training:
             raise ValueError("model is in training mode; allowed: eval mode, after model.eval()")
         if self._tubelets == self.total:
@@ -109,19 +115,21 @@ class FrameStream:
         return frame.reshape(wanted)
 
     def _positions(self) -> Float[Tensor, "N D"]:
-        """The temporal positions of all tubelets: a row for each of them, once, is less than the time that it would take to
-        stretch the table at each."""
+        """Return the temporal positions of all tubelets: one row each, so that no frame has to stretch the table."""
         return temporal_positions(self.model.temporal_pos_embedding.detach(), Span(0, self.total, self.total)).clone()
 
     def _advance(self, cls: int) -> Any:
-        """The output of the frame and time that lie in the buffers; the states are then those behind it. This is what the
-        graph holds: it reads and writes the buffers, and asks nothing of what is in them."""
+        """Return the output for the frame and the position in the buffers, and write the new states over the old ones.
+
+        `cls` is 1 if CLS goes before the frame. The graph holds this function: it reads and writes buffers at fixed
+        addresses, and no value in them decides what is run.
+        """
         model, mean = self.model, next(iter(self._means), None)
         on, dtype = self._autocast
-        # what autocast's cache holds is freed at its end, and a graph would read on
+        # autocast's cache is freed at the context's end, but a graph would go on reading it
         with torch.autocast(self._frame.device.type, dtype, on, cache_enabled=False):
-            tokens = model._placed(self._frame, self._time, cls)
-            output, states, after = model._answer(tokens, cls, self._states, mean, True)
+            tokens = model.embed_tubelets(self._frame, self._time, cls)
+            output, states, after = model.forward_tokens(tokens, cls, self._states, mean, True)
         _write(self._states, states)
         if mean is not None:
             _write([mean], [after])
@@ -129,35 +137,37 @@ class FrameStream:
 
     @staticmethod
     def _takes_graph(wanted: bool | None, device: torch.device) -> bool:
+        """Return whether to capture a graph; raise ValueError if it is wanted off CUDA."""
         if wanted and device.type != "cuda":
             raise ValueError(f"graph is True, but the model is on {device}; a CUDA graph needs it on a CUDA device")
         return device.type == "cuda" if wanted is None else wanted
 
-    def _captured(self) -> tuple[torch.cuda.CUDAGraph, Any]:
-        """The graph of a frame that is not the first, and the tensors that hold its output."""
+    def _capture(self) -> tuple[torch.cuda.CUDAGraph, Any]:
+        """Return the graph of a frame that is not the first, and the tensors in which a replay leaves its output."""
         with torch.cuda.device(self._frame.device):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                for cls in (1, *(0 for _ in range(WARM))):
+                for cls in (1, *(0 for _ in range(WARMUP))):
                     self._advance(cls)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            # a thread that loads frames may allocate meanwhile
+            # thread_local: another thread, one that loads frames, may allocate during the capture
             with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
                 output = self._advance(0)
         return graph, output
 
 
 def _write(into: States, values: Any) -> None:
-    """Copy states over states; first and second tensors of the pairs by themselves, since each kind has one dtype."""
+    """Copy states over states: the first tensors of all pairs in one call, the second in another. Each kind has one dtype."""
     for there, new in zip(zip(*into, strict=True), zip(*values, strict=True), strict=True):
         torch._foreach_copy_(there, new)
 
 
 def _check_model(model: Any) -> None:
+    """Raise unless `model` is a causal VideoMamba for videos in eval mode."""
     if not isinstance(model, VideoMamba):
         raise TypeError(f"model is a {type(model).__name__}; allowed: a VideoMamba with bimamba=False")
     if model.training:
         raise ValueError("model is in training mode; allowed: eval mode, after model.eval()")
-    continued(model.config, model.reads_mean, None, True, 0)  # raises for an image model and for a bidirectional one
+    continuation(model.config, model.reads_mean, None, True, 0)  # raises for an image model and for a bidirectional one

@@ -1,4 +1,4 @@
-"""VideoMamba, fused: the classifier and the masked-pretraining encoder over one stack of bidirectional Mamba blocks."""
+"""VideoMamba: the classifier, and the encoder of masked pretraining, over the layers of `backbone.py`."""
 
 import logging
 from dataclasses import fields
@@ -11,23 +11,23 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from fused.chunked import video as chunked
-from fused.chunked.video import Chunks, Video
+from fused.chunked.video import Chunks, Video, apply_per_chunk
 from fused.models.videomamba.backbone import Backbone
 from fused.models.videomamba.config import VideoMambaConfig
 from fused.models.videomamba.embedding import sincos_positions, span_of
 from fused.models.videomamba.load import load_checkpoint
+from fused.models.videomamba.streaming import continuation
 from fused.models.videomamba.timm_api import Classifier
 from fused.modules.norm import Norm
-from fused.modules.state import State, States, continued, pack, running_mean
+from fused.modules.state import State, States, pack, running_mean
 
 _log = logging.getLogger("fused")
 
-
-_BLIND = "a causal model (bimamba=False) shows CLS, its token 0, nothing of a video"
+_CLS_SEES_NOTHING = "a causal model (bimamba=False) shows CLS, its token 0, nothing of a video"
 
 
 class EncoderOutput(NamedTuple):
-    """What `VideoMambaEncoder` returns."""
+    """The output of `VideoMambaEncoder`."""
 
     tokens: Tensor  # (B, V, D) final-normed visible tokens; CLS is left out exactly when add_pool_norm
     pooled: Tensor | None  # (B, 1, D); (B, 2, D) for cls_cat_avg; (B, T', D) with keep_temporal; None without add_pool_norm
@@ -35,7 +35,7 @@ class EncoderOutput(NamedTuple):
 
 
 class DistillOutput(NamedTuple):
-    """What `VideoMamba` returns when distill_dim is set."""
+    """The output of `VideoMamba` when distill_dim is set."""
 
     logits: Tensor  # (B, num_classes)
     features: Tensor  # (B, L, distill_dim) of unit length, CLS included
@@ -44,9 +44,9 @@ class DistillOutput(NamedTuple):
 class VideoMamba(Classifier, Backbone):
     """The classifier: a clip (B, C, T, H, W), or an image (B, C, H, W), to logits (B, num_classes).
 
-    `config.readout` is what the head reads: "cls", as upstream; "mean" of all patch tokens; the "last" of them; or "tokens",
-    every patch token, with logits (B, T'*P, num_classes). With bimamba=False the model streams (`forward`), "mean" and
-    "last" being of what has come so far, and has nothing to read in CLS.
+    `config.readout` says what the head reads: "cls", as upstream; the "mean" of all patch tokens; the "last" of them; or
+    "tokens", every patch token, with logits (B, T'*P, num_classes). With bimamba=False the model can stream (`forward`);
+    "mean" and "last" are then of the tokens so far, and "cls" is refused, since CLS is scanned before the video.
 
     Loads upstream's state_dict: video_sm, image_sm (num_frames None), the distillation student (distill_dim).
     """
@@ -54,10 +54,11 @@ class VideoMamba(Classifier, Backbone):
     def __init__(self, config: VideoMambaConfig, backend: str = "auto") -> None:
         if config.readout == "cls" and not config.bimamba:
             raise ValueError(
-                f"readout is 'cls', but {_BLIND}: every clip would have the same logits; allowed: 'mean', 'last', 'tokens'"
+                f"readout is 'cls', but {_CLS_SEES_NOTHING}: every clip would have the same logits; "
+                "allowed: 'mean', 'last', 'tokens'"
             )
         super().__init__(config, 0.1, backend)
-        self.norm_f = self._final_norm()
+        self.norm_f = self._make_norm()
         self.head = nn.Linear(config.embed_dim, config.num_classes) if config.num_classes else nn.Identity()
         self.head_drop = nn.Dropout(config.fc_drop_rate)
         if config.distill_dim is not None:
@@ -66,71 +67,80 @@ class VideoMamba(Classifier, Backbone):
 
     @property
     def final_norm(self) -> Norm:
+        """The norm behind the last layer; its name in the state_dict is upstream's."""
         return self.norm_f
 
     @property
     def reads_mean(self) -> bool:
+        """Whether the state ends with (count, total) of a running mean."""
         return self.config.readout == "mean"
 
     def forward(
         self, clip: Float[Tensor, "B C *T H W"], *, ssm_state: States | None = None, return_state: bool = False,
         temporal_pos_offset: int | None = None, temporal_pos_total: int | None = None,
     ) -> Any:  # fmt: skip
-        """Logits; a `DistillOutput` if distill_dim is set; with `return_state` (that, state).
+        """Return logits, or a `DistillOutput` if distill_dim is set; with `return_state` the pair (that, new state).
 
-        A causal model takes a video in chunks of any number of tubelets: each with the `ssm_state` that the one before
-        returned and the number of tubelets before it, `temporal_pos_offset`; the first with neither, or with `init_state` and
-        0. For `temporal_pos_total` see `embed`. Raises ValueError or TypeError for what does not fit.
+        A causal model takes a video in chunks of any number of tubelets. Each chunk comes with the `ssm_state` that the one
+        before returned and with the number of tubelets before it, `temporal_pos_offset`; the first with neither, or with
+        `init_state` and 0. `temporal_pos_total` is explained at `embed`. Raises ValueError or TypeError for what does not fit.
         """
-        chunk = continued(self.config, self.reads_mean, ssm_state, return_state, temporal_pos_offset)
+        chunk = continuation(self.config, self.reads_mean, ssm_state, return_state, temporal_pos_offset)
         tokens = self.embed(clip, temporal_pos_offset=chunk.offset, temporal_pos_total=temporal_pos_total)
-        output, states, mean = self._answer(tokens, int(not chunk.offset), chunk.states, chunk.mean, return_state)
+        output, states, mean = self.forward_tokens(tokens, int(not chunk.offset), chunk.states, chunk.mean, return_state)
         return (output, pack(states, ssm_state, mean)) if return_state else output
 
-    def _answer(
+    def forward_tokens(
         self, tokens: Tensor, cls: int, states: States | None, mean: State | None, return_state: bool
-    ) -> tuple[Any, States | None, State | None]:
-        """The output of embedded tokens, with CLS in front where `cls` is 1; the layers' states and the mean to carry."""
-        stream = self._run(tokens, None, tokens.shape[1], states, return_state)
-        tokens = self._finish(stream.hidden, stream.residual, stream.walk, self._part())
-        read, mean = self._read(tokens, cls, mean)
+    ) -> tuple[Tensor | DistillOutput, States | None, State | None]:
+        """Return (output, new states of the layers, new running mean) for embedded tokens (B, L, D).
+
+        `cls` is 1 if the first token is CLS, else 0; `states` and `mean` are those of the chunk before, None for zeros.
+        """
+        out = self.run_layers(tokens, None, tokens.shape[1], states, return_state)
+        tokens = self.apply_final_norm(out.hidden, out.residual, out.backend, order=out.order, part=self._read_part())
+        read, mean = self.read_tokens(tokens, cls, mean)
         output: Any = self.head(self.head_drop(read))
         if self.config.distill_dim is not None:
-            output = DistillOutput(output, self._distilled(tokens))
-        return output, stream.states, mean
+            output = DistillOutput(output, self._distilled(tokens, out.backend))
+        return output, out.states, mean
 
     def forward_chunked(
         self, clip: Video, *, chunk_frames: int, num_frames: int | None = None, offload: bool = False,
         temporal_pos_total: int | None = None,
     ) -> Tensor | DistillOutput:  # fmt: skip
-        """What `forward` returns, gradients included, in the memory of `chunk_frames` frames: see `chunked.run`.
+        """Return what `forward` returns, gradients included, in the memory of `chunk_frames` frames.
 
-        `clip` is (B, C, T, H, W), or gives frames (B, C, H, W) or runs of them (B, C, t, H, W), `num_frames` in all. T may
-        be less than the model's table of temporal positions; `temporal_pos_total`: see `embed`. `offload` keeps
-        what a layer's first walk leaves for its second in host memory.
+        `clip` is (B, C, T, H, W), or an iterator of frames (B, C, H, W) or runs of frames (B, C, t, H, W), `num_frames` in
+        all. T may be less than the model's table of temporal positions; `temporal_pos_total` is explained at `embed`. With
+        `offload`, a layer keeps in host memory what its first pass leaves for its second.
 
-        Raises ValueError or TypeError for what does not fit the model, or cannot be chunked.
+        Raises ValueError or TypeError for what does not fit the model, or cannot be run in chunks.
         """
-        passed = chunked.run(self, clip, chunk_frames, num_frames, temporal_pos_total, offload)
-        tokens = self._finish(passed.hidden, passed.residual, part=self._part(), chunks=passed.chunks)
-        output = self.head(self.head_drop(self._read(tokens, 1, None)[0]))
+        out = chunked.run_layers(self, clip, chunk_frames, num_frames, temporal_pos_total, offload)
+        tokens = self.apply_final_norm(out.hidden, out.residual, out.backend, part=self._read_part(), chunks=out.chunks)
+        output = self.head(self.head_drop(self.read_tokens(tokens, 1, None)[0]))
         if self.config.distill_dim is None:
             return output
-        return DistillOutput(output, chunked.piecewise(self._distilled, passed.chunks, tokens))
+        return DistillOutput(output, apply_per_chunk(lambda x: self._distilled(x, out.backend), out.chunks, tokens))
 
-    def _part(self) -> slice:
-        """Of which tokens the heads read: no more are normed. The first and the last one are so in every order."""
-        whole = slice(None)
+    def _read_part(self) -> slice:
+        """Return which tokens the heads read; only these are normed. The first and the last one are so in every order."""
+        every = slice(None)
         if self.config.distill_dim is not None:
-            return whole
-        return {"cls": slice(0, 1), "last": slice(-1, None)}.get(self.config.readout, whole)
+            return every
+        return {"cls": slice(0, 1), "last": slice(-1, None)}.get(self.config.readout, every)
 
-    def _distilled(self, tokens: Tensor) -> Tensor:
+    def _distilled(self, tokens: Tensor, backend: str) -> Tensor:
+        """Return the distillation head's features (B, L, distill_dim), of unit length, of normed tokens (B, L, D)."""
         norm, project = self.distill_head
-        return F.normalize(project(norm(tokens, self._resolve(tokens))), dim=-1)
+        return F.normalize(project(norm(tokens, backend)), dim=-1)
 
-    def _read(self, tokens: Tensor, cls: int, before: State | None) -> tuple[Tensor, State | None]:
-        """The head's input and the mean to carry, of normed tokens with CLS in front where `cls` is 1."""
+    def read_tokens(self, tokens: Tensor, cls: int, before: State | None) -> tuple[Tensor, State | None]:
+        """Return the head's input (B, D), or (B, L - cls, D) for readout "tokens", and the new running mean, if one is read.
+
+        `tokens` (B, L, D) are normed, with CLS in front if `cls` is 1; `before` is the running mean of the chunks before.
+        """
         match self.config.readout:
             case "mean":
                 return running_mean(tokens[:, cls:], before)
@@ -142,7 +152,7 @@ class VideoMamba(Classifier, Backbone):
 
 
 class ClipDecoder(nn.Module):
-    """A student's feature in the teacher's space: Linear, LayerNorm, then unit length if clip_norm_type is "l2"."""
+    """The projection of a student's feature to the teacher's space: Linear, LayerNorm, unit length for clip_norm_type "l2"."""
 
     def __init__(self, config: VideoMambaConfig) -> None:
         super().__init__()
@@ -151,6 +161,7 @@ class ClipDecoder(nn.Module):
         self.unit = config.clip_norm_type == "l2"
 
     def forward(self, feature: Tensor, backend: str = "auto") -> Tensor:
+        """Return (B, V, clip_output_dim) for a feature (B, V, D)."""
         out = self.norm(self.head(feature.to(self.head.weight.dtype)), backend)
         return out / out.norm(dim=-1, keepdim=True) if self.unit else out
 
@@ -158,17 +169,17 @@ class ClipDecoder(nn.Module):
 class VideoMambaEncoder(Backbone):
     """The encoder of masked pretraining and video-text models: video_mm's, or with add_pool_norm=False video_sm's.
 
-    With bimamba=False it streams, like `VideoMamba`, and nothing may be pooled from CLS.
+    With bimamba=False it can stream, like `VideoMamba`, and pooling from CLS is refused.
     """
 
     def __init__(self, config: VideoMambaConfig, backend: str = "auto") -> None:
         if config.add_pool_norm and "cls" in config.pool_type and not config.bimamba:
             raise ValueError(
-                f"pool_type is {config.pool_type!r}, but {_BLIND}; allowed: 'avg', of all tokens so far, 'last', "
+                f"pool_type is {config.pool_type!r}, but {_CLS_SEES_NOTHING}; allowed: 'avg', of all tokens so far, 'last', "
                 "or add_pool_norm=False, which leaves the tokens"
             )
         super().__init__(config, 0.0, backend)
-        self.norm = self._final_norm()
+        self.norm = self._make_norm()
         self.clip_decoder = nn.ModuleList(ClipDecoder(config) for _ in range(config.clip_return_layer))
         if config.add_pool_norm:
             self.pool_norm = Norm(config.embed_dim, kind="layer")
@@ -176,10 +187,12 @@ class VideoMambaEncoder(Backbone):
 
     @property
     def final_norm(self) -> Norm:
+        """The norm behind the last layer; its name in the state_dict is upstream's."""
         return self.norm
 
     @property
     def reads_mean(self) -> bool:
+        """Whether the state ends with (count, total) of a running mean."""
         return self.config.add_pool_norm and self.config.pool_type == "avg"
 
     def forward(
@@ -187,87 +200,94 @@ class VideoMambaEncoder(Backbone):
         keep_temporal: bool = False, *, ssm_state: States | None = None, return_state: bool = False,
         temporal_pos_offset: int | None = None, temporal_pos_total: int | None = None,
     ) -> Any:  # fmt: skip
-        """Encode what `mask` (B, L; True = hidden; CLS, column 0, visible) leaves of a clip: an `EncoderOutput`, with
-        `return_state` (that, state).
+        """Encode what `mask` leaves visible of a clip: return an `EncoderOutput`, with `return_state` (that, new state).
 
-        `use_image`: the clip is one tubelet and gets no temporal position. `keep_temporal`: pool every tubelet by itself;
-        the visible tokens must then divide by the tubelets.
+        `mask` is (B, L), True = hidden; CLS, column 0, stays visible. `use_image`: the clip is one tubelet and gets no
+        temporal position. `keep_temporal`: every tubelet is pooled by itself; the number of visible tokens must then be a
+        multiple of the tubelets.
 
         A causal model takes a video in chunks, by the rules of `VideoMamba.forward`; a chunk's mask is that of its own
         tokens. Tokens, clip features and pooled tubelets of all chunks side by side are the whole's; without keep_temporal
-        `pooled` is of all that has come so far. Raises ValueError or TypeError for what does not fit.
+        `pooled` is of all tokens so far. Raises ValueError or TypeError for what does not fit.
         """
         config = self.config
-        chunk = continued(config, self.reads_mean, ssm_state, return_state, temporal_pos_offset, use_image)
+        chunk = continuation(config, self.reads_mean, ssm_state, return_state, temporal_pos_offset, use_image)
         span = span_of(clip, config, use_image, chunk.offset, temporal_pos_total)
-        kept = self._kept(clip, mask, span)
-        tokens = self._embed(clip, span, kept, use_image)
+        visible = self.visible_indices(clip, mask, span)
+        tokens = self.pos_drop(self.embed_span(clip, span, visible, use_image))
         length = span.length(config.patches)
-        stream = self._run(tokens, kept, length, chunk.states, return_state, taps=config.student_layers())
-        tokens, mean = self._finish(stream.hidden, stream.residual, stream.walk), None
-        decoded = self._decode(stream.features, kept, length, span.first_token(config.patches))
+        out = self.run_layers(tokens, visible, length, chunk.states, return_state, config.student_layers())
+        tokens, mean = self.apply_final_norm(out.hidden, out.residual, out.backend, order=out.order), None
+        decoded = self._decode(out.features, visible, length, out.backend, span.first_token(config.patches))
         output = EncoderOutput(tokens, None, decoded)
         if config.add_pool_norm:
             cls, rest = tokens[:, : span.cls], tokens[:, span.cls :]
             pooled, mean = self._pool(cls, rest, span.tubelets if keep_temporal else None, chunk.mean)
-            output = EncoderOutput(rest, self.pool_norm(pooled, self._resolve(tokens)), decoded)
-        return (output, pack(stream.states, ssm_state, mean)) if return_state else output
+            output = EncoderOutput(rest, self.pool_norm(pooled, out.backend), decoded)
+        return (output, pack(out.states, ssm_state, mean)) if return_state else output
 
     def forward_chunked(
         self, clip: Video, *, chunk_frames: int, num_frames: int | None = None, offload: bool = False,
         temporal_pos_total: int | None = None, keep_temporal: bool = False,
     ) -> EncoderOutput:  # fmt: skip
-        """What `forward` returns without a mask, gradients included, in the memory of `chunk_frames` frames: see
-        `VideoMamba.forward_chunked`."""
-        config = self.config
-        passed = chunked.run(self, clip, chunk_frames, num_frames, temporal_pos_total, offload, config.student_layers())
-        tokens = self._finish(passed.hidden, passed.residual, chunks=passed.chunks)
-        decoded = self._decode(passed.features, None, tokens.shape[1], chunks=passed.chunks)
+        """Return what `forward` returns without a mask, gradients included, in the memory of `chunk_frames` frames.
+
+        Arguments and errors are those of `VideoMamba.forward_chunked`; `keep_temporal` is that of `forward`.
+        """
+        config, students = self.config, self.config.student_layers()
+        out = chunked.run_layers(self, clip, chunk_frames, num_frames, temporal_pos_total, offload, students)
+        tokens = self.apply_final_norm(out.hidden, out.residual, out.backend, chunks=out.chunks)
+        decoded = self._decode(out.features, None, tokens.shape[1], out.backend, chunks=out.chunks)
         if not config.add_pool_norm:
             return EncoderOutput(tokens, None, decoded)
         cls, rest = tokens[:, :1], tokens[:, 1:]
         pooled, _ = self._pool(cls, rest, rest.shape[1] // config.patches if keep_temporal else None, None)
-        return EncoderOutput(rest, self.pool_norm(pooled, self._resolve(tokens)), decoded)
+        return EncoderOutput(rest, self.pool_norm(pooled, out.backend), decoded)
 
     def _decode(
-        self, features: list[Tensor], kept: Tensor | None, length: int, first: int = 0, chunks: Chunks = ()
+        self, features: list[Tensor], visible: Tensor | None, length: int, backend: str, first: int = 0, chunks: Chunks = ()
     ) -> Tensor | None:
-        """(B, V, D) of K layers to (K, B, V, clip_output_dim), None of none; every token gets its fixed position in the video
-        first. Chunk by chunk where there are `chunks`."""
+        """Return the decoded features (K, B, V, clip_output_dim) of K layers (B, V, D), None for no layers.
+
+        Every token first gets its fixed position: the tokens are those numbered `first` to `first + length - 1` of the video,
+        or the `visible` ones of them. With `chunks` they are decoded chunk by chunk.
+        """
         if not features:
             return None
         positions = sincos_positions(length, self.config.embed_dim, features[0].device, first)
-        positions = positions[None] if kept is None else positions[kept]
-        backend = self._resolve(features[0])
+        positions = positions[None] if visible is None else positions[visible]
 
         def decode(decoder: nn.Module, feature: Tensor) -> Tensor:
-            return chunked.piecewise(lambda x, p: decoder(x + p.to(x.dtype), backend), chunks, feature, positions)
+            return apply_per_chunk(lambda x, p: decoder(x + p.to(x.dtype), backend), chunks, feature, positions)
 
         return torch.stack([decode(own, feature) for own, feature in zip(self.clip_decoder, features, strict=True)])
 
-    def _pool(self, cls: Tensor, rest: Tensor, parts: int | None, before: State | None) -> tuple[Tensor, State | None]:
-        """(B, 1 or 2, D), or (B, parts, D) of so many tubelets, before the norm; and the mean to carry. By tubelets
-        "cls_cat_avg" adds like "cls+avg", as upstream does."""
+    def _pool(self, cls: Tensor, rest: Tensor, tubelets: int | None, before: State | None) -> tuple[Tensor, State | None]:
+        """Return the pooled tokens before their norm, and the new running mean, if one is read.
+
+        `cls` is (B, 0 or 1, D), `rest` (B, V, D). The result is (B, 1 or 2, D); with a number of `tubelets` every one of them
+        is pooled by itself, (B, tubelets, D), and "cls_cat_avg" adds like "cls+avg", as upstream does.
+        """
         kind = self.config.pool_type
         if kind == "cls":
             return cls, None
-        if parts and rest.shape[1] % parts:
-            raise ValueError(f"keep_temporal: {rest.shape[1]} visible tokens do not divide into {parts} equal tubelets")
-        split = rest.unflatten(1, (parts or 1, -1))
+        if tubelets and rest.shape[1] % tubelets:
+            raise ValueError(f"keep_temporal: {rest.shape[1]} visible tokens do not divide into {tubelets} equal tubelets")
+        split = rest.unflatten(1, (tubelets or 1, -1))
         if kind == "last":
             return split[:, :, -1], None
         if kind == "avg":
             mean, after = running_mean(rest, before)
-            return split.mean(dim=2) if parts else mean[:, None], after
+            return split.mean(dim=2) if tubelets else mean[:, None], after
         average = split.mean(dim=2)
-        return torch.cat((cls, average), dim=1) if kind == "cls_cat_avg" and not parts else cls + average, None
+        return torch.cat((cls, average), dim=1) if kind == "cls_cat_avg" and not tubelets else cls + average, None
 
 
 def build_videomamba(config: SimpleNamespace | VideoMambaConfig, backend: str = "auto") -> VideoMambaEncoder:
-    """The encoder from the `SimpleNamespace(vision_encoder=...)` of the VideoMamba Backbone, any field of which may be absent.
+    """Return the encoder for the `SimpleNamespace(vision_encoder=...)` of upstream's video_mm; any field may be absent.
 
-    As there, pooled features are normed and decoded features have no unit length. `pretrained` is a file that
-    `load_checkpoint` takes; it is loaded strictly.
+    As there, pooled features are normed and decoded features have no unit length. The field `pretrained` is a file that
+    `load_checkpoint` takes; it is loaded strictly. Raises what `VideoMambaConfig` and `load_checkpoint` raise.
     """
     if not isinstance(config, VideoMambaConfig):
         config = _from_namespace(config)
@@ -278,6 +298,7 @@ def build_videomamba(config: SimpleNamespace | VideoMambaConfig, backend: str = 
 
 
 def _from_namespace(config: SimpleNamespace) -> VideoMambaConfig:
+    """Return the configuration for upstream's namespace; unknown fields are ignored with a warning."""
     given: dict[str, Any] = dict(vars(config.vision_encoder))
     unknown = sorted(given.keys() - {f.name for f in fields(VideoMambaConfig)})
     if unknown:

@@ -1,11 +1,11 @@
-"""The paper's scan orders (section 3.2, figure 4): in which sequence a mixer walks the tokens of a clip.
+"""The scan orders of the VideoMamba paper (section 3.2, figure 4): the order in which a mixer scans the tokens of a clip.
 
-Tokens are stored frame after frame behind CLS: token 1 + f*P + p is patch p of frame f. The temporal walk takes all
-frames of patch 0, then all of patch 1, and so on. CLS is token 0 in every order.
+Tokens are stored frame after frame behind CLS: token 1 + f*P + p is patch p of frame f. This is the spatial order. The
+temporal order takes all frames of patch 0, then all of patch 1, and so on. CLS is token 0 in every order.
 """
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,16 +14,16 @@ SCAN_ORDERS = ("spatial", "temporal", "alternating", "both")
 
 
 class Order(NamedTuple):
-    """A walk and its way back: indices (1, L), or (B, V) where every clip has its own visible tokens."""
+    """A permutation of tokens and its inverse: indices (1, L), or (B, V) if every clip has its own visible tokens."""
 
-    ahead: Tensor
-    back: Tensor
+    permutation: Tensor
+    inverse: Tensor
 
 
 def orders_of_layer(scan_order: str, layer: int) -> tuple[str, ...]:
-    """The walks of one layer's mixer, whose outputs are added: one, or with "both" two that share the weights.
+    """Return the orders in which one layer's mixer scans: one, or two for "both", whose outputs are added.
 
-    "alternating" starts spatial and changes with every layer.
+    "alternating" is spatial for layers 0, 2, 4, ... and temporal for the others.
     """
     match scan_order:
         case "alternating":
@@ -33,32 +33,32 @@ def orders_of_layer(scan_order: str, layer: int) -> tuple[str, ...]:
     return (scan_order,)
 
 
-def temporal_order(frames: int, patches: int, kept: Tensor | None = None, device: torch.device | None = None) -> Order:
-    """The temporal walk over all tokens, or over the `kept` ones (B, V): ascending indices of stored tokens, CLS first.
+def temporal_order(frames: int, patches: int, visible: Tensor | None = None, device: torch.device | None = None) -> Order:
+    """Return the temporal order of all 1 + frames * patches tokens, or of the `visible` ones.
 
-    With `kept`, the walk counts visible tokens only: it is that of the visible tokens.
+    `visible` (B, V) holds ascending indices of stored tokens, CLS first. The order's indices then count visible tokens only.
     """
     # tensors made while exporting are no tensors afterwards
-    make = _make_order if torch.compiler.is_exporting() else _whole_order
-    whole = make(frames, patches, device if kept is None else kept.device)
-    if kept is None:
-        return whole
-    ahead = whole.back[0][kept].argsort(dim=1)
-    return Order(ahead, ahead.argsort(dim=1))
+    make = _make_order if torch.compiler.is_exporting() else _cached_order
+    order = make(frames, patches, device if visible is None else visible.device)
+    if visible is None:
+        return order
+    permutation = order.inverse[0][visible].argsort(dim=1)
+    return Order(permutation, permutation.argsort(dim=1))
 
 
 def permute(tokens: Tensor, order: Order) -> Tensor:
-    """Tokens (B, L, D) in the sequence of the walk."""
+    """Return tokens (B, L, D) in the given order."""
     return _Permutation.apply(tokens, *order)
 
 
 def restore(tokens: Tensor, order: Order) -> Tensor:
-    """The inverse of `permute`."""
-    return _Permutation.apply(tokens, order.back, order.ahead)
+    """Return tokens (B, L, D) of the given order as stored: the inverse of `permute`."""
+    return _Permutation.apply(tokens, order.inverse, order.permutation)
 
 
 class _Permutation(torch.autograd.Function):
-    """Its gradient is the inverse permutation: a copy like the forward, where indexing alone would scatter and add."""
+    """tokens[:, index], whose gradient is the inverse permutation: a copy, where that of indexing is a scatter-add."""
 
     @staticmethod
     def forward(tokens: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
@@ -66,25 +66,26 @@ class _Permutation(torch.autograd.Function):
         return tokens[clips, index]
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, index, inverse = inputs
         ctx.save_for_backward(index, inverse)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         index, inverse = ctx.saved_tensors
         return _Permutation.apply(grad, inverse, index), None, None
 
 
-@lru_cache(maxsize=16)  # the same few for the life of a model; computed anew they would cost a sort per forward
+@lru_cache(maxsize=16)  # a model uses a few orders; to make one in every forward costs kernel launches
 @torch.inference_mode(False)  # a tensor made in inference mode could not be used in training later
-def _whole_order(frames: int, patches: int, device: torch.device | None) -> Order:
+def _cached_order(frames: int, patches: int, device: torch.device | None) -> Order:
     return _make_order(frames, patches, device)
 
 
 def _make_order(frames: int, patches: int, device: torch.device | None) -> Order:
+    """Return the temporal order of all tokens as indices (1, 1 + frames * patches)."""
     cls = torch.zeros(1, 1, dtype=torch.long, device=device)
     stored = torch.arange(1, 1 + frames * patches, device=device)
-    ahead = stored.view(frames, patches).T.reshape(1, -1)
-    back = stored.view(patches, frames).T.reshape(1, -1)
-    return Order(torch.cat((cls, ahead), dim=1), torch.cat((cls, back), dim=1))
+    permutation = stored.view(frames, patches).T.reshape(1, -1)
+    inverse = stored.view(patches, frames).T.reshape(1, -1)
+    return Order(torch.cat((cls, permutation), dim=1), torch.cat((cls, inverse), dim=1))

@@ -1,4 +1,4 @@
-"""What timm and its training scripts ask of a classifier: its head, its features, its layers in groups."""
+"""The interface that timm and its training scripts expect of a classifier: head, features, groups of layers."""
 
 from dataclasses import replace
 from typing import Any
@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from fused.models.videomamba.config import VideoMambaConfig
 
-_POOLS = {"cls": "token", "mean": "avg", "last": "last", "tokens": ""}
+_TIMM_POOLS = {"cls": "token", "mean": "avg", "last": "last", "tokens": ""}
 
 
 class Classifier:
-    """timm's conventions for a model with `config`, `head`, `head_drop`, `embed`, `encode` and `_read`."""
+    """timm's conventions for a model with `config`, `head`, `head_drop`, `embed`, `encode` and `read_tokens`."""
 
     config: VideoMambaConfig
     head: nn.Module
@@ -20,32 +20,32 @@ class Classifier:
     cls_token: nn.Parameter
     embed: Any
     encode: Any
-    _read: Any
+    read_tokens: Any
 
     @property
     def num_classes(self) -> int:
-        """Rows of the head; 0 without one."""
+        """The number of classes; 0 without a head."""
         return self.config.num_classes
 
     @property
     def num_features(self) -> int:
-        """Width of the tokens."""
+        """The width of the tokens."""
         return self.config.embed_dim
 
     embed_dim = head_hidden_size = num_features
 
     def get_classifier(self) -> nn.Module:
-        """The head: a Linear, or an Identity where num_classes is 0."""
+        """Return the head: a Linear, or an Identity if num_classes is 0."""
         return self.head
 
     @torch.no_grad()
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head for so many classes (0: none), where the old one was. `global_pool` may only be what the head reads now,
-        in timm's word.
+        """Replace the head by a new one for `num_classes` classes (0: none), on the old one's device.
 
-        Raises ValueError for a wrong number, and for another pooling.
+        `global_pool` may only be timm's word for what the head reads now. Raises ValueError for a wrong number, and for
+        another pooling.
         """
-        pool = _POOLS[self.config.readout]
+        pool = _TIMM_POOLS[self.config.readout]
         if global_pool not in (None, pool):
             raise ValueError(f"global_pool is {global_pool!r}; allowed: {pool!r} for readout={self.config.readout!r}, or None")
         self.config = replace(self.config, num_classes=num_classes)
@@ -57,19 +57,19 @@ class Classifier:
         self.head = head
 
     def forward_features(self, clip: Tensor) -> Tensor:
-        """A clip (B, C, T, H, W), or an image, to normed tokens (B, L, D), CLS first."""
+        """Return the normed tokens (B, L, D), CLS first, of a clip (B, C, T, H, W) or an image (B, C, H, W)."""
         return self.encode(self.embed(clip))[0]
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens (B, L, D) of a whole clip to logits (B, num_classes), or with `pre_logits` to what the head reads, (B, D)."""
-        read = self.head_drop(self._read(tokens, 1, None)[0])
+        """Return logits (B, num_classes) of a whole clip's tokens (B, L, D), or with `pre_logits` the head's input (B, D)."""
+        read = self.head_drop(self.read_tokens(tokens, 1, None)[0])
         return read if pre_logits else self.head(read)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Names to groups for layer decay: embeddings, every layer, then the heads. With `coarse` all layers are one.
+        """Return patterns of parameter names for layer decay: embeddings, every layer, then the heads.
 
-        timm reads what a pattern captures as the number of the group, 99999 as that of the group before (the final norm goes
-        with the last layer), and what no pattern matches as the last group.
+        With `coarse` all layers are one group. timm reads what a pattern captures as the group's number, and 99999 as that of
+        the group before, so the final norm goes with the last layer. Names that match no pattern are the last group.
         """
         return {
             "stem": r"^(?:cls_token|pos_embed|temporal_pos_embedding|patch_embed)",
@@ -77,7 +77,7 @@ class Classifier:
         }
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Run every mixer again in the backward pass, which saves its memory; or none."""
+        """Run every mixer again in the backward pass, which saves memory; with `enable` False run none again."""
         self.config = replace(self.config, use_checkpoint=enable, checkpoint_num=self.config.depth if enable else 0)
         for layer in self.layers:  # type: ignore[attr-defined]
             layer.recompute = enable
@@ -86,8 +86,8 @@ class Classifier:
 class TokenFeatures(nn.Module):
     """A classifier as a feature extractor: a clip to a list of tokens (B, L, D), CLS first, one entry for each of `layers`.
 
-    An entry is the residual stream behind that layer under the final norm; negative numbers count from the last layer. Raises
-    ValueError for a layer that is not there.
+    An entry is the final norm of the residual stream behind that layer; negative numbers count from the last layer. Raises
+    ValueError for a number out of range.
     """
 
     def __init__(self, model: Any, layers: tuple[int, ...] = (-1,)) -> None:
@@ -98,9 +98,9 @@ class TokenFeatures(nn.Module):
         self.model, self.layers = model, tuple(i % depth for i in layers)
 
     def forward(self, clip: Tensor) -> list[Tensor]:
-        """One tensor a layer, in the sequence of `layers`."""
+        """Return one tensor (B, L, D) a layer, in the order of `layers`."""
         last = self.model.config.depth - 1
         inner = sorted(set(self.layers) - {last})
-        tokens, _, features = self.model.encode(self.model.embed(clip), taps=inner)
+        tokens, _, features = self.model.encode(self.model.embed(clip), out_layers=inner)
         found = {**dict(zip(inner, features, strict=True)), last: tokens}
         return [found[layer] for layer in self.layers]

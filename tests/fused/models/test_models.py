@@ -14,7 +14,7 @@ from torch import Tensor
 import fused
 import reference
 from fused import backends, stamp
-from fused.models.videomamba import embedding as tokens
+from fused.models.videomamba import embedding
 from fused.modules import mamba as mixer
 from fused.ops import mamba_ssm as upstream
 from fused.ops.selective_scan import api as scan
@@ -189,19 +189,20 @@ def test_temporal_order_of_one_patch_per_frame_is_the_spatial_one(package):
     assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
 
 
-def test_taps_of_encode():
+def test_features_of_encode():
     plain, fast = models("VideoMamba", {"scan_order": "temporal", "depth": 3})
     outputs = []
-    for model in (plain, fast):
-        normed, state, features = model.encode(model.embed(clip_of(plain.config), mask_of(17)), mask_of(17), taps=(0, 2))
+    for model, argument in ((plain, "taps"), (fast, "out_layers")):
+        tokens = model.embed(clip_of(plain.config), mask_of(17))
+        normed, state, features = model.encode(tokens, mask_of(17), **{argument: (0, 2)})
         assert state is None
-        outputs.append({"tokens": normed} | {f"tap {i}": x for i, x in enumerate(features)})
+        outputs.append({"tokens": normed} | {f"feature {i}": x for i, x in enumerate(features)})
     assert_same(outputs[1], outputs[0])
 
 
 def test_positions_of_the_decoder():
     for dim in (12, 7):
-        got = tokens.sincos_positions(50, dim, torch.device("cpu"))
+        got = embedding.sincos_positions(50, dim, torch.device("cpu"))
         assert torch.equal(got, reference.models.videomamba.embedding.sincos_positions(50, dim))
 
 
@@ -328,7 +329,7 @@ def test_models_copy_pickle_and_save(kind, called):
 
 
 def test_inference_mode_leaves_nothing_that_breaks_training():
-    tokens._kept_sincos.cache_clear()
+    embedding._cached_sincos.cache_clear()
     model = golden(fused.VideoMambaEncoder(fused.VideoMambaConfig(**TOY, scan_order="temporal")))
     clip = clip_of(model.config).float()
     with torch.inference_mode():

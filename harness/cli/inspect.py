@@ -1,0 +1,48 @@
+"""`python -m harness list` and `doctor`."""
+
+import sys
+
+import torch
+import typer
+
+import fused
+from fused import backends
+from harness.judge import registry
+from harness.judge.plan import GRIDS, default_device
+from harness.runs import environment
+from harness.runs.conclude import UNFIT
+
+
+def list_all() -> None:
+    """List subjects with their implementations, checks, grids, planted bugs."""
+    for name, module in registry.subjects().items():
+        print(f"{name:11} {registry.title(module)}")
+        for implementation in module.implementations():
+            reason = implementation.absent(default_device())
+            print(f"    {implementation.name:26} {implementation.role:6} {f'not here: {reason}' if reason else 'runs here'}")
+        print("    cases: " + ", ".join(f"{len(module.cases(grid))} {grid}" for grid in GRIDS))
+    for what, modules in (("checks", registry.checks()), ("planted bugs (--mutant)", registry.mutants())):
+        print(f"{what}:")
+        for name, module in modules.items():
+            print(f"    {name:22} {registry.title(module)}")
+
+
+def doctor() -> None:
+    """Say what this box can judge; exits 4 if it cannot judge at all."""
+    environment.prepare()
+    box = environment.describe(default_device())
+    for key, value in box.items():
+        print(f"{key:16} {value}")
+    print(f"{'fused':16} {environment.imported_from('fused')}")
+    for backend in backends.BACKENDS:
+        print(f"{'backend':16} {backend}: {backends.unavailable(backend, default_device()) or 'runs here'}")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        print(f"{'validated':16} {dtype}: {fused.validation(dtype=dtype) or 'no (run: nox -s parity)'}")
+    require_fit()
+
+
+def require_fit() -> None:
+    """Exit 4 with the reasons if this box cannot judge."""
+    if reasons := environment.unfit():
+        print("\n".join(f"unfit: {reason}" for reason in reasons), file=sys.stderr)
+        raise typer.Exit(UNFIT)

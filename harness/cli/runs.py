@@ -1,0 +1,47 @@
+"""`python -m harness report`, `compare` and `accept`: commands on runs that are there."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from harness.bench.compare import compare as compare_runs
+from harness.records import interval
+from harness.report import accepted
+from harness.report.kinds import write
+from harness.runs import acceptance, environment
+from harness.runs.conclude import FAILED, NOTHING, PASSED
+from harness.runs.store import Run
+
+
+def report(folder: Annotated[Path | None, typer.Argument(help="a run's folder; the newest by default")] = None) -> None:
+    """Write a run's report again from its records."""
+    run = Run.open(folder) if folder else Run.latest()
+    print(write(run))
+
+
+def compare(base: Path, new: Path) -> None:
+    """Say whether run NEW is faster than run BASE, point by point; exits 1 if ours is SLOWER somewhere, 3 if none compares."""
+    changes, left_out = compare_runs(Run.open(base), Run.open(new))
+    for c in changes:
+        print(f"{c.verdict:7} {c.ratio.middle:6.3f} [{c.ratio.low:.3f}, {c.ratio.high:.3f}]  {' '.join(c.new.key)}")
+    for line in left_out:
+        print(f"left out: {line}")
+    counts = Counter(c.verdict for c in changes)
+    print(", ".join(f"{counts[v]} {v}" for v in interval.VERDICTS))
+    if not changes:
+        raise typer.Exit(NOTHING)
+    raise typer.Exit(FAILED if any(c.verdict == "SLOWER" and c.new.entry.role == "ours" for c in changes) else PASSED)
+
+
+def accept(folder: Path) -> None:
+    """Copy a finished run under reports/accepted/DEVICE/ as evidence, if it was made by the code of this commit."""
+    run = Run.open(folder)
+    run.about["commit"] = acceptance.commit_of(run)
+    run.save()
+    write(run)
+    target = acceptance.keep(run)
+    print(target)
+    if run.about["kind"] == "bench":
+        accepted.refresh(environment.ROOT / "reports" / "README.md", target.parent)

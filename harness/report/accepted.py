@@ -1,0 +1,74 @@
+"""The newest accepted numbers of every race, for reports/README.md."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from harness.bench import grids
+from harness.records.speed import Speed
+from harness.report import curves, overview
+from harness.report.bench import split_videos
+from harness.runs.store import Run
+
+MARKERS = ("<!-- newest accepted bench -->", "<!-- end of newest accepted bench -->")
+
+
+def refresh(page: Path, accepted: Path) -> None:
+    """Put the numbers of accepted benches, the folders in `accepted`, between the markers of a page above them.
+
+    Of every race they are those of the newest run that timed ours in it, at all points and with all rivals. A page without the
+    markers stays as it is.
+    """
+    found = {path.parent: Run.open(path.parent) for path in sorted(accepted.glob("*/run.json"))}
+    write(page, {folder.relative_to(page.parent): run for folder, run in found.items() if run.about["kind"] == "bench"})
+
+
+def write(page: Path, runs: Mapping[Path, Run]) -> None:
+    """Do what `refresh` does with runs by their folders, as the page links to them."""
+    text = page.read_text(encoding="utf-8")
+    if not all(marker in text for marker in MARKERS):
+        return
+    before, _, rest = text.partition(MARKERS[0])
+    newest: dict[str, Path] = {}
+    for folder, run in sorted(runs.items(), key=lambda item: item[1].about["started"]):
+        newest |= dict.fromkeys(_complete_races(run), folder)
+    speeds = [s for folder, run in runs.items() for s in run.speeds if newest.get(s.point.race) == folder]
+    families = curves.families(speeds)
+    parts = [
+        "\n".join(_source(folder, run, newest) for folder, run in runs.items() if folder in newest.values()),
+        "\n".join([*overview.crossings(families), *overview.most_memory(speeds)]),
+        *[f"![{f.title}]({newest[f.race]}/{f.stem}.png)" for f in families if f.mode == "infer"][-1:],
+        _from(newest, [*grids.OPERATORS, *grids.MODELS]),
+        overview.overview(speeds),
+        *_videos(speeds, newest),
+    ]
+    inside = "\n\n".join([MARKERS[0], *parts, MARKERS[1]])
+    page.write_text(before + inside + rest.partition(MARKERS[1])[2], encoding="utf-8")
+
+
+def _complete_races(run: Run) -> list[str]:
+    """Return the races with a time of ours, none of whose points or rivals were left out by the run's options."""
+    plan, timed = run.about["plan"], {s.point.race for s in run.speeds if s.entry.role == "ours" and s.seconds}
+    return [r for r in grids.RACES if r in timed and not plan.get("points") and (r in grids.PIECEWISE or not plan.get("names"))]
+
+
+def _videos(speeds: list[Speed], newest: Mapping[str, Path]) -> list[str]:
+    """Return a section for each race of streams or chunks, with the run that its table comes from."""
+    parts = []
+    for race in grids.PIECEWISE:
+        if race in newest:
+            [section] = split_videos([s for s in speeds if s.point.race == race])
+            head, table = section.split("\n\n", 1)
+            parts += [head, _from(newest, [race]), table]
+    return parts
+
+
+def _from(newest: Mapping[str, Path], races: Iterable[str]) -> str:
+    """Return a sentence with the folders that a table's numbers come from."""
+    folders = dict.fromkeys(newest[race] for race in races if race in newest)
+    return f"From {', '.join(f'[{folder.name}]({folder}/report.md)' for folder in folders)}:" if folders else ""
+
+
+def _source(folder: Path, run: Run, newest: Mapping[str, Path]) -> str:
+    here, races = run.about["box"], [race for race in grids.RACES if newest.get(race) == folder]
+    day = run.about["started"][:10]
+    return f"- {', '.join(races)}: on one {here.get('gpu') or here.get('cpu')}, {day} ([report]({folder}/report.md))."

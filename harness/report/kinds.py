@@ -1,0 +1,11 @@
+"""The page of a run of any kind."""
+
+from pathlib import Path
+
+from harness.report import bench, learning, page
+from harness.runs.store import Run
+
+
+def write(run: Run) -> Path:
+    """Write report.md, its figures and report.html into the run's folder; return the path of report.md."""
+    return {"bench": bench, "learn": learning}.get(run.about["kind"], page).write(run)
