@@ -113,7 +113,8 @@ def choose(name: str, device: torch.device | str, *, use_fast_path: bool = True)
     Raises ValueError for an unknown name, BackendError for a backend that cannot run there.
     """
     if name != "auto":
-        check_name(name)
+        if name not in BACKENDS:
+            raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {name!r}")
         reason = unavailable(name, device)
         if reason:
             raise BackendError(f"backend {name!r} cannot run here. {reason}")

@@ -2,20 +2,20 @@
 
     call = register("double(Tensor x) -> Tensor", kernel, fake, autograd=Double.apply)
 
-The first argument of every operator is a tensor or a list of tensors, on whose device it runs. `torch.compile` sees an operator and nothing inside
-of it; forward and backward are one operator each.
+The first argument of every operator is a tensor or a list of tensors, on whose device it runs. `torch.compile` sees an operator
+and nothing inside of it; forward and backward are one operator each.
 """
 
 import functools
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fused.runtime.autocast import no_autocast
+
 _LIBRARY = torch.library.Library("videomamba", "FRAGMENT")
-_NO_CONTEXT: AbstractContextManager[object] = nullcontext()
 
 
 def register(
@@ -24,16 +24,17 @@ def register(
     """Register an operator and return a function that calls it.
 
     `kernel` runs it, `fake` returns empty tensors of its results' shapes and dtypes. `autograd` applies a
-    `torch.autograd.Function` to the operator's arguments where a gradient is wanted. An operator without it is a backward, whose
-    gradient raises RuntimeError. The returned function saves a round through the dispatcher, but while a compiler traces, which
-    must see the operator.
+    `torch.autograd.Function` to the operator's arguments where a gradient is wanted. An operator without it is a backward,
+    whose gradient raises RuntimeError. The returned function saves a round through the dispatcher, but while a compiler traces,
+    which must see the operator.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
 
     def run(*arguments: Any) -> Any:
         first = arguments[0]
-        with no_autocast(first[0].device if isinstance(first, (list, tuple)) else first.device):  # its rules would reach what the kernel calls, also within a backward
+        device = first[0].device if isinstance(first, (list, tuple)) else first.device
+        with no_autocast(device):  # its rules would reach what the kernel calls, also within a backward
             return kernel(*arguments)
 
     for device in ("CUDA", "CPU"):  # on the CPU under interpreter and emulation only
@@ -86,7 +87,7 @@ def below_autograd(operator: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def wants_gradients(*arguments: Any) -> bool:
-    """Return whether autograd will ask for a gradient of one of the arguments, which are tensors, lists of tensors or neither."""
+    """Return whether autograd will ask for a gradient of one of the arguments: of tensors, and of tensors in lists."""
     if not torch.is_grad_enabled():
         return False
     for x in arguments:
@@ -96,14 +97,6 @@ def wants_gradients(*arguments: Any) -> bool:
         elif isinstance(x, (list, tuple)) and wants_gradients(*x):
             return True
     return False
-
-
-def no_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context without autocast on `device`, also on devices that have none."""
-    kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return _NO_CONTEXT
 
 
 def empty_if_none(x: Tensor | None, like: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from torch import Tensor
 from typer.testing import CliRunner, Result
 
 import fused
-from harness.cli.learn import recipe
 from harness.cli.app import app
+from harness.cli.learn import recipe
 from harness.judge.case import Case
 from harness.judge.plan import UsageError
 from harness.judge.registry import Implementation, checks, subjects

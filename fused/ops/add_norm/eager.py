@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fused.ops.shapes import Rows, residual_dtype_of
+from fused.runtime.autocast import no_autocast
 from fused.runtime.dtypes import accumulation_dtype
-from fused.runtime.library import no_autocast
 
 
 def add_norm_eager(
@@ -25,7 +25,7 @@ def add_norm_eager(
 ) -> Rows | tuple[Rows, Rows]:
     """Add and normalise as `fused.add_norm` says; keeps the residual stream and two numbers a row for its backward."""
     residual_dtype = residual_dtype_of(x, residual, residual_in_fp32) if prenorm else None
-    run: Any = _exported if torch.compiler.is_exporting() else _AddNorm.apply
+    run: Any = exported if torch.compiler.is_exporting() else _AddNorm.apply
     y, residual_out = run(x, weight, bias, residual, eps, kind == "layer", residual_dtype)
     return (y, residual_out) if prenorm else y
 
@@ -76,7 +76,7 @@ class _AddNorm(torch.autograd.Function):
         return dx, dweight, dbias, dresidual, None, None, None
 
 
-def _exported(
+def exported(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
     eps: float, centre: bool, residual_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip

@@ -27,8 +27,8 @@ def forward(
     """Return y, v, the rows' means and their reciprocal standard deviations.
 
     y is in `dtype` or else in x's; v is in `residual_dtype`, or None without one; the means are None unless `centre`. x and
-    residual are (..., D) with any strides; strides that the kernel cannot read cost a copy. v is written into a contiguous `out`
-    where that is given; it may be residual itself, of which a row is read before it is written.
+    residual are (..., D) with any strides; strides that the kernel cannot read cost a copy. v is written into a contiguous
+    `out` where that is given; it may be residual itself, of which a row is read before it is written.
     """
     D = x.shape[-1]
     M = x.numel() // D if D else 0

@@ -8,9 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fused.runtime.autocast import no_autocast
 from fused.runtime.dtypes import accumulation_dtype
 from fused.runtime.elementwise import clipwise
-from fused.runtime.library import no_autocast
 
 
 def causal_conv1d_eager(
@@ -23,7 +23,7 @@ def causal_conv1d_eager(
     reverse: bool = False,
 ) -> tuple[Float[Tensor, "B L E"], Float[Tensor, "B E S"]]:
     """Convolve as `fused.causal_conv1d` says; no argument is checked."""
-    run: Any = _exported if torch.compiler.is_exporting() else _CausalConv1d.apply
+    run: Any = exported if torch.compiler.is_exporting() else _CausalConv1d.apply
     return run(x, weight, bias, initial_state, activation is not None, reverse)
 
 
@@ -76,7 +76,7 @@ class _CausalConv1d(torch.autograd.Function):
             )
 
 
-def _exported(
+def exported(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, silu: bool, reverse: bool
 ) -> tuple[Tensor, Tensor]:
     """Convolve by a graph of pure functions, for `torch.export` and ONNX."""

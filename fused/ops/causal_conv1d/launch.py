@@ -33,6 +33,7 @@ SLOTS = {"forward": 132 * 5, "backward": 132 * 4}
 LOST = {"forward": 3, "backward": 8}
 REDUCE = {"ROWS": 64, "BE": 32, "num_warps": 4}
 
+Optionals = Sequence[Tensor | None] | None  # None: a None for every direction
 _ABSENT: tuple[Tensor | None, ...] = (None,) * 8  # the arguments of a direction that is not there
 
 
@@ -48,8 +49,8 @@ class Gradients(NamedTuple):
 def forward(
     x: Tensor,
     weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    initial_states: Sequence[Tensor | None],
+    biases: Optionals,
+    initial_states: Optionals,
     reverses: Sequence[bool],
     silu: bool,
     want_states: bool = True,
@@ -59,7 +60,8 @@ def forward(
     weights are (E, K), biases (E,), states (B, E, K-1), each one for a direction; there is one direction of each kind at most.
     x may have any strides over clips and tokens; other channel strides than 1 cost a copy.
     """
-    x = x if x.stride(2) == 1 else x.contiguous()
+    x, none = x if x.stride(2) == 1 else x.contiguous(), (None,) * len(weights)
+    biases, initial_states = biases or none, initial_states or none
     B, L, E = x.shape
     K = weights[0].shape[1]
     y = torch.empty((len(weights), B, L, E), dtype=x.dtype, device=x.device)
@@ -101,11 +103,11 @@ def _launch_forward(
 
 def backward(
     dy: Sequence[Tensor] | Tensor,
-    dfinals: Sequence[Tensor | None],
+    dfinals: Optionals,
     x: Tensor,
     weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    initial_states: Sequence[Tensor | None],
+    biases: Optionals,
+    initial_states: Optionals,
     reverses: Sequence[bool],
     silu: bool,
     dx: Tensor | None = None,
@@ -115,7 +117,8 @@ def backward(
     dy is (directions, B, L, E) or one (B, L, E) for each direction; dfinals (B, E, K-1) or None for each. dx is written
     where given, through any strides over clips and tokens, and must not overlap x or dy: runs read beyond their own tokens.
     """
-    x = x if x.stride(2) == 1 else x.contiguous()
+    x, none = x if x.stride(2) == 1 else x.contiguous(), (None,) * len(weights)
+    biases, initial_states, dfinals = biases or none, initial_states or none, dfinals or none
     B, L, E = x.shape
     K = weights[0].shape[1]
     directions = len(weights)
@@ -184,7 +187,7 @@ def _check_directions(reverses: Sequence[bool]) -> None:
 
 
 def _final_state(x: Tensor, state: Tensor | None, size: int, reverse: bool) -> Tensor:
-    """Return the last (reverse: first) `size` raw inputs of the sequence and the state beyond its edge, (B, E, size), a copy."""
+    """Return the last (reverse: first) `size` raw inputs of the sequence and the state beyond it, (B, E, size), a copy."""
     length = x.shape[1]
     inside = (x[:, :size] if reverse else x[:, max(length - size, 0) :]).transpose(1, 2)
     if length >= size:

@@ -51,8 +51,9 @@ def _pipeline(xz: Tensor, first: Weights, second: Weights, batch_invariant: bool
 
 
 def _forward(
-    xz: Tensor, first: Weights, second: Weights, out_proj: Tensor, out_proj_bias: Tensor | None, batch_invariant: bool, keep: bool
-) -> tuple[Tensor, ...]:
+    xz: Tensor, first: Weights, second: Weights, out_proj: Tensor, out_proj_bias: Tensor | None, batch_invariant: bool,
+    keep: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     p = _pipeline(xz, first, second, batch_invariant)
     packed = pack(p.directions)
     c, _ = p.convolve()
@@ -65,8 +66,9 @@ def _forward(
 
 
 def _forward_shapes(
-    xz: Tensor, first: Weights, second: Weights, out_proj: Tensor, out_proj_bias: Tensor | None, batch_invariant: bool, keep: bool
-) -> tuple[Tensor, ...]:
+    xz: Tensor, first: Weights, second: Weights, out_proj: Tensor, out_proj_bias: Tensor | None, batch_invariant: bool,
+    keep: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     p = _pipeline(xz, first, second, batch_invariant)
     (B, L, E), d, splits, N = p.x.shape, len(p.directions), p.schedule.fwd_schedule, p.N
     out, dt_B_C = xz.new_empty((B, L, out_proj.shape[0])), xz.new_empty((d, B, L, p.width))

@@ -29,8 +29,8 @@ def mamba_inner_one_direction(
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
     """Return y (B, L, E) of x (B, L, E), and the state that leaves: (B, E, K-1) in x's dtype, and (B, E, N) float32.
 
-    z, the gate, and `y_other_direction`, which needs z, are (B, L, E). `state` is what enters, zero without it. `packed` is what
-    `pack_matrices` made of the weights, whose A and D then are float32.
+    z, the gate, and `y_other_direction`, which needs z, are (B, L, E). `state` is what enters, zero without it. `packed` is
+    what `pack_matrices` made of the weights, whose A and D then are float32.
     """
     if torch.is_autocast_enabled(x.device.type):
         weights = weights._replace(x_proj=weights.x_proj.to(x.dtype), dt_proj=weights.dt_proj.to(x.dtype))

@@ -1,9 +1,10 @@
 """The steps of a mixer between in_proj and out_proj, over one direction or two, that its native operators share.
 
-    c = silu(conv(x))        dt, B, C = x_proj(c)        delta = softplus(dt_proj(dt) + bias)        y = scan(c, delta, A, B, C, D, z)
+    c = silu(conv(x))        dt, B, C = x_proj(c)        delta = softplus(dt_proj(dt) + bias)
+    y = scan(c, delta, A, B, C, D, z)
 
-A row of x_proj's output is [dt, zeros up to a multiple of DT_ALIGN | B | C]: with dt of 36 or 12 alone, cuBLAS takes kernels for
-unaligned matrices, which need twice the time.
+A row of x_proj's output is [dt, zeros up to a multiple of DT_ALIGN | B | C]: with dt of 36 or 12 alone, cuBLAS takes kernels
+for unaligned matrices, which need twice the time.
 """
 
 from collections.abc import Sequence
@@ -21,16 +22,16 @@ from fused.ops.shapes import DirectionWeights
 DT_ALIGN = 16  # elements; 32 bytes of the narrowest dtype, which memory is read by
 
 
-def padded_dt_rank(R: int) -> int:
+def padded_dt_rank(R: int | torch.SymInt) -> Any:
     """Return the columns that dt and the zeros behind it take in a row of x_proj's output."""
     return -(-R // DT_ALIGN) * DT_ALIGN
 
 
 def pack(directions: Sequence[DirectionWeights]) -> PackedWeights:
     """Return the weights of one or two directions as the products and the scan read them."""
-    x_proj, dt_proj, A, D = zip(*((w.x_proj, w.dt_proj, w.A, w.D) for w in directions), strict=True)
-    pairs = ([x.contiguous() for x in pair] for pair in (x_proj, dt_proj, A, D))
-    return pack_weights(*pairs, padded_dt_rank(dt_proj[0].shape[1]))
+    x_proj, dt_proj = [w.x_proj.contiguous() for w in directions], [w.dt_proj.contiguous() for w in directions]
+    A, D = [w.A.contiguous() for w in directions], [w.D.contiguous() for w in directions]
+    return pack_weights(x_proj, dt_proj, A, D, padded_dt_rank(dt_proj[0].shape[1]))
 
 
 class Pipeline:
@@ -47,7 +48,8 @@ class Pipeline:
         weights = directions[0]
         R, self.N, K = weights.dt_proj.shape[1], weights.A.shape[1], weights.conv.shape[1]
         if self.N > scan.MAX_STATES or K > conv.MAX_WIDTH:
-            name, most, size = ("d_state", scan.MAX_STATES, self.N) if self.N > scan.MAX_STATES else ("d_conv", conv.MAX_WIDTH, K)
+            too_many = self.N > scan.MAX_STATES
+            name, most, size = ("d_state", scan.MAX_STATES, self.N) if too_many else ("d_conv", conv.MAX_WIDTH, K)
             raise ValueError(f"mixer: backend 'native' has {name} up to {most}, got {size}; use backend='torch'")
         self.R, self.padded_R = R, padded_dt_rank(R)
         self.width = self.padded_R + 2 * self.N  # of a row of x_proj's output
@@ -58,7 +60,6 @@ class Pipeline:
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """Return c (directions, B, L, E), and the conv states (B, E, K-1) that leave, if they are wanted."""
         weights, biases = [w.conv for w in self.directions], [w.conv_bias for w in self.directions]
-        conv_states = (None,) * len(self.directions) if conv_states is None else conv_states
         return conv.forward(self.x, weights, biases, conv_states, self.reverses, True, want_states)
 
     def split(self, dt_B_C: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -92,7 +93,8 @@ class Pipeline:
     ) -> tuple[conv.Gradients, ScanGradients, list[DirectionWeights]]:  # fmt: skip
         """Return the gradients of the convolution (x among them), of the scan (z among them), and of each direction's weights.
 
-        Given are dy (B, L, E) and, of the states that leave, `dfinal_states` and `dconv_states`. dx and dz are written where given.
+        Given are dy (B, L, E) and, of the states that leave, `dfinal_states` and `dconv_states`. dx and dz are written where
+        given.
         """
         d_dt_B_C, du, ddelta = torch.empty_like(dt_B_C), torch.empty_like(c), torch.empty_like(c)
         dt, *_ = self.split(dt_B_C)
@@ -108,10 +110,9 @@ class Pipeline:
         if self.padded_R > self.R:
             d_x_proj = [torch.cat((x[: self.R], x[self.padded_R :])) for x in d_x_proj]
         du.baddbmm_(d_dt_B_C, packed.x_proj)
-        none = (None,) * len(self.directions)
         k = conv.backward(
-            du.view(c.shape), none if dconv_states is None else dconv_states, self.x, [w.conv for w in self.directions],
-            [w.conv_bias for w in self.directions], none if conv_states is None else conv_states, self.reverses, True, dx,
+            du.view(c.shape), dconv_states, self.x, [w.conv for w in self.directions],
+            [w.conv_bias for w in self.directions], conv_states, self.reverses, True, dx,
         )  # fmt: skip
         by_direction = zip(k.weights, k.biases, d_x_proj, d_dt_proj, g.delta_bias, g.A, g.D, strict=True)
         grads = [_like(DirectionWeights(*own), w) for own, w in zip(by_direction, self.directions, strict=True)]

@@ -3,8 +3,9 @@
     right to left:   the states that enter every split of the backward scan; not over the first chunk, which comes last
     left to right:   the states that enter the splits of the forward scan; then both scans at once, as over a whole clip
 
-So the work of either scan is done once: with split-L, the state-only passes are made anyway. Where a chunk is not split, in batches
-that fill a GPU by themselves, `TwoPassMixer.pays` says so. There are no gradients and no operators here: nothing is traced.
+So the work of either scan is done once: with split-L, the state-only passes are made anyway. Where a chunk is not split, in
+batches that fill a GPU by themselves, `TwoPassMixer.pays` says so. There are no gradients and no operators here: nothing is
+traced.
 """
 
 from collections.abc import Sequence

@@ -135,14 +135,10 @@ def _check(
         raise ValueError(f"{op}: A must have at least one state a channel (N), got {tuple(A.shape)}")
     for name, value, letters in (("delta", delta, "B L E"), ("B", B, "B L N | B L G N"), ("C", C, "B L N | B L G N")):
         check_tensor(op, name, value, letters, sizes, u.device)
-    for name, value, letters in (
-        ("D", D, "E"),
-        ("z", z, "B L E"),
-        ("delta_bias", delta_bias, "E"),
-        ("initial_state", initial_state, "B E N"),
-    ):
-        if value is not None:
-            check_tensor(op, name, value, letters, sizes, u.device)
+    optional = (("D", D, "E"), ("z", z, "B L E"), ("delta_bias", delta_bias, "E"), ("initial_state", initial_state, "B E N"))
+    for name, given, letters in optional:
+        if given is not None:
+            check_tensor(op, name, given, letters, sizes, u.device)
     groups = {name: x.shape[2] for name, x in (("B", B), ("C", C)) if x.dim() == 4}
     for name, count in groups.items():
         if count == 0 or u.shape[2] % count:

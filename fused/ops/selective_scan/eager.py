@@ -11,9 +11,9 @@ from torch.autograd.function import once_differentiable
 from fused.ops.selective_scan import export
 from fused.ops.selective_scan.recurrence import Recurrence, make_segments
 from fused.ops.shapes import Mixing, State, Tokens
+from fused.runtime.autocast import no_autocast
 from fused.runtime.dtypes import accumulation_dtype
 from fused.runtime.elementwise import clipwise
-from fused.runtime.library import no_autocast
 
 
 def selective_scan_eager(
@@ -74,7 +74,7 @@ class _Scan:
     ) -> None:  # fmt: skip
         self.u, self.delta, self.D, self.z, self.bias = u, delta, D, z, delta_bias
         self.softplus, self.reverse = softplus, reverse
-        self.new = {"dtype": accumulation_dtype(u.dtype), "device": u.device}
+        self.new: dict[str, Any] = {"dtype": accumulation_dtype(u.dtype), "device": u.device}
         self.plain = (B.dim() == 3, C.dim() == 3)
         B, C = (x if x.dim() == 4 else x.unsqueeze(2) for x in (B, C))
         groups = max(B.shape[2], C.shape[2])

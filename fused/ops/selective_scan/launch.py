@@ -47,8 +47,10 @@ class ScanInputs(NamedTuple):
     @property
     def forward_direction(self) -> "ScanInputs":
         """The first direction alone, without the gate."""
-        one = (pair[:1] for pair in (self.reverses, self.u, self.delta, self.A, self.B, self.C, self.D, self.delta_bias))
-        return ScanInputs(*one, None, self.softplus, self.A_is_log)
+        pairs = (self.reverses, self.u, self.delta, self.A, self.B, self.C, self.D, self.delta_bias)
+        one: Any = [pair[:1] for pair in pairs]
+        settings: Any = (None, self.softplus, self.A_is_log)
+        return ScanInputs(*one, *settings)
 
 
 class ScanOutputs(NamedTuple):
@@ -139,8 +141,8 @@ def state_pass(
 ) -> tuple[Tensor, Tensor]:
     """Return the states (d, B, splits, E, N) that enter every split and the final states (d, B, E, N), float32, without any y.
 
-    The scan starts from `initial_states` (d, B, E, N) or zero. Every sequence is split as `splits` says, those too that it leaves
-    unsplit. C and z are not read.
+    The scan starts from `initial_states` (d, B, E, N) or zero. Every sequence is split as `splits` says, those too that it
+    leaves unsplit. C and z are not read.
     """
     B, L, E, N = s.sizes
     u, d, n = s.u[0], len(s.reverses), splits.num_splits
@@ -162,8 +164,8 @@ def backward(
 ) -> ScanGradients:  # fmt: skip
     """Return the gradients, given dy (B, L, E) with unit stride along E and dfinal_states (d, B, E, N) or None.
 
-    Those of B and C are written into `dB` and `dC`, (B, L, N) each, of unit stride along N; where they are given, those of u and
-    delta into contiguous `du` and `ddelta` and that of z into a `dz` of unit stride along E.
+    Those of B and C are written into `dB` and `dC`, (B, L, N) each, of unit stride along N; where they are given, those of u
+    and delta into contiguous `du` and `ddelta` and that of z into a `dz` of unit stride along E.
     """
     B, L, E, N = s.sizes
     u, d, splits, config = s.u[0], len(s.reverses), plan.bwd_schedule, plan.bwd_config
@@ -235,7 +237,8 @@ def _state_passing(splits: SplitSchedule, s: ScanInputs, warps: int, wanted: boo
 def _shared_bytes_backward(plan: ScanSchedule, element_size: int) -> int:
     """Return the shared memory of a block: staged inputs, states between subtiles, results, sums, and prefetched inputs."""
     config, states = plan.bwd_config, plan.padded_states
-    K, warps, channels, threads, groups = config.channels_per_thread, config.warps, config.channels, 32 * config.warps, states // 16
+    K, warps, channels = config.channels_per_thread, config.warps, config.channels
+    threads, groups = 32 * warps, states // 16
     subtile_states = (TILE // config.subtile - 1) * K * groups * threads * 16
     BC_loads = -(-TILE // (threads // (states // 2)))
     staged = TILE * (channels * 16 + 2 * states * 4)

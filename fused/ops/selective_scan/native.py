@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fused.ops.selective_scan import launch
 from fused.ops.selective_scan.launch import TILE, ScanInputs, aligned_or_none, dense, schedule_for
-from fused.runtime.library import below_autograd, no_autocast, register, wants_gradients
+from fused.runtime.autocast import no_autocast
+from fused.runtime.library import below_autograd, register, wants_gradients
 from fused.runtime.modes import is_batch_invariant
 
 Pair = Sequence[Tensor]
@@ -94,9 +95,9 @@ def _scan_inputs(
     def aligned(pair: OptionalPair) -> Any:
         return [aligned_or_none(x) for x in pair]
 
-    tokens = [same_strides(pair) for pair in (u, delta)]
     return ScanInputs(
-        tuple(reverses), *tokens, aligned(A), same_strides(B), same_strides(C), aligned(D), aligned(delta_bias),
+        tuple(reverses), same_strides(u), same_strides(delta), aligned(A), same_strides(B), same_strides(C), aligned(D),
+        aligned(delta_bias),
         None if z is None else dense(z), softplus,
     )  # fmt: skip
 

@@ -203,9 +203,13 @@ def test_what_native_does_not_have():
 
 def test_operators_are_registered_as_torch_wants_them():
     tensors, _ = draw(0, (1, 18, 4, 4))
-    leaves = [tensors[k].requires_grad_() for k in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")]
-    torch.library.opcheck(torch.ops.videomamba.selective_scan.default, (*leaves, True, False, False, True))
-    torch.library.opcheck(torch.ops.videomamba.selective_scan.default, (*leaves[:5], *[None] * 4, True, True, False, True))
+    pairs = [[tensors[k].requires_grad_()] for k in ("u", "delta", "A", "B", "C", "D", "delta_bias")]
+    z, state = tensors["z"].requires_grad_(), tensors["initial_state"].requires_grad_()
+    operator = torch.ops.videomamba.selective_scan.default
+    torch.library.opcheck(operator, (*pairs, z, state, True, [False], False, True))
+    torch.library.opcheck(operator, (*pairs[:5], [None], [None], None, None, True, [True], False, True))
+    both = [[*pair, pair[0].detach().clone().requires_grad_()] for pair in pairs]
+    torch.library.opcheck(operator, (*both, z, None, True, [False, True], False, True))
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
@@ -235,11 +239,11 @@ def test_knowing_what_enters_the_pieces_changes_no_bit(whole):
         return torch.randn(*size, generator=g)
 
     A, D, (u, delta, z) = -normal(E, N).exp(), normal(E), (normal(B, L, E) for _ in range(3))
-    s = scan.Streams((False,), (u,), (delta,), (A,), (normal(B, L, N),), (normal(B, L, N),), (D,), (D,), z)
+    s = scan.ScanInputs((False,), (u,), (delta,), (A,), (normal(B, L, N),), (normal(B, L, N),), (D,), (D,), z)
     plan = schedule.make_schedule(B, L, E, N, 1, 2)._replace(fwd_schedule=schedule.SplitSchedule(B, whole, 3, 3))
     first = scan.forward(s, None, plan, keep=True)
-    again = scan.forward(s, None, plan, keep=True, starts=first.starts)
-    for name in ("y", "final", "ungated", "marks"):
+    again = scan.forward(s, None, plan, keep=True, split_initial_states=first.split_initial_states)
+    for name in ("y", "final_states", "y_pre_gate", "tile_states"):
         assert torch.equal(getattr(first, name), getattr(again, name)), name
 
 
