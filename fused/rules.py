@@ -1,4 +1,4 @@
-"""What one field of a configuration may be: a predicate, and the same in words for the error."""
+"""Rules for the fields of a configuration and for arguments: a predicate, and the same in words for the error."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,47 +8,47 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Rule:
-    """What one field may be by itself, as a predicate and in words."""
+    """The rule for one field by itself: a predicate, and the allowed values in words."""
 
     holds: Callable[[Any], bool]
     allowed: str
 
     def check(self, name: str, value: object) -> None:
-        """Raise ValueError, with the field's name, the value and what is allowed, unless it holds."""
+        """Raise ValueError, with the field's name, the value and what is allowed, unless the predicate holds for `value`."""
         if not self.holds(value):
-            raise wrong(name, value, self.allowed)
+            raise invalid(name, value, self.allowed)
 
     def optional(self) -> "Rule":
-        """The same, or None."""
+        """Return the rule that also allows None."""
         return Rule(lambda value: value is None or self.holds(value), f"{self.allowed}, or None")
 
 
-def wrong(name: str, value: object, allowed: str) -> ValueError:
-    """The error for a field; the caller raises it."""
+def invalid(name: str, value: object, allowed: str) -> ValueError:
+    """Return the error for a field's invalid value; the caller raises it."""
     return ValueError(f"{name} is {value!r}; allowed: {allowed}")
 
 
-def whole(value: object, least: int) -> bool:
-    """Whether it is an integer from `least` up; True and False are none."""
+def is_integer(value: object, least: int) -> bool:
+    """Return whether `value` is an integer from `least` up; True and False are not."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def number(value: object, holds: Callable[[Any], bool]) -> bool:
-    """Whether it is a real number for which `holds` is true; True and False are none."""
+def is_number(value: object, holds: Callable[[Any], bool]) -> bool:
+    """Return whether `value` is a real number for which `holds` is true; True and False are not."""
     return isinstance(value, Real) and not isinstance(value, bool) and holds(value)
 
 
 def one_of(names: tuple[str, ...]) -> Rule:
-    """One of these names."""
+    """Return the rule that allows these names."""
     return Rule(lambda value: value in names, "one of " + ", ".join(map(repr, names)))
 
 
-COUNT = Rule(lambda value: whole(value, 1), "a positive integer")
-COUNT_OR_0 = Rule(lambda value: whole(value, 0), "an integer from 0 up")
-RATE = Rule(lambda value: number(value, lambda rate: 0 <= rate < 1), "a rate from 0 up to, not including, 1")
-SHARE = Rule(lambda value: number(value, lambda share: 0 <= share <= 1), "a number from 0 to 1")
-POSITIVE = Rule(lambda value: number(value, lambda x: 0 < x < float("inf")), "a positive number")
-POSITIVE_OR_0 = Rule(lambda value: number(value, lambda x: 0 <= x < float("inf")), "a number from 0 up")
+COUNT = Rule(lambda value: is_integer(value, 1), "a positive integer")
+COUNT_OR_0 = Rule(lambda value: is_integer(value, 0), "an integer from 0 up")
+RATE = Rule(lambda value: is_number(value, lambda rate: 0 <= rate < 1), "a rate from 0 up to, not including, 1")
+FRACTION = Rule(lambda value: is_number(value, lambda share: 0 <= share <= 1), "a number from 0 to 1")
+POSITIVE = Rule(lambda value: is_number(value, lambda x: 0 < x < float("inf")), "a positive number")
+POSITIVE_OR_0 = Rule(lambda value: is_number(value, lambda x: 0 <= x < float("inf")), "a number from 0 up")
 FLAG = Rule(lambda value: value in (True, False), "True or False")
 
 

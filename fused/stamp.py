@@ -1,8 +1,8 @@
-"""The stamp that a full parity run leaves in the user's cache: what was shown equal to the reference, and on what.
+"""The stamp of a passed full parity run in the user's cache: which backend was judged, with which sources, on which machine.
 
-A stamp holds for one backend and dtype, for the sources of `fused`, `reference` and `harness` byte for byte, and for
-the GPU, driver, torch, triton and NVRTC it ran on. Its file is $XDG_CACHE_HOME (or ~/.cache) / videomamba-bench /
-validation / <hash of all those>.json; the harness writes it, `validation` reads it.
+A stamp holds for one backend and dtype, for the sources of `fused`, `reference` and `harness` byte for byte, and for the GPU,
+driver, torch, triton and NVRTC of the run. Its file is validation/<hash of all those>.json in the cache folder. The harness
+writes it, and `validation` reads it.
 """
 
 import ctypes
@@ -11,7 +11,6 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
-import os
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -19,7 +18,8 @@ from pathlib import Path
 import torch
 
 from fused import backends
-from fused.io.atomic_write import written_whole
+from fused.io.atomic_write import atomic_write
+from fused.runtime.cache_folder import cache_folder
 
 SOURCES = (".py", ".cu", ".cuh", ".h", ".hpp", ".cpp")
 KEY = ("backend", "dtype", "fused", "reference", "harness", "gpu", "driver", "torch", "triton", "nvrtc")
@@ -29,7 +29,7 @@ _log = logging.getLogger("fused")
 
 @dataclass(frozen=True)
 class Validation:
-    """One passed parity run: what it holds for (`KEY`; None where a part is absent), then the run itself."""
+    """One passed parity run: the fields of `KEY` for which it holds (None for a part that is absent), then the run itself."""
 
     backend: str
     dtype: str
@@ -47,7 +47,7 @@ class Validation:
 
 
 def fingerprint(package: str) -> str | None:
-    """sha256 over the names and bytes of a package's sources (Python and kernels); None if there is no such package.
+    """Return the sha256 of the names and bytes of a package's sources (Python and kernels); None if there is no such package.
 
     The package is found, not imported.
     """
@@ -63,7 +63,7 @@ def fingerprint(package: str) -> str | None:
 
 
 def key(backend: str = "auto", dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> dict:
-    """The fields of `KEY` for this machine and these sources; `device` defaults to CUDA where there is one.
+    """Return the fields of `KEY` for this machine and these sources; `device` defaults to CUDA where there is one.
 
     Raises BackendError for a backend that cannot run on the device.
     """
@@ -84,40 +84,40 @@ def key(backend: str = "auto", dtype: torch.dtype = torch.float32, device: torch
 def validation(
     backend: str = "auto", dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
 ) -> Validation | None:
-    """The stamp for this machine and these sources, or None. Raises BackendError as `key` does."""
+    """Return the stamp for this machine and these sources, or None. Raises BackendError as `key` does."""
     wanted = key(backend, dtype, device)
     try:
         stored = json.loads(_path(wanted).read_text())
         stamp = Validation(**{**stored, "checks": tuple(stored["checks"])})
-    except (OSError, ValueError, KeyError, TypeError):  # none, or none that can be read
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or it cannot be read
         return None
     return stamp if all(getattr(stamp, name) == wanted[name] for name in KEY) else None
 
 
 def write_validation(stamp: Validation) -> Path:
-    """Write the stamp, replacing an older one whole, and return its path."""
+    """Write the stamp atomically, over an older one, and return its path."""
     path = _path(asdict(stamp))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as draft:
+    with atomic_write(path) as draft:
         draft.write_text(json.dumps(asdict(stamp), indent=1) + "\n")
     return path
 
 
 @cache
 def remind(backend: str, dtype: torch.dtype, device: torch.device | str) -> None:
-    """On CUDA, say once per process at INFO level that nothing has validated this backend and dtype here."""
+    """On CUDA, log once per process at INFO level that no stamp validates this backend and dtype on this machine."""
     if torch.device(device).type == "cuda" and validation(backend, dtype, device) is None:
         _log.info("backend %r in %s is not validated on this machine: run `nox -s parity`", backend, dtype)
 
 
 def _path(values: dict) -> Path:
-    cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """Return the path of the stamp for the fields of `KEY` in `values`."""
     name = hashlib.sha256(json.dumps([values[field] for field in KEY]).encode()).hexdigest()[:32]
-    return Path(cache_home) / "videomamba-bench" / "validation" / f"{name}.json"
+    return cache_folder("validation") / f"{name}.json"
 
 
 def _version(*distributions: str) -> str | None:
-    """The version of the first of these distributions that is installed."""
+    """Return the version of the first of these distributions that is installed, None if none is."""
     for name in distributions:
         try:
             return importlib.metadata.version(name)
@@ -127,7 +127,7 @@ def _version(*distributions: str) -> str | None:
 
 
 def driver() -> str | None:
-    """The NVIDIA driver's version from its management library."""
+    """Return the NVIDIA driver's version from its management library, None without the library."""
     try:
         library = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:

@@ -1,1 +1,1 @@
-"""Files: videos, checkpoints, and writing whole or not at all."""
+"""Files: videos, checkpoints, and atomic writes."""

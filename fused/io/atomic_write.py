@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whatever happens while they are written."""
+"""Atomic writes: a file is there complete or not at all, whatever happens while it is written."""
 
 import contextlib
 import os
@@ -12,16 +12,16 @@ STALE = 3600.0  # seconds without a write, after which a draft belongs to a proc
 
 
 class NotWritten(OSError):
-    """A file could not be written; the message names it, the free space, and the reason."""
+    """The error for a file that could not be written; the message names it, the free space, and the reason."""
 
 
 @contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Write to the path that this gives, a draft in the same folder; on leaving, it replaces `path` in one step.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield the path of a draft in the same folder, for the caller to write; on leaving, it replaces `path` in one step.
 
-    Until then, and for good if writing fails or the process is killed, what was at `path` stays. A failure leaves no draft;
-    that of a killed process goes with the next write of the same file an hour later. Raises NotWritten, an OSError, for
-    any failure to write.
+    Until then the old file stays at `path`, and it stays for good if writing fails or the process is killed. A failure leaves
+    no draft. The draft of a killed process is deleted by the next write of the same file that is at least an hour later.
+    Raises NotWritten, an OSError, for any failure to write.
     """
     for old in path.parent.glob(f".{path.name}.*.part"):
         with contextlib.suppress(FileNotFoundError):  # another process was quicker
@@ -33,7 +33,7 @@ def written_whole(path: Path) -> Iterator[Path]:
         with open(draft, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(draft, path)
-    except NotWritten:  # of another file, written in the same step
+    except NotWritten:  # of another file that is written within this context
         raise
     except Exception as error:
         free = shutil.disk_usage(path.parent).free / 2**20 if path.parent.is_dir() else 0.0
@@ -42,7 +42,7 @@ def written_whole(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         draft.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # that the folder outlives a power cut too; not every file system has this
+    with contextlib.suppress(OSError):  # makes the rename itself survive a power cut; not every file system can
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)

@@ -1,4 +1,4 @@
-"""Weights on disk: PyTorch's files, read without running what is in them, and safetensors."""
+"""Weights on disk: PyTorch's files, read without running code in them, and safetensors."""
 
 import argparse
 import pickle
@@ -10,21 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused.io.atomic_write import written_whole
+from fused.io.atomic_write import atomic_write
 
 SAFETENSORS = ".safetensors"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be read, is not safe to read, or does not fit the model; the message says what to do."""
+    """The error for a checkpoint that cannot be read, is not safe to read, or does not fit; the message says what to do."""
 
 
 def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
-    """What a file holds, its tensors on the CPU: safetensors by that suffix, else what `torch.save` wrote.
+    """Return the dictionary in a file, its tensors on the CPU.
 
-    Nothing in the file is run: of Python's objects only plain containers, and `argparse.Namespace` as trainers leave it beside
-    the weights, are made. Raises FileNotFoundError, or CheckpointError for a file with anything else in it, for one that is
-    damaged, and for one that is no dictionary.
+    A file with the suffix .safetensors is read as such, any other as written by `torch.save`. No code in the file is run: the
+    only Python objects that are made are plain containers, and `argparse.Namespace`, which trainers store beside the weights.
+    Raises FileNotFoundError, and CheckpointError for a file with other objects, a damaged file, or one that holds no
+    dictionary.
     """
     path = Path(path)
     if not path.is_file():
@@ -35,34 +36,37 @@ def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
     return content
 
 
-def save_checkpoint(what: nn.Module | Mapping[str, Any], path: str | Path) -> Path:
-    """Write a model's weights, or a dictionary, whole or not at all, and return the path.
+def save_checkpoint(model_or_state_dict: nn.Module | Mapping[str, Any], path: str | Path) -> Path:
+    """Write a model's weights, or a dictionary, atomically, and return the path.
 
-    The suffix .safetensors asks for that format, which holds tensors only; any other is `torch.save`'s, for dictionaries of
-    tensors, plain numbers, strings and containers of those, such as a trainer's {"model": ..., "optimizer": ...}. Missing
-    folders are made. Raises OSError if the disk is full (the file that was there stays), TypeError for what the format does
-    not hold.
+    The suffix .safetensors selects that format, which holds tensors only. Any other selects `torch.save`'s, for dictionaries
+    of tensors, plain numbers, strings and containers of those, such as a trainer's {"model": ..., "optimizer": ...}. Missing
+    folders are made. Raises OSError if the disk is full (the old file stays), TypeError for values that the format cannot
+    hold.
     """
-    path, state = Path(path), what.state_dict() if isinstance(what, nn.Module) else what
+    path, given = Path(path), model_or_state_dict
+    state = given.state_dict() if isinstance(given, nn.Module) else given
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix != SAFETENSORS:
-        with written_whole(path) as draft:
+        with atomic_write(path) as draft:
             torch.save(dict(state), draft)
         return path
-    tensors = {name: _stored(name, value) for name, value in state.items()}
+    tensors = {name: _as_tensor(name, value) for name, value in state.items()}
     content = _safetensors().save(tensors, metadata={"format": "pt"})
-    with written_whole(path) as draft:  # the library's own way to a file leaves what it had when it is killed
+    with atomic_write(path) as draft:  # the library's save_file is not atomic
         draft.write_bytes(content)
     return path
 
 
-def _stored(name: str, value: object) -> Tensor:
+def _as_tensor(name: str, value: object) -> Tensor:
+    """Return an entry as a contiguous tensor; raise TypeError if it is no tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}; safetensors holds tensors only, save it with the suffix .pth")
     return value.detach().contiguous()
 
 
 def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
+    """Return the tensors of a safetensors file; raise CheckpointError for a damaged one."""
     library = _safetensors()
     try:
         return library.load_file(path, device="cpu")
@@ -71,23 +75,25 @@ def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
 
 
 def _read_pickle(path: Path) -> Any:
+    """Return the content of a file of `torch.save`; raise CheckpointError for one that is damaged or not safe to read."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))  # PyTorch's own message recommends to run it
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))  # not PyTorch's message: it recommends to run the file
         what = f"besides tensors it holds {named[1]}" if named else "it holds more than tensors, or is damaged"
         raise CheckpointError(
             f"{path} is refused, nothing of it was run: {what}. If you trust whoever wrote it, load it yourself and pass its "
             "state_dict"
         ) from error
-    except Exception as error:  # a cut file gives whatever its reader trips over
+    except Exception as error:  # a damaged file may raise any exception in the reader
         raise CheckpointError(
             f"{path} cannot be read, it is no checkpoint or it is damaged ({type(error).__name__})"
         ) from error
 
 
 def _safetensors() -> Any:
+    """Return the module safetensors.torch; raise ImportError with what to do."""
     try:
         import safetensors.torch
     except ImportError as error:

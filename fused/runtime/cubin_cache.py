@@ -8,19 +8,18 @@ compilation, no more.
 import functools
 import hashlib
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 
-from fused.io.atomic_write import written_whole
+from fused.io.atomic_write import atomic_write
+from fused.runtime.cache_folder import cache_folder
 
 _log = logging.getLogger("fused")
 
 
 def folder() -> Path:
     """Where the files are."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "videomamba-bench" / "cubins"
+    return cache_folder("cubins")
 
 
 def kept(parts: tuple[object, ...], make: Callable[[], bytes]) -> bytes:
@@ -48,7 +47,7 @@ def _read(path: Path) -> bytes | None:
 
 def _write(path: Path, code: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as draft:
+    with atomic_write(path) as draft:
         draft.write_bytes(hashlib.sha256(code).digest() + code)
 
 

@@ -1,13 +1,13 @@
-"""Parts of training: clips, masks, losses, mixtures, parameter groups, the schedule, the seed. `import fused` leaves it out.
+"""Functions for training: clips, masks, losses, mixup, parameter groups, the schedule, the seed. `import fused` omits it.
 
     groups = parameter_groups(model, lr=1.2e-3, weight_decay=0.05)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     schedule = cosine_schedule(optimizer, total_steps, warmup_steps)
 
-`python -m fused.train` is a whole training made of them, from a folder of videos to a model.
+`python -m fused.train` is a complete training made of them, from a folder of videos to a model.
 
-Stochastic depth and recomputation are the model's: `drop_path_rate`, `use_checkpoint` and `checkpoint_num` of its
-configuration.
+Stochastic depth and activation recomputation belong to the model: `drop_path_rate`, `use_checkpoint` and `checkpoint_num` of
+its configuration.
 """
 
 from fused.train.data.clips import Batch, Batches, ClipFolder, batches

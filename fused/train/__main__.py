@@ -1,7 +1,7 @@
 """python -m fused.train --config FILE.yaml [key=value ...]
 
-Exit codes: 0 done, 1 failed while training, 2 a wrong option, configuration, model or folder, 130 interrupted: a checkpoint
-was saved, and the same command goes on.
+Exit codes: 0 done; 1 failed while training; 2 a wrong option, configuration, model or folder; 130 interrupted, a checkpoint
+was saved, and the same command resumes.
 """
 
 import argparse
@@ -10,20 +10,19 @@ import os
 import sys
 from collections.abc import Sequence
 
-from fused.train import run_folder as runs
-from fused.train.checkpoints import NotWritten
-from fused.train.config_file import read_config, written
-from fused.train.data.clips import Unreadable
+from fused.io.atomic_write import NotWritten
+from fused.train.config_file import read_config, to_yaml
+from fused.train.data.clips import UnreadableFiles
 from fused.train.loop import Diverged, Trainer
-from fused.train.parallel import joined
+from fused.train.parallel import joined_world
 from fused.train.seed import setup_seed
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
-WRONG = (ValueError, TypeError, OSError, ImportError, RuntimeError)  # what setting up says of what it was given
+SETUP_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError)  # of wrong input, before the first step
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train as the command line says, and return the exit code."""
+    """Train as the command line says (None: sys.argv), and return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m fused.train",
         description="Fine-tune, pretrain or distil a VideoMamba on a folder of videos. A run that was stopped, in any way, "
@@ -35,39 +34,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--print-config", action="store_true", help="print the effective configuration and stop")
     parser.add_argument("--dry-run", action="store_true", help="also make the models and look at the data, but take no step")
     options = parser.parse_intermixed_args(arguments)
-    first = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(format="%(message)s", level=logging.INFO if first else logging.ERROR)
+    is_main = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(format="%(message)s", level=logging.INFO if is_main else logging.ERROR)
 
-    code = USAGE
+    training = False
     try:
         config = read_config(options.config, options.overrides)
-        if first and (options.print_config or options.dry_run):
-            print(written(config).rstrip())
+        if is_main and (options.print_config or options.dry_run):
+            print(to_yaml(config).rstrip())
         if options.print_config:
             return DONE
         setup_seed(config.seed, config.deterministic)
-        with joined(config.device) as world:
+        with joined_world(config.device) as world:
             trainer = Trainer(config, world)
             if options.dry_run:
-                print(*(runs.describe(trainer) if first else ()), sep="\n")
+                print(*(trainer.describe() if is_main else ()), sep="\n")
                 return DONE
-            code = FAILED
-            outcome = trainer.run()
-    except (Diverged, NotWritten, Unreadable) as error:
+            training = True
+            interrupted = trainer.run()
+    except (Diverged, NotWritten, UnreadableFiles) as error:
         return _fail(error, FAILED)
-    except WRONG as error:
-        if code == FAILED:  # nothing that is known: the traceback tells more
+    except SETUP_ERRORS as error:
+        if training:  # an unexpected error, whose traceback is needed
             raise
         return _fail(error, USAGE)
     except KeyboardInterrupt:  # a second Ctrl-C, or one before the first step
         return _fail("stopped at once; the same command goes on from the last checkpoint", INTERRUPTED)
-    if outcome.interrupted and first:
-        print(f"stopped behind step {outcome.step} of {outcome.total}, saved as {outcome.checkpoint}; the same command goes on")
-    return INTERRUPTED if outcome.interrupted else DONE
+    if interrupted and is_main:
+        position = f"step {trainer.step} of {trainer.total}"
+        print(f"stopped behind {position}, saved as {trainer.checkpoint}; the same command goes on")
+    return INTERRUPTED if interrupted else DONE
 
 
-def _fail(why: object, code: int) -> int:
-    print(f"fused.train: {why}", file=sys.stderr)
+def _fail(reason: object, code: int) -> int:
+    """Print why the command failed, and return the exit code."""
+    print(f"fused.train: {reason}", file=sys.stderr)
     return code
 
 

@@ -1,11 +1,12 @@
-"""Checkpoints of a training: folders of torch.distributed.checkpoint, there whole or not at all.
+"""Checkpoints of a training: folders of torch.distributed.checkpoint, written atomically.
 
     checkpoints/step-00000500/    parameters and the optimiser's tensors, by name; training.json: the step, the scaler
-    checkpoints/last              the name of the newest whole one
+    checkpoints/last              the name of the newest complete one
 
-A checkpoint is written to a draft folder, renamed in one step, and then named in `last`, in one step too: a process that is
-killed anywhere in between leaves `last` at the one before. Tensors are stored in parts, as they are spread, and go back to
-any number of processes. Rates are not stored: they follow from the configuration and the step.
+A checkpoint is written to a draft folder, which is then renamed, and then named in `last`. Each of the two is one atomic
+operation, so a process that is killed at any moment leaves `last` at a complete checkpoint. Sharded tensors are stored as
+shards and can be loaded by any number of processes. Learning rates are not stored: they follow from the configuration and
+the step.
 """
 
 import json
@@ -24,86 +25,87 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.optim import Optimizer
 
-from fused.io.atomic_write import NotWritten, written_whole
+from fused.io.atomic_write import NotWritten, atomic_write
 from fused.io.checkpoint_file import CheckpointError
 from fused.train.parallel import World
 
-POINTER, FACTS = "last", "training.json"
+POINTER, STATE_FILE = "last", "training.json"
 
 
-def save(folder: Path, facts: dict[str, Any], model: nn.Module, optimizer: Optimizer, world: World, keep: int) -> Path:
-    """Write the checkpoint of step `facts["step"]`, name it in `last`, keep the newest `keep`; its path.
+def save(folder: Path, state: dict[str, Any], model: nn.Module, optimizer: Optimizer, world: World, keep: int) -> Path:
+    """Write the checkpoint of step `state["step"]`, name it in `last`, keep the newest `keep`, and return its path.
 
-    Every process of the world calls it. `facts` are plain numbers and strings. Raises NotWritten, an OSError, in all
-    processes if it cannot be written; what was there before stays.
+    Every process of the world calls this function. `state` is plain data for JSON. Raises NotWritten, an OSError, in all
+    processes if the checkpoint cannot be written; the one before it stays.
     """
-    final = folder / f"step-{facts['step']:08d}"
+    final = folder / f"step-{state['step']:08d}"
     draft = folder / f".{final.name}.part"
-    if world.first:
+    if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.glob(".*.part"):  # of processes that were killed; nobody else writes here
+        for old in folder.glob(".*.part"):  # drafts of killed processes; a folder has one run at a time
             old.unlink() if old.is_file() else shutil.rmtree(old)
-        if final.is_dir():  # whole, but `last` was not to name it any more
+        if final.is_dir():  # complete, but its process was killed before it was named in `last`
             shutil.rmtree(final)
-    world.wait()
+    world.barrier()
     error: BaseException | None = None
     try:
-        with _quiet():
-            dcp.save(_tensors(model, optimizer), checkpoint_id=draft, no_dist=not world.group)
-        if world.first:
-            with written_whole(draft / FACTS) as file:
-                file.write_text(json.dumps(facts))
+        with _without_group_warning():
+            dcp.save(_tensors(model, optimizer), checkpoint_id=draft, no_dist=not world.has_group)
+        if world.is_main:
+            with atomic_write(draft / STATE_FILE) as file:
+                file.write_text(json.dumps(state))
             os.replace(draft, final)
-            with written_whole(folder / POINTER) as file:
+            with atomic_write(folder / POINTER) as file:
                 file.write_text(final.name + "\n")
-    except (Exception, CheckpointException) as problem:  # any failure to write; PyTorch's own is no Exception
+    except (Exception, CheckpointException) as problem:  # PyTorch's CheckpointException is no Exception
         error = problem
-    if any(world.gather(error is not None)):
-        if world.first:
+    if any(world.all_gather(error is not None)):
+        if world.is_main:
             shutil.rmtree(draft, ignore_errors=True)
         free = shutil.disk_usage(folder).free / 2**20
         raise NotWritten(
-            f"{final}: not written, the checkpoint before it stays ({free:.0f} MiB are free there): {_reason(error)}"
+            f"{final}: not written, the checkpoint before it stays ({free:.0f} MiB are free there): {_root_cause(error)}"
         ) from error
-    if world.first:
-        _forget(final, keep)
+    if world.is_main:
+        _remove_old(final, keep)
     return final
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint, None if there is none. Raises CheckpointError if `last` names one that is gone."""
+    """Return the newest complete checkpoint, None if there is none. Raise CheckpointError if `last` names a missing one."""
     if not (folder / POINTER).is_file():
         return None
-    found = folder / (folder / POINTER).read_text().strip()
-    if not (found / FACTS).is_file():
+    checkpoint = folder / (folder / POINTER).read_text().strip()
+    if not (checkpoint / STATE_FILE).is_file():
         raise CheckpointError(
-            f"{folder / POINTER} names {found.name}, which is not there; write the name of one that is into it"
+            f"{folder / POINTER} names {checkpoint.name}, which is not there; write the name of one that is into it"
         )
-    return found
+    return checkpoint
 
 
-def facts_of(checkpoint: Path) -> dict[str, Any]:
-    """What `save` was told beside the tensors."""
-    return json.loads((checkpoint / FACTS).read_text())
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Return the `state` that was given to `save`."""
+    return json.loads((checkpoint / STATE_FILE).read_text())
 
 
 def load(checkpoint: Path, model: nn.Module, optimizer: Optimizer, world: World) -> None:
-    """Parameters and the optimiser's tensors, into a model that is already spread, bit for bit.
+    """Load parameters and the optimiser's tensors, bit for bit, into a model that is already sharded.
 
-    Every process of the world calls it. Raises CheckpointError for one that is damaged or of another model.
+    Every process of the world calls this function. Raises CheckpointError for a checkpoint that is damaged or of another
+    model.
     """
     try:
         metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-        _make_room(metadata, model, optimizer)
+        _allocate_optimizer_state(metadata, model, optimizer)
         tensors = _tensors(model, optimizer)
-        with _quiet():
-            dcp.load(tensors, checkpoint_id=checkpoint, no_dist=not world.group)
-    except (Exception, CheckpointException) as error:  # whatever its reader trips over
-        raise CheckpointError(f"{checkpoint} cannot be read, or is of another model: {_reason(error)}") from error
+        with _without_group_warning():
+            dcp.load(tensors, checkpoint_id=checkpoint, no_dist=not world.has_group)
+    except (Exception, CheckpointException) as error:  # a damaged file can raise anything
+        raise CheckpointError(f"{checkpoint} cannot be read, or is of another model: {_root_cause(error)}") from error
 
 
 def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Everything that is stored, by name; the tensors themselves, so that they are read in place."""
+    """Return all tensors of a checkpoint by name. They share memory with model and optimiser, so that loading is in place."""
     tensors = {f"model.{name}": value.detach() for name, value in model.named_parameters()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -111,50 +113,58 @@ def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     return tensors
 
 
-def _make_room(metadata: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> None:
-    """Tensors of the optimiser, which makes them at its first step, for what a checkpoint holds: parameters that never had
-    a gradient have none there."""
+def _allocate_optimizer_state(metadata: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> None:
+    """Create the optimiser's tensors that a checkpoint holds; the optimiser itself creates them in its first step.
+
+    A parameter that never had a gradient has none.
+    """
     parameters = dict(model.named_parameters())
-    for entry, about in metadata.items():
-        if not entry.startswith("optimizer.") or isinstance(about, BytesStorageMetadata):
+    for entry, stored in metadata.items():
+        if not entry.startswith("optimizer.") or isinstance(stored, BytesStorageMetadata):
             continue
         _, key, name = entry.split(".", 2)
-        like = parameters[name].detach()
-        whole = tuple(about.size) == tuple(like.shape)
-        dtype = about.properties.dtype
-        optimizer.state[parameters[name]][key] = (
-            torch.zeros_like(like, dtype=dtype) if whole else torch.zeros(about.size, dtype=dtype)
-        )
+        parameter = parameters[name].detach()
+        dtype = stored.properties.dtype
+        # a moment has the parameter's shape, and its sharding; the step counter is a scalar
+        if tuple(stored.size) == tuple(parameter.shape):
+            tensor = torch.zeros_like(parameter, dtype=dtype)
+        else:
+            tensor = torch.zeros(stored.size, dtype=dtype)
+        optimizer.state[parameters[name]][key] = tensor
 
 
-def _forget(final: Path, keep: int) -> None:
-    """Remove all but the newest up to this one; each loses its name first, so that half a folder never has one.
+def _remove_old(final: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints up to `final`.
 
-    Later ones are of a training that was taken back to an earlier step: they are replaced when that step comes again.
+    A checkpoint is renamed before it is deleted, so that no incomplete folder has a checkpoint's name. Checkpoints of later
+    steps stay: they are of a run that was set back to an earlier step, and are replaced when it reaches theirs.
     """
     for old in sorted(path for path in final.parent.glob("step-*") if path.name <= final.name)[:-keep]:
-        doomed = final.parent / f".{old.name}.part"
-        os.replace(old, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        renamed = final.parent / f".{old.name}.part"
+        os.replace(old, renamed)
+        shutil.rmtree(renamed, ignore_errors=True)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """PyTorch warns that there is no process group, also where it was told so."""
+def _without_group_warning() -> Iterator[None]:
+    """Suppress PyTorch's warning that there is no process group, which it gives even with no_dist=True."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         yield
 
 
-def _reason(error: BaseException | None) -> str:
-    """In one line. PyTorch wraps what happened in every process, with its traceback, into one exception, and its writer
-    stumbles once more over a file that the disk did not take: what the system said is behind that."""
+def _root_cause(error: BaseException | None) -> str:
+    """Return the cause of a failure in one line.
+
+    PyTorch wraps the errors of all processes, with tracebacks, into one exception; and after a failed write its writer fails
+    again on closing the file. The operating system's error, which matters, is among the causes.
+    """
     if error is None:
         return "another process could not"
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    behind: BaseException | None = error
-    while behind is not None and not isinstance(behind, OSError):
-        behind = behind.__cause__ or behind.__context__
-    error = behind or error
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    error = cause or error
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"

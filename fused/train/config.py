@@ -1,28 +1,41 @@
-"""What a training is told: every key, its default, and what it may be."""
+"""The configuration of a training: every key, its default, and its allowed values."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from fused.models.videomamba.config import VideoMambaConfig
-from fused.rules import COUNT, COUNT_OR_0, FLAG, POSITIVE, POSITIVE_OR_0, RATE, SHARE, Rule, number, one_of, whole, wrong
+from fused.rules import (
+    COUNT,
+    COUNT_OR_0,
+    FLAG,
+    FRACTION,
+    POSITIVE,
+    POSITIVE_OR_0,
+    RATE,
+    Rule,
+    invalid,
+    is_integer,
+    is_number,
+    one_of,
+)
 from fused.train.objectives.losses import ALIGNMENTS
-from fused.train.optim import RULES as DECAY_RULES
+from fused.train.optim import DECAY_RULES
 
 TASKS = ("finetune", "pretrain", "distill")
 MASKS = ("attention", "random", "tube", "clip-row", "frame-row")
 PRECISIONS = ("float32", "bfloat16", "float16")
 SIZES = ("tiny", "small", "middle", "base")
-# keys that a task does not read; to set one is an error, and they are not shown
-UNREAD = {
+# Keys that a task does not read. Setting one is an error, and they are not printed.
+UNUSED_KEYS = {
     "finetune": ("mask", "teacher", "loss.alignment", "loss.distillation"),
     "pretrain": ("mix", "loss.label_smoothing", "loss.distillation", "data.val", "evaluate_every"),
     "distill": ("mask", "loss.alignment"),
 }
-# keys with which a run may go on though they differ; of all others the weights, bit for bit, are a matter
-HARMLESS = (
+# Keys that may differ when a run is resumed. All others affect the bits of the weights.
+RESUMABLE_KEYS = (
     "out", "steps", "epochs", "data.val", "data.workers", "parallel", "log_every", "save_every", "keep", "evaluate_every",
     "tensorboard",
 )  # fmt: skip
@@ -30,17 +43,17 @@ HARMLESS = (
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Folders of video files, one folder a class below them, and how clips are cut from videos (see `ClipFolder`)."""
+    """Folders of video files, with one folder for each class, and how clips are cut from videos (see `ClipFolder`)."""
 
     train: str | None = None
     val: str | None = None
     frames: int = 8
     size: int = 224  # pixels of a side
     sampling: str = "segments"
-    stride: int = 4
+    stride: int = 4  # frames of the video, for "dense" sampling
     scale: tuple[int | float, int | float] = (0.5, 1.0)
     flip: int | float = 0.5
-    workers: int = 2  # processes that decode, for each process that trains
+    workers: int = 2  # decoding processes for each training process
 
 
 @dataclass(frozen=True)
@@ -53,21 +66,23 @@ class OptimConfig:
     layer_decay: int | float = 1.0
     rule: str = "corrected"
     warmup_steps: int = 0
-    warmup_start: int | float = 0.0  # shares of lr
+    warmup_start: int | float = 0.0  # warmup_start and floor are fractions of lr
     floor: int | float = 0.01
-    clip_grad: int | float | None = None  # the most that the norm of all gradients may be
+    clip_grad: int | float | None = None  # upper limit of the norm of all gradients
 
 
 @dataclass(frozen=True)
 class LossConfig:
+    """Options of the loss functions."""
+
     label_smoothing: int | float = 0.1
     alignment: str = "l2"
-    distillation: int | float = 1.0  # weight beside the cross-entropy
+    distillation: int | float = 1.0  # weight relative to the cross-entropy
 
 
 @dataclass(frozen=True)
 class MixConfig:
-    """`mix`; alphas of 0 leave clips as they are."""
+    """Options of `mix`: Beta parameters of mixup and cutmix (0 switches one off), and their probabilities."""
 
     mixup: int | float = 0.8
     cutmix: int | float = 1.0
@@ -77,7 +92,7 @@ class MixConfig:
 
 @dataclass(frozen=True)
 class MaskConfig:
-    """Which tokens the student does not see; "attention" needs a CLIP teacher."""
+    """Which tokens are hidden from the student; "attention" needs a CLIP teacher."""
 
     kind: str = "tube"
     ratio: int | float = 0.8
@@ -85,62 +100,64 @@ class MaskConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All of it. Raises ValueError at construction: the message names the key, what came and what is allowed."""
+    """The whole configuration.
+
+    Raises ValueError at construction; the message names the key, its value and the allowed values.
+    """
 
     task: str | None = None
-    out: str | None = None  # the run's folder: configuration, log, checkpoints, model
+    out: str | None = None  # the run folder: configuration, log, checkpoints, model
     model: Mapping[str, Any] = field(default_factory=dict)  # fields of VideoMambaConfig, and `size`
-    start: str | None = None  # weights to start from: a name in fused.PRETRAINED, a folder of save_pretrained, a file
-    teacher: str | None = None  # a name or folder likewise; for pretraining also a folder of CLIP, of transformers
+    start: str | None = None  # initial weights: a name in fused.PRETRAINED, a folder of save_pretrained, a file
+    teacher: str | None = None  # a name or folder likewise; for pretraining also a CLIP folder of transformers
     data: DataConfig = field(default_factory=DataConfig)
-    batch_size: int = 8  # clips of one step, over all processes and parts
-    accumulate: int = 1  # parts that a process takes its clips in, to save memory
+    batch_size: int = 8  # clips of one step, over all processes and micro-batches
+    accumulate: int = 1  # micro-batches of a step in each process: less memory, the same batch
     steps: int | None = None
     epochs: int | None = None
     optim: OptimConfig = field(default_factory=OptimConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     mix: MixConfig = field(default_factory=MixConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
-    precision: str = "float32"  # the other two: autocast over float32 parameters; float16 with a scaled loss
+    precision: str = "float32"  # bfloat16, float16: autocast over float32 parameters; float16 with loss scaling
     backend: str = "auto"  # of the model, see fused.backends
     device: str = "auto"
     parallel: str = "auto"  # under torchrun: ddp or fsdp; auto: ddp if there are several processes
     seed: int = 0
     deterministic: bool = False
-    log_every: int = 10  # all in steps
+    log_every: int = 10  # log_every, save_every and evaluate_every count steps
     save_every: int = 500
     keep: int = 2  # checkpoints
     evaluate_every: int | None = None  # None: once, at the end
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        given = flat(self)
+        values = flatten(self)
         for key, rule in RULES.items():
-            rule.check(key, given[key])
+            rule.check(key, values[key])
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(
                 f"steps is {self.steps} and epochs is {self.epochs}; allowed: a number for one, none for the other"
             )
         if self.task != "finetune" and self.teacher is None:
-            raise wrong("teacher", None, f"for task {self.task!r} a folder or a name in fused.PRETRAINED")
+            raise invalid("teacher", None, f"for task {self.task!r} a folder or a name in fused.PRETRAINED")
         if self.batch_size % self.accumulate:
-            raise wrong("accumulate", self.accumulate, f"a divisor of batch_size ({self.batch_size})")
+            raise invalid("accumulate", self.accumulate, f"a divisor of batch_size ({self.batch_size})")
         known = [f.name for f in fields(VideoMambaConfig)] + ["size"]
         for key, owner in (("img_size", "data.size"), ("num_frames", "data.frames"), ("pretrained", "start")):
             if key in self.model:
                 raise ValueError(f"model.{key} is {self.model[key]!r}; allowed: nothing, it follows from {owner}")
         for key in self.model:
             if key not in known:
-                raise unknown(f"model.{key}", [f"model.{name}" for name in known])
+                raise unknown_key(f"model.{key}", [f"model.{name}" for name in known])
         one_of(SIZES).optional().check("model.size", self.model.get("size"))
         if self.start is not None and self.model.get("size") is not None and not Path(self.start).is_file():
-            raise wrong("model.size", self.model["size"], f"null, since start ({self.start}) says what the model is")
+            raise invalid("model.size", self.model["size"], f"null, since start ({self.start}) says what the model is")
 
-    def described(self) -> dict[str, Any]:
-        """The effective configuration as nested plain values: every key that the task reads."""
-        hidden = UNREAD[str(self.task)]
+    def used_keys(self) -> dict[str, Any]:
+        """Return every key that the task reads, with its value, as nested dictionaries of plain values."""
         tree = _plain(asdict(self))
-        for key in hidden:
+        for key in UNUSED_KEYS[str(self.task)]:
             section, _, name = key.partition(".")
             if name:
                 del tree[section][name]
@@ -149,35 +166,39 @@ class TrainConfig:
         return tree
 
 
-def flat(tree: Any, before: str = "") -> dict[str, Any]:
-    """Keys with dots to values, of a configuration or of what `described` gives. `model` is one value."""
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Return dotted keys and their values, of a configuration or of its `used_keys`. `model` is one value."""
     items = tree.items() if isinstance(tree, Mapping) else ((f.name, getattr(tree, f.name)) for f in fields(tree))
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, value in items:
-        if name in SECTIONS and not before:
-            found |= flat(value, name + ".")
+        if name in SECTIONS and not prefix:
+            values |= flatten(value, name + ".")
         else:
-            found[before + name] = value
-    return found
+            values[prefix + name] = value
+    return values
 
 
-def unknown(key: str, allowed: Sequence[str]) -> ValueError:
-    """The error for a key that is not there; the caller raises it."""
-    near = difflib.get_close_matches(key, allowed, 1, 0.0)
-    return ValueError(f"{key} is no key; the nearest is {near[0]}. Allowed: {', '.join(allowed)}")
+def unknown_key(key: str, allowed: Sequence[str]) -> ValueError:
+    """Return the error for an unknown key, which names the nearest known one; the caller raises it."""
+    nearest = difflib.get_close_matches(key, allowed, 1, 0.0)[0]
+    return ValueError(f"{key} is no key; the nearest is {nearest}. Allowed: {', '.join(allowed)}")
 
 
 def _plain(value: Any) -> Any:
+    """Return a copy with dictionaries and lists in place of other mappings and tuples."""
     if isinstance(value, Mapping):
         return {key: _plain(inner) for key, inner in value.items()}
     return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def _pair(holds: Any, allowed: str) -> Rule:
-    def two(value: Any) -> bool:
-        return isinstance(value, tuple) and len(value) == 2 and all(number(x, lambda _: True) for x in value) and holds(*value)
+def _pair(holds: Callable[[Any, Any], bool], allowed: str) -> Rule:
+    """Return a rule for two numbers, for which `holds(first, second)` is true."""
 
-    return Rule(two, allowed)
+    def is_pair(value: Any) -> bool:
+        two_numbers = isinstance(value, tuple) and len(value) == 2 and all(is_number(x, lambda _: True) for x in value)
+        return two_numbers and holds(*value)
+
+    return Rule(is_pair, allowed)
 
 
 _FOLDER = Rule(lambda value: isinstance(value, str) and bool(value), "a folder")
@@ -191,8 +212,8 @@ RULES = (
     | dict.fromkeys(("save_every", "keep"), COUNT)
     | dict.fromkeys(("steps", "epochs", "evaluate_every"), COUNT.optional())
     | dict.fromkeys(("data.workers", "optim.warmup_steps"), COUNT_OR_0)
-    | dict.fromkeys(("data.flip", "optim.warmup_start", "optim.floor", "loss.label_smoothing"), SHARE)
-    | dict.fromkeys(("mix.probability", "mix.switch"), SHARE)
+    | dict.fromkeys(("data.flip", "optim.warmup_start", "optim.floor", "loss.label_smoothing"), FRACTION)
+    | dict.fromkeys(("mix.probability", "mix.switch"), FRACTION)
     | dict.fromkeys(("optim.weight_decay", "loss.distillation", "mix.mixup", "mix.cutmix"), POSITIVE_OR_0)
     | dict.fromkeys(("deterministic", "tensorboard"), FLAG)
     | {
@@ -203,7 +224,7 @@ RULES = (
         "model": Rule(lambda value: isinstance(value, Mapping), "a section of VideoMambaConfig's fields, and size"),
         "optim.lr": POSITIVE,
         "optim.betas": _pair(lambda a, b: 0 <= a < 1 and 0 <= b < 1, "two rates from 0 up to, not including, 1"),
-        "optim.layer_decay": Rule(lambda value: number(value, lambda x: 0 < x <= 1), "a number above 0, up to 1"),
+        "optim.layer_decay": Rule(lambda value: is_number(value, lambda x: 0 < x <= 1), "a number above 0, up to 1"),
         "optim.rule": one_of(DECAY_RULES),
         "optim.clip_grad": POSITIVE.optional(),
         "loss.alignment": one_of(ALIGNMENTS),
@@ -213,6 +234,6 @@ RULES = (
         "device": one_of(("auto", "cpu", "cuda")),
         "parallel": one_of(("auto", "ddp", "fsdp")),
         "backend": Rule(lambda value: isinstance(value, str), "a name of fused.backends, or 'auto'"),
-        "seed": Rule(lambda value: whole(value, 0) and value < 2**32, "an integer from 0 to 2^32 - 1"),
+        "seed": Rule(lambda value: is_integer(value, 0) and value < 2**32, "an integer from 0 to 2^32 - 1"),
     }
 )

@@ -1,4 +1,4 @@
-"""Ctrl-C, and the SIGTERM of a scheduler, as a question that a training asks between two steps."""
+"""Ctrl-C and a scheduler's SIGTERM, noted and answered between two steps of a training."""
 
 import os
 import signal
@@ -9,25 +9,26 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupt:
-    """While it is entered, the first signal only sets `asked`; the second ends the process as it would have without."""
+    """A context in which the first signal only sets `requested`; the second one ends the process as without the context."""
 
     def __init__(self) -> None:
-        self.asked = False
-        self._before: dict[int, Any] = {}
+        self.requested = False
+        self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupt":
         self._owner = os.getpid()
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._previous_handlers = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._owner:  # a worker that decodes, made with this handler: the training ends it
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        """Note the first signal, and pass on the second one to the previous handler."""
+        if os.getpid() != self._owner:  # a data-loading worker, forked with this handler: the training process ends it
             os._exit(128 + number)
-        if self.asked:
+        if self.requested:
             self.__exit__()
             signal.raise_signal(number)
-        self.asked = True
+        self.requested = True

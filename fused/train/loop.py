@@ -1,13 +1,13 @@
-"""The training itself: steps from where the run's folder stands to the last one, with its log, checkpoints and evaluation.
+"""The training loop: from the step at which a run's folder stands to the last one, with log, evaluation and checkpoints.
 
-All that is drawn in a step follows from (seed, step, part, rank), and the clips from (seed, epoch, step). So the state of a
-training is its parameters, the optimiser's tensors and the step, and one that went on has the bits of one that never stopped.
+All random choices of a step follow from (seed, step, micro-batch, rank), and its clips from (seed, epoch, step). The state of
+a training is therefore its parameters, the optimiser's tensors and the step, and a resumed training has the same bits as one
+that was never stopped.
 """
 
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,232 +16,248 @@ import torch
 from torch import Tensor
 
 from fused import backends
-from fused.train import checkpoints, parallel, tasks
-from fused.train import run_folder as runs
+from fused.train import checkpoints, parallel, run_folder, tasks
 from fused.train.config import TrainConfig
-from fused.train.data.clips import Batch, ClipFolder, batches
+from fused.train.data.clips import Batch, Batches, ClipFolder, batches
 from fused.train.evaluation import evaluate
 from fused.train.interrupt import Interrupt
-from fused.train.log import Log, memory
+from fused.train.log import Log, peak_memory_mib
 from fused.train.optim import parameter_groups
 from fused.train.parallel import World
 from fused.train.schedule import cosine_schedule
-from fused.train.seed import seed_of
+from fused.train.seed import derive_seed
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+AUTOCAST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Diverged(RuntimeError):
-    """The loss or the gradients are no numbers any more; the message names the step and the last good checkpoint."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Where a training stands when `Trainer.run` returns."""
-
-    step: int
-    total: int
-    interrupted: bool
-    checkpoint: Path | None
-    results: dict[str, float]  # of the last evaluation
-    bad: int  # files that could not be read
+    """The loss or the gradients are not finite; the message names the step and the last good checkpoint."""
 
 
 class Trainer:
-    """A run, built from its configuration and ready to go on from its newest checkpoint.
+    """A run, built from its configuration, that starts at the newest checkpoint of its folder.
 
-    Every process of `world` makes one. Raises ValueError, FileNotFoundError, CheckpointError, ImportError or BackendError for
-    what does not fit together, models, data, batch sizes, or a folder of another configuration, and what cannot run here.
+    Every process of `world` makes one. Raises ValueError for a model, data, batch size or folder that does not fit,
+    FileNotFoundError, CheckpointError, ImportError, and BackendError for a backend that cannot run here.
     """
 
     def __init__(self, config: TrainConfig, world: World) -> None:
         self.config, self.world, self.folder = config, world, Path(str(config.out))
-        data = config.data
         if config.backend != "auto":
-            backends.choose(config.backend, world.device)  # now, not in the first step
-        shape: dict[str, Any] = {
-            "sampling": data.sampling,
-            "stride": data.stride,
-            "scale": data.scale,
-            "flip": data.flip,
-            "seed": config.seed,
-        }
-
-        def folder(key: str, classes: Sequence[str] | None) -> ClipFolder:
-            try:
-                return ClipFolder(getattr(data, key), data.frames, data.size, train=key == "train", classes=classes, **shape)
-            except (ValueError, OSError) as error:
-                raise ValueError(f"data.{key}: {error}") from error
-
-        self.data = folder("train", () if config.task == "pretrain" else None)
-        self.val = folder("val", self.data.classes) if data.val is not None else None
-        self.part, rest = divmod(config.batch_size, world.size * config.accumulate)
-        if rest:
+            backends.choose(config.backend, world.device)  # raises now rather than in the first step
+        self.data = self._clip_folder("train", () if config.task == "pretrain" else None)
+        self.val = self._clip_folder("val", self.data.classes) if config.data.val is not None else None
+        self.micro_batch_size, remainder = divmod(config.batch_size, world.size * config.accumulate)
+        if remainder:
             product = f"processes * accumulate ({world.size} * {config.accumulate})"
             raise ValueError(f"batch_size is {config.batch_size}; allowed: a multiple of {product}")
         if len(self.data) < config.batch_size:
-            raise ValueError(f"batch_size is {config.batch_size}; allowed: up to the {len(self.data)} videos of {data.train}")
-        self.per_epoch = len(self._batches(0, 0)) // config.accumulate
-        self.total = config.steps or self.per_epoch * int(config.epochs or 0)
-        self.changed = runs.check(self.folder, config)
+            raise ValueError(
+                f"batch_size is {config.batch_size}; allowed: up to the {len(self.data)} videos of {config.data.train}"
+            )
+        self.steps_per_epoch = len(self._epoch_batches(0, 0)) // config.accumulate
+        self.total = config.steps or self.steps_per_epoch * int(config.epochs or 0)
+        self.changes = run_folder.check_run(self.folder, config)
 
-        self.task = tasks.build(config, self.data.classes, world.device)
-        self.module = parallel.spread(self.task, config.parallel, world)
-        how = config.optim
-        groups = parameter_groups(self.task.student, how.lr, how.weight_decay, how.layer_decay, how.rule)
-        self.optimizer = torch.optim.AdamW(groups, lr=how.lr, betas=how.betas)
-        self.schedule = cosine_schedule(self.optimizer, self.total, how.warmup_steps, how.warmup_start, how.floor)
+        self.task = tasks.build_task(config, self.data.classes, world.device)
+        self.module = parallel.parallelize(self.task, config.parallel, world)
+        optim = config.optim
+        groups = parameter_groups(self.task.student, optim.lr, optim.weight_decay, optim.layer_decay, optim.rule)
+        self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas)
+        self.schedule = cosine_schedule(self.optimizer, self.total, optim.warmup_steps, optim.warmup_start, optim.floor)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "float16")
         self.step = 0
-        self.checkpoint = checkpoints.newest(self.folder / runs.CHECKPOINTS)
+        self.checkpoint = checkpoints.newest(self.folder / run_folder.CHECKPOINTS)
         if self.checkpoint is not None:
-            self._go_on(self.checkpoint)
-        self.results: dict[str, float] = {}
+            self._resume(self.checkpoint)
 
-    def run(self) -> Outcome:
-        """Train to the last step, or until an interrupt, which is answered between two steps and leaves a checkpoint.
+    def describe(self) -> list[str]:
+        """Return lines for the terminal: the model, the data, the number of steps, and the step to resume from."""
+        config, student, world = self.config, self.task.student, self.world
+        parameters = sum(p.numel() for p in student.parameters()) / 1e6
+        name = "VideoMambaEncoder" if config.task == "pretrain" else "VideoMamba"
+        processes = f"{world.size} processes" if world.size > 1 else "1 process"
+        classes = f" in {len(self.data.classes)} classes" if self.data.classes else ""
+        lines = [
+            f"{config.task}: {name}, {parameters:.3g} M parameters, on {world.device.type}, {processes}",
+            f"{len(self.data)} videos{classes}, {self.steps_per_epoch} steps an epoch, {self.total} steps",
+        ]
+        if self.checkpoint is not None:
+            lines.append(f"goes on behind step {self.step}, from {self.checkpoint}")
+            lines += [f"  {change}" for change in self.changes]
+        return lines
 
-        Raises Diverged, NotWritten (an OSError) for a full disk, Unreadable where too many files cannot be read.
+    def run(self) -> bool:
+        """Train to the last step and write the model; return whether an interrupt came before that.
+
+        An interrupt is answered after the current step, with a checkpoint. `step` and `checkpoint` then say where the run is.
+
+        Raises Diverged, NotWritten (an OSError) for a full disk, UnreadableFiles where too many files cannot be read.
         """
-        log = runs.begin(self) if self.world.first else None
+        log = None
+        if self.world.is_main:
+            log = run_folder.open_run(self.folder, self.config, self.step, self.total, self.describe())
         interrupted = False
         try:
             with Interrupt() as interrupt:
                 while self.step < self.total and not interrupted:
-                    interrupted = self._epoch(log, interrupt)
+                    interrupted = self._train_epoch(log, interrupt)
             if not interrupted:
-                runs.finish(self, log)
+                model = run_folder.save_model(self.folder, self.config, self.task.student, self.world)
+                if log is not None:
+                    log.print_done(self.step, model)
         finally:
             if log is not None:
                 log.close()
-        bad = len(log.bad) if log is not None else 0
-        return Outcome(self.step, self.total, interrupted, self.checkpoint, self.results, bad)
+        return interrupted
 
-    def _epoch(self, log: Log | None, interrupt: Interrupt) -> bool:
-        """From this step to the epoch's end, or to an interrupt; whether there was one."""
-        config, (epoch, done) = self.config, divmod(self.step, self.per_epoch)
-        parts = iter(self._batches(epoch, done * config.accumulate))
-        clock = time.perf_counter()
-        counted = 0
-        for _ in range(done, min(self.per_epoch, done + self.total - self.step)):
-            found = list(islice(parts, config.accumulate))
-            line, bad, interrupted = self._step(epoch, found, interrupt)
-            counted += config.batch_size
-            line["clips_per_s"] = counted / (time.perf_counter() - clock)
-            logged = self.step % config.log_every == 0 or self.step == self.total
+    def _train_epoch(self, log: Log | None, interrupt: Interrupt) -> bool:
+        """Train to the end of the current epoch; return whether an interrupt stopped the training before its last step."""
+        config, (epoch, done) = self.config, divmod(self.step, self.steps_per_epoch)
+        micro_batches = iter(self._epoch_batches(epoch, skip=done * config.accumulate))
+        start, clips = time.perf_counter(), 0
+        for _ in range(done, min(self.steps_per_epoch, done + self.total - self.step)):
+            line, unreadable, interrupted = self._train_step(epoch, list(islice(micro_batches, config.accumulate)), interrupt)
+            last = self.step == self.total
+            logged = last or self.step % config.log_every == 0
+            clips += config.batch_size
+            line["clips_per_s"] = clips / (time.perf_counter() - start)
             if log is not None:
-                for sentence in bad:
-                    log.write_bad(self.step, epoch, sentence)
-                if logged:
-                    log.write(line)
-                log.progress(line, logged)
+                log.write_step(line, unreadable, logged)
             if logged:
-                clock, counted = time.perf_counter(), 0
-            last, every = self.step == self.total, config.evaluate_every
-            # before the checkpoint: one who goes on from there finds it in the log
-            if self.val is not None and (last or (every and self.step % every == 0 and not interrupted)):
-                self._evaluate(epoch, log)
+                start, clips = time.perf_counter(), 0
+            # evaluation comes before the checkpoint, so that a training resumed from it finds the results in the log
+            evaluate_every = config.evaluate_every
+            due = evaluate_every is not None and self.step % evaluate_every == 0 and not interrupted
+            if self.val is not None and (last or due):
+                self._evaluate(self.val, epoch, log)
             if interrupted or last or self.step % config.save_every == 0:
                 self._save()
             if interrupted:
                 return not last
         return False
 
-    def _step(self, epoch: int, found: list[Batch], interrupt: Interrupt) -> tuple[dict[str, Any], list[str], bool]:
-        """One step of the optimiser: its line for the log, the files that could not be read, whether to stop."""
-        config, world, parts = self.config, self.world, self.config.accumulate
+    def _train_step(
+        self, epoch: int, micro_batches: list[Batch], interrupt: Interrupt
+    ) -> tuple[dict[str, Any], list[str], bool]:
+        """Take one step of the optimiser.
+
+        Returns the step's log line, a sentence for each file that could not be read, and whether any process was interrupted.
+        All three are the same in all processes, except for the line's memory.
+        """
+        config, world, count = self.config, self.world, len(micro_batches)
         self.task.train()
         self.optimizer.zero_grad()
         sums: dict[str, Tensor] = {}
-        for i, batch in enumerate(found):
-            seed = seed_of(config.seed, self.step, i, world.rank)
-            torch.manual_seed(seed)  # what models draw: stochastic depth, dropout
+        for i, batch in enumerate(micro_batches):
+            seed = derive_seed(config.seed, self.step, i, world.rank)
+            torch.manual_seed(seed)  # for the model: stochastic depth, dropout
             clips, labels = batch.clips.to(world.device, non_blocking=True), batch.labels.to(world.device, non_blocking=True)
-            with parallel.shared(self.module, self.task, i + 1 == parts):
+            # gradients are summed over processes once a step, in the last micro-batch
+            with parallel.gradient_sync(self.module, self.task, enabled=i + 1 == count):
                 with self._autocast():
-                    given = self.task.prepare(clips, labels, torch.Generator().manual_seed(seed))
-                    loss, more = self.module(*given)
-                self.scaler.scale(loss / parts).backward()
-            for name, value in {"loss": loss, **more}.items():
+                    inputs = self.task.prepare(clips, labels, torch.Generator().manual_seed(seed))
+                    loss, metrics = self.module(*inputs)
+                self.scaler.scale(loss / count).backward()
+            for name, value in {"loss": loss, **metrics}.items():
                 sums[name] = sums.get(name, 0) + value.detach()
         self.scaler.unscale_(self.optimizer)
         limit = math.inf if config.optim.clip_grad is None else config.optim.clip_grad
-        norm = parallel.norm_of(torch.nn.utils.clip_grad_norm_(self.task.student.parameters(), limit))
-        bad = [sentence for batch in found for sentence in batch.bad]
-        # before the step: one that is no number must not reach the parameters, in any process
-        *values, norm_sum, bad_files, stops = world.sum([*sums.values(), norm, len(bad), interrupt.asked])
-        line = dict(zip(sums, (value / (world.size * parts) for value in values), strict=True))
-        rate = max(group["lr"] for group in self.optimizer.param_groups)
-        self._check(line["loss"], norm_sum)
+        norm = parallel.full_tensor(torch.nn.utils.clip_grad_norm_(self.task.student.parameters(), limit))
+        unreadable = [sentence for batch in micro_batches for sentence in batch.bad]
+        # One collective for all numbers, and before the optimiser's step: if any process has a loss or gradient that is not
+        # finite, no process may apply it.
+        *values, norm_sum, num_unreadable, num_interrupted = world.all_sum(
+            [*sums.values(), norm, len(unreadable), interrupt.requested]
+        )
+        means = dict(zip(sums, (value / (world.size * count) for value in values), strict=True))
+        lr = max(group["lr"] for group in self.optimizer.param_groups)
+        self._check_finite(means["loss"], norm_sum)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.schedule.step()
         self.step += 1
-        line = {"step": self.step, "epoch": epoch, **line, "lr": rate, "grad_norm": norm_sum / world.size}
+        line = {"step": self.step, "epoch": epoch, **means, "lr": lr, "grad_norm": norm_sum / world.size}
         if self.scaler.is_enabled():
-            line["scale"] = self.scaler.get_scale()  # lower than in the line before: the step was left out
-        line["memory_mib"] = memory(world.device)
-        every = [sentence for sentences in world.gather(bad) for sentence in sentences] if bad_files else []
-        return line, every, stops > 0
+            line["scale"] = self.scaler.get_scale()  # lower than in the line before: this step was skipped
+        line["memory_mib"] = peak_memory_mib(world.device)
+        if num_unreadable:
+            unreadable = [sentence for sentences in world.all_gather(unreadable) for sentence in sentences]
+        return line, unreadable, num_interrupted > 0
 
-    def _check(self, loss: float, norm: float) -> None:
-        """Raise Diverged unless both are numbers. A scaler leaves such a step out by itself, unless it has nothing left to
-        scale down: then it is not the scale that overflows."""
+    def _check_finite(self, loss: float, norm: float) -> None:
+        """Raise Diverged unless loss and gradient norm are finite.
+
+        A gradient scaler may still lower its scale: it skips such a step by itself. Below a scale of 1, the scale is not the
+        reason.
+        """
         if (math.isfinite(loss) and math.isfinite(norm)) or (self.scaler.is_enabled() and self.scaler.get_scale() >= 1):
             return
-        what = f"loss is {loss}" if not math.isfinite(loss) else f"norm of the gradients is {norm}"
-        kept = self.checkpoint if self.checkpoint is not None else "there is none yet"
-        raise Diverged(f"step {self.step + 1}: the {what}; last good checkpoint: {kept}")
+        reason = f"loss is {loss}" if not math.isfinite(loss) else f"norm of the gradients is {norm}"
+        good = self.checkpoint if self.checkpoint is not None else "there is none yet"
+        raise Diverged(f"step {self.step + 1}: the {reason}; last good checkpoint: {good}")
 
-    def _evaluate(self, epoch: int, log: Log | None) -> None:
-        assert self.val is not None
+    def _evaluate(self, dataset: ClipFolder, epoch: int, log: Log | None) -> None:
+        """Evaluate the model and write the results to the log."""
         autocast, workers = self._autocast(), self.config.data.workers
-        self.results, bad = evaluate(self.task, self.val, self.part, self.world, autocast, workers)
+        results, unreadable = evaluate(self.task, dataset, self.micro_batch_size, self.world, autocast, workers)
         if log is not None:
-            for sentence in bad:
-                log.write_bad(self.step, epoch, sentence)
-            log.write({"step": self.step, "epoch": epoch, **self.results})
-            log.say(
-                "step {}: top-1 {val_top1:.2%}, top-5 {val_top5:.2%} of {val_videos:.0f} videos".format(
-                    self.step, **self.results
-                )
-            )
+            log.write_evaluation({"step": self.step, "epoch": epoch, **results}, unreadable)
 
-    def _batches(self, epoch: int, skip: int) -> Any:
-        settings: dict[str, Any] = {"rank": self.world.rank, "world": self.world.size, "workers": self.config.data.workers}
-        return batches(self.data, self.part, epoch=epoch, seed=self.config.seed, skip=skip, **settings)
+    def _clip_folder(self, key: str, classes: Sequence[str] | None) -> ClipFolder:
+        """Return the videos of data.train or data.val. Raise ValueError that names the key."""
+        data = self.config.data
+        options: dict[str, Any] = {
+            "sampling": data.sampling, "stride": data.stride, "scale": data.scale, "flip": data.flip, "seed": self.config.seed
+        }  # fmt: skip
+        try:
+            return ClipFolder(
+                getattr(data, key), data.frames, data.size, train=key == "train", classes=classes, **options
+            )
+        except (ValueError, OSError) as error:
+            raise ValueError(f"data.{key}: {error}") from error
+
+    def _epoch_batches(self, epoch: int, skip: int) -> Batches:
+        """Return this process's micro-batches of an epoch without the first `skip`."""
+        world, config = self.world, self.config
+        return batches(
+            self.data, self.micro_batch_size, epoch=epoch, seed=config.seed, workers=config.data.workers, rank=world.rank,
+            world=world.size, skip=skip,
+        )  # fmt: skip
 
     def _autocast(self) -> torch.autocast:
-        dtype = DTYPES.get(self.config.precision)
+        """Return the autocast context of the configured precision."""
+        dtype = AUTOCAST_DTYPES.get(self.config.precision)
         return torch.autocast(self.world.device.type, dtype, enabled=dtype is not None)
 
     def _save(self) -> None:
-        facts = {
+        """Write a checkpoint of the current step."""
+        state = {
             "step": self.step, "videos": len(self.data), "processes": self.world.size, "scaler": self.scaler.state_dict(),
         }  # fmt: skip
-        place = self.folder / runs.CHECKPOINTS
-        self.checkpoint = checkpoints.save(place, facts, self.task.student, self.optimizer, self.world, self.config.keep)
+        folder, keep = self.folder / run_folder.CHECKPOINTS, self.config.keep
+        self.checkpoint = checkpoints.save(folder, state, self.task.student, self.optimizer, self.world, keep)
 
-    def _go_on(self, checkpoint: Path) -> None:
-        facts = checkpoints.facts_of(checkpoint)
-        self.step = facts["step"]
+    def _resume(self, checkpoint: Path) -> None:
+        """Load a checkpoint. Raise ValueError if it does not fit the number of steps or of videos, or CheckpointError."""
+        state = checkpoints.read_state(checkpoint)
+        self.step = state["step"]
         if self.step > self.total:
             raise ValueError(
                 f"the run in {self.folder} is at step {self.step}; allowed: as many steps or more, got {self.total}"
             )
-        if facts["videos"] != len(self.data):
-            found = (
-                f"{self.config.data.train} holds {len(self.data)} videos, and held {facts['videos']} when {self.folder} began"
-            )
-            raise ValueError(f"{found}; allowed: the same, or another out")
-        if facts["processes"] != self.world.size:
-            same = "a step takes the same videos, and draws otherwise"
-            self.changed.append(f"processes: {facts['processes']} -> {self.world.size}; {same}")
+        if state["videos"] != len(self.data):
+            counts = f"{self.config.data.train} holds {len(self.data)} videos, and held {state['videos']}"
+            raise ValueError(f"{counts} when {self.folder} began; allowed: the same, or another out")
+        if state["processes"] != self.world.size:
+            effect = "a step takes the same videos, and draws otherwise"
+            self.changes.append(f"processes: {state['processes']} -> {self.world.size}; {effect}")
         checkpoints.load(checkpoint, self.task.student, self.optimizer, self.world)
         if self.scaler.is_enabled():
-            self.scaler.load_state_dict(facts["scaler"])
+            self.scaler.load_state_dict(state["scaler"])
+        # the learning rates follow from the step, so the scheduler is set instead of stored
         self.schedule.last_epoch = self.step
-        for group, base, share in zip(
+        for group, base_lr, factor in zip(
             self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True
         ):
-            group["lr"] = base * share(self.step)
+            group["lr"] = base_lr * factor(self.step)

@@ -1,4 +1,4 @@
-"""Which parameters decay, and at which rate each layer learns: parameter groups for any of PyTorch's optimisers."""
+"""Parameter groups for any of PyTorch's optimisers: which parameters decay, and at which rate each layer learns."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from fused.modules.mamba import Mamba
 from fused.rules import check_number
 from fused.runtime.checks import check_choice
 
-RULES = ("upstream", "corrected")
+DECAY_RULES = ("upstream", "corrected")
 STATE_SPACE = ("A_log", "A_b_log", "D", "D_b")
 EMBEDDINGS = ("cls_token", "pos_embed", "patch_embed")
 
@@ -17,38 +17,36 @@ EMBEDDINGS = ("cls_token", "pos_embed", "patch_embed")
 def parameter_groups(
     model: nn.Module, lr: int | float, weight_decay: int | float, layer_decay: int | float = 1.0, rule: str = "upstream"
 ) -> list[dict[str, Any]]:
-    """Groups for `torch.optim.AdamW(groups)`: every trainable parameter once, with its `lr` and `weight_decay`, and the
-    group's `name`. `lr` > 0, weight_decay >= 0, layer_decay in (0, 1].
+    """Return groups for `torch.optim.AdamW(groups)`, which hold every trainable parameter once.
 
-    No decay for vectors, biases and what the model's `no_weight_decay()` names. With "corrected" the state space's A_log,
-    A_b_log, D and D_b do not decay either: A_log is a matrix, marked as not to be decayed, which upstream does not read, so
-    that its rule pulls every A towards -1.
+    A group has the keys `params`, `name`, `lr` and `weight_decay`. `lr` > 0, weight_decay >= 0, layer_decay in (0, 1].
 
-    Layer decay (arXiv 2106.08254): parameters learn at lr * layer_decay ** (depth + 1 - k), with k = 0 for the embeddings,
-    i + 1 for layer i, and depth + 1, the whole lr, for the rest (last norm, heads, decoders). So is "corrected"; "upstream"
-    has only k = 0, for cls_token, pos_embed and patch_embed, and trains all others, temporal_pos_embedding among them, at
-    the whole lr.
+    Weight decay leaves out vectors, biases and the names that the model's `no_weight_decay()` returns. "corrected" also leaves
+    out A_log, A_b_log, D and D_b of the state space. A_log is a matrix that upstream marks as not to be decayed, but its rule
+    does not read the mark, and so pulls every A towards -1.
+
+    Layer decay (arXiv 2106.08254): a parameter learns at lr * layer_decay ** (depth + 1 - k). "corrected" has k = 0 for the
+    embeddings, i + 1 for layer i, and depth + 1, which is the full lr, for the rest (last norm, heads, decoders). "upstream"
+    has k = 0 for cls_token, pos_embed and patch_embed, and the full lr for all others, temporal_pos_embedding among them.
 
     `model` may be a `VideoMamba` or `VideoMambaEncoder`, a wrapper of one (DistributedDataParallel, torch.compile), or a
-    module that holds some beside other parts, which then learn at the whole lr. Raises TypeError or ValueError for what is
+    module that contains some beside other modules; those learn at the full lr. Raises TypeError or ValueError for arguments
     out of range, and for a model without trainable parameters.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"parameter_groups: model must be a torch.nn.Module, got {type(model).__name__}")
-    check_choice("parameter_groups", "rule", rule, RULES)
+    check_choice("parameter_groups", "rule", rule, DECAY_RULES)
     check_number("parameter_groups", "lr", lr, 0, float("inf"), "()")
     check_number("parameter_groups", "weight_decay", weight_decay, 0, float("inf"), "[)")
     check_number("parameter_groups", "layer_decay", layer_decay, 0, 1, "(]")
 
-    plain, power = _not_decayed(model, rule), _powers(model, rule)
+    undecayed, exponents = _undecayed_names(model, rule), _layer_decay_exponents(model, rule)
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        decays = not (parameter.dim() <= 1 or name.endswith(".bias") or name in plain)
-        exponent = power.get(name, 0)
-        if layer_decay == 1:
-            exponent = 0
+        decays = not (parameter.dim() <= 1 or name.endswith(".bias") or name in undecayed)
+        exponent = 0 if layer_decay == 1 else exponents.get(name, 0)
         group = groups.setdefault((exponent, decays), {"params": []})
         group["params"].append(parameter)
     if not groups:
@@ -59,8 +57,8 @@ def parameter_groups(
     return list(groups.values())
 
 
-def _not_decayed(model: nn.Module, rule: str) -> set[str]:
-    """Full names of parameters that do not decay, whatever their shape."""
+def _undecayed_names(model: nn.Module, rule: str) -> set[str]:
+    """Return the full names of parameters that do not decay, whatever their shape."""
     names = set()
     for path, module in model.named_modules():
         if isinstance(module, Backbone):
@@ -70,19 +68,19 @@ def _not_decayed(model: nn.Module, rule: str) -> set[str]:
     return names
 
 
-def _powers(model: nn.Module, rule: str) -> dict[str, int]:
-    """depth + 1 - k of every parameter of a backbone, by full name."""
-    powers = {}
+def _layer_decay_exponents(model: nn.Module, rule: str) -> dict[str, int]:
+    """Return depth + 1 - k of every parameter of a backbone, by full name."""
+    exponents = {}
     for path, module in model.named_modules():
         if not isinstance(module, Backbone):
             continue
-        first = EMBEDDINGS if rule == "upstream" else (*EMBEDDINGS, "temporal_pos_embedding")
+        embeddings = EMBEDDINGS if rule == "upstream" else (*EMBEDDINGS, "temporal_pos_embedding")
         top = module.config.depth + 1
         for name, _ in module.named_parameters():
-            part, *rest = name.split(".")
-            k = 0 if part in first else int(rest[0]) + 1 if part == "layers" and rule == "corrected" else top
-            powers[_join(path, name)] = top - k
-    return powers
+            child, *rest = name.split(".")
+            k = 0 if child in embeddings else int(rest[0]) + 1 if child == "layers" and rule == "corrected" else top
+            exponents[_join(path, name)] = top - k
+    return exponents
 
 
 def _join(path: str, name: str) -> str:

@@ -1,4 +1,4 @@
-"""One process or several, by PyTorch's own engines: torchrun's environment, DistributedDataParallel, FSDP2.
+"""One process or several, with PyTorch's own means: torchrun's environment, DistributedDataParallel, FSDP2.
 
 torchrun --nproc-per-node 8 -m fused.train --config FILE.yaml parallel=fsdp
 """
@@ -22,46 +22,49 @@ from fused.train.tasks import Task
 
 @dataclass(frozen=True)
 class World:
-    """This process among all of them. Without a process group it is alone, and the collectives below do nothing."""
+    """This process's device and rank, and the collectives. Without a process group the collectives are trivial."""
 
     device: torch.device
     rank: int = 0
     size: int = 1
-    group: bool = False
+    has_group: bool = False
 
     @property
-    def first(self) -> bool:
-        """Whether it is the one that writes."""
+    def is_main(self) -> bool:
+        """Return whether this is rank 0, which alone writes files and prints."""
         return self.rank == 0
 
-    def sum(self, values: Sequence[float | Tensor]) -> list[float]:
-        """Numbers and tensors () added up over all processes: one collective, one wait for the GPU. Bits as in float64."""
+    def all_sum(self, values: Sequence[float | Tensor]) -> list[float]:
+        """Return the sum of each number or tensor () over all processes, in float64.
+
+        It takes one collective and waits for the GPU once.
+        """
         numbers = [torch.as_tensor(v, device=self.device).detach().to(torch.float64) for v in values]
         total = torch.stack(numbers)
-        if self.group:
+        if self.has_group:
             dist.all_reduce(total)
         return total.tolist()
 
-    def gather(self, what: Any) -> list[Any]:
-        """What every process has, in the order of ranks."""
-        if not self.group:
-            return [what]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, what)
-        return found
+    def all_gather(self, value: Any) -> list[Any]:
+        """Return the picklable values of all processes, in the order of ranks."""
+        if not self.has_group:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
-    def wait(self) -> None:
-        """Until all are here."""
-        if self.group:
+    def barrier(self) -> None:
+        """Wait until all processes have called this."""
+        if self.has_group:
             dist.barrier()
 
 
 @contextmanager
-def joined(device: str = "auto") -> Iterator[World]:
-    """The world that torchrun's environment describes, left when the block ends; alone without one.
+def joined_world(device: str = "auto") -> Iterator[World]:
+    """Join the process group of torchrun's environment, and leave it when the block ends; without torchrun there is none.
 
-    `device` is "cpu", "cuda" or "auto" (a GPU if there is one). Processes speak through NCCL on GPUs, through gloo on CPUs.
-    Raises ValueError for "cuda" where there is none.
+    `device` is "cpu", "cuda" or "auto" (a GPU if there is one). GPUs use NCCL, CPUs gloo. Raises ValueError for "cuda" where
+    there is no GPU.
     """
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if cuda and not torch.cuda.is_available():
@@ -69,32 +72,32 @@ def joined(device: str = "auto") -> Iterator[World]:
     if "RANK" not in os.environ:
         yield World(torch.device("cuda" if cuda else "cpu"))
         return
-    place = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    local_device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
-        torch.cuda.set_device(place)
-    dist.init_process_group("nccl" if cuda else "gloo", device_id=place if cuda else None)
+        torch.cuda.set_device(local_device)
+    dist.init_process_group("nccl" if cuda else "gloo", device_id=local_device if cuda else None)
     try:
-        yield World(place, dist.get_rank(), dist.get_world_size(), True)
+        yield World(local_device, dist.get_rank(), dist.get_world_size(), True)
     finally:
         dist.destroy_process_group()
 
 
-def spread(task: Task, parallel: str, world: World) -> nn.Module:
-    """What to call in place of the task, which is the task itself or a wrapper of it; its parameters are then spread.
+def parallelize(task: Task, parallel: str, world: World) -> nn.Module:
+    """Return the module to call in place of the task: the task itself, or DDP around it. FSDP2 shards its parameters.
 
-    `parallel` is "ddp" (every process holds all), "fsdp" (each holds a part of every block), or "auto": ddp if there are
-    several. Raises ValueError if it needs torchrun and there was none.
+    `parallel` is "ddp" (every process holds all parameters), "fsdp" (each holds a shard of every block), or "auto": ddp if
+    there are several processes. Raises ValueError for ddp and fsdp without torchrun.
     """
-    if parallel != "auto" and not world.group:
+    if parallel != "auto" and not world.has_group:
         raise ValueError(
             f"parallel is {parallel!r}; allowed without torchrun: 'auto' (torchrun --nproc-per-node N -m fused.train)"
         )
     if parallel == "fsdp":
         mesh = init_device_mesh(world.device.type, (world.size,))
-        # parameters stay float32, as under DDP, and autocast chooses what is computed in less: rounding A_log would be
-        # another model, and these models are small enough to be gathered in float32
+        # Parameters stay float32, as under DDP, and autocast chooses the operations of lower precision. A rounded A_log would
+        # be another model, and these models are small enough to be gathered in float32.
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-        # PyTorch warns of outputs that are views, in case somebody writes to them in place; nobody does
+        # PyTorch warns of outputs that are views, which must not be written to in place; nothing here does
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
         for block in task.student.layers:
             fully_shard(block, mesh=mesh, mp_policy=policy)
@@ -102,20 +105,22 @@ def spread(task: Task, parallel: str, world: World) -> nn.Module:
         return task
     if world.size == 1:
         return task
-    # masked alignment gives the last mixer and what pools no gradient: DDP, which waits for every parameter, has to look
-    # in each backward which ones will come
-    return DistributedDataParallel(task, find_unused_parameters=task.partial)
+    # DDP waits for the gradient of every parameter. Where some never get one, it has to find them in each backward.
+    return DistributedDataParallel(task, find_unused_parameters=task.has_unused_parameters)
 
 
-def shared(module: nn.Module, task: Task, now: bool) -> AbstractContextManager[object]:
-    """For one part of a step: gradients are added up over processes `now`, or with a later part."""
+def gradient_sync(module: nn.Module, task: Task, enabled: bool) -> AbstractContextManager[object]:
+    """Return a context for the forward and backward of one micro-batch.
+
+    Gradients are summed over processes at its end if `enabled`, and otherwise with those of a later micro-batch.
+    """
     if isinstance(task.student, FSDPModule):
-        task.student.set_requires_gradient_sync(now)
-    if isinstance(module, DistributedDataParallel) and not now:
+        task.student.set_requires_gradient_sync(enabled)
+    if isinstance(module, DistributedDataParallel) and not enabled:
         return module.no_sync()
     return nullcontext()
 
 
-def norm_of(gradients: Tensor) -> Tensor:
-    """A norm () of all gradients, put together where they are spread."""
-    return gradients.full_tensor() if hasattr(gradients, "full_tensor") else gradients
+def full_tensor(x: Tensor) -> Tensor:
+    """Return a sharded tensor as a plain one, combined over processes; others as they are."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x

@@ -1,4 +1,4 @@
-"""The learning rate over a training: up in a line, down in half a cosine (arXiv 1608.03983, without restarts)."""
+"""The learning rate over a training: linear warm-up, then half a cosine (arXiv 1608.03983, without restarts)."""
 
 import math
 
@@ -11,17 +11,18 @@ from fused.rules import check_integer, check_number
 def cosine_schedule(
     optimizer: Optimizer, total_steps: int, warmup_steps: int = 0, warmup_start: int | float = 0.0, floor: int | float = 0.0
 ) -> LambdaLR:
-    """A scheduler to be stepped after every step of the optimiser. Step s, counted from 0, runs at lr * f(s):
+    """Return a scheduler; call its `step` after every step of the optimiser. Step s, counted from 0, runs at lr * f(s):
 
         s < warmup_steps    f = warmup_start + (1 - warmup_start) * s / warmup_steps
         then                f = floor + (1 - floor) * (1 + cos(pi * (s - warmup_steps) / (total_steps - warmup_steps))) / 2
         s >= total_steps    f = floor
 
-    `warmup_start` and `floor` are shares, from 0 to 1, of each group's lr, so that layer decay holds to the end (upstream's
-    min_lr 1e-5 under lr 1.2e-3 is floor=1e-5/1.2e-3); PyTorch's CosineAnnealingLR has one minimum for all groups. f depends
-    on s alone: a training that goes on from a state_dict has the rates of one that never stopped, bit for bit.
+    `warmup_start` and `floor`, from 0 to 1, are fractions of each group's lr, so that the ratios of layer decay hold until
+    the end; PyTorch's CosineAnnealingLR has one minimum for all groups. Upstream's min_lr 1e-5 under lr 1.2e-3 is
+    floor=1e-5/1.2e-3. f depends on s alone: a training that resumes from a state_dict has the learning rates of one that was
+    never stopped, bit for bit.
 
-    0 <= warmup_steps < total_steps. Raises TypeError or ValueError for what is out of range.
+    0 <= warmup_steps < total_steps. Raises TypeError or ValueError for arguments out of range.
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"cosine_schedule: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
@@ -30,10 +31,10 @@ def cosine_schedule(
     check_number("cosine_schedule", "warmup_start", warmup_start, 0, 1)
     check_number("cosine_schedule", "floor", floor, 0, 1)
 
-    def share(step: int) -> float:
+    def factor(step: int) -> float:
         if step < warmup_steps:
             return warmup_start + (1 - warmup_start) * step / warmup_steps
-        way = min((step - warmup_steps) / (total_steps - warmup_steps), 1.0)
-        return floor + (1 - floor) * (1 + math.cos(math.pi * way)) / 2
+        progress = min((step - warmup_steps) / (total_steps - warmup_steps), 1.0)
+        return floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2
 
-    return LambdaLR(optimizer, share)
+    return LambdaLR(optimizer, factor)

@@ -1,7 +1,8 @@
-"""The three tasks: which models they train, and the loss of a batch.
+"""The three tasks, finetune, distill and pretrain: their models, and the loss of a batch.
 
-A task is a module around its student. `prepare` makes of a batch what `forward` needs: mixtures, masks, what the teacher
-says. `forward` gives the loss and nothing else that has a gradient, so that it is what DistributedDataParallel wraps.
+A task is a module that holds its student. `prepare` turns a batch into the arguments of `forward`: mixed clips, masks, the
+teacher's output. `forward` returns the loss, and everything with a gradient happens in it, so that it can be wrapped by
+DistributedDataParallel.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused.models.videomamba.model import VideoMamba, VideoMambaEncoder
-from fused.rules import wrong
+from fused.rules import invalid
 from fused.runtime.dtypes import accumulation_dtype
 from fused.train.config import TrainConfig
 from fused.train.data.mixup import mix
@@ -23,104 +24,116 @@ MASKS: dict[str, Callable[..., Tensor]] = {
     "random": random_mask, "tube": tube_mask, "clip-row": clip_row_mask, "frame-row": frame_row_mask
 }  # fmt: skip
 
-Parts = dict[str, Tensor]
+Metrics = dict[str, Tensor]  # scalars () for the log
 
 
 class Task(nn.Module):
-    """A student and what is asked of it. `partial`: some parameters never get a gradient."""
+    """A student and its training objective. `forward` returns the loss () and further metrics."""
 
     student: VideoMamba | VideoMambaEncoder
-    partial = False
+    has_unused_parameters = False  # whether some parameters of the student never get a gradient
 
     def prepare(self, clips: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """The arguments of `forward`, for clips (B, C, T, H, W) and labels (B,) int64; nothing of it has a gradient."""
+        """Return the arguments of `forward`, none of which requires a gradient.
+
+        `clips` is (B, C, T, H, W), `labels` int64 (B,), `generator` a CPU generator for all random choices.
+        """
         raise NotImplementedError
 
     def logits(self, clips: Tensor) -> Tensor:
-        """(B, classes), to be judged by the labels; only of tasks with classes."""
+        """Return class logits (B, classes) for clips (B, C, T, H, W). Only tasks with classes have them."""
         raise NotImplementedError
 
 
 class Finetune(Task):
-    """Cross-entropy with the labels, of clips that may be mixed."""
+    """Classification: cross-entropy with the labels, of clips that may be mixed."""
 
     def __init__(self, config: TrainConfig, classes: int) -> None:
         super().__init__()
-        self.settings, self.classes = config, classes
+        self.config, self.classes = config, classes
         self.student = make_student(VideoMamba, config, {"num_classes": classes, "distill_dim": None})
         if self.student.config.readout == "tokens":
-            raise wrong("model.readout", "tokens", "'cls', 'mean' or 'last', which give a clip one answer")
+            raise invalid("model.readout", "tokens", "'cls', 'mean' or 'last', which give a clip one answer")
 
     def prepare(self, clips: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
-        if len(clips) < 2:  # a clip that is alone has none to be mixed with
+        """Return clips (B, C, T, H, W), and weights (B, classes) or, for a single clip, its class (1,)."""
+        if len(clips) < 2:  # a single clip has no other to be mixed with
             return clips, labels
-        how = self.settings.mix
-        mixed = mix(clips, labels, self.classes, how.mixup, how.cutmix, how.probability, how.switch, generator)
+        options = self.config.mix
+        mixed = mix(
+            clips, labels, self.classes, options.mixup, options.cutmix, options.probability, options.switch, generator
+        )
         return mixed.clips, mixed.targets
 
-    def forward(self, clips: Tensor, targets: Tensor) -> tuple[Tensor, Parts]:
+    def forward(self, clips: Tensor, targets: Tensor) -> tuple[Tensor, Metrics]:
+        """Return the cross-entropy (), for the output of `prepare`."""
         logits = self.student(clips)
         logits = logits.to(accumulation_dtype(logits.dtype))
-        return F.cross_entropy(logits, targets, label_smoothing=self.settings.loss.label_smoothing), {}
+        return F.cross_entropy(logits, targets, label_smoothing=self.config.loss.label_smoothing), {}
 
     def logits(self, clips: Tensor) -> Tensor:
         return self.student(clips)
 
 
 class Distill(Finetune):
-    """Self-distillation: beside the labels, every token of a smaller teacher, which sees the same mixed clips."""
+    """Self-distillation: cross-entropy, and alignment of every token with a smaller teacher's for the same mixed clips."""
 
     def __init__(self, config: TrainConfig, classes: int, device: torch.device) -> None:
         nn.Module.__init__(self)
-        self.settings, self.classes = config, classes
+        self.config, self.classes = config, classes
         self.teacher = videomamba_teacher(config, device)
         self.student = make_student(VideoMamba, config, {"num_classes": classes, "distill_dim": self.teacher.width})
-        self.teacher.check(self.student.config)
+        self.teacher.check_tokens(self.student.config)
 
     def prepare(self, clips: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Return clips and targets as `Finetune` does, and the teacher's tokens (B, L, C)."""
         clips, targets = super().prepare(clips, labels, generator)
-        return clips, targets, self.teacher.says(clips)[0][0]
+        features, _ = self.teacher.forward(clips)
+        return clips, targets, features[0]
 
-    def forward(self, clips: Tensor, targets: Tensor, tokens: Tensor) -> tuple[Tensor, Parts]:  # type: ignore[override]
-        out, how = self.student(clips), self.settings.loss
-        loss = distillation_loss(out, targets, tokens, how.distillation, how.label_smoothing)
-        return loss, {"distance": alignment_loss(out.features.detach(), tokens)}
+    def forward(self, clips: Tensor, targets: Tensor, tokens: Tensor) -> tuple[Tensor, Metrics]:  # type: ignore[override]
+        """Return the distillation loss (), and the distance () of the tokens; arguments are the output of `prepare`."""
+        output, options = self.student(clips), self.config.loss
+        loss = distillation_loss(output, targets, tokens, options.distillation, options.label_smoothing)
+        return loss, {"distance": alignment_loss(output.features.detach(), tokens)}
 
     def logits(self, clips: Tensor) -> Tensor:
         return self.student(clips).logits
 
 
 class Pretrain(Task):
-    """Masked alignment: the student's features of visible tokens against those of a teacher that sees all."""
+    """Masked alignment: the student's features of visible tokens against those of a teacher that sees all tokens."""
 
-    partial = True  # features end before the last mixer, and before what pools: upstream's way
+    has_unused_parameters = True  # as upstream, features are taken before the last mixer and before pooling
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
         super().__init__()
-        self.settings = config
+        self.config = config
         self.teacher = pretraining_teacher(config, device)
-        if config.mask.kind == "attention" and not self.teacher.attention:
-            raise wrong("mask.kind", "attention", f"with a VideoMamba as teacher, which has none, {', '.join(MASKS)}")
-        follows = {"clip_return_layer": self.teacher.layers, "clip_output_dim": self.teacher.width}
-        self.student = make_student(VideoMambaEncoder, config, follows)
-        self.teacher.check(self.student.config)
+        if config.mask.kind == "attention" and not self.teacher.has_attention:
+            raise invalid("mask.kind", "attention", f"with a VideoMamba as teacher, which has none, {', '.join(MASKS)}")
+        required = {"clip_return_layer": self.teacher.layers, "clip_output_dim": self.teacher.width}
+        self.student = make_student(VideoMambaEncoder, config, required)
+        self.teacher.check_tokens(self.student.config)
 
     def prepare(self, clips: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
-        features, attention = self.teacher.says(clips)
-        how, config = self.settings.mask, self.student.config
-        if how.kind == "attention":
+        """Return clips (B, C, T, H, W), a mask (B, L), and the teacher's features (K, B, V, C) of visible tokens."""
+        features, attention = self.teacher.forward(clips)
+        options, student = self.config.mask, self.student.config
+        if options.kind == "attention":
             assert attention is not None
-            mask = attention_mask(attention, how.ratio, generator)
+            mask = attention_mask(attention, options.ratio, generator)
         else:
-            mask = MASKS[how.kind](len(clips), (config.tubelets, *config.grid), how.ratio, generator)
+            mask = MASKS[options.kind](len(clips), (student.tubelets, *student.grid), options.ratio, generator)
         return clips, mask, keep_visible(features, mask)
 
-    def forward(self, clips: Tensor, mask: Tensor, features: Tensor) -> tuple[Tensor, Parts]:
-        return alignment_loss(self.student(clips, mask).clip, features, self.settings.loss.alignment), {}
+    def forward(self, clips: Tensor, mask: Tensor, features: Tensor) -> tuple[Tensor, Metrics]:
+        """Return the alignment loss (), for the output of `prepare`."""
+        return alignment_loss(self.student(clips, mask).clip, features, self.config.loss.alignment), {}
 
 
-def build(config: TrainConfig, classes: Sequence[str], device: torch.device) -> Task:
-    """The task with its models on `device`, the student ready to train.
+def build_task(config: TrainConfig, classes: Sequence[str], device: torch.device) -> Task:
+    """Return the task with its models on `device`; `classes` are the names of the training data's classes.
 
     Raises ValueError for a model, start or teacher that does not fit, FileNotFoundError, CheckpointError, ImportError.
     """

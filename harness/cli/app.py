@@ -20,7 +20,7 @@ for command in (doctor, parity, bench, compare, learn, report, accept):
 
 
 def main() -> None:
-    """Run a command, turning wrong wishes into exit code 2 with one line that says what is allowed."""
+    """Run a command, turning wrong options into exit code 2 with one line that says what is allowed."""
     try:
         app()
     except (UsageError, StoreError) as error:

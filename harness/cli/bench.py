@@ -107,4 +107,5 @@ def _cost(entry: Entry, point: Point) -> float:
 
 
 def _item(entry: Entry, point: Point) -> str:
+    """Return the name of an entry at a point in the progress."""
     return f"{entry.name} {point.name}"

@@ -13,7 +13,7 @@ import typer
 from harness.judge.plan import UsageError, default_device, existing
 from harness.judge.registry import Implementation
 from harness.learning import trained_weights as trained
-from harness.learning.fit import Fitted, Look, fit, looked_at
+from harness.learning.fit import Evaluation, Fitted, evaluation_steps, fit
 from harness.learning.task import Recipe, Task, allowed
 from harness.learning.tasks import TASKS
 from harness.records.finding import Finding
@@ -39,12 +39,12 @@ class Training:
 
     @property
     def case(self) -> str:
-        """The name that all implementations share."""
+        """Return the name that all implementations share."""
         return f"steps{self.recipe.steps}-batch{self.recipe.batch}-seed{self.seed}"
 
     @property
     def key(self) -> tuple[str, str, str, str]:
-        """The key of its record."""
+        """Return the key of its record."""
         return self.task.name, self.implementation.name, CHECK, self.case
 
     def item(self, step: int) -> str:
@@ -79,14 +79,14 @@ def learn(
     run = begin(about, sys.argv[1:], out, unfinished(out, CHECK) if resume else None)
     print(f"{len(every)} trainings on {box['gpu'] or box['cpu']}, into {run.folder}", flush=True)
     left = [c for c in every if c.key not in {r.key for r in run.records}]
-    costs = {c.item(mark): float(c.recipe.steps * c.recipe.batch) for c in left for mark in looked_at(c.recipe.steps)}
+    costs = {c.item(mark): float(c.recipe.steps * c.recipe.batch) for c in left for mark in evaluation_steps(c.recipe.steps)}
     progress = Progress(costs)
 
     def work() -> None:
         for training in left:
             record, fitted = run_training(training, device, progress)
             run.add(record)
-            progress.say(page.said(record))
+            progress.say(page.one_line(record))
             if save_weights and fitted and training.task.name == "motion" and training.seed == 0 and not record.failed:
                 progress.say(f"weights: {trained.save(fitted.model)}")
 
@@ -129,9 +129,9 @@ def run_training(training: Training, device: str, progress: Progress) -> tuple[R
     status, reason = "skip", training.implementation.absent(device) or ""
     if not reason:
 
-        def tell(look: Look) -> None:
-            item = training.item(look.step)
-            progress.done(item, f"{item}: loss {look.loss:.3f}, held out {look.wrong} of {asked} wrong")
+        def tell(evaluation: Evaluation) -> None:
+            item = training.item(evaluation.step)
+            progress.done(item, f"{item}: loss {evaluation.loss:.3f}, held out {evaluation.wrong} of {asked} wrong")
 
         try:
             data = training.task.data()
@@ -160,13 +160,13 @@ def findings_of(fitted: Fitted, recipe: Recipe) -> list[Finding]:
 
     Judged are the wrong answers, against the bar, and losses that are no numbers; every look is measured only.
     """
-    asked, last = fitted.asked, fitted.looks[-1]
+    asked, last = fitted.num_held_out, fitted.evaluations[-1]
     bar = f"bar {100 * recipe.bar:.0f} %" if recipe.bar is not None else "no bar"
     findings = [
         Finding("held out", "wrong", last.wrong, allowed(recipe.bar, asked), asked, note=bar),
         Finding("loss", "not finite", sum(x != x or abs(x) == float("inf") for x in fitted.losses), 0.0, len(fitted.losses)),
     ]
-    for look in fitted.looks:
-        for norm, value in (("loss", look.loss), ("wrong", look.wrong), ("seconds", look.seconds)):
-            findings.append(Finding(f"step {look.step}", norm, value, float("inf"), asked))
+    for evaluation in fitted.evaluations:
+        for norm, value in (("loss", evaluation.loss), ("wrong", evaluation.wrong), ("seconds", evaluation.seconds)):
+            findings.append(Finding(f"step {evaluation.step}", norm, value, float("inf"), asked))
     return findings

@@ -132,7 +132,7 @@ def in_float64() -> Iterator[None]:
     """Within it, what a training's step is given is the same to the last bit, and all that is computed of it is float64."""
     from fused.train import tasks
 
-    build = tasks.build
+    build = tasks.build_task
 
     def built(*arguments: Any) -> Any:
         task: Any = build(*arguments).double()
@@ -140,7 +140,7 @@ def in_float64() -> Iterator[None]:
         task.prepare = lambda *given: tuple(x.double() if x.is_floating_point() else x for x in prepare(*given))
         return task
 
-    with mock.patch.object(tasks, "build", built):
+    with mock.patch.object(tasks, "build_task", built):
         yield
 
 

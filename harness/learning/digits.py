@@ -18,7 +18,7 @@ SHIFT = 1  # pixels by which a training image may lie elsewhere
 
 @functools.cache
 def images() -> tuple[Tensor, Tensor]:
-    """All digits in the file's order: (1797, 8, 8) in 0..1, and what they are.
+    """Return all digits in the file's order, (1797, 8, 8) in 0..1, and their classes, int64 (1797,).
 
     Raises ImportError without scikit-learn.
     """
@@ -31,13 +31,13 @@ def images() -> tuple[Tensor, Tensor]:
 
 
 def split(of_digits: Tensor) -> tuple[Tensor, Tensor]:
-    """What belongs to digits that are seen in training, and what to those that are held out: 1438 and 359."""
+    """Return the rows (1438, ...) of digits for training, and the rows (359, ...) of those that are held out."""
     held_out = torch.arange(len(of_digits)) % FOLD == FOLD - 1
     return of_digits[~held_out], of_digits[held_out]
 
 
 def data() -> Data:
-    """Training images are shifted at random."""
+    """Return digits for training, shifted at random, and the held-out ones as they are."""
     known, labels = images()
     (pixels, held_out), (classes, answers) = split(((known - MEAN) / STD)[:, None]), split(labels)
 

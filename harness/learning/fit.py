@@ -1,4 +1,4 @@
-"""Train one model on one task, and ask it what it was not shown."""
+"""Train one model on one task, and test it on held-out data."""
 
 import math
 import time
@@ -14,14 +14,14 @@ import fused
 from fused.train import cosine_schedule, parameter_groups, setup_seed
 from harness.learning.task import Data, Recipe, Task
 
-LOOKS = 10  # how often a training is looked at
+EVALUATIONS = 10  # of a training
 SMOOTHING, WEIGHT_DECAY, CLIPPED = 0.1, 0.05, 1.0  # labels, AdamW, norm of the gradient
-TOGETHER = 256  # held-out clips a forward
+EVALUATION_BATCH = 256  # held-out clips a forward
 
 
 @dataclass(frozen=True)
-class Look:
-    """After `step` steps: the mean loss since the look before, how many held-out answers are wrong, seconds of training."""
+class Evaluation:
+    """An evaluation after `step` steps: mean loss since the one before, wrong held-out answers, seconds of training so far."""
 
     step: int
     loss: float
@@ -31,19 +31,19 @@ class Look:
 
 @dataclass
 class Fitted:
-    """A trained model, how it got there, and of how many answers `Look.wrong` counts."""
+    """A trained model, its evaluations, the loss of each step, and the number of held-out answers."""
 
     model: nn.Module
-    asked: int
-    looks: list[Look] = field(default_factory=list)
+    num_held_out: int
+    evaluations: list[Evaluation] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
 
 
 def fit(
     task: Task, data: Data, build: Callable[[dict[str, Any]], Any], recipe: Recipe, seed: int, device: str,
-    tell: Callable[[Look], None] = lambda look: None,
+    tell: Callable[[Evaluation], None] = lambda evaluation: None,
 ) -> Fitted:  # fmt: skip
-    """Train `build(task.config)`, a VideoMamba of either package, on a device; `tell` hears of every look at it.
+    """Train `build(task.config)`, a VideoMamba of either package, on a device; `tell` is called with each of its evaluations.
 
     The seed gives the initial weights, the same for all implementations, and the batches, which are drawn on the CPU.
     Settings of the process become those of `setup_seed`; a training repeats bit for bit on the same machine.
@@ -56,7 +56,7 @@ def fit(
     schedule = cosine_schedule(optimizer, recipe.steps, recipe.steps // 10, floor=0.01)
     generator = torch.Generator().manual_seed(seed)
     fitted = Fitted(model, len(data.held_out[1]))
-    marks, spent, since = looked_at(recipe.steps), 0.0, 0
+    marks, spent, since = evaluation_steps(recipe.steps), 0.0, 0
     for step in range(1, recipe.steps + 1):
         begin = time.perf_counter()
         inputs, classes = (x.to(device) for x in data.draw(generator, recipe.batch))
@@ -70,31 +70,32 @@ def fit(
         spent += time.perf_counter() - begin
         if step in marks:
             mean = math.fsum(fitted.losses[since:]) / (step - since)
-            fitted.looks.append(Look(step, mean, wrong(model, *data.held_out), spent))
+            fitted.evaluations.append(Evaluation(step, mean, count_wrong(model, *data.held_out), spent))
             since = step
-            tell(fitted.looks[-1])
+            tell(fitted.evaluations[-1])
     return fitted
 
 
-def looked_at(steps: int) -> list[int]:
-    """The steps after which a training is looked at, the last among them."""
-    return sorted({round(steps * i / LOOKS) for i in range(1, LOOKS + 1)} - {0})
+def evaluation_steps(steps: int) -> list[int]:
+    """Return the steps after which a training is evaluated, the last among them."""
+    return sorted({round(steps * i / EVALUATIONS) for i in range(1, EVALUATIONS + 1)} - {0})
 
 
-def wrong(model: nn.Module, inputs: Tensor, classes: Tensor) -> int:
-    """How many answers are wrong. A model that gives NaN gives no answer."""
+def count_wrong(model: nn.Module, inputs: Tensor, classes: Tensor) -> int:
+    """Return how many answers are wrong. A model that gives NaN gives no answer."""
     return int((_answers(model, inputs) != classes).sum())
 
 
 def _answers(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Return the classes (N,) that a model gives to inputs (N, ...), -1 where it gives no finite logits."""
     device = next(model.parameters()).device
     with torch.no_grad():
-        logits = torch.cat([model.eval()(part.to(device)).float().cpu() for part in inputs.split(TOGETHER)])
+        logits = torch.cat([model.eval()(part.to(device)).float().cpu() for part in inputs.split(EVALUATION_BATCH)])
     return torch.where(logits.isfinite().all(dim=1), logits.argmax(dim=1), -1)
 
 
 def _groups(twin: nn.Module, model: nn.Module, lr: float) -> list[dict[str, Any]]:
-    """`parameter_groups`, which knows fused's classes, of a model that has the same names."""
+    """Return the groups that `parameter_groups` makes for `twin`, of fused's classes, with the parameters of `model`."""
     names = {id(p): name for name, p in twin.named_parameters()}
     own = dict(model.named_parameters())
     groups = parameter_groups(twin, lr, WEIGHT_DECAY, rule="corrected")

@@ -19,7 +19,7 @@ MEAN, STD = 0.136, 0.295  # of all pixels in 0..1: a digit fills 64 of 144
 
 
 def clips(pixels: Tensor, generator: torch.Generator, count: int) -> Batch:
-    """`count` clips (count, 1, FRAMES, SIDE, SIDE) of digits drawn from `pixels` (any, 8, 8) in 0..1, and their directions."""
+    """Return clips (count, 1, FRAMES, SIDE, SIDE) of digits drawn from `pixels` (any, 8, 8) in 0..1, and their directions."""
     chosen, classes = (torch.randint(n, (count,), generator=generator) for n in (len(pixels), len(DIRECTIONS)))
     lying = torch.rand(count, 1, 1, generator=generator) < 0.5
     shapes = torch.where(lying, pixels[chosen].mT, pixels[chosen])
@@ -33,7 +33,7 @@ def clips(pixels: Tensor, generator: torch.Generator, count: int) -> Batch:
 
 
 def data() -> Data:
-    """Digits that are held out in `digits` are so here."""
+    """Return clips of the digits that `digits` trains on, and clips of those that it holds out."""
     seen, others = digits.split(digits.images()[0])
     held_out = clips(others, torch.Generator().manual_seed(0), HELD_OUT)
     return Data(lambda generator, count: clips(seen, generator, count), held_out)

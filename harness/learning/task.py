@@ -1,4 +1,4 @@
-"""What a task is: data that never run out, data that are held out, the model that learns it, and how much it has to learn."""
+"""A task: data that never run out, data that are held out, the model that learns it, and how much it has to learn."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ Batch = tuple[Tensor, Tensor]  # clips or images, float32; classes, int64 (B,)
 
 @dataclass(frozen=True)
 class Data:
-    """`draw(generator, count)` gives a fresh batch for training; `held_out` is never drawn from."""
+    """The data of a task: `draw(generator, count)` gives a fresh batch for training; `held_out` is never drawn from."""
 
     draw: Callable[[torch.Generator, int], Batch]
     held_out: Batch
@@ -21,8 +21,10 @@ class Data:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A training: AdamW, a cosine with warm-up, `batch` drawn anew at each step. `bar` is the share of what is held out that
-    must be exceeded; None where the result may be anything."""
+    """A training: AdamW, a cosine with warm-up, `batch` drawn anew at each step.
+
+    `bar` is the share of held-out answers that must be exceeded; None where the result may be anything.
+    """
 
     steps: int
     batch: int
@@ -32,7 +34,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Task:
-    """`config` are fields of a VideoMambaConfig, of either package."""
+    """A task with its model and recipes. `config` holds the fields of a VideoMambaConfig, of either package."""
 
     name: str
     title: str
@@ -43,5 +45,5 @@ class Task:
 
 
 def allowed(bar: float | None, count: int) -> float:
-    """How many of `count` may be wrong if more than the share `bar` has to be right; infinite without a bar."""
+    """Return how many of `count` may be wrong if more than the share `bar` has to be right; infinite without a bar."""
     return math.inf if bar is None else math.ceil(count * (1 - bar) - 1e-9) - 1

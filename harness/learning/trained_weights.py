@@ -1,4 +1,4 @@
-"""Fitted weights that come with the project: what `python -m harness learn --task motion --save-weights` wrote.
+"""Fitted weights that come with the project, written by `python -m harness learn --task motion --save-weights`.
 
 The file holds the model, the fields of its configuration, and held-out digits of which its clips are made, so that parity asks
 on trained weights and the data that they are for, on boxes without scikit-learn too.
@@ -21,7 +21,7 @@ DIGITS = 64
 
 
 class Trained(NamedTuple):
-    """`weights` in float32 by name; `pixels` (DIGITS, 8, 8) in 0..1, of digits that were held out."""
+    """A kept model: `weights` in float32 by name; `pixels` (DIGITS, 8, 8) in 0..1, of held-out digits."""
 
     config: dict[str, Any]
     weights: dict[str, Tensor]
@@ -29,7 +29,7 @@ class Trained(NamedTuple):
 
 
 def save(model: nn.Module, path: Path = PATH) -> Path:
-    """Keep a model that learnt the task `motion`; the path."""
+    """Write the weights of a model that learnt the task `motion`; return the path."""
     pixels = digits.split(digits.images()[0])[1][:DIGITS]
     weights = {name: p.detach().cpu() for name, p in model.state_dict().items()}
     return save_checkpoint({"model": weights, "config": motion.TASK.config, "digits": (16 * pixels).to(torch.uint8)}, path)
@@ -37,6 +37,6 @@ def save(model: nn.Module, path: Path = PATH) -> Path:
 
 @functools.cache
 def read(path: Path = PATH) -> Trained:
-    """What `save` kept."""
+    """Read the file that `save` wrote."""
     kept = read_checkpoint(path)
     return Trained(dict(kept["config"]), dict(kept["model"]), kept["digits"].float() / 16)

@@ -69,6 +69,7 @@ def _from(newest: Mapping[str, Path], races: Iterable[str]) -> str:
 
 
 def _source(folder: Path, run: Run, newest: Mapping[str, Path]) -> str:
+    """Return a line that names the races of a run, its box, its day and its folder."""
     here, races = run.about["box"], [race for race in grids.RACES if newest.get(race) == folder]
     day = run.about["started"][:10]
     return f"- {', '.join(races)}: on one {here.get('gpu') or here.get('cpu')}, {day} ([report]({folder}/report.md))."

@@ -9,7 +9,7 @@ from harness.bench.worker import WARM
 from harness.records.interval import RESAMPLES
 from harness.records.speed import MODES, WAYS, Speed, last_line
 from harness.report import chunking, curves, paper, speed_figures, speed_tables, streaming, tables
-from harness.report.html import both
+from harness.report.html import write_both
 from harness.report.page import box
 from harness.runs.store import Run
 
@@ -44,14 +44,14 @@ the whole video, in training one that runs every mixer again in the backward."""
 
 
 def write(run: Run) -> Path:
-    """Write report.md, its figures and report.html into the run's folder; the path of report.md."""
+    """Write report.md, its figures and report.html into the run's folder; return the path of report.md."""
     plan, here = run.about.get("plan", {}), run.about.get("box", {})
     title = f"Bench: grid {plan.get('grid', '?')} on {(here.get('gpu') if _gpu(run) else '') or here.get('cpu') or '?'}"
     families = curves.families(run.speeds)
     parts = [
         f"# {title}",
         _verdict(run),
-        *_loud(run),
+        *_warnings(run),
         "## Licences: parity in this run", *_licences(run),
         "## Where VideoMamba meets the ViT", *_meetings(families),
         "## Plots", *_plots(run, families),
@@ -65,14 +65,16 @@ def write(run: Run) -> Path:
         "## The box", box(run),
         "## Again", f"```\n{run.about.get('command', '(not recorded; the plan above says what was asked)')}\n```",
     ]  # fmt: skip
-    return both(run.folder, "\n\n".join(parts) + "\n", title)
+    return write_both(run.folder, "\n\n".join(parts) + "\n", title)
 
 
 def _gpu(run: Run) -> bool:
+    """Return whether a run was on a GPU."""
     return str(run.about.get("plan", {}).get("device", "")).startswith("cuda")
 
 
 def _verdict(run: Run) -> str:
+    """Return the verdict in bold, with counts."""
     ours = [s for s in run.speeds if s.entry.role == "ours"]
     timed, gated, failed = (sum(s.status in which for s in ours) for which in (("ok",), ("gated",), ("error", "timeout")))
     lost = len(ours) - timed - gated - failed
@@ -82,8 +84,8 @@ def _verdict(run: Run) -> str:
     return f"**{word}.** {said}\n\n`{last_line(run.speeds)}`"
 
 
-def _loud(run: Run) -> list[str]:
-    """What a reader must know before trusting a number."""
+def _warnings(run: Run) -> list[str]:
+    """Return what limits the trust in a number."""
     plan, said = run.about.get("plan", {}), []
     if run.about.get("status") == "interrupted":
         said.append("> **INTERRUPTED.** Points are missing; nothing below is the whole answer.")
@@ -110,11 +112,14 @@ def _loud(run: Run) -> list[str]:
 
 
 def _wrong(speeds: list[Speed]) -> list[str]:
-    found = {speed_tables.who(s.entry): tables.flat(curves.doubt(s)) for s in speeds if s.seconds and curves.doubt(s)}
+    """Return a line for each entry that was timed although its answers failed parity."""
+    wrong = [s for s in speeds if s.seconds and curves.fault_note(s)]
+    found = {speed_tables.entry_name(s.entry): tables.flat(curves.fault_note(s)) for s in wrong}
     return [f"> - {name}: {fault}" for name, fault in found.items()]
 
 
 def _licences(run: Run) -> list[str]:
+    """Return a table of checks and implementations for each subject, then the failures."""
     subjects = dict.fromkeys(r.subject for r in run.records)
     parts = [f"### {s}\n\n{tables.matrix([r for r in run.records if r.subject == s])}" for s in subjects]
     if any(r.failed for r in run.records):
@@ -123,12 +128,13 @@ def _licences(run: Run) -> list[str]:
 
 
 def _meetings(families: list[curves.Family]) -> list[str]:
+    """Return, for each family of models, where VideoMamba meets the ViT."""
     parts = [f"{f.title}:\n\n{speed_tables.meetings(f)}" for f in families]
     return parts or ["No model has times at two lengths of the same batch, so no curve can meet another."]
 
 
 def _plots(run: Run, families: list[curves.Family]) -> list[str]:
-    """The plots, or why there are none."""
+    """Draw the plots; return them, or why there are none."""
     parts = []
 
     def show(title: str, paths: list[Path], why: str) -> None:
@@ -153,6 +159,7 @@ def _plots(run: Run, families: list[curves.Family]) -> list[str]:
 
 
 def _operators(speeds: list[Speed]) -> list[str]:
+    """Return a table for each race of operators and dtype."""
     groups: dict[str, list[Speed]] = {}
     for s in speeds:
         if s.point.race in grids.OPERATORS:
@@ -161,14 +168,16 @@ def _operators(speeds: list[Speed]) -> list[str]:
 
 
 def _models(speeds: list[Speed]) -> list[str]:
+    """Return a table for each race of models, mode and dtype."""
     groups: dict[str, list[Speed]] = {}
     for s in speeds:
         if s.point.race in grids.MODELS:
-            groups.setdefault(f"{curves.pair(s.point.race)}, {s.point.mode}, {s.point.dtype}", []).append(s)
+            groups.setdefault(f"{curves.race_title(s.point.race)}, {s.point.mode}, {s.point.dtype}", []).append(s)
     return [f"### {title}\n\n{speed_tables.models(mine)}" for title, mine in groups.items()] or ["None was asked."]
 
 
 def split_videos(speeds: list[Speed]) -> list[str]:
+    """Return a section with a table for each race of videos that come frame by frame or in chunks."""
     parts = []
     for race, head, made in (
         (streaming.RACE, "A causal model, frame by frame", streaming.frames),
@@ -180,6 +189,7 @@ def split_videos(speeds: list[Speed]) -> list[str]:
 
 
 def _ceilings(run: Run) -> str:
+    """Return the ceilings of the box as a table."""
     if not (found := run.about.get("ceilings")):
         return "Not measured; no share of a roofline is known."
     rows = [
@@ -191,6 +201,7 @@ def _ceilings(run: Run) -> str:
 
 
 def _how(run: Run) -> str:
+    """Return how it was measured, with the numbers of this run."""
     timed = [s for s in run.speeds if s.seconds]
     early = sum(s.stopped == "budget" for s in timed)
     said = HOW.format(

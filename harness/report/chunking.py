@@ -12,10 +12,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from harness.records.speed import Entry, Point, Speed
-from harness.report.curves import doubt, memory, seconds
-from harness.report.figures import STYLE, below, colour, save
+from harness.report.curves import fault_note, memory, seconds
+from harness.report.figures import STYLE, colour, legend_below, save
 from harness.report.speed_figures import FINE, MARKERS, WORDS, short
-from harness.report.speed_tables import milliseconds, notes, number, who
+from harness.report.speed_tables import entry_name, milliseconds, notes, number
 from harness.report.tables import table
 
 RACE = "chunks"
@@ -35,19 +35,19 @@ def passes(speeds: Sequence[Speed]) -> str:
             if other and other.seconds and other is not s and memory(other):
                 share = f"{seconds(s) / seconds(other):.3g}, {(memory(s) or 0) / (memory(other) or 1):.3g}"
         video = f"{p['B']} x {p['T']:,} x {p['S']} px, {p.dtype}"
-        rows.append((video, f"{p['L']:,}", p.mode, size, who(s.entry), milliseconds(s), rate, held, share, notes(s)))
+        rows.append((video, f"{p['L']:,}", p.mode, size, entry_name(s.entry), milliseconds(s), rate, held, share, notes(s)))
     head = ["clips x frames", "tokens", "mode", "frames at a time", "entry", "ms, median [95 %]", "frames/s", "peak GiB"]
     return table([*head, "time, memory / whole's", "notes"], rows)
 
 
 def _video(speed: Speed) -> tuple[Any, ...]:
-    """What is the same for all passes over a video."""
+    """Return the key that all passes over a video share."""
     p = speed.point
     return speed.entry, p["B"], p["T"], p["S"], p.mode, p.dtype
 
 
 def draw(speeds: Iterable[Speed], folder: Path) -> list[Path]:
-    """chunks.png and .svg in the folder: a line a video, a point for each length of a chunk; none without a time."""
+    """Draw chunks.png and .svg in the folder: a line a video, a point a chunk length. Return their paths."""
     mine = [s for s in speeds if s.point.race == RACE]
     if not any(s.seconds for s in mine):
         return []
@@ -61,17 +61,17 @@ def draw(speeds: Iterable[Speed], folder: Path) -> list[Path]:
             for place, kind in enumerate(kinds):
                 _line(axes, place, [s for s in mine if s.point.mode == mode and _kind(s.entry, s.point) == kind])
             _axes(axes, mode)
-        below(figure, [_handle(i, kind, mine) for i, kind in enumerate(kinds)])
+        legend_below(figure, [_handle(i, kind, mine) for i, kind in enumerate(kinds)])
         return save(figure, folder, RACE)
 
 
 def _kind(entry: Entry, point: Point) -> tuple[Entry, int, int, int, str]:
-    """A line of the plot."""
+    """Return the key of the line to which a point belongs."""
     return entry, point["B"], point["T"], point["S"], point.dtype
 
 
 def _line(axes: Axes, place: int, mine: list[Speed]) -> None:
-    """Memory and throughput by length of a chunk; the whole beside it."""
+    """Draw memory and throughput by length of a chunk, and the pass over the whole video beside it."""
     timed = [s for s in mine if s.seconds and memory(s)]
     cut = sorted((s for s in timed if s.point.way not in WHOLE), key=lambda s: s.point["F"])
     look: dict[str, Any] = {"color": colour(place), "marker": MARKERS[place % len(MARKERS)], "linewidth": 1.3, "markersize": 6}
@@ -86,7 +86,7 @@ def _line(axes: Axes, place: int, mine: list[Speed]) -> None:
 
 
 def _axes(axes: Axes, mode: str) -> None:
-    """Memory in logarithms, throughput from 0."""
+    """Set a logarithmic axis for memory, and one from 0 for throughput."""
     axes.set(title=mode, xlabel="peak memory (GiB)", ylabel="frames/s")
     rates = [float(y) for line in axes.lines for y in np.ravel(line.get_ydata())]
     if rates:
@@ -102,13 +102,13 @@ def _axes(axes: Axes, mode: str) -> None:
 
 
 def _handle(place: int, kind: tuple[Entry, int, int, int, str], speeds: list[Speed]) -> Line2D:
-    """A video, and what could not be timed of it."""
+    """Return the legend's entry of a video, with its passes that have no time."""
     entry, B, T, S, dtype = kind
     mine = [s for s in speeds if _kind(s.entry, s.point) == kind]
     lost = [
         f"{s.point.mode}, {WHOLE.get(s.point.way) or 'chunks of ' + str(s.point['F'])}: {WORDS.get(s.status, s.status.upper())}"
         for s in mine if not s.seconds
     ]  # fmt: skip
-    doubts = sorted({doubt(s)[:60].upper() for s in mine} - {""})
+    doubts = sorted({fault_note(s)[:60].upper() for s in mine} - {""})
     label = "; ".join([f"{entry.name}, {B} x {T:,} frames of {S} px, {dtype}", *lost, *doubts])
     return Line2D([], [], color=colour(place), marker=MARKERS[place % len(MARKERS)], linewidth=1.3, label=label)

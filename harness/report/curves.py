@@ -16,7 +16,7 @@ ENDED = ("oom", "timeout")
 
 @dataclass(frozen=True)
 class Curve:
-    """What one entry did in one way, short clips first."""
+    """The speeds of one entry run in one way, short clips first."""
 
     entry: Entry
     way: str
@@ -24,18 +24,18 @@ class Curve:
 
     @property
     def timed(self) -> list[Speed]:
-        """The points with a speed."""
+        """Return the points with a speed."""
         return [s for s in self.speeds if s.seconds]
 
     @property
     def ended(self) -> Speed | None:
-        """The first point that ran out of memory or time."""
+        """Return the first point that ran out of memory or time."""
         return next((s for s in self.speeds if s.status in ENDED), None)
 
 
 @dataclass(frozen=True)
 class Family:
-    """Curves that belong into one plot: models of one race, in one mode and dtype, on clips of one batch and picture size."""
+    """Curves of one plot: models of one race, in one mode and dtype, on clips of one batch and picture size."""
 
     race: str
     dims: tuple[tuple[str, int], ...]
@@ -45,30 +45,30 @@ class Family:
 
     @property
     def stem(self) -> str:
-        """Its plot's file name."""
+        """Return its plot's file name."""
         return "-".join(["models", self.mode, self.race, *(f"{k}{v}" for k, v in self.dims), self.dtype])
 
     @property
     def title(self) -> str:
-        """Who runs against whom on what."""
+        """Return the models and the clips."""
         sizes = dict(self.dims)
-        return f"{pair(self.race)}, {self.mode}: batch {sizes['B']}, {sizes['S']} px, {self.dtype}"
+        return f"{race_title(self.race)}, {self.mode}: batch {sizes['B']}, {sizes['S']} px, {self.dtype}"
 
     @property
     def ways(self) -> list[str]:
-        """The ways that are there."""
+        """Return the ways in which its models are run."""
         return list(dict.fromkeys(c.way for c in self.curves))
 
     def of(self, subject: str) -> list[Curve]:
-        """The curves of a subject that have a speed somewhere."""
+        """Return the curves of a subject that have a speed somewhere."""
         return [c for c in self.curves if c.entry.subject == subject and c.timed]
 
     def name(self, curve: Curve) -> str:
-        """The entry, and its way where there is more than one."""
+        """Return the entry, and its way where there is more than one."""
         return curve.entry.name + f" ({curve.way})" * (len(self.ways) > 1)
 
     def fastest_vit(self, way: str) -> dict[int, Speed]:
-        """The fastest ViT at each length, in one way."""
+        """Return the fastest ViT at each length, run in one way."""
         found: dict[int, list[Speed]] = {}
         for speed in (s for c in self.of(VIT) if c.way == way for s in c.timed):
             found.setdefault(speed.point["L"], []).append(speed)
@@ -77,7 +77,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Meeting:
-    """A VideoMamba's time over the fastest ViT's where both have one; `at` is the tokens where it is 1, None for nowhere."""
+    """A VideoMamba's times over the fastest ViT's; `at` is the number of tokens where the ratio is 1, None if nowhere."""
 
     lengths: tuple[int, ...]
     ratios: tuple[float, ...]
@@ -86,7 +86,7 @@ class Meeting:
 
 
 def families(speeds: Iterable[Speed]) -> list[Family]:
-    """All with at least one curve of two points or more."""
+    """Return all families with at least one curve of two points or more."""
     groups: dict[tuple[Any, ...], dict[tuple[Entry, str], list[Speed]]] = {}
     for s in speeds:
         if s.point.race in grids.MODELS and s.point.clips:
@@ -102,7 +102,7 @@ def families(speeds: Iterable[Speed]) -> list[Family]:
 
 
 def meeting(family: Family, curve: Curve) -> Meeting:
-    """Where a VideoMamba meets the fastest ViT of the same way."""
+    """Return where a VideoMamba meets the fastest ViT that is run in the same way."""
     vits = family.fastest_vit(curve.way)
     mine = {s.point["L"]: s for s in curve.timed}
     lengths = tuple(length for length in mine if length in vits)
@@ -112,8 +112,10 @@ def meeting(family: Family, curve: Curve) -> Meeting:
 
 
 def crossing(xs: Sequence[float], a: Sequence[float], b: Sequence[float]) -> float | None:
-    """The last x at which two curves over rising xs meet, straight between neighbouring points in logarithms; None if they do
-    not. The last, so that what is said of the curves beyond it holds to the end."""
+    """Return the last x at which two curves over rising xs meet; None if they do not.
+
+    Curves are straight between neighbouring points in logarithms. The last crossing holds for all beyond it.
+    """
     gaps = [math.log(p / q) for p, q in zip(a, b, strict=True)]
     for i in reversed(range(len(gaps))):
         if gaps[i] == 0:
@@ -126,28 +128,28 @@ def crossing(xs: Sequence[float], a: Sequence[float], b: Sequence[float]) -> flo
 
 @functools.cache
 def median(samples: tuple[float, ...]) -> interval.Interval:
-    """The median of samples and its interval; a page asks for the same ones many times."""
+    """Return the median of samples and its interval; a page asks for the same ones many times."""
     return interval.median(samples)
 
 
 def seconds(speed: Speed) -> float:
-    """The median time of one call."""
+    """Return the median time of one call."""
     return median(speed.seconds).middle
 
 
 def memory(speed: Speed) -> int | None:
-    """Bytes at the peak of a call, if it came to one."""
+    """Return the bytes at the peak of a call; None without a time."""
     return speed.allocated if speed.seconds else None
 
 
-def pair(race: str) -> str:
-    """The two models of a race."""
+def race_title(race: str) -> str:
+    """Return the title of a race: its two models."""
     mamba, vit = grids.MODELS[race]
     return f"VideoMamba {mamba} against ViT {vit}"
 
 
-def doubt(speed: Speed) -> str:
-    """What stands beside the figure of one that failed parity; "" for one that passed."""
+def fault_note(speed: Speed) -> str:
+    """Return the note beside the figure of an entry that failed parity; "" for one that passed."""
     if speed.wrong:
         return f"wrong by {speed.wrong:.2g} budgets"
     return f"not licensed: {speed.reason}" if speed.seconds and speed.reason else ""

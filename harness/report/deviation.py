@@ -17,7 +17,7 @@ Points = dict[int, dict[int, float]]  # frames looked ahead at -> frames of a ch
 
 
 def approximate(records: Iterable[Record], folder: Path) -> list[Path]:
-    """approximate.png and .svg in the folder, of the first float32 record with deviations; none without."""
+    """Draw approximate.png and .svg in the folder, of the first float32 record with deviations. Return their paths."""
     for record in records:
         points = measured(record) if record.dtype == "float32" and record.role == "ours" else {}
         if points:
@@ -26,7 +26,7 @@ def approximate(records: Iterable[Record], folder: Path) -> list[Path]:
 
 
 def measured(record: Record) -> Points:
-    """What a record says of deviations."""
+    """Return the deviations that a record holds."""
     points: Points = {}
     for f in record.findings:
         if f.norm == DEVIATION and f.scale > 0:
@@ -36,6 +36,7 @@ def measured(record: Record) -> Points:
 
 
 def _draw(record: Record, points: Points, folder: Path) -> list[Path]:
+    """Draw a line for each look-ahead."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7, 4.6), layout="constrained")
         axes = figure.subplots()

@@ -24,13 +24,14 @@ STYLE: dict[Any, Any] = {"svg.hashsalt": "parity", "svg.fonttype": "none", "font
 
 
 def _panel_of(record: Record) -> str | None:
-    """Where a record of the scan is drawn: `extremes` asks both questions, at its lengths."""
+    """Return the panel of a record of the scan: `extremes` asks both questions, at its lengths."""
     if record.check == "extremes" and "-length-" in record.case:
         return "forward" if "-infer-" in record.case else "backward"
     return record.check if record.check in CHECKS else None
 
 
 class _Point(NamedTuple):
+    """A record's worst error and its budget at a length."""
     check: str
     implementation: str
     dtype: str
@@ -41,7 +42,7 @@ class _Point(NamedTuple):
 
 
 def error_against_length(records: Iterable[Record], folder: Path) -> list[Path]:
-    """error-vs-length.png and .svg in the folder; none if no record of the scan can be drawn."""
+    """Draw error-vs-length.png and .svg in the folder. Return their paths; none if no record can be drawn."""
     drawable = [(r, _point(r)) for r in records]
     points = [p for _, p in drawable if p]
     if not points:
@@ -66,15 +67,15 @@ def error_against_length(records: Iterable[Record], folder: Path) -> list[Path]:
 
 
 def save(figure: Figure, folder: Path, stem: str) -> list[Path]:
-    """STEM.png and STEM.svg in the folder; call it within STYLE."""
+    """Write STEM.png and STEM.svg into the folder and return their paths; call it within STYLE."""
     paths = [folder / f"{stem}.{ending}" for ending in ("png", "svg")]
     for path in paths:
         figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else {})
     return paths
 
 
-def below(figure: Figure, handles: Sequence[Artist], most: int = 2) -> None:
-    """A legend under the panels, in so many columns as its longest label leaves room for."""
+def legend_below(figure: Figure, handles: Sequence[Artist], most: int = 2) -> None:
+    """Draw a legend under the panels, in as many columns as its longest label leaves room for."""
     lines = [line for handle in handles for line in str(handle.get_label()).splitlines()]
     columns = max(1, min(most, 125 // (max(map(len, lines)) + 12)))
     figure.set_figheight(figure.get_figheight() + 0.2 * math.ceil(len(lines) / columns))
@@ -82,14 +83,16 @@ def below(figure: Figure, handles: Sequence[Artist], most: int = 2) -> None:
 
 
 def colour(place: int) -> str:
-    """The colour of the entry that stands at a place."""
+    """Return the colour of the entry at an index."""
     return COLOURS[place % len(COLOURS)]
 
 
 def _point(record: Record) -> _Point | None:
-    """The worst tensor in l2: if any failed, the one with the most budgets spent, else the one with the largest error, which
-    is returned in the case's dtype (a bfloat16 case also returns float32 gradients, whose budget is another).
-    A log scale has no place for errors that are 0 or infinite."""
+    """Return the worst tensor in l2: if any failed, the one with the most budgets spent, else the one with the largest error.
+
+    The latter is returned in the case's dtype (a bfloat16 case also returns float32 gradients, whose budget is another).
+    A log scale has no place for errors that are 0 or infinite: None.
+    """
     length = re.search(r"(?:^|-)L(\d+)(?:-|$)", record.case)
     check = _panel_of(record)
     if record.subject != "scan" or check is None or not length or int(length[1]) == 0:
@@ -104,6 +107,7 @@ def _point(record: Record) -> _Point | None:
 
 
 def _panel(axes: Axes, points: list[_Point], names: list[str], dtypes: list[str]) -> None:
+    """Draw a check's errors over the length, and the least budget of each dtype."""
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.grid(True, which="major", color="0.9")
@@ -128,6 +132,7 @@ def _panel(axes: Axes, points: list[_Point], names: list[str], dtypes: list[str]
 
 
 def _legend(names: list[str], dtypes: list[str], failed: bool) -> list[Line2D]:
+    """Return the legend of implementations, dtypes and failures."""
     lines = [Line2D([], [], color=colour(i), linewidth=5, label=name) for i, name in enumerate(names)]
     for d in dtypes:
         lines.append(Line2D([], [], color="0.3", marker=MARKERS[d], linewidth=0, label=d))

@@ -28,10 +28,13 @@ LONG = 60  # characters above which a table's cell is broken into lines
 
 
 def html(markdown: str, folder: Path, title: str) -> str:
-    """The page. Pictures are read from the folder, as vectors where an SVG of the same name stands there; links lead nowhere
-    outside the page, so they become plain text."""
+    """Return the page.
+
+    Pictures are read from the folder, as vectors where an SVG of the same name stands there. Links lead nowhere outside the
+    page, so they become plain text.
+    """
     reader = MarkdownIt("commonmark", {"html": False}).enable("table")
-    tokens = list(_mended(reader.parse(markdown), folder))
+    tokens = list(_adapted(reader.parse(markdown), folder))
     body = reader.renderer.render(tokens, reader.options, {})
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -40,16 +43,16 @@ def html(markdown: str, folder: Path, title: str) -> str:
     )
 
 
-def both(folder: Path, markdown: str, title: str) -> Path:
-    """Write report.md and report.html into the folder; the path of the former."""
+def write_both(folder: Path, markdown: str, title: str) -> Path:
+    """Write report.md and report.html into the folder; return the path of the former."""
     path = folder / "report.md"
     path.write_text(markdown, encoding="utf-8")
     (folder / "report.html").write_text(html(markdown, folder, title), encoding="utf-8")
     return path
 
 
-def _mended(tokens: Sequence[Token], folder: Path) -> Iterator[Token]:
-    """The tokens with wide things in boxes that scroll by themselves, pictures inside and links undone."""
+def _adapted(tokens: Sequence[Token], folder: Path) -> Iterator[Token]:
+    """Yield the tokens with wide things in boxes that scroll by themselves, pictures inside and links undone."""
     for i, token in enumerate(tokens):
         if token.type == "inline":
             token.children = [c for c in token.children or [] if c.type not in ("link_open", "link_close")]
@@ -70,11 +73,12 @@ def _mended(tokens: Sequence[Token], folder: Path) -> Iterator[Token]:
 
 
 def _is_picture(token: Token) -> bool:
+    """Return whether a token is a picture alone."""
     return [c.type for c in token.children or []] == ["image"]
 
 
 def _inside(path: Path) -> str:
-    """The picture as a data URI."""
+    """Return the picture as a data URI."""
     vectors = path.with_suffix(".svg")
     path = vectors if vectors.exists() else path
     return f"data:{KINDS[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"

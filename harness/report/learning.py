@@ -15,8 +15,8 @@ from harness.learning.tasks import TASKS
 from harness.records.finding import Finding
 from harness.records.record import Record
 from harness.report import tables
-from harness.report.figures import STYLE, below, colour, save
-from harness.report.html import both
+from harness.report.figures import STYLE, colour, legend_below, save
+from harness.report.html import write_both
 from harness.report.page import box
 from harness.runs.store import Run
 
@@ -25,23 +25,23 @@ HOW = """\
 Each training starts from weights that its seed gives, the same for every implementation, and takes AdamW with a cosine
 schedule through batches that are drawn anew at each step. What is held out is never trained on: of `digits` and `motion` every
 fifth of scikit-learn's 1797 handwritten digits, which the same people wrote as the rest; of `arrow` the end of the video's
-time. A bar has to be exceeded; where there is none, any share passes, if every loss was a number. The curves are
-looked at ten times, without a choice of the best: the last look counts. Chance is the share that guessing gives."""
+time. A bar has to be exceeded; where there is none, any share passes, if every loss was a number. A training is
+evaluated ten times; the last evaluation counts, not the best. Chance is the share that guessing gives."""
 
 
 def write(run: Run) -> Path:
-    """Write report.md, its figure and report.html into the run's folder; the path of report.md."""
+    """Write report.md, its figure and report.html into the run's folder; return the path of report.md."""
     here = run.about.get("box", {})
     title = f"Learning: {', '.join(run.about.get('plan', {}).get('tasks', []))} on {here.get('gpu') or here.get('cpu') or '?'}"
     drawn = draw(run.records, run.folder)
-    plot = "Nothing to draw: no training was looked at."
+    plot = "Nothing to draw: no training was evaluated."
     if drawn:
         png, svg = (path.name for path in drawn)
         plot = f"![Loss and accuracy over the steps]({png})\n\nIn vectors: [{svg}]({svg})"
     parts = [
         f"# {title}",
         _verdict(run),
-        *_loud(run),
+        *_warnings(run),
         "## What was learnt", table(run.records),
         "## Step by step", plot,
         "## Failures", tables.failures(run.records),
@@ -50,11 +50,11 @@ def write(run: Run) -> Path:
         "## The box", box(run),
         "## Again", f"```\n{run.about.get('command', '(not recorded; the plan above says what was asked)')}\n```",
     ]  # fmt: skip
-    return both(run.folder, "\n\n".join(parts) + "\n", title)
+    return write_both(run.folder, "\n\n".join(parts) + "\n", title)
 
 
-def said(record: Record) -> str:
-    """A training in a line."""
+def one_line(record: Record) -> str:
+    """Return a training in a line."""
     who = f"{record.status.upper()} ({record.role}) {record.subject} {record.implementation} {record.case}"
     result = _held_out(record)
     if result is None:
@@ -64,7 +64,7 @@ def said(record: Record) -> str:
 
 
 def table(records: Sequence[Record]) -> str:
-    """Every training with its verdict."""
+    """Return a table of all trainings with their verdicts."""
     rows = []
     for r in records:
         result = _held_out(r)
@@ -76,7 +76,7 @@ def table(records: Sequence[Record]) -> str:
 
 
 def draw(records: Sequence[Record], folder: Path) -> list[Path]:
-    """learning.png and .svg in the folder: a column a task, loss above accuracy; none without a look."""
+    """Draw learning.png and .svg in the folder: a column a task, loss above accuracy. Return their paths."""
     mine = [r for r in records if curve(r, "loss")]
     if not mine:
         return []
@@ -88,20 +88,21 @@ def draw(records: Sequence[Record], folder: Path) -> list[Path]:
         panels = figure.subplots(2, len(columns), sharex="col", squeeze=False)
         for (above, under), task in zip(panels.T, columns, strict=True):
             _panels(above, under, [r for r in mine if r.subject == task], names)
-        panels[0][0].set_ylabel("loss (mean since the look before)")
-        panels[1][0].set_ylabel("right, of what is held out")
+        panels[0][0].set_ylabel("loss (mean since the evaluation before)")
+        panels[1][0].set_ylabel("right, of held-out answers")
         bar = Line2D([], [], color="0.3", linestyle="--", label="bar")
         chance = Line2D([], [], color="0.3", linestyle=":", label="chance")
-        below(figure, [*(Line2D([], [], color=colour(i), label=n) for i, n in enumerate(names)), bar, chance], most=4)
+        legend_below(figure, [*(Line2D([], [], color=colour(i), label=n) for i, n in enumerate(names)), bar, chance], most=4)
         return save(figure, folder, STEM)
 
 
 def curve(record: Record, what: str) -> dict[int, Finding]:
-    """What was measured at every look, by step."""
+    """Return the findings of one kind, by step."""
     return {int(f.tensor.split()[1]): f for f in record.findings if f.norm == what and f.tensor.startswith("step ")}
 
 
 def _panels(above: Axes, under: Axes, records: list[Record], names: list[str]) -> None:
+    """Draw a task's losses and shares of right answers over the steps."""
     for r in records:
         look: dict[str, Any] = {"color": colour(names.index(r.implementation)), "marker": ".", "linewidth": 1.0}
         loss, missed = curve(r, "loss"), curve(r, "wrong")
@@ -122,22 +123,25 @@ def _panels(above: Axes, under: Axes, records: list[Record], names: list[str]) -
 
 
 def _held_out(record: Record) -> Finding | None:
+    """Return the finding about held-out answers, if there is one."""
     return next((f for f in record.findings if f.tensor == "held out"), None)
 
 
 def _share(result: Finding) -> str:
+    """Return the share of right answers in words."""
     return f"{100 * (1 - result.error / result.scale):.1f} % of {result.scale:.0f}"
 
 
 def _verdict(run: Run) -> str:
+    """Return the verdict in bold, with counts."""
     counts = run.counts()
     word = "FAILED" if counts["failed"] else "PASSED" if counts["passed"] else "NOTHING RAN"
     word += f" SO FAR ({run.about.get('status')})" * (run.about.get("status") != "finished")
     return f"**{word}.**\n\n`{run.last_line()}`"
 
 
-def _loud(run: Run) -> list[str]:
-    """What a reader must know before trusting the verdict."""
+def _warnings(run: Run) -> list[str]:
+    """Return what limits the trust in the verdict."""
     plan, said = run.about.get("plan", {}), []
     if run.about.get("status") != "finished":
         said.append(f"> **NOT FINISHED** (status: {run.about.get('status')}). Trainings are missing.")

@@ -5,7 +5,7 @@ from typing import Any
 
 from harness.bench import grids
 from harness.records.speed import MODES, Speed
-from harness.report.curves import MAMBA, VIT, Curve, Family, doubt, meeting, memory, seconds
+from harness.report.curves import MAMBA, VIT, Curve, Family, fault_note, meeting, memory, seconds
 from harness.report.speed_figures import sizes, tokens
 from harness.report.speed_tables import fastest, number, status
 from harness.report.tables import table
@@ -14,7 +14,7 @@ HEAD = ["", "forward", "upstream", "ViT", "roofline", "forward + backward", "kep
 
 
 def overview(speeds: Sequence[Speed]) -> str:
-    """One table, a row for each size of an operator or model; models in the way in which least of the host's time counts."""
+    """Return one table, a row for each size of an operator or model; models from CUDA graphs where they were timed so."""
     ways = {s.point.way for s in speeds if s.point.race in grids.MODELS}
     rows: dict[tuple[Any, ...], list[Speed]] = {}
     for s in speeds:
@@ -45,8 +45,8 @@ def overview(speeds: Sequence[Speed]) -> str:
 
 
 def most_memory(speeds: Iterable[Speed]) -> list[str]:
-    """A sentence for each race of models: the least memory of an eager training step, on the longest clip that all could
-    time."""
+    """Return a sentence for each race of models: the least memory of an eager training step, on the longest clip that all
+    could time."""
     found = []
     for race in grids.MODELS:
         steps = [s for s in speeds if s.seconds and (s.point.race, s.point.mode, s.point.way) == (race, "train", "eager")]
@@ -62,7 +62,7 @@ def most_memory(speeds: Iterable[Speed]) -> list[str]:
 
 
 def crossings(families: Iterable[Family]) -> list[str]:
-    """A sentence for each family: from how many tokens on our fastest and upstream's fastest are faster than the ViT."""
+    """Return a sentence for each family: from how many tokens on our fastest and upstream's fastest are faster than the ViT."""
     found = []
     for family in families:
         way = "graph" if "graph" in family.ways else "eager"
@@ -79,6 +79,7 @@ def crossings(families: Iterable[Family]) -> list[str]:
 
 
 def _meets(family: Family, curve: Curve) -> str:
+    """Return where a curve meets the ViT, in words."""
     m = meeting(family, curve)
     if m.at:
         return f"meets the ViT at **{tokens(m.at)} tokens**"
@@ -105,13 +106,15 @@ KINDS = (_is_ours, _is_kept, _is_upstream, _is_vit)
 
 
 def _ours(best: Speed | None, at: Sequence[Speed]) -> str:
+    """Return our fastest time in ms, or why there is none."""
     if best:
         return number(1e3 * seconds(best))
     return next((status(s) for s in at if _is_ours(s)), "-")
 
 
 def _other(ours: Speed | None, other: Speed | None) -> str:
+    """Return another's time in ms, and how many times ours it is."""
     if not other:
         return "-"
     times = f" ({seconds(other) / seconds(ours):.2f}x)" if ours else ""
-    return f"{number(1e3 * seconds(other))}{times}" + "*" * bool(doubt(other))
+    return f"{number(1e3 * seconds(other))}{times}" + "*" * bool(fault_note(other))

@@ -7,7 +7,8 @@ from typing import Any
 
 from harness.fixtures.video import SHIPPED
 from harness.report import deviation, figures, tables, training
-from harness.report.html import both
+from harness.report.html import write_both
+from harness.runs import sessions
 from harness.runs.store import Run
 
 HOW = """\
@@ -62,7 +63,7 @@ In vectors: [{1}]({1})"""
 
 
 def write(run: Run) -> Path:
-    """Write report.md, its figures and report.html into the run's folder; the path of report.md."""
+    """Write report.md, its figures and report.html into the run's folder; return the path of report.md."""
     plan, here = run.about.get("plan", {}), run.about.get("box", {})
     subjects = list(dict.fromkeys(r.subject for r in run.records))
     drawn = figures.error_against_length(run.records, run.folder)
@@ -75,7 +76,7 @@ def write(run: Run) -> Path:
     parts = [
         f"# {title}",
         _verdict(run),
-        *_loud(run),
+        *_warnings(run),
         "## Checks and implementations",
         *(f"### {s}\n\n{tables.matrix([r for r in run.records if r.subject == s])}" for s in subjects),
         _video(run),
@@ -89,10 +90,11 @@ def write(run: Run) -> Path:
         "## The box", box(run),
         "## Again", f"```\n{run.about.get('command', '(not recorded; the plan above says what was asked)')}\n```",
     ]  # fmt: skip
-    return both(run.folder, "\n\n".join(parts) + "\n", title)
+    return write_both(run.folder, "\n\n".join(parts) + "\n", title)
 
 
 def _verdict(run: Run) -> str:
+    """Return the verdict in bold, with counts."""
     ours, rivals = run.counts(), run.counts("rival")
     word = "FAILED" if ours["failed"] else "PASSED" if ours["passed"] else "NOTHING OF OURS RAN"
     word += f" SO FAR ({run.about.get('status')})" * (run.about.get("status") != "finished")
@@ -100,8 +102,8 @@ def _verdict(run: Run) -> str:
     return f"**{word}.** ours: {ours_said}; rivals: {rivals_said}\n\n`{run.last_line()}`"
 
 
-def _loud(run: Run) -> list[str]:
-    """What a reader must know before trusting the verdict."""
+def _warnings(run: Run) -> list[str]:
+    """Return what limits the trust in the verdict."""
     plan, said = run.about.get("plan", {}), []
     if mutant := plan.get("mutant"):
         caught = "it was caught" if run.counts()["failed"] else "IT WAS NOT CAUGHT"
@@ -123,7 +125,7 @@ def _loud(run: Run) -> list[str]:
 
 
 def _video(run: Run) -> str:
-    """Real input is a claim of its own."""
+    """Return how many cases used a real video, and which: real input is a claim of its own."""
     judged = [r for r in run.records if r.status != "skip" and "video" in r.case.split("-")]
     cases = {(r.subject, r.case) for r in judged}
     if not cases:
@@ -134,7 +136,7 @@ def _video(run: Run) -> str:
 
 
 def box(run: Run) -> str:
-    """What a reader must know of the box, the code and the plan."""
+    """Return the box, the code and the plan as a table."""
     about, found = run.about, run.about.get("box", {})
     git = found.get("git", {})
     state = {True: "WITH CHANGES", False: "clean", None: "unknown whether changed"}[git.get("dirty")]
@@ -144,14 +146,26 @@ def box(run: Run) -> str:
     for group in ("packages", "fingerprints", "settings"):
         rows.append((group, ", ".join(f"{k} {'none' if v is None else v}" for k, v in found.get(group, {}).items())))
     rows += [(k, about.get(k, "?")) for k in ("started", "ended")]
+    rows += [("sessions", said)] if (said := _sessions(run)) else []
     rows.append(("wall time", _wall(run)))
     rows += [(f"plan: {k}", ", ".join(v) if isinstance(v, list | tuple) else v) for k, v in about.get("plan", {}).items() if v]
     return tables.table(["what", "is"], [(k, "none" if v is None else v) for k, v in rows])
 
 
+def _sessions(run: Run) -> str:
+    """Return when each session began and how it ended; "" if there was only one."""
+    found = sessions.of(run.about)
+    parts = [f"{s.get('started', '?')} ({s.get('status', '?')})" for s in found]
+    return f"{len(found)}: {', '.join(parts)}" if len(found) > 1 else ""
+
+
 def _wall(run: Run) -> str:
+    """Return the seconds of all sessions that lived to note their end, and of the questions."""
     spent = math.fsum(r.seconds for r in run.records)
-    if not {"started", "ended"} <= run.about.keys():
+    found = sessions.of(run.about)
+    times = [(datetime.fromisoformat(s["started"]), datetime.fromisoformat(s["ended"])) for s in found if "ended" in s]
+    if not times:
         return f"{spent:.0f} s in questions"
-    wall = datetime.fromisoformat(run.about["ended"]) - datetime.fromisoformat(run.about["started"])
-    return f"{wall.total_seconds():.0f} s from start to end, {spent:.0f} s of them in questions"
+    wall = sum((end - start).total_seconds() for start, end in times)
+    unknown = f", and those of {len(found) - len(times)} killed" * (len(times) < len(found))
+    return f"{wall:.0f} s from start to end{unknown}, {spent:.0f} s of them in questions"

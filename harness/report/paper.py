@@ -16,8 +16,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, LogLocator, NullFormatter
 
 from harness.records.speed import Speed
-from harness.report.curves import MAMBA, VIT, doubt, memory, seconds
-from harness.report.figures import STYLE, below, colour, save
+from harness.report.curves import MAMBA, VIT, fault_note, memory, seconds
+from harness.report.figures import STYLE, colour, legend_below, save
 from harness.report.speed_figures import MARKERS
 from harness.report.tables import flat, table
 
@@ -40,24 +40,24 @@ class Pair:
 
     @property
     def doubts(self) -> str:
-        """Which of the two failed parity."""
-        said = [f"{s.entry.name} {doubt(s)}" for s in (self.mamba, self.vit) if doubt(s)]
+        """Return which of the two failed parity."""
+        said = [f"{s.entry.name} {fault_note(s)}" for s in (self.mamba, self.vit) if fault_note(s)]
         return "; ".join(said)
 
     @property
     def throughput(self) -> float | None:
-        """How many times the ViT's clips a second; None if the ViT has no speed."""
+        """Return how many times the ViT's clips a second; None if the ViT has no speed."""
         return seconds(self.vit) / seconds(self.mamba) if self.vit.seconds else None
 
     @property
     def memory(self) -> float | None:
-        """How many times less memory."""
+        """Return how many times less memory than the ViT; None without both."""
         ours, theirs = memory(self.mamba), memory(self.vit)
         return theirs / ours if ours and theirs else None
 
 
 def pairs(speeds: Iterable[Speed]) -> list[Pair]:
-    """Every VideoMamba against both kinds of ViT, at each number of frames with the largest batch that both were timed at."""
+    """Return every VideoMamba against both kinds of ViT, for each number of frames at the largest batch that both have."""
     points: dict[int, dict[int, list[Speed]]] = {}
     for s in speeds:
         p = s.point
@@ -77,7 +77,7 @@ def pairs(speeds: Iterable[Speed]) -> list[Pair]:
 
 
 def draw(found: list[Pair], folder: Path) -> list[Path]:
-    """paper.png and .svg: factors of throughput and memory over frames."""
+    """Draw paper.png and .svg: factors of throughput and memory over frames. Return their paths; none without a time."""
     if not any(p.vit.seconds for p in found):
         return []
     names = list(dict.fromkeys(p.mamba.entry.implementation for p in found))
@@ -102,16 +102,18 @@ def draw(found: list[Pair], folder: Path) -> list[Path]:
         ]
         handles.append(Line2D([], [], marker="D", color="black", markerfacecolor="white", linewidth=0, markersize=8))
         handles[-1].set_label("the paper, A100, batch 128, over naive attention")
-        below(figure, handles)
+        legend_below(figure, handles)
         return save(figure, folder, "paper")
 
 
 def _label(found: list[Pair], name: str, kind: str) -> str:
+    """Return the legend's entry of an implementation against a kind of ViT."""
     doubts = max((p.doubts for p in found if (p.mamba.entry.implementation, p.against) == (name, kind)), default="")
     return f"{name} over {kind} attention" + f" ({doubts[:70]})" * bool(doubts)
 
 
 def _axes(axes: Axes, found: list[Pair]) -> None:
+    """Set logarithmic axes with frames and batches below."""
     axes.set(xscale="log", yscale="log", xlim=(7, 73))
     axes.axhline(1, color="black", linewidth=1)
     axes.grid(True, which="major", color="0.9")
@@ -128,7 +130,7 @@ def _axes(axes: Axes, found: list[Pair]) -> None:
 
 
 def factors(found: list[Pair]) -> str:
-    """The same as a table; a ViT without a speed shows why."""
+    """Return the factors as a table; a ViT without a speed shows why."""
 
     def cell(ratio: float | None, vit: Speed) -> str:
         return f"{ratio:.2g}x" if ratio else vit.status

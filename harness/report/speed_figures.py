@@ -15,8 +15,8 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, LogLo
 
 from harness.bench import grids
 from harness.records.speed import Entry, Point, Speed
-from harness.report.curves import MAMBA, VIT, Curve, Family, doubt, median, meeting, memory, seconds
-from harness.report.figures import STYLE, below, colour, save
+from harness.report.curves import MAMBA, VIT, Curve, Family, fault_note, median, meeting, memory, seconds
+from harness.report.figures import STYLE, colour, legend_below, save
 
 MARKERS = "osD^vP*Xhp"
 DASHES: dict[str, Any] = {"eager": "solid", "graph": (0, (5, 2)), "compiled": (0, (1, 1.5))}
@@ -34,7 +34,7 @@ TIMES: tuple[tuple[str, Rate], ...] = (
 
 
 def models(family: Family, folder: Path, kind: str) -> list[Path]:
-    """One family's latency, clips/s, tokens/s and peak memory against tokens; `kind` is that of the last."""
+    """Draw one family's latency, clips/s, tokens/s and peak memory (of this `kind`) against tokens; return the paths."""
     with matplotlib.rc_context(STYLE):
         shown = [c for c in family.curves if c.timed or c.ended]
         places = {entry: i for i, entry in enumerate(dict.fromkeys(c.entry for c in family.curves))}
@@ -56,12 +56,12 @@ def models(family: Family, folder: Path, kind: str) -> list[Path]:
             _frames(axes, family)
         for axes in panels[1]:
             axes.set_xlabel("tokens a clip (L)")
-        below(figure, _handles(family, places, shown))
+        legend_below(figure, _handles(family, places, shown))
         return save(figure, folder, family.stem)
 
 
 def _look(places: dict[Entry, int], curve: Curve) -> dict[str, Any]:
-    """Colour and marker by entry, hollow for a ViT, dashes by way."""
+    """Return colour and marker by entry, hollow for a ViT, dashes by way."""
     place = places[curve.entry]
     return {
         "color": colour(place), "marker": MARKERS[place % len(MARKERS)], "linestyle": DASHES[curve.way], "linewidth": 1.3,
@@ -70,7 +70,7 @@ def _look(places: dict[Entry, int], curve: Curve) -> dict[str, Any]:
 
 
 def _curve(axes: Axes, places: dict[Entry, int], curve: Curve, rate: Rate) -> None:
-    """A line with its band."""
+    """Draw a line with its band."""
     timed = [(s, median(s.seconds)) for s in curve.timed]
     lengths = [s.point["L"] for s, _ in timed]
     axes.plot(lengths, [rate(s, m.middle) for s, m in timed], **_look(places, curve))
@@ -79,7 +79,7 @@ def _curve(axes: Axes, places: dict[Entry, int], curve: Curve, rate: Rate) -> No
 
 
 def _axes(axes: Axes, places: dict[Entry, int], shown: Sequence[Curve]) -> None:
-    """Log-log, and a mark at the top edge where a curve ended; those of one length hang below each other."""
+    """Set logarithmic axes, with a mark at the top edge where a curve ended; those of one length hang below each other."""
     empty = not any(np.size(line.get_xdata()) for line in axes.lines)
     axes.set(xscale="log", yscale="linear" if empty else "log")
     axes.grid(True, which="major", color="0.9")
@@ -99,6 +99,7 @@ def _axes(axes: Axes, places: dict[Entry, int], shown: Sequence[Curve]) -> None:
 
 
 def short(x: float, _: object = None) -> str:
+    """Return a number with k, M or G."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if x >= size:
             return f"{x / size:g}{letter}"
@@ -106,7 +107,7 @@ def short(x: float, _: object = None) -> str:
 
 
 def _meetings(axes: Axes, family: Family, places: dict[Entry, int]) -> None:
-    """A vertical line and its number where a VideoMamba meets the fastest ViT."""
+    """Draw a vertical line and its number where a VideoMamba meets the fastest ViT."""
     met = [(at, c) for c in family.of(MAMBA) if (at := meeting(family, c).at)]
     for i, (at, curve) in enumerate(sorted(met, key=lambda pair: pair[0])):
         axes.axvline(at, color=colour(places[curve.entry]), linestyle=DASHES[curve.way], linewidth=0.9)
@@ -118,12 +119,12 @@ def _meetings(axes: Axes, family: Family, places: dict[Entry, int]) -> None:
 
 
 def tokens(at: float) -> str:
-    """A token count to three digits."""
+    """Return a token count to three digits."""
     return f"{float(f'{at:.3g}'):,.0f}"
 
 
 def _frames(axes: Axes, family: Family) -> None:
-    """Frames on top."""
+    """Set an axis of frames on top."""
     frames = sorted({(s.point["L"], s.point["T"]) for c in family.curves for s in c.speeds})
     low, high = axes.get_xlim()
     frames = [(length, T) for length, T in frames if low <= length <= high]
@@ -135,11 +136,11 @@ def _frames(axes: Axes, family: Family) -> None:
 
 
 def _handles(family: Family, places: dict[Entry, int], shown: Sequence[Curve]) -> list[Line2D]:
-    """A line for each entry, with where it meets the ViT; then what dashes and crosses mean."""
+    """Return a line for each entry, with where it meets the ViT; then the meaning of dashes and crosses."""
     several, handles = len(family.ways) > 1, []
     for entry in dict.fromkeys(c.entry for c in shown):
         mine = [c for c in shown if c.entry == entry]
-        doubts = sorted({doubt(s) for c in mine for s in c.timed} - {""})
+        doubts = sorted({fault_note(s) for c in mine for s in c.timed} - {""})
         label = ", ".join([entry.name, *(d[:60].upper() for d in doubts[-1:])]) + _where(family, mine, several)
         look = _look(places, mine[0]) | ({"linestyle": "solid"} if several else {})
         handles.append(Line2D([], [], label=textwrap.fill(label, 115), **look))
@@ -152,7 +153,7 @@ def _handles(family: Family, places: dict[Entry, int], shown: Sequence[Curve]) -
 
 
 def _where(family: Family, curves: Sequence[Curve], several: bool) -> str:
-    """Where a VideoMamba meets the fastest ViT, way by way."""
+    """Return where a VideoMamba meets the fastest ViT, way by way."""
     found = [(c.way, m.at) for c in curves if c.entry.subject == MAMBA and (m := meeting(family, c)).lengths]
     met = [tokens(at) + f" ({way})" * several for way, at in found if at]
     missed = [way for way, at in found if not at]
@@ -163,7 +164,7 @@ def _where(family: Family, curves: Sequence[Curve], several: bool) -> str:
 
 
 def roofline(speeds: Iterable[Speed], folder: Path) -> list[Path]:
-    """Bars: which share of what the hardware allows each implementation of an operator reaches."""
+    """Draw bars: the share of the roofline that each implementation of an operator reaches. Return the paths."""
     operators = [s for s in speeds if s.point.race in grids.OPERATORS]
     if not any(s.seconds and s.bound for s in operators):
         return []
@@ -179,15 +180,17 @@ def roofline(speeds: Iterable[Speed], folder: Path) -> list[Path]:
         for axes, mode in zip(panels, modes, strict=True):
             _bars(axes, mode, labels, names, by_row)
         handles = [Patch(facecolor=colour(i), hatch=_hatch(i), edgecolor="white", label=n) for i, n in enumerate(names)]
-        below(figure, handles, most=4)
+        legend_below(figure, handles, most=4)
         return save(figure, folder, "roofline")
 
 
 def _hatch(place: int) -> str:
+    """Return the hatch of the entry at an index."""
     return HATCHES[place % len(HATCHES)]
 
 
 def _bars(axes: Axes, mode: str, labels: list[str], names: list[str], by_row: dict[tuple[str, str, str], Speed]) -> None:
+    """Draw the bars of a mode, a group for each point."""
     y, ticks = 0.0, []
     for label in labels:
         here = [n for n in names if any((label, m, n) in by_row for m in ("infer", "train"))]
@@ -207,20 +210,20 @@ def _bars(axes: Axes, mode: str, labels: list[str], names: list[str], by_row: di
 
 
 def _bar(axes: Axes, y: float, place: int, speed: Speed) -> None:
-    """A bar with its number behind it, or the word for why there is none."""
+    """Draw a bar with its number behind it, or the word for why there is none."""
     share = _share(speed)
     if share:
         axes.barh(y, share, height=0.9, color=colour(place), hatch=_hatch(place), edgecolor="white", linewidth=0)
     text = f"{share:.2g} %" if share < 99.5 else f"{share:.0f} %"
     text = text if share else "no bound known" if speed.seconds else WORDS.get(speed.status, speed.status.upper())
-    axes.text(share + 1, y, text + f" ({doubt(speed)[:40]})" * bool(doubt(speed)), va="center", fontsize=7)
+    axes.text(share + 1, y, text + f" ({fault_note(speed)[:40]})" * bool(fault_note(speed)), va="center", fontsize=7)
 
 
 def _share(speed: Speed) -> float:
-    """Per cent of the roofline; 0 for none."""
+    """Return per cent of the roofline; 0 for none."""
     return 100 * speed.bound / seconds(speed) if speed.seconds and speed.bound else 0.0
 
 
 def sizes(point: Point, with_dtype: bool = False) -> str:
-    """An operator's point without its mode."""
+    """Return an operator's point without its mode."""
     return " ".join([point.race, *(f"{k}{v}" for k, v in point.dims), *([point.dtype] if with_dtype else [])])

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from harness.records.speed import Entry, Point, Speed
-from harness.report.curves import VIT, Family, doubt, median, meeting, memory, seconds
+from harness.report.curves import VIT, Family, fault_note, median, meeting, memory, seconds
 from harness.report.speed_figures import sizes, tokens
 from harness.report.tables import flat, table
 
@@ -12,12 +12,12 @@ PLAIN = {"oom": "out of memory", "timeout": "out of time", "error": "FAILED", "g
 
 
 def number(x: float) -> str:
-    """Three digits, with commas and no powers of ten."""
+    """Return three digits, with commas and no powers of ten."""
     return f"{float(f'{x:.3g}'):,.12g}"
 
 
 def milliseconds(speed: Speed) -> str:
-    """The median with its interval, or in bold why there is none. Of fewer than three samples it is but their range."""
+    """Return the median with its interval, or in bold why there is none. Of fewer than three samples it is their range."""
     if not speed.seconds:
         return status(speed)
     m = median(speed.seconds)
@@ -26,7 +26,7 @@ def milliseconds(speed: Speed) -> str:
 
 
 def status(speed: Speed) -> str:
-    """Why a speed is missing."""
+    """Return why a speed is missing."""
     if speed.status == "implied":
         return f"not tried: {flat(speed.reason)}"
     word = f"**{PLAIN[speed.status]}**"
@@ -34,8 +34,8 @@ def status(speed: Speed) -> str:
 
 
 def notes(speed: Speed) -> str:
-    """What stands behind a figure."""
-    said = [f"**{flat(doubt(speed))[:200]}**"] if doubt(speed) else []
+    """Return the notes beside a figure."""
+    said = [f"**{flat(fault_note(speed))[:200]}**"] if fault_note(speed) else []
     return "; ".join(said + ["timed alone"] * speed.alone)
 
 
@@ -43,20 +43,20 @@ def ratio(speed: Speed, to: Speed | None) -> str:
     """Time over that of another, who is named with its own faults."""
     if to is None or not speed.seconds:
         return "-"
-    fault = f" ({flat(doubt(to))[:60]})" * bool(doubt(to))
+    fault = f" ({flat(fault_note(to))[:60]})" * bool(fault_note(to))
     return f"{seconds(speed) / seconds(to):.3g}" + fault
 
 
-def who(entry: Entry) -> str:
-    """An entry's name, with the mark of a rival."""
+def entry_name(entry: Entry) -> str:
+    """Return an entry's name, with the mark of a rival."""
     return entry.name + " (rival)" * (entry.role == "rival")
 
 
 def operators(speeds: Sequence[Speed]) -> str:
-    """One operator's race."""
+    """Return the table of one operator's race."""
     best = fastest(s for s in speeds if s.entry.role == "rival")
     rows = [
-        (sizes(s.point), s.point.mode, who(s.entry), milliseconds(s),
+        (sizes(s.point), s.point.mode, entry_name(s.entry), milliseconds(s),
          f"{100 * s.bound / seconds(s):.2g} %" if s.bound and s.seconds else "-",
          _size(s, 2**20), ratio(s, best.get(s.point)), notes(s))
         for s in speeds
@@ -66,25 +66,26 @@ def operators(speeds: Sequence[Speed]) -> str:
 
 
 def models(speeds: Sequence[Speed]) -> str:
-    """One race of models in one mode."""
+    """Return the table of one race of models in one mode."""
     best = fastest(s for s in speeds if s.entry.subject == VIT)
     rows = []
     for s in speeds:
         p, t = s.point, seconds(s) if s.seconds else 0.0
         rates = (number(p["B"] / t), number(p.tokens / t), _size(s, 2**30)) if t else ("-", "-", "-")
         clip = f"{p['B']} x {p['T']} x {p['S']} px" if p.clips else f"{p['B']}, as tokens"
-        rows.append((clip, f"{p['L']:,}", p.way, who(s.entry), milliseconds(s), *rates, ratio(s, best.get(p)), notes(s)))
+        rows.append((clip, f"{p['L']:,}", p.way, entry_name(s.entry), milliseconds(s), *rates, ratio(s, best.get(p)), notes(s)))
     head = ["clips x frames", "tokens a clip", "way", "entry", "ms, median [95 %]", "clips/s", "tokens/s", "peak GiB"]
     return table([*head, "time / fastest ViT's", "notes"], rows)
 
 
 def _size(speed: Speed, unit: int) -> str:
+    """Return the peak memory of a call in units of so many bytes."""
     held = memory(speed)
     return number(held / unit) if held else "-"
 
 
 def fastest(speeds: Iterable[Speed]) -> dict[Point, Speed]:
-    """Of those with a speed, at every point."""
+    """Return the fastest of those with a speed, at every point."""
     best: dict[Point, Speed] = {}
     for s in speeds:
         if s.seconds and (s.point not in best or seconds(s) < seconds(best[s.point])):
@@ -93,7 +94,7 @@ def fastest(speeds: Iterable[Speed]) -> dict[Point, Speed]:
 
 
 def meetings(family: Family) -> str:
-    """Where every VideoMamba of a family meets the fastest ViT, in words."""
+    """Return where every VideoMamba of a family meets the fastest ViT, in words."""
     lines = []
     for curve in family.of("videomamba"):
         m, name = meeting(family, curve), f"**{family.name(curve)}**"
@@ -109,13 +110,13 @@ def meetings(family: Family) -> str:
             low, high = sorted((m.ratios[0], m.ratios[-1]))
             said = f"does not meet the fastest ViT; {'faster' if last < 1 else 'slower'} everywhere from {ends}"
         said += f"; its time over the ViT's is {m.ratios[0]:.3g} at the shortest and {last:.3g} at the longest"
-        if doubts := sorted({doubt(s) for s in (*m.rivals, *curve.timed)} - {""}):
+        if doubts := sorted({fault_note(s) for s in (*m.rivals, *curve.timed)} - {""}):
             said += f"; **{'; '.join(flat(d)[:100] for d in doubts)}**"
         lines.append(f"- {name} {said}.")
     return "\n".join(lines) or "- No VideoMamba has a time."
 
 
 def missing(speeds: Iterable[Speed], status: str) -> list[str]:
-    """Who has no speed for a reason, by entry, in how many points."""
-    found = Counter((who(s.entry), flat(s.reason)[:300]) for s in speeds if s.status == status)
+    """Return a line for each entry without a speed and reason, with the number of points."""
+    found = Counter((entry_name(s.entry), flat(s.reason)[:300]) for s in speeds if s.status == status)
     return [f"{name}, {n} {'point' if n == 1 else 'points'}: {why}" for (name, why), n in found.items()]

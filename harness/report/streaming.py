@@ -12,10 +12,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from harness.records.speed import Speed
-from harness.report.curves import doubt, memory, seconds
-from harness.report.figures import STYLE, below, colour, save
+from harness.report.curves import fault_note, memory, seconds
+from harness.report.figures import STYLE, colour, legend_below, save
 from harness.report.speed_figures import DASHES, FINE, MARKERS, short
-from harness.report.speed_tables import milliseconds, notes, number, who
+from harness.report.speed_tables import entry_name, milliseconds, notes, number
 from harness.report.tables import table
 
 RACE = "stream"
@@ -23,25 +23,26 @@ HIGH = 0.99  # the quantile beside the median
 
 
 def tail(speed: Speed) -> float:
-    """Seconds within which 99 of 100 frames are done."""
+    """Return the seconds within which 99 of 100 frames are done."""
     return float(np.quantile(speed.seconds, HIGH))
 
 
 def frames(speeds: Sequence[Speed]) -> str:
-    """Milliseconds a frame, as a table."""
+    """Return the times of a frame as a table."""
     rows = []
     for s in speeds:
         high = f"{number(1e3 * tail(s))} (n = {len(s.seconds)})" if s.seconds else "-"
         rate = number(s.point["B"] / seconds(s)) if s.seconds else "-"
         held = number((memory(s) or 0) / 2**20) if s.seconds else "-"
         p = s.point
-        rows.append((who(s.entry), p.way, f"{p['S']} px", p.dtype, f"{p['A']:,}", milliseconds(s), high, rate, held, notes(s)))
+        kind = (entry_name(s.entry), p.way, f"{p['S']} px", p.dtype)
+        rows.append((*kind, f"{p['A']:,}", milliseconds(s), high, rate, held, notes(s)))
     head = ["entry", "way", "frame", "dtype", "frames before", "ms a frame, median [95 %]", "ms, 99th percentile", "frames/s"]
     return table([*head, "peak MiB", "notes"], rows)
 
 
 def draw(speeds: Iterable[Speed], folder: Path) -> list[Path]:
-    """stream.png and .svg in the folder: time and memory of a frame against those before it; none without a time."""
+    """Draw stream.png and .svg in the folder: time and memory of a frame against those before it. Return their paths."""
     lines: dict[tuple[Any, ...], list[Speed]] = {}
     for s in speeds:
         if s.point.race == RACE and s.seconds:
@@ -71,12 +72,12 @@ def draw(speeds: Iterable[Speed], folder: Path) -> list[Path]:
         times.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low > 8 else FINE))
         times.yaxis.set_major_formatter(FuncFormatter(short))
         times.yaxis.set_minor_formatter(NullFormatter())
-        below(figure, _handles(lines, places))
+        legend_below(figure, _handles(lines, places))
         return save(figure, folder, RACE)
 
 
 def _line(times: Axes, held: Axes, place: int, line: list[Speed]) -> None:
-    """Medians with a stroke up to the 99th percentile, and memory."""
+    """Draw medians with a stroke up to the 99th percentile, and memory."""
     look: dict[str, Any] = {
         "color": colour(place), "marker": MARKERS[place % len(MARKERS)], "linestyle": DASHES[line[0].point.way],
         "markersize": 5,
@@ -89,10 +90,11 @@ def _line(times: Axes, held: Axes, place: int, line: list[Speed]) -> None:
 
 
 def _handles(lines: dict[tuple[Any, ...], list[Speed]], places: dict[tuple[Any, ...], int]) -> list[Line2D]:
+    """Return a line for each entry, frame size and dtype; then the meaning of dashes."""
     handles = []
     for key, place in places.items():
         entry, side, dtype = key
-        doubts = {doubt(s) for k, line in lines.items() if k[:3] == key for s in line} - {""}
+        doubts = {fault_note(s) for k, line in lines.items() if k[:3] == key for s in line} - {""}
         label = ", ".join([entry.name, f"{side} px", dtype, *(d[:60].upper() for d in sorted(doubts))])
         handles.append(Line2D([], [], color=colour(place), marker=MARKERS[place % len(MARKERS)], label=label))
     ways = dict.fromkeys(key[3] for key in lines)

@@ -10,28 +10,28 @@ SHOWN = 30  # failures in full; records.jsonl has all
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table; a bar in a cell does not end it."""
+    """Return a Markdown table; a bar in a cell does not end it."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(flat(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def flat(text: object) -> str:
-    """On one line, with nothing that Markdown takes for HTML."""
+    """Return text on one line, with nothing that Markdown takes for HTML."""
     return " ".join(str(text).split()).replace("<", "&lt;")
 
 
 def number(x: float) -> str:
-    """Three digits."""
+    """Return three digits."""
     return f"{x:.3g}" if math.isfinite(x) else "inf"
 
 
 def mark(record: Record) -> str:
-    """What stands behind the name of a rival."""
+    """Return the mark behind the name of a rival."""
     return " (rival)" if record.role == "rival" else ""
 
 
 def matrix(records: Sequence[Record]) -> str:
-    """Checks x implementations of one subject's records."""
+    """Return a table of checks by implementations, of one subject's records."""
     checks = list(dict.fromkeys(r.check for r in records if r.check != "all"))
     names = list(dict.fromkeys((r.implementation, r.role) for r in records))
     absent = {r.implementation for r in records if r.check == "all"}
@@ -44,6 +44,7 @@ def matrix(records: Sequence[Record]) -> str:
 
 
 def _cell(records: list[Record]) -> str:
+    """Return how many of these records passed, failed and were skipped."""
     failed, skipped = sum(r.failed for r in records), sum(r.status == "skip" for r in records)
     ran = len(records) - skipped
     parts = [f"**{failed} FAILED** of {ran}"] if failed else [f"{ran} pass"] if ran else []
@@ -51,7 +52,7 @@ def _cell(records: list[Record]) -> str:
 
 
 def worst_errors(records: Iterable[Record]) -> str:
-    """The finding with the most budgets spent, per subject, check, implementation and dtype."""
+    """Return the finding with the most budgets spent, per subject, check, implementation and dtype."""
     groups: dict[tuple[str, str, str, str], list[Record]] = {}
     for r in records:
         if r.findings:
@@ -68,7 +69,7 @@ def worst_errors(records: Iterable[Record]) -> str:
 
 
 def failures(records: Iterable[Record]) -> str:
-    """The first failures, ours before rivals', each with the command that asks it again."""
+    """Return the first failures, ours before rivals', each with the command that asks it again."""
     failed = sorted((r for r in records if r.failed), key=lambda r: r.role == "rival")
     if not failed:
         return "None."
@@ -87,7 +88,7 @@ def failures(records: Iterable[Record]) -> str:
 
 
 def skips(records: Iterable[Record]) -> str:
-    """Why single questions were not asked, by count."""
+    """Return why single questions were not asked, by count."""
     skipped = [r for r in records if r.status == "skip" and r.check != "all"]
     reasons = Counter((r.subject, r.implementation + mark(r), r.reason) for r in skipped)
     if not reasons:

@@ -11,14 +11,14 @@ from matplotlib.patches import Patch
 
 from harness.checks.convergence import FREE, GOT, LOSS, NAME, PLAIN, TRUTH
 from harness.records.record import Record
-from harness.report.figures import STYLE, below, colour, save
+from harness.report.figures import STYLE, colour, legend_below, save
 
 GREY = "0.55"
 Curves = dict[str, tuple[float, ...]]
 
 
 def trainings(records: Iterable[Record], folder: Path) -> list[Path]:
-    """NAME.png and .svg in the folder: two panels a case, all implementations in them; none without curves."""
+    """Draw NAME.png and .svg in the folder: two panels a case, all implementations in them. Return their paths."""
     drawable = [(r, curves(r)) for r in records if r.check == NAME]
     drawable = [(r, lines) for r, lines in drawable if lines]
     if not drawable:
@@ -32,17 +32,17 @@ def trainings(records: Iterable[Record], folder: Path) -> list[Path]:
             mine = [(r, lines) for r, lines in drawable if (r.subject, r.case) == case]
             _losses(losses, mine, names)
             _distances(distances, mine, names)
-        below(figure, _legend([r for r, _ in drawable], names), most=3)
+        legend_below(figure, _legend([r for r, _ in drawable], names), most=3)
         return save(figure, folder, NAME)
 
 
 def curves(record: Record) -> Curves:
-    """What a record holds of a training, step by step."""
+    """Return the curves that a record holds of a training, step by step."""
     return {f.tensor: f.curve for f in record.findings if f.curve}
 
 
 def _losses(axes: Axes, mine: Sequence[tuple[Record, Curves]], names: list[str]) -> None:
-    """The truth in black over what lies under it."""
+    """Draw the losses, the truth in black above the others."""
     record, common = mine[0]
     axes.plot(common[f"{LOSS}, {PLAIN}"], color=GREY, linewidth=3)
     for r, lines in mine:
@@ -54,7 +54,7 @@ def _losses(axes: Axes, mine: Sequence[tuple[Record, Curves]], names: list[str])
 
 
 def _distances(axes: Axes, mine: Sequence[tuple[Record, Curves]], names: list[str]) -> None:
-    """Every implementation over the area in which it has to stay."""
+    """Draw the distance of every implementation, over the area in which it has to stay."""
     record, common = mine[0]
     plain = [line for name, line in common.items() if name.startswith(f"{PLAIN} run")]
     allowed = [2 * max(at) for at in zip(*plain, strict=True)]
@@ -73,6 +73,7 @@ def _distances(axes: Axes, mine: Sequence[tuple[Record, Curves]], names: list[st
 
 
 def _finish(axes: Axes, record: Record) -> None:
+    """Set the title and grid of a panel."""
     task = "which quarter of the film" if record.subject == "videomamba" else "masked alignment"
     axes.set_title(f"{record.subject}, {task}, {record.dtype}", fontsize="medium")
     axes.set_xlim(left=0)
@@ -81,6 +82,7 @@ def _finish(axes: Axes, record: Record) -> None:
 
 
 def _legend(records: Sequence[Record], names: list[str]) -> list[Line2D | Patch]:
+    """Return the legend, with the failures of each implementation."""
     def label(name: str) -> str:
         lost = sum(r.failed for r in records if r.implementation == name)
         return name + f" ({lost} FAILED)" * bool(lost)

@@ -54,5 +54,6 @@ def exit_code(run: Run) -> int:
 
 
 def _restore(before: dict[signal.Signals, Any]) -> None:
+    """Set the handlers of signals back."""
     for s, handler in before.items():
         signal.signal(s, handler or signal.SIG_DFL)

@@ -93,6 +93,7 @@ def git() -> dict[str, Any]:
 
 
 def _version(name: str) -> str | None:
+    """Return the version of an installed distribution; None if there is none."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -100,6 +101,7 @@ def _version(name: str) -> str | None:
 
 
 def _cpu() -> str:
+    """Return the processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -39,10 +39,12 @@ def now() -> str:
 
 
 def _identity(about: dict[str, Any]) -> dict[str, Any]:
+    """Return the command, and the parts of the box that count."""
     box = about.get("box", {})
     return {"command": about.get("command"), "box": {key: box[key] for key in (*SAME, "git") if key in box}}
 
 
 def _short(value: object) -> str:
+    """Return a value in few characters."""
     text = "none" if value is None else str(value)
     return text[:SHOWN] if len(text) == 64 else text

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fused.io.atomic_write import written_whole
+from fused.io.atomic_write import atomic_write
 from harness.records.record import Record
 from harness.records.speed import Speed
 from harness.runs import sessions
@@ -90,7 +90,7 @@ class Run:
 
     @property
     def how_to_continue(self) -> str:
-        """The command that continues this run, in words."""
+        """Return the command that continues this run, in words."""
         command = self.about.get("command")
         resume = f"--resume --out {shlex.quote(str(self.folder))}"
         return f"continue with: {command} {resume}" if command else f"continue with the same options and {resume}"
@@ -115,7 +115,7 @@ class Run:
 
     def save(self) -> None:
         """Write run.json, whole or not at all."""
-        with written_whole(self.folder / "run.json") as draft:
+        with atomic_write(self.folder / "run.json") as draft:
             draft.write_text(json.dumps(self.about, indent=1) + "\n")
 
     def counts(self, role: str = "ours") -> dict[str, int]:
@@ -149,6 +149,7 @@ class Run:
         return found
 
     def _append(self, name: str, line: str) -> None:
+        """Append a line and flush it to the disk."""
         with open(self.folder / name, "a+b") as file:
             if name in self._kept:
                 file.truncate(kept := self._kept.pop(name))

@@ -37,6 +37,7 @@ def end(workers: ProcessPoolExecutor) -> None:
 
 
 def _begin(parent: int, begin: Callable[..., None] | None, args: tuple[Any, ...]) -> None:
+    """Run in a fresh process before its work."""
     follow(parent)
     if begin:
         begin(*args)

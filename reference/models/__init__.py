@@ -1,1 +1,1 @@
-"""Model families."""
+"""Model families, one folder or file each."""

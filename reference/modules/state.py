@@ -1,12 +1,13 @@
-"""What a causal model carries from chunk to chunk of a video.
+"""The state that a causal model carries from chunk to chunk of a video.
 
-A mixer's state is a pair (conv_state (B, E, K-1), ssm_state (B, E, N)): the last K-1 inputs of its convolution, in the dtype
-of the stream, and h of its scan, in at least float32. A model's state has one pair per layer, in a list, a tuple or a dict by
-layer. A model that reads a running mean has one entry more, number `depth`: (count (), total (B, D)), how many patch tokens
-there were and their sum.
+The state of a mixer is a pair (conv_state, ssm_state). conv_state (B, E, K-1) holds the last K-1 inputs of the convolution, in
+the dtype of the mixer's activations (here: the stream's dtype). ssm_state (B, E, N) holds h of the scan, in at least float32.
 
-Zeros are the state before a video. A state is never changed in place: it can be used again after any call, and nothing but
-tensors and plain containers is in it, for `torch.save` and `torch.load(..., weights_only=True)`.
+The state of a model has one such pair per layer, in a list, a tuple or a dict by layer. A model that reads a running mean has
+one pair more, at index `depth`: (count (), total (B, D)), the number of patch tokens so far and their sum.
+
+The state before a video is zero. A state is never changed in place, so it can be used again after any call. It consists of
+tensors and plain containers only, so `torch.save` and `torch.load(..., weights_only=True)` take it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,14 +24,17 @@ ModelState = Sequence[State] | Mapping[int, State]
 
 
 def stream_dtype(weight: Tensor, device: torch.device) -> torch.dtype:
-    """What a Linear with this weight returns: its own dtype, or autocast's."""
+    """Return the dtype of the output of a Linear with this weight on `device`: the weight's own, or autocast's."""
     if weight.dtype != torch.float64 and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return weight.dtype
 
 
 def zero_state(B: int, E: int, K: int, N: int, dtype: torch.dtype, device: torch.device) -> State:
-    """A mixer's state before the first token. Raises ValueError or TypeError for no clips, or a dtype that is no stream's."""
+    """Return a mixer's state before the first token: zeros (B, E, K-1) in `dtype` and (B, E, N) in at least float32.
+
+    Raise ValueError for a batch size below 1, TypeError for a dtype that is not floating-point.
+    """
     if not isinstance(B, int) or isinstance(B, bool) or B < 1:
         raise ValueError(f"batch_size is {B!r}; allowed is the number of clips in a batch, an integer from 1 up")
     if not dtype.is_floating_point:
@@ -39,14 +43,17 @@ def zero_state(B: int, E: int, K: int, N: int, dtype: torch.dtype, device: torch
     return torch.zeros(B, E, K - 1, dtype=dtype, device=device), torch.zeros(B, E, N, dtype=precise, device=device)
 
 
-def zero_mean(like: State, D: int) -> State:
-    """(count, total) before the first token, for the clips and on the device of a mixer's state."""
-    ssm_state = like[1]
+def zero_mean_state(mixer_state: State, D: int) -> State:
+    """Return (count (), total (B, D)) before the first token, with the batch size and the device of a mixer's state."""
+    ssm_state = mixer_state[1]
     return torch.zeros((), dtype=torch.long, device=ssm_state.device), ssm_state.new_zeros(ssm_state.shape[0], D)
 
 
-def entries(state: ModelState, layers: int, with_mean: bool = False, name: str = "state") -> list[State]:
-    """The entries of a model's state by number. Raises ValueError for another number of them, TypeError for other things."""
+def unpack_state(state: ModelState, layers: int, with_mean: bool = False, name: str = "state") -> list[State]:
+    """Return the pairs of a model's state in the order of layers, with the running mean's last.
+
+    `name` is the argument's name in messages. Raise ValueError for another number of pairs, TypeError for another type.
+    """
     count = layers + with_mean
     due = f"one per layer ({layers})" + " and (count, total) of the running mean" * with_mean
     if not isinstance(state, list | tuple | Mapping):
@@ -57,33 +64,36 @@ def entries(state: ModelState, layers: int, with_mean: bool = False, name: str =
         raise ValueError(f"{name} has the keys {sorted(state, key=str)}; allowed: {due}, numbered from 0 to {count - 1}")
     if len(state) != count:
         raise ValueError(f"{name} has {len(state)} entries; allowed: {due}; `init_state` makes one")
-    found = [state[i] for i in range(count)]
-    for i, entry in enumerate(found):
+    pairs = [state[i] for i in range(count)]
+    for i, entry in enumerate(pairs):
         if not isinstance(entry, list | tuple) or len(entry) != 2 or not all(isinstance(x, Tensor) for x in entry):
             pair = "(conv_state, ssm_state)" if i < layers else "(count, total)"
             raise TypeError(
                 f"entry {i} of {name} is no pair of tensors {pair}; each half alone loses the tokens before the cut"
             )
-    return [(first, second) for first, second in found]
+    return [(first, second) for first, second in pairs]
 
 
-def packed(new: list[State], like: ModelState | None) -> ModelState:
-    """Entries in the kind of container that came; in a list if none came."""
+def pack_state(pairs: list[State], like: ModelState | None) -> ModelState:
+    """Return the pairs in a container of the same kind as `like`, or in a list if that is None."""
     if isinstance(like, Mapping):
-        return dict(enumerate(new))
-    return tuple(new) if isinstance(like, tuple) else new
+        return dict(enumerate(pairs))
+    return tuple(pairs) if isinstance(like, tuple) else pairs
 
 
 def check_state(state: State, x: Float[Tensor, "B L E"], K: int, N: int, layer: int | None) -> None:
-    """Raise unless a mixer's state fits the tokens x that its convolution is about to read: ValueError for a shape or device,
-    TypeError for a dtype."""
+    """Check a mixer's state against x, the input of its convolution; `layer` is named in messages.
+
+    Raise ValueError for another shape or device, TypeError for another dtype.
+    """
     B, _, E = x.shape
-    where = "" if layer is None else f" of layer {layer}"
-    _check("conv_state" + where, state[0], (B, E, K - 1), x.dtype, x.device)
-    _check("ssm_state" + where, state[1], (B, E, N), accumulation_dtype(x.dtype), x.device)
+    of_layer = "" if layer is None else f" of layer {layer}"
+    _check_tensor("conv_state" + of_layer, state[0], (B, E, K - 1), x.dtype, x.device)
+    _check_tensor("ssm_state" + of_layer, state[1], (B, E, N), accumulation_dtype(x.dtype), x.device)
 
 
-def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Raise ValueError for another shape or device, TypeError for another dtype, naming the tensor."""
     if tuple(tensor.shape) != shape:
         hint = "go on with the same clips, or begin a video with `init_state`"
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; allowed: {shape} for this batch and this model: {hint}")
@@ -95,53 +105,55 @@ def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype
 
 
 def running_mean(tokens: Float[Tensor, "B V D"], before: State | None) -> tuple[Float[Tensor, "B D"], State]:
-    """The mean over these tokens and all that came before, and the (count, total) to carry on. Sums in at least float32.
+    """Return the mean (B, D) over these tokens and all before, and the new (count, total). Sums are in at least float32.
 
-    Raises ValueError or TypeError for a (count, total) that does not fit.
+    `before` is the (count, total) of the tokens before, or None. Raise ValueError or TypeError if it does not fit.
     """
     precise = accumulation_dtype(tokens.dtype)
     count: Int[Tensor, ""] = torch.tensor(tokens.shape[1], device=tokens.device)
     total = tokens.to(precise).sum(1)
     if before is not None:
-        _check("count of the running mean", before[0], (), count.dtype, tokens.device)
-        _check("total of the running mean", before[1], tuple(total.shape), precise, tokens.device)
+        _check_tensor("count of the running mean", before[0], (), count.dtype, tokens.device)
+        _check_tensor("total of the running mean", before[1], tuple(total.shape), precise, tokens.device)
         count, total = before[0] + count, before[1] + total
     return (total / count).to(tokens.dtype), (count, total)
 
 
 def detach_state(state: Any) -> Any:
-    """The same state, of a mixer or a model, without the graph behind it: where truncated backpropagation stops.
+    """Return the state, of a mixer or a model, cut off from the autograd graph: truncated backpropagation stops here.
 
-    Shares memory with it, but for what was made in inference mode, which training cannot use: that is copied outside of it.
+    The result shares memory with the state. Only inference tensors, which training cannot use, are copied when the call is
+    outside of inference mode. Raise TypeError for anything but a state.
     """
 
-    def detached(x: Tensor) -> Tensor:
+    def detach(x: Tensor) -> Tensor:
         return x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x.detach()
 
-    return _mapped(state, detached, detached)
+    return _map_pairs(state, detach, detach)
 
 
 def state_to(state: Any, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Any:
-    """The same state, of a mixer or a model, on another device, or for a stream of another dtype; gradients flow through it.
+    """Return the state, of a mixer or a model, on another device or for a stream of another dtype. Gradients flow through.
 
-    `dtype` is the stream's: conv_state takes it, ssm_state and total take at least float32, count stays an integer.
+    conv_state takes `dtype`; ssm_state and total take at least float32; count stays an integer. Raise TypeError for anything
+    but a state.
     """
     precise = None if dtype is None else accumulation_dtype(dtype)
-    return _mapped(
+    return _map_pairs(
         state,
         lambda first: first.to(device=device, dtype=dtype if first.is_floating_point() else None),
         lambda second: second.to(device=device, dtype=precise),
     )
 
 
-def _mapped(state: Any, first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor]) -> Any:
-    """Functions of the first and second tensor of every pair, in containers of the same kinds."""
+def _map_pairs(state: Any, first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor]) -> Any:
+    """Apply `first` to the first tensor of every pair and `second` to the second, and keep the kinds of containers."""
     if isinstance(state, Mapping):
-        return {key: _mapped(entry, first, second) for key, entry in state.items()}
+        return {key: _map_pairs(entry, first, second) for key, entry in state.items()}
     if not isinstance(state, list | tuple):
         raise TypeError(f"state is a {type(state).__name__}; allowed: what `init_state` or a call with `return_state` gave")
     if len(state) == 2 and all(isinstance(x, Tensor) for x in state):
         mapped = [first(state[0]), second(state[1])]
     else:
-        mapped = [_mapped(entry, first, second) for entry in state]
+        mapped = [_map_pairs(entry, first, second) for entry in state]
     return tuple(mapped) if isinstance(state, tuple) else mapped

@@ -1,1 +1,1 @@
-"""The operators, one file each, as sequential loops over tokens."""
+"""The operators, one file each, written as their equations read."""

@@ -1,4 +1,4 @@
-"""Add and normalise: the step between two mixers, on the residual stream."""
+"""Residual addition and normalisation: the step between two mixers."""
 
 import torch
 from jaxtyping import Float
@@ -24,10 +24,11 @@ def add_norm(
         y = v / sqrt(mean(v^2) + eps) * weight + bias                          kind "rms"
         y = (v - mean(v)) / sqrt(mean((v - mean(v))^2) + eps) * weight + bias    kind "layer"
 
-    y comes from the sum before it is rounded for storage (mamba-ssm's `rms_norm_fn` and `layer_norm_fn`).
+    x and residual have one shape, (..., D); weight and bias are (D,). y is computed from the sum before the sum is rounded for
+    storage, as in mamba-ssm's `rms_norm_fn` and `layer_norm_fn`.
 
-    Returns y in x's dtype; with `prenorm` also v, the new residual: in the residual's dtype if one came, else in at least
-    float32 when `residual_in_fp32`, else in x's dtype. Raises ValueError for an unknown kind.
+    Return y in x's dtype. With `prenorm` also return v, the new residual: in the residual's dtype if one was given, else in at
+    least float32 when `residual_in_fp32`, else in x's dtype. Raise ValueError for an unknown kind.
     """
     if kind not in ("rms", "layer"):
         raise ValueError(f"kind is {kind!r}; allowed are 'rms' and 'layer'")
@@ -40,5 +41,5 @@ def add_norm(
         y = y + bias.to(precise)
     if not prenorm:
         return y.to(x.dtype)
-    stored = residual.dtype if residual is not None else precise if residual_in_fp32 else x.dtype
-    return y.to(x.dtype), v.to(stored)
+    residual_dtype = residual.dtype if residual is not None else precise if residual_in_fp32 else x.dtype
+    return y.to(x.dtype), v.to(residual_dtype)

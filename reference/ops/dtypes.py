@@ -1,4 +1,4 @@
-"""The dtype that operators compute in."""
+"""The dtype in which operators compute."""
 
 import torch
 

@@ -1,6 +1,6 @@
-"""Trainings in a process of their own, as `python -m fused.train` starts them.
+"""Run trainings in processes of their own, as `python -m fused.train` does.
 
-The processes are forked from one that has imported PyTorch and nothing has used: each costs milliseconds.
+The processes are forked from one that has imported PyTorch and not used it: each starts in milliseconds.
 """
 
 import multiprocessing
@@ -9,6 +9,8 @@ import runpy
 import signal
 import sys
 import time
+from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import torch
@@ -21,68 +23,72 @@ SMALL = (
     "data.frames=2 data.size=32 data.workers=0 data.scale=[0.9,1.0] model.depth=2 model.embed_dim=32 batch_size=4 "
     "optim.lr=3e-3 log_every=1 deterministic=true device=cpu"
 ).split()
-PATIENCE = 60  # seconds
+TIMEOUT = 60  # seconds
+
+Fault = Callable[[], None]  # called in the process before the training
 
 
-def start(*trainings: list[str], sabotage=None, out: Path | None = None):
-    """A process that runs one training after another; what it prints goes to `out`."""
+def start(*trainings: list[str], fault: Fault | None = None, output: Path | None = None) -> ForkServerProcess:
+    """Start a process that runs one training after another; what it prints is appended to the file `output`."""
     os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, Path(__file__).parent)))  # of the process that is forked
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trainings", "fused.train.loop", "torch._dynamo", "av", "yaml", "safetensors.torch"])
-    process = context.Process(target=_child, args=(trainings, sabotage, out))
+    process = context.Process(target=_run, args=(trainings, fault, output))
     process.start()
     return process
 
 
-def _child(trainings, sabotage, out) -> None:
-    if out is not None:
-        with open(out, "a") as file:
+def _run(trainings: tuple[list[str], ...], fault: Fault | None, output: Path | None) -> None:
+    if output is not None:
+        with open(output, "a") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-    multiprocessing.set_start_method("fork", force=True)  # for its workers: it was made by another method than they are
+    multiprocessing.set_start_method("fork", force=True)  # for data-loading workers; this process was made by forkserver
     torch.set_num_threads(1)
-    if sabotage is not None:
-        sabotage()
-    for words in trainings:
-        sys.argv = ["fused.train", *words]
+    if fault is not None:
+        fault()
+    for arguments in trainings:
+        sys.argv = ["fused.train", *arguments]
         try:
             runpy.run_module("fused.train", run_name="__main__", alter_sys=True)
-        except SystemExit as ended:
+        except SystemExit as exit_:
             sys.stdout.flush()
-            if ended.code:
-                sys.exit(ended.code)
+            if exit_.code:
+                sys.exit(exit_.code)
 
 
-def train(*trainings: list[str], sabotage=None, folder: Path) -> tuple[int, str]:
-    """The exit code of trainings one after another, and what they printed."""
-    said = folder / f"said-{time.monotonic_ns()}.txt"
-    code = _ended(start(*trainings, sabotage=sabotage, out=said))
-    return code, said.read_text()
+def train(*trainings: list[str], fault: Fault | None = None, folder: Path) -> tuple[int, str]:
+    """Return the exit code of trainings that run one after another, and what they printed."""
+    output = folder / f"output-{time.monotonic_ns()}.txt"
+    code = _join(start(*trainings, fault=fault, output=output))
+    return code, output.read_text()
 
 
-def _ended(process) -> int:
-    """Its exit code; a process that waits for one that is not there is killed."""
-    process.join(PATIENCE)
+def _join(process: ForkServerProcess) -> int:
+    """Return the exit code of a process; one that has not ended after TIMEOUT is killed."""
+    process.join(TIMEOUT)
     if process.is_alive():
         process.kill()
         process.join()
+    assert process.exitcode is not None
     return process.exitcode
 
 
-def killed_at(words: list[str], run: Path, step: int, number: signal.Signals, out: Path | None = None) -> int:
-    """Start a training, send a signal when its log has reached a step, and return the exit code."""
-    process = start(words, out=out)
+def signal_at_step(arguments: list[str], run: Path, step: int, number: signal.Signals, output: Path | None = None) -> int:
+    """Start a training, send it a signal when its log has reached a step, and return the exit code."""
+    process = start(arguments, output=output)
     while process.is_alive() and not any(line.get("step", 0) >= step for line in log(run)):
         time.sleep(0.01)
+    assert process.pid is not None
     os.kill(process.pid, number)
-    return _ended(process)
+    return _join(process)
 
 
-def videos(root: Path, each: int, sides: tuple[int, ...] = (0, 20)) -> Path:
-    """A folder of classes: how much of the frame is white at the left and at the right."""
+def class_folders(root: Path, videos_per_class: int, sides: tuple[int, ...] = (0, 20)) -> Path:
+    """Make a folder of two classes, which differ in the number of white columns at the left and right; return `root`."""
     for side in sides:
         (root / f"side{side}").mkdir(parents=True)
-        for i in range(each):
+        for i in range(videos_per_class):
             write_video(root / f"side{side}" / f"{i}.avi", frames=6 + i % 2, width=48, height=32, side=side, step=4 + i)
     return root

@@ -130,14 +130,15 @@ def in_processes():
 
     load = checkpoints.load
 
-    def apart(module, task, now):
-        return module.no_sync() if isinstance(module, torch.nn.parallel.DistributedDataParallel) else shared(module, task, now)
+    def apart(module, task, enabled):
+        ddp = isinstance(module, torch.nn.parallel.DistributedDataParallel)
+        return module.no_sync() if ddp else gradient_sync(module, task, enabled)
 
     def forgetful(checkpoint, model, optimizer, world):
         load(checkpoint, model, optimizer, world)
         if isinstance(model, torch.distributed.fsdp.FSDPModule):
             optimizer.state.clear()
 
-    shared = parallel.shared
+    gradient_sync = parallel.gradient_sync
     assert loop.parallel is parallel and loop.checkpoints is checkpoints
-    parallel.shared, checkpoints.load = apart, forgetful
+    parallel.gradient_sync, checkpoints.load = apart, forgetful

@@ -18,7 +18,7 @@ from harness.judge.registry import Implementation, checks, subjects
 from harness.judge.trial import Trial
 from harness.learning import arrow, digits, motion
 from harness.learning import trained_weights as trained
-from harness.learning.fit import Fitted, fit, wrong
+from harness.learning.fit import Fitted, count_wrong, fit
 from harness.learning.task import Task, allowed
 from harness.learning.tasks import TASKS
 from harness.runs import environment
@@ -76,21 +76,21 @@ def test_motion_is_learnt_and_it_is_motion() -> None:
     task = motion.TASK
     fitted, (clips, classes) = short(task), task.data().held_out
     asked = len(classes)
-    assert passes(task, fitted.looks[-1].wrong, asked), fitted.looks
-    assert passes(task, wrong(fitted.model, backwards(clips), OPPOSITE[classes]), asked)
-    assert not passes(task, wrong(fitted.model, backwards(clips), classes), asked)
+    assert passes(task, fitted.evaluations[-1].wrong, asked), fitted.evaluations
+    assert passes(task, count_wrong(fitted.model, backwards(clips), OPPOSITE[classes]), asked)
+    assert not passes(task, count_wrong(fitted.model, backwards(clips), classes), asked)
     generator = torch.Generator().manual_seed(0)
     order = torch.rand(asked, motion.FRAMES, generator=generator).argsort(dim=1)
     shuffled = clips[torch.arange(asked)[:, None], :, order].transpose(1, 2)
-    assert not passes(task, wrong(fitted.model, shuffled, classes), asked)
+    assert not passes(task, count_wrong(fitted.model, shuffled, classes), asked)
 
 
 @pytest.mark.parametrize("name", ["digits", "motion"])
 def test_what_was_not_trained_fails(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
     fitted = short(TASKS[name], steps=2)
-    assert not passes(TASKS[name], fitted.looks[-1].wrong, fitted.asked)
-    assert fitted.looks[-1].wrong == fitted.looks[0].wrong
+    assert not passes(TASKS[name], fitted.evaluations[-1].wrong, fitted.num_held_out)
+    assert fitted.evaluations[-1].wrong == fitted.evaluations[0].wrong
 
 
 def test_a_miss_is_exit_code_1_and_says_how_to_repeat_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +155,7 @@ def test_the_arrows_clips_are_of_other_times(monkeypatch: pytest.MonkeyPatch) ->
     data = arrow.data()
     seen, back = data.draw(torch.Generator().manual_seed(0), 512)
     held, reverse = data.held_out
-    assert seen.max() < arrow.SEEN * 132 < arrow.ASKED * 132 - 1 < held.min() and held.max() == 131
+    assert seen.max() < arrow.TRAIN_END * 132 < arrow.HELD_OUT_START * 132 - 1 < held.min() and held.max() == 131
     for clips, classes in ((seen, back), (held, reverse)):
         steps = clips.diff(dim=2)[:, 0, :, 0, 0]
         assert torch.equal(steps, (arrow.STRIDE * (1 - 2.0 * classes))[:, None].expand_as(steps))
@@ -193,7 +193,7 @@ def test_kept_weights_are_those_of_the_task() -> None:
     model = fused.VideoMamba(fused.VideoMambaConfig(**kept.config), backend="torch")
     model.load_state_dict(kept.weights, strict=True)
     clips, classes = motion.TASK.data().held_out
-    assert wrong(model, clips, classes) <= allowed(0.9, len(classes))
+    assert count_wrong(model, clips, classes) <= allowed(0.9, len(classes))
     seen = {tuple(p.flatten().tolist()) for p in digits.split(digits.images()[0])[0]}
     assert len(kept.pixels) == trained.DIGITS and not seen & {tuple(p.flatten().tolist()) for p in kept.pixels}
 

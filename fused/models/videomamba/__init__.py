@@ -1,1 +1,1 @@
-"""VideoMamba: classifier, encoder, streaming, weights."""
+"""VideoMamba: configuration, classifier, encoder, streaming, and published weights."""

@@ -1,11 +1,11 @@
-"""What a VideoMamba is built from: one frozen description for image model, video classifier and pretraining encoder."""
+"""The configuration of VideoMamba: one frozen description for image model, video classifier and pretraining encoder."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from fused.models.videomamba.scan_order import SCAN_ORDERS
-from fused.rules import COUNT, COUNT_OR_0, FLAG, POSITIVE, RATE, Rule, one_of, whole, wrong
+from fused.rules import COUNT, COUNT_OR_0, FLAG, POSITIVE, RATE, Rule, invalid, is_integer, one_of
 
 POOL_TYPES = ("cls", "avg", "cls+avg", "cls_cat_avg", "last")
 READOUTS = ("cls", "mean", "last", "tokens")
@@ -18,7 +18,7 @@ SSM_FIELDS = (
 
 @dataclass(frozen=True)
 class VideoMambaConfig:
-    """Upstream's fields with upstream's defaults; None where the value follows from the others.
+    """Upstream's fields with upstream's defaults; None where a value follows from other fields.
 
     `num_frames=None` describes the image model (two-dimensional patches, no temporal embedding). Raises ValueError or
     TypeError at construction; the message names the field, what came and what is allowed.
@@ -43,7 +43,7 @@ class VideoMambaConfig:
     fused_add_norm: bool = True
     bimamba: bool = True
     use_checkpoint: bool = False
-    checkpoint_num: int = 0  # use_checkpoint: mixers of this many first layers are run again in the backward pass
+    checkpoint_num: int = 0  # with use_checkpoint, the mixers of so many first layers run again in the backward pass
     readout: str = "cls"  # what the classifier's head reads; causal models: not "cls"
     pool_type: str = "cls+avg"  # what the encoder pools; causal models: "avg" or "last"
     clip_decoder_embed_dim: int | None = None  # None: embed_dim
@@ -67,28 +67,28 @@ class VideoMambaConfig:
         for f in fields(self):
             if f.name in _RULES:
                 _RULES[f.name].check(f.name, getattr(self, f.name))
-        self._check_together()
+        self._check_combinations()
 
-    def _check_together(self) -> None:
-        """What is allowed for one field depends on another."""
-        if not all(whole(side, self.patch_size) for side in self.sides) or len(self.sides) != 2:
+    def _check_combinations(self) -> None:
+        """Raise ValueError for a field whose value does not go with that of another."""
+        if not all(is_integer(side, self.patch_size) for side in self.sides) or len(self.sides) != 2:
             allowed = f"pixels, or (height, width), each at least patch_size ({self.patch_size})"
-            raise wrong("img_size", self.img_size, allowed)
+            raise invalid("img_size", self.img_size, allowed)
         if self.num_frames is not None and self.num_frames % self.kernel_size:
-            raise wrong("num_frames", self.num_frames, f"a multiple of kernel_size ({self.kernel_size}), or None")
+            raise invalid("num_frames", self.num_frames, f"a multiple of kernel_size ({self.kernel_size}), or None")
         unknown = sorted(set(self.ssm_cfg or ()) - set(SSM_FIELDS), key=str)
         if unknown:
-            raise wrong("ssm_cfg", unknown, "keys among " + ", ".join(sorted(SSM_FIELDS)))
+            raise invalid("ssm_cfg", unknown, "keys among " + ", ".join(sorted(SSM_FIELDS)))
         if self.clip_decoder_embed_dim not in (None, self.embed_dim):
             allowed = f"embed_dim ({self.embed_dim}), whose tokens enter the decoder, or None for the same"
-            raise wrong("clip_decoder_embed_dim", self.clip_decoder_embed_dim, allowed)
+            raise invalid("clip_decoder_embed_dim", self.clip_decoder_embed_dim, allowed)
         layers = self.student_layers()
         if any(layer < 0 for layer in layers) or len(set(layers)) < len(layers):
             allowed = (
                 f"as many distinct layers as depth ({self.depth}) and clip_student_return_interval "
                 f"({self.clip_student_return_interval}) leave"
             )
-            raise wrong("clip_return_layer", self.clip_return_layer, allowed)
+            raise invalid("clip_return_layer", self.clip_return_layer, allowed)
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -110,32 +110,32 @@ class VideoMambaConfig:
 
     @property
     def tubelets(self) -> int:
-        """Time steps that the patch embedding leaves of a clip; an image has 1."""
+        """Tubelets of a clip, the time steps behind the patch embedding; an image has 1."""
         return self.num_frames // self.kernel_size if self.num_frames is not None else 1
 
     def student_layers(self) -> tuple[int, ...]:
-        """The layers whose outputs the CLIP decoders read, ascending."""
+        """Return the numbers of the layers whose features the CLIP decoders read, ascending."""
         last, gap = self.depth - 1, self.clip_student_return_interval
         return tuple(last - int(k * gap) for k in reversed(range(self.clip_return_layer)))
 
     @classmethod
     def tiny(cls, **overrides: Any) -> "VideoMambaConfig":
-        """VideoMamba-Ti, 7 M parameters."""
+        """Return the configuration of VideoMamba-Ti, 7 M parameters."""
         return cls(**{"embed_dim": 192, "depth": 24, **overrides})
 
     @classmethod
     def small(cls, **overrides: Any) -> "VideoMambaConfig":
-        """VideoMamba-S, 26 M parameters."""
+        """Return the configuration of VideoMamba-S, 26 M parameters."""
         return cls(**{"embed_dim": 384, "depth": 24, **overrides})
 
     @classmethod
     def middle(cls, **overrides: Any) -> "VideoMambaConfig":
-        """VideoMamba-M, 74 M parameters."""
+        """Return the configuration of VideoMamba-M, 74 M parameters."""
         return cls(**{"embed_dim": 576, "depth": 32, **overrides})
 
     @classmethod
     def base(cls, **overrides: Any) -> "VideoMambaConfig":
-        """VideoMamba-B, 98 M parameters."""
+        """Return the configuration of VideoMamba-B, 98 M parameters."""
         return cls(**{"embed_dim": 768, "depth": 24, **overrides})
 
 

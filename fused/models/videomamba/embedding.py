@@ -154,6 +154,7 @@ def sincos_positions(rows: int, dim: int, device: torch.device, first: int = 0) 
 @lru_cache(maxsize=16)  # float64 sines on the CPU: 0.2 s for 64 frames of VideoMamba-M
 @torch.inference_mode(False)  # a tensor made in inference mode could not be used in training later
 def _cached_sincos(rows: int, dim: int, device: torch.device, first: int) -> Tensor:
+    """Return `_make_sincos` from a cache."""
     return _make_sincos(rows, dim, device, first)
 
 

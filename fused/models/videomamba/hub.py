@@ -1,7 +1,7 @@
 """Models by name: published weights, folders and repositories with config.json and model.safetensors side by side.
 
-The two files are those of huggingface_hub's `PyTorchModelHubMixin` for a class whose argument `config` is a dataclass: either
-reads what the other wrote. It is no base class here, so that `import fused` needs no huggingface_hub.
+The two files have the format of huggingface_hub's `PyTorchModelHubMixin` for a class whose argument `config` is a dataclass,
+and each side reads the other's files. The mixin is not a base class here, so that `import fused` needs no huggingface_hub.
 """
 
 import json
@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fused.io.atomic_write import written_whole
+from fused.io.atomic_write import atomic_write
 from fused.io.checkpoint_file import CheckpointError, read_checkpoint, save_checkpoint
 from fused.models.videomamba.config import VideoMambaConfig
 from fused.models.videomamba.load import load_checkpoint
@@ -39,10 +39,10 @@ class Pretrained:
         local_files_only: bool = False,
         **overrides: Any,
     ) -> T:
-        """A model on the CPU, in eval mode, with weights.
+        """Return a model on the CPU, in eval mode, with weights.
 
         `source` is a name in `fused.PRETRAINED`, a folder that `save_pretrained` wrote, or a repository of such files on the
-        Hugging Face hub. `overrides` are fields of the configuration that shall differ from what was trained, such as
+        Hugging Face hub. `overrides` are fields of the configuration that differ from the trained model's, such as
         num_classes, num_frames or img_size; weights are converted as by `load_checkpoint`, which takes `strict` and `inflate`
         and logs what it did. `revision`, `cache_dir`, `token` and `local_files_only` are huggingface_hub's.
 
@@ -74,13 +74,13 @@ class Pretrained:
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write config.json and model.safetensors, each whole or not at all, and return the folder.
+        """Write config.json and model.safetensors, each atomically, and return the folder.
 
-        Raises ImportError without safetensors, OSError if the disk is full; the files that were there then stay.
+        Raises ImportError without safetensors, OSError if the disk is full; the old files stay then.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with written_whole(folder / CONFIG) as draft:
+        with atomic_write(folder / CONFIG) as draft:
             draft.write_text(json.dumps(asdict(replace(self.config, pretrained=None)), indent=2) + "\n")
             save_checkpoint(self, folder / WEIGHTS)  # type: ignore[arg-type]
         return folder
@@ -88,7 +88,7 @@ class Pretrained:
     def push_to_hub(
         self, repository: str, *, token: str | bool | None = None, private: bool | None = None, message: str = "Weights"
     ) -> str:
-        """Upload what `save_pretrained` writes to a repository, which is made if there is none, and return the commit's URL."""
+        """Upload the files of `save_pretrained` to a repository, which is made if missing, and return the commit's URL."""
         api = _hub().HfApi(token=token)
         api.create_repo(repository, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
@@ -97,7 +97,7 @@ class Pretrained:
 
 
 def _read_config(path: Path) -> VideoMambaConfig:
-    """Fields that this version does not know are an error: the model would be another one."""
+    """Return the configuration in a file. Raises CheckpointError for unknown fields too: the model would be another one."""
     try:
         fields = json.loads(path.read_text())
         if isinstance(fields.get("img_size"), list):  # JSON has no tuples
@@ -110,11 +110,11 @@ def _read_config(path: Path) -> VideoMambaConfig:
 
 
 def _download(repository: str, file: str, remote: dict[str, Any]) -> Path:
-    """The file's path in huggingface_hub's cache."""
+    """Return a file's path in huggingface_hub's cache, downloaded if missing. Raises ConnectionError if that fails."""
     hub = _hub()
     try:
         return Path(hub.hf_hub_download(repository, file, **remote))
-    except Exception as error:  # not one class: offline, no such repository, no such file, proxies ...
+    except Exception as error:  # the causes have no common class: offline, no such repository, no such file, proxies
         raise ConnectionError(
             f"{file} of {repository} could not be downloaded and is not in the cache ({type(error).__name__}: {error}). "
             f"Where there is a network, fetch https://huggingface.co/{repository}/resolve/main/{file}; "
@@ -123,6 +123,7 @@ def _download(repository: str, file: str, remote: dict[str, Any]) -> Path:
 
 
 def _hub() -> Any:
+    """Return the module huggingface_hub; raise ImportError with what to do."""
     try:
         import huggingface_hub
     except ImportError as error:

@@ -1,7 +1,7 @@
-"""The layouts in which VideoMamba's weights are published: what is wrapped around them, and what stands before their names.
+"""The layouts in which VideoMamba's weights are published: containers around them and prefixes of their names.
 
 - bare, or under "model", "module" or "state_dict", beside a trainer's entries (optimizer, epoch, args ...)
-- names behind "module." (DDP), "_orig_mod." (torch.compile), "vision_encoder.", "backbone.", "encoder.", "student."
+- with prefixed names: "module." (DDP), "_orig_mod." (torch.compile), "vision_encoder.", "backbone.", "encoder.", "student."
 - beside other networks: the teacher of masked pretraining, the text encoder and projections of video-text models
 """
 
@@ -19,7 +19,7 @@ TEMPERATURE = "temp"  # of the contrastive loss
 
 
 class Weights(NamedTuple):
-    """A checkpoint's tensors by their plain names, what was taken off, and what is no weight of this network (and why)."""
+    """A checkpoint's tensors by their plain names, its layout in words, and the entries that were dropped, with the reason."""
 
     tensors: dict[str, Tensor]
     layout: str
@@ -27,19 +27,19 @@ class Weights(NamedTuple):
 
 
 def unwrap(checkpoint: Mapping[str, Any]) -> Weights:
-    """The weights of the video network in a checkpoint of any layout.
+    """Return the weights of the video network in a checkpoint of any layout.
 
     Raises CheckpointError if there are none, or if two names become the same without their prefixes.
     """
     dropped: dict[str, str] = {}
-    steps, content, path = [], checkpoint, ""
+    layout, content, path = [], checkpoint, ""
     while (wrapper := _wrapper(content)) is not None:
         dropped |= {path + str(name): f"beside {wrapper!r}, no weights" for name in content if name != wrapper}
-        steps.append(f"under {wrapper!r}")
+        layout.append(f"under {wrapper!r}")
         content, path = content[wrapper], f"{path}{wrapper}."
     tensors: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
-    taken: set[str] = set()
+    stripped: set[str] = set()
     for full, value in content.items():
         name, prefixes = _strip(str(full))
         if not isinstance(value, Tensor):
@@ -52,23 +52,24 @@ def unwrap(checkpoint: Mapping[str, Any]) -> Weights:
             )
         else:
             tensors[name], origin[name] = value, str(full)
-            taken.update(prefixes)
+            stripped.update(prefixes)
     if not tensors:
         found = ", ".join(map(repr, list(content)[:8])) or "nothing"
         raise CheckpointError(
             f"no tensors in this checkpoint: it holds {found}. Weights are expected there, or under one of "
             + ", ".join(map(repr, WRAPPERS))
         )
-    steps += [f"without {prefix!r}" for prefix in PREFIXES if prefix in taken]
-    return Weights(tensors, ", ".join(steps) or "bare", dropped)
+    layout += [f"without {prefix!r}" for prefix in PREFIXES if prefix in stripped]
+    return Weights(tensors, ", ".join(layout) or "bare", dropped)
 
 
 def _wrapper(content: Mapping[str, Any]) -> str | None:
+    """Return the name under which the weights are wrapped, None if they are not."""
     return next((name for name in WRAPPERS if isinstance(content.get(name), Mapping)), None)
 
 
 def _strip(name: str) -> tuple[str, list[str]]:
-    """The name without its prefixes, in whatever sequence they stand, and these."""
+    """Return the name without its prefixes, in any order, and these prefixes."""
     found = []
     while prefix := next((p for p in PREFIXES if name.startswith(p)), None):
         found.append(prefix)

@@ -1,4 +1,4 @@
-"""Published weights into a model: layouts, names, positions and patches for other sizes; and an account of every tensor."""
+"""Loading published weights: layouts, names, positions and patches for other sizes, and a report on every tensor."""
 
 import logging
 import re
@@ -15,23 +15,23 @@ from fused.models.videomamba.config import VideoMambaConfig
 from fused.models.videomamba.layouts import unwrap
 from fused.models.videomamba.resize import inflate_kernel, resize_frames, resize_grid
 
-# Parts that one kind of VideoMamba has and another has not: each is there as a whole, or is said to be missing.
+# parts that some kinds of VideoMamba have and others lack; a missing one is reported as such
 PARTS = ("head.", "clip_decoder.", "pool_norm.", "distill_head.")
-SHOWN = 5
+SHOWN = 5  # names in one line of a report
 
 _log = logging.getLogger("fused")
 
 
 @dataclass
 class LoadReport:
-    """What became of every tensor; prints as a summary."""
+    """The report on every tensor of a checkpoint and of a model; prints as a summary."""
 
     source: str
-    layout: str  # what was taken off around the weights and before their names
-    loaded: list[str] = field(default_factory=list)  # as they were, bit for bit
-    converted: dict[str, str] = field(default_factory=dict)  # name in the model -> how
-    initial: dict[str, str] = field(default_factory=dict)  # parameters that were left as they were -> why
-    dropped: dict[str, str] = field(default_factory=dict)  # entries of the checkpoint that were not used -> why
+    layout: str  # the containers and prefixes that were stripped
+    loaded: list[str] = field(default_factory=list)  # unchanged, bit for bit
+    converted: dict[str, str] = field(default_factory=dict)  # name in the model -> changes
+    initial: dict[str, str] = field(default_factory=dict)  # parameters that keep their initial values -> reason
+    dropped: dict[str, str] = field(default_factory=dict)  # entries of the checkpoint that were not used -> reason
 
     def __str__(self) -> str:
         lines = [f"{self.source} ({self.layout}): {len(self.loaded)} tensors loaded as they were"]
@@ -51,9 +51,9 @@ def load_checkpoint(
     inflate: str = "centre",
     grid: tuple[int, int] | None = None,
 ) -> LoadReport:
-    """Load weights of any published layout into a `VideoMamba` or `VideoMambaEncoder`, and report what became of them.
+    """Load weights of any published layout into a `VideoMamba` or `VideoMambaEncoder`, and return the report.
 
-    The file is read onto the CPU without running what is in it (`fused.read_checkpoint`). Converted where the model differs:
+    The file is read onto the CPU without running code in it (`fused.read_checkpoint`). Converted where the model differs:
     dtypes; `norm` and `norm_f`; the patches of an image model for clips (`inflate`: "centre" or "mean", see
     `resize.inflate_kernel`); positions, bicubic in space and linear in time. `grid` is the checkpoint's (rows,
     columns) of patches: by default the model's if it has as many, else a square. A head for other classes, and whole parts
@@ -61,7 +61,7 @@ def load_checkpoint(
     and reported.
 
     Anything else that is missing, left over or of another shape raises CheckpointError if `strict`, and is reported if not.
-    The report is logged too, as a warning if something was left at init. A model that an error comes from is unchanged.
+    The report is logged too, as a warning if something was left at init. After an error the model is unchanged.
 
     Raises FileNotFoundError, CheckpointError (a RuntimeError), ValueError for `inflate` or `grid`, TypeError for another model.
 
@@ -77,45 +77,50 @@ def load_checkpoint(
     weights = unwrap(given)
     report = LoadReport(source, weights.layout, dropped=dict(weights.dropped))
     parameters = dict(model.named_parameters())
-    tensors, how = _renamed(weights.tensors, parameters)
+    tensors, changes = _rename_norm(weights.tensors, parameters)
     image = "patch_embed.proj.weight" in tensors and tensors["patch_embed.proj.weight"].dim() == 4
     _leave_out(tensors, parameters, image, report)
 
-    fitting, wrong = {}, []
+    fitting, misfits = {}, []
     for name in tensors.keys() & parameters.keys():
-        value, done = _converted(name, tensors[name], config, inflate, grid)
-        how[name] = [*how.get(name, []), *done]
+        value, done = _convert(name, tensors[name], config, inflate, grid)
+        changes[name] = [*changes.get(name, []), *done]
         if value.shape == parameters[name].shape:
             fitting[name] = value
         else:
-            came = f"checkpoint {tuple(tensors[name].shape)}, model {tuple(parameters[name].shape)}"
-            wrong.append((name, came))
+            shapes = f"checkpoint {tuple(tensors[name].shape)}, model {tuple(parameters[name].shape)}"
+            misfits.append((name, shapes))
     missing = [name for name in parameters if name not in tensors and name not in report.initial]
     unexpected = [name for name in tensors if name not in parameters]
-    if not any(name.startswith("layers.") for name in fitting) or (strict and (wrong or missing or unexpected)):
-        _refuse(source, tensors, config, sorted(wrong), missing, unexpected)
-    report.initial |= {name: "of another shape: " + came for name, came in wrong} | dict.fromkeys(missing, "not there")
-    report.dropped |= {name: "of another shape: " + came for name, came in wrong} | dict.fromkeys(unexpected, "unknown")
-    _copy(fitting, parameters, how, report)
+    if not any(name.startswith("layers.") for name in fitting) or (strict and (misfits or missing or unexpected)):
+        _refuse(source, tensors, config, sorted(misfits), missing, unexpected)
+    report.initial |= {name: "of another shape: " + shapes for name, shapes in misfits} | dict.fromkeys(missing, "not there")
+    report.dropped |= {name: "of another shape: " + shapes for name, shapes in misfits} | dict.fromkeys(unexpected, "unknown")
+    _copy(fitting, parameters, changes, report)
     _log.log(logging.WARNING if report.initial else logging.INFO, "%s", report)
     return report
 
 
-def _renamed(tensors: dict[str, Tensor], parameters: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
-    """The final norm under the model's name: pretraining calls it `norm`, the classifier `norm_f`."""
-    renamed, how = {}, {}
+def _rename_norm(
+    tensors: dict[str, Tensor], parameters: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+    """Return the tensors with the final norm under the model's name, and the changes by name.
+
+    The encoder's name for it is `norm`, the classifier's `norm_f`.
+    """
+    renamed, changes = {}, {}
     ours, theirs = ("norm_f.", "norm.") if "norm_f.weight" in parameters else ("norm.", "norm_f.")
     swap = not any(name.startswith(ours) for name in tensors)
     for name, value in tensors.items():
         if swap and name.startswith(theirs):
-            how[ours + name.removeprefix(theirs)] = [f"renamed from {theirs}*"]
+            changes[ours + name.removeprefix(theirs)] = [f"renamed from {theirs}*"]
             name = ours + name.removeprefix(theirs)
         renamed[name] = value
-    return renamed, how
+    return renamed, changes
 
 
 def _leave_out(tensors: dict[str, Tensor], parameters: Mapping[str, Tensor], image: bool, report: LoadReport) -> None:
-    """Take from `tensors` what differs between kinds of VideoMamba by design, and report it."""
+    """Remove from `tensors` the parts that differ between kinds of VideoMamba by design, and report them."""
     for part in PARTS:
         ours, theirs = ([name for name in names if name.startswith(part)] for names in (parameters, tensors))
         if part == "head." and ours and set(ours) == set(theirs):
@@ -136,10 +141,10 @@ def _leave_out(tensors: dict[str, Tensor], parameters: Mapping[str, Tensor], ima
         report.dropped[name] = "the model is an image model"
 
 
-def _converted(
+def _convert(
     name: str, value: Tensor, config: VideoMambaConfig, inflate: str, grid: tuple[int, int] | None
 ) -> tuple[Tensor, list[str]]:
-    """The tensor for the model's sizes, and what was done to it."""
+    """Return the tensor for the model's sizes, and the changes in words."""
     if name == "patch_embed.proj.weight" and value.dim() == 4 and config.num_frames is not None:
         done = f"inflated to {config.kernel_size} frame(s), {inflate}"
         return inflate_kernel(value, config.kernel_size, inflate), [done]
@@ -156,16 +161,20 @@ def _converted(
 
 
 def _square(count: int) -> tuple[int, int] | None:
+    """Return the square grid of `count` patches, None if there is none."""
     side = round(count**0.5)
     return (side, side) if side * side == count else None
 
 
 @torch.no_grad()
-def _copy(fitting: dict[str, Tensor], parameters: Mapping[str, Tensor], how: dict[str, list[str]], report: LoadReport) -> None:
+def _copy(
+    fitting: dict[str, Tensor], parameters: Mapping[str, Tensor], changes: dict[str, list[str]], report: LoadReport
+) -> None:
+    """Copy the fitting tensors into the parameters, and report them as converted or loaded."""
     for name, parameter in parameters.items():
         if name not in fitting:
             continue
-        value, done = fitting[name], how.get(name, [])
+        value, done = fitting[name], changes.get(name, [])
         if value.dtype != parameter.dtype:
             done = [*done, f"{value.dtype} to {parameter.dtype}".replace("torch.", "")]
         parameter.copy_(value)
@@ -177,7 +186,7 @@ def _copy(fitting: dict[str, Tensor], parameters: Mapping[str, Tensor], how: dic
 
 def _refuse(
     source: str, tensors: dict[str, Tensor], config: VideoMambaConfig,
-    wrong: list[tuple[str, str]], missing: list[str], unexpected: list[str],
+    misfits: list[tuple[str, str]], missing: list[str], unexpected: list[str],
 ) -> None:  # fmt: skip
     """Raise CheckpointError with the first few of each, and what would explain all of them."""
     lines = [f"{source} does not fit this model; it is unchanged."]
@@ -185,11 +194,10 @@ def _refuse(
     layers = {int(found[1]) for name in tensors if (found := re.match(r"layers\.(\d+)\.", name))}
     if (width, len(layers)) != (config.embed_dim, config.depth):
         lines.append(f"  it has embed_dim {width} and depth {len(layers)}, the model {config.embed_dim} and {config.depth}")
-    shapes = {name: f"{name} {tuple(tensors[name].shape)}" for name in unexpected}
     for title, entries in (
-        ("of another shape", [f"{name} ({came})" for name, came in wrong]),
+        ("of another shape", [f"{name} ({shapes})" for name, shapes in misfits]),
         ("not in the checkpoint", missing),
-        ("not in the model", [shapes[name] for name in unexpected]),
+        ("not in the model", [f"{name} {tuple(tensors[name].shape)}" for name in unexpected]),
     ):
         if entries:
             lines.append(f"  {title}: {_some(entries)}")
@@ -197,4 +205,5 @@ def _refuse(
 
 
 def _some(names: list[str]) -> str:
+    """Return the first names, and the number of the others, as one line."""
     return ", ".join(names[:SHOWN]) + f" and {len(names) - SHOWN} more" * (len(names) > SHOWN)

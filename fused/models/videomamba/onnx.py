@@ -5,12 +5,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fused.io.atomic_write import written_whole
+from fused.io.atomic_write import atomic_write
 from fused.models.videomamba.model import VideoMamba
 
 
 class OnnxExport(NamedTuple):
-    """What `export_onnx` wrote."""
+    """The file that `export_onnx` wrote."""
 
     path: Path
     shape: tuple[int, ...]  # of the clips that it takes, and no others
@@ -18,11 +18,11 @@ class OnnxExport(NamedTuple):
 
 
 def export_onnx(model: VideoMamba, path: str | Path, *, batch: int = 1) -> OnnxExport:
-    """Write the classifier in eval mode as one ONNX file, whole or not at all; print and return how many nodes it has.
+    """Write the classifier in eval mode as one ONNX file, atomically; print and return the number of its nodes.
 
     The graph is that of the "torch" backend, in the parameters' dtype on the CPU, unrolled for clips of the model's own shape
-    (batch, C, T, H, W): input "clip", output "logits"; with distill_dim also "features". Another shape is refused by whatever
-    runs the file. `model` stays as it is.
+    (batch, C, T, H, W): input "clip", output "logits"; with distill_dim also "features". A runtime
+    refuses clips of another shape. `model` is not changed.
 
     Raises TypeError for another model, ValueError for a wrong batch, ImportError without onnx and onnxscript, OSError if the
     file cannot be written.
@@ -48,9 +48,9 @@ def export_onnx(model: VideoMamba, path: str | Path, *, batch: int = 1) -> OnnxE
             twin.eval(), (clip,), dynamo=True, input_names=["clip"], output_names=names, verbose=False,
             optimize=False,
         )  # fmt: skip
-    optimizer.fold_constants(program.model)  # its other passes take minutes for a model of full size
+    optimizer.fold_constants(program.model)  # the optimizer's other passes take minutes for a model of full size
     optimizer.remove_unused_nodes(program.model)
-    with written_whole(path) as draft:
+    with atomic_write(path) as draft:
         program.save(draft, external_data=False)  # the largest published model has 0.4 GB, a file may have 2
     written = OnnxExport(path, tuple(clip.shape), len(program.model.graph))
     print(f"{path}: {written.nodes} nodes for clips of shape {written.shape}")

@@ -1,4 +1,4 @@
-"""The weights published by VideoMamba's authors (huggingface.co/OpenGVLab/VideoMamba): names, files, and what they fit."""
+"""The weights that VideoMamba's authors published (huggingface.co/OpenGVLab/VideoMamba): names, files and configurations."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ CLASSES = {"in1k": 1000, "k400": 400, "ssv2": 174, "breakfast": 10, "coin": 180}
 
 @dataclass(frozen=True)
 class Published:
-    """One file, the model class that it is of, and that model's configuration."""
+    """One file of weights, with the class and the configuration of its model."""
 
     file: str
     model: str  # "VideoMamba" or "VideoMambaEncoder"
@@ -27,11 +27,12 @@ class Published:
 
     @property
     def url(self) -> str:
-        """Where a browser finds it."""
+        """The file's address for a browser."""
         return f"https://huggingface.co/{self.repository}/resolve/main/{self.file}"
 
 
-def _image() -> Iterator[Published]:
+def _image_models() -> Iterator[Published]:
+    """Yield the image classifiers."""
     for size, build in SIZES.items():
         for side, trained in ((224, "224"), (448, "224to448"), (576, "224to448to576")):
             if side == 224 or size != "b16":  # the base model has no larger one
@@ -39,7 +40,8 @@ def _image() -> Iterator[Published]:
                 yield Published(f"{name}.pth", "VideoMamba", build(num_classes=CLASSES["in1k"], num_frames=None, img_size=side))
 
 
-def _video() -> Iterator[Published]:
+def _video_models() -> Iterator[Published]:
+    """Yield the video classifiers."""
     short = [(frames, 224, "224") for frames in (8, 16)]
     long = [(frames, 224, "224") for frames in (32, 64)]
     trained = {
@@ -58,6 +60,7 @@ def _video() -> Iterator[Published]:
 
 
 def _encoders() -> Iterator[Published]:
+    """Yield the encoders of masked pretraining and of video-text models."""
     for data in ("k400", "ssv2"):
         config = VideoMambaConfig.middle(num_frames=8, add_pool_norm=False)
         yield Published(f"videomamba_m16_{data}_mask_pt_f8_res224.pth", "VideoMambaEncoder", config)
@@ -66,5 +69,6 @@ def _encoders() -> Iterator[Published]:
         yield Published(f"videomamba_m16_{data}_f8_res224.pth", "VideoMambaEncoder", config)
 
 
-# name (the file's without its suffix) -> what it is
-PRETRAINED = MappingProxyType({one.file.removesuffix(".pth"): one for kind in (_image, _video, _encoders) for one in kind()})
+KINDS = (_image_models, _video_models, _encoders)
+PRETRAINED = MappingProxyType({one.file.removesuffix(".pth"): one for kind in KINDS for one in kind()})
+"""Published weights by name, the file's name without its suffix."""

@@ -79,6 +79,7 @@ class _Permutation(torch.autograd.Function):
 @lru_cache(maxsize=16)  # a model uses a few orders; to make one in every forward costs kernel launches
 @torch.inference_mode(False)  # a tensor made in inference mode could not be used in training later
 def _cached_order(frames: int, patches: int, device: torch.device | None) -> Order:
+    """Return `_make_order` from a cache."""
     return _make_order(frames, patches, device)
 
 

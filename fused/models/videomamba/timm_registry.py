@@ -15,7 +15,7 @@ DEFAULT_TAGS = ("k400_f8_res224", "in1k_res224")  # of a video model, and of an 
 
 
 def register_timm() -> None:
-    """Make `videomamba_tiny`, `_small`, `_middle` and `_base` known to `timm.create_model`; again it does nothing.
+    """Register `videomamba_tiny`, `_small`, `_middle` and `_base` for `timm.create_model`; a second call does nothing.
 
     They take timm's `num_classes`, `in_chans`, `features_only`, `out_indices`, `pretrained` and `cache_dir`, the fields of
     `VideoMambaConfig` (num_frames=None is the image model), and `backend`. A tag names published weights:
@@ -23,7 +23,7 @@ def register_timm() -> None:
     """
     try:
         from timm.models import is_model, register_model
-    except Exception as error:  # a torchvision built for another PyTorch raises what it likes
+    except Exception as error:  # a torchvision that was built for another PyTorch may raise any exception
         raise ImportError(f"timm cannot be imported ({error}): pip install timm and a torchvision that fits PyTorch") from error
     for entry in (videomamba_tiny, videomamba_small, videomamba_middle, videomamba_base):
         if not is_model(entry.__name__):
@@ -31,22 +31,22 @@ def register_timm() -> None:
 
 
 def videomamba_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """VideoMamba-Ti, 7 M parameters."""
+    """Return a VideoMamba-Ti, 7 M parameters."""
     return _create("t16", pretrained, **kwargs)
 
 
 def videomamba_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """VideoMamba-S, 26 M parameters."""
+    """Return a VideoMamba-S, 26 M parameters."""
     return _create("s16", pretrained, **kwargs)
 
 
 def videomamba_middle(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """VideoMamba-M, 74 M parameters."""
+    """Return a VideoMamba-M, 74 M parameters."""
     return _create("m16", pretrained, **kwargs)
 
 
 def videomamba_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """VideoMamba-B, 98 M parameters."""
+    """Return a VideoMamba-B, 98 M parameters."""
     return _create("b16", pretrained, **kwargs)
 
 
@@ -62,11 +62,12 @@ def _create(
     backend: str = "auto",
     **fields: Any,
 ) -> nn.Module:
-    """`pretrained_cfg` is the tag behind the name, if there was one; timm's dictionaries describe no weights of these."""
+    """Return the model for timm's arguments. `pretrained_cfg` is the tag behind the name, if any; timm's dictionaries for its
+    own weights are refused with ValueError."""
     if pretrained_cfg_overlay or not isinstance(pretrained_cfg, str | None):
         raise ValueError("pretrained_cfg describes timm's own weights; name published ones by a tag, see fused.PRETRAINED")
     fields |= {} if in_chans is None else {"channels": in_chans}
-    if not pretrained_cfg:  # whatever the weights are of
+    if not pretrained_cfg:
         fields.setdefault("num_frames", 8)
     name = _weights(size, pretrained_cfg, fields.get("num_frames") is None) if pretrained or pretrained_cfg else ""
     if pretrained:
@@ -83,7 +84,7 @@ def _create(
 
 
 def _weights(size: str, tag: str | None, image: bool) -> str:
-    """The published name for a tag, or for none."""
+    """Return the name of the published weights for a tag, or the default without one. Raises ValueError for an unknown tag."""
     known = [name for name in PRETRAINED if name.startswith(f"videomamba_{size}_")]
     tags = (tag,) if tag else DEFAULT_TAGS[1:] if image else DEFAULT_TAGS
     for name in (f"videomamba_{size}_{one}" for one in tags):

@@ -16,7 +16,8 @@ from torch import Tensor
 from fused.ops.causal_conv1d import launch as conv
 from fused.ops.mamba_inner.kernels import PackedWeights, dt_proj_softplus, pack_weights
 from fused.ops.selective_scan import launch as scan
-from fused.ops.selective_scan.launch import SOFTPLUS_APPLIED, ScanGradients, ScanInputs, aligned_or_none, dense
+from fused.ops.selective_scan.kernel_source import SOFTPLUS_BY_CALLER
+from fused.ops.selective_scan.launch import ScanGradients, ScanInputs, aligned_or_none, dense
 from fused.ops.shapes import DirectionWeights
 
 DT_ALIGN = 16  # elements; 32 bytes of the narrowest dtype, which memory is read by
@@ -83,7 +84,7 @@ class Pipeline:
         _, B, C = self.split(dt_B_C)
         A, D = [aligned_or_none(x) for x in packed.A], [aligned_or_none(x) for x in packed.D]
         z, no_bias = None if self.z is None else dense(self.z), (None,) * len(delta)
-        inputs: Any = (self.reverses, c.unbind(), delta.unbind(), A, B, C, D, no_bias, z, SOFTPLUS_APPLIED, self.A_is_log)
+        inputs: Any = (self.reverses, c.unbind(), delta.unbind(), A, B, C, D, no_bias, z, SOFTPLUS_BY_CALLER, self.A_is_log)
         return ScanInputs(*inputs)
 
     def backward(

@@ -1,371 +1,433 @@
-// Backward: gradients of every input. With g_t the gradient of s_t,
+// The backward: gradients of every input. With g_t the gradient of h_t, a_t = exp(delta_t A), and dy_t the gradient of y_t
+// before the gate,
 //
-//     g_t = C_t dy_t + a_{t+1} g_{t+1}        w_t = g_t a_t s_{t-1}          a_t = exp(delta_t A)
-//     dB_t = delta_t u_t g_t                  dC_t = dy_t s_t                (summed over channels)
+//     g_t = C_t dy_t + a_{t+1} g_{t+1}        w_t = g_t a_t h_{t-1}
+//     dB_t = delta_t u_t g_t                  dC_t = dy_t h_t                (summed over channels)
 //     du_t = delta_t sum_n g_t B_t + D dy_t   ddelta_t = u_t sum_n g_t B_t + sum_n w_t A        dA = sum_t delta_t w_t
 //
-// A block walks CHANNELS channels of one clip and direction, or one piece of it, from its end. States come again from `marks`, the state
-// before every tile: first to every PIECE tokens, then PIECE tokens with a_t and a_t s_{t-1} kept in registers, then back.
+// The variable `adjoint` is a_{t+1} g_{t+1}, the gradient that comes from later tokens.
+//
+// Work distribution: a block scans CHANNELS channels of one clip and direction, or one split of them, from the last tile to the
+// first. It recomputes the states of a tile from tile_states, the state before every tile:
+//     1. It scans the tile and stores the state before every subtile in shared memory.
+//     2. For every subtile from the last to the first it scans the subtile again and keeps a_t and a_t h_{t-1} in registers.
+//        Then it goes back through the tokens of the subtile.
+// A sequence that is split is scanned twice, as in the forward: first by state passes, which compute the adjoint only
+// (COMPUTE_GRADIENTS false), then split by split.
+//
+// Shared memory:
+//     smem_delta           [TILE][CHANNELS]                                   float2 {delta, delta u}
+//     smem_dy, smem_u      [TILE][CHANNELS]                                   float each
+//     smem_BC              [TILE][B | C][PADDED_STATES]                       float
+//     smem_subtile_states  [NUM_SUBTILES - 1][THREAD_CHANNELS][STATE_VECTORS][THREADS]
+//                                                                         float4: the state before a subtile
+//     smem_du_ddelta       [du | ddelta][TILE][CHANNELS]                      float
+//     smem_dBC             [TILE][warp][dB | dC][PADDED_STATES]               float: sums over the channels of a warp
+//     prefetch             [PREFETCH_VECTORS][THREADS]                        IoVec4: the next tile's streams
+//     tile_state_prefetch  [THREAD_CHANNELS * STATE_VECTORS][THREADS]         float4: the state before the next tile
 
-#define CHANNELS (8 * BACKWARD_CHANNELS * BACKWARD_WARPS)
-#define THREADS (32 * BACKWARD_WARPS)
-#define K BACKWARD_CHANNELS
-#define PIECES (TILE / PIECE)
-#define WIDTH(E, N) (((E) * ((N) + 2) + 3) / 4 * 4)  // of a row of dA, dD and dbias, so that all rows are aligned
-#define TOGETHER (4 / K)  // tokens whose sums over the quarters are made together
-#define ROWS (TILE / K)
-#define MIXED (THREADS / (STATES / 2))
-#define MIXES ((TILE + MIXED - 1) / MIXED)
-#define SHARED_STEP (TILE * (CHANNELS * 16 + 2 * STATES * 4))
-#define SHARED_HELD ((PIECES - 1) * K * GROUPS * THREADS * 16)
-#define SHARED_OUT (2 * TILE * CHANNELS * 4)
-#define SHARED_SUMS (TILE * BACKWARD_WARPS * 2 * STATES * 4)
-#define RAW (5 * K + MIXES)  // groups of four that a thread fetches: u, delta, dy, z and the ungated y, then B and C
+#define THREAD_CHANNELS BWD_CHANNELS_PER_THREAD
+#define CHANNELS (8 * THREAD_CHANNELS * BWD_WARPS)  // of a block
+#define THREADS (32 * BWD_WARPS)
+#define NUM_SUBTILES (TILE / SUBTILE)
+#define TOKENS_PER_REDUCTION (4 / THREAD_CHANNELS)  // tokens whose sums over a channel's lanes are made at a time
+#define PREFETCH_VECTORS (5 * THREAD_CHANNELS + BC_LOADS)  // of a thread: u, delta, dy, z, y_pre_gate of its rows, then B and C
+#define SMEM_STAGED_BYTES (TILE * (CHANNELS * 16 + 2 * PADDED_STATES * 4))
+#define SMEM_SUBTILE_STATES_BYTES ((NUM_SUBTILES - 1) * THREAD_CHANNELS * STATE_VECTORS * THREADS * 16)
+#define SMEM_DU_DDELTA_BYTES (2 * TILE * CHANNELS * 4)
+#define SMEM_DBC_BYTES (TILE * BWD_WARPS * 2 * PADDED_STATES * 4)
+// Elements of a row of param_grads_partial: dA (E, N), dD (E,) and ddelta_bias (E,), and padding so that rows are aligned to
+// 16 bytes.
+#define PARAM_GRADS_ROW(E, N) (((E) * ((N) + 2) + 3) / 4 * 4)
 
-// Where a thread reads and writes at token 0: everything that a tile needs, staged as {delta, delta u}, dy and u a token and
-// channel and {B | C} a token; if not FULL only what the adjoint alone needs. The first direction also makes dz.
-struct Inputs {
-  const io *u, *delta, *z, *B, *C, *dout, *ungated;
-  int u_t, d_t, z_t, B_t, C_t, dout_t, dz_t;
-  io* dz;
+// The streams of one direction, at token 0 and at the thread's first channel. Only direction 0 writes dz.
+struct BackwardStreams {
+  const io_t *u, *delta, *z, *B, *C, *dy, *y_pre_gate;
+  int u_stride_t, delta_stride_t, z_stride_t, B_stride_t, C_stride_t, dy_stride_t, dz_stride_t;
+  io_t* dz;
 };
 
-template <bool FULL> DEVICE void backward_walk(
-    char* memory, Inputs in, const float* A, const float* D, const float* bias, const float* marks, const float* dfinal,
-    float* leave, float* sums, io* du, io* ddelta, float* parts, float* rows, float* dinitial,
-    int clips, int L, int E, int N, int cuts, int flags, Unit unit, int direction, int clip, int edge, bool back) {
-  float2* step = (float2*)memory;                                  // [TILE][CHANNELS] delta, delta u
-  float* dys = (float*)(step + TILE * CHANNELS);                   // [TILE][CHANNELS]
-  float* us = dys + TILE * CHANNELS;                               // [TILE][CHANNELS]
-  float* mix = (float*)(memory + TILE * CHANNELS * 16);            // [TILE][B | C][STATES]
-  float4* held = (float4*)(memory + SHARED_STEP);                  // [PIECES - 1][K][GROUPS][THREADS]
-  float* result = (float*)(memory + SHARED_STEP + SHARED_HELD);    // [du | ddelta][TILE][CHANNELS]
-  float* stash = result + 2 * TILE * CHANNELS;                     // [TILE][warp][dB | dC][STATES]
-  const int tid = threadIdx.x, warp = tid / 32;
-  const Place place(tid % 32);
-  const int blocks = (E + CHANNELS - 1) / CHANNELS, all = (L + TILE - 1) / TILE;
-  const i64 both = (i64)direction * clips + clip, one = both * cuts + unit.split;
-  const Walk walk(unit, back);
-  // As in the forward a thread stages every ROWS-th token, the last one first.
-  const int column = tid % (CHANNELS / 4) * 4, count = LEFT(E, edge + column), row = tid / (CHANNELS / 4);
-  const int tiles = walk.tiles(), hop = back ? ROWS : -ROWS, token = walk.token(tiles - 1, (K - 1) * ROWS + row);
-  const io *u = in.u + (i64)token * in.u_t, *delta = in.delta + (i64)token * in.d_t, *z = in.z + (i64)token * in.z_t;
-  const io* dout = in.dout + (i64)token * in.dout_t;
-  io* dz = in.dz + (i64)token * in.dz_t;
-  const int state = tid % (STATES / 4) * 4, mixed = tid / (STATES / 2), mixes = EXACT ? 4 : N - state;
-  const bool is_C = tid % (STATES / 2) >= STATES / 4;
-  const int mix_t = is_C ? in.C_t : in.B_t, mix_hop = (back ? -1 : 1) * mix_t;
-  const io* blend = (is_C ? in.C : in.B) + state + (i64)walk.token(tiles - 1, mixed) * mix_t;
-  i64 staged = (i64)token * E, written = staged;  // of the contiguous streams
+template <bool COMPUTE_GRADIENTS> DEVICE void scan_backward_item(
+    char* smem, BackwardStreams in, const float* A, const float* D, const float* delta_bias, const float* tile_states,
+    const float* dfinal_state, float* split_adjoints, float* delta_sums, io_t* du, io_t* ddelta, float* dBC_partial,
+    float* param_grads_partial, float* dinitial_state, int clips, int L, int E, int N, int num_splits, int flags, WorkItem item,
+    int direction, int clip, int first_channel, bool reverse) {
+  float2* smem_delta = (float2*)smem;
+  float* smem_dy = (float*)(smem_delta + TILE * CHANNELS);
+  float* smem_u = smem_dy + TILE * CHANNELS;
+  float* smem_BC = (float*)(smem + TILE * CHANNELS * 16);
+  float4* smem_subtile_states = (float4*)(smem + SMEM_STAGED_BYTES);
+  float* smem_du_ddelta = (float*)(smem + SMEM_STAGED_BYTES + SMEM_SUBTILE_STATES_BYTES);
+  float* smem_dBC = smem_du_ddelta + 2 * TILE * CHANNELS;
+  const int thread = threadIdx.x, warp = thread / 32;
+  const LanePosition lane(thread % 32);
+  const int channel_blocks = (E + CHANNELS - 1) / CHANNELS, tiles_of_clip = (L + TILE - 1) / TILE;
+  const i64 direction_clip = (i64)direction * clips + clip, direction_clip_split = direction_clip * num_splits + item.split;
+  const TileIterator tiles(item, reverse);
 
-  float rate[K][MINE], adjoint[K][MINE], dA[K][MINE], total[K], dD = 0.f, dbias = 0.f;
-  int slot[K];
+  // What a thread stages (see STAGE_ROW_STRIDE), the last row first. Pointers advance from the last token to the first.
+  const int column = thread % (CHANNELS / 4) * 4, valid_channels = VALID_OF_FOUR(E, first_channel + column);
+  const int row = thread / (CHANNELS / 4);
+  const int steps = tiles.num_tiles(), row_step = reverse ? STAGE_ROW_STRIDE : -STAGE_ROW_STRIDE;
+  const int last_token = tiles.token(steps - 1, (THREAD_CHANNELS - 1) * STAGE_ROW_STRIDE + row);
+  const io_t *u_ptr = in.u + (i64)last_token * in.u_stride_t, *delta_ptr = in.delta + (i64)last_token * in.delta_stride_t;
+  const io_t *z_ptr = in.z + (i64)last_token * in.z_stride_t, *dy_ptr = in.dy + (i64)last_token * in.dy_stride_t;
+  io_t* dz_ptr = in.dz + (i64)last_token * in.dz_stride_t;
+  const int state = thread % (PADDED_STATES / 4) * 4, BC_row = thread / BC_ROW_VECTORS;
+  const int valid_states = NO_PADDING ? 4 : N - state;
+  const bool is_C = thread % BC_ROW_VECTORS >= PADDED_STATES / 4;
+  const int BC_stride_t = is_C ? in.C_stride_t : in.B_stride_t, BC_step = (reverse ? -1 : 1) * BC_stride_t;
+  const io_t* BC_ptr = (is_C ? in.C : in.B) + state + (i64)tiles.token(steps - 1, BC_row) * BC_stride_t;
+  i64 read_offset = (i64)last_token * E, write_offset = read_offset;  // in the contiguous (L, E)
+
+  float A_log2e[THREAD_CHANNELS][STATES_PER_THREAD], adjoint[THREAD_CHANNELS][STATES_PER_THREAD];
+  float dA[THREAD_CHANNELS][STATES_PER_THREAD], delta_sum[THREAD_CHANNELS], dD = 0.f, ddelta_bias = 0.f;
+  int slot[THREAD_CHANNELS];  // channels of this lane, counted in the block
   #pragma unroll
-  for (int k = 0; k < K; k++) {
-    slot[k] = warp * 8 * K + 8 * k + place.channel, total[k] = 0.f;
-    load_rates(rate[k], A, edge + slot[k], E, N, place.quarter, flags);
-    load_states(adjoint[k], FULL && dfinal ? dfinal + both * E * N : 0, edge + slot[k], E, N, place.quarter);
+  for (int k = 0; k < THREAD_CHANNELS; k++) {
+    slot[k] = warp * 8 * THREAD_CHANNELS + 8 * k + lane.channel, delta_sum[k] = 0.f;
+    load_A_log2e(A_log2e[k], A, first_channel + slot[k], E, N, lane.quarter, flags);
+    load_states(
+        adjoint[k], COMPUTE_GRADIENTS && dfinal_state ? dfinal_state + direction_clip * E * N : 0, first_channel + slot[k],
+        E, N, lane.quarter);
     #pragma unroll
-    for (int i = 0; i < MINE; i++) dA[k][i] = 0.f;
+    for (int i = 0; i < STATES_PER_THREAD; i++) dA[k][i] = 0.f;
   }
-  if (FULL && unit.cut)
-    combine<K>(adjoint, rate, slot, leave + both * cuts * E * N, sums + both * cuts * E, back ? 0 : cuts - 1, unit.split, edge, E, N, place.quarter);
-  // after sums over the quarters, each of four lanes has one token and channel of TOGETHER tokens and K channels
-  const int own_token = K == 1 ? 2 * place.high + place.low : place.high, own = slot[K == 1 ? 0 : place.low];
-  const float skip = D && EXISTS(edge + own) ? D[edge + own] : 0.f;
-  const bool gates = FULL && GATED && direction == 0;
-  // what the next tile needs is on its way while this one is worked on, into places that only this thread reads
-  Quad* raw = (Quad*)(memory + SHARED_STEP + SHARED_HELD + SHARED_OUT + SHARED_SUMS) + tid;
-  float4* begun = (float4*)(raw - tid + RAW * THREADS) + tid;
-  auto ahead = [&](int tile) {
-    const int left = L - walk.tile(tile) * TILE;
-    Quad* to = raw;
+  if (COMPUTE_GRADIENTS && item.is_split)
+    combine_splits<THREAD_CHANNELS>(
+        adjoint, A_log2e, slot, split_adjoints + direction_clip * num_splits * E * N,
+        delta_sums + direction_clip * num_splits * E, reverse ? 0 : num_splits - 1, item.split, first_channel, E, N,
+        lane.quarter);
+  // After a reduction over the lanes of a channel a lane has the sums of one token and one channel: own_token and own_slot.
+  const int own_token = THREAD_CHANNELS == 1 ? 2 * lane.quarter_bit1 + lane.quarter_bit0 : lane.quarter_bit1;
+  const int own_slot = slot[THREAD_CHANNELS == 1 ? 0 : lane.quarter_bit0];
+  const float own_D = D && CHANNEL_EXISTS(first_channel + own_slot) ? D[first_channel + own_slot] : 0.f;
+  const bool writes_dz = COMPUTE_GRADIENTS && HAS_Z && direction == 0;
+
+  // Start the asynchronous loads of a tile. A thread loads only what itself will read.
+  IoVec4* prefetch =
+      (IoVec4*)(smem + SMEM_STAGED_BYTES + SMEM_SUBTILE_STATES_BYTES + SMEM_DU_DDELTA_BYTES + SMEM_DBC_BYTES) + thread;
+  float4* tile_state_prefetch = (float4*)(prefetch - thread + PREFETCH_VECTORS * THREADS) + thread;
+  auto prefetch_tile = [&](int step) {
+    const int tokens_left = L - tiles.tile(step) * TILE;
+    IoVec4* to = prefetch;
     #pragma unroll
-    for (int k = K - 1; k >= 0; k--, to += 5 * THREADS) {
-      const int n = walk.has(row + k * ROWS, left) ? count : 0;
-      if (FULL) fetch<VECTOR>(to, u, n);
-      fetch<VECTOR>(to + THREADS, delta, n), fetch<VECTOR>(to + 2 * THREADS, dout, n);
-      if (GATED) fetch<VECTOR>(to + 3 * THREADS, z, n);
-      if (gates) fetch<VECTOR>(to + 4 * THREADS, in.ungated + staged, n);
-      u += (i64)hop * in.u_t, delta += (i64)hop * in.d_t, dout += (i64)hop * in.dout_t, z += (i64)hop * in.z_t;
-      staged += (i64)hop * E;
+    for (int k = THREAD_CHANNELS - 1; k >= 0; k--, to += 5 * THREADS) {
+      const int count = tiles.row_exists(row + k * STAGE_ROW_STRIDE, tokens_left) ? valid_channels : 0;
+      if (COMPUTE_GRADIENTS) load_vec4_async<VECTORIZED>(to, u_ptr, count);
+      load_vec4_async<VECTORIZED>(to + THREADS, delta_ptr, count), load_vec4_async<VECTORIZED>(to + 2 * THREADS, dy_ptr, count);
+      if (HAS_Z) load_vec4_async<VECTORIZED>(to + 3 * THREADS, z_ptr, count);
+      if (writes_dz) load_vec4_async<VECTORIZED>(to + 4 * THREADS, in.y_pre_gate + read_offset, count);
+      u_ptr += (i64)row_step * in.u_stride_t, delta_ptr += (i64)row_step * in.delta_stride_t;
+      dy_ptr += (i64)row_step * in.dy_stride_t, z_ptr += (i64)row_step * in.z_stride_t;
+      read_offset += (i64)row_step * E;
     }
     #pragma unroll
-    for (int m = 0; m < MIXES; m++) {
-      const int r = mixed + m * MIXED;
-      fetch<VECTOR_BC>(to + m * THREADS, blend + (i64)(m * MIXED) * mix_hop, (FULL || is_C) && r < TILE && walk.has(r, left) ? mixes : 0);
+    for (int m = 0; m < BC_LOADS; m++) {
+      const int r = BC_row + m * BC_ROW_STRIDE;
+      load_vec4_async<VECTORIZED_BC>(
+          to + m * THREADS, BC_ptr + (i64)(m * BC_ROW_STRIDE) * BC_step,
+          (COMPUTE_GRADIENTS || is_C) && r < TILE && tiles.row_exists(r, tokens_left) ? valid_states : 0);
     }
-    blend -= (i64)TILE * mix_hop;
-    if (FULL && (EXACT || N % 4 == 0)) {
+    BC_ptr -= (i64)TILE * BC_step;
+    if (COMPUTE_GRADIENTS && (NO_PADDING || N % 4 == 0)) {
+      const float* tile_state = tile_states + (direction_clip * tiles_of_clip + tiles.tile(step)) * E * N;
       #pragma unroll
-      for (int i = 0; i < K * GROUPS; i++) {
-        const int channel = edge + slot[i / GROUPS], n = i % GROUPS * 16 + place.quarter * 4;
-        const bool here = EXACT || (channel < E && n < N);
-        copy_async<16>(begun + i * THREADS, marks + (both * all + walk.tile(tile)) * E * N + (here ? (i64)channel * N + n : 0), here);
+      for (int i = 0; i < THREAD_CHANNELS * STATE_VECTORS; i++) {
+        const int channel = first_channel + slot[i / STATE_VECTORS], n = i % STATE_VECTORS * 16 + lane.quarter * 4;
+        const bool exists = NO_PADDING || (channel < E && n < N);
+        copy_async<16>(tile_state_prefetch + i * THREADS, tile_state + (exists ? (i64)channel * N + n : 0), exists);
       }
     }
     copy_commit();
   };
-  ahead(tiles - 1);
-  for (int tile = tiles - 1; tile >= 0; tile--) {
-    const int left = L - walk.tile(tile) * TILE;
+  prefetch_tile(steps - 1);
+  for (int step = steps - 1; step >= 0; step--) {
+    const int tokens_left = L - tiles.tile(step) * TILE;
+
+    // Stage the tile.
     copy_wait<0>();
-    const Quad* from = raw;
-    float shift[4];  // read again for every tile: four registers less
+    const IoVec4* from = prefetch;
+    float bias[4];  // loaded again for every tile, which saves four registers
     #pragma unroll
-    for (int i = 0; i < 4; i++) shift[i] = bias && i < count ? __ldg(bias + edge + column + i) : 0.f;
+    for (int i = 0; i < 4; i++)
+      bias[i] = delta_bias && i < valid_channels ? __ldg(delta_bias + first_channel + column + i) : 0.f;
     #pragma unroll
-    for (int k = K - 1; k >= 0; k--) {
-      const int r = row + k * ROWS, n = walk.has(r, left) ? count : 0;
-      const Quad qu = from[0], qd = from[THREADS], qg = from[2 * THREADS], qz = from[3 * THREADS], qy = from[4 * THREADS];
-      float d[4], x[4], dy[4], made[4];
+    for (int k = THREAD_CHANNELS - 1; k >= 0; k--) {
+      const int r = row + k * STAGE_ROW_STRIDE, count = tiles.row_exists(r, tokens_left) ? valid_channels : 0;
+      const IoVec4 u_vec = from[0], delta_vec = from[THREADS], dy_vec = from[2 * THREADS], z_vec = from[3 * THREADS];
+      const IoVec4 y_pre_gate_vec = from[4 * THREADS];
+      float delta[4], u[4], dy[4], dz[4];
       from += 5 * THREADS;
       #pragma unroll
       for (int i = 0; i < 4; i++) {
-        const float raw = value(qd, i), g = value(qg, i), v = value(qz, i);
-        const float s = sigmoid(v), y = value(qy, i);
-        d[i] = SOFTPLUS == 2 ? raw : walk.has(r, left) ? step_of(raw + shift[i]) : 0.f, x[i] = value(qu, i), dy[i] = GATED ? g * v * s : g;
-        made[i] = g * y * s * (1.f + v * (1.f - s));
+        const float x = to_float(delta_vec, i), dout = to_float(dy_vec, i), z = to_float(z_vec, i);
+        const float sigmoid_z = sigmoid(z), y = to_float(y_pre_gate_vec, i);
+        delta[i] = SOFTPLUS == SOFTPLUS_BY_CALLER ? x : tiles.row_exists(r, tokens_left) ? activate_delta(x + bias[i]) : 0.f;
+        u[i] = to_float(u_vec, i), dy[i] = HAS_Z ? dout * z * sigmoid_z : dout;
+        dz[i] = dout * y * sigmoid_z * (1.f + z * (1.f - sigmoid_z));
       }
-      float4* to = (float4*)(step + r * CHANNELS + column);
-      to[0] = make_float4(d[0], d[0] * x[0], d[1], d[1] * x[1]), to[1] = make_float4(d[2], d[2] * x[2], d[3], d[3] * x[3]);
-      *(float4*)(dys + r * CHANNELS + column) = make_float4(dy[0], dy[1], dy[2], dy[3]);
-      if (FULL) *(float4*)(us + r * CHANNELS + column) = make_float4(x[0], x[1], x[2], x[3]);
-      if (gates) store(dz, made, n);
-      dz += (i64)hop * in.dz_t;
+      float4* to = (float4*)(smem_delta + r * CHANNELS + column);
+      to[0] = make_float4(delta[0], delta[0] * u[0], delta[1], delta[1] * u[1]);
+      to[1] = make_float4(delta[2], delta[2] * u[2], delta[3], delta[3] * u[3]);
+      *(float4*)(smem_dy + r * CHANNELS + column) = pack(dy);
+      if (COMPUTE_GRADIENTS) *(float4*)(smem_u + r * CHANNELS + column) = pack(u);
+      if (writes_dz) store_vec4(dz_ptr, dz, count);
+      dz_ptr += (i64)row_step * in.dz_stride_t;
     }
     #pragma unroll
-    for (int m = 0; m < MIXES; m++) {
-      const Quad q = from[m * THREADS];
-      if (TILE % MIXED == 0 || mixed + m * MIXED < TILE)
-        ((float4*)mix)[MIX_PLACE(m)] = make_float4(value(q, 0), value(q, 1), value(q, 2), value(q, 3));
+    for (int m = 0; m < BC_LOADS; m++) {
+      const IoVec4 BC = from[m * THREADS];
+      if (TILE % BC_ROW_STRIDE == 0 || BC_row + m * BC_ROW_STRIDE < TILE)
+        ((float4*)smem_BC)[BC_VECTOR_INDEX(m, BC_row, thread)] =
+            make_float4(to_float(BC, 0), to_float(BC, 1), to_float(BC, 2), to_float(BC, 3));
     }
-    float h[K][MINE];
-    if (FULL) {
+    float h[THREAD_CHANNELS][STATES_PER_THREAD];
+    if (COMPUTE_GRADIENTS) {
       #pragma unroll
-      for (int k = 0; k < K; k++) {
-        if (!EXACT && N % 4) load_states(h[k], marks + (both * all + walk.tile(tile)) * E * N, edge + slot[k], E, N, place.quarter);
-        else for (int g = 0; g < GROUPS; g++) take(h[k] + 4 * g, begun[(k * GROUPS + g) * THREADS]);
+      for (int k = 0; k < THREAD_CHANNELS; k++) {
+        if (!NO_PADDING && N % 4) {
+          load_states(
+              h[k], tile_states + (direction_clip * tiles_of_clip + tiles.tile(step)) * E * N, first_channel + slot[k], E, N,
+              lane.quarter);
+        } else {
+          for (int g = 0; g < STATE_VECTORS; g++)
+            unpack(h[k] + 4 * g, tile_state_prefetch[(k * STATE_VECTORS + g) * THREADS]);
+        }
       }
     }
     __syncthreads();
-    if (tile > 0) ahead(tile - 1);
+    if (step > 0) prefetch_tile(step - 1);
 
-    auto mixing = [&](float* v, int t, bool is_C) {
+    auto read_B_or_C = [&](float* v, int t, bool is_C) {
       #pragma unroll
-      for (int g = 0; g < GROUPS; g++) take(v + 4 * g, ((const float4*)mix)[t * (STATES / 2) + is_C * (STATES / 4) + g * 4 + place.quarter]);
+      for (int g = 0; g < STATE_VECTORS; g++)
+        unpack(v + 4 * g, ((const float4*)smem_BC)[t * BC_ROW_VECTORS + is_C * (PADDED_STATES / 4) + g * 4 + lane.quarter]);
     };
-    if (!FULL) {
+
+    // A state pass: only the adjoint.
+    if (!COMPUTE_GRADIENTS) {
       #pragma unroll 4
       for (int t = TILE - 1; t >= 0; t--) {
-        float c[MINE];
-        mixing(c, t, true);
+        float C[STATES_PER_THREAD];
+        read_B_or_C(C, t, true);
         #pragma unroll
-        for (int k = 0; k < K; k++) {
-          const float2 d = step[t * CHANNELS + slot[k]];
-          const float dy = dys[t * CHANNELS + slot[k]];
-          total[k] += d.x;
+        for (int k = 0; k < THREAD_CHANNELS; k++) {
+          const float delta = smem_delta[t * CHANNELS + slot[k]].x;
+          const float dy = smem_dy[t * CHANNELS + slot[k]];
+          delta_sum[k] += delta;
           #pragma unroll
-          for (int i = 0; i < MINE; i++) adjoint[k][i] = decay_of(d.x, rate[k][i]) * fmaf(c[i], dy, adjoint[k][i]);
+          for (int i = 0; i < STATES_PER_THREAD; i++)
+            adjoint[k][i] = exp_delta_A(delta, A_log2e[k][i]) * fmaf(C[i], dy, adjoint[k][i]);
         }
       }
       __syncthreads();
       continue;
     }
 
+    // 1. Scan all subtiles but the last one and store the state before each.
     #pragma unroll 1
-    for (int piece = 0; piece < PIECES - 1; piece++) {
+    for (int subtile = 0; subtile < NUM_SUBTILES - 1; subtile++) {
       #pragma unroll
-      for (int k = 0; k < K; k++)
+      for (int k = 0; k < THREAD_CHANNELS; k++)
         #pragma unroll
-        for (int g = 0; g < GROUPS; g++)
-          held[((piece * K + k) * GROUPS + g) * THREADS + tid] = make_float4(h[k][4 * g], h[k][4 * g + 1], h[k][4 * g + 2], h[k][4 * g + 3]);
+        for (int g = 0; g < STATE_VECTORS; g++)
+          smem_subtile_states[((subtile * THREAD_CHANNELS + k) * STATE_VECTORS + g) * THREADS + thread] = pack(h[k] + 4 * g);
       #pragma unroll
-      for (int t = piece * PIECE; t < (piece + 1) * PIECE; t++) {
-        float b[MINE];
-        mixing(b, t, false);
+      for (int t = subtile * SUBTILE; t < (subtile + 1) * SUBTILE; t++) {
+        float B[STATES_PER_THREAD];
+        read_B_or_C(B, t, false);
         #pragma unroll
-        for (int k = 0; k < K; k++) {
-          const float2 d = step[t * CHANNELS + slot[k]];
+        for (int k = 0; k < THREAD_CHANNELS; k++) {
+          const float2 staged = smem_delta[t * CHANNELS + slot[k]];
+          const float delta = staged.x, delta_u = staged.y;
           #pragma unroll
-          for (int i = 0; i < MINE; i++) h[k][i] = fmaf(decay_of(d.x, rate[k][i]), h[k][i], d.y * b[i]);
+          for (int i = 0; i < STATES_PER_THREAD; i++)
+            h[k][i] = fmaf(exp_delta_A(delta, A_log2e[k][i]), h[k][i], delta_u * B[i]);
         }
       }
     }
+
+    // 2. Gradients, from the last subtile to the first.
     #pragma unroll 1
-    for (int piece = PIECES - 1; piece >= 0; piece--) {
-      const int t0 = piece * PIECE;
-      if (piece < PIECES - 1) {
+    for (int subtile = NUM_SUBTILES - 1; subtile >= 0; subtile--) {
+      const int t0 = subtile * SUBTILE;
+      if (subtile < NUM_SUBTILES - 1) {
         #pragma unroll
-        for (int k = 0; k < K; k++)
+        for (int k = 0; k < THREAD_CHANNELS; k++)
           #pragma unroll
-          for (int g = 0; g < GROUPS; g++) take(h[k] + 4 * g, held[((piece * K + k) * GROUPS + g) * THREADS + tid]);
+          for (int g = 0; g < STATE_VECTORS; g++)
+            unpack(h[k] + 4 * g, smem_subtile_states[((subtile * THREAD_CHANNELS + k) * STATE_VECTORS + g) * THREADS + thread]);
       }
-      float decay[PIECE][K][MINE], kept[PIECE][K][MINE];
-      // the sums over channels of two tokens at a time: eight values over eight lanes
-      auto gather = [&](float* v, int t, int what) {
+      float a[SUBTILE][THREAD_CHANNELS][STATES_PER_THREAD];    // a_t
+      float a_h[SUBTILE][THREAD_CHANNELS][STATES_PER_THREAD];  // a_t h_{t-1}
+      // Sum dB or dC of the tokens t and t + 1 over the channels of the warp: eight values over eight lanes.
+      auto store_dB_or_dC = [&](float* v, int t, int is_C) {
         #pragma unroll
-        for (int g = 0; g < GROUPS; g++) {
-          float pair[8];
+        for (int g = 0; g < STATE_VECTORS; g++) {
+          float sums[8];
           #pragma unroll
-          for (int i = 0; i < 4; i++) pair[i] = v[4 * g + i], pair[4 + i] = v[MINE + 4 * g + i];
-          halve<8>(pair, 1, place.channel & 4);
-          halve<4>(pair, 16, place.channel & 2);
-          halve<2>(pair, 8, place.channel & 1);
-          const int token = t + ((place.channel & 4) != 0), n = g * 16 + place.quarter * 4 + (place.channel & 3);
-          stash[((token * BACKWARD_WARPS + warp) * 2 + what) * STATES + n] = pair[0];
+          for (int i = 0; i < 4; i++) sums[i] = v[4 * g + i], sums[4 + i] = v[STATES_PER_THREAD + 4 * g + i];
+          reduce_scatter<8>(sums, 1, lane.channel & 4);
+          reduce_scatter<4>(sums, 16, lane.channel & 2);
+          reduce_scatter<2>(sums, 8, lane.channel & 1);
+          const int token = t + ((lane.channel & 4) != 0), n = g * 16 + lane.quarter * 4 + (lane.channel & 3);
+          smem_dBC[((token * BWD_WARPS + warp) * 2 + is_C) * PADDED_STATES + n] = sums[0];
         }
       };
-      float both[2 * MINE];
+      float two_tokens[2 * STATES_PER_THREAD];  // dB or dC of two tokens
       #pragma unroll
-      for (int t = 0; t < PIECE; t++) {
-        float b[MINE], *dC = both + t % 2 * MINE;
-        mixing(b, t0 + t, false);
+      for (int t = 0; t < SUBTILE; t++) {
+        float B[STATES_PER_THREAD], *dC = two_tokens + t % 2 * STATES_PER_THREAD;
+        read_B_or_C(B, t0 + t, false);
         #pragma unroll
-        for (int k = 0; k < K; k++) {
-          const float2 d = step[(t0 + t) * CHANNELS + slot[k]];
-          const float dy = dys[(t0 + t) * CHANNELS + slot[k]];
+        for (int k = 0; k < THREAD_CHANNELS; k++) {
+          const float2 staged = smem_delta[(t0 + t) * CHANNELS + slot[k]];
+          const float delta = staged.x, delta_u = staged.y;
+          const float dy = smem_dy[(t0 + t) * CHANNELS + slot[k]];
           #pragma unroll
-          for (int i = 0; i < MINE; i++) {
-            decay[t][k][i] = decay_of(d.x, rate[k][i]), kept[t][k][i] = decay[t][k][i] * h[k][i];
-            h[k][i] = fmaf(d.y, b[i], kept[t][k][i]);
+          for (int i = 0; i < STATES_PER_THREAD; i++) {
+            a[t][k][i] = exp_delta_A(delta, A_log2e[k][i]), a_h[t][k][i] = a[t][k][i] * h[k][i];
+            h[k][i] = fmaf(delta_u, B[i], a_h[t][k][i]);
             dC[i] = k ? fmaf(dy, h[k][i], dC[i]) : dy * h[k][i];
           }
         }
-        if (t % 2) gather(both, t0 + t - 1, 1);
+        if (t % 2) store_dB_or_dC(two_tokens, t0 + t - 1, 1);
       }
-      float along_B[4], along_A[4];
+      float sums_gB[4], sums_wA[4];  // of a lane's states, for TOKENS_PER_REDUCTION tokens and THREAD_CHANNELS channels
       #pragma unroll
-      for (int t = PIECE - 1; t >= 0; t--) {
-        float b[MINE], c[MINE], *dB = both + t % 2 * MINE;
-        mixing(b, t0 + t, false), mixing(c, t0 + t, true);
+      for (int t = SUBTILE - 1; t >= 0; t--) {
+        float B[STATES_PER_THREAD], C[STATES_PER_THREAD], *dB = two_tokens + t % 2 * STATES_PER_THREAD;
+        read_B_or_C(B, t0 + t, false), read_B_or_C(C, t0 + t, true);
         #pragma unroll
-        for (int k = 0; k < K; k++) {
-          const float2 d = step[(t0 + t) * CHANNELS + slot[k]];
-          const float dy = dys[(t0 + t) * CHANNELS + slot[k]];
-          float sum_B = 0.f, sum_A = 0.f;
+        for (int k = 0; k < THREAD_CHANNELS; k++) {
+          const float2 staged = smem_delta[(t0 + t) * CHANNELS + slot[k]];
+          const float delta = staged.x, delta_u = staged.y;
+          const float dy = smem_dy[(t0 + t) * CHANNELS + slot[k]];
+          float sum_gB = 0.f, sum_wA = 0.f;
           #pragma unroll
-          for (int i = 0; i < MINE; i++) {
-            const float g = fmaf(c[i], dy, adjoint[k][i]), w = g * kept[t][k][i];
-            sum_B = fmaf(g, b[i], sum_B), sum_A = fmaf(w, rate[k][i], sum_A);
-            dA[k][i] = fmaf(w, d.x, dA[k][i]), adjoint[k][i] = g * decay[t][k][i];
-            dB[i] = k ? fmaf(d.y, g, dB[i]) : d.y * g;
+          for (int i = 0; i < STATES_PER_THREAD; i++) {
+            const float g = fmaf(C[i], dy, adjoint[k][i]), w = g * a_h[t][k][i];
+            sum_gB = fmaf(g, B[i], sum_gB), sum_wA = fmaf(w, A_log2e[k][i], sum_wA);
+            dA[k][i] = fmaf(w, delta, dA[k][i]), adjoint[k][i] = g * a[t][k][i];
+            dB[i] = k ? fmaf(delta_u, g, dB[i]) : delta_u * g;
           }
-          along_B[t % TOGETHER * K + k] = sum_B, along_A[t % TOGETHER * K + k] = sum_A;
+          sums_gB[t % TOKENS_PER_REDUCTION * THREAD_CHANNELS + k] = sum_gB;
+          sums_wA[t % TOKENS_PER_REDUCTION * THREAD_CHANNELS + k] = sum_wA;
         }
-        if (t % 2 == 0) gather(both, t0 + t, 0);
-        if (t % TOGETHER) continue;
-        halve<4>(along_B, HIGH, place.high), halve<2>(along_B, LOW, place.low);
-        halve<4>(along_A, HIGH, place.high), halve<2>(along_A, LOW, place.low);
-        const int row = t0 + t + own_token;
-        const float d = step[row * CHANNELS + own].x, dy = dys[row * CHANNELS + own], x = us[row * CHANNELS + own];
-        const float dd = fmaf(x, along_B[0], along_A[0] * LN2) * (SOFTPLUS ? slope(d) : 1.f);
-        dD = fmaf(dy, x, dD), dbias += SOFTPLUS || walk.has(row, left) ? dd : 0.f;
-        result[row * CHANNELS + own] = fmaf(d, along_B[0], skip * dy), result[(TILE + row) * CHANNELS + own] = dd;
+        if (t % 2 == 0) store_dB_or_dC(two_tokens, t0 + t, 0);
+        if (t % TOKENS_PER_REDUCTION) continue;
+        reduce_scatter<4>(sums_gB, LANE_QUARTER_BIT1, lane.quarter_bit1);
+        reduce_scatter<2>(sums_gB, LANE_QUARTER_BIT0, lane.quarter_bit0);
+        reduce_scatter<4>(sums_wA, LANE_QUARTER_BIT1, lane.quarter_bit1);
+        reduce_scatter<2>(sums_wA, LANE_QUARTER_BIT0, lane.quarter_bit0);
+        const int r = t0 + t + own_token, own = r * CHANNELS + own_slot;
+        const float delta = smem_delta[own].x, dy = smem_dy[own], u = smem_u[own];
+        const float ddelta_own =
+            fmaf(u, sums_gB[0], sums_wA[0] * LN2) * (SOFTPLUS != SOFTPLUS_NONE ? softplus_derivative(delta) : 1.f);
+        dD = fmaf(dy, u, dD);
+        ddelta_bias += SOFTPLUS != SOFTPLUS_NONE || tiles.row_exists(r, tokens_left) ? ddelta_own : 0.f;
+        smem_du_ddelta[own] = fmaf(delta, sums_gB[0], own_D * dy);
+        smem_du_ddelta[TILE * CHANNELS + own] = ddelta_own;
       }
     }
     __syncthreads();
+
+    // Store the gradients of the tile.
     #pragma unroll
-    for (int k = K - 1; k >= 0; k--) {
-      const int r = row + k * ROWS, n = walk.has(r, left) ? count : 0;
-      store(du + written, result + r * CHANNELS + column, n);
-      store(ddelta + written, result + (TILE + r) * CHANNELS + column, n);
-      written += (i64)hop * E;
+    for (int k = THREAD_CHANNELS - 1; k >= 0; k--) {
+      const int r = row + k * STAGE_ROW_STRIDE, count = tiles.row_exists(r, tokens_left) ? valid_channels : 0;
+      store_vec4(du + write_offset, smem_du_ddelta + r * CHANNELS + column, count);
+      store_vec4(ddelta + write_offset, smem_du_ddelta + (TILE + r) * CHANNELS + column, count);
+      write_offset += (i64)row_step * E;
     }
-    for (int i = tid; i < TILE * STATES / 2; i += THREADS) {
-      const int r = i / (STATES / 2);
-      if (!walk.has(r, left)) continue;
+    for (int i = thread; i < TILE * BC_ROW_VECTORS; i += THREADS) {
+      const int r = i / BC_ROW_VECTORS;
+      if (!tiles.row_exists(r, tokens_left)) continue;
       float4 sum = {};
       #pragma unroll
-      for (int w = 0; w < BACKWARD_WARPS; w++) {
-        const float4 x = ((const float4*)stash)[(r * BACKWARD_WARPS + w) * (STATES / 2) + i % (STATES / 2)];
+      for (int w = 0; w < BWD_WARPS; w++) {
+        const float4 x = ((const float4*)smem_dBC)[(r * BWD_WARPS + w) * BC_ROW_VECTORS + i % BC_ROW_VECTORS];
         sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
       }
-      ((float4*)parts)[(i64)walk.token(tile, r) * blocks * (STATES / 2) + i % (STATES / 2)] = sum;
+      ((float4*)dBC_partial)[(i64)tiles.token(step, r) * channel_blocks * BC_ROW_VECTORS + i % BC_ROW_VECTORS] = sum;
     }
   }
 
   #pragma unroll
-  for (int k = 0; k < K; k++) {
-    const int channel = edge + slot[k];
-    if (!FULL) store_states(leave + one * E * N, adjoint[k], channel, E, N, place.quarter);
-    else if (dinitial && (back ? unit.to == all : unit.from == 0)) store_states(dinitial + both * E * N, adjoint[k], channel, E, N, place.quarter);
-    if (!FULL) { if (place.quarter == 0 && EXISTS(channel)) sums[one * E + channel] = total[k]; continue; }
-    store_states(rows + one * WIDTH(E, N), dA[k], channel, E, N, place.quarter);
+  for (int k = 0; k < THREAD_CHANNELS; k++) {
+    const int channel = first_channel + slot[k];
+    if (!COMPUTE_GRADIENTS)
+      store_states(split_adjoints + direction_clip_split * E * N, adjoint[k], channel, E, N, lane.quarter);
+    else if (dinitial_state && (reverse ? item.end_tile == tiles_of_clip : item.first_tile == 0))
+      store_states(dinitial_state + direction_clip * E * N, adjoint[k], channel, E, N, lane.quarter);
+    if (!COMPUTE_GRADIENTS) {
+      if (lane.quarter == 0 && CHANNEL_EXISTS(channel)) delta_sums[direction_clip_split * E + channel] = delta_sum[k];
+      continue;
+    }
+    store_states(param_grads_partial + direction_clip_split * PARAM_GRADS_ROW(E, N), dA[k], channel, E, N, lane.quarter);
   }
-  if (!FULL) return;
-  dD += __shfl_xor_sync(0xffffffffu, dD, HIGH), dbias += __shfl_xor_sync(0xffffffffu, dbias, HIGH);
-  if (K == 1) dD += __shfl_xor_sync(0xffffffffu, dD, LOW), dbias += __shfl_xor_sync(0xffffffffu, dbias, LOW);
-  if (!place.high && (K == 2 || !place.low) && EXISTS(edge + own)) {
-    float* row = rows + one * WIDTH(E, N) + E * N + edge + own;  // dA, dD, dbias of this walk
-    row[0] = dD, row[E] = dbias;
+  if (!COMPUTE_GRADIENTS) return;
+  dD += __shfl_xor_sync(0xffffffffu, dD, LANE_QUARTER_BIT1);
+  ddelta_bias += __shfl_xor_sync(0xffffffffu, ddelta_bias, LANE_QUARTER_BIT1);
+  if (THREAD_CHANNELS == 1) {
+    dD += __shfl_xor_sync(0xffffffffu, dD, LANE_QUARTER_BIT0);
+    ddelta_bias += __shfl_xor_sync(0xffffffffu, ddelta_bias, LANE_QUARTER_BIT0);
+  }
+  if (!lane.quarter_bit1 && (THREAD_CHANNELS == 2 || !lane.quarter_bit0) && CHANNEL_EXISTS(first_channel + own_slot)) {
+    float* row = param_grads_partial + direction_clip_split * PARAM_GRADS_ROW(E, N) + E * N + first_channel + own_slot;
+    row[0] = dD, row[E] = ddelta_bias;
   }
 }
 
-#define BACKWARD(FULL) \
-    backward_walk<FULL>(memory, in, d ? A1 : A0, d ? D1 : D0, d ? bias1 : bias0, marks, dfinal, leave, sums, \
-                        (d ? du1 : du0) + clip * L * E + corner, (d ? ddelta1 : ddelta0) + clip * L * E + corner, \
-                        parts + ((d * clips + clip) * L * blocks + block) * 2 * STATES, rows, dinitial, (int)clips, (int)L, (int)E, \
-                        (int)N, (int)cuts, (int)flags, unit, d, (int)clip, block * CHANNELS, back)
+#define SCAN_BACKWARD_ITEM(COMPUTE_GRADIENTS) \
+    scan_backward_item<COMPUTE_GRADIENTS>( \
+        smem, in, d ? A1 : A0, d ? D1 : D0, d ? delta_bias1 : delta_bias0, tile_states, dfinal_state, split_adjoints, \
+        delta_sums, (d ? du1 : du0) + clip * L * E + column, (d ? ddelta1 : ddelta0) + clip * L * E + column, \
+        dBC_partial + ((d * clips + clip) * L * channel_blocks + channel_block) * 2 * PADDED_STATES, param_grads_partial, \
+        dinitial_state, (int)clips, (int)L, (int)E, (int)N, (int)num_splits, (int)flags, item, d, (int)clip, \
+        channel_block * CHANNELS, reverse)
 
-// du, ddelta (clip, L, E) of either direction; dz; `parts` (direction, clip, L, block of channels, dB | dC)
-// and `rows` (direction, clip, piece, dA | dD | dbias), to be summed; `dinitial` (direction, clip, E, N) the adjoint of what
-// entered a chain. `dfinal` likewise is that of what left it, or 0. Passes leave in `leave` (direction, clip, piece, E, N) the
-// adjoint of what enters every piece but a chain's first when nothing leaves it, and `sums` of delta (direction, clip, piece, E).
-KERNEL(scan_backward, THREADS, BACKWARD_BLOCKS)(
-    STREAMS, const io *dout, i64 dout_b, i64 dout_t, const io *ungated, const float *marks, const float *dfinal, float *leave,
-    float *sums, io *du0, io *du1, io *ddelta0, io *ddelta1, io *dz, i64 dz_b, i64 dz_t, float *parts, float *rows,
-    float *dinitial, int *counts, i64 passes, i64 even, SIZES) {
-  SHARED(memory);
-  const Turn turn(memory, counts, (int)whole, (int)passes, (int)even);
-  Unit unit(turn.place, (int)whole, (int)cuts - turn.pass, (int)span, (int)L);
-  const int d = unit.chain % DIRECTIONS, blocks = ((int)E + CHANNELS - 1) / CHANNELS, block = unit.chain / DIRECTIONS % blocks;
-  const bool back = DIRECTIONS == 2 ? d : flags & REVERSE;
-  const i64 clip = unit.chain / DIRECTIONS / blocks, corner = block * CHANNELS + threadIdx.x % (CHANNELS / 4) * 4;
-  const Inputs in = {
-    (d ? u1 : u0) + clip * u_b + corner, (d ? delta1 : delta0) + clip * d_b + corner, z ? z + clip * z_b + corner : 0,
-    (d ? B1 : B0) + clip * B_b, (d ? C1 : C0) + clip * C_b, dout + clip * dout_b + corner,
-    ungated ? ungated + clip * L * E + corner : 0,
-    (int)u_t, (int)d_t, (int)z_t, (int)B_t, (int)C_t, (int)dout_t, (int)dz_t,
-    dz ? dz + clip * dz_b + corner : 0};
-  if (turn.pass) {
-    if (!back) unit.next((int)L);
-    BACKWARD(false);
-    turn.passed(counts, unit, (int)whole);
+// Inputs beside the streams
+//   dy                    (clip, L, E) the gradient of the forward's output
+//   y_pre_gate            (clip, L, E), if HAS_Z
+//   tile_states           (direction, clip, tile, E, N)
+//   dfinal_state          (direction, clip, E, N) the gradient of final_state, or null for zeros
+// Outputs
+//   du, ddelta            (clip, L, E) of direction 0 and 1
+//   dz                    (clip, L, E), if HAS_Z
+//   dinitial_state        (direction, clip, E, N) the gradient of initial_state, or null
+//   dBC_partial           (direction, clip, L, block of channels, dB | dC, PADDED_STATES), for scan_backward_reduce to sum
+//   param_grads_partial   (direction, clip, split, PARAM_GRADS_ROW), for scan_backward_reduce to sum
+// Split-L, null if no sequence is split
+//   split_adjoints        (direction, clip, split, E, N) the adjoint that every split but the first one of a sequence hands to
+//                         the split before it, if it gets zero from the split after it
+//   delta_sums            (direction, clip, split, E) the sum of delta over the same splits
+KERNEL(scan_backward, THREADS, BWD_MIN_BLOCKS_PER_SM)(
+    STREAM_PARAMS, const io_t *dy, i64 dy_stride_b, i64 dy_stride_t, const io_t *y_pre_gate, const float *tile_states,
+    const float *dfinal_state, float *split_adjoints, float *delta_sums, io_t *du0, io_t *du1, io_t *ddelta0, io_t *ddelta1,
+    io_t *dz, i64 dz_stride_b, i64 dz_stride_t, float *dBC_partial, float *param_grads_partial, float *dinitial_state,
+    int *work_counters, i64 num_state_passes, i64 unsplit_per_scheduler, SIZE_PARAMS) {
+  SHARED(smem);
+  const WorkQueue work(smem, work_counters, (int)num_unsplit, (int)num_state_passes, (int)unsplit_per_scheduler);
+  WorkItem item(work.index, (int)num_unsplit, (int)num_splits - work.is_state_pass, (int)tiles_per_split, (int)L);
+  const int d = item.sequence % DIRECTIONS, channel_blocks = ((int)E + CHANNELS - 1) / CHANNELS;
+  const int channel_block = item.sequence / DIRECTIONS % channel_blocks;
+  const bool reverse = DIRECTIONS == 2 ? d : flags & REVERSE;
+  const i64 clip = item.sequence / DIRECTIONS / channel_blocks;
+  const i64 column = channel_block * CHANNELS + threadIdx.x % (CHANNELS / 4) * 4;  // the first of four that the thread stages
+  const BackwardStreams in = {
+    (d ? u1 : u0) + clip * u_stride_b + column, (d ? delta1 : delta0) + clip * delta_stride_b + column,
+    z ? z + clip * z_stride_b + column : 0, (d ? B1 : B0) + clip * B_stride_b, (d ? C1 : C0) + clip * C_stride_b,
+    dy + clip * dy_stride_b + column, y_pre_gate ? y_pre_gate + clip * L * E + column : 0,
+    (int)u_stride_t, (int)delta_stride_t, (int)z_stride_t, (int)B_stride_t, (int)C_stride_t, (int)dy_stride_t, (int)dz_stride_t,
+    dz ? dz + clip * dz_stride_b + column : 0};
+  if (work.is_state_pass) {
+    if (!reverse) item.next_split((int)L);
+    SCAN_BACKWARD_ITEM(false);
+    work.finish_state_pass(work_counters, item, (int)num_unsplit);
     return;
   }
-  if (unit.cut) turn.wait(counts, unit, (int)whole, (int)cuts);
-  BACKWARD(true);
-}
-
-// What blocks have left, summed one after another, a number a thread: over blocks of channels `parts`, which make dB and dC, and
-// over clips and their pieces `rows`, which make dA (of log(-A) with LOGARITHM), dD and dbias.
-KERNEL(scan_sums, 256, 1)(
-    const float *parts, io *dB0, io *dB1, i64 dB_b, i64 dB_t, io *dC0, io *dC1, i64 dC_b, i64 dC_t, const float *rows, i64 width,
-    const float *A0, const float *A1, float *dA0, float *dA1, float *dD0, float *dD1, float *dbias0, float *dbias1, SIZES) {
-  const int each = (int)((L * 2 * STATES + 255) / 256);  // blocks of a clip; a grid has room for many clips only along x
-  const i64 d = blockIdx.y, blocks = (E + CHANNELS - 1) / CHANNELS;
-  float sum = 0.f;
-  if (blockIdx.x < each * clips) {
-    const i64 clip = blockIdx.x / each, i = (i64)(blockIdx.x % each) * 256 + threadIdx.x, token = i / (2 * STATES);
-    const int n = i % STATES, is_C = i / STATES % 2;
-    if (token >= L || n >= N) return;
-    const float* p = parts + ((d * clips + clip) * L + token) * blocks * 2 * STATES + i % (2 * STATES);
-    #pragma unroll 8
-    for (i64 k = 0; k < blocks; k++) sum += p[k * 2 * STATES];
-    if (is_C) (d ? dC1 : dC0)[clip * dC_b + token * dC_t + n] = rounded(sum);
-    else (d ? dB1 : dB0)[clip * dB_b + token * dB_t + n] = rounded(sum);
-    return;
-  }
-  const i64 i = (blockIdx.x - each * clips) * 256 + threadIdx.x, beyond = i - E * N;
-  if (beyond >= 2 * E) return;
-  const i64 block = (beyond < 0 ? i / N : beyond % E) / CHANNELS;
-  for (i64 clip = 0; clip < clips; clip++) {
-    const i64 pieces = (clip * blocks + block) * DIRECTIONS + d < whole ? 1 : cuts;
-    #pragma unroll 4
-    for (i64 k = 0; k < pieces; k++) sum += rows[((d * clips + clip) * cuts + k) * width + i];
-  }
-  if (beyond < 0) (d ? dA1 : dA0)[i] = flags & LOGARITHM ? sum * -expf((d ? A1 : A0)[i]) : sum;
-  else if (beyond < E) (d ? dD1 : dD0)[beyond] = sum;
-  else (d ? dbias1 : dbias0)[beyond - E] = sum;
+  if (item.is_split) work.wait_for_state_passes(work_counters, item, (int)num_unsplit, (int)num_splits);
+  SCAN_BACKWARD_ITEM(true);
 }

@@ -2,8 +2,8 @@
 
     s_t = a_t s_{t-1} + w_t           a_t = exp(delta_t * A)
 
-The tokens are cut into splits that step together, each from a state of zero. Splits are joined by their decays, twice as many at
-each step. The product of the decays up to each token then adds the share of the state that entered its split. A graph so has
+The tokens are cut into splits that step together, each from a state of zero. Splits are joined by their decays, twice as many
+at each step. The product of the decays up to each token then adds the share of the state that entered its split. A graph so has
 about 8 + log2(L) steps for L tokens, and holds all L states at once.
 """
 

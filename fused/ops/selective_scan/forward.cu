@@ -1,241 +1,297 @@
-// Forward: y, final states, and what the backward wants. A block walks CHANNELS channels of one clip, or one piece of it; with
-// two directions half of its warps come from either end. They meet in the middle: who comes to a token first leaves its y in
-// the output, who comes second adds its own, and only then is the sum gated. One direction alone adds what is `beside` it.
-// Chains that are cut are walked twice: once for the states that leave their pieces (not FULL), then piece by piece from what
-// enters them.
+// The forward: y (one direction), or (y of direction 0 + y of direction 1), times silu(z) = z sigmoid(z) if there is z; the
+// final states; and what the backward needs.
+//
+// Work distribution: a block scans CHANNELS channels of one clip, or one split of them. With two directions, half of its
+// warps scan from the first token and half from the last, and they meet in the middle. The direction that comes to a token
+// first stores its y in the output. The direction that comes second adds its own y and multiplies the sum by silu(z). One
+// direction alone adds y_other_direction.
+//
+// A sequence that is split is scanned twice: first by state passes, which compute the final states of its splits only
+// (COMPUTE_OUTPUTS false), then split by split from the state before each.
+//
+// Shared memory, for each direction:
+//     smem_delta  [TILE][CHANNELS]               float2 {delta, delta u}
+//     smem_BC     [TILE][B | C][PADDED_STATES]   float
+//     smem_y      [TILE][Y_ROW]                  float: D u, then D u + sum_n C h
 
-#define CHANNELS (8 * FORWARD_CHANNELS * FORWARD_WARPS)
-#define THREADS (32 * FORWARD_WARPS)
-#define K FORWARD_CHANNELS
-#define ROW (CHANNELS + 8)                                            // of y, so that four rows lie in different banks
-#define ROWS (TILE / K)                                               // a thread stages every ROWS-th token's u and delta,
-#define MIXED (THREADS / (STATES / 2))                                // and B or C of every MIXED-th,
-#define MIXES ((TILE + MIXED - 1) / MIXED)                            // MIXES in all
-// a warp that is a direction's only one shares nothing with others, but where the directions meet
-#define SETTLE(meet) do { if (FORWARD_WARPS > 1 || (DIRECTIONS == 2 && (meet))) __syncthreads(); else __syncwarp(); } while (0)
-#define SHARED_FORWARD (TILE * (CHANNELS * 8 + 2 * STATES * 4 + ROW * 4))  // bytes of one direction
+#define THREAD_CHANNELS FWD_CHANNELS_PER_THREAD
+#define CHANNELS (8 * THREAD_CHANNELS * FWD_WARPS)  // of a block
+#define THREADS (32 * FWD_WARPS)                    // of a direction
+#define Y_ROW (CHANNELS + 8)                        // four rows lie in different banks
+#define SMEM_Y_OFFSET (TILE * (CHANNELS * 8 + 2 * PADDED_STATES * 4))
+#define SMEM_DIRECTION_BYTES (SMEM_Y_OFFSET + TILE * Y_ROW * 4)
+// A direction of a single warp shares data with other warps only where the directions meet.
+#define SYNC_DIRECTION(meet) \
+    do { if (FWD_WARPS > 1 || (DIRECTIONS == 2 && (meet))) __syncthreads(); else __syncwarp(); } while (0)
 
-template <bool FULL> DEVICE void forward_walk(
-    char* memory, const io* u_, i64 u_b, int u_t, const io* delta_, i64 d_b, int d_t, const io* z, i64 z_b, int z_t,
-    const io* B_, i64 B_b, int B_t, const io* C_, i64 C_b, int C_t, const float* A, const float* D, const float* bias,
-    const float* initial, float* enter, float* local, float* sums, float* last, float* marks, io* out, io* ungated,
-    const io* beside, int clips, int L, int E, int N, int cuts, int flags, Unit unit, int direction, bool back) {
-  char* mine = memory + direction * SHARED_FORWARD;
-  float2* step = (float2*)mine;                                        // [TILE][CHANNELS] delta, delta u
-  float* mix = (float*)(mine + TILE * CHANNELS * 8);                   // [TILE][B | C][STATES]
-  float* y = mix + TILE * 2 * STATES;                                  // [TILE][ROW]
-  const int tid = threadIdx.x % THREADS, warp = tid / 32;
-  const Place place(tid % 32);
-  const int blocks = (E + CHANNELS - 1) / CHANNELS, clip = unit.chain / blocks, edge = unit.chain % blocks * CHANNELS;
-  const Walk walk(unit, back);
-  const i64 both = (i64)direction * clips + clip, one = both * cuts + unit.split;
-  const float* start = !FULL ? 0 : unit.cut && !local ? enter + one * E * N : initial ? initial + both * E * N : 0;
-  // A thread stages four channels of every ROWS-th token, and four states of every MIXED-th: pointers hop from one to the next.
-  const int column = tid % (CHANNELS / 4) * 4, count = LEFT(E, edge + column), row = tid / (CHANNELS / 4);
-  const int hop = back ? -ROWS : ROWS, token = walk.token(0, row);
-  const io* u = u_ + clip * u_b + edge + column + (i64)token * u_t;
-  const io* delta = delta_ + clip * d_b + edge + column + (i64)token * d_t;
-  const io* gates = z + clip * z_b + edge + column + (i64)token * z_t;
-  const int state = tid % (STATES / 4) * 4, mixed = tid / (STATES / 2), mixes = EXACT ? 4 : N - state;
-  const bool is_C = tid % (STATES / 2) >= STATES / 4;
-  const int mix_t = is_C ? C_t : B_t, mix_hop = (back ? -1 : 1) * mix_t;
-  const io* blend = (is_C ? C_ + clip * C_b : B_ + clip * B_b) + state + (i64)walk.token(0, mixed) * mix_t;
-  i64 at = ((i64)clip * L + token) * E + edge + column;
-  io* parks = KEEPS && GATED ? ungated : out;
+template <bool COMPUTE_OUTPUTS> DEVICE void scan_forward_item(
+    char* smem, const io_t* u_base, i64 u_stride_b, int u_stride_t,
+    const io_t* delta_base, i64 delta_stride_b, int delta_stride_t, const io_t* z_base, i64 z_stride_b, int z_stride_t,
+    const io_t* B_base, i64 B_stride_b, int B_stride_t, const io_t* C_base, i64 C_stride_b, int C_stride_t,
+    const float* A, const float* D, const float* delta_bias, const float* initial_state, float* split_initial_states,
+    float* split_final_states, float* delta_sums, float* final_state, float* tile_states, io_t* y_out, io_t* y_pre_gate,
+    const io_t* y_other_direction, int clips, int L, int E, int N, int num_splits, int flags, WorkItem item, int direction,
+    bool reverse) {
+  char* smem_direction = smem + direction * SMEM_DIRECTION_BYTES;
+  float2* smem_delta = (float2*)smem_direction;
+  float* smem_BC = (float*)(smem_direction + TILE * CHANNELS * 8);
+  float* smem_y = smem_BC + TILE * 2 * PADDED_STATES;
+  const int thread = threadIdx.x % THREADS, warp = thread / 32;
+  const LanePosition lane(thread % 32);
+  const int channel_blocks = (E + CHANNELS - 1) / CHANNELS;
+  const int clip = item.sequence / channel_blocks, first_channel = item.sequence % channel_blocks * CHANNELS;
+  const TileIterator tiles(item, reverse);
+  const i64 direction_clip = (i64)direction * clips + clip, direction_clip_split = direction_clip * num_splits + item.split;
+  const float* state_before = !COMPUTE_OUTPUTS                      ? 0
+                              : item.is_split && !split_final_states ? split_initial_states + direction_clip_split * E * N
+                              : initial_state                        ? initial_state + direction_clip * E * N
+                                                                     : 0;
 
-  float rate[K][MINE], h[K][MINE], total[K];
-  int slot[K];
+  // What a thread stages (see STAGE_ROW_STRIDE). Pointers advance from each of its rows to the next, in the order of the scan.
+  const int column = thread % (CHANNELS / 4) * 4, valid_channels = VALID_OF_FOUR(E, first_channel + column);
+  const int row = thread / (CHANNELS / 4);
+  const int row_step = reverse ? -STAGE_ROW_STRIDE : STAGE_ROW_STRIDE, first_token = tiles.token(0, row);
+  const io_t* u_ptr = u_base + clip * u_stride_b + first_channel + column + (i64)first_token * u_stride_t;
+  const io_t* delta_ptr = delta_base + clip * delta_stride_b + first_channel + column + (i64)first_token * delta_stride_t;
+  const io_t* z_ptr = z_base + clip * z_stride_b + first_channel + column + (i64)first_token * z_stride_t;
+  const int state = thread % (PADDED_STATES / 4) * 4, BC_row = thread / BC_ROW_VECTORS;
+  const int valid_states = NO_PADDING ? 4 : N - state;
+  const bool is_C = thread % BC_ROW_VECTORS >= PADDED_STATES / 4;
+  const int BC_stride_t = is_C ? C_stride_t : B_stride_t, BC_step = (reverse ? -1 : 1) * BC_stride_t;
+  const io_t* BC_ptr = (is_C ? C_base + clip * C_stride_b : B_base + clip * B_stride_b) + state +
+                       (i64)tiles.token(0, BC_row) * BC_stride_t;
+  i64 y_offset = ((i64)clip * L + first_token) * E + first_channel + column;  // in the contiguous (clip, L, E)
+  io_t* y_partial = STORE_TILE_STATES && HAS_Z ? y_pre_gate : y_out;
+
+  float A_log2e[THREAD_CHANNELS][STATES_PER_THREAD], h[THREAD_CHANNELS][STATES_PER_THREAD], delta_sum[THREAD_CHANNELS];
+  int slot[THREAD_CHANNELS];  // channels of this lane, counted in the block
   #pragma unroll
-  for (int k = 0; k < K; k++) {
-    slot[k] = warp * 8 * K + 8 * k + place.channel, total[k] = 0.f;
-    load_rates(rate[k], A, edge + slot[k], E, N, place.quarter, flags);
-    load_states(h[k], start, edge + slot[k], E, N, place.quarter);
+  for (int k = 0; k < THREAD_CHANNELS; k++) {
+    slot[k] = warp * 8 * THREAD_CHANNELS + 8 * k + lane.channel, delta_sum[k] = 0.f;
+    load_A_log2e(A_log2e[k], A, first_channel + slot[k], E, N, lane.quarter, flags);
+    load_states(h[k], state_before, first_channel + slot[k], E, N, lane.quarter);
   }
-  if (FULL && unit.cut && local) {
-    const int to = back && flags & STATES_ONLY ? unit.split - 1 : unit.split;
-    combine<K>(h, rate, slot, local + both * cuts * E * N, sums + both * cuts * E, back ? cuts - 1 : 0, to, edge, E, N, place.quarter);
-    float* kept = to >= 0 && to < cuts ? enter + (both * cuts + to) * E * N : last + both * E * N;
+  if (COMPUTE_OUTPUTS && item.is_split && split_final_states) {
+    const int to = reverse && flags & STATES_ONLY ? item.split - 1 : item.split;
+    combine_splits<THREAD_CHANNELS>(
+        h, A_log2e, slot, split_final_states + direction_clip * num_splits * E * N,
+        delta_sums + direction_clip * num_splits * E, reverse ? num_splits - 1 : 0, to, first_channel, E, N, lane.quarter);
+    float* combined = to >= 0 && to < num_splits ? split_initial_states + (direction_clip * num_splits + to) * E * N
+                                                 : final_state + direction_clip * E * N;
     #pragma unroll
-    for (int k = 0; k < K; k++) store_states(kept, h[k], edge + slot[k], E, N, place.quarter);
+    for (int k = 0; k < THREAD_CHANNELS; k++) store_states(combined, h[k], first_channel + slot[k], E, N, lane.quarter);
     if (flags & STATES_ONLY) return;
   }
-  float shift[4], skip[4];
+  float bias[4], D_column[4];
   #pragma unroll
   for (int i = 0; i < 4; i++) {
-    shift[i] = bias && i < count ? bias[edge + column + i] : 0.f;
-    skip[i] = FULL && D && i < count ? D[edge + column + i] : 0.f;
+    bias[i] = delta_bias && i < valid_channels ? delta_bias[first_channel + column + i] : 0.f;
+    D_column[i] = COMPUTE_OUTPUTS && D && i < valid_channels ? D[first_channel + column + i] : 0.f;
   }
 
-  Quad next_u[K], next_delta[K], next_mix[MIXES];
-  auto fetch = [&](int left) {
+  IoVec4 next_u[THREAD_CHANNELS], next_delta[THREAD_CHANNELS], next_BC[BC_LOADS];
+  auto load_next_tile = [&](int tokens_left) {
     #pragma unroll
-    for (int k = 0; k < K; k++) {
-      const int n = walk.has(row + k * ROWS, left) ? count : 0;
-      next_u[k] = load<VECTOR>(u, n), next_delta[k] = load<VECTOR>(delta, n);
-      u += (i64)hop * u_t, delta += (i64)hop * d_t;
+    for (int k = 0; k < THREAD_CHANNELS; k++) {
+      const int count = tiles.row_exists(row + k * STAGE_ROW_STRIDE, tokens_left) ? valid_channels : 0;
+      next_u[k] = load_vec4<VECTORIZED>(u_ptr, count), next_delta[k] = load_vec4<VECTORIZED>(delta_ptr, count);
+      u_ptr += (i64)row_step * u_stride_t, delta_ptr += (i64)row_step * delta_stride_t;
     }
     #pragma unroll
-    for (int m = 0; m < MIXES; m++) {
-      const int r = mixed + m * MIXED;
-      next_mix[m] = load<VECTOR_BC>(blend + (i64)(m * MIXED) * mix_hop, (FULL || !is_C) && r < TILE && walk.has(r, left) ? mixes : 0);
+    for (int m = 0; m < BC_LOADS; m++) {
+      const int r = BC_row + m * BC_ROW_STRIDE;
+      next_BC[m] = load_vec4<VECTORIZED_BC>(
+          BC_ptr + (i64)(m * BC_ROW_STRIDE) * BC_step,
+          (COMPUTE_OUTPUTS || !is_C) && r < TILE && tiles.row_exists(r, tokens_left) ? valid_states : 0);
     }
-    blend += (i64)TILE * mix_hop;
+    BC_ptr += (i64)TILE * BC_step;
   };
 
-  // Where only states are wanted, the two directions of a block walk different pieces, of which one may be shorter.
-  const int tiles = FULL ? walk.tiles() : unit.span;
-  auto tokens = [&](int tile) { return FULL || tile < walk.tiles() ? L - walk.tile(tile) * TILE : 0; };
-  fetch(tokens(0));
-  for (int tile = 0; tile < tiles; tile++) {
-    const int left = tokens(tile), other = tiles - 1 - tile;  // when the other direction comes here
-    const bool done = DIRECTIONS == 1 || other <= tile;
+  // In a state pass the two directions of a block scan different splits. One of them may be shorter; it then runs empty steps.
+  const int steps = COMPUTE_OUTPUTS ? tiles.num_tiles() : item.tiles_per_split;
+  auto tokens_left_at = [&](int step) {
+    return COMPUTE_OUTPUTS || step < tiles.num_tiles() ? L - tiles.tile(step) * TILE : 0;
+  };
+  load_next_tile(tokens_left_at(0));
+  for (int step = 0; step < steps; step++) {
+    const int tokens_left = tokens_left_at(step);
+    const int other_step = steps - 1 - step;  // at which the other direction comes to this tile
+    const bool completes_y = DIRECTIONS == 1 || other_step <= step;
+
+    // Stage the tile.
     #pragma unroll
-    for (int k = 0; k < K; k++) {
-      const int r = row + k * ROWS;
-      float x[4], d[4];
+    for (int k = 0; k < THREAD_CHANNELS; k++) {
+      const int r = row + k * STAGE_ROW_STRIDE;
+      float u[4], delta[4];
       #pragma unroll
       for (int i = 0; i < 4; i++) {
-        const float raw = value(next_delta[k], i);
-        x[i] = value(next_u[k], i), d[i] = SOFTPLUS == 2 ? raw : walk.has(r, left) ? step_of(raw + shift[i]) : 0.f;
+        const float x = to_float(next_delta[k], i);
+        u[i] = to_float(next_u[k], i);
+        delta[i] = SOFTPLUS == SOFTPLUS_BY_CALLER ? x : tiles.row_exists(r, tokens_left) ? activate_delta(x + bias[i]) : 0.f;
       }
-      float4* to = (float4*)(step + r * CHANNELS + column);
-      to[0] = make_float4(d[0], d[0] * x[0], d[1], d[1] * x[1]), to[1] = make_float4(d[2], d[2] * x[2], d[3], d[3] * x[3]);
-      if (FULL) *(float4*)(y + r * ROW + column) = make_float4(skip[0] * x[0], skip[1] * x[1], skip[2] * x[2], skip[3] * x[3]);
+      float4* to = (float4*)(smem_delta + r * CHANNELS + column);
+      to[0] = make_float4(delta[0], delta[0] * u[0], delta[1], delta[1] * u[1]);
+      to[1] = make_float4(delta[2], delta[2] * u[2], delta[3], delta[3] * u[3]);
+      if (COMPUTE_OUTPUTS)
+        *(float4*)(smem_y + r * Y_ROW + column) =
+            make_float4(D_column[0] * u[0], D_column[1] * u[1], D_column[2] * u[2], D_column[3] * u[3]);
     }
     #pragma unroll
-    for (int m = 0; m < MIXES; m++) {
-      const Quad q = next_mix[m];
-      if (TILE % MIXED == 0 || mixed + m * MIXED < TILE)
-        ((float4*)mix)[MIX_PLACE(m)] = make_float4(value(q, 0), value(q, 1), value(q, 2), value(q, 3));
+    for (int m = 0; m < BC_LOADS; m++) {
+      const IoVec4 BC = next_BC[m];
+      if (TILE % BC_ROW_STRIDE == 0 || BC_row + m * BC_ROW_STRIDE < TILE)
+        ((float4*)smem_BC)[BC_VECTOR_INDEX(m, BC_row, thread)] =
+            make_float4(to_float(BC, 0), to_float(BC, 1), to_float(BC, 2), to_float(BC, 3));
     }
-    SETTLE(FULL && other == tile - 1);
-    if (tile + 1 < tiles) fetch(tokens(tile + 1));
-    // a token that the other direction has reached before, or reaches now, is finished here
-    Quad gate[K], parked[K];
-    if (FULL) {
+    SYNC_DIRECTION(COMPUTE_OUTPUTS && other_step == step - 1);
+
+    // Load what the next tile and the output of this one need, while this one is scanned.
+    if (step + 1 < steps) load_next_tile(tokens_left_at(step + 1));
+    IoVec4 z[THREAD_CHANNELS], y_other[THREAD_CHANNELS];  // y_other: y of the direction that came to the token before
+    if (COMPUTE_OUTPUTS) {
       #pragma unroll
-      for (int k = 0; k < K; k++) {
-        const int n = done && walk.has(row + k * ROWS, left) ? count : 0;
-        if (GATED) gate[k] = load<VECTOR>(gates, n), gates += (i64)hop * z_t;
-        const io* from = DIRECTIONS == 2 ? parks : beside;
-        parked[k] = load<VECTOR>(from + at + (i64)(k * hop) * E, (DIRECTIONS == 2 ? other < tile : beside != 0) ? n : 0);
+      for (int k = 0; k < THREAD_CHANNELS; k++) {
+        const int count = completes_y && tiles.row_exists(row + k * STAGE_ROW_STRIDE, tokens_left) ? valid_channels : 0;
+        if (HAS_Z) z[k] = load_vec4<VECTORIZED>(z_ptr, count), z_ptr += (i64)row_step * z_stride_t;
+        const io_t* from = DIRECTIONS == 2 ? y_partial : y_other_direction;
+        const bool load = DIRECTIONS == 2 ? other_step < step : y_other_direction != 0;
+        y_other[k] = load_vec4<VECTORIZED>(from + y_offset + (i64)(k * row_step) * E, load ? count : 0);
       }
     }
-    if (FULL && KEEPS) {
-      float* mark = marks + (both * ((L + TILE - 1) / TILE) + walk.tile(tile)) * E * N;
+    if (COMPUTE_OUTPUTS && STORE_TILE_STATES) {
+      float* tile_state = tile_states + (direction_clip * ((L + TILE - 1) / TILE) + tiles.tile(step)) * E * N;
       #pragma unroll
-      for (int k = 0; k < K; k++) store_states(mark, h[k], edge + slot[k], E, N, place.quarter);
+      for (int k = 0; k < THREAD_CHANNELS; k++) store_states(tile_state, h[k], first_channel + slot[k], E, N, lane.quarter);
     }
 
-    float held[TILE / 4][K];  // nothing is written to shared memory in between, so that reads can be moved ahead
+    // Scan the tile. The four lanes of a channel reduce their sums over states for four tokens at a time. Afterwards each of
+    // them has the sums of one token. These stay in registers until the end of the tile: without writes to shared memory in
+    // between, the compiler can move reads forward.
+    float y_sums[TILE / 4][THREAD_CHANNELS];
     #pragma unroll
     for (int t0 = 0; t0 < TILE; t0 += 4) {
-      float part[4 * K];
+      float lane_sums[4 * THREAD_CHANNELS];
       #pragma unroll
       for (int t = 0; t < 4; t++) {
-        float b[MINE], c[MINE];
+        float B[STATES_PER_THREAD], C[STATES_PER_THREAD];
         #pragma unroll
-        for (int g = 0; g < GROUPS; g++) {
-          const float4* at = (const float4*)mix + (t0 + t) * (STATES / 2) + g * 4 + place.quarter;
-          take(b + 4 * g, at[0]);
-          if (FULL) take(c + 4 * g, at[STATES / 4]);
+        for (int g = 0; g < STATE_VECTORS; g++) {
+          const float4* from = (const float4*)smem_BC + (t0 + t) * BC_ROW_VECTORS + g * 4 + lane.quarter;
+          unpack(B + 4 * g, from[0]);
+          if (COMPUTE_OUTPUTS) unpack(C + 4 * g, from[PADDED_STATES / 4]);
         }
         #pragma unroll
-        for (int k = 0; k < K; k++) {
-          const float2 d = step[(t0 + t) * CHANNELS + slot[k]];
+        for (int k = 0; k < THREAD_CHANNELS; k++) {
+          const float2 staged = smem_delta[(t0 + t) * CHANNELS + slot[k]];
+          const float delta = staged.x, delta_u = staged.y;
           float sum = 0.f;
-          if (!FULL) total[k] += d.x;
+          if (!COMPUTE_OUTPUTS) delta_sum[k] += delta;
           #pragma unroll
-          for (int i = 0; i < MINE; i++) {
-            h[k][i] = fmaf(decay_of(d.x, rate[k][i]), h[k][i], d.y * b[i]);
-            if (FULL) sum = fmaf(h[k][i], c[i], sum);
+          for (int i = 0; i < STATES_PER_THREAD; i++) {
+            h[k][i] = fmaf(exp_delta_A(delta, A_log2e[k][i]), h[k][i], delta_u * B[i]);
+            if (COMPUTE_OUTPUTS) sum = fmaf(h[k][i], C[i], sum);
           }
-          part[t * K + k] = sum;
+          lane_sums[t * THREAD_CHANNELS + k] = sum;
         }
       }
-      if (FULL) {
-        halve<4 * K>(part, HIGH, place.high);
-        halve<2 * K>(part, LOW, place.low);
+      if (COMPUTE_OUTPUTS) {
+        reduce_scatter<4 * THREAD_CHANNELS>(lane_sums, LANE_QUARTER_BIT1, lane.quarter_bit1);
+        reduce_scatter<2 * THREAD_CHANNELS>(lane_sums, LANE_QUARTER_BIT0, lane.quarter_bit0);
         #pragma unroll
-        for (int k = 0; k < K; k++) held[t0 / 4][k] = part[k];
+        for (int k = 0; k < THREAD_CHANNELS; k++) y_sums[t0 / 4][k] = lane_sums[k];
       }
     }
-    if (FULL) {
+    if (COMPUTE_OUTPUTS) {
       #pragma unroll
-      for (int i = 0; i < TILE / 4 * K; i++) y[(i / K * 4 + 2 * place.high + place.low) * ROW + slot[i % K]] += held[i / K][i % K];
+      for (int i = 0; i < TILE / 4 * THREAD_CHANNELS; i++) {
+        const int t0 = i / THREAD_CHANNELS * 4, k = i % THREAD_CHANNELS;
+        smem_y[(t0 + 2 * lane.quarter_bit1 + lane.quarter_bit0) * Y_ROW + slot[k]] += y_sums[i / THREAD_CHANNELS][k];
+      }
     }
-    SETTLE(FULL && other == tile);
-    if (!FULL) continue;
+    SYNC_DIRECTION(COMPUTE_OUTPUTS && other_step == step);
+    if (!COMPUTE_OUTPUTS) continue;
 
+    // Store y. Where the directions meet in one tile, direction 0 reads the y of direction 1 from shared memory.
     #pragma unroll
-    for (int k = 0; k < K; k++, at += (i64)hop * E) {
-      const int r = row + k * ROWS;
-      if (!walk.has(r, left) || (DIRECTIONS == 2 && other == tile && direction == 1)) continue;
-      const float* met = (const float*)(memory + SHARED_FORWARD + TILE * (CHANNELS * 8 + 2 * STATES * 4)) + (TILE - 1 - r) * ROW;
-      float v[4];
-      take(v, *(const float4*)(y + r * ROW + column));
-      if (done) {
+    for (int k = 0; k < THREAD_CHANNELS; k++, y_offset += (i64)row_step * E) {
+      const int r = row + k * STAGE_ROW_STRIDE;
+      if (!tiles.row_exists(r, tokens_left) || (DIRECTIONS == 2 && other_step == step && direction == 1)) continue;
+      const float* smem_y_other = (const float*)(smem + SMEM_DIRECTION_BYTES + SMEM_Y_OFFSET) + (TILE - 1 - r) * Y_ROW;
+      float y[4];
+      unpack(y, *(const float4*)(smem_y + r * Y_ROW + column));
+      if (completes_y) {
         #pragma unroll
-        for (int i = 0; i < 4; i++) v[i] += DIRECTIONS == 2 && other == tile ? met[column + i] : value(parked[k], i);
+        for (int i = 0; i < 4; i++)
+          y[i] += DIRECTIONS == 2 && other_step == step ? smem_y_other[column + i] : to_float(y_other[k], i);
       }
-      if ((KEEPS && GATED) || !done) store(parks + at, v, count);
-      if (!done) continue;
+      if ((STORE_TILE_STATES && HAS_Z) || !completes_y) store_vec4(y_partial + y_offset, y, valid_channels);
+      if (!completes_y) continue;
       #pragma unroll
-      for (int i = 0; i < 4; i++) if (GATED) { const float g = value(gate[k], i); v[i] *= g * sigmoid(g); }
-      store(out + at, v, count);
+      for (int i = 0; i < 4; i++) {
+        if (HAS_Z) {
+          const float x = to_float(z[k], i);
+          y[i] *= x * sigmoid(x);
+        }
+      }
+      store_vec4(y_out + y_offset, y, valid_channels);
     }
-    if (DIRECTIONS == 2 && other == tile) __syncthreads();  // the other's y has been read: only now may it be overwritten
+    if (DIRECTIONS == 2 && other_step == step) __syncthreads();  // direction 1 may overwrite its y from here on
   }
 
   #pragma unroll
-  for (int k = 0; k < K; k++) {
-    const int channel = edge + slot[k];
-    if (!FULL) store_states(local + one * E * N, h[k], channel, E, N, place.quarter);
-    if (!FULL && place.quarter == 0 && EXISTS(channel)) sums[one * E + channel] = total[k];
-    if (FULL && last && (back ? unit.from == 0 : unit.to * TILE >= L))
-      store_states(last + both * E * N, h[k], channel, E, N, place.quarter);
+  for (int k = 0; k < THREAD_CHANNELS; k++) {
+    const int channel = first_channel + slot[k];
+    if (!COMPUTE_OUTPUTS) store_states(split_final_states + direction_clip_split * E * N, h[k], channel, E, N, lane.quarter);
+    if (!COMPUTE_OUTPUTS && lane.quarter == 0 && CHANNEL_EXISTS(channel))
+      delta_sums[direction_clip_split * E + channel] = delta_sum[k];
+    if (COMPUTE_OUTPUTS && final_state && (reverse ? item.first_tile == 0 : item.end_tile * TILE >= L))
+      store_states(final_state + direction_clip * E * N, h[k], channel, E, N, lane.quarter);
   }
 }
 
-#undef K
-#define STREAMS \
-    const io *u0, const io *u1, i64 u_b, i64 u_t, const io *delta0, const io *delta1, i64 d_b, i64 d_t, \
-    const io *z, i64 z_b, i64 z_t, const io *B0, const io *B1, i64 B_b, i64 B_t, const io *C0, const io *C1, i64 C_b, i64 C_t, \
-    const float *A0, const float *A1, const float *D0, const float *D1, const float *bias0, const float *bias1
-#define STREAMS_OF(d) \
-    d ? u1 : u0, u_b, (int)u_t, d ? delta1 : delta0, d_b, (int)d_t, z, z_b, (int)z_t, \
-    d ? B1 : B0, B_b, (int)B_t, d ? C1 : C0, C_b, (int)C_t, \
-    d ? A1 : A0, d ? D1 : D0, d ? bias1 : bias0
-#define FORWARD(FULL) \
-    forward_walk<FULL>(memory, STREAMS_OF(d), initial, enter, local, sums, last, marks, out, ungated, beside, (int)clips, (int)L, (int)E, \
-                       (int)N, (int)cuts, (int)flags, unit, d, back)
+#define SCAN_FORWARD_ITEM(COMPUTE_OUTPUTS) \
+    scan_forward_item<COMPUTE_OUTPUTS>( \
+        smem, d ? u1 : u0, u_stride_b, (int)u_stride_t, d ? delta1 : delta0, delta_stride_b, (int)delta_stride_t, \
+        z, z_stride_b, (int)z_stride_t, d ? B1 : B0, B_stride_b, (int)B_stride_t, d ? C1 : C0, C_stride_b, (int)C_stride_t, \
+        d ? A1 : A0, d ? D1 : D0, d ? delta_bias1 : delta_bias0, initial_state, split_initial_states, split_final_states, \
+        delta_sums, final_state, tile_states, y_out, y_pre_gate, y_other_direction, (int)clips, (int)L, (int)E, (int)N, \
+        (int)num_splits, (int)flags, item, d, reverse)
 
-// y, and as asked: `last` (direction, clip, E, N) the final states; `marks` (direction, clip, tile, E, N) the state before every
-// tile; `ungated` the sum of both directions before the gate. `beside` is the other direction's y, where this one runs alone.
-// `initial` (direction, clip, E, N) enters a chain, or 0; `enter` (direction, clip, piece, E, N) the pieces of one that is cut.
-// With passes `enter` is made, from `local` (as `enter`), what leaves every piece but a chain's last when nothing enters it, and
-// `sums` (direction, clip, piece, E), that of its delta. With STATES_ONLY no piece is walked but in passes, of which a chain's last
-// piece has one too, and what would enter a piece behind it is `last`.
-KERNEL(scan_forward, DIRECTIONS * THREADS, FORWARD_BLOCKS)(
-    STREAMS, const float *initial, float *enter, float *local, float *sums, float *last, float *marks, io *out, io *ungated,
-    const io *beside, int *counts, i64 passes, i64 even, SIZES) {
-  SHARED(memory);
+// Inputs beside the streams
+//   initial_state         (direction, clip, E, N) the state before a sequence, or null for zeros
+//   y_other_direction     (clip, L, E) or null, only if DIRECTIONS is 1
+// Outputs
+//   y_out                 (clip, L, E)
+//   final_state           (direction, clip, E, N), or null
+//   tile_states           (direction, clip, tile, E, N) the state before every tile, if STORE_TILE_STATES
+//   y_pre_gate            (clip, L, E) the sum of both directions before the gate, if STORE_TILE_STATES and HAS_Z
+// Split-L
+//   split_initial_states  (direction, clip, split, E, N) the state before every split; an input if num_state_passes is 0
+//   split_final_states    (direction, clip, split, E, N) the final state of every split but the last one, if the state before
+//                         the split is zero; null if num_state_passes is 0
+//   delta_sums            (direction, clip, split, E) the sum of delta over the same splits, or null
+// With STATES_ONLY every split has a state pass, the last one too, and num_splits + 1 blocks of every sequence combine them:
+// one for the state before each split and one for final_state.
+KERNEL(scan_forward, DIRECTIONS * THREADS, FWD_MIN_BLOCKS_PER_SM)(
+    STREAM_PARAMS, const float *initial_state, float *split_initial_states, float *split_final_states, float *delta_sums,
+    float *final_state, float *tile_states, io_t *y_out, io_t *y_pre_gate, const io_t *y_other_direction, int *work_counters,
+    i64 num_state_passes, i64 unsplit_per_scheduler, SIZE_PARAMS) {
+  SHARED(smem);
   const int d = DIRECTIONS == 2 && threadIdx.x >= THREADS;
-  const bool back = DIRECTIONS == 2 ? d : flags & REVERSE;
-  const Turn turn(memory, counts, (int)whole, (int)passes, (int)even);
-  const int pieces = (int)cuts + (flags & STATES_ONLY ? 1 : 0);  // of a chain, with one pass fewer
-  Unit unit(turn.place, (int)whole, pieces - turn.pass, (int)span, (int)L);
-  if (turn.pass) {
-    if (back && pieces == cuts) unit.next((int)L);
-    FORWARD(false);
-    turn.passed(counts, unit, (int)whole);
+  const bool reverse = DIRECTIONS == 2 ? d : flags & REVERSE;
+  const WorkQueue work(smem, work_counters, (int)num_unsplit, (int)num_state_passes, (int)unsplit_per_scheduler);
+  const int blocks_per_sequence = (int)num_splits + (flags & STATES_ONLY ? 1 : 0);  // state passes: one fewer
+  WorkItem item(work.index, (int)num_unsplit, blocks_per_sequence - work.is_state_pass, (int)tiles_per_split, (int)L);
+  if (work.is_state_pass) {
+    if (reverse && blocks_per_sequence == num_splits) item.next_split((int)L);
+    SCAN_FORWARD_ITEM(false);
+    work.finish_state_pass(work_counters, item, (int)num_unsplit);
     return;
   }
-  if (passes && unit.cut) turn.wait(counts, unit, (int)whole, pieces);
-  FORWARD(true);
+  if (num_state_passes && item.is_split)
+    work.wait_for_state_passes(work_counters, item, (int)num_unsplit, blocks_per_sequence);
+  SCAN_FORWARD_ITEM(true);
 }
-#undef THREADS
+#undef THREAD_CHANNELS
 #undef CHANNELS
-#undef ROWS
-#undef MIXES
-#undef MIXED
+#undef THREADS

@@ -1,34 +1,70 @@
-"""The scan's CUDA C++ and the macros that it is compiled with."""
+"""CUDA C++ source of the selective scan, and the macros that it is compiled with."""
 
 import functools
 from pathlib import Path
 
-from fused.ops.selective_scan.schedule import ScanSchedule
+import torch
 
-FILES = ("../../runtime/device.cuh", "common.cu", "forward.cu", "backward.cu")
-LOGARITHM, REVERSE, STATES_ONLY = 1, 2, 4
-PLACES = 1024  # at which blocks are counted: the schedulers of 256 multiprocessors
+from fused.ops.selective_scan.schedule import ScanSchedule
+from fused.runtime.nvrtc import Defines
+
+FORWARD_FILES = ("../../runtime/device.cuh", "common.cu", "work.cu", "forward.cu")
+BACKWARD_FILES = ("backward.cu", "backward_reduce.cu")
+IO_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+SOFTPLUS_NONE, SOFTPLUS_IN_KERNEL, SOFTPLUS_BY_CALLER = 0, 1, 2  # values of SOFTPLUS in common.cu
+A_LOG, REVERSE, STATES_ONLY = 1, 2, 4  # bits of the kernels' argument `flags`, as in common.cu
+SCHEDULER_COUNTERS = 1024  # one for each of the four schedulers of up to 256 multiprocessors
 
 
 @functools.cache
 def source(keeps: bool) -> str:
-    """The kernels' CUDA C++; those of the backward, half of the time that compiling takes, where there will be one."""
-    names = FILES if keeps else FILES[:-1]
-    return "\n".join((Path(__file__).parent / name).read_text(encoding="utf-8") for name in names)
+    """Return the CUDA C++ of scan_forward and, if the forward `keeps` what a backward needs, of the backward's kernels.
+
+    Compiling the backward takes half of the time, so a scan without gradients goes without it.
+    """
+    files = FORWARD_FILES + (BACKWARD_FILES if keeps else ())
+    return "\n".join((Path(__file__).parent / name).read_text(encoding="utf-8") for name in files)
 
 
 def defines(
-    io: int, schedule: ScanSchedule, directions: int, vector: int, vector_bc: int, exact: int, softplus: int, gated: int,
-    keeps: int,
-) -> tuple[tuple[str, int], ...]:  # fmt: skip
-    """What scan_common.cu says that the kernels are compiled with."""
-    forward, backward = schedule.fwd_config, schedule.bwd_config
+    *,
+    io_dtype: torch.dtype,
+    schedule: ScanSchedule,
+    directions: int,
+    vectorized: bool,
+    vectorized_bc: bool,
+    no_padding: bool,
+    softplus: int,
+    has_z: bool,
+    store_tile_states: bool,
+) -> Defines:
+    """Return the macros of `source`; common.cu says what each means.
+
+    `softplus` is one of SOFTPLUS_NONE, SOFTPLUS_IN_KERNEL, SOFTPLUS_BY_CALLER. Raises KeyError for an `io_dtype` that the
+    kernels do not have.
+    """
+    fwd, bwd = schedule.fwd_config, schedule.bwd_config
     return (
-        ("IO", io), ("STATES", schedule.padded_states), ("VECTOR", vector), ("VECTOR_BC", vector_bc), ("EXACT", exact),
-        ("DIRECTIONS", directions), ("SOFTPLUS", softplus), ("GATED", gated), ("KEEPS", keeps),
-        ("FORWARD_CHANNELS", forward.channels_per_thread), ("FORWARD_WARPS", forward.warps),
-        ("FORWARD_BLOCKS", forward.min_blocks_per_sm),
-        ("BACKWARD_CHANNELS", backward.channels_per_thread), ("BACKWARD_WARPS", backward.warps),
-        ("BACKWARD_BLOCKS", backward.min_blocks_per_sm),
-        ("PIECE", backward.subtile), ("PLACES", PLACES),
-    )  # fmt: skip
+        ("IO_DTYPE", IO_DTYPES[io_dtype]),
+        ("PADDED_STATES", schedule.padded_states),
+        ("VECTORIZED", int(vectorized)),
+        ("VECTORIZED_BC", int(vectorized_bc)),
+        ("NO_PADDING", int(no_padding)),
+        ("DIRECTIONS", directions),
+        ("SOFTPLUS", softplus),
+        ("HAS_Z", int(has_z)),
+        ("STORE_TILE_STATES", int(store_tile_states)),
+        ("FWD_CHANNELS_PER_THREAD", fwd.channels_per_thread),
+        ("FWD_WARPS", fwd.warps),
+        ("FWD_MIN_BLOCKS_PER_SM", fwd.min_blocks_per_sm),
+        ("BWD_CHANNELS_PER_THREAD", bwd.channels_per_thread),
+        ("BWD_WARPS", bwd.warps),
+        ("BWD_MIN_BLOCKS_PER_SM", bwd.min_blocks_per_sm),
+        ("SUBTILE", bwd.subtile),
+        ("SCHEDULER_COUNTERS", SCHEDULER_COUNTERS),
+    )
+
+
+def num_work_counters(num_split_sequences: int) -> int:
+    """Return how many int32 counters, zeros, the WorkQueue of a launch needs (work.cu)."""
+    return 3 + SCHEDULER_COUNTERS + num_split_sequences

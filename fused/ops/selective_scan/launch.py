@@ -11,13 +11,19 @@ import torch
 from torch import Tensor
 
 from fused.ops.selective_scan import schedule
-from fused.ops.selective_scan.kernel_source import LOGARITHM, PLACES, REVERSE, STATES_ONLY, defines, source
+from fused.ops.selective_scan.kernel_source import (
+    A_LOG,
+    REVERSE,
+    SOFTPLUS_IN_KERNEL,
+    STATES_ONLY,
+    defines,
+    num_work_counters,
+    source,
+)
 from fused.ops.selective_scan.schedule import TILE, ScanSchedule, SplitSchedule
 from fused.runtime import nvrtc
 
 MAX_STATES = 64
-IO = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-NO_SOFTPLUS, APPLY_SOFTPLUS, SOFTPLUS_APPLIED = 0, 1, 2  # of delta; applied: its gradient is that in front of softplus
 
 
 class ScanInputs(NamedTuple):
@@ -36,7 +42,7 @@ class ScanInputs(NamedTuple):
     D: Sequence[Tensor | None]
     delta_bias: Sequence[Tensor | None]
     z: Tensor | None
-    softplus: int = APPLY_SOFTPLUS
+    softplus: int = SOFTPLUS_IN_KERNEL  # of delta; SOFTPLUS_BY_CALLER: the gradient is that in front of softplus
     A_is_log: bool = False  # A holds log(-A)
 
     @property
@@ -76,11 +82,11 @@ class ScanGradients(NamedTuple):
 
 
 class StatePassing(NamedTuple):
-    """How the splits of a launch hear of one another: what goes from split to split, float32, and the work queue's counts."""
+    """How the splits of a launch hear of one another: what goes from split to split, float32, and the work queue's counters."""
 
     split_final_states: Tensor | None  # (d, B, splits, E, N): the state that leaves a split if zero enters it
     delta_sums: Tensor | None  # (d, B, splits, E)
-    counts: Tensor | None  # None where every sequence is alike
+    work_counters: Tensor | None  # None where every sequence is alike
     num_state_passes: int  # 0 where what enters the splits is known
     unsplit_per_scheduler: int  # unsplit sequences for a multiprocessor's schedulers, as many of the four as a block has warps
 
@@ -127,7 +133,7 @@ def forward(
         split_initial_states = _float32(u, d, B, splits.num_splits, E, N)
     arguments = (
         initial_states, split_initial_states, passing.split_final_states, passing.delta_sums, final_states, tile_states,
-        y, y_pre_gate, y_other_direction, passing.counts, passing.num_state_passes, passing.unsplit_per_scheduler,
+        y, y_pre_gate, y_other_direction, passing.work_counters, passing.num_state_passes, passing.unsplit_per_scheduler,
         B, L, E, N, splits.tiles_per_split, splits.num_splits, splits.num_unsplit, _flags(s),
     )  # fmt: skip
     _launch_forward(s, plan, splits.num_blocks + passing.num_state_passes, arguments, keep, y_other_direction)
@@ -150,7 +156,7 @@ def state_pass(
     passes = splits.num_sequences * n
     arguments = (
         initial_states, split_initial_states, _float32(u, d, B, n, E, N), _float32(u, d, B, n, E), final_states, None,
-        u, None, None, _counts(u, splits.num_sequences), passes, 0,
+        u, None, None, _work_counters(u, splits.num_sequences), passes, 0,
         B, L, E, N, splits.tiles_per_split, n, 0, _flags(s) | STATES_ONLY,
     )  # fmt: skip
     _launch_forward(s, plan, passes + splits.num_sequences * (n + 1), arguments)
@@ -190,7 +196,7 @@ def backward(
         dy, dy.stride(0), dy.stride(1), y_pre_gate, tile_states, dfinal_states,
         passing.split_final_states, passing.delta_sums, du[0], du[-1], ddelta[0], ddelta[-1],
         *((None, 0, 0) if dz is None else (dz, dz.stride(0), dz.stride(1))), dBC_parts, dA_dD_dbias_parts, dinitial_states,
-        passing.counts, passing.num_state_passes, passing.unsplit_per_scheduler,
+        passing.work_counters, passing.num_state_passes, passing.unsplit_per_scheduler,
     )  # fmt: skip
     threads, shared = 32 * config.warps, _shared_bytes_backward(plan, u.element_size())
     grid = splits.num_blocks + passing.num_state_passes
@@ -200,7 +206,7 @@ def backward(
         dA_dD_dbias_parts, row_width, s.A[0], s.A[-1], dA[0], dA[-1], dD[0], dD[-1], dbias[0], dbias[-1],
     )  # fmt: skip
     grid = -(-L * 2 * plan.padded_states // 256) * B + -(-E * (N + 2) // 256)
-    module.launch("scan_sums", (grid, d, 1), 256, 0, *outputs, *sizes)
+    module.launch("scan_backward_reduce", (grid, d, 1), 256, 0, *outputs, *sizes)
     return ScanGradients(du, ddelta, dz, dA, dD, dbias, dinitial_states)
 
 
@@ -214,9 +220,9 @@ def _launch_forward(
     module.launch("scan_forward", (blocks, 1, 1), d * 32 * config.warps, shared, *_input_arguments(s), *arguments)
 
 
-def _counts(u: Tensor, num_split: int) -> Tensor:
-    """Return the counts of a launch with so many split sequences, as WorkQueue in common.cu reads them."""
-    return torch.zeros(3 + PLACES + num_split, dtype=torch.int32, device=u.device)
+def _work_counters(u: Tensor, num_split: int) -> Tensor:
+    """Return the counters of a launch with so many split sequences, as WorkQueue in work.cu reads them."""
+    return torch.zeros(num_work_counters(num_split), dtype=torch.int32, device=u.device)
 
 
 def _state_passing(splits: SplitSchedule, s: ScanInputs, warps: int, wanted: bool) -> StatePassing:
@@ -226,12 +232,12 @@ def _state_passing(splits: SplitSchedule, s: ScanInputs, warps: int, wanted: boo
         return StatePassing(None, None, None, 0, 0)
     (B, _, E, N), u, d = s.sizes, s.u[0], len(s.reverses)
     schedulers = schedule.multiprocessors(u.device) * max(1, 4 // warps)
-    counts, unsplit_per_scheduler = _counts(u, num_split), -(-splits.num_unsplit // schedulers)
+    counters, unsplit_per_scheduler = _work_counters(u, num_split), -(-splits.num_unsplit // schedulers)
     if not wanted:
-        return StatePassing(None, None, counts, 0, unsplit_per_scheduler)
+        return StatePassing(None, None, counters, 0, unsplit_per_scheduler)
     split_final_states = _float32(u, d, B, splits.num_splits, E, N)
     delta_sums = _float32(u, d, B, splits.num_splits, E)
-    return StatePassing(split_final_states, delta_sums, counts, splits.num_state_passes, unsplit_per_scheduler)
+    return StatePassing(split_final_states, delta_sums, counters, splits.num_state_passes, unsplit_per_scheduler)
 
 
 def _shared_bytes_backward(plan: ScanSchedule, element_size: int) -> int:
@@ -252,11 +258,11 @@ def _float32(u: Tensor, *shape: int) -> Tensor:
 
 def _flags(s: ScanInputs) -> int:
     """Return what the kernels must know at run time."""
-    return LOGARITHM * s.A_is_log + REVERSE * s.reverses[0]
+    return A_LOG * s.A_is_log + REVERSE * s.reverses[0]
 
 
 def _input_arguments(s: ScanInputs) -> tuple[Any, ...]:
-    """Return the kernels' first arguments, as the macro for them in forward.cu lists them: pairs, then strides."""
+    """Return the kernels' first arguments, in the order of STREAM_PARAMS in common.cu."""
     u, delta, B, C, z = s.u, s.delta, s.B, s.C, s.z
     return (
         u[0], u[-1], u[0].stride(0), u[0].stride(1), delta[0], delta[-1], delta[0].stride(0), delta[0].stride(1),
@@ -269,12 +275,15 @@ def _input_arguments(s: ScanInputs) -> tuple[Any, ...]:
 def _module(s: ScanInputs, plan: ScanSchedule, keep: bool, *others: Tensor | None) -> Any:
     """Return the compiled kernels for these inputs; `others` are what is read or written beside them, (B, L, E)."""
     E, N = s.sizes[2:]
-    vector = int(E % 4 == 0 and _readable_by_four((*s.u, *s.delta, s.z, *others)))
-    vector_bc = int(N % 4 == 0 and _readable_by_four((*s.B, *s.C)))
+    vectorized = E % 4 == 0 and _readable_by_four((*s.u, *s.delta, s.z, *others))
+    vectorized_bc = N % 4 == 0 and _readable_by_four((*s.B, *s.C))
     widest = max(plan.fwd_config.channels, plan.bwd_config.channels)
-    exact = int(vector and vector_bc and N == plan.padded_states and E % widest == 0)
-    options = (int(s.softplus), int(s.z is not None), int(keep))
-    macros = defines(IO[s.u[0].dtype], plan, len(s.reverses), vector, vector_bc, exact, *options)
+    macros = defines(
+        io_dtype=s.u[0].dtype, schedule=plan, directions=len(s.reverses),
+        vectorized=vectorized, vectorized_bc=vectorized_bc,
+        no_padding=vectorized and vectorized_bc and N == plan.padded_states and E % widest == 0,
+        softplus=int(s.softplus), has_z=s.z is not None, store_tile_states=keep,
+    )  # fmt: skip
     return nvrtc.module(source(keep), macros, s.u[0].device)
 
 

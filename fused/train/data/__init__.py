@@ -1,1 +1,1 @@
-"""Clips for training: lists of files, reading, augmentation, mixtures."""
+"""Training data: lists of video files, clips in batches, augmentation, mixup."""

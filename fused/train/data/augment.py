@@ -1,4 +1,4 @@
-"""What chance decides about a clip in training: which of the video's frames, which part of them, which way round."""
+"""Random choices for a training clip: the frames of the video, the crop of the image, mirroring."""
 
 import math
 import random
@@ -7,54 +7,64 @@ from dataclasses import dataclass
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from fused.io.video import normalised, resized
+from fused.io.video import normalise, resize
 
-ASPECTS = (3 / 4, 4 / 3)  # width over height of the part that is cut out
+ASPECTS = (3 / 4, 4 / 3)  # lowest and highest aspect of a crop, width over height
 
 
-def segment_frames(total: int, frames: int, chance: random.Random) -> list[int]:
-    """One frame of each of `frames` equal segments of a video's `total` frames, each as likely as another; none if the video
-    has too few. In evaluation it is the middle one: `fused.io.video.sample`."""
+def segment_frames(total: int, frames: int, rng: random.Random) -> list[int]:
+    """Return indices of one frame of each of `frames` equal segments of a video, or none if it has too few.
+
+    Each of a segment's frames is equally likely. `total` is the number of frames of the video. Evaluation takes the middle
+    frame of a segment: `fused.io.video.middle_frames`.
+    """
     if total < frames:
         return []
     edges = [i * total // frames for i in range(frames + 1)]
-    return [chance.randrange(first, end) for first, end in zip(edges, edges[1:], strict=False)]
+    return [rng.randrange(first, end) for first, end in zip(edges, edges[1:], strict=False)]
 
 
-def dense_frames(total: int, frames: int, stride: int, chance: random.Random | None) -> list[int]:
-    """`frames` frames, `stride` apart, from a start that each is as likely as another; the middle start without `chance`;
-    none if the video has too few."""
+def dense_frames(total: int, frames: int, stride: int, rng: random.Random | None) -> list[int]:
+    """Return `frames` frame indices, `stride` apart, or none if the video has fewer than that takes.
+
+    Every possible start is equally likely; without `rng` it is the middle one. `total` is the number of frames of the video.
+    """
     starts = total - (frames - 1) * stride
     if starts < 1:
         return []
-    first = chance.randrange(starts) if chance else (starts - 1) // 2
+    first = rng.randrange(starts) if rng else (starts - 1) // 2
     return [first + i * stride for i in range(frames)]
 
 
 @dataclass(frozen=True)
 class Crop:
-    """A part of the picture, the same for all frames of a clip."""
+    """A crop of the image, the same for all frames of a clip, as fractions that fit any image size."""
 
-    area: float  # of the picture's
+    area: float  # fraction of the image's area
     aspect: float  # width over height
-    down: float  # 0 at the upper edge, 1 at the lower
-    across: float
+    top: float  # of the free height: 0 at the upper edge, 1 at the lower
+    left: float  # of the free width: 0 at the left edge, 1 at the right
     mirrored: bool
 
     @classmethod
-    def draw(cls, chance: random.Random, scale: tuple[int | float, int | float], flip: int | float) -> "Crop":
-        """Area uniform in `scale`, the logarithm of the aspect uniform in `ASPECTS`, the place uniform, mirrored with
-        probability `flip`."""
-        area = chance.uniform(*scale)
-        aspect = math.exp(chance.uniform(*map(math.log, ASPECTS)))
-        return cls(area, aspect, chance.random(), chance.random(), chance.random() < flip)
+    def sample(cls, rng: random.Random, scale: tuple[int | float, int | float], flip: int | float) -> "Crop":
+        """Return a random crop.
 
-    def cut(self, image: UInt8[Tensor, "H W 3"], size: int) -> Float[Tensor, "3 size size"]:
-        """The part of an image, resized to `size` and normalised. Where it is higher or wider than the image it is the
-        image's whole height or width."""
+        Its area is uniform in `scale`, the logarithm of its aspect uniform in `ASPECTS`, its position uniform. It is mirrored
+        with probability `flip`.
+        """
+        area = rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(*map(math.log, ASPECTS)))
+        return cls(area, aspect, rng.random(), rng.random(), rng.random() < flip)
+
+    def apply(self, image: UInt8[Tensor, "H W 3"], size: int) -> Float[Tensor, "3 size size"]:
+        """Return the crop of a uint8 image (H, W, 3), resized to (3, size, size) and normalised, float32.
+
+        A crop higher or wider than the image takes its full height or width.
+        """
         H, W = image.shape[:2]
         height = min(H, max(1, round(math.sqrt(self.area * H * W / self.aspect))))
         width = min(W, max(1, round(math.sqrt(self.area * H * W * self.aspect))))
-        top, left = int(self.down * (H - height + 1)), int(self.across * (W - width + 1))
-        x = normalised(resized(image[top : top + height, left : left + width], size, size))
+        top, left = int(self.top * (H - height + 1)), int(self.left * (W - width + 1))
+        x = normalise(resize(image[top : top + height, left : left + width], size, size))
         return x.flip(-1) if self.mirrored else x

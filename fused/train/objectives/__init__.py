@@ -1,1 +1,1 @@
-"""What a training optimises: losses, masks, teachers, text."""
+"""Training objectives: losses, token masks, text masks, teachers, the text encoder."""

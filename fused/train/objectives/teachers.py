@@ -1,9 +1,9 @@
-"""Teachers for masked pretraining, of the library transformers: a CLIP vision model that sees every frame by itself.
+"""A teacher for masked pretraining: a CLIP vision model, of the library transformers, applied to every frame.
 
     teacher = ClipTeacher.from_pretrained("openai/clip-vit-base-patch16", config)  # or ClipTeacher(model, config)
-    seen = teacher(clips)
-    mask = attention_mask(seen.attention, 0.8)
-    loss = alignment_loss(student(clips, mask).clip, keep_visible(seen.features, mask))
+    output = teacher(clips)
+    mask = attention_mask(output.attention, 0.8)
+    loss = alignment_loss(student(clips, mask).clip, keep_visible(output.features, mask))
 
 The student's config has clip_output_dim=teacher.width and clip_return_layer=len(teacher.layers).
 """
@@ -28,22 +28,22 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class TeacherOutput(NamedTuple):
-    """What a teacher says of clips, without gradient."""
+    """A teacher's output for clips, without gradient."""
 
-    features: Tensor  # (K, B, 1 + T'*P, C) float32 of unit length, CLS first: like `EncoderOutput.clip` without a mask
-    attention: Tensor  # (B, T', P) float32: from CLS to the patches of each frame, for `attention_mask`
+    features: Tensor  # (K, B, 1 + T'*P, C) float32 of unit length, CLS first: the layout of `EncoderOutput.clip` without a mask
+    attention: Tensor  # (B, T', P) float32: attention of CLS on the patches of each frame, for `attention_mask`
 
 
 class ClipTeacher:
-    """A frozen CLIP vision model over the frames of a clip, as VideoMamba's masked pretraining has it (UMT, arXiv 2303.16058).
+    """A frozen CLIP vision model over the frames of a clip, as in VideoMamba's masked pretraining (UMT, arXiv 2303.16058).
 
     `model` is a `transformers.CLIPVisionModelWithProjection`, whose features are projected (C = projection_dim), or a
     `CLIPVisionModel` (C = hidden_size), with any `attn_implementation`; it is put into eval mode and its parameters are
-    frozen. `config` is the student's. `layers` are the teacher's layers, counted from 0, in ascending order, or how many of
-    the last ones; None: as many as the student's clip_return_layer.
+    frozen. `config` is the student's. `layers` are indices of the teacher's layers, from 0, in ascending order, or the number
+    of last layers; None: the student's clip_return_layer.
 
-    Of each tubelet the first frame counts, resized (bicubic) to CLIP's size and from ImageNet's mean and standard deviation
-    to CLIP's. CLS is the mean over the frames. CLIP's last norm is left out, as upstream does.
+    CLIP sees the first frame of each tubelet, resized (bicubic) to its image size, and renormalised from ImageNet's mean and
+    standard deviation to its own. The CLS feature is the mean over the frames. CLIP's last norm is left out, as upstream does.
 
     Raises ValueError where the grids of patches differ or a layer does not exist, TypeError for another model, ImportError
     without transformers.
@@ -55,26 +55,24 @@ class ClipTeacher:
             allowed = "a transformers CLIPVisionModel or CLIPVisionModelWithProjection"
             raise TypeError(f"ClipTeacher: model must be {allowed}, got {type(model).__name__}")
         self.model, self.config = model.eval().requires_grad_(False), config
-        self._vision = getattr(model, "vision_model", model)  # what is without the projection
+        self._vision = getattr(model, "vision_model", model)  # the vision model without the projection
         self._project = getattr(model, "visual_projection", None)
-        self._size = model.config.image_size
-        side = self._size // model.config.patch_size
+        self._image_size, patch_size = model.config.image_size, model.config.patch_size
+        side = self._image_size // patch_size
         if config.grid != (side, side):
-            allowed = (
-                f"{(side, side)}, this teacher's with images of {self._size} and patches of {model.config.patch_size} pixels"
-            )
+            allowed = f"{(side, side)}, this teacher's with images of {self._image_size} and patches of {patch_size} pixels"
             raise ValueError(f"ClipTeacher: config has a grid of {config.grid} patches; allowed is {allowed}")
-        self.layers = _which(config.clip_return_layer if layers is None else layers, model.config.num_hidden_layers)
+        self.layers = _layer_indices(config.clip_return_layer if layers is None else layers, model.config.num_hidden_layers)
         self.width = model.config.hidden_size if self._project is None else model.config.projection_dim
 
     @classmethod
     def from_pretrained(
         cls, source: str, config: VideoMambaConfig, layers: int | Sequence[int] | None = None, **options: Any
     ) -> "ClipTeacher":
-        """With the weights of a folder, or of a name on the Hugging Face Hub; of a whole CLIP the vision model with projection.
+        """Return a teacher with the weights of a folder, or of a name on the Hugging Face Hub.
 
-        `options` go to transformers' `from_pretrained`. Raises ValueError for a model that is no CLIP, OSError where nothing
-        can be loaded, and what `ClipTeacher` raises.
+        Of a complete CLIP the vision model with projection is loaded. `options` go to transformers' `from_pretrained`. Raises
+        ValueError for a model that is no CLIP, OSError where nothing can be loaded, and the errors of `ClipTeacher`.
         """
         library = import_transformers()
         found = (library.AutoConfig.from_pretrained(source).architectures or ["none"])[0]
@@ -86,7 +84,7 @@ class ClipTeacher:
 
     @torch.no_grad()
     def __call__(self, clips: Float[Tensor, "B C T H W"]) -> TeacherOutput:
-        """See all of the clips (B, 3, T, H, W), normalised as `ClipFolder` gives them, on the model's device.
+        """Return features and attention for clips (B, 3, T, H, W), normalised as `ClipFolder` does, on the model's device.
 
         Raises ValueError or TypeError for clips that do not fit the student.
         """
@@ -94,23 +92,25 @@ class ClipTeacher:
         sizes = {"C": 3, "T": tubelets * self.config.kernel_size, "H": height, "W": width}
         check_tensor("ClipTeacher", "clips", clips, "B C T H W", sizes, self.model.device)
         frames = clips[:, :, :: self.config.kernel_size].transpose(1, 2).flatten(0, 1)
-        hidden = self.model(_as_clip(frames, self._size).to(self.model.dtype), output_hidden_states=True).hidden_states
-        features = torch.stack([self._features(hidden[i + 1], tubelets) for i in self.layers])  # 0 is what enters the first
+        images = _renormalise(frames, self._image_size).to(self.model.dtype)
+        hidden = self.model(images, output_hidden_states=True).hidden_states
+        features = torch.stack([self._features(hidden[i + 1], tubelets) for i in self.layers])  # 0 is the first layer's input
         return TeacherOutput(features, self._attention(hidden[-2]).unflatten(0, (-1, tubelets)))
 
     def _features(self, hidden: Tensor, tubelets: int) -> Tensor:
-        """(B*T', 1 + P, hidden) to (B, 1 + T'*P, C) of unit length."""
+        """Return features (B, 1 + T'*P, C) of unit length, for hidden states (B*T', 1 + P, hidden_size)."""
         hidden = hidden.unflatten(0, (-1, tubelets))
         tokens = torch.cat((hidden[:, :, 0].mean(1, keepdim=True), hidden[:, :, 1:].flatten(1, 2)), dim=1)
         return F.normalize((tokens if self._project is None else self._project(tokens)).float(), dim=-1)
 
-    def _attention(self, entering: Tensor) -> Tensor:
-        """(B*T', P): softmax of CLS against all tokens in the last layer, mean over heads.
+    def _attention(self, hidden: Tensor) -> Tensor:
+        """Return the attention (B*T', P) of CLS in the last layer, mean over heads, for its input (B*T', 1 + P, hidden_size).
 
-        Written out, since of transformers' implementations only the slow one shows it, and for all layers and tokens.
+        It is computed here because transformers returns attention only from its eager implementation, and then for all layers
+        and tokens.
         """
         layer = self._vision.encoder.layers[-1]
-        tokens, heads = layer.layer_norm1(entering), self.model.config.num_attention_heads
+        tokens, heads = layer.layer_norm1(hidden), self.model.config.num_attention_heads
         query, key = layer.self_attn.q_proj(tokens[:, :1]), layer.self_attn.k_proj(tokens)
         query, key = (x.unflatten(-1, (heads, -1)).transpose(1, 2).float() for x in (query, key))
         with no_autocast(key.device):
@@ -119,7 +119,7 @@ class ClipTeacher:
 
 
 def import_transformers() -> ModuleType:
-    """The library, imported where it is first used. Raises ImportError that says what to install."""
+    """Return the library, imported at first use. Raise ImportError that says how to install it."""
     try:
         import transformers
     except ImportError as error:
@@ -127,7 +127,8 @@ def import_transformers() -> ModuleType:
     return transformers
 
 
-def _which(layers: int | Sequence[int], depth: int) -> tuple[int, ...]:
+def _layer_indices(layers: int | Sequence[int], depth: int) -> tuple[int, ...]:
+    """Return ascending indices of layers, from those indices or from the number of last layers. Raise ValueError for others."""
     if isinstance(layers, int):
         check_integer("ClipTeacher", "layers", layers, 1, depth)
         return tuple(range(depth - layers, depth))
@@ -138,8 +139,8 @@ def _which(layers: int | Sequence[int], depth: int) -> tuple[int, ...]:
     return tuple(layers)
 
 
-def _as_clip(frames: Tensor, size: int) -> Tensor:
-    """(N, 3, H, W) normalised by ImageNet's values to (N, 3, size, size) by CLIP's."""
+def _renormalise(frames: Tensor, size: int) -> Tensor:
+    """Return frames (N, 3, size, size) normalised by CLIP's values, for (N, 3, H, W) normalised by ImageNet's; float32."""
     frames = frames.float()
     if frames.shape[-2:] != (size, size):
         frames = F.interpolate(frames, size=(size, size), mode="bicubic", antialias=True, align_corners=False)

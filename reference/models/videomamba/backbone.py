@@ -1,4 +1,4 @@
-"""What the two models of `videomamba.py` share: embedding, positions, blocks, final norm, and how a video comes in chunks."""
+"""The common part of the two models in `model.py`: embedding, positions, blocks, final norm, and streaming in chunks."""
 
 import math
 from collections.abc import Sequence
@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 from reference.models.videomamba.block import Block
 from reference.models.videomamba.config import VideoMambaConfig
-from reference.models.videomamba.embedding import PatchEmbed, check_mask, select, span_of, temporal_positions
+from reference.models.videomamba.embedding import PatchEmbed, check_mask, select_visible, span_of, temporal_positions
 from reference.models.videomamba.scan_order import temporal_order
 from reference.modules.mamba import Mamba
 from reference.modules.norm import DropPath, Norm
-from reference.modules.state import ModelState, State, entries, packed, zero_mean
+from reference.modules.state import ModelState, State, pack_state, unpack_state, zero_mean_state
 
 
 class Backbone(nn.Module):
-    """Tokens in, tokens out: embedding, positions, blocks. The two models below differ in what they read from it.
+    """Base class of the two models: it turns a clip into tokens and tokens into normed tokens. The models add their heads.
 
-    CLS is token 0, patch p of tubelet f is token 1 + f*P + p.
+    CLS is token 0, patch p of tubelet f is token 1 + f*P + p. `drop_path_rate` is used where the configuration has None.
     """
 
     def __init__(self, config: VideoMambaConfig, drop_path_rate: float) -> None:
@@ -44,15 +44,16 @@ class Backbone(nn.Module):
 
     @property
     def reads_mean(self) -> bool:
-        """Whether what is read is a mean over the tokens so far, whose count and sum belong to the state."""
+        """Whether the model reads a mean over the tokens so far; its count and sum then belong to the state."""
         raise NotImplementedError
 
-    def _final_norm(self) -> Norm:
+    def make_final_norm(self) -> Norm:
+        """Return a new norm of the kind that the configuration names."""
         return Norm(self.config.embed_dim, self.config.norm_epsilon, "rms" if self.config.rms_norm else "layer")
 
     @torch.no_grad()
-    def _init_weights(self) -> None:
-        """Upstream's effective initial values. Every Linear is redrawn; so delta starts at softplus(0) = 0.69."""
+    def init_weights(self) -> None:
+        """Draw upstream's effective initial values. Every Linear is redrawn, so delta starts at softplus(0) = 0.69."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -65,22 +66,26 @@ class Backbone(nn.Module):
                 module.out_proj.weight /= math.sqrt(self.config.depth)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that upstream's optimisers do not decay (besides biases and vectors)."""
+        """Return the names of the parameters that upstream's optimisers do not decay, besides biases and vectors."""
         return {"pos_embed", "cls_token", "temporal_pos_embedding"} & {name for name, _ in self.named_parameters()}
 
     def embed(
         self, clip: Float[Tensor, "B C *T H W"], mask: Bool[Tensor, "B L"] | None = None, use_image: bool = False, *,
         temporal_pos_offset: int | None = None, temporal_pos_total: int | None = None,
     ) -> Float[Tensor, "B V D"]:  # fmt: skip
-        """Visible tokens, CLS first: X[0] = cls + pos[0]; X[1 + f*P + p] = patch(f, p) + pos[1 + p] + temporal[f].
+        """Return the visible tokens (B, V, D) of a clip (B, C, T, H, W) or image (B, C, H, W), CLS first:
 
-        With `temporal_pos_offset` the clip is a chunk of a video, any number of whole tubelets that begins with this one,
-        counted from 0; chunk after chunk gives the tokens of the whole, so CLS comes with offset 0 only. `temporal_pos_total`
-        is the length of the whole video in tubelets; the temporal table is stretched to it (`temporal_positions`), the same
-        for every chunk. By default it is the table's own length, and nothing is stretched. A mask is that of the tokens here.
+            X[0] = cls + pos[0]
+            X[1 + f*P + p] = patch(f, p) + pos[1 + p] + temporal[f]
 
-        `use_image` takes a clip of one tubelet without its temporal position. Raises ValueError for a clip or mask of
-        another shape, and for a chunk that is not part of the video.
+        mask (B, L) bool is True where a token of this clip is hidden. With `temporal_pos_offset` the clip is a chunk of a
+        video: any number of whole tubelets, of which the first has this index. The chunks' tokens, side by side, are those of
+        the whole video; CLS is among those of the chunk with offset 0. `temporal_pos_total` is the length of the whole video in
+        tubelets. The temporal table is stretched to it (`temporal_positions`), the same for every chunk. By default it is the
+        table's length, and nothing is stretched. `use_image` takes a clip of one tubelet and adds no temporal position.
+
+        Raise ValueError for a clip or mask of another shape and for a chunk that is not part of the video, TypeError for a clip
+        of another dtype.
         """
         span = span_of(clip, self.config, use_image, temporal_pos_offset, temporal_pos_total)
         tokens = self.patch_embed(clip) + self.pos_embed[:, None, 1:]
@@ -93,61 +98,72 @@ class Backbone(nn.Module):
         tokens = self.pos_drop(tokens)
         if mask is not None:
             check_mask(mask, tokens.shape[0], tokens.shape[1], span.has_cls)
-        return select(tokens, mask)
+        return select_visible(tokens, mask)
 
     def init_state(
         self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> list[State]:
-        """The state before a video (`reference.modules.state` says what is in it). dtype is the stream's: by
-        default that of the parameters, under autocast its own; device is by default that of the parameters.
+        """Return the state before a video; `reference.modules.state` describes its contents.
 
-        Raises ValueError for a bidirectional model, or no clips.
+        The default dtype is that of the parameters, under autocast that of autocast. The default device is that of the
+        parameters. Raise ValueError for a bidirectional model or a batch size below 1, TypeError for an integer dtype.
         """
         mixers = [module for module in self.modules() if isinstance(module, Mamba)]
         state = [mixer.init_state(batch_size, dtype, device) for mixer in mixers]
-        return [*state, zero_mean(state[0], self.config.embed_dim)] if self.reads_mean else state
+        return [*state, zero_mean_state(state[0], self.config.embed_dim)] if self.reads_mean else state
 
     def encode(
         self, tokens: Float[Tensor, "B V D"], mask: Bool[Tensor, "B L"] | None = None, *,
-        state: ModelState | None = None, return_state: bool = False, taps: Sequence[int] = (),
+        state: ModelState | None = None, return_state: bool = False, out_layers: Sequence[int] = (),
     ) -> tuple[Tensor, Any, list[Tensor]]:  # fmt: skip
-        """Run the blocks and the final norm over embedded tokens.
+        """Run the blocks and the final norm over embedded tokens (B, V, D).
 
-        `state` has one (conv_state, ssm_state) per layer; it continues a token sequence that was cut anywhere (causal models in
-        spatial order only). `taps` names layers whose output is returned, ascending: final-norm(output), but for the last layer
-        the raw residual stream: upstream's feature, which leaves out the last mixer when fused_add_norm, and has it otherwise.
+        `mask` is that of `embed`. `state` has one (conv_state, ssm_state) per layer. It continues a token sequence, which may
+        be cut anywhere; this needs a causal model in spatial order. `out_layers` are the indices of layers whose features are
+        returned, ascending. The feature of a layer is the final norm of the residual stream after it. That of the last layer is
+        upstream's, the residual stream without the norm (`finish`).
 
-        Returns (normed tokens in storage order, new state in the kind of container that came, or None, tapped features).
+        Return (normed tokens (B, V, D) in storage order, new state in the same kind of container or None, features). Raise
+        ValueError or TypeError for a state that does not fit.
         """
         config, carried = self.config, state is not None or return_state
         if carried and config.scan_order != "spatial":
             raise ValueError(f"scan_order is {config.scan_order!r}; a state can only be carried in 'spatial' order")
-        before: list[Any] = [None] * config.depth if state is None else entries(state, config.depth)
-        order = None if config.scan_order == "spatial" else self._order(tokens, mask)
+        before: list[Any] = [None] * config.depth if state is None else unpack_state(state, config.depth)
+        order = None if config.scan_order == "spatial" else self._temporal_order(tokens, mask)
 
         hidden, states, features = tokens, [], []
         residual: Any = None
         for i, layer in enumerate(self.layers):
             hidden, residual, new = layer(hidden, residual, order, before[i], return_state)
             states.append(new)
-            if i - 1 in taps:
-                features.append(self.final_norm(residual.to(self.final_norm.weight.dtype)))
-        hidden = self.drop_path(hidden)
-        if config.fused_add_norm:
-            last = residual
-            hidden = self.final_norm.add(hidden, residual, prenorm=False)
-        else:
-            last = residual + hidden
-            hidden = self.final_norm(last.to(self.final_norm.weight.dtype))
-        if config.depth - 1 in taps:
-            features.append(last)
-        return hidden, packed(states, state) if carried else None, features
+            if i - 1 in out_layers:
+                features.append(self.layer_feature(residual))
+        normed, last_feature = self.finish(self.drop_path(hidden), residual)
+        if config.depth - 1 in out_layers:
+            features.append(last_feature)
+        return normed, pack_state(states, state) if carried else None, features
 
-    def _stream(
+    def layer_feature(self, residual: Tensor) -> Tensor:
+        """Return the final norm of a residual stream (B, L, D): the feature of every layer but the last."""
+        return self.final_norm(residual.to(self.final_norm.weight.dtype))
+
+    def finish(self, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the normed tokens and the feature of the last layer, both (B, L, D), from the last mixer's output `hidden`.
+
+        Upstream's feature of the last layer is the residual stream: with `fused_add_norm` without `hidden`, otherwise with it.
+        """
+        fused, fp32 = self.config.fused_add_norm, self.config.residual_in_fp32
+        normed, total = self.final_norm.add(hidden, residual, fused_add_norm=fused, residual_in_fp32=fp32)
+        return normed, residual if fused else total
+
+    def split_stream_state(
         self, ssm_state: ModelState | None, return_state: bool, offset: int | None, use_image: bool = False
     ) -> tuple[Any, State | None, int | None]:
-        """What a forward was asked to continue: the layers' state, the running mean, and the chunk's offset, None for a whole
-        video. Raises ValueError where that cannot be."""
+        """Return (states of the layers, running mean, offset of the chunk) of a forward call; offset is None for a whole video.
+
+        Raise ValueError where the model cannot stream or the arguments do not belong together, TypeError for another type.
+        """
         if ssm_state is None and not return_state and offset is None:
             return None, None, None
         if use_image or self.config.num_frames is None:
@@ -172,11 +188,11 @@ class Backbone(nn.Module):
                 "temporal_pos_offset is None with an ssm_state; allowed: the number of tubelets that went before, 0 where "
                 "init_state begins a video"
             )
-        found = entries(ssm_state, self.config.depth, self.reads_mean, "ssm_state")
-        return found[: self.config.depth], found[-1] if self.reads_mean else None, offset
+        pairs = unpack_state(ssm_state, self.config.depth, self.reads_mean, "ssm_state")
+        return pairs[: self.config.depth], pairs[-1] if self.reads_mean else None, offset
 
-    def _order(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        """The temporal walk of these tokens: of CLS and whole frames, or of what a mask has left of them."""
+    def _temporal_order(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the temporal order of tokens (B, V, D): CLS and whole frames, or those of them that a mask leaves."""
         length, patches = tokens.shape[1] if mask is None else mask.shape[1], self.config.patches
         if (length - 1) % patches:
             raise ValueError(f"{length} tokens are not CLS and frames of {patches} patches; pass the mask that left them")

@@ -1,4 +1,4 @@
-"""One layer of VideoMamba: add to the residual stream, normalise, mix."""
+"""One layer of VideoMamba: add to the residual stream, normalise, mix tokens."""
 
 from typing import Any
 
@@ -7,18 +7,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from reference.models.videomamba.config import VideoMambaConfig
-from reference.models.videomamba.scan_order import orders_of_layer, undo, walk
+from reference.models.videomamba.scan_order import orders_of_layer, permute, restore
 from reference.modules.mamba import Mamba
 from reference.modules.norm import DropPath, Norm
 from reference.modules.state import State
-from reference.ops.dtypes import accumulation_dtype
 
 
 class Block(nn.Module):
-    """residual += drop_path(hidden); hidden = mixer(norm(residual)). The first layer's residual is its input.
+    """One layer, on two tensors (B, L, D): the last mixer's output `hidden` and the residual stream.
 
-    With `fused_add_norm=False` the sum is rounded to the residual's dtype before it is normalised, and the normalised value
-    has the dtype of the norm's weight; in float32 both ways give the same numbers.
+        residual = residual + drop_path(hidden)     in the first layer: hidden, which then is the embedded tokens
+        hidden   = mixer(norm(residual))
+
+    `Norm.add` is the rule of the sum and its rounding, with and without `fused_add_norm`.
     """
 
     def __init__(self, config: VideoMambaConfig, layer: int, drop_path_rate: float) -> None:
@@ -34,32 +35,33 @@ class Block(nn.Module):
         self, hidden: Tensor, residual: Tensor | None = None, order: Tensor | None = None,
         state: State | None = None, return_state: bool = False,
     ) -> tuple[Tensor, Tensor, State | None]:  # fmt: skip
-        """hidden (B, L, D), residual (B, L, D) or None; `order` is the temporal walk, for layers that use it."""
-        hidden, residual = self.add_norm(hidden, residual)
+        """Return (new hidden, new residual, new state or None); hidden and residual are (B, L, D), residual None at first.
+
+        `order` is the temporal order, for the layers that use it. A state needs a causal mixer and spatial order.
+        """
+        normed, residual = self.add_norm(hidden, residual)
         if state is not None or return_state:
-            hidden, state = self._mixed(hidden, state, True)
+            hidden, state = self._run_mixer(normed, state, True)
             return hidden, residual, state
-        mixed = [self.mix(hidden, order if name == "temporal" else None) for name in self.orders]
-        return sum(mixed[1:], start=mixed[0]), residual, None
+        outputs = [self._run_mixer_in_order(normed, order if name == "temporal" else None) for name in self.orders]
+        return sum(outputs[1:], start=outputs[0]), residual, None
 
     def add_norm(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What the mixer reads, and the residual stream with `hidden` in it."""
+        """Return the mixer's input and the new residual stream, both (B, L, D)."""
         if residual is not None:
             hidden = self.drop_path(hidden)
-        if self.fused_add_norm:
-            hidden, residual = self.norm.add(hidden, residual, residual_in_fp32=self.residual_in_fp32)
-        else:
-            residual = hidden if residual is None else residual + hidden
-            hidden = self.norm(residual.to(self.norm.weight.dtype))
-            if self.residual_in_fp32:
-                residual = residual.to(accumulation_dtype(residual.dtype))
-        return hidden, residual
+        return self.norm.add(
+            hidden, residual, fused_add_norm=self.fused_add_norm, residual_in_fp32=self.residual_in_fp32
+        )  # fmt: skip
 
-    def mix(self, hidden: Tensor, order: Tensor | None) -> Tensor:
-        """The mixer over tokens in the given order, its output back in storage order."""
-        return self._mixed(hidden) if order is None else undo(self._mixed(walk(hidden, order)), order)
+    def _run_mixer_in_order(self, tokens: Tensor, order: Tensor | None) -> Tensor:
+        """Run the mixer over tokens (B, L, D) reordered by `order` and return its output in storage order."""
+        if order is None:
+            return self._run_mixer(tokens)
+        return restore(self._run_mixer(permute(tokens, order)), order)
 
-    def _mixed(self, *arguments: Any) -> Any:
+    def _run_mixer(self, *arguments: Any) -> Any:
+        """Call the mixer; with `recompute` its activations are computed again in the backward."""
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self.mixer, *arguments, use_reentrant=False)
         return self.mixer(*arguments)

@@ -14,10 +14,10 @@ CLIP_NORM_TYPES = ("l2", "none")
 
 @dataclass(frozen=True)
 class VideoMambaConfig:
-    """Fields and defaults are upstream's (image_sm, video_sm, video_mm); None stands where a value is derived.
+    """The configuration; fields and defaults are upstream's (image_sm, video_sm, video_mm), None where a value is derived.
 
-    num_frames None is the image model: two-dimensional patches, no temporal embedding. kernel_size is the tubelet, in frames.
-    Raises ValueError or TypeError at construction, naming the field, what came and what is allowed.
+    num_frames=None is the image model: two-dimensional patches, no temporal embedding. kernel_size is the length of a tubelet
+    in frames. Construction raises ValueError, naming the field, its value and the allowed values.
     """
 
     img_size: int | tuple[int, int] = 224  # pixels, or (height, width)
@@ -39,7 +39,7 @@ class VideoMambaConfig:
     fused_add_norm: bool = True
     bimamba: bool = True
     use_checkpoint: bool = False
-    checkpoint_num: int = 0  # with use_checkpoint, the mixers of this many first layers recompute in the backward
+    checkpoint_num: int = 0  # with use_checkpoint, how many first layers recompute their mixer in the backward
     readout: str = "cls"  # of the classifier; a causal one needs another, see `VideoMamba`
     pool_type: str = "cls+avg"  # of the encoder; a causal one needs "avg" or "last"
     clip_decoder_embed_dim: int | None = None  # None: embed_dim
@@ -110,43 +110,43 @@ class VideoMambaConfig:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches (down, across) of one frame."""
+        """Number of patches of one frame: (down, across)."""
         height, width = self.sides
         step = self.stride or self.patch_size
         return (height - self.patch_size) // step + 1, (width - self.patch_size) // step + 1
 
     @property
     def patches(self) -> int:
-        """Patches of one frame."""
+        """Number of patches of one frame."""
         return self.grid[0] * self.grid[1]
 
     @property
     def tubelets(self) -> int:
-        """Steps in time after the patch embedding; 1 for the image model."""
+        """Number of tubelets of a clip, which is its length after the patch embedding; 1 for the image model."""
         return 1 if self.num_frames is None else self.num_frames // self.kernel_size
 
     def student_layers(self) -> tuple[int, ...]:
-        """Layers, ascending, whose output the CLIP decoder aligns with the teacher."""
+        """Return the indices, ascending, of the layers whose output the CLIP decoder aligns with the teacher."""
         return tuple(sorted(self.depth - 1 - int(i * self.clip_student_return_interval) for i in range(self.clip_return_layer)))
 
     @classmethod
     def tiny(cls, **overrides: Any) -> "VideoMambaConfig":
-        """VideoMamba-Ti: width 192, 24 layers, 7 M parameters."""
+        """Return VideoMamba-Ti: width 192, 24 layers, 7 M parameters."""
         return cls(**{"embed_dim": 192, "depth": 24} | overrides)
 
     @classmethod
     def small(cls, **overrides: Any) -> "VideoMambaConfig":
-        """VideoMamba-S: width 384, 24 layers, 26 M parameters."""
+        """Return VideoMamba-S: width 384, 24 layers, 26 M parameters."""
         return cls(**{"embed_dim": 384, "depth": 24} | overrides)
 
     @classmethod
     def middle(cls, **overrides: Any) -> "VideoMambaConfig":
-        """VideoMamba-M: width 576, 32 layers, 74 M parameters."""
+        """Return VideoMamba-M: width 576, 32 layers, 74 M parameters."""
         return cls(**{"embed_dim": 576, "depth": 32} | overrides)
 
     @classmethod
     def base(cls, **overrides: Any) -> "VideoMambaConfig":
-        """VideoMamba-B: width 768, 24 layers, 98 M parameters."""
+        """Return VideoMamba-B: width 768, 24 layers, 98 M parameters."""
         return cls(**{"embed_dim": 768, "depth": 24} | overrides)
 
 
@@ -164,5 +164,6 @@ def _is_number(value: object) -> bool:
 
 
 def _require(holds: bool, name: str, value: object, allowed: str) -> None:
+    """Raise ValueError unless `holds`, naming the field, its value and the allowed values."""
     if not holds:
         raise ValueError(f"{name} is {value!r}; allowed: {allowed}")

@@ -1,7 +1,7 @@
 """The scan orders of the VideoMamba paper (section 3.2, figure 4) as permutations of the token sequence.
 
 A clip of T frames with P patches each is stored spatial-first: token 0 is CLS, token 1 + f*P + p is patch p of frame f.
-An order says in which sequence a mixer walks these tokens; CLS stays token 0 in all of them.
+A scan order is the order in which a mixer reads these tokens. CLS is token 0 in all of them.
 """
 
 import torch
@@ -11,10 +11,10 @@ SCAN_ORDERS = ("spatial", "temporal", "alternating", "both")
 
 
 def orders_of_layer(scan_order: str, layer: int) -> tuple[str, ...]:
-    """The orders in which one layer's mixer walks the tokens; the outputs of two orders are summed.
+    """Return the orders, "spatial" or "temporal", in which the mixer of one layer reads the tokens.
 
-    "spatial" and "temporal" are the same in every layer, "alternating" starts spatial and changes every layer, "both" is the
-    paper's spatiotemporal scan with all four scans, the mixer's weights serving both orders.
+    "spatial" and "temporal" are the same in every layer. "alternating" is spatial in even layers and temporal in odd ones.
+    "both" is the paper's spatiotemporal scan: the mixer runs in both orders with the same weights, and the outputs are added.
     """
     if scan_order == "alternating":
         return ("temporal",) if layer % 2 else ("spatial",)
@@ -22,16 +22,16 @@ def orders_of_layer(scan_order: str, layer: int) -> tuple[str, ...]:
 
 
 def temporal_rank(frames: int, patches: int, device: torch.device | None = None) -> Tensor:
-    """Rank (1 + T*P,) of each stored token in the temporal-first walk: patch p of frame f comes at 1 + p*T + f."""
+    """Return the position (1 + T*P,) int64 of each stored token in temporal order: patch p of frame f is at 1 + p*T + f."""
     rank = 1 + torch.arange(frames * patches, device=device).view(patches, frames).T.reshape(-1)
     return torch.cat((rank.new_zeros(1), rank))
 
 
 def temporal_order(frames: int, patches: int, visible: Tensor | None = None, device: torch.device | None = None) -> Tensor:
-    """Indices (1, L), or (B, V) with a mask, of the stored tokens in temporal-first sequence.
+    """Return the indices (1, L) int64 of the stored tokens in temporal order.
 
-    `visible` (B, L) bool marks the tokens that a mask has left, the same number V in every clip: the walk is then that of the
-    visible tokens, and the indices count visible tokens only.
+    `visible` (B, L) bool marks the tokens that a mask leaves, the same number V in every clip. The result is then the order
+    (B, V) of the visible tokens, and its indices count visible tokens only.
     """
     rank = temporal_rank(frames, patches, device)[None]
     if visible is not None:
@@ -39,11 +39,11 @@ def temporal_order(frames: int, patches: int, visible: Tensor | None = None, dev
     return rank.argsort(dim=1)
 
 
-def walk(tokens: Tensor, order: Tensor) -> Tensor:
-    """Tokens (B, L, D) in the sequence of order (1 or B, L)."""
+def permute(tokens: Tensor, order: Tensor) -> Tensor:
+    """Return tokens (B, L, D) reordered by the indices `order` (1 or B, L)."""
     return tokens.gather(1, order[..., None].expand_as(tokens))
 
 
-def undo(tokens: Tensor, order: Tensor) -> Tensor:
-    """The inverse of `walk`."""
-    return walk(tokens, order.argsort(dim=1))
+def restore(tokens: Tensor, order: Tensor) -> Tensor:
+    """Return tokens (B, L, D) in storage order: the inverse of `permute` with the same `order`."""
+    return permute(tokens, order.argsort(dim=1))

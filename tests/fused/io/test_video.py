@@ -9,7 +9,7 @@ import pytest
 import torch
 from videos import STEP, cut, remux, write_video
 
-from fused.io.video import MEAN, STD, VideoError, count_frames, read_clip, sample
+from fused.io.video import MEAN, STD, VideoError, count_frames, middle_frames, read_clip
 from harness.fixtures.video import SHIPPED
 
 
@@ -44,18 +44,18 @@ def shipped():
     ],
 )
 def test_sample_takes_the_middle_of_each_segment(total, frames, start, stop, wanted):
-    assert sample(total, frames, start, stop) == wanted
+    assert middle_frames(total, frames, start, stop) == wanted
 
 
 def test_parts_that_meet_share_no_frame():
-    halves = sample(131, 65, 0.0, 0.5) + sample(131, 65, 0.5, 1.0)
+    halves = middle_frames(131, 65, 0.0, 0.5) + middle_frames(131, 65, 0.5, 1.0)
     assert halves == sorted(set(halves))
 
 
 @pytest.mark.parametrize(("frames", "part"), [(1, (0, 1)), (7, (0, 1)), (50, (0, 1)), (4, (0.25, 0.5)), (3, (0.9, 1))])
 def test_clip_is_made_of_the_frames_asked_for(made, frames, part):
     clip = read_clip(made, frames, 32, start=part[0], stop=part[1])
-    assert grey(clip) == sample(50, frames, *part)
+    assert grey(clip) == middle_frames(50, frames, *part)
 
 
 def test_values_are_imagenets(made):

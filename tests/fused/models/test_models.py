@@ -192,9 +192,9 @@ def test_temporal_order_of_one_patch_per_frame_is_the_spatial_one(package):
 def test_features_of_encode():
     plain, fast = models("VideoMamba", {"scan_order": "temporal", "depth": 3})
     outputs = []
-    for model, argument in ((plain, "taps"), (fast, "out_layers")):
+    for model in (plain, fast):
         tokens = model.embed(clip_of(plain.config), mask_of(17))
-        normed, state, features = model.encode(tokens, mask_of(17), **{argument: (0, 2)})
+        normed, state, features = model.encode(tokens, mask_of(17), out_layers=(0, 2))
         assert state is None
         outputs.append({"tokens": normed} | {f"feature {i}": x for i, x in enumerate(features)})
     assert_same(outputs[1], outputs[0])

@@ -8,8 +8,8 @@ from rule import assert_rule, double, outcome
 
 import fused.ops.selective_scan.native  # noqa: F401 (registers the operators)
 from fused import backends, bidirectional_scan, selective_scan
+from fused.ops.selective_scan import kernel_source, schedule
 from fused.ops.selective_scan import launch as scan
-from fused.ops.selective_scan import schedule
 from fused.runtime import nvrtc
 
 SEEDS = range(4)
@@ -219,8 +219,12 @@ def test_tuned_kernels_do_not_spill(arch, capsys):
     tuned = ((1, 2, 1, 0), (2, 1, 1, 1), (2, 2, 1, 0), (2, 2, 1, 1))
     for directions, softplus, gated, keeps in tuned if arch == "sm_90" else tuned[-1:]:
         chosen_schedule = schedule.make_schedule(1, 16, 64, 16, directions, 1)
-        chosen = scan.defines(0, chosen_schedule, directions, 1, 1, 1, softplus, gated, keeps)
-        found = nvrtc.resources(scan.source(bool(keeps)), chosen, arch)
+        macros = kernel_source.defines(
+            io_dtype=torch.bfloat16, schedule=chosen_schedule, directions=directions,
+            vectorized=True, vectorized_bc=True, no_padding=True,
+            softplus=softplus, has_z=bool(gated), store_tile_states=bool(keeps),
+        )  # fmt: skip
+        found = nvrtc.resources(kernel_source.source(bool(keeps)), macros, arch)
         with capsys.disabled():
             for name, r in found.items():
                 which = f"{arch} {directions} {softplus} {keeps} {name}"

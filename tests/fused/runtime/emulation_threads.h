@@ -1,4 +1,4 @@
-// The machinery of emulation.h: threads of a block as fibers, barriers, shuffles, shared memory, a grid from Python's words.
+// The machinery of emulation.h: threads of a block as fibers, barriers, shuffles, shared memory, launches.
 #pragma once
 #define _GLIBCXX_INCLUDE_NEXT_C_HEADERS  // C's own headers: a kernel compiles in half the time without C++'s
 #include <dlfcn.h>
@@ -71,28 +71,24 @@ constexpr int warpSize = 32;
 
 namespace emulation {
 
-constexpr int MAX_THREADS = 1024, MAX_BARRIERS = 16;
+constexpr int MAX_THREADS = 1024;
 constexpr size_t PAGE = 4096, FENCE = 1 << 20, STACK = 128 << 10, MAX_SHARED = 227 << 10;
 constexpr size_t ROOM = (MAX_SHARED + PAGE - 1) / PAGE * PAGE;  // for shared memory, between fences nobody may touch
 constexpr uint64_t POISON = 0xffc1ffc1ffc1ffc1ull;              // NaN as bfloat16, as float16 and as float32
 
-enum Kind { BLOCK, NAMED, SYNC_WARP, SHUFFLE, VOTE };
-constexpr const char* KINDS[] = {"__syncthreads()", "named_barrier()", "__syncwarp()", "a shuffle", "a vote"};
+enum Kind { BLOCK, SYNC_WARP, SHUFFLE, VOTE };
+constexpr const char* KINDS[] = {"__syncthreads()", "__syncwarp()", "a shuffle", "a vote"};
 enum Order { FORWARD, REVERSE, RANDOM };
 
 struct Wait { Kind kind; int line; };
-struct Copy { char* to; const char* from; int bytes; bool ok; int group; };
+struct Copy { char* to; const char* from; int bytes; bool valid; int group; };
 struct Copies {
   Copy* list;
-  int count, room, group;
+  int count, capacity, group;
 };
 struct Warp {
   unsigned waiting, mask[32], source[32];
   uint64_t in[32], out[32];
-};
-struct Barrier {
-  int arrived, waiters, count;
-  uint16_t waiter[MAX_THREADS];
 };
 
 inline Fiber fiber[MAX_THREADS], outside;
@@ -100,13 +96,12 @@ inline bool returned[MAX_THREADS];
 inline Wait wait[MAX_THREADS];
 inline Copies copies[MAX_THREADS];
 inline Warp warp[MAX_THREADS / 32];
-inline Barrier named[MAX_BARRIERS];
 inline int threads, current, alive, arrived, line_of_barrier;
-inline uint16_t queue[MAX_THREADS];  // a ring: who may run, next first
+inline uint16_t queue[MAX_THREADS];  // a ring of the threads that are ready to run
 inline unsigned head, tail;
 inline Order order;
 inline uint64_t seed;
-inline char *shared, *lowest, *room, *stacks;
+inline char *shared, *lowest, *shared_area, *stacks;
 inline size_t shared_bytes;
 inline void (*body)(const void*);
 inline const void* arguments;
@@ -125,28 +120,28 @@ inline sigjmp_buf escape;
   failed = true;
 }
 
-[[noreturn]] inline void leave() {  // from a thread that failed; the others stay where they are
+[[noreturn]] inline void leave_grid() {  // from a thread that failed; the others stay where they are
   Fiber dead;
   emulation_switch(&dead, &outside);
   abort();
 }
-#define EMULATION_FAIL(...) (emulation::complain(__VA_ARGS__), emulation::leave())
+#define EMULATION_FAIL(...) (emulation::complain(__VA_ARGS__), emulation::leave_grid())
 
-inline unsigned below(unsigned n) {  // xorshift64*
+inline unsigned random_below(unsigned n) {  // xorshift64*
   seed ^= seed >> 12, seed ^= seed << 25, seed ^= seed >> 27;
   return (seed * 0x2545f4914f6cdd1dull >> 32) % n;
 }
 
-// Let these threads run, in the order asked for. They go before all others, so that a warp runs up to the block's next
-// barrier before another warp starts: a missing barrier then shows as NaN, or as another result in another order.
+// Make `count` threads ready to run, in the order of the launch. They run before all others, so that a warp runs up to the next
+// barrier of the block before another warp starts. A missing barrier then shows as NaN, or as another result in another order.
 template <class Number> inline void release(int count, Number number) {
   unsigned first = tail;
-  if (order == RANDOM && below(2)) tail += count;
+  if (order == RANDOM && random_below(2)) tail += count;
   else first = head -= count;
   for (int i = 0; i < count; i++) queue[(first + i) % MAX_THREADS] = number(order == REVERSE ? count - 1 - i : i);
   if (order == RANDOM)
     for (int i = count - 1; i > 0; i--) {
-      uint16_t &one = queue[(first + i) % MAX_THREADS], &other = queue[(first + below(i + 1)) % MAX_THREADS], kept = one;
+      uint16_t &one = queue[(first + i) % MAX_THREADS], &other = queue[(first + random_below(i + 1)) % MAX_THREADS], kept = one;
       one = other, other = kept;
     }
 }
@@ -163,7 +158,7 @@ template <class Number> inline void release(int count, Number number) {
                  same, threads, KINDS[w.kind], w.line, threads - gone - same, gone, shown);
 }
 
-[[gnu::noinline]] inline void next() {
+[[gnu::noinline]] inline void run_next() {
   if (head == tail) deadlock();
   const int from = current;
   current = queue[head++ % MAX_THREADS];
@@ -175,7 +170,7 @@ inline void thread() {
   body(arguments);
   returned[current] = true;
   if (--alive == 0) emulation_switch(&fiber[current], &outside);
-  next();
+  run_next();
 }
 
 [[gnu::noinline]] inline void barrier(int line) {
@@ -188,26 +183,11 @@ inline void thread() {
     arrived = 0;
     release(threads, [](int i) { return i; });
   }
-  next();
+  run_next();
 }
 
-[[gnu::noinline]] inline void barrier(int id, int count, bool stay, int line) {
-  if (id < 1 || id >= MAX_BARRIERS || count <= 0 || count % 32 || count > threads)
-    EMULATION_FAIL("named barrier %d of %d threads in line %d: must be 1 to 15, of whole warps of the block", id, count, line);
-  Barrier& b = named[id];
-  if (b.arrived && b.count != count)
-    EMULATION_FAIL("named barrier %d of %d threads in line %d, where others wait for %d", id, count, line, b.count);
-  b.arrived++, b.count = count;
-  if (stay) b.waiter[b.waiters++] = current, wait[current] = {NAMED, line};
-  if (b.arrived == count) {
-    release(b.waiters, [&](int i) { return b.waiter[i]; });
-    b.arrived = b.waiters = 0;
-  }
-  if (stay) next();
-}
-
-// The lanes of `mask` meet; each gives a value and takes the one of lane `source`, or the votes of all.
-[[gnu::noinline]] inline uint64_t meet(Kind kind, unsigned mask, uint64_t value, int source, int line) {
+// The lanes of `mask` exchange values: each gives one and returns that of lane `source`, or the votes of all.
+[[gnu::noinline]] inline uint64_t exchange(Kind kind, unsigned mask, uint64_t value, int source, int line) {
   const int lane = current & 31, first = current & ~31, lanes = threads - first;
   if (lanes < 32) mask &= (1u << lanes) - 1;
   Warp& w = warp[current >> 5];
@@ -235,7 +215,7 @@ inline void thread() {
     w.waiting &= ~mask;
     release(count, [&](int i) { return list[i]; });
   }
-  next();
+  run_next();
   return w.out[lane];
 }
 
@@ -243,7 +223,7 @@ template <class T> inline T shuffle(unsigned mask, T value, int source, int line
   static_assert(sizeof(T) <= 8);
   uint64_t bits = 0;
   memcpy(&bits, &value, sizeof value);
-  bits = meet(SHUFFLE, mask, bits, source, line);
+  bits = exchange(SHUFFLE, mask, bits, source, line);
   memcpy(&value, &bits, sizeof value);
   return value;
 }
@@ -263,16 +243,16 @@ inline void check_poison(const char* from, const char* to) {
     if (memcmp(from, &POISON, 2)) complain("shared memory: written at byte %ld of %zu", long(from - shared), shared_bytes);
 }
 
-// Asynchronous copies arrive when their thread waits for them, the latest that a GPU may do; until then there is NaN.
-inline void copy(void* to, const void* from, int bytes, bool ok) {
-  if (uintptr_t(to) % bytes || (ok && uintptr_t(from) % bytes)) EMULATION_FAIL("copy_async<%d>: misaligned", bytes);
+// An asynchronous copy happens when its thread waits for it, the latest time at which a GPU may do it. Until then there is NaN.
+inline void copy(void* to, const void* from, int bytes, bool valid) {
+  if (uintptr_t(to) % bytes || (valid && uintptr_t(from) % bytes)) EMULATION_FAIL("copy_async<%d>: misaligned", bytes);
   poison(static_cast<char*>(to), static_cast<char*>(to) + bytes);
   Copies& c = copies[current];
-  if (c.count == c.room) {
-    c.room = 2 * c.room + 16;
-    c.list = static_cast<Copy*>(realloc(c.list, c.room * sizeof(Copy)));
+  if (c.count == c.capacity) {
+    c.capacity = 2 * c.capacity + 16;
+    c.list = static_cast<Copy*>(realloc(c.list, c.capacity * sizeof(Copy)));
   }
-  c.list[c.count++] = {static_cast<char*>(to), static_cast<const char*>(from), bytes, ok, c.group};
+  c.list[c.count++] = {static_cast<char*>(to), static_cast<const char*>(from), bytes, valid, c.group};
 }
 
 inline void await_copies(int pending) {
@@ -281,14 +261,14 @@ inline void await_copies(int pending) {
   for (int i = 0; i < c.count; i++) {
     const Copy one = c.list[i];
     if (one.group >= c.group - pending) c.list[kept++] = one;
-    else if (one.ok) memcpy(one.to, one.from, one.bytes);
+    else if (one.valid) memcpy(one.to, one.from, one.bytes);
     else memset(one.to, 0, one.bytes);
   }
   c.count = kept;
 }
 
-// Stacks and shared memory, `*memory` of them, are one for all libraries of the process: each fence is a mapping, and a
-// process may have 65530.
+// All libraries of the process share `*memory`, which holds the stacks and the shared memory: each fence is a mapping, and a
+// process may have 65530 of them.
 inline void reserve(char** memory) {
   if (!*memory) {
     const size_t bytes = MAX_THREADS * (STACK + PAGE) + ROOM + 2 * FENCE;
@@ -300,29 +280,29 @@ inline void reserve(char** memory) {
     mprotect(*memory + MAX_THREADS * (STACK + PAGE) + FENCE + ROOM, FENCE, PROT_NONE);
   }
   stacks = *memory;
-  room = *memory + MAX_THREADS * (STACK + PAGE) + FENCE;
+  shared_area = *memory + MAX_THREADS * (STACK + PAGE) + FENCE;
 }
 
-// The last byte lies at the fence, or up to 127 bytes before it. These, and what is left of the first
-// page, are looked at after each block; all before the first page may not be touched either.
-inline void place_shared(size_t bytes) {
+// The last byte lies at the fence, or up to 127 bytes before it. Writes to these bytes and to the rest of the first page are
+// found after each block. Access before the first page faults.
+inline void place_shared_memory(size_t bytes) {
   shared_bytes = bytes;
-  shared = room + ROOM - (bytes + 127) / 128 * 128;
-  lowest = room + (shared - room) / PAGE * PAGE;
-  mprotect(room, lowest - room, PROT_NONE);
-  mprotect(lowest, room + ROOM - lowest, PROT_READ | PROT_WRITE);
+  shared = shared_area + ROOM - (bytes + 127) / 128 * 128;
+  lowest = shared_area + (shared - shared_area) / PAGE * PAGE;
+  mprotect(shared_area, lowest - shared_area, PROT_NONE);
+  mprotect(lowest, shared_area + ROOM - lowest, PROT_READ | PROT_WRITE);
 }
 
 // ---------------------------------------------------------------- a fault in a kernel becomes a message
 
 inline void handler(int number, siginfo_t* info, void* state) {
-  if (!inside) {  // another thread's fault: it strikes again at once, as if we were not here
+  if (!inside) {  // a fault of another thread: with the default action it faults again at once
     signal(number, SIG_DFL);
     return;
   }
   const char* at = static_cast<char*>(info->si_addr);
   if (number == SIGILL || number == SIGTRAP) complain("a misaligned access, or an index beyond a local array");
-  else if (at >= room - FENCE && at < room + ROOM + FENCE)
+  else if (at >= shared_area - FENCE && at < shared_area + ROOM + FENCE)
     complain("shared memory: access at byte %ld of %zu", long(at - shared), shared_bytes);
   else if (at >= stacks && at < stacks + MAX_THREADS * (STACK + PAGE)) complain("local memory: more than %zu bytes", STACK);
   else complain("access to memory that is not there, at address %p", at);
@@ -334,15 +314,15 @@ inline void handler(int number, siginfo_t* info, void* state) {
 #else
   const char* pc = nullptr;
 #endif
-  Dl_info here, there;  // Python finds the line to it, if it is in this library
-  if (dladdr(&room, &here) && dladdr(pc, &there) && here.dli_fbase == there.dli_fbase) {
+  Dl_info here, there;  // an address in this library; emulation.py finds its line in the source
+  if (dladdr(&shared_area, &here) && dladdr(pc, &there) && here.dli_fbase == there.dli_fbase) {
     const size_t end = strlen(message);
     snprintf(message + end, sizeof message - end, " [pc %#lx]", long(pc - static_cast<char*>(here.dli_fbase)));
   }
   siglongjmp(escape, 1);
 }
 
-struct Signals {  // ours while a grid runs, Python's own before and after
+struct Signals {  // our signal handlers while a grid runs, Python's before and after
   static constexpr int NUMBERS[] = {SIGSEGV, SIGBUS, SIGILL, SIGTRAP};
   struct sigaction before[4];
   stack_t stack_before;
@@ -365,14 +345,13 @@ struct Signals {  // ours while a grid runs, Python's own before and after
 
 // ---------------------------------------------------------------- a grid
 
-extern "C" char __start_emulated_shared[] __attribute__((weak, visibility("hidden")));  // what is declared __shared__
+extern "C" char __start_emulated_shared[] __attribute__((weak, visibility("hidden")));  // variables declared __shared__
 extern "C" char __stop_emulated_shared[] __attribute__((weak, visibility("hidden")));
 
 inline void run_block() {
-  poison(lowest, room + ROOM);
+  poison(lowest, shared_area + ROOM);
   poison(__start_emulated_shared, __stop_emulated_shared);
   memset(warp, 0, sizeof warp);
-  for (Barrier& b : named) b.arrived = b.waiters = 0;
   head = tail = arrived = 0, alive = threads;
   for (int t = 0; t < threads; t++) {
     const size_t color = t % 16 * 256;  // stacks that all begin at the same offset in a page share a few lines of the cache
@@ -385,7 +364,7 @@ inline void run_block() {
   emulation_switch(&outside, &fiber[current]);
   if (failed) return;
   check_poison(lowest, shared);
-  check_poison(shared + (shared_bytes + 1) / 2 * 2, room + ROOM);
+  check_poison(shared + (shared_bytes + 1) / 2 * 2, shared_area + ROOM);
 }
 
 inline void run_grid() {
@@ -397,11 +376,11 @@ inline void run_grid() {
       }
 }
 
-// 0, or 1 with a message for Python, which lets one thread in at a time.
+// Run a grid. Return 0, or 1 and a message in `message_out`. emulation.py calls it from one thread at a time.
 inline int run(void (*kernel)(const void*), int bound, const unsigned* grid, int block, size_t bytes, const void* words,
-               int in_order, uint64_t with_seed, char** memory, char* said, size_t room_to_say) {
+               int launch_order, uint64_t launch_seed, char** memory, char* message_out, size_t message_size) {
   reserve(memory);
-  body = kernel, arguments = words, threads = block, order = Order(in_order), seed = with_seed * 2 + 1, failed = false;
+  body = kernel, arguments = words, threads = block, order = Order(launch_order), seed = launch_seed * 2 + 1, failed = false;
   gridDim = {grid[0], grid[1], grid[2]}, blockDim = {unsigned(block), 1, 1}, blockIdx = threadIdx = {0, 0, 0};
   if (block < 1 || block > MAX_THREADS || block > bound)
     complain("%d threads, where the kernel allows 1 to %d", block, bound);
@@ -410,16 +389,17 @@ inline int run(void (*kernel)(const void*), int bound, const unsigned* grid, int
   else if (!grid[0] || grid[0] > 0x7fffffffu || !grid[1] || grid[1] > 65535 || !grid[2] || grid[2] > 65535)
     complain("a grid that no GPU takes");
   else {
-    place_shared(bytes);
+    place_shared_memory(bytes);
     Signals signals;
     if (!sigsetjmp(escape, 1)) run_grid();
   }
   if (failed)
-    snprintf(said, room_to_say, "block (%u, %u, %u), thread %u: %s", blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x, message);
+    snprintf(message_out, message_size, "block (%u, %u, %u), thread %u: %s", blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x,
+             message);
   return failed;
 }
 
-// ---------------------------------------------------------------- from Python's words to a kernel's parameters
+// ---------------------------------------------------------------- parameters of a kernel, eight bytes each
 
 template <class P> constexpr char letter = 0;
 template <class T> constexpr char letter<T*> = 'p';
@@ -449,15 +429,15 @@ template <class... Rest> constexpr int first(int threads, Rest...) { return thre
 
 }  // namespace emulation
 
-// One of these for each kernel, which emulation.py writes behind the source; behind the name, its launch bounds.
-#define EMULATION_EXPORT(kernel, ...)                                                                                     \
-  extern "C" __attribute__((visibility("default"))) const char* emulation_parameters_##kernel() {                         \
-    return emulation::Shim<kernel>::parameters;                                                                           \
-  }                                                                                                                       \
-  extern "C" __attribute__((visibility("default"))) int emulation_run_##kernel(                                          \
-      const unsigned* grid, int block, size_t bytes, const void* words, int order, uint64_t seed, char** memory,         \
-      char* said, size_t room_to_say) {                                                                                  \
-    constexpr int bound = emulation::first(__VA_ARGS__);                                                                 \
-    return emulation::run(emulation::Shim<kernel>::run, bound, grid, block, bytes, words, order, seed, memory, said,     \
-                          room_to_say);                                                                                  \
+// emulation.py appends one of these for each kernel to the source, with the kernel's launch bounds.
+#define EMULATION_EXPORT(kernel, ...)                                                                                  \
+  extern "C" __attribute__((visibility("default"))) const char* emulation_parameters_##kernel() {                      \
+    return emulation::Shim<kernel>::parameters;                                                                        \
+  }                                                                                                                    \
+  extern "C" __attribute__((visibility("default"))) int emulation_run_##kernel(                                        \
+      const unsigned* grid, int block, size_t bytes, const void* words, int order, uint64_t seed, char** memory,       \
+      char* message_out, size_t message_size) {                                                                        \
+    constexpr int bound = emulation::first(__VA_ARGS__);                                                               \
+    return emulation::run(emulation::Shim<kernel>::run, bound, grid, block, bytes, words, order, seed, memory, message_out,\
+                          message_size);                                                                               \
   }

@@ -55,8 +55,6 @@ MISTAKES = [
     ("if (threadIdx.x < 16) x[0] = __shfl_xor_sync(0xffff, x[1], 16);", 0, "reads lane 16, which takes no part"),
     ("x[0] = __shfl_xor_sync(0xffff, x[1], 1);", 0, "not in its own mask"),
     ("if (threadIdx.x & 1)\n__syncwarp();\nelse x[0] = __shfl_xor_sync(~0u, x[1], 1);", 0, "divergent warp"),
-    ("named_barrier(1, 96);", 0, "named barrier 1 of 96 threads"),
-    ("if (threadIdx.x < 32) named_barrier(2, 64);", 0, "deadlock: 32 of 64 threads wait at named_barrier"),
     ("__trap();", 0, "__trap"),
 ]
 
@@ -140,7 +138,6 @@ def test_barriers_shuffles_and_copies(order):
         "if (threadIdx.x < 8) x[threadIdx.x] += __shfl_xor_sync(0xff, x[threadIdx.x], 7);": values
         + (values < 8) * (7 - values),
         swap.format("f[threadIdx.x] = x[threadIdx.x]; __syncthreads();"): values.flip(0),
-        swap.format("f[threadIdx.x] = x[threadIdx.x]; named_barrier(3, 64);"): values.flip(0),
         swap.format(
             "copy_async<4>(f + threadIdx.x, x + threadIdx.x, threadIdx.x > 3); copy_commit(); copy_wait<0>(); __syncthreads();"
         ): (values * (values > 3)).flip(0),

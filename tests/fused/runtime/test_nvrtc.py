@@ -58,11 +58,12 @@ def test_all_of_device_compiles(arch):
     """Every name of device.cuh on the GPU's side; the same source compiles for the CPU."""
     source = """extern "C" __global__ void k(float* x, unsigned short* h, unsigned* p) {
       SHARED(s)
-      x[0] = ex2(x[0]) + lg2(x[1]) + rcp(x[2]) + from_bf16(h[0]) + from_fp16(h[1]);
+      x[0] = ex2(x[0]) + select_less(x[1], x[2], x[3], x[4]) + rcp(x[2]) + from_bf16(h[0]) + from_fp16(h[1]);
       h[2] = to_bf16(x[3]), h[3] = to_fp16(x[4]), p[0] = pack_bf16(x[5], x[6]), p[1] = pack_fp16(x[7], x[8]);
       copy_async<16>(s, x), copy_async<8>(s + 16, x, x[0] > 0), copy_async<4>(s + 24, x);
       copy_commit(), copy_wait<1>(), copy_wait();
-      named_arrive(1, 64), named_barrier(1, 64);
+      int* counter = reinterpret_cast<int*>(p);
+      p[1] = take_ticket(counter), p[2] = multiprocessor(), p[3] = scheduler(), announce(counter), wait_until(counter, 2);
       x[9] = *reinterpret_cast<float*>(s);
     }"""
     assert nvrtc.compile(DEVICE + source, (), arch)

@@ -1,68 +1,70 @@
-"""A training that was killed goes on bit for bit; what cannot be written leaves what was there."""
+"""A killed training resumes bit for bit; a checkpoint that cannot be written leaves the one before it."""
 
 import os
 import resource
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from trainings import SMALL, killed_at, train, videos
+from trainings import SMALL, class_folders, signal_at_step, train
 
 from harness.instruments.two_processes import log, steps, tensors
 
 STEPS, EVERY = 8, 3
-WORDS = [*SMALL, "task=finetune", f"steps={STEPS}", f"save_every={EVERY}", "evaluate_every=4", "model.drop_path_rate=0.3"]
+ARGUMENTS = [*SMALL, "task=finetune", f"steps={STEPS}", f"save_every={EVERY}", "evaluate_every=4", "model.drop_path_rate=0.3"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Videos, one of them broken, and a run that nothing disturbed: 3 steps an epoch."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of videos, one of them broken, and of an uninterrupted run with 3 steps an epoch."""
     folder = tmp_path_factory.mktemp("training")
-    videos(folder / "videos", 7)
+    class_folders(folder / "videos", 7)
     (folder / "videos" / "side0" / "0.avi").write_bytes(b"no video")
-    code, said = train(words(folder, "whole"), folder=folder)
-    assert code == 0, said
+    code, output = train(arguments(folder, "uninterrupted"), folder=folder)
+    assert code == 0, output
     return folder
 
 
-def words(folder: Path, run: str) -> list[str]:
-    return [*WORDS, f"data.train={folder / 'videos'}", f"data.val={folder / 'videos'}", f"out={folder / run}"]
+def arguments(folder: Path, run: str) -> list[str]:
+    return [*ARGUMENTS, f"data.train={folder / 'videos'}", f"data.val={folder / 'videos'}", f"out={folder / run}"]
 
 
 def assert_same(folder: Path, run: str) -> None:
-    """The log, the last checkpoint and the model are those of the run that nothing disturbed."""
-    whole, run = folder / "whole", folder / run
-    assert log(run) == log(whole) and [line["step"] for line in steps(run)] == list(range(1, STEPS + 1))
+    """Assert that log, last checkpoint and model equal those of the uninterrupted run."""
+    expected, run = folder / "uninterrupted", folder / run
+    assert log(run) == log(expected) and [line["step"] for line in steps(run)] == list(range(1, STEPS + 1))
     last = f"checkpoints/step-{STEPS:08d}"
-    ours, theirs = tensors(run / last), tensors(whole / last)
+    ours, theirs = tensors(run / last), tensors(expected / last)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert (run / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+    assert (run / "model/model.safetensors").read_bytes() == (expected / "model/model.safetensors").read_bytes()
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["last", "step-00000006", "step-00000008"]
 
 
-def test_stopped_killed_and_gone_on(folder):
-    """Ctrl-C, then kill -9, then with a worker process to the end."""
-    run, said = folder / "stopped", folder / "ctrl-c.txt"
-    assert killed_at(words(folder, "stopped"), run, 2, signal.SIGINT, said) == 130
+def test_interrupted_killed_and_resumed(folder: Path) -> None:
+    """Ctrl-C, then kill -9, then to the end with a worker process."""
+    run, output = folder / "stopped", folder / "ctrl-c.txt"
+    assert signal_at_step(arguments(folder, "stopped"), run, 2, signal.SIGINT, output) == 130
     stopped = steps(run)[-1]["step"]
-    assert f"stopped behind step {stopped} of {STEPS}, saved as" in said.read_text()
+    assert f"stopped behind step {stopped} of {STEPS}, saved as" in output.read_text()
     assert (run / "checkpoints/last").read_text() == f"step-{stopped:08d}\n"
-    assert killed_at(words(folder, "stopped"), run, max(stopped, EVERY) + 1, signal.SIGKILL) == -signal.SIGKILL
-    code, said = train([*words(folder, "stopped"), "data.workers=1"], folder=folder)
-    assert code == 0 and "goes on behind step" in said and "data.workers: 0 -> 1" in said, said
-    assert "1 file could not be read" in said
+    assert signal_at_step(arguments(folder, "stopped"), run, max(stopped, EVERY) + 1, signal.SIGKILL) == -signal.SIGKILL
+    code, output = train([*arguments(folder, "stopped"), "data.workers=1"], folder=folder)
+    assert code == 0 and "goes on behind step" in output and "data.workers: 0 -> 1" in output, output
+    assert "1 file could not be read" in output
     assert_same(folder, "stopped")
 
 
-def die_before_the_last_file() -> None:
-    """In the second checkpoint, when the tensors are written and the list of them is not."""
+def die_before_metadata() -> None:
+    """Kill the process in the second checkpoint, after its tensors are written and before their metadata is."""
     from torch.distributed.checkpoint import FileSystemWriter
 
     finish = FileSystemWriter.finish
 
-    def die(self, *arguments, **more):
+    def die(self, *arguments: Any, **more: Any) -> None:
         if "step-00000006" in str(self.path):
             os.kill(os.getpid(), signal.SIGKILL)
         return finish(self, *arguments, **more)
@@ -70,11 +72,11 @@ def die_before_the_last_file() -> None:
     FileSystemWriter.finish = die
 
 
-def die_before_last_is_written() -> None:
-    """When the second checkpoint is whole, and nobody has named it."""
+def die_before_pointer() -> None:
+    """Kill the process when the second checkpoint is complete and `last` does not name it yet."""
     replace = os.replace
 
-    def die(source, target):
+    def die(source: Path, target: Path) -> None:
         if Path(target).name == "last" and Path(target).exists():
             os.kill(os.getpid(), signal.SIGKILL)
         replace(source, target)
@@ -82,15 +84,15 @@ def die_before_last_is_written() -> None:
     os.replace = die
 
 
-@pytest.mark.parametrize("sabotage", [die_before_the_last_file, die_before_last_is_written])
-def test_killed_while_a_checkpoint_is_written(folder, sabotage):
-    run = sabotage.__name__
-    code, _ = train(words(folder, run), sabotage=sabotage, folder=folder)
+@pytest.mark.parametrize("fault", [die_before_metadata, die_before_pointer])
+def test_killed_while_a_checkpoint_is_written(folder: Path, fault: Callable[[], None]) -> None:
+    run = fault.__name__
+    code, _ = train(arguments(folder, run), fault=fault, folder=folder)
     place = folder / run / "checkpoints"
     assert code == -signal.SIGKILL and (place / "last").read_text() == "step-00000003\n"
-    assert all((path / "training.json").is_file() for path in place.glob("step-*"))  # half of one has no name
-    code, said = train(words(folder, run), folder=folder)
-    assert code == 0 and "goes on behind step 3" in said, said
+    assert all((path / "training.json").is_file() for path in place.glob("step-*"))  # an incomplete one has a draft's name
+    code, output = train(arguments(folder, run), folder=folder)
+    assert code == 0 and "goes on behind step 3" in output, output
     assert_same(folder, run)
 
 
@@ -98,29 +100,30 @@ def small_disk() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 
 
-def test_full_disk(folder):
+def test_full_disk(folder: Path) -> None:
     run = folder / "full"
-    code, said = train([*words(folder, "full"), "steps=3"], folder=folder)
-    assert code == 0, said
+    code, output = train([*arguments(folder, "full"), "steps=3"], folder=folder)
+    assert code == 0, output
     before = tensors(run / "checkpoints/step-00000003")
-    code, said = train(words(folder, "full"), sabotage=small_disk, folder=folder)
-    assert code == 1 and "Traceback" not in said, said
-    assert "step-00000006: not written, the checkpoint before it stays" in said and "MiB are free there): OSError" in said, said
+    code, output = train(arguments(folder, "full"), fault=small_disk, folder=folder)
+    assert code == 1 and "Traceback" not in output, output
+    assert "step-00000006: not written, the checkpoint before it stays" in output, output
+    assert "MiB are free there): OSError" in output, output
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["last", "step-00000003"]
     assert all(torch.equal(value, before[name]) for name, value in tensors(run / "checkpoints/step-00000003").items())
 
 
-def test_a_checkpoint_that_is_damaged(folder):
+def test_damaged_checkpoint(folder: Path) -> None:
     run = folder / "damaged"
-    shutil.copytree(folder / "whole", run)
+    shutil.copytree(folder / "uninterrupted", run)
     data = run / "checkpoints/step-00000008/__0_0.distcp"
     data.write_bytes(data.read_bytes()[:1000])
-    code, said = train(words(folder, "damaged"), folder=folder)
-    assert code == 2 and "step-00000008 cannot be read" in said, said
+    code, output = train(arguments(folder, "damaged"), folder=folder)
+    assert code == 2 and "step-00000008 cannot be read" in output, output
     shutil.rmtree(run / "checkpoints/step-00000008")
-    code, said = train(words(folder, "damaged"), folder=folder)
-    assert code == 2 and "names step-00000008, which is not there" in said, said
+    code, output = train(arguments(folder, "damaged"), folder=folder)
+    assert code == 2 and "names step-00000008, which is not there" in output, output
     (run / "checkpoints/last").write_text("step-00000006\n")
-    code, said = train(words(folder, "damaged"), folder=folder)
-    assert code == 0, said
+    code, output = train(arguments(folder, "damaged"), folder=folder)
+    assert code == 0, output
     assert_same(folder, "damaged")

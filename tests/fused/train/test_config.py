@@ -1,15 +1,17 @@
-"""Every wrong key and value of a training's configuration is named, with what is allowed, before anything is built."""
+"""Every wrong key and value of a training's configuration is reported, with the allowed ones, before anything is built."""
+
+from pathlib import Path
 
 import pytest
 
 from fused.train.__main__ import main
-from fused.train.config_file import read_config, written
+from fused.train.config_file import read_config, to_yaml
 
 LEAST = ["task=finetune", "out=run", "data.train=videos", "steps=3"]
 DISTILL = ["task=distill", "teacher=small", "out=run", "data.train=videos", "steps=3"]
 
 
-def test_a_file_and_what_is_put_over_it(tmp_path):
+def test_file_and_overrides(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(
         "task: finetune\nout: run\nepochs: 2\ndata: {train: videos, frames: 16}\n"
@@ -20,11 +22,11 @@ def test_a_file_and_what_is_put_over_it(tmp_path):
     assert (config.epochs, config.steps) == (2, None)
     assert config.optim.lr == 2e-4 and config.optim.weight_decay == 0.01 and config.optim.betas == (0.9, 0.95)
     assert config.model == {"size": "small", "drop_path_rate": 0.2, "ssm_cfg": {"d_state": 8}}
-    file.write_text(written(config))
+    file.write_text(to_yaml(config))
     assert read_config(file) == config
 
 
-def test_what_is_printed_is_what_the_task_reads(capsys):
+def test_only_keys_that_the_task_reads_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--print-config", *LEAST]) == 0
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("frames: 8", "label_smoothing: 0.1", "mixup: 0.8", "save_every: 500"))
@@ -71,13 +73,13 @@ def test_what_is_printed_is_what_the_task_reads(capsys):
         (["--config", "no/such.yaml"], "No such file"),
     ],
 )
-def test_errors(words, wanted, capsys):
+def test_errors(words: list[str], wanted: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
-    said = capsys.readouterr()
-    assert wanted in said.err and "Traceback" not in said.err and not said.out
+    output = capsys.readouterr()
+    assert wanted in output.err and "Traceback" not in output.err and not output.out
 
 
-def test_a_file_that_is_no_mapping(tmp_path, capsys):
+def test_file_without_a_mapping(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "list.yaml").write_text("- task\n")
     assert main(["--config", str(tmp_path / "list.yaml")]) == 2
     assert "holds a list; allowed: a mapping of keys" in capsys.readouterr().err

@@ -1,24 +1,28 @@
-"""Clips of folders: what is found, what chance decides, who reads what, and files that cannot be read."""
+"""Clips of folders: listing, random frames and crops, batches of ranks and workers, and unreadable files."""
 
 import multiprocessing
 import os
 import signal
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 import torch
+from torch import Tensor
 from videos import STEP, cut, write_video
 
 from fused.io.video import MEAN, STD, VideoError, read_clip
-from fused.train import ClipFolder, batches
-from fused.train.data.clips import Unreadable
+from fused.train import Batch, ClipFolder, batches
+from fused.train.data.clips import UnreadableFiles
 
 FRAMES, SIZE = 3, 16
 GOOD = ["0.mp4", "2.mp4", "1.mp4", "3.mp4"]
 
 
 @pytest.fixture(scope="module")
-def videos(tmp_path_factory):
-    """Ten videos of 9 to 18 frames in two classes."""
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of ten videos of 9 to 18 frames in two classes."""
     root = tmp_path_factory.mktemp("videos")
     for i in range(10):
         folder = root / "ab"[i % 2] / "nested"
@@ -28,8 +32,8 @@ def videos(tmp_path_factory):
 
 
 @pytest.fixture
-def harmed(tmp_path, videos):
-    """A list of eight files, half of which give no clip: missing, too short, cut off, no video."""
+def list_with_bad_files(tmp_path: Path, videos: Path) -> Path:
+    """Return a list of eight files, four of them unreadable: missing, too short, truncated, not a video."""
     write_video(tmp_path / "short.mp4", frames=FRAMES - 1)
     cut(write_video(tmp_path / "cut.mp4"), 0.5)
     (tmp_path / "text.mp4").write_text("no video")
@@ -39,16 +43,16 @@ def harmed(tmp_path, videos):
     return tmp_path / "list.csv"
 
 
-def folder(root, **other):
+def folder(root: Path, **other: Any) -> ClipFolder:
     return ClipFolder(root, FRAMES, SIZE, **{"train": True} | other)
 
 
-def listed(tmp_path, text):
+def listed(tmp_path: Path, text: str) -> ClipFolder:
     (tmp_path / "list.csv").write_text(text)
     return folder(tmp_path / "list.csv")
 
 
-def same(left, right):
+def same(left: Iterable[Batch], right: Iterable[Batch]) -> bool:
     left, right = list(left), list(right)
     return len(left) == len(right) and all(
         torch.equal(a.clips, b.clips)
@@ -59,12 +63,12 @@ def same(left, right):
     )
 
 
-def grey(clip):
-    """The frame number of each frame of a clip of a made video."""
+def grey(clip: Tensor) -> list[int]:
+    """Return the frame number of each frame of a clip (3, T, H, W) of a synthetic video."""
     return (((clip[1].flatten(1).mean(1) * STD[1] + MEAN[1]) * 255 - 20) / STEP).round().int().tolist()
 
 
-def test_folder_of_classes(videos, tmp_path):
+def test_folder_of_classes(videos: Path, tmp_path: Path) -> None:
     found = folder(videos)
     assert found.classes == ("a", "b") and found.labels == (0,) * 5 + (1,) * 5
     assert [f.name for f in found.files] == [f"{i}.mp4" for i in (0, 2, 4, 6, 8, 1, 3, 5, 7, 9)]
@@ -75,18 +79,18 @@ def test_folder_of_classes(videos, tmp_path):
     assert folder(tmp_path).classes == ("linked",) and len(folder(tmp_path)) == 5
 
 
-def test_flat_folder(tmp_path):
+def test_flat_folder(tmp_path: Path) -> None:
     for name in ("b.MKV", "a.mp4", ".hidden.mp4", "readme.txt"):
         (tmp_path / name).touch()
     found = folder(tmp_path)
     assert [f.name for f in found.files] == ["a.mp4", "b.MKV"] and found.labels == (-1, -1) and found.classes == ()
 
 
-def test_list(tmp_path):
+def test_list(tmp_path: Path) -> None:
     found = listed(tmp_path, 'path,label\nsub/z.mp4, run\n"a,b.mp4",swim\n\n/c.any,run\n')
     assert [str(f) for f in found.files] == ["/c.any", f"{tmp_path}/a,b.mp4", f"{tmp_path}/sub/z.mp4"]
     assert found.classes == ("run", "swim") and found.labels == (0, 1, 0)
-    numbers = listed(tmp_path, "a.mp4,10\nb.mp4,2\n")  # numbers stay what they are, though most do not occur
+    numbers = listed(tmp_path, "a.mp4,10\nb.mp4,2\n")  # integer labels are class numbers, even if most do not occur
     assert numbers.labels == (10, 2) and numbers.classes == tuple(map(str, range(11)))
     assert listed(tmp_path, "a.mp4\nb.mp4\n").labels == (-1, -1)
 
@@ -100,13 +104,13 @@ def test_list(tmp_path):
         ("a.mp4,\xff", "UTF-8 text"),
     ],
 )
-def test_list_that_is_none(tmp_path, text, message):
+def test_invalid_list(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "list.csv").write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=message):
         folder(tmp_path / "list.csv")
 
 
-def test_folders_that_do_not_fit(tmp_path, videos):
+def test_folders_that_do_not_fit(tmp_path: Path, videos: Path) -> None:
     for root, classes, message in [
         (tmp_path / "nowhere", None, "there is no .*nowhere"),
         (tmp_path, None, r"suffixes .*\.mp4.* there is none in"),
@@ -137,7 +141,7 @@ def test_folders_that_do_not_fit(tmp_path, videos):
         ({"classes": "ab"}, "classes must be a sequence of names"),
     ],
 )
-def test_arguments_out_of_range(videos, wrong, message, unchecked):
+def test_arguments_out_of_range(videos: Path, wrong: dict[str, Any], message: str, unchecked: None) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         ClipFolder(videos, **{"frames": 2, "size": 8, "train": True} | wrong)
 
@@ -152,12 +156,12 @@ def test_arguments_out_of_range(videos, wrong, message, unchecked):
         ({"world": 4}, "3 . 4"),
     ],
 )
-def test_batches_out_of_range(videos, wrong, message):
+def test_batches_out_of_range(videos: Path, wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         batches(folder(videos), **{"batch_size": 3, "epoch": 0, "seed": 0} | wrong)
 
 
-def test_evaluation_is_what_read_clip_gives(videos):
+def test_evaluation_is_what_read_clip_gives(videos: Path) -> None:
     found = folder(videos, train=False)
     read = list(batches(found, 4, epoch=0, seed=0, shuffle=False, drop_last=False))
     assert [len(b.clips) for b in read] == [4, 4, 2] and torch.cat([b.labels for b in read]).tolist() == list(found.labels)
@@ -165,8 +169,8 @@ def test_evaluation_is_what_read_clip_gives(videos):
     assert torch.equal(clips, torch.stack([read_clip(file, FRAMES, SIZE) for file in found.files]))
 
 
-def test_frames_by_chance(videos):
-    """One of each segment, or as far apart as asked; over the epochs all that there may be."""
+def test_random_frames(videos: Path) -> None:
+    """One frame of each segment, or frames `stride` apart; every possible choice occurs over the epochs."""
     segments, dense = folder(videos), folder(videos, sampling="dense", stride=3)
     picked = [grey(segments.sample(0, epoch).clip) for epoch in range(30)]  # of 9 frames
     assert [set(column) for column in zip(*picked, strict=True)] == [{0, 1, 2}, {3, 4, 5}, {6, 7, 8}]
@@ -177,8 +181,8 @@ def test_frames_by_chance(videos):
         folder(videos, sampling="dense", stride=5).sample(0, 0)
 
 
-def test_part_of_the_picture_by_chance(tmp_path):
-    """The same for all frames, another for each file, epoch and seed; at any place, mirrored or not."""
+def test_random_crops(tmp_path: Path) -> None:
+    """A crop is the same for all frames, and differs by file, epoch and seed; all positions and mirrorings occur."""
     write_video(tmp_path / "still.mp4", frames=6, width=96, height=64, side=8, step=0)
     (tmp_path / "twin.mp4").symlink_to(tmp_path / "still.mp4")
     found = folder(tmp_path, scale=(0.1, 1), flip=0)
@@ -192,7 +196,7 @@ def test_part_of_the_picture_by_chance(tmp_path):
     assert not torch.equal(*(folder(tmp_path, seed=seed).sample(0, 0).clip for seed in range(2)))
 
 
-def test_bits_depend_on_neither_workers_nor_what_was_read_before(videos):
+def test_bits_depend_neither_on_workers_nor_on_skipping(videos: Path) -> None:
     found, state = folder(videos), torch.get_rng_state()
     whole = list(batches(found, 3, epoch=4, seed=1))
     assert len(whole) == len(batches(found, 3, epoch=4, seed=1)) == 3
@@ -204,14 +208,14 @@ def test_bits_depend_on_neither_workers_nor_what_was_read_before(videos):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_what_is_skipped_is_not_read(videos, monkeypatch):
+def test_skipped_files_are_not_read(videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found, read = folder(videos), []
     monkeypatch.setattr(found, "sample", lambda index, epoch: read.append(index) or ClipFolder.sample(found, index, epoch))
     (last,) = batches(found, 3, epoch=0, seed=0, skip=2)
     assert read == last.indices.tolist()
 
 
-def test_ranks_see_together_what_one_sees(videos):
+def test_ranks_divide_the_batches_of_one(videos: Path) -> None:
     found = folder(videos)
     whole = list(batches(found, 4, epoch=0, seed=0))
     parts = [list(batches(found, 2, epoch=0, seed=0, rank=rank, world=2)) for rank in range(2)]
@@ -221,7 +225,7 @@ def test_ranks_see_together_what_one_sees(videos):
 
 
 @pytest.mark.parametrize("world", [1, 3, 4])
-def test_evaluation_sees_every_file_once(videos, world):
+def test_evaluation_sees_every_file_once(videos: Path, world: int) -> None:
     parts = [
         list(batches(folder(videos, train=False), 3, epoch=0, seed=0, rank=rank, world=world, drop_last=False))
         for rank in range(world)
@@ -231,11 +235,11 @@ def test_evaluation_sees_every_file_once(videos, world):
     assert all(len(b.clips) == len(b.labels) == len(b.indices) <= 3 for part in parts for b in part)
 
 
-def test_bad_files_are_replaced_and_named(harmed):
-    found = folder(harmed)
+def test_bad_files_are_replaced_and_named(list_with_bad_files: Path) -> None:
+    found = folder(list_with_bad_files)
     assert [file.name for file in found.files] == ["cut.mp4", "missing.mp4", "short.mp4", "text.mp4", *GOOD]
     read = list(batches(found, 2, epoch=0, seed=0, shuffle=False))
-    assert [b.indices.tolist() for b in read] == [[4, 5], [4, 5], [4, 5], [6, 7]]  # by the next that can be read
+    assert [b.indices.tolist() for b in read] == [[4, 5], [4, 5], [4, 5], [6, 7]]  # replaced by the next readable one
     assert [len(b.bad) for b in read] == [4, 2, 0, 0]
     assert all(said.startswith(f"{file}: ") for file, said in zip(found.files, read[0].bad, strict=False))
     assert torch.equal(read[0].clips, read[2].clips) and torch.equal(read[0].labels, read[2].labels)
@@ -246,14 +250,14 @@ def test_bad_files_are_replaced_and_named(harmed):
     assert [[b.indices.item() for b in rank] for rank in ranks] == [[4, 4, 4, 6], [5, 5, 5, 7]]  # never both the same
 
 
-def test_bad_files_are_left_out_of_evaluation(harmed):
-    read = list(batches(folder(harmed, train=False), 3, epoch=0, seed=0, shuffle=False, drop_last=False))
+def test_bad_files_are_left_out_of_evaluation(list_with_bad_files: Path) -> None:
+    read = list(batches(folder(list_with_bad_files, train=False), 3, epoch=0, seed=0, shuffle=False, drop_last=False))
     assert [b.indices.tolist() for b in read] == [[], [4, 5], [6, 7]] and [len(b.bad) for b in read] == [3, 1, 0]
     assert [len(b.clips) for b in read] == [len(b.labels) for b in read] == [0, 2, 2]
 
 
 @pytest.mark.parametrize("count", [3, 100])
-def test_where_no_file_can_be_read(tmp_path, count):
+def test_no_file_can_be_read(tmp_path: Path, count: int) -> None:
     found = listed(tmp_path, "\n".join(f"missing{i}.mp4,0" for i in range(count)))
     with pytest.raises(RuntimeError, match="none of .* files can be read: .*missing.*no such file"):
         list(batches(found, 2, epoch=0, seed=0))
@@ -261,7 +265,7 @@ def test_where_no_file_can_be_read(tmp_path, count):
     assert [b.clips.shape for b in empty] == [(0, 3, FRAMES, SIZE, SIZE)] and len(empty[0].bad) == count
 
 
-def test_bad_files_that_are_many_but_not_in_a_row(tmp_path, videos):
+def test_many_bad_files_that_are_not_consecutive(tmp_path: Path, videos: Path) -> None:
     for name in ("b.mp4", "d.mp4"):
         (tmp_path / name).symlink_to(videos / "a" / "nested" / "0.mp4")
     found = listed(tmp_path, "".join(f"a{i:02}.mp4\nc{i:02}.mp4\n" for i in range(20)) + "b.mp4\nd.mp4\n")
@@ -269,26 +273,26 @@ def test_bad_files_that_are_many_but_not_in_a_row(tmp_path, videos):
     assert len(first.clips) == 40 and len(first.bad) == 40
 
 
-class Deadly(ClipFolder):
-    def sample(self, index, epoch):
+class DyingFolder(ClipFolder):
+    def sample(self, index: int, epoch: int) -> NoReturn:
         os._exit(3)
 
 
-def test_a_worker_that_finds_no_file_says_why_without_its_traceback(tmp_path):
+def test_error_of_a_worker_has_no_traceback(tmp_path: Path) -> None:
     found = listed(tmp_path, "missing0.mp4\nmissing1.mp4\n")
-    with pytest.raises(Unreadable, match="^batches: none of 2 files can be read: .*missing.*no such file") as caught:
+    with pytest.raises(UnreadableFiles, match="^batches: none of 2 files can be read: .*missing.*no such file") as caught:
         list(batches(found, 2, epoch=0, seed=0, workers=1))
     assert "Traceback" not in str(caught.value)
 
 
-def test_worker_that_dies_is_named(videos):
-    found = Deadly(videos, FRAMES, SIZE, train=True)
+def test_dead_worker_is_named(videos: Path) -> None:
+    found = DyingFolder(videos, FRAMES, SIZE, train=True)
     with pytest.raises(RuntimeError, match="DataLoader worker .* exited unexpectedly"):
         list(batches(found, 2, epoch=0, seed=0, workers=1))
 
 
-def test_interrupt_is_left_to_the_process_that_reads(videos):
-    """Ctrl-C goes to all processes of a terminal: workers go on until the training ends them."""
+def test_workers_ignore_interrupts(videos: Path) -> None:
+    """Ctrl-C signals all processes of a terminal; workers continue until the training ends them."""
     found, others = folder(videos), multiprocessing.active_children()  # of a test before
     reading = iter(batches(found, 1, epoch=0, seed=0, workers=2))
     read = [next(reading)]

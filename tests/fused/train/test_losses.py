@@ -1,4 +1,6 @@
-"""Losses are their formulas, written out here and taken in float64; their gradients reach what they should, and no more."""
+"""Losses equal their formulas in float64, by the rule; their gradients reach students and not teachers."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -24,8 +26,10 @@ def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32, scale: fl
     return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)).to(dtype)
 
 
-def judge(loss, formula, draw, dtype: torch.dtype) -> None:
-    """`loss` against `formula` by the rule: value and gradient of every tensor that `draw(seed)` gives."""
+def judge(
+    loss: Callable[..., Tensor], formula: Callable[..., Tensor], draw: Callable[[int], dict[str, Tensor]], dtype: torch.dtype
+) -> None:
+    """Assert the rule for `loss` against `formula`: its value, and the gradient of every tensor that `draw(seed)` returns."""
     samples = []
     for seed in SEEDS:
         tensors, ones = draw(seed), [torch.ones((), dtype=torch.float64)]
@@ -42,7 +46,7 @@ def unit(x: Tensor) -> Tensor:
 
 
 def entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """- sum of targets * log softmax, averaged over rows; classes or weights."""
+    """Return the cross-entropy of logits (B, C), averaged over rows, for classes (B,) or weights (B, C)."""
     if not targets.is_floating_point():
         targets = (targets[:, None] == torch.arange(logits.shape[1])).double()
     return -(targets.to(logits.dtype) * (logits - logits.exp().sum(-1, keepdim=True).log())).sum(-1).mean()
@@ -62,7 +66,7 @@ FORMULAS = {"l2": squared, "mse": lambda s, t: (s - t).square().mean(), "smooth_
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", FORMULAS)
-def test_alignment(kind, dtype):
+def test_alignment(kind: str, dtype: torch.dtype) -> None:
     teacher = normal(99, 2, 3, 5, 8, dtype=dtype)
     judge(
         lambda student: alignment_loss(student, teacher, kind),
@@ -72,7 +76,7 @@ def test_alignment(kind, dtype):
     )
 
 
-def test_alignment_is_none_where_they_agree_and_leaves_the_teacher_alone():
+def test_alignment_is_0_for_equal_features_and_gives_the_teacher_no_gradient() -> None:
     student, teacher = normal(0, 2, 3, 8).requires_grad_(), normal(1, 2, 3, 8).requires_grad_()
     for kind in FORMULAS:
         alignment_loss(student, teacher, kind).backward()
@@ -83,7 +87,7 @@ def test_alignment_is_none_where_they_agree_and_leaves_the_teacher_alone():
     assert alignment_loss(same, -same) == 4
 
 
-def test_every_layer_counts_as_much():
+def test_layers_have_equal_weight() -> None:
     student, teacher = normal(0, 3, 2, 4, 8).double(), normal(1, 3, 2, 4, 8).double()
     layers = [alignment_loss(s, t).item() for s, t in zip(student, teacher, strict=True)]
     assert alignment_loss(student, teacher).item() == pytest.approx(sum(layers) / 3, rel=8 * torch.finfo(torch.float64).eps)
@@ -92,7 +96,7 @@ def test_every_layer_counts_as_much():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_distillation(dtype, soft, smoothing):
+def test_distillation(dtype: torch.dtype, soft: bool, smoothing: float) -> None:
     teacher, weights = normal(99, 3, 6, 8, dtype=dtype), normal(98, 3, 5).softmax(1)
     targets = weights if soft else torch.tensor([4, 0, 2])
 
@@ -109,7 +113,7 @@ def test_distillation(dtype, soft, smoothing):
     )
 
 
-def test_distillation_of_models():
+def test_distillation_of_models() -> None:
     toy = {"img_size": 16, "patch_size": 8, "depth": 2, "num_frames": 2, "num_classes": 5, "drop_path_rate": 0.0}
     teacher = VideoMamba(VideoMambaConfig(embed_dim=16, **toy)).eval()
     student = VideoMamba(VideoMambaConfig(embed_dim=32, distill_dim=16, **toy))
@@ -123,8 +127,8 @@ def test_distillation_of_models():
 
 @pytest.mark.parametrize("frames", [(), (3,)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_contrast(dtype, frames):
-    ids = torch.tensor([7, 2, 7, 4])  # the first and the third are of one thing
+def test_contrast(dtype: torch.dtype, frames: tuple[int, ...]) -> None:
+    ids = torch.tensor([7, 2, 7, 4])  # the first and the third pair are positives of each other
 
     def formula(video: Tensor, text: Tensor, temperature: Tensor) -> Tensor:
         products = torch.einsum("b...c,nc->b...n", unit(video), unit(text)) / temperature
@@ -144,7 +148,7 @@ def test_contrast(dtype, frames):
     )
 
 
-def test_contrast_without_ids_is_with_ids_that_differ():
+def test_contrast_without_ids_is_with_ids_that_differ() -> None:
     logits = normal(0, 5, 5).double()
     assert torch.equal(contrastive_loss(logits), contrastive_loss(logits, torch.arange(5)))
     assert contrastive_loss(100 * torch.eye(5)) < contrastive_loss(logits) < contrastive_loss(-100 * torch.eye(5))
@@ -152,8 +156,8 @@ def test_contrast_without_ids_is_with_ids_that_differ():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_does_not_reach_losses(dtype):
-    """Inside of autocast every loss is what it is outside, bit for bit: a matmul in bfloat16 would not be."""
+def test_autocast_does_not_reach_losses(dtype: torch.dtype) -> None:
+    """Every loss has the same bits inside and outside of autocast; a matmul in bfloat16 would have others."""
     video, text, head = normal(0, 6, 8), normal(1, 6, 8), normal(2, 6, 2)
     ids, words = torch.tensor([0, 1, 2, 0, 3, 4]), torch.tensor([1, -100, 3, 0, 2, 7])
 
@@ -170,7 +174,7 @@ def test_autocast_does_not_reach_losses(dtype):
     assert all(x.dtype == torch.float32 and torch.equal(x, y) for x, y in zip(inside, outside, strict=True))
 
 
-def test_matching_pairs():
+def test_matching_pairs() -> None:
     ids = torch.tensor([0, 1, 0, 2])
     logits = normal(0, 4, 4, scale=3.0).requires_grad_()
     seen_texts, seen_videos = torch.zeros(4, 4), torch.zeros(4, 4)
@@ -190,7 +194,7 @@ def test_matching_pairs():
         assert ((seen - 500 * share).abs() <= 5 * (500 * share * (1 - share)).sqrt()).all()
 
 
-def test_matching_pairs_repeat_and_survive_a_sure_pair():
+def test_matching_pairs_repeat_and_survive_a_sure_pair() -> None:
     sure = 2000 * torch.eye(3)  # softmax leaves exactly 0 for the others
     draws = [matching_pairs(sure, None, torch.Generator().manual_seed(s)) for s in (0, 0, *range(1, 9))]
     assert all(torch.equal(x, y) for x, y in zip(draws[0], draws[1], strict=True))
@@ -199,7 +203,7 @@ def test_matching_pairs_repeat_and_survive_a_sure_pair():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_matching(dtype):
+def test_matching(dtype: torch.dtype) -> None:
     judge(
         matching_loss,
         lambda logits: entropy(logits, torch.tensor([1, 1, 0, 0, 0, 0])),
@@ -209,7 +213,7 @@ def test_matching(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_masked_language(dtype):
+def test_masked_language(dtype: torch.dtype) -> None:
     labels = torch.tensor([[3, -100, 0], [-100, -100, 8]])
     kept = labels != -100
     judge(
@@ -258,6 +262,6 @@ STUDENT = DistillOutput(torch.zeros(2, 5), A)
         (lambda: masked_language_loss(A, torch.zeros(2, 3)), ValueError, "labels must be int64.*got torch.float32"),
     ],
 )
-def test_errors(call, error, wanted):
+def test_errors(call: Callable[[], object], error: type[Exception], wanted: str) -> None:
     with pytest.raises(error, match=wanted):
         call()

@@ -1,6 +1,7 @@
-"""Masks hide what their names say, as many tokens in every clip, and the same for the same seed."""
+"""Masks of every kind: structure, equal counts in every clip, seeds, probabilities, errors."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -18,11 +19,11 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def attention_of(batch: int, grid, seed: int = 0) -> Tensor:
+def attention_of(batch: int, grid: tuple[int, int, int], seed: int = 0) -> Tensor:
     return torch.rand(batch, grid[0], grid[1] * grid[2], generator=seeded(seed))
 
 
-def draw(kind: str, batch: int, grid, ratio: float, generator=None) -> Tensor:
+def draw(kind: str, batch: int, grid: tuple[int, int, int], ratio: float, generator: torch.Generator | None = None) -> Tensor:
     if kind == "attention":
         return attention_mask(attention_of(batch, grid), ratio, generator)
     return KINDS[kind](batch, grid, ratio, generator)
@@ -30,7 +31,7 @@ def draw(kind: str, batch: int, grid, ratio: float, generator=None) -> Tensor:
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("ratio", RATIOS)
-def test_counts(grid, ratio):
+def test_counts(grid: tuple[int, int, int], ratio: float) -> None:
     frames, rows, columns = grid
     counts = {
         "random": int(ratio * frames * rows * columns),
@@ -46,11 +47,11 @@ def test_counts(grid, ratio):
         assert mask.sum(1).tolist() == [count] * 3, kind
 
 
-def frames_of(kind: str, batch: int = 64, ratio: float = 0.5, grid=(4, 6, 5)) -> Tensor:
+def frames_of(kind: str, batch: int = 64, ratio: float = 0.5, grid: tuple[int, int, int] = (4, 6, 5)) -> Tensor:
     return draw(kind, batch, grid, ratio, seeded(2))[:, 1:].unflatten(1, grid)
 
 
-def test_structure():
+def test_structure() -> None:
     tube, rows = frames_of("tube"), {kind: frames_of(kind) for kind in ("clip-row", "frame-row")}
     assert (tube == tube[:, :1]).all()
     for kind, mask in rows.items():
@@ -68,7 +69,7 @@ def test_structure():
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "attention"])
-def test_seeds(kind):
+def test_seeds(kind: str) -> None:
     grid = (4, 6, 5)
     once = draw(kind, 3, grid, 0.5, seeded(5))
     assert torch.equal(once, draw(kind, 3, grid, 0.5, seeded(5)))
@@ -82,20 +83,20 @@ def test_seeds(kind):
 
 
 def assert_likely(found: Tensor, share: Tensor | float, draws: int) -> None:
-    """Counts of independent draws lie within five standard deviations of what the share says."""
+    """Assert that counts of independent draws lie within five standard deviations of their expectation."""
     share = torch.as_tensor(share, dtype=torch.float64)
     assert ((found - draws * share).abs() <= 5 * (draws * share * (1 - share)).sqrt()).all(), found / draws
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_place_is_preferred(kind):
+def test_no_place_is_preferred(kind: str) -> None:
     mask = draw(kind, 4000, (2, 4, 3), 0.5, seeded(3))
     assert_likely(mask[:, 1:].sum(0), 0.5, 4000)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_is_a_probability(dtype):
-    """Of patches of attention a, the first drawn is i with p = a / sum; of two drawn the pair has Luce's probability."""
+def test_attention_is_a_probability(dtype: torch.dtype) -> None:
+    """One visible patch has probability a / sum of its attention a; two visible patches have Luce's probability."""
     share = torch.tensor([1.0, 2.0, 5.0]).double() / 8
     attention = torch.tensor([1.0, 2.0, 5.0], dtype=dtype).expand(2000, 2, 3)
     one = ~attention_mask(attention, 0.67, seeded(4))[:, 1:].reshape(4000, 3)
@@ -107,7 +108,7 @@ def test_attention_is_a_probability(dtype):
         assert_likely((two[:, i] & two[:, j]).sum(), p * q / (1 - p) + p * q / (1 - q), 4000)
 
 
-def test_patches_without_attention_go_first():
+def test_patches_without_attention_go_first() -> None:
     attention = torch.tensor([0.0, 1e-30, 0.0, 1.0]).expand(500, 1, 4)
     mask = attention_mask(attention, 0.5, seeded(5))
     assert torch.equal(mask[:, 1:], (attention == 0).flatten(1))
@@ -119,7 +120,7 @@ CONFIG = VideoMambaConfig(img_size=32, patch_size=8, depth=1, embed_dim=16, num_
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "attention"])
-def test_the_encoder_takes_them(kind):
+def test_the_encoder_takes_them(kind: str) -> None:
     grid = (CONFIG.tubelets, *CONFIG.grid)
     mask = draw(kind, 2, grid, 0.5, seeded(6))
     output = VideoMambaEncoder(CONFIG).eval()(torch.randn(2, 3, 2, 32, 32, generator=seeded(7)), mask)
@@ -127,7 +128,7 @@ def test_the_encoder_takes_them(kind):
     assert output.clip.shape == (1, 2, seen, 6) and output.tokens.shape == (2, seen - 1, 16)
 
 
-def test_keep_visible():
+def test_keep_visible() -> None:
     mask = random_mask(2, (2, 3, 3), 0.5, seeded(8))
     features = torch.randn(3, 2, 19, 4, generator=seeded(9), requires_grad=True)
     wanted = torch.stack([layer[~mask].view(2, -1, 4) for layer in features])
@@ -138,7 +139,7 @@ def test_keep_visible():
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_errors_of_keep_visible():
+def test_errors_of_keep_visible() -> None:
     mask = random_mask(2, (2, 3, 3), 0.5, seeded(8))
     with pytest.raises(ValueError, match=r"features must have shape \(\.\.\., B, L, C\), got \(2, 19\)"):
         keep_visible(torch.zeros(2, 19), mask)
@@ -162,7 +163,7 @@ def test_errors_of_keep_visible():
         ((2, (2, 3, 3), 0.5, 7), TypeError, "generator must be a torch.Generator on the CPU, or None, got int"),
     ],
 )
-def test_errors(kind, arguments, error, wanted):
+def test_errors(kind: str, arguments: tuple[Any, ...], error: type[Exception], wanted: str) -> None:
     with pytest.raises(error, match=wanted):
         KINDS[kind](*arguments)
 
@@ -179,6 +180,6 @@ def test_errors(kind, arguments, error, wanted):
         (torch.tensor([[[1.0, float("nan")]]]), ValueError, "finite and 0 or more, got values from nan to nan"),
     ],
 )
-def test_errors_of_attention(attention, error, wanted):
+def test_errors_of_attention(attention: Tensor, error: type[Exception], wanted: str) -> None:
     with pytest.raises(error, match=wanted):
         attention_mask(attention, 0.5)

@@ -1,13 +1,15 @@
-"""In a mixed batch the classes have the shares that the pixels have."""
+"""Targets of a mixed batch are in the proportion of its pixels."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused.train import cutmix, mix, mixup
+from fused.train import Mixed, cutmix, mix, mixup
 
 CLASSES = torch.tensor([3, 0, 2])
 
@@ -17,12 +19,12 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def flat_clips(*frames: int) -> Tensor:
-    """Clip i is all 2^i: what a pixel is made of can be read off it."""
+    """Return clips of which clip i is 2^i everywhere, so that a mixed pixel tells its proportions."""
     return (2.0 ** torch.arange(3)).view(3, *[1] * (3 + len(frames))).expand(3, 2, *frames, 9, 12).double()
 
 
 def shares(clips: Tensor) -> Tensor:
-    """(B,): the share of the clip itself, from the mean of its pixels."""
+    """Return the proportion (B,) of each clip itself, from the mean of its pixels."""
     own, other = 2.0 ** torch.arange(3), (2.0 ** torch.arange(3)).roll(1)
     return (clips.flatten(1).mean(1) - other) / (own - other)
 
@@ -30,7 +32,7 @@ def shares(clips: Tensor) -> Tensor:
 @pytest.mark.parametrize("how", [mixup, cutmix])
 @pytest.mark.parametrize("frames", [(), (4,)])
 @pytest.mark.parametrize("soft", [False, True])
-def test_classes_have_the_share_of_pixels(how, frames, soft):
+def test_classes_have_the_share_of_pixels(how: Callable[..., Mixed], frames: tuple[int, ...], soft: bool) -> None:
     seen = set()
     weights = torch.rand(3, 5, generator=seeded(0), dtype=torch.float64)
     weights = weights / weights.sum(1, keepdim=True)
@@ -47,7 +49,7 @@ def test_classes_have_the_share_of_pixels(how, frames, soft):
     assert len(seen) > 10 and min(seen) < 0.3 < 0.7 < max(seen)
 
 
-def test_mixup_mixes_every_pixel_alike():
+def test_mixup_mixes_every_pixel_alike() -> None:
     clips = torch.randn(3, 2, 4, 9, 12, generator=seeded(1), dtype=torch.float64)
     mixed, targets = mixup(clips, CLASSES, 5, generator=seeded(2))
     share = targets[0, 3].double()
@@ -55,7 +57,7 @@ def test_mixup_mixes_every_pixel_alike():
     assert (mixed - wanted).abs().max() <= 8 * torch.finfo(torch.float32).eps * clips.abs().max()
 
 
-def test_cutmix_moves_one_box_through_all_frames():
+def test_cutmix_moves_one_box_through_all_frames() -> None:
     clips = torch.randn(3, 2, 4, 9, 12, generator=seeded(3))
     tops, cut = set(), {"top": 0, "bottom": 0, "left": 0, "right": 0}
     for seed in range(40):
@@ -78,8 +80,8 @@ def test_cutmix_moves_one_box_through_all_frames():
     assert len(tops) > 10 and all(cut.values()), f"anywhere, cut at every border: {cut}"
 
 
-def test_the_beta_distribution():
-    """Shares of Beta(a, a) have the variance 1 / (4 (2a + 1)): small a gives nearly one clip, large a nearly halves."""
+def test_the_beta_distribution() -> None:
+    """Proportions have the variance of Beta(a, a), 1 / (4 (2a + 1))."""
     for alpha in (0.2, 1.0, 20.0):
         generator = seeded(4)
         drawn = torch.stack([mixup(flat_clips(), CLASSES, 5, alpha, generator).targets[0, 3] for _ in range(500)]).double()
@@ -95,8 +97,8 @@ def kind_of(clips: Tensor) -> str:
     return "cutmix" if torch.isin(clips, 2.0 ** torch.arange(3)).all() else "mixup"
 
 
-def test_mix_chooses():
-    def found(seeds: int = 60, **how) -> list[str]:
+def test_mix_chooses() -> None:
+    def found(seeds: int = 60, **how: Any) -> list[str]:
         return [kind_of(mix(flat_clips(4), CLASSES, 5, generator=seeded(s), **how).clips) for s in range(seeds)]
 
     both = found(400)
@@ -109,7 +111,7 @@ def test_mix_chooses():
     assert torch.equal(untouched.targets, F.one_hot(CLASSES, 5).float())
 
 
-def test_seeds_repeat_and_inputs_stay():
+def test_seeds_repeat_and_inputs_stay() -> None:
     for how in (mixup, cutmix, partial(mix, switch=0.0), partial(mix, switch=1.0)):
         clips = flat_clips(4).clone()
         one, again, other = (how(clips, CLASSES, 5, generator=seeded(s)) for s in (0, 0, 1))
@@ -120,8 +122,8 @@ def test_seeds_repeat_and_inputs_stay():
             assert torch.equal(how(clips, CLASSES, 5).clips, one.clips), "without a generator PyTorch's own"
 
 
-def test_smoothing_before_mixing_is_smoothing_behind():
-    """As the module says: F.cross_entropy's label_smoothing on mixed weights is upstream's mixture of smoothed classes."""
+def test_smoothing_before_mixing_equals_smoothing_after() -> None:
+    """F.cross_entropy's label_smoothing on mixed weights equals upstream's mixture of smoothed classes."""
     logits, s = torch.randn(3, 5, generator=seeded(5), dtype=torch.float64), 0.1
     clips = flat_clips(4)
     behind = F.cross_entropy(
@@ -149,13 +151,13 @@ CLIPS = torch.zeros(2, 3, 4, 8, 8)
         (CLIPS, torch.tensor([0, 1]), 0, "classes must be an integer from 1 up, got 0"),
     ],
 )
-def test_errors(how, clips, targets, classes, wanted):
+def test_errors(how: Callable[..., Mixed], clips: Tensor, targets: Tensor, classes: int, wanted: str) -> None:
     with pytest.raises(ValueError, match=wanted):
         how(clips, targets, classes)
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_errors_of_numbers():
+def test_errors_of_numbers() -> None:
     for how in (mixup, cutmix):
         with pytest.raises(ValueError, match=r"alpha must be a number in \(0, inf\), got 0"):
             how(CLIPS, torch.tensor([0, 1]), 5, 0)

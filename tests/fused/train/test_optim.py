@@ -1,7 +1,8 @@
-"""Parameter groups hold every parameter once, at the rate and decay that its name says."""
+"""Parameter groups hold every parameter once, with the learning rate and decay that its name implies."""
 
 import copy
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -23,8 +24,8 @@ KINDS = {
 LR, DECAY = 0.01, 0.05
 
 
-def settings(model: nn.Module, **how) -> dict[str, tuple[float, float]]:
-    """(lr, weight_decay) by name, from an optimiser that was given the groups."""
+def settings(model: nn.Module, **how: Any) -> dict[str, tuple[float, float]]:
+    """Return (lr, weight_decay) by parameter name, from an optimiser with the groups."""
     groups = torch.optim.AdamW(parameter_groups(model, LR, DECAY, **how)).param_groups
     found = [(id(p), group["lr"], group["weight_decay"]) for group in groups for p in group["params"]]
     assert len({key for key, *_ in found}) == len(found), "no parameter twice"
@@ -40,7 +41,7 @@ DECAYED = r"(.*(proj|proj_b|conv1d|conv1d_b)\.weight|(head|clip_decoder\.\d\.hea
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_weight_decay(kind):
+def test_weight_decay(kind: str) -> None:
     model = KINDS[kind]()
     upstream, corrected = settings(model), settings(model, rule="corrected")
     for name in upstream:
@@ -52,8 +53,8 @@ def test_weight_decay(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_layer_decay(kind):
-    """depth 3: embeddings four powers down, layers three, two, one, the rest none; upstream's only knows the first."""
+def test_layer_decay(kind: str) -> None:
+    """At depth 3 the exponents are 4 for embeddings, 3, 2, 1 for layers, 0 for the rest; "upstream" has only the first."""
     model = KINDS[kind]()
     upstream, corrected = settings(model, layer_decay=0.5), settings(model, layer_decay=0.5, rule="corrected")
     for name in upstream:
@@ -65,7 +66,7 @@ def test_layer_decay(kind):
     assert settings(model, layer_decay=1.0) == settings(model)
 
 
-def test_frozen_and_shared_parameters():
+def test_frozen_and_shared_parameters() -> None:
     model = KINDS["encoder"]()
     model.patch_embed.requires_grad_(False)
     model.clip_decoder[1].head.weight = model.clip_decoder[0].head.weight
@@ -73,8 +74,8 @@ def test_frozen_and_shared_parameters():
     assert not any(name.startswith("patch_embed") for name in names) and "cls_token" in names
 
 
-def test_wrappers_and_larger_models():
-    """What a wrapper or a model around it puts in front of names changes nothing; other parts learn at the whole rate."""
+def test_wrappers_and_larger_models() -> None:
+    """Name prefixes of a wrapper or an outer model change nothing; other modules learn at the full rate."""
     for rule in ("upstream", "corrected"):
         inner = KINDS["encoder"]()
         alone = settings(inner, layer_decay=0.5, rule=rule)
@@ -84,7 +85,7 @@ def test_wrappers_and_larger_models():
         assert found == {"layers.weight": (LR, DECAY), "layers.bias": (LR, 0.0)}
 
 
-def test_the_rates_are_applied():
+def test_the_rates_are_applied() -> None:
     """Without gradients AdamW only decays: by lr * weight_decay of its group."""
     model = KINDS["classifier"]()
     before = copy.deepcopy(model.state_dict())
@@ -112,6 +113,6 @@ def test_the_rates_are_applied():
         ({"model": [nn.Linear(2, 2)]}, TypeError, "model must be a torch.nn.Module, got list"),
     ],
 )
-def test_errors(how, error, wanted):
+def test_errors(how: dict[str, Any], error: type[Exception], wanted: str) -> None:
     with pytest.raises(error, match=wanted):
         parameter_groups(**{"model": nn.Linear(2, 2), "lr": 1e-3, "weight_decay": 0.05} | how)

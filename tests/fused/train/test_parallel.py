@@ -1,9 +1,10 @@
-"""What the check `processes` does not ask of two processes: their evaluation, who writes, and going on with one."""
+"""Two processes, beyond the check `processes`: evaluation, writing by rank 0 alone, and resuming with one process."""
 
 import shutil
+from pathlib import Path
 
 import pytest
-from trainings import SMALL, train, videos
+from trainings import SMALL, class_folders, train
 
 from harness.instruments.two_processes import Training, log, trained
 
@@ -11,17 +12,17 @@ VIDEOS = 8
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_one_process_goes_on_where_two_stopped(tmp_path, parallel):
-    """With their parameters, bit for bit; each video is evaluated once, and one of the two writes."""
-    source = videos(tmp_path / "videos", VIDEOS // 2)
+def test_one_process_resumes_a_run_of_two(tmp_path: Path, parallel: str) -> None:
+    """The parameters are the same bits; each video is evaluated once, and one of the two processes writes."""
+    source = class_folders(tmp_path / "videos", VIDEOS // 2)
     words = [*SMALL, "task=finetune", "steps=2", f"data.train={source}", f"data.val={source}", f"out={tmp_path / 'run'}"]
-    said = trained([Training((*words, f"parallel={parallel}"), together=True)], tmp_path)
-    assert said.count("2 processes") == said.count("done: ") == 1, said
+    output = trained([Training((*words, f"parallel={parallel}"), together=True)], tmp_path)
+    assert output.count("2 processes") == output.count("done: ") == 1, output
     assert [line["step"] for line in log(tmp_path / "run")] == [1, 2, 2]
     assert log(tmp_path / "run")[-1]["val_videos"] == VIDEOS
     model = tmp_path / "run/model/model.safetensors"
     before = model.read_bytes()
     shutil.rmtree(model.parent)
-    code, said = train(words, folder=tmp_path)
-    assert code == 0 and "processes: 2 -> 1" in said, said
+    code, output = train(words, folder=tmp_path)
+    assert code == 0 and "processes: 2 -> 1" in output, output
     assert model.read_bytes() == before

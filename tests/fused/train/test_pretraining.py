@@ -1,4 +1,4 @@
-"""All parts together: ten steps of masked alignment with a frozen random teacher, as a user would write them."""
+"""Ten steps of masked alignment with a frozen random teacher, with the functions of `fused.train`."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ STEPS = 10
 
 
 def pretrain(kind: str, seed: int = 0) -> tuple[list[float], VideoMambaEncoder, VideoMambaEncoder]:
-    """Losses of all steps, student, teacher."""
+    """Return the losses of all steps, the student and the teacher."""
     torch.manual_seed(seed)
     teacher = VideoMambaEncoder(CONFIG).eval().requires_grad_(False)
     student = VideoMambaEncoder(CONFIG).train()
@@ -37,7 +37,7 @@ def pretrain(kind: str, seed: int = 0) -> tuple[list[float], VideoMambaEncoder, 
 
 
 @pytest.mark.parametrize("kind", ["l2", "mse", "smooth_l1"])
-def test_the_loss_falls(kind):
+def test_the_loss_falls(kind: str) -> None:
     with torch.random.fork_rng():
         losses, student, teacher = pretrain(kind)
     assert sum(losses[-3:]) < 0.5 * sum(losses[:3]), losses

@@ -1,10 +1,13 @@
-"""The rates of a training: at its ends, at the warm-up's end, half way, and after a restart."""
+"""Learning rates of a training: at its ends, at the end of warm-up, half way, and after a restart."""
 
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from fused import save_checkpoint
 from fused.train import cosine_schedule
@@ -12,15 +15,15 @@ from fused.train import cosine_schedule
 TOTAL, WARM = 110, 10
 
 
-def training(**how):
+def training(**how: Any) -> tuple[torch.optim.Optimizer, LambdaLR]:
     layer = nn.Linear(2, 2)
     groups = [{"params": [layer.weight], "lr": 1.0}, {"params": [layer.bias], "lr": 0.5}]
     optimizer = torch.optim.AdamW(groups)
     return optimizer, cosine_schedule(optimizer, **{"total_steps": TOTAL, "warmup_steps": WARM} | how)
 
 
-def rates(optimizer, schedule, steps: int) -> list[tuple[float, ...]]:
-    """What each of so many steps ran at."""
+def rates(optimizer: torch.optim.Optimizer, schedule: LambdaLR, steps: int) -> list[tuple[float, ...]]:
+    """Return the learning rates of both groups in each of the next `steps` steps."""
     found = []
     for _ in range(steps):
         found.append(tuple(group["lr"] for group in optimizer.param_groups))
@@ -29,7 +32,7 @@ def rates(optimizer, schedule, steps: int) -> list[tuple[float, ...]]:
     return found
 
 
-def test_shape():
+def test_shape() -> None:
     found = rates(*training(warmup_start=0.25, floor=0.125), TOTAL + 5)
     assert all(low == high / 2 for high, low in found), "every group in its own proportion, to the end"
     lr = [high for high, _ in found]
@@ -43,15 +46,15 @@ def test_shape():
         assert lr[s] == pytest.approx(wanted, rel=4 * torch.finfo(torch.float64).eps)
 
 
-def test_without_warmup_and_defaults():
+def test_without_warmup_and_defaults() -> None:
     assert rates(*training(warmup_steps=0), 1)[0][0] == 1.0
     found = rates(*training(), TOTAL + 1)
     assert found[0] == (0.0, 0.0) == found[TOTAL] and found[WARM] == (1.0, 0.5)
 
 
 @pytest.mark.parametrize("stop", [4, WARM, 57])
-def test_restart(tmp_path, stop):
-    """Through a file of the project's own, read without running what is in it."""
+def test_restart(tmp_path: Path, stop: int) -> None:
+    """The state passes through `save_checkpoint` and is read with weights_only=True."""
     whole = rates(*training(), TOTAL)
     optimizer, schedule = training()
     first = rates(optimizer, schedule, stop)
@@ -74,12 +77,12 @@ def test_restart(tmp_path, stop):
         ({"floor": -0.5}, ValueError, r"floor must be a number in \[0, 1\], got -0.5"),
     ],
 )
-def test_errors(how, error, wanted):
+def test_errors(how: dict[str, Any], error: type[Exception], wanted: str) -> None:
     with pytest.raises(error, match=wanted):
         training(**how)
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_no_optimizer():
+def test_no_optimizer() -> None:
     with pytest.raises(TypeError, match="optimizer must be a torch.optim.Optimizer, got Linear"):
         cosine_schedule(nn.Linear(2, 2), 10)

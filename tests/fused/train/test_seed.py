@@ -1,8 +1,9 @@
-"""The same seed gives the same training, bit for bit; another seed another one."""
+"""The same seed gives the same training, bit for bit, and another seed a different one."""
 
 import os
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import numpy
 import pytest
@@ -16,8 +17,8 @@ WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
 @pytest.fixture(autouse=True)
-def settings_come_back(monkeypatch) -> Iterator[None]:
-    """`setup_seed` is for a whole process; the tests behind this one are in the same."""
+def restored_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Restore the process-wide settings and generators that `setup_seed` changes."""
     cudnn = torch.backends.cudnn
     kept = torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
     drawn = random.getstate(), numpy.random.get_state()
@@ -34,7 +35,7 @@ def settings_come_back(monkeypatch) -> Iterator[None]:
 
 
 def trained(seed: int) -> dict[str, torch.Tensor]:
-    """Weights after three steps: initial values, clips, mixtures and stochastic depth all come from the seed."""
+    """Return weights after three steps; initial values, clips, mixtures and stochastic depth follow from the seed."""
     setup_seed(seed)
     config = VideoMambaConfig(
         img_size=16, patch_size=8, depth=3, embed_dim=16, num_frames=2, num_classes=5,
@@ -51,14 +52,14 @@ def trained(seed: int) -> dict[str, torch.Tensor]:
     return model.state_dict()
 
 
-def test_training_repeats():
+def test_training_repeats() -> None:
     once, again, other = trained(3), trained(3), trained(4)
     assert all(torch.equal(once[name], again[name]) for name in once)
     # CLS is the first token: the last layer's forward A starts alike and gets no gradient
     assert [name for name in once if torch.equal(once[name], other[name])] == ["layers.2.mixer.A_log"]
 
 
-def test_every_generator():
+def test_every_generator() -> None:
     def drawn(seed: int) -> tuple:
         setup_seed(seed, deterministic=False)
         return random.random(), numpy.random.random(), torch.rand(()).item()
@@ -67,7 +68,7 @@ def test_every_generator():
     assert once == again and all(a != b for a, b in zip(once, other, strict=True))
 
 
-def test_settings():
+def test_settings() -> None:
     setup_seed(1, deterministic=False)
     assert not torch.are_deterministic_algorithms_enabled() and WORKSPACE not in os.environ
     assert torch.backends.cudnn.benchmark and not torch.backends.cudnn.deterministic
@@ -77,14 +78,14 @@ def test_settings():
     assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
 
 
-def test_a_workspace_that_was_chosen_stays(monkeypatch):
+def test_repeatable_workspace_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(WORKSPACE, ":16:8")
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     setup_seed(1)
     assert os.environ[WORKSPACE] == ":16:8"
 
 
-def test_too_late(monkeypatch):
+def test_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     with pytest.raises(RuntimeError, match=f"CUDA has started without {WORKSPACE}.*call setup_seed before"):
         setup_seed(1)
@@ -92,7 +93,7 @@ def test_too_late(monkeypatch):
     setup_seed(1, deterministic=False)  # needs nothing of CUDA
 
 
-def test_a_workspace_that_does_not_repeat(monkeypatch):
+def test_unrepeatable_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(WORKSPACE, ":0:0")
     with pytest.raises(RuntimeError, match=f"{WORKSPACE} must be :4096:8 or :16:8 .*got ':0:0'"):
         setup_seed(1)
@@ -108,6 +109,6 @@ def test_a_workspace_that_does_not_repeat(monkeypatch):
         ((1, "yes"), TypeError, "deterministic must be True or False, got str"),
     ],
 )
-def test_errors(arguments, error, wanted):
+def test_errors(arguments: tuple[Any, ...], error: type[Exception], wanted: str) -> None:
     with pytest.raises(error, match=wanted):
         setup_seed(*arguments)

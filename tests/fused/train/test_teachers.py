@@ -1,12 +1,14 @@
-"""CLIP as a teacher and BERT beside a video: transformers' real classes, small and with random weights."""
+"""CLIP as a teacher and BERT as a text encoder: transformers' own classes, small and with random weights."""
 
 import sys
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rule import assert_rule
-from torch import nn
+from torch import Tensor, nn
 from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, CLIPVisionModel
 from transformers import CLIPVisionModelWithProjection as Projected
 
@@ -35,7 +37,7 @@ VOCABULARY = 60
 SEEDS = range(4)
 
 
-def clip(kind=Projected, **other):
+def clip(kind: type = Projected, **other: Any) -> nn.Module:
     torch.manual_seed(0)
     model = kind(CLIPVisionConfig(**VISION | other))
     for parameter in model.parameters():  # transformers' are so small that attention would be even
@@ -43,13 +45,15 @@ def clip(kind=Projected, **other):
     return model
 
 
-def clips(seed=1, size=32):
+def clips(seed: int = 1, size: int = 32) -> Tensor:
     return torch.randn(2, 3, 4, size, size, generator=torch.Generator().manual_seed(seed))
 
 
-def own(kind, batch, dtype, layers=(1, 2)):
-    """What transformers itself gives in this precision, with eager attention, for the first frame of each tubelet: from
-    ImageNet's values back to colours, then CLIP's, as its own processor does."""
+def own(kind: type, batch: Tensor, dtype: torch.dtype, layers: tuple[int, ...] = (1, 2)) -> dict[str, Tensor]:
+    """Return transformers' own output in a precision, with eager attention, for the first frame of each tubelet.
+
+    Frames are renormalised from ImageNet's values to CLIP's, as CLIP's own processor does.
+    """
     model, batch = clip(kind, attn_implementation="eager").to(dtype).eval(), batch.to(dtype)
     mean, std, clip_mean, clip_std = (
         torch.tensor(x, dtype=dtype)[:, None, None]
@@ -70,7 +74,7 @@ def own(kind, batch, dtype, layers=(1, 2)):
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("kind", [Projected, CLIPVisionModel])
-def test_features_and_attention_are_transformers_own(kind, attention):
+def test_features_and_attention_are_transformers_own(kind: type, attention: str) -> None:
     teacher = ClipTeacher(clip(kind, attn_implementation=attention), STUDENT)
     got = [teacher(clips(seed))._asdict() for seed in SEEDS]
     assert teacher.layers == (1, 2) and teacher.width == got[0]["features"].shape[-1] == (12 if kind is Projected else 32)
@@ -80,7 +84,7 @@ def test_features_and_attention_are_transformers_own(kind, attention):
     )
 
 
-def test_layers():
+def test_layers() -> None:
     named = ClipTeacher(clip(), STUDENT, [0, 2])
     whole = ClipTeacher(clip(), STUDENT, 3)
     assert named.layers == (0, 2) and whole.layers == (0, 1, 2)
@@ -90,8 +94,8 @@ def test_layers():
             ClipTeacher(clip(), STUDENT, wrong)
 
 
-def test_clips_of_another_size_are_resized():
-    """Of one colour each, so that it does not matter how."""
+def test_clips_of_another_size_are_resized() -> None:
+    """Frames of one colour are resized, so that the interpolation does not matter."""
     large = replace(STUDENT, img_size=48, patch_size=12)
     colours = [torch.randn(2, 3, 4, 1, 1, generator=torch.Generator().manual_seed(seed)) for seed in SEEDS]
     small, big = ([x.expand(-1, -1, -1, side, side) for x in colours] for side in (32, 48))
@@ -101,7 +105,7 @@ def test_clips_of_another_size_are_resized():
     )
 
 
-def test_what_does_not_fit():
+def test_errors_of_the_teacher() -> None:
     with pytest.raises(ValueError, match=r"grid of \(2, 2\) patches; allowed is \(4, 4\), .* images of 32 and patches of 8"):
         ClipTeacher(clip(), VideoMambaConfig(img_size=32, patch_size=16, depth=1))
     with pytest.raises(TypeError, match="CLIPVisionModelWithProjection, got Linear"):
@@ -111,7 +115,7 @@ def test_what_does_not_fit():
 
 
 @pytest.mark.parametrize("kind", [Projected, CLIPVisionModel, CLIPModel])
-def test_from_a_folder(tmp_path, kind):
+def test_from_a_folder(tmp_path: Path, kind: type) -> None:
     model = clip(kind if kind is CLIPVisionModel else Projected)
     if kind is CLIPModel:
         text = CLIPTextConfig(**SIZES, vocab_size=VOCABULARY, max_position_embeddings=8, projection_dim=12)
@@ -127,13 +131,13 @@ def test_from_a_folder(tmp_path, kind):
     assert got.keys() == wanted.keys() and all(torch.equal(got[name], wanted[name]) for name in wanted)
 
 
-def test_a_folder_of_another_model(tmp_path):
+def test_a_folder_of_another_model(tmp_path: Path) -> None:
     BertModel(BertConfig(**SIZES, vocab_size=VOCABULARY)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds the model BertModel; allowed: CLIPModel"):
         ClipTeacher.from_pretrained(str(tmp_path), STUDENT)
 
 
-def test_masked_alignment_with_clip():
+def test_masked_alignment_with_clip() -> None:
     teacher, student = ClipTeacher(clip(), STUDENT), VideoMambaEncoder(STUDENT)
     seen = teacher(clips())
     mask = attention_mask(seen.attention, 0.75, torch.Generator().manual_seed(0))
@@ -143,13 +147,13 @@ def test_masked_alignment_with_clip():
     assert not any(p.requires_grad or p.grad is not None for p in teacher.model.parameters()) and not teacher.model.training
 
 
-def bert(pooling=False, **other):
+def bert(pooling: bool = False, **other: Any) -> BertModel:
     torch.manual_seed(0)
     sizes = {**SIZES, "vocab_size": VOCABULARY, "max_position_embeddings": 8}
     return BertModel(BertConfig(**sizes, **other), add_pooling_layer=pooling).eval()
 
 
-def words(seed=2):
+def words(seed: int = 2) -> Tensor:
     return torch.randint(5, VOCABULARY, (4, 6), generator=torch.Generator().manual_seed(seed))
 
 
@@ -157,8 +161,8 @@ CROSS = {"is_decoder": True, "add_cross_attention": True}
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_text_alone_is_an_encoder(attention):
-    """A BERT with cross-attention gives, without a video, what the same weights without it give; padding changes nothing."""
+def test_text_alone_is_an_encoder(attention: str) -> None:
+    """Without a video, a BERT with cross-attention equals the same weights without it; padding changes nothing."""
     text = TextEncoder(bert(attn_implementation=attention, **CROSS), video_width=24)
     plain, exact = bert(attn_implementation="eager"), bert(attn_implementation="eager").double()
     for model in (plain, exact):
@@ -178,12 +182,12 @@ def test_text_alone_is_an_encoder(attention):
     assert_rule(samples)
 
 
-def test_pooler_where_there_is_one():
+def test_pooler_where_there_is_one() -> None:
     model = bert(pooling=True)
     assert torch.equal(TextEncoder(model)(words()).pooled, model(words(), attention_mask=torch.zeros(4, 1, 6, 6)).pooler_output)
 
 
-def test_every_word_sees_the_video_and_all_words():
+def test_every_word_sees_the_video_and_all_words() -> None:
     text = TextEncoder(bert(**CROSS), video_width=24)
     video = torch.randn(4, 7, 24, generator=torch.Generator().manual_seed(3))
     first = text(words(), video=video).words
@@ -191,7 +195,7 @@ def test_every_word_sees_the_video_and_all_words():
         assert ((text(**other).words - first).abs().sum(-1) > 0).all()
 
 
-def test_what_text_does_not_take():
+def test_errors_of_the_text_encoder() -> None:
     for call, error, message in [
         (lambda: TextEncoder(nn.Linear(2, 2)), TypeError, "transformers BertModel, got Linear"),
         (lambda: TextEncoder(bert(), 24), ValueError, "is_decoder=True, add_cross_attention=True"),
@@ -202,8 +206,8 @@ def test_what_text_does_not_take():
             call()
 
 
-def test_three_losses_of_video_and_text():
-    """Contrast, matching and masked words, as a multi-modal training adds them up; gradients reach all of both models."""
+def test_three_losses_of_video_and_text() -> None:
+    """The losses of contrast, matching and masked words have gradients for all parameters of both models."""
     torch.manual_seed(0)
     encoder = VideoMambaEncoder(VideoMambaConfig(img_size=16, patch_size=8, depth=2, embed_dim=24, num_frames=2))
     text = TextEncoder(bert(**CROSS), video_width=24)
@@ -229,7 +233,7 @@ def test_three_losses_of_video_and_text():
     assert {name.split(".")[1] for name in both.keys() - reached} == {"clip_decoder"}
 
 
-def test_without_transformers_the_message_says_what_to_install(monkeypatch):
+def test_message_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"videomamba-bench\[teachers\]"):
         TextEncoder(None)

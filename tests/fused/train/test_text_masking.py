@@ -1,21 +1,24 @@
-"""Words are hidden as BERT does it, and their labels are what was hidden."""
+"""Words are masked as in BERT, and the labels are the original words."""
+
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from fused.train import mask_words
 
 MASK, SIZE = 103, 1000
 
 
-def sample(seed: int = 0, ratio: float = 0.5):
+def sample(seed: int = 0, ratio: float = 0.5) -> tuple[Tensor, ...]:
     words = torch.arange(200, 600).repeat(100, 1)
     kept = torch.zeros_like(words, dtype=torch.bool)
     kept[:, ::4] = True
     return words, kept, *mask_words(words, MASK, SIZE, kept, ratio, torch.Generator().manual_seed(seed))
 
 
-def test_shares_and_labels():
+def test_shares_and_labels() -> None:
     words, kept, shown, labels = sample()
     chosen = labels != -100
     assert torch.equal(labels[chosen], words[chosen]) and torch.equal(shown[~chosen], words[~chosen])
@@ -32,7 +35,7 @@ def test_shares_and_labels():
     assert other.min() < SIZE / 10 and SIZE * 0.9 < other.max() < SIZE, "from the whole vocabulary"
 
 
-def test_all_none_and_seeds():
+def test_all_none_and_seeds() -> None:
     words, kept, shown, labels = sample(ratio=0)
     assert torch.equal(shown, words) and (labels == -100).all()
     words, kept, shown, labels = sample(ratio=1)
@@ -57,6 +60,6 @@ WORDS = torch.zeros(2, 3, dtype=torch.int64)
         ((WORDS, 1, 9, None, 0.5, 3), TypeError, "generator must be a torch.Generator"),
     ],
 )
-def test_errors(arguments, error, wanted):
+def test_errors(arguments: tuple[Any, ...], error: type[Exception], wanted: str) -> None:
     with pytest.raises(error, match=wanted):
         mask_words(*arguments)

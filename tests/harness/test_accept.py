@@ -1,0 +1,227 @@
+"""Runs in several sessions: however each ends, `--resume` goes on, from another copy of the checkout too, and the whole is
+accepted as one run, unless a session was of other code or of another box."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+from typer.testing import CliRunner
+
+from fused import stamp
+from harness.cli.app import app
+from harness.report.accepted import MARKERS
+from harness.runs import acceptance, environment, sessions
+from harness.runs.conclude import INTERRUPTED, PASSED, USAGE
+from harness.runs.store import Run, StoreError, begin
+
+ROOT = Path(__file__).resolve().parents[2]
+PARITY = "parity --grid smoke --device cpu --subject scan --impl fused:torch --case B3-L7-*state-float32 --check forward \
+ --check backward --check chunks".split()  # fmt: skip
+BENCH = "bench --race norm --budget 0.1 --device cpu".split()
+BOX = {"gpu": "NVIDIA H200", "driver": "570.1", "cpu": "a CPU", "cores": 16, "packages": {"torch": "2.11.0"},
+       "fingerprints": {"reference": "1" * 64, "fused": "2" * 64, "harness": "3" * 64}}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checkouts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two copies of the packages with one commit, and a page for numbers."""
+    one, other = (tmp_path_factory.mktemp(name) / "copy" for name in ("one", "other"))
+    for name in ("reference", "fused", "harness", "tests/data"):
+        shutil.copytree(ROOT / name, one / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (one / ".gitignore").write_text("__pycache__/\n/reports/\n")
+    (one / "reports").mkdir()
+    (one / "reports" / "README.md").write_text("\n".join(MARKERS))
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "all"]):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@localhost", *words], cwd=one, check=True)
+    shutil.copytree(one, other)
+    return one, other
+
+
+class Command:
+    """`python -m harness WORDS` from a checkout, in a process group of its own."""
+
+    def __init__(self, checkout: Path, *words: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "harness", *words], cwd=checkout, env=os.environ | {"PYTHONPATH": str(checkout)}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+    def wait_for(self, reached: Callable[[], bool]) -> "Command":
+        """Wait until something is reached before the command ends."""
+        while not reached():
+            assert self._process.poll() is None, self._process.communicate()
+            time.sleep(0.02)
+        return self
+
+    def terminate(self) -> tuple[int, str]:
+        """End it as `timeout` does: SIGTERM to the process, then to its group."""
+        self._process.terminate()
+        os.killpg(self._process.pid, signal.SIGTERM)
+        return self.end()
+
+    def kill(self) -> None:
+        """End it by kill -9, its workers left to themselves."""
+        self._process.kill()
+        self._process.communicate(timeout=60)
+
+    def end(self) -> tuple[int, str]:
+        """Wait for its end; return its exit code and what it printed."""
+        said, _ = self._process.communicate(timeout=240)
+        return self._process.returncode, said
+
+
+def lines(folder: Path, name: str = "records.jsonl") -> int:
+    return (folder / name).read_bytes().count(b"\n") if (folder / name).exists() else 0
+
+
+def test_a_parity_run_in_sessions_of_two_checkouts_is_accepted_as_one(checkouts: tuple[Path, Path], tmp_path: Path) -> None:
+    one, other = checkouts
+    run = tmp_path / "in-parts"
+    words = [*PARITY, "--out", str(run)]
+    code, said = Command(one, *words, "--jobs", "2").wait_for(lambda: lines(run) > 0).terminate()
+    assert code == INTERRUPTED and f"--resume --out {run}" in said, said
+    assert "INTERRUPTED" in (run / "report.md").read_text()
+    code, said = Command(one, "accept", str(run)).end()
+    assert code == USAGE and "is not a finished run (status: interrupted); continue with: " in said, said
+
+    before = lines(run)
+    Command(other, *words, "--jobs", "1", "--resume").wait_for(lambda: lines(run) > before).kill()
+    with open(run / "records.jsonl", "a") as file:
+        file.write('{"subject": "sc')  # as the kill would leave a line that was being written
+    changed = other / "reference" / "ops" / "add_norm.py"
+    text = changed.read_text()
+    changed.write_text(text + "\n")
+    code, said = Command(other, *words, "--resume").end()
+    assert code == USAGE and "cannot be continued" in said and "fingerprints of reference" in said, said
+    changed.write_text(text)
+
+    code, said = Command(other, *words, "--jobs", "1", "--resume").end()
+    assert code == PASSED and said.splitlines()[-1].startswith("9 passed, 0 failed"), said
+    found = Run.open(run)
+    assert [s["status"] for s in found.about["sessions"]] == ["interrupted", "killed", "finished"]
+    assert ["--resume" in s["command"] for s in found.about["sessions"]] == [False, True, True]
+    assert len({r.key for r in found.records}) == len(found.records) == lines(run)
+    assert "| sessions | 3: " in (page := (run / "report.md").read_text()) and "INTERRUPTED" not in page
+    code, said = Command(one, "accept", str(run)).end()
+    kept = one / "reports" / "accepted" / "cpu" / "in-parts"
+    assert code == 0 and said.strip() == str(kept), said
+    assert {"run.json", "records.jsonl", "report.md", "report.html"} <= {f.name for f in kept.iterdir()}
+    assert len(json.loads((kept / "run.json").read_text())["commit"]) == 40
+
+
+def test_a_bench_in_sessions_of_two_checkouts_is_accepted_as_one(checkouts: tuple[Path, Path], tmp_path: Path) -> None:
+    one, other = checkouts
+    run = tmp_path / "timed"
+    words = [*BENCH, "--out", str(run)]
+    first = Command(one, *words).wait_for(lambda: (run / "run.json").exists())
+    time.sleep(1)  # the box is being measured
+    code, said = first.terminate()
+    assert code == INTERRUPTED and f"--resume --out {run}" in said and "INTERRUPTED" in (run / "report.md").read_text(), said
+    code, said = Command(other, *words, "--resume").wait_for(lambda: lines(run, "speeds.jsonl") > 0).terminate()
+    assert code == INTERRUPTED, said
+    timed = (run / "speeds.jsonl").read_text()
+    assert '"error"' not in timed  # of processes that the signal reached too
+    code, said = Command(one, *words, "--resume").end()
+    assert code == PASSED and "4 timed" in said, said
+    assert (run / "speeds.jsonl").read_text().startswith(timed)
+    code, said = Command(other, "accept", str(run)).end()
+    assert code == 0, said
+    assert "norm: on one" in (page := (other / "reports" / "README.md").read_text()) and "accepted/cpu/timed/report.md" in page
+
+
+def finished(folder: Path, boxes: list[dict], status: str = "finished", **plan: str) -> Run:
+    """A run with a session on each box."""
+    about = {"kind": "parity", "plan": {"grid": "smoke", "mutant": ""} | plan, "box": boxes[0]}
+    run = begin(about, ["parity"], folder)
+    for box in boxes[1:]:
+        run.finish("interrupted")
+        run.about["sessions"].append(sessions.begun(about | {"box": box, "command": "python -m harness parity --resume"}))
+    run.finish(status)
+    return run
+
+
+@pytest.fixture
+def committed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code of BOX stands here in a clean commit."""
+    monkeypatch.setattr(environment, "git", lambda: {"commit": "c" * 40, "dirty": False})
+    monkeypatch.setattr(stamp, "fingerprint", BOX["fingerprints"].get)
+
+
+@pytest.mark.parametrize(
+    ("planted", "said"),
+    [
+        ({"driver": "580.2"}, "driver 570.1, then 580.2"),
+        ({"cpu": "another CPU"}, "cpu a CPU, then another CPU"),
+        ({"packages": {"torch": "2.12.0"}}, "packages of torch 2.11.0, then 2.12.0"),
+        ({"fingerprints": BOX["fingerprints"] | {"fused": "9" * 64}}, "fingerprints of fused 222222222222, then 999999999999"),
+    ],
+)
+@pytest.mark.usefixtures("committed")
+def test_a_session_that_differs_is_refused(planted: dict, said: str, tmp_path: Path) -> None:
+    run = finished(tmp_path / "mixed", [BOX, BOX, BOX | planted])
+    with pytest.raises(StoreError, match=f"session 3, started .* differs in {said}; run it anew") as refused:
+        acceptance.commit_of(Run.open(run.folder))
+    assert "mixes two codes or boxes" in str(refused.value)
+    earlier = finished(tmp_path / "earlier", [BOX], status="interrupted")
+    with pytest.raises(StoreError, match=f"cannot be continued.*{said}; .*new run without --resume"):
+        begin(earlier.about | {"box": BOX | planted}, ["parity"], None, earlier)
+    assert len(Run.open(earlier.folder).about["sessions"]) == 1
+
+
+@pytest.mark.usefixtures("committed")
+def test_what_may_be_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = finished(tmp_path / "whole", [BOX, BOX])
+    assert acceptance.commit_of(whole) == "c" * 40
+    for run, said in (
+        (finished(tmp_path / "running", [BOX], status="running"), "not a finished run .status: running.; continue with"),
+        (finished(tmp_path / "planted", [BOX], mutant="drop_skip"), "the bug drop_skip was planted"),
+        (finished(tmp_path / "other", [BOX | {"fingerprints": {"fused": "4"}}]), "made by other code than commit cccccccccc"),
+    ):
+        with pytest.raises(StoreError, match=said):
+            acceptance.commit_of(run)
+    monkeypatch.setattr(environment, "git", lambda: {"commit": "c" * 40, "dirty": True})
+    with pytest.raises(StoreError, match="commit first"):
+        acceptance.commit_of(whole)
+
+
+def test_a_run_from_before_sessions_had_one(tmp_path: Path) -> None:
+    run = finished(tmp_path, [BOX], status="interrupted")
+    del run.about["sessions"]
+    run.save()
+    old = Run.open(tmp_path)
+    [session] = sessions.of(old.about)
+    assert session["status"] == "interrupted" and not sessions.differences(old.about["box"], session["box"])
+    assert len(begin(old.about, ["parity", "--resume"], None, old).about["sessions"]) == 2
+
+
+def test_accepted_runs_render(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that stand as evidence, written by earlier versions too; figures are made, but not drawn, which takes long."""
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: path.write_text("<svg/>"))
+    kept = sorted((ROOT / "reports" / "accepted").glob("*/*/run.json"))
+    assert kept
+    for path in kept:
+        copy = tmp_path / path.parent.name
+        copy.mkdir()
+        for name in ("run.json", "records.jsonl", "speeds.jsonl"):
+            if (path.parent / name).exists():
+                shutil.copy(path.parent / name, copy)
+        done = CliRunner().invoke(app, ["report", str(copy)])
+        assert done.exit_code == 0 and done.output.strip() == str(copy / "report.md"), (path, done.exception)
+        first = (path.parent / "report.md").read_text().splitlines()
+        assert (copy / "report.md").read_text().splitlines()[:5] == first[:5], path
+
+
+def test_the_page_of_reports_names_every_run_and_no_other() -> None:
+    page = (ROOT / "reports" / "README.md").read_text()
+    linked = {ROOT / "reports" / path for path in re.findall(r"\]\((accepted/[^)]*)\)", page)}
+    assert all(path.is_file() for path in linked) and all(marker in page for marker in MARKERS)
+    assert {path.parent for path in linked} == {path.parent for path in (ROOT / "reports" / "accepted").glob("*/*/run.json")}
