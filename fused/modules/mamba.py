@@ -150,7 +150,7 @@ class Mamba(nn.Module):
             asked = {"initial_state": state is not None}
             backends.check_abilities("mixer", BACKENDS, requested, hidden.dtype, asked)
         backend = backend or self.resolve_backend(hidden)
-        operators = backends.operators_of(backend)
+        operators = backends.OPERATOR_BACKEND.get(backend, backend)
         directions = self.directions()
         if operators == "mamba_ssm" and not return_state:
             inner = backend == "mamba_ssm_inner"

@@ -31,7 +31,9 @@ class Norm(nn.Module):
         A model has resolved its backend for the whole forward: the native one is then called at once.
         """
         if backend in ("native", "native_kept"):
-            return api.implementation(backend)(
+            from fused.ops.add_norm.native import add_norm_native
+
+            return add_norm_native(
                 x, self.weight, self.bias, residual=residual, eps=self.eps, kind=self.kind,
                 prenorm=prenorm, residual_in_fp32=residual_in_fp32,
             )  # fmt: skip

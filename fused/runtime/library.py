@@ -47,7 +47,9 @@ def register(
         return apply(*arguments) if wants_gradients(*arguments) else below_autograd(operator, *arguments)
 
     def call(*arguments: Any) -> Any:
-        return operator(*arguments) if torch.compiler.is_compiling() else with_gradients(*arguments)
+        if torch.compiler.is_compiling():
+            return operator(*arguments)
+        return apply(*arguments) if wants_gradients(*arguments) else below_autograd(operator, *arguments)
 
     _LIBRARY.impl(name, with_gradients, "Autograd")
     return call

@@ -44,7 +44,7 @@ class Block(nn.Module):
         without it the block resolves its mixer's.
         """
         backend = backend or self.mixer.resolve_backend(hidden)
-        if residual is not None:
+        if residual is not None and self.training:
             hidden = self.drop_path(hidden)
         hidden, residual = pre_norm(
             self.norm, hidden, residual,

@@ -9,6 +9,7 @@ from torch import Tensor
 from fused.ops.add_norm import launch
 from fused.ops.shapes import Rows, residual_dtype_of
 from fused.runtime.checks import check_native_dtypes
+from fused.runtime.dtypes import KERNEL_DTYPES
 from fused.runtime.library import below_autograd, empty_if_none, register
 
 
@@ -45,7 +46,9 @@ def check_norm_arguments(x: Tensor, weight: Tensor, bias: Tensor | None, residua
             f"add_norm: backend 'native' has D of at most {launch.MAX_WIDTH}, got x of shape {tuple(x.shape)}; "
             "use backend='torch'"
         )
-    check_native_dtypes("add_norm", x=x, weight=weight, bias=bias, residual=residual)
+    for tensor in (x, weight, bias, residual):
+        if tensor is not None and tensor.dtype not in KERNEL_DTYPES:
+            check_native_dtypes("add_norm", x=x, weight=weight, bias=bias, residual=residual)
 
 
 def _forward(

@@ -66,7 +66,8 @@ def forward(
     K = weights[0].shape[1]
     y = torch.empty((len(weights), B, L, E), dtype=x.dtype, device=x.device)
     if x.numel():
-        _check_directions(reverses)
+        if len(set(reverses)) != len(reverses):
+            raise ValueError(f"reverses must name each direction once at most, got {tuple(reverses)}")
         forth = back = _ABSENT[:4]
         for i, reverse in enumerate(reverses):
             bias, state = biases[i], initial_states[i]
@@ -132,7 +133,6 @@ def backward(
     dbias = torch.empty((directions, E), dtype=torch.float32, device=x.device) if has_bias else None
     dweight = torch.empty((directions, E, K), dtype=torch.float32, device=x.device)
     if x.numel():
-        _check_directions(reverses)
         run, chunks = _runs("backward", B, L, E, K - 1)
         steps = run + (K - 1) * (2 if has_state else 1)
         partial = torch.empty((directions, B * chunks, K + 1, E), dtype=torch.float32, device=x.device)
@@ -179,11 +179,6 @@ def _runs(name: str, clips: int, tokens: int, E: int, halo: int) -> tuple[int, i
         if not best[0] or cost < best[0]:
             best = cost, steps - halo, chunks
     return best[1:]
-
-
-def _check_directions(reverses: Sequence[bool]) -> None:
-    if len(set(reverses)) != len(reverses):
-        raise ValueError(f"reverses must name each direction once at most, got {tuple(reverses)}")
 
 
 def _final_state(x: Tensor, state: Tensor | None, size: int, reverse: bool) -> Tensor:

@@ -8,7 +8,7 @@ to make.
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -79,22 +79,28 @@ def dt_proj_softplus(dt_B_C: Tensor, weights: Tensor, biases: Sequence[Tensor]) 
     _, R, E = weights.shape
     delta = torch.empty((directions, M, E), dtype=dt_B_C.dtype, device=dt_B_C.device)
     if delta.numel():
-        rank = max(16, power_of_2(R))
-        precise = dt_B_C.dtype == torch.float32
-        config = CONFIG_FLOAT32 if precise else CONFIG_16_BIT | TUNED.get(capability(dt_B_C.device), {})
-        across = blocks(E, config["CHANNELS"])
-        slots = PROGRAMS_PER_SM * multiprocessors(dt_B_C.device)
-        tiles = _tiles_per_program(blocks(M, config["TOKENS"]), across * directions, slots)
-        grid = (blocks(M, config["TOKENS"] * tiles), across, directions)
+        grid, options = _dt_proj_launch(directions, M, R, E, dt_B_C.dtype == torch.float32, dt_B_C.device)
         with launching_on(dt_B_C.device):
             dt_proj_softplus_kernel[grid](
-                dt_B_C, weights, biases[0], biases[-1], delta, M, E, tiles, R, row,
-                RANK=rank, PRECISE=precise, NATIVE=NATIVE, **config,
+                dt_B_C, weights, biases[0], biases[-1], delta, M, E, options["tiles"], R, row, NATIVE=NATIVE,
+                **options["constants"],
             )  # fmt: skip
     return delta
 
 
 @lru_cache(maxsize=1024)
+def _dt_proj_launch(
+    directions: int, M: int, R: int, E: int, precise: bool, device: torch.device
+) -> tuple[tuple[int, int, int], dict[str, Any]]:
+    """Return the grid, and the tiles of a program with the kernel's constants."""
+    config = CONFIG_FLOAT32 if precise else CONFIG_16_BIT | TUNED.get(capability(device), {})
+    across = blocks(E, config["CHANNELS"])
+    slots = PROGRAMS_PER_SM * multiprocessors(device)
+    tiles = _tiles_per_program(blocks(M, config["TOKENS"]), across * directions, slots)
+    grid = (blocks(M, config["TOKENS"] * tiles), across, directions)
+    return grid, {"tiles": tiles, "constants": {"RANK": max(16, power_of_2(R)), "PRECISE": precise, **config}}
+
+
 def _tiles_per_program(count: int, beside: int, slots: int) -> int:
     """Return how many of `count` tiles of tokens a program takes, with `beside` programs for the same tokens.
 
@@ -161,7 +167,7 @@ def pack_weights(
     width = x_proj[0].shape[0] - R + padded_R
     out = torch.empty((count * (width + padded_R), E), dtype=x_proj[0].dtype, device=x_proj[0].device)
     wide = None
-    if {x.dtype for x in (*A, *D)} != {torch.float32}:
+    if not A[0].dtype == A[-1].dtype == D[0].dtype == D[-1].dtype == torch.float32:
         wide = torch.empty((count, (N + 1) * E), dtype=torch.float32, device=out.device)
     rows = width + padded_R + (0 if wide is None else N + 1)
     with launching_on(out.device):

@@ -46,8 +46,7 @@ def mamba_inner(
 def _pipeline(xz: Tensor, first: Weights, second: Weights, batch_invariant: bool) -> Pipeline:
     x, z = xz.chunk(2, dim=-1)
     own: Any = (first, second) if second else (first,)
-    directions = [DirectionWeights(*weights) for weights in own]
-    return Pipeline(x, z, directions, (False, True)[: len(directions)], batch_invariant, A_is_log=True)
+    return Pipeline(x, z, own, (False, True)[: len(own)], batch_invariant, A_is_log=True)
 
 
 def _forward(
@@ -55,14 +54,15 @@ def _forward(
     keep: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     p = _pipeline(xz, first, second, batch_invariant)
-    packed = pack(p.directions)
+    packed = pack(*p.weights)
     c, _ = p.convolve()
     dt_B_C, delta = p.project(c, packed)
     r = scan.forward(p.scan_inputs(c, dt_B_C, delta, packed), None, p.schedule, keep=keep)
     out, nothing = F.linear(r.y, out_proj, out_proj_bias), xz.new_empty
     if keep:
         return out, dt_B_C, nothing(0), r.y, empty_if_none(r.y_pre_gate, xz), empty_if_none(r.tile_states, xz)
-    return out, dt_B_C, empty_if_none(r.split_initial_states, xz), nothing(0), nothing(0), nothing(0)
+    states = nothing(0) if r.split_initial_states is None else r.split_initial_states
+    return out, dt_B_C, states, nothing(0), nothing(0), nothing(0)
 
 
 def _forward_shapes(
@@ -70,7 +70,7 @@ def _forward_shapes(
     keep: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     p = _pipeline(xz, first, second, batch_invariant)
-    (B, L, E), d, splits, N = p.x.shape, len(p.directions), p.schedule.fwd_schedule, p.N
+    (B, L, E), d, splits, N = p.x.shape, len(p.reverses), p.schedule.fwd_schedule, p.N
     out, dt_B_C = xz.new_empty((B, L, out_proj.shape[0])), xz.new_empty((d, B, L, p.width))
     if keep:
         tile_states = xz.new_empty((d, B, -(-L // TILE), E, N), dtype=torch.float32)
@@ -85,7 +85,7 @@ def _backward(
     dt_B_C: Tensor, split_initial_states: Tensor, y: Tensor, y_pre_gate: Tensor, tile_states: Tensor, dout: Tensor,
 ) -> tuple[Any, ...]:  # fmt: skip
     p = _pipeline(xz, first, second, batch_invariant)
-    packed = pack(p.directions)
+    packed = pack(*p.weights)
     c, _ = p.convolve()
     s = p.scan_inputs(c, dt_B_C, p.delta(dt_B_C, packed), packed)
     rows = dout.flatten(0, 1)

@@ -44,19 +44,19 @@ def mamba_inner_one_direction(
 
 def pack_matrices(weights: DirectionWeights) -> tuple[Tensor, Tensor]:
     """Return the matrices that every call with these weights would make of them, to be made once for many chunks."""
-    packed = pack([weights])
+    packed = pack(*((x,) for x in weights))
     return packed.x_proj, packed.dt_proj
 
 
 def _pipeline(
     x: Tensor, z: Tensor | None, weights: Sequence[Any], reverse: bool, A_is_log: bool, batch_invariant: bool
 ) -> Pipeline:
-    return Pipeline(x, z, [DirectionWeights(*weights)], (reverse,), batch_invariant, A_is_log)
+    return Pipeline(x, z, [weights], (reverse,), batch_invariant, A_is_log)
 
 
 def _packed(p: Pipeline, packed: Matrices) -> PackedWeights:
-    own = p.directions[0]
-    return PackedWeights(packed[0], packed[1], (own.A,), (own.D,)) if packed else pack(p.directions)
+    own = p.weights
+    return PackedWeights(packed[0], packed[1], own.A, own.D) if packed else pack(*own)
 
 
 def _forward(
@@ -82,7 +82,7 @@ def _forward_shapes(
     weights: Sequence[Any], packed: Matrices, reverse: bool, A_is_log: bool, batch_invariant: bool, keep: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     p = _pipeline(x, z, weights, reverse, A_is_log, batch_invariant)
-    (B, L, E), K = x.shape, p.directions[0].conv.shape[1]
+    (B, L, E), K = x.shape, p.weights.conv[0].shape[1]
     leaving = x.new_empty((B, L, E)), x.new_empty((B, E, K - 1)), x.new_empty((B, E, p.N), dtype=torch.float32)
     if not keep:
         return *leaving, *(x.new_empty(0) for _ in range(4)), x.new_empty(0, dtype=torch.float32)

@@ -20,6 +20,7 @@ from fused.ops.selective_scan.kernel_source import SOFTPLUS_BY_CALLER
 from fused.ops.selective_scan.launch import ScanGradients, ScanInputs, aligned_or_none, dense
 from fused.ops.shapes import DirectionWeights
 
+ByDirection = Sequence[Any]  # a weight of one or two directions
 DT_ALIGN = 16  # elements; 32 bytes of the narrowest dtype, which memory is read by
 
 
@@ -28,26 +29,32 @@ def padded_dt_rank(R: int | torch.SymInt) -> Any:
     return -(-R // DT_ALIGN) * DT_ALIGN
 
 
-def pack(directions: Sequence[DirectionWeights]) -> PackedWeights:
+def pack(
+    conv: ByDirection, conv_bias: ByDirection, x_proj: ByDirection, dt_proj: ByDirection, dt_bias: ByDirection, A: ByDirection,
+    D: ByDirection,
+) -> PackedWeights:  # fmt: skip
     """Return the weights of one or two directions as the products and the scan read them."""
-    x_proj, dt_proj = [w.x_proj.contiguous() for w in directions], [w.dt_proj.contiguous() for w in directions]
-    A, D = [w.A.contiguous() for w in directions], [w.D.contiguous() for w in directions]
+    x_proj, dt_proj = list(map(Tensor.contiguous, x_proj)), list(map(Tensor.contiguous, dt_proj))
+    A, D = list(map(Tensor.contiguous, A)), list(map(Tensor.contiguous, D))
     return pack_weights(x_proj, dt_proj, A, D, padded_dt_rank(dt_proj[0].shape[1]))
 
 
 class Pipeline:
     """A mixer's directions over one x, with what forward and backward both make of them.
 
-    x and z are (B, L, E), the halves of in_proj's output; z is None without a gate. A is log(-A) with `A_is_log`.
+    x and z are (B, L, E), the halves of in_proj's output; z is None without a gate. `directions` are one or two
+    `DirectionWeights`, or the same as lists; A is log(-A) with `A_is_log`.
     """
 
     def __init__(
-        self, x: Tensor, z: Tensor | None, directions: Sequence[DirectionWeights], reverses: tuple[bool, ...],
+        self, x: Tensor, z: Tensor | None, directions: Sequence[Sequence[Any]], reverses: tuple[bool, ...],
         batch_invariant: bool, A_is_log: bool,
     ) -> None:  # fmt: skip
-        self.x, self.z, self.directions, self.reverses, self.A_is_log = x, z, directions, reverses, A_is_log
-        weights = directions[0]
-        R, self.N, K = weights.dt_proj.shape[1], weights.A.shape[1], weights.conv.shape[1]
+        self.x, self.z, self.reverses, self.A_is_log = x, z, reverses, A_is_log
+        fields: Any = zip(*directions, strict=True)
+        self.weights: Any = DirectionWeights(*fields)  # each field with an entry a direction
+        R, self.N = self.weights.dt_proj[0].shape[1], self.weights.A[0].shape[1]
+        K = self.weights.conv[0].shape[1]
         if self.N > scan.MAX_STATES or K > conv.MAX_WIDTH:
             too_many = self.N > scan.MAX_STATES
             name, most, size = ("d_state", scan.MAX_STATES, self.N) if too_many else ("d_conv", conv.MAX_WIDTH, K)
@@ -60,8 +67,8 @@ class Pipeline:
         self, conv_states: Sequence[Tensor | None] | None = None, want_states: bool = False
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """Return c (directions, B, L, E), and the conv states (B, E, K-1) that leave, if they are wanted."""
-        weights, biases = [w.conv for w in self.directions], [w.conv_bias for w in self.directions]
-        return conv.forward(self.x, weights, biases, conv_states, self.reverses, True, want_states)
+        weights = self.weights
+        return conv.forward(self.x, weights.conv, weights.conv_bias, conv_states, self.reverses, True, want_states)
 
     def split(self, dt_B_C: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Return dt (directions, B * L, padded R), and for each direction B and C (B, L, N)."""
@@ -71,18 +78,19 @@ class Pipeline:
     def project(self, c: Tensor, packed: PackedWeights) -> tuple[Tensor, Tensor]:
         """Return x_proj's output (directions, B, L, width) and delta (directions, B, L, E) of c (directions, B, L, E)."""
         rows = c.new_empty((len(c), c.shape[1] * c.shape[2], self.width))
-        dt_B_C = _matmul(c.flatten(1, 2), packed.x_proj.mT, rows).unflatten(1, c.shape[1:3])
-        return dt_B_C, self.delta(dt_B_C, packed)
+        _matmul(c.flatten(1, 2), packed.x_proj.mT, rows)
+        delta = dt_proj_softplus(rows, packed.dt_proj, self.weights.dt_bias)
+        return rows.unflatten(1, c.shape[1:3]), delta.view(c.shape)
 
     def delta(self, dt_B_C: Tensor, packed: PackedWeights) -> Tensor:
         """Return delta (directions, B, L, E), behind softplus."""
-        biases = [w.dt_bias for w in self.directions]
-        return dt_proj_softplus(dt_B_C.flatten(1, 2), packed.dt_proj, biases).view(len(self.reverses), *self.x.shape)
+        delta = dt_proj_softplus(dt_B_C.flatten(1, 2), packed.dt_proj, self.weights.dt_bias)
+        return delta.view(len(self.reverses), *self.x.shape)
 
     def scan_inputs(self, c: Tensor, dt_B_C: Tensor, delta: Tensor, packed: PackedWeights) -> ScanInputs:
         """Return what the scan reads."""
         _, B, C = self.split(dt_B_C)
-        A, D = [aligned_or_none(x) for x in packed.A], [aligned_or_none(x) for x in packed.D]
+        A, D = list(map(aligned_or_none, packed.A)), list(map(aligned_or_none, packed.D))
         z, no_bias = None if self.z is None else dense(self.z), (None,) * len(delta)
         inputs: Any = (self.reverses, c.unbind(), delta.unbind(), A, B, C, D, no_bias, z, SOFTPLUS_BY_CALLER, self.A_is_log)
         return ScanInputs(*inputs)
@@ -111,13 +119,13 @@ class Pipeline:
         if self.padded_R > self.R:
             d_x_proj = [torch.cat((x[: self.R], x[self.padded_R :])) for x in d_x_proj]
         du.baddbmm_(d_dt_B_C, packed.x_proj)
+        weights = self.weights
         k = conv.backward(
-            du.view(c.shape), dconv_states, self.x, [w.conv for w in self.directions],
-            [w.conv_bias for w in self.directions], conv_states, self.reverses, True, dx,
+            du.view(c.shape), dconv_states, self.x, weights.conv, weights.conv_bias, conv_states, self.reverses, True, dx
         )  # fmt: skip
         by_direction = zip(k.weights, k.biases, d_x_proj, d_dt_proj, g.delta_bias, g.A, g.D, strict=True)
-        grads = [_like(DirectionWeights(*own), w) for own, w in zip(by_direction, self.directions, strict=True)]
-        return k, g, grads
+        own = zip(by_direction, zip(*weights, strict=True), strict=True)
+        return k, g, [_like(DirectionWeights(*grads), DirectionWeights(*w)) for grads, w in own]
 
 
 def _like(grads: DirectionWeights, weights: DirectionWeights) -> DirectionWeights:

@@ -84,7 +84,7 @@ class TwoPassMixer:
     def _scan_inputs(self, p: Pipeline, conv_states: Sequence[Tensor | None]) -> tuple[ScanInputs, tuple[Tensor, ...]]:
         """Return what the scans of all of the pipeline's directions read, and the conv states that leave."""
         if self._packed is None:
-            self._packed = pack(self._directions)
+            self._packed = pack(*zip(*self._directions, strict=True))
         c, leaving = p.convolve(conv_states, want_states=True)
         assert leaving is not None
         packed = self._packed.last(len(conv_states))

@@ -4,6 +4,7 @@ Everything comes once per direction: a scan from the first token, one from the l
 (`ScanInputs.reverses`). Two directions share z: out = (y_first + y_second) * silu(z).
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -91,6 +92,9 @@ class StatePassing(NamedTuple):
     unsplit_per_scheduler: int  # unsplit sequences for a multiprocessor's schedulers, as many of the four as a block has warps
 
 
+NO_STATE_PASSING = StatePassing(None, None, None, 0, 0)
+
+
 def schedule_for(u: Tensor, N: int | torch.SymInt, directions: int, batch_invariant: bool) -> ScanSchedule:
     """Return the schedule of a scan over u (B, L, E) with N states."""
     B, L, E = u.shape
@@ -120,15 +124,18 @@ def forward(
     `split_initial_states` of an earlier call or of `state_pass` spares the state-only pass. `y_other_direction` (B, L, E),
     contiguous, is another direction's y, which one direction adds to its own before the gate.
     """
-    B, L, E, N = s.sizes
-    u, d, splits, config = s.u[0], len(s.reverses), plan.fwd_schedule, plan.fwd_config
-    y, final_states = torch.empty((B, L, E), dtype=u.dtype, device=u.device), _float32(u, d, B, E, N)
+    u, d, splits = s.u[0], len(s.reverses), plan.fwd_schedule
+    (B, L, E), N = u.shape, s.A[0].shape[1]
+    y = torch.empty((B, L, E), dtype=u.dtype, device=u.device)
+    final_states = torch.empty((d, B, E, N), dtype=torch.float32, device=u.device)
     y_pre_gate = torch.empty_like(y) if keep and s.z is not None else None
     tile_states = _float32(u, d, B, -(-L // TILE), E, N) if keep else None
     if 0 in (B, L, E):
         final_states = final_states.zero_() if initial_states is None else final_states.copy_(initial_states)
         return ScanOutputs(y, final_states, split_initial_states, y_pre_gate, tile_states)
-    passing = _state_passing(splits, s, d * config.warps, split_initial_states is None)
+    passing = NO_STATE_PASSING
+    if splits.num_unsplit < splits.num_sequences:
+        passing = _state_passing(splits, u, d, N, d * plan.fwd_config.warps, split_initial_states is None)
     if passing.num_state_passes:
         split_initial_states = _float32(u, d, B, splits.num_splits, E, N)
     arguments = (
@@ -136,7 +143,8 @@ def forward(
         y, y_pre_gate, y_other_direction, passing.work_counters, passing.num_state_passes, passing.unsplit_per_scheduler,
         B, L, E, N, splits.tiles_per_split, splits.num_splits, splits.num_unsplit, _flags(s),
     )  # fmt: skip
-    _launch_forward(s, plan, splits.num_blocks + passing.num_state_passes, arguments, keep, y_other_direction)
+    blocks = splits.num_blocks + passing.num_state_passes
+    _launch_forward(s, plan, blocks, arguments, keep, y_other_direction)
     if keep and s.z is None:
         y_pre_gate = y
     return ScanOutputs(y, final_states, split_initial_states, y_pre_gate, tile_states)
@@ -190,7 +198,8 @@ def backward(
     blocks, row_width = -(-E // config.channels), -(-E * (N + 2) // 4) * 4
     dBC_parts = _float32(u, d, B, L, blocks, 2, plan.padded_states)  # of each block of channels
     dA_dD_dbias_parts = _float32(u, d, B * splits.num_splits, row_width)  # of each clip and split
-    passing = _state_passing(splits, s, config.warps, True)
+    is_split = splits.num_unsplit < splits.num_sequences
+    passing = _state_passing(splits, u, d, N, config.warps, True) if is_split else NO_STATE_PASSING
     sizes = (B, L, E, N, splits.tiles_per_split, splits.num_splits, splits.num_unsplit, _flags(s))
     arguments = (
         dy, dy.stride(0), dy.stride(1), y_pre_gate, tile_states, dfinal_states,
@@ -214,10 +223,17 @@ def _launch_forward(
     s: ScanInputs, plan: ScanSchedule, blocks: int, arguments: tuple[Any, ...],
     keep: bool = False, y_other_direction: Tensor | None = None,
 ) -> None:  # fmt: skip
-    d, channels, config = len(s.reverses), plan.fwd_config.channels, plan.fwd_config
-    shared = d * TILE * (channels * 8 + 2 * plan.padded_states * 4 + (channels + 8) * 4)  # staged inputs and y
+    threads, shared = _forward_block(plan, len(s.reverses))
     module = _module(s, plan, keep, y_other_direction)
-    module.launch("scan_forward", (blocks, 1, 1), d * 32 * config.warps, shared, *_input_arguments(s), *arguments)
+    module.launch("scan_forward", (blocks, 1, 1), threads, shared, *_input_arguments(s), *arguments)
+
+
+@functools.lru_cache(1024)
+def _forward_block(plan: ScanSchedule, directions: int) -> tuple[int, int]:
+    """Return the threads and the bytes of shared memory of a block: staged inputs and y."""
+    channels = plan.fwd_config.channels
+    shared = directions * TILE * (channels * 8 + 2 * plan.padded_states * 4 + (channels + 8) * 4)
+    return directions * 32 * plan.fwd_config.warps, shared
 
 
 def _work_counters(u: Tensor, num_split: int) -> Tensor:
@@ -225,12 +241,12 @@ def _work_counters(u: Tensor, num_split: int) -> Tensor:
     return torch.zeros(num_work_counters(num_split), dtype=torch.int32, device=u.device)
 
 
-def _state_passing(splits: SplitSchedule, s: ScanInputs, warps: int, wanted: bool) -> StatePassing:
-    """Return the buffers of a launch; without a state-only pass, if it is not `wanted`."""
+def _state_passing(splits: SplitSchedule, u: Tensor, d: int, N: int, warps: int, wanted: bool) -> StatePassing:
+    """Return the buffers of a launch with split sequences; without a state-only pass, if it is not `wanted`."""
     num_split = splits.num_sequences - splits.num_unsplit
-    if not num_split or not (wanted or splits.num_unsplit):
-        return StatePassing(None, None, None, 0, 0)
-    (B, _, E, N), u, d = s.sizes, s.u[0], len(s.reverses)
+    if not wanted and not splits.num_unsplit:
+        return NO_STATE_PASSING
+    B, _, E = u.shape
     schedulers = schedule.multiprocessors(u.device) * max(1, 4 // warps)
     counters, unsplit_per_scheduler = _work_counters(u, num_split), -(-splits.num_unsplit // schedulers)
     if not wanted:
@@ -274,14 +290,13 @@ def _input_arguments(s: ScanInputs) -> tuple[Any, ...]:
 
 def _module(s: ScanInputs, plan: ScanSchedule, keep: bool, *others: Tensor | None) -> Any:
     """Return the compiled kernels for these inputs; `others` are what is read or written beside them, (B, L, E)."""
-    E, N = s.sizes[2:]
+    E, N = s.u[0].shape[2], s.A[0].shape[1]
     vectorized = E % 4 == 0 and _readable_by_four((*s.u, *s.delta, s.z, *others))
     vectorized_bc = N % 4 == 0 and _readable_by_four((*s.B, *s.C))
-    widest = max(plan.fwd_config.channels, plan.bwd_config.channels)
+    no_padding = vectorized and vectorized_bc and N == plan.padded_states and E % plan.widest_block == 0
     macros = defines(
         io_dtype=s.u[0].dtype, schedule=plan, directions=len(s.reverses),
-        vectorized=vectorized, vectorized_bc=vectorized_bc,
-        no_padding=vectorized and vectorized_bc and N == plan.padded_states and E % widest == 0,
+        vectorized=vectorized, vectorized_bc=vectorized_bc, no_padding=no_padding,
         softplus=int(s.softplus), has_z=s.z is not None, store_tile_states=keep,
     )  # fmt: skip
     return nvrtc.module(source(keep), macros, s.u[0].device)
