@@ -1,4 +1,4 @@
-"""Upstream's numbers (G1-G8 of the fact sheet), and the deterministic weights and inputs that they were made with."""
+"""Deterministic weights and inputs, with which upstream's code gave the numbers of `test_golden.py`, and their comparison."""
 
 import math
 
@@ -7,14 +7,14 @@ from torch import Tensor, nn
 
 
 def fill(*shape: int, phase: int) -> Tensor:
-    """r(n, h): 2 frac(43758.5453 sin(12.9898 (i+1) + h)) - 1 for i = 0..n-1, in float64, then float32."""
+    """Return float32 numbers 2 frac(43758.5453 sin(12.9898 (i + 1) + phase)) - 1 for i = 0, 1, ..., computed in float64."""
     i = torch.arange(1, math.prod(shape) + 1, dtype=torch.float64)
     wave = 43758.5453 * torch.sin(12.9898 * i + phase)
     return (2 * (wave - wave.floor()) - 1).float().view(shape)
 
 
 def golden_value(name: str, like: Tensor) -> Tensor:
-    """The value of one parameter, by its full dotted name."""
+    """Return the value of a parameter with this full dotted name, of the shape of `like`."""
     w = fill(*like.shape, phase=sum(name.encode()) % 97)
     leaf = name.rsplit(".", 1)[-1]
     if leaf in ("A_log", "A_b_log"):
@@ -29,21 +29,21 @@ def golden_value(name: str, like: Tensor) -> Tensor:
 
 
 def golden(module: nn.Module) -> nn.Module:
-    """The module in eval mode with golden weights, loaded as a state_dict in upstream's layout, strictly."""
+    """Load golden weights into the module, strictly, as a state_dict in upstream's layout; return it in eval mode."""
     weights = {name: golden_value(name, value) for name, value in module.state_dict().items()}
     module.load_state_dict(weights, strict=True)
     return module.eval()
 
 
 def assert_golden(got: Tensor, wanted: str) -> None:
-    """|difference| <= 1e-5 max(1, |wanted|) for every number in the string; the flattened start of got is compared."""
+    """Assert |difference| <= 1e-5 max(1, |wanted|) for every number in the string, against the first elements of `got`."""
     numbers = torch.tensor([float(x) for x in wanted.split()])
     difference = (got.detach().flatten()[: len(numbers)] - numbers).abs()
     assert (difference <= 1e-5 * numbers.abs().clamp(min=1)).all(), f"off by {difference.max():.2e}: {got.flatten()[:8]}"
 
 
 def assert_sums(got: Tensor, total: str, absolute: str | None = None) -> None:
-    """Sums within 1e-5 of the sum of absolute values, or of half a unit in the last digit given."""
+    """Assert that sums agree to 1e-5 of the sum of absolute values, or to half a unit of the last digit given."""
     size = got.detach().double().abs().sum().item()
     for text, value in ((total, got.detach().double().sum().item()), (absolute, size)):
         if text is not None:

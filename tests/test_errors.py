@@ -1,4 +1,4 @@
-"""What both packages say of input that does not fit: the argument, what came, what is allowed."""
+"""Errors of both packages for wrong input: the message names the argument, its value and the allowed values."""
 
 import importlib
 from types import ModuleType

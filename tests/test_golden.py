@@ -1,4 +1,4 @@
-"""Upstream's numbers, reproduced by both packages from a state_dict in upstream's layout (fact sheet, section 7)."""
+"""Numbers that upstream's code gave, reproduced by both packages from a state_dict in upstream's layout."""
 
 import importlib
 from types import ModuleType
@@ -27,7 +27,7 @@ def encoder(package: ModuleType, **overrides):
     return golden(package.VideoMambaEncoder(package.VideoMambaConfig(**TOY | {"clip_output_dim": 12} | overrides)))
 
 
-def test_fill_is_the_fact_sheets():
+def test_fill():
     assert_golden(fill(4, phase=0), "0.84338078 -0.885563661 0.116445177 -0.252532571")
     assert_golden(fill(4, phase=7), "0.877884546 -0.129487977 -0.852393448 0.613137066")
 
@@ -76,7 +76,7 @@ def test_g3_cls_feature(package):
 
 
 def test_fused_and_unfused_norm_agree_bitwise(package):
-    """Upstream: 'identical to fused (0.0)'; ours too in the reference, and to the golden tolerance in fused."""
+    """They are the same bits in the reference, as in upstream's code, and agree to the golden tolerance in fused."""
     difference = classifier(package)(CLIP) - classifier(package, fused_add_norm=False)(CLIP)
     assert difference.abs().max() <= (0 if package.__name__ == "reference" else 1e-5)
 
@@ -113,7 +113,7 @@ def test_g6_masked_pretraining(package):
 
 
 def test_last_feature_differs_without_fused_norm(package):
-    """Fact 6: with fused_add_norm the aligned feature leaves out the last mixer; without it does not."""
+    """With fused_add_norm upstream's aligned feature leaves out the last mixer, otherwise it does not."""
     fused, unfused = (encoder(package, add_pool_norm=False, fused_add_norm=f)(CLIP, MASK).clip for f in (True, False))
     assert (fused - unfused).abs().max() > 0.1
 

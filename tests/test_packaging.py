@@ -9,6 +9,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
@@ -46,6 +48,13 @@ def test_fused_and_reference_are_light():
 def test_core_dependencies():
     names = [re.split(r"[<>=]", d)[0] for d in PROJECT["project"]["dependencies"]]
     assert names == ["torch", "jaxtyping", "safetensors", "numpy"]
+
+
+@pytest.mark.parametrize("package", ["reference", "fused", "harness"])
+def test_annotations_are_published(package):
+    """py.typed tells a type checker to read them; hatchling packs every file of a package that git does not ignore."""
+    assert (ROOT / package / "py.typed").read_bytes() == b""
+    assert package in PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
 
 
 def test_cpu_pins():

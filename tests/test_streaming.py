@@ -1,4 +1,4 @@
-"""Videos that come in chunks: both packages, in float64 unless the dtype is what a test is about."""
+"""Videos in chunks, by both packages; in float64 but for tests of a dtype."""
 
 import copy
 import re
@@ -40,7 +40,7 @@ def video(frames: int = 4, clips: int = 2) -> Tensor:
 
 
 def close(got: Tensor, truth: Tensor) -> bool:
-    """To 1e-12 in both norms, as float64 against float64 elsewhere in these tests."""
+    """Return whether float64 results agree to 1e-12 in the L2 norm and in the largest absolute value."""
     assert got.shape == truth.shape and got.dtype == truth.dtype
     error = got - truth
     return bool(error.norm() <= 1e-12 * truth.norm() and error.abs().max() <= 1e-12 * truth.abs().max())
@@ -50,7 +50,7 @@ def close(got: Tensor, truth: Tensor) -> bool:
 @pytest.mark.parametrize("total", LENGTHS)
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 def test_embedded_chunks_are_the_embedded_video(package, total, tubelet, masked):
-    """CLS once, positions where they belong, and of a stretched table the same rows in every chunk."""
+    """CLS occurs once, positions are those of the whole video, and every chunk reads the same stretched table."""
     model = model_of(package, num_frames=4 * tubelet, kernel_size=tubelet)
     tubelets = total or 4
     clip, mask = video(tubelets * tubelet), None
@@ -167,7 +167,10 @@ def tensors(state) -> list[Tensor]:
 
 
 def streamed(model, clip: Tensor, cuts, joins: list, state=None, window=None, run=None, **how):
-    """Outputs as of the whole and the last state, of chunks that begin at `cuts`, each a number of tubelets."""
+    """Return the joined outputs of chunks that begin at the tubelets `cuts`, and the last state.
+
+    `window` is applied to the state between two chunks, `run` replaces the call of the model. The given state stays unchanged.
+    """
     t, outputs = model.config.kernel_size, []
     for start, stop in pairwise((*cuts, clip.shape[2] // t)):
         came = [x.clone() for x in tensors(state)] if state is not None else []
@@ -184,8 +187,8 @@ def streamed(model, clip: Tensor, cuts, joins: list, state=None, window=None, ru
 
 
 def gradients(model, results: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
-    heard = [x for x in results if x.is_floating_point()]
-    loss = torch.stack([(x * fill(*x.shape, phase=3).to(x)).sum() for x in heard]).sum()
+    floating = [x for x in results if x.is_floating_point()]
+    loss = torch.stack([(x * fill(*x.shape, phase=3).to(x)).sum() for x in floating]).sum()
     found = torch.autograd.grad(loss, [*leaves, *model.parameters()], allow_unused=True)
     return [torch.zeros(()) if g is None else g for g in found]
 
@@ -198,7 +201,7 @@ def assert_all_close(got: list[Tensor], truth: list[Tensor]) -> None:
 @settings(max_examples=2, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(places=st.sets(st.integers(1, 4)), total=st.sampled_from([None, 5]))
 def test_chunks_are_the_video(package, name, places, total):
-    """Outputs, final state and every gradient: of the clip, the parameters and the state that came in."""
+    """Outputs, final state, and the gradients of the clip, of the parameters and of the initial state agree."""
     model, joins = streamer(package, name)
     cuts = (0, *sorted(places - {4 if total is None else 5}))
     clip = video((total or 4) * model.config.kernel_size).requires_grad_()
@@ -251,8 +254,8 @@ def test_the_mixer_token_by_token(package):
 
 
 @pytest.mark.parametrize("container", [list, tuple, lambda pairs: dict(enumerate(pairs))], ids=["list", "tuple", "dict"])
-def test_a_state_travels_in_the_container_that_came(package, container, tmp_path):
-    """And through a file, without what is dear: only its own numbers are in it."""
+def test_a_state_keeps_its_kind_of_container(package, container, tmp_path):
+    """It does so through a file, which holds the numbers of the state only."""
     model, joins = streamer(package, "mean")
     clip = video()
     _, state = streamed(model, clip[:, :, :2], (0,), joins, container(model.init_state(2)))
@@ -265,7 +268,7 @@ def test_a_state_travels_in_the_container_that_came(package, container, tmp_path
 
 
 def test_truncated_backpropagation_ends_at_the_window(package):
-    """As if the state had been a constant; without detaching it is the whole's gradient (test_chunks_are_the_video)."""
+    """Gradients are those with a constant state; without `detach_state` they are those of the whole video (see above)."""
     model, joins = streamer(package, "last")
     clip = video(8).requires_grad_()
     outputs, _ = streamed(model, clip, (0, 2), joins, window=package.detach_state)
@@ -294,8 +297,8 @@ def test_checkpoints_change_no_bit(package, how):
 
 
 @pytest.mark.parametrize("way", ["autocast", "cast"])
-def test_low_precision_is_as_near_to_the_truth_in_chunks_as_the_reference_is_whole(way):
-    """Tokens, mean and final state, of both packages in single tubelets."""
+def test_low_precision_in_chunks_keeps_to_the_tolerance_rule(way):
+    """Tokens, mean and final state of both packages in single tubelets; plain is the reference over the whole video."""
     exact, joins = streamer(reference, "avg")
     samples = []
     for phase in range(3):
@@ -320,7 +323,7 @@ def test_low_precision_is_as_near_to_the_truth_in_chunks_as_the_reference_is_who
                      for got, *rest in one])  # fmt: skip
 
 
-def test_inference_mode_and_what_is_made_of_it(package):
+def test_a_state_made_in_inference_mode_serves_training(package):
     model, joins = streamer(package, "mean")
     clip = video()
     with torch.inference_mode():
@@ -374,7 +377,7 @@ BAD = {
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("bad", BAD)
-def test_a_state_that_does_not_fit_and_its_use_after_the_error(package, bad):
+def test_a_state_that_does_not_fit_raises_and_the_right_one_still_serves(package, bad):
     model, joins = streamer(package, "mean")
     spoil, error, says = BAD[bad]
     clip = video()
@@ -385,7 +388,7 @@ def test_a_state_that_does_not_fit_and_its_use_after_the_error(package, bad):
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_what_cannot_be_asked_of_a_stream(package):
+def test_errors_of_streams(package):
     model, clip = streamer(package, "mean")[0], video(2)
     both = model_of(package, readout="mean")
     state = model.init_state(2)
@@ -417,7 +420,7 @@ def test_what_cannot_be_asked_of_a_stream(package):
 
 @pytest.mark.parametrize("pool", ["cls", "cls+avg", "cls_cat_avg"])
 def test_cls_is_no_readout_of_a_causal_model(package, pool):
-    """It says why, and what is; upstream's bidirectional models keep theirs."""
+    """The message gives the reason and the allowed values; bidirectional models keep upstream's default."""
     config = package.VideoMambaConfig(**TOY, bimamba=False, pool_type=pool)
     with pytest.raises(ValueError, match="readout is 'cls'.*causal.*nothing of.* video.*'mean'.*'last'.*'tokens'"):
         package.VideoMamba(config)
@@ -427,7 +430,7 @@ def test_cls_is_no_readout_of_a_causal_model(package, pool):
 
 
 def test_the_shipped_clip_frame_by_frame_from_the_decoder(package):
-    """As the frames come, against the clip at once: four times as many as the temporal table has positions."""
+    """The clip has four times as many frames as the temporal table has positions."""
     model, _ = streamer(package, "mean", img_size=48)
     model = copy.deepcopy(model).float()
     state, count, last = model.init_state(1), 16, None

@@ -1,8 +1,7 @@
-"""Machine code kept on disk, for many processes at once: $XDG_CACHE_HOME (or ~/.cache) /videomamba-bench/cubins.
+"""Compiled kernels (cubins) kept in the user's cache folder, safe for many processes at once.
 
-A file is a digest and the machine code. It is written beside its place and then renamed into it, so that a reader finds it
-whole or not at all; one whose digest does not fit is made again. A folder that cannot be written costs the next process a
-compilation, no more.
+A file holds a SHA-256 digest and the machine code. It is written to a draft and renamed, so a reader never sees half of it. A
+file whose digest does not fit is compiled again. If the folder cannot be written, every process compiles its own kernels.
 """
 
 import functools
@@ -15,43 +14,48 @@ from fused.io.atomic_write import atomic_write
 from fused.runtime.cache_folder import cache_folder
 
 _log = logging.getLogger("fused")
+_DIGEST_BYTES = 32
 
 
 def folder() -> Path:
-    """Where the files are."""
+    """Return the folder of the files; it may not exist yet."""
     return cache_folder("cubins")
 
 
-def kept(parts: tuple[object, ...], make: Callable[[], bytes]) -> bytes:
-    """The machine code that `parts` (whatever it depends on) name, from disk, or from `make` and then kept."""
-    path = folder() / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.cubin"
-    code = _read(path)
-    if code is None:
-        code = make()
+def cached(key: tuple[object, ...], compile_cubin: Callable[[], bytes]) -> bytes:
+    """Return the machine code of `key` from disk, or that of `compile_cubin()`, which is then kept.
+
+    `key` holds everything that the machine code depends on; its repr is hashed.
+    """
+    path = folder() / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.cubin"
+    cubin = read(path)
+    if cubin is None:
+        cubin = compile_cubin()
         try:
-            _write(path, code)
+            write(path, cubin)
         except OSError as error:
-            _warn(str(path.parent), str(error))
-    return code
+            _warn_once(str(path.parent), str(error))
+    return cubin
 
 
-def _read(path: Path) -> bytes | None:
-    """What the file holds, or None if it is not there, cannot be read, or is not what was written."""
+def read(path: Path) -> bytes | None:
+    """Return the machine code in a file, or None if the file is missing, unreadable or damaged."""
     try:
         content = path.read_bytes()
     except OSError:
         return None
-    digest, code = content[:32], content[32:]
-    return code if code and hashlib.sha256(code).digest() == digest else None
+    digest, cubin = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+    return cubin if cubin and hashlib.sha256(cubin).digest() == digest else None
 
 
-def _write(path: Path, code: bytes) -> None:
+def write(path: Path, cubin: bytes) -> None:
+    """Write machine code and its digest. Raises OSError if the folder cannot be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as draft:
-        draft.write_bytes(hashlib.sha256(code).digest() + code)
+        draft.write_bytes(hashlib.sha256(cubin).digest() + cubin)
 
 
 @functools.cache
-def _warn(place: str, reason: str) -> None:
-    """Once per process and folder."""
-    _log.warning("compiled kernels cannot be kept in %s, every process compiles its own: %s", place, reason)
+def _warn_once(path: str, reason: str) -> None:
+    """Log a warning, once per process and folder."""
+    _log.warning("compiled kernels cannot be kept in %s, every process compiles its own: %s", path, reason)

@@ -1,1 +1,1 @@
-"""What VideoMamba is compared with: models of other kinds, one file each, written for the comparison."""
+"""The models with which VideoMamba is compared, one file each, written for the comparison."""

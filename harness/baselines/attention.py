@@ -33,7 +33,7 @@ _REFUSALS = ("No available kernel", "No viable backend")  # how PyTorch's errors
 
 
 def dtypes(kind: str) -> tuple[torch.dtype, ...]:
-    """What q, k and v may be; under autocast that is autocast's dtype."""
+    """Return the dtypes of q, k and v that are allowed; under autocast that is autocast's dtype."""
     if kind in ("cudnn", "flash"):
         return _LOW
     return (*_LOW, torch.float32) if kind == "efficient" else (*_LOW, torch.float32, torch.float64)

@@ -25,7 +25,7 @@ EXPANSION = 4  # of the MLP
 
 @dataclass(frozen=True, kw_only=True)
 class ViTConfig:
-    """What a ViT is built from; `num_frames=None` is the image model. Raises ValueError saying what is allowed."""
+    """The configuration of a ViT; `num_frames=None` is the image model. Raises ValueError saying what is allowed."""
 
     img_size: int = 224
     patch_size: int = 16

@@ -11,7 +11,7 @@ from harness.runs.store import Run
 
 
 def write(run: Run) -> Path:
-    """Write benchmark.json into the run's folder. Times are in seconds, raw samples included."""
+    """Write benchmark.json into the run's folder, times in seconds, raw samples included; return its path."""
     box = run.about["box"]
     given = {
         "machine_info": {"node": box.get("gpu") or box.get("cpu"), "cpu": {"brand_raw": box.get("cpu")}} | box,

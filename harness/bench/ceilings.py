@@ -1,27 +1,18 @@
-"""What the box can do at best, measured in the run that is held against it."""
+"""Measures the rates that a box reaches at best, in the run that is compared with them."""
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
 from harness.bench.clock import Call, Clock
+from harness.records.ceilings import Ceilings
 
 SAMPLES = 11
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """Rates: bytes/s of a copy (read plus written), multiply-adds counted as 2 operations/s of a matmul, exponentials/s."""
-
-    copy: float
-    matmul: float
-    exp: float
-
-
 def measure(device: str, dtype: str) -> Ceilings:
-    """Medians of a large copy, a large matmul in `dtype`, and exponentials on numbers that stay in registers or cache."""
+    """Return medians of a large copy, a large matmul in `dtype`, and exponentials of numbers in registers or cache."""
     gpu = device.startswith("cuda")
     clock = Clock(device)
 
@@ -51,6 +42,6 @@ def _exponentials_on_cpu() -> tuple[float, Callable[[], object]]:
 def _exponentials() -> tuple[float, Callable[[], object]]:
     from harness.bench import ex2
 
-    out = torch.empty(ex2.WIDE, device="cuda")
+    out = torch.empty(ex2.NUMBERS, device="cuda")
     blocks = torch.cuda.get_device_properties(0).multi_processor_count * 16
-    return float(blocks * ex2.WIDE * ex2.EACH), lambda: ex2.launch(blocks, out)
+    return float(blocks * ex2.NUMBERS * ex2.REPEATS), lambda: ex2.launch(blocks, out)

@@ -10,13 +10,13 @@ import torch
 
 @dataclass
 class Call:
-    """Something to time. `run` is the timed call, `before` what must precede it untimed."""
+    """Something to time. `run` is the timed call; `before`, which is not timed, precedes it."""
 
     run: Callable[[], object]
     before: Callable[[], object] | None = None
     queued: bool = False  # time the device alone: the launches are queued behind a pause
     peak: tuple[int, int] | None = None  # bytes allocated and reserved, where a call hides them
-    launch: float = 0.0  # seconds that the host needs at most to launch it; `warm` finds out
+    launch: float = 0.0  # seconds that the host needs at most to launch it; measured by `warm`
 
 
 class Clock:
@@ -26,13 +26,13 @@ class Clock:
         self.device, self.gpu = device, device.startswith("cuda")
 
     def time(self, call: Call) -> float:
-        """Seconds of one call."""
+        """Return the seconds of one call."""
         if call.before:
             call.before()
         return self._on_gpu(call) if self.gpu else self._on_cpu(call)
 
     def warm(self, call: Call, count: int) -> list[float]:
-        """Seconds of the first calls, which compile, allocate and fill caches."""
+        """Return the seconds of the first calls, which compile, allocate and fill caches."""
         taken = [self.time(call) for _ in range(count)]
         if self.gpu:
             begin = time.perf_counter()
@@ -58,7 +58,7 @@ class Clock:
         return start.elapsed_time(stop) * 1e-3
 
     def peak(self, call: Call) -> tuple[int, int]:
-        """Bytes allocated and reserved at the peak of one call; on a CPU what the process held resident, twice."""
+        """Return bytes allocated and reserved at the peak of one call; on a CPU the resident memory of the process, twice."""
         if call.peak:
             return call.peak
         if call.before:

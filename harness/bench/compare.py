@@ -18,12 +18,15 @@ class Change:
 
 
 def compare(base: Run, new: Run) -> tuple[list[Change], list[str]]:
-    """The changes of what both runs timed, and what could not be compared and why. Raises StoreError for another box."""
+    """Return the changes of entries that both runs timed, and those that cannot be compared and why.
+
+    Raises StoreError for runs of two boxes.
+    """
     boxes = [run.about["box"] for run in (base, new)]
-    for what in ("gpu", "cpu"):
-        if boxes[0].get(what) != boxes[1].get(what):
+    for field in ("gpu", "cpu"):
+        if boxes[0].get(field) != boxes[1].get(field):
             raise StoreError(
-                f"{what} differs: {boxes[0].get(what)} and {boxes[1].get(what)}; times of two boxes do not compare"
+                f"{field} differs: {boxes[0].get(field)} and {boxes[1].get(field)}; times of two boxes do not compare"
             )
     olds, changes, left = {s.key: s for s in base.speeds}, [], []
     for speed in new.speeds:

@@ -1,4 +1,4 @@
-"""Rivals take turns: a drift of the clock or of the room's temperature then meets all of them alike."""
+"""Times entries in rounds: a drift of the clock or of the room's temperature then affects all of them alike."""
 
 import statistics
 from collections.abc import Iterator
@@ -6,113 +6,119 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.bench.worker import Gone, Turn, Worker
+from harness.bench.worker import Batch, EntryFailed, Worker
 from harness.records import interval
 from harness.records.speed import Point, Speed
 
 GOAL = 0.01  # half the interval's width, relative to the median, at which more samples are no use
 FEWEST, MOST, ROUNDS = 7, 400, 8
-LIMIT = 300.0  # seconds for one answer of a worker
-COUNTED = 0.4  # seconds of samples below which a counter of energy, renewed some ten times a second, says nothing
+TIMEOUT = 300.0  # seconds for one answer of a worker
+MIN_SECONDS_FOR_ENERGY = 0.4  # of samples: the counter of energy is renewed some ten times a second
 
 
 @dataclass(eq=False)
-class Seat:
-    """A worker at a point: what it has measured so far."""
+class TimedEntry:
+    """A worker at a point, and its measurements so far."""
 
     worker: Worker
     point: Point
     loaded: dict[str, Any] = field(default_factory=dict)
-    turns: list[Turn] = field(default_factory=list)
+    batches: list[Batch] = field(default_factory=list)
     alone: bool = False
-    gone: Gone | None = None
+    failure: EntryFailed | None = None
+    fewest: int = 3  # samples below which a spent budget is no reason to stop
 
     @property
     def samples(self) -> list[float]:
-        """Seconds of all turns."""
-        return [second for turn in self.turns for second in turn.seconds]
+        """Return the seconds of all samples."""
+        return [second for batch in self.batches for second in batch.seconds]
 
     @property
     def settled(self) -> bool:
-        """Whether its interval is narrow enough."""
-        return len(self.samples) >= max(FEWEST, self.point.fewest) and interval.median(self.samples).spread <= GOAL
+        """Return whether its interval is narrow enough."""
+        return len(self.samples) >= max(FEWEST, self.fewest) and interval.median(self.samples).spread <= GOAL
 
     def speed(self) -> Speed:
-        """Its record."""
+        """Return its record."""
         entry, point = self.worker.entry, self.point
-        if self.gone:
-            return Speed(entry, point, self.gone.status, alone=self.alone, reason=self.gone.reason)
+        if self.failure:
+            return Speed(entry, point, self.failure.status, alone=self.alone, reason=self.failure.reason)
         return Speed(
             entry, point, "ok", tuple(self.samples), tuple(self.loaded["warm"]), "interval" if self.settled else "budget",
             self.alone, self.loaded["allocated"], self.loaded["reserved"], self._joules(),
-            statistics.median(clocks) if (clocks := [t.clock for t in self.turns if t.clock is not None]) else None,
+            statistics.median(clocks) if (clocks := [b.clock for b in self.batches if b.clock is not None]) else None,
         )  # fmt: skip
 
     def _joules(self) -> float | None:
-        spent = [turn.joules for turn in self.turns]
-        if sum(self.samples) < COUNTED:
+        spent = [batch.joules for batch in self.batches]
+        if sum(self.samples) < MIN_SECONDS_FOR_ENERGY:
             return None
         return None if None in spent else sum(j for j in spent if j is not None) / len(self.samples)
 
 
-def race(workers: list[Worker], point: Point, budget: float, roomy: bool = True) -> Iterator[Speed]:
-    """Time all workers at a point for `budget` seconds each. Those that fit into the memory together take turns. One that
-    does not fit beside the others has the device to itself: running out of memory is then its own doing. Where there is room
-    for all, all load at once, which takes as long as the slowest."""
-    seats = [Seat(worker, point) for worker in workers]
+def interleave(
+    workers: list[Worker], point: Point, budget: float, together: bool = True, fewest: int = 3
+) -> Iterator[Speed]:
+    """Time all workers at a point for `budget` seconds each, and yield their speeds.
+
+    Those that fit into the memory together are interleaved. One that does not fit beside the others has the device to itself:
+    running out of memory is then its own doing. If there is room for all `together`, all load at once, which takes as long as
+    the slowest. Where calls are slow, `fewest` samples are taken whatever the budget.
+    """
+    entries = [TimedEntry(worker, point, fewest=fewest) for worker in workers]
     for worker in workers:
         worker.start()
-    if roomy:
+    if together:
         with ThreadPoolExecutor() as threads:
-            list(threads.map(_load, seats))
+            list(threads.map(_load, entries))
     else:
-        for seat in seats:
-            _load(seat)
-    crowded = [s for s in seats if s.gone and s.gone.status == "oom" and len(seats) > 1]
-    _take_turns([s for s in seats if s not in crowded], budget)
-    for seat in seats:
-        _drop(seat)
-    for seat in crowded:
-        seat.gone, seat.alone = None, True
-        _load(seat)
-        _take_turns([seat], budget)
-        _drop(seat)
-    yield from (seat.speed() for seat in seats)
+        for entry in entries:
+            _load(entry)
+    crowded = [e for e in entries if e.failure and e.failure.status == "oom" and len(entries) > 1]
+    _sample([e for e in entries if e not in crowded], budget)
+    for entry in entries:
+        _drop(entry)
+    for entry in crowded:
+        entry.failure, entry.alone = None, True
+        _load(entry)
+        _sample([entry], budget)
+        _drop(entry)
+    yield from (entry.speed() for entry in entries)
 
 
-def _take_turns(seats: list[Seat], budget: float) -> None:
-    """Rounds of one turn each, a turn an eighth of the budget or less, until all are settled or have spent theirs."""
-    spent = {id(seat): 0.0 for seat in seats}
+def _sample(entries: list[TimedEntry], budget: float) -> None:
+    """Take rounds of one batch of samples each, an eighth of the budget or less, until all are settled or have spent theirs."""
+    spent = {id(entry): 0.0 for entry in entries}
 
-    def done(seat: Seat) -> bool:
-        if seat.gone or seat.settled or len(seat.samples) >= MOST:
+    def done(entry: TimedEntry) -> bool:
+        if entry.failure or entry.settled or len(entry.samples) >= MOST:
             return True
-        return spent[id(seat)] >= budget and len(seat.samples) >= seat.point.fewest
+        return spent[id(entry)] >= budget and len(entry.samples) >= entry.fewest
 
-    while waiting := [seat for seat in seats if not done(seat)]:
-        for seat in waiting:
+    while remaining := [entry for entry in entries if not done(entry)]:
+        for entry in remaining:
             try:
                 most = max(1, MOST // (2 * ROUNDS))
-                taken = seat.worker.ask("time", budget / ROUNDS, most, limit=LIMIT)
-            except Gone as gone:
-                seat.gone = gone
+                batch = entry.worker.ask("time", budget / ROUNDS, most, timeout=TIMEOUT)
+            except EntryFailed as failure:
+                entry.failure = failure
                 continue
-            seat.turns.append(taken)
-            spent[id(seat)] += sum(taken.seconds)
+            entry.batches.append(batch)
+            spent[id(entry)] += sum(batch.seconds)
 
 
-def _load(seat: Seat) -> None:
-    if seat.gone:
+def _load(entry: TimedEntry) -> None:
+    if entry.failure:
         return
     try:
-        seat.loaded = seat.worker.ask("load", seat.point, limit=LIMIT)
-    except Gone as gone:
-        seat.gone = gone
+        entry.loaded = entry.worker.ask("load", entry.point, timeout=TIMEOUT)
+    except EntryFailed as failure:
+        entry.failure = failure
 
 
-def _drop(seat: Seat) -> None:
-    if seat.loaded and not seat.gone:
+def _drop(entry: TimedEntry) -> None:
+    if entry.loaded and not entry.failure:
         try:
-            seat.worker.ask("drop", limit=LIMIT)
-        except Gone as gone:
-            seat.gone = gone
+            entry.worker.ask("drop", timeout=TIMEOUT)
+        except EntryFailed as failure:
+            entry.failure = failure

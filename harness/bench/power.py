@@ -20,11 +20,11 @@ class Power:
                 self._nvml = None
 
     def joules(self) -> float | None:
-        """Energy since the driver was loaded."""
+        """Return the energy since the driver was loaded, in joules."""
         return self._ask(lambda nvml: nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) * 1e-3)
 
     def megahertz(self) -> float | None:
-        """Clock of the multiprocessors now."""
+        """Return the clock of the multiprocessors now, in MHz."""
         return self._ask(lambda nvml: float(nvml.nvmlDeviceGetClockInfo(self._handle, nvml.NVML_CLOCK_SM)))
 
     def _ask(self, question: Any) -> float | None:

@@ -1,4 +1,4 @@
-"""A process that times one entry: what kills it costs nobody else."""
+"""A process that times one entry: an error that kills it affects no other entry."""
 
 import contextlib
 import gc
@@ -18,10 +18,10 @@ from harness.records.speed import Entry, Point
 from harness.runs.workers import follow
 
 WARM = 3
-SLOW = 50_000  # tokens a second: a call of many tokens may take longer than what is allowed to all
+MIN_TOKENS_PER_SECOND = 50_000  # a call of many tokens may take longer than is allowed to all
 
 
-class Gone(RuntimeError):
+class EntryFailed(RuntimeError):
     """The entry cannot be timed at this point; `status` is "oom", "timeout" or "error"."""
 
     def __init__(self, status: str, reason: str) -> None:
@@ -30,48 +30,48 @@ class Gone(RuntimeError):
 
 
 class Worker:
-    """The near end: starts the process at the first wish and again after it died. A call that takes more than `slowest`
-    seconds is not worth its samples, unless it is of very many tokens."""
+    """Starts the process at the first request, and again after it died. A call that takes more than `slowest` seconds fails,
+    unless it is of very many tokens."""
 
     def __init__(self, entry: Entry, device: str, threads: int, slowest: float = 10.0) -> None:
         self.entry, self._device, self._threads, self._slowest = entry, device, threads, slowest
         self._process: Any = None
         self._pipe: Connection | None = None
 
-    def ask(self, wish: str, *words: Any, limit: float) -> Any:
-        """What the process answers within `limit` seconds; raises Gone."""
+    def ask(self, request: str, *arguments: Any, timeout: float) -> Any:
+        """Return the answer of the process within `timeout` seconds. Raises EntryFailed."""
         self.start()
         assert self._pipe is not None
         try:
-            self._pipe.send((wish, *words))
-            if not self._pipe.poll(limit):
-                raise Gone("timeout", f"no answer within {limit:.0f} s")
+            self._pipe.send((request, *arguments))
+            if not self._pipe.poll(timeout):
+                raise EntryFailed("timeout", f"no answer within {timeout:.0f} s")
             status, answer = self._pipe.recv()
         except (EOFError, OSError) as error:
             self._process.join(10)  # the pipe closes a moment before the process has ended
             code = self._process.exitcode
             self.end()
-            raise Gone("error", f"its process died (exit code {code})") from error
-        except Gone:
+            raise EntryFailed("error", f"its process died (exit code {code})") from error
+        except EntryFailed:
             self.end()
             raise
         if status == "ok":
             return answer
         if status == "error":
             self.end()  # after an illegal access nothing else runs in that process
-        raise Gone(status, answer)
+        raise EntryFailed(status, answer)
 
     def start(self) -> None:
         """Start the process if there is none; it imports PyTorch while others do."""
         if self._process is not None:
             return
         spawn = multiprocessing.get_context("spawn")
-        self._pipe, far = spawn.Pipe()
+        self._pipe, other_end = spawn.Pipe()
         self._process = spawn.Process(
-            target=_serve, args=(far, os.getpid(), self.entry, self._device, self._threads, self._slowest)
+            target=_serve, args=(other_end, os.getpid(), self.entry, self._device, self._threads, self._slowest)
         )
         self._process.start()
-        far.close()
+        other_end.close()
 
     def end(self) -> None:
         """End the process, even if it is stuck."""
@@ -81,27 +81,27 @@ class Worker:
             self._process = self._pipe = None
 
 
-class Turn(NamedTuple):
-    """Seconds of each call of a turn, joules of the whole turn, pauses included, and MHz at its end."""
+class Batch(NamedTuple):
+    """Seconds of each call of a batch of samples, joules of the whole batch, pauses included, and MHz at its end."""
 
     seconds: list[float]
     joules: float | None
     clock: float | None
 
 
-class _Loaded:
-    """The far end: at most one call, ready to be timed."""
+class LoadedCall:
+    """In the process: at most one call, ready to be timed."""
 
     def __init__(self, entry: Entry, device: str, slowest: float) -> None:
         self._entry, self._device, self._clock, self._slowest = entry, device, Clock(device), slowest
         self._power = Power(device)
         self._call: Call | None = None
-        self._patience = slowest  # seconds of a call at this point
+        self._longest = slowest  # seconds of a call at this point
 
     def load(self, point: Point) -> dict[str, Any]:
-        """Build the call and warm it up; how long that took a call, and the memory of one."""
+        """Build the call and warm it up; return the seconds of the first calls, and the memory of one."""
         self.drop()
-        self._patience = max(self._slowest, point.tokens / SLOW)
+        self._longest = max(self._slowest, point.tokens / MIN_TOKENS_PER_SECOND)
         module, _, function = self._entry.maker.partition(":")
         self._call = getattr(importlib.import_module(module), function)(point, self._entry, self._device)
         assert self._call is not None
@@ -111,17 +111,17 @@ class _Loaded:
         allocated, reserved = self._clock.peak(self._call)
         return {"warm": warm, "allocated": allocated, "reserved": reserved}
 
-    def time(self, seconds: float, most: int) -> Turn:
-        """Samples until `seconds` are spent or there are `most`, one at least."""
+    def time(self, seconds: float, most: int) -> Batch:
+        """Take samples until `seconds` are spent or there are `most`, one at least."""
         assert self._call is not None
         taken: list[float] = []
         before = self._power.joules()
         while not taken or (sum(taken) < seconds and len(taken) < most):
             taken.append(self._clock.time(self._call))
-            if taken[-1] > self._patience:
-                raise TimeoutError(f"a call takes {taken[-1]:.1f} s, and {self._patience:.0f} s are allowed")
+            if taken[-1] > self._longest:
+                raise TimeoutError(f"a call takes {taken[-1]:.1f} s, and {self._longest:.0f} s are allowed")
         clock, after = self._power.megahertz(), self._power.joules()
-        return Turn(taken, None if before is None or after is None else after - before, clock)
+        return Batch(taken, None if before is None or after is None else after - before, clock)
 
     def drop(self) -> None:
         """Forget the call and free its memory."""
@@ -144,20 +144,20 @@ def _serve(pipe: Connection, parent: int, entry: Entry, device: str, threads: in
     torch.set_num_threads(threads)
     with contextlib.suppress(Exception):  # some have no backend, and what cannot be imported says so when it is called
         _prepare(entry, device)
-    loaded = _Loaded(entry, device, slowest)
-    wishes: dict[str, Callable[..., Any]] = {"load": loaded.load, "time": loaded.time, "drop": loaded.drop}
+    loaded = LoadedCall(entry, device, slowest)
+    handlers: dict[str, Callable[..., Any]] = {"load": loaded.load, "time": loaded.time, "drop": loaded.drop}
     while True:
         try:
-            wish, *words = pipe.recv()
+            request, *arguments = pipe.recv()
         except EOFError:
             return
         try:
-            answer = "ok", wishes[wish](*words)
+            answer = "ok", handlers[request](*arguments)
         except (torch.OutOfMemoryError, MemoryError) as error:
             answer = "oom", str(error).splitlines()[0] if str(error) else "out of memory"
         except TimeoutError as error:
             answer = "timeout", str(error)
-        except Exception as error:  # a kernel may raise anything; the sweep goes on and the record says what
+        except Exception as error:  # a kernel may raise anything; the run goes on and the record says what
             out = "out of memory" in str(error).lower() or "can't allocate memory" in str(error)
             answer = "oom" if out else "error", f"{type(error).__name__}: {str(error)[:400]}"
         if answer[0] in ("oom", "timeout"):

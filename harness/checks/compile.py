@@ -9,30 +9,27 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from harness.fixtures import functional_modules as modules
 from harness.judge.case import Case
-from harness.judge.registry import CannotAsk, Implementation
+from harness.judge.check import CannotAsk
+from harness.judge.implementation import Implementation
+from harness.judge.protocols import HasCostlyChecks, Subject
 from harness.judge.trial import Trial
 from harness.records.finding import Finding, differing
 
-# One small odd size of each, and options with all that there is: compiling takes seconds.
-SHAPES = {"scan": {"B": 3, "L": 7}, "conv": {"B": 3, "L": 7}, "norm": {"B": 2, "L": 9}, "mixer": {"B": 2, "L": 9}}
-OPTIONS = (("reverse", "state"), ("kind=layer", "low"), ("autocast",))
 
-
-def asks(subject: ModuleType, implementation: Implementation, case: Case) -> bool:
-    """Of operators and the mixer."""
-    here = case.subject in SHAPES and dict(case.dims).items() >= SHAPES[case.subject].items() and case.options in OPTIONS
-    return implementation.name != "reference" and here and case.dtype in ("float32", "bfloat16")
+def asks(subject: Subject, implementation: Implementation, case: Case) -> bool:
+    """Return True at the few small points that the subject selects: compiling takes seconds."""
+    selected = isinstance(subject, HasCostlyChecks) and "compile" in subject.costly_checks(case)
+    return implementation.name != "reference" and selected and case.dtype in ("float32", "bfloat16")
 
 
 def run(trial: Trial, implementation: Implementation) -> list[Finding]:
-    """All three, as far as they can be asked."""
+    """Ask all three, as far as they can be asked."""
     found, reasons = [], []
     for part in (registered, compiled, replayed):
         try:
@@ -45,7 +42,7 @@ def run(trial: Trial, implementation: Implementation) -> list[Finding]:
 
 
 def registered(trial: Trial, implementation: Implementation) -> list[Finding]:
-    """Schema, fake implementation, autograd and dispatch of every op that is registered."""
+    """Judge schema, fake implementation, autograd and dispatch of every op that is registered."""
     if implementation.samples is None:
         raise CannotAsk(f"{implementation.name} registers no ops")
     found = []
@@ -58,7 +55,7 @@ def registered(trial: Trial, implementation: Implementation) -> list[Finding]:
 
 
 def compiled(trial: Trial, implementation: Implementation) -> list[Finding]:
-    """The rule for one graph; that there is none is a finding too. Inductor on a GPU; on a CPU it would take a compiler."""
+    """Apply the rule to one graph; that there is none is a finding too. Inductor only on a GPU: for a CPU it needs gcc."""
     if implementation.abilities and not implementation.abilities.fullgraph:
         raise CannotAsk(f"{implementation.name} does not declare fullgraph")
     backend = "inductor" if trial.device.startswith("cuda") else "aot_eager"
@@ -84,26 +81,26 @@ def quietly() -> Iterator[None]:
 
 
 def replayed(trial: Trial, implementation: Implementation) -> list[Finding]:
-    """Captured on the first seed's inputs, replayed on the last's."""
+    """Compare a graph captured on the first seed's inputs and replayed on the last's with an eager call on these."""
     if not trial.device.startswith("cuda"):
         raise CannotAsk("a CUDA graph needs a GPU")
-    last = trial.case.seeds[-1]
+    last = trial.seeds[-1]
     eager = trial.run(implementation, last, True, trial.leaves(last))
     leaves, given = trial.leaves(0), cotangents(trial, 0, eager.outputs)
 
-    def once() -> dict[str, Tensor | None]:
-        return trial.run_there(implementation, 0, True, leaves, cotangent=lambda name, output: given[name]).named()
+    def call() -> dict[str, Tensor | None]:
+        return trial.run_on_device(implementation, 0, True, leaves, cotangent=lambda name, output: given[name]).named()
 
     with torch.cuda.device(trial.device):
-        beside = torch.cuda.Stream()
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):  # what happens at a first call is not to be captured
+        side_stream = torch.cuda.Stream()
+        side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side_stream):  # what happens at a first call is not to be captured
             for _ in range(3):
-                once()
-        torch.cuda.current_stream().wait_stream(beside)
+                call()
+        torch.cuda.current_stream().wait_stream(side_stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            results = once()
+            results = call()
         with torch.no_grad():
             for static, fresh in ((leaves, trial.leaves(last)), (given, cotangents(trial, last, eager.outputs))):
                 for name, tensor in static.items():
@@ -115,5 +112,5 @@ def replayed(trial: Trial, implementation: Implementation) -> list[Finding]:
 
 
 def cotangents(trial: Trial, seed: int, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Those of all outputs, on the device."""
+    """Return the cotangents of all outputs, on the device."""
     return {k: trial.cotangent(seed, k, v).to(trial.device) for k, v in outputs.items()}

@@ -1,24 +1,25 @@
 """Does `forward_chunked` equal the whole clip, whatever the length of a chunk, in inference and in training?"""
 
-from types import ModuleType
 
 from harness.judge.case import Case
-from harness.judge.registry import CannotAsk, Implementation
+from harness.judge.check import CannotAsk
+from harness.judge.implementation import Implementation
+from harness.judge.protocols import ChunkedModel, Subject
 from harness.judge.trial import Trial, worst_of
 from harness.records.finding import Finding, Tally
 
-SHORT = 16  # tokens up to which the reference is asked, which defines what chunks are and is slow at it
+REFERENCE_TOKENS = 16  # up to which the reference is asked, which is slow in chunks
 
 
-def asks(subject: ModuleType, implementation: Implementation, case: Case) -> bool:
-    """Of models of more than one tubelet; of the reference in short cases in float32."""
-    if not hasattr(subject, "in_chunks") or case.dtype == "float64" or not subject.chunk_frames(case):
+def asks(subject: Subject, implementation: Implementation, case: Case) -> bool:
+    """Return True of models of more than one tubelet; of the reference in short cases in float32."""
+    if not isinstance(subject, ChunkedModel) or case.dtype == "float64" or not subject.chunk_frames(case):
         return False
-    return implementation.name != "reference" or (case["L"] <= SHORT and case.dtype == "float32")
+    return implementation.name != "reference" or (case["L"] <= REFERENCE_TOKENS and case.dtype == "float32")
 
 
 def run(trial: Trial, implementation: Implementation) -> list[Finding]:
-    """Outputs and gradients in training; outputs without gradients being recorded, where results go in place."""
+    """Judge outputs and gradients in training; and outputs without gradients being recorded, where results go in place."""
     able = implementation.abilities
     if able is not None and not able.initial_state:
         raise CannotAsk(f"{implementation.name} does not declare initial_state: no state goes from chunk to chunk")
@@ -27,7 +28,7 @@ def run(trial: Trial, implementation: Implementation) -> list[Finding]:
     found = []
     for frames, grad in ways:
         tally = Tally()
-        for seed in trial.case.seeds:
+        for seed in trial.seeds:
             plain, truth = trial.plain(seed, grad).named(), trial.truth(seed, grad).named()
             got = trial.run(implementation, seed, grad, trial.leaves(seed), frames=frames).named()
             for name, exact in truth.items():

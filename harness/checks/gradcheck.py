@@ -5,33 +5,33 @@ weighted by the cotangents. The difference quotient's own error is measured, by 
 truncation), and what float64 loses in the subtraction is added: that is the budget.
 """
 
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from harness.judge.case import Case
-from harness.judge.registry import Implementation
+from harness.judge.implementation import Implementation
+from harness.judge.protocols import Subject
 from harness.judge.trial import Trial
 from harness.records.finding import Finding
 
-MANY = 16  # with more leaves than this, each is asked under one of the seeds only
+MANY_LEAVES = 16  # with more than these, each is asked under one of the seeds only
 STEP = 2.0**-14  # near the cube root of float64's roundoff, where truncation and cancellation balance
 
 
-def asks(subject: ModuleType, implementation: Implementation, case: Case) -> bool:
-    """Of the reference, in its float64 cases, which are small."""
+def asks(subject: Subject, implementation: Implementation, case: Case) -> bool:
+    """Return True of the reference, in its float64 cases, which are small."""
     return implementation.name == "reference" and case.dtype == "float64"
 
 
 def run(trial: Trial, implementation: Implementation) -> list[Finding]:
-    """One direction a leaf and seed, errors and budgets pooled over the seeds that asked it."""
+    """Ask one direction a leaf and seed, errors and budgets pooled over the seeds that asked it."""
     squares: dict[str, list[float]] = {}
-    for seed in trial.case.seeds:
+    for seed in trial.seeds:
         leaves = trial.leaves(seed)
         result = trial.got(implementation, seed, grad=True)
-        silent = trial.subject.silent(trial.case)
-        weights = {k: trial.cotangent(seed, k, v).to(trial.device) for k, v in result.outputs.items() if k not in silent}
+        without = trial.subject.no_cotangent(trial.case)
+        weights = {k: trial.cotangent(seed, k, v).to(trial.device) for k, v in result.outputs.items() if k not in without}
 
         def value(moved: dict[str, Tensor], weights: dict[str, Tensor] = weights) -> tuple[float, float]:
             with torch.no_grad():
@@ -40,7 +40,7 @@ def run(trial: Trial, implementation: Implementation) -> list[Finding]:
             return float(terms.sum()), float(terms.abs().sum())
 
         for place, (name, leaf) in enumerate(leaves.items()):
-            if len(leaves) > MANY and place % len(trial.case.seeds) != seed:
+            if len(leaves) > MANY_LEAVES and place % len(trial.seeds) != seed:
                 continue
             v = trial.case.normal(seed, "direction " + name, *leaf.shape).to(leaf)
             v /= v.norm()

@@ -13,17 +13,19 @@ import shutil
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 
 import torch
 
 import fused
 from fused.io.video import MEAN, STD, read_clip
 from harness.fixtures import video
-from harness.instruments import two_processes as together
+from harness.instruments import two_processes
 from harness.instruments.two_processes import Training
-from harness.judge.case import SEEDS, Case
-from harness.judge.registry import CannotAsk, Implementation
+from harness.judge.case import Case
+from harness.judge.check import CannotAsk
+from harness.judge.implementation import Implementation
+from harness.judge.protocols import Subject, TrainableByCommand
+from harness.judge.seeds import SEEDS
 from harness.judge.trial import Named, Trial
 from harness.records.finding import Finding, Tally, differing
 
@@ -31,77 +33,68 @@ NAME = "processes"
 ENGINES = ("ddp", "fsdp")
 STEPS, SAVED, LOGGED = 4, 2, 3  # stopped after step LOGGED; its last checkpoint is of step SAVED
 VIDEOS, FRAMES = 8, 6
-WIDTH = 32
 
 COMMON = (
     "data.workers=0 data.scale=[0.9,1.0] model.depth=2 batch_size=4 optim.lr=3e-3 log_every=1 deterministic=true"
 ).split()  # fmt: skip
-# of an encoder without a gradient, DDP would learn in its second step
-TASKS = {"videomamba": ("task=finetune", "steps=1"), "encoder": ("task=pretrain", "steps=2")}
-# with STILL nothing is drawn that depends on how clips are spread over processes
-STILL = {"videomamba": ("mix.mixup=0", "mix.cutmix=0"), "encoder": ("mask.ratio=0",)}
-DRAWN = {"videomamba": (), "encoder": ("mask.ratio=0.5",)}
-
-
-def cases(grid: str) -> list[Case]:
-    """A classifier and an encoder of two layers, fine-tuned and pretrained; not on the smoke grid, for which it is too slow."""
-    shape = {"B": 4, "T": 2, "S": 32, "D": WIDTH, "L": 9}
-    return [] if grid == "smoke" else [Case(s, tuple(shape.items()), ("video", f"for={NAME}")) for s in TASKS]
 
 
 def steps(case: Case) -> float:
-    """What so many processes and trainings cost, as tokens of the scan."""
+    """Return the cost of the processes and trainings, as tokens of the scan."""
     return 2000.0
 
 
-def asks(subject: ModuleType, implementation: Implementation, case: Case) -> bool:
-    """Of all backends of `fused`, in the cases above."""
-    return case.asker == NAME and implementation.backend is not None
+def asks(subject: Subject, implementation: Implementation, case: Case) -> bool:
+    """Return True of all backends of `fused`, in cases for it."""
+    asked = case.only_check == NAME and isinstance(subject, TrainableByCommand)
+    return asked and implementation.backend is not None
 
 
 def run(trial: Trial, implementation: Implementation) -> list[Finding]:
-    """Both questions, for both engines."""
+    """Ask both questions, for both engines."""
     if missing := [name for name in ("av", "yaml", "safetensors") if find_spec(name) is None]:
         raise CannotAsk(f"fused.train needs {', '.join(missing)}: pip install 'videomamba-bench[train]'")
     if trial.device.startswith("cuda") and (count := torch.cuda.device_count()) < 2:
         raise CannotAsk(f"needs two GPUs, there is {count}")
-    truth = trial.once(NAME, lambda: exactly(trial))
+    truth = trial.cached(NAME, lambda: first_steps_in_float64(trial))
     with tempfile.TemporaryDirectory() as name:
         asked = Questions(trial, str(implementation.backend), Path(name))
-        engines = [training for engine in ENGINES for training in (*asked.firsts(engine), asked.whole(engine))]
-        together.trained([*asked.firsts("plain"), *engines], asked.folder)
+        engines = [training for engine in ENGINES for training in (*asked.firsts(engine), asked.uninterrupted(engine))]
+        two_processes.run_trainings([*asked.firsts("plain"), *engines], asked.folder)
         for engine in ENGINES:
             asked.stop(engine)
-        said = together.trained([asked.again(engine) for engine in ENGINES], asked.folder)
-        if said.count(f"goes on behind step {SAVED}") != len(ENGINES):
-            raise RuntimeError(f"a training did not go on from step {SAVED}, but said: {said[-together.SHOWN :]}")
-        return [f for e in ENGINES for f in (*asked.step_of_one(e, truth), *asked.gone_on(e))]
+        output = two_processes.run_trainings([asked.resumed(engine) for engine in ENGINES], asked.folder)
+        if output.count(f"goes on behind step {SAVED}") != len(ENGINES):
+            end = output[-two_processes.SHOWN_CHARACTERS :]
+            raise RuntimeError(f"a training did not go on from step {SAVED}; its output: {end}")
+        return [f for e in ENGINES for f in (*asked.first_step_findings(e, truth), *asked.same_after_resume(e))]
 
 
-def exactly(trial: Trial) -> list[Named]:
-    """The first step in float64, for each seed."""
+def first_steps_in_float64(trial: Trial) -> list[Named]:
+    """Return the first step in float64, for each seed."""
     with tempfile.TemporaryDirectory() as name:
         asked = Questions(trial, "torch", Path(name))
-        together.trained(asked.firsts("truth"), asked.folder)
+        two_processes.run_trainings(asked.firsts("truth"), asked.folder)
         return [asked.first_step("truth", seed) for seed in range(SEEDS)]
 
 
 class Questions:
-    """The trainings of one backend in one folder, and what is asked of what they leave there."""
+    """The trainings of one backend in one folder, and the questions about their results."""
 
     def __init__(self, trial: Trial, backend: str, folder: Path) -> None:
-        self.case, self.folder = trial.case, folder
+        self.case, self.folder, self.subject = trial.case, folder, trial.subject
         device = "cuda" if trial.device.startswith("cuda") else "cpu"
         sizes = (f"data.frames={self.case['T']}", f"data.size={self.case['S']}", f"model.embed_dim={self.case['D']}")
         self.words = (*COMMON, *sizes, f"device={device}", f"backend={backend}", f"data.train={folder / 'videos'}")
         write_videos(self.case, folder / "videos")
-        if self.case.subject == "encoder":
+        if self.subject.needs_teacher():
             write_teacher(self.case, folder / "teacher")
             self.words += (f"teacher={folder / 'teacher'}",)
 
     def firsts(self, kind: str) -> list[Training]:
-        """One step for each seed, by an engine in two processes, or by one as "plain" or as "truth"."""
-        words = (*self.words, *TASKS[self.case.subject], *STILL[self.case.subject], "model.drop_path_rate=0", "save_every=1")
+        """Return trainings of the first step for each seed, by an engine in two processes, or by one as "plain" or "truth"."""
+        length = f"steps={self.subject.first_steps()}"
+        words = (*self.words, *self.subject.training_words(drawn=False), length, "model.drop_path_rate=0", "save_every=1")
         if kind in ENGINES:
             words += (f"parallel={kind}", "accumulate=2")
         return [
@@ -109,18 +102,18 @@ class Questions:
             for seed in range(SEEDS)
         ]
 
-    def whole(self, engine: str) -> Training:
-        """A training that is not stopped."""
+    def uninterrupted(self, engine: str) -> Training:
+        """Return a training that is not stopped."""
         return self._long(engine, engine)
 
-    def again(self, engine: str) -> Training:
-        """It, going on where `stop` left it."""
+    def resumed(self, engine: str) -> Training:
+        """Return the training that goes on where `stop` left it."""
         return self._long(engine, f"{engine}-again")
 
     def _long(self, engine: str, out: str) -> Training:
-        task, *_ = TASKS[self.case.subject]
-        how = (task, f"steps={STEPS}", f"save_every={SAVED}", "model.drop_path_rate=0.4", f"parallel={engine}")
-        return Training((*self.words, *DRAWN[self.case.subject], *how, f"out={self.folder / out}"), together=True)
+        words = (*self.words, *self.subject.training_words(drawn=True), f"steps={STEPS}", f"save_every={SAVED}")
+        more = ("model.drop_path_rate=0.4", f"parallel={engine}", f"out={self.folder / out}")
+        return Training((*words, *more), in_two_processes=True)
 
     def stop(self, engine: str) -> None:
         """Make a folder as a training leaves it that was killed after step LOGGED."""
@@ -133,15 +126,15 @@ class Questions:
         (folder / "log.jsonl").write_text("".join(x for x in lines if json.loads(x).get("step", 0) <= LOGGED))
 
     def first_step(self, kind: str, seed: int) -> Named:
-        """Loss and gradients: Adam's first moment after one step is (1 - beta) * gradient."""
+        """Return loss and gradients: Adam's first moment after one step is (1 - beta) * gradient."""
         folder, moment = self.folder / f"{kind}-{seed}", "optimizer.exp_avg."
-        found = {k: v for k, v in together.tensors(folder / "checkpoints/step-00000001").items() if k.startswith(moment)}
+        found = {k: v for k, v in two_processes.tensors(folder / "checkpoints/step-00000001").items() if k.startswith(moment)}
         dtype = torch.float64 if kind == "truth" else torch.float32
-        loss = torch.tensor(together.steps(folder)[0]["loss"], dtype=dtype)
+        loss = torch.tensor(two_processes.steps(folder)[0]["loss"], dtype=dtype)
         return {"loss": loss} | {f"grad {k.removeprefix(moment)}": v for k, v in found.items()}
 
-    def step_of_one(self, engine: str, truth: list[Named]) -> list[Finding]:
-        """The rule."""
+    def first_step_findings(self, engine: str, truth: list[Named]) -> list[Finding]:
+        """Apply the rule."""
         tally = Tally()
         for seed, exact in enumerate(truth):
             got, plain = self.first_step(engine, seed), self.first_step("plain", seed)
@@ -149,21 +142,21 @@ class Questions:
                 tally.add(f"{name}, {engine}", got.get(name), plain.get(name), exact.get(name))
         return tally.findings()
 
-    def gone_on(self, engine: str) -> list[Finding]:
-        """Bit by bit: what the log says of every step, and all tensors of the last checkpoint."""
-        whole, again = (described(self.folder / name) for name in (engine, f"{engine}-again"))
-        return [differing(f"{name}, {engine} again", again.get(name), whole.get(name)) for name in whole | again]
+    def same_after_resume(self, engine: str) -> list[Finding]:
+        """Compare bit by bit the log of every step, and all tensors of the last checkpoint."""
+        first, resumed = (log_and_tensors(self.folder / name) for name in (engine, f"{engine}-again"))
+        return [differing(f"{name}, {engine} again", resumed.get(name), first.get(name)) for name in first | resumed]
 
 
-def described(run: Path) -> Named:
-    """The columns of a run's log and the tensors of its last checkpoint."""
-    lines = together.steps(run)
+def log_and_tensors(run: Path) -> Named:
+    """Return the columns of a run's log and the tensors of its last checkpoint."""
+    lines = two_processes.steps(run)
     columns = {f"log {key}": torch.tensor([float(line[key]) for line in lines], dtype=torch.float64) for key in lines[0]}
-    return columns | together.tensors(run / f"checkpoints/step-{STEPS:08d}")
+    return columns | two_processes.tensors(run / f"checkpoints/step-{STEPS:08d}")
 
 
 def write_videos(case: Case, root: Path) -> None:
-    """Parts of the video, in turns of two classes."""
+    """Write parts of the video, alternately of two classes."""
     clip = read_clip(case.video or video.SHIPPED, VIDEOS * FRAMES, 2 * case["S"]).movedim(0, -1)
     frames = ((clip * torch.tensor(STD) + torch.tensor(MEAN)) * 255).round().clamp(0, 255).byte()
     for i, part in enumerate(frames.split(FRAMES)):
@@ -173,7 +166,7 @@ def write_videos(case: Case, root: Path) -> None:
 
 
 def write_teacher(case: Case, folder: Path) -> None:
-    """A model of one layer to learn from."""
+    """Write a model of one layer to learn from."""
     config = fused.VideoMambaConfig(img_size=case["S"], num_frames=case["T"], embed_dim=case["D"], depth=1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)

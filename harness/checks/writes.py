@@ -8,37 +8,38 @@ over from call to call is NaN too.
 import contextlib
 import math
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from harness.instruments.guard_bands import Watched
+from harness.instruments.guard_bands import GuardedMemory
 from harness.judge.case import Case
-from harness.judge.registry import Implementation
+from harness.judge.implementation import Implementation
+from harness.judge.protocols import HasCostlyChecks, Subject
 from harness.judge.trial import Trial
 from harness.records.finding import Finding, differing
 
 GARBAGE = (math.nan, 4096.0)
 
 
-def asks(subject: ModuleType, implementation: Implementation, case: Case) -> bool:
-    """Of operators and of the mixer, which are where memory is allocated."""
-    return implementation.name != "reference" and case.subject in ("scan", "conv", "norm", "mixer") and case.dtype != "float64"
+def asks(subject: Subject, implementation: Implementation, case: Case) -> bool:
+    """Return True where the subject selects it: of operators and of the mixer, which are where memory is allocated."""
+    selected = isinstance(subject, HasCostlyChecks) and "writes" in subject.costly_checks(case)
+    return implementation.name != "reference" and selected
 
 
 def run(trial: Trial, implementation: Implementation) -> list[Finding]:
-    """Elements that differ between the runs, and bytes that changed where none may."""
+    """Return elements that differ between the runs, and bytes that changed where none may."""
     grad = trial.asks_gradients
     fresh = trial.got(implementation, 0, grad).named()
     trial.run(implementation, 0, grad, {k: v * math.nan for k, v in trial.leaves(0).items()})
     found = []
     for garbage in GARBAGE:
-        memory = Watched(garbage)
+        memory = GuardedMemory(garbage)
         leaves = {k: memory.place(k, v) for k, v in trial.leaves(0).items()}
 
-        def cotangent(name: str, output: Tensor, memory: Watched = memory) -> Tensor:
+        def cotangent(name: str, output: Tensor, memory: GuardedMemory = memory) -> Tensor:
             return memory.place(f"cotangent {name}", trial.cotangent(0, name, output))
 
         with filled_with_nan(math.isnan(garbage)), memory.allocating():
@@ -50,7 +51,7 @@ def run(trial: Trial, implementation: Implementation) -> list[Finding]:
 
 @contextlib.contextmanager
 def filled_with_nan(on: bool) -> Iterator[None]:
-    """Whether PyTorch itself fills what it allocates, also where no Python function is asked; it does by default in parity."""
+    """Set whether PyTorch itself fills memory that it allocates, also where no Python function is called."""
     deterministic: Any = torch.utils.deterministic
     before, deterministic.fill_uninitialized_memory = deterministic.fill_uninitialized_memory, on
     try:

@@ -9,7 +9,7 @@ from harness.cli.inspect import doctor, list_all
 from harness.cli.learn import learn
 from harness.cli.parity import parity
 from harness.cli.runs import accept, compare, report
-from harness.judge.plan import UsageError
+from harness.judge.request import UsageError
 from harness.runs.conclude import USAGE
 from harness.runs.store import StoreError
 

@@ -8,9 +8,9 @@ import torch
 import typer
 
 from harness.bench import benchmark_json, grids
-from harness.bench import run as sweep
-from harness.bench.ceilings import Ceilings
-from harness.judge.plan import UsageError, default_device, existing
+from harness.bench import run as bench_run
+from harness.judge.request import UsageError, default_device, require_device
+from harness.records.ceilings import Ceilings
 from harness.records.speed import Entry, Point, Speed, last_line
 from harness.report import bench as page
 from harness.runs import environment, workers
@@ -24,7 +24,7 @@ SLOWEST = {"cpu": 10.0, "full": 2.0, "long": 10.0}  # seconds of a call; what ta
 
 def bench(
     grid: Annotated[str, typer.Option(help="cpu, full or long; by default cpu without a GPU, else full")] = "",
-    race: Annotated[list[str] | None, typer.Option(help=", ".join(grids.RACES))] = None,
+    race: Annotated[list[str] | None, typer.Option(help=", ".join(grids.races()))] = None,
     impl: Annotated[list[str] | None, typer.Option(help="implementation; all by default")] = None,
     point: Annotated[list[str] | None, typer.Option(help="pattern of a point's name (--dry-run lists them)")] = None,
     budget: Annotated[float, typer.Option(min=0.0, help="seconds of samples a point; 0 takes the grid's")] = 0.0,
@@ -36,11 +36,11 @@ def bench(
     """Time everything that passes parity; exits 0 if all of ours was timed, 1 if some was gated or failed."""
     device = device or default_device()
     grid = grid or ("full" if device.startswith("cuda") else "cpu")
-    for what, given, allowed in (("grid", [grid], grids.GRIDS), ("race", race or [], grids.RACES)):
+    for what, given, allowed in (("grid", [grid], grids.GRIDS), ("race", race or [], grids.races())):
         for name in given:
             if name not in allowed:
                 raise UsageError(f"{what} {name!r} is unknown; allowed are {', '.join(allowed)}")
-    points = sweep.points_here(grid, device, tuple(race or ()), tuple(point or ()))
+    points = bench_run.points_here(grid, device, tuple(race or ()), tuple(point or ()))
     if not points:
         raise UsageError(f"grid {grid} has no such point on {device}; `bench --grid {grid} --dry-run` lists them")
     wanted = tuple(impl or ())
@@ -49,8 +49,8 @@ def bench(
             who = [e for e in grids.entries(p.race, device, "sdpa", wanted) if grids.runs(e, p, grid)]
             print(f"{p.name:60} {p.tokens:8} tokens  {', '.join(e.name for e in who)}")
         return
-    box = environment.describe(existing(device))
-    about = sweep.about(grid, device, tuple(race or ()), wanted, tuple(point or ()), budget or BUDGET[grid], box)
+    box = environment.describe(require_device(device))
+    about = bench_run.describe(grid, device, tuple(race or ()), wanted, tuple(point or ()), budget or BUDGET[grid], box)
     run = begin(about, sys.argv[1:], out, unfinished(out, "bench") if resume else None)
     print(f"{len(points)} points of grid {grid} on {box['gpu'] or box['cpu']}, into {run.folder}", flush=True)
     progress = Progress({})
@@ -78,7 +78,7 @@ def _work(run: Run, points: list[Point], wanted: tuple[str, ...], progress: Prog
     """Measure the box, ask for licences, then time what the run has not timed yet."""
     plan, threads = run.about["plan"], torch.get_num_threads()
     progress.say("ceilings of this box, and its fastest attention")
-    sweep.measure_box(run, points[0].dtype)
+    bench_run.measure_box(run, points[0].dtype)
     fastest = min(run.about["attention"], key=run.about["attention"].get)
     races = {p.race: grids.entries(p.race, plan["device"], fastest, wanted) for p in points}
     entries = {p.name: [e for e in races[p.race] if grids.runs(e, p, plan["grid"])] for p in points}
@@ -89,14 +89,15 @@ def _work(run: Run, points: list[Point], wanted: tuple[str, ...], progress: Prog
         racing = [(p.race, e) for p in points if p.dtype == dtype for e in entries[p.name]]
         jobs = workers.processes_for(plan["device"]) if plan["device"].startswith("cuda") else 1
         each = max(1, threads // jobs)  # 16 threads in each of 12 processes took three times as long as one process
-        sweep.licence(sweep.licence_plans(racing, plan["device"], dtype, each), run, progress.say, jobs)
+        bench_run.ask_licences(bench_run.licence_requests(racing, plan["device"], dtype, each), run, progress.say, jobs)
 
     def tell(speed: Speed) -> None:
         result = f"{1e3 * speed.median.middle:.3g} ms" if speed.seconds else f"{speed.status}: {speed.reason}"
         progress.done(_item(speed.entry, speed.point), f"{speed.point.name} {speed.entry.name} {result}")
 
     ceilings, slowest = Ceilings(**run.about["ceilings"]), SLOWEST[plan["grid"]]
-    sweep.sweep(run, points, lambda p: entries[p.name], ceilings, plan["budget"], slowest, plan["device"], threads, tell)
+    budget, device = plan["budget"], plan["device"]
+    bench_run.time_points(run, points, lambda p: entries[p.name], ceilings, budget, slowest, device, threads, tell)
 
 
 def _cost(entry: Entry, point: Point) -> float:

@@ -8,20 +8,21 @@ import typer
 import fused
 from fused import backends
 from harness.judge import registry
-from harness.judge.plan import GRIDS, default_device
+from harness.judge.check import checks
+from harness.judge.request import GRIDS, default_device
 from harness.runs import environment
 from harness.runs.conclude import UNFIT
 
 
 def list_all() -> None:
     """List subjects with their implementations, checks, grids, planted bugs."""
-    for name, module in registry.subjects().items():
-        print(f"{name:11} {registry.title(module)}")
-        for implementation in module.implementations():
+    for name, subject in registry.subjects().items():
+        print(f"{name:11} {registry.title(subject)}")
+        for implementation in subject.implementations():
             reason = implementation.absent(default_device())
             print(f"    {implementation.name:26} {implementation.role:6} {f'not here: {reason}' if reason else 'runs here'}")
-        print("    cases: " + ", ".join(f"{len(module.cases(grid))} {grid}" for grid in GRIDS))
-    for what, modules in (("checks", registry.checks()), ("planted bugs (--mutant)", registry.mutants())):
+        print("    cases: " + ", ".join(f"{len(subject.cases(grid))} {grid}" for grid in GRIDS))
+    for what, modules in (("checks", checks()), ("planted bugs (--mutant)", registry.mutants())):
         print(f"{what}:")
         for name, module in modules.items():
             print(f"    {name:22} {registry.title(module)}")

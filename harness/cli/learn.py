@@ -10,8 +10,8 @@ from typing import Annotated
 import torch
 import typer
 
-from harness.judge.plan import UsageError, default_device, existing
-from harness.judge.registry import Implementation
+from harness.judge.implementation import Implementation
+from harness.judge.request import UsageError, default_device, require_device
 from harness.learning import trained_weights as trained
 from harness.learning.fit import Evaluation, Fitted, evaluation_steps, fit
 from harness.learning.task import Recipe, Task, allowed
@@ -66,7 +66,7 @@ def learn(
     resume: Annotated[bool, typer.Option("--resume", help="continue the newest unfinished run, or that in --out")] = False,
 ) -> None:
     """Train small models on small tasks; exits 0 if all learnt what they must, 1 if one did not, 3 if nothing ran."""
-    device = existing(device or default_device())
+    device = require_device(device or default_device())
     names = tuple(task or TASKS)
     wanted = tuple(impl or ("fused:native" if device.startswith("cuda") else "fused:torch",))
     every = trainings(names, wanted, seeds, steps, short)

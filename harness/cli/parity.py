@@ -11,8 +11,8 @@ import typer
 
 from harness.cli.inspect import require_fit
 from harness.judge.case import Case
-from harness.judge.parity import about, cost, memory, run_parity, stamps
-from harness.judge.plan import Plan, default_device, existing
+from harness.judge.parity import cost, describe, memory, run_parity, write_stamps
+from harness.judge.request import ParityRequest, default_device, require_device
 from harness.records.record import Record
 from harness.report import page
 from harness.runs import environment, workers
@@ -44,8 +44,8 @@ def parity(
     """Judge implementations against the reference; exits 0 if all of ours passed, 1 if one failed, 3 if nothing ran."""
     require_fit()
     environment.prepare()
-    where = existing(device or default_device())
-    plan = Plan(
+    where = require_device(device or default_device())
+    plan = ParityRequest(
         grid=grid or ("full" if where.startswith("cuda") else "smoke"),
         device=where,
         subjects=tuple(subject or ()),
@@ -58,7 +58,7 @@ def parity(
         rivals=tuple(rival or ()),
         mutant=mutant,
     )
-    points = plan.points()
+    points = plan.selected_cases()
     jobs = jobs or max(1, min(workers.processes_for(where), len(points)))
     earlier = unfinished(out, "parity") if resume and not dry_run else None
     threads = earlier.about["plan"].get("threads") if earlier else None  # sums depend on their number
@@ -66,21 +66,21 @@ def parity(
     if dry_run:
         raise typer.Exit(list_cases(plan, points))
     box = environment.describe(where)
-    run = begin(about(plan, box), sys.argv[1:], out, earlier)
+    run = begin(describe(plan, box), sys.argv[1:], out, earlier)
     print(f"{len(points)} cases of grid {plan.grid} on {box['gpu'] or box['cpu']}, into {run.folder}", flush=True)
     if mutant:
         print(f"A BUG IS PLANTED in fused: {mutant}. This run must fail.", flush=True)
     raise typer.Exit(judge(plan, run, save_failing, jobs))
 
 
-def judge(plan: Plan, run: Run, save_failing: bool, jobs: int) -> int:
+def judge(plan: ParityRequest, run: Run, save_failing: bool, jobs: int) -> int:
     """Run, report, stamp; return the exit code."""
-    progress = Progress({c.name + c.subject: cost(plan, c) for c in plan.points()})
+    progress = Progress({c.name + c.subject: cost(plan, c) for c in plan.selected_cases()})
     done = conclude(run, progress, lambda: run_parity([plan], run, teller(progress), save_failing, jobs), page.write)
     if not done:
         print(run.last_line())
         return INTERRUPTED
-    for backend, dtype in stamps(plan, run):
+    for backend, dtype in write_stamps(plan, run):
         print(f"validated: {backend}, {dtype}")
     code = exit_code(run)
     if code == NOTHING:
@@ -108,7 +108,7 @@ def teller(progress: Progress) -> Callable[[Case, Record | None], None]:
     return tell
 
 
-def list_cases(plan: Plan, points: list[Case]) -> int:
+def list_cases(plan: ParityRequest, points: list[Case]) -> int:
     """Print the cases with rough seconds on two CPU cores or one GPU, and their largest tensors' memory; run nothing."""
     asked = 0
     for c in points:

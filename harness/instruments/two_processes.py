@@ -1,6 +1,6 @@
-"""Trainings by the command of `fused.train` in two processes: one of them by itself, or both together as torchrun starts them.
+"""Trainings by the command of `fused.train` in two processes: each by itself, or both together as torchrun starts them.
 
-The processes are forked from one that has imported PyTorch and used nothing of it: in each CUDA starts afresh, and only the
+The processes are forked from one that has imported PyTorch and used nothing of it: in each, CUDA starts afresh, and only the
 first has to wait for imports.
 """
 
@@ -25,9 +25,9 @@ from torch import Tensor
 
 from harness.runs import workers
 
-LIMIT = 240.0  # seconds for all trainings before the processes count as stuck
-SHOWN = 450  # characters of what they printed that an error shows
-MEASURED = ("clips_per_s", "memory_mib")  # of a log, what another run need not repeat
+TIMEOUT = 240.0  # seconds for all trainings before the processes count as stuck
+SHOWN_CHARACTERS = 450  # of the output, in an error
+MEASURED = ("clips_per_s", "memory_mib")  # fields of a log that another run need not repeat
 PRELOADED = (
     "harness.cli.app", "harness.instruments.two_processes", "fused.train.__main__",
     "torch._dynamo", "av", "yaml", "safetensors.torch",
@@ -36,31 +36,31 @@ PRELOADED = (
 
 @dataclass(frozen=True)
 class Training:
-    """A command line of `python -m fused.train`; `together`: as one of two processes; `exact`: its model in float64."""
+    """A command line of `python -m fused.train`; `in_two_processes`: by two together; `exact`: its model in float64."""
 
     words: tuple[str, ...]
-    together: bool = False
+    in_two_processes: bool = False
     exact: bool = False
 
 
-def trained(trainings: Sequence[Training], folder: Path, plant: Callable[[], None] | None = None) -> str:
-    """Train one after another, those that need but one process spread over both; what they printed.
+def run_trainings(trainings: Sequence[Training], folder: Path, plant: Callable[[], None] | None = None) -> str:
+    """Run trainings one after another, those that need one process spread over both; return their output.
 
-    `plant` is called in each process first. Raises RuntimeError that shows the last of what was printed if a process fails,
-    or if they have not ended after LIMIT.
+    `plant` is called in each process first. Raises RuntimeError that shows the end of the output if a process fails,
+    or if they have not ended after TIMEOUT.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
-    said = folder / f"said-{time.monotonic_ns()}.txt"
-    said.touch()
+    output = folder / f"output-{time.monotonic_ns()}.txt"
+    output.touch()
     ends, threads = context.Pipe(), torch.get_num_threads()
     processes = [
-        context.Process(target=_child, args=(tuple(trainings), rank, ends[rank], threads, said, plant)) for rank in range(2)
+        context.Process(target=_child, args=(tuple(trainings), rank, ends[rank], threads, output, plant)) for rank in range(2)
     ]
     try:
         for process in processes:
             process.start()
-        end = time.monotonic() + LIMIT
+        end = time.monotonic() + TIMEOUT
         while any(p.exitcode is None for p in processes) and not any(p.exitcode for p in processes) and time.monotonic() < end:
             wait([p.sentinel for p in processes if p.exitcode is None], timeout=1)
         codes = [p.exitcode for p in processes]
@@ -71,14 +71,15 @@ def trained(trainings: Sequence[Training], folder: Path, plant: Callable[[], Non
                 process.join()
     if codes != [0, 0]:
         how = " and ".join("not ended" if code is None else f"exit code {code}" for code in codes)
-        raise RuntimeError(f"two processes of fused.train: {how}; the last they said: {said.read_text()[-SHOWN:].strip()}")
-    return said.read_text()
+        end_of_output = output.read_text()[-SHOWN_CHARACTERS:].strip()
+        raise RuntimeError(f"two processes of fused.train: {how}; the end of their output: {end_of_output}")
+    return output.read_text()
 
 
 def _child(
-    trainings: tuple[Training, ...], rank: int, other: Connection, threads: int, said: Path, plant: Callable[[], None] | None
+    trainings: tuple[Training, ...], rank: int, other: Connection, threads: int, output: Path, plant: Callable[[], None] | None
 ) -> None:
-    with open(said, "a") as file:
+    with open(output, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     workers.follow(os.getppid())
@@ -87,35 +88,38 @@ def _child(
 
     destroy, kept = dist.destroy_process_group, list[Any]()
 
-    def leave(group: dist.ProcessGroup | None = None) -> None:
+    def destroy_and_keep(group: dist.ProcessGroup | None = None) -> None:
         kept.append(dist.group.WORLD)  # a process hung once behind a training, it seems in freeing the group of gloo's threads
         destroy(group)
 
     if plant is not None:
         plant()
-    dist.destroy_process_group = leave  # type: ignore[assignment]
+    dist.destroy_process_group = destroy_and_keep  # type: ignore[assignment]
     for i, training in enumerate(trainings):
-        if training.together:
-            os.environ |= _place(rank, other, kept)
+        if training.in_two_processes:
+            os.environ |= _rendezvous(rank, other, kept)
         elif i % 2 != rank:
             continue
         with in_float64() if training.exact else contextlib.nullcontext():
             code = main(training.words)
-        for name in _PLACE:
+        for name in _RENDEZVOUS:
             os.environ.pop(name, None)
         if code:
             sys.exit(code)
 
 
-_PLACE = (
+_RENDEZVOUS = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE",
     "TORCHELASTIC_RESTART_COUNT",
 )  # fmt: skip
 
 
-def _place(rank: int, other: Connection, kept: list[Any]) -> dict[str, str]:
-    """What torchrun sets. The processes meet at another store each time: who comes early must not find the last meeting. As
-    torchrun's it listens before its port is told, and is `kept`: a port that is only known to be free may be taken by then."""
+def _rendezvous(rank: int, other: Connection, kept: list[Any]) -> dict[str, str]:
+    """Return the environment that torchrun sets.
+
+    Each training has a store of its own: a process that is early must not find the last one. As torchrun's, the store listens
+    before its port is sent, and is `kept`: a port that is only known to be free may be taken by then.
+    """
     host = "127.0.0.1"
     if rank == 0:
         store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
@@ -124,12 +128,12 @@ def _place(rank: int, other: Connection, kept: list[Any]) -> dict[str, str]:
         other.send(port)
     else:
         port = other.recv()
-    return dict(zip(_PLACE, map(str, (rank, rank, 2, host, port, True, 0)), strict=True))
+    return dict(zip(_RENDEZVOUS, map(str, (rank, rank, 2, host, port, True, 0)), strict=True))
 
 
 @contextlib.contextmanager
 def in_float64() -> Iterator[None]:
-    """Within it, what a training's step is given is the same to the last bit, and all that is computed of it is float64."""
+    """Make trainings compute in float64, from the same inputs to the last bit, for the time within."""
     from fused.train import tasks
 
     build = tasks.build_task
@@ -145,7 +149,7 @@ def in_float64() -> Iterator[None]:
 
 
 def log(run: Path) -> list[dict[str, Any]]:
-    """The whole lines of a run's log so far, without what was measured of the machine."""
+    """Return the complete lines of a run's log so far, without what was measured of the machine."""
     if not (run / "log.jsonl").is_file():
         return []
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines(keepends=True) if line.endswith("\n")]
@@ -153,12 +157,12 @@ def log(run: Path) -> list[dict[str, Any]]:
 
 
 def steps(run: Path) -> list[dict[str, Any]]:
-    """The lines of a log that are of steps."""
+    """Return the lines of a log that are of steps."""
     return [line for line in log(run) if "loss" in line]
 
 
 def tensors(checkpoint: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint by name, whole and on the CPU."""
+    """Return all tensors of a checkpoint by name, unsharded and on the CPU."""
     metadata: Any = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     found = {name: torch.empty(about.size, dtype=about.properties.dtype) for name, about in metadata.items()}
     with warnings.catch_warnings():

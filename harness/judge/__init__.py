@@ -1,1 +1,1 @@
-"""What is asked and how it is answered: cases, subjects, checks, parity."""
+"""The questions and their answers: cases, subjects, checks, parity."""

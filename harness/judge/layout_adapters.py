@@ -1,4 +1,7 @@
-"""Operators in other people's layouts, brought to the design's signature for `--with SUBJECT:NAME=module:callable@LAYOUT`."""
+"""Operators in other packages' layouts, brought to this project's signature.
+
+A subject names those that it offers in LAYOUTS, for `--with SUBJECT:NAME=module:callable@LAYOUT`.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +13,8 @@ Operator = Callable[..., tuple[Tensor, Tensor]]
 
 
 def scan_from_mamba_ssm(theirs: Callable[..., Any]) -> Operator:
-    """mamba-ssm's `selective_scan_fn(u (B,E,L), delta, A, B (B,G,N,L), C, D, z, delta_bias, delta_softplus,
-    return_last_state)`; it declares no initial state and no direction but forward."""
+    """Return `selective_scan` by mamba-ssm's `selective_scan_fn(u (B,E,L), delta, A, B (B,G,N,L), C, D, z, delta_bias,
+    delta_softplus, return_last_state)`; it raises NotImplementedError for an initial state or the reverse direction."""
 
     def selective_scan(
         u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, z: Tensor | None = None,
@@ -20,15 +23,16 @@ def scan_from_mamba_ssm(theirs: Callable[..., Any]) -> Operator:
         if initial_state is not None or reverse:
             raise NotImplementedError("mamba-ssm's layout has no initial state and no reverse")
         states = [(t if t.dim() == 4 else t.unsqueeze(2)).permute(0, 2, 3, 1).contiguous() for t in (B, C)]
-        lines = [None if t is None else t.transpose(1, 2).contiguous() for t in (u, delta, z)]
-        y, last = theirs(lines[0], lines[1], A, *states, D, lines[2], delta_bias, softplus, True)
+        channels_first = [None if t is None else t.transpose(1, 2).contiguous() for t in (u, delta, z)]
+        y, last = theirs(channels_first[0], channels_first[1], A, *states, D, channels_first[2], delta_bias, softplus, True)
         return y.transpose(1, 2), last
 
     return selective_scan
 
 
 def conv_from_mamba_ssm(theirs: Callable[..., Any]) -> Operator:
-    """causal-conv1d's `causal_conv1d_fn(x (B,E,L), weight, bias, activation=)`; forward, from zero, final state by slicing."""
+    """Return `causal_conv1d` by causal-conv1d's `causal_conv1d_fn(x (B,E,L), weight, bias, activation=)`, its final state by
+    slicing; it raises NotImplementedError for an initial state or the reverse direction."""
 
     def causal_conv1d(
         x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = "silu",
@@ -36,14 +40,9 @@ def conv_from_mamba_ssm(theirs: Callable[..., Any]) -> Operator:
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         if initial_state is not None or reverse:
             raise NotImplementedError("causal-conv1d's layout has no initial state here and no reverse")
-        line = x.transpose(1, 2).contiguous()
-        edge = weight.shape[1] - 1
-        final = F.pad(line, (edge, 0))[..., line.shape[2] :]
-        return theirs(line, weight, bias, activation=activation).transpose(1, 2), final
+        channels_first = x.transpose(1, 2).contiguous()
+        num_state = weight.shape[1] - 1
+        final = F.pad(channels_first, (num_state, 0))[..., channels_first.shape[2] :]
+        return theirs(channels_first, weight, bias, activation=activation).transpose(1, 2), final
 
     return causal_conv1d
-
-
-LAYOUTS: dict[str, dict[str, Callable[..., Operator]]] = {
-    "mamba_ssm": {"scan": scan_from_mamba_ssm, "conv": conv_from_mamba_ssm}
-}

@@ -8,123 +8,129 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from multiprocessing.util import Finalize
 from pathlib import Path
-from types import ModuleType
 
 import torch
 
 from fused import stamp
 from fused.backends import operators_of
 from harness.judge.case import DTYPES, Case
-from harness.judge.plan import Plan
-from harness.judge.registry import CannotAsk, Implementation, checks, subjects
-from harness.judge.second_process import Elsewhere
+from harness.judge.check import CannotAsk, Check, HasCost, checks
+from harness.judge.implementation import Implementation
+from harness.judge.registry import subjects
+from harness.judge.request import ParityRequest
+from harness.judge.second_process import SecondProcess
+from harness.judge.seeds import seeds
 from harness.judge.trial import Trial
 from harness.records.finding import Finding, PlainNotFinite
 from harness.records.record import Record, judged
 from harness.runs import environment, workers
 from harness.runs.store import Run
 
-KEPT = 12
+MAX_FINDINGS = 12  # of either kind in a record: over their budgets, and within
+
+Key = tuple[str, str, str, str]  # `Record.key`
+Answers = Iterator[tuple[Case, Record | None]]  # a case with None when all its questions are answered
 
 
-def about(plan: Plan, box: dict) -> dict:
-    """What run.json says of a parity run at its start."""
-    return {"kind": "parity", "plan": asdict(plan), "box": box, "filtered": plan.filtered}
+def describe(request: ParityRequest, box: dict) -> dict:
+    """Return what run.json says of a parity run at its start."""
+    return {"kind": "parity", "plan": asdict(request), "box": box, "filtered": request.filtered}
 
 
 def run_parity(
-    plans: Sequence[Plan], run: Run, tell: Callable[[Case, Record | None], None], save_failing: bool = False, jobs: int = 1
+    requests: Sequence[ParityRequest],
+    run: Run,
+    tell: Callable[[Case, Record | None], None],
+    save_failing: bool = False,
+    jobs: int = 1,
 ) -> None:
     """Ask all that the run has not answered yet, in `jobs` processes; `tell` hears of records, and of cases when done."""
     answered = {r.key for r in run.records}
-    for absence in (a for plan in plans for a in absences(plan)):
-        if absence.key not in answered:
-            run.add(absence)
+    for skip in (a for request in requests for a in absent_implementations(request)):
+        if skip.key not in answered:
+            run.add(skip)
     folder = run.folder if save_failing else None
-    for case, record in (_answers_here if jobs == 1 else _answers_there)(plans, answered, folder, jobs):
+    for case, record in (_in_this_process if jobs == 1 else _in_processes)(requests, answered, folder, jobs):
         if record is not None:
             run.add(record)
         tell(case, record)
 
 
-Key = tuple[str, str, str, str]
-Answers = Iterator[tuple[Case, Record | None]]
-
-
-def _answers_here(plans: Sequence[Plan], answered: set[Key], folder: Path | None, jobs: int) -> Answers:
-    for plan in plans:
-        asker = Asker(plan, folder)
+def _in_this_process(requests: Sequence[ParityRequest], answered: set[Key], folder: Path | None, jobs: int) -> Answers:
+    for request in requests:
+        judge = Judge(request, folder)
         try:
-            for case in plan.points():
-                yield from ((case, record) for record in asker.answers(case, answered))
+            for case in request.selected_cases():
+                yield from ((case, record) for record in judge.answers(case, answered))
                 yield case, None
         finally:
-            asker.elsewhere.close()
+            judge.second_process.close()
 
 
-def _answers_there(plans: Sequence[Plan], answered: set[Key], folder: Path | None, jobs: int) -> Answers:
-    """Dear cases first, so that no process is left alone with one at the end."""
+def _in_processes(requests: Sequence[ParityRequest], answered: set[Key], folder: Path | None, jobs: int) -> Answers:
+    """Answer the most expensive cases first, so that no process is left alone with one at the end."""
     pool = workers.pool(jobs, environment.prepare)
     try:
-        asked = sorted(((plan, case) for plan in plans for case in plan.points()), key=lambda pair: -cost(*pair))
-        coming = {pool.submit(_answers_of, plan, case, answered, folder): case for plan, case in asked}
-        for done in as_completed(coming):
-            yield from ((coming[done], record) for record in done.result())
-            yield coming[done], None
+        asked = sorted(((request, case) for request in requests for case in request.selected_cases()), key=lambda p: -cost(*p))
+        futures = {pool.submit(_answer, request, case, answered, folder): case for request, case in asked}
+        for done in as_completed(futures):
+            yield from ((futures[done], record) for record in done.result())
+            yield futures[done], None
         pool.shutdown()
     except BaseException:
         workers.end(pool)
         raise
 
 
-class Asker:
+class Judge:
     """Asks in one process; keeps its second process and the implementations that can run from case to case."""
 
-    def __init__(self, plan: Plan, folder: Path | None) -> None:
-        self.plan, self.folder, self.elsewhere = plan, folder, Elsewhere(plan)
+    def __init__(self, request: ParityRequest, folder: Path | None) -> None:
+        self.request, self.folder, self.second_process = request, folder, SecondProcess(request)
         self._present: dict[str, set[str]] = {}
-        plan.threads_here()
+        request.set_threads()
         gc.collect()
-        gc.freeze()  # what is loaded by now stays: to walk it after every case took 0.13 s each, a tenth of a smoke grid
+        gc.freeze()  # what is loaded by now stays: to traverse it after every case took 0.13 s each, a tenth of a smoke grid
 
     def answers(self, case: Case, answered: set[Key]) -> Iterator[Record]:
-        """A record for every question that is not answered yet; the tensors of failing ones go to the folder."""
-        with self.plan.planted():
+        """Yield a record for every question that is not answered yet; the tensors of failing ones go to the folder."""
+        with self.request.planted():
             if case.subject not in self._present:
-                every = self.plan.implementations(case.subject).items()
-                self._present[case.subject] = {name for name, i in every if i.absent(self.plan.device) is None}
-            trial = Trial(case, self.plan.device, self.elsewhere.digests)
-            for name, check, implementation in self.plan.questions(case):
+                every = self.request.implementations(case.subject).items()
+                self._present[case.subject] = {name for name, i in every if i.absent(self.request.device) is None}
+            trial = Trial(case, self.request.device, self.second_process.digests)
+            for name, check, implementation in self.request.questions(case):
                 key = (case.subject, implementation.name, name, case.name)
                 if implementation.name in self._present[case.subject] and key not in answered:
-                    record = ask(self.plan, trial, name, check, implementation)
+                    record = ask(self.request, trial, name, check, implementation)
                     if record.failed and self.folder:
                         save_tensors(self.folder, trial, record, implementation)
                     yield record
         del trial
-        _release(self.plan.device)
+        _release(self.request.device)
 
 
-_askers: dict[Plan, Asker] = {}  # of a process that answers for another
+_judges: dict[ParityRequest, Judge] = {}  # of a process that answers for another
 
 
-def _answers_of(plan: Plan, case: Case, answered: set[Key], folder: Path | None) -> list[Record]:
-    if plan not in _askers:
-        _askers[plan] = Asker(plan, folder)
-        Finalize(None, _askers[plan].elsewhere.close, exitpriority=1)  # this process would wait for that one at its end
-    return list(_askers[plan].answers(case, answered))
+def _answer(request: ParityRequest, case: Case, answered: set[Key], folder: Path | None) -> list[Record]:
+    """Run in a process of the pool."""
+    if request not in _judges:
+        _judges[request] = Judge(request, folder)
+        Finalize(None, _judges[request].second_process.close, exitpriority=1)  # this process would wait for it at its end
+    return list(_judges[request].answers(case, answered))
 
 
-def left(plan: Plan, run: Run) -> bool:
-    """Whether a question of the plan has no answer yet."""
+def is_unanswered(request: ParityRequest, run: Run) -> bool:
+    """Return whether a question of the request has no answer yet."""
     answered = {r.key for r in run.records}
-    asked = ((c.subject, i.name, name, c.name) for c in plan.points() for name, _, i in plan.questions(c))
+    asked = ((c.subject, i.name, name, c.name) for c in request.selected_cases() for name, _, i in request.questions(c))
     return any(key not in answered for key in asked)
 
 
-def ask(plan: Plan, trial: Trial, name: str, check: ModuleType, implementation: Implementation) -> Record:
-    """One question; whatever goes wrong becomes a record."""
-    case, begin = trial.case, time.perf_counter()
+def ask(request: ParityRequest, trial: Trial, name: str, check: Check, implementation: Implementation) -> Record:
+    """Ask one question; whatever goes wrong becomes a record."""
+    case, start = trial.case, time.perf_counter()
     findings: list[Finding] = []
     status, reason = "skip", implementation.missing(case) or ""
     if not reason:
@@ -148,39 +154,42 @@ def ask(plan: Plan, trial: Trial, name: str, check: ModuleType, implementation: 
             status, reason = "error", f"{type(error).__name__}: {str(error)[:600]}"
     return Record(
         case.subject, implementation.name, implementation.role, name, case.name, case.dtype, status,
-        round(time.perf_counter() - begin, 4), reason, nearest(findings), plan.command(case, implementation.name, name),
+        round(time.perf_counter() - start, 4), reason, selected_findings(findings),
+        request.command(case, implementation.name, name),
     )  # fmt: skip
 
 
-def nearest(findings: list[Finding]) -> tuple[Finding, ...]:
-    """What a record keeps: the findings over their budgets and the closest to them, at most KEPT of either; and what has a
-    curve or was only measured."""
+def selected_findings(findings: list[Finding]) -> tuple[Finding, ...]:
+    """Return what a record keeps: the findings over their budgets and the closest to them, at most MAX_FINDINGS of either; and
+    those that have a curve or were only measured."""
     always = [f for f in findings if f.measured or f.curve]
     ranked = sorted((f for f in findings if f not in always), key=lambda f: (f.passed, -f.ratio))
     over = [f for f in ranked if not f.passed]
-    return tuple(over[:KEPT] + ranked[len(over) : len(over) + KEPT] + always)
+    return tuple(over[:MAX_FINDINGS] + ranked[len(over) : len(over) + MAX_FINDINGS] + always)
 
 
-def absences(plan: Plan) -> Iterator[Record]:
-    """One skip for every implementation that cannot run on this box."""
-    wanted = {case.subject: case for case in plan.points()}
-    for subject, case in wanted.items():
-        asked = {i.name: i for _, _, i in plan.questions(case)}
+def absent_implementations(request: ParityRequest) -> Iterator[Record]:
+    """Yield one skip for every implementation that cannot run on this box."""
+    last_cases = {case.subject: case for case in request.selected_cases()}
+    for subject, case in last_cases.items():
+        asked = {i.name: i for _, _, i in request.questions(case)}
         for name, implementation in asked.items():
-            if reason := implementation.absent(plan.device):
+            if reason := implementation.absent(request.device):
                 yield Record(subject, name, implementation.role, "all", "", "", "skip", reason=reason)
 
 
-def cost(plan: Plan, case: Case) -> float:
-    """Relative cost of a case: scan steps of the truth and plain runs over all seeds, with room for what is judged."""
+def cost(request: ParityRequest, case: Case) -> float:
+    """Return the relative cost of a case: scan steps of the truth and plain runs over all seeds, with room for what is
+    judged."""
     factor = 1.0 if case.has("infer") else 4.0
-    overhead = 2000 if plan.device.startswith("cuda") else 20  # on a GPU everything but the loops takes longer than they do
-    steps = getattr(checks().get(case.asker), "steps", subjects()[case.subject].steps)
-    return (steps(case) + overhead) * factor * 2 * len(case.seeds)
+    overhead = 2000 if request.device.startswith("cuda") else 20  # on a GPU all but the loops takes longer than they do
+    check = checks().get(case.only_check)
+    steps = check.steps(case) if isinstance(check, HasCost) else subjects()[case.subject].steps(case)
+    return (steps + overhead) * factor * 2 * len(seeds(case))
 
 
 def save_tensors(folder: Path, trial: Trial, record: Record, implementation: Implementation) -> None:
-    """Leaves, truth, plain and got of the first seed of a failing question, for `torch.load`."""
+    """Save leaves, truth, plain and got of the first seed of a failing question, for `torch.load`."""
     grad = record.check != "forward" and trial.asks_gradients
     target = folder / "failing" / f"{record.check}-{record.subject}-{record.implementation.replace(':', '_')}-{record.case}.pt"
     target.parent.mkdir(exist_ok=True)
@@ -199,16 +208,16 @@ def _release(device: str) -> None:
 
 
 def memory(case: Case) -> float:
-    """MiB, roughly: the truth's leaves and the states of one block of tokens, in float64, over all seeds."""
+    """Return MiB, roughly: the truth's leaves and the states of one block of tokens, in float64, over all seeds."""
     sizes = dict(case.dims)
     width = sizes.get("E", 2 * sizes.get("D", 1))
     tokens = sizes.get("B", 1) * sizes.get("L", 1) * width
-    return 8 * (len(case.seeds) * 16 * tokens + 64 * 8 * sizes.get("B", 1) * width * sizes.get("N", 16)) / 2**20
+    return 8 * (len(seeds(case)) * 16 * tokens + 64 * 8 * sizes.get("B", 1) * width * sizes.get("N", 16)) / 2**20
 
 
-def stamps(plan: Plan, run: Run) -> list[tuple[str, str]]:
-    """After an unfiltered run, leave a stamp for each of our backends and dtypes that passed every check; returns them."""
-    if plan.filtered or plan.added:
+def write_stamps(request: ParityRequest, run: Run) -> list[tuple[str, str]]:
+    """Write a stamp for each of our backends and dtypes that passed every check of an unfiltered run; return them."""
+    if request.filtered or request.added:
         return []
     written = []
     asked = sorted({(r.implementation, r.dtype) for r in run.records if r.role == "ours" and r.dtype})
@@ -218,7 +227,7 @@ def stamps(plan: Plan, run: Run) -> list[tuple[str, str]]:
         mine = [r for r in run.records if r.implementation in names and r.dtype == dtype]
         if backend == name or any(r.failed for r in mine) or not any(r.status == "pass" for r in mine):
             continue
-        values = stamp.key(backend, DTYPES[dtype], plan.device)
+        values = stamp.key(backend, DTYPES[dtype], request.device)
         checked = tuple(sorted({r.check for r in mine if r.status == "pass"}))
         stamp.write_validation(stamp.Validation(**values, run=run.folder.name, date=run.about["ended"], checks=checked))
         written.append((backend, dtype))

@@ -1,29 +1,30 @@
-"""A second process that computes the same things, to see whether they come out the same bit for bit."""
+"""A second process that computes the same results, to see whether they are equal bit for bit."""
 
 import os
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 from harness.judge.case import Case
-from harness.judge.plan import Plan
-from harness.runs import workers
+from harness.judge.request import ParityRequest
+from harness.judge.trial import Trial
+from harness.runs import environment, workers
 
-LIMIT = 600.0  # seconds for one case before the other process counts as stuck
+TIMEOUT = 600.0  # seconds for one case before the second process counts as stuck
 
 
-class Elsewhere:
-    """Starts the process at the first question and keeps it; it builds its implementations from the same plan."""
+class SecondProcess:
+    """Starts the process at the first question and keeps it; it builds its implementations from the same request."""
 
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
+    def __init__(self, request: ParityRequest) -> None:
+        self._request = request
         self._pool: ProcessPoolExecutor | None = None
 
     def digests(self, case: Case, implementation: str) -> dict[str, str]:
-        """SHA-256 of outputs and gradients, by name; raises TimeoutError if no answer comes."""
+        """Return the SHA-256 of outputs and gradients, by name. Raises TimeoutError if no answer comes."""
         if self._pool is None:
             self._pool = workers.pool(1)
         try:
-            return self._pool.submit(_digests, self._plan, case, implementation).result(timeout=LIMIT)
+            return self._pool.submit(_digests, self._request, case, implementation).result(timeout=TIMEOUT)
         except (TimeoutError, BrokenProcessPool):
             self.close()  # the next question gets another process
             raise
@@ -35,14 +36,11 @@ class Elsewhere:
             self._pool = None
 
 
-def _digests(plan: Plan, case: Case, implementation: str) -> dict[str, str]:
-    """Runs in the other process."""
+def _digests(request: ParityRequest, case: Case, implementation: str) -> dict[str, str]:
+    """Run in the second process."""
     os.environ["PYTHONWARNINGS"] = "ignore"
-    from harness.judge.trial import Trial
-    from harness.runs import environment
-
     environment.prepare()
-    plan.threads_here()
-    with plan.planted():
-        trial = Trial(case, plan.device)
-        return trial.digests(plan.implementations(case.subject)[implementation])
+    request.set_threads()
+    with request.planted():
+        trial = Trial(case, request.device)
+        return trial.digests(request.implementations(case.subject)[implementation])

@@ -1,1 +1,1 @@
-"""What a question or a timing gave, as data."""
+"""The results of questions and timings, as data."""

@@ -32,17 +32,17 @@ class Finding:
 
     @property
     def passed(self) -> bool:
-        """Whether the error keeps within the budget; NaN does not."""
+        """Return whether the error keeps within the budget; NaN does not."""
         return self.error <= self.budget
 
     @property
     def measured(self) -> bool:
-        """Whether it is a measurement that may be anything: its budget is infinite."""
+        """Return whether it is a measurement that may be anything: its budget is infinite."""
         return self.budget == math.inf
 
     @property
     def ratio(self) -> float:
-        """Error in budgets; above 1 fails."""
+        """Return the error in budgets; above 1 fails."""
         if self.error == 0:
             return 0.0
         return self.error / self.budget if self.budget > 0 and math.isfinite(self.error) else math.inf
@@ -100,7 +100,7 @@ class Tally:
         )
 
     def findings(self) -> list[Finding]:
-        """Two findings a tensor, l2 and max, and one for places where 0 is due."""
+        """Return two findings a tensor, l2 and max, and one for places where 0 is due."""
         found = []
         for name, samples in self._samples.items():
             if name in self._wrong_form:
@@ -117,12 +117,12 @@ class Tally:
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
-    """Half the spacing at 1, and what a hardware exp2 may cost; in float64 only the former."""
+    """Return half the spacing at 1, and what a hardware exp2 may cost; in float64 only the former."""
     return torch.finfo(dtype).eps / 2 + (0.0 if dtype == torch.float64 else HARDWARE_EXP)
 
 
 def differing(name: str, one: Tensor | None, other: Tensor | None) -> Finding:
-    """A bitwise finding: how many elements differ; NaN differs from everything."""
+    """Return a bitwise finding: how many elements differ; NaN differs from everything."""
     if one is None or other is None:
         return Finding(name, "bitwise", float((one is None) != (other is None)), 0.0)
     if one.shape != other.shape or one.dtype != other.dtype:
@@ -144,5 +144,5 @@ def _largest(x: Tensor) -> float:
 
 
 def rms(values: list[float]) -> float:
-    """The root mean square."""
+    """Return the root mean square."""
     return math.sqrt(sum(v * v for v in values) / len(values))

@@ -1,4 +1,4 @@
-"""Medians of timings with bootstrap intervals, and what may be said of the ratio of two.
+"""Medians of timings with bootstrap intervals, and verdicts on the ratio of two.
 
 A median's 95 % interval holds the middle 95 % of the medians of RESAMPLES resamples with replacement (percentile bootstrap,
 Efron 1979). Resampling is seeded: the same samples give the same interval, to the last digit, anywhere.
@@ -24,12 +24,12 @@ class Interval:
 
     @property
     def spread(self) -> float:
-        """Half the interval's width, relative to the middle."""
+        """Return half the interval's width, relative to the middle."""
         return (self.high - self.low) / (2 * self.middle) if self.middle else float("inf")
 
 
 def median(samples: Sequence[float]) -> Interval:
-    """The median of one or more samples. Of fewer than three nothing is known but their range."""
+    """Return the median of one or more samples. Of fewer than three nothing is known but their range."""
     x = _checked(samples)
     if len(x) < 3:
         return Interval(float(np.median(x)), float(x.min()), float(x.max()))
@@ -37,13 +37,13 @@ def median(samples: Sequence[float]) -> Interval:
 
 
 def ratio(base: Sequence[float], new: Sequence[float]) -> Interval:
-    """median(new) / median(base): above 1 is slower where the samples are times."""
+    """Return median(new) / median(base): above 1 is slower where the samples are times."""
     one, other = _checked(base), _checked(new)
     return _interval(float(np.median(other) / np.median(one)), _resampled(other, seed=1) / _resampled(one, seed=0))
 
 
 def verdict(change: Interval) -> str:
-    """What a ratio of times says: FASTER and SLOWER only if the whole interval is beyond the band, SAME only if within."""
+    """Return the verdict on a ratio of times: FASTER and SLOWER if the whole interval is beyond the band, SAME if within."""
     if change.high < 1 - BAND:
         return "FASTER"
     if change.low > 1 + BAND:

@@ -1,4 +1,4 @@
-"""What one question gave: one JSON line. Mixtures that mean nothing cannot be built."""
+"""The result of one question: one JSON line. Combinations that mean nothing cannot be built."""
 
 import json
 import math
@@ -41,21 +41,21 @@ class Record:
 
     @property
     def key(self) -> tuple[str, str, str, str]:
-        """What was asked; unique in a run."""
+        """Return what was asked; unique in a run."""
         return self.subject, self.implementation, self.check, self.case
 
     @property
     def failed(self) -> bool:
-        """Whether it counts as failed."""
+        """Return whether it counts as failed."""
         return self.status in FAILED
 
     @property
     def worst(self) -> Finding | None:
-        """The finding with the most budgets spent."""
+        """Return the finding with the most budgets spent."""
         return max(self.findings, key=lambda f: (not f.passed, f.ratio), default=None)
 
     def line(self) -> str:
-        """One line of strict JSON."""
+        """Return one line of strict JSON."""
         raw = asdict(self)
         for finding in raw["findings"]:
             if not finding["curve"]:
@@ -64,14 +64,14 @@ class Record:
 
     @classmethod
     def parse(cls, line: str) -> "Record":
-        """The inverse of `line`."""
+        """Return the record of a line that `line` wrote."""
         raw = json.loads(line)
         raw["findings"] = tuple(_finding(f) for f in raw["findings"])
         return cls(**{f.name: raw[f.name] for f in fields(cls)})
 
 
 def judged(findings: list[Finding]) -> str:
-    """Pass or fail, from findings; none at all is no verdict."""
+    """Return "pass" or "fail". Raises ValueError without findings: they are no verdict."""
     if not findings:
         raise ValueError("a check without findings has judged nothing")
     return "pass" if all(f.passed for f in findings) else "fail"
@@ -88,7 +88,7 @@ def _number(raw: Any) -> float:
 
 
 def encode(value: Any) -> Any:
-    """JSON has no infinity; NaN counts as infinite too."""
+    """Return the value with "inf" for infinity and NaN, which JSON lacks."""
     if isinstance(value, float) and not math.isfinite(value):
         return "inf"
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""A point of a sweep, who is timed there, and what came of it: one JSON line."""
+"""A point of a benchmark run, who is timed there, and the result: one JSON line."""
 
 import json
 from collections import Counter
@@ -30,37 +30,31 @@ class Point:
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        for what, value, allowed in (("mode", self.mode, MODES), ("way", self.way, WAYS)):
+        for field, value, allowed in (("mode", self.mode, MODES), ("way", self.way, WAYS)):
             if value not in allowed:
-                raise ValueError(f"{what} is {value!r}; allowed are {', '.join(allowed)}")
+                raise ValueError(f"{field} is {value!r}; allowed are {', '.join(allowed)}")
 
     def __getitem__(self, letter: str) -> int:
         return dict(self.dims)[letter]
 
     @property
     def name(self) -> str:
-        """Unique in a sweep."""
+        """Return the name; unique in a run."""
         return "-".join([self.race, *(f"{k}{v}" for k, v in self.dims), self.mode, self.way, self.dtype])
 
     @property
     def tokens(self) -> int:
-        """Tokens of one call, all clips together."""
+        """Return the tokens of one call, all clips together."""
         return self["B"] * self["L"]
 
     @property
     def clips(self) -> bool:
-        """Whether a model gets clips and not tokens."""
+        """Return whether a model gets clips and not tokens."""
         return "T" in dict(self.dims)
 
     @property
-    def fewest(self) -> int:
-        """Samples below which a budget spent is no reason to stop; a stream's are as many as a 99th percentile takes, or where
-        calls are slow a part of that."""
-        return 3 if self.race != "stream" else 100 if self.way == "graph" else 20
-
-    @property
-    def line(self) -> tuple[Any, ...]:
-        """The curve it lies on: everything but the length, so that a longer point needs more memory."""
+    def curve(self) -> tuple[Any, ...]:
+        """Return the curve it lies on: everything but the length, so that a longer point needs more memory."""
         return (self.race, *((k, v) for k, v in self.dims if k not in "LT"), self.mode, self.way, self.dtype)
 
 
@@ -77,14 +71,14 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """What plots and tables call it."""
-        naive = (self.subject, self.implementation) == ("vit", "reference")
-        return " ".join(filter(None, [self.subject, self.variant, "naive" if naive else self.implementation]))
+        """Return the name in plots and tables; a reference that is timed is called naive."""
+        own = "naive" if self.implementation == "reference" else self.implementation
+        return " ".join(filter(None, [self.subject, self.variant, own]))
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What timing one entry at one point gave. `seconds` are the raw samples, of one call each."""
+    """The result of timing one entry at one point. `seconds` are the raw samples, of one call each."""
 
     entry: Entry
     point: Point
@@ -96,7 +90,7 @@ class Speed:
     allocated: int = 0  # bytes at the peak of one call
     reserved: int = 0
     joules: float | None = None  # per call, pauses between samples included
-    clock: float | None = None  # MHz of the multiprocessors, median over the turns
+    clock: float | None = None  # MHz of the multiprocessors, median over the batches of samples
     bound: float | None = None  # seconds that the hardware needs at least, by this run's ceilings
     wrong: float = 0.0  # a rival that failed its licence: its worst error in budgets
     reason: str = ""
@@ -111,21 +105,21 @@ class Speed:
 
     @property
     def key(self) -> tuple[str, str]:
-        """What was timed; unique in a run."""
+        """Return the names of entry and point; unique in a run."""
         return self.entry.name, self.point.name
 
     @property
     def median(self) -> interval.Interval:
-        """Seconds a call."""
+        """Return the seconds of a call."""
         return interval.median(self.seconds)
 
     def to_line(self) -> str:
-        """One line of strict JSON."""
+        """Return one line of strict JSON."""
         return json.dumps(encode(asdict(self)), allow_nan=False)
 
     @classmethod
     def parse(cls, text: str) -> "Speed":
-        """The inverse of `to_line`."""
+        """Return the speed of a line that `to_line` wrote."""
         raw = json.loads(text)
         raw["entry"] = Entry(**raw["entry"])
         raw["point"] = Point(**raw["point"] | {"dims": tuple((k, v) for k, v in raw["point"]["dims"])})
@@ -134,7 +128,7 @@ class Speed:
 
 
 def last_line(speeds: Sequence[Speed]) -> str:
-    """`N timed, N gated, ...`, rivals behind it."""
+    """Return `N timed, N gated, ...`, rivals behind it."""
 
     def count(role: str) -> str:
         found = Counter(s.status for s in speeds if s.entry.role == role)

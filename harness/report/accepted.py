@@ -37,7 +37,7 @@ def write(page: Path, runs: Mapping[Path, Run]) -> None:
         "\n".join(_source(folder, run, newest) for folder, run in runs.items() if folder in newest.values()),
         "\n".join([*overview.crossings(families), *overview.most_memory(speeds)]),
         *[f"![{f.title}]({newest[f.race]}/{f.stem}.png)" for f in families if f.mode == "infer"][-1:],
-        _from(newest, [*grids.OPERATORS, *grids.MODELS]),
+        _from(newest, [*grids.races("operators"), *grids.races("models")]),
         overview.overview(speeds),
         *_videos(speeds, newest),
     ]
@@ -48,13 +48,14 @@ def write(page: Path, runs: Mapping[Path, Run]) -> None:
 def _complete_races(run: Run) -> list[str]:
     """Return the races with a time of ours, none of whose points or rivals were left out by the run's options."""
     plan, timed = run.about["plan"], {s.point.race for s in run.speeds if s.entry.role == "ours" and s.seconds}
-    return [r for r in grids.RACES if r in timed and not plan.get("points") and (r in grids.PIECEWISE or not plan.get("names"))]
+    videos = grids.races("videos")
+    return [r for r in grids.races() if r in timed and not plan.get("points") and (r in videos or not plan.get("names"))]
 
 
 def _videos(speeds: list[Speed], newest: Mapping[str, Path]) -> list[str]:
     """Return a section for each race of streams or chunks, with the run that its table comes from."""
     parts = []
-    for race in grids.PIECEWISE:
+    for race in grids.races("videos"):
         if race in newest:
             [section] = split_videos([s for s in speeds if s.point.race == race])
             head, table = section.split("\n\n", 1)
@@ -70,6 +71,6 @@ def _from(newest: Mapping[str, Path], races: Iterable[str]) -> str:
 
 def _source(folder: Path, run: Run, newest: Mapping[str, Path]) -> str:
     """Return a line that names the races of a run, its box, its day and its folder."""
-    here, races = run.about["box"], [race for race in grids.RACES if newest.get(race) == folder]
+    here, races = run.about["box"], [race for race in grids.races() if newest.get(race) == folder]
     day = run.about["started"][:10]
     return f"- {', '.join(races)}: on one {here.get('gpu') or here.get('cpu')}, {day} ([report]({folder}/report.md))."

@@ -162,7 +162,7 @@ def _operators(speeds: list[Speed]) -> list[str]:
     """Return a table for each race of operators and dtype."""
     groups: dict[str, list[Speed]] = {}
     for s in speeds:
-        if s.point.race in grids.OPERATORS:
+        if s.point.race in grids.races("operators"):
             groups.setdefault(f"{s.point.race}, {s.point.dtype}", []).append(s)
     return [f"### {title}\n\n{speed_tables.operators(mine)}" for title, mine in groups.items()] or ["None was asked."]
 
@@ -171,7 +171,7 @@ def _models(speeds: list[Speed]) -> list[str]:
     """Return a table for each race of models, mode and dtype."""
     groups: dict[str, list[Speed]] = {}
     for s in speeds:
-        if s.point.race in grids.MODELS:
+        if s.point.race in grids.races("models"):
             groups.setdefault(f"{curves.race_title(s.point.race)}, {s.point.mode}, {s.point.dtype}", []).append(s)
     return [f"### {title}\n\n{speed_tables.models(mine)}" for title, mine in groups.items()] or ["None was asked."]
 

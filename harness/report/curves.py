@@ -89,8 +89,8 @@ def families(speeds: Iterable[Speed]) -> list[Family]:
     """Return all families with at least one curve of two points or more."""
     groups: dict[tuple[Any, ...], dict[tuple[Entry, str], list[Speed]]] = {}
     for s in speeds:
-        if s.point.race in grids.MODELS and s.point.clips:
-            race, *dims, mode, way, dtype = s.point.line
+        if s.point.race in grids.races("models") and s.point.clips:
+            race, *dims, mode, way, dtype = s.point.curve
             groups.setdefault((race, tuple(dims), mode, dtype), {}).setdefault((s.entry, way), []).append(s)
     found = []
     for key, group in groups.items():
@@ -144,7 +144,7 @@ def memory(speed: Speed) -> int | None:
 
 def race_title(race: str) -> str:
     """Return the title of a race: its two models."""
-    mamba, vit = grids.MODELS[race]
+    (_, mamba), (_, vit) = grids.races("models")[race].contenders
     return f"VideoMamba {mamba} against ViT {vit}"
 
 

@@ -15,11 +15,12 @@ HEAD = ["", "forward", "upstream", "ViT", "roofline", "forward + backward", "kep
 
 def overview(speeds: Sequence[Speed]) -> str:
     """Return one table, a row for each size of an operator or model; models from CUDA graphs where they were timed so."""
-    ways = {s.point.way for s in speeds if s.point.race in grids.MODELS}
+    ways = {s.point.way for s in speeds if s.point.race in grids.races("models")}
     rows: dict[tuple[Any, ...], list[Speed]] = {}
     for s in speeds:
         p = s.point
-        if p.race in grids.OPERATORS or (p.race in grids.MODELS and p.way == ("graph" if "graph" in ways else "eager")):
+        chosen = "graph" if "graph" in ways else "eager"
+        if p.race in grids.races("operators") or (p.race in grids.races("models") and p.way == chosen):
             rows.setdefault((p.race, p.dims, p.way, p.dtype), []).append(s)
     fastest_of = [fastest(filter(which, speeds)) for which in KINDS]
     lines = []
@@ -48,7 +49,7 @@ def most_memory(speeds: Iterable[Speed]) -> list[str]:
     """Return a sentence for each race of models: the least memory of an eager training step, on the longest clip that all
     could time."""
     found = []
-    for race in grids.MODELS:
+    for race in grids.races("models"):
         steps = [s for s in speeds if s.seconds and (s.point.race, s.point.mode, s.point.way) == (race, "train", "eager")]
         kinds = [which for which in KINDS if any(map(which, steps))]
         for point in sorted({s.point for s in steps}, key=lambda p: -p["L"]):
@@ -91,7 +92,7 @@ def _is_ours(s: Speed) -> bool:
 
 
 def _is_kept(s: Speed) -> bool:
-    return s.entry.implementation == grids.KEPT
+    return s.entry.implementation == grids.NATIVE_KEPT
 
 
 def _is_upstream(s: Speed) -> bool:

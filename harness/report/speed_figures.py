@@ -165,7 +165,7 @@ def _where(family: Family, curves: Sequence[Curve], several: bool) -> str:
 
 def roofline(speeds: Iterable[Speed], folder: Path) -> list[Path]:
     """Draw bars: the share of the roofline that each implementation of an operator reaches. Return the paths."""
-    operators = [s for s in speeds if s.point.race in grids.OPERATORS]
+    operators = [s for s in speeds if s.point.race in grids.races("operators")]
     if not any(s.seconds and s.bound for s in operators):
         return []
     dtypes = list(dict.fromkeys(s.point.dtype for s in operators))

@@ -1,1 +1,1 @@
-"""The things that run; one file each. See `harness.judge.registry` for what a file provides."""
+"""The things that run: a file each, or a folder. See `harness.judge.protocols` for what it provides."""

@@ -8,15 +8,22 @@ from torch import Tensor
 
 import reference
 from fused.ops.causal_conv1d import api
-from harness.judge.case import Case, cross
-from harness.judge.registry import Implementation, Sample, fused_implementations
-from harness.subjects.scan import EVERY, chain
+from harness.fixtures.chains import chain_operator
+from harness.instruments.huge_tensors import CLIPS, huge_case
+from harness.judge import race
+from harness.judge.case import LOW_PRECISIONS, Case, cross
+from harness.judge.implementation import Implementation, Sample, fused_implementations
+from harness.judge.layout_adapters import conv_from_mamba_ssm
+from harness.judge.race import Race
+from harness.records.ceilings import Ceilings, element_bytes
+from harness.records.speed import Point
 
+LAYOUTS = {"mamba_ssm": conv_from_mamba_ssm}
 TIME = {"x": 1, "y": 1}
 
 
 def cases(grid: str) -> list[Case]:
-    """Lengths around the window, where its edges are; in `full` also the model's own."""
+    """Return lengths around the window, where its edges are; in `full` also the model's own."""
 
     def shape(B: int, L: int, E: int, K: int) -> dict[str, int]:
         return {"B": B, "L": L, "E": E, "K": K}
@@ -24,20 +31,20 @@ def cases(grid: str) -> list[Case]:
     options: list[tuple[str, ...]] = [(), ("reverse",), ("state",), ("reverse", "state")]
     small = [
         *cross("conv", [shape(2, 3, 4, 3)], options, ["float64"]),
-        *cross("conv", [shape(2, 1, 8, 4), shape(3, 7, 16, 4)], [*options, ("bare",)], EVERY),
-        *cross("conv", [shape(2, 2, 8, 3), shape(1, 63, 24, 2)], options, EVERY),
+        *cross("conv", [shape(2, 1, 8, 4), shape(3, 7, 16, 4)], [*options, ("bare",)], LOW_PRECISIONS),
+        *cross("conv", [shape(2, 2, 8, 3), shape(1, 63, 24, 2)], options, LOW_PRECISIONS),
     ]
     if grid == "smoke":
-        return [*small, *cross("conv", [shape(1, 197, 64, 4)], options[2:], EVERY)]
+        return [*small, *cross("conv", [shape(1, 197, 64, 4)], options[2:], LOW_PRECISIONS)]
     return [
         *small,
-        *cross("conv", [shape(2, 197, 384, 4), shape(1, 1569, 1152, 4)], options, EVERY),
-        *cross("conv", [shape(1, 12545, 64, 4)], [(), ("reverse", "state")], EVERY),
+        *cross("conv", [shape(2, 197, 384, 4), shape(1, 1569, 1152, 4)], options, LOW_PRECISIONS),
+        *cross("conv", [shape(1, 12545, 64, 4)], [(), ("reverse", "state")], LOW_PRECISIONS),
     ]
 
 
 def implementations() -> list[Implementation]:
-    """The reference, and `fused.causal_conv1d` by backend."""
+    """Return the reference, and `fused.causal_conv1d` by backend."""
 
     def call_with(backend: str) -> Callable[..., Any]:
         return lambda *args, **options: api.causal_conv1d(*args, **options, backend=backend)
@@ -46,13 +53,13 @@ def implementations() -> list[Implementation]:
 
 
 def samples(case: Case, leaves: dict[str, Tensor]) -> list[Sample]:
-    """The op that native registers."""
+    """Return the op that native registers."""
     args = (*(leaves.get(k) for k in ("x", "weight", "bias", "initial_state")), not case.has("bare"), case.has("reverse"))
     return [(torch.ops.videomamba.causal_conv1d.default, args, {})]
 
 
 def draw(case: Case, seed: int) -> dict[str, Tensor]:
-    """x as in_proj gives it; weight and bias in the range of their initial values."""
+    """Draw x as in_proj gives it; weight and bias in the range of their initial values."""
     B, L, E, K = case["B"], case["L"], case["E"], case["K"]
     leaves = {"x": case.normal(seed, "x", B, L, E), "weight": 0.5 * case.normal(seed, "weight", E, K)}
     if not case.has("bare"):
@@ -63,32 +70,42 @@ def draw(case: Case, seed: int) -> dict[str, Tensor]:
 
 
 def precise(case: Case) -> set[str]:
-    """Weights stay float32, as under autocast."""
+    """Return the weights: they stay float32, as under autocast."""
     return {"weight", "bias"}
 
 
-def silent(case: Case) -> set[str]:
-    """The final state has a cotangent where a state is carried."""
+def no_cotangent(case: Case) -> set[str]:
+    """Return the final state, unless a state is carried."""
     return set() if case.has("state") else {"final_state"}
 
 
+def output_values(case: Case) -> int:
+    """Return the values of y."""
+    return case["B"] * case["L"] * case["E"]
+
+
 def steps(case: Case) -> float:
-    """No sequential steps, some memory traffic."""
+    """Return the memory traffic: there are no sequential steps."""
     return 1 + case["B"] * case["L"] * case["E"] / 1e6
 
 
 def time_axes(case: Case) -> dict[str, int]:
-    """Everything with tokens has them on axis 1."""
+    """Return axis 1 for everything with tokens."""
     return TIME
 
 
-def clips(case: Case) -> set[str]:
-    """Tokens and states have them."""
+def num_units(case: Case) -> int:
+    """Return the tokens."""
+    return case["L"]
+
+
+def per_clip(case: Case) -> set[str]:
+    """Return tokens and states."""
     return {"x", "initial_state"}
 
 
 def evaluate(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    """y and the final state; `bare` is without bias and activation."""
+    """Return y and the final state; `bare` is without bias and activation."""
     activation = None if case.has("bare") else "silu"
     y, final = call(
         leaves["x"], leaves["weight"], leaves.get("bias"),
@@ -98,5 +115,47 @@ def evaluate(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor]) ->
 
 
 def chunked(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor], cuts: tuple[int, ...]) -> dict[str, Tensor]:
-    """Chunks in walking order, each from the state that the one before left."""
-    return chain(lambda part: evaluate(call, case, part), case, leaves, cuts, TIME)
+    """Return the outputs of chunks in the direction's order, each from the state that the one before left."""
+    return chain_operator(lambda part: evaluate(call, case, part), leaves, cuts, case["L"], TIME, case.has("reverse"))
+
+
+def costly_checks(case: Case) -> set[str]:
+    """Return `writes` for all cases in low precision, and at one odd size `device` and, with all options, `compile`."""
+    found = {"writes"} if case.dtype != "float64" else set()
+    if case.fits(B=3, L=7) and case.options in ((), ("reverse", "state")):
+        found |= {"device"} | ({"compile"} if case.options else set())
+    return found
+
+
+def special_cases(check: str, grid: str) -> list[Case]:
+    """Return cases for `strides`, and one NaN for `extremes`."""
+    if check == "strides":
+        options: list[tuple[str, ...]] = [("for=strides",), ("reverse", "state", "for=strides")]
+        small = cross("conv", [{"B": 3, "L": 19, "E": 74, "K": 4}], options, LOW_PRECISIONS[:2])
+        huge = huge_case(check, "conv", CLIPS, {"B": 1, "L": 17, "E": 1008, "K": 4})
+        return small if grid == "smoke" else [*small, huge]
+    if check == "extremes":
+        dtypes = LOW_PRECISIONS[:2] if grid == "smoke" else LOW_PRECISIONS
+        words: list[tuple[str, ...]] = [("nan", "for=extremes"), ("nan", "reverse", "for=extremes")]
+        return cross("conv", [{"B": 2, "L": 9, "E": 6, "K": 4}], words, dtypes)
+    return []
+
+
+def races() -> list[Race]:
+    """Return the race of windows of 4."""
+
+    def points(grid: str) -> list[Point]:
+        return race.operator_points("conv", grid, lambda B, E, L: {"B": B, "L": L, "E": E, "K": 4})
+
+    return [Race("conv", order=3, points=points, contenders=(("conv", ""),))]
+
+
+def licence(dtype: str) -> tuple[str, ...]:
+    """Return one case in either direction."""
+    return f"B2-L197-E384-K4-{dtype}", f"B2-L197-E384-K4-reverse-{dtype}"
+
+
+def bound(point: Point, variant: str, ceilings: Ceilings) -> float:
+    """Return the seconds of the memory traffic: x and y, in training also x, dy and dx."""
+    tensors = 5 if point.mode == "train" else 2
+    return point.tokens * point["E"] * element_bytes(point.dtype) * tensors / ceilings.copy

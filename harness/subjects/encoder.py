@@ -5,20 +5,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.fixtures import functional_modules as modules
+from harness.instruments import short_training
 from harness.judge.case import Case
-from harness.judge.registry import Implementation
-from harness.subjects import videomamba
+from harness.judge.implementation import Implementation
+from harness.subjects.videomamba import chunks
+from harness.subjects.videomamba import model as models
+from harness.subjects.videomamba.grids import shape
+from reference.ops.dtypes import accumulation_dtype
 
 
 def cases(grid: str) -> list[Case]:
-    """Masks, pooling types, both ways of the last feature, images; random clips and frames of the video."""
-
-    def shape(B: int, T: int, S: int, D: int) -> dict[str, int]:
-        return {"B": B, "T": T, "S": S, "D": D, "L": 1 + T * (S // 16) ** 2}
-
+    """Return masks, pooling types, both ways of the last feature, images; random clips and frames of the video."""
     tiny = [Case("encoder", tuple(shape(1, 2, 32, 4).items()), ("mask",), "float64")]
     variants: list[tuple[str, ...]] = [
         ("mask",), ("mask", "unfused"), ("mask", "order=alternating"), ("mask", "order=both"), ("pool=cls_cat_avg",),
@@ -29,40 +30,40 @@ def cases(grid: str) -> list[Case]:
     if grid == "smoke":
         return [
             *tiny,
-            *modules.precisions([*((small, v) for v in variants), *streams], "encoder", half=False),
-            *modules.precisions([(shape(1, 4, 64, 192), ("mask", "video"))], "encoder", half=False),
+            *modules.in_precisions([*((small, v) for v in variants), *streams], "encoder", half=False),
+            *modules.in_precisions([(shape(1, 4, 64, 192), ("mask", "video"))], "encoder", half=False),
         ]
     return [
         *tiny,
-        *modules.precisions([*((small, v) for v in variants), *streams], "encoder", half=True),
-        *modules.precisions([(shape(2, 8, 64, 192), ("temporal",))], "encoder", half=True),
-        *modules.precisions([(shape(2, 8, 224, 576), ("mask", "video"))], "encoder", half=True),
+        *modules.in_precisions([*((small, v) for v in variants), *streams], "encoder", half=True),
+        *modules.in_precisions([(shape(2, 8, 64, 192), ("temporal",))], "encoder", half=True),
+        *modules.in_precisions([(shape(2, 8, 224, 576), ("mask", "video"))], "encoder", half=True),
     ]
 
 
 @functools.lru_cache(maxsize=1)
 def implementations() -> list[Implementation]:
-    """`VideoMambaEncoder` of the reference and of `fused`, by backend."""
-    return videomamba.of_both("VideoMambaEncoder")
+    """Return `VideoMambaEncoder` of the reference and of `fused`, by backend."""
+    return models.implementations_of("VideoMambaEncoder")
 
 
 def build(call: Callable[..., Any], case: Case) -> nn.Module:
-    """The encoder of a case, its decoder aligning two layers."""
-    fields = videomamba.config(case) | {
+    """Return the encoder of a case, its decoder aligning two layers."""
+    fields = models.config(case) | {
         "pool_type": case.option("pool", "cls+avg"), "clip_return_layer": 2, "clip_output_dim": 24, "depth": 3
     }  # fmt: skip
     return call(fields)
 
 
 def draw(case: Case, seed: int) -> dict[str, Tensor]:
-    """A clip, of one tubelet for an image, and a trained model's parameters."""
-    clip = videomamba.clip(case, seed)
+    """Draw a clip, of one tubelet for an image, and a trained model's parameters."""
+    clip = short_training.clips(case) if case.only_check == "convergence" else models.clip(case, seed)
     module = modules.on_meta(build, implementations()[0].call, case)
     return {"clip": clip[:, :, :1] if case.has("one") else clip} | modules.parameters(module, case, seed)
 
 
 def mask(case: Case) -> Tensor | None:
-    """Hides 3 in 4 patches, the same positions in every frame and others in every clip; CLS stays."""
+    """Return the tokens (B, L) that are hidden: 3 in 4 patches, the same in every frame and others in every clip; never CLS."""
     if not case.has("mask"):
         return None
     patches = (case["S"] // 16) ** 2
@@ -72,32 +73,37 @@ def mask(case: Case) -> Tensor | None:
 
 
 def precise(case: Case) -> set[str]:
-    """See `harness.fixtures.functional_modules.precise`."""
+    """Return those of `functional_modules.precise`."""
     return modules.precise(case, modules.on_meta(build, implementations()[0].call, case), {"clip"}, set())
 
 
-def silent(case: Case) -> set[str]:
-    """Every output has a cotangent."""
+def no_cotangent(case: Case) -> set[str]:
+    """Return nothing: every output has a cotangent."""
     return set()
 
 
+def output_values(case: Case) -> int:
+    """Return the values of the tokens."""
+    return case["B"] * case["L"] * case["D"]
+
+
 def steps(case: Case) -> float:
-    """Three layers of two scans over the visible tokens."""
-    return 1.5 * videomamba.steps(case) / (4 if case.has("mask") else 1)
+    """Return the steps of three layers of two scans over the visible tokens."""
+    return 1.5 * models.steps(case) / (4 if case.has("mask") else 1)
 
 
-def pieces(case: Case) -> int:
-    """Tubelets."""
+def num_units(case: Case) -> int:
+    """Return the tubelets."""
     return case["T"]
 
 
 def time_axes(case: Case) -> dict[str, int]:
-    """Frames of the clip and tokens of what is aligned, both on axis 2; tokens, and tubelets if they are pooled."""
+    """Return axis 2 for frames and for aligned tokens, axis 1 for tokens, and for tubelets if they are pooled."""
     return {"clip": 2, "tokens": 1} | ({"pooled": 1} if case.has("temporal") else {})
 
 
 def evaluate(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tokens, pooled and aligned features, and of a causal encoder every layer's states."""
+    """Return tokens, pooled and aligned features, and of a causal encoder every layer's states."""
     if case.has("state"):
         return chunked(call, case, leaves, (0,))
     hidden = mask(case)
@@ -109,33 +115,84 @@ def evaluate(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor]) ->
 
 
 def chunked(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor], cuts: tuple[int, ...]) -> dict[str, Tensor]:
-    """A video sent through the encoder chunk by chunk, each with its part of the mask."""
-    whole, patches = mask(case), (case["S"] // 16) ** 2
+    """Return the outputs of a video sent through the encoder chunk by chunk, each with its part of the mask."""
+    all_hidden, patches = mask(case), (case["S"] // 16) ** 2
 
     def hidden(start: int, stop: int) -> Tensor | None:
-        return None if whole is None else whole[:, 1 + start * patches - (start == 0) : 1 + stop * patches]
+        return None if all_hidden is None else all_hidden[:, 1 + start * patches - (start == 0) : 1 + stop * patches]
 
-    how = {"mask": hidden, "keep_temporal": lambda start, stop: case.has("temporal")}
+    options = {"mask": hidden, "keep_temporal": lambda start, stop: case.has("temporal")}
     model = modules.on_meta(build, call, case)
     with modules.precision(case, leaves):
-        parts, states = modules.call(model, leaves, lambda m, x: videomamba.stream(m, case, x, cuts, how), leaves["clip"])
-    return outputs(parts, case) | videomamba.named(states)
+        run = lambda m, x: chunks.run_in_chunks(m, case, x, cuts, case["T"], options)  # noqa: E731
+        parts, states = modules.call(model, leaves, run, leaves["clip"])
+    return outputs(parts, case) | chunks.named_states(states)
 
 
 def outputs(parts: list[Any], case: Case) -> dict[str, Tensor]:
-    """What the chunks gave, side by side; of what is pooled over all so far, the last."""
+    """Return the outputs of the chunks side by side; of what is pooled over all so far, the last."""
     pooled = torch.cat([p.pooled for p in parts], dim=1) if case.has("temporal") else parts[-1].pooled
     tokens, clip = torch.cat([p.tokens for p in parts], dim=1), torch.cat([p.clip for p in parts], dim=2)
     return {"tokens": tokens, "pooled": pooled, "clip": clip}
 
 
-def in_chunks(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor], frames: int) -> dict[str, Tensor]:
-    """The same, by `forward_chunked`."""
+def forward_chunked(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor], frames: int) -> dict[str, Tensor]:
+    """Return the outputs, by `forward_chunked`."""
     model = modules.on_meta(build, call, case)
     with modules.precision(case, leaves):
-        run = videomamba.by_chunks(frames, keep_temporal=case.has("temporal"))
+        run = chunks.run_forward_chunked(frames, keep_temporal=case.has("temporal"))
         out = modules.call(model, leaves, run, leaves["clip"])
     return dict(out._asdict())
 
 
-chunk_frames = videomamba.chunk_frames
+chunk_frames = chunks.chunk_frames
+
+
+def special_cases(check: str, grid: str) -> list[Case]:
+    """Return the cases that only one check asks: `convergence` trains under a mask, in grid `smoke` under autocast only;
+    `processes` pretrains, which is too slow for grid `smoke`."""
+    if check == "convergence":
+        options = "mask", "video", "steps=60", "for=convergence"
+        found = modules.in_precisions([(shape(12, 2, 32, 16), options)], "encoder", half=False)
+        return found[1:] if grid == "smoke" else found
+    if check == "processes" and grid != "smoke":
+        return [Case("encoder", tuple(shape(4, 2, 32, 32).items()), ("video", "for=processes"))]
+    return []
+
+
+def learning_rate() -> float:
+    """Return the rate of SGD with momentum."""
+    return 0.05
+
+
+def training_target(call: Callable[..., Any], case: Case, clip: Tensor) -> Tensor:
+    """Return the features (B, K, V, C), float32, that another random encoder makes of whole clips, for tokens not hidden."""
+    model, hidden = modules.on_meta(build, call, case), mask(case)
+    with torch.no_grad():
+        layers = modules.call(model, modules.parameters(model, case, 1), lambda m, x: m(x).clip, clip)
+    hidden = torch.zeros(layers.shape[1:3], dtype=torch.bool) if hidden is None else hidden
+    return torch.stack([layers[:, b, ~hidden[b]] for b in range(len(clip))]).float()
+
+
+def training_losses(model: nn.Module, case: Case, clip: Tensor, rows: list[int], target: Tensor) -> Tensor:
+    """Return how far every clip's features, computed under the mask, are from the target: the masked alignment loss."""
+    hidden = mask(case)
+    with modules.precision(case, {"clip": clip}):
+        found = model(clip, None if hidden is None else hidden[rows].to(clip.device)).clip.transpose(0, 1)
+    found = found.to(accumulation_dtype(found.dtype))
+    return (2 - 2 * F.cosine_similarity(found, target.to(found.dtype), dim=-1)).flatten(1).mean(1)
+
+
+def training_words(drawn: bool) -> tuple[str, ...]:
+    """Return the words of a pretraining; a random mask only if `drawn`."""
+    return "task=pretrain", "mask.ratio=0.5" if drawn else "mask.ratio=0"
+
+
+def first_steps() -> int:
+    """Return two: of an encoder without a gradient, DDP would learn in its second step."""
+    return 2
+
+
+def needs_teacher() -> bool:
+    """Return True."""
+    return True

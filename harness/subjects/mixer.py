@@ -11,12 +11,18 @@ import fused
 import reference
 from fused.modules import mamba
 from harness.fixtures import functional_modules as modules
+from harness.fixtures.chains import chain
+from harness.judge import race
 from harness.judge.case import Case
-from harness.judge.registry import Implementation, fused_implementations
+from harness.judge.implementation import Implementation, fused_implementations
+from harness.judge.race import Race, timed_precision
+from harness.records.ceilings import Ceilings, element_bytes
+from harness.records.speed import Point
+from harness.subjects import scan
 
 
 def cases(grid: str) -> list[Case]:
-    """Both kinds at the model's widths; `causal` ones with `state` are cut in the check `chunks`."""
+    """Return both kinds at the model's widths; `causal` ones with `state` are cut in the check `chunks`."""
 
     def shape(B: int, L: int, D: int) -> dict[str, int]:
         return {"B": B, "L": L, "D": D}
@@ -24,14 +30,14 @@ def cases(grid: str) -> list[Case]:
     tiny = [Case("mixer", tuple(shape(2, 3, 4).items()), o, "float64") for o in ((), ("causal", "state"))]
     small = [(shape(2, 1, 16), ()), (shape(2, 9, 32), ()), (shape(2, 9, 32), ("causal", "state"))]
     if grid == "smoke":
-        return tiny + modules.precisions([*small, (shape(1, 65, 192), ())], "mixer", half=True)
+        return tiny + modules.in_precisions([*small, (shape(1, 65, 192), ())], "mixer", half=True)
     wide = [(shape(2, 197, 384), ()), (shape(2, 197, 384), ("causal", "state")), (shape(1, 1569, 576), ())]
-    return tiny + modules.precisions([*small, *wide], "mixer", half=True)
+    return tiny + modules.in_precisions([*small, *wide], "mixer", half=True)
 
 
 @functools.lru_cache(maxsize=1)
 def implementations() -> list[Implementation]:
-    """`Mamba` of the reference and of `fused`, by backend."""
+    """Return `Mamba` of the reference and of `fused`, by backend."""
 
     def call_with(backend: str) -> Callable[..., Any]:
         return lambda *args, **options: fused.Mamba(*args, **options, backend=backend)
@@ -40,12 +46,12 @@ def implementations() -> list[Implementation]:
 
 
 def build(call: Callable[..., Any], case: Case) -> nn.Module:
-    """The module of a case."""
+    """Return the module of a case."""
     return call(case["D"], bimamba=not case.has("causal"))
 
 
 def draw(case: Case, seed: int) -> dict[str, Tensor]:
-    """Normed tokens, a trained model's parameters, and states if they are carried."""
+    """Draw normed tokens, a trained model's parameters, and states if they are carried."""
     module = modules.on_meta(build, reference.Mamba, case)
     leaves = {"hidden": case.normal(seed, "hidden", case["B"], case["L"], case["D"])} | modules.parameters(module, case, seed)
     if case.has("state"):
@@ -55,33 +61,43 @@ def draw(case: Case, seed: int) -> dict[str, Tensor]:
 
 
 def precise(case: Case) -> set[str]:
-    """See `harness.fixtures.functional_modules.precise`; a conv state is in the tokens' dtype, an SSM state in float32."""
+    """Return those of `functional_modules.precise`; a conv state is in the tokens' dtype, an SSM state in float32."""
     names = modules.precise(case, modules.on_meta(build, reference.Mamba, case), {"hidden"}, {"ssm_state"})
     return names if case.has("cast", "autocast") else names | {"conv_state"}
 
 
-def silent(case: Case) -> set[str]:
-    """Every output has a cotangent."""
+def no_cotangent(case: Case) -> set[str]:
+    """Return nothing: every output has a cotangent."""
     return set()
 
 
+def output_values(case: Case) -> int:
+    """Return the values of the mixed tokens."""
+    return case["B"] * case["L"] * case["D"]
+
+
 def steps(case: Case) -> float:
-    """Two scans, or one."""
+    """Return the steps of two scans, or of one."""
     return case["L"] * (1 + case["B"] * case["D"] * 32 / 20000) * (1 if case.has("causal") else 2)
 
 
 def time_axes(case: Case) -> dict[str, int]:
-    """Tokens on axis 1."""
+    """Return axis 1 for tokens."""
     return {"hidden": 1, "out": 1}
 
 
+def num_units(case: Case) -> int:
+    """Return the tokens."""
+    return case["L"]
+
+
 def evaluate(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The mixed tokens, and the states that leave."""
+    """Return the mixed tokens, and the final states."""
     return chunked(call, case, leaves, (0,))
 
 
 def chunked(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor], cuts: tuple[int, ...]) -> dict[str, Tensor]:
-    """Chunks chained by the state; the whole is one chunk."""
+    """Return the outputs of chunks chained by the state; without cuts, of one chunk."""
     module = modules.on_meta(build, call, case)
     if not case.has("state"):
         with modules.precision(case, leaves):
@@ -93,5 +109,44 @@ def chunked(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor], cut
             return modules.call(module, leaves, lambda m, x, s: m(x, state=s, return_state=True), part, state)
 
     state = leaves["conv_state"], leaves["ssm_state"]
-    outputs, state = modules.chained(step, cuts, case["L"], state)
+    outputs, state = chain(step, cuts, case["L"], state)
     return {"out": torch.cat(outputs, dim=1), "conv_state": state[0], "ssm_state": state[1]}
+
+
+def costly_checks(case: Case) -> set[str]:
+    """Return `writes` for all cases in low precision, and at one odd size `compile` under autocast and `device` without."""
+    found = {"writes"} if case.dtype != "float64" else set()
+    if case.fits(B=2, L=9):
+        found |= {("autocast",): {"compile"}, (): {"device"}}.get(case.options, set())
+    return found
+
+
+def races() -> list[Race]:
+    """Return the race of bidirectional mixers."""
+
+    def points(grid: str) -> list[Point]:
+        return race.operator_points("mixer", grid, lambda B, E, L: {"B": B, "L": L, "D": E // 2})
+
+    return [Race("mixer", order=5, points=points, contenders=(("mixer", ""),), options=("cast",))]
+
+
+def licence(dtype: str) -> tuple[str, ...]:
+    """Return one case."""
+    return (f"B2-L197-D384-{timed_precision(dtype)}",)
+
+
+def bound(point: Point, variant: str, ceilings: Ceilings) -> float:
+    """Return the seconds of a bidirectional mixer."""
+    return seconds(point.tokens, point["D"], element_bytes(point.dtype), point.mode == "train", ceilings)
+
+
+def seconds(tokens: int, D: int, size: int, train: bool, ceilings: Ceilings, directions: int = 2) -> float:
+    """Return the least seconds of a mixer with elements of `size` bytes, its parts one after another.
+
+    The parts are in_proj, then for each direction conv, x_proj, dt_proj and scan, then out_proj; a backward is two matmuls for
+    each.
+    """
+    E, N, R = 2 * D, 16, -(-D // 16)
+    operations = 2 * tokens * (D * 2 * E + E * D + directions * (E * (R + 2 * N) + R * E)) * (3 if train else 1)
+    conv = tokens * E * size * (1 + directions) * (2 if train else 1) / ceilings.copy  # all directions share one reading of x
+    return operations / ceilings.matmul + conv + directions * scan.seconds(tokens, E, N, size, train, ceilings)

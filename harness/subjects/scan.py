@@ -9,15 +9,25 @@ from torch import Tensor
 
 import reference
 from fused.ops.selective_scan import api
-from harness.judge.case import Case, cross
-from harness.judge.registry import Implementation, Sample, fused_implementations
+from harness.fixtures.chains import chain_operator
+from harness.fixtures.extreme_scan import CHANNELS, extreme
+from harness.fixtures.functional_modules import delta_bias
+from harness.instruments.huge_tensors import CLIPS, PERIODS, huge_case
+from harness.judge import race
+from harness.judge.case import LOW_PRECISIONS, Case, cross
+from harness.judge.implementation import Implementation, Sample, fused_implementations
+from harness.judge.layout_adapters import scan_from_mamba_ssm
+from harness.judge.race import Race
+from harness.records.ceilings import ISSUED_PER_EXP, Ceilings, element_bytes
+from harness.records.speed import Point
 
-EVERY = ["float32", "bfloat16", "float16"]
+LAYOUTS = {"mamba_ssm": scan_from_mamba_ssm}
+FORGETTING = 2000  # added to delta, it makes exp(delta A) 0 in float64 too
 TIME = {"u": 1, "delta": 1, "B": 1, "C": 1, "z": 1, "y": 1}
 
 
 def cases(grid: str) -> list[Case]:
-    """Smoke: odd and short lengths, every option; full: the model's own lengths; both cross 12,545 tokens once."""
+    """Return odd and short lengths with every option and, in `full`, the model's own lengths; both cross 12,545 tokens once."""
 
     def shape(B: int, L: int, E: int, N: int) -> dict[str, int]:
         return {"B": B, "L": L, "E": E, "N": N}
@@ -25,28 +35,30 @@ def cases(grid: str) -> list[Case]:
     plain, carried = [(), ("reverse",)], [("state",), ("reverse", "state")]
     rare = [("bare",), ("groups=2",), ("groups=2", "reverse", "state")]
     tiny = cross("scan", [shape(2, 3, 4, 3)], [*plain, *carried, *rare], ["float64"])
-    odd = cross("scan", [shape(2, 1, 6, 4), shape(3, 7, 10, 16)], [*plain, *carried, *rare], EVERY)
+    odd = cross("scan", [shape(2, 1, 6, 4), shape(3, 7, 10, 16)], [*plain, *carried, *rare], LOW_PRECISIONS)
     if grid == "smoke":
         return [
             *tiny, *odd,
-            *cross("scan", [shape(2, 63, 24, 16)], [*plain, ("reverse", "state")], EVERY),
-            *cross("scan", [shape(1, 197, 64, 16)], [("state",)], EVERY[:2]),
-            *cross("scan", [shape(1, 12545, 6, 4)], [("infer",)], EVERY[:2]),
+            *cross("scan", [shape(2, 63, 24, 16)], [*plain, ("reverse", "state")], LOW_PRECISIONS),
+            *cross("scan", [shape(1, 197, 64, 16)], [("state",)], LOW_PRECISIONS[:2]),
+            *cross("scan", [shape(1, 12545, 6, 4)], [("infer",)], LOW_PRECISIONS[:2]),
         ]  # fmt: skip
     full = [
         *tiny, *odd,
-        *cross("scan", [shape(2, 63, 24, 1), shape(2, 33, 12, 40), shape(2, 65, 40, 64)], carried, EVERY),
-        *cross("scan", [shape(2, 197, 384, 16)], [*plain, *carried, *rare], EVERY),
-        *cross("scan", [shape(1, 1569, 1152, 16)], [(), ("reverse", "state")], EVERY),
-        *cross("scan", [shape(1, 12545, 64, 16)], [("infer",), ("reverse", "state")], EVERY[:2]),  # the loop takes minutes
+        *cross("scan", [shape(2, 63, 24, 1), shape(2, 33, 12, 40), shape(2, 65, 40, 64)], carried, LOW_PRECISIONS),
+        *cross("scan", [shape(2, 197, 384, 16)], [*plain, *carried, *rare], LOW_PRECISIONS),
+        *cross("scan", [shape(1, 1569, 1152, 16)], [(), ("reverse", "state")], LOW_PRECISIONS),
+        # the loop takes minutes
+        *cross("scan", [shape(1, 12545, 64, 16)], [("infer",), ("reverse", "state")], LOW_PRECISIONS[:2]),
     ]  # fmt: skip
     if grid == "long":
-        full += cross("scan", [shape(1, 50177, 64, 16), shape(1, 100353, 32, 16)], [("infer",), ("infer", "state")], EVERY)
+        longest = [shape(1, 50177, 64, 16), shape(1, 100353, 32, 16)]
+        full += cross("scan", longest, [("infer",), ("infer", "state")], LOW_PRECISIONS)
     return full
 
 
 def implementations() -> list[Implementation]:
-    """The reference, and `fused.selective_scan` by backend, looked up at the call so that a planted bug is met."""
+    """Return the reference, and `fused.selective_scan` by backend, looked up at the call so that a planted bug is met."""
 
     def call_with(backend: str) -> Callable[..., Any]:
         return lambda *args, **options: api.selective_scan(*args, **options, backend=backend)
@@ -55,7 +67,7 @@ def implementations() -> list[Implementation]:
 
 
 def samples(case: Case, leaves: dict[str, Tensor]) -> list[Sample]:
-    """The op that native registers, where it runs as one call."""
+    """Return the op that native registers, where it runs as one call."""
     if case.has("groups=2"):
         return []
     importlib.import_module("fused.ops.selective_scan.native")
@@ -65,7 +77,11 @@ def samples(case: Case, leaves: dict[str, Tensor]) -> list[Sample]:
 
 
 def draw(case: Case, seed: int) -> dict[str, Tensor]:
-    """u as it leaves conv and SiLU; half the channels remember hundreds of tokens (delta near 0.01), half a few (near 0.7)."""
+    """Draw u as it leaves conv and SiLU; half the channels remember hundreds of tokens (delta near 0.01), half a few (0.7).
+
+    `extremes` changes every other channel. Of a clip that is repeated along the tokens, delta and z are the same at every
+    token, and no token remembers another.
+    """
     B, L, E, N, G = case["B"], case["L"], case["E"], case["N"], int(case.option("groups", "0"))
     group = (G,) if G else ()
     leaves = {
@@ -83,43 +99,49 @@ def draw(case: Case, seed: int) -> dict[str, Tensor]:
         leaves["delta_bias"] = delta_bias(case, seed, "delta_bias", E)
     if case.has("state"):
         leaves["initial_state"] = case.normal(seed, "initial_state", B, E, N)
-    return leaves
-
-
-def delta_bias(case: Case, seed: int, what: str, channels: int) -> Tensor:
-    """Mamba's own range for every other channel, softplus(bias) in [1e-3, 0.1]; VideoMamba's initial 0 for the rest."""
-    dt = case.log_uniform(seed, what, 1e-3, 0.1, channels)
-    slow = dt + torch.log(-torch.expm1(-dt))
-    return torch.where(torch.arange(channels) % 2 == 0, slow, 0.1 * case.normal(seed, what + " fast", channels))
+    if case.option(PERIODS, ""):
+        constant = {k: leaves[k][:, :1].expand_as(leaves["u"]) for k in ("delta", "z")}
+        leaves |= constant | {"delta": constant["delta"] + FORGETTING, "C": leaves["C"] / FORGETTING}
+    return extreme(case, seed, leaves) if case.only_check == "extremes" else leaves
 
 
 def precise(case: Case) -> set[str]:
-    """Parameters and states are float32 whatever the tokens are."""
+    """Return parameters and states."""
     return {"A", "D", "delta_bias", "initial_state"}
 
 
-def silent(case: Case) -> set[str]:
-    """The final state has a cotangent where a state is carried."""
+def no_cotangent(case: Case) -> set[str]:
+    """Return the final state, unless a state is carried."""
     return set() if case.has("state") else {"final_state"}
 
 
+def output_values(case: Case) -> int:
+    """Return the values of y."""
+    return case["B"] * case["L"] * case["E"]
+
+
 def steps(case: Case) -> float:
-    """One step a token, dearer when wide."""
+    """Return one step a token, more expensive when wide."""
     return case["L"] * (1 + case["B"] * case["E"] * case["N"] / 20000)
 
 
 def time_axes(case: Case) -> dict[str, int]:
-    """Everything with tokens has them on axis 1."""
+    """Return axis 1 for everything with tokens."""
     return TIME
 
 
-def clips(case: Case) -> set[str]:
-    """Tokens and states have them."""
+def num_units(case: Case) -> int:
+    """Return the tokens."""
+    return case["L"]
+
+
+def per_clip(case: Case) -> set[str]:
+    """Return tokens and states."""
     return {"u", "delta", "B", "C", "z", "initial_state"}
 
 
 def evaluate(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    """y and the final state."""
+    """Return y and the final state."""
     options = {k: leaves[k] for k in ("D", "z", "delta_bias", "initial_state") if k in leaves}
     required = (leaves[k] for k in ("u", "delta", "A", "B", "C"))
     y, final = call(*required, **options, softplus=not case.has("bare"), reverse=case.has("reverse"))
@@ -127,23 +149,107 @@ def evaluate(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor]) ->
 
 
 def chunked(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor], cuts: tuple[int, ...]) -> dict[str, Tensor]:
-    """Chunks in walking order, each from the state that the one before left."""
-    return chain(lambda part: evaluate(call, case, part), case, leaves, cuts, TIME)
+    """Return the outputs of chunks in the direction's order, each from the state that the one before left."""
+    return chain_operator(lambda part: evaluate(call, case, part), leaves, cuts, case["L"], TIME, case.has("reverse"))
 
 
-def chain(
-    step: Callable[[dict[str, Tensor]], dict[str, Tensor]],
-    case: Case,
-    leaves: dict[str, Tensor],
-    cuts: tuple[int, ...],
-    axes: dict[str, int],
-) -> dict[str, Tensor]:
-    """Run an operator with `initial_state`, `final_state` and y over chunks of its tokens."""
-    edges = list(zip(cuts, (*cuts[1:], case["L"]), strict=True))
-    walked, outputs = edges[::-1] if case.has("reverse") else edges, {}
-    state = leaves["initial_state"]
-    for start, stop in walked:
-        part = {k: v.narrow(axes[k], start, stop - start) if k in axes else v for k, v in leaves.items()}
-        out = step(part | {"initial_state": state})
-        outputs[start], state = out["y"], out["final_state"]
-    return {"y": torch.cat([outputs[start] for start, _ in edges], dim=1), "final_state": state}
+def repeat(leaves: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    """Return the leaves of `count` periods: u, B and C repeated, delta and z expanded."""
+    long = {k: leaves[k].repeat(1, count, 1) for k in ("u", "B", "C")}
+    return leaves | long | {k: leaves[k][:, :1].expand_as(long["u"]) for k in ("delta", "z")}
+
+
+def channel_axes() -> dict[str, int]:
+    """Return the axes of channels."""
+    return CHANNELS
+
+
+def costly_checks(case: Case) -> set[str]:
+    """Return `writes` for all cases in low precision, and at one odd size `device` and, with all options, `compile`."""
+    found = {"writes"} if case.dtype != "float64" else set()
+    if case.fits(B=3, L=7) and case.options in ((), ("reverse", "state")):
+        found |= {"device"} | ({"compile"} if case.options else set())
+    return found
+
+
+def special_cases(check: str, grid: str) -> list[Case]:
+    """Return cases for `strides`, with all that the operator has, and for `extremes`."""
+    if check == "strides":
+        wide = [((), 16), (("reverse", "state"), 16), (("groups=2", "reverse", "state"), 5)]
+        small = [
+            Case("scan", (("B", 3), ("L", 19), ("E", 74), ("N", N)), (*options, "for=strides"), dtype)
+            for options, N in wide
+            for dtype in LOW_PRECISIONS[:2]
+        ]
+        clip = {"B": 1, "L": 17, "E": 1008, "N": 1}
+        huge = [
+            huge_case(check, "scan", CLIPS, clip), huge_case(check, "scan", CLIPS, clip, "reverse"),
+            huge_case(check, "scan", PERIODS, clip | {"E": 16000}, "infer"),
+        ]  # fmt: skip
+        return small if grid == "smoke" else small + huge
+    return extreme_cases(grid) if check == "extremes" else []
+
+
+def extreme_cases(grid: str) -> list[Case]:
+    """Return short cases, just large enough to need few seeds, and lengths up to that of 512 frames: forward in `full`,
+    backward in `long` only, where truth and plain take a CPU 8 minutes together."""
+    words = ["delta=huge", "delta=tiny", "delta=negative", "A=zero", "A=huge", "z=huge", "denormal"]
+    one_token = ["delta=huge", "delta=tiny", "A=zero"]
+    dtypes, lengths = LOW_PRECISIONS, [1569, 6273, 25089, 100353]
+    if grid == "smoke":
+        dtypes, lengths = LOW_PRECISIONS[:2], [393, 1569, 6273]
+    long = [{"B": 4, "L": L, "E": 8, "N": 4} for L in lengths]
+
+    def points(dims: dict[str, int], words: list[str], dtypes: list[str] = dtypes) -> list[Case]:
+        return cross("scan", [dims], [(*word.split(), "for=extremes") for word in words], dtypes)
+
+    return [
+        *points({"B": 8, "L": 9, "E": 58, "N": 4}, words),
+        *points({"B": 64, "L": 1, "E": 66, "N": 4}, one_token),
+        *points({"B": 2, "L": 9, "E": 6, "N": 4}, ["nan", "nan reverse"]),
+        *(c for dims in long for c in points(dims, ["length infer"])),
+        *(c for dims in long[:2] for c in points(dims, ["length"], LOW_PRECISIONS[:2])),
+        *(c for dims in long[2 : {"smoke": 2, "full": 3}.get(grid)] for c in points(dims, ["length"], LOW_PRECISIONS[:1])),
+    ]
+
+
+def races() -> list[Race]:
+    """Return the race of one direction; in grid `full` the narrow shape is left to both directions."""
+
+    def points(grid: str) -> list[Point]:
+        return race.operator_points("scan", grid, timed_sizes, full=race.FULL_SHAPES[1:])
+
+    return [Race("scan", order=1, points=points, contenders=(("scan", ""),), channels_first=("fused:mamba_ssm",))]
+
+
+def timed_sizes(B: int, E: int, L: int) -> dict[str, int]:
+    """Return the sizes of a timed point: 16 states."""
+    return {"B": B, "L": L, "E": E, "N": 16}
+
+
+def licence(dtype: str) -> tuple[str, ...]:
+    """Return one case in either direction."""
+    return f"B2-L197-E384-N16-{dtype}", f"B2-L197-E384-N16-reverse-{dtype}"
+
+
+def bound(point: Point, variant: str, ceilings: Ceilings) -> float:
+    """Return the seconds of one direction."""
+    return seconds(point.tokens, point["E"], point["N"], element_bytes(point.dtype), point.mode == "train", ceilings)
+
+
+def seconds(tokens: int, E: int, N: int, size: int, train: bool, ceilings: Ceilings) -> float:
+    """Return the least seconds of a scan with elements of `size` bytes: memory, exponentials and instructions overlap.
+
+    Forward reads u, delta, z, B and C and writes y: N + 4 exponentials and 5 N + 30 instructions an element. Backward reads
+    them and dy and writes five gradients, with states from checkpoints every 16 tokens, in 13 to 14 N instructions.
+    Exponentials are not replaced by polynomials.
+    """
+
+    def slowest(moved: float, exps: float, issued: float) -> float:
+        each = moved / ceilings.copy, exps / ceilings.exp, issued / (ISSUED_PER_EXP * ceilings.exp)
+        return tokens * E * max(each)
+
+    forward = slowest(4 * size + 2 * N * size / E, N + 4, 5 * N + 30)
+    if not train:
+        return forward
+    return forward + slowest(7 * size + 4 * N / 16 + 16 * N / E + 8 * 2 * N / 64, N + 5, 12.5 * N + 59)

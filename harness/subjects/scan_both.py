@@ -7,35 +7,38 @@ from torch import Tensor
 
 import reference
 from fused.ops.selective_scan import api as scan_api
-from harness.judge.case import Case, cross
-from harness.judge.registry import Implementation, fused_implementations
+from harness.judge import race
+from harness.judge.case import LOW_PRECISIONS, Case, cross
+from harness.judge.implementation import Implementation, fused_implementations
+from harness.judge.race import Race
+from harness.records.ceilings import Ceilings
+from harness.records.speed import Point
 from harness.subjects import scan
-from harness.subjects.scan import EVERY
 
 PAIRED = ("u", "delta", "A", "B", "C", "D", "delta_bias")
-BACK = "_b"
+BACKWARD = "_b"  # suffix of the backward direction's tensors
 
 
 def cases(grid: str) -> list[Case]:
-    """Odd and short lengths, on either side of a tile and of where the directions meet; full: the model's own."""
+    """Return odd and short lengths, on either side of a tile and of where the directions meet; in `full` the model's own."""
 
     def shape(B: int, L: int, E: int, N: int) -> dict[str, int]:
         return {"B": B, "L": L, "E": E, "N": N}
 
     tiny = cross("scan_both", [shape(2, 3, 4, 3)], [(), ("bare",)], ["float64"])
-    odd = cross("scan_both", [shape(2, 1, 6, 4), shape(3, 17, 10, 16)], [(), ("bare",)], EVERY)
+    odd = cross("scan_both", [shape(2, 1, 6, 4), shape(3, 17, 10, 16)], [(), ("bare",)], LOW_PRECISIONS)
     if grid == "smoke":
-        return [*tiny, *odd, *cross("scan_both", [shape(2, 63, 24, 16)], [()], EVERY[:2])]
+        return [*tiny, *odd, *cross("scan_both", [shape(2, 63, 24, 16)], [()], LOW_PRECISIONS[:2])]
     return [
         *tiny, *odd,
-        *cross("scan_both", [shape(2, 65, 40, 64), shape(2, 197, 384, 16)], [(), ("bare",)], EVERY),
-        *cross("scan_both", [shape(1, 1569, 1152, 16)], [()], EVERY),
-        *cross("scan_both", [shape(1, 12545, 64, 16)], [()], EVERY[:2]),  # the loop takes minutes
+        *cross("scan_both", [shape(2, 65, 40, 64), shape(2, 197, 384, 16)], [(), ("bare",)], LOW_PRECISIONS),
+        *cross("scan_both", [shape(1, 1569, 1152, 16)], [()], LOW_PRECISIONS),
+        *cross("scan_both", [shape(1, 12545, 64, 16)], [()], LOW_PRECISIONS[:2]),  # the loop takes minutes
     ]  # fmt: skip
 
 
 def implementations() -> list[Implementation]:
-    """Two scans of the reference, and `fused.bidirectional_scan` by backend."""
+    """Return two scans of the reference, and `fused.bidirectional_scan` by backend."""
 
     def two(pairs: dict[str, tuple], z: Tensor | None, softplus: bool) -> Tensor:
         first, second = ({k: v[i] for k, v in pairs.items()} | {"z": z, "softplus": softplus} for i in range(2))
@@ -48,28 +51,53 @@ def implementations() -> list[Implementation]:
 
 
 def draw(case: Case, seed: int) -> dict[str, Tensor]:
-    """What `scan` draws, twice, with one z."""
+    """Draw the leaves of `scan` twice, with one z."""
     first, second = scan.draw(case, seed), scan.draw(case, seed + 10_000)
-    return first | {k + BACK: v for k, v in second.items() if k in PAIRED}
+    return first | {k + BACKWARD: v for k, v in second.items() if k in PAIRED}
 
 
 def precise(case: Case) -> set[str]:
-    """As of the scan."""
+    """Return those of `scan`, for both directions."""
     names = scan.precise(case)
-    return names | {name + BACK for name in names}
+    return names | {name + BACKWARD for name in names}
 
 
-def silent(case: Case) -> set[str]:
-    """There is one output."""
+def no_cotangent(case: Case) -> set[str]:
+    """Return nothing: there is one output."""
     return set()
 
 
+def output_values(case: Case) -> int:
+    """Return the values of y."""
+    return scan.output_values(case)
+
+
 def steps(case: Case) -> float:
-    """Two scans."""
+    """Return the steps of two scans."""
     return 2 * scan.steps(case)
 
 
 def evaluate(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    """y."""
-    pairs = {k: (leaves[k], leaves[k + BACK]) for k in PAIRED if k in leaves}
+    """Return y."""
+    pairs = {k: (leaves[k], leaves[k + BACKWARD]) for k in PAIRED if k in leaves}
     return {"y": call(pairs, leaves.get("z"), not case.has("bare"))}
+
+
+def races() -> list[Race]:
+    """Return the race of both directions, in `full` at more lengths: upstream's scan is at its best at multiples of 2048."""
+    more = (*race.FULL_SHAPES, (8, 1152, 2048), (1, 1152, 12288), (64, 1152, 197), (1, 1152, 100353))
+
+    def points(grid: str) -> list[Point]:
+        return race.operator_points("scan-both", grid, scan.timed_sizes, full=more)
+
+    return [Race("scan-both", order=2, points=points, contenders=(("scan_both", ""),), channels_first=("fused:mamba_ssm",))]
+
+
+def licence(dtype: str) -> tuple[str, ...]:
+    """Return one case."""
+    return (f"B2-L197-E384-N16-{dtype}",)
+
+
+def bound(point: Point, variant: str, ceilings: Ceilings) -> float:
+    """Return the seconds of two scans."""
+    return 2 * scan.bound(point, variant, ceilings)

@@ -3,7 +3,7 @@
 import functools
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,8 +13,11 @@ from harness.baselines import attention
 from harness.baselines.vit import ViT, ViTConfig
 from harness.fixtures import functional_modules as modules
 from harness.judge.case import Case
-from harness.judge.registry import Implementation
-from harness.subjects import videomamba
+from harness.judge.implementation import Implementation
+from harness.judge.race import timed_precision
+from harness.records.ceilings import Ceilings
+from harness.records.speed import Entry, Point
+from harness.subjects.videomamba import model as videomamba
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Baseline(Implementation):
 
 
 def cases(grid: str) -> list[Case]:
-    """Clips and images of S pixels, width D in H heads, two layers; frames of the video at the models' own size."""
+    """Return clips and images of S pixels, width D in H heads, two layers; frames of the video at the models' own size."""
 
     def shape(B: int, T: int, S: int, D: int, H: int) -> dict[str, int]:
         return {"B": B, "T": T, "S": S, "D": D, "H": H, "L": 1 + T * (S // 16) ** 2}
@@ -46,18 +49,19 @@ def cases(grid: str) -> list[Case]:
     ]
     small: list[tuple[dict[str, int], tuple[str, ...]]]
     small = [(shape(2, 4, 32, 128, 2), ()), (shape(4, 1, 48, 128, 4), ("image",))]
+    own_size = (shape(1, 1, 224, 192, 3), ("image",)), (shape(1, 8, 224, 192, 3), ("video",))
     if grid == "smoke":
-        return [*tiny, *modules.precisions([*small, (shape(1, 2, 64, 192, 3), ())], "vit", half=False)]
+        return [*tiny, *modules.in_precisions([*small, (shape(1, 2, 64, 192, 3), ())], "vit", half=False)]
     return [
         *tiny,
-        *modules.precisions([*small, (shape(2, 8, 64, 192, 3), ())], "vit", half=True),
-        *modules.precisions([(shape(1, 1, 224, 192, 3), ("image",)), (shape(1, 8, 224, 192, 3), ("video",))], "vit", half=True),
+        *modules.in_precisions([*small, (shape(2, 8, 64, 192, 3), ())], "vit", half=True),
+        *modules.in_precisions([*own_size], "vit", half=True),
     ]
 
 
 @functools.lru_cache(maxsize=1)
 def implementations() -> list[Implementation]:
-    """The model with naive attention, with PyTorch's choice, with each kernel pinned; then timm's."""
+    """Return the model with naive attention, with PyTorch's choice, with each kernel pinned; then timm's."""
 
     def call_with(kind: str) -> Callable[..., Any]:
         return lambda config: ViT(ViTConfig(**config, attention=kind))
@@ -67,14 +71,14 @@ def implementations() -> list[Implementation]:
 
 
 def call_timm(config: dict[str, Any]) -> nn.Module:
-    """timm's own model of an image configuration."""
+    """Return timm's own model of an image configuration."""
     theirs = importlib.import_module("timm.models.vision_transformer").VisionTransformer
     return theirs(**{field: value for field, value in config.items() if field != "num_frames"})
 
 
 @functools.cache
 def timm_missing() -> str | None:
-    """Importing is the only honest test: timm needs the torchvision that was built for this PyTorch."""
+    """Return why timm cannot be imported, None if it can: it needs the torchvision that was built for this PyTorch."""
     try:
         importlib.import_module("timm.models.vision_transformer")
     except Exception as error:
@@ -84,7 +88,7 @@ def timm_missing() -> str | None:
 
 
 def config(case: Case) -> dict[str, Any]:
-    """Fields of the model's configuration but for its attention."""
+    """Return fields of the model's configuration, without its attention."""
     frames = None if case.has("image") else case["T"]
     return {
         "img_size": case["S"], "num_frames": frames, "num_classes": 10, "embed_dim": case["D"], "depth": 2,
@@ -93,42 +97,49 @@ def config(case: Case) -> dict[str, Any]:
 
 
 def build(call: Callable[..., Any], case: Case) -> nn.Module:
-    """The model of a case."""
+    """Return the model of a case."""
     return call(config(case))
 
 
 def draw(case: Case, seed: int) -> dict[str, Tensor]:
-    """A clip and a trained model's parameters."""
+    """Draw a clip and a trained model's parameters."""
     module = modules.on_meta(build, implementations()[0].call, case)
     return {"clip": videomamba.clip(case, seed)} | modules.parameters(module, case, seed)
 
 
 def precise(case: Case) -> set[str]:
-    """See `harness.fixtures.functional_modules.precise`."""
+    """Return those of `functional_modules.precise`."""
     return modules.precise(case, modules.on_meta(build, implementations()[0].call, case), {"clip"}, set())
 
 
-def silent(case: Case) -> set[str]:
-    """Every output has a cotangent."""
+def no_cotangent(case: Case) -> set[str]:
+    """Return nothing: every output has a cotangent."""
     return set()
 
 
+def output_values(case: Case) -> int:
+    """Return the values of the tokens."""
+    return case["B"] * case["L"] * case["D"]
+
+
 def steps(case: Case) -> float:
-    """There is no scan: what the truth takes, in the time of a scan's step."""
+    """Return the time of the truth in that of a scan's step: there is no scan."""
     B, L, D = case["B"], case["L"], case["D"]
     return 250 + B * L * D * (12 * D + L) / 3e5
 
 
 def evaluate(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Logits."""
+    """Return logits."""
     model = modules.on_meta(build, call, case)
     with modules.precision(case, leaves):
         return {"logits": modules.call(model, without_key_slopes(leaves), lambda m, x: m(x), leaves["clip"])}
 
 
 def without_key_slopes(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The leaves, with the keys' biases as constants. Such a bias moves all scores of a query alike, which softmax does not
-    see: its slope is 0, and what a backward pass finds is the rounding of a cancellation, exactly 0 here and there by chance.
+    """Return the leaves, with the keys' biases as constants.
+
+    Such a bias changes all scores of a query alike, which softmax does not see: its slope is 0, and a backward pass finds the
+    rounding of a cancellation, in some places exactly 0 by chance.
     """
     cut = {}
     for name, leaf in leaves.items():
@@ -136,3 +147,38 @@ def without_key_slopes(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
             query, key, value = leaf.chunk(3)
             cut[name] = torch.cat((query, key.detach(), value))
     return leaves | cut
+
+
+def contenders(kernel: str | None) -> list[Implementation]:
+    """Return naive attention and the box's fastest kernel, both as rivals; all pinned kernels where that is not known."""
+    naive, *others = implementations()
+    if kernel is None:
+        return [i for i in others if i.name in attention.PINNED]
+    return [replace(naive, rival=True), *(i for i in others if i.name == kernel)]
+
+
+def licence(dtype: str) -> tuple[str, ...]:
+    """Return the small cases."""
+    return (f"B2-T*-{timed_precision(dtype)}",)
+
+
+def network(point: Point, entry: Entry) -> nn.Module:
+    """Return the classifier of the entry's size, for the point's clips."""
+    clips = {"img_size": point["S"], "num_frames": point["T"]} if point.clips else {}
+    kind = "naive" if entry.implementation == "reference" else entry.implementation
+    return ViT(getattr(ViTConfig, entry.variant)(**clips, num_classes=10, attention=kind))
+
+
+def blocks(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return the model's blocks and final norm."""
+    assert isinstance(network, ViT)
+    return lambda tokens: network.norm(network.encode(tokens))
+
+
+def bound(point: Point, variant: str, ceilings: Ceilings) -> float:
+    """Return the seconds of all matrix products: qkv, proj and the two of the MLP are 12 D^2 a token, attention 2 L D; the
+    backward of attention takes 2.5 forwards."""
+    config, train = getattr(ViTConfig, variant)(), point.mode == "train"
+    D = config.embed_dim
+    linear, mixing = 2 * point.tokens * 12 * D * D, 2 * point.tokens * 2 * point["L"] * D
+    return config.depth * (linear * (3 if train else 1) + mixing * (3.5 if train else 1)) / ceilings.matmul

@@ -1,24 +1,22 @@
 """One operator under pytest-benchmark: `pytest --benchmark-only tests/benchmarks -k scan`. On a GPU its clock are CUDA events.
 
-A front door for a quick look while writing a kernel. It asks for no licence and takes no turns: claims come from
-`nox -s bench`.
+A quick look while writing a kernel. It asks for no licence and interleaves nothing: claims come from `nox -s bench`.
 """
 
 import pytest
 import torch
 
-from harness.bench.grids import OPERATORS, entries
+from harness.bench.grids import entries, races
 from harness.bench.workloads import make
-from harness.records.speed import Point
+from harness.judge.race import OPERATORS
+from harness.records.speed import Entry, Point
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPE = "bfloat16" if DEVICE == "cuda" else "float32"
-SIZES = {"B": 8, "L": 1569, "E": 1152} if DEVICE == "cuda" else {"B": 1, "L": 197, "E": 384}
 _origin: list[torch.cuda.Event] = []
 
 
 def events() -> float:
-    """Seconds on the GPU's clock: everything launched before has ended."""
+    """Return seconds on the GPU's clock: everything launched before has ended."""
     now = torch.cuda.Event(enable_timing=True)
     now.record()
     now.synchronize()
@@ -27,19 +25,19 @@ def events() -> float:
     return _origin[0].elapsed_time(now) * 1e-3
 
 
-def sizes(race: str) -> tuple[tuple[str, int], ...]:
-    if race in ("norm", "mixer"):
-        return ("B", SIZES["B"]), ("L", SIZES["L"]), ("D", SIZES["E"] // 2)
-    return (*SIZES.items(), ("K", 4) if race == "conv" else ("N", 16))
+def point(race: str, mode: str) -> Point:
+    """Return the widest of the race's points with many clips, on a CPU the shortest point."""
+    found = [p for p in races()[race].points("full" if DEVICE == "cuda" else "cpu") if p.mode == mode]
+    return next((p for p in reversed(found) if p["B"] == 8 and p["L"] == 1569), found[0])
 
 
-RACERS = [(race, entry) for race in OPERATORS for entry in entries(race, DEVICE, "sdpa")]
+RACERS = [(race, entry) for race in races(OPERATORS) for entry in entries(race, DEVICE, "sdpa")]
 
 
 @pytest.mark.parametrize("mode", ["infer", "train"])
 @pytest.mark.parametrize(("race", "entry"), RACERS, ids=[f"{race}-{entry.implementation}" for race, entry in RACERS])
-def test_operator(benchmark, race, entry, mode) -> None:
-    call = make(Point(race, sizes(race), mode, dtype=DTYPE), entry, DEVICE)
+def test_operator(benchmark, race: str, entry: Entry, mode: str) -> None:
+    call = make(point(race, mode), entry, DEVICE)
     benchmark.group = f"{race} {mode}"
     benchmark._timer = events if DEVICE == "cuda" else benchmark._timer
     benchmark.pedantic(call.run, rounds=30 if DEVICE == "cuda" else 5, warmup_rounds=3)

@@ -17,9 +17,9 @@ def _kept(case: Case, device: str) -> Trial:
     return Trial(case, device)
 
 
-def _known(case: Case, device: str, elsewhere: Callable[[Case, str], dict[str, str]]) -> Trial:
+def _known(case: Case, device: str, second_process: Callable[[Case, str], dict[str, str]]) -> Trial:
     trial = _kept(case, device)
-    trial._elsewhere = elsewhere
+    trial._second_process = second_process
     return trial
 
 

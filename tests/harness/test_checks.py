@@ -12,9 +12,13 @@ from typer.testing import CliRunner
 
 from harness.checks import batch, compile, device, extremes, strides, writes
 from harness.cli.app import app
-from harness.instruments import huge_tensors as vast
+from harness.instruments import huge_tensors
 from harness.judge.case import Case
-from harness.judge.registry import CannotAsk, Implementation, subjects
+from harness.judge.check import CannotAsk
+from harness.judge.implementation import Implementation
+from harness.judge.protocols import HasSpecialCases
+from harness.judge.registry import subjects
+from harness.judge.request import ParityRequest
 from harness.judge.trial import Trial
 from harness.records.finding import Finding
 
@@ -31,6 +35,10 @@ def scan_case(*options: str, dtype: str = "float32", **dims: int) -> Case:
 
 def asked(check: ModuleType, call: str, case: Case) -> list[Finding]:
     return check.run(Trial(case, "cpu"), Implementation("mine", getattr(faulty, call)))
+
+
+def special_cases(check: str, grid: str) -> list[Case]:
+    return [c for s in subjects().values() if isinstance(s, HasSpecialCases) for c in s.special_cases(check, grid)]
 
 
 def failing(found: list[Finding]) -> set[str]:
@@ -80,43 +88,42 @@ def test_batch_runs_in_the_mode_that_it_is_about() -> None:
 
 
 @pytest.mark.parametrize("options", [("clips=20",), ("clips=20", "reverse"), ("periods=20", "infer")])
-def test_vast(options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_huge(options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """What wraps around is found; on a box without room nothing is asked."""
     case = scan_case(*options, "for=strides", dtype="bfloat16", B=1, L=17, E=252, N=1)
     with pytest.raises(CannotAsk, match="GiB are free"):
         asked(strides, "scan", case)
-    monkeypatch.setattr(vast, "require_room", lambda case, device: None)
+    monkeypatch.setattr(huge_tensors, "require_room", lambda trial: None)
     assert not failing(asked(strides, "scan", case))
     assert any(name.startswith("y[") for name in failing(asked(strides, "counts_too_short", case)))
 
 
-def test_vast_cases_are_beyond_32_bits() -> None:
-    largest = [case for case in strides.cases("full") if vast.is_vast(case)]
+def test_huge_cases_are_beyond_32_bits() -> None:
+    largest = [case for case in special_cases("strides", "full") if huge_tensors.repetitions(case)]
     for case in largest:
         sizes = dict(case.dims)
-        count = int(case.option(vast.CLIPS, "") or case.option(vast.PERIODS, ""))
-        assert count * sizes["L"] * sizes.get("E", sizes.get("D", 1)) > 2**31
+        assert huge_tensors.repetitions(case) * sizes["L"] * sizes.get("E", sizes.get("D", 1)) > 2**31
     assert {case.subject for case in largest} == {"scan", "conv", "norm"}
-    assert not any(vast.is_vast(case) for case in strides.cases("smoke"))
+    assert not any(huge_tensors.repetitions(case) for case in special_cases("strides", "smoke"))
 
 
 def test_extremes_of_every_kind_pass_and_their_faults_do_not() -> None:
-    nan, length = (next(c for c in extremes.cases("smoke") if c.subject == "scan" and c.has(w)) for w in ("nan", "length"))
+    scans = [c for c in special_cases("extremes", "smoke") if c.subject == "scan"]
+    nan, length = (next(c for c in scans if c.has(word)) for word in ("nan", "length"))
     for case in (nan, length):
         assert not failing(asked(extremes, "scan", case))
     assert any(name == "y[NaN in u]" for name in failing(asked(extremes, "swallows_nan", nan)))
     assert "y" in failing(asked(extremes, "drifts", length))
-    assert max(c["L"] for c in extremes.cases("full")) > 100_000
+    assert max(c["L"] for c in special_cases("extremes", "full")) > 100_000
 
 
 def test_cases_of_a_check_are_asked_by_it_alone() -> None:
-    from harness.judge.plan import Plan
-
-    plan = Plan("full", "cpu", ("scan",))
-    for case in plan.points():
-        checks = {name for name, _, _ in plan.questions(case)}
-        assert checks and (case.asker == "" or checks == {case.asker}), case.name
-    assert not any(c.asker for c in Plan("full", "cpu", ("scan",), ("forward",)).points())
+    request = ParityRequest("full", "cpu", ("scan",))
+    for case in request.selected_cases():
+        checks = {name for name, _, _ in request.questions(case)}
+        assert checks and (case.only_check == "" or checks == {case.only_check}), case.name
+    forward_only = ParityRequest("full", "cpu", ("scan",), ("forward",))
+    assert not any(c.only_check for c in forward_only.selected_cases())
 
 
 def test_opcheck_of_registered_ops() -> None:
@@ -156,21 +163,21 @@ def test_device_that_is_not_the_current_one(monkeypatch: pytest.MonkeyPatch) -> 
     case = scan_case("reverse", "state")
     with pytest.raises(CannotAsk, match="only one cpu"):
         asked(device, "scan", case)
-    monkeypatch.setattr(device, "another", lambda device: "cpu")
+    monkeypatch.setattr(device, "other_device", lambda device: "cpu")
     assert not failing(asked(device, "scan", case))
     assert "y" in failing(asked(device, "changes_with_every_call", case))
     numbers = iter((0, 1))
-    monkeypatch.setattr(device, "index", lambda: next(numbers))
+    monkeypatch.setattr(device, "current_index", lambda: next(numbers))
     assert failing(asked(device, "scan", case)) == {"current device"}
-    monkeypatch.setattr(device, "index", lambda: 0)
-    monkeypatch.setattr(device, "place", lambda tensor: "cuda:0" if tensor.shape == (3, 7, 10) else "cpu")
+    monkeypatch.setattr(device, "current_index", lambda: 0)
+    monkeypatch.setattr(device, "device_of", lambda tensor: "cuda:0" if tensor.shape == (3, 7, 10) else "cpu")
     assert failing(asked(device, "scan", case)) == {"y", "grad u", "grad delta", "grad z"}
 
 
 def test_other_device_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(CannotAsk, match="two GPUs"):
-        device.another("cuda")
+        device.other_device("cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(device, "index", lambda: 1)
-    assert device.another("cuda") == "cuda:0"
+    monkeypatch.setattr(device, "current_index", lambda: 1)
+    assert device.other_device("cuda") == "cuda:0"

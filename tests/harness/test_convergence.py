@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from harness.checks import convergence
+from harness.judge.check import CannotAsk
+from harness.judge.implementation import Implementation
 from harness.judge.parity import ask
-from harness.judge.plan import Plan
-from harness.judge.registry import CannotAsk, Implementation, mutants, subjects
+from harness.judge.registry import mutants, subjects
+from harness.judge.request import ParityRequest
 from harness.judge.trial import Trial
 from harness.report import page, training
 from harness.runs.store import Run
@@ -27,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("prepared")
 @lru_cache
 def trial(subject: str) -> Trial:
     """The smoke grid's case of a subject, made short; truth and plain are computed once."""
-    case = next(c for c in convergence.cases("smoke") if c.subject == subject)
+    [case] = subjects()[subject].special_cases("convergence", "smoke")
     words = tuple(f"steps={SHORT}" if o.startswith("steps=") else o for o in case.options)
     return Trial(replace(case, options=words), "cpu")
 
@@ -53,8 +55,8 @@ def test_ours_passes_and_planted_bugs_do_not(subject: str) -> None:
 
 def test_what_cannot_be_judged_is_not_passed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A truth that does not learn is a reason to ask nothing."""
-    course = trial("encoder").once(convergence.NAME, lambda: convergence.follow(trial("encoder")))
-    monkeypatch.setattr(convergence, "LEARNT", course.kept / 2)
+    trainings = trial("encoder").cached(convergence.NAME, lambda: convergence.train_reference(trial("encoder")))
+    monkeypatch.setattr(convergence, "LEARNT", trainings.kept / 2)
     with pytest.raises(CannotAsk, match="does not learn"):
         convergence.run(trial("encoder"), ours("encoder"))
 
@@ -67,10 +69,10 @@ def test_records_survive_and_are_drawn(tmp_path: Path) -> None:
         model.register_forward_hook(lambda module, given, logits: logits * torch.nan)
         return model
 
-    plan = Plan("smoke", "cpu")
-    run = Run.create(tmp_path / "run", {"kind": "parity", "plan": asdict(plan), "box": {}})
+    request = ParityRequest("smoke", "cpu")
+    run = Run.create(tmp_path / "run", {"kind": "parity", "plan": asdict(request), "box": {}})
     for who in (ours("videomamba"), Implementation("mine", never_a_number)):
-        run.add(ask(plan, trial("videomamba"), convergence.NAME, convergence, who))
+        run.add(ask(request, trial("videomamba"), convergence.NAME, convergence, who))
     run.finish("finished")
     good, bad = Run.open(run.folder).records
     assert (good.status, bad.status) == ("pass", "fail")

@@ -13,8 +13,10 @@ import fused
 from harness.cli.app import app
 from harness.cli.learn import recipe
 from harness.judge.case import Case
-from harness.judge.plan import UsageError
-from harness.judge.registry import Implementation, checks, subjects
+from harness.judge.check import checks
+from harness.judge.implementation import Implementation
+from harness.judge.registry import subjects
+from harness.judge.request import UsageError
 from harness.judge.trial import Trial
 from harness.learning import arrow, digits, motion
 from harness.learning import trained_weights as trained

@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 import reference
 from harness.cli.app import app
-from harness.judge.plan import UsageError
+from harness.judge.request import UsageError
 from harness.records.finding import Tally
 from harness.records.record import Record
 from harness.runs.conclude import FAILED, INTERRUPTED, NOTHING, PASSED, conclude

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from harness.checks import processes
-from harness.instruments import two_processes as together
+from harness.instruments import two_processes
 from harness.instruments.two_processes import Training
-from harness.judge.registry import CannotAsk, Implementation, subjects
+from harness.judge.check import CannotAsk
+from harness.judge.implementation import Implementation
+from harness.judge.registry import subjects
 from harness.judge.trial import Trial
 from harness.records.finding import Finding
 
@@ -20,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("prepared")
 @functools.cache
 def trial(subject: str, device: str = "cpu") -> Trial:
     """The truth is computed once."""
-    return Trial(next(c for c in processes.cases("full") if c.subject == subject), device)
+    return Trial(subjects()[subject].special_cases("processes", "full")[0], device)
 
 
 def ours(subject: str) -> Implementation:
@@ -46,7 +48,8 @@ def test_ours_passes(subject: str) -> None:
 
 def test_planted_bugs_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients that DDP leaves apart, moments that FSDP2 forgets: each fails in the place where it is."""
-    monkeypatch.setattr(together, "trained", functools.partial(together.trained, plant=faulty.in_processes))
+    planted = functools.partial(two_processes.run_trainings, plant=faulty.in_processes)
+    monkeypatch.setattr(two_processes, "run_trainings", planted)
     found = failing(processes.run(trial("videomamba"), ours("videomamba")))
     assert {name for name in found if name.startswith("grad ") and name.endswith(", ddp")}
     assert not {name for name in found if name.endswith(", fsdp")}
@@ -58,14 +61,14 @@ def test_what_cannot_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(CannotAsk, match="needs two GPUs, there is 1"):
         processes.run(trial("encoder", "cuda"), ours("encoder"))
-    assert not processes.cases("smoke")
+    assert not any(subjects()[s].special_cases("processes", "smoke") for s in ("videomamba", "encoder"))
 
 
 def test_a_process_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wrong word ends both; so does the limit, with one that waits."""
     wrong = Training((f"out={tmp_path}", "task=dream", "data.train=nowhere"))
     with pytest.raises(RuntimeError, match=r"exit code 2(.|\n)*task is 'dream'; allowed"):
-        together.trained([wrong], tmp_path)
-    monkeypatch.setattr(together, "LIMIT", 0.0)
+        two_processes.run_trainings([wrong], tmp_path)
+    monkeypatch.setattr(two_processes, "TIMEOUT", 0.0)
     with pytest.raises(RuntimeError, match="not ended"):
-        together.trained([wrong], tmp_path)
+        two_processes.run_trainings([wrong], tmp_path)

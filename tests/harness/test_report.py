@@ -129,7 +129,7 @@ def test_deviation_of_the_approximate_mode_is_drawn(tmp_path):
         Finding(f"chunks of {chunk}, {ahead} ahead", "deviation", 0.3 / chunk, math.inf, 1.0)
         for chunk in (1, 2) for ahead in (0, 4)
     ]  # fmt: skip
-    one = record(check="forward_approximate", findings=parity.nearest([GOOD, *near]))
+    one = record(check="forward_approximate", findings=parity.selected_findings([GOOD, *near]))
     run = made(tmp_path / "run", [Record.parse(one.line())])
     assert "![Deviation against chunk and look-ahead](approximate.png)" in text(run)
     svg = (run.folder / "approximate.svg").read_text()

@@ -387,7 +387,7 @@ inline int run(void (*kernel)(const void*), int bound, const unsigned* grid, int
   else if (bytes > MAX_SHARED)
     complain("%zu bytes of shared memory, where a block has %zu", bytes, MAX_SHARED);
   else if (!grid[0] || grid[0] > 0x7fffffffu || !grid[1] || grid[1] > 65535 || !grid[2] || grid[2] > 65535)
-    complain("a grid that no GPU takes");
+    complain("a grid that no GPU accepts");
   else {
     place_shared_memory(bytes);
     Signals signals;

@@ -1,4 +1,4 @@
-"""The emulation itself: right numbers, and what a GPU would punish or hide is an error or shows."""
+"""The emulation itself: right numbers, and mistakes that a GPU would hide raise or change the result."""
 
 import emulation
 import pytest
@@ -10,7 +10,7 @@ ONE = (1, 1, 1)
 
 
 def run(bodies, body, x, *, shared=0, order=None):
-    """One block of one of the kernel's bodies, compiled all at once, which has x (float32) and s in shared memory; gives x."""
+    """Run one block with `body` on x (float32) and s in shared memory and return x. All `bodies` are compiled as one kernel."""
     cases = "\n".join(f"case {i}: {{\n#line 2\n{text}\n}} break;" for i, text in enumerate(bodies))
     source = f'extern "C" __global__ void k(float* x, long long which) {{ SHARED(s) switch (which) {{\n{cases}\n}}}}'
     emulation.module(source).launch("k", ONE, 64, shared, x, bodies.index(body), order=order)
@@ -29,7 +29,7 @@ def test_example(order, fibers, monkeypatch):
 
 
 def test_missing_barrier_shows():
-    """Warp 0 reads what the others have not written yet: NaN when it runs first, another number when it runs last."""
+    """Warp 0 reads what the others have not written yet: NaN if it runs first, the sum if it runs last."""
     source = emulation.EXAMPLE.replace("__syncthreads();", "")
     assert source != emulation.EXAMPLE
     x, results = torch.ones(1, 1024).bfloat16(), []
@@ -65,7 +65,7 @@ def test_mistakes_raise(body, shared, words):
         run([body for body, _, _ in MISTAKES], body, torch.zeros(64), shared=shared, order="forward")
 
 
-def test_launches_that_no_gpu_takes_raise():
+def test_launches_that_no_gpu_accepts_raise():
     kernel = emulation.module('extern "C" __global__ void __launch_bounds__(2 * 32, 2) k(float* x) {}')
     for grid, threads, shared, words in [
         ((0, 1, 1), 64, 0, "grid"),
@@ -99,20 +99,20 @@ def test_arguments():
         kernel.launch("k", ONE, 1, 0, y, None, 1, 1.0, order="sideways")
 
 
-def test_memory_is_not_by_chance_right():
-    """Shared memory is NaN at first in every block, in all three precisions; a variable that nobody set is absurd."""
+def test_uninitialized_memory_shows():
+    """Shared memory is NaN at first in every block, in all three dtypes; an uninitialized variable has an absurd value."""
     dynamic = "float* f = (float*)s; x[threadIdx.x] = f[threadIdx.x] + from_bf16(*(short*)s) + from_fp16(*(short*)s);"
     static = "__shared__ float f[64]; x[threadIdx.x] = f[threadIdx.x]; f[threadIdx.x] = 1;"
     unset = "float f[4]; x[threadIdx.x] = f[(int)x[0] & 3];"
     bodies = [dynamic, static, unset]
     for body in (dynamic, static, static):
         assert run(bodies, body, torch.zeros(64), shared=256).isnan().all()
-    if emulation.UNSET in emulation._flags():
+    if emulation.INIT_LOCALS in emulation.compiler_flags():
         assert (run(bodies, unset, torch.zeros(64)).abs() > 1e38).all()
 
 
 def test_fences():
-    """An access behind the end of a fenced tensor raises; the tensor is as it was, whatever its size."""
+    """An access beyond the end of a fenced tensor raises; its values are those of the tensor, whatever its size."""
     x = torch.arange(35, dtype=torch.int16).view(5, 7).bfloat16()
     assert torch.equal(emulation.fenced(x), x)
     within, beyond = bodies = ["x[threadIdx.x] += 1;", "x[threadIdx.x] = x[threadIdx.x + 1];"]
@@ -123,7 +123,7 @@ def test_fences():
 
 @pytest.mark.parametrize("order", emulation.ORDERS)
 def test_barriers_shuffles_and_copies(order):
-    """What a warp and a block exchange, against the same by PyTorch."""
+    """Exchange within a warp and a block, against PyTorch."""
     lane = torch.arange(64) % 32
     swap = "float* f = (float*)s; {} x[threadIdx.x] = f[63 - threadIdx.x];"
     values = torch.arange(64.0)
@@ -141,13 +141,13 @@ def test_barriers_shuffles_and_copies(order):
         swap.format(
             "copy_async<4>(f + threadIdx.x, x + threadIdx.x, threadIdx.x > 3); copy_commit(); copy_wait<0>(); __syncthreads();"
         ): (values * (values > 3)).flip(0),
-        swap.format(  # a group that nobody waits for has not arrived
+        swap.format(  # a group that the thread does not wait for has not arrived
             "copy_async<4>(f + threadIdx.x, x + threadIdx.x); copy_commit(); copy_wait<1>(); __syncthreads();"
         ): values * torch.nan,
     }
-    for body, wanted in cases.items():
+    for body, expected in cases.items():
         got = run(list(cases), body, values.clone(), shared=256, order=order)
-        assert torch.equal(got.nan_to_num(-1), wanted.nan_to_num(-1)), body
+        assert torch.equal(got.nan_to_num(-1), expected.nan_to_num(-1)), body
 
 
 def test_conversions():

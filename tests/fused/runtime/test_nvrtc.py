@@ -1,4 +1,4 @@
-"""CUDA C++ through NVRTC: compiled here for every architecture, kept on disk, launched on a driver that only listens."""
+"""CUDA C++ through NVRTC: compilation for every architecture, the cache on disk, launches on a mock driver."""
 
 import ctypes
 import logging
@@ -14,13 +14,12 @@ import torch
 
 import fused
 from fused.errors import BackendError
-from fused.runtime import cubin_cache as cubins
-from fused.runtime import nvrtc
+from fused.runtime import cubin_cache, cuda_module, nvrtc
 
 DEVICE = (Path(nvrtc.__file__).parent / "device.cuh").read_text()
 THREADS = (("THREADS", 128),)
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-compiles = pytest.mark.skipif(nvrtc.missing() is not None, reason=str(nvrtc.missing()))
+compiles = pytest.mark.skipif(nvrtc.compiler_unavailable() is not None, reason=str(nvrtc.compiler_unavailable()))
 gpu = pytest.mark.skipif(nvrtc.unavailable("cuda") is not None, reason=str(nvrtc.unavailable("cuda")))
 
 
@@ -34,7 +33,7 @@ def test_compiles_without_a_gpu(arch):
 @compiles
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_resources(arch):
-    """Registers, static shared memory, spills and stack of each kernel, where each is known or must be there."""
+    """Registers, static shared memory, spills and stack of each kernel, where they are known or must be above 0."""
     source = """extern "C" __global__ void a(float* x) {
       __shared__ float s[100];
       s[threadIdx.x] = x[0];
@@ -55,7 +54,7 @@ def test_resources(arch):
 @compiles
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_all_of_device_compiles(arch):
-    """Every name of device.cuh on the GPU's side; the same source compiles for the CPU."""
+    """Every function of device.cuh compiles for the GPU, and the same source for the CPU."""
     source = """extern "C" __global__ void k(float* x, unsigned short* h, unsigned* p) {
       SHARED(s)
       x[0] = ex2(x[0]) + select_less(x[1], x[2], x[3], x[4]) + rcp(x[2]) + from_bf16(h[0]) + from_fp16(h[1]);
@@ -72,25 +71,25 @@ def test_all_of_device_compiles(arch):
 
 
 @compiles
-def test_errors_of_the_compiler_are_told():
-    with pytest.raises(nvrtc.KernelError, match=r'(?s)sm_90 with THREADS=128.*kernels.cu\(2\).*"nonsense" is undefined'):
+def test_compiler_errors_are_reported():
+    with pytest.raises(cuda_module.KernelError, match=r'(?s)sm_90 with THREADS=128.*kernels.cu\(2\).*"nonsense" is undefined'):
         nvrtc.compile('extern "C" __global__ void k(float* x) {\nx[0] = nonsense;}', THREADS, "sm_90")
-    with pytest.raises(nvrtc.KernelError, match="sm_42"):
+    with pytest.raises(cuda_module.KernelError, match="sm_42"):
         nvrtc.compile('extern "C" __global__ void k(float* x) {}', (), "sm_42")
 
 
-def test_says_what_is_missing(monkeypatch):
-    def gone(name):
+def test_missing_packages_are_reported(monkeypatch):
+    def missing(name):
         raise ModuleNotFoundError(f"No module named 'cuda.bindings.{name}'")
 
-    monkeypatch.setattr(nvrtc, "_bindings", gone)
-    nvrtc.missing.cache_clear()
+    monkeypatch.setattr(cuda_module, "bindings", missing)
+    nvrtc.compiler_unavailable.cache_clear()
     try:
-        assert 'pip install "cuda-bindings==' in nvrtc.missing()
+        assert 'pip install "cuda-bindings==' in nvrtc.compiler_unavailable()
         with pytest.raises(BackendError, match="cuda.bindings.driver.*pip install"):
             nvrtc.compile("", (), "sm_90")
     finally:
-        nvrtc.missing.cache_clear()
+        nvrtc.compiler_unavailable.cache_clear()
     assert "NVIDIA GPUs only" in nvrtc.unavailable("cpu")
     with pytest.raises(BackendError, match="NVIDIA GPUs only"):
         nvrtc.module("", (), torch.device("cpu"))
@@ -98,34 +97,38 @@ def test_says_what_is_missing(monkeypatch):
 
 @pytest.fixture
 def disk(tmp_path, monkeypatch):
-    """An empty place for compiled kernels, and how often one was made."""
+    """An empty cache folder, and the keys that were compiled."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    made = []
-    return SimpleNamespace(made=made, get=lambda *parts: cubins.kept(parts, lambda: made.append(parts) or repr(parts).encode()))
+    compiled = []
+
+    def get(*key):
+        return cubin_cache.cached(key, lambda: compiled.append(key) or repr(key).encode())
+
+    return SimpleNamespace(compiled=compiled, get=get)
 
 
 def test_machine_code_is_kept(disk):
-    """Made once for the same source, macros, architecture and versions; again where any of them differs."""
+    """The same source, macros, architecture and versions compile once; others compile again."""
     for _ in range(2):
         assert disk.get("source", THREADS, "sm_90") == repr(("source", THREADS, "sm_90")).encode()
-    assert len(disk.made) == 1
+    assert len(disk.compiled) == 1
     disk.get("source", THREADS, "sm_80")
-    assert len(disk.made) == len(list(cubins.folder().iterdir())) == 2
+    assert len(disk.compiled) == len(list(cubin_cache.folder().iterdir())) == 2
 
 
 @pytest.mark.parametrize(
-    "harm", [lambda b: b[:-3], lambda b: b[:20], lambda b: b"", lambda b: b[:-1] + b"?", lambda b: b + b"?"]
+    "damage", [lambda b: b[:-3], lambda b: b[:20], lambda b: b"", lambda b: b[:-1] + b"?", lambda b: b + b"?"]
 )
-def test_damaged_files_are_made_again(disk, harm):
+def test_damaged_files_are_compiled_again(disk, damage):
     disk.get("source")
-    (file,) = cubins.folder().iterdir()
-    file.write_bytes(harm(file.read_bytes()))
+    (file,) = cubin_cache.folder().iterdir()
+    file.write_bytes(damage(file.read_bytes()))
     assert disk.get("source") == disk.get("source") == repr(("source",)).encode()
-    assert len(disk.made) == 2
+    assert len(disk.compiled) == 2
 
 
 def test_folder_that_cannot_be_written(tmp_path, monkeypatch, disk, caplog):
-    """Kernels are compiled all the same, and it is said once."""
+    """Kernels are compiled all the same, with one warning."""
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with caplog.at_level(logging.WARNING, "fused"):
@@ -135,25 +138,25 @@ def test_folder_that_cannot_be_written(tmp_path, monkeypatch, disk, caplog):
 
 
 def test_many_processes_at_once(disk):
-    """All make the same file at the same time, over and over: none ever reads half of one, nothing is left beside it."""
+    """All write the same file over and over: none reads half of one, and no draft is left."""
     script = f"""
 import sys, types
 sys.modules["fused"] = package = types.ModuleType("fused")  # without its imports, PyTorch for one, it starts at once
 package.__path__ = {list(fused.__path__)!r}
-from fused.runtime import cubin_cache as cubins
-code, path = bytes(range(256)) * 4000, cubins.folder() / "one.cubin"
+from fused.runtime import cubin_cache
+code, path = bytes(range(256)) * 4000, cubin_cache.folder() / "one.cubin"
 for _ in range(50):
-    cubins._write(path, code)
-    assert cubins._read(path) == code
-assert cubins.kept(("two",), lambda: code) == code
+    cubin_cache.write(path, code)
+    assert cubin_cache.read(path) == code
+assert cubin_cache.cached(("two",), lambda: code) == code
 """
     processes = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(4)]
     assert [process.wait(timeout=60) for process in processes] == [0] * 4
-    assert sorted(file.suffix for file in cubins.folder().iterdir()) == [".cubin"] * 2
+    assert sorted(file.suffix for file in cubin_cache.folder().iterdir()) == [".cubin"] * 2
 
 
-class Listener:
-    """The driver's calls as cuda-bindings has them, for one kernel with parameters (pointer, long long, float, pointer)."""
+class MockDriver:
+    """The driver's calls as in cuda-bindings, for one kernel with parameters (pointer, long long, float, pointer)."""
 
     CUresult = SimpleNamespace(CUDA_ERROR_INVALID_CONTEXT=201)
     CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_NUM_REGS=4, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8)
@@ -163,9 +166,9 @@ class Listener:
         name = "CUDA_ERROR"
 
     def __init__(self):
-        self.launches, self.limits, self.contexts, self.answers = [], [], ["PyTorch's own"], []
+        self.launches, self.limits, self.contexts, self.results = [], [], ["PyTorch's own"], []
 
-    def __getattr__(self, name):  # whatever else is asked succeeds
+    def __getattr__(self, name):  # all other calls succeed
         if not name.startswith("cu"):
             raise AttributeError(name)
         return lambda *args: (0, name)
@@ -192,29 +195,29 @@ class Listener:
         return (0,)
 
     def cuGetErrorString(self, error):
-        return 0, b"in the driver's words"
+        return 0, b"the driver's message"
 
     def cuLaunchKernel(self, function, *numbers):
         *shape, stream, pointers, extra = numbers
-        places = (ctypes.c_void_p * 4).from_address(pointers)
+        addresses = (ctypes.c_void_p * 4).from_address(pointers)
         kinds = (ctypes.c_uint64, ctypes.c_int64, ctypes.c_float, ctypes.c_uint64)
-        values = [kind.from_address(place).value for kind, place in zip(kinds, places, strict=True)]
+        values = [kind.from_address(address).value for kind, address in zip(kinds, addresses, strict=True)]
         self.launches.append((shape, stream, values))
-        return (self.answers.pop() if self.answers else 0,)
+        return (self.results.pop() if self.results else 0,)
 
 
 @pytest.fixture
-def listener(monkeypatch):
-    """A module on the device of CPU tensors, whose index is -1, and the driver that it speaks to."""
-    driver = Listener()
-    monkeypatch.setattr(nvrtc, "_bindings", lambda name: driver)
-    monkeypatch.setattr(nvrtc, "_stream", lambda index: 77)
+def mocked(monkeypatch):
+    """A module on the device of CPU tensors, whose index is -1, and its driver."""
+    driver = MockDriver()
+    monkeypatch.setattr(cuda_module, "bindings", lambda name: driver)
+    monkeypatch.setattr(cuda_module, "_current_stream", lambda index: 77)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
-    return nvrtc.Module(b"code", -1), driver
+    return cuda_module.Module(b"code", -1), driver
 
 
-def test_launch_hands_over_what_it_is_given(listener):
-    module, driver = listener
+def test_launch_passes_its_arguments(mocked):
+    module, driver = mocked
     x = torch.zeros(4)
     module.launch("k", (3, 2, 1), 64, 100, x[1:], -(2**40), 0.1, None)
     shape, stream, values = driver.launches[0]
@@ -223,13 +226,13 @@ def test_launch_hands_over_what_it_is_given(listener):
     assert driver.contexts == ["PyTorch's own"]
 
 
-def test_launch_refuses_what_the_kernel_does_not_take(listener):
-    module, driver = listener
+def test_launch_refuses_arguments_of_other_kinds(mocked):
+    module, driver = mocked
     x = torch.zeros(4)
     for args in [(x, 1, 1.0), (x, 1, 1, x), (x, 1.0, 1.0, x), (x, 1, None, x)]:
         with pytest.raises(TypeError, match="argument"):
             module.launch("k", (1, 1, 1), 64, 0, *args)
-    with pytest.raises(nvrtc.KernelError, match="no kernel 'j'.*CUDA_ERROR, in the driver's words"):
+    with pytest.raises(cuda_module.KernelError, match="no kernel 'j'.*CUDA_ERROR, the driver's message"):
         module.launch("j", (1, 1, 1), 64, 0, x)
     module.index = 0
     with pytest.raises(TypeError, match="argument 0 must be on cuda:0, is on cpu"):
@@ -237,30 +240,30 @@ def test_launch_refuses_what_the_kernel_does_not_take(listener):
     assert not driver.launches and driver.contexts == ["PyTorch's own"]
 
 
-def test_shared_memory_is_asked_for_once(listener):
-    module, driver = listener
+def test_shared_memory_limit_is_raised_once(mocked):
+    module, driver = mocked
     x = torch.zeros(4)
     for shared in (49152, 100000, 60000, 100000, 120000):
         module.launch("k", (1, 1, 1), 64, shared, x, 1, 1.0, x)
     assert driver.limits == [100000, 120000]
-    with pytest.raises(nvrtc.KernelError, match="k cannot have 240000 bytes of shared memory"):
+    with pytest.raises(cuda_module.KernelError, match="k cannot have 240000 bytes of shared memory"):
         module.launch("k", (1, 1, 1), 64, 240000, x, 1, 1.0, x)
 
 
-def test_launch_in_a_thread_without_a_context_and_failure(listener):
-    """A thread that has not used the device gets PyTorch's context; any other failure is told with the launch."""
-    module, driver = listener
+def test_launch_in_a_thread_without_a_context_and_failure(mocked):
+    """A thread that has not used the device gets PyTorch's context; any other failure is reported with the launch."""
+    module, driver = mocked
     x = torch.zeros(4)
-    driver.answers = [0, Listener.Error(201)]
+    driver.results = [0, MockDriver.Error(201)]
     module.launch("k", (1, 1, 1), 64, 0, x, 1, 1.0, x)
     assert len(driver.launches) == 2 and driver.contexts == ["cuDevicePrimaryCtxRetain"]
-    driver.answers = [Listener.Error(1)]
-    with pytest.raises(nvrtc.KernelError, match=r"k does not start with grid \(1, 1, 1\), 2048 threads, 0 bytes"):
+    driver.results = [MockDriver.Error(1)]
+    with pytest.raises(cuda_module.KernelError, match=r"k does not start with grid \(1, 1, 1\), 2048 threads, 0 bytes"):
         module.launch("k", (1, 1, 1), 2048, 0, x, 1, 1.0, x)
 
 
-def test_threads_have_arguments_of_their_own(listener):
-    module, driver = listener
+def test_threads_have_their_own_arguments(mocked):
+    module, driver = mocked
     x = torch.zeros(4)
 
     def launch(number):
@@ -277,11 +280,11 @@ def test_threads_have_arguments_of_their_own(listener):
 
 
 @gpu
-@pytest.mark.parametrize("way", ["plainly", "stream", "graph", "graph at first use", "thread", "last device"])
+@pytest.mark.parametrize("way", ["default stream", "stream", "graph", "graph at first use", "thread", "last device"])
 def test_example_on_a_gpu(way, disk):
     """On any device, on the current stream, in a captured graph and in another thread."""
     device = torch.device("cuda", torch.cuda.device_count() - 1 if way == "last device" else 0)
-    source = f"// {way}\n{DEVICE}{emulation.EXAMPLE}"  # another module for each
+    source = f"// {way}\n{DEVICE}{emulation.EXAMPLE}"  # another module for each way
     x = torch.randn(5, 1001, device=device).bfloat16()
     y = torch.full((5,), torch.nan, dtype=torch.bfloat16, device=device)
 
@@ -313,4 +316,4 @@ def test_example_on_a_gpu(way, disk):
     else:
         launch()
     assert torch.allclose(y.double(), x.double().sum(1), rtol=2**-8, atol=0)
-    assert torch.cuda.current_device() == 0 and len(list(cubins.folder().iterdir())) == 1
+    assert torch.cuda.current_device() == 0 and len(list(cubin_cache.folder().iterdir())) == 1

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from trainings import SMALL, class_folders, train
 
-from harness.instruments.two_processes import Training, log, trained
+from harness.instruments.two_processes import Training, log, run_trainings
 
 VIDEOS = 8
 
@@ -16,7 +16,7 @@ def test_one_process_resumes_a_run_of_two(tmp_path: Path, parallel: str) -> None
     """The parameters are the same bits; each video is evaluated once, and one of the two processes writes."""
     source = class_folders(tmp_path / "videos", VIDEOS // 2)
     words = [*SMALL, "task=finetune", "steps=2", f"data.train={source}", f"data.val={source}", f"out={tmp_path / 'run'}"]
-    output = trained([Training((*words, f"parallel={parallel}"), together=True)], tmp_path)
+    output = run_trainings([Training((*words, f"parallel={parallel}"), in_two_processes=True)], tmp_path)
     assert output.count("2 processes") == output.count("done: ") == 1, output
     assert [line["step"] for line in log(tmp_path / "run")] == [1, 2, 2]
     assert log(tmp_path / "run")[-1]["val_videos"] == VIDEOS

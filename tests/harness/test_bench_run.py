@@ -1,11 +1,11 @@
-"""Sweeps: licence before speed, frontiers, resume, verdicts between runs."""
+"""Benchmark runs: licence before speed, frontiers, resume, verdicts between runs."""
 
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from harness.bench.run import judged, roomy, sweep
+from harness.bench.run import fits_together, refusal, time_points
 from harness.cli.app import app
 from harness.records.finding import Finding
 from harness.records.record import Record
@@ -36,28 +36,28 @@ def new_run(folder: Path, *records: Record) -> Run:
     return run
 
 
-def swept(run: Run, lengths: list[int], who: list[Entry]) -> dict[tuple[str, int], Speed]:
-    sweep(run, [point(n) for n in lengths], lambda p: who, None, 0.01, 10.0, "cpu", 1, lambda speed: None)
+def timed(run: Run, lengths: list[int], who: list[Entry]) -> dict[tuple[str, int], Speed]:
+    time_points(run, [point(n) for n in lengths], lambda p: who, None, 0.01, 10.0, "cpu", 1, lambda speed: None)
     return {(s.entry.subject, s.point["L"]): s for s in run.speeds}
 
 
 def test_out_of_memory_ends_a_curve_and_longer_points_are_implied(tmp_path: Path) -> None:
     greedy, sleeper = entry("greedy"), entry("sleeper")
-    speeds = swept(new_run(tmp_path, passed(greedy), passed(sleeper)), [2, 1001, 2000], [greedy])
+    speeds = timed(new_run(tmp_path, passed(greedy), passed(sleeper)), [2, 1001, 2000], [greedy])
     assert [speeds["greedy", n].status for n in (2, 1001, 2000)] == ["ok", "oom", "implied"]
     assert "L1001" in speeds["greedy", 2000].reason
 
 
 def test_resume_times_only_what_is_left(tmp_path: Path) -> None:
     sleeper = entry("sleeper")
-    swept(new_run(tmp_path, passed(sleeper)), [1, 2], [sleeper])
+    timed(new_run(tmp_path, passed(sleeper)), [1, 2], [sleeper])
     path = tmp_path / "speeds.jsonl"
     whole = path.read_text()
     path.write_text(whole[: len(whole) - 40])  # killed while writing the second
     again = Run.open(tmp_path)
     assert [s.point["L"] for s in again.speeds] == [1]
     first = again.speeds[0]
-    swept(again, [1, 2, 3], [sleeper])
+    timed(again, [1, 2, 3], [sleeper])
     kept = Run.open(tmp_path).speeds
     assert [s.point["L"] for s in kept] == [1, 2, 3] and kept[0] == first
 
@@ -65,7 +65,7 @@ def test_resume_times_only_what_is_left(tmp_path: Path) -> None:
 def test_what_fails_parity_gets_no_speed_unless_it_is_a_rival(tmp_path: Path) -> None:
     ours, rival, unasked = entry("sleeper"), Entry("sleeper", "theirs", "rival", "fakes:sleeper"), entry("greedy")
     run = new_run(tmp_path, passed(ours, error=3.0), passed(rival, error=float("inf")))
-    swept(run, [2], [ours, rival, unasked])
+    timed(run, [2], [ours, rival, unasked])
     speeds = {s.entry: s for s in run.speeds}
     assert speeds[ours].status == "gated" and "3 budgets" in speeds[ours].reason
     assert speeds[rival].status == "ok" and speeds[rival].wrong == float("inf")
@@ -77,17 +77,17 @@ def test_all_load_at_once_where_what_they_took_before_has_room_for_its_growth(tm
     run = Run.create(tmp_path, {"kind": "bench", "plan": {}, "box": BOX | {"gpu_memory_gib": 100.0}})
     both = [entry("sleeper"), entry("greedy")]
     for e, gib in zip(both, (10, 14), strict=True):
-        assert not roomy(run, both, point(400_000))  # nothing is known of one of them
+        assert not fits_together(run, both, point(400_000))  # nothing is known of one of them
         run.add_speed(Speed(e, point(200_000), "ok", (1.0,), reserved=gib * 2**30))
-    assert roomy(run, both, point(700_000)) and not roomy(run, both, point(800_000))
-    assert roomy(run, both, point(1000, "train")) and not roomy(run, both, point(400_000, "train"))
+    assert fits_together(run, both, point(700_000)) and not fits_together(run, both, point(800_000))
+    assert fits_together(run, both, point(1000, "train")) and not fits_together(run, both, point(400_000, "train"))
 
 
 def test_a_wrong_gradient_gates_training_only() -> None:
     ours = entry("sleeper")
     records = [passed(ours), passed(ours, "backward", error=2.0)]
-    assert judged(ours, point(2), records) == ("", 0.0)
-    assert judged(ours, point(2, "train"), records)[1] == 2.0
+    assert refusal(ours, point(2), records) == ("", 0.0)
+    assert refusal(ours, point(2, "train"), records)[1] == 2.0
 
 
 @pytest.mark.parametrize(("factor", "code", "said"), [(1.05, 1, "SLOWER"), (1.0, 0, "SAME"), (0.9, 0, "FASTER")])

@@ -2,8 +2,8 @@
 
 import pytest
 
-from harness.bench.interleave import race
-from harness.bench.worker import Gone, Worker
+from harness.bench.interleave import interleave
+from harness.bench.worker import EntryFailed, Worker
 from harness.records.speed import Entry, Point, Speed
 
 
@@ -24,8 +24,8 @@ def worker():
         one.end()
 
 
-def test_a_known_time_is_found_and_rivals_take_turns(worker) -> None:
-    fast, slow = race([worker("sleeper"), worker("sleeper")], point(20), budget=0.5)
+def test_a_known_time_is_found_and_rivals_are_interleaved(worker) -> None:
+    fast, slow = interleave([worker("sleeper"), worker("sleeper")], point(20), budget=0.5)
     for speed in (fast, slow):
         assert speed.status == "ok" and not speed.alone
         assert 0.020 <= speed.median.middle < 0.023
@@ -36,47 +36,47 @@ def test_a_known_time_is_found_and_rivals_take_turns(worker) -> None:
 
 def test_twice_the_work_takes_twice_the_time(worker) -> None:
     one = worker("sleeper")
-    times = [next(race([one], point(length), budget=0.3)).median.middle for length in (5, 10)]
+    times = [next(interleave([one], point(length), budget=0.3)).median.middle for length in (5, 10)]
     assert 1.8 < times[1] / times[0] < 2.1
 
 
 def test_out_of_memory_is_a_result_and_the_worker_lives(worker) -> None:
     small, big = worker("greedy"), worker("sleeper")
-    speeds = {s.entry.subject: s for s in race([small, big], point(1001), budget=0.01)}
+    speeds = {s.entry.subject: s for s in interleave([small, big], point(1001), budget=0.01)}
     assert speeds["greedy"].status == "oom" and "1001" in speeds["greedy"].reason
     assert speeds["sleeper"].status == "ok" and not speeds["sleeper"].alone
-    assert next(race([small], point(1000), budget=0.01)).status == "ok"
+    assert next(interleave([small], point(1000), budget=0.01)).status == "ok"
 
 
 def test_what_does_not_fit_beside_its_rivals_is_timed_alone(worker, tmp_path) -> None:
-    first, second = race([worker("sharer", str(tmp_path)) for _ in range(2)], point(2), 0.05, roomy=False)
+    first, second = interleave([worker("sharer", str(tmp_path)) for _ in range(2)], point(2), 0.05, together=False)
     assert (first.status, first.alone) == ("ok", False)
     assert (second.status, second.alone) == ("ok", True)
 
 
 def test_a_crash_costs_one_worker(worker) -> None:
     crash, well = worker("mortal"), worker("sleeper")
-    speeds = {s.entry.subject: s for s in race([crash, well], point(6), budget=0.05)}
+    speeds = {s.entry.subject: s for s in interleave([crash, well], point(6), budget=0.05)}
     assert speeds["mortal"].status == "error" and "exit code 11" in speeds["mortal"].reason
     assert speeds["sleeper"].status == "ok"
-    assert next(race([crash], point(3), budget=0.01)).status == "ok"  # it was started again
+    assert next(interleave([crash], point(3), budget=0.01)).status == "ok"  # it was started again
 
 
 def test_a_stuck_worker_is_a_timeout(worker) -> None:
     stuck = worker("sleeper")
-    with pytest.raises(Gone, match="no answer within") as gone:
-        stuck.ask("load", point(9000), limit=12.0)  # 9 s a call, and three of them
-    assert gone.value.status == "timeout"
+    with pytest.raises(EntryFailed, match="no answer within") as failure:
+        stuck.ask("load", point(9000), timeout=12.0)  # 9 s a call, and three of them
+    assert failure.value.status == "timeout"
 
 
 def test_a_call_that_takes_too_long_is_a_timeout(worker) -> None:
     slow = worker("dawdler")
-    assert next(race([slow], point(2), budget=0.01)).status == "ok"
-    ended = next(race([slow], point(3), budget=0.01))
+    assert next(interleave([slow], point(2), budget=0.01)).status == "ok"
+    ended = next(interleave([slow], point(3), budget=0.01))
     assert ended.status == "timeout" and "11.0 s" in ended.reason and "10 s are allowed" in ended.reason
 
 
 def test_memory_of_a_call_is_seen(worker) -> None:
     eater = worker("hungry")
-    small, large = (next(race([eater], point(n), budget=0.01)).allocated for n in (16, 216))
+    small, large = (next(interleave([eater], point(n), budget=0.01)).allocated for n in (16, 216))
     assert large - small == pytest.approx(200 * 2**20, rel=0.1)

@@ -1,4 +1,4 @@
-"""Videos that come in pieces: the checks `long` and `stream`, the races `stream` and `chunks`, and what is said of them."""
+"""Videos that come in parts: the checks `long` and `stream`, the races `stream` and `chunks`, and their pages."""
 
 import re
 from dataclasses import replace
@@ -11,19 +11,25 @@ import sweeps
 
 import fused
 from harness.bench import grids, roofline, workloads
-from harness.bench.ceilings import Ceilings
-from harness.bench.run import PIECEWISE, judged, licence_plans, points_here, sweep
+from harness.bench.run import licence_requests, points_here, refusal, time_points
+from harness.bench.worker import LoadedCall
 from harness.checks import long
 from harness.judge.case import Case
-from harness.judge.registry import CannotAsk, mutants, subjects
+from harness.judge.check import CannotAsk
+from harness.judge.registry import mutants, subjects
 from harness.judge.trial import Trial
+from harness.records.ceilings import Ceilings
 from harness.records.finding import Finding
 from harness.records.record import Record
 from harness.records.speed import Entry, Point, Speed
 from harness.report import bench, chunking, streaming
 from harness.runs.store import Run
+from harness.subjects import videomamba
+from harness.subjects.videomamba.timing import CHUNKED
+from harness.subjects.videomamba.timing import STREAMED as STREAMED_SIZES
 
 OURS = Entry("videomamba", "fused:torch", "ours", variant="tiny")
+VIDEOS = {"stream": STREAMED_SIZES, "chunks": CHUNKED}
 STREAMED = replace(OURS, maker="harness.bench.streaming:make")
 
 
@@ -54,8 +60,8 @@ def test_long_finds_what_is_wrong_everywhere_alike() -> None:
 
 
 def test_long_leaves_hours_to_a_gpu() -> None:
-    [hour, _] = long.cases("long")
-    assert hour["T"] == 3600 and hour["L"] == 705601 and not long.cases("full")
+    [hour, _] = videomamba.special_cases("long", "long")
+    assert hour["T"] == 3600 and hour["L"] == 705601 and not videomamba.special_cases("long", "full")
     ours = next(i for i in subjects()["videomamba"].implementations() if i.name == "fused:torch")
     with pytest.raises(CannotAsk, match="705601 tokens.*on a GPU"):
         long.run(Trial(hour, "cpu"), ours)
@@ -63,7 +69,7 @@ def test_long_leaves_hours_to_a_gpu() -> None:
 
 @pytest.mark.parametrize("grid", grids.GRIDS)
 def test_points(grid: str) -> None:
-    points = [p for p in grids.points(grid) if p.race in grids.PIECEWISE]
+    points = [p for p in grids.points(grid) if p.race in VIDEOS]
     assert len({p.name for p in points}) == len(points)
     ways = {(p.race, p.mode, p.way) for p in points}
     chunks = {("chunks", "infer", "chunked"), ("chunks", "train", "chunked")}
@@ -73,27 +79,27 @@ def test_points(grid: str) -> None:
     hours = [p for p in points if p.race == "chunks" and p["L"] == 705601 and p.mode == "infer"]
     assert bool(hours) == (grid != "cpu")
     if grid == "cpu":
-        assert {p.name for p in points} == {p.name for p in points_here(grid, "cpu", tuple(grids.PIECEWISE))}
+        assert {p.name for p in points} == {p.name for p in points_here(grid, "cpu", tuple(VIDEOS))}
 
 
 def test_who_runs() -> None:
-    for race in grids.PIECEWISE:
+    for race in VIDEOS:
         found = grids.entries(race, "cpu", "sdpa")
         assert {e.implementation for e in found} == {"fused:torch"}  # mamba-ssm cannot carry a state
         [point, *_] = [p for p in grids.points("cpu") if p.race == race]
         assert [e.variant for e in found if grids.runs(e, point, "cpu")] == ["tiny"]
         native = [replace(e, implementation="fused:native") for e in found]
         there = [e.variant for e in (*found, *native) if grids.runs(e, point, "full")]
-        assert there == list(grids.PIECEWISE[race])
+        assert there == list(VIDEOS[race])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_licences_ask_something(dtype: str) -> None:
-    plans = licence_plans([("stream", OURS), ("chunks", OURS), ("tiny", OURS)], "cpu", dtype, 1)
-    assert [p.checks for p in plans] == [*(PIECEWISE[race][0] for race in ("stream", "chunks")), ("forward", "backward")]
-    for plan in plans:
-        asked = [name for case in plan.points() for name, _, _ in plan.questions(case)]
-        assert set(asked) == set(plan.checks) and len(plan.points()) >= len(plan.cases)
+    requests = licence_requests([("stream", OURS), ("chunks", OURS), ("tiny", OURS)], "cpu", dtype, 1)
+    assert [r.checks for r in requests] == [("chunks", "stream"), ("forward_chunked",), ("forward", "backward")]
+    for request in requests:
+        asked = [name for case in request.selected_cases() for name, _, _ in request.questions(case)]
+        assert set(asked) == set(request.checks) and len(request.selected_cases()) >= len(request.cases)
 
 
 def record(check: str, error: float = 0.5) -> Record:
@@ -104,7 +110,7 @@ def record(check: str, error: float = 0.5) -> Record:
 
 def test_every_race_needs_its_own_licence() -> None:
     def why(race: str, mode: str, *records: Record) -> str:
-        return judged(OURS, Point(race, (("B", 1), ("L", 16)), mode, dtype="float32"), list(records))[0]
+        return refusal(OURS, Point(race, (("B", 1), ("L", 16)), mode, dtype="float32"), list(records))[0]
 
     good = [record("forward"), record("backward")]
     assert "asked it nothing" in why("stream", "infer", *good) and "asked it nothing" in why("chunks", "train", *good)
@@ -131,31 +137,29 @@ def test_chunked_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     for mode in ("infer", "train"):
         workloads.make(clip("chunked", mode, F=2), OURS, "cpu").run()
     assert asked == [((1, 3, 3, 16, 16), 2, False), ((1, 3, 3, 16, 16), 2, True)]
-    build = workloads.networks()["videomamba"]
+    build = videomamba.network
     assert all(layer.recompute for layer in build(clip("checkpointed", "train"), OURS).layers)
     assert not any(layer.recompute for layer in build(clip("eager", "infer"), OURS).layers)
     workloads.make(clip("checkpointed", "train"), OURS, "cpu").run()
     assert len(asked) == 2
 
 
-def test_swept(tmp_path: Path) -> None:
+def test_a_stream_is_timed(tmp_path: Path) -> None:
     """In a worker: a stream goes on frame by frame, and has enough samples for its tail."""
     run = Run.create(tmp_path, {"kind": "bench", "plan": {"budget": 0.01}, "box": {}})
     for check in ("chunks", "stream"):
         run.add(record(check))
     point = Point("stream", (("B", 1), ("T", 1), ("S", 16), ("L", 1), ("A", 2)), "infer", dtype="float32")
     best = Ceilings(copy=4e12, matmul=8e14, exp=4e12)
-    sweep(run, [point], lambda p: [STREAMED], best, 0.01, 10.0, "cpu", 1, lambda speed: None)
+    time_points(run, [point], lambda p: [STREAMED], best, 0.01, 10.0, "cpu", 1, lambda speed: None)
     [speed] = Run.open(tmp_path).speeds
-    assert speed.status == "ok" and len(speed.seconds) >= point.fewest == 20 and speed.allocated > 0
+    assert speed.status == "ok" and len(speed.seconds) >= grids.race_of(point).fewest(point) == 20 and speed.allocated > 0
     both = roofline.bound(replace(point, race="tiny"), "videomamba", "tiny", best)
     assert 0 < speed.bound < both < 2 * speed.bound  # one direction
 
 
 def test_a_call_of_very_many_tokens_may_take_longer() -> None:
-    from harness.bench.worker import _Loaded
-
-    loaded = _Loaded(Entry("dawdler", "fake", "ours", "fakes:sleeper"), "cpu", 0.001)
+    loaded = LoadedCall(Entry("dawdler", "fake", "ours", "fakes:sleeper"), "cpu", 0.001)
     for tokens, slow in ((5, True), (1000, False)):
         loaded.load(Point("fake", (("B", tokens), ("L", 5)), "infer", dtype="float32"))
         if slow:
