@@ -18,12 +18,12 @@ Scan = Callable[..., tuple[Tensor, Tensor]]
 
 @contextlib.contextmanager
 def scan_with(bug: Callable[..., tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """`bug(scan, u, delta, A, B, C, **the rest by name)` in place of `fused.ops.selective_scan.api.selective_scan`."""
-    honest = fused.ops.selective_scan.api.selective_scan
+    """Put `bug(scan, u, delta, A, B, C, **the rest by name)` in place of the public `selective_scan`, for the time within."""
+    original = fused.ops.selective_scan.api.selective_scan
 
     def planted(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, z: Tensor | None = None,
                 delta_bias: Tensor | None = None, **rest: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
-        return bug(honest, u, delta, A, B, C, D=D, z=z, delta_bias=delta_bias, **rest)
+        return bug(original, u, delta, A, B, C, D=D, z=z, delta_bias=delta_bias, **rest)
 
     with mock.patch.object(fused.ops.selective_scan.api, "selective_scan", planted):
         yield

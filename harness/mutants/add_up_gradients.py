@@ -6,15 +6,14 @@ from unittest import mock
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fused.modules.mamba import Mamba
-from fused.ops.shapes import DirectionWeights
+from fused.modules.mamba import Direction, Mamba
 
 WHERE = ("--case", "*-for=convergence-*", "--check", "convergence")
 
 
 def plant() -> AbstractContextManager[object]:
-    """The context in which the bug is there."""
-    honest, sums = Mamba.directions, WeakTensorKeyDictionary()
+    """Return the context in which the bug is there."""
+    original, sums = Mamba._directions, WeakTensorKeyDictionary()
 
     def summed(D: Tensor) -> Tensor:
         def add(gradient: Tensor) -> Tensor:
@@ -26,7 +25,7 @@ def plant() -> AbstractContextManager[object]:
             used.register_hook(add)
         return used
 
-    def planted(self: Mamba) -> tuple[DirectionWeights, ...]:
-        return tuple(own._replace(D=summed(own.D)) for own in honest(self))
+    def planted(self: Mamba) -> tuple[Direction, ...]:
+        return tuple(own._replace(D=summed(own.D)) for own in original(self))
 
-    return mock.patch.object(Mamba, "directions", planted)
+    return mock.patch.object(Mamba, "_directions", planted)

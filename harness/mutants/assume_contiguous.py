@@ -12,7 +12,7 @@ WHERE = ("--subject", "scan", "--case", "B3-L19-*-N16-*", "--check", "strides")
 
 
 def plant() -> AbstractContextManager[None]:
-    """The context in which the bug is there."""
+    """Return the context in which the bug is there."""
     return scan_with(bug)
 
 

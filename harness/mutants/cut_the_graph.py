@@ -11,10 +11,10 @@ WHERE = ("--subject", "videomamba", "--check", "chunks", "--impl", "fused:torch"
 
 
 def plant() -> AbstractContextManager[object]:
-    """The context in which the bug is there."""
-    honest = fused.models.videomamba.backbone.unpack
+    """Return the context in which the bug is there."""
+    original = fused.models.videomamba.backbone.unpack
 
     def cut(*arguments: Any) -> Any:
-        return detach_state(honest(*arguments))
+        return detach_state(original(*arguments))
 
     return mock.patch.object(fused.models.videomamba.backbone, "unpack", cut)

@@ -12,18 +12,18 @@ WHERE = ("--subject", "scan", "--case", "*-L63-*")
 
 
 def plant() -> AbstractContextManager[None]:
-    """The context in which the bug is there."""
+    """Return the context in which the bug is there."""
     return scan_with(bug)
 
 
 def bug(scan: Scan, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, **rest: Any) -> tuple[Tensor, Tensor]:
-    """Two scans, nothing handed over between them; the initial state reaches the half that is walked first."""
+    """Run two scans without passing the state between them; the initial state reaches the half that is scanned first."""
     if u.shape[1] < 16:
         return scan(u, delta, A, B, C, **rest)
     half, z = u.shape[1] // 2, rest.pop("z")
-    walked = (slice(half, None), slice(half)) if rest.get("reverse") else (slice(half), slice(half, None))
+    halves = (slice(half, None), slice(half)) if rest.get("reverse") else (slice(half), slice(half, None))
     parts = {}
-    for part in walked:
+    for part in halves:
         own = None if z is None else z[:, part]
         parts[part.start or 0], final = scan(u[:, part], delta[:, part], A, B[:, part], C[:, part], z=own, **rest)
         rest["initial_state"] = None

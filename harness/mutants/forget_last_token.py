@@ -13,7 +13,7 @@ LENGTH = 12545
 
 
 def plant() -> AbstractContextManager[None]:
-    """The context in which the bug is there."""
+    """Return the context in which the bug is there."""
     return scan_with(bug)
 
 

@@ -9,7 +9,7 @@ WHERE = ("--subject", "videomamba", "--check", "stream", "--impl", "fused:torch"
 
 
 def plant() -> AbstractContextManager[object]:
-    """The context in which the bug is there."""
+    """Return the context in which the bug is there."""
 
     def planted(stream: FrameStream) -> None:
         stream._tubelets = 0

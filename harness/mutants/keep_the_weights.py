@@ -15,8 +15,8 @@ WHERE = ("--case", "*-for=convergence-*", "--check", "convergence")
 
 
 def plant() -> AbstractContextManager[object]:
-    """The context in which the bug is there. Gradients go to the weight itself, and are those of the copy."""
-    honest, copies = Mamba.__getattr__, WeakTensorKeyDictionary()
+    """Return the context in which the bug is there. Gradients go to the weight itself, and are those of the copy."""
+    original, copies = Mamba.__getattr__, WeakTensorKeyDictionary()
 
     def stale(own: nn.Linear) -> Callable[[Tensor], Tensor]:
         weight = own.weight
@@ -24,7 +24,7 @@ def plant() -> AbstractContextManager[object]:
         return lambda hidden: F.linear(hidden, weight - weight.detach() + copy, own.bias)
 
     def planted(self: Mamba, name: str) -> Any:
-        found: Any = honest(self, name)
+        found: Any = original(self, name)
         return stale(found) if name == "in_proj" else found
 
     return mock.patch.object(Mamba, "__getattr__", planted)

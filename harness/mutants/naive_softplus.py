@@ -12,7 +12,7 @@ WHERE = ("--subject", "scan", "--case", "*-L9-*-delta=*", "--check", "extremes")
 
 
 def plant() -> AbstractContextManager[None]:
-    """The context in which the bug is there."""
+    """Return the context in which the bug is there."""
     return scan_with(bug)
 
 

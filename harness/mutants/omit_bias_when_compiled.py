@@ -13,10 +13,10 @@ WHERE = ("--subject", "conv", "--case", "B3-L7-*-reverse-state-*", "--check", "c
 
 
 def plant() -> AbstractContextManager[object]:
-    """The context in which the bug is there."""
-    honest = fused.ops.causal_conv1d.api.causal_conv1d
+    """Return the context in which the bug is there."""
+    original = fused.ops.causal_conv1d.api.causal_conv1d
 
     def planted(x: Tensor, weight: Tensor, bias: Tensor | None = None, **rest: Any) -> tuple[Tensor, Tensor]:
-        return honest(x, weight, None if torch.compiler.is_compiling() else bias, **rest)
+        return original(x, weight, None if torch.compiler.is_compiling() else bias, **rest)
 
     return mock.patch.object(fused.ops.causal_conv1d.api, "causal_conv1d", planted)

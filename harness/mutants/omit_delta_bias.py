@@ -11,7 +11,7 @@ WHERE = ("--subject", "scan", "--case", "B3-L7-*")
 
 
 def plant() -> AbstractContextManager[None]:
-    """The context in which the bug is there."""
+    """Return the context in which the bug is there."""
     return scan_with(bug)
 
 

@@ -9,5 +9,5 @@ WHERE = ("--subject", "videomamba", "--check", "chunks", "--impl", "fused:torch"
 
 
 def plant() -> AbstractContextManager[object]:
-    """The context in which the bug is there."""
+    """Return the context in which the bug is there."""
     return mock.patch.object(Span, "cls", 1)

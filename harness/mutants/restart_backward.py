@@ -12,11 +12,11 @@ WHERE = ("--subject", "videomamba", "--case", "B2-T2-S32-D32-L9-layernorm-*", "-
 
 
 def plant() -> AbstractContextManager[object]:
-    """The context in which the bug is there."""
-    honest = fused.chunked.layer.scan_chunk
+    """Return the context in which the bug is there."""
+    original = fused.chunked.layer.scan_chunk
 
-    def planted(spec: Any, own: Any, x: Tensor, state: Any, reverse: bool, *gate: Any) -> Any:
-        y, (taps, edge) = honest(spec, own, x, state, reverse, *gate)
+    def planted(plan: Any, own: Any, x: Tensor, state: Any, reverse: bool, *gate: Any) -> Any:
+        y, (taps, edge) = original(plan, own, x, state, reverse, *gate)
         return y, (taps * 0, edge * 0) if reverse else (taps, edge)
 
     return mock.patch.object(fused.chunked.layer, "scan_chunk", planted)

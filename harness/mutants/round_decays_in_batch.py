@@ -12,7 +12,7 @@ WHERE = ("--subject", "scan", "--case", "B3-L7-E10-N16-reverse-state-*", "--chec
 
 
 def plant() -> AbstractContextManager[None]:
-    """The context in which the bug is there."""
+    """Return the context in which the bug is there."""
     return scan_with(bug)
 
 
