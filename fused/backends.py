@@ -23,7 +23,7 @@ from fused.runtime.dtypes import KERNEL_DTYPES
 from fused.runtime.modes import batch_invariant as batch_invariant
 
 BACKENDS = ("native", "native_kept", "mamba_ssm", "mamba_ssm_inner", "torch")
-LIKE = {"native_kept": "native", "mamba_ssm_inner": "mamba_ssm"}  # another mixer over the same operators
+OPERATOR_BACKEND = {"native_kept": "native", "mamba_ssm_inner": "mamba_ssm"}  # another mixer over the same operators
 SWITCH = "VIDEOMAMBA_DISABLE_FUSED"
 
 _log = logging.getLogger("fused")
@@ -62,7 +62,7 @@ def declared(op: str, table: Mapping[str, Abilities], backend: str) -> Abilities
 
 def operators_of(backend: str) -> str:
     """The backend whose scan, conv and norm it has: its own, but for the two that only differ in how a mixer uses them."""
-    return LIKE.get(backend, backend)
+    return OPERATOR_BACKEND.get(backend, backend)
 
 
 def check_abilities(
@@ -108,16 +108,10 @@ def unavailable(backend: str, device: torch.device | str) -> str | None:
 
 
 def choose(name: str, device: torch.device | str, *, use_fast_path: bool = True) -> str:
-    """The backend that runs for `name` on `device`; an explicit name comes back as it is, or raises BackendError."""
-    if torch.compiler.is_compiling():
-        from fused.uncompiled import select as constant  # the environment is read while tracing, not traced
+    """Return the backend that runs for `name` on `device`; an explicit name comes back as it is.
 
-        return constant(name, device, use_fast_path)
-    return select(name, device, use_fast_path)
-
-
-def select(name: str, device: torch.device | str, use_fast_path: bool) -> str:
-    """`choose`, as the compiler may not see it."""
+    Raises ValueError for an unknown name, BackendError for a backend that cannot run there.
+    """
     if name != "auto":
         if name not in BACKENDS:
             raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {name!r}")
@@ -132,6 +126,10 @@ def select(name: str, device: torch.device | str, use_fast_path: bool) -> str:
         return _announce("torch", f"{SWITCH} is set")
     reason = unavailable("native", device) if kind == "cuda" else f"the input is on {kind}"
     return _announce("native", "the input is on cuda") if reason is None else _announce("torch", reason)
+
+
+# Read while torch.compile traces, not traced: what torch.compiler.assume_constant_result sets, without importing the compiler.
+choose.__dict__["_dynamo_marked_constant"] = True
 
 
 @cache

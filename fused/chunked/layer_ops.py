@@ -1,268 +1,133 @@
-"""What one layer does to one chunk of a video: its parameters as the operators take them, and the steps between two states."""
+"""The steps of one layer over one chunk of a video, between two states, with their gradients.
+
+B clips, L tokens of the chunk, D width of the model, E width of the mixer.
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused import backends
-from fused.models.videomamba.block import Block
-from fused.modules.mamba import State
+from fused.chunked.layer_weights import Direction, LayerSpec, LayerWeights, Linear
+from fused.modules.state import State
 from fused.ops.add_norm import api as norm
-from fused.ops.causal_conv1d import api as conv
-from fused.ops.selective_scan import api as scan
+from fused.ops.mamba_inner.eager import one_direction_eager
 from fused.runtime.dtypes import accumulation_dtype
 from fused.runtime.elementwise import clipwise
 
 
-@dataclass(frozen=True)
-class Plan:
-    """All of a layer that is no tensor. Dtypes: `product` of matrix products, `normed` of the norm's result, `stored` of
-    the residual stream, `wide` of the sum before it is stored, at least float32."""
-
-    chunks: Sequence[slice]  # of tokens, in the order of time
-    backend: str
-    offload: bool
-    kind: str
-    eps: float
-    fused_add_norm: bool
-    R: int
-    N: int
-    product: torch.dtype
-    normed: torch.dtype
-    stored: torch.dtype
-    wide: torch.dtype
-
-
-def plan_of(
-    layer: Block, hidden: Tensor, residual: Tensor | None, chunks: Sequence[slice], backend: str, offload: bool
-) -> Plan:
-    """The plan of a layer for these streams, under the autocast of the caller."""
-    mixer, device, fused = layer.mixer, hidden.device.type, layer.fused_add_norm
-    weights = mixer.in_proj.weight.dtype
-    low = torch.is_autocast_enabled(device) and weights != torch.float64
-    summed = hidden.dtype if residual is None else torch.promote_types(hidden.dtype, residual.dtype)
-    if residual is not None and fused:
-        stored = residual.dtype
-    else:
-        stored = accumulation_dtype(summed) if layer.residual_in_fp32 else summed
-    return Plan(
-        chunks, backends.operators_of(backend), offload, layer.norm.kind, layer.norm.eps, fused, mixer.dt_rank, mixer.d_state,
-        product=torch.get_autocast_dtype(device) if low else weights,
-        normed=hidden.dtype if fused else layer.norm.weight.dtype,
-        stored=stored, wide=accumulation_dtype(summed),
-    )  # fmt: skip
-
-
-def parameters_of(layer: Block) -> list[Tensor | None]:
-    """Of the norm, both projections and every direction, as `Weights` takes them."""
-    mixer = layer.mixer
-    flat: list[Tensor | None] = [layer.norm.weight, layer.norm.bias]
-    for product in (mixer.in_proj, mixer.out_proj):
-        flat += [product.weight, product.bias]
-    for own in mixer._directions():
-        taps, dt = own.conv, own.dt_proj
-        flat += [taps.weight, taps.bias, own.x_proj.weight, dt.weight, dt.bias, own.A_log, own.D]
-    return flat
-
-
-@dataclass
-class Direction:
-    """One scan's weights: `A` is -exp(A_log), matrices are in the dtype of products, A and D at least float32."""
-
-    conv: Tensor
-    conv_bias: Tensor | None
-    x_proj: Tensor
-    dt_proj: Tensor
-    dt_bias: Tensor
-    A: Tensor
-    D: Tensor
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        """As the native operator takes them."""
-        return dict(zip(("conv", "conv_bias", "proj", "dt", "dt_bias", "A", "D"), self._all(), strict=True))
-
-    @cached_property
-    def packed(self) -> tuple[Tensor, Tensor]:
-        """What native walks make of the matrices, once for all chunks."""
-        from fused.ops.mamba_inner.one_direction import once
-
-        return once(self.parameters)
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """Those that are there."""
-        return [x for x in self._all() if x is not None]
-
-    def _all(self) -> list[Any]:
-        return [getattr(self, name) for name in _OWN]
-
-
-_OWN = tuple(field.name for field in fields(Direction))
-_NAMES = ("norm", "norm_bias", "into", "into_bias", "out", "out_bias", *_OWN, *_OWN)  # a causal layer has the first _OWN alone
-_PRODUCTS = ("into", "into_bias", "out", "out_bias", "x_proj", "dt_proj")
-
-
-class Weights:
-    """A layer's parameters, cast once for all chunks, and the sums of their gradients over chunks."""
-
-    def __init__(self, plan: Plan, parameters: Sequence[Tensor | None]) -> None:
-        self._parameters = parameters
-        self._sums: dict[int, Tensor] = {}  # by the id of what was cast
-        cast: list[Any] = [_cast(plan, name, x) for name, x in zip(_NAMES, parameters, strict=False)]
-        self._cast = cast
-        self.norm, self.into, self.out = cast[:2], cast[2:4], cast[4:6]
-        self.ahead = Direction(*cast[6:13])
-        self.behind = Direction(*cast[13:]) if len(cast) > 13 else None
-
-    def differentiable(self) -> "Weights":
-        """The same, every one a leaf."""
-        for x in self._cast:
-            if x is not None:
-                x.requires_grad_()
-        return self
-
-    def add(self, x: Tensor | None, grad: Tensor) -> None:
-        """To the gradient of one of them, summed in at least float32."""
-        if id(x) in self._sums:
-            self._sums[id(x)].add_(grad)
-        else:
-            self._sums[id(x)] = grad.to(accumulation_dtype(grad.dtype), copy=True)
-
-    def gradients(self) -> list[Tensor | None]:
-        """Of the parameters, in their shapes and dtypes."""
-        made: list[Tensor | None] = []
-        for name, own, x in zip(_NAMES, self._parameters, self._cast, strict=False):
-            total = self._sums.get(id(x))
-            if own is None or total is None:
-                made.append(None)
-                continue
-            total = total * x.detach() if name == "A" else total  # through A = -exp(A_log)
-            made.append(total.view(own.shape).to(own.dtype))
-        return made
-
-
-def _cast(plan: Plan, name: str, x: Tensor | None) -> Tensor | None:
-    """A parameter as the operators take it."""
-    if x is None:
-        return None
-    x = x.detach()
-    if name == "conv":
-        return x.squeeze(1)
-    if name in ("A", "D"):
-        x = x.to(accumulation_dtype(x.dtype))
-        return -x.exp() if name == "A" else x
-    return x.to(plan.product) if name in _PRODUCTS else x
-
-
 def add_norm(
-    plan: Plan, w: Weights, hidden: Tensor, residual: Tensor | None, into: Tensor | None = None
+    spec: LayerSpec, w: LayerWeights, hidden: Tensor, residual: Tensor | None, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(what in_proj reads, the sum before it is stored). The second is `into` where it can be written there by native kernels,
-    within autograd's back; `into` may be `residual`."""
-    if _native(plan) and into is not None and into.dtype == plan.wide and into.is_contiguous():
+    """Return in_proj's input (B, L, D) and the sum hidden + residual (B, L, D) before it is stored.
+
+    Native kernels write the sum into `out`, which may be `residual`, where its dtype and strides allow it.
+    """
+    if _has_native_norm(spec) and out is not None and out.dtype == spec.sum_dtype and out.is_contiguous():
+        from fused.ops.add_norm import launch
+        from fused.ops.add_norm.native import check_norm_arguments
+
         weight, bias = w.norm
-        return norm.norm_into(into, hidden, weight, bias, residual, eps=plan.eps, kind=plan.kind).to(plan.product), into
-    if plan.fused_add_norm:
-        residual = None if residual is None else residual.to(plan.wide)
-        y, v = norm.add_norm(hidden, *w.norm, residual=residual, eps=plan.eps, kind=plan.kind, backend=plan.backend)
-        return y.to(plan.product), v
+        check_norm_arguments(hidden, weight, bias, residual)
+        y, *_ = launch.forward(hidden, residual, weight, bias, spec.eps, spec.kind == "layer", out.dtype, out)
+        return y.to(spec.matmul_dtype), out
+    if spec.fused_add_norm:
+        residual = None if residual is None else residual.to(spec.sum_dtype)
+        y, v = norm.add_norm(hidden, *w.norm, residual=residual, eps=spec.eps, kind=spec.kind, backend=spec.backend)
+        return y.to(spec.matmul_dtype), v
     v = hidden if residual is None else residual + hidden
-    return norm_only(plan, w, v), v.to(plan.wide)
+    return norm_forward(spec, w, v), v.to(spec.sum_dtype)
 
 
-def norm_only(plan: Plan, w: Weights, v: Tensor, residual: Tensor | None = None) -> Tensor:
-    """The first of `add_norm`, without the second being stored; of the second, `v`, or of what is added up to it."""
-    if plan.fused_add_norm:
-        residual = None if residual is None else residual.to(plan.wide)
+def norm_forward(spec: LayerSpec, w: LayerWeights, v: Tensor, residual: Tensor | None = None) -> Tensor:
+    """Return in_proj's input (B, L, D) for the sum v, or v + residual, which is not stored."""
+    if spec.fused_add_norm:
+        residual = None if residual is None else residual.to(spec.sum_dtype)
     else:
-        v, residual = (v if residual is None else residual + v).to(plan.normed), None
-    options: dict[str, Any] = {"eps": plan.eps, "kind": plan.kind, "prenorm": False, "backend": plan.backend}
+        v, residual = (v if residual is None else residual + v).to(spec.norm_dtype), None
+    options: dict[str, Any] = {"eps": spec.eps, "kind": spec.kind, "prenorm": False, "backend": spec.backend}
     y: Any = norm.add_norm(v, *w.norm, residual=residual, **options)
-    return y.to(plan.normed).to(plan.product)
+    return y.to(spec.norm_dtype).to(spec.matmul_dtype)
 
 
-def norm_again(plan: Plan, w: Weights, v: Tensor) -> tuple[Tensor, tuple[Any, Any]]:
-    """`norm_only` of v, and what `norm_back` wants."""
-    if _native(plan):
-        from fused.ops.add_norm import kernels
+def norm_recompute(spec: LayerSpec, w: LayerWeights, v: Tensor) -> tuple[Tensor, tuple[Any, Any]]:
+    """Return `norm_forward` of v (B, L, D), and what `norm_backward` reads."""
+    if _has_native_norm(spec):
+        from fused.ops.add_norm import launch
 
         weight, bias = w.norm
-        y, _, mean, rstd = kernels.forward(v, None, weight, bias, plan.eps, plan.kind == "layer", None, dtype=plan.normed)
-        return y.to(plan.product), (mean, rstd)
+        y, _, mean, rstd = launch.forward(v, None, weight, bias, spec.eps, spec.kind == "layer", None, dtype=spec.norm_dtype)
+        return y.to(spec.matmul_dtype), (mean, rstd)
     v = v.detach().requires_grad_()
     with torch.enable_grad():
-        y = norm_only(plan, w, v)
+        y = norm_forward(spec, w, v)
     return y.detach(), (v, y)
 
 
-def norm_back(
-    plan: Plan, w: Weights, v: Tensor, kept: tuple[Any, Any], dy: Tensor, dinto: Tensor | None, place: Tensor
+def norm_backward(
+    spec: LayerSpec, w: LayerWeights, v: Tensor, kept: tuple[Any, Any], dy: Tensor, dresidual: Tensor | None, dv: Tensor
 ) -> None:
-    """Write the gradient of v into `place`, `dinto` added if there is any; those of the parameters are added to `w`."""
+    """Write the gradient of v (B, L, D), with `dresidual` added, into `dv`; those of the parameters are added to `w`."""
     weight, bias = w.norm
-    if _native(plan):
-        from fused.ops.add_norm import kernels
+    if _has_native_norm(spec):
+        from fused.ops.add_norm import launch
 
-        (mean, rstd), own = kept, place if place.is_contiguous() else None
-        dv, _, dweight, dbias = kernels.backward(dy, dinto, v, None, weight, bias, mean, rstd, place.dtype, dx=own)
+        (mean, rstd), out = kept, dv if dv.is_contiguous() else None
+        made, _, dweight, dbias = launch.backward(dy, dresidual, v, None, weight, bias, mean, rstd, dv.dtype, dx=out)
     else:
         leaf, y = kept
-        dv, dweight, *rest = torch.autograd.grad(y, [x for x in (leaf, weight, bias) if x is not None], dy)
-        dv, dbias = dv if dinto is None else dv + dinto, rest[0] if rest else None
-    if dv is not place:
-        place.copy_(dv)
-    w.add(weight, dweight)
+        made, dweight, *rest = torch.autograd.grad(y, [x for x in (leaf, weight, bias) if x is not None], dy)
+        made, dbias = made if dresidual is None else made + dresidual, rest[0] if rest else None
+    if made is not dv:
+        dv.copy_(made)
+    w.add_gradient(weight, dweight)
     if dbias is not None:
-        w.add(bias, dbias)
+        w.add_gradient(bias, dbias)
 
 
-def _native(plan: Plan) -> bool:
-    """Whether the norm's own kernels can be called, past autograd: the sum that they see is not rounded."""
-    return plan.backend == "native" and plan.fused_add_norm
+def _has_native_norm(spec: LayerSpec) -> bool:
+    """Return whether the norm's own kernels can be called, past autograd: the sum that they see is not rounded."""
+    return spec.backend == "native" and spec.fused_add_norm
 
 
 def scan_chunk(
-    plan: Plan, own: Direction, x: Tensor, state: Sequence[Tensor] | None, reverse: bool,
-    z: Tensor | None = None, beside: Tensor | None = None,
+    spec: LayerSpec, direction: Direction, x: Tensor, state: Sequence[Tensor] | None, reverse: bool,
+    z: Tensor | None = None, y_other_direction: Tensor | None = None,
 ) -> tuple[Tensor, State]:  # fmt: skip
-    """One direction over a chunk from its state: y, and the state that leaves. With `z`, (y + beside) * silu(z), where
-    `beside` is the other direction's y, if there is one."""
-    if plan.backend == "native":
-        from fused.ops.mamba_inner.one_direction import walk
+    """Return y (B, L, E) of one direction over a chunk x (B, L, E) from its state, and the state that leaves.
 
-        return walk(x, z, beside, state, own.parameters, reverse=reverse, logarithm=False, packed=own.packed)
-    taps, edge = state or (None, None)
-    c, taps = conv.causal_conv1d(x, own.conv, own.conv_bias, initial_state=taps, reverse=reverse, backend=plan.backend)
-    dt, B, C = F.linear(c, own.x_proj).split((plan.R, plan.N, plan.N), dim=-1)
-    y, edge = scan.selective_scan(
-        c, F.linear(dt, own.dt_proj), own.A, B, C, own.D, None, own.dt_bias,
-        initial_state=edge, reverse=reverse, backend=plan.backend,
-    )  # fmt: skip
-    return y if z is None else _gated(y, beside, z), (taps, edge)
+    With z (B, L, E) it is (y + y_other_direction) * silu(z), where `y_other_direction` is the other direction's y, if there is
+    one.
+    """
+    if spec.backend == "native":
+        from fused.ops.mamba_inner.one_direction import mamba_inner_one_direction
 
-
-def _gated(y: Tensor, beside: Tensor | None, z: Tensor) -> Tensor:
-    """Computed in at least float32 and rounded once."""
-    wide = accumulation_dtype(z.dtype)
-    y = y.to(wide) if beside is None else y.to(wide) + beside
-    return (y * clipwise(F.silu, z.to(wide))).to(z.dtype)
+        return mamba_inner_one_direction(
+            x, direction.weights, reverse=reverse, A_is_log=False, z=z, y_other_direction=y_other_direction, state=state,
+            packed=direction.packed,
+        )  # fmt: skip
+    y, left = one_direction_eager(x, direction.weights, reverse=reverse, backend=spec.backend, state=state)
+    return y if z is None else _gate(y, y_other_direction, z), left
 
 
-def project(weights: Sequence[Any], x: Tensor, first: int | None = None) -> Tensor:
-    """A linear layer's outputs, or the `first` of them."""
-    weight, bias = weights
+def _gate(y: Tensor, y_other_direction: Tensor | None, z: Tensor) -> Tensor:
+    """Return (y + y_other_direction) * silu(z), computed in at least float32 and rounded once."""
+    dtype = accumulation_dtype(z.dtype)
+    y = y.to(dtype) if y_other_direction is None else y.to(dtype) + y_other_direction
+    return (y * clipwise(F.silu, z.to(dtype))).to(z.dtype)
+
+
+def project(linear: Linear, x: Tensor, first: int | None = None) -> Tensor:
+    """Return a linear layer's outputs (B, L, out) of x (B, L, in), or the `first` of them."""
+    weight, bias = linear
     return F.linear(x, weight[:first], None if bias is None else bias[:first])
 
 
-def project_into(weights: Sequence[Any], x: Tensor, out: Tensor) -> None:
-    """A linear layer's outputs, written into `out`; behind autograd's back."""
-    weight, bias = weights
+def project_into(linear: Linear, x: Tensor, out: Tensor) -> None:
+    """Write a linear layer's outputs of x (B, L, in) into `out` (B, L, out), past autograd."""
+    weight, bias = linear
     if not out.is_contiguous() or out.dtype != x.dtype:
         out.copy_(F.linear(x, weight, bias))
     elif bias is None:
@@ -271,11 +136,11 @@ def project_into(weights: Sequence[Any], x: Tensor, out: Tensor) -> None:
         torch.addmm(bias, x.flatten(0, 1), weight.t(), out=out.flatten(0, 1))
 
 
-def project_back(w: Weights, weights: Sequence[Any], x: Tensor, grad: Tensor) -> Tensor:
-    """The gradient of x; those of the layer are added to `w`."""
-    weight, bias = weights
+def project_backward(w: LayerWeights, linear: Linear, x: Tensor, grad: Tensor) -> Tensor:
+    """Return the gradient of x (B, L, in) for that of the outputs (B, L, out); those of the layer are added to `w`."""
+    weight, bias = linear
     flat = grad.flatten(0, 1)
-    w.add(weight, flat.t() @ x.flatten(0, 1))
+    w.add_gradient(weight, flat.t() @ x.flatten(0, 1))
     if bias is not None:
-        w.add(bias, flat.sum(0))
+        w.add_gradient(bias, flat.sum(0))
     return grad @ weight

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from fused.chunked.layer_ops import Plan, Weights, add_norm, parameters_of, plan_of, project, scan_chunk
+from fused.chunked.layer_ops import add_norm, project, scan_chunk
+from fused.chunked.layer_weights import LayerParameters, LayerSpec, LayerWeights, layer_spec
 from fused.chunked.video import ChunkedOutput, Video, check_chunkable, embed_chunks, max_frames, split_frames
 from fused.modules.mamba import State
-from fused.runtime.checks import no_autocast
+from fused.runtime.autocast import no_autocast
 
 if TYPE_CHECKING:
     from fused.chunked.protocol import ChunkableModel
@@ -59,7 +60,7 @@ class _WindowLayers:
     def __init__(self, model: "ChunkableModel", backend: str) -> None:
         self.layers: list[Any] = list(model.layers)
         self.backend = backend
-        self.ready: list[tuple[Plan, Weights]] = []
+        self.ready: list[tuple[LayerSpec, LayerWeights]] = []
         self.states: list[State | None] = [None] * len(self.layers)
 
     def run(self, tokens: Tensor, count: int) -> ChunkedOutput:
@@ -67,26 +68,26 @@ class _WindowLayers:
         hidden, residual = tokens, cast(Any, None)
         for i, layer in enumerate(self.layers):
             if len(self.ready) == i:
-                plan = plan_of(layer, hidden, residual, (), self.backend, False)
-                self.ready.append((plan, Weights(plan, parameters_of(layer))))
-            plan, w = self.ready[i]
+                spec = layer_spec(layer, hidden, residual, (), self.backend, False)
+                self.ready.append((spec, LayerWeights(spec, LayerParameters.of(layer))))
+            spec, w = self.ready[i]
             with no_autocast(tokens.device):
-                y, v = add_norm(plan, w, hidden, residual)
-                y, self.states[i] = _mix_window(plan, w, y, count, self.states[i])
-                hidden, residual = y, v.to(plan.stored)
+                y, v = add_norm(spec, w, hidden, residual)
+                y, self.states[i] = _mix_window(spec, w, y, count, self.states[i])
+                hidden, residual = y, v.to(spec.residual_dtype)
         return ChunkedOutput(hidden[:, :count], residual[:, :count], [], (), self.backend)
 
 
-def _mix_window(plan: Plan, w: Weights, hidden: Tensor, count: int, state: State | None) -> tuple[Tensor, State]:
+def _mix_window(spec: LayerSpec, w: LayerWeights, hidden: Tensor, count: int, state: State | None) -> tuple[Tensor, State]:
     """Return the mixer's output (B, L, D) for a window, and the forward state behind its first `count` tokens."""
-    x, z = project(w.into, hidden).chunk(2, dim=-1)
-    y_backward = None if w.behind is None else scan_chunk(plan, w.behind, x, None, reverse=True)[0]
+    x, z = project(w.in_proj, hidden).chunk(2, dim=-1)
+    y_backward = None if w.backward is None else scan_chunk(spec, w.backward, x, None, reverse=True)[0]
 
     def scan_forward(part: slice, state: State | None) -> tuple[Tensor, State]:
         other = None if y_backward is None else y_backward[:, part]
-        return scan_chunk(plan, w.ahead, x[:, part], state, False, z[:, part], other)
+        return scan_chunk(spec, w.forward, x[:, part], state, False, z[:, part], other)
 
     y, state = scan_forward(slice(count), state)
     if x.shape[1] > count:
         y = torch.cat((y, scan_forward(slice(count, None), state)[0]), dim=1)
-    return project(w.out, y), state
+    return project(w.out_proj, y), state

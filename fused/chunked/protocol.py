@@ -9,9 +9,9 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from fused.modules.mamba import Direction
 from fused.modules.norm import DropPath, Norm
 from fused.modules.span import Span
+from fused.ops.shapes import DirectionWeights
 
 
 class ChunkableModel(Protocol):
@@ -82,5 +82,5 @@ class ChunkableMixer(Protocol):
     dt_rank: int
     d_state: int
 
-    def directions(self) -> Sequence[Direction]:
+    def directions(self) -> Sequence[DirectionWeights]:
         """Return the forward scan's weights, and behind them the backward scan's if the mixer has one."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fused import backends
-from fused.chunked.layer import sweep
+from fused.chunked.layer import run_block_two_pass
 from fused.modules import mamba
 from fused.modules.span import Span, check_tubelets
 
@@ -62,7 +62,7 @@ def run_layers(
     for i, layer in enumerate(layers):
         if residual is not None:
             hidden = layer.drop_path(hidden)
-        hidden, residual = sweep(layer, hidden, residual, chunks, backend, offload)
+        hidden, residual = run_block_two_pass(layer, hidden, residual, chunks, backend, offload)
         if i - 1 in out_layers:  # the stream behind layer i - 1 is summed in layer i
             features.append(apply_per_chunk(lambda x: model.layer_feature(x, backend), chunks, residual))
     hidden = model.drop_path(hidden)

@@ -2,19 +2,17 @@
 
 import math
 from dataclasses import replace
-from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from fused import backends
 from fused.backends import NATIVE, TORCH, Abilities
 from fused.modules.state import State, check_mixer_state, linear_dtype, zero_state
-from fused.ops import mamba_ssm as upstream
-from fused.ops.causal_conv1d import api as conv
-from fused.ops.selective_scan import api as scan
+from fused.ops import mamba_ssm
+from fused.ops.mamba_inner.eager import one_direction_eager
+from fused.ops.shapes import DirectionWeights
 from fused.runtime.dtypes import KERNEL_DTYPES, accumulation_dtype
 
 BACKENDS = {
@@ -25,27 +23,8 @@ BACKENDS = {
 """Abilities of the backends that can run a mixer."""
 
 
-class Direction(NamedTuple):
-    """What one scan does not share with the other, and from which end it starts."""
-
-    conv: nn.Conv1d
-    x_proj: nn.Linear
-    dt_proj: nn.Linear
-    A_log: Tensor
-    D: Tensor
-    reverse: bool
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        """As the native operators take them."""
-        return {
-            "conv": self.conv.weight.squeeze(1), "conv_bias": self.conv.bias, "proj": self.x_proj.weight,
-            "dt": self.dt_proj.weight, "dt_bias": self.dt_proj.bias, "A": self.A_log, "D": self.D,
-        }  # fmt: skip
-
-
 def check_backend(name: str) -> str:
-    """The name, if it is one; whether it can run is decided by the device of the first input."""
+    """Return the name of a backend. Raises ValueError for another name; the first input decides whether it can run."""
     if name != "auto" and name not in backends.BACKENDS:
         raise ValueError(f"backend is {name!r}; allowed: 'auto', {', '.join(map(repr, backends.BACKENDS))}")
     return name
@@ -161,38 +140,73 @@ class Mamba(nn.Module):
         Raises ValueError for a state with a bidirectional mixer or with a backend that cannot carry one, ValueError or
         TypeError for a state of other shapes, dtypes or devices, BackendError for a backend that cannot run here.
         """
-        self._check_state(hidden, state, return_state, backend or self.backend)
-        backend = backend or backends.choose(self.backend, hidden.device, use_fast_path=self.use_fast_path)
-        operators = backends.operators_of(backend)
+        carried = state is not None or return_state
+        requested = backend or self.backend
+        if carried:
+            self._require_causal()
+            if requested == "mamba_ssm_inner":
+                raise ValueError("mixer: backend 'mamba_ssm_inner' does not return a state; use backend='torch'")
+        if backend is None or state is not None or hidden.dtype not in KERNEL_DTYPES:  # else a model has asked already
+            asked = {"initial_state": state is not None}
+            backends.check_abilities("mixer", BACKENDS, requested, hidden.dtype, asked)
+        backend = backend or self.resolve_backend(hidden)
+        operators = backends.OPERATOR_BACKEND.get(backend, backend)
+        directions = self.directions()
         if operators == "mamba_ssm" and not return_state:
-            return upstream.mix(hidden, self, inner=backend == "mamba_ssm_inner")
+            inner = backend == "mamba_ssm_inner"
+            return mamba_ssm.mamba_mixer(hidden, self.in_proj, self.out_proj, directions, inner=inner)
         xz = self.in_proj(hidden)
-        if operators == "native" and state is None and not return_state:
-            return self._native(xz, backend == "native_kept")
+        if operators == "native" and not carried:
+            from fused.ops.mamba_inner.native import mamba_inner
+
+            out_proj = self.out_proj
+            return mamba_inner(xz, directions, out_proj.weight, out_proj.bias, keep_states=backend == "native_kept")
         x, z = xz.chunk(2, dim=-1)
         if state is not None:
             check_mixer_state(state, x, self.d_conv, self.d_state, self.layer_idx)
-        first, *others = self._directions()
-        y, state = self._scan(x, z, first, state, backend)
-        for other in others:
-            y = y + self._scan(x, z, other, None, backend)[0]
+        if operators == "native":
+            from fused.ops.mamba_inner.one_direction import mamba_inner_one_direction
+
+            y, state = mamba_inner_one_direction(x, directions[0], z=z, state=state, reverse=False, A_is_log=True)
+        else:
+            y, state = self._scan_eager(x, z, directions, state, backend)
         out = self.out_proj(y)
         return (out, state) if return_state else out
 
-    def _native(self, xz: Tensor, keep: bool) -> Tensor:
-        """Everything behind in_proj as one operator; `keep` saves its backward the scan."""
-        from fused.ops.mamba_inner import native as mixer
+    def resolve_backend(self, x: Tensor) -> str:
+        """Return the name of the backend that runs where `x` is. Raises BackendError for one that cannot run there."""
+        return backends.choose(self.backend, x.device, use_fast_path=self.use_fast_path)
 
-        directions = [own.parameters for own in self._directions()]
-        return mixer.mix(xz, directions, self.out_proj.weight, self.out_proj.bias, keep)
+    def directions(self) -> tuple[DirectionWeights, ...]:
+        """Return the weights of the forward scan, which can carry a state, and of the backward scan if there is one.
 
-    def _check_state(self, hidden: Tensor, state: State | None, return_state: bool, backend: str) -> None:
-        carried = state is not None or return_state
-        if carried:
-            self._require_causal()
-        backends.check_abilities("mixer", BACKENDS, backend, hidden.dtype, {"initial_state": state is not None})
-        if carried and backend == "mamba_ssm_inner":
-            raise ValueError("mixer: backend 'mamba_ssm_inner' does not return a state; use backend='torch'")
+        A is A_log, the logarithm of -A.
+        """
+        conv, dt = self.conv1d, self.dt_proj
+        first = DirectionWeights(
+            conv.weight.squeeze(1), conv.bias, self.x_proj.weight, dt.weight, dt.bias, self.A_log, self.D
+        )  # fmt: skip
+        if not self.bimamba:
+            return (first,)
+        conv, dt = self.conv1d_b, self.dt_proj_b
+        return first, DirectionWeights(
+            conv.weight.squeeze(1), conv.bias, self.x_proj_b.weight, dt.weight, dt.bias, self.A_b_log, self.D_b
+        )  # fmt: skip
+
+    def _scan_eager(
+        self, x: Tensor, z: Tensor, directions: tuple[DirectionWeights, ...], state: State | None, backend: str
+    ) -> tuple[Tensor, State]:
+        """Return gated y (B, L, E) of all directions over x and z (B, L, E), and the state that leaves the first."""
+        ys, states = [], []
+        for i, weights in enumerate(directions):
+            A = -weights.A.to(accumulation_dtype(weights.A.dtype)).exp()
+            y, leaving = one_direction_eager(
+                x, weights._replace(A=A), z=z, state=None if i else state, reverse=i == 1, backend=backend,
+                x_proj=self.x_proj_b if i else self.x_proj,
+            )  # fmt: skip
+            ys.append(y)
+            states.append(leaving)
+        return ys[0] if len(ys) == 1 else ys[0] + ys[1], states[0]
 
     def _require_causal(self) -> None:
         if self.bimamba:
@@ -200,28 +214,3 @@ class Mamba(nn.Module):
                 "a bidirectional mixer cannot carry a state: its backward direction starts at the last token of the video, "
                 "so that a chunk would need the future. Run the whole clip at once, or build the mixer with bimamba=False"
             )
-
-    def _directions(self) -> tuple[Direction, ...]:
-        """The scans of this mixer, the one that can carry a state first."""
-        ahead = Direction(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D, reverse=False)
-        if not self.bimamba:
-            return (ahead,)
-        return ahead, Direction(self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b, reverse=True)
-
-    def _scan(self, x: Tensor, z: Tensor, own: Direction, state: State | None, backend: str) -> tuple[Tensor, State]:
-        if backends.operators_of(backend) == "native":
-            from fused.ops.mamba_inner.one_direction import walk
-
-            return walk(x, z, None, state, own.parameters, reverse=own.reverse, logarithm=True)
-        conv_state, ssm_state = (None, None) if state is None else state
-        taps, reverse = own.conv.weight.squeeze(1), own.reverse
-        c, conv_state = conv.causal_conv1d(
-            x, taps, own.conv.bias, initial_state=conv_state, reverse=reverse, backend=backend
-        )  # fmt: skip
-        dt, B, C = own.x_proj(c).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
-        delta = F.linear(dt, own.dt_proj.weight)  # the scan adds dt_proj's bias, unrounded
-        A = -own.A_log.to(accumulation_dtype(own.A_log.dtype)).exp()
-        y, ssm_state = scan.selective_scan(
-            c, delta, A, B, C, own.D, z, own.dt_proj.bias, initial_state=ssm_state, reverse=reverse, backend=backend
-        )
-        return y, (conv_state, ssm_state)

@@ -1,13 +1,15 @@
 """The norm with its parameters, and stochastic depth."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from fused.ops.add_norm import api as norm
+from fused.ops.add_norm import api
 
 
 class Norm(nn.Module):
-    """RMSNorm ("rms", no bias and no `bias` key) or LayerNorm ("layer") over `norm.add_norm`."""
+    """RMSNorm ("rms", no bias and no `bias` key) or LayerNorm ("layer") over `fused.add_norm`."""
 
     bias: nn.Parameter | None
 
@@ -23,9 +25,19 @@ class Norm(nn.Module):
 
     def add(
         self, x: Tensor, residual: Tensor | None, *, prenorm: bool = True, residual_in_fp32: bool = True, backend: str = "auto"
-    ):
-        """`add_norm` with this module's parameters."""
-        return norm.add_norm(
+    ) -> Any:
+        """Return `add_norm` of x (..., D) and residual with this module's parameters.
+
+        A model has resolved its backend for the whole forward: the native one is then called at once.
+        """
+        if backend in ("native", "native_kept"):
+            from fused.ops.add_norm.native import add_norm_native
+
+            return add_norm_native(
+                x, self.weight, self.bias, residual=residual, eps=self.eps, kind=self.kind,
+                prenorm=prenorm, residual_in_fp32=residual_in_fp32,
+            )  # fmt: skip
+        return api.add_norm(
             x, self.weight, self.bias, residual=residual, eps=self.eps, kind=self.kind,
             prenorm=prenorm, residual_in_fp32=residual_in_fp32, backend=backend,
         )  # fmt: skip

@@ -7,12 +7,15 @@ Upstream carries no state into a call and ignores the gradient of the state that
 by `backends.check_abilities`, the second here, in the backward. Written against mamba-ssm 2.3.2 and causal-conv1d 1.7.
 """
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from fused.ops.shapes import DirectionWeights
 
 
 def selective_scan(
@@ -26,11 +29,13 @@ def selective_scan(
     delta_bias: Float[Tensor, " E"] | None = None,
     *,
     softplus: bool = True,
+    initial_state: None = None,
     reverse: bool = False,
 ) -> tuple[Float[Tensor, "B L E"], Float[Tensor, "B E N"]]:
-    """mamba-ssm's CUDA scan. It wants u, delta, B, C and z in one dtype, u's, and A, D and delta_bias in float32.
+    """Scan by mamba-ssm's CUDA kernel. It wants u, delta, B, C and z in one dtype, u's, and A, D and delta_bias in float32.
 
-    Raises RuntimeError in the backward if a gradient arrives at the final state.
+    It takes no initial state (`BACKENDS` says so). Raises RuntimeError in the backward if a gradient arrives at the final
+    state.
     """
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
@@ -64,9 +69,10 @@ def causal_conv1d(
     bias: Float[Tensor, " E"] | None = None,
     *,
     activation: str | None = "silu",
+    initial_state: None = None,
     reverse: bool = False,
 ) -> tuple[Float[Tensor, "B L E"], Float[Tensor, "B E S"]]:
-    """causal-conv1d's CUDA convolution, for K of 2 to 4; weight and bias may have another dtype than x, as there.
+    """Convolve by causal-conv1d's CUDA kernel, for K of 2 to 4; weight and bias may have another dtype than x, as there.
 
     The final state is a slice of x, so gradients do flow from it.
     """
@@ -96,80 +102,65 @@ def add_norm(
     prenorm: bool = True,
     residual_in_fp32: bool = True,
 ) -> Float[Tensor, "*B D"] | tuple[Float[Tensor, "*B D"], Float[Tensor, "*B D"]]:
-    """mamba-ssm's Triton kernel for both kinds of norm."""
+    """Add and normalise by mamba-ssm's Triton kernel, which has both kinds of norm."""
     from mamba_ssm.ops.triton.layer_norm import layer_norm_fn, rms_norm_fn
 
     run = rms_norm_fn if kind == "rms" else layer_norm_fn
     return run(x, weight, bias, residual=residual, eps=eps, prenorm=prenorm, residual_in_fp32=residual_in_fp32)
 
 
-@runtime_checkable
-class Mixer(Protocol):
-    """What `mix` reads of a mixer; a backward direction has the same with `_b` (and `A_b_log`), but for the outer two."""
-
-    in_proj: nn.Linear
-    conv1d: nn.Conv1d
-    x_proj: nn.Linear
-    dt_proj: nn.Linear
-    A_log: Tensor
-    D: Tensor
-    out_proj: nn.Linear
-
-
-def mix(hidden: Float[Tensor, "B L D"], mixer: Mixer, *, inner: bool) -> Float[Tensor, "B L D"]:
-    """A mixer as mamba-ssm's own module runs it, with the tokens contiguous from in_proj's product on: nothing is transposed.
+def mamba_mixer(
+    hidden: Float[Tensor, "B L D"], in_proj: nn.Linear, out_proj: nn.Linear, directions: Sequence[DirectionWeights], *,
+    inner: bool,
+) -> Float[Tensor, "B L D"]:  # fmt: skip
+    """Run a mixer as mamba-ssm's own module does, with tokens contiguous from in_proj's product on: nothing is transposed.
 
     With `inner` by `mamba_inner_fn`, once per direction, outputs added; else by causal-conv1d, products and the scan, and one
-    out_proj. The backward direction runs if the mixer has one, on flipped tokens. out_proj's bias is added once.
+    out_proj. A second direction runs on flipped tokens. A of the directions is log(-A). out_proj's bias is added once.
     """
-    xz = _tokens_contiguous(mixer.in_proj, hidden.flatten(0, 1), hidden.shape[0])
-    both = hasattr(mixer, "A_b_log")
+    xz = _matmul_channels_first(in_proj.weight, in_proj.bias, hidden.flatten(0, 1), hidden.shape[0])
+    first, *second = directions
     if inner:
-        out = _inner(xz, mixer, "")
-        out = out + _inner(xz.flip(-1), mixer, "_b").flip(1) if both else out
-        bias = mixer.out_proj.bias  # its gradient by mamba_inner_fn is a single number
-        return out if bias is None else out + bias.to(out.dtype)
-    y = _separate(xz, mixer, "")
-    y = y + _separate(xz.flip(-1), mixer, "_b").flip(-1) if both else y
-    return mixer.out_proj(y.transpose(1, 2))
+        out = _inner(xz, first, out_proj.weight)
+        for weights in second:
+            out = out + _inner(xz.flip(-1), weights, out_proj.weight).flip(1)
+        return out if out_proj.bias is None else out + out_proj.bias.to(out.dtype)  # mamba_inner_fn gives its gradient wrongly
+    y = _separate(xz, first)
+    for weights in second:
+        y = y + _separate(xz.flip(-1), weights).flip(-1)
+    return out_proj(y.transpose(1, 2))
 
 
-def _tokens_contiguous(linear: nn.Linear, rows: Tensor, clips: int, bias: bool = True) -> Tensor:
-    """(clips, out, L) of rows (clips * L, in), in memory (out, clips, L)."""
-    product = linear.weight @ rows.t()
-    if bias and linear.bias is not None:
-        product = product + linear.bias.to(product.dtype)[:, None]
+def _matmul_channels_first(weight: Tensor, bias: Tensor | None, rows: Tensor, clips: int) -> Tensor:
+    """Return rows (clips * L, in) times weight (out, in) as (clips, out, L), in memory (out, clips, L)."""
+    product = weight @ rows.t()
+    if bias is not None:
+        product = product + bias.to(product.dtype)[:, None]
     return product.unflatten(1, (clips, -1)).transpose(0, 1)
 
 
-def _own(mixer: Mixer, suffix: str) -> tuple[nn.Conv1d, nn.Linear, nn.Linear, Tensor, Tensor]:
-    conv, x_proj, dt_proj, D = (getattr(mixer, name + suffix) for name in ("conv1d", "x_proj", "dt_proj", "D"))
-    return conv, x_proj, dt_proj, -torch.exp(getattr(mixer, "A_b_log" if suffix else "A_log").float()), D.float()
-
-
-def _inner(xz: Tensor, mixer: Mixer, suffix: str) -> Tensor:
+def _inner(xz: Tensor, weights: DirectionWeights, out_proj: Tensor) -> Tensor:
     from mamba_ssm.ops.selective_scan_interface import mamba_inner_fn
 
-    conv, x_proj, dt_proj, A, D = _own(mixer, suffix)
     return mamba_inner_fn(
-        xz, conv.weight, conv.bias, x_proj.weight, dt_proj.weight, mixer.out_proj.weight, None, A,
-        D=D, delta_bias=dt_proj.bias.float(), delta_softplus=True,
+        xz, weights.conv.unsqueeze(1), weights.conv_bias, weights.x_proj, weights.dt_proj, out_proj, None,
+        -torch.exp(weights.A.float()), D=weights.D.float(), delta_bias=weights.dt_bias.float(), delta_softplus=True,
     )  # fmt: skip
 
 
-def _separate(xz: Tensor, mixer: Mixer, suffix: str) -> Tensor:
+def _separate(xz: Tensor, weights: DirectionWeights) -> Tensor:
     from causal_conv1d import causal_conv1d_fn
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
-    conv, x_proj, dt_proj, A, D = _own(mixer, suffix)
     x, z = xz.chunk(2, dim=1)
-    _check_width(conv.weight.shape[-1])
-    c = causal_conv1d_fn(x, conv.weight.squeeze(1), conv.bias, activation="silu")
-    N, clips = A.shape[1], len(c)
-    dt, *mixes = x_proj(c.transpose(1, 2).flatten(0, 1)).split((dt_proj.in_features, N, N), dim=-1)
-    delta = _tokens_contiguous(dt_proj, dt, clips, bias=False)
-    B, C = (m.unflatten(0, (clips, -1)).transpose(1, 2).to(c.dtype).contiguous() for m in mixes)
-    return selective_scan_fn(c, delta.to(c.dtype), A, B, C, D, z=z, delta_bias=dt_proj.bias.float(), delta_softplus=True)
+    _check_width(weights.conv.shape[1])
+    c = causal_conv1d_fn(x, weights.conv, weights.conv_bias, activation="silu")
+    (R, N), clips = (weights.dt_proj.shape[1], weights.A.shape[1]), len(c)
+    dt, *B_C = F.linear(c.transpose(1, 2).flatten(0, 1), weights.x_proj).split((R, N, N), dim=-1)
+    delta = _matmul_channels_first(weights.dt_proj, None, dt, clips)
+    B, C = (m.unflatten(0, (clips, -1)).transpose(1, 2).to(c.dtype).contiguous() for m in B_C)
+    A, D = -torch.exp(weights.A.float()), weights.D.float()
+    return selective_scan_fn(c, delta.to(c.dtype), A, B, C, D, z=z, delta_bias=weights.dt_bias.float(), delta_softplus=True)
 
 
 def _check_width(K: int) -> None:
@@ -187,9 +178,9 @@ class _NoGradient(torch.autograd.Function):
     """Identity that refuses a gradient rather than losing it."""
 
     @staticmethod
-    def forward(ctx, state: Tensor) -> Tensor:
+    def forward(ctx: Any, state: Tensor) -> Tensor:
         return state.clone()
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         raise RuntimeError("mamba_ssm ignores the gradient of the scan's final state: detach the state, or use backend='torch'")

@@ -5,11 +5,16 @@ B batch, L tokens, E channels, D model width, N states a channel, K convolution 
 
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fused.runtime.dtypes import accumulation_dtype
+
 Tokens = Float[Tensor, "B L E"]
+Mixing = Float[Tensor, "B L *G N"]
 State = Float[Tensor, "B E N"]
+Rows = Float[Tensor, "*B D"]
 
 
 class DirectionWeights(NamedTuple):
@@ -25,3 +30,10 @@ class DirectionWeights(NamedTuple):
     dt_bias: Tensor  # (E,)
     A: Tensor  # (E, N)
     D: Tensor  # (E,)
+
+
+def residual_dtype_of(x: Tensor, residual: Tensor | None, residual_in_fp32: bool) -> torch.dtype:
+    """Return the dtype in which a norm stores the residual stream: the residual's own, else at least float32 or x's."""
+    if residual is not None:
+        return residual.dtype
+    return accumulation_dtype(x.dtype) if residual_in_fp32 else x.dtype

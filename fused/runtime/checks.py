@@ -1,7 +1,4 @@
-"""What every operator does on entry: check its arguments (the message names the argument, what came, and what is
-allowed) and leave autocast, whose rules are not theirs."""
-
-from contextlib import AbstractContextManager, nullcontext
+"""Checks of an operator's arguments; a message names the argument, its value, and what is allowed."""
 
 import torch
 from torch import Tensor
@@ -37,13 +34,6 @@ def check_native_dtypes(op: str, **tensors: Tensor | None) -> None:
         if value is not None and value.dtype not in KERNEL_DTYPES:
             names = ", ".join(str(d).removeprefix("torch.") for d in KERNEL_DTYPES)
             raise ValueError(f"{op}: backend 'native' has {names}, got {name} in {value.dtype}; use backend='torch'")
-
-
-def no_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """A context without autocast on `device`, also on devices that have none; where it is off already, no context."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
 
 
 def _fits(shape: tuple[int, ...], letters: list[str], sizes: dict[str, int]) -> bool:

@@ -1,53 +1,106 @@
-"""Operators `videomamba::` with a kernel each way, as PyTorch's dispatcher knows them, and the short way to their kernels."""
+"""The one way in which kernels become operators `videomamba::NAME` that PyTorch knows, with gradients.
 
-from collections.abc import Callable
+    call = register("double(Tensor x) -> Tensor", kernel, fake, autograd=Double.apply)
+
+The first argument of every operator is a tensor or a list of tensors, on whose device it runs. `torch.compile` sees an operator
+and nothing inside of it; forward and backward are one operator each.
+"""
+
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused.runtime.checks import no_autocast
+from fused.runtime.autocast import no_autocast
 
-_OPS = torch.library.Library("videomamba", "FRAGMENT")
+_LIBRARY = torch.library.Library("videomamba", "FRAGMENT")
 
 
-def register(schema: str, kernel: Callable[..., Any], shapes: Callable[..., Any]) -> None:
-    """An operator of a tensor and more: what runs it, and what gives empty tensors of its results' shapes and dtypes."""
-    _OPS.define(schema)
+def register(
+    schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], autograd: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
+    """Register an operator and return a function that calls it.
+
+    `kernel` runs it, `fake` returns empty tensors of its results' shapes and dtypes. `autograd` applies a
+    `torch.autograd.Function` to the operator's arguments where a gradient is wanted. An operator without it is a backward,
+    whose gradient raises RuntimeError. The returned function saves a round through the dispatcher, but while a compiler traces,
+    which must see the operator.
+    """
     name = schema.partition("(")[0]
+    _LIBRARY.define(schema)
 
     def run(*arguments: Any) -> Any:
-        device = next(x.device for x in arguments if isinstance(x, Tensor))
-        with no_autocast(device):  # its rules would reach what the kernel calls; a backward may run within it by itself
+        first = arguments[0]
+        device = first[0].device if isinstance(first, (list, tuple)) else first.device
+        with no_autocast(device):  # its rules would reach what the kernel calls, also within a backward
             return kernel(*arguments)
 
-    for device in ("CUDA", "CPU"):  # on the CPU under Triton's interpreter only
-        _OPS.impl(name, run, device)
-    torch.library.register_fake(f"videomamba::{name}", shapes, lib=_OPS)  # unlike a kernel for Meta it is told the device
+    for device in ("CUDA", "CPU"):  # on the CPU under interpreter and emulation only
+        _LIBRARY.impl(name, run, device)
+    torch.library.register_fake(f"videomamba::{name}", fake, lib=_LIBRARY)  # unlike a kernel for Meta it is told the device
+    operator = getattr(torch.ops.videomamba, name).default
+    apply = autograd or functools.partial(_Backward.call, operator)
+
+    def with_gradients(*arguments: Any) -> Any:
+        return apply(*arguments) if wants_gradients(*arguments) else below_autograd(operator, *arguments)
+
+    def call(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return operator(*arguments)
+        return apply(*arguments) if wants_gradients(*arguments) else below_autograd(operator, *arguments)
+
+    _LIBRARY.impl(name, with_gradients, "Autograd")
+    return call
+
+
+class _Backward(torch.autograd.Function):
+    """A backward where its own gradient is wanted: it runs, and what differentiates it raises."""
+
+    @classmethod
+    def call(cls, operator: Callable[..., Any], *arguments: Any) -> Any:
+        """Run the operator with every tensor, those in lists too, in the sight of autograd."""
+        results: list[Any] = []
+        flat = iter(cls.apply(operator, arguments, results, *_flatten(arguments)))
+        return tuple([next(flat) for _ in x] if isinstance(x, (list, tuple)) else next(flat) for x in results)
+
+    @staticmethod
+    def forward(ctx: Any, operator: Any, arguments: tuple[Any, ...], results: list[Any], *_: Tensor) -> tuple[Tensor, ...]:
+        ctx.name = operator.name()
+        results += below_autograd(operator, *arguments)
+        return tuple(_flatten(results))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            f"{ctx.name}: trying to differentiate twice; use backend='torch' or reference for what can be"
+        )
+
+
+def _flatten(values: Iterable[Any]) -> list[Tensor]:
+    return [x for value in values for x in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(x, Tensor)]
+
+
+def below_autograd(operator: Callable[..., Any], *arguments: Any) -> Any:
+    """Run an operator's kernel: within its own `torch.autograd.Function`, or where no gradient is wanted."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*arguments)
 
 
 def wants_gradients(*arguments: Any) -> bool:
-    """Whether autograd will ask for a gradient of one of them."""
-    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments)
+    """Return whether autograd will ask for a gradient of one of the arguments: of tensors, and of tensors in lists."""
+    if not torch.is_grad_enabled():
+        return False
+    for x in arguments:
+        if isinstance(x, Tensor):
+            if x.requires_grad:
+                return True
+        elif isinstance(x, (list, tuple)) and wants_gradients(*x):
+            return True
+    return False
 
 
-def differentiable(name: str, function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """Give an operator its gradient. Returns it with a round through the dispatcher less on its way to a kernel, but while a
-    compiler traces, which must see the operator."""
-
-    def run(*arguments: Any) -> Any:
-        return function.apply(*arguments) if wants_gradients(*arguments) else below_autograd(name, *arguments)
-
-    def short(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return getattr(torch.ops.videomamba, name).default(*arguments)
-        return run(*arguments)
-
-    _OPS.impl(name, run, "Autograd")
-    return short
-
-
-def below_autograd(name: str, *arguments: Any) -> Any:
-    """The kernel of an operator, within its own `torch.autograd.Function`."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return getattr(torch.ops.videomamba, name).default(*arguments)
+def empty_if_none(x: Tensor | None, like: Tensor) -> Tensor:
+    """Return x, or an empty tensor: an operator's results are tensors, never None."""
+    return like.new_empty(0) if x is None else x

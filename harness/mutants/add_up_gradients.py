@@ -6,14 +6,15 @@ from unittest import mock
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fused.modules.mamba import Direction, Mamba
+from fused.modules.mamba import Mamba
+from fused.ops.shapes import DirectionWeights
 
 WHERE = ("--case", "*-for=convergence-*", "--check", "convergence")
 
 
 def plant() -> AbstractContextManager[object]:
     """Return the context in which the bug is there."""
-    original, sums = Mamba._directions, WeakTensorKeyDictionary()
+    original, sums = Mamba.directions, WeakTensorKeyDictionary()
 
     def summed(D: Tensor) -> Tensor:
         def add(gradient: Tensor) -> Tensor:
@@ -25,7 +26,7 @@ def plant() -> AbstractContextManager[object]:
             used.register_hook(add)
         return used
 
-    def planted(self: Mamba) -> tuple[Direction, ...]:
+    def planted(self: Mamba) -> tuple[DirectionWeights, ...]:
         return tuple(own._replace(D=summed(own.D)) for own in original(self))
 
-    return mock.patch.object(Mamba, "_directions", planted)
+    return mock.patch.object(Mamba, "directions", planted)

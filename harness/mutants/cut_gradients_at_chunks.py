@@ -14,9 +14,9 @@ WHERE = ("--subject", "videomamba", "--case", "B2-T2-S32-D32-L9-unfused-*", "--c
 
 def plant() -> AbstractContextManager[object]:
     """Return the context in which the bug is there."""
-    original = fused.chunked.layer._gradients
+    original = fused.chunked.layer.chunk_gradients
 
     def planted(w: Any, outputs: Sequence[Tensor], grads: Sequence[Tensor], *others: Any) -> list[Tensor]:
         return original(w, outputs[:1], grads[:1], *others)
 
-    return mock.patch.object(fused.chunked.layer, "_gradients", planted)
+    return mock.patch.object(fused.chunked.layer, "chunk_gradients", planted)

@@ -3,17 +3,17 @@
 from contextlib import AbstractContextManager
 from unittest import mock
 
-from fused.modules.mamba import Direction, Mamba
+from fused.modules.mamba import Mamba
+from fused.ops.shapes import DirectionWeights
 
 WHERE = ("--subject", "mixer", "--case", "B2-L9-*", "--impl", "fused:torch")
 
 
 def plant() -> AbstractContextManager[object]:
     """Return the context in which the bug is there."""
-    original = Mamba._directions
+    original = Mamba.directions
 
-    def swapped(self: Mamba) -> tuple[Direction, ...]:
-        own = original(self)
-        return tuple(one._replace(reverse=other.reverse) for one, other in zip(own, own[::-1], strict=True))
+    def swapped(self: Mamba) -> tuple[DirectionWeights, ...]:
+        return original(self)[::-1]
 
-    return mock.patch.object(Mamba, "_directions", swapped)
+    return mock.patch.object(Mamba, "directions", swapped)

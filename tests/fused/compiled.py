@@ -44,7 +44,7 @@ def launches_of_conv():
 
 
 def launches_of_norm():
-    from fused.ops.add_norm import kernels as norm
+    from fused.ops.add_norm import launch as norm
 
     def one(D, dtype, bias):
         x, residual, weight = torch.empty(33, D, dtype=dtype), torch.empty(33, D), torch.empty(D)
@@ -59,23 +59,22 @@ def launches_of_norm():
 
 
 def launches_of_steps():
-    from fused.ops.mamba_inner import dt_proj_kernel as steps
-    from fused.ops.mamba_inner import gate_kernel as gate
-    from fused.ops.mamba_inner import pack_kernel as pack
+    from fused.ops.mamba_inner import kernels
 
     def one(R, dtype):
         rows, weights, bias = torch.empty(2, 70, R + 32, dtype=dtype), torch.empty(2, R, 128, dtype=dtype), torch.empty(128)
-        steps.steps(rows, weights, (bias, bias))
+        kernels.dt_proj_softplus(rows, weights, (bias, bias))
 
     for R, dtype in ((16, BF16), (40, BF16), (40, FP32)):
-        yield f"R{R} {PLAIN[dtype]}", steps, ("steps_kernel",), lambda R=R, dtype=dtype: one(R, dtype)
+        yield f"R{R} {PLAIN[dtype]}", kernels, ("dt_proj_softplus_kernel",), lambda R=R, dtype=dtype: one(R, dtype)
     proj, dt = torch.empty(68, 128, dtype=BF16), torch.empty(128, 36, dtype=BF16)
     for dtype in (BF16, FP32):
         A, D, wide = torch.empty(128, 16, dtype=dtype), torch.empty(128, dtype=dtype), torch.empty(128, 16)
         every = (proj, proj), (dt, dt), (A, wide), (D, D), 40
-        yield f"pack bf16, A {PLAIN[dtype]}", pack, ("pack_kernel",), lambda every=every: pack.pack(*every)
+        pack = lambda every=every: kernels.pack_weights(*every)  # noqa: E731
+        yield f"pack bf16, A {PLAIN[dtype]}", kernels, ("pack_weights_kernel",), pack
     dy, xz = torch.empty(2, 70, 128, dtype=BF16), torch.empty(2, 70, 256, dtype=BF16)
-    yield "gate bf16", gate, ("gate_kernel",), lambda: gate.gate(dy, xz[..., 128:])
+    yield "gate bf16", kernels, ("silu_gate_backward_kernel",), lambda: kernels.silu_gate_backward(dy, xz[..., 128:])
 
 
 class Recorder:

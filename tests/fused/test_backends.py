@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from unittest import mock
 
 import naive
@@ -22,6 +22,7 @@ from fused.ops.causal_conv1d import api as conv
 from fused.ops.causal_conv1d import api as conv_api
 from fused.ops.selective_scan import api as scan
 from fused.ops.selective_scan import api as scan_api
+from fused.ops.shapes import DirectionWeights
 
 SEEDS = range(4)
 
@@ -277,20 +278,20 @@ def test_norm_as_upstream(stand_ins, kind, residual, prenorm):
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_mixer_runs_each_direction_once_and_adds_the_bias_once(stand_ins, inner, bimamba, bias):
     torch.manual_seed(0)
-    mixer = SimpleNamespace(in_proj=torch.nn.Linear(4, 12, bias=bias), out_proj=torch.nn.Linear(6, 4, bias=bias))
-    for suffix, A_log in (("", "A_log"), ("_b", "A_b_log"))[: 1 + bimamba]:
-        setattr(mixer, "conv1d" + suffix, torch.nn.Conv1d(6, 6, 4, groups=6, padding=3))
-        setattr(mixer, "x_proj" + suffix, torch.nn.Linear(6, 2 + 2 * 3, bias=False))
-        setattr(mixer, "dt_proj" + suffix, torch.nn.Linear(2, 6))
-        setattr(mixer, A_log, torch.randn(6, 3))
-        setattr(mixer, "D" + suffix, torch.randn(6))
+    in_proj, out_proj = torch.nn.Linear(4, 12, bias=bias), torch.nn.Linear(6, 4, bias=bias)
+    sizes = {"conv": (6, 4), "conv_bias": (6,), "x_proj": (8, 6), "dt_proj": (6, 2), "dt_bias": (6,), "A": (6, 3), "D": (6,)}
+    scale = {"conv": 0.5, "x_proj": 0.4, "dt_proj": 0.7}
+    directions = [
+        DirectionWeights(**{name: scale.get(name, 1) * torch.randn(size) for name, size in sizes.items()})
+        for _ in range(1 + bimamba)
+    ]
     hidden = torch.randn(2, 7, 4)
-    x, z = mixer.in_proj(hidden).chunk(2, dim=-1)
+    x, z = in_proj(hidden).chunk(2, dim=-1)
     total = 0
-    for suffix, A_log in (("", "A_log"), ("_b", "A_b_log"))[: 1 + bimamba]:
-        taps, x_proj, dt_proj, D = (getattr(mixer, name + suffix) for name in ("conv1d", "x_proj", "dt_proj", "D"))
-        c, _ = naive.conv(x, taps.weight.squeeze(1), taps.bias, reverse=bool(suffix))
-        dt, B, C = x_proj(c).split([2, 3, 3], dim=-1)
-        A, delta = -getattr(mixer, A_log).exp(), F.linear(dt, dt_proj.weight)
-        total = total + naive.scan(c, delta, A, B, C, D, z, dt_proj.bias, reverse=bool(suffix))[0]
-    torch.testing.assert_close(upstream.mix(hidden, mixer, inner=inner), mixer.out_proj(total))
+    for i, w in enumerate(directions):
+        c, _ = naive.conv(x, w.conv, w.conv_bias, reverse=bool(i))
+        dt, B, C = F.linear(c, w.x_proj).split([2, 3, 3], dim=-1)
+        delta = F.linear(dt, w.dt_proj)
+        total = total + naive.scan(c, delta, -w.A.exp(), B, C, w.D, z, w.dt_bias, reverse=bool(i))[0]
+    got = upstream.mamba_mixer(hidden, in_proj, out_proj, directions, inner=inner)
+    torch.testing.assert_close(got, out_proj(total))

@@ -10,8 +10,8 @@ from fused.models.videomamba.config import VideoMambaConfig
 from fused.models.videomamba.scan_order import Order, orders_of_layer, permute, restore
 from fused.modules.mamba import Mamba
 from fused.modules.norm import DropPath, Norm
+from fused.modules.residual import pre_norm
 from fused.modules.state import State
-from fused.runtime.dtypes import accumulation_dtype
 
 
 class Block(nn.Module):
@@ -37,37 +37,35 @@ class Block(nn.Module):
         *,
         backend: str | None = None,
     ) -> tuple[Tensor, Tensor, State | None]:
-        """hidden (B, L, D), residual (B, L, D) or None. `order` is the temporal walk; without one, tokens are mixed as
-        they come. `backend` is the model's choice for this forward; without one, mixer and norm choose for themselves.
+        """Return the mixer's output (B, L, D), the residual stream (B, L, D), and the state that leaves or None.
+
+        hidden is (B, L, D), residual (B, L, D) or None for the first layer. `order` is the temporal order of the tokens;
+        without it they are mixed as they come. `backend` is a concrete name that the model has resolved for this forward;
+        without it the block resolves its mixer's.
         """
-        hidden, residual = self._add_norm(hidden, residual, backend or self.mixer.backend)
+        backend = backend or self.mixer.resolve_backend(hidden)
+        if residual is not None and self.training:
+            hidden = self.drop_path(hidden)
+        hidden, residual = pre_norm(
+            self.norm, hidden, residual,
+            fused_add_norm=self.fused_add_norm, residual_in_fp32=self.residual_in_fp32, backend=backend,
+        )  # fmt: skip
         if state is not None or return_state:
             hidden, state = self._mix(hidden, backend, state, True)
             return hidden, residual, state
         if order is None or self.orders == ("spatial",):
             return self._mix(hidden, backend), residual, None
-        walked = permute(hidden, order)
+        temporal = permute(hidden, order)
         if self.orders == ("temporal",):
-            return restore(self._mix(walked, backend), order), residual, None
+            return restore(self._mix(temporal, backend), order), residual, None
         # the same weights over both orders: one call of twice the clips keeps a GPU busier than two calls
-        stored, walked = self._mix(torch.cat((hidden, walked)), backend).chunk(2)
-        return stored + restore(walked, order), residual, None
+        spatial, temporal = self._mix(torch.cat((hidden, temporal)), backend).chunk(2)
+        return spatial + restore(temporal, order), residual, None
 
-    def _add_norm(self, hidden: Tensor, residual: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
-        """(norm(sum), sum); unfused the sum is rounded first, and the norm's output has its weight's dtype."""
-        if residual is not None:
-            hidden = self.drop_path(hidden)
-        if self.fused_add_norm:
-            return self.norm.add(hidden, residual, residual_in_fp32=self.residual_in_fp32, backend=backend)
-        residual = hidden if residual is None else residual + hidden
-        hidden = self.norm(residual.to(self.norm.weight.dtype), backend)
-        if self.residual_in_fp32:
-            residual = residual.to(accumulation_dtype(residual.dtype))
-        return hidden, residual
-
-    def _mix(self, tokens: Tensor, backend: str | None, *carried: Any) -> Any:
-        """The mixer's output; where a state and a word for its return are `carried`, with the new state."""
+    def _mix(self, tokens: Tensor, backend: str, *state_and_return_state: Any) -> Any:
+        """Return the mixer's output (B, L, D), with the new state if `state_and_return_state` asks for it."""
+        arguments = (tokens, *state_and_return_state)
         if self.recompute and torch.is_grad_enabled():
             # a mixer draws no random numbers, so there is no generator state to stash
-            return checkpoint(self.mixer, tokens, *carried, use_reentrant=False, preserve_rng_state=False, backend=backend)
-        return self.mixer(tokens, *carried, backend=backend)
+            return checkpoint(self.mixer, *arguments, use_reentrant=False, preserve_rng_state=False, backend=backend)
+        return self.mixer(*arguments, backend=backend)

@@ -1,260 +1,166 @@
-"""All of a mixer after in_proj as one operator, `videomamba::mixer`.
+"""All of a mixer behind in_proj as one operator, `videomamba::mamba_inner`.
 
     c = silu(conv(x))        dt, B, C = x_proj(c)        y = sum of both scans * silu(z)        out = out_proj(y)
 
-It keeps xz and the rows of x_proj; the backward makes everything else again, the scan too unless what it wants of that was
-kept. Both directions share one launch of the convolution, of x_proj, of dt_proj and of the scan, B and C are read where x_proj
-wrote them, and the gradients of x and z are written where those of in_proj's output are wanted. A row of x_proj is
-[dt, zeros up to a multiple of STEP | B | C]: with dt of 36 or 12 alone, cuBLAS takes kernels for unaligned matrices, which need
-twice the time.
+It keeps xz and x_proj's output; the backward makes everything else again, the scan too unless its states were kept. Both
+directions share one launch of the convolution, of x_proj, of dt_proj and of the scan, B and C are read where x_proj wrote them,
+and the gradients of x and z are written where those of in_proj's output are wanted.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fused.ops.causal_conv1d import launch as conv
-from fused.ops.causal_conv1d.launch import Optionals
-from fused.ops.mamba_inner.dt_proj_kernel import steps
-from fused.ops.mamba_inner.pack_kernel import Packed, pack
+from fused.ops.mamba_inner.pipeline import Pipeline, pack
 from fused.ops.selective_scan import launch as scan
-from fused.ops.selective_scan.native import aligned, dense, plan
-from fused.ops.selective_scan.schedule import TILE
-from fused.runtime.library import below_autograd, differentiable, register, wants_gradients
+from fused.ops.selective_scan.launch import TILE
+from fused.ops.shapes import DirectionWeights
+from fused.runtime.library import below_autograd, empty_if_none, register, wants_gradients
 from fused.runtime.modes import is_batch_invariant
 
-NAMES = ("conv", "conv_bias", "proj", "dt", "dt_bias", "A", "D")
-PACKED = ("proj", "dt", "A", "D")  # what `packed` takes
-_TENSORS = (
-    "Tensor xz, Tensor conv0, Tensor? conv1, Tensor? conv_bias0, Tensor? conv_bias1, Tensor proj0, Tensor? proj1,"
-    " Tensor dt0, Tensor? dt1, Tensor dt_bias0, Tensor? dt_bias1, Tensor A0, Tensor? A1, Tensor D0, Tensor? D1,"
-    " Tensor out, Tensor? out_bias"
-)
-_COUNT = 17
-_KEPT = 5  # results beside the first: rows, starts, y, ungated, marks; empty for what is not kept
-STEP = 16  # elements; 32 bytes of the narrowest dtype, which memory is read by
+Weights = Sequence[Tensor | None]  # a DirectionWeights as the operator takes it; empty for a direction that is not there
 
 
-def mix(xz: Tensor, directions: list[dict[str, Any]], out: Tensor, out_bias: Tensor | None, keep: bool = False) -> Tensor:
-    """xz (B, L, 2E) to (B, L, D). A direction has conv (E, K), conv_bias (E,) or None, proj (R + 2N, E), dt (E, R),
-    dt_bias (E,), A (E, N) the logarithm of -A, and D (E,); the second of two runs from the last token.
-    With `keep` the backward does not scan again: y, once more without the gate, and the states before every 16 tokens are kept.
+def mamba_inner(
+    xz: Tensor, directions: Sequence[DirectionWeights], out_proj: Tensor, out_proj_bias: Tensor | None, *,
+    keep_states: bool = False,
+) -> Tensor:  # fmt: skip
+    """Return out (B, L, D) of xz (B, L, 2E), in_proj's output. out_proj is (D, E), its bias (D,).
 
-    Matrix products are in xz's dtype, under autocast as elsewhere with their weights rounded to it.
+    A of the one or two directions is log(-A); the second direction runs from the last token. With `keep_states` the backward
+    does not scan again: y, y before the gate and the state before every tile are kept. Matrix products are in xz's dtype, under
+    autocast as elsewhere with their weights rounded to it.
     """
-    low = torch.is_autocast_enabled(xz.device.type)
-
-    def product(x: Tensor | None) -> Tensor | None:
-        return x.to(xz.dtype) if low and x is not None else x
-
-    flat: list[Tensor | None] = []
-    for name in NAMES:
-        pair = [own[name] for own in directions]
-        if name in ("proj", "dt"):
-            pair = [product(x) for x in pair]
-        flat += [*pair, *[None] * (2 - len(pair))]
-    tensors = (xz, *flat, product(out), product(out_bias))
-    return _differentiable(*tensors, is_batch_invariant(), keep and wants_gradients(*tensors))[0]
+    if torch.is_autocast_enabled(xz.device.type):
+        dtype = xz.dtype
+        directions = [w._replace(x_proj=w.x_proj.to(dtype), dt_proj=w.dt_proj.to(dtype)) for w in directions]
+        out_proj, out_proj_bias = out_proj.to(dtype), None if out_proj_bias is None else out_proj_bias.to(dtype)
+    first, second = list(directions[0]), list(directions[1]) if len(directions) > 1 else []
+    keep = keep_states and wants_gradients(xz, first, second, out_proj, out_proj_bias)
+    return _mamba_inner(xz, first, second, out_proj, out_proj_bias, is_batch_invariant(), keep)[0]
 
 
-class Parts:
-    """Tensors of a mixer behind in_proj by name, each once per direction, and what forward and backward both make of them."""
-
-    conv: tuple[Tensor, ...]
-    conv_bias: tuple[Tensor | None, ...]
-    proj: tuple[Tensor, ...]
-    dt: tuple[Tensor, ...]
-    dt_bias: tuple[Tensor, ...]
-    A: tuple[Tensor, ...]
-    D: tuple[Tensor, ...]
-
-    def __init__(
-        self,
-        x: Tensor,
-        z: Tensor | None,
-        named: Sequence[tuple[Any, ...]],
-        reverses: tuple[bool, ...],
-        even: bool,
-        logarithm: bool,
-    ) -> None:
-        self.x, self.z, self.reverses, self.logarithm = x, z, reverses, logarithm
-        for name, pair in zip(NAMES, named, strict=True):
-            setattr(self, name, pair)
-        self.R, self.N = self.dt[0].shape[1], self.A[0].shape[1]
-        for name, size, most in (("d_state", self.N, scan.LONGEST_STATE), ("d_conv", self.conv[0].shape[1], conv.MAX_WIDTH)):
-            if size > most:
-                raise ValueError(f"mixer: backend 'native' has {name} up to {most}, got {size}; use backend='torch'")
-        self.step = stepped(self.R)
-        self.width = self.step + 2 * self.N  # of a row
-        self.plan = plan(x, self.N, len(reverses), even)
-
-    def weights(self) -> Packed:
-        """x_proj (directions, width, E), dt_proj (directions, step, E), A and D."""
-        return packed(*(getattr(self, name) for name in PACKED))
-
-    def split(self, rows: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """dt (directions, B * L, step), and for each direction B and C (B, L, N)."""
-        dt, B, C = rows.split((self.step, self.N, self.N), dim=-1)
-        return dt.flatten(1, 2), B.unbind(), C.unbind()
-
-    def convolved(self) -> Tensor:
-        """(directions, B, L, E)."""
-        return conv.forward(self.x, self.conv, self.conv_bias, None, self.reverses, True, False)[0]
-
-    def read(self, c: Tensor, weights: Packed) -> tuple[Tensor, Tensor, scan.Streams]:
-        """x_proj of c (directions, B, L, E), which is (directions, B, L, width), delta, and what the scan reads."""
-        rows = c.new_empty(len(c), c.shape[1] * c.shape[2], self.width)
-        rows = _products(c.flatten(1, 2), weights.proj.mT, rows).unflatten(1, c.shape[1:3])
-        delta = self.delta(rows, weights.dt)
-        return rows, delta, self.streams(c, rows, delta, weights)
-
-    def delta(self, rows: Tensor, dt_proj: Tensor) -> Tensor:
-        """(directions, B, L, E), behind softplus."""
-        return steps(rows.flatten(1, 2), dt_proj, self.dt_bias).view(len(self.reverses), *self.x.shape)
-
-    def streams(self, c: Tensor, rows: Tensor, delta: Tensor, weights: Packed) -> scan.Streams:
-        """What the scan reads."""
-        _, B, C = self.split(rows)
-        A, D = (tuple(map(aligned, pair)) for pair in (weights.A, weights.D))
-        z, nothing = None if self.z is None else dense(self.z), (None,) * len(delta)
-        return scan.Streams(self.reverses, c.unbind(), delta.unbind(), A, B, C, D, nothing, z, 2, self.logarithm)
-
-    def gradients(
-        self, s: scan.Streams, c: Tensor, rows: Tensor, weights: Packed, dy: Tensor, marks: Tensor,
-        ungated: Tensor | None, dx: Tensor | None, dz: Tensor | None, dfinal: Tensor | None = None,
-        taps: Optionals = None, dtaps: Optionals = None,
-    ) -> tuple[Tensor, scan.Gradients, Any, list[tuple[Any, ...]]]:  # fmt: skip
-        """From dy (B, L, E) and, of states, `dfinal` and `dtaps`: dx, written into the one given, those of the scan with dz,
-        those of `taps`, and of the parameters in the order of NAMES."""
-        drows, du, ddelta = torch.empty_like(rows), torch.empty_like(c), torch.empty_like(c)
-        dt, *_ = self.split(rows)
-        ddt_rows, dB, dC = self.split(drows)
-        g = scan.backward(s, dy, dfinal, marks, ungated, self.plan, dB, dC, du.unbind(), ddelta.unbind(), dz)
-        du, ddelta, drows = (x.flatten(1, 2) for x in (du, ddelta, drows))
-        _products(ddelta, weights.dt.mT, ddt_rows)
-        ddt = [(x.t() @ y)[:, : self.R] for x, y in zip(ddelta, dt, strict=True)]
-        dproj = [x.t() @ y for x, y in zip(drows, c.flatten(1, 2), strict=True)]  # one by one: cuBLAS splits their long sums
-        if self.step > self.R:
-            dproj = [torch.cat((x[: self.R], x[self.step :])) for x in dproj]
-        du.baddbmm_(drows, weights.proj)
-        dx, dconv, dconv_bias, dtaps = conv.backward(
-            du.view(c.shape), dtaps, self.x, self.conv, self.conv_bias, taps, self.reverses, True, dx
-        )
-        pairs: tuple[Any, ...] = (dconv, dconv_bias, dproj, ddt, g.bias, g.A, g.D)
-        return dx, g, dtaps, [self._own(pair, getattr(self, name)) for pair, name in zip(pairs, NAMES, strict=True)]
-
-    def _own(self, grads: Any, asked: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-        """In their parameters' dtypes, empty for what is None; results of an operator share no memory."""
-        pairs = zip(grads, asked, strict=True)
-        return tuple(self.x.new_empty(0) if x is None else d.to(x.dtype, copy=d._is_view()) for d, x in pairs)
-
-
-def stepped(R: int | torch.SymInt) -> Any:
-    """Of a row of x_proj what dt and its zeros take."""
-    return -(-R // STEP) * STEP
-
-
-def packed(*weights: Sequence[Tensor]) -> Packed:
-    """Those named in PACKED, each of one direction or of both."""
-    proj, dt, A, D = ([w.contiguous() for w in pair] for pair in weights)
-    return pack(proj, dt, A, D, stepped(dt[0].shape[1]))
-
-
-def _products(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
-    """x @ y of every direction, into `out`. In float32 one by one, as PyTorch's mixer has them: cuBLAS splits their long sums
-    over channels, but not those of a batch, whose error is 2-3 times as large (5e-7 and 1.6e-7 on an H200)."""
-    if x.dtype != torch.float32:
-        return torch.bmm(x, y, out=out)
-    for a, b, to in zip(x, y, out, strict=True):
-        torch.mm(a, b, out=to)
-    return out
-
-
-def _parts(tensors: Sequence[Any], even: bool) -> Parts:
-    xz, *flat = tensors[:-2]
-    count = 1 if flat[1] is None else 2
-    named = [tuple(flat[i : i + count]) for i in range(0, len(flat), 2)]
+def _pipeline(xz: Tensor, first: Weights, second: Weights, batch_invariant: bool) -> Pipeline:
     x, z = xz.chunk(2, dim=-1)
-    return Parts(x, z, named, (False, True)[:count], even, logarithm=True)
+    own: Any = (first, second) if second else (first,)
+    return Pipeline(x, z, own, (False, True)[: len(own)], batch_invariant, A_is_log=True)
 
 
-def _mixer(*args):
-    *tensors, even, keep = args
-    p, (out, out_bias) = _parts(tensors, even), tensors[-2:]
-    rows, _, s = p.read(p.convolved(), p.weights())
-    r = scan.forward(s, None, p.plan, keep=keep)
-    kept = (None, r.y, r.ungated, r.marks) if keep else (r.starts, None, None, None)
-    return F.linear(r.y, out, out_bias), rows, *(p.x.new_empty(0) if x is None else x for x in kept)
-
-
-def _shapes(*args):
-    *tensors, even, keep = args
-    p = _parts(tensors, even)
-    B, L, E = p.x.shape
-    cut, count = p.plan.fwd_schedule, len(p.reverses)
-    kept, states = [p.x.new_empty(0) for _ in range(4)], partial(p.x.new_empty, dtype=torch.float32)
+def _forward(
+    xz: Tensor, first: Weights, second: Weights, out_proj: Tensor, out_proj_bias: Tensor | None, batch_invariant: bool,
+    keep: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    p = _pipeline(xz, first, second, batch_invariant)
+    packed = pack(*p.weights)
+    c, _ = p.convolve()
+    dt_B_C, delta = p.project(c, packed)
+    r = scan.forward(p.scan_inputs(c, dt_B_C, delta, packed), None, p.schedule, keep=keep)
+    out, nothing = F.linear(r.y, out_proj, out_proj_bias), xz.new_empty
     if keep:
-        kept[1:] = p.x.new_empty((B, L, E)), p.x.new_empty((B, L, E)), states((count, B, -(-L // TILE), E, p.N))
-    elif cut.num_unsplit < cut.num_sequences:
-        kept[0] = states((count, B, cut.num_splits, E, p.N))
-    return p.x.new_empty((B, L, tensors[-2].shape[0])), p.x.new_empty((count, B, L, p.width)), *kept
+        return out, dt_B_C, nothing(0), r.y, empty_if_none(r.y_pre_gate, xz), empty_if_none(r.tile_states, xz)
+    states = nothing(0) if r.split_initial_states is None else r.split_initial_states
+    return out, dt_B_C, states, nothing(0), nothing(0), nothing(0)
 
 
-def _mixer_backward(dout, rows, starts, y, ungated, marks, *args):
-    *tensors, even = args
-    p, (xz, out, out_bias) = _parts(tensors, even), (tensors[0], *tensors[-2:])
-    c, weights = p.convolved(), p.weights()
-    s = p.streams(c, rows, p.delta(rows, weights.dt), weights)
-    flat = dout.flatten(0, 1)
-    dy = (flat @ out).view(p.x.shape)
-    if not marks.numel():
-        again = scan.forward(s, None, p.plan, keep=True, starts=starts if starts.numel() else None)
-        y, ungated, marks = again.y, again.ungated, again.marks
+def _forward_shapes(
+    xz: Tensor, first: Weights, second: Weights, out_proj: Tensor, out_proj_bias: Tensor | None, batch_invariant: bool,
+    keep: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    p = _pipeline(xz, first, second, batch_invariant)
+    (B, L, E), d, splits, N = p.x.shape, len(p.reverses), p.schedule.fwd_schedule, p.N
+    out, dt_B_C = xz.new_empty((B, L, out_proj.shape[0])), xz.new_empty((d, B, L, p.width))
+    if keep:
+        tile_states = xz.new_empty((d, B, -(-L // TILE), E, N), dtype=torch.float32)
+        return out, dt_B_C, xz.new_empty(0), xz.new_empty((B, L, E)), xz.new_empty((B, L, E)), tile_states
+    is_split = splits.num_unsplit < splits.num_sequences
+    split_initial_states = xz.new_empty((d, B, splits.num_splits, E, N), dtype=torch.float32) if is_split else xz.new_empty(0)
+    return out, dt_B_C, split_initial_states, xz.new_empty(0), xz.new_empty(0), xz.new_empty(0)
+
+
+def _backward(
+    xz: Tensor, first: Weights, second: Weights, out_proj: Tensor, out_proj_bias: Tensor | None, batch_invariant: bool,
+    dt_B_C: Tensor, split_initial_states: Tensor, y: Tensor, y_pre_gate: Tensor, tile_states: Tensor, dout: Tensor,
+) -> tuple[Any, ...]:  # fmt: skip
+    p = _pipeline(xz, first, second, batch_invariant)
+    packed = pack(*p.weights)
+    c, _ = p.convolve()
+    s = p.scan_inputs(c, dt_B_C, p.delta(dt_B_C, packed), packed)
+    rows = dout.flatten(0, 1)
+    dy = (rows @ out_proj).view(p.x.shape)
+    pre_gate, states = y_pre_gate, tile_states
+    if not tile_states.numel():
+        entering = split_initial_states if split_initial_states.numel() else None
+        again: Any = scan.forward(s, None, p.schedule, keep=True, split_initial_states=entering)
+        y, pre_gate, states = again.y, again.y_pre_gate, again.tile_states
     dxz = torch.empty_like(xz, memory_format=torch.contiguous_format)
     dx, dz = dxz.chunk(2, dim=-1)
-    *_, made = p.gradients(s, c, rows, weights, dy, marks, ungated, dx, dz)
-    parameters = [x for pair in made for x in (*pair, *(dout.new_empty(0) for _ in range(2 - len(pair))))]
-    dout_bias = dout.new_empty(0) if out_bias is None else flat.sum(0)
-    return dxz, *parameters, flat.t() @ y.flatten(0, 1), dout_bias
+    _, _, grads = p.backward(s, c, dt_B_C, packed, dy, states, pre_gate, dx=dx, dz=dz)
+    dfirst, dsecond = list(grads[0]), list(grads[1]) if second else []
+    dout_proj_bias = dout.new_empty(0) if out_proj_bias is None else rows.sum(0)
+    return dxz, dfirst, dsecond, rows.t() @ y.flatten(0, 1), dout_proj_bias
 
 
-def _shapes_backward(dout, *args):
-    tensors = args[_KEPT : _KEPT + _COUNT]
-    return tuple(dout.new_empty(0) if x is None else x.new_empty(x.shape) for x in tensors)
+def _backward_shapes(
+    xz: Tensor, first: Weights, second: Weights, out_proj: Tensor, out_proj_bias: Tensor | None, batch_invariant: bool,
+    dt_B_C: Tensor, split_initial_states: Tensor, y: Tensor, y_pre_gate: Tensor, tile_states: Tensor, dout: Tensor,
+) -> tuple[Any, ...]:  # fmt: skip
+    def like(x: Tensor | None) -> Tensor:
+        return xz.new_empty(0) if x is None else x.new_empty(x.shape)
+
+    return like(xz), [like(x) for x in first], [like(x) for x in second], like(out_proj), like(out_proj_bias)
 
 
-class _Mixer(torch.autograd.Function):
-    """Saves its tensors, the rows of x_proj and the states that enter the pieces of time, or what the scan kept."""
+class _MambaInner(torch.autograd.Function):
+    """Saves its tensors, x_proj's output and the states that enter the splits, or the states that were kept."""
+
+    @classmethod
+    def call(
+        cls, xz: Tensor, first: Weights, second: Weights, out_proj: Tensor, out_proj_bias: Tensor | None, batch_invariant: bool,
+        keep: bool,
+    ) -> Any:  # fmt: skip
+        """Apply to the tensors one by one, so that autograd sees each of them."""
+        return cls.apply(batch_invariant, keep, len(first), xz, out_proj, out_proj_bias, *first, *second)
 
     @staticmethod
-    def forward(ctx, *inputs):
-        *tensors, ctx.even, _ = inputs
-        out, *kept = below_autograd("mixer", *inputs)
+    def forward(
+        ctx: Any, batch_invariant: bool, keep: bool, of_first: int, xz: Tensor, out_proj: Tensor, out_proj_bias: Tensor | None,
+        *weights: Tensor | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        ctx.batch_invariant, ctx.of_first = batch_invariant, of_first
+        first, second = list(weights[:of_first]), list(weights[of_first:])
+        operator = torch.ops.videomamba.mamba_inner.default
+        out, *kept = below_autograd(operator, xz, first, second, out_proj, out_proj_bias, batch_invariant, keep)
         ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*kept, *tensors)
+        ctx.num_kept = len(kept)
+        ctx.save_for_backward(*kept, xz, out_proj, out_proj_bias, *weights)
         return out, *kept
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dout, *_):
+    def backward(ctx: Any, dout: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if dout is None:
-            return (None,) * (_COUNT + 2)
-        saved = ctx.saved_tensors  # once: under activation checkpointing they are made again for that
-        grads = torch.ops.videomamba.mixer_backward.default(dout.contiguous(), *saved, ctx.even)
-        return *(None if x is None else g for g, x in zip(grads, saved[_KEPT:], strict=True)), None, None
+            return (None,) * len(ctx.needs_input_grad)
+        saved = ctx.saved_tensors  # once: under activation checkpointing they are made again for each access
+        kept, (xz, out_proj, out_proj_bias, *weights) = saved[: ctx.num_kept], saved[ctx.num_kept :]
+        first, second = weights[: ctx.of_first], weights[ctx.of_first :]
+        dxz, dfirst, dsecond, dout_proj, dout_proj_bias = _mamba_inner_backward(
+            xz, first, second, out_proj, out_proj_bias, ctx.batch_invariant, *kept, dout.contiguous()
+        )  # fmt: skip
+        inputs, grads = (xz, out_proj, out_proj_bias, *weights), (dxz, dout_proj, dout_proj_bias, *dfirst, *dsecond)
+        return None, None, None, *(None if x is None else grad for x, grad in zip(inputs, grads, strict=True))
 
 
-register(f"mixer({_TENSORS}, bool invariant, bool keep) -> (" + ", ".join(["Tensor"] * (1 + _KEPT)) + ")", _mixer, _shapes)
-register(
-    "mixer_backward(Tensor dy, Tensor rows, Tensor starts, Tensor y, Tensor ungated, Tensor marks,"
-    f" {_TENSORS}, bool invariant) -> (" + ", ".join(["Tensor"] * _COUNT) + ")",
-    _mixer_backward,
-    _shapes_backward,
-)  # fmt: skip
-_differentiable = differentiable("mixer", _Mixer)
+_INPUTS = "Tensor xz, Tensor?[] first, Tensor?[] second, Tensor out_proj, Tensor? out_proj_bias, bool batch_invariant"
+_KEPT = "Tensor dt_B_C, Tensor split_initial_states, Tensor y, Tensor y_pre_gate, Tensor tile_states"  # empty where not kept
+_mamba_inner_backward = register(
+    f"mamba_inner_backward({_INPUTS}, {_KEPT}, Tensor dout) -> "
+    "(Tensor dxz, Tensor[] dfirst, Tensor[] dsecond, Tensor dout_proj, Tensor dout_proj_bias)",  # empty for what is None
+    _backward,
+    _backward_shapes,
+)
+_mamba_inner = register(
+    f"mamba_inner({_INPUTS}, bool keep) -> (Tensor out, {_KEPT})", _forward, _forward_shapes, _MambaInner.call
+)

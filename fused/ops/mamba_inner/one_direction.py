@@ -1,145 +1,189 @@
-"""One direction of a mixer over a chunk, from state to state, as one operator, `videomamba::walk`.
+"""One direction of a mixer over a chunk, from state to state, as one operator, `videomamba::mamba_inner_one_direction`.
 
-    c = silu(conv(x))        dt, B, C = x_proj(c)        y = (scan + beside) * silu(z)
+    c = silu(conv(x))        dt, B, C = x_proj(c)        y = (scan + y_other_direction) * silu(z)
 
-`beside` is what the other direction has made of the same tokens, so that a video in chunks needs no pass to join them. What
-the backward wants is kept: it follows at once, or after a frame.
+`y_other_direction` is the other direction's y over the same tokens, so that a video in chunks needs no pass to join them.
+Everything that the backward reads is kept: it follows at once, or after a frame.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fused.ops.causal_conv1d import launch as conv
-from fused.ops.mamba_inner.gate_kernel import gate
-from fused.ops.mamba_inner.native import PACKED, Parts, packed
-from fused.ops.mamba_inner.pack_kernel import Packed
+from fused.ops.mamba_inner.kernels import PackedWeights, silu_gate_backward
+from fused.ops.mamba_inner.pipeline import Pipeline, pack
 from fused.ops.selective_scan import launch as scan
-from fused.ops.selective_scan.native import whole
-from fused.runtime.library import below_autograd, differentiable, register, wants_gradients
+from fused.ops.selective_scan.launch import TILE, aligned_or_none
+from fused.ops.shapes import DirectionWeights
+from fused.runtime.library import below_autograd, empty_if_none, register, wants_gradients
 from fused.runtime.modes import is_batch_invariant
 
-_TENSORS = (
-    "Tensor x, Tensor? z, Tensor? beside, Tensor? taps, Tensor? state, Tensor conv, Tensor? conv_bias, Tensor proj, Tensor dt,"
-    " Tensor dt_bias, Tensor A, Tensor D, Tensor? packed_proj, Tensor? packed_dt"
-)
-_PARAMETERS, _GRADIENTS, _COUNT = 5, 12, 14  # the first of the parameters, all that has a gradient, all
+Matrices = Sequence[Tensor]  # x_proj and dt_proj of PackedWeights, or empty
 
 
-def walk(
-    x: Tensor, z: Tensor | None, beside: Tensor | None, state: Any, own: dict[str, Any], *, reverse: bool, logarithm: bool,
-    packed: Sequence[Tensor | None] = (None, None),
+def mamba_inner_one_direction(
+    x: Tensor, weights: DirectionWeights, *, reverse: bool, A_is_log: bool, z: Tensor | None = None,
+    y_other_direction: Tensor | None = None, state: Sequence[Tensor] | None = None, packed: Matrices = (),
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
-    """y (B, L, E) of x (B, L, E) and the state that leaves: taps (B, E, K-1) in x's dtype, and (B, E, N) float32.
+    """Return y (B, L, E) of x (B, L, E), and the state that leaves: (B, E, K-1) in x's dtype, and (B, E, N) float32.
 
-    `own` are the parameters as `mix` takes them; A is itself, or with `logarithm` the logarithm of -A. z, the gate, and
-    `beside`, which needs z, are (B, L, E). `packed` is what `once` made of `own`, whose A and D then are float32.
+    z, the gate, and `y_other_direction`, which needs z, are (B, L, E). `state` is what enters, zero without it. `packed` is
+    what `pack_matrices` made of the weights, whose A and D then are float32.
     """
-    low = torch.is_autocast_enabled(x.device.type)
-    taps, edge = state or (None, None)
-    proj, dt = (own[name].to(x.dtype) if low else own[name] for name in ("proj", "dt"))
-    parameters = (own["conv"], own["conv_bias"], proj, dt, own["dt_bias"], own["A"], own["D"], *packed)
-    tensors = (x, z, beside, taps, None if edge is None else edge.float(), *parameters)
-    y, taps, edge, *_ = _differentiable(*tensors, reverse, logarithm, is_batch_invariant(), wants_gradients(*tensors))
-    return y, (taps, edge)
+    if torch.is_autocast_enabled(x.device.type):
+        weights = weights._replace(x_proj=weights.x_proj.to(x.dtype), dt_proj=weights.dt_proj.to(x.dtype))
+    conv_state, ssm_state = state or (None, None)
+    ssm_state = None if ssm_state is None else ssm_state.float()
+    inputs = (x, z, y_other_direction, conv_state, ssm_state, list(weights), list(packed))
+    keep = wants_gradients(*inputs)
+    y, conv_state, ssm_state, *_ = _one_direction(*inputs, reverse, A_is_log, is_batch_invariant(), keep)
+    return y, (conv_state, ssm_state)
 
 
-def once(own: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """What every walk with these parameters would make of them each way."""
-    proj, dt, *_ = packed(*([own[name]] for name in PACKED))
-    return proj, dt
+def pack_matrices(weights: DirectionWeights) -> tuple[Tensor, Tensor]:
+    """Return the matrices that every call with these weights would make of them, to be made once for many chunks."""
+    packed = pack(*((x,) for x in weights))
+    return packed.x_proj, packed.dt_proj
 
 
-def _parts(tensors: Any, reverse: bool, logarithm: bool, even: bool) -> Parts:
-    x, z = tensors[:2]
-    return Parts(x, z, [(t,) for t in tensors[_PARAMETERS:_GRADIENTS]], (reverse,), even, logarithm)
+def _pipeline(
+    x: Tensor, z: Tensor | None, weights: Sequence[Any], reverse: bool, A_is_log: bool, batch_invariant: bool
+) -> Pipeline:
+    return Pipeline(x, z, [weights], (reverse,), batch_invariant, A_is_log)
 
 
-def _weights(p: Parts, tensors: Any) -> Packed:
-    proj, dt = tensors[_GRADIENTS:]
-    return p.weights() if proj is None else Packed(proj, dt, p.A, p.D)
+def _packed(p: Pipeline, packed: Matrices) -> PackedWeights:
+    own = p.weights
+    return PackedWeights(packed[0], packed[1], own.A, own.D) if packed else pack(*own)
 
 
-def _walk(*args):
-    *tensors, reverse, logarithm, even, keep = args
-    _, _, beside, taps, state = tensors[:_PARAMETERS]
-    p, nothing = _parts(tensors, reverse, logarithm, even), tensors[0].new_empty
-    c, leaving = conv.forward(p.x, p.conv, p.conv_bias, (taps,), p.reverses, True)
-    assert leaving is not None
-    rows, delta, s = p.read(c, _weights(p, tensors))
-    r = scan.forward(s, whole(state), p.plan, keep=keep, beside=whole(beside))
-    ungated = r.ungated if keep and p.z is not None else nothing(0)
-    kept = (c, rows, delta, ungated, r.marks) if keep else (*(nothing(0) for _ in range(4)), r.final.new_empty(0))
-    return r.y, leaving[0], r.final[0], *kept
+def _forward(
+    x: Tensor, z: Tensor | None, y_other_direction: Tensor | None, conv_state: Tensor | None, ssm_state: Tensor | None,
+    weights: Sequence[Any], packed: Matrices, reverse: bool, A_is_log: bool, batch_invariant: bool, keep: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    p = _pipeline(x, z, weights, reverse, A_is_log, batch_invariant)
+    own = _packed(p, packed)
+    c, conv_states = p.convolve((conv_state,), want_states=True)
+    assert conv_states is not None
+    dt_B_C, delta = p.project(c, own)
+    s, other = p.scan_inputs(c, dt_B_C, delta, own), aligned_or_none(y_other_direction)
+    r = scan.forward(s, aligned_or_none(ssm_state), p.schedule, keep=keep, y_other_direction=other)
+    leaving = r.y, conv_states[0], r.final_states[0]
+    if keep:
+        y_pre_gate = None if z is None else r.y_pre_gate
+        return *leaving, c, dt_B_C, delta, empty_if_none(y_pre_gate, x), empty_if_none(r.tile_states, r.final_states)
+    return *leaving, *(x.new_empty(0) for _ in range(4)), r.final_states.new_empty(0)
 
 
-def _shapes(*args):
-    *tensors, reverse, logarithm, even, keep = args
-    p, empty = _parts(tensors, reverse, logarithm, even), tensors[0].new_empty
-    (B, L, E), precise = p.x.shape, partial(empty, dtype=torch.float32)
-    kept = [(1, B, L, E), (1, B, L, p.width), (1, B, L, E), (B, L, E) if p.z is not None else 0]
-    marks = precise((1, B, -(-L // scan.TILE), E, p.N) if keep else 0)
-    shapes = kept if keep else [0] * 4
-    return empty((B, L, E)), empty((B, E, p.conv[0].shape[1] - 1)), precise((B, E, p.N)), *map(empty, shapes), marks
+def _forward_shapes(
+    x: Tensor, z: Tensor | None, y_other_direction: Tensor | None, conv_state: Tensor | None, ssm_state: Tensor | None,
+    weights: Sequence[Any], packed: Matrices, reverse: bool, A_is_log: bool, batch_invariant: bool, keep: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    p = _pipeline(x, z, weights, reverse, A_is_log, batch_invariant)
+    (B, L, E), K = x.shape, p.weights.conv[0].shape[1]
+    leaving = x.new_empty((B, L, E)), x.new_empty((B, E, K - 1)), x.new_empty((B, E, p.N), dtype=torch.float32)
+    if not keep:
+        return *leaving, *(x.new_empty(0) for _ in range(4)), x.new_empty(0, dtype=torch.float32)
+    c, dt_B_C, delta = x.new_empty((1, B, L, E)), x.new_empty((1, B, L, p.width)), x.new_empty((1, B, L, E))
+    tile_states = x.new_empty((1, B, -(-L // TILE), E, p.N), dtype=torch.float32)
+    return *leaving, c, dt_B_C, delta, x.new_empty(0 if z is None else (B, L, E)), tile_states
 
 
-def _walk_backward(dy, dtaps, dstate, c, rows, delta, ungated, marks, *args):
-    *tensors, reverse, logarithm, even = args
-    x, z, beside, taps, state = tensors[:_PARAMETERS]
-    p, nothing = _parts(tensors, reverse, logarithm, even), x.new_empty
-    weights = _weights(p, tensors)
-    s = p.streams(c, rows, delta, weights)
-    dx, g, (dentering,), made = p.gradients(
-        s, c, rows, weights, dy, marks, None if z is None else ungated, None, None, whole(dstate), (taps,), (dtaps,)
-    )
-    return (
-        dx, nothing(0) if z is None else g.z, nothing(0) if beside is None or s.z is None else gate(dy, s.z),
-        nothing(0) if taps is None else dentering, g.initial.new_empty(0) if state is None else g.initial[0].clone(),
-        *(pair[0] for pair in made),
+def _backward(
+    x: Tensor, z: Tensor | None, y_other_direction: Tensor | None, conv_state: Tensor | None, ssm_state: Tensor | None,
+    weights: Sequence[Any], packed: Matrices, reverse: bool, A_is_log: bool, batch_invariant: bool,
+    c: Tensor, dt_B_C: Tensor, delta: Tensor, y_pre_gate: Tensor, tile_states: Tensor,
+    dy: Tensor, dconv_state: Tensor | None, dssm_state: Tensor | None,
+) -> tuple[Any, ...]:  # fmt: skip
+    p = _pipeline(x, z, weights, reverse, A_is_log, batch_invariant)
+    own = _packed(p, packed)
+    s = p.scan_inputs(c, dt_B_C, delta, own)
+    k, g, grads = p.backward(
+        s, c, dt_B_C, own, dy, tile_states, None if z is None else y_pre_gate,
+        dfinal_states=aligned_or_none(dssm_state), conv_states=(conv_state,), dconv_states=(dconv_state,),
     )  # fmt: skip
+    gated = y_other_direction is not None and s.z is not None
+    return (
+        k.x,
+        empty_if_none(None if z is None else g.z, x),
+        empty_if_none(silu_gate_backward(dy, s.z) if gated and s.z is not None else None, x),
+        empty_if_none(None if conv_state is None else k.initial_states[0], x),
+        g.initial_states.new_empty(0) if ssm_state is None else g.initial_states[0].clone(),
+        list(grads[0]),
+    )
 
 
-def _shapes_backward(dy, dtaps, dstate, c, rows, delta, ungated, marks, *args):
-    return tuple(dy.new_empty(0) if t is None else t.new_empty(t.shape) for t in args[:_GRADIENTS])
+def _backward_shapes(
+    x: Tensor, z: Tensor | None, y_other_direction: Tensor | None, conv_state: Tensor | None, ssm_state: Tensor | None,
+    weights: Sequence[Any], packed: Matrices, reverse: bool, A_is_log: bool, batch_invariant: bool,
+    c: Tensor, dt_B_C: Tensor, delta: Tensor, y_pre_gate: Tensor, tile_states: Tensor,
+    dy: Tensor, dconv_state: Tensor | None, dssm_state: Tensor | None,
+) -> tuple[Any, ...]:  # fmt: skip
+    def like(t: Tensor | None) -> Tensor:
+        return x.new_empty(0) if t is None else t.new_empty(t.shape)
+
+    return *(like(t) for t in (x, z, y_other_direction, conv_state, ssm_state)), [like(t) for t in weights]
 
 
-class _Walk(torch.autograd.Function):
+class _OneDirection(torch.autograd.Function):
     """Saves its tensors and all that it made."""
 
+    @classmethod
+    def call(
+        cls, x: Tensor, z: Tensor | None, y_other_direction: Tensor | None, conv_state: Tensor | None, ssm_state: Tensor | None,
+        weights: Sequence[Any], packed: Matrices, *options: bool,
+    ) -> Any:  # fmt: skip
+        """Apply to the tensors one by one, so that autograd sees each of them."""
+        return cls.apply(options, len(weights), x, z, y_other_direction, conv_state, ssm_state, *weights, *packed)
+
     @staticmethod
-    def forward(ctx, *inputs):
-        *tensors, reverse, logarithm, even, _ = inputs
-        ctx.options = reverse, logarithm, even
-        y, taps, edge, *kept = below_autograd("walk", *inputs)
+    def forward(
+        ctx: Any, options: tuple[bool, ...], num_weights: int, x: Tensor, z: Tensor | None, y_other_direction: Tensor | None,
+        conv_state: Tensor | None, ssm_state: Tensor | None, *matrices: Tensor | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        ctx.options, ctx.num_weights = options[:-1], num_weights
+        weights, packed = list(matrices[:num_weights]), list(matrices[num_weights:])
+        streams = (x, z, y_other_direction, conv_state, ssm_state)
+        operator = torch.ops.videomamba.mamba_inner_one_direction.default
+        y, conv_out, ssm_out, *kept = below_autograd(operator, *streams, weights, packed, *options)
         ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*kept, *tensors)
-        return y, taps, edge, *kept
+        ctx.num_kept, ctx.num_streams = len(kept), len(streams)
+        ctx.save_for_backward(*kept, *streams, *matrices)
+        return y, conv_out, ssm_out, *kept
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy, dtaps, dstate, *_):
-        saved = ctx.saved_tensors
-        kept, tensors = saved[:-_COUNT], saved[-_COUNT:]
+    def backward(
+        ctx: Any, dy: Tensor | None, dconv_state: Tensor | None, dssm_state: Tensor | None, *_: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # once: under activation checkpointing they are made again for each access
+        kept, tensors = saved[: ctx.num_kept], saved[ctx.num_kept :]
+        streams, matrices = tensors[: ctx.num_streams], tensors[ctx.num_streams :]
+        weights, packed = list(matrices[: ctx.num_weights]), list(matrices[ctx.num_weights :])
         dy = torch.zeros_like(tensors[0]) if dy is None else dy.contiguous()
-        grads = torch.ops.videomamba.walk_backward.default(dy, dtaps, dstate, *kept, *tensors, *ctx.options)
-        made = (None if t is None else g for g, t in zip(grads, tensors[:_GRADIENTS], strict=True))
-        return *made, *[None] * (_COUNT - _GRADIENTS + len(ctx.options) + 1)
+        *dstreams, dweights = _one_direction_backward(
+            *streams, weights, packed, *ctx.options, *kept, dy, dconv_state, dssm_state
+        )  # fmt: skip
+        pairs = zip((*streams, *weights), (*dstreams, *dweights), strict=True)
+        return None, None, *(None if t is None else grad for t, grad in pairs), *(None for _ in packed)
 
 
-register(
-    f"walk({_TENSORS}, bool reverse, bool logarithm, bool invariant, bool keep) -> (" + ", ".join(["Tensor"] * 8) + ")",
-    _walk,
-    _shapes,
+_INPUTS = (
+    "Tensor x, Tensor? z, Tensor? y_other_direction, Tensor? conv_state, Tensor? ssm_state, Tensor?[] weights, Tensor[] packed,"
+    " bool reverse, bool A_is_log, bool batch_invariant"
 )
-register(
-    "walk_backward(Tensor dy, Tensor? dtaps, Tensor? dstate, Tensor c, Tensor rows, Tensor delta, Tensor ungated,"
-    f" Tensor marks, {_TENSORS}, bool reverse, bool logarithm, bool invariant) -> (" + ", ".join(["Tensor"] * _GRADIENTS) + ")",
-    _walk_backward,
-    _shapes_backward,
-)  # fmt: skip
-_differentiable = differentiable("walk", _Walk)
+_KEPT = "Tensor c, Tensor dt_B_C, Tensor delta, Tensor y_pre_gate, Tensor tile_states"  # empty where not kept
+_one_direction_backward = register(
+    f"mamba_inner_one_direction_backward({_INPUTS}, {_KEPT}, Tensor dy, Tensor? dconv_state, Tensor? dssm_state) -> "
+    "(Tensor dx, Tensor dz, Tensor dy_other_direction, Tensor dconv_state_in, Tensor dssm_state_in, Tensor[] dweights)",
+    _backward,
+    _backward_shapes,
+)
+_one_direction = register(
+    f"mamba_inner_one_direction({_INPUTS}, bool keep) -> (Tensor y, Tensor conv_state_out, Tensor ssm_state_out, {_KEPT})",
+    _forward,
+    _forward_shapes,
+    _OneDirection.call,
+)

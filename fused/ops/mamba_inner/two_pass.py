@@ -1,79 +1,91 @@
-"""Both directions of a mixer over a video in chunks, in two walks of which the first makes states alone.
+"""Both directions of a mixer over a video in chunks, in two passes over the chunks, of which the first makes states alone.
 
-    right to left:   what enters every piece of time of the backward scan; not over the first chunk, which comes last
-    left to right:   what enters those of the forward scan; then both scans at once, as over a whole clip
+    right to left:   the states that enter every split of the backward scan; not over the first chunk, which comes last
+    left to right:   the states that enter the splits of the forward scan; then both scans at once, as over a whole clip
 
-So the work of either scan is done once: the passes for the states that enter pieces are made anyway where time is cut. Where it
-is not, in batches that fill a GPU by themselves, `suits` says so. Without gradients, and no operators: nothing to be traced.
+So the work of either scan is done once: with split-L, the state-only passes are made anyway. Where a chunk is not split, in
+batches that fill a GPU by themselves, `TwoPassMixer.pays` says so. There are no gradients and no operators here: nothing is
+traced.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused.ops.causal_conv1d import launch as conv
-from fused.ops.mamba_inner.native import NAMES, PACKED, Parts, packed
-from fused.ops.mamba_inner.pack_kernel import Packed
+from fused.ops.mamba_inner.kernels import PackedWeights
+from fused.ops.mamba_inner.pipeline import Pipeline, pack
 from fused.ops.selective_scan import launch as scan
 from fused.ops.selective_scan import schedule
-from fused.ops.selective_scan.native import plan, whole
+from fused.ops.selective_scan.launch import ScanInputs, aligned_or_none, schedule_for
+from fused.ops.shapes import DirectionWeights
 from fused.runtime.modes import is_batch_invariant
 
 
-class Entering(NamedTuple):
-    """What the backward scan of a chunk starts from: None at the end of the video, or what is not known."""
+class BackwardStates(NamedTuple):
+    """The states from which the backward scan of a chunk starts: None at the end of the video, or where not known."""
 
-    taps: Tensor | None  # (B, E, K-1) in the stream's dtype
-    edge: Tensor | None  # (B, E, N) float32
-    pieces: Tensor | None  # (1, B, pieces, E, N) float32
+    conv_state: Tensor | None  # (B, E, K-1) in the stream's dtype
+    ssm_state: Tensor | None  # (B, E, N) float32
+    split_initial_states: Tensor | None  # (1, B, splits, E, N) float32
 
 
-class Mixer:
-    """A mixer's two directions, as `walk` takes one, A itself; weights are packed once for all chunks."""
+END_OF_VIDEO = BackwardStates(None, None, None)
 
-    nothing = Entering(None, None, None)
 
-    def __init__(self, directions: Sequence[dict[str, Any]]) -> None:
-        self._named = [tuple(own[name] for own in directions) for name in NAMES]
-        self._packed: Packed | None = None
+class TwoPassMixer:
+    """A mixer's two directions, A itself and not its logarithm; weights are packed once for all chunks."""
 
-    def suits(self, clips: int, tokens: int, device: torch.device) -> bool:
-        """Whether time is cut over a chunk of so many tokens."""
-        E, N = self._named[NAMES.index("A")][0].shape
+    def __init__(self, directions: Sequence[DirectionWeights]) -> None:
+        self._directions = list(directions)
+        self._packed: PackedWeights | None = None
+
+    def pays(self, clips: int, tokens: int, device: torch.device) -> bool:
+        """Return whether the scan over a chunk of so many tokens is split, and so makes a state-only pass anyway."""
+        if not clips:
+            return False
+        E, N = self._directions[0].A.shape
         processors = schedule.multiprocessors(device)
-        plan = schedule.make_schedule(clips, tokens, E, N, 2, processors, batch_invariant=is_batch_invariant())
-        return clips > 0 and plan.fwd_schedule.num_splits > 1
+        found = schedule.make_schedule(clips, tokens, E, N, 2, processors, batch_invariant=is_batch_invariant())
+        return found.fwd_schedule.num_splits > 1
 
-    def behind(self, x: Tensor, entering: Entering) -> tuple[Entering, Entering]:
-        """The backward direction over x (B, L, E): what enters it with its pieces, and what enters the chunk before."""
-        p = Parts(x, None, [pair[1:] for pair in self._named], (True,), is_batch_invariant(), logarithm=False)
-        s, leaving = self._read(p, (entering.taps,))
-        enter, last = scan.states(s, whole(entering.edge), p.plan, plan(x, p.N, 2, is_batch_invariant()).fwd_schedule)
-        return entering._replace(pieces=enter), Entering(leaving[0], last[0], None)
+    def backward_states(self, x: Tensor, entering: BackwardStates) -> tuple[BackwardStates, BackwardStates]:
+        """Run the backward direction over x (B, L, E) for its states alone.
 
-    def mix(self, xz: Tensor, state: Any, entering: Entering) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """y (B, L, E), gated, of both directions over xz (B, L, 2E), and the state that leaves the forward one."""
-        taps, edge = state or (None, None)
+        Returns `entering` with the states of its splits, and what enters the chunk before.
+        """
+        p = Pipeline(x, None, self._directions[1:], (True,), is_batch_invariant(), A_is_log=False)
+        s, conv_states = self._scan_inputs(p, (entering.conv_state,))
+        splits = schedule_for(x, p.N, 2, is_batch_invariant()).fwd_schedule
+        states, final_states = scan.state_pass(s, aligned_or_none(entering.ssm_state), p.schedule, splits)
+        return entering._replace(split_initial_states=states), BackwardStates(conv_states[0], final_states[0], None)
+
+    def run(
+        self, xz: Tensor, state: Sequence[Tensor] | None, entering: BackwardStates
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Return gated y (B, L, E) of both directions over xz (B, L, 2E), and the state that leaves the forward one."""
+        conv_state, ssm_state = state or (None, None)
         x, z = xz.chunk(2, dim=-1)
-        p = Parts(x, z, self._named, (False, True), is_batch_invariant(), logarithm=False)
-        s, leaving = self._read(p, (taps, entering.taps))
-        if entering.pieces is None:
-            edges = [s.A[0].new_zeros(len(x), *s.A[0].shape) if e is None else e for e in (edge, entering.edge)]
-            r = scan.forward(s, torch.stack(edges), p.plan, keep=False)
-            return r.y, (leaving[0], r.final[0])
-        cut = p.plan.fwd_schedule
-        enter, _ = scan.states(s.ahead, whole(edge), plan(x, p.N, 1, is_batch_invariant()), cut)
-        starts = torch.cat((enter, entering.pieces))
-        first = torch.cat((enter[:, :, 0], entering.pieces[:, :, -1])) if cut.num_unsplit else None
-        r = scan.forward(s, first, p.plan, keep=False, starts=starts)
-        return r.y, (leaving[0], r.final[0])
+        p = Pipeline(x, z, self._directions, (False, True), is_batch_invariant(), A_is_log=False)
+        s, conv_states = self._scan_inputs(p, (conv_state, entering.conv_state))
+        if entering.split_initial_states is None:
+            states = [s.A[0].new_zeros(len(x), *s.A[0].shape) if e is None else e for e in (ssm_state, entering.ssm_state)]
+            r = scan.forward(s, torch.stack(states), p.schedule, keep=False)
+            return r.y, (conv_states[0], r.final_states[0])
+        splits = p.schedule.fwd_schedule
+        one_direction = schedule_for(x, p.N, 1, is_batch_invariant())
+        first, _ = scan.state_pass(s.forward_direction, aligned_or_none(ssm_state), one_direction, splits)
+        second = entering.split_initial_states
+        unsplit = torch.cat((first[:, :, 0], second[:, :, -1])) if splits.num_unsplit else None  # states of unsplit sequences
+        r = scan.forward(s, unsplit, p.schedule, keep=False, split_initial_states=torch.cat((first, second)))
+        return r.y, (conv_states[0], r.final_states[0])
 
-    def _read(self, p: Parts, taps: Sequence[Tensor | None]) -> tuple[scan.Streams, tuple[Tensor, ...]]:
-        """What the scans of all of its directions, the last ones of two, read, and the taps that leave."""
+    def _scan_inputs(self, p: Pipeline, conv_states: Sequence[Tensor | None]) -> tuple[ScanInputs, tuple[Tensor, ...]]:
+        """Return what the scans of all of the pipeline's directions read, and the conv states that leave."""
         if self._packed is None:
-            self._packed = packed(*(self._named[NAMES.index(name)] for name in PACKED))
-        c, leaving = conv.forward(p.x, p.conv, p.conv_bias, taps, p.reverses, True)
+            self._packed = pack(*zip(*self._directions, strict=True))
+        c, leaving = p.convolve(conv_states, want_states=True)
         assert leaving is not None
-        return p.read(c, self._packed.last(len(taps)))[-1], leaving
+        packed = self._packed.last(len(conv_states))
+        return p.scan_inputs(c, *p.project(c, packed), packed), leaving

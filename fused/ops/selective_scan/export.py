@@ -1,21 +1,20 @@
-"""The operators as pure functions of their arguments, for `torch.export` and ONNX, which take no loops over scratch memory.
+"""The scan as a pure function of its arguments, for `torch.export` and ONNX, which take no loops over scratch memory.
 
     s_t = a_t s_{t-1} + w_t           a_t = exp(delta_t * A)
 
-The scan cuts time into chunks that step together, each from a state of zero; chunks are joined by their decays, twice as many
-at each step; and the product of the decays up to each token adds what the state that entered its chunk is worth there. A
-graph so has about 8 + log2(L) steps for L tokens, at the price of holding all L states at once. Formulas
-and arguments are those of `selective_scan`, `causal_conv1d` and `add_norm`.
+The tokens are cut into splits that step together, each from a state of zero. Splits are joined by their decays, twice as many
+at each step. The product of the decays up to each token then adds the share of the state that entered its split. A graph so has
+about 8 + log2(L) steps for L tokens, and holds all L states at once.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused.runtime.checks import no_autocast
+from fused.runtime.autocast import no_autocast
 from fused.runtime.dtypes import accumulation_dtype
 
-STEPS = 8  # tokens of a chunk: with fewer, joining chunks costs more memory traffic than it saves nodes
+STEPS = 8  # tokens of a split: with fewer, joining splits costs more memory traffic than it saves nodes
 
 
 def selective_scan(
@@ -23,67 +22,36 @@ def selective_scan(
     D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None,
     softplus: bool, state: Tensor | None, reverse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(y, final_state); the price of one call is five tensors of B * L * E * N elements."""
-    precise = accumulation_dtype(u.dtype)
+    """Return (y, final_state) as `fused.selective_scan` does; one call holds five tensors of B * L * E * N elements."""
+    dtype = accumulation_dtype(u.dtype)
     with no_autocast(u.device):
-        x, rate, A, B, C = (t.to(precise) for t in (u, delta, A, B, C))
-        rate = rate if delta_bias is None else rate + delta_bias.to(precise)
-        rate = F.softplus(rate) if softplus else rate
-        walked = rate, rate * x, _by_channel(B, x.shape[2]), _by_channel(C, x.shape[2])
-        rate, gained, B, C = (t.flip(1) for t in walked) if reverse else walked
-        state = x.new_zeros(x.shape[0], *A.shape) if state is None else state.to(precise)
-        y, state = _walk(rate, gained, B, C, A, state)
+        x, delta, A, B, C = (t.to(dtype) for t in (u, delta, A, B, C))
+        delta = delta if delta_bias is None else delta + delta_bias.to(dtype)
+        delta = F.softplus(delta) if softplus else delta
+        tokens = delta, delta * x, _by_channel(B, x.shape[2]), _by_channel(C, x.shape[2])
+        delta, delta_x, B, C = (t.flip(1) for t in tokens) if reverse else tokens
+        state = x.new_zeros(x.shape[0], *A.shape) if state is None else state.to(dtype)
+        y, state = _scan(delta, delta_x, B, C, A, state)
         y = y.flip(1) if reverse else y
-        y = y if D is None else y + D.to(precise) * x
-        y = y if z is None else y * F.silu(z.to(precise))
+        y = y if D is None else y + D.to(dtype) * x
+        y = y if z is None else y * F.silu(z.to(dtype))
         return y.to(u.dtype), state
 
 
-def causal_conv1d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, activated: bool, reverse: bool
-) -> tuple[Tensor, Tensor]:
-    """(y, final_state)."""
-    precise = accumulation_dtype(x.dtype)
-    with no_autocast(x.device):
-        beyond = weight.shape[1] - 1
-        inside = x.to(precise).transpose(1, 2)
-        edge = inside.new_zeros(*inside.shape[:2], beyond) if state is None else state.to(x.dtype).to(precise)
-        line = torch.cat((inside, edge) if reverse else (edge, inside), dim=2)
-        taps = weight.to(precise).flip(1) if reverse else weight.to(precise)
-        y = F.conv1d(line, taps.unsqueeze(1), None if bias is None else bias.to(precise), groups=x.shape[2])
-        y = F.silu(y) if activated else y
-        leaving = line[:, :, :beyond] if reverse else line[:, :, x.shape[1] :]
-        return y.transpose(1, 2).to(x.dtype), leaving.to(x.dtype)
-
-
-def add_norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
-    eps: float, centre: bool, stored: torch.dtype | None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """(y, residual_out in the dtype `stored`, or None)."""
-    with no_autocast(x.device):
-        v = x.to(accumulation_dtype(x.dtype))
-        v = v if residual is None else v + residual.to(v.dtype)
-        unit = v - v.mean(-1, keepdim=True) if centre else v
-        y = unit * torch.rsqrt(unit.square().mean(-1, keepdim=True) + eps) * weight
-        y = y if bias is None else y + bias
-        return y.to(x.dtype), None if stored is None else v.to(stored)
-
-
 def _by_channel(x: Tensor, channels: int) -> Tensor:
-    """(B, L, N) or (B, L, G, N) to (B, L, 1 or E, N)."""
+    """Return (B, L, N) or (B, L, G, N) as (B, L, 1 or E, N)."""
     return x.unsqueeze(2) if x.dim() == 3 else x.repeat_interleave(channels // x.shape[2], dim=2)
 
 
-def _walk(delta: Tensor, x: Tensor, B: Tensor, C: Tensor, A: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """delta and x (B, L, E), B and C (B, L, 1 or E, N): y (B, L, E) and the state behind the last token."""
+def _scan(delta: Tensor, x: Tensor, B: Tensor, C: Tensor, A: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Return y (B, L, E) and the final state for delta and x (B, L, E), B and C (B, L, 1 or E, N)."""
     length = delta.shape[1]
     if length == 0:
         return x, state
-    # tokens of no duration fill up the last chunk: they keep the state as it is
-    delta, x, B, C = (_chunked(t) for t in (delta, x, B, C))
+    # tokens of delta 0 fill up the last split: they keep the state as it is
+    delta, x, B, C = (_split(t) for t in (delta, x, B, C))
     decays, inputs = (delta.unsqueeze(-1) * A).exp().split(1, 2), (x.unsqueeze(-1) * B).split(1, 2)
-    local, passed = [inputs[0]], [decays[0]]  # passed: what is left of the state that entered the chunk
+    local, passed = [inputs[0]], [decays[0]]  # passed: the share of the state that entered the split
     for decay, new in zip(decays[1:], inputs[1:], strict=True):
         local.append(decay * local[-1] + new)
         passed.append(decay * passed[-1])
@@ -94,7 +62,7 @@ def _walk(delta: Tensor, x: Tensor, B: Tensor, C: Tensor, A: Tensor, state: Tens
 
 
 def _join(left: Tensor, added: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """What enters every chunk, (B, chunks, E, N), and what leaves the last, by doubling the stretch that each one spans."""
+    """Return the states that enter every split, (B, splits, E, N), and the final state, by doubling the span of each."""
     added = torch.cat((added[:, :1] + left[:, :1] * state.unsqueeze(1), added[:, 1:]), dim=1)
     span = 1
     while span < left.shape[1]:
@@ -104,8 +72,8 @@ def _join(left: Tensor, added: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat((state.unsqueeze(1), added[:, :-1]), dim=1), added[:, -1]
 
 
-def _chunked(x: Tensor) -> Tensor:
-    """(B, L, ...) to (B, chunks, STEPS, ...), zeros behind the end."""
+def _split(x: Tensor) -> Tensor:
+    """Return (B, L, ...) as (B, splits, STEPS, ...), zeros behind the end."""
     missing = -x.shape[1] % STEPS
     if missing:
         x = torch.cat((x, x.new_zeros(x.shape[0], missing, *x.shape[2:])), dim=1)

@@ -26,6 +26,7 @@ def source(keeps: bool) -> str:
     return "\n".join((Path(__file__).parent / name).read_text(encoding="utf-8") for name in files)
 
 
+@functools.lru_cache(1024)
 def defines(
     *,
     io_dtype: torch.dtype,

@@ -1,37 +1,50 @@
-"""The selective scan's kernels: which are launched for what, on which pieces of time. No autograd here.
+"""Launches of the scan's kernels. No autograd here.
 
-Everything comes once per direction: a walk from the first token, one from the last, or both at once over the same tokens
-(`Streams.reverses`). Two directions share z: out = (y_first + y_second) * silu(z).
+Everything comes once per direction: a scan from the first token, one from the last, or both at once over the same tokens
+(`ScanInputs.reverses`). Two directions share z: out = (y_first + y_second) * silu(z).
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused.ops.selective_scan.kernel_source import A_LOG, REVERSE, STATES_ONLY, defines, num_work_counters, source
-from fused.ops.selective_scan.schedule import TILE, ScanSchedule, SplitSchedule, multiprocessors
+from fused.ops.selective_scan import schedule
+from fused.ops.selective_scan.kernel_source import (
+    A_LOG,
+    REVERSE,
+    SOFTPLUS_IN_KERNEL,
+    STATES_ONLY,
+    defines,
+    num_work_counters,
+    source,
+)
+from fused.ops.selective_scan.schedule import TILE, ScanSchedule, SplitSchedule
 from fused.runtime import nvrtc
 
-LONGEST_STATE = 64
+MAX_STATES = 64
 
 
-class Streams(NamedTuple):
-    """What a scan reads. u, delta, z (B, L, E) and B, C (B, L, N) in one dtype with unit stride along the last axis; A (E, N),
-    D and bias (E,) float32 and contiguous."""
+class ScanInputs(NamedTuple):
+    """What a scan reads, one entry a direction.
+
+    u, delta, z (B, L, E) and B, C (B, L, N) have one dtype and unit stride along the last axis, and the two of a pair have the
+    same strides. A (E, N), D and delta_bias (E,) are float32 and contiguous.
+    """
 
     reverses: tuple[bool, ...]  # (False,), (True,) or (False, True)
-    u: tuple[Tensor, ...]
-    delta: tuple[Tensor, ...]
-    A: tuple[Tensor, ...]
-    B: tuple[Tensor, ...]
-    C: tuple[Tensor, ...]
-    D: tuple[Tensor | None, ...]
-    bias: tuple[Tensor | None, ...]
+    u: Sequence[Tensor]
+    delta: Sequence[Tensor]
+    A: Sequence[Tensor]
+    B: Sequence[Tensor]
+    C: Sequence[Tensor]
+    D: Sequence[Tensor | None]
+    delta_bias: Sequence[Tensor | None]
     z: Tensor | None
-    softplus: int = 1  # 0: delta has none; 1: delta comes before it; 2: delta comes behind it, its gradient is that before it
-    logarithm: bool = False  # A holds log(-A)
+    softplus: int = SOFTPLUS_IN_KERNEL  # of delta; SOFTPLUS_BY_CALLER: the gradient is that in front of softplus
+    A_is_log: bool = False  # A holds log(-A)
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -39,199 +52,259 @@ class Streams(NamedTuple):
         return (*self.u[0].shape, self.A[0].shape[1])
 
     @property
-    def ahead(self) -> "Streams":
+    def forward_direction(self) -> "ScanInputs":
         """The first direction alone, without the gate."""
-        pairs = ("reverses", "u", "delta", "A", "B", "C", "D", "bias")
-        return self._replace(z=None, **{name: getattr(self, name)[:1] for name in pairs})
-
-    @property
-    def flags(self) -> int:
-        """What the kernels must know at run time."""
-        return A_LOG * self.logarithm + REVERSE * self.reverses[0]
+        pairs = (self.reverses, self.u, self.delta, self.A, self.B, self.C, self.D, self.delta_bias)
+        one: Any = [pair[:1] for pair in pairs]
+        settings: Any = (None, self.softplus, self.A_is_log)
+        return ScanInputs(*one, *settings)
 
 
-class Result(NamedTuple):
-    """What `forward` leaves; what was not asked for is None. d directions."""
+class ScanOutputs(NamedTuple):
+    """What `forward` returns; None for what was not asked for. d directions."""
 
     y: Tensor  # (B, L, E)
-    final: Tensor  # (d, B, E, N) float32
-    starts: Tensor | None  # (d, B, pieces, E, N) float32: the state that enters every piece of a chain that is cut
-    ungated: Tensor | None  # (B, L, E): y before the gate; y itself without one
-    marks: Tensor | None  # (d, B, tiles, E, N) float32: the state before every tile
+    final_states: Tensor  # (d, B, E, N) float32
+    split_initial_states: Tensor | None  # (d, B, splits, E, N) float32: the state that enters every split of a split sequence
+    y_pre_gate: Tensor | None  # (B, L, E): y before the gate; y itself without one
+    tile_states: Tensor | None  # (d, B, tiles, E, N) float32: the state before every tile
+
+
+class ScanGradients(NamedTuple):
+    """What `backward` returns, per direction but for z; float32 for what is summed over clips and for the state."""
+
+    u: Sequence[Tensor]  # (B, L, E)
+    delta: Sequence[Tensor]  # (B, L, E)
+    z: Tensor | None  # (B, L, E)
+    A: Sequence[Tensor]  # (E, N); the gradient of A's logarithm with A_is_log
+    D: Sequence[Tensor]  # (E,)
+    delta_bias: Sequence[Tensor]  # (E,)
+    initial_states: Tensor  # (d, B, E, N)
+
+
+class StatePassing(NamedTuple):
+    """How the splits of a launch hear of one another: what goes from split to split, float32, and the work queue's counters."""
+
+    split_final_states: Tensor | None  # (d, B, splits, E, N): the state that leaves a split if zero enters it
+    delta_sums: Tensor | None  # (d, B, splits, E)
+    work_counters: Tensor | None  # None where every sequence is alike
+    num_state_passes: int  # 0 where what enters the splits is known
+    unsplit_per_scheduler: int  # unsplit sequences for a multiprocessor's schedulers, as many of the four as a block has warps
+
+
+NO_STATE_PASSING = StatePassing(None, None, None, 0, 0)
+
+
+def schedule_for(u: Tensor, N: int | torch.SymInt, directions: int, batch_invariant: bool) -> ScanSchedule:
+    """Return the schedule of a scan over u (B, L, E) with N states."""
+    B, L, E = u.shape
+    processors = schedule.multiprocessors(u.device)
+    return schedule.make_schedule(int(B), int(L), int(E), int(N), directions, processors, batch_invariant=batch_invariant)
+
+
+def dense(x: Tensor) -> Tensor:
+    """Return x with unit stride along its last axis."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def aligned_or_none(x: Tensor | None) -> Tensor | None:
+    """Return x contiguous and at an address where four float32 can be read at once."""
+    if x is None:
+        return None
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def forward(
-    s: Streams, initial: Tensor | None, plan: ScanSchedule, *, keep: bool, starts: Tensor | None = None,
-    beside: Tensor | None = None,
-) -> Result:  # fmt: skip
-    """Scan from `initial` (d, B, E, N), of one direction (B, E, N), or from zero, and `keep` what the backward wants. `starts`
-    of an earlier call or of `states` saves the pass for them. `beside` (B, L, E), contiguous, is another direction's y, which
-    one direction adds to its own before the gate."""
-    B, L, E, N = s.sizes
-    u, d = s.u[0], len(s.reverses)
-    y, final = u.new_empty((B, L, E)), _wide(u, d, B, E, N)
-    before = torch.empty_like(y) if keep and s.z is not None else None
-    seen = _wide(u, d, B, -(-L // TILE), E, N) if keep else None
+    s: ScanInputs, initial_states: Tensor | None, plan: ScanSchedule, *, keep: bool,
+    split_initial_states: Tensor | None = None, y_other_direction: Tensor | None = None,
+) -> ScanOutputs:  # fmt: skip
+    """Scan from `initial_states` (d, B, E, N), of one direction (B, E, N), or from zero, and `keep` what the backward reads.
+
+    `split_initial_states` of an earlier call or of `state_pass` spares the state-only pass. `y_other_direction` (B, L, E),
+    contiguous, is another direction's y, which one direction adds to its own before the gate.
+    """
+    u, d, splits = s.u[0], len(s.reverses), plan.fwd_schedule
+    (B, L, E), N = u.shape, s.A[0].shape[1]
+    y = torch.empty((B, L, E), dtype=u.dtype, device=u.device)
+    final_states = torch.empty((d, B, E, N), dtype=torch.float32, device=u.device)
+    y_pre_gate = torch.empty_like(y) if keep and s.z is not None else None
+    tile_states = _float32(u, d, B, -(-L // TILE), E, N) if keep else None
     if 0 in (B, L, E):
-        final = final.zero_() if initial is None else final.copy_(initial)
-        return Result(y, final, starts, before, seen)
-    cut, shape = plan.fwd_schedule, plan.fwd_config
-    passes = Passes.over(cut, s, d * shape.warps, starts is None)
-    if passes.blocks:
-        starts = _wide(u, d, B, cut.num_splits, E, N)
-    sizes = (B, L, E, N, cut.tiles_per_split, cut.num_splits, cut.num_unsplit, s.flags)
-    args = (initial, starts, passes.local, passes.sums, final, seen, y, before, beside, *passes[2:], *sizes)
-    _launch_forward(s, plan, cut.num_blocks + passes.blocks, args, keep, beside)
-    return Result(y, final, starts, y if s.z is None and keep else before, seen)
+        final_states = final_states.zero_() if initial_states is None else final_states.copy_(initial_states)
+        return ScanOutputs(y, final_states, split_initial_states, y_pre_gate, tile_states)
+    passing = NO_STATE_PASSING
+    if splits.num_unsplit < splits.num_sequences:
+        passing = _state_passing(splits, u, d, N, d * plan.fwd_config.warps, split_initial_states is None)
+    if passing.num_state_passes:
+        split_initial_states = _float32(u, d, B, splits.num_splits, E, N)
+    arguments = (
+        initial_states, split_initial_states, passing.split_final_states, passing.delta_sums, final_states, tile_states,
+        y, y_pre_gate, y_other_direction, passing.work_counters, passing.num_state_passes, passing.unsplit_per_scheduler,
+        B, L, E, N, splits.tiles_per_split, splits.num_splits, splits.num_unsplit, _flags(s),
+    )  # fmt: skip
+    blocks = splits.num_blocks + passing.num_state_passes
+    _launch_forward(s, plan, blocks, arguments, keep, y_other_direction)
+    if keep and s.z is None:
+        y_pre_gate = y
+    return ScanOutputs(y, final_states, split_initial_states, y_pre_gate, tile_states)
 
 
-def states(s: Streams, initial: Tensor | None, plan: ScanSchedule, cut: SplitSchedule) -> tuple[Tensor, Tensor]:
-    """No y, but what enters every piece of time and what leaves the last: (d, B, pieces, E, N) and (d, B, E, N), float32, from
-    `initial` (d, B, E, N) or zero. All chains are cut as `cut` says, those too that it leaves whole; C and z are not read."""
+def state_pass(
+    s: ScanInputs, initial_states: Tensor | None, plan: ScanSchedule, splits: SplitSchedule
+) -> tuple[Tensor, Tensor]:
+    """Return the states (d, B, splits, E, N) that enter every split and the final states (d, B, E, N), float32, without any y.
+
+    The scan starts from `initial_states` (d, B, E, N) or zero. Every sequence is split as `splits` says, those too that it
+    leaves unsplit. C and z are not read.
+    """
     B, L, E, N = s.sizes
-    u, d = s.u[0], len(s.reverses)
-    enter, local, last = (_wide(u, d, B, *sizes) for sizes in ((cut.num_splits, E, N), (cut.num_splits, E, N), (E, N)))
-    passes, counts = cut.num_sequences * cut.num_splits, _counts(u, cut.num_sequences)
-    made = (enter, local, _wide(u, d, B, cut.num_splits, E), last)
-    sizes = (B, L, E, N, cut.tiles_per_split, cut.num_splits, 0, s.flags | STATES_ONLY)
-    args = (initial, *made, None, u, None, None, counts, passes, 0, *sizes)
-    _launch_forward(s, plan, passes + cut.num_sequences * (cut.num_splits + 1), args)
-    return enter, last
-
-
-def _launch_forward(
-    s: Streams, plan: ScanSchedule, blocks: int, args: tuple[Any, ...], keep: bool = False, beside: Tensor | None = None
-) -> None:
-    d, width = len(s.reverses), plan.fwd_config.channels
-    shared = d * TILE * (width * 8 + 2 * plan.padded_states * 4 + (width + 8) * 4)  # staged inputs and y
-    threads, module = d * 32 * plan.fwd_config.warps, _module(s, plan, keep, beside)
-    module.launch("scan_forward", (blocks, 1, 1), threads, shared, *_arguments(s), *args)
-
-
-def _counts(u: Tensor, chains: int) -> Tensor:
-    """Of a launch with so many chains that are cut, as WorkQueue in work.cu wants them."""
-    return torch.zeros(num_work_counters(chains), dtype=torch.int32, device=u.device)
-
-
-class Passes(NamedTuple):
-    """How pieces of time hear of one another within a launch: what goes from piece to piece, float32, and the counters."""
-
-    local: Tensor | None  # (d, B, pieces, E, N): what leaves a piece that nothing enters
-    sums: Tensor | None  # (d, B, pieces, E): of delta
-    counts: Tensor | None  # None where all chains are alike
-    blocks: int  # 0 where nothing goes from piece to piece
-    even: int  # whole chains for a multiprocessor's schedulers, as many of the four as a block has warps
-
-    @classmethod
-    def over(cls, cut: SplitSchedule, s: Streams, warps: int, wanted: bool = True) -> "Passes":
-        """Empty; without passes, if they are not `wanted`."""
-        if cut.num_unsplit == cut.num_sequences or not (wanted or cut.num_unsplit):
-            return cls(None, None, None, 0, 0)
-        (B, _, E, N), u = s.sizes, s.u[0]
-        counts = _counts(u, cut.num_sequences - cut.num_unsplit)
-        even = -(-cut.num_unsplit // (multiprocessors(u.device) * max(1, 4 // warps)))
-        if not wanted:
-            return cls(None, None, counts, 0, even)
-        shape = (len(s.reverses), B, cut.num_splits, E)
-        return cls(_wide(u, *shape, N), _wide(u, *shape), counts, cut.num_state_passes, even)
-
-
-class Gradients(NamedTuple):
-    """What `backward` returns, per direction but for z; float32 for what is summed over clips and for the state."""
-
-    u: tuple[Tensor, ...]  # (B, L, E)
-    delta: tuple[Tensor, ...]  # (B, L, E)
-    z: Tensor | None  # (B, L, E)
-    A: tuple[Tensor, ...]  # (E, N); of A's logarithm, where that came
-    D: tuple[Tensor, ...]  # (E,)
-    bias: tuple[Tensor, ...]  # (E,)
-    initial: Tensor  # (d, B, E, N)
+    u, d, n = s.u[0], len(s.reverses), splits.num_splits
+    split_initial_states, final_states = _float32(u, d, B, n, E, N), _float32(u, d, B, E, N)
+    passes = splits.num_sequences * n
+    arguments = (
+        initial_states, split_initial_states, _float32(u, d, B, n, E, N), _float32(u, d, B, n, E), final_states, None,
+        u, None, None, _work_counters(u, splits.num_sequences), passes, 0,
+        B, L, E, N, splits.tiles_per_split, n, 0, _flags(s) | STATES_ONLY,
+    )  # fmt: skip
+    _launch_forward(s, plan, passes + splits.num_sequences * (n + 1), arguments)
+    return split_initial_states, final_states
 
 
 def backward(
-    s: Streams, dy: Tensor, dfinal: Tensor | None, marks: Tensor, ungated: Tensor | None, plan: ScanSchedule,
-    dB: Sequence[Tensor], dC: Sequence[Tensor], du: Sequence[Tensor] = (), ddelta: Sequence[Tensor] = (),
-    dz: Tensor | None = None,
-) -> Gradients:  # fmt: skip
-    """Gradients, given dy (B, L, E) with unit stride along E and dfinal (d, B, E, N) or None. Those of B and C are written
-    into `dB` and `dC`, (B, L, N) each, of unit stride along N, and the others into contiguous `du` and `ddelta` and a `dz` of
-    unit stride along E if these came."""
+    s: ScanInputs, dy: Tensor, dfinal_states: Tensor | None, tile_states: Tensor, y_pre_gate: Tensor | None,
+    plan: ScanSchedule, dB: Sequence[Tensor], dC: Sequence[Tensor],
+    du: Sequence[Tensor] | None = None, ddelta: Sequence[Tensor] | None = None, dz: Tensor | None = None,
+) -> ScanGradients:  # fmt: skip
+    """Return the gradients, given dy (B, L, E) with unit stride along E and dfinal_states (d, B, E, N) or None.
+
+    Those of B and C are written into `dB` and `dC`, (B, L, N) each, of unit stride along N; where they are given, those of u
+    and delta into contiguous `du` and `ddelta` and that of z into a `dz` of unit stride along E.
+    """
     B, L, E, N = s.sizes
-    u, d, cut, shape = s.u[0], len(s.reverses), plan.bwd_schedule, plan.bwd_config
-    du, ddelta = (tuple(given) or tuple(u.new_empty((B, L, E)) for _ in range(d)) for given in (du, ddelta))
+    u, d, splits, config = s.u[0], len(s.reverses), plan.bwd_schedule, plan.bwd_config
+    du = [u.new_empty((B, L, E)) for _ in range(d)] if du is None else du
+    ddelta = [u.new_empty((B, L, E)) for _ in range(d)] if ddelta is None else ddelta
     if s.z is not None and dz is None:
         dz = u.new_empty((B, L, E))
-    dinitial = _wide(u, d, B, E, N)
-    dA, dD, dbias = (tuple(_wide(u, *shape) for _ in range(d)) for shape in ((E, N), (E,), (E,)))
+    dinitial_states = _float32(u, d, B, E, N)
+    dA, dD, dbias = ([_float32(u, *shape) for _ in range(d)] for shape in ((E, N), (E,), (E,)))
     if 0 in (B, L, E):
-        dinitial = dinitial.zero_() if dfinal is None else dinitial.copy_(dfinal)
+        dinitial_states = dinitial_states.zero_() if dfinal_states is None else dinitial_states.copy_(dfinal_states)
         for x in (*dB, *dC, *dA, *dD, *dbias):
             x.zero_()
-        return Gradients(du, ddelta, dz, dA, dD, dbias, dinitial)
-    module, arguments = _module(s, plan, True, dy, dz), _arguments(s)
-    threads, shared = 32 * shape.warps, _shared_backward(plan, u.element_size())
-    blocks, width = -(-E // shape.channels), -(-E * (N + 2) // 4) * 4
-    parts = _wide(u, d, B, L, blocks, 2, plan.padded_states)
-    rows = _wide(u, d, B * cut.num_splits, width)
-    passes = Passes.over(cut, s, shape.warps)
-    given = (dy, *_steps(dy), ungated, marks, dfinal, passes.local, passes.sums)
-    made = (*_both(du), *_both(ddelta), dz, *(_steps(dz) if dz is not None else (0, 0)), parts, rows, dinitial)
-    sizes = (B, L, E, N, cut.tiles_per_split, cut.num_splits, cut.num_unsplit, s.flags)
-    args = (*arguments, *given, *made, *passes[2:], *sizes)
-    module.launch("scan_backward", (cut.num_blocks + passes.blocks, 1, 1), threads, shared, *args)
-    sums = (*_both(s.A), *_both(dA), *_both(dD), *_both(dbias))
-    args = (parts, *_both(dB), *_steps(dB[0]), *_both(dC), *_steps(dC[0]), rows, width, *sums, *sizes)
+        return ScanGradients(du, ddelta, dz, dA, dD, dbias, dinitial_states)
+    module, inputs = _module(s, plan, True, dy, dz), _input_arguments(s)
+    blocks, row_width = -(-E // config.channels), -(-E * (N + 2) // 4) * 4
+    dBC_parts = _float32(u, d, B, L, blocks, 2, plan.padded_states)  # of each block of channels
+    dA_dD_dbias_parts = _float32(u, d, B * splits.num_splits, row_width)  # of each clip and split
+    is_split = splits.num_unsplit < splits.num_sequences
+    passing = _state_passing(splits, u, d, N, config.warps, True) if is_split else NO_STATE_PASSING
+    sizes = (B, L, E, N, splits.tiles_per_split, splits.num_splits, splits.num_unsplit, _flags(s))
+    arguments = (
+        dy, dy.stride(0), dy.stride(1), y_pre_gate, tile_states, dfinal_states,
+        passing.split_final_states, passing.delta_sums, du[0], du[-1], ddelta[0], ddelta[-1],
+        *((None, 0, 0) if dz is None else (dz, dz.stride(0), dz.stride(1))), dBC_parts, dA_dD_dbias_parts, dinitial_states,
+        passing.work_counters, passing.num_state_passes, passing.unsplit_per_scheduler,
+    )  # fmt: skip
+    threads, shared = 32 * config.warps, _shared_bytes_backward(plan, u.element_size())
+    grid = splits.num_blocks + passing.num_state_passes
+    module.launch("scan_backward", (grid, 1, 1), threads, shared, *inputs, *arguments, *sizes)
+    outputs = (
+        dBC_parts, dB[0], dB[-1], dB[0].stride(0), dB[0].stride(1), dC[0], dC[-1], dC[0].stride(0), dC[0].stride(1),
+        dA_dD_dbias_parts, row_width, s.A[0], s.A[-1], dA[0], dA[-1], dD[0], dD[-1], dbias[0], dbias[-1],
+    )  # fmt: skip
     grid = -(-L * 2 * plan.padded_states // 256) * B + -(-E * (N + 2) // 256)
-    module.launch("scan_backward_reduce", (grid, d, 1), 256, 0, *args)
-    return Gradients(du, ddelta, dz, dA, dD, dbias, dinitial)
+    module.launch("scan_backward_reduce", (grid, d, 1), 256, 0, *outputs, *sizes)
+    return ScanGradients(du, ddelta, dz, dA, dD, dbias, dinitial_states)
 
 
-def _shared_backward(plan: ScanSchedule, size: int) -> int:
-    """Bytes of a block, `size` of an element: staged inputs, held states, results, sums, what is fetched ahead."""
-    K, warps, piece = plan.bwd_config.channels_per_thread, plan.bwd_config.warps, plan.bwd_config.subtile
-    threads, width, groups = 32 * warps, plan.bwd_config.channels, plan.padded_states // 16
-    held, mixes = (TILE // piece - 1) * K * groups * threads * 16, -(-TILE // (threads // (plan.padded_states // 2)))
-    staged = TILE * (width * 16 + 2 * plan.padded_states * 4)
-    fetched = (5 * K + mixes) * threads * 4 * size + K * groups * threads * 16
-    return staged + held + 2 * TILE * width * 4 + TILE * warps * 2 * plan.padded_states * 4 + fetched
+def _launch_forward(
+    s: ScanInputs, plan: ScanSchedule, blocks: int, arguments: tuple[Any, ...],
+    keep: bool = False, y_other_direction: Tensor | None = None,
+) -> None:  # fmt: skip
+    threads, shared = _forward_block(plan, len(s.reverses))
+    module = _module(s, plan, keep, y_other_direction)
+    module.launch("scan_forward", (blocks, 1, 1), threads, shared, *_input_arguments(s), *arguments)
 
 
-def _wide(u: Tensor, *shape: int) -> Tensor:
+@functools.lru_cache(1024)
+def _forward_block(plan: ScanSchedule, directions: int) -> tuple[int, int]:
+    """Return the threads and the bytes of shared memory of a block: staged inputs and y."""
+    channels = plan.fwd_config.channels
+    shared = directions * TILE * (channels * 8 + 2 * plan.padded_states * 4 + (channels + 8) * 4)
+    return directions * 32 * plan.fwd_config.warps, shared
+
+
+def _work_counters(u: Tensor, num_split: int) -> Tensor:
+    """Return the counters of a launch with so many split sequences, as WorkQueue in work.cu reads them."""
+    return torch.zeros(num_work_counters(num_split), dtype=torch.int32, device=u.device)
+
+
+def _state_passing(splits: SplitSchedule, u: Tensor, d: int, N: int, warps: int, wanted: bool) -> StatePassing:
+    """Return the buffers of a launch with split sequences; without a state-only pass, if it is not `wanted`."""
+    num_split = splits.num_sequences - splits.num_unsplit
+    if not wanted and not splits.num_unsplit:
+        return NO_STATE_PASSING
+    B, _, E = u.shape
+    schedulers = schedule.multiprocessors(u.device) * max(1, 4 // warps)
+    counters, unsplit_per_scheduler = _work_counters(u, num_split), -(-splits.num_unsplit // schedulers)
+    if not wanted:
+        return StatePassing(None, None, counters, 0, unsplit_per_scheduler)
+    split_final_states = _float32(u, d, B, splits.num_splits, E, N)
+    delta_sums = _float32(u, d, B, splits.num_splits, E)
+    return StatePassing(split_final_states, delta_sums, counters, splits.num_state_passes, unsplit_per_scheduler)
+
+
+def _shared_bytes_backward(plan: ScanSchedule, element_size: int) -> int:
+    """Return the shared memory of a block: staged inputs, states between subtiles, results, sums, and prefetched inputs."""
+    config, states = plan.bwd_config, plan.padded_states
+    K, warps, channels = config.channels_per_thread, config.warps, config.channels
+    threads, groups = 32 * warps, states // 16
+    subtile_states = (TILE // config.subtile - 1) * K * groups * threads * 16
+    BC_loads = -(-TILE // (threads // (states // 2)))
+    staged = TILE * (channels * 16 + 2 * states * 4)
+    prefetched = (5 * K + BC_loads) * threads * 4 * element_size + K * groups * threads * 16
+    return staged + subtile_states + 2 * TILE * channels * 4 + TILE * warps * 2 * states * 4 + prefetched
+
+
+def _float32(u: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=u.device)
 
 
-def _arguments(s: Streams) -> tuple[Any, ...]:
-    """STREAM_PARAMS of common.cu."""
-    z = (None, 0, 0) if s.z is None else (s.z, *_steps(s.z))
-    read = [v for pair in (s.u, s.delta) for v in (*_both(pair), *_steps(pair[0]))]
-    mix = [v for pair in (s.B, s.C) for v in (*_both(pair), *_steps(pair[0]))]
-    return (*read, *z, *mix, *_both(s.A), *_both(s.D), *_both(s.bias))
+def _flags(s: ScanInputs) -> int:
+    """Return what the kernels must know at run time."""
+    return A_LOG * s.A_is_log + REVERSE * s.reverses[0]
 
 
-def _steps(x: Tensor) -> tuple[int, int]:
-    """Elements from clip to clip and from token to token."""
-    return x.stride(0), x.stride(1)
+def _input_arguments(s: ScanInputs) -> tuple[Any, ...]:
+    """Return the kernels' first arguments, in the order of STREAM_PARAMS in common.cu."""
+    u, delta, B, C, z = s.u, s.delta, s.B, s.C, s.z
+    return (
+        u[0], u[-1], u[0].stride(0), u[0].stride(1), delta[0], delta[-1], delta[0].stride(0), delta[0].stride(1),
+        *((None, 0, 0) if z is None else (z, z.stride(0), z.stride(1))),
+        B[0], B[-1], B[0].stride(0), B[0].stride(1), C[0], C[-1], C[0].stride(0), C[0].stride(1),
+        s.A[0], s.A[-1], s.D[0], s.D[-1], s.delta_bias[0], s.delta_bias[-1],
+    )  # fmt: skip
 
 
-def _both(pair: Sequence[Any]) -> tuple[Any, Any]:
-    return pair[0], pair[-1]
-
-
-def _module(s: Streams, plan: ScanSchedule, keep: bool, *others: Tensor | None) -> Any:
-    E, N = s.sizes[2:]
-    tokens = [x for x in (*s.u, *s.delta, s.z, *others) if x is not None]
-    vectorized = E % 4 == 0 and all(map(_aligned, tokens))
-    vectorized_bc = N % 4 == 0 and all(map(_aligned, (*s.B, *s.C)))
-    widest = max(plan.fwd_config.channels, plan.bwd_config.channels)
+def _module(s: ScanInputs, plan: ScanSchedule, keep: bool, *others: Tensor | None) -> Any:
+    """Return the compiled kernels for these inputs; `others` are what is read or written beside them, (B, L, E)."""
+    E, N = s.u[0].shape[2], s.A[0].shape[1]
+    vectorized = E % 4 == 0 and _readable_by_four((*s.u, *s.delta, s.z, *others))
+    vectorized_bc = N % 4 == 0 and _readable_by_four((*s.B, *s.C))
+    no_padding = vectorized and vectorized_bc and N == plan.padded_states and E % plan.widest_block == 0
     macros = defines(
         io_dtype=s.u[0].dtype, schedule=plan, directions=len(s.reverses),
-        vectorized=vectorized, vectorized_bc=vectorized_bc,
-        no_padding=vectorized and vectorized_bc and N == plan.padded_states and E % widest == 0,
+        vectorized=vectorized, vectorized_bc=vectorized_bc, no_padding=no_padding,
         softplus=int(s.softplus), has_z=s.z is not None, store_tile_states=keep,
     )  # fmt: skip
     return nvrtc.module(source(keep), macros, s.u[0].device)
 
 
-def _aligned(x: Tensor) -> bool:
-    """Whether groups of four elements can be read at once."""
-    return x.stride(0) % 4 == 0 and x.stride(1) % 4 == 0 and x.data_ptr() % (4 * x.element_size()) == 0
+def _readable_by_four(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Return whether groups of four elements can be read at once from each of the tensors (B, L, ...)."""
+    for x in tensors:
+        if x is not None and (x.stride(0) % 4 or x.stride(1) % 4 or x.data_ptr() % (4 * x.element_size())):
+            return False
+    return True

@@ -1,4 +1,4 @@
-"""The selective scan as operators `videomamba::selective_scan` and `videomamba::bidirectional_scan`."""
+"""The selective scan by kernels of this project, as the operator `videomamba::selective_scan` over one or two directions."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,131 +6,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused.ops.selective_scan import launch as scan
-from fused.ops.selective_scan import schedule
-from fused.runtime.checks import no_autocast
-from fused.runtime.library import wants_gradients
+from fused.ops.selective_scan import launch
+from fused.ops.selective_scan.launch import TILE, ScanInputs, aligned_or_none, dense, schedule_for
+from fused.runtime.autocast import no_autocast
+from fused.runtime.library import below_autograd, register, wants_gradients
 from fused.runtime.modes import is_batch_invariant
 
-_library = torch.library.Library("videomamba", "FRAGMENT")
+Pair = Sequence[Tensor]
+OptionalPair = Sequence[Tensor | None]
 
 
-def plan(u: Tensor, N: int | torch.SymInt, directions: int, invariant: bool) -> schedule.ScanSchedule:
-    """How the kernels cut u (B, L, E); `invariant` cuts as for a batch of one."""
-    B, L, E = map(int, u.shape)
-    return schedule.make_schedule(B, L, E, int(N), directions, schedule.multiprocessors(u.device), batch_invariant=invariant)
-
-
-def dense(x: Tensor) -> Tensor:
-    """With unit stride along channels or states."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def aligned(x: Tensor) -> Tensor:
-    """Contiguous, and from an address where four float32 can be read at once."""
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
-
-
-def whole(x: Tensor | None) -> Tensor | None:
-    """`aligned`, if it is there."""
-    return None if x is None else aligned(x)
-
-
-def streams(reverses, u, delta, A, B, C, D, z, bias, softplus) -> scan.Streams:
-    """As the kernels take them; all but z by direction. The two of a pair have the same strides."""
-
-    def tokens(pair):
-        pair = tuple(map(dense, pair))
-        same = all(x.stride() == pair[0].stride() for x in pair)
-        return pair if same else tuple(x.contiguous() for x in pair)
-
-    def wide(pair):
-        return tuple(map(whole, pair))
-
-    return scan.Streams(
-        reverses,
-        tokens(u),
-        tokens(delta),
-        wide(A),
-        tokens(B),
-        tokens(C),
-        wide(D),
-        wide(bias),
-        None if z is None else dense(z),
-        softplus,
-    )
-
-
-def _forward(s: scan.Streams, initial: Tensor | None, invariant: bool, keep: bool):
-    """y, the final states, and what the backward reads, empty unless `keep`."""
-    cut = plan(s.u[0], s.sizes[3], len(s.reverses), invariant)
-    r = scan.forward(s, initial, cut, keep=keep)
-    ungated = r.ungated if keep and s.z is not None else s.u[0].new_empty(0)
-    return r.y, r.final, ungated, r.marks if keep else s.A[0].new_empty(0)
-
-
-def _backward(s: scan.Streams, dy: Tensor, dfinal: Tensor | None, ungated: Tensor, marks: Tensor, invariant: bool):
-    """Gradients of u, delta, A, B, C, D and bias by direction, of z, and of the states; empty for what is not there."""
-    cut = plan(s.u[0], s.sizes[3], len(s.reverses), invariant)
-    dB, dC = ([torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in pair] for pair in (s.B, s.C))
-    g = scan.backward(s, dense(dy), dfinal, marks, ungated if s.z is not None else None, cut, dB, dC)
-    nothing = dy.new_empty(0)
-    pairs = (g.D, s.D), (g.bias, s.bias)
-    D, bias = ([nothing if asked is None else x for x, asked in zip(*pair, strict=True)] for pair in pairs)
-    return (g.u, g.delta, g.A, dB, dC, D, bias), nothing.clone() if g.z is None else g.z, g.initial
-
-
-def _register_gradient(name: str, finals: int, options: int) -> None:
-    """Of an operator (*tensors, *options) -> (y, *finals, ungated, marks), by its twin `_backward`, which lacks the last
-    option, `keep`."""
-
-    def setup(ctx, inputs, output):
-        ctx.how = inputs[-options:-1]
-        ctx.mark_non_differentiable(*output[-2:])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*output[-2:], *inputs[:-options])
-
-    def gradient(ctx, dy, *others):
-        ungated, marks, *tensors = ctx.saved_tensors
-        dy = torch.zeros_like(tensors[0]) if dy is None else dy
-        backward = getattr(torch.ops.videomamba, f"{name}_backward")
-        grads = backward(dy, *others[:finals], ungated, marks, *tensors, *ctx.how)
-        return *(None if x is None else g for g, x in zip(grads, tensors, strict=True)), *[None] * options
-
-    def again(ctx, *grads):
-        raise RuntimeError(f"{name}: trying to differentiate twice; use backend='torch' or reference for what can be")
-
-    def shapes(dy, *others):
-        tensors = others[finals + 2 : 1 - options]
-        return tuple(dy.new_empty(0) if x is None else x.new_empty(x.shape) for x in tensors)
-
-    torch.library.register_autograd(f"videomamba::{name}", gradient, setup_context=setup, lib=_library)
-    torch.library.register_autograd(f"videomamba::{name}_backward", again, lib=_library)  # else it is taken for constant
-    torch.library.register_fake(f"videomamba::{name}_backward", shapes, lib=_library)
-
-
-# ---------------------------------------------------------------- one direction
-
-_SCAN = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? bias, Tensor? initial"
-_library.define(
-    f"selective_scan({_SCAN}, bool softplus, bool reverse, bool invariant, bool keep)"
-    " -> (Tensor y, Tensor final, Tensor ungated, Tensor marks)"
-)
-_library.define(
-    f"selective_scan_backward(Tensor dy, Tensor? dfinal, Tensor ungated, Tensor marks, {_SCAN},"
-    " bool softplus, bool reverse, bool invariant)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-
-
-def selective_scan(
+def selective_scan_native(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None,
     *, softplus: bool, initial_state: Tensor | None, reverse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`fused.selective_scan` by native kernels; groups of channels are scans of their own."""
-    if A.shape[1] > scan.LONGEST_STATE:
-        raise ValueError(f"selective_scan: backend 'native' has N up to {scan.LONGEST_STATE}, got N={A.shape[1]}")
+    """Scan as `fused.selective_scan` says; groups of channels are scans of their own.
+
+    Raises ValueError for more than 64 states.
+    """
+    _check_states("selective_scan", A)
     groups = max(x.shape[2] if x.dim() == 4 else 1 for x in (B, C))
     if groups > 1:
         width, ys, states = u.shape[2] // groups, [], []
@@ -138,9 +32,9 @@ def selective_scan(
             e = slice(g * width, (g + 1) * width)
             own_B, own_C = (x if x.dim() == 3 else x[:, :, g] for x in (B, C))
             own_D, bias = (None if x is None else x[e] for x in (D, delta_bias))
-            gate, state = None if z is None else z[..., e], None if initial_state is None else initial_state[:, e]
-            y, state = selective_scan(
-                u[..., e], delta[..., e], A[e], own_B, own_C, own_D, gate, bias,
+            own_z, state = None if z is None else z[..., e], None if initial_state is None else initial_state[:, e]
+            y, state = selective_scan_native(
+                u[..., e], delta[..., e], A[e], own_B, own_C, own_D, own_z, bias,
                 softplus=softplus, initial_state=state, reverse=reverse,
             )  # fmt: skip
             ys.append(y)
@@ -148,104 +42,181 @@ def selective_scan(
         with no_autocast(u.device):
             return torch.cat(ys, 2), torch.cat(states, 1)
     B, C = (x.flatten(2) if x.dim() == 4 else x for x in (B, C))
-    narrow = _alike((u, delta, B, C, z))
-    wide = [None if x is None else x.float() for x in (A, D, delta_bias, initial_state)]
-    keep = wants_gradients(*narrow, *wide)
-    tensors = (*narrow[:2], wide[0], *narrow[2:4], wide[1], narrow[4], *wide[2:])
-    y, final, _, _ = torch.ops.videomamba.selective_scan(*tensors, softplus, reverse, is_batch_invariant(), keep)
-    return y.to(u.dtype), final
+    y, final_states = _scan((u,), (delta,), (A,), (B,), (C,), (D,), (delta_bias,), z, initial_state, softplus, (reverse,))
+    return y, final_states[0]
 
 
-def _alike(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """As they are if all have the first one's dtype, else in float32, which holds them all."""
-    given = [x for x in tensors if x is not None]
-    same = all(x.dtype == given[0].dtype for x in given)
-    return [x if same or x is None else x.float() for x in tensors]
+def bidirectional_scan_native(
+    u: Pair, delta: Pair, A: Pair, B: Pair, C: Pair, D: OptionalPair, z: Tensor | None, delta_bias: OptionalPair, *,
+    softplus: bool,
+) -> Tensor:  # fmt: skip
+    """Scan as `fused.bidirectional_scan` says, in one kernel; B and C without groups.
+
+    Raises ValueError for more than 64 states.
+    """
+    _check_states("bidirectional_scan", A[0])
+    return _scan(u, delta, A, B, C, D, delta_bias, z, None, softplus, (False, True))[0]
 
 
-@torch.library.impl(_library, "selective_scan", "CompositeExplicitAutograd")
-def _scan(u, delta, A, B, C, D, z, bias, initial, softplus, reverse, invariant, keep):
-    s = streams((reverse,), (u,), (delta,), (A,), (B,), (C,), (D,), z, (bias,), softplus)
-    y, final, ungated, marks = _forward(s, whole(initial), invariant, keep)
-    return y, final[0], ungated, marks
+def _check_states(name: str, A: Tensor) -> None:
+    if A.shape[1] > launch.MAX_STATES:
+        raise ValueError(f"{name}: backend 'native' has N up to {launch.MAX_STATES}, got N={A.shape[1]}")
 
 
-@torch.library.register_fake("videomamba::selective_scan", lib=_library)
-def _(u, delta, A, B, C, D, z, bias, initial, softplus, reverse, invariant, keep):
-    Bn, L, E = u.shape
-    N = A.shape[1]
-    ungated = u.new_empty((Bn, L, E)) if keep and z is not None else u.new_empty(0)
-    marks = A.new_empty((1, Bn, -(-L // schedule.TILE), E, N)) if keep else A.new_empty(0)
-    return u.new_empty((Bn, L, E)), A.new_empty((Bn, E, N)), ungated, marks
+def _scan(
+    u: Pair, delta: Pair, A: Pair, B: Pair, C: Pair, D: OptionalPair, delta_bias: OptionalPair, z: Tensor | None,
+    initial_state: Tensor | None, softplus: bool, reverses: tuple[bool, ...],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Call the operator with tokens in one dtype and the rest in float32; return y in u's dtype and the final states."""
+    dtype = u[0].dtype
+    tokens = [x for x in (*u, *delta, *B, *C, z) if x is not None]
+    if any(x.dtype != dtype for x in tokens):  # float32 holds them all
+        u, delta, B, C = ([x.float() for x in pair] for pair in (u, delta, B, C))
+        z = None if z is None else z.float()
+    A = [x.float() for x in A]
+    D, delta_bias = ([None if x is None else x.float() for x in pair] for pair in (D, delta_bias))
+    initial_state = None if initial_state is None else initial_state.float()
+    inputs = (list(u), list(delta), A, list(B), list(C), D, delta_bias, z, initial_state)
+    keep = wants_gradients(*inputs)
+    y, final_states, _, _ = _selective_scan(*inputs, softplus, list(reverses), is_batch_invariant(), keep)
+    return y.to(dtype), final_states
 
 
-@torch.library.impl(_library, "selective_scan_backward", "CompositeExplicitAutograd")
-def _scan_backward(dy, dfinal, ungated, marks, u, delta, A, B, C, D, z, bias, initial, softplus, reverse, invariant):
-    s = streams((reverse,), (u,), (delta,), (A,), (B,), (C,), (D,), z, (bias,), softplus)
-    grads, dz, dinitial = _backward(s, dy, whole(dfinal), ungated, marks, invariant)
-    du, ddelta, dA, dB, dC, dD, dbias = (one for (one,) in grads)
-    return du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial[0].clone() if initial is not None else dy.new_empty(0)
+def _scan_inputs(
+    u: Pair, delta: Pair, A: Pair, B: Pair, C: Pair, D: OptionalPair, delta_bias: OptionalPair, z: Tensor | None,
+    softplus: bool, reverses: Sequence[bool],
+) -> ScanInputs:  # fmt: skip
+    """Return the inputs with the strides and alignment that the kernels read; the two of a pair get the same strides."""
+
+    def same_strides(pair: Pair) -> Pair:
+        pair = [dense(x) for x in pair]
+        return pair if all(x.stride() == pair[0].stride() for x in pair) else [x.contiguous() for x in pair]
+
+    def aligned(pair: OptionalPair) -> Any:
+        return [aligned_or_none(x) for x in pair]
+
+    return ScanInputs(
+        tuple(reverses), same_strides(u), same_strides(delta), aligned(A), same_strides(B), same_strides(C), aligned(D),
+        aligned(delta_bias),
+        None if z is None else dense(z), softplus,
+    )  # fmt: skip
 
 
-_register_gradient("selective_scan", finals=1, options=4)
+def _forward(
+    u: Pair, delta: Pair, A: Pair, B: Pair, C: Pair, D: OptionalPair, delta_bias: OptionalPair, z: Tensor | None,
+    initial_state: Tensor | None, softplus: bool, reverses: Sequence[bool], batch_invariant: bool, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    s = _scan_inputs(u, delta, A, B, C, D, delta_bias, z, softplus, reverses)
+    plan = schedule_for(s.u[0], A[0].shape[1], len(s.reverses), batch_invariant)
+    r = launch.forward(s, aligned_or_none(initial_state), plan, keep=keep)
+    y_pre_gate = r.y_pre_gate if keep and z is not None else None
+    return (
+        r.y, r.final_states, u[0].new_empty(0) if y_pre_gate is None else y_pre_gate,
+        A[0].new_empty(0) if r.tile_states is None else r.tile_states,
+    )  # fmt: skip
 
 
-# ---------------------------------------------------------------- both directions
+def _forward_shapes(
+    u: Pair, delta: Pair, A: Pair, B: Pair, C: Pair, D: OptionalPair, delta_bias: OptionalPair, z: Tensor | None,
+    initial_state: Tensor | None, softplus: bool, reverses: Sequence[bool], batch_invariant: bool, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    (clips, L, E), N, d = u[0].shape, A[0].shape[1], len(reverses)
+    y_pre_gate = u[0].new_empty((clips, L, E) if keep and z is not None else 0)
+    tile_states = A[0].new_empty((d, clips, -(-L // TILE), E, N) if keep else 0)
+    return u[0].new_empty((clips, L, E)), A[0].new_empty((d, clips, E, N)), y_pre_gate, tile_states
 
-_BOTH = (
-    "Tensor u0, Tensor u1, Tensor delta0, Tensor delta1, Tensor A0, Tensor A1, Tensor B0, Tensor B1, Tensor C0, Tensor C1,"
-    " Tensor? D0, Tensor? D1, Tensor? bias0, Tensor? bias1, Tensor? z"
+
+def _backward(
+    u: Pair, delta: Pair, A: Pair, B: Pair, C: Pair, D: OptionalPair, delta_bias: OptionalPair, z: Tensor | None,
+    initial_state: Tensor | None, softplus: bool, reverses: Sequence[bool], batch_invariant: bool,
+    y_pre_gate: Tensor, tile_states: Tensor, dy: Tensor, dfinal_states: Tensor | None,
+) -> tuple[Any, ...]:  # fmt: skip
+    s = _scan_inputs(u, delta, A, B, C, D, delta_bias, z, softplus, reverses)
+    plan = schedule_for(s.u[0], A[0].shape[1], len(s.reverses), batch_invariant)
+    dB, dC = ([torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in pair] for pair in (s.B, s.C))
+    pre_gate = None if z is None else y_pre_gate
+    g = launch.backward(s, dense(dy), aligned_or_none(dfinal_states), tile_states, pre_gate, plan, dB, dC)
+    dD, dbias = (
+        [dy.new_empty(0) if x is None else grad for x, grad in zip(*pair, strict=True)]
+        for pair in ((D, g.D), (delta_bias, g.delta_bias))
+    )
+    dz = dy.new_empty(0) if g.z is None else g.z
+    dinitial = dy.new_empty(0) if initial_state is None else g.initial_states.reshape(initial_state.shape)
+    return list(g.u), list(g.delta), list(g.A), dB, dC, dD, dbias, dz, dinitial
+
+
+def _backward_shapes(
+    u: Pair, delta: Pair, A: Pair, B: Pair, C: Pair, D: OptionalPair, delta_bias: OptionalPair, z: Tensor | None,
+    initial_state: Tensor | None, softplus: bool, reverses: Sequence[bool], batch_invariant: bool,
+    y_pre_gate: Tensor, tile_states: Tensor, dy: Tensor, dfinal_states: Tensor | None,
+) -> tuple[Any, ...]:  # fmt: skip
+    def like(x: Tensor | None) -> Tensor:
+        return dy.new_empty(0) if x is None else x.new_empty(x.shape)
+
+    pairs = (u, delta, A, B, C, D, delta_bias)
+    return *([like(x) for x in pair] for pair in pairs), like(z), like(initial_state)
+
+
+class _SelectiveScan(torch.autograd.Function):
+    """Saves its inputs and, if a backward will come, the state before every tile and y before the gate."""
+
+    @classmethod
+    def call(
+        cls, u: Pair, delta: Pair, A: Pair, B: Pair, C: Pair, D: OptionalPair, delta_bias: OptionalPair, z: Tensor | None,
+        initial_state: Tensor | None, *options: Any,
+    ) -> Any:  # fmt: skip
+        """Apply to the tensors one by one, so that autograd sees each of them."""
+        return cls.apply(options, z, initial_state, *u, *delta, *A, *B, *C, *D, *delta_bias)
+
+    @staticmethod
+    def forward(
+        ctx: Any, options: tuple[Any, ...], z: Tensor | None, initial_state: Tensor | None, *per_direction: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        _, reverses, _, _ = ctx.options = options
+        pairs = _by_direction(per_direction, len(reverses))
+        y, final_states, *kept = below_autograd(
+            torch.ops.videomamba.selective_scan.default, *pairs, z, initial_state, *options
+        )  # fmt: skip
+        ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*kept, z, initial_state, *per_direction)
+        return y, final_states, *kept
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dfinal_states: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+        y_pre_gate, tile_states, z, initial_state, *per_direction = ctx.saved_tensors
+        softplus, reverses, batch_invariant, _ = ctx.options
+        pairs = _by_direction(per_direction, len(reverses))
+        dy = torch.zeros_like(per_direction[0]) if dy is None else dy
+        *grads, dz, dinitial = _selective_scan_backward(
+            *pairs, z, initial_state, softplus, reverses, batch_invariant, y_pre_gate, tile_states, dy, dfinal_states
+        )  # fmt: skip
+        flat = [grad for pair in grads for grad in pair]
+        return None, *(
+            None if x is None else grad
+            for x, grad in zip((z, initial_state, *per_direction), (dz, dinitial, *flat), strict=True)
+        )
+
+
+def _by_direction(flat: Sequence[Any], directions: int) -> list[list[Any]]:
+    """Return the pairs (u, delta, A, B, C, D, delta_bias) of a flat sequence of them."""
+    return [list(flat[i : i + directions]) for i in range(0, len(flat), directions)]
+
+
+_INPUTS = (
+    "Tensor[] u, Tensor[] delta, Tensor[] A, Tensor[] B, Tensor[] C, Tensor?[] D, Tensor?[] delta_bias, Tensor? z, "
+    "Tensor? initial_state, bool softplus, bool[] reverses, bool batch_invariant"
 )
-_library.define(
-    f"bidirectional_scan({_BOTH}, bool softplus, bool invariant, bool keep) -> (Tensor y, Tensor ungated, Tensor marks)"
+_selective_scan_backward = register(
+    f"selective_scan_backward({_INPUTS}, Tensor y_pre_gate, Tensor tile_states, Tensor dy, Tensor? dfinal_states) -> "
+    "(Tensor[] du, Tensor[] ddelta, Tensor[] dA, Tensor[] dB, Tensor[] dC, Tensor[] dD, Tensor[] ddelta_bias, Tensor dz, "
+    "Tensor dinitial_state)",  # empty for what is None
+    _backward,
+    _backward_shapes,
 )
-_library.define(
-    f"bidirectional_scan_backward(Tensor dy, Tensor ungated, Tensor marks, {_BOTH}, bool softplus, bool invariant) -> ("
-    + ", ".join(["Tensor"] * 15) + ")"
-)  # fmt: skip
-
-
-def bidirectional_scan(u, delta, A, B, C, D, z, delta_bias, *, softplus: bool) -> Tensor:
-    """`fused.bidirectional_scan` by one native kernel; B and C without groups."""
-    if A[0].shape[1] > scan.LONGEST_STATE:
-        raise ValueError(f"bidirectional_scan: backend 'native' has N up to {scan.LONGEST_STATE}, got N={A[0].shape[1]}")
-    narrow = _alike((*u, *delta, *B, *C, z))
-    wide = [None if x is None else x.float() for x in (*A, *D, *delta_bias)]
-    keep = wants_gradients(*narrow, *wide)
-    args = (*narrow[:4], *wide[:2], *narrow[4:8], *wide[2:], narrow[8])
-    return torch.ops.videomamba.bidirectional_scan(*args, softplus, is_batch_invariant(), keep)[0].to(u[0].dtype)
-
-
-def _pairs(tensors: Sequence[Any]) -> dict[str, Any]:
-    """The flat arguments of the operator by name."""
-    names = ("u", "delta", "A", "B", "C", "D", "bias")
-    return {name: (tensors[2 * i], tensors[2 * i + 1]) for i, name in enumerate(names)} | {"z": tensors[14]}
-
-
-@torch.library.impl(_library, "bidirectional_scan", "CompositeExplicitAutograd")
-def _both(*args):
-    *tensors, softplus, invariant, keep = args
-    s = streams((False, True), **_pairs(tensors), softplus=softplus)
-    y, _, ungated, marks = _forward(s, None, invariant, keep)
-    return y, ungated, marks
-
-
-@torch.library.register_fake("videomamba::bidirectional_scan", lib=_library)
-def _(*args):
-    *tensors, softplus, invariant, keep = args
-    u, A, z = tensors[0], tensors[4], tensors[14]
-    (B, L, E), N = u.shape, A.shape[1]
-    ungated = u.new_empty((B, L, E)) if keep and z is not None else u.new_empty(0)
-    marks = A.new_empty((2, B, -(-L // schedule.TILE), E, N)) if keep else A.new_empty(0)
-    return u.new_empty((B, L, E)), ungated, marks
-
-
-@torch.library.impl(_library, "bidirectional_scan_backward", "CompositeExplicitAutograd")
-def _both_backward(dy, ungated, marks, *args):
-    *tensors, softplus, invariant = args
-    s = streams((False, True), **_pairs(tensors), softplus=softplus)
-    grads, dz, _ = _backward(s, dy, None, ungated, marks, invariant)
-    return *(x for pair in grads for x in pair), dz
-
-
-_register_gradient("bidirectional_scan", finals=0, options=3)
+_selective_scan = register(
+    f"selective_scan({_INPUTS}, bool keep) -> (Tensor y, Tensor final_states, Tensor y_pre_gate, Tensor tile_states)",
+    _forward,
+    _forward_shapes,
+    _SelectiveScan.call,
+)

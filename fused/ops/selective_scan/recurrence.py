@@ -23,64 +23,64 @@ CPU_BLOCK = 2**20
 GPU_BLOCK = 2**25
 # With this many elements in a token a CPU is busy; with fewer, starting the operation takes longer than the step.
 CPU_STEP = 4096
-LONGEST_CHUNK = 32
+MAX_STEPS = 32
 
 
 Carry = tuple[Tensor, Tensor]
 
 
-class Piece(NamedTuple):
+class Segment(NamedTuple):
     """Tokens [start, stop) as `chunks` chunks of equal length, `joined` by their decays or, if there is one, not."""
 
     start: int
     stop: int
-    chunks: int
-    joined: bool
+    num_splits: int
+    state_passing: bool
 
 
-def plan(batch: int, length: int, row: int, gpu: bool, reverse: bool) -> tuple[list[slice], list[Piece]]:
-    """Clips that go together, and the pieces of time in the order of the walk; `row` is E * N."""
+def make_segments(batch: int, length: int, row: int, gpu: bool, reverse: bool) -> tuple[list[slice], list[Segment]]:
+    """Clips that go together, and the segments of time in the order of the walk; `row` is E * N."""
     block = GPU_BLOCK if gpu else CPU_BLOCK
-    steps = min(LONGEST_CHUNK, isqrt(length // 2)) if gpu or row < CPU_STEP else 0
+    steps = min(MAX_STEPS, isqrt(length // 2)) if gpu or row < CPU_STEP else 0
     together = max(1, min(batch, block // (max(steps, 8) * row)))
     tokens = max(1, block // (together * row))
-    pieces, start = [], 0
+    segments, start = [], 0
     if steps > 1:
         whole = length // steps * steps
         while start < whole:
-            chunks = min(max(1, tokens // steps), (whole - start) // steps)
-            pieces.append(Piece(start, start + chunks * steps, chunks, True))
-            start += chunks * steps
+            num_splits = min(max(1, tokens // steps), (whole - start) // steps)
+            segments.append(Segment(start, start + num_splits * steps, num_splits, True))
+            start += num_splits * steps
     while start < length:
         stop = min(start + tokens, length)
-        pieces.append(Piece(start, stop, 1, False))
+        segments.append(Segment(start, stop, 1, False))
         start = stop
     if reverse:
-        pieces = [p._replace(start=length - p.stop, stop=length - p.start) for p in pieces]
-    return [slice(i, min(i + together, batch)) for i in range(0, batch, together)], pieces
+        segments = [p._replace(start=length - p.stop, stop=length - p.start) for p in segments]
+    return [slice(i, min(i + together, batch)) for i in range(0, batch, together)], segments
 
 
 class Recurrence:
-    """Runs pieces of a walk in its own scratch memory: what a method returns lasts until the next call."""
+    """Runs segments of a walk in its own scratch memory: what a method returns lasts until the next call."""
 
-    def __init__(self, A: Tensor, reverse: bool, clips: int, pieces: list[Piece], buffers: int) -> None:
+    def __init__(self, A: Tensor, reverse: bool, clips: int, segments: list[Segment], buffers: int) -> None:
         """A (G, N, F); `clips` at most go together; `buffers` is 2, or 3 for a backward."""
         self.A, self.reverse, self.channels = A, reverse, A.shape[::2]
-        tokens = max((p.stop - p.start + p.chunks for p in pieces), default=0)
+        tokens = max((p.stop - p.start + p.num_splits for p in segments), default=0)
         self.buffers = [A.new_empty(clips * tokens * A.numel()) for _ in range(buffers)]
 
-    def cut(self, x: Tensor, piece: Piece) -> Tensor:
-        """(b, L, E) or (b, L, G, N) -> the piece's (T, c, b, G, 1, F) or (T, c, b, G, N, 1), a view."""
+    def view(self, x: Tensor, segment: Segment) -> Tensor:
+        """(b, L, E) or (b, L, G, N) -> the segment's (T, c, b, G, 1, F) or (T, c, b, G, N, 1), a view."""
         channels = x.dim() == 3
-        x = x[:, piece.start : piece.stop].unflatten(1, (piece.chunks, -1))
+        x = x[:, segment.start : segment.stop].unflatten(1, (segment.num_splits, -1))
         x = (x.unflatten(-1, self.channels) if channels else x).permute(2, 1, 0, 3, 4)
         return x.unsqueeze(-2 if channels else -1)
 
     def buffer(self, i: int, *shape: int) -> Tensor:
         return self.buffers[i][: prod(shape)].view(shape)
 
-    def forth(self, delta: Tensor, w: tuple[Tensor, Tensor], state: Tensor, piece: Piece) -> tuple[Tensor, ...]:
-        """Run a piece from `state` (b, G, N, F), with w_t the product of the two factors `w`.
+    def forward(self, delta: Tensor, w: tuple[Tensor, Tensor], state: Tensor, segment: Segment) -> tuple[Tensor, ...]:
+        """Run a segment from `state` (b, G, N, F), with w_t the product of the two factors `w`.
 
         Returns the decays, the states before and after each token (overlapping views), and the state that leaves.
         """
@@ -91,44 +91,44 @@ class Recurrence:
         torch.mul(*w, out=after)
         order = range(steps)[:: -1 if self.reverse else 1]
         decay, states, start = a.unbind(), after.unbind(), before[order[0]]
-        if piece.joined:
+        if segment.state_passing:
             local = states[order[0]].clone()
             for t in order[1:]:
                 torch.addcmul(states[t], decay[t], local, out=local)
-            state = _join(start, self.whole_decay(delta), local, state, self.reverse)
+            state = _pass_states(start, self.split_decay(delta), local, state, self.reverse)
         else:
             start.copy_(state)
         current = start
         for t in order:
             current = states[t].addcmul_(decay[t], current)
-        return a, before, after, state if piece.joined else current[0].clone()
+        return a, before, after, state if segment.state_passing else current[0].clone()
 
-    def back(self, a: Tensor, g: Tensor, delta: Tensor, carry: Carry, piece: Piece) -> Carry:
-        """Turn v_t in `g` into g_t in place; the product `carry` is the gradient of the state that left the piece.
+    def backward(self, a: Tensor, g: Tensor, delta: Tensor, carry: Carry, segment: Segment) -> Carry:
+        """Turn v_t in `g` into g_t in place; the product `carry` is the gradient of the state that left the segment.
 
         Returns that of the state that entered it, again as (a_t, g_t) of the nearest token: one multiply-add then takes
-        it across the edge, as inside a piece, so that where a walk is cut does not show in the last bit.
+        it across the edge, as inside a segment, so that where a walk is cut does not show in the last bit.
         """
         order = range(g.shape[0])[:: 1 if self.reverse else -1]
         decay, adjoints = a.unbind(), g.unbind()
-        if piece.joined:
+        if segment.state_passing:
             local, start = adjoints[order[0]].clone(), torch.empty_like(g[0])
             for t, later in zip(order[1:], order, strict=False):
                 torch.addcmul(adjoints[t], decay[later], local, out=local)
             local.mul_(decay[order[-1]])
-            entered = _join(start, self.whole_decay(delta), local, carry[0] * carry[1], not self.reverse)
+            entered = _pass_states(start, self.split_decay(delta), local, carry[0] * carry[1], not self.reverse)
             carry = torch.ones_like(entered), start
         current = adjoints[order[0]].addcmul_(*carry)
         for t, later in zip(order[1:], order, strict=False):
             current = adjoints[t].addcmul_(decay[later], current)
-        return (carry[0], entered) if piece.joined else (decay[order[-1]][0].clone(), current[0].clone())
+        return (carry[0], entered) if segment.state_passing else (decay[order[-1]][0].clone(), current[0].clone())
 
-    def whole_decay(self, delta: Tensor) -> Tensor:
+    def split_decay(self, delta: Tensor) -> Tensor:
         """exp(A * sum_t delta_t) of every chunk, (c, b, G, N, F)."""
         return (delta.sum(0) * self.A).exp_()
 
 
-def _join(start: Tensor, decay: Tensor, local: Tensor, state: Tensor, reverse: bool) -> Tensor:
+def _pass_states(start: Tensor, decay: Tensor, local: Tensor, state: Tensor, reverse: bool) -> Tensor:
     """Carry `state` through the chunks (first axis): `start` gets what enters each; returns what leaves the last."""
     order = range(local.shape[0])[:: -1 if reverse else 1]
     states, decays, current = local.unbind(), decay.unbind(), state

@@ -66,6 +66,7 @@ class ScanSchedule(NamedTuple):
     bwd_config: KernelConfig
     fwd_schedule: SplitSchedule
     bwd_schedule: SplitSchedule
+    widest_block: int  # channels of a block of forward or backward, whichever has more
 
 
 def kernel_configs(N: int) -> tuple[KernelConfig, KernelConfig]:
@@ -96,7 +97,8 @@ def make_schedule(
         return _cheapest_split(sequences, B, tiles, processors, num_splits, batch_invariant, config)
 
     fwd_schedule, bwd_schedule = split(fwd_sequences, fwd_config), split(bwd_sequences, bwd_config)
-    return ScanSchedule(-(-N // 16) * 16, fwd_config, bwd_config, fwd_schedule, bwd_schedule)
+    widest_block = max(fwd_config.channels, bwd_config.channels)
+    return ScanSchedule(-(-N // 16) * 16, fwd_config, bwd_config, fwd_schedule, bwd_schedule, widest_block)
 
 
 def _cheapest_split(

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fused.models.videomamba.model import DistillOutput
 from fused.rules import check_number
-from fused.runtime.checks import check_choice, check_tensor, no_autocast
+from fused.runtime.autocast import no_autocast
+from fused.runtime.checks import check_choice, check_tensor
 from fused.runtime.dtypes import accumulation_dtype
 from fused.train.random import gumbel_noise
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from fused.io.video import MEAN, STD
 from fused.models.videomamba.config import VideoMambaConfig
 from fused.rules import check_integer
-from fused.runtime.checks import check_tensor, no_autocast
+from fused.runtime.autocast import no_autocast
+from fused.runtime.checks import check_tensor
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's own training images (arXiv 2103.00020)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

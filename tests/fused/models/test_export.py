@@ -10,7 +10,9 @@ from rule import assert_rule, outcome
 
 import fused
 import reference
-from fused.ops.selective_scan import export as traceable
+from fused.ops.add_norm import eager as norm_eager
+from fused.ops.causal_conv1d import eager as conv_eager
+from fused.ops.selective_scan import export as scan_export
 
 TOY = {"img_size": 32, "depth": 1, "embed_dim": 32, "num_frames": 4, "num_classes": 5}
 DISTILLED = {"distill_dim": 9}
@@ -55,7 +57,7 @@ def operators():
             }  # fmt: skip
 
             def pure(*, initial_state, reverse=reverse, **own):
-                return traceable.selective_scan(*own.values(), True, initial_state, reverse)
+                return scan_export.selective_scan(*own.values(), True, initial_state, reverse)
 
             yield f"scan-{L}-{groups}-{reverse}", pure, lambda reverse=reverse, **x: naive.scan(**x, reverse=reverse), tensors
         for L in (1, 9):
@@ -63,7 +65,7 @@ def operators():
             tensors["initial_state"] = fill(2, E, K - 1, phase=4)
 
             def pure(*, initial_state, reverse=reverse, **own):
-                return traceable.causal_conv1d(*own.values(), initial_state, True, reverse)
+                return conv_eager.exported(*own.values(), initial_state, True, reverse)
 
             yield f"conv-{L}-{reverse}", pure, lambda reverse=reverse, **x: naive.conv(**x, reverse=reverse), tensors
     for kind in ("rms", "layer"):
@@ -75,7 +77,7 @@ def operators():
         }
 
         def pure(kind=kind, **own):
-            return traceable.add_norm(*own.values(), 1e-5, kind == "layer", torch.float32)
+            return norm_eager.exported(*own.values(), 1e-5, kind == "layer", torch.float32)
 
         yield f"norm-{kind}", pure, lambda kind=kind, **x: naive.norm(**x, kind=kind), tensors
 

@@ -279,7 +279,7 @@ def test_checkpointing_gives_the_same_gradients():
     grads = []
     for config, runs in zip(configs, (2, 3), strict=True):
         model = golden(fused.VideoMamba(config)).train()
-        with mock.patch.object(mixer.Mamba, "_scan", autospec=True, side_effect=mixer.Mamba._scan) as spy:
+        with mock.patch.object(mixer, "one_direction_eager", side_effect=mixer.one_direction_eager) as spy:
             torch.manual_seed(0)
             grads.append(results(model, clip_of(config).float()))
         assert spy.call_count == 2 * runs
@@ -375,11 +375,10 @@ def test_operators_are_reached_through_their_modules():
     assert [call.kwargs["reverse"] for call in spy.call_args_list] == [False, True] * 2
 
     def swapped(self):
-        ahead, behind = directions(self)
-        return ahead._replace(reverse=True), behind._replace(reverse=False)
+        return directions(self)[::-1]
 
-    directions = mixer.Mamba._directions
-    with mock.patch.object(mixer.Mamba, "_directions", swapped):
+    directions = mixer.Mamba.directions
+    with mock.patch.object(mixer.Mamba, "directions", swapped):
         assert not torch.allclose(model(clip), wanted)
 
 
@@ -387,9 +386,10 @@ def test_operators_are_reached_through_their_modules():
 def test_upstreams_backends_take_the_whole_mixer(backend):
     model, x = golden(fused.Mamba(32)), fill(2, 9, 32, phase=7)
 
-    def mix(hidden, mixer, *, inner):
-        assert mixer is model and inner == (backend == "mamba_ssm_inner")
+    def run(hidden, in_proj, out_proj, directions, *, inner):
+        assert (in_proj, out_proj) == (model.in_proj, model.out_proj) and inner == (backend == "mamba_ssm_inner")
+        assert [w.A for w in directions] == [model.A_log, model.A_b_log]
         return hidden + 1
 
-    with mock.patch.object(backends, "choose", return_value=backend), mock.patch.object(upstream, "mix", mix):
+    with mock.patch.object(backends, "choose", return_value=backend), mock.patch.object(upstream, "mamba_mixer", run):
         assert torch.equal(model(x), x + 1)

@@ -14,8 +14,10 @@ pytest.importorskip("triton")
 import compiled  # noqa: E402
 
 from fused import backends  # noqa: E402
-from fused.ops.add_norm import kernels as norm  # noqa: E402
-from fused.ops.add_norm.api import add_norm, norm_native, norm_torch  # noqa: E402
+from fused.ops.add_norm import kernels, launch  # noqa: E402
+from fused.ops.add_norm.api import add_norm  # noqa: E402
+from fused.ops.add_norm.eager import add_norm_eager  # noqa: E402
+from fused.ops.add_norm.native import add_norm_native  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton 3.6's interpreter
 SEEDS = range(4)
@@ -72,7 +74,7 @@ def loop(case):
 def sample(seed, case):
     tensors, cotangents = draw(seed, case)
     return (
-        outcome(run(norm_native, case), tensors, cotangents, None),
+        outcome(run(add_norm_native, case), tensors, cotangents, None),
         outcome(loop(case), double(tensors), cotangents, torch.float64),
         outcome(loop(case), tensors, cotangents, FULL),
     )
@@ -99,14 +101,14 @@ def test_low_precision_is_near(case):  # no more than near: the interpreter trun
     got, truth, _ = sample(0, case)
     assert all((got[k].double() - truth[k]).norm() <= 2**-6 * truth[k].norm() for k in got)
     tensors, cotangents = draw(0, case)
-    want = outcome(run(norm_torch, case), tensors, cotangents, None)
+    want = outcome(run(add_norm_eager, case), tensors, cotangents, None)
     assert {k: v.dtype for k, v in got.items()} == {k: v.dtype for k, v in want.items()}
 
 
 def test_more_rows_than_programs(monkeypatch):  # each program then walks over several tiles
-    monkeypatch.setattr(norm, "PROGRAMS", 3)
+    monkeypatch.setattr(launch, "PROGRAMS", 3)
     case = ((5, 27, 33), "layer", FULL, FULL, True, True)
-    assert norm._tile(33, 8, 8)["ROWS"] * 3 < 5 * 27
+    assert launch._tile(33, 8, 8)["ROWS"] * 3 < 5 * 27
     assert_rule(sample(seed, case) for seed in SEEDS)
 
 
@@ -123,7 +125,7 @@ PLANTED = {
 @pytest.mark.usefixtures("nan_filled")
 @pytest.mark.parametrize("right, wrong", PLANTED.values(), ids=PLANTED)
 def test_planted_wrongness_is_seen(right, wrong, tmp_path, monkeypatch):
-    source = pathlib.Path(norm.__file__).read_text()
+    source = pathlib.Path(kernels.__file__).read_text()
     assert right in source
     (tmp_path / "planted_norm.py").write_text(source.replace(right, wrong))
     monkeypatch.syspath_prepend(tmp_path)
@@ -131,8 +133,8 @@ def test_planted_wrongness_is_seen(right, wrong, tmp_path, monkeypatch):
     import planted_norm
 
     for name in KERNELS:
-        monkeypatch.setattr(norm, name, getattr(planted_norm, name))
-    monkeypatch.setitem(norm.REDUCE, "ROWS", 1)
+        monkeypatch.setattr(launch, name, getattr(planted_norm, name))
+    monkeypatch.setitem(launch.REDUCE, "ROWS", 1)
     with pytest.raises(AssertionError):
         assert_rule(sample(seed, CASES[1]) for seed in SEEDS[:1])
 
@@ -143,8 +145,8 @@ def test_repeats_and_ignores_its_neighbours(width):
     tensors, cotangents = draw(0, case)
     shared = ("weight", "bias")
     alone = {k: v if k in shared else v[1:2] for k, v in tensors.items()}
-    first, again = (outcome(run(norm_native, case), tensors, cotangents, None) for _ in range(2))
-    single = outcome(run(norm_native, case), alone, [x[1:2] for x in cotangents], None)
+    first, again = (outcome(run(add_norm_native, case), tensors, cotangents, None) for _ in range(2))
+    single = outcome(run(add_norm_native, case), alone, [x[1:2] for x in cotangents], None)
     assert all(torch.equal(first[k], again[k]) for k in first)
     assert all(torch.equal(first[k][1:2], single[k]) for k in first if k[1:] not in shared)
 
@@ -152,11 +154,11 @@ def test_repeats_and_ignores_its_neighbours(width):
 def test_any_strides():
     weight, wide = torch.randn(16, device=DEVICE), torch.randn(4, 3, 48, device=DEVICE)
     x = wide[..., 16:32]
-    want = norm_native(x.contiguous(), weight)[0]
+    want = add_norm_native(x.contiguous(), weight)[0]
     for strange in (x, wide[..., 15:31].roll(-1, 0), x.transpose(0, 1).contiguous().transpose(0, 1)):
-        assert torch.equal(norm_native(strange, weight)[0], norm_native(strange.contiguous(), weight)[0])
-    assert torch.equal(norm_native(x, weight)[0], want)
-    assert torch.equal(norm_native(x[:1].expand(3, 3, 16), weight)[0], want[:1].expand(3, 3, 16))
+        assert torch.equal(add_norm_native(strange, weight)[0], add_norm_native(strange.contiguous(), weight)[0])
+    assert torch.equal(add_norm_native(x, weight)[0], want)
+    assert torch.equal(add_norm_native(x[:1].expand(3, 3, 16), weight)[0], want[:1].expand(3, 3, 16))
 
 
 def test_the_public_operator(monkeypatch):
@@ -164,7 +166,7 @@ def test_the_public_operator(monkeypatch):
     case = ((2, 3, 5), "rms", FULL, FULL, True, True)
     tensors, cotangents = draw(0, case)
     for seeds in (cotangents, [cotangents[0], None]):
-        got, want = (outcome(f, tensors, seeds, None) for f in (lambda **x: add_norm(**x, backend="native"), norm_torch))
+        got, want = (outcome(f, tensors, seeds, None) for f in (lambda **x: add_norm(**x, backend="native"), add_norm_eager))
         assert all(torch.allclose(got[k], want[k], rtol=1e-5, atol=1e-5) and got[k].dtype == want[k].dtype for k in want)
     with torch.no_grad(), torch.autocast(DEVICE, dtype=torch.bfloat16):
         assert torch.equal(got["out0"], add_norm(**tensors, prenorm=False, backend="native"))
@@ -175,7 +177,7 @@ def test_the_public_operator(monkeypatch):
 
 def test_no_rows():
     x, weight = torch.empty(0, 4, 5, device=DEVICE, requires_grad=True), torch.ones(5, device=DEVICE, requires_grad=True)
-    y, out = norm_native(x, weight)
+    y, out = add_norm_native(x, weight)
     (y.sum() + out.sum()).backward()
     assert y.shape == out.shape == x.grad.shape and not weight.grad.any()
 
@@ -183,10 +185,10 @@ def test_no_rows():
 @pytest.mark.usefixtures("unchecked")
 def test_what_native_has_not_is_named():
     with pytest.raises(ValueError, match=r"'native' has D of at most 8192, got x of shape \(1, 8193\)"):
-        norm_native(torch.ones(1, 8193, device=DEVICE), torch.ones(8193, device=DEVICE))
+        add_norm_native(torch.ones(1, 8193, device=DEVICE), torch.ones(8193, device=DEVICE))
     with pytest.raises(ValueError, match="got residual in torch.float64; use backend='torch'"):
         x = torch.ones(1, 4, device=DEVICE)
-        norm_native(x, x[0], residual=x.double())
+        add_norm_native(x, x[0], residual=x.double())
 
 
 def test_is_an_op_that_compiles_and_recomputes():
@@ -197,7 +199,7 @@ def test_is_an_op_that_compiles_and_recomputes():
     torch.library.opcheck(ops.add_norm.default, (*leaves, 1e-5, True, FULL))
     torch.library.opcheck(ops.add_norm.default, (leaves[0], leaves[1], None, None, 1e-5, False, None))
     _, out, mean, rstd = ops.add_norm(*fixed, 1e-5, True, FULL)
-    gradient = (cotangents[0], None, out, None, fixed[1], fixed[2], mean, rstd, FULL, FULL)
+    gradient = (out, None, fixed[1], fixed[2], mean, rstd, cotangents[0], None, FULL, FULL)
     torch.library.opcheck(ops.add_norm_backward.default, gradient)
 
     def op(*leaves):

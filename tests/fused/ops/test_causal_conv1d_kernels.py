@@ -16,7 +16,9 @@ import compiled  # noqa: E402
 from fused import backends  # noqa: E402
 from fused.ops.causal_conv1d import kernels as conv_kernels  # noqa: E402
 from fused.ops.causal_conv1d import launch as conv  # noqa: E402
-from fused.ops.causal_conv1d.api import causal_conv1d, conv_native, conv_torch  # noqa: E402
+from fused.ops.causal_conv1d.api import causal_conv1d  # noqa: E402
+from fused.ops.causal_conv1d.eager import causal_conv1d_eager  # noqa: E402
+from fused.ops.causal_conv1d.native import causal_conv1d_native  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton 3.6's interpreter
 SEEDS = range(2)  # one finds each planted wrongness; the interpreter takes seconds for each
@@ -194,7 +196,7 @@ def test_no_clips_and_no_tokens():
     dx, dweights, _, _ = conv.backward(y, None, empty, (weight,), None, None, AHEAD, True)
     assert dx.shape == empty.shape and not dweights[0].any()
     for reverse in BOTH:
-        _, final = conv_native(torch.empty(2, 0, 5, device=DEVICE), weight, initial_state=state, reverse=reverse)
+        _, final = causal_conv1d_native(torch.empty(2, 0, 5, device=DEVICE), weight, initial_state=state, reverse=reverse)
         assert torch.equal(final, state)
 
 
@@ -209,13 +211,14 @@ def test_the_public_operator(reverse, monkeypatch):
     for seeds in ([dy, dstate], [dy, None], [torch.zeros_like(dy), dstate]):
         got, want = (
             outcome(lambda f=f, **x: f(**x, reverse=reverse), tensors, seeds, None)
-            for f in (lambda **x: causal_conv1d(**x, backend="native"), conv_torch)
+            for f in (lambda **x: causal_conv1d(**x, backend="native"), causal_conv1d_eager)
         )
         assert all(torch.allclose(got[k], want[k], rtol=1e-5, atol=1e-5) and got[k].dtype == want[k].dtype for k in want)
     x = tensors["x"].requires_grad_()
     _, state = causal_conv1d(**tensors, reverse=reverse, backend="native")
     assert torch.equal(
-        torch.autograd.grad(state, x, dstate)[0], torch.autograd.grad(conv_torch(**tensors, reverse=reverse)[1], x, dstate)[0]
+        torch.autograd.grad(state, x, dstate)[0],
+        torch.autograd.grad(causal_conv1d_eager(**tensors, reverse=reverse)[1], x, dstate)[0],
     )
     with torch.no_grad(), torch.autocast(DEVICE, dtype=torch.bfloat16):
         assert torch.equal(got["out0"], causal_conv1d(**tensors, reverse=reverse, backend="native")[0])
@@ -225,9 +228,9 @@ def test_the_public_operator(reverse, monkeypatch):
 def test_what_native_has_not_is_named():
     x = torch.ones(1, 3, 2, device=DEVICE)
     with pytest.raises(ValueError, match=r"'native' has K of 1 to 8, got weight of shape \(2, 9\)"):
-        conv_native(x, torch.ones(2, 9, device=DEVICE))
+        causal_conv1d_native(x, torch.ones(2, 9, device=DEVICE))
     with pytest.raises(ValueError, match="got weight in torch.float64; use backend='torch'"):
-        conv_native(x, torch.ones(2, 4, device=DEVICE).double())
+        causal_conv1d_native(x, torch.ones(2, 4, device=DEVICE).double())
     with pytest.raises(ValueError, match="each direction once"):
         conv.forward(x, [torch.ones(2, 4, device=DEVICE)] * 2, None, None, (True, True), True)
 
@@ -239,7 +242,7 @@ def test_is_an_op_that_compiles_and_recomputes():
     torch.library.opcheck(torch.ops.videomamba.causal_conv1d.default, (*leaves, True, True))
     fixed = [t.detach() for t in leaves]
     dy = torch.ones_like(fixed[0])
-    torch.library.opcheck(torch.ops.videomamba.causal_conv1d_backward.default, (dy, None, *fixed, True, False))
+    torch.library.opcheck(torch.ops.videomamba.causal_conv1d_backward.default, (*fixed, True, False, dy, None))
 
     def op(*leaves):
         return torch.ops.videomamba.causal_conv1d(*leaves, True, False)[0].square().sum()

@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 
 import compiled  # noqa: E402
 
-from fused.ops.mamba_inner.dt_proj_kernel import steps  # noqa: E402
+from fused.ops.mamba_inner.kernels import dt_proj_softplus  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton 3.6's interpreter
@@ -25,7 +25,7 @@ def sample(seed, directions, tokens, R, E, dtype=torch.float32):
         raw = dt @ W + b[:, None]
         return {"delta": torch.logaddexp(raw, torch.zeros_like(raw))}
 
-    got = steps(rows.to(DEVICE), weights.to(DEVICE), [b.to(DEVICE) for b in biases])
+    got = dt_proj_softplus(rows.to(DEVICE), weights.to(DEVICE), [b.to(DEVICE) for b in biases])
     return {"delta": got.cpu()}, formula(torch.float64), {"delta": formula(torch.float32)["delta"].to(dtype)}
 
 

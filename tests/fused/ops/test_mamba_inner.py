@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-from dataclasses import fields
 from functools import partial
 
 import emulation
@@ -15,15 +14,18 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton", reason="the convolution's kernels are Triton's")
 
 import fused.ops.mamba_inner.native  # noqa: E402 (they define the operators)
-import fused.ops.mamba_inner.one_direction  # noqa: E402, F401
+import fused.ops.mamba_inner.one_direction  # noqa: E402
+import fused.ops.mamba_inner.pipeline  # noqa: E402
 from fused import backends  # noqa: E402
-from fused.chunked import layer_ops as pieces  # noqa: E402
-from fused.chunked.layer import sweep  # noqa: E402
+from fused.chunked.layer import run_block_two_pass  # noqa: E402
+from fused.chunked.layer_ops import scan_chunk  # noqa: E402
+from fused.chunked.layer_weights import Direction, LayerSpec  # noqa: E402
 from fused.models.videomamba.block import Block  # noqa: E402
 from fused.models.videomamba.config import VideoMambaConfig  # noqa: E402
 from fused.modules.mamba import Mamba  # noqa: E402
 from fused.ops.selective_scan import launch as scan  # noqa: E402
 from fused.ops.selective_scan import schedule  # noqa: E402
+from fused.ops.shapes import DirectionWeights  # noqa: E402
 from fused.runtime import nvrtc  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton 3.6's interpreter
@@ -144,10 +146,10 @@ def walked(seed, dtype, backend, length, reverse, given):
     leaves = {name: x for name, x in leaves.items() if name not in ("z", "beside") or name in given}
     if "state" in given:
         leaves |= {"taps": taps, "state": state}
-    own = pieces.Direction(**{field.name: leaves[field.name] for field in fields(pieces.Direction)})
-    plan = pieces.Plan((), backend, False, "rms", 1e-5, True, R, N, dtype, dtype, dtype, dtype)
+    own = Direction(DirectionWeights(*(leaves[name] for name in DirectionWeights._fields)))
+    spec = LayerSpec((), backend, False, "rms", 1e-5, True, dtype, dtype, dtype, dtype)
     entering = (taps, state) if "state" in given else ()
-    y, left = pieces.scan_chunk(plan, own, leaves["x"], entering, reverse, leaves.get("z"), leaves.get("beside"))
+    y, left = scan_chunk(spec, own, leaves["x"], entering, reverse, leaves.get("z"), leaves.get("beside"))
     outputs = {"y": y, "taps left": left[0], "state left": left[1]}
     grads = torch.autograd.grad(list(outputs.values()), list(leaves.values()), cotangents)
     return {k: v.detach() for k, v in outputs.items()} | {f"d{k}": g for k, g in zip(leaves, grads, strict=True)}
@@ -185,20 +187,19 @@ def test_a_chunk_is_an_operator_as_torch_wants_it():
         return torch.randn(*size, device=DEVICE).requires_grad_()
 
     parameters = (leaf(8, 4), leaf(8), leaf(11, 8), leaf(8, 3), leaf(8), leaf(8, 4), leaf(8))
-    tensors = (leaf(1, 5, 8), leaf(1, 5, 8), leaf(1, 5, 8), leaf(1, 8, 3), leaf(1, 8, 4), *parameters)
-    names = ("conv", "conv_bias", "proj", "dt", "dt_bias", "A", "D")
-    packed = fused.ops.mamba_inner.one_direction.once({k: v.detach() for k, v in zip(names, parameters, strict=True)})
-    for once in ((None, None), packed):
-        torch.library.opcheck(torch.ops.videomamba.walk.default, (*tensors, *once, False, True, False, True))
+    streams = (leaf(1, 5, 8), leaf(1, 5, 8), leaf(1, 5, 8), leaf(1, 8, 3), leaf(1, 8, 4))
+    operator = torch.ops.videomamba.mamba_inner_one_direction.default
+    packed = fused.ops.mamba_inner.one_direction.pack_matrices(DirectionWeights(*(x.detach() for x in parameters)))
+    for once in ([], list(packed)):
+        torch.library.opcheck(operator, (*streams, list(parameters), once, False, True, False, True))
 
 
 def test_a_mixer_is_an_operator_as_torch_wants_it():
     layer = Mamba(8, d_state=4, backend="native").to(DEVICE)
-    pairs = zip(*(own.parameters.values() for own in layer._directions()), strict=True)
-    own = [t.detach().requires_grad_() for pair in pairs for t in pair]
-    xz = torch.randn(1, 5, 32, device=DEVICE).requires_grad_()
+    first, second = ([x.detach().requires_grad_() for x in weights] for weights in layer.directions())
+    xz, weight = torch.randn(1, 5, 32, device=DEVICE).requires_grad_(), layer.out_proj.weight
     for keep in (False, True):
-        torch.library.opcheck(torch.ops.videomamba.mixer.default, (xz, *own, layer.out_proj.weight, None, False, keep))
+        torch.library.opcheck(torch.ops.videomamba.mamba_inner.default, (xz, first, second, weight, None, False, keep))
 
 
 def test_one_token_of_one_clip():
@@ -219,7 +220,7 @@ def layer_in_chunks(seed, clips, sizes, backend, dtype, trained):
     chunks = [slice(*pair) for pair in itertools.pairwise([0, *itertools.accumulate(sizes)])]
     with torch.set_grad_enabled(trained):
         leaves = [hidden.requires_grad_(trained), residual.requires_grad_(trained)]
-        outs = dict(zip(("hidden", "residual"), sweep(layer, *leaves, chunks, backend), strict=True))
+        outs = dict(zip(("hidden", "residual"), run_block_two_pass(layer, *leaves, chunks, backend), strict=True))
     weights = [p for p in layer.parameters() if p.dtype == dtype]
     grads = torch.autograd.grad(list(outs.values()), [*leaves, *weights], cotangents) if trained else ()
     return {k: v.detach() for k, v in outs.items()} | {f"d{i}": g for i, g in enumerate(grads)}
@@ -231,12 +232,13 @@ def test_a_layer_walks_its_chunks_by_states_where_time_is_cut(clips, whole, trai
         found = honest(*args, **options, num_splits=2)
         return found._replace(fwd_schedule=found.fwd_schedule._replace(num_unsplit=whole))
 
-    asked, packed, states, honest = [], [], scan.states, schedule.make_schedule.__wrapped__
-    pack = fused.ops.mamba_inner.native.pack
+    asked, packed, states, honest = [], [], scan.state_pass, schedule.make_schedule.__wrapped__
+    pipeline = fused.ops.mamba_inner.pipeline
+    pack = pipeline.pack_weights
     monkeypatch.setattr(schedule, "MIN_TILES_PER_SPLIT", 1)
     monkeypatch.setattr(schedule, "make_schedule", cut)
-    monkeypatch.setattr(scan, "states", lambda *a: asked.append(a) or states(*a))
-    monkeypatch.setattr(fused.ops.mamba_inner.native, "pack", lambda *a: packed.append(a) or pack(*a))
+    monkeypatch.setattr(scan, "state_pass", lambda *a: asked.append(a) or states(*a))
+    monkeypatch.setattr(pipeline, "pack_weights", lambda *a: packed.append(a) or pack(*a))
     kinds = ("native", torch.float32), ("torch", torch.float64), ("torch", torch.float32)
     assert_rule([layer_in_chunks(seed, clips, (33, 19, 20), *kind, trained) for kind in kinds] for seed in range(2))
     assert len(asked) == 2 * 2 * 2  # seeds, chunks but the first, directions

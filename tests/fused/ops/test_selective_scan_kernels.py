@@ -27,8 +27,8 @@ def emulated(monkeypatch):
 
 
 @pytest.fixture
-def keen(monkeypatch):
-    """Time is cut also where that does not pay, as on a GPU that is not filled."""
+def always_split(monkeypatch):
+    """Sequences are split even if that does not pay, as on a GPU with many free multiprocessors."""
     monkeypatch.setattr(schedule, "multiprocessors", lambda device: 1000)
     shapes = schedule.kernel_configs
     monkeypatch.setattr(schedule, "kernel_configs", lambda N: tuple(shape._replace(min_blocks_per_sm=3) for shape in shapes(N)))
@@ -87,7 +87,7 @@ def sample(tensors, cotangents, **options):
     ],
     ids=lambda x: "-".join(map(str, x)) if isinstance(x, tuple) else "".join(x),
 )
-def test_follows_the_loop(shape, given, options):
+def test_equals_the_loop(shape, given, options):
     draws = [draw(seed, shape, *given) for seed in SEEDS]
     if "softplus" in options:
         for tensors, _ in draws:
@@ -95,19 +95,21 @@ def test_follows_the_loop(shape, given, options):
     assert_rule(sample(*d, **options) for d in draws)
 
 
-@pytest.mark.parametrize("reverse", [False, True], ids=["forth", "back"])
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize(
-    ("clips", "processors", "cut"), [(1, 6, (1, 0, 3, 3)), (13, 2, (13, 12, 3, 3))], ids=["every chain", "the last chain"]
+    ("clips", "multiprocessors", "split_schedule"),
+    [(1, 6, (1, 0, 3, 3)), (13, 2, (13, 12, 3, 3))],
+    ids=["every sequence", "the last sequence"],
 )
-def test_time_is_cut(clips, processors, cut, reverse, keen, monkeypatch):
-    monkeypatch.setattr(schedule, "multiprocessors", lambda device: processors)
-    assert schedule.make_schedule(clips, 130, 2, 4, 1, processors).fwd_schedule == cut
+def test_sequences_are_split(clips, multiprocessors, split_schedule, reverse, always_split, monkeypatch):
+    monkeypatch.setattr(schedule, "multiprocessors", lambda device: multiprocessors)
+    assert schedule.make_schedule(clips, 130, 2, 4, 1, multiprocessors).fwd_schedule == split_schedule
     assert_rule(sample(*draw(seed, (clips, 130, 2, 4)), reverse=reverse) for seed in SEEDS)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("shape", [(2, 19, 8, 16), (2, 19, 9, 16), (2, 63, 24, 1)], ids=str)
-def test_rounds_once(dtype, shape):
+def test_half_precision_rounds_once(dtype, shape):
     draws = [draw(seed, shape, dtype=dtype) for seed in SEEDS]
     samples = [sample(*d) for d in draws]
     assert_rule(samples)
@@ -127,7 +129,7 @@ def two_loops(pairs, z):
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 32, 40, 49, 90])
-def test_directions_meet_in_the_middle(length, keen):
+def test_directions_meet_in_the_middle(length, always_split):
     samples = []
     for seed in SEEDS:
         tensors, (dy, _) = draw(seed, (2, length, 4, 16), everything=length != 40, state=False)
@@ -143,7 +145,7 @@ def test_directions_meet_in_the_middle(length, keen):
 
 
 @pytest.mark.parametrize("order", ["reverse", "random:1"])
-def test_no_barrier_is_missing(order, monkeypatch):
+def test_order_of_threads_changes_nothing(order, monkeypatch):
     tensors, cotangents = draw(0, (1, 40, 40, 16))
     run = lambda: outcome(lambda **x: selective_scan(**x, backend="native"), tensors, cotangents, None)  # noqa: E731
     first = run()
@@ -162,7 +164,7 @@ def test_reads_in_place_through_strides():
     assert torch.equal(y, whole["out0"]) and torch.equal(state, whole["out1"])
 
 
-def test_a_clip_does_not_see_its_neighbours(keen, monkeypatch):
+def test_batch_invariant_clip_is_independent_of_its_batch(always_split, monkeypatch):
     monkeypatch.setattr(schedule, "multiprocessors", lambda device: 2)
     assert [schedule.make_schedule(clips, 130, 4, 16, 1, 2).fwd_schedule.num_splits for clips in (1, 3)] == [3, 1]
     tensors, (dy, dstate) = draw(0, (3, 130, 4, 16))
@@ -178,14 +180,14 @@ def test_a_clip_does_not_see_its_neighbours(keen, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["u", "delta", "A", "B", "z"])
-def test_nan_comes_out(name):
+def test_nan_propagates(name):
     tensors, _ = draw(0, (1, 20, 5, 4), state=False)
     tensors[name].view(-1)[0] = float("nan")
     y, state = selective_scan(**tensors, backend="native")
     assert y[0, 0].isnan().any() and (name == "z" or state.isnan().any())
 
 
-def test_nothing_to_do():
+def test_empty_inputs():
     tensors, _ = draw(0, (0, 7, 3, 4))
     y, state = selective_scan(**tensors, backend="native")
     assert y.shape == (0, 7, 3) and state.shape == (0, 3, 4)
@@ -194,18 +196,22 @@ def test_nothing_to_do():
     assert y.shape == (2, 0, 3) and torch.equal(state, tensors["initial_state"])
 
 
-def test_what_native_does_not_have():
+def test_unsupported_inputs_raise():
     with pytest.raises(ValueError, match="N up to 64, got N=65"):
         selective_scan(**draw(0, (1, 2, 3, 65))[0], backend="native")
     with pytest.raises(ValueError, match="supports float16, bfloat16, float32, got torch.float64"):
         selective_scan(**double(draw(0, (1, 2, 3, 4))[0]), backend="native")
 
 
-def test_operators_are_registered_as_torch_wants_them():
+def test_operators_pass_opcheck():
     tensors, _ = draw(0, (1, 18, 4, 4))
-    leaves = [tensors[k].requires_grad_() for k in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")]
-    torch.library.opcheck(torch.ops.videomamba.selective_scan.default, (*leaves, True, False, False, True))
-    torch.library.opcheck(torch.ops.videomamba.selective_scan.default, (*leaves[:5], *[None] * 4, True, True, False, True))
+    pairs = [[tensors[k].requires_grad_()] for k in ("u", "delta", "A", "B", "C", "D", "delta_bias")]
+    z, state = tensors["z"].requires_grad_(), tensors["initial_state"].requires_grad_()
+    operator = torch.ops.videomamba.selective_scan.default
+    torch.library.opcheck(operator, (*pairs, z, state, True, [False], False, True))
+    torch.library.opcheck(operator, (*pairs[:5], [None], [None], None, None, True, [True], False, True))
+    both = [[*pair, pair[0].detach().clone().requires_grad_()] for pair in pairs]
+    torch.library.opcheck(operator, (*both, z, None, True, [False, True], False, True))
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
@@ -230,8 +236,8 @@ def test_tuned_kernels_do_not_spill(arch, capsys):
         assert not keeps or found["scan_backward"].spills <= 160
 
 
-@pytest.mark.parametrize("whole", [0, 12])
-def test_knowing_what_enters_the_pieces_changes_no_bit(whole):
+@pytest.mark.parametrize("num_unsplit", [0, 12])
+def test_given_split_initial_states_change_no_bit(num_unsplit):
     g = torch.Generator().manual_seed(0)
     B, L, E, N = 13, 130, 2, 4
 
@@ -239,15 +245,15 @@ def test_knowing_what_enters_the_pieces_changes_no_bit(whole):
         return torch.randn(*size, generator=g)
 
     A, D, (u, delta, z) = -normal(E, N).exp(), normal(E), (normal(B, L, E) for _ in range(3))
-    s = scan.Streams((False,), (u,), (delta,), (A,), (normal(B, L, N),), (normal(B, L, N),), (D,), (D,), z)
-    plan = schedule.make_schedule(B, L, E, N, 1, 2)._replace(fwd_schedule=schedule.SplitSchedule(B, whole, 3, 3))
+    s = scan.ScanInputs((False,), (u,), (delta,), (A,), (normal(B, L, N),), (normal(B, L, N),), (D,), (D,), z)
+    plan = schedule.make_schedule(B, L, E, N, 1, 2)._replace(fwd_schedule=schedule.SplitSchedule(B, num_unsplit, 3, 3))
     first = scan.forward(s, None, plan, keep=True)
-    again = scan.forward(s, None, plan, keep=True, starts=first.starts)
-    for name in ("y", "final", "ungated", "marks"):
+    again = scan.forward(s, None, plan, keep=True, split_initial_states=first.split_initial_states)
+    for name in ("y", "final_states", "y_pre_gate", "tile_states"):
         assert torch.equal(getattr(first, name), getattr(again, name)), name
 
 
-def test_a_gradient_is_not_differentiated_silently():
+def test_second_derivatives_raise():
     u, delta, B, C = (torch.randn(1, 5, 4, requires_grad=True) for _ in range(4))
     A = -torch.rand(4, 4)
     for y in (
@@ -269,7 +275,7 @@ def test_a_gradient_is_not_differentiated_silently():
     ids=["tokens", "dtypes", "states"],
 )
 @pytest.mark.parametrize("backend", ["native", "torch"])
-def test_both_directions_are_alike(backend, second, words):
+def test_directions_that_differ_raise(backend, second, words):
     first = {"u": torch.randn(2, 5, 4), "A": -torch.rand(4, 3)}
     pairs = [first, first | second]
     own = [one["u"].shape[:2] + (one["A"].shape[1],) for one in pairs]
@@ -279,7 +285,7 @@ def test_both_directions_are_alike(backend, second, words):
         bidirectional_scan(u, u, A, B, C, backend=backend)
 
 
-def test_groups_of_another_half_precision_than_autocast():
+def test_groups_in_another_half_precision_than_autocast():
     u, delta = (torch.randn(1, 5, 4).half() for _ in range(2))
     B, C = (torch.randn(1, 5, 2, 4).half() for _ in range(2))
     due, state = selective_scan(u, delta, -torch.ones(4, 4), B, C, backend="native")

@@ -1,0 +1,166 @@
+"""A layer as a run over chunks reads it: its settings, and its parameters cast once for all chunks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused import backends
+from fused.ops.shapes import DirectionWeights
+from fused.runtime.dtypes import accumulation_dtype
+
+if TYPE_CHECKING:
+    from fused.chunked.protocol import ChunkableLayer
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """The settings of a layer; `sum_dtype` and `residual_dtype` are of the sum before and after it is stored."""
+
+    chunks: Sequence[slice]  # of tokens, in the order of time
+    backend: str
+    offload: bool
+    kind: str
+    eps: float
+    fused_add_norm: bool
+    matmul_dtype: torch.dtype
+    norm_dtype: torch.dtype  # of the norm's result
+    residual_dtype: torch.dtype
+    sum_dtype: torch.dtype  # at least float32
+
+
+def layer_spec(
+    layer: "ChunkableLayer", hidden: Tensor, residual: Tensor | None, chunks: Sequence[slice], backend: str, offload: bool
+) -> LayerSpec:
+    """Return the spec of a layer for hidden and residual (B, L, D), under the autocast of the caller."""
+    device, fused, weights = hidden.device.type, layer.fused_add_norm, layer.mixer.in_proj.weight.dtype
+    low = torch.is_autocast_enabled(device) and weights != torch.float64
+    summed = hidden.dtype if residual is None else torch.promote_types(hidden.dtype, residual.dtype)
+    if residual is not None and fused:
+        residual_dtype = residual.dtype
+    else:
+        residual_dtype = accumulation_dtype(summed) if layer.residual_in_fp32 else summed
+    return LayerSpec(
+        chunks, backends.operators_of(backend), offload, layer.norm.kind, layer.norm.eps, fused,
+        matmul_dtype=torch.get_autocast_dtype(device) if low else weights,
+        norm_dtype=hidden.dtype if fused else layer.norm.weight.dtype,
+        residual_dtype=residual_dtype, sum_dtype=accumulation_dtype(summed),
+    )  # fmt: skip
+
+
+class Linear(NamedTuple):
+    """A linear layer's parameters."""
+
+    weight: Tensor  # (out, in)
+    bias: Tensor | None  # (out,)
+
+
+class LayerParameters(NamedTuple):
+    """The parameters of a norm, of both projections and of one or two directions."""
+
+    norm: Linear  # both (D,)
+    in_proj: Linear
+    out_proj: Linear
+    directions: tuple[DirectionWeights, ...]  # A is log(-A)
+
+    def flat(self) -> list[Tensor | None]:
+        """Return all of them in order."""
+        own = (self.norm, self.in_proj, self.out_proj, *self.directions)
+        return [x for parameters in own for x in parameters]
+
+    @classmethod
+    def of(cls, layer: "ChunkableLayer") -> "LayerParameters":
+        """Return those of a layer."""
+        mixer = layer.mixer
+        norm, in_proj, out_proj = (Linear(x.weight, x.bias) for x in (layer.norm, mixer.in_proj, mixer.out_proj))
+        return cls(norm, in_proj, out_proj, tuple(mixer.directions()))
+
+    @classmethod
+    def from_flat(cls, flat: Sequence[Any]) -> "LayerParameters":
+        """Return what `flat` gave in its places."""
+        values, count = iter(flat), len(DirectionWeights._fields)
+        norm, in_proj, out_proj = (Linear(next(values), next(values)) for _ in range(3))
+        rest = list(values)
+        directions = (DirectionWeights(*rest[i : i + count]) for i in range(0, len(rest), count))
+        return cls(norm, in_proj, out_proj, tuple(directions))
+
+
+class Direction:
+    """One direction's weights, A itself, as leaves of the gradients of a chunk."""
+
+    def __init__(self, weights: DirectionWeights) -> None:
+        self.weights = weights
+
+    @cached_property
+    def packed(self) -> tuple[Tensor, Tensor]:
+        """The matrices as the native operator packs them, once for all chunks."""
+        from fused.ops.mamba_inner.one_direction import pack_matrices
+
+        return pack_matrices(self.weights)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those that are there."""
+        return [x for x in self.weights if x is not None]
+
+
+class LayerWeights:
+    """A layer's parameters cast once for all chunks, and the sums of their gradients over chunks."""
+
+    def __init__(self, spec: LayerSpec, parameters: LayerParameters) -> None:
+        self._parameters = parameters
+        self._sums: dict[int, Tensor] = {}  # by the id of the cast tensor
+        norm, in_proj, out_proj, directions = parameters
+        self.norm = _detached(norm)
+        self.in_proj, self.out_proj = (_detached(x, spec.matmul_dtype) for x in (in_proj, out_proj))
+        own = [Direction(_cast(spec, weights)) for weights in directions]
+        self.forward, self.backward = own[0], own[1] if len(own) > 1 else None
+
+    def _cast_parameters(self) -> LayerParameters:
+        directions = tuple(x.weights for x in (self.forward, self.backward) if x is not None)
+        return LayerParameters(self.norm, self.in_proj, self.out_proj, directions)
+
+    def requires_grad(self) -> "LayerWeights":
+        """Make each of them a leaf; return self."""
+        for x in self._cast_parameters().flat():
+            if x is not None:
+                x.requires_grad_()
+        return self
+
+    def add_gradient(self, x: Tensor | None, grad: Tensor) -> None:
+        """Add to the gradient of one of them, which is summed in at least float32."""
+        if id(x) in self._sums:
+            self._sums[id(x)].add_(grad)
+        else:
+            self._sums[id(x)] = grad.to(accumulation_dtype(grad.dtype), copy=True)
+
+    def gradients(self) -> list[Tensor | None]:
+        """Return those of the flat parameters, in their shapes and dtypes."""
+        log_A = {id(weights.A) for weights in self._cast_parameters().directions}
+        grads: list[Tensor | None] = []
+        for own, x in zip(self._parameters.flat(), self._cast_parameters().flat(), strict=True):
+            total = self._sums.get(id(x))
+            if own is None or x is None or total is None:
+                grads.append(None)
+                continue
+            total = total * x.detach() if id(x) in log_A else total  # through A = -exp(A_log)
+            grads.append(total.view(own.shape).to(own.dtype))
+        return grads
+
+
+def _detached(linear: Linear, dtype: torch.dtype | None = None) -> Linear:
+    detached: Any = (None if x is None else x.detach().to(dtype or x.dtype) for x in linear)
+    return Linear(*detached)
+
+
+def _cast(spec: LayerSpec, weights: DirectionWeights) -> DirectionWeights:
+    """Return weights with A itself; matrices are in the dtype of products, A and D in at least float32."""
+    detached: Any = (None if x is None else x.detach() for x in weights)
+    w = DirectionWeights(*detached)
+    A, D = (x.to(accumulation_dtype(x.dtype)) for x in (w.A, w.D))
+    return w._replace(
+        x_proj=w.x_proj.to(spec.matmul_dtype), dt_proj=w.dt_proj.to(spec.matmul_dtype), A=-A.exp(), D=D
+    )  # fmt: skip

@@ -1,0 +1,96 @@
+"""Add and normalise in PyTorch operations, for any device."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fused.ops.shapes import Rows, residual_dtype_of
+from fused.runtime.autocast import no_autocast
+from fused.runtime.dtypes import accumulation_dtype
+
+
+def add_norm_eager(
+    x: Rows,
+    weight: Float[Tensor, " D"],
+    bias: Float[Tensor, " D"] | None = None,
+    *,
+    residual: Rows | None = None,
+    eps: float = 1e-5,
+    kind: str = "rms",
+    prenorm: bool = True,
+    residual_in_fp32: bool = True,
+) -> Rows | tuple[Rows, Rows]:
+    """Add and normalise as `fused.add_norm` says; keeps the residual stream and two numbers a row for its backward."""
+    residual_dtype = residual_dtype_of(x, residual, residual_in_fp32) if prenorm else None
+    run: Any = exported if torch.compiler.is_exporting() else _AddNorm.apply
+    y, residual_out = run(x, weight, bias, residual, eps, kind == "layer", residual_dtype)
+    return (y, residual_out) if prenorm else y
+
+
+class _AddNorm(torch.autograd.Function):
+    """Saves v where it is returned unrounded, else x and residual. `residual_dtype` is that of residual_out; None: no such."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
+        eps: float, centre: bool, residual_dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        ctx.set_materialize_grads(False)
+        ctx.centre, ctx.dtypes = centre, (x.dtype, None if residual is None else residual.dtype)
+        with no_autocast(x.device):
+            v = _add(x, residual)
+            mean = v.mean(-1, keepdim=True) if centre else None
+            centred = v if mean is None else v - mean
+            scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+            y = centred * scale * weight
+            if bias is not None:
+                y += bias
+            out = None if residual_dtype is None else v.to(residual_dtype)
+        kept = (out, None) if residual_dtype == v.dtype else (x, residual)
+        ctx.save_for_backward(*kept, weight, bias, mean, scale)
+        return y.to(x.dtype), out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, dout: Tensor | None) -> tuple[Tensor | None, ...]:
+        first, second, weight, bias, mean, scale = ctx.saved_tensors
+        dv = dweight = dbias = None
+        with no_autocast(first.device):
+            if dy is not None:
+                v = _add(first, second)
+                dy = dy.to(v.dtype)
+                unit = (v if mean is None else v - mean) * scale
+                dweight = (dy * unit).reshape(-1, v.shape[-1]).sum(0).to(weight.dtype)
+                dbias = None if bias is None else dy.reshape(-1, v.shape[-1]).sum(0).to(bias.dtype)
+                dunit = dy * weight
+                dv = dunit - unit * (dunit * unit).mean(-1, keepdim=True)
+                if ctx.centre:
+                    dv -= dunit.mean(-1, keepdim=True)
+                dv *= scale
+            if dout is not None:
+                dv = dout if dv is None else dv + dout
+            dx, dresidual = (None if dv is None or dtype is None else dv.to(dtype) for dtype in ctx.dtypes)
+        return dx, dweight, dbias, dresidual, None, None, None
+
+
+def exported(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
+    eps: float, centre: bool, residual_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Normalise by a graph of pure functions, for `torch.export` and ONNX."""
+    with no_autocast(x.device):
+        v = x.to(accumulation_dtype(x.dtype))
+        v = v if residual is None else v + residual.to(v.dtype)
+        unit = v - v.mean(-1, keepdim=True) if centre else v
+        y = unit * torch.rsqrt(unit.square().mean(-1, keepdim=True) + eps) * weight
+        y = y if bias is None else y + bias
+        return y.to(x.dtype), None if residual_dtype is None else v.to(residual_dtype)
+
+
+def _add(x: Tensor, residual: Tensor | None) -> Tensor:
+    """Return x + residual in at least float32."""
+    v = x.to(accumulation_dtype(x.dtype))
+    return v if residual is None else v + residual.to(v.dtype)

@@ -1,0 +1,139 @@
+"""Add and normalise by kernels of this project, as the operator `videomamba::add_norm`."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fused.ops.add_norm import launch
+from fused.ops.shapes import Rows, residual_dtype_of
+from fused.runtime.checks import check_native_dtypes
+from fused.runtime.dtypes import KERNEL_DTYPES
+from fused.runtime.library import below_autograd, empty_if_none, register
+
+
+def add_norm_native(
+    x: Rows,
+    weight: Float[Tensor, " D"],
+    bias: Float[Tensor, " D"] | None = None,
+    *,
+    residual: Rows | None = None,
+    eps: float = 1e-5,
+    kind: str = "rms",
+    prenorm: bool = True,
+    residual_in_fp32: bool = True,
+) -> Rows | tuple[Rows, Rows]:
+    """Add and normalise as `fused.add_norm` says, in one kernel each way; keeps what the PyTorch version keeps.
+
+    Raises ValueError for rows of more than 8192 channels, for a tensor in float64 and for sizes that do not fit together.
+    """
+    check_norm_arguments(x, weight, bias, residual)
+    residual_dtype = residual_dtype_of(x, residual, residual_in_fp32) if prenorm else None
+    y, residual_out, _, _ = _add_norm(x, weight, bias, residual, eps, kind == "layer", residual_dtype)
+    return (y, residual_out) if prenorm else y
+
+
+def check_norm_arguments(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+    """Raise ValueError unless the kernels can take the arguments: they would read beyond tensors that do not fit."""
+    D = x.shape[-1]
+    if weight.shape != (D,) or (bias is not None and bias.shape != (D,)):
+        raise ValueError(f"add_norm: weight and bias must have shape (D={D},), got weight {tuple(weight.shape)}")
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"add_norm: residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
+    if D > launch.MAX_WIDTH:
+        raise ValueError(
+            f"add_norm: backend 'native' has D of at most {launch.MAX_WIDTH}, got x of shape {tuple(x.shape)}; "
+            "use backend='torch'"
+        )
+    for tensor in (x, weight, bias, residual):
+        if tensor is not None and tensor.dtype not in KERNEL_DTYPES:
+            check_native_dtypes("add_norm", x=x, weight=weight, bias=bias, residual=residual)
+
+
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
+    eps: float, centre: bool, residual_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    y, out, mean, rstd = launch.forward(x, residual, weight, bias, eps, centre, residual_dtype)
+    return y, x.new_empty(0) if out is None else out, x.new_empty(0) if mean is None else mean, rstd
+
+
+def _forward_shapes(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
+    eps: float, centre: bool, residual_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(0) if residual_dtype is None else x.new_empty(x.shape, dtype=residual_dtype),
+        x.new_empty(x.shape[:-1], dtype=torch.float32) if centre else x.new_empty(0),
+        x.new_empty(x.shape[:-1], dtype=torch.float32),
+    )
+
+
+def _backward(
+    first: Tensor, second: Tensor | None, weight: Tensor, bias: Tensor | None, mean: Tensor | None, rstd: Tensor,
+    dy: Tensor, dout: Tensor | None, x_dtype: torch.dtype, residual_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grads = launch.backward(dy, dout, first, second, weight, bias, mean, rstd, x_dtype, residual_dtype)
+    dx, dresidual, dweight, dbias = grads
+    return dx, empty_if_none(None if dresidual is dx else dresidual, first), dweight, empty_if_none(dbias, first)
+
+
+def _backward_shapes(
+    first: Tensor, second: Tensor | None, weight: Tensor, bias: Tensor | None, mean: Tensor | None, rstd: Tensor,
+    dy: Tensor, dout: Tensor | None, x_dtype: torch.dtype, residual_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    own = residual_dtype not in (None, x_dtype)
+    return (
+        first.new_empty(first.shape, dtype=x_dtype),
+        first.new_empty(first.shape, dtype=residual_dtype) if own else first.new_empty(0),
+        weight.new_empty(weight.shape),
+        first.new_empty(0) if bias is None else bias.new_empty(bias.shape),
+    )
+
+
+class _AddNorm(torch.autograd.Function):
+    """Saves v where it is returned unrounded, else x and residual, and mean and rstd of each row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
+        eps: float, centre: bool, residual_dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        ctx.set_materialize_grads(False)
+        ctx.dtypes = (x.dtype, None if residual is None else residual.dtype)
+        operator = torch.ops.videomamba.add_norm.default
+        y, out, mean, rstd = below_autograd(operator, x, weight, bias, residual, eps, centre, residual_dtype)
+        first, second = (out, None) if residual_dtype == torch.float32 else (x, residual)
+        ctx.save_for_backward(first, second, weight, bias, mean if centre else None, rstd)
+        ctx.mark_non_differentiable(mean, rstd, *(() if residual_dtype else (out,)))
+        return y, out, mean, rstd
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dout: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # once: under activation checkpointing they are made again for each access
+        x_dtype, residual_dtype = ctx.dtypes
+        if dy is None:  # the sum alone was used
+            dx, dresidual = (None if dout is None or dtype is None else dout.to(dtype) for dtype in ctx.dtypes)
+            return dx, None, None, dresidual, None, None, None
+        dx, dresidual, dweight, dbias = _add_norm_backward(*saved, dy, dout, x_dtype, residual_dtype)
+        if residual_dtype is None or residual_dtype == x_dtype:
+            dresidual = None if residual_dtype is None else dx
+        return dx, dweight, None if saved[3] is None else dbias, dresidual, None, None, None
+
+
+_add_norm_backward = register(
+    "add_norm_backward(Tensor first, Tensor? second, Tensor weight, Tensor? bias, Tensor? mean, Tensor rstd, Tensor dy, "
+    "Tensor? dout, ScalarType x_dtype, ScalarType? residual_dtype) "
+    "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",  # dresidual is empty where dx serves for both
+    _backward,
+    _backward_shapes,
+)
+_add_norm = register(
+    "add_norm(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, float eps, bool centre, ScalarType? residual_dtype) "
+    "-> (Tensor y, Tensor residual_out, Tensor mean, Tensor rstd)",  # empty for a result that was not asked for
+    _forward,
+    _forward_shapes,
+    _AddNorm.apply,
+)

@@ -1,0 +1,97 @@
+"""The causal convolution by kernels of this project, as the operator `videomamba::causal_conv1d`."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fused.ops.causal_conv1d import launch
+from fused.runtime.checks import check_native_dtypes
+from fused.runtime.library import below_autograd, empty_if_none, register
+
+
+def causal_conv1d_native(
+    x: Float[Tensor, "B L E"],
+    weight: Float[Tensor, "E K"],
+    bias: Float[Tensor, " E"] | None = None,
+    *,
+    activation: str | None = "silu",
+    initial_state: Float[Tensor, "B E S"] | None = None,
+    reverse: bool = False,
+) -> tuple[Float[Tensor, "B L E"], Float[Tensor, "B E S"]]:
+    """Convolve as `fused.causal_conv1d` says.
+
+    Raises ValueError for a width K of more than 8, and for a tensor in float64.
+    """
+    if weight.shape[1] > launch.MAX_WIDTH:
+        raise ValueError(
+            f"causal_conv1d: backend 'native' has K of 1 to {launch.MAX_WIDTH}, got weight of shape {tuple(weight.shape)}; "
+            "use backend='torch'"
+        )
+    check_native_dtypes("causal_conv1d", x=x, weight=weight, bias=bias, initial_state=initial_state)
+    return _causal_conv1d(x, weight, bias, initial_state, activation is not None, reverse)
+
+
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, silu: bool, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    y, finals = launch.forward(x, (weight,), (bias,), (initial_state,), (reverse,), silu)
+    (final,) = finals or ()
+    return y[0], final
+
+
+def _forward_shapes(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, silu: bool, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty((x.shape[0], x.shape[2], weight.shape[1] - 1))
+
+
+def _backward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, silu: bool, reverse: bool,
+    dy: Tensor | None, dstate: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dy = torch.zeros_like(x) if dy is None else dy
+    g = launch.backward((dy,), (dstate,), x, (weight,), (bias,), (initial_state,), (reverse,), silu)
+    dbias = None if bias is None or g.biases[0] is None else g.biases[0].to(bias.dtype)
+    return g.x, g.weights[0].to(weight.dtype), empty_if_none(dbias, x), empty_if_none(g.initial_states[0], x)
+
+
+def _backward_shapes(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, silu: bool, reverse: bool,
+    dy: Tensor | None, dstate: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dbias, dinitial_state = (x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (bias, initial_state))
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, dinitial_state
+
+
+class _CausalConv1d(torch.autograd.Function):
+    """Saves its inputs; the backward computes the sum before the activation again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, silu: bool, reverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.options = silu, reverse
+        ctx.save_for_backward(x, weight, bias, initial_state)
+        operator = torch.ops.videomamba.causal_conv1d.default
+        return below_autograd(operator, x, weight, bias, initial_state, silu, reverse)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dstate: Tensor | None) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors  # once: under activation checkpointing they are made again for each access
+        grads = _causal_conv1d_backward(*inputs, *ctx.options, dy, dstate)
+        return *(None if x is None else grad for x, grad in zip(inputs, grads, strict=True)), None, None
+
+
+_INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, bool silu, bool reverse"
+_causal_conv1d_backward = register(
+    f"causal_conv1d_backward({_INPUTS}, Tensor? dy, Tensor? dstate) "
+    "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)",
+    _backward,
+    _backward_shapes,
+)
+_causal_conv1d = register(
+    f"causal_conv1d({_INPUTS}) -> (Tensor y, Tensor final_state)", _forward, _forward_shapes, _CausalConv1d.apply
+)

@@ -1,0 +1,150 @@
+"""The steps of a mixer between in_proj and out_proj, over one direction or two, that its native operators share.
+
+    c = silu(conv(x))        dt, B, C = x_proj(c)        delta = softplus(dt_proj(dt) + bias)
+    y = scan(c, delta, A, B, C, D, z)
+
+A row of x_proj's output is [dt, zeros up to a multiple of DT_ALIGN | B | C]: with dt of 36 or 12 alone, cuBLAS takes kernels
+for unaligned matrices, which need twice the time.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused.ops.causal_conv1d import launch as conv
+from fused.ops.mamba_inner.kernels import PackedWeights, dt_proj_softplus, pack_weights
+from fused.ops.selective_scan import launch as scan
+from fused.ops.selective_scan.kernel_source import SOFTPLUS_BY_CALLER
+from fused.ops.selective_scan.launch import ScanGradients, ScanInputs, aligned_or_none, dense
+from fused.ops.shapes import DirectionWeights
+
+ByDirection = Sequence[Any]  # a weight of one or two directions
+DT_ALIGN = 16  # elements; 32 bytes of the narrowest dtype, which memory is read by
+
+
+def padded_dt_rank(R: int | torch.SymInt) -> Any:
+    """Return the columns that dt and the zeros behind it take in a row of x_proj's output."""
+    return -(-R // DT_ALIGN) * DT_ALIGN
+
+
+def pack(
+    conv: ByDirection, conv_bias: ByDirection, x_proj: ByDirection, dt_proj: ByDirection, dt_bias: ByDirection, A: ByDirection,
+    D: ByDirection,
+) -> PackedWeights:  # fmt: skip
+    """Return the weights of one or two directions as the products and the scan read them."""
+    x_proj, dt_proj = list(map(Tensor.contiguous, x_proj)), list(map(Tensor.contiguous, dt_proj))
+    A, D = list(map(Tensor.contiguous, A)), list(map(Tensor.contiguous, D))
+    return pack_weights(x_proj, dt_proj, A, D, padded_dt_rank(dt_proj[0].shape[1]))
+
+
+class Pipeline:
+    """A mixer's directions over one x, with what forward and backward both make of them.
+
+    x and z are (B, L, E), the halves of in_proj's output; z is None without a gate. `directions` are one or two
+    `DirectionWeights`, or the same as lists; A is log(-A) with `A_is_log`.
+    """
+
+    def __init__(
+        self, x: Tensor, z: Tensor | None, directions: Sequence[Sequence[Any]], reverses: tuple[bool, ...],
+        batch_invariant: bool, A_is_log: bool,
+    ) -> None:  # fmt: skip
+        self.x, self.z, self.reverses, self.A_is_log = x, z, reverses, A_is_log
+        fields: Any = zip(*directions, strict=True)
+        self.weights: Any = DirectionWeights(*fields)  # each field with an entry a direction
+        R, self.N = self.weights.dt_proj[0].shape[1], self.weights.A[0].shape[1]
+        K = self.weights.conv[0].shape[1]
+        if self.N > scan.MAX_STATES or K > conv.MAX_WIDTH:
+            too_many = self.N > scan.MAX_STATES
+            name, most, size = ("d_state", scan.MAX_STATES, self.N) if too_many else ("d_conv", conv.MAX_WIDTH, K)
+            raise ValueError(f"mixer: backend 'native' has {name} up to {most}, got {size}; use backend='torch'")
+        self.R, self.padded_R = R, padded_dt_rank(R)
+        self.width = self.padded_R + 2 * self.N  # of a row of x_proj's output
+        self.schedule = scan.schedule_for(x, self.N, len(reverses), batch_invariant)
+
+    def convolve(
+        self, conv_states: Sequence[Tensor | None] | None = None, want_states: bool = False
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """Return c (directions, B, L, E), and the conv states (B, E, K-1) that leave, if they are wanted."""
+        weights = self.weights
+        return conv.forward(self.x, weights.conv, weights.conv_bias, conv_states, self.reverses, True, want_states)
+
+    def split(self, dt_B_C: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Return dt (directions, B * L, padded R), and for each direction B and C (B, L, N)."""
+        dt, B, C = dt_B_C.split((self.padded_R, self.N, self.N), dim=-1)
+        return dt.flatten(1, 2), B.unbind(), C.unbind()
+
+    def project(self, c: Tensor, packed: PackedWeights) -> tuple[Tensor, Tensor]:
+        """Return x_proj's output (directions, B, L, width) and delta (directions, B, L, E) of c (directions, B, L, E)."""
+        rows = c.new_empty((len(c), c.shape[1] * c.shape[2], self.width))
+        _matmul(c.flatten(1, 2), packed.x_proj.mT, rows)
+        delta = dt_proj_softplus(rows, packed.dt_proj, self.weights.dt_bias)
+        return rows.unflatten(1, c.shape[1:3]), delta.view(c.shape)
+
+    def delta(self, dt_B_C: Tensor, packed: PackedWeights) -> Tensor:
+        """Return delta (directions, B, L, E), behind softplus."""
+        delta = dt_proj_softplus(dt_B_C.flatten(1, 2), packed.dt_proj, self.weights.dt_bias)
+        return delta.view(len(self.reverses), *self.x.shape)
+
+    def scan_inputs(self, c: Tensor, dt_B_C: Tensor, delta: Tensor, packed: PackedWeights) -> ScanInputs:
+        """Return what the scan reads."""
+        _, B, C = self.split(dt_B_C)
+        A, D = list(map(aligned_or_none, packed.A)), list(map(aligned_or_none, packed.D))
+        z, no_bias = None if self.z is None else dense(self.z), (None,) * len(delta)
+        inputs: Any = (self.reverses, c.unbind(), delta.unbind(), A, B, C, D, no_bias, z, SOFTPLUS_BY_CALLER, self.A_is_log)
+        return ScanInputs(*inputs)
+
+    def backward(
+        self, s: ScanInputs, c: Tensor, dt_B_C: Tensor, packed: PackedWeights, dy: Tensor, tile_states: Tensor,
+        y_pre_gate: Tensor | None, *, dx: Tensor | None = None, dz: Tensor | None = None, dfinal_states: Tensor | None = None,
+        conv_states: Sequence[Tensor | None] | None = None, dconv_states: Sequence[Tensor | None] | None = None,
+    ) -> tuple[conv.Gradients, ScanGradients, list[DirectionWeights]]:  # fmt: skip
+        """Return the gradients of the convolution (x among them), of the scan (z among them), and of each direction's weights.
+
+        Given are dy (B, L, E) and, of the states that leave, `dfinal_states` and `dconv_states`. dx and dz are written where
+        given.
+        """
+        d_dt_B_C, du, ddelta = torch.empty_like(dt_B_C), torch.empty_like(c), torch.empty_like(c)
+        dt, *_ = self.split(dt_B_C)
+        ddt, dB, dC = self.split(d_dt_B_C)
+        g = scan.backward(
+            s, dy, dfinal_states, tile_states, y_pre_gate, self.schedule, dB, dC, du.unbind(), ddelta.unbind(), dz
+        )  # fmt: skip
+        du, ddelta, d_dt_B_C = (x.flatten(1, 2) for x in (du, ddelta, d_dt_B_C))
+        _matmul(ddelta, packed.dt_proj.mT, ddt)
+        # one direction after the other: cuBLAS splits their long sums
+        d_dt_proj = [(x.t() @ y)[:, : self.R] for x, y in zip(ddelta, dt, strict=True)]
+        d_x_proj = [x.t() @ y for x, y in zip(d_dt_B_C, c.flatten(1, 2), strict=True)]
+        if self.padded_R > self.R:
+            d_x_proj = [torch.cat((x[: self.R], x[self.padded_R :])) for x in d_x_proj]
+        du.baddbmm_(d_dt_B_C, packed.x_proj)
+        weights = self.weights
+        k = conv.backward(
+            du.view(c.shape), dconv_states, self.x, weights.conv, weights.conv_bias, conv_states, self.reverses, True, dx
+        )  # fmt: skip
+        by_direction = zip(k.weights, k.biases, d_x_proj, d_dt_proj, g.delta_bias, g.A, g.D, strict=True)
+        own = zip(by_direction, zip(*weights, strict=True), strict=True)
+        return k, g, [_like(DirectionWeights(*grads), DirectionWeights(*w)) for grads, w in own]
+
+
+def _like(grads: DirectionWeights, weights: DirectionWeights) -> DirectionWeights:
+    """Return gradients in their weights' dtypes, empty for None; results of an operator share no memory."""
+    made: list[Any] = [
+        weights.A.new_empty(0) if w is None or grad is None else grad.to(w.dtype, copy=grad._is_view())
+        for grad, w in zip(grads, weights, strict=True)
+    ]
+    return DirectionWeights(*made)
+
+
+def _matmul(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
+    """Write x @ y of every direction into `out` and return it.
+
+    In float32 the directions are multiplied one after the other, as PyTorch's mixer does: cuBLAS splits their long sums over
+    channels, but not those of a batch, whose error is 2-3 times as large (5e-7 and 1.6e-7 on an H200).
+    """
+    if x.dtype != torch.float32:
+        return torch.bmm(x, y, out=out)
+    for a, b, to in zip(x, y, out, strict=True):
+        torch.mm(a, b, out=to)
+    return out

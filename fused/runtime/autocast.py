@@ -1,0 +1,15 @@
+"""Leaving autocast: its rules are not those of operators that choose their own dtypes."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+_NO_CONTEXT: AbstractContextManager[object] = nullcontext()
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context without autocast on `device`, also on devices that have none."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return _NO_CONTEXT
