@@ -31,8 +31,10 @@ _log = logging.getLogger("fused")
 
 @dataclass(frozen=True)
 class Abilities:
-    """Abilities of one backend for one operator; asking for more raises ValueError. `fullgraph` says whether
-    `torch.compile(fullgraph=True)` can trace it; without, it raises by itself."""
+    """The abilities of one backend for one operator; asking for more raises ValueError.
+
+    `fullgraph` says whether `torch.compile(fullgraph=True)` can trace it; where it cannot, the compiler raises.
+    """
 
     initial_state: bool
     final_state_grad: bool
@@ -61,7 +63,7 @@ def declared(op: str, table: Mapping[str, Abilities], backend: str) -> Abilities
 
 
 def operators_of(backend: str) -> str:
-    """The backend whose scan, conv and norm it has: its own, but for the two that only differ in how a mixer uses them."""
+    """Return the backend whose scan, conv and norm a backend has: two backends differ from another in their mixer alone."""
     return OPERATOR_BACKEND.get(backend, backend)
 
 
@@ -70,8 +72,8 @@ def check_abilities(
 ) -> None:
     """Raise ValueError if `backend` cannot do what the caller asks of `op`, naming a backend that can.
 
-    `asked` maps a field of `Abilities` to whether the caller needs it. Says nothing of whether the backend can run here
-    (`unavailable` does), so that it answers the same on every machine; `auto` passes.
+    `asked` maps a field of `Abilities` to whether the caller needs it. The answer is the same on every machine: `unavailable`
+    says whether the backend can run here. `auto` passes.
     """
     if backend == "auto":
         return
@@ -85,7 +87,7 @@ def check_abilities(
 
 
 def unavailable(backend: str, device: torch.device | str) -> str | None:
-    """None if `backend` can run on `device`, else one sentence: why not, and what to do."""
+    """Return None if `backend` can run on `device`, else one sentence: why not, and what to do."""
     kind = torch.device(device).type
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -134,7 +136,7 @@ choose.__dict__["_dynamo_marked_constant"] = True
 
 @cache
 def _native_failure(device: torch.device | str) -> str | None:
-    """Triton and the CUDA C++ compiler must be there; what they compile is found out at the first call."""
+    """Return why native kernels cannot run: Triton and NVRTC must be there; whether kernels compile shows at the first call."""
     reason = _import_failure("triton")
     if reason:
         return f"triton cannot be imported ({reason}): install PyTorch's CUDA build, or use backend='torch'."
@@ -151,7 +153,7 @@ def _announce(backend: str, reason: str) -> str:
 
 
 def _import_failure(module: str) -> str | None:
-    """Importing is the only honest test: an extension built for another PyTorch is found but does not load."""
+    """Return why a module cannot be imported. Importing is the test: an extension for another PyTorch is found but fails."""
     try:
         importlib.import_module(module)
     except Exception as error:

@@ -103,7 +103,7 @@ class Direction:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Those that are there."""
+        """Return the weights that are there."""
         return [x for x in self.weights if x is not None]
 
 

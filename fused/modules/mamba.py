@@ -113,7 +113,7 @@ class Mamba(nn.Module):
         bias.copy_(step + (-torch.expm1(-step)).log())  # the inverse of softplus
 
     def init_state(self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> State:
-        """The state with nothing before it: zeros (B, E, K-1) in `dtype`, the stream's, and (B, E, N) in at least float32.
+        """Return the state before a sequence: zeros (B, E, K-1) in `dtype`, the stream's, and (B, E, N) in at least float32.
 
         Without a dtype it is that of in_proj's output, which autocast decides where it is on; without a device that of
         the parameters. Raises ValueError for a bidirectional mixer and for a batch of none.

@@ -169,7 +169,7 @@ def _check_width(K: int) -> None:
 
 
 def _channel_last(line: Tensor) -> bool:
-    """Whether causal-conv1d's channel-last kernel takes this (B, E, L) as it lies: vectors of 8 channels, aligned."""
+    """Return whether causal-conv1d's channel-last kernel can read this (B, E, L) in place: aligned vectors of 8 channels."""
     batch, channel, token = line.stride()
     return channel == 1 and token > 1 and line.shape[1] % 8 == token % 8 == batch % 8 == 0
 

@@ -1,1 +1,1 @@
-"""What every operator stands on: argument checks, the registry of operators, compilers and launches. Imports nothing above."""
+"""The ground of every operator: argument checks, registration, compilers and launches. It imports no operator."""

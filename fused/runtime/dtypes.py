@@ -3,7 +3,7 @@
 import torch
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-"""What the kernels on a GPU read."""
+"""The dtypes that the kernels on a GPU read."""
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def clipwise(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """function(*tensors), clip by clip along the first axis where that decides the bits.
+    """Return function(*tensors), clip by clip along the first axis where that decides the bits.
 
     PyTorch's CPU kernels of softplus, sigmoid and silu compute the last few elements of a vector loop in scalars, whose
     last bit differs (measured in PyTorch 2.13: half of the draws; exp, multiply-add and sums show none), and where a

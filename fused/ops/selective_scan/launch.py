@@ -28,7 +28,7 @@ MAX_STATES = 64
 
 
 class ScanInputs(NamedTuple):
-    """What a scan reads, one entry a direction.
+    """The inputs of a scan, one entry a direction.
 
     u, delta, z (B, L, E) and B, C (B, L, N) have one dtype and unit stride along the last axis, and the two of a pair have the
     same strides. A (E, N), D and delta_bias (E,) are float32 and contiguous.
@@ -61,7 +61,7 @@ class ScanInputs(NamedTuple):
 
 
 class ScanOutputs(NamedTuple):
-    """What `forward` returns; None for what was not asked for. d directions."""
+    """The results of `forward` over d directions; None for a result that was not asked for."""
 
     y: Tensor  # (B, L, E)
     final_states: Tensor  # (d, B, E, N) float32
@@ -71,7 +71,7 @@ class ScanOutputs(NamedTuple):
 
 
 class ScanGradients(NamedTuple):
-    """What `backward` returns, per direction but for z; float32 for what is summed over clips and for the state."""
+    """The results of `backward`, one entry a direction but for z; float32 where they are summed over clips, and for states."""
 
     u: Sequence[Tensor]  # (B, L, E)
     delta: Sequence[Tensor]  # (B, L, E)
@@ -83,12 +83,12 @@ class ScanGradients(NamedTuple):
 
 
 class StatePassing(NamedTuple):
-    """How the splits of a launch hear of one another: what goes from split to split, float32, and the work queue's counters."""
+    """The buffers of a launch that pass states from split to split, float32, and the work queue's counters."""
 
     split_final_states: Tensor | None  # (d, B, splits, E, N): the state that leaves a split if zero enters it
     delta_sums: Tensor | None  # (d, B, splits, E)
     work_counters: Tensor | None  # None where every sequence is alike
-    num_state_passes: int  # 0 where what enters the splits is known
+    num_state_passes: int  # 0 where the splits' initial states are known
     unsplit_per_scheduler: int  # unsplit sequences for a multiprocessor's schedulers, as many of the four as a block has warps
 
 
@@ -273,7 +273,7 @@ def _float32(u: Tensor, *shape: int) -> Tensor:
 
 
 def _flags(s: ScanInputs) -> int:
-    """Return what the kernels must know at run time."""
+    """Return the bits of the kernels' argument `flags`."""
     return A_LOG * s.A_is_log + REVERSE * s.reverses[0]
 
 

@@ -1,14 +1,14 @@
-"""The recurrence under the scan, in blocks of bounded size, and its adjoint.
+"""The recurrence under the scan, in segments of bounded size, and its adjoint.
 
     s_t = a_t s_{t-1} + w_t           a_t = exp(delta_t * A)
     g_t = v_t + a_{t+1} g_{t+1}       the gradient of s_t, where v_t is what reaches it through y_t
 
-A block has layout (T, c, b, G, N, F): T steps, c chunks, b clips, G groups that share B and C, N states, F = E // G
+A segment has layout (T, c, b, G, N, F): T steps, c splits, b clips, G groups that share B and C, N states, F = E // G
 channels. Steps are then contiguous, sums over N and broadcasts along F run on contiguous channels, and a group is only
-another row. Where one token holds little work the c chunks of a block step together: first each from a state of zero,
-which with the decay of a whole chunk, exp(A * sum_t delta_t), gives every chunk its true start; then once more from
-there. Nothing is divided by a decay, so no decay overflows or loses digits. How time is cut into chunks does not depend
-on the batch, so that a clip's bits do not depend on its neighbours.
+another row. Where one token holds little work, the c splits of a segment step together, twice. In the first pass each starts
+from a state of zero; with the decay of a whole split, exp(A * sum_t delta_t), that gives every split its initial state. The
+second pass starts from there. Nothing is divided by a decay, so no decay overflows or loses digits. The splits do not depend
+on the batch, so a clip's bits do not depend on its neighbours.
 """
 
 from math import isqrt, prod
@@ -30,7 +30,7 @@ Carry = tuple[Tensor, Tensor]
 
 
 class Segment(NamedTuple):
-    """Tokens [start, stop) as `chunks` chunks of equal length, `joined` by their decays or, if there is one, not."""
+    """Tokens [start, stop) as `num_splits` splits of equal length, with `state_passing` between them, or as one."""
 
     start: int
     stop: int
@@ -39,16 +39,16 @@ class Segment(NamedTuple):
 
 
 def make_segments(batch: int, length: int, row: int, gpu: bool, reverse: bool) -> tuple[list[slice], list[Segment]]:
-    """Clips that go together, and the segments of time in the order of the walk; `row` is E * N."""
+    """Return the clips that are scanned together, and the segments in the order of the scan; `row` is E * N."""
     block = GPU_BLOCK if gpu else CPU_BLOCK
     steps = min(MAX_STEPS, isqrt(length // 2)) if gpu or row < CPU_STEP else 0
-    together = max(1, min(batch, block // (max(steps, 8) * row)))
-    tokens = max(1, block // (together * row))
+    clips = max(1, min(batch, block // (max(steps, 8) * row)))
+    tokens = max(1, block // (clips * row))
     segments, start = [], 0
     if steps > 1:
-        whole = length // steps * steps
-        while start < whole:
-            num_splits = min(max(1, tokens // steps), (whole - start) // steps)
+        even = length // steps * steps
+        while start < even:
+            num_splits = min(max(1, tokens // steps), (even - start) // steps)
             segments.append(Segment(start, start + num_splits * steps, num_splits, True))
             start += num_splits * steps
     while start < length:
@@ -57,26 +57,27 @@ def make_segments(batch: int, length: int, row: int, gpu: bool, reverse: bool) -
         start = stop
     if reverse:
         segments = [p._replace(start=length - p.stop, stop=length - p.start) for p in segments]
-    return [slice(i, min(i + together, batch)) for i in range(0, batch, together)], segments
+    return [slice(i, min(i + clips, batch)) for i in range(0, batch, clips)], segments
 
 
 class Recurrence:
-    """Runs segments of a walk in its own scratch memory: what a method returns lasts until the next call."""
+    """The segments of a scan in scratch memory: a method's results are overwritten by the next call."""
 
     def __init__(self, A: Tensor, reverse: bool, clips: int, segments: list[Segment], buffers: int) -> None:
-        """A (G, N, F); `clips` at most go together; `buffers` is 2, or 3 for a backward."""
+        """Take A (G, N, F); at most `clips` are scanned together; `buffers` is 2, or 3 for a backward."""
         self.A, self.reverse, self.channels = A, reverse, A.shape[::2]
         tokens = max((p.stop - p.start + p.num_splits for p in segments), default=0)
         self.buffers = [A.new_empty(clips * tokens * A.numel()) for _ in range(buffers)]
 
     def view(self, x: Tensor, segment: Segment) -> Tensor:
-        """(b, L, E) or (b, L, G, N) -> the segment's (T, c, b, G, 1, F) or (T, c, b, G, N, 1), a view."""
+        """Return the segment of x (b, L, E) as (T, c, b, G, 1, F), or of x (b, L, G, N) as (T, c, b, G, N, 1), a view."""
         channels = x.dim() == 3
         x = x[:, segment.start : segment.stop].unflatten(1, (segment.num_splits, -1))
         x = (x.unflatten(-1, self.channels) if channels else x).permute(2, 1, 0, 3, 4)
         return x.unsqueeze(-2 if channels else -1)
 
     def buffer(self, i: int, *shape: int) -> Tensor:
+        """Return scratch memory number `i` in this shape."""
         return self.buffers[i][: prod(shape)].view(shape)
 
     def forward(self, delta: Tensor, w: tuple[Tensor, Tensor], state: Tensor, segment: Segment) -> tuple[Tensor, ...]:
@@ -104,10 +105,10 @@ class Recurrence:
         return a, before, after, state if segment.state_passing else current[0].clone()
 
     def backward(self, a: Tensor, g: Tensor, delta: Tensor, carry: Carry, segment: Segment) -> Carry:
-        """Turn v_t in `g` into g_t in place; the product `carry` is the gradient of the state that left the segment.
+        """Turn v_t in `g` into g_t in place; the product of `carry` is the gradient of the state that left the segment.
 
-        Returns that of the state that entered it, again as (a_t, g_t) of the nearest token: one multiply-add then takes
-        it across the edge, as inside a segment, so that where a walk is cut does not show in the last bit.
+        Returns the gradient of the state that entered it, again as (a_t, g_t) of the nearest token. One multiply-add then takes
+        it across the edge, as inside a segment, so that the edges do not show in the last bit.
         """
         order = range(g.shape[0])[:: 1 if self.reverse else -1]
         decay, adjoints = a.unbind(), g.unbind()
@@ -124,12 +125,12 @@ class Recurrence:
         return (carry[0], entered) if segment.state_passing else (decay[order[-1]][0].clone(), current[0].clone())
 
     def split_decay(self, delta: Tensor) -> Tensor:
-        """exp(A * sum_t delta_t) of every chunk, (c, b, G, N, F)."""
+        """Return exp(A * sum_t delta_t) of every split, (c, b, G, N, F)."""
         return (delta.sum(0) * self.A).exp_()
 
 
 def _pass_states(start: Tensor, decay: Tensor, local: Tensor, state: Tensor, reverse: bool) -> Tensor:
-    """Carry `state` through the chunks (first axis): `start` gets what enters each; returns what leaves the last."""
+    """Carry `state` through the splits (first axis): write what enters each into `start`, return what leaves the last."""
     order = range(local.shape[0])[:: -1 if reverse else 1]
     states, decays, current = local.unbind(), decay.unbind(), state
     for c in order:

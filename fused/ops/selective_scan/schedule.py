@@ -1,8 +1,8 @@
-"""How the selective scan is shared out among a GPU's multiprocessors: what a block walks, and which sequences are split.
+"""The schedule of the selective scan: which block of a GPU scans what, and which sequences are split.
 
-A sequence is what must be walked one token after another: the channels of a block in one clip (and, in the backward, in one
-direction). Sequences that are not split are walked by one block each. With split-L a sequence is cut into splits, a block each;
-each split then needs the state that enters it, which a state-only pass over the splits before it makes.
+A sequence is scanned one token after another: the channels of a block in one clip (and, in the backward, in one direction).
+A sequence that is not split has one block. With split-L a sequence is cut into splits with a block each. Each split then needs
+its initial state, which a state-only pass over the splits before it makes.
 """
 
 import functools
@@ -25,12 +25,12 @@ MIXED_BLOCKS = 1.03  # factor for large blocks of splits beside sequences that a
 
 
 class KernelConfig(NamedTuple):
-    """Sizes with which a kernel is compiled. Of the costs, one is what a tile costs in the walk that gives outputs."""
+    """The sizes with which a kernel is compiled. The unit of cost is a tile of the pass that makes outputs."""
 
     channels_per_thread: int
     warps: int  # of a direction
     min_blocks_per_sm: int = 1  # by which the compiler limits registers
-    state_pass_cost: float = 0.6  # of a tile in the state-only pass
+    state_pass_cost: float = 0.6  # of a tile of the state-only pass
     subtile: int = 4  # tokens that the backward keeps in registers
 
     @property
@@ -49,7 +49,7 @@ class SplitSchedule(NamedTuple):
 
     @property
     def num_blocks(self) -> int:
-        """Blocks that walk for outputs."""
+        """Blocks of the pass that makes outputs."""
         return self.num_unsplit + (self.num_sequences - self.num_unsplit) * self.num_splits
 
     @property
@@ -59,7 +59,7 @@ class SplitSchedule(NamedTuple):
 
 
 class ScanSchedule(NamedTuple):
-    """How the kernels are compiled and how they share out a scan."""
+    """The sizes with which the kernels are compiled, and how they share out a scan."""
 
     padded_states: int  # N, rounded up to a multiple of 16
     fwd_config: KernelConfig
