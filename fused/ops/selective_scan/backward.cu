@@ -239,8 +239,7 @@ template <bool COMPUTE_GRADIENTS> DEVICE void scan_backward_item(
         read_B_or_C(B, t, false);
         #pragma unroll
         for (int k = 0; k < THREAD_CHANNELS; k++) {
-          const float2 staged = smem_delta[t * CHANNELS + slot[k]];
-          const float delta = staged.x, delta_u = staged.y;
+          const auto [delta, delta_u] = smem_delta[t * CHANNELS + slot[k]];
           #pragma unroll
           for (int i = 0; i < STATES_PER_THREAD; i++)
             h[k][i] = fmaf(exp_delta_A(delta, A_log2e[k][i]), h[k][i], delta_u * B[i]);
@@ -282,8 +281,7 @@ template <bool COMPUTE_GRADIENTS> DEVICE void scan_backward_item(
         read_B_or_C(B, t0 + t, false);
         #pragma unroll
         for (int k = 0; k < THREAD_CHANNELS; k++) {
-          const float2 staged = smem_delta[(t0 + t) * CHANNELS + slot[k]];
-          const float delta = staged.x, delta_u = staged.y;
+          const auto [delta, delta_u] = smem_delta[(t0 + t) * CHANNELS + slot[k]];
           const float dy = smem_dy[(t0 + t) * CHANNELS + slot[k]];
           #pragma unroll
           for (int i = 0; i < STATES_PER_THREAD; i++) {
@@ -301,8 +299,7 @@ template <bool COMPUTE_GRADIENTS> DEVICE void scan_backward_item(
         read_B_or_C(B, t0 + t, false), read_B_or_C(C, t0 + t, true);
         #pragma unroll
         for (int k = 0; k < THREAD_CHANNELS; k++) {
-          const float2 staged = smem_delta[(t0 + t) * CHANNELS + slot[k]];
-          const float delta = staged.x, delta_u = staged.y;
+          const auto [delta, delta_u] = smem_delta[(t0 + t) * CHANNELS + slot[k]];
           const float dy = smem_dy[(t0 + t) * CHANNELS + slot[k]];
           float sum_gB = 0.f, sum_wA = 0.f;
           #pragma unroll

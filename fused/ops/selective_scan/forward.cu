@@ -182,8 +182,7 @@ template <bool COMPUTE_OUTPUTS> DEVICE void scan_forward_item(
         }
         #pragma unroll
         for (int k = 0; k < THREAD_CHANNELS; k++) {
-          const float2 staged = smem_delta[(t0 + t) * CHANNELS + slot[k]];
-          const float delta = staged.x, delta_u = staged.y;
+          const auto [delta, delta_u] = smem_delta[(t0 + t) * CHANNELS + slot[k]];
           float sum = 0.f;
           if (!COMPUTE_OUTPUTS) delta_sum[k] += delta;
           #pragma unroll
