@@ -144,11 +144,11 @@ class Mamba(nn.Module):
         requested = backend or self.backend
         if carried:
             self._require_causal()
-            if requested == "mamba_ssm_inner":
-                raise ValueError("mixer: backend 'mamba_ssm_inner' does not return a state; use backend='torch'")
         if backend is None or state is not None or hidden.dtype not in KERNEL_DTYPES:  # else a model has asked already
             asked = {"initial_state": state is not None}
             backends.check_abilities("mixer", BACKENDS, requested, hidden.dtype, asked)
+        if carried and requested == "mamba_ssm_inner":
+            raise ValueError("mixer: backend 'mamba_ssm_inner' does not return a state; use backend='torch'")
         backend = backend or self.resolve_backend(hidden)
         operators = backends.OPERATOR_BACKEND.get(backend, backend)
         directions = self.directions()
