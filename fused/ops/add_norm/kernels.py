@@ -1,14 +1,15 @@
-"""Add and normalise in Triton: a row in registers, one pass over memory each way.
+"""Triton source of the residual addition and normalisation: each program keeps whole rows in registers.
 
-    v    = x + residual                     u = (v - mean) rstd        (rms: mean is 0)
+    v    = x + residual                     u = (v - mean) rstd        (RMSNorm: mean is 0)
     y    = u weight + bias                  rstd = 1 / sqrt(mean((v - mean)^2) + eps)
-    w    = dy weight
-    dv   = (w - u mean(w u) - mean(w)) rstd + dout                     (rms: without mean(w))
+    g    = dy weight
+    dv   = (g - u mean(g u) - mean(g)) rstd + dout                     (RMSNorm: without mean(g))
     dweight = sum over rows of dy u         dbias = sum over rows of dy
 
-All in float32, whatever comes. How a row is summed depends on D and the dtypes alone, so a row's bits do not depend on
-the other rows; dweight and dbias are summed by programs, each over its own rows in order, then over the programs in
-order, and which rows are whose depends on the number of rows alone.
+M is the number of rows, D their width. All arithmetic is in float32, whatever the dtypes of inputs and outputs. The order in
+which a row is summed depends only on D and the dtypes, so a row's result does not depend on the other rows. For dweight and
+dbias each program sums its own rows in order, then the programs' sums are added in order. Which rows a program has depends only
+on M.
 """
 
 import triton
@@ -16,99 +17,122 @@ import triton.language as tl
 
 
 @triton.jit
-def _load(pointer, rows, columns, M, D, stride):
-    """(ROWS, COLUMNS) of a matrix in float32, zero outside it; the cache is for what is read again sooner."""
+def _load(ptr: tl.tensor, rows: tl.tensor, columns: tl.tensor, M: tl.tensor, D: tl.tensor, row_stride: tl.tensor):
+    """Return (BLOCK_ROWS, BLOCK_COLUMNS) of a matrix (M, D) in float32, zero outside of it.
+
+    The data are evicted from the cache first, because other data are read again sooner.
+    """
     inside = (rows < M)[:, None] & (columns < D)[None, :]
-    at = pointer + rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    return tl.load(at, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    ptrs = ptr + rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
+    return tl.load(ptrs, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
 
 
 @triton.jit
-def _store(pointer, value, rows, columns, M, D, LATE: tl.constexpr = False):
+def _store(
+    ptr: tl.tensor, value: tl.tensor, rows: tl.tensor, columns: tl.tensor, M: tl.tensor, D: tl.tensor,
+    STREAMING: tl.constexpr = False,
+):  # fmt: skip
+    """Store (BLOCK_ROWS, BLOCK_COLUMNS) to a contiguous matrix (M, D); STREAMING is for data that are not read again soon."""
     inside = (rows < M)[:, None] & (columns < D)[None, :]
-    at = rows.to(tl.int64)[:, None] * D + columns[None, :]
-    tl.store(pointer + at, value.to(pointer.dtype.element_ty), mask=inside, cache_modifier=".cs" if LATE else "")
+    offsets = rows.to(tl.int64)[:, None] * D + columns[None, :]
+    tl.store(ptr + offsets, value.to(ptr.dtype.element_ty), mask=inside, cache_modifier=".cs" if STREAMING else "")
 
 
 @triton.jit(do_not_specialize=["M"])
 def forward_kernel(
-    x, residual, weight, bias, y, out, mean, rstd, M, D, x_row, residual_row, eps,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x_ptr: tl.tensor, residual_ptr: tl.tensor, weight_ptr: tl.tensor, bias_ptr: tl.tensor, y_ptr: tl.tensor,
+    out_ptr: tl.tensor, mean_ptr: tl.tensor, rstd_ptr: tl.tensor,
+    M: tl.tensor, D: tl.tensor, x_row_stride: tl.tensor, residual_row_stride: tl.tensor, eps: tl.tensor,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, COLUMNS)
-    v = _load(x, rows, columns, M, D, x_row)
-    if residual is not None:
-        v += _load(residual, rows, columns, M, D, residual_row)
-    if out is not None:
-        _store(out, v, rows, columns, M, D, LATE=True)  # read by the next norm, behind all of a mixer
-    if mean is not None:
-        centre = tl.sum(v, axis=1) / D
-        tl.store(mean + rows, centre, mask=rows < M)
-        v = tl.where((columns < D)[None, :], v - centre[:, None], 0.0)
-    scale = tl.rsqrt(tl.sum(v * v, axis=1) / D + eps)
-    tl.store(rstd + rows, scale, mask=rows < M)
-    result = v * scale[:, None] * tl.load(weight + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
-    if bias is not None:
-        result += tl.load(bias + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
-    _store(y, result, rows, columns, M, D)
+    """Compute y, v (M, D), mean and rstd (M,); v is stored to `out`.
+
+    residual, bias and out may be None; mean is None for RMSNorm.
+    """
+    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    columns = tl.arange(0, BLOCK_COLUMNS)
+    v = _load(x_ptr, rows, columns, M, D, x_row_stride)
+    if residual_ptr is not None:
+        v += _load(residual_ptr, rows, columns, M, D, residual_row_stride)
+    if out_ptr is not None:
+        _store(out_ptr, v, rows, columns, M, D, STREAMING=True)  # the next norm reads it, after a whole mixer
+    if mean_ptr is not None:
+        mean = tl.sum(v, axis=1) / D
+        tl.store(mean_ptr + rows, mean, mask=rows < M)
+        v = tl.where((columns < D)[None, :], v - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(v * v, axis=1) / D + eps)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < M)
+    y = v * rstd[:, None] * tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
+    _store(y_ptr, y, rows, columns, M, D)
 
 
-@triton.jit(do_not_specialize=["M", "rounds"])
+@triton.jit(do_not_specialize=["M", "tiles_per_program"])
 def backward_kernel(
-    dy, dout, first, second, weight, mean, rstd, dx, dresidual, dweights, dbiases,
-    M, D, dy_row, dout_row, first_row, second_row, rounds,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    dy_ptr: tl.tensor, dout_ptr: tl.tensor, x_ptr: tl.tensor, residual_ptr: tl.tensor, weight_ptr: tl.tensor,
+    mean_ptr: tl.tensor, rstd_ptr: tl.tensor, dx_ptr: tl.tensor, dresidual_ptr: tl.tensor,
+    partial_dweight_ptr: tl.tensor, partial_dbias_ptr: tl.tensor,
+    M: tl.tensor, D: tl.tensor, dy_row_stride: tl.tensor, dout_row_stride: tl.tensor,
+    x_row_stride: tl.tensor, residual_row_stride: tl.tensor, tiles_per_program: tl.tensor,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """v = first + second; dweights and dbiases are (programs, D), one row for each program."""
-    columns = tl.arange(0, COLUMNS)
-    w = tl.load(weight + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
-    sum_weight = tl.zeros((ROWS, COLUMNS), tl.float32)
-    if dbiases is not None:
-        sum_bias = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for i in range(rounds):
-        rows = (tl.program_id(0) * rounds + i) * ROWS + tl.arange(0, ROWS)
-        g = _load(dy, rows, columns, M, D, dy_row)
-        u = _load(first, rows, columns, M, D, first_row)
-        if second is not None:
-            u += _load(second, rows, columns, M, D, second_row)
-        if mean is not None:
-            centre = tl.load(mean + rows, mask=rows < M, other=0.0)
-            u = tl.where((columns < D)[None, :], u - centre[:, None], 0.0)
-        scale = tl.load(rstd + rows, mask=rows < M, other=0.0)[:, None]
-        u *= scale
-        sum_weight += g * u
-        if dbiases is not None:
-            sum_bias += g
-        g *= w
+    """Compute dx and dresidual (M, D), and each program's sums for dweight and dbias, (programs, D).
+
+    A program has `tiles_per_program` tiles of rows. v is x + residual, or x alone if residual is None. dout, dresidual and
+    partial_dbias may be None; mean is None for RMSNorm.
+    """
+    columns = tl.arange(0, BLOCK_COLUMNS)
+    weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
+    dweight = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    if partial_dbias_ptr is not None:
+        dbias = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    for i in range(tiles_per_program):
+        rows = (tl.program_id(0) * tiles_per_program + i) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        g = _load(dy_ptr, rows, columns, M, D, dy_row_stride)
+        u = _load(x_ptr, rows, columns, M, D, x_row_stride)
+        if residual_ptr is not None:
+            u += _load(residual_ptr, rows, columns, M, D, residual_row_stride)
+        if mean_ptr is not None:
+            mean = tl.load(mean_ptr + rows, mask=rows < M, other=0.0)
+            u = tl.where((columns < D)[None, :], u - mean[:, None], 0.0)
+        rstd = tl.load(rstd_ptr + rows, mask=rows < M, other=0.0)[:, None]
+        u *= rstd
+        dweight += g * u
+        if partial_dbias_ptr is not None:
+            dbias += g
+        g *= weight
         dv = g - u * (tl.sum(g * u, axis=1) / D)[:, None]
-        if mean is not None:
+        if mean_ptr is not None:
             dv -= (tl.sum(g, axis=1) / D)[:, None]
-        dv *= scale
-        if dout is not None:
-            dv += _load(dout, rows, columns, M, D, dout_row)
-        _store(dx, dv, rows, columns, M, D)
-        if dresidual is not None:
-            _store(dresidual, dv, rows, columns, M, D)
-    at = tl.program_id(0).to(tl.int64) * D + columns
-    tl.store(dweights + at, tl.sum(sum_weight, axis=0), mask=columns < D)
-    if dbiases is not None:
-        tl.store(dbiases + at, tl.sum(sum_bias, axis=0), mask=columns < D)
+        dv *= rstd
+        if dout_ptr is not None:
+            dv += _load(dout_ptr, rows, columns, M, D, dout_row_stride)
+        _store(dx_ptr, dv, rows, columns, M, D)
+        if dresidual_ptr is not None:
+            _store(dresidual_ptr, dv, rows, columns, M, D)
+    offsets = tl.program_id(0).to(tl.int64) * D + columns
+    tl.store(partial_dweight_ptr + offsets, tl.sum(dweight, axis=0), mask=columns < D)
+    if partial_dbias_ptr is not None:
+        tl.store(partial_dbias_ptr + offsets, tl.sum(dbias, axis=0), mask=columns < D)
 
 
 @triton.jit(do_not_specialize=["programs"])
-def reduce_kernel(dweights, dbiases, dweight, dbias, programs, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sum (programs, D) over the programs: of dweights, and in the second row of the grid of dbiases."""
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for i in range(0, programs, ROWS):
-        rows = i + tl.arange(0, ROWS)
+def reduce_kernel(
+    partial_dweight_ptr: tl.tensor, partial_dbias_ptr: tl.tensor, dweight_ptr: tl.tensor, dbias_ptr: tl.tensor,
+    programs: tl.tensor, D: tl.tensor, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Sum (programs, D) over the programs: dweight in the first row of the grid, dbias in the second, if there is one."""
+    columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    for i in range(0, programs, BLOCK_ROWS):
+        rows = i + tl.arange(0, BLOCK_ROWS)
         if tl.program_id(1) == 0:
-            total += _load(dweights, rows, columns, programs, D, D)
-        elif dbiases is not None:
-            total += _load(dbiases, rows, columns, programs, D, D)
+            total += _load(partial_dweight_ptr, rows, columns, programs, D, D)
+        elif partial_dbias_ptr is not None:
+            total += _load(partial_dbias_ptr, rows, columns, programs, D, D)
     result = tl.sum(total, axis=0)
     if tl.program_id(1) == 0:
-        tl.store(dweight + columns, result.to(dweight.dtype.element_ty), mask=columns < D)
-    elif dbiases is not None:
-        tl.store(dbias + columns, result.to(dbias.dtype.element_ty), mask=columns < D)
+        tl.store(dweight_ptr + columns, result.to(dweight_ptr.dtype.element_ty), mask=columns < D)
+    elif partial_dbias_ptr is not None:
+        tl.store(dbias_ptr + columns, result.to(dbias_ptr.dtype.element_ty), mask=columns < D)

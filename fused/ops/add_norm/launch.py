@@ -10,7 +10,7 @@ from fused.runtime.triton_launch import blocks, launching_on, power_of_2
 
 MAX_WIDTH = 8192  # the widest row that both kernels hold without spilling
 PROGRAMS = 528  # of the backward: 4 for each of an H200's 132 SMs; a constant, for it decides the order of sums
-REDUCE = {"ROWS": 64, "COLUMNS": 32, "num_warps": 4}
+REDUCE = {"BLOCK_ROWS": 64, "BLOCK_COLUMNS": 32, "num_warps": 4}
 
 
 def forward(
@@ -41,7 +41,7 @@ def forward(
         config = _tile(D, 64 // x.element_size(), 4)
         (first, x_row), (second, residual_row) = _readable_rows(x, D), _readable_rows(residual, D)
         with launching_on(x.device):
-            forward_kernel[(blocks(M, config["ROWS"]),)](
+            forward_kernel[(blocks(M, config["BLOCK_ROWS"]),)](
                 first, second, weight.contiguous(), None if bias is None else bias.contiguous(), y, out, mean, rstd,
                 M, D, x_row, residual_row, eps, **config,
             )  # fmt: skip
@@ -78,26 +78,29 @@ def backward(
         return dx, dresidual, dweight.zero_(), None if dbias is None else dbias.zero_()
     read, strides = zip(*(_readable_rows(t, D) for t in (dy, dout, first, second)), strict=True)
     config = _tile(D, 8, 8)
-    tiles = blocks(M, config["ROWS"])
-    rounds = blocks(tiles, PROGRAMS)
-    programs = blocks(tiles, rounds)
+    tiles = blocks(M, config["BLOCK_ROWS"])
+    tiles_per_program = blocks(tiles, PROGRAMS)
+    programs = blocks(tiles, tiles_per_program)
     partial = torch.empty((1 if bias is None else 2, programs, D), dtype=torch.float32, device=first.device)
     dweights, dbiases = partial[0], None if bias is None else partial[1]
     with launching_on(first.device):
         backward_kernel[(programs,)](
             *read, weight.contiguous(), mean, rstd, dx, None if dresidual is dx else dresidual,
-            dweights, dbiases, M, D, *strides, rounds, **config,
+            dweights, dbiases, M, D, *strides, tiles_per_program, **config,
         )  # fmt: skip
-        reduce_kernel[(blocks(D, REDUCE["COLUMNS"]), len(partial))](dweights, dbiases, dweight, dbias, programs, D, **REDUCE)
+        reduce_kernel[(blocks(D, REDUCE["BLOCK_COLUMNS"]), len(partial))](
+            dweights, dbiases, dweight, dbias, programs, D, **REDUCE
+        )
     return dx, dresidual, dweight, dbias
 
 
 @cache
-def _tile(D: int, numbers: int, warps: int) -> dict[str, int]:
-    """Return rows and columns of a tile with about that many numbers a thread, in more warps where a row needs them."""
+def _tile(D: int, elements_per_thread: int, warps: int) -> dict[str, int]:
+    """Return the shape of a tile with about that many elements per thread; `warps` is a minimum, wide rows take more."""
     columns = power_of_2(D)
-    warps = min(max(columns // (32 * numbers), warps), 16)
-    return {"ROWS": min(max(32 * warps * numbers // columns, 1), 16), "COLUMNS": columns, "num_warps": warps}
+    warps = min(max(columns // (32 * elements_per_thread), warps), 16)
+    rows = min(max(32 * warps * elements_per_thread // columns, 1), 16)
+    return {"BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns, "num_warps": warps}
 
 
 def _readable_rows(x: Tensor | None, D: int) -> tuple[Tensor | None, int]:

@@ -1,4 +1,10 @@
-"""The Triton source of the causal convolution; `conv.py` says what it computes and launches it."""
+"""Triton source of the causal convolution; `launch.py` states the equations and launches it.
+
+A segment is a range of consecutive tokens of one sequence. A program computes a tile of BLOCK_SEGMENTS segments by
+BLOCK_CHANNELS channels: it goes through the tokens of all its segments at once, in order, and keeps the last K-1 inputs in
+registers. In names, `fwd` is the direction forward in time and `rev` the reverse one; `forward` and `backward` are the passes
+of autograd. Shapes: S is BLOCK_SEGMENTS, C is BLOCK_CHANNELS, B the clips, L the tokens, E the channels, K the width.
+"""
 
 # mypy: disable-error-code="assignment"
 # (a tuple that grows in an unrolled loop has another type after every step)
@@ -8,249 +14,310 @@ import triton.language as tl
 
 
 @triton.jit
-def _sigmoid(s, NATIVE: tl.constexpr):
-    if NATIVE:  # one ex2 and one rcp: what Triton makes of exp and of a division rescues ranges that do not occur
+def _sigmoid(x: tl.tensor, NATIVE: tl.constexpr):
+    if NATIVE:  # one ex2 and one rcp: Triton's exp and division also handle ranges that do not occur here
         return tl.inline_asm_elementwise(
             "{ .reg .f32 a; mul.f32 a, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 a, a;"
             " add.f32 a, a, 0f3F800000; rcp.approx.ftz.f32 $0, a; }",
             "=f,f",
-            [s],
+            [x],
             dtype=tl.float32,
             is_pure=True,
             pack=1,
         )
     else:
-        return 1.0 / (1.0 + tl.exp(-s))
+        return 1.0 / (1.0 + tl.exp(-x))
 
 
 @triton.jit
-def _taps(weight, bias, e, E, K: tl.constexpr):
-    """One direction's K taps and its bias, each (1, BE) in float32."""
-    taps = ()
-    for w in tl.static_range(K):
-        taps = taps + (tl.load(weight + e * K + w, mask=e < E, other=0.0).to(tl.float32)[None, :],)
-    if bias is not None:
-        start = tl.load(bias + e, mask=e < E, other=0.0).to(tl.float32)[None, :]
-    else:
-        start = tl.zeros((1, e.shape[0]), tl.float32)
-    return taps, start
+def _tile_of_program(blocks_per_sequence: tl.tensor, E: tl.tensor, BLOCK_SEGMENTS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+    """Return this program's clip, its block of segments, the indices of its segments (S,) and of its channels (C,)."""
+    channel_blocks = tl.cdiv(E, BLOCK_CHANNELS)
+    program = tl.program_id(0)
+    block = (program // channel_blocks) % blocks_per_sequence
+    clip = (program // channel_blocks // blocks_per_sequence).to(tl.int64)
+    segments = block * BLOCK_SEGMENTS + tl.arange(0, BLOCK_SEGMENTS)
+    return clip, block, segments, (program % channel_blocks) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
 
 
 @triton.jit
-def _repeat(value, times: tl.constexpr):
+def _fill_tuple(value: tl.tensor, LENGTH: tl.constexpr):
     values = ()
-    for _ in tl.static_range(times):
+    for _ in tl.static_range(LENGTH):
         values = values + (value,)
     return values
 
 
 @triton.jit
-def _row(x, t, e, L, E, stride, BEFORE: tl.constexpr):
-    """x[t, e] in float32, zero outside the sequence; t is (RUNS,) and can be negative only if BEFORE, e is (BE,). The cache
-    keeps what is written, which is read next, rather than x."""
-    inside = ((t >= 0) & (t < L) if BEFORE else t < L)[:, None] & (e < E)[None, :]
-    at = x + t.to(tl.int64)[:, None] * stride + e[None, :]
-    return tl.load(at, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+def _load_weights(weight_ptr: tl.tensor, bias_ptr: tl.tensor, channels: tl.tensor, E: tl.tensor, K: tl.constexpr):
+    """Return one direction's K weights as a tuple, and its bias (zeros without one), each (1, C) in float32."""
+    weights = ()
+    for k in tl.static_range(K):
+        weights = weights + (tl.load(weight_ptr + channels * K + k, mask=channels < E, other=0.0).to(tl.float32)[None, :],)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + channels, mask=channels < E, other=0.0).to(tl.float32)[None, :]
+    else:
+        bias = tl.zeros((1, channels.shape[0]), tl.float32)
+    return weights, bias
 
 
 @triton.jit
-def _edge(row, state, t, first, clip, e, E, K: tl.constexpr):
-    """The row, or what the clip's (E, K-1) of the state holds for token t where its first entry is for token `first`."""
-    if state is not None:
-        beyond = ((t >= first) & (t < first + K - 1))[:, None] & (e < E)[None, :]
-        held = tl.load(state + ((clip * E + e) * (K - 1))[None, :] + (t - first)[:, None], mask=beyond, other=0.0)
-        row = tl.where(beyond, held.to(tl.float32), row)
-    return row
+def _load_tokens(
+    ptr: tl.tensor, tokens: tl.tensor, channels: tl.tensor, L: tl.tensor, E: tl.tensor, token_stride: tl.tensor,
+    CHECK_NEGATIVE: tl.constexpr,
+):  # fmt: skip
+    """Return (S, C) in float32 of an (L, E) tensor at `tokens` (S,) and `channels` (C,), zero outside of it.
+
+    Tokens may be negative only with CHECK_NEGATIVE. The data are evicted from the cache first, because the outputs are read
+    sooner, by the next kernel.
+    """
+    inside = ((tokens >= 0) & (tokens < L) if CHECK_NEGATIVE else tokens < L)[:, None] & (channels < E)[None, :]
+    ptrs = ptr + tokens.to(tl.int64)[:, None] * token_stride + channels[None, :]
+    return tl.load(ptrs, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
 
 
 @triton.jit
-def _sum(rows, r: tl.constexpr, taps, bias, reverse: tl.constexpr, K: tl.constexpr):
-    total = bias + tl.zeros_like(rows[r])
-    for w in tl.static_range(K):
-        total = tl.fma(rows[r + (K - 1 - w if reverse else w)], taps[w], total)
+def _select_conv_state(
+    values: tl.tensor, state_ptr: tl.tensor, tokens: tl.tensor, first_token: tl.tensor, clip: tl.tensor, channels: tl.tensor,
+    E: tl.tensor, K: tl.constexpr,
+):  # fmt: skip
+    """Return `values` (S, C), replaced by a conv_state (B, E, K-1) for tokens `first_token` to `first_token + K - 2`."""
+    if state_ptr is not None:
+        in_state = ((tokens >= first_token) & (tokens < first_token + K - 1))[:, None] & (channels < E)[None, :]
+        ptrs = state_ptr + ((clip * E + channels) * (K - 1))[None, :] + (tokens - first_token)[:, None]
+        state = tl.load(ptrs, mask=in_state, other=0.0)
+        values = tl.where(in_state, state.to(tl.float32), values)
+    return values
+
+
+@triton.jit
+def _convolve(
+    inputs: tl.tuple, FIRST: tl.constexpr, weights: tl.tuple, bias: tl.tensor, REVERSE: tl.constexpr, K: tl.constexpr
+):
+    """Return the convolution (S, C) before its activation, from the K inputs (S, C) that begin with inputs[FIRST]."""
+    total = bias + tl.zeros_like(inputs[FIRST])
+    for k in tl.static_range(K):
+        total = tl.fma(inputs[FIRST + (K - 1 - k if REVERSE else k)], weights[k], total)
     return total
 
 
 @triton.jit
-def _activate(total, SILU: tl.constexpr, NATIVE: tl.constexpr):
-    return total * _sigmoid(total, NATIVE) if SILU else total
+def _activate(pre_activation: tl.tensor, SILU: tl.constexpr, NATIVE: tl.constexpr):
+    return pre_activation * _sigmoid(pre_activation, NATIVE) if SILU else pre_activation
 
 
 @triton.jit
-def _slope(dy, total, SILU: tl.constexpr, NATIVE: tl.constexpr):
+def _activation_backward(dy: tl.tensor, pre_activation: tl.tensor, SILU: tl.constexpr, NATIVE: tl.constexpr):
+    """Return the gradient (S, C) of the pre-activation."""
     if SILU:
-        gate = _sigmoid(total, NATIVE)
-        dy = dy * gate * tl.fma(total, 1.0 - gate, 1.0)  # said, not left to the compiler: bits are promised
+        sigmoid = _sigmoid(pre_activation, NATIVE)
+        # the fma is explicit: results must not depend on whether the compiler contracts a product and a sum
+        dy = dy * sigmoid * tl.fma(pre_activation, 1.0 - sigmoid, 1.0)
     return dy
 
 
-@triton.jit
-def _place(chunks, E, BE: tl.constexpr, RUNS: tl.constexpr):
-    """Of this program: its clip, its chunk of runs, the numbers of its runs, its channels."""
-    blocks = tl.cdiv(E, BE)
-    program = tl.program_id(0)
-    chunk = (program // blocks) % chunks
-    clip = (program // blocks // chunks).to(tl.int64)
-    return clip, chunk, chunk * RUNS + tl.arange(0, RUNS), (program % blocks) * BE + tl.arange(0, BE)
-
-
-@triton.jit(do_not_specialize=["L", "chunks", "run"])
+@triton.jit(do_not_specialize=["L", "blocks_per_sequence", "segment_length"])
 def forward_kernel(
-    x, wa, ba, sa, ya, wb, bb, sb, yb, L, E, x_clip, x_token, y_clip, chunks, run,
-    K: tl.constexpr, SILU: tl.constexpr, NATIVE: tl.constexpr, RUNS: tl.constexpr, BE: tl.constexpr, UNROLL: tl.constexpr,
+    x_ptr: tl.tensor,
+    fwd_weight_ptr: tl.tensor, fwd_bias_ptr: tl.tensor, fwd_initial_state_ptr: tl.tensor, fwd_y_ptr: tl.tensor,
+    rev_weight_ptr: tl.tensor, rev_bias_ptr: tl.tensor, rev_initial_state_ptr: tl.tensor, rev_y_ptr: tl.tensor,
+    L: tl.tensor, E: tl.tensor, x_clip_stride: tl.tensor, x_token_stride: tl.tensor, y_clip_stride: tl.tensor,
+    blocks_per_sequence: tl.tensor, segment_length: tl.tensor,
+    K: tl.constexpr, SILU: tl.constexpr, NATIVE: tl.constexpr,
+    BLOCK_SEGMENTS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Names ending in a are ahead's, in b back's; a direction that is not asked for is None throughout."""
-    clip, _, runs, e = _place(chunks, E, BE, RUNS)
-    start = runs * run - (K - 1)
-    x += clip * x_clip
-    if ya is not None:
-        taps_a, bias_a = _taps(wa, ba, e, E, K)
-        ya += clip * y_clip
-    if yb is not None:
-        taps_b, bias_b = _taps(wb, bb, e, E, K)
-        yb += clip * y_clip
-    window = ()
+    """Convolve x (B, L, E) in one direction or both; all arguments of a direction that is not computed are None."""
+    clip, _, segments, channels = _tile_of_program(blocks_per_sequence, E, BLOCK_SEGMENTS, BLOCK_CHANNELS)
+    first_input = segments * segment_length - (K - 1)
+    x_ptr += clip * x_clip_stride
+    if fwd_y_ptr is not None:
+        fwd_weights, fwd_bias = _load_weights(fwd_weight_ptr, fwd_bias_ptr, channels, E, K)
+        fwd_y_ptr += clip * y_clip_stride
+    if rev_y_ptr is not None:
+        rev_weights, rev_bias = _load_weights(rev_weight_ptr, rev_bias_ptr, channels, E, K)
+        rev_y_ptr += clip * y_clip_stride
+    window = ()  # the K-1 inputs before the next one
     for j in tl.static_range(K - 1):
-        t = start + j
-        row = _edge(_row(x, t, e, L, E, x_token, True), sa, t, 1 - K, clip, e, E, K)
-        window = window + (_edge(row, sb, t, L, clip, e, E, K),)
-    for i in range(0, run, UNROLL):
-        rows = window
-        for r in tl.static_range(UNROLL):
-            t = start + (i + r + K - 1)
-            rows = rows + (_edge(_row(x, t, e, L, E, x_token, False), sb, t, L, clip, e, E, K),)
-        for r in tl.static_range(UNROLL):
-            t = start + (i + r)
-            if ya is not None:
-                y = _activate(_sum(rows, r, taps_a, bias_a, False, K), SILU, NATIVE)
-                n = t + (K - 1)
-                at = n.to(tl.int64)[:, None] * E + e[None, :]
-                tl.store(ya + at, y.to(ya.dtype.element_ty), mask=(n < L)[:, None] & (e < E)[None, :])
-            if yb is not None:
-                y = _activate(_sum(rows, r, taps_b, bias_b, True, K), SILU, NATIVE)
-                at = t.to(tl.int64)[:, None] * E + e[None, :]
-                tl.store(yb + at, y.to(yb.dtype.element_ty), mask=((t >= 0) & (t < L))[:, None] & (e < E)[None, :])
-        window = rows[UNROLL:]
+        t = first_input + j
+        x = _load_tokens(x_ptr, t, channels, L, E, x_token_stride, True)
+        x = _select_conv_state(x, fwd_initial_state_ptr, t, 1 - K, clip, channels, E, K)
+        window = window + (_select_conv_state(x, rev_initial_state_ptr, t, L, clip, channels, E, K),)
+    for i in range(0, segment_length, UNROLL):
+        inputs = window
+        for j in tl.static_range(UNROLL):
+            t = first_input + (i + j + K - 1)
+            x = _load_tokens(x_ptr, t, channels, L, E, x_token_stride, False)
+            inputs = inputs + (_select_conv_state(x, rev_initial_state_ptr, t, L, clip, channels, E, K),)
+        for j in tl.static_range(UNROLL):
+            t = first_input + (i + j)
+            if fwd_y_ptr is not None:
+                y = _activate(_convolve(inputs, j, fwd_weights, fwd_bias, False, K), SILU, NATIVE)
+                fwd_t = t + (K - 1)
+                offsets = fwd_t.to(tl.int64)[:, None] * E + channels[None, :]
+                inside = (fwd_t < L)[:, None] & (channels < E)[None, :]
+                tl.store(fwd_y_ptr + offsets, y.to(fwd_y_ptr.dtype.element_ty), mask=inside)
+            if rev_y_ptr is not None:
+                y = _activate(_convolve(inputs, j, rev_weights, rev_bias, True, K), SILU, NATIVE)
+                offsets = t.to(tl.int64)[:, None] * E + channels[None, :]
+                inside = ((t >= 0) & (t < L))[:, None] & (channels < E)[None, :]
+                tl.store(rev_y_ptr + offsets, y.to(rev_y_ptr.dtype.element_ty), mask=inside)
+        window = inputs[UNROLL:]
 
 
 @triton.jit
-def _gather(total, value, counted, rows, r: tl.constexpr, reverse: tl.constexpr, K: tl.constexpr):
-    """Add one token's g to the sums of its taps and of the bias, where the token is this run's own."""
-    value = tl.where(counted[:, None], value, 0.0)
-    new = ()
-    for w in tl.static_range(K):
-        new = new + (tl.fma(value, rows[r + (K - 1 - w if reverse else w)], total[w]),)
-    return new + (total[K] + value,)
+def _add_parameter_gradients(
+    sums: tl.tuple, ds: tl.tensor, in_segment: tl.tensor, inputs: tl.tuple, FIRST: tl.constexpr, REVERSE: tl.constexpr,
+    K: tl.constexpr,
+):  # fmt: skip
+    """Return the sums (S, C) for the K weights and the bias, increased by one token's terms where it is in its segment."""
+    ds = tl.where(in_segment[:, None], ds, 0.0)
+    new_sums = ()
+    for k in tl.static_range(K):
+        new_sums = new_sums + (tl.fma(ds, inputs[FIRST + (K - 1 - k if REVERSE else k)], sums[k]),)
+    return new_sums + (sums[K] + ds,)
 
 
 @triton.jit
-def _spread(total, slopes, taps, final, t, first_final, clip, e, E, reverse: tl.constexpr, K: tl.constexpr):
-    """Add one direction's dx from the K slopes that its token reached, the earliest first, and from the final state."""
-    for w in tl.static_range(K):
-        total = tl.fma(slopes[w if reverse else K - 1 - w], taps[w], total)
-    if final is not None:
-        total += _edge(tl.zeros_like(total), final, t, first_final, clip, e, E, K)
-    return total
+def _add_input_gradient(
+    dx: tl.tensor, ds_window: tl.tuple, weights: tl.tuple, dfinal_state_ptr: tl.tensor, t: tl.tensor,
+    first_state_token: tl.tensor, clip: tl.tensor, channels: tl.tensor, E: tl.tensor, REVERSE: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """Return dx (S, C) plus one direction's terms: of the K outputs that read token t, in time order in `ds_window`, and of
+    the final state, whose first entry is token `first_state_token`."""
+    for k in tl.static_range(K):
+        dx = tl.fma(ds_window[k if REVERSE else K - 1 - k], weights[k], dx)
+    if dfinal_state_ptr is not None:
+        dx += _select_conv_state(tl.zeros_like(dx), dfinal_state_ptr, t, first_state_token, clip, channels, E, K)
+    return dx
 
 
 @triton.jit
-def _leave(dstate, total, t, own, first, clip, e, E, K: tl.constexpr):
-    """Where t lies beyond the sequence, one direction's dx is the gradient of its initial state."""
-    beyond = (own & (t >= first) & (t < first + K - 1))[:, None] & (e < E)[None, :]
-    at = ((clip * E + e) * (K - 1))[None, :] + (t - first)[:, None]
-    tl.store(dstate + at, total.to(dstate.dtype.element_ty), mask=beyond)
+def _store_state_gradient(
+    dstate_ptr: tl.tensor, dx: tl.tensor, t: tl.tensor, in_segment: tl.tensor, first_state_token: tl.tensor, clip: tl.tensor,
+    channels: tl.tensor, E: tl.tensor, K: tl.constexpr,
+):  # fmt: skip
+    """Store dx (S, C) to the gradient of an initial state (B, E, K-1), where t is a token of that state."""
+    in_state = (in_segment & (t >= first_state_token) & (t < first_state_token + K - 1))[:, None] & (channels < E)[None, :]
+    offsets = ((clip * E + channels) * (K - 1))[None, :] + (t - first_state_token)[:, None]
+    tl.store(dstate_ptr + offsets, dx.to(dstate_ptr.dtype.element_ty), mask=in_state)
 
 
 @triton.jit
-def _keep(partial, total, number, e, E, K: tl.constexpr):
-    """Store the sums of this program's runs, (K+1, BE)."""
-    partial += number * (K + 1) * E
-    for w in tl.static_range(K + 1):
-        tl.store(partial + w * E + e, tl.sum(total[w], axis=0), mask=e < E)
+def _store_partial_sums(
+    partial_ptr: tl.tensor, sums: tl.tuple, program: tl.tensor, channels: tl.tensor, E: tl.tensor, K: tl.constexpr
+):
+    """Store K+1 sums (S, C), added over the segments, to partial[program] (K+1, E)."""
+    partial_ptr += program * (K + 1) * E
+    for k in tl.static_range(K + 1):
+        tl.store(partial_ptr + k * E + channels, tl.sum(sums[k], axis=0), mask=channels < E)
 
 
-@triton.jit(do_not_specialize=["L", "chunks", "run", "steps"])
+@triton.jit(do_not_specialize=["L", "blocks_per_sequence", "segment_length", "steps"])
 def backward_kernel(
-    x, dx, wa, ba, sa, dya, dfa, dsa, pa, wb, bb, sb, dyb, dfb, dsb, pb,
-    L, E, x_clip, x_token, dx_clip, dx_token, chunks, run, steps,
-    K: tl.constexpr, SILU: tl.constexpr, NATIVE: tl.constexpr, RUNS: tl.constexpr, BE: tl.constexpr, UNROLL: tl.constexpr,
+    x_ptr: tl.tensor, dx_ptr: tl.tensor,
+    fwd_weight_ptr: tl.tensor, fwd_bias_ptr: tl.tensor, fwd_initial_state_ptr: tl.tensor, fwd_dy_ptr: tl.tensor,
+    fwd_dfinal_state_ptr: tl.tensor, fwd_dinitial_state_ptr: tl.tensor, fwd_partial_ptr: tl.tensor,
+    rev_weight_ptr: tl.tensor, rev_bias_ptr: tl.tensor, rev_initial_state_ptr: tl.tensor, rev_dy_ptr: tl.tensor,
+    rev_dfinal_state_ptr: tl.tensor, rev_dinitial_state_ptr: tl.tensor, rev_partial_ptr: tl.tensor,
+    L: tl.tensor, E: tl.tensor, x_clip_stride: tl.tensor, x_token_stride: tl.tensor,
+    dx_clip_stride: tl.tensor, dx_token_stride: tl.tensor,
+    blocks_per_sequence: tl.tensor, segment_length: tl.tensor, steps: tl.tensor,
+    K: tl.constexpr, SILU: tl.constexpr, NATIVE: tl.constexpr,
+    BLOCK_SEGMENTS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """A run's own tokens are [first, last); K-1 steps before them fill the windows of x and of both slopes."""
-    clip, chunk, runs, e = _place(chunks, E, BE, RUNS)
-    first = runs * run
-    last = tl.minimum(first + run, L)
-    start = first - (K - 1)
-    x += clip * x_clip
-    dx += clip * dx_clip
-    zero = tl.zeros((RUNS, BE), tl.float32)
-    slopes_a, slopes_b, sums_a, sums_b = (), (), (), ()
-    if dya is not None:
-        taps_a, bias_a = _taps(wa, ba, e, E, K)
-        dya += clip * L * E
-        slopes_a, sums_a = _repeat(zero, K - 1), _repeat(zero, K + 1)
-    if dyb is not None:
-        taps_b, bias_b = _taps(wb, bb, e, E, K)
-        dyb += clip * L * E
-        slopes_b, sums_b = _repeat(zero, K - 1), _repeat(zero, K + 1)
-    window = ()
+    """Compute dx, the gradients of initial states, and each program's partial sums of dweight and dbias.
+
+    A segment has the tokens [start, end). The loop begins K-1 tokens before it, to fill the windows of x and of ds, the
+    gradient before the activation. All arguments of a direction that is not computed are None.
+    """
+    clip, block, segments, channels = _tile_of_program(blocks_per_sequence, E, BLOCK_SEGMENTS, BLOCK_CHANNELS)
+    start = segments * segment_length
+    end = tl.minimum(start + segment_length, L)
+    first_input = start - (K - 1)
+    x_ptr += clip * x_clip_stride
+    dx_ptr += clip * dx_clip_stride
+    zero = tl.zeros((BLOCK_SEGMENTS, BLOCK_CHANNELS), tl.float32)
+    fwd_ds_window, rev_ds_window, fwd_sums, rev_sums = (), (), (), ()
+    if fwd_dy_ptr is not None:
+        fwd_weights, fwd_bias = _load_weights(fwd_weight_ptr, fwd_bias_ptr, channels, E, K)
+        fwd_dy_ptr += clip * L * E
+        fwd_ds_window, fwd_sums = _fill_tuple(zero, K - 1), _fill_tuple(zero, K + 1)
+    if rev_dy_ptr is not None:
+        rev_weights, rev_bias = _load_weights(rev_weight_ptr, rev_bias_ptr, channels, E, K)
+        rev_dy_ptr += clip * L * E
+        rev_ds_window, rev_sums = _fill_tuple(zero, K - 1), _fill_tuple(zero, K + 1)
+    window = ()  # the K-1 inputs before the next one
     for j in tl.static_range(K - 1):
-        t = start + j
-        row = _edge(_row(x, t, e, L, E, x_token, True), sa, t, 1 - K, clip, e, E, K)
-        window = window + (_edge(row, sb, t, L, clip, e, E, K),)
+        t = first_input + j
+        x = _load_tokens(x_ptr, t, channels, L, E, x_token_stride, True)
+        x = _select_conv_state(x, fwd_initial_state_ptr, t, 1 - K, clip, channels, E, K)
+        window = window + (_select_conv_state(x, rev_initial_state_ptr, t, L, clip, channels, E, K),)
     for i in range(0, steps, UNROLL):
-        rows, grads_a, grads_b = window, (), ()
-        for r in tl.static_range(UNROLL):  # all loads of the round before its arithmetic
-            t = start + (i + r)
-            rows = rows + (_edge(_row(x, t + (K - 1), e, L, E, x_token, False), sb, t + (K - 1), L, clip, e, E, K),)
-            if dya is not None:
-                grads_a = grads_a + (_row(dya, t + (K - 1), e, L, E, E, False),)
-            if dyb is not None:
-                grads_b = grads_b + (_row(dyb, t, e, L, E, E, True),)
-        for r in tl.static_range(UNROLL):
-            t = start + (i + r)
-            total = zero
-            if dya is not None:
-                slope = _slope(grads_a[r], _sum(rows, r, taps_a, bias_a, False, K), SILU, NATIVE)
-                sums_a = _gather(sums_a, slope, t + (K - 1) < last, rows, r, False, K)
-                slopes_a = slopes_a + (slope,)
-                total = _spread(total, slopes_a, taps_a, dfa, t, L - (K - 1), clip, e, E, False, K)
-                if dsa is not None:
-                    _leave(dsa, total, t, first == 0, 1 - K, clip, e, E, K)
-                slopes_a = slopes_a[1:]
-            if dyb is not None:
-                slope = _slope(grads_b[r], _sum(rows, r, taps_b, bias_b, True, K), SILU, NATIVE)
-                sums_b = _gather(sums_b, slope, (t >= first) & (t < last), rows, r, True, K)
-                slopes_b = slopes_b + (slope,)
-                if dsb is not None:
-                    part = _spread(zero, slopes_b, taps_b, dfb, t, 0, clip, e, E, True, K)
-                    _leave(dsb, part, t, (first < L) & (last == L), L, clip, e, E, K)
-                total = _spread(total, slopes_b, taps_b, dfb, t, 0, clip, e, E, True, K)
-                slopes_b = slopes_b[1:]
-            own = ((t >= first) & (t < last))[:, None] & (e < E)[None, :]
-            at = t.to(tl.int64)[:, None] * dx_token + e[None, :]
-            tl.store(dx + at, total.to(dx.dtype.element_ty), mask=own)
-        window = rows[UNROLL:]
-    number = clip * chunks + chunk
-    if dya is not None:
-        _keep(pa, sums_a, number, e, E, K)
-    if dyb is not None:
-        _keep(pb, sums_b, number, e, E, K)
+        inputs, fwd_dy, rev_dy = window, (), ()
+        for j in tl.static_range(UNROLL):  # all loads of an iteration come before its arithmetic
+            t = first_input + (i + j)
+            x = _load_tokens(x_ptr, t + (K - 1), channels, L, E, x_token_stride, False)
+            inputs = inputs + (_select_conv_state(x, rev_initial_state_ptr, t + (K - 1), L, clip, channels, E, K),)
+            if fwd_dy_ptr is not None:
+                fwd_dy = fwd_dy + (_load_tokens(fwd_dy_ptr, t + (K - 1), channels, L, E, E, False),)
+            if rev_dy_ptr is not None:
+                rev_dy = rev_dy + (_load_tokens(rev_dy_ptr, t, channels, L, E, E, True),)
+        for j in tl.static_range(UNROLL):
+            t = first_input + (i + j)
+            dx = zero
+            if fwd_dy_ptr is not None:
+                s = _convolve(inputs, j, fwd_weights, fwd_bias, False, K)
+                ds = _activation_backward(fwd_dy[j], s, SILU, NATIVE)
+                fwd_sums = _add_parameter_gradients(fwd_sums, ds, t + (K - 1) < end, inputs, j, False, K)
+                fwd_ds_window = fwd_ds_window + (ds,)
+                dx = _add_input_gradient(
+                    dx, fwd_ds_window, fwd_weights, fwd_dfinal_state_ptr, t, L - (K - 1), clip, channels, E, False, K
+                )
+                if fwd_dinitial_state_ptr is not None:
+                    _store_state_gradient(fwd_dinitial_state_ptr, dx, t, start == 0, 1 - K, clip, channels, E, K)
+                fwd_ds_window = fwd_ds_window[1:]
+            if rev_dy_ptr is not None:
+                s = _convolve(inputs, j, rev_weights, rev_bias, True, K)
+                ds = _activation_backward(rev_dy[j], s, SILU, NATIVE)
+                rev_sums = _add_parameter_gradients(rev_sums, ds, (t >= start) & (t < end), inputs, j, True, K)
+                rev_ds_window = rev_ds_window + (ds,)
+                if rev_dinitial_state_ptr is not None:
+                    rev_dx = _add_input_gradient(
+                        zero, rev_ds_window, rev_weights, rev_dfinal_state_ptr, t, 0, clip, channels, E, True, K
+                    )
+                    has_end = (start < L) & (end == L)
+                    _store_state_gradient(rev_dinitial_state_ptr, rev_dx, t, has_end, L, clip, channels, E, K)
+                dx = _add_input_gradient(dx, rev_ds_window, rev_weights, rev_dfinal_state_ptr, t, 0, clip, channels, E, True, K)
+                rev_ds_window = rev_ds_window[1:]
+            in_segment = ((t >= start) & (t < end))[:, None] & (channels < E)[None, :]
+            offsets = t.to(tl.int64)[:, None] * dx_token_stride + channels[None, :]
+            tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=in_segment)
+        window = inputs[UNROLL:]
+    program = clip * blocks_per_sequence + block
+    if fwd_dy_ptr is not None:
+        _store_partial_sums(fwd_partial_ptr, fwd_sums, program, channels, E, K)
+    if rev_dy_ptr is not None:
+        _store_partial_sums(rev_partial_ptr, rev_sums, program, channels, E, K)
 
 
 @triton.jit(do_not_specialize=["programs"])
-def reduce_kernel(partial, dweight, dbias, E, programs, K: tl.constexpr, ROWS: tl.constexpr, BE: tl.constexpr):
-    """partial (directions, programs, K+1, E) -> dweight (directions, E, K), dbias (directions, E)."""
-    e = tl.program_id(0) * BE + tl.arange(0, BE)
-    w = tl.program_id(1) % (K + 1)
+def reduce_kernel(
+    partial_ptr: tl.tensor, dweight_ptr: tl.tensor, dbias_ptr: tl.tensor, E: tl.tensor, programs: tl.tensor,
+    K: tl.constexpr, BLOCK_PROGRAMS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Sum partial (directions, programs, K+1, E) to dweight (directions, E, K) and dbias (directions, E) or None."""
+    channels = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    k = tl.program_id(1) % (K + 1)  # K is the bias
     direction = tl.program_id(1) // (K + 1)
-    partial += (direction.to(tl.int64) * programs * (K + 1) + w) * E
-    total = tl.zeros((ROWS, BE), tl.float32)
-    for i in range(0, programs, ROWS):
-        rows = i + tl.arange(0, ROWS)
-        inside = (rows < programs)[:, None] & (e < E)[None, :]
-        total += tl.load(partial + rows.to(tl.int64)[:, None] * ((K + 1) * E) + e[None, :], mask=inside, other=0.0)
+    partial_ptr += (direction.to(tl.int64) * programs * (K + 1) + k) * E
+    total = tl.zeros((BLOCK_PROGRAMS, BLOCK_CHANNELS), tl.float32)
+    for i in range(0, programs, BLOCK_PROGRAMS):
+        rows = i + tl.arange(0, BLOCK_PROGRAMS)
+        inside = (rows < programs)[:, None] & (channels < E)[None, :]
+        ptrs = partial_ptr + rows.to(tl.int64)[:, None] * ((K + 1) * E) + channels[None, :]
+        total += tl.load(ptrs, mask=inside, other=0.0)
     result = tl.sum(total, axis=0)
-    if w < K:
-        tl.store(dweight + (direction * E + e) * K + w, result, mask=e < E)
-    elif dbias is not None:
-        tl.store(dbias + direction * E + e, result, mask=e < E)
+    if k < K:
+        tl.store(dweight_ptr + (direction * E + channels) * K + k, result, mask=channels < E)
+    elif dbias_ptr is not None:
+        tl.store(dbias_ptr + direction * E + channels, result, mask=channels < E)

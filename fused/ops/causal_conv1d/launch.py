@@ -1,16 +1,18 @@
-"""The short causal convolution in Triton: every direction of one x in one launch each way; a state that enters behind the last
-token takes a small one more.
+"""Launches of the causal convolution's Triton kernels: all directions of one x in one launch of the forward and one of the
+backward. Only an initial state of the reverse direction takes a second, small launch of the forward.
 
-    s_t  = bias + sum_w W[w] x_{t-(K-1-w)}       ahead          s_t = bias + sum_w W[w] x_{t+(K-1-w)}       back
-    y_t  = s_t sigmoid(s_t)                      or s_t
-    g_t  = dy_t dy_t/ds_t
-    dx_t = sum_w W[w] g_{t+(K-1-w)}              ahead          dx_t = sum_w W[w] g_{t-(K-1-w)}             back
-    dW_w = sum_t g_t x_{t-(K-1-w)}                              dbias = sum_t g_t
+    forward in time                              reverse
+    s_t  = bias + sum_k W[k] x_{t-(K-1-k)}       s_t = bias + sum_k W[k] x_{t+(K-1-k)}
+    y_t  = s_t sigmoid(s_t) or s_t               the same
+    ds_t = dL/dy_t dy_t/ds_t                     the same
+    dx_t = sum_k W[k] ds_{t+(K-1-k)}             dx_t = sum_k W[k] ds_{t-(K-1-k)}
+    dW_k = sum_t ds_t x_{t-(K-1-k)}              dW_k = sum_t ds_t x_{t+(K-1-k)}
+    dbias = sum_t ds_t                           the same
 
-A thread walks along a run of tokens with K-1 inputs in registers. At step t its window is x_t .. x_{t+K-1}: what `back`
-needs for token t is what `ahead` needs for token t+K-1, so each input is read once for both. The walks of a program are
-`RUNS` runs of `BE` channels. Nothing of y, dx and dstate depends on where a run begins; dW and dbias are summed run by
-run, then program by program, in an order that depends on the shape alone.
+A thread goes through a segment of consecutive tokens in order, with K-1 inputs in registers. At step t its window is x_t to
+x_{t+K-1}. The reverse direction reads these inputs for token t and the forward one for token t+K-1, so each input is loaded
+once for both. A program has `BLOCK_SEGMENTS` segments of `BLOCK_CHANNELS` channels. y, dx and dstate do not depend on where a
+segment begins. dW and dbias are summed by segment and then by program, in an order that depends only on the shape.
 """
 
 from collections.abc import Sequence
@@ -25,13 +27,13 @@ from fused.runtime.triton_launch import NATIVE, blocks, launching_on
 
 MAX_WIDTH = 8
 # 4 channels a thread (96 registers) and 2 (126: it keeps 58 numbers for a pair of channels). SLOTS is how many programs
-# an H200 holds at once, a constant because it decides the order of sums; LOST is what a run costs beside its own
+# an H200 holds at once, a constant because it decides the order of sums; LOST is what a segment costs beside its own
 # tokens, in steps, from the instructions in front of and behind the loop.
-FORWARD = {"RUNS": 4, "BE": 128, "UNROLL": 4, "num_warps": 4}
-BACKWARD = {"RUNS": 4, "BE": 64, "UNROLL": 4, "num_warps": 4}
+FORWARD = {"BLOCK_SEGMENTS": 4, "BLOCK_CHANNELS": 128, "UNROLL": 4, "num_warps": 4}
+BACKWARD = {"BLOCK_SEGMENTS": 4, "BLOCK_CHANNELS": 64, "UNROLL": 4, "num_warps": 4}
 SLOTS = {"forward": 132 * 5, "backward": 132 * 4}
 LOST = {"forward": 3, "backward": 8}
-REDUCE = {"ROWS": 64, "BE": 32, "num_warps": 4}
+REDUCE = {"BLOCK_PROGRAMS": 64, "BLOCK_CHANNELS": 32, "num_warps": 4}
 
 Optionals = Sequence[Tensor | None] | None  # None: a None for every direction
 _ABSENT: tuple[Tensor | None, ...] = (None,) * 8  # the arguments of a direction that is not there
@@ -68,36 +70,34 @@ def forward(
     if x.numel():
         if len(set(reverses)) != len(reverses):
             raise ValueError(f"reverses must name each direction once at most, got {tuple(reverses)}")
-        forth = back = _ABSENT[:4]
+        fwd = rev = _ABSENT[:4]
         for i, reverse in enumerate(reverses):
             bias, state = biases[i], initial_states[i]
             bias = None if bias is None else bias.contiguous()
             state = None if state is None else state.to(x.dtype).contiguous()
             arguments = (weights[i].contiguous(), bias, state, y[i])
-            forth, back = (forth, arguments) if reverse else (arguments, back)
-        w, bias, state, out = back
+            fwd, rev = (fwd, arguments) if reverse else (arguments, rev)
+        weight, bias, state, out = rev
         if state is None or out is None or K == 1:
-            _launch_forward(x, forth, back, K, silu)
+            _launch_forward(x, fwd, rev, K, silu)
         else:  # looking for a state in the loop takes twice the registers: the few tokens that see it are made again
-            _launch_forward(x, forth, (w, bias, None, out), K, silu)
-            _launch_forward(x[:, 1 - K :], _ABSENT[:4], (w, bias, state, out[:, 1 - K :]), K, silu)
+            _launch_forward(x, fwd, (weight, bias, None, out), K, silu)
+            _launch_forward(x[:, 1 - K :], _ABSENT[:4], (weight, bias, state, out[:, 1 - K :]), K, silu)
     if not want_states:
         return y, None
     pairs = zip(initial_states, reverses, strict=True)
     return y, tuple(_final_state(x, state, K - 1, reverse) for state, reverse in pairs)
 
 
-def _launch_forward(
-    x: Tensor, forth: tuple[Tensor | None, ...], back: tuple[Tensor | None, ...], K: int, silu: bool
-) -> None:
+def _launch_forward(x: Tensor, fwd: tuple[Tensor | None, ...], rev: tuple[Tensor | None, ...], K: int, silu: bool) -> None:
     """Launch with the weight, bias, state and y (B, L, E) of either direction. The rows of y are dense."""
     B, L, E = x.shape
-    y = forth[3] if back[3] is None else back[3]
+    y = fwd[3] if rev[3] is None else rev[3]
     assert y is not None
-    run, chunks = _runs("forward", B, L if back[3] is None else L + K - 1, E, 0)
+    segment_length, blocks_per_sequence = _choose_segments("forward", B, L if rev[3] is None else L + K - 1, E, 0)
     with launching_on(x.device):
-        forward_kernel[(B * chunks * blocks(E, FORWARD["BE"]),)](
-            x, *forth, *back, L, E, x.stride(0), x.stride(1), y.stride(0), chunks, run,
+        forward_kernel[(B * blocks_per_sequence * blocks(E, FORWARD["BLOCK_CHANNELS"]),)](
+            x, *fwd, *rev, L, E, x.stride(0), x.stride(1), y.stride(0), blocks_per_sequence, segment_length,
             K=K, SILU=silu, NATIVE=NATIVE, **FORWARD,
         )  # fmt: skip
 
@@ -116,7 +116,7 @@ def backward(
     """Return the gradients of `forward`.
 
     dy is (directions, B, L, E) or one (B, L, E) for each direction; dfinals (B, E, K-1) or None for each. dx is written
-    where given, through any strides over clips and tokens, and must not overlap x or dy: runs read beyond their own tokens.
+    where given, through any strides over clips and tokens, and must not overlap x or dy: segments read beyond their own tokens.
     """
     x, none = x if x.stride(2) == 1 else x.contiguous(), (None,) * len(weights)
     biases, initial_states, dfinals = biases or none, initial_states or none, dfinals or none
@@ -133,10 +133,10 @@ def backward(
     dbias = torch.empty((directions, E), dtype=torch.float32, device=x.device) if has_bias else None
     dweight = torch.empty((directions, E, K), dtype=torch.float32, device=x.device)
     if x.numel():
-        run, chunks = _runs("backward", B, L, E, K - 1)
-        steps = run + (K - 1) * (2 if has_state else 1)
-        partial = torch.empty((directions, B * chunks, K + 1, E), dtype=torch.float32, device=x.device)
-        forth = back = _ABSENT[:7]
+        segment_length, blocks_per_sequence = _choose_segments("backward", B, L, E, K - 1)
+        steps = segment_length + (K - 1) * (2 if has_state else 1)
+        partial = torch.empty((directions, B * blocks_per_sequence, K + 1, E), dtype=torch.float32, device=x.device)
+        fwd = rev = _ABSENT[:7]
         for i, reverse in enumerate(reverses):
             bias, state, dfinal = biases[i], initial_states[i], dfinals[i]
             arguments = (
@@ -144,14 +144,15 @@ def backward(
                 None if state is None else state.to(x.dtype).contiguous(), dy[i].contiguous(),
                 None if dfinal is None else dfinal.contiguous(), dstates[i], partial[i],
             )  # fmt: skip
-            forth, back = (forth, arguments) if reverse else (arguments, back)
+            fwd, rev = (fwd, arguments) if reverse else (arguments, rev)
         with launching_on(x.device):
-            backward_kernel[(B * chunks * blocks(E, BACKWARD["BE"]),)](
-                x, dx, *forth, *back, L, E, x.stride(0), x.stride(1), dx.stride(0), dx.stride(1), chunks, run, steps,
+            backward_kernel[(B * blocks_per_sequence * blocks(E, BACKWARD["BLOCK_CHANNELS"]),)](
+                x, dx, *fwd, *rev, L, E, x.stride(0), x.stride(1), dx.stride(0), dx.stride(1),
+                blocks_per_sequence, segment_length, steps,
                 K=K, SILU=silu, NATIVE=NATIVE, **BACKWARD,
             )  # fmt: skip
-            reduce_kernel[(blocks(E, REDUCE["BE"]), directions * (K + 1))](
-                partial, dweight, dbias, E, B * chunks, K=K, **REDUCE
+            reduce_kernel[(blocks(E, REDUCE["BLOCK_CHANNELS"]), directions * (K + 1))](
+                partial, dweight, dbias, E, B * blocks_per_sequence, K=K, **REDUCE
             )
     else:  # no token: the final state is the initial state
         dweight.zero_()
@@ -164,20 +165,22 @@ def backward(
 
 
 @lru_cache(maxsize=1024)
-def _runs(name: str, clips: int, tokens: int, E: int, halo: int) -> tuple[int, int]:
-    """(tokens of a run, chunks of a clip): of all ways to cut a clip the one with the fewest steps, counted as waves of
-    programs times steps of a run. A run and its halo are a multiple of what one round of the kernel takes."""
+def _choose_segments(name: str, clips: int, tokens: int, E: int, halo: int) -> tuple[int, int]:
+    """Return (tokens of a segment, blocks of segments of a sequence) of the cheapest division of a sequence into segments.
+
+    The cost is the number of waves of programs times the steps of a segment. A segment and its halo are a multiple of UNROLL.
+    """
     config = FORWARD if name == "forward" else BACKWARD
-    runs, unroll = config["RUNS"], config["UNROLL"]
-    programs = clips * blocks(E, config["BE"])  # of one chunk
-    most = min(blocks(tokens, runs * (unroll + LOST[name])), blocks(8 * SLOTS[name], programs))
+    segments, unroll = config["BLOCK_SEGMENTS"], config["UNROLL"]
+    programs = clips * blocks(E, config["BLOCK_CHANNELS"])  # of one block of segments
+    most = min(blocks(tokens, segments * (unroll + LOST[name])), blocks(8 * SLOTS[name], programs))
     best = (0, 0, 0)
-    for chunks in range(1, most + 1):
-        steps = blocks(blocks(tokens, chunks * runs) + halo, unroll) * unroll
-        waves = blocks(chunks * programs, SLOTS[name])
+    for count in range(1, most + 1):
+        steps = blocks(blocks(tokens, count * segments) + halo, unroll) * unroll
+        waves = blocks(count * programs, SLOTS[name])
         cost = waves * (steps + LOST[name])
         if not best[0] or cost < best[0]:
-            best = cost, steps - halo, chunks
+            best = cost, steps - halo, count
     return best[1:]
 
 

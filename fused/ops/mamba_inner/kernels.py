@@ -1,9 +1,9 @@
-"""The kernels of a mixer beside convolution and scan, in Triton, with their launches: dt_proj, packing of weights, the gate.
+"""Triton kernels of a mixer other than convolution and scan, and their launches: dt_proj, packing of weights, gate backward.
 
-    delta = softplus(dt W + bias)        dt (tokens, R), W (R, E): the scan's step sizes, every direction in one launch
+    delta = softplus(dt W + bias)        dt (tokens, R), W (R, E): the step sizes of the scan, all directions in one launch
 
-The product and softplus are in float32, and delta is rounded once. So the scan, whose instructions are dearer, has no softplus
-to make.
+Product and softplus are computed in float32 and delta is rounded once. Softplus is computed here and not in the scan, where an
+instruction costs more time.
 """
 
 from collections.abc import Sequence
@@ -18,25 +18,30 @@ from torch import Tensor
 from fused.ops.selective_scan.schedule import multiprocessors
 from fused.runtime.triton_launch import NATIVE, blocks, capability, launching_on, power_of_2
 
-CHANNELS_PER_PROGRAM = 1024  # in packing and the gate
-CONFIG_16_BIT = {"TOKENS": 64, "CHANNELS": 128, "num_warps": 4, "num_stages": 3}
-TUNED = {90: {"maxnreg": 128}}  # by compute capability, for CONFIG_16_BIT: four programs at once, where that spills nothing
-CONFIG_FLOAT32 = {"TOKENS": 16, "CHANNELS": 32, "num_warps": 4}  # float32 has no tensor cores: larger products do not fit
+CHANNELS_PER_PROGRAM = 1024  # of pack_weights and silu_gate_backward
+CONFIG_16_BIT = {"BLOCK_TOKENS": 64, "BLOCK_CHANNELS": 128, "num_warps": 4, "num_stages": 3}
+# float32 products do not run on tensor cores, so that larger tiles do not fit in registers
+CONFIG_FLOAT32 = {"BLOCK_TOKENS": 16, "BLOCK_CHANNELS": 32, "num_warps": 4}
+# options for CONFIG_16_BIT by compute capability: 128 registers, with which four programs fit on an SM and nothing spills
+CAPABILITY_OPTIONS = {90: {"maxnreg": 128}}
 PROGRAMS_PER_SM = 4
-PROGRAM_COST = 1  # of a program beside its tiles of tokens, in tiles
+PROGRAM_OVERHEAD_TILES = 1  # cost of a program apart from its tiles of tokens, in tiles
 
 
 @triton.jit
-def _exp2(x, NATIVE: tl.constexpr):
+def _exp2(x: tl.tensor, NATIVE: tl.constexpr):
     if not NATIVE:
         return tl.exp2(x)
     return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
-def _softplus(x, PRECISE: tl.constexpr, NATIVE: tl.constexpr):
-    """max(x, 0) + log1p(w), w = exp(-|x|). Precise: log1p(w) = 2 artanh(w / (2 + w)) by a minimax polynomial, as in the scan.
-    Else within 1e-5 of it, w times a minimax polynomial in w, with one visit to the special function unit instead of two."""
+def _softplus(x: tl.tensor, PRECISE: tl.constexpr, NATIVE: tl.constexpr):
+    """Return softplus(x) = max(x, 0) + log1p(w) with w = exp(-|x|), in float32.
+
+    PRECISE: log1p(w) = 2 artanh(w / (2 + w)) by a minimax polynomial, as in the scan. Otherwise log1p(w) is w times a minimax
+    polynomial in w; this is within 1e-5 of softplus and needs one special function instead of two.
+    """
     if PRECISE:
         w = tl.exp(-tl.abs(x))
         s = w / (2.0 + w)
@@ -49,41 +54,47 @@ def _softplus(x, PRECISE: tl.constexpr, NATIVE: tl.constexpr):
     return tl.fma(w, p, tl.maximum(x, 0.0))
 
 
-@triton.jit(do_not_specialize=["M", "tiles"])
+@triton.jit(do_not_specialize=["M", "tiles_per_program"])
 def dt_proj_softplus_kernel(
-    dt_B_C, weight, bias0, bias1, delta, M, E, tiles, R: tl.constexpr, ROW: tl.constexpr, RANK: tl.constexpr,
-    TOKENS: tl.constexpr, CHANNELS: tl.constexpr, PRECISE: tl.constexpr, NATIVE: tl.constexpr,
+    dt_B_C_ptr: tl.tensor, weight_ptr: tl.tensor, bias_0_ptr: tl.tensor, bias_1_ptr: tl.tensor, delta_ptr: tl.tensor,
+    M: tl.tensor, E: tl.tensor, tiles_per_program: tl.tensor,
+    R: tl.constexpr, ROW_STRIDE: tl.constexpr, BLOCK_RANK: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, PRECISE: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    d = tl.program_id(2).to(tl.int64)
-    e, r = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS), tl.arange(0, RANK)
-    known = (r < R)[:, None] & (e < E)[None, :]
-    W = tl.load(weight + d * R * E + r[:, None] * E + e[None, :], mask=known, other=0.0)
-    bias = bias0 if tl.program_id(2) == 0 else bias1
-    shift = tl.load(bias + e, mask=e < E, other=0.0).to(tl.float32)
-    for i in range(tiles):
-        m = (tl.program_id(0).to(tl.int64) * tiles + i) * TOKENS + tl.arange(0, TOKENS)
-        inside = (m < M)[:, None] & (r < R)[None, :]
-        dt = tl.load(dt_B_C + (d * M + m[:, None]) * ROW + r[None, :], mask=inside, other=0.0)
-        step = _softplus(tl.dot(dt, W, input_precision="ieee") + shift[None, :], PRECISE, NATIVE)
-        pointers = delta + (d * M + m[:, None]) * E + e[None, :]
-        tl.store(pointers, step.to(delta.dtype.element_ty), mask=(m < M)[:, None] & (e < E)[None, :])
+    """Compute delta (directions, M, E) from the first R columns of dt_B_C (directions, M, ROW_STRIDE).
+
+    weight is (directions, R, E), the bias of each direction (E,). BLOCK_RANK is R padded to a size that tl.dot takes.
+    """
+    direction = tl.program_id(2).to(tl.int64)
+    channels, ranks = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS), tl.arange(0, BLOCK_RANK)
+    weight_mask = (ranks < R)[:, None] & (channels < E)[None, :]
+    weight_ptrs = weight_ptr + direction * R * E + ranks[:, None] * E + channels[None, :]
+    weight = tl.load(weight_ptrs, mask=weight_mask, other=0.0)
+    bias_ptr = bias_0_ptr if tl.program_id(2) == 0 else bias_1_ptr
+    bias = tl.load(bias_ptr + channels, mask=channels < E, other=0.0).to(tl.float32)
+    for i in range(tiles_per_program):
+        tokens = (tl.program_id(0).to(tl.int64) * tiles_per_program + i) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+        dt_mask = (tokens < M)[:, None] & (ranks < R)[None, :]
+        dt = tl.load(dt_B_C_ptr + (direction * M + tokens[:, None]) * ROW_STRIDE + ranks[None, :], mask=dt_mask, other=0.0)
+        delta = _softplus(tl.dot(dt, weight, input_precision="ieee") + bias[None, :], PRECISE, NATIVE)
+        delta_ptrs = delta_ptr + (direction * M + tokens[:, None]) * E + channels[None, :]
+        tl.store(delta_ptrs, delta.to(delta_ptr.dtype.element_ty), mask=(tokens < M)[:, None] & (channels < E)[None, :])
 
 
 def dt_proj_softplus(dt_B_C: Tensor, weights: Tensor, biases: Sequence[Tensor]) -> Tensor:
     """Return delta (directions, tokens, E) in the dtype of `dt_B_C`.
 
-    dt_B_C (directions, tokens, R and more), whose first R columns are dt, and weights (directions, R, E) are contiguous and of
-    one dtype; biases are (E,).
+    dt_B_C (directions, tokens, at least R), whose first R columns are dt, and weights (directions, R, E) are contiguous and of
+    one dtype. There is one bias (E,) for each direction.
     """
-    directions, M, row = dt_B_C.shape
+    directions, M, row_stride = dt_B_C.shape
     _, R, E = weights.shape
     delta = torch.empty((directions, M, E), dtype=dt_B_C.dtype, device=dt_B_C.device)
     if delta.numel():
-        grid, options = _dt_proj_launch(directions, M, R, E, dt_B_C.dtype == torch.float32, dt_B_C.device)
+        grid, tiles_per_program, config = _dt_proj_launch(directions, M, R, E, dt_B_C.dtype == torch.float32, dt_B_C.device)
         with launching_on(dt_B_C.device):
             dt_proj_softplus_kernel[grid](
-                dt_B_C, weights, biases[0], biases[-1], delta, M, E, options["tiles"], R, row, NATIVE=NATIVE,
-                **options["constants"],
+                dt_B_C, weights, biases[0], biases[-1], delta, M, E, tiles_per_program, R, row_stride, NATIVE=NATIVE, **config,
             )  # fmt: skip
     return delta
 
@@ -91,104 +102,132 @@ def dt_proj_softplus(dt_B_C: Tensor, weights: Tensor, biases: Sequence[Tensor]) 
 @lru_cache(maxsize=1024)
 def _dt_proj_launch(
     directions: int, M: int, R: int, E: int, precise: bool, device: torch.device
-) -> tuple[tuple[int, int, int], dict[str, Any]]:
-    """Return the grid, and the tiles of a program with the kernel's constants."""
-    config = CONFIG_FLOAT32 if precise else CONFIG_16_BIT | TUNED.get(capability(device), {})
-    across = blocks(E, config["CHANNELS"])
-    slots = PROGRAMS_PER_SM * multiprocessors(device)
-    tiles = _tiles_per_program(blocks(M, config["TOKENS"]), across * directions, slots)
-    grid = (blocks(M, config["TOKENS"] * tiles), across, directions)
-    return grid, {"tiles": tiles, "constants": {"RANK": max(16, power_of_2(R)), "PRECISE": precise, **config}}
+) -> tuple[tuple[int, int, int], int, dict[str, Any]]:
+    """Return the grid, the tiles of tokens of a program, and the kernel's constants and options."""
+    config = CONFIG_FLOAT32 if precise else CONFIG_16_BIT | CAPABILITY_OPTIONS.get(capability(device), {})
+    channel_blocks = blocks(E, config["BLOCK_CHANNELS"])
+    resident_programs = PROGRAMS_PER_SM * multiprocessors(device)
+    tiles = blocks(M, config["BLOCK_TOKENS"])
+    tiles_per_program = _tiles_per_program(tiles, channel_blocks * directions, resident_programs)
+    grid = (blocks(tiles, tiles_per_program), channel_blocks, directions)
+    return grid, tiles_per_program, {"BLOCK_RANK": max(16, power_of_2(R)), "PRECISE": precise, **config}
 
 
-def _tiles_per_program(count: int, beside: int, slots: int) -> int:
-    """Return how many of `count` tiles of tokens a program takes, with `beside` programs for the same tokens.
+def _tiles_per_program(tiles: int, programs_per_tile: int, resident_programs: int) -> int:
+    """Return how many of all `tiles` of tokens a program takes, from 1 to 8.
 
-    It is the number with the fewest waves of programs times the cost of one program.
+    It is the number with the least cost: waves of programs, each of as many as the GPU holds at once, times the cost of one
+    program.
     """
-    return min(range(1, min(count, 8) + 1), key=lambda n: blocks(blocks(count, n) * beside, slots) * (n + PROGRAM_COST))
+
+    def cost(n: int) -> int:
+        return blocks(blocks(tiles, n) * programs_per_tile, resident_programs) * (n + PROGRAM_OVERHEAD_TILES)
+
+    return min(range(1, min(tiles, 8) + 1), key=cost)
 
 
 @triton.jit
-def _widen(first, second, at, to, d, inside):
-    """Pointers of two dtypes cannot be one or the other; what is loaded through them can."""
-    if d == 0:
-        tl.store(to, tl.load(first + at, mask=inside).to(tl.float32), mask=inside)
+def _copy_as_float32(
+    src_0_ptr: tl.tensor, src_1_ptr: tl.tensor, src_offsets: tl.tensor, dst_ptrs: tl.tensor, direction: tl.tensor,
+    mask: tl.tensor,
+):  # fmt: skip
+    """Copy from src_0 or src_1, by direction; they may differ in dtype, so that one pointer variable cannot hold either."""
+    if direction == 0:
+        tl.store(dst_ptrs, tl.load(src_0_ptr + src_offsets, mask=mask).to(tl.float32), mask=mask)
     else:
-        tl.store(to, tl.load(second + at, mask=inside).to(tl.float32), mask=inside)
+        tl.store(dst_ptrs, tl.load(src_1_ptr + src_offsets, mask=mask).to(tl.float32), mask=mask)
 
 
 @triton.jit
 def pack_weights_kernel(
-    proj0, proj1, dt0, dt1, A0, A1, D0, D1, out, wide, E, R, N, PADDED_R, WIDTH, DIRECTIONS, BLOCK: tl.constexpr
+    x_proj_0_ptr: tl.tensor, x_proj_1_ptr: tl.tensor, dt_proj_0_ptr: tl.tensor, dt_proj_1_ptr: tl.tensor,
+    A_0_ptr: tl.tensor, A_1_ptr: tl.tensor, D_0_ptr: tl.tensor, D_1_ptr: tl.tensor,
+    packed_ptr: tl.tensor, A_D_ptr: tl.tensor,
+    E: tl.tensor, R: tl.tensor, N: tl.tensor, padded_R: tl.tensor, x_proj_rows: tl.tensor, directions: tl.tensor,
+    BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    row, d = tl.program_id(0), tl.program_id(2)
-    e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = e < E
-    if row < WIDTH:
-        proj = proj0 if d == 0 else proj1
-        own = tl.where(row < R, row, row - (PADDED_R - R))
-        x = tl.load(proj + own * E + e, mask=inside & ((row < R) | (row >= PADDED_R)), other=0.0)
-        tl.store(out + (d * WIDTH + row) * E + e, x, mask=inside)
-    elif row < WIDTH + PADDED_R:
-        dt, r = (dt0 if d == 0 else dt1), row - WIDTH
-        x = tl.load(dt + e * R + r, mask=inside & (r < R), other=0.0)
-        tl.store(out + (DIRECTIONS * WIDTH + d * PADDED_R + r) * E + e, x, mask=inside)
-    elif wide is not None:
-        n = row - WIDTH - PADDED_R
-        at = wide + (d * (N + 1) + n) * E + e
+    """Write one row of E channels: of x_proj, then of dt_proj transposed, then of A and D in float32 unless A_D is None.
+
+    packed is (directions x_proj_rows + directions padded_R, E), x_proj of all directions before dt_proj of all.
+    A_D is (directions, (N + 1) E): A (E, N) as it is, then D.
+    """
+    row, direction = tl.program_id(0), tl.program_id(2)
+    channels = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    inside = channels < E
+    if row < x_proj_rows:
+        x_proj_ptr = x_proj_0_ptr if direction == 0 else x_proj_1_ptr
+        source_row = tl.where(row < R, row, row - (padded_R - R))
+        is_weight = inside & ((row < R) | (row >= padded_R))
+        values = tl.load(x_proj_ptr + source_row * E + channels, mask=is_weight, other=0.0)
+        tl.store(packed_ptr + (direction * x_proj_rows + row) * E + channels, values, mask=inside)
+    elif row < x_proj_rows + padded_R:
+        dt_proj_ptr, rank = (dt_proj_0_ptr if direction == 0 else dt_proj_1_ptr), row - x_proj_rows
+        values = tl.load(dt_proj_ptr + channels * R + rank, mask=inside & (rank < R), other=0.0)
+        tl.store(packed_ptr + (directions * x_proj_rows + direction * padded_R + rank) * E + channels, values, mask=inside)
+    elif A_D_ptr is not None:
+        n = row - x_proj_rows - padded_R
+        A_D_ptrs = A_D_ptr + (direction * (N + 1) + n) * E + channels
         if n < N:
-            _widen(A0, A1, n * E + e, at, d, inside)
+            _copy_as_float32(A_0_ptr, A_1_ptr, n * E + channels, A_D_ptrs, direction, inside)
         else:
-            _widen(D0, D1, e, at, d, inside)
+            _copy_as_float32(D_0_ptr, D_1_ptr, channels, A_D_ptrs, direction, inside)
 
 
 class PackedWeights(NamedTuple):
-    """Weights of every direction. Matrices have the dtype of matrix products, A and D float32."""
+    """The weights of all directions: matrices in the dtype of matrix products, A and D in float32."""
 
-    x_proj: Tensor  # (directions, padded R + 2N, E): rows of zeros behind the R of dt
+    x_proj: Tensor  # (directions, padded R + 2N, E): zero rows after the R of dt
     dt_proj: Tensor  # (directions, padded R, E)
     A: Sequence[Tensor]  # (E, N)
     D: Sequence[Tensor]  # (E,)
 
     def last(self, count: int) -> "PackedWeights":
-        """Return those of the last `count` directions."""
+        """Return the weights of the last `count` directions."""
         return PackedWeights(self.x_proj[-count:], self.dt_proj[-count:], self.A[-count:], self.D[-count:])
 
 
 def pack_weights(
     x_proj: Sequence[Tensor], dt_proj: Sequence[Tensor], A: Sequence[Tensor], D: Sequence[Tensor], padded_R: int
 ) -> PackedWeights:
-    """Return x_proj (R + 2N, E) with rows of zeros between R and `padded_R`, and dt_proj (E, R) transposed, in one launch.
+    """Return x_proj (R + 2N, E) with rows of zeros from R to `padded_R`, and dt_proj (E, R) transposed, in one launch.
 
-    Weights are contiguous, one or two each. A (E, N) and D (E,) are returned as they are where all of them are float32.
+    Each sequence has one or two contiguous weights, one for each direction. A (E, N) and D (E,) are returned unchanged if all
+    of them are float32, otherwise as float32 copies.
     """
-    count, (E, R), N = len(x_proj), dt_proj[0].shape, A[0].shape[1]
-    width = x_proj[0].shape[0] - R + padded_R
-    out = torch.empty((count * (width + padded_R), E), dtype=x_proj[0].dtype, device=x_proj[0].device)
-    wide = None
+    directions, (E, R), N = len(x_proj), dt_proj[0].shape, A[0].shape[1]
+    x_proj_rows = x_proj[0].shape[0] - R + padded_R
+    packed = torch.empty((directions * (x_proj_rows + padded_R), E), dtype=x_proj[0].dtype, device=x_proj[0].device)
+    A_D = None
     if not A[0].dtype == A[-1].dtype == D[0].dtype == D[-1].dtype == torch.float32:
-        wide = torch.empty((count, (N + 1) * E), dtype=torch.float32, device=out.device)
-    rows = width + padded_R + (0 if wide is None else N + 1)
-    with launching_on(out.device):
-        pack_weights_kernel[rows, blocks(E, CHANNELS_PER_PROGRAM), count](
-            x_proj[0], x_proj[-1], dt_proj[0], dt_proj[-1], A[0], A[-1], D[0], D[-1],
-            out, wide, E, R, N, padded_R, width, count, BLOCK=CHANNELS_PER_PROGRAM,
+        A_D = torch.empty((directions, (N + 1) * E), dtype=torch.float32, device=packed.device)
+    rows = x_proj_rows + padded_R + (0 if A_D is None else N + 1)
+    with launching_on(packed.device):
+        pack_weights_kernel[rows, blocks(E, CHANNELS_PER_PROGRAM), directions](
+            x_proj[0], x_proj[-1], dt_proj[0], dt_proj[-1], A[0], A[-1], D[0], D[-1], packed, A_D,
+            E, R, N, padded_R, x_proj_rows, directions, BLOCK_CHANNELS=CHANNELS_PER_PROGRAM,
         )  # fmt: skip
-    if wide is not None:
-        both = wide.split((N * E, E), dim=1)
-        A, D = both[0].unflatten(1, (E, N)).unbind(), both[1].unbind()
-    products = out.split((count * width, count * padded_R))
-    return PackedWeights(products[0].unflatten(0, (count, width)), products[1].unflatten(0, (count, padded_R)), A, D)
+    if A_D is not None:
+        all_A, all_D = A_D.split((N * E, E), dim=1)
+        A, D = all_A.unflatten(1, (E, N)).unbind(), all_D.unbind()
+    all_x_proj, all_dt_proj = packed.split((directions * x_proj_rows, directions * padded_R))
+    return PackedWeights(
+        all_x_proj.unflatten(0, (directions, x_proj_rows)), all_dt_proj.unflatten(0, (directions, padded_R)), A, D
+    )
 
 
 @triton.jit(do_not_specialize=["L", "E"])
-def silu_gate_backward_kernel(dy, z, out, L, E, dy_clip, dy_token, z_clip, z_token, BLOCK: tl.constexpr):
-    token, e = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    clip, t, inside = token // L, token % L, e < E
-    g = tl.load(z + clip * z_clip + t * z_token + e, mask=inside).to(tl.float32)
-    d = tl.load(dy + clip * dy_clip + t * dy_token + e, mask=inside).to(tl.float32)
-    tl.store(out + token * E + e, (d * g / (1.0 + tl.exp(-g))).to(out.dtype.element_ty), mask=inside)
+def silu_gate_backward_kernel(
+    dy_ptr: tl.tensor, z_ptr: tl.tensor, out_ptr: tl.tensor, L: tl.tensor, E: tl.tensor,
+    dy_clip_stride: tl.tensor, dy_token_stride: tl.tensor, z_clip_stride: tl.tensor, z_token_stride: tl.tensor,
+    BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Write one token of out (B, L, E) = dy silu(z), computed in float32."""
+    token = tl.program_id(0).to(tl.int64)
+    channels = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    clip, t, inside = token // L, token % L, channels < E
+    z = tl.load(z_ptr + clip * z_clip_stride + t * z_token_stride + channels, mask=inside).to(tl.float32)
+    dy = tl.load(dy_ptr + clip * dy_clip_stride + t * dy_token_stride + channels, mask=inside).to(tl.float32)
+    tl.store(out_ptr + token * E + channels, (dy * z / (1.0 + tl.exp(-z))).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def silu_gate_backward(dy: Tensor, z: Tensor) -> Tensor:
@@ -201,6 +240,6 @@ def silu_gate_backward(dy: Tensor, z: Tensor) -> Tensor:
     if out.numel():
         with launching_on(dy.device):
             silu_gate_backward_kernel[(B * L, blocks(E, CHANNELS_PER_PROGRAM))](
-                dy, z, out, L, E, dy.stride(0), dy.stride(1), z.stride(0), z.stride(1), BLOCK=CHANNELS_PER_PROGRAM
+                dy, z, out, L, E, dy.stride(0), dy.stride(1), z.stride(0), z.stride(1), BLOCK_CHANNELS=CHANNELS_PER_PROGRAM,
             )  # fmt: skip
     return out

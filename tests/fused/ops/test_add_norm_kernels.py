@@ -105,19 +105,19 @@ def test_low_precision_is_near(case):  # no more than near: the interpreter trun
     assert {k: v.dtype for k, v in got.items()} == {k: v.dtype for k, v in want.items()}
 
 
-def test_more_rows_than_programs(monkeypatch):  # each program then walks over several tiles
+def test_more_rows_than_programs(monkeypatch):  # each program then has several tiles
     monkeypatch.setattr(launch, "PROGRAMS", 3)
     case = ((5, 27, 33), "layer", FULL, FULL, True, True)
-    assert launch._tile(33, 8, 8)["ROWS"] * 3 < 5 * 27
+    assert launch._tile(33, 8, 8)["BLOCK_ROWS"] * 3 < 5 * 27
     assert_rule(sample(seed, case) for seed in SEEDS)
 
 
 PLANTED = {
-    "no mean(w u)": ("g - u * (tl.sum(g * u, axis=1) / D)[:, None]", "g"),
-    "mean over the padding too": ("tl.sum(v * v, axis=1) / D", "tl.sum(v * v, axis=1) / COLUMNS"),
-    "the padding of a centred row": ("v = tl.where((columns < D)[None, :], v - centre[:, None], 0.0)", "v -= centre[:, None]"),
+    "no mean(g u)": ("g - u * (tl.sum(g * u, axis=1) / D)[:, None]", "g"),
+    "mean over the padding too": ("tl.sum(v * v, axis=1) / D", "tl.sum(v * v, axis=1) / BLOCK_COLUMNS"),
+    "the padding of a centred row": ("v = tl.where((columns < D)[None, :], v - mean[:, None], 0.0)", "v -= mean[:, None]"),
     "a row unwritten": ("inside = (rows < M)[:, None]", "inside = (rows < M - 1)[:, None]"),
-    "a program's sums lost": ("for i in range(0, programs, ROWS)", "for i in range(0, programs - 1, ROWS)"),
+    "a program's sums lost": ("for i in range(0, programs, BLOCK_ROWS)", "for i in range(0, programs - 1, BLOCK_ROWS)"),
     "dout dropped": ("dv += _load(dout", "dv += 0 * _load(dout"),
 }
 
@@ -134,7 +134,7 @@ def test_planted_wrongness_is_seen(right, wrong, tmp_path, monkeypatch):
 
     for name in KERNELS:
         monkeypatch.setattr(launch, name, getattr(planted_norm, name))
-    monkeypatch.setitem(launch.REDUCE, "ROWS", 1)
+    monkeypatch.setitem(launch.REDUCE, "BLOCK_ROWS", 1)
     with pytest.raises(AssertionError):
         assert_rule(sample(seed, CASES[1]) for seed in SEEDS[:1])
 
@@ -215,7 +215,7 @@ def test_is_an_op_that_compiles_and_recomputes():
 
 
 def test_compiles_without_spills(capsys):
-    lines = compiled.ask("norm")
+    lines = compiled.compile_in_subprocess("norm")
     with capsys.disabled():
         print("", *lines, sep="\n")
     assert {(line["kernel"], line["sm"]) for line in lines} == {(k, sm) for k in KERNELS for sm in (80, 90, 100)}
