@@ -54,15 +54,15 @@ def unavailable(kind: str, device: torch.device | str) -> str | None:
 
 @cache
 def _refusal(kind: str, device: str) -> str | None:
-    """Running it is the only honest test: chips, drivers and builds of PyTorch differ."""
+    """Return the error of a small call, None if it runs. Only a call can tell: chips, drivers and builds of PyTorch differ."""
     x = torch.zeros(1, 1, 16, 64, dtype=torch.float16, device=device)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             with only(kind, x.device):
                 attend(x, x, x, kind)
         except RuntimeError as error:
-            return " ".join([str(error), *(str(w.message) for w in said)])
+            return " ".join([str(error), *(str(w.message) for w in caught)])
     return None
 
 

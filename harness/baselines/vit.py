@@ -83,7 +83,7 @@ def _require(name: str, value: object, holds: bool, allowed: str) -> None:
 
 
 class PatchEmbed(nn.Module):
-    """Cut every frame into P x P patches and project each to the model width.
+    """The patch embedding: every frame in P x P patches, each projected to the model width.
 
     `proj` is timm's convolution and only holds its parameters: one matmul over the pixels laid out in rows does the
     same and is repeatable bit for bit, as in `fused.models.videomamba.embedding`.
@@ -102,7 +102,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every token reads every token of its clip, in `num_heads` heads of D / num_heads channels."""
+    """Attention of every token to all tokens of its clip, in `num_heads` heads of D / num_heads channels."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()

@@ -10,17 +10,17 @@ import torch
 
 @dataclass
 class Call:
-    """Something to time. `run` is the timed call; `before`, which is not timed, precedes it."""
+    """A call to be timed. `run` is the timed call; `before`, which is not timed, precedes it."""
 
     run: Callable[[], object]
     before: Callable[[], object] | None = None
-    queued: bool = False  # time the device alone: the launches are queued behind a pause
+    queued: bool = False  # time the device alone: the launches are queued after a pause
     peak: tuple[int, int] | None = None  # bytes allocated and reserved, where a call hides them
     launch: float = 0.0  # seconds that the host needs at most to launch it; measured by `warm`
 
 
 class Clock:
-    """Times calls on one device."""
+    """The clock of one device."""
 
     def __init__(self, device: str) -> None:
         self.device, self.gpu = device, device.startswith("cuda")

@@ -32,8 +32,10 @@ def points(grid: str) -> list[Point]:
 
 
 def entries(race: str, device: str, fastest: str, names: tuple[str, ...] = ()) -> list[Entry]:
-    """Return all that can run a race here: every implementation of ours and its rivals, but not the reference, whose loop no
-    one would use; and the ViT with naive attention and with the `fastest` of this box. `names` keeps some of them.
+    """Return the entries that can run a race here.
+
+    They are every implementation of ours and its rivals, but not the reference, whose loop no one would use; and the ViT with
+    naive attention and with the `fastest` of this box. `names` keeps some of them.
 
     Raises NoBound for a subject without a bound or licence.
     """
@@ -48,7 +50,7 @@ def entries(race: str, device: str, fastest: str, names: tuple[str, ...] = ()) -
 
 
 def contenders(subject: str, kernel: str | None) -> list[Implementation]:
-    """Return who is timed of a subject: all but the reference, unless it selects them by the fastest `kernel` for attention."""
+    """Return the timed implementations of a subject: all but the reference, unless it selects them by the fastest `kernel`."""
     module = subjects()[subject]
     if isinstance(module, SelectsContenders):
         return module.contenders(kernel)
@@ -61,7 +63,7 @@ def runs(entry: Entry, point: Point, grid: str) -> bool:
 
 
 def absent(names: Iterable[str], device: str) -> list[dict[str, str]]:
-    """Return who would be timed in these races but cannot run here, and why."""
+    """Return the contenders of these races that cannot run here, with the reasons."""
     every = races()
     raced = dict.fromkeys(subject for name in names for subject, _ in every[name].contenders)
     return [

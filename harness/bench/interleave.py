@@ -61,8 +61,8 @@ def interleave(
 ) -> Iterator[Speed]:
     """Time all workers at a point for `budget` seconds each, and yield their speeds.
 
-    Those that fit into the memory together are interleaved. One that does not fit beside the others has the device to itself:
-    running out of memory is then its own doing. If there is room for all `together`, all load at once, which takes as long as
+    Those that fit into the memory at the same time are interleaved. One that does not fit with the others is timed alone:
+    an out-of-memory error then is its own. If all fit (`together`), all load at once, which takes as long as
     the slowest. Where calls are slow, `fewest` samples are taken whatever the budget.
     """
     entries = [TimedEntry(worker, point, fewest=fewest) for worker in workers]

@@ -4,7 +4,7 @@ from typing import Any
 
 
 class Power:
-    """Reads one GPU's counters. nvidia-ml-py is optional: without it, or without permission, everything is None."""
+    """The counters of one GPU. nvidia-ml-py is optional: without it, or without permission, everything is None."""
 
     def __init__(self, device: str) -> None:
         self._nvml: Any = None

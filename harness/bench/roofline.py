@@ -11,7 +11,7 @@ from harness.records.speed import Point
 
 
 class NoBound(TypeError):
-    """A subject that is timed says nothing of the least time that it needs, or of its licence."""
+    """A timed subject has no bound or no licence."""
 
 
 def timed(subject: str) -> Timed:

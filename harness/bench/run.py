@@ -24,15 +24,15 @@ ROOM_FOR_ALL = {"infer": 300_000, "train": 30_000}  # tokens, of all clips toget
 def licence_requests(
     racing: Iterable[tuple[str, Entry]], device: str, dtype: str, threads: int
 ) -> list[ParityRequest]:
-    """Return what parity asks of the entries of (race, entry) pairs before the clock starts.
+    """Return the requests to parity that license the entries of (race, entry) pairs before they are timed.
 
-    There is a request for each subject, and one for each race with a licence of its own.
+    There is a request for each subject, and one for each race with its own licence.
     """
     names: dict[tuple[str, str], dict[str, None]] = {}
     races, requests = grids.races(), []
     for race, entry in racing:
-        own = race if races[race].licence else ""
-        names.setdefault((own, entry.subject), {})[entry.implementation] = None
+        licensed_race = race if races[race].licence else ""
+        names.setdefault((licensed_race, entry.subject), {})[entry.implementation] = None
     for (race, subject), implementations in names.items():
         checks = races[race].checks if race else PARITY
         cases = (races[race].licence if race else None) or roofline.timed(subject).licence
@@ -43,11 +43,11 @@ def licence_requests(
 
 
 def ask_licences(requests: list[ParityRequest], run: Run, tell: Callable[[str], None], jobs: int = 1) -> None:
-    """Ask what was not asked yet, in `jobs` processes; the records go into the run."""
-    asked = [request for request in requests if parity.is_unanswered(request, run)]
-    for request in asked:
+    """Ask the questions that are not answered yet, in `jobs` processes; the records go into the run."""
+    unanswered = [request for request in requests if parity.is_unanswered(request, run)]
+    for request in unanswered:
         tell(f"licence: {request.subjects[0]}, {', '.join(request.checks)}")
-    parity.run_parity(asked, run, lambda case, record: None, jobs=jobs)
+    parity.run_parity(unanswered, run, lambda case, record: None, jobs=jobs)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -136,15 +136,18 @@ def _speeds(
         else:
             racing.append(of_entries.setdefault(entry, Worker(entry, device, threads, slowest)))
             wrong[entry] = why, budgets
-    together, fewest = fits_together(run, [w.entry for w in racing], point), grids.race_of(point).fewest(point)
-    for speed in interleave(racing, point, budget, together, fewest):
+    load_at_once, fewest = fits_together(run, [w.entry for w in racing], point), grids.race_of(point).fewest(point)
+    for speed in interleave(racing, point, budget, load_at_once, fewest):
         why, budgets = wrong[speed.entry]
         yield replace(speed, wrong=budgets, reason=speed.reason or why)
 
 
 def fits_together(run: Run, entries: list[Entry], point: Point) -> bool:
-    """Return whether all entries fit into the memory together: tokens are few, or the memory at a shorter point of the curve
-    fits after growing with the tokens. An entry that grows faster, as naive attention does, is loaded a second time, alone."""
+    """Return whether all entries fit into the memory at the same time.
+
+    They do if tokens are few, or if the memory at a shorter point of the curve fits after growing with the tokens. An entry
+    that grows faster, as naive attention does, is loaded a second time, alone.
+    """
     if point.tokens <= ROOM_FOR_ALL[point.mode]:
         return True
     shorter = [s for s in run.speeds if s.reserved and s.point.curve == point.curve and s.point["L"] <= point["L"]]
@@ -169,7 +172,7 @@ def points_here(grid: str, device: str, races: tuple[str, ...], patterns: tuple[
 def describe(
     grid: str, device: str, races: tuple[str, ...], names: tuple[str, ...], patterns: tuple[str, ...], budget: float, box: dict
 ) -> dict:  # fmt: skip
-    """Return what run.json says of a benchmark run at its start."""
+    """Return the description of a benchmark run for run.json, at its start."""
     plan = {"grid": grid, "device": device, "races": races, "names": names, "points": patterns, "budget": budget}
     absent = grids.absent(races or grids.races(), device)
     return {"kind": "bench", "plan": plan, "box": box, "absent": absent}

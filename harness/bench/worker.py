@@ -30,8 +30,10 @@ class EntryFailed(RuntimeError):
 
 
 class Worker:
-    """Starts the process at the first request, and again after it died. A call that takes more than `slowest` seconds fails,
-    unless it is of very many tokens."""
+    """A worker process, started at the first request and again after it died.
+
+    A call that takes more than `slowest` seconds fails, unless it is of very many tokens.
+    """
 
     def __init__(self, entry: Entry, device: str, threads: int, slowest: float = 10.0) -> None:
         self.entry, self._device, self._threads, self._slowest = entry, device, threads, slowest
@@ -82,7 +84,7 @@ class Worker:
 
 
 class Batch(NamedTuple):
-    """Seconds of each call of a batch of samples, joules of the whole batch, pauses included, and MHz at its end."""
+    """Seconds of each call of a batch of samples, joules of the batch, pauses included, and MHz at its end."""
 
     seconds: list[float]
     joules: float | None
@@ -90,7 +92,7 @@ class Batch(NamedTuple):
 
 
 class LoadedCall:
-    """In the process: at most one call, ready to be timed."""
+    """The call that is ready to be timed in the worker process; at most one."""
 
     def __init__(self, entry: Entry, device: str, slowest: float) -> None:
         self._entry, self._device, self._clock, self._slowest = entry, device, Clock(device), slowest
@@ -134,7 +136,7 @@ class LoadedCall:
 
 
 def _prepare(entry: Entry, device: str) -> None:
-    """Import what its calls will need, which takes seconds."""
+    """Import the modules that its calls need, which takes seconds."""
     importlib.import_module(entry.maker.partition(":")[0])
     backends.unavailable(entry.implementation.removeprefix("fused:"), device)
 

@@ -45,9 +45,9 @@ def in_batch(
 ) -> dict[str, Tensor | None]:
     """Return the results of the first clip of `ours` at a place of a batch that is filled up with clips of `others`."""
 
-    def placed(mine: Tensor, theirs: Tensor) -> Tensor:
-        neighbours = [theirs[i % len(theirs)][None] * factor for i in range(size - 1)]
-        return torch.cat([*neighbours[:place], mine[:1], *neighbours[place:]])
+    def placed(clips: Tensor, others: Tensor) -> Tensor:
+        neighbours = [others[i % len(others)][None] * factor for i in range(size - 1)]
+        return torch.cat([*neighbours[:place], clips[:1], *neighbours[place:]])
 
     def cotangent(name: str, output: Tensor) -> Tensor:
         return placed(*(trial.cotangent(seed, name, output[:1]) for seed in (0, 1)))

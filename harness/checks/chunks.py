@@ -22,7 +22,7 @@ def asks(subject: Subject, implementation: Implementation, case: Case) -> bool:
 
 
 def run(trial: Trial, implementation: Implementation) -> list[Finding]:
-    """Judge each chunk by itself against the truth of the whole, so that a fault in a short chunk cannot hide in a long one."""
+    """Judge each chunk by itself against the truth of the whole sequence: no fault of a short chunk hides in a long one."""
     axes, count, grad = trial.subject.time_axes(trial.case), trial.subject.num_units(trial.case), trial.asks_gradients
     found = []
     for cuts in partitions(trial.case, count):

@@ -74,7 +74,7 @@ def compiled(trial: Trial, implementation: Implementation) -> list[Finding]:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Compile in this process, which may have no children, and keep what PyTorch warns itself of to itself."""
+    """Compile in this process, which may have no children, and suppress the warnings that PyTorch causes itself."""
     with warnings.catch_warnings(), torch._inductor.config.patch(compile_threads=1):
         warnings.simplefilter("ignore")
         yield
@@ -94,7 +94,7 @@ def replayed(trial: Trial, implementation: Implementation) -> list[Finding]:
     with torch.cuda.device(trial.device):
         side_stream = torch.cuda.Stream()
         side_stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side_stream):  # what happens at a first call is not to be captured
+        with torch.cuda.stream(side_stream):  # the work of a first call must not be captured
             for _ in range(3):
                 call()
         torch.cuda.current_stream().wait_stream(side_stream)

@@ -34,7 +34,7 @@ LEARNT = 0.5  # the share of its first loss that the truth may keep; a run that 
 
 NAME = "convergence"
 LOSS, DISTANCE, FREE = "loss", "distance", "free run"
-TRUTH, PLAIN, GOT = "truth", "plain", "got"  # of whom there are curves
+TRUTH, PLAIN, GOT = "truth", "plain", "got"  # the labels of curves
 
 
 def steps(case: Case) -> float:

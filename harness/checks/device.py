@@ -32,7 +32,7 @@ def run(trial: Trial, implementation: Implementation) -> list[Finding]:
         if tensor is not None:
             misplaced = device_of(tensor) != other.device
             found.append(Finding(name, "place", float(misplaced), 0.0, note=f"on {device_of(tensor)}, due on {other.device}"))
-    if not all(f.passed for f in found):  # what lies elsewhere cannot be judged there
+    if not all(f.passed for f in found):  # tensors on another device cannot be judged there
         return found
     after = trial.got(implementation, 0, True).named()
     return found + [differing(k, t, after[k]) for k, t in before.items()] + other.judge(implementation, grad=True)

@@ -29,7 +29,7 @@ def asks(subject: Subject, implementation: Implementation, case: Case) -> bool:
 
 
 def run(trial: Trial, implementation: Implementation) -> list[Finding]:
-    """Ask what the case's option says."""
+    """Ask the question that the case's option names."""
     if trial.case.has("nan"):
         return with_one_nan(trial, implementation)
     if trial.case.has("length"):
@@ -48,7 +48,7 @@ def run(trial: Trial, implementation: Implementation) -> list[Finding]:
 
 
 def every_other(tensor: Tensor | None, axis: int | None, first: int) -> Tensor | None:
-    """Return every other channel, from the first or the second one on; all of what has no channels."""
+    """Return every other channel, from the first or the second one on; a tensor without channels as it is."""
     if tensor is None or axis is None:
         return tensor
     return tensor.movedim(axis, 0)[first::2]
@@ -68,11 +68,11 @@ def by_clip(trial: Trial, implementation: Implementation) -> list[Finding]:
 
 
 def with_one_nan(trial: Trial, implementation: Implementation) -> list[Finding]:
-    """Return where one NaN at a time, in the first clip or channel and the middle token, must actual out and does not."""
+    """Return where one NaN at a time, in the first clip or channel and the middle token, must come out and does not."""
     found = []
     for name in trial.leaves(0):
         plain, got = (
-            trial.run(who, 0, True, with_nan(trial.leaves(0), name)).named() for who in (trial.reference, implementation)
+            trial.run(runner, 0, True, with_nan(trial.leaves(0), name)).named() for runner in (trial.reference, implementation)
         )
         for result, expected in plain.items():
             actual = got.get(result)
@@ -89,7 +89,7 @@ def with_one_nan(trial: Trial, implementation: Implementation) -> list[Finding]:
 
 
 def with_nan(leaves: Named, name: str) -> Named:
-    """Return the leaves with one NaN: in the middle of the tokens, first in all else."""
+    """Return the leaves with one NaN: at the middle token, and at index 0 of all other axes."""
     place = [0] * leaves[name].dim()
     if leaves[name].dim() == 3:
         place[1] = leaves[name].shape[1] // 2

@@ -37,9 +37,9 @@ def run(trial: Trial, implementation: Implementation) -> list[Finding]:
         raise CannotAsk(f"{implementation.name} does not declare initial_state: no state goes from chunk to chunk")
     case, plain = trial.case, trial.reference
 
-    def tokens(who: Implementation, exact: bool, seed: int, how: Callable[[Any, Tensor], Tensor]) -> Tensor:
+    def tokens(runner: Implementation, exact: bool, seed: int, how: Callable[[Any, Tensor], Tensor]) -> Tensor:
         leaves = trial.leaves(seed, exact)
-        model = modules.on_meta(trial.subject.build, who.call, case)
+        model = modules.on_meta(trial.subject.build, runner.call, case)
         with torch.no_grad(), modules.precision(case, leaves):
             return modules.call(model, leaves, how, leaves["clip"]).cpu()
 

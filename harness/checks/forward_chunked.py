@@ -8,7 +8,7 @@ from harness.judge.protocols import ChunkedModel, Subject
 from harness.judge.trial import Trial, worst_of
 from harness.records.finding import Finding, Tally
 
-REFERENCE_TOKENS = 16  # up to which the reference is asked, which is slow in chunks
+REFERENCE_TOKENS = 16  # up to this length the reference is judged too; it is slow in chunks
 
 
 def asks(subject: Subject, implementation: Implementation, case: Case) -> bool:

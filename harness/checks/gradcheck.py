@@ -15,7 +15,7 @@ from harness.judge.protocols import Subject
 from harness.judge.trial import Trial
 from harness.records.finding import Finding
 
-MANY_LEAVES = 16  # with more than these, each is asked under one of the seeds only
+MANY_LEAVES = 16  # with more than these, each is tested under one of the seeds only
 STEP = 2.0**-14  # near the cube root of float64's roundoff, where truncation and cancellation balance
 
 
@@ -25,7 +25,7 @@ def asks(subject: Subject, implementation: Implementation, case: Case) -> bool:
 
 
 def run(trial: Trial, implementation: Implementation) -> list[Finding]:
-    """Ask one direction a leaf and seed, errors and budgets pooled over the seeds that asked it."""
+    """Ask one direction a leaf and seed, errors and budgets pooled over the seeds."""
     squares: dict[str, list[float]] = {}
     for seed in trial.seeds:
         leaves = trial.leaves(seed)

@@ -11,7 +11,7 @@ from harness.records.finding import Finding
 
 
 def asks(subject: Subject, implementation: Implementation, case: Case) -> bool:
-    """Return True of modules , once for each configuration."""
+    """Return True of modules, once for each configuration."""
     return isinstance(subject, HasModule) and implementation.name != "reference" and case.dtype == "float32"
 
 

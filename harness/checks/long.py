@@ -1,6 +1,6 @@
 """Does an hour of video in chunks equal one pass over all of it?
 
-No reference is run over an hour. The truth is one pass of `fused:torch` in float64, plain one pass of the asked implementation
+No reference is run over an hour. The truth is one pass of `fused:torch` in float64, plain one pass of the judged implementation
 in the case's precision; of 8 frames both have to keep to the rule against the reference itself. An hour is asked on a GPU, in
 grid `long`; a minute, in grid `smoke`, shows that the question works.
 """
@@ -16,7 +16,7 @@ from harness.judge.protocols import Subject
 from harness.judge.trial import Trial
 from harness.records.finding import Finding, Tally
 
-REFERENCE_FRAMES = 8  # for which the reference is asked
+REFERENCE_FRAMES = 8  # of the short video that is judged against the reference
 CHUNK = 28  # frames; the last chunk is shorter
 MAX_CPU_TOKENS = 10_000
 
@@ -51,8 +51,8 @@ def run(trial: Trial, implementation: Implementation) -> list[Finding]:
     for seed in short_trial.seeds:
         plain, truth = short_trial.plain(seed, False).outputs, short_trial.truth(seed, False).outputs
         with torch.no_grad():
-            for who, exactly in ((implementation, False), (exact, True)):
-                got = subject.evaluate(who.call, short_trial.case, short_trial.leaves(seed, exactly))["logits"].cpu()
+            for runner, exactly in ((implementation, False), (exact, True)):
+                got = subject.evaluate(runner.call, short_trial.case, short_trial.leaves(seed, exactly))["logits"].cpu()
                 name = f"logits[{REFERENCE_FRAMES} frames, {'truth' if exactly else 'plain'}]"
                 tally.add(name, got.to(plain["logits"].dtype), plain["logits"], truth["logits"])
     return tally.findings()

@@ -46,8 +46,8 @@ def steps(case: Case) -> float:
 
 def asks(subject: Subject, implementation: Implementation, case: Case) -> bool:
     """Return True of all backends of `fused`, in cases for it."""
-    asked = case.only_check == NAME and isinstance(subject, TrainableByCommand)
-    return asked and implementation.backend is not None
+    selected = case.only_check == NAME and isinstance(subject, TrainableByCommand)
+    return selected and implementation.backend is not None
 
 
 def run(trial: Trial, implementation: Implementation) -> list[Finding]:
@@ -58,24 +58,24 @@ def run(trial: Trial, implementation: Implementation) -> list[Finding]:
         raise CannotAsk(f"needs two GPUs, there is {count}")
     truth = trial.cached(NAME, lambda: first_steps_in_float64(trial))
     with tempfile.TemporaryDirectory() as name:
-        asked = Questions(trial, str(implementation.backend), Path(name))
-        engines = [training for engine in ENGINES for training in (*asked.firsts(engine), asked.uninterrupted(engine))]
-        two_processes.run_trainings([*asked.firsts("plain"), *engines], asked.folder)
+        questions = Questions(trial, str(implementation.backend), Path(name))
+        engines = [training for engine in ENGINES for training in (*questions.firsts(engine), questions.uninterrupted(engine))]
+        two_processes.run_trainings([*questions.firsts("plain"), *engines], questions.folder)
         for engine in ENGINES:
-            asked.stop(engine)
-        output = two_processes.run_trainings([asked.resumed(engine) for engine in ENGINES], asked.folder)
+            questions.stop(engine)
+        output = two_processes.run_trainings([questions.resumed(engine) for engine in ENGINES], questions.folder)
         if output.count(f"goes on behind step {SAVED}") != len(ENGINES):
             end = output[-two_processes.SHOWN_CHARACTERS :]
             raise RuntimeError(f"a training did not go on from step {SAVED}; its output: {end}")
-        return [f for e in ENGINES for f in (*asked.first_step_findings(e, truth), *asked.same_after_resume(e))]
+        return [f for e in ENGINES for f in (*questions.first_step_findings(e, truth), *questions.same_after_resume(e))]
 
 
 def first_steps_in_float64(trial: Trial) -> list[Named]:
     """Return the first step in float64, for each seed."""
     with tempfile.TemporaryDirectory() as name:
-        asked = Questions(trial, "torch", Path(name))
-        two_processes.run_trainings(asked.firsts("truth"), asked.folder)
-        return [asked.first_step("truth", seed) for seed in range(SEEDS)]
+        questions = Questions(trial, "torch", Path(name))
+        two_processes.run_trainings(questions.firsts("truth"), questions.folder)
+        return [questions.first_step("truth", seed) for seed in range(SEEDS)]
 
 
 class Questions:

@@ -43,10 +43,10 @@ def in_layout(
     """Apply the rule to tensors in one layout; `same_values` if it does not change their values."""
     tally, grad = Tally(), trial.asks_gradients
 
-    def result(who: Implementation, seed: int, exact: bool = False) -> dict[str, Tensor | None]:
+    def result(runner: Implementation, seed: int, exact: bool = False) -> dict[str, Tensor | None]:
         leaves = {k: place(v) for k, v in trial.leaves(seed, exact).items()}
         return trial.run(
-            who, seed, grad, leaves, cotangent=lambda what, output: place(trial.cotangent(seed, what, output))
+            runner, seed, grad, leaves, cotangent=lambda output_name, output: place(trial.cotangent(seed, output_name, output))
         ).named()
 
     for seed in trial.seeds:
@@ -66,8 +66,8 @@ def second_half(x: Tensor) -> Tensor:
 
 def columns(x: Tensor) -> Tensor:
     """Return columns 3 to 3+n of rows of 2n+3, as B stands in the rows of x_proj."""
-    beside = torch.full_like(x, math.nan)
-    return torch.cat([beside[..., :1].expand(*x.shape[:-1], 3), x, beside], -1)[..., 3 : 3 + x.shape[-1]]
+    nans = torch.full_like(x, math.nan)
+    return torch.cat([nans[..., :1].expand(*x.shape[:-1], 3), x, nans], -1)[..., 3 : 3 + x.shape[-1]]
 
 
 def transposed(x: Tensor) -> Tensor:

@@ -116,11 +116,11 @@ def trainings(names: tuple[str, ...], wanted: tuple[str, ...], seeds: int, steps
 
 
 def recipe(task: Task, steps: int, short: bool) -> Recipe:
-    """Return the task's recipe, or it with another number of steps; fewer steps than its own have no bar."""
-    own = task.short if short else task.full
+    """Return the task's recipe, or it with another number of steps; fewer steps than its default have no bar."""
+    default = task.short if short else task.full
     if not steps:
-        return own
-    return replace(own, steps=steps, bar=own.bar if steps >= own.steps else None)
+        return default
+    return replace(default, steps=steps, bar=default.bar if steps >= default.steps else None)
 
 
 def run_training(training: Training, device: str, progress: Progress) -> tuple[Record, Fitted | None]:
@@ -131,11 +131,11 @@ def run_training(training: Training, device: str, progress: Progress) -> tuple[R
 
         def tell(evaluation: Evaluation) -> None:
             item = training.item(evaluation.step)
-            progress.done(item, f"{item}: loss {evaluation.loss:.3f}, held out {evaluation.wrong} of {asked} wrong")
+            progress.done(item, f"{item}: loss {evaluation.loss:.3f}, held out {evaluation.wrong} of {num_held_out} wrong")
 
         try:
             data = training.task.data()
-            asked = len(data.held_out[1])
+            num_held_out = len(data.held_out[1])
             fitted = fit(training.task, data, training.implementation.call, training.recipe, training.seed, device, tell)
             findings = findings_of(fitted, training.recipe)
             status = judged(findings)
@@ -160,13 +160,13 @@ def findings_of(fitted: Fitted, recipe: Recipe) -> list[Finding]:
 
     Judged are the wrong answers, against the bar, and losses that are no numbers; every look is measured only.
     """
-    asked, last = fitted.num_held_out, fitted.evaluations[-1]
+    num_held_out, last = fitted.num_held_out, fitted.evaluations[-1]
     bar = f"bar {100 * recipe.bar:.0f} %" if recipe.bar is not None else "no bar"
     findings = [
-        Finding("held out", "wrong", last.wrong, allowed(recipe.bar, asked), asked, note=bar),
+        Finding("held out", "wrong", last.wrong, allowed(recipe.bar, num_held_out), num_held_out, note=bar),
         Finding("loss", "not finite", sum(x != x or abs(x) == float("inf") for x in fitted.losses), 0.0, len(fitted.losses)),
     ]
     for evaluation in fitted.evaluations:
         for norm, value in (("loss", evaluation.loss), ("wrong", evaluation.wrong), ("seconds", evaluation.seconds)):
-            findings.append(Finding(f"step {evaluation.step}", norm, value, float("inf"), asked))
+            findings.append(Finding(f"step {evaluation.step}", norm, value, float("inf"), num_held_out))
     return findings

@@ -110,12 +110,12 @@ def teller(progress: Progress) -> Callable[[Case, Record | None], None]:
 
 def list_cases(plan: ParityRequest, points: list[Case]) -> int:
     """Print the cases with rough seconds on two CPU cores or one GPU, and their largest tensors' memory; run nothing."""
-    asked = 0
+    questions = 0
     for c in points:
         n = len(plan.questions(c))
-        asked += n
+        questions += n
         print(
             f"{c.subject:11} {c.name:60} {n:3} questions  ~{cost(plan, c) * 6e-5:7.1f} s  ~{memory(c):6.0f} MiB"
         )
-    print(f"{len(points)} cases, {asked} questions, about {sum(cost(plan, c) for c in points) * 6e-5 / 60:.1f} minutes")
-    return PASSED if asked else NOTHING
+    print(f"{len(points)} cases, {questions} questions, about {sum(cost(plan, c) for c in points) * 6e-5 / 60:.1f} minutes")
+    return PASSED if questions else NOTHING

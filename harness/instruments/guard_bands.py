@@ -19,30 +19,30 @@ METHODS = ("new_empty", "new_empty_strided", "new_zeros")
 
 
 class GuardedMemory:
-    """Places tensors between guard bands, by hand or, within `allocating`, whenever PyTorch is asked for memory."""
+    """Tensors placed between guard bands, by hand or, within `allocating`, whenever PyTorch allocates memory."""
 
     def __init__(self, garbage: float) -> None:
         self.garbage = garbage
-        self._placed: list[tuple[str, Tensor, Tensor, Tensor | None]] = []  # name, memory, own part, bytes to stay
-        self._allocate = torch.empty  # what allocates, also while it is replaced
+        self._placed: list[tuple[str, Tensor, Tensor, Tensor | None]] = []  # name, memory, interior, bytes that must not change
+        self._allocate = torch.empty  # the original, while `torch.empty` is replaced
 
     def place(self, name: str, value: Tensor) -> Tensor:
-        """Return a copy of the value, which nobody may change."""
-        tensor, memory, own = self._between(value)
+        """Return a copy of the value, which no call may change."""
+        tensor, memory, interior = self._between(value)
         tensor.copy_(value)
-        self._placed.append((name, memory, own, own.clone()))
+        self._placed.append((name, memory, interior, interior.clone()))
         return tensor
 
     def findings(self) -> list[Finding]:
-        """Return how many bytes of what must stay, and of the bands beside anything, have changed."""
+        """Return the number of changed bytes in placed values and in the bands around every tensor."""
         changed: dict[str, float] = {}
-        for name, memory, own, before in self._placed:
-            begin = own.storage_offset()
-            bands = memory[:begin], memory[begin + own.numel() :]
-            beside = sum(int((band != 0xFF).sum()) for band in bands)
-            changed[f"beside {name}"] = max(changed.get(f"beside {name}", 0.0), float(beside))
+        for name, memory, interior, before in self._placed:
+            begin = interior.storage_offset()
+            bands = memory[:begin], memory[begin + interior.numel() :]
+            overwritten = sum(int((band != 0xFF).sum()) for band in bands)
+            changed[f"beside {name}"] = max(changed.get(f"beside {name}", 0.0), float(overwritten))
             if before is not None:
-                changed[name] = float((own != before).sum())
+                changed[name] = float((interior != before).sum())
         return [Finding(name, "bytes", count, 0.0) for name, count in changed.items()]
 
     @contextlib.contextmanager
@@ -57,18 +57,18 @@ class GuardedMemory:
 
     def _guarded(self, name: str, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def allocate(*args: object, **options: object) -> Tensor:
-            asked = original(*args, **options)
-            if "out" in options or asked.is_meta or asked.layout != torch.strided or type(asked) is not Tensor:
-                return asked
-            tensor, memory, own = self._between(asked)
-            tensor.copy_(asked) if "zeros" in name else tensor.fill_(self._garbage_of(asked.dtype))
-            self._placed.append(("what was allocated", memory, own, None))
-            return tensor.requires_grad_(asked.requires_grad)
+            allocated = original(*args, **options)
+            if "out" in options or allocated.is_meta or allocated.layout != torch.strided or type(allocated) is not Tensor:
+                return allocated
+            tensor, memory, interior = self._between(allocated)
+            tensor.copy_(allocated) if "zeros" in name else tensor.fill_(self._garbage_of(allocated.dtype))
+            self._placed.append(("what was allocated", memory, interior, None))
+            return tensor.requires_grad_(allocated.requires_grad)
 
         return allocate
 
     def _between(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return a tensor with the layout of another, all the memory around it, and its own part of that."""
+        """Return a tensor with the layout of another, all of its memory with the bands, and the interior between them."""
         reach = sum((n - 1) * step for n, step in zip(like.shape, like.stride(), strict=True)) + 1 if like.numel() else 0
         size = reach * like.element_size()
         band = BAND.get(like.device.type, 2**16)

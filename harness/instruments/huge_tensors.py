@@ -2,7 +2,7 @@
 
 The results are known from the one clip. In a batch every clip is that clip. Along the tokens every period is it, because the
 steps are so large that exp(delta A) is 0 in float64 too: no token depends on those before. The first input is repeated in
-memory, as all results are; the others are expanded, of stride 0. In a whole result the least and the greatest value each have
+memory, as all results are; the others are expanded, of stride 0. Of each result the least and the greatest value each have
 to be right, so that one wrong value anywhere is seen.
 """
 

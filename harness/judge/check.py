@@ -15,11 +15,11 @@ from harness.records.finding import Finding
 
 
 class CannotAsk(Exception):
-    """A check has nothing to ask at this point; the message says why. The record is a skip."""
+    """The check has no question at this point; the message says why, and the record is a skip."""
 
 
 class Check(Protocol):
-    """A question."""
+    """The members of a check."""
 
     __name__: str
     __doc__: str | None

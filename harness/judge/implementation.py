@@ -15,7 +15,7 @@ Sample = tuple[Any, tuple[Any, ...], dict[str, Any]]  # an op, as torch.library.
 
 @dataclass(frozen=True)
 class Implementation:
-    """Something that runs a subject. `call` is the operator, or builds the module from its configuration.
+    """An implementation of a subject. `call` is the operator, or builds the module from its configuration.
 
     `backend` and the operator's `table` of abilities say what it declares; without them it declares everything.
 

@@ -33,7 +33,7 @@ Answers = Iterator[tuple[Case, Record | None]]  # a case with None when all its 
 
 
 def describe(request: ParityRequest, box: dict) -> dict:
-    """Return what run.json says of a parity run at its start."""
+    """Return the description of a parity run for run.json, at its start."""
     return {"kind": "parity", "plan": asdict(request), "box": box, "filtered": request.filtered}
 
 
@@ -44,7 +44,7 @@ def run_parity(
     save_failing: bool = False,
     jobs: int = 1,
 ) -> None:
-    """Ask all that the run has not answered yet, in `jobs` processes; `tell` hears of records, and of cases when done."""
+    """Ask all that the run has not answered yet, in `jobs` processes; `tell` gets every record, and every case when done."""
     answered = {r.key for r in run.records}
     for skip in (a for request in requests for a in absent_implementations(request)):
         if skip.key not in answered:
@@ -71,8 +71,8 @@ def _in_processes(requests: Sequence[ParityRequest], answered: set[Key], folder:
     """Answer the most expensive cases first, so that no process is left alone with one at the end."""
     pool = workers.pool(jobs, environment.prepare)
     try:
-        asked = sorted(((request, case) for request in requests for case in request.selected_cases()), key=lambda p: -cost(*p))
-        futures = {pool.submit(_answer, request, case, answered, folder): case for request, case in asked}
+        pairs = sorted(((request, case) for request in requests for case in request.selected_cases()), key=lambda p: -cost(*p))
+        futures = {pool.submit(_answer, request, case, answered, folder): case for request, case in pairs}
         for done in as_completed(futures):
             yield from ((futures[done], record) for record in done.result())
             yield futures[done], None
@@ -83,7 +83,7 @@ def _in_processes(requests: Sequence[ParityRequest], answered: set[Key], folder:
 
 
 class Judge:
-    """Asks in one process; keeps its second process and the implementations that can run from case to case."""
+    """A judge in one process; it keeps its second process and the implementations that can run from case to case."""
 
     def __init__(self, request: ParityRequest, folder: Path | None) -> None:
         self.request, self.folder, self.second_process = request, folder, SecondProcess(request)
@@ -124,8 +124,8 @@ def _answer(request: ParityRequest, case: Case, answered: set[Key], folder: Path
 def is_unanswered(request: ParityRequest, run: Run) -> bool:
     """Return whether a question of the request has no answer yet."""
     answered = {r.key for r in run.records}
-    asked = ((c.subject, i.name, name, c.name) for c in request.selected_cases() for name, _, i in request.questions(c))
-    return any(key not in answered for key in asked)
+    keys = ((c.subject, i.name, name, c.name) for c in request.selected_cases() for name, _, i in request.questions(c))
+    return any(key not in answered for key in keys)
 
 
 def ask(request: ParityRequest, trial: Trial, name: str, check: Check, implementation: Implementation) -> Record:
@@ -160,8 +160,11 @@ def ask(request: ParityRequest, trial: Trial, name: str, check: Check, implement
 
 
 def selected_findings(findings: list[Finding]) -> tuple[Finding, ...]:
-    """Return what a record keeps: the findings over their budgets and the closest to them, at most MAX_FINDINGS of either; and
-    those that have a curve or were only measured."""
+    """Return the findings that a record keeps.
+
+    They are those over their budgets and the closest to them, at most MAX_FINDINGS of either; and those that have a curve or
+    were only measured.
+    """
     always = [f for f in findings if f.measured or f.curve]
     ranked = sorted((f for f in findings if f not in always), key=lambda f: (f.passed, -f.ratio))
     over = [f for f in ranked if not f.passed]
@@ -172,8 +175,8 @@ def absent_implementations(request: ParityRequest) -> Iterator[Record]:
     """Yield one skip for every implementation that cannot run on this box."""
     last_cases = {case.subject: case for case in request.selected_cases()}
     for subject, case in last_cases.items():
-        asked = {i.name: i for _, _, i in request.questions(case)}
-        for name, implementation in asked.items():
+        implementations = {i.name: i for _, _, i in request.questions(case)}
+        for name, implementation in implementations.items():
             if reason := implementation.absent(request.device):
                 yield Record(subject, name, implementation.role, "all", "", "", "skip", reason=reason)
 
@@ -220,8 +223,8 @@ def write_stamps(request: ParityRequest, run: Run) -> list[tuple[str, str]]:
     if request.filtered or request.added:
         return []
     written = []
-    asked = sorted({(r.implementation, r.dtype) for r in run.records if r.role == "ours" and r.dtype})
-    for name, dtype in asked:
+    judged = sorted({(r.implementation, r.dtype) for r in run.records if r.role == "ours" and r.dtype})
+    for name, dtype in judged:
         backend = name.removeprefix("fused:")
         names = {name, f"fused:{operators_of(backend)}"}
         mine = [r for r in run.records if r.implementation in names and r.dtype == dtype]

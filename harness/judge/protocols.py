@@ -25,7 +25,7 @@ Cuts = tuple[int, ...]  # the units at which chunks start; the first is 0
 
 @runtime_checkable
 class Subject(Protocol):
-    """A thing that runs, in several implementations."""
+    """An operator or a module, in several implementations."""
 
     __name__: str
     __doc__: str | None
@@ -151,6 +151,9 @@ class RestrictedExpansion(Protocol):
 class Trainable(Protocol):
     """A model that the check `convergence` trains."""
 
+    def training_title(self) -> str:
+        """Return the task in a few words, for plots."""
+
     def learning_rate(self) -> float:
         """Return the rate of SGD with momentum, at which the loss falls by much, and without leaps."""
 
@@ -203,10 +206,10 @@ class Timed(Protocol):
 
 @runtime_checkable
 class SelectsContenders(Protocol):
-    """A subject of which not simply everything but the reference is timed."""
+    """A subject that selects its timed implementations; of others all but the reference are timed."""
 
     def contenders(self, kernel: str | None) -> list[Implementation]:
-        """Return who is timed; `kernel` is the box's fastest for softmax attention, None for all that might be."""
+        """Return the timed implementations; `kernel` is the box's fastest for softmax attention, None for all that might be."""
 
 
 @runtime_checkable

@@ -34,10 +34,10 @@ def require_device(device: str) -> str:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     seen = ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
     try:
-        asked = torch.device(device)
+        requested = torch.device(device)
     except RuntimeError as error:
         raise UsageError(f"{device!r} is no device; there are {seen}") from error
-    if asked.type == "cuda" and (asked.index or 0) >= count:
+    if requested.type == "cuda" and (requested.index or 0) >= count:
         raise UsageError(f"PyTorch sees no device {device!r} here; there are {seen}")
     return device
 
@@ -150,8 +150,8 @@ def parse_added(text: str) -> tuple[str, str, Callable[..., Any]]:
     subject, _, name = target.partition(":")
     path, _, layout = path.partition("@")
     module, _, attribute = path.partition(":")
-    layouts = {s: own.LAYOUTS for s, own in subjects().items() if isinstance(own, HasLayouts)}
-    known = ", ".join(dict.fromkeys(name for own in layouts.values() for name in own))
+    layouts = {name: s.LAYOUTS for name, s in subjects().items() if isinstance(s, HasLayouts)}
+    known = ", ".join(dict.fromkeys(name for offered in layouts.values() for name in offered))
     if not (subject in subjects() and name and module and attribute):
         raise UsageError(
             f"--with {text!r} is not SUBJECT:NAME=module:callable, with SUBJECT one of {', '.join(subjects())}; "

@@ -13,7 +13,7 @@ TIMEOUT = 600.0  # seconds for one case before the second process counts as stuc
 
 
 class SecondProcess:
-    """Starts the process at the first question and keeps it; it builds its implementations from the same request."""
+    """A process that is started at the first question and kept; it builds its implementations from the same request."""
 
     def __init__(self, request: ParityRequest) -> None:
         self._request = request

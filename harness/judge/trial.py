@@ -19,12 +19,12 @@ from reference.ops.dtypes import accumulation_dtype
 T = TypeVar("T")
 Named = dict[str, Tensor]
 Cotangent = Callable[[str, Tensor], Tensor]  # of an output, by its name
-MAX_REFERENCE_TOKENS = 1000  # beyond, the reference is not asked what costs it several loops
+MAX_REFERENCE_TOKENS = 1000  # beyond, the reference skips questions that take several of its loops
 
 
 @dataclass
 class Result:
-    """Outputs of one evaluation and, if they were asked for, the gradient of every leaf (None where there is none)."""
+    """Outputs of one evaluation and, if requested, the gradient of every leaf (None where there is none)."""
 
     outputs: Named
     gradients: dict[str, Tensor | None] = field(default_factory=dict)
@@ -141,7 +141,7 @@ class Trial:
         return result
 
     def cached(self, key: str, compute: Callable[[], T]) -> T:
-        """Return what a check computes once for all implementations."""
+        """Return a value that a check computes once for all implementations."""
         if key not in self._cached:
             self._cached[key] = compute()
         return self._cached[key]

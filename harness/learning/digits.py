@@ -13,7 +13,7 @@ from harness.learning.task import Batch, Data, Recipe, Task
 
 FOLD = 5  # one in so many is held out
 MEAN, STD = 0.305, 0.376  # of all pixels in 0..1
-SHIFT = 1  # pixels by which a training image may lie elsewhere
+SHIFT = 1  # pixels by which a training image is shifted at most
 
 
 @functools.cache

@@ -97,6 +97,6 @@ def _answers(model: nn.Module, inputs: Tensor) -> Tensor:
 def _groups(twin: nn.Module, model: nn.Module, lr: float) -> list[dict[str, Any]]:
     """Return the groups that `parameter_groups` makes for `twin`, of fused's classes, with the parameters of `model`."""
     names = {id(p): name for name, p in twin.named_parameters()}
-    own = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     groups = parameter_groups(twin, lr, WEIGHT_DECAY, rule="corrected")
-    return [group | {"params": [own[names[id(p)]] for p in group["params"]]} for group in groups]
+    return [group | {"params": [parameters[names[id(p)]] for p in group["params"]]} for group in groups]

@@ -2,7 +2,7 @@
 
 A digit that leaves on one side comes in on the other, and where it starts is uniform: no single frame tells the direction,
 and a clip shown backwards is a clip of the opposite one.
-Half of the digits lie on their side: with upright ones alone, right and left are told apart long before up and down. The head
+Half of the digits lie on their side: with upright ones alone, right and left are learnt long before up and down. The head
 reads the mean of all tokens, which takes fewer steps than CLS, which the scan reaches last.
 """
 

@@ -16,7 +16,7 @@ from fused.io.checkpoint_file import read_checkpoint
 from harness.fixtures.video import SHIPPED
 from harness.learning import digits, motion
 
-PATH = SHIPPED.with_name("motion.pth")  # beside the clip, in a checkout and where the wheel puts it
+PATH = SHIPPED.with_name("motion.pth")  # in the folder of the clip, in a checkout and where the wheel puts it
 DIGITS = 64
 
 

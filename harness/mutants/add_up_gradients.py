@@ -27,6 +27,6 @@ def plant() -> AbstractContextManager[object]:
         return used
 
     def planted(self: Mamba) -> tuple[DirectionWeights, ...]:
-        return tuple(own._replace(D=summed(own.D)) for own in original(self))
+        return tuple(weights._replace(D=summed(weights.D)) for weights in original(self))
 
     return mock.patch.object(Mamba, "directions", planted)

@@ -24,7 +24,7 @@ def bug(scan: Scan, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *
     halves = (slice(half, None), slice(half)) if rest.get("reverse") else (slice(half), slice(half, None))
     parts = {}
     for part in halves:
-        own = None if z is None else z[:, part]
-        parts[part.start or 0], final = scan(u[:, part], delta[:, part], A, B[:, part], C[:, part], z=own, **rest)
+        z_part = None if z is None else z[:, part]
+        parts[part.start or 0], final = scan(u[:, part], delta[:, part], A, B[:, part], C[:, part], z=z_part, **rest)
         rest["initial_state"] = None
     return torch.cat([parts[start] for start in sorted(parts)], dim=1), final

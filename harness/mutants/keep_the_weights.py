@@ -18,10 +18,10 @@ def plant() -> AbstractContextManager[object]:
     """Return the context in which the bug is there. Gradients go to the weight itself, and are those of the copy."""
     original, copies = Mamba.__getattr__, WeakTensorKeyDictionary()
 
-    def stale(own: nn.Linear) -> Callable[[Tensor], Tensor]:
-        weight = own.weight
+    def stale(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+        weight = linear.weight
         copy = copies.setdefault(weight, weight.detach().clone())
-        return lambda hidden: F.linear(hidden, weight - weight.detach() + copy, own.bias)
+        return lambda hidden: F.linear(hidden, weight - weight.detach() + copy, linear.bias)
 
     def planted(self: Mamba, name: str) -> Any:
         found: Any = original(self, name)

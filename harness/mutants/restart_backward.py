@@ -15,8 +15,8 @@ def plant() -> AbstractContextManager[object]:
     """Return the context in which the bug is there."""
     original = fused.chunked.layer.scan_chunk
 
-    def planted(spec: Any, own: Any, x: Tensor, state: Any, reverse: bool, *gate: Any) -> Any:
-        y, (conv_state, ssm_state) = original(spec, own, x, state, reverse, *gate)
+    def planted(spec: Any, weights: Any, x: Tensor, state: Any, reverse: bool, *gate: Any) -> Any:
+        y, (conv_state, ssm_state) = original(spec, weights, x, state, reverse, *gate)
         return y, (conv_state * 0, ssm_state * 0) if reverse else (conv_state, ssm_state)
 
     return mock.patch.object(fused.chunked.layer, "scan_chunk", planted)

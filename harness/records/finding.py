@@ -49,7 +49,7 @@ class Finding:
 
 
 class PlainNotFinite(RuntimeError):
-    """The reference itself gave NaN or infinity in the case's precision: the case asks nothing."""
+    """The reference itself gave NaN or infinity in the case's precision: the case has no measure."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class _Sample:
 
 
 class Tally:
-    """Collects got, plain and truth of named tensors over the seeds and turns them into findings."""
+    """The got, plain and truth of named tensors over the seeds, and the findings on them."""
 
     def __init__(self) -> None:
         self._samples: dict[str, list[_Sample]] = {}

@@ -43,7 +43,7 @@ def ratio(base: Sequence[float], new: Sequence[float]) -> Interval:
 
 
 def verdict(change: Interval) -> str:
-    """Return the verdict on a ratio of times: FASTER and SLOWER if the whole interval is beyond the band, SAME if within."""
+    """Return the verdict on a ratio of times: FASTER and SLOWER if all of the interval is beyond the band, SAME if within."""
     if change.high < 1 - BAND:
         return "FASTER"
     if change.low > 1 + BAND:

@@ -41,7 +41,7 @@ class Record:
 
     @property
     def key(self) -> tuple[str, str, str, str]:
-        """Return what was asked; unique in a run."""
+        """Return the key of the question; unique in a run."""
         return self.subject, self.implementation, self.check, self.case
 
     @property

@@ -44,12 +44,12 @@ class Point:
 
     @property
     def tokens(self) -> int:
-        """Return the tokens of one call, all clips together."""
+        """Return the number of tokens of one call, over all clips."""
         return self["B"] * self["L"]
 
     @property
     def clips(self) -> bool:
-        """Return whether a model gets clips and not tokens."""
+        """Return whether the input of a model is clips, not tokens."""
         return "T" in dict(self.dims)
 
     @property
@@ -60,7 +60,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Entry:
-    """Who is timed: an implementation of a subject. `maker`, "module:function", builds its call in a worker process:
+    """An implementation of a subject, to be timed. `maker`, "module:function", builds its call in a worker process:
     maker(point, entry, device) -> `harness.bench.clock.Call`."""
 
     subject: str
@@ -72,8 +72,8 @@ class Entry:
     @property
     def name(self) -> str:
         """Return the name in plots and tables; a reference that is timed is called naive."""
-        own = "naive" if self.implementation == "reference" else self.implementation
-        return " ".join(filter(None, [self.subject, self.variant, own]))
+        label = "naive" if self.implementation == "reference" else self.implementation
+        return " ".join(filter(None, [self.subject, self.variant, label]))
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Speed:
     seconds: tuple[float, ...] = ()
     warm: tuple[float, ...] = ()  # the calls before, kept apart
     stopped: str = ""  # "interval" within 1 %, or "budget" spent
-    alone: bool = False  # not interleaved with its rivals: they did not fit beside it
+    alone: bool = False  # not interleaved with its rivals: they did not fit into the memory with it
     allocated: int = 0  # bytes at the peak of one call
     reserved: int = 0
     joules: float | None = None  # per call, pauses between samples included
@@ -128,7 +128,7 @@ class Speed:
 
 
 def last_line(speeds: Sequence[Speed]) -> str:
-    """Return `N timed, N gated, ...`, rivals behind it."""
+    """Return `N timed, N gated, ...`, followed by the counts of rivals."""
 
     def count(role: str) -> str:
         found = Counter(s.status for s in speeds if s.entry.role == role)

@@ -85,7 +85,7 @@ def _verdict(run: Run) -> str:
 
 
 def _warnings(run: Run) -> list[str]:
-    """Return what limits the trust in a number."""
+    """Return the limits of the numbers, a paragraph each."""
     plan, said = run.about.get("plan", {}), []
     if run.about.get("status") == "interrupted":
         said.append("> **INTERRUPTED.** Points are missing; nothing below is the whole answer.")

@@ -23,11 +23,11 @@ WHOLE = {"eager": "all at once", "checkpointed": "all at once, checkpointed"}
 
 
 def passes(speeds: Sequence[Speed]) -> str:
-    """Time and memory of every pass, as a table."""
-    whole = {_video(s): s for s in speeds if s.point.way in WHOLE}
+    """Return a table of the time and memory of every pass."""
+    full_passes = {_video(s): s for s in speeds if s.point.way in WHOLE}
     rows = []
     for s in speeds:
-        p, other = s.point, whole.get(_video(s))
+        p, other = s.point, full_passes.get(_video(s))
         size = WHOLE.get(p.way) or str(p["F"])
         rate, held, share = "-", "-", "-"
         if s.seconds:
@@ -71,7 +71,7 @@ def _kind(entry: Entry, point: Point) -> tuple[Entry, int, int, int, str]:
 
 
 def _line(axes: Axes, place: int, mine: list[Speed]) -> None:
-    """Draw memory and throughput by length of a chunk, and the pass over the whole video beside it."""
+    """Draw memory and throughput by length of a chunk, and those of the pass over the whole video."""
     timed = [s for s in mine if s.seconds and memory(s)]
     cut = sorted((s for s in timed if s.point.way not in WHOLE), key=lambda s: s.point["F"])
     look: dict[str, Any] = {"color": colour(place), "marker": MARKERS[place % len(MARKERS)], "linewidth": 1.3, "markersize": 6}

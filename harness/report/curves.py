@@ -149,7 +149,7 @@ def race_title(race: str) -> str:
 
 
 def fault_note(speed: Speed) -> str:
-    """Return the note beside the figure of an entry that failed parity; "" for one that passed."""
+    """Return the note on the speed of an entry that failed parity; "" for one that passed."""
     if speed.wrong:
         return f"wrong by {speed.wrong:.2g} budgets"
     return f"not licensed: {speed.reason}" if speed.seconds and speed.reason else ""

@@ -16,7 +16,7 @@ from harness.judge.case import DTYPES
 from harness.records.record import Record
 
 CHECKS = ("forward", "backward")
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")  # Okabe and Ito, told apart by all
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")  # Okabe and Ito, for colour blindness
 MARKERS = dict(zip(DTYPES, "osD^", strict=True))
 DASHES = dict(zip(DTYPES, ((6, 3), (2, 2), (6, 2, 1, 2), (1, 3)), strict=True))
 # The same records give the same file.

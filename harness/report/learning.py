@@ -141,7 +141,7 @@ def _verdict(run: Run) -> str:
 
 
 def _warnings(run: Run) -> list[str]:
-    """Return what limits the trust in the verdict."""
+    """Return the limits of the verdict, a paragraph each."""
     plan, said = run.about.get("plan", {}), []
     if run.about.get("status") != "finished":
         said.append(f"> **NOT FINISHED** (status: {run.about.get('status')}). Trainings are missing.")

@@ -103,7 +103,7 @@ def _verdict(run: Run) -> str:
 
 
 def _warnings(run: Run) -> list[str]:
-    """Return what limits the trust in the verdict."""
+    """Return the limits of the verdict, a paragraph each."""
     plan, said = run.about.get("plan", {}), []
     if mutant := plan.get("mutant"):
         caught = "it was caught" if run.counts()["failed"] else "IT WAS NOT CAUGHT"

@@ -210,7 +210,7 @@ def _bars(axes: Axes, mode: str, labels: list[str], names: list[str], by_row: di
 
 
 def _bar(axes: Axes, y: float, place: int, speed: Speed) -> None:
-    """Draw a bar with its number behind it, or the word for why there is none."""
+    """Draw a bar with its number after it, or the word for why there is none."""
     share = _share(speed)
     if share:
         axes.barh(y, share, height=0.9, color=colour(place), hatch=_hatch(place), edgecolor="white", linewidth=0)

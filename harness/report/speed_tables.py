@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from harness.records.speed import Entry, Point, Speed
-from harness.report.curves import VIT, Family, fault_note, median, meeting, memory, seconds
+from harness.report.curves import MAMBA, VIT, Family, fault_note, median, meeting, memory, seconds
 from harness.report.speed_figures import sizes, tokens
 from harness.report.tables import flat, table
 
@@ -34,13 +34,13 @@ def status(speed: Speed) -> str:
 
 
 def notes(speed: Speed) -> str:
-    """Return the notes beside a figure."""
+    """Return the notes on a speed."""
     said = [f"**{flat(fault_note(speed))[:200]}**"] if fault_note(speed) else []
     return "; ".join(said + ["timed alone"] * speed.alone)
 
 
 def ratio(speed: Speed, to: Speed | None) -> str:
-    """Time over that of another, who is named with its own faults."""
+    """Return the time over that of another speed, with the faults of the latter."""
     if to is None or not speed.seconds:
         return "-"
     fault = f" ({flat(fault_note(to))[:60]})" * bool(fault_note(to))
@@ -96,7 +96,7 @@ def fastest(speeds: Iterable[Speed]) -> dict[Point, Speed]:
 def meetings(family: Family) -> str:
     """Return where every VideoMamba of a family meets the fastest ViT, in words."""
     lines = []
-    for curve in family.of("videomamba"):
+    for curve in family.of(MAMBA):
         m, name = meeting(family, curve), f"**{family.name(curve)}**"
         if not m.lengths:
             lines.append(f"- {name}: no ViT has a time where it has one ({curve.way}).")

@@ -19,7 +19,7 @@ from harness.report.speed_tables import entry_name, milliseconds, notes, number
 from harness.report.tables import table
 
 RACE = "stream"
-HIGH = 0.99  # the quantile beside the median
+HIGH = 0.99  # the quantile that is shown with the median
 
 
 def tail(speed: Speed) -> float:

@@ -26,7 +26,7 @@ def number(x: float) -> str:
 
 
 def mark(record: Record) -> str:
-    """Return the mark behind the name of a rival."""
+    """Return the mark after the name of a rival."""
     return " (rival)" if record.role == "rival" else ""
 
 

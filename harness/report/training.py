@@ -10,6 +10,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from harness.checks.convergence import FREE, GOT, LOSS, NAME, PLAIN, TRUTH
+from harness.judge.protocols import Trainable
+from harness.judge.registry import subjects
 from harness.records.record import Record
 from harness.report.figures import STYLE, colour, legend_below, save
 
@@ -74,7 +76,8 @@ def _distances(axes: Axes, mine: Sequence[tuple[Record, Curves]], names: list[st
 
 def _finish(axes: Axes, record: Record) -> None:
     """Set the title and grid of a panel."""
-    task = "which quarter of the film" if record.subject == "videomamba" else "masked alignment"
+    subject = subjects().get(record.subject)
+    task = subject.training_title() if isinstance(subject, Trainable) else "training"
     axes.set_title(f"{record.subject}, {task}, {record.dtype}", fontsize="medium")
     axes.set_xlim(left=0)
     axes.grid(True, color="0.9")

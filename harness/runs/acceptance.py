@@ -40,7 +40,7 @@ def commit_of(run: Run) -> str:
 
 
 def keep(run: Run) -> Path:
-    """Copy a run's folder to reports/accepted/DEVICE/NAME; return the copy. Tensors of failing cases stay behind."""
+    """Copy a run's folder to reports/accepted/DEVICE/NAME; return the copy. Tensors of failing cases are not copied."""
     device = (run.about["box"]["gpu"] or "cpu").lower().replace("nvidia ", "").replace(" ", "-")
     target = ACCEPTED / device / run.folder.resolve().name
     shutil.copytree(run.folder, target, ignore=shutil.ignore_patterns("failing", "*.part"), dirs_exist_ok=True)

@@ -17,7 +17,7 @@ PACKAGES = ("torch", "triton", "mamba-ssm", "causal-conv1d", "timm", "numpy", "p
 
 
 def describe(device: str) -> dict[str, Any]:
-    """Return, as JSON types, all that a reader of a run must know of the box on which `device` is used."""
+    """Return the description of the box on which `device` is used, as JSON types."""
     cuda = torch.cuda.is_available()
     box: dict[str, Any] = {
         "device": device,

@@ -30,7 +30,7 @@ class Run:
         self.about: dict[str, Any] = {}
         self.records: list[Record] = []
         self.speeds: list[Speed] = []
-        self._kept: dict[str, int] = {}  # bytes of whole lines in the files that were read
+        self._kept: dict[str, int] = {}  # bytes of complete lines in the files that were read
 
     @classmethod
     def create(cls, folder: Path | None, about: dict[str, Any]) -> "Run":
@@ -114,7 +114,7 @@ class Run:
         self.save()
 
     def save(self) -> None:
-        """Write run.json, whole or not at all."""
+        """Write run.json atomically."""
         with atomic_write(self.folder / "run.json") as draft:
             draft.write_text(json.dumps(self.about, indent=1) + "\n")
 
@@ -128,7 +128,7 @@ class Run:
         }
 
     def last_line(self) -> str:
-        """Return `N passed, N failed, N skipped`, rivals behind it."""
+        """Return `N passed, N failed, N skipped`, followed by the counts of rivals."""
         ours, rivals = self.counts(), self.counts("rival")
         line = ", ".join(f"{ours[k]} {k}" for k in ours)
         ran = rivals["passed"] + rivals["failed"]

@@ -160,6 +160,11 @@ def special_cases(check: str, grid: str) -> list[Case]:
     return []
 
 
+def training_title() -> str:
+    """Return the task in a few words, for plots."""
+    return "masked alignment"
+
+
 def learning_rate() -> float:
     """Return the rate of SGD with momentum."""
     return 0.05

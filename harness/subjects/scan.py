@@ -58,7 +58,7 @@ def cases(grid: str) -> list[Case]:
 
 
 def implementations() -> list[Implementation]:
-    """Return the reference, and `fused.selective_scan` by backend, looked up at the call so that a planted bug is met."""
+    """Return the reference, and `fused.selective_scan` by backend, looked up at the call so that a planted bug takes effect."""
 
     def call_with(backend: str) -> Callable[..., Any]:
         return lambda *args, **options: api.selective_scan(*args, **options, backend=backend)

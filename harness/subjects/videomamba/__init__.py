@@ -34,6 +34,7 @@ from harness.subjects.videomamba.training import learning_rate as learning_rate
 from harness.subjects.videomamba.training import needs_teacher as needs_teacher
 from harness.subjects.videomamba.training import training_losses as training_losses
 from harness.subjects.videomamba.training import training_target as training_target
+from harness.subjects.videomamba.training import training_title as training_title
 from harness.subjects.videomamba.training import training_words as training_words
 
 

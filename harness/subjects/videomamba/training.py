@@ -14,6 +14,11 @@ from reference.ops.dtypes import accumulation_dtype
 QUARTERS = 4
 
 
+def training_title() -> str:
+    """Return the task in a few words, for plots."""
+    return "which quarter of the film"
+
+
 def learning_rate() -> float:
     """Return the rate of SGD with momentum."""
     return 0.002
