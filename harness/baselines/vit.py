@@ -1,4 +1,4 @@
-"""A vision transformer for images and, with joint space-time attention, for clips: what VideoMamba has to beat.
+"""A vision transformer for images and, with joint space-time attention, for clips: the baseline of VideoMamba.
 
 The model is ViT (Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words") with timm's names for its parameters, so that
 an image model takes the state_dict of timm's vit_{tiny,small,base}_patch16_224. A clip is one sequence of all patches of

@@ -1,1 +1,1 @@
-"""The judging of speed: what is timed, how, and what may be said of it."""
+"""The benchmark: which calls are timed, how, and by which rules their times are compared."""

@@ -1,4 +1,4 @@
-"""Measures which kernel for softmax attention is the fastest of a box; the ViT gets it."""
+"""Measurement of the kernels for softmax attention; the ViT gets the fastest of the box."""
 
 import statistics
 

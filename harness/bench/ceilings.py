@@ -1,4 +1,4 @@
-"""Measures the rates that a box reaches at best, in the run that is compared with them."""
+"""Measurement of the rates that a box reaches at best, in the run that is compared with them."""
 
 import statistics
 from collections.abc import Callable

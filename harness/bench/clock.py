@@ -1,4 +1,4 @@
-"""Times a call, on a GPU by its own clock, and sees how much memory it takes."""
+"""The clock for a call, on a GPU by CUDA events, and the measurement of its peak memory."""
 
 import time
 from collections.abc import Callable

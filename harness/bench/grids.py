@@ -1,4 +1,4 @@
-"""The races and their points, as the subjects carry them, and who is timed there."""
+"""The races and their points, as the subjects carry them, and the entries that are timed there."""
 
 from collections.abc import Iterable
 

@@ -1,4 +1,4 @@
-"""Times entries in rounds: a drift of the clock or of the room's temperature then affects all of them alike."""
+"""Timing of entries in rounds: a drift of the clock or of the room's temperature then affects all of them alike."""
 
 import statistics
 from collections.abc import Iterator

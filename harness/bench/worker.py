@@ -144,7 +144,7 @@ def _prepare(entry: Entry, device: str) -> None:
 def _serve(pipe: Connection, parent: int, entry: Entry, device: str, threads: int, slowest: float) -> None:
     follow(parent)
     torch.set_num_threads(threads)
-    with contextlib.suppress(Exception):  # some have no backend, and what cannot be imported says so when it is called
+    with contextlib.suppress(Exception):  # some have no backend; a failed import is reported when the call is built
         _prepare(entry, device)
     loaded = LoadedCall(entry, device, slowest)
     handlers: dict[str, Callable[..., Any]] = {"load": loaded.load, "time": loaded.time, "drop": loaded.drop}

@@ -1,1 +1,1 @@
-"""The questions that are asked of them; one file each."""
+"""The checks: one question, and one file, each."""

@@ -62,7 +62,7 @@ def bench(
 
 
 def write(run: Run) -> Path:
-    """Write the report, and beside it the speeds as pytest-benchmark writes them; return the report's path."""
+    """Write the report and, in the same folder, the speeds in the format of pytest-benchmark; return the report's path."""
     benchmark_json.write(run)
     return page.write(run)
 

@@ -1,4 +1,4 @@
-"""Ask every check of every implementation in every case, and keep what came of it."""
+"""A parity run: every check of every implementation in every case, and the records of it."""
 
 import gc
 import time

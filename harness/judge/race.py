@@ -1,4 +1,4 @@
-"""A race: who is timed against whom, at which points."""
+"""A race: the entries that are timed against each other, and the points."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

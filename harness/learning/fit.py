@@ -1,4 +1,4 @@
-"""Train one model on one task, and test it on held-out data."""
+"""The training of one model on one task, and its test on held-out data."""
 
 import math
 import time

@@ -1,4 +1,4 @@
-"""How wrong one tensor is, and how wrong it may be: the one tolerance rule.
+"""The error of one tensor and its budget: the one tolerance rule.
 
     ||got - truth|| <= 2 ||plain - truth|| + u ||truth||
 

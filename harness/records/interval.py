@@ -29,7 +29,7 @@ class Interval:
 
 
 def median(samples: Sequence[float]) -> Interval:
-    """Return the median of one or more samples. Of fewer than three nothing is known but their range."""
+    """Return the median of one or more samples. Of fewer than three the interval is their range."""
     x = _checked(samples)
     if len(x) < 3:
         return Interval(float(np.median(x)), float(x.min()), float(x.max()))

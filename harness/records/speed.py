@@ -1,4 +1,4 @@
-"""A point of a benchmark run, who is timed there, and the result: one JSON line."""
+"""A point of a benchmark run, an entry that is timed there, and the result: one JSON line."""
 
 import json
 from collections import Counter
@@ -19,7 +19,7 @@ WAYS = {
 
 @dataclass(frozen=True)
 class Point:
-    """Conditions under which rivals are timed together: sizes, mode and way; `race` names who runs against whom. A model's
+    """Conditions under which rivals are timed together: sizes, mode and way; `race` is the name of a `Race`. A model's
     point with frames T and side S is of clips; one without is of tokens, which blocks and final norm take at any length. F are
     the frames of a chunk, A those that a stream has seen before the clock starts."""
 

@@ -1,4 +1,4 @@
-"""The page of a sweep: who may be timed at all, then the speeds, then how they were had."""
+"""The page of a benchmark run: the licences, then the speeds, then how they were measured."""
 
 import textwrap
 from pathlib import Path

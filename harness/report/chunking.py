@@ -1,4 +1,4 @@
-"""Videos in chunks: throughput against peak memory, beside the pass over the whole video."""
+"""Videos in chunks: throughput against peak memory, compared with one pass over the whole video."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The plot of a run: how the error of the scan grows with the sequence, beside what it may be."""
+"""The plot of a run: how the error of the scan grows with the sequence, and its budget."""
 
 import math
 import re

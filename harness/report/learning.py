@@ -1,4 +1,4 @@
-"""The page of a run of `learn`: what was learnt, against its bar, and how it came about step by step."""
+"""The page of a run of `learn`: the results against their bars, and the curves of the trainings."""
 
 import re
 from collections.abc import Sequence

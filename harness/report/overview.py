@@ -1,4 +1,4 @@
-"""A sweep on half a page, as the README has it: our fastest beside upstream's fastest and the fastest ViT."""
+"""A benchmark run on half a page, as in the README: our fastest, upstream's fastest and the fastest ViT."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -80,7 +80,7 @@ def crossings(families: Iterable[Family]) -> list[str]:
 
 
 def _meets(family: Family, curve: Curve) -> str:
-    """Return where a curve meets the ViT, in words."""
+    """Return in words where a curve meets the ViT."""
     m = meeting(family, curve)
     if m.at:
         return f"meets the ViT at **{tokens(m.at)} tokens**"

@@ -1,7 +1,7 @@
 """The comparison of the VideoMamba paper's first figure, redone: VideoMamba-Ti against a ViT-Ti with joint attention.
 
 The paper compares with a ViT that writes its attention matrix out (here `reference`, "naive") and not with one that does not
-(the others; the fastest is taken). Its own factors are drawn beside ours; they were had with a batch of 128 on an A100.
+(the others; the fastest is taken). The paper's factors, drawn with ours, were measured with a batch of 128 on an A100.
 """
 
 from collections.abc import Iterable

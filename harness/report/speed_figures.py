@@ -1,4 +1,4 @@
-"""The plots of a sweep: models against the length of a clip, and operators against the roofline."""
+"""The plots of a benchmark run: models against the length of a clip, and operators against the roofline."""
 
 import textwrap
 from collections.abc import Callable, Iterable, Sequence

@@ -88,7 +88,7 @@ def failures(records: Iterable[Record]) -> str:
 
 
 def skips(records: Iterable[Record]) -> str:
-    """Return why single questions were not asked, by count."""
+    """Return the reasons for which single questions were skipped, by count."""
     skipped = [r for r in records if r.status == "skip" and r.check != "all"]
     reasons = Counter((r.subject, r.implementation + mark(r), r.reason) for r in skipped)
     if not reasons:

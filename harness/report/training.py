@@ -1,4 +1,4 @@
-"""Short trainings beside the one in float64: their losses, and how far their parameters are from it, step by step."""
+"""Short trainings compared with the one in float64: their losses, and how far their parameters are from it, step by step."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path

@@ -11,7 +11,7 @@ from harness.runs.store import Run
 
 PASSED, FAILED, USAGE, NOTHING, UNFIT, INTERRUPTED = 0, 1, 2, 3, 4, 130
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what `timeout` and batch systems send
-SAME_STOP = 2.0  # seconds within which further signals are the same wish: `timeout` sends two, so does an impatient hand
+SAME_STOP = 2.0  # seconds within which further signals count as the same one: `timeout` sends two
 
 
 def conclude(run: Run, progress: Progress, work: Callable[[], None], write: Callable[[Run], Path]) -> bool:

@@ -1,4 +1,4 @@
-"""A run's folder: run.json describes it, records.jsonl grows by one line a question, the report stands beside them."""
+"""A run's folder: run.json describes it, records.jsonl grows by one line a question, the report is in the same folder."""
 
 import json
 import os

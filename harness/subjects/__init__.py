@@ -1,1 +1,1 @@
-"""The things that run: a file each, or a folder. See `harness.judge.protocols` for what it provides."""
+"""The subjects: operators and modules, a file or a folder each. `harness.judge.protocols` lists their members."""

@@ -1,4 +1,4 @@
-"""The points at which VideoMamba is asked."""
+"""The cases in which VideoMamba is judged."""
 
 from harness.fixtures import functional_modules as modules
 from harness.judge.case import Case
