@@ -1,9 +1,11 @@
-"""VideoMamba for NVIDIA GPUs, fast; on any other device in plain PyTorch. Same names as `reference`, no code of it.
+"""VideoMamba on fused kernels for NVIDIA GPUs, and in plain PyTorch on any other device.
+
+The names are those of `reference`; no code is shared with it.
 
     from fused import VideoMamba, VideoMambaConfig
     logits = VideoMamba(VideoMambaConfig.middle(num_classes=400))(torch.randn(1, 3, 8, 224, 224))
 
-Its logger is "fused": the chosen backend at INFO, which Python shows only where asked for, and warnings.
+The logger "fused" reports the chosen backend at level INFO, which Python hides by default, and warnings.
 """
 
 from fused.errors import BackendError

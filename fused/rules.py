@@ -1,4 +1,4 @@
-"""Rules for the fields of a configuration and for arguments: a predicate, and the same in words for the error."""
+"""Rules for the fields of a configuration and for arguments: a predicate, and the allowed values in words."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

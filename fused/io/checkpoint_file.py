@@ -80,10 +80,10 @@ def _read_pickle(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))  # not PyTorch's message: it recommends to run the file
-        what = f"besides tensors it holds {named[1]}" if named else "it holds more than tensors, or is damaged"
+        match = re.search(r"GLOBAL ([\w.]+)", str(error))  # not PyTorch's message: it recommends to run the file
+        reason = f"besides tensors it holds {match[1]}" if match else "it holds more than tensors, or is damaged"
         raise CheckpointError(
-            f"{path} is refused, nothing of it was run: {what}. If you trust whoever wrote it, load it yourself and pass its "
+            f"{path} is refused, nothing of it was run: {reason}. If you trust whoever wrote it, load it yourself and pass its "
             "state_dict"
         ) from error
     except Exception as error:  # a damaged file may raise any exception in the reader

@@ -84,14 +84,14 @@ def count_frames(path: Path) -> int:
     Raises VideoError as `read_clip` does.
     """
     try:
-        about = path.stat()
+        status = path.stat()
     except FileNotFoundError as error:
         raise VideoError(path, "no such file") from error
     except OSError as error:
         raise VideoError(path, f"it cannot be opened ({error.strerror})") from error
-    if stat.S_ISDIR(about.st_mode):
+    if stat.S_ISDIR(status.st_mode):
         raise VideoError(path, "a folder, not a file")
-    if about.st_size == 0:
+    if status.st_size == 0:
         raise VideoError(path, "the file is empty")
     av = _pyav()
     count, stored, end = 0, 0, 0.0

@@ -1,4 +1,4 @@
-"""Functions for training: clips, masks, losses, mixup, parameter groups, the schedule, the seed. `import fused` omits it.
+"""Functions for training: clips, masks, losses, mixup, parameter groups, the schedule, the seed. Not part of `import fused`.
 
     groups = parameter_groups(model, lr=1.2e-3, weight_decay=0.05)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))

@@ -92,7 +92,7 @@ class MixConfig:
 
 @dataclass(frozen=True)
 class MaskConfig:
-    """Which tokens are hidden from the student; "attention" needs a CLIP teacher."""
+    """The kind and ratio of the mask that hides tokens from the student; "attention" needs a CLIP teacher."""
 
     kind: str = "tube"
     ratio: int | float = 0.8
@@ -100,7 +100,7 @@ class MaskConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The whole configuration.
+    """The configuration of a training, with all its sections.
 
     Raises ValueError at construction; the message names the key, its value and the allowed values.
     """

@@ -133,17 +133,17 @@ def _truncate(path: Path, step: int) -> list[dict[str, Any]]:
     """Remove the lines of a log file after `step`, and return the others."""
     if not path.is_file():
         return []
-    kept = []
+    lines = []
     for text in path.read_text().splitlines():
         try:
             line = json.loads(text)
         except json.JSONDecodeError:  # incomplete, because the process was killed
             continue
         if line["step"] <= step:
-            kept.append(line)
+            lines.append(line)
     with atomic_write(path) as draft:
-        draft.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    return kept
+        draft.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return lines
 
 
 def _finite_or_none(value: Any) -> Any:

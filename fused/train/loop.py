@@ -1,4 +1,4 @@
-"""The training loop: from the step at which a run's folder stands to the last one, with log, evaluation and checkpoints.
+"""The training loop: from the newest checkpoint of a run's folder to the last step, with log, evaluation and checkpoints.
 
 All random choices of a step follow from (seed, step, micro-batch, rank), and its clips from (seed, epoch, step). The state of
 a training is therefore its parameters, the optimiser's tensors and the step, and a resumed training has the same bits as one
@@ -31,7 +31,7 @@ AUTOCAST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Diverged(RuntimeError):
-    """The loss or the gradients are not finite; the message names the step and the last good checkpoint."""
+    """The error for a loss or gradients that are not finite; the message names the step and the last good checkpoint."""
 
 
 class Trainer:

@@ -84,4 +84,5 @@ def _layer_decay_exponents(model: nn.Module, rule: str) -> dict[str, int]:
 
 
 def _join(path: str, name: str) -> str:
+    """Return the full name of a parameter of the module at `path`, which is "" for the model itself."""
     return f"{path}.{name}" if path else name

@@ -155,16 +155,16 @@ class Mamba(nn.Module):
         return Direction(self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
 
     def run_direction(
-        self, x: Tensor, z: Tensor, own: Direction, state: State | None = None, reverse: bool = False
+        self, x: Tensor, z: Tensor, p: Direction, state: State | None = None, reverse: bool = False
     ) -> tuple[Tensor, State]:
-        """Run one direction over a sequence or a chunk of one; x and z are (B, L, E).
+        """Run one direction, of parameters `p`, over a sequence or a chunk of one; x and z are (B, L, E).
 
         Return the gated output y (B, L, E) and the state after the last token that the direction reads.
         """
         conv_state, ssm_state = state if state is not None else (None, None)
-        c, conv_state = causal_conv1d(x, own.conv.weight.squeeze(1), own.conv.bias, initial_state=conv_state, reverse=reverse)
-        dt, B, C = own.x_proj(c).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
-        delta = F.linear(dt, own.dt_proj.weight)  # its bias is added inside the scan, in float32
-        A = -torch.exp(own.A_log.to(accumulation_dtype(own.A_log.dtype)))
-        y, ssm_state = selective_scan(c, delta, A, B, C, own.D, z, own.dt_proj.bias, initial_state=ssm_state, reverse=reverse)
+        c, conv_state = causal_conv1d(x, p.conv.weight.squeeze(1), p.conv.bias, initial_state=conv_state, reverse=reverse)
+        dt, B, C = p.x_proj(c).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
+        delta = F.linear(dt, p.dt_proj.weight)  # its bias is added inside the scan, in float32
+        A = -torch.exp(p.A_log.to(accumulation_dtype(p.A_log.dtype)))
+        y, ssm_state = selective_scan(c, delta, A, B, C, p.D, z, p.dt_proj.bias, initial_state=ssm_state, reverse=reverse)
         return y, (conv_state, ssm_state)

@@ -59,5 +59,5 @@ class DropPath(nn.Module):
         """Return x (B, ...), in training with the branches of some clips zeroed."""
         if not self.training or self.rate == 0:
             return x
-        kept = torch.rand(x.shape[0], *[1] * (x.dim() - 1), device=x.device) < 1 - self.rate
-        return x * kept.to(x.dtype) / (1 - self.rate)
+        keep_mask = torch.rand(x.shape[0], *[1] * (x.dim() - 1), device=x.device) < 1 - self.rate
+        return x * keep_mask.to(x.dtype) / (1 - self.rate)

@@ -55,15 +55,15 @@ def unpack_state(state: ModelState, layers: int, with_mean: bool = False, name: 
     `name` is the argument's name in messages. Raise ValueError for another number of pairs, TypeError for another type.
     """
     count = layers + with_mean
-    due = f"one per layer ({layers})" + " and (count, total) of the running mean" * with_mean
+    expected = f"one per layer ({layers})" + " and (count, total) of the running mean" * with_mean
     if not isinstance(state, list | tuple | Mapping):
         raise TypeError(
             f"{name} is a {type(state).__name__}; allowed: a list, tuple or dict by layer of (conv_state, ssm_state)"
         )
     if isinstance(state, Mapping) and set(state) != set(range(count)):
-        raise ValueError(f"{name} has the keys {sorted(state, key=str)}; allowed: {due}, numbered from 0 to {count - 1}")
+        raise ValueError(f"{name} has the keys {sorted(state, key=str)}; allowed: {expected}, numbered from 0 to {count - 1}")
     if len(state) != count:
-        raise ValueError(f"{name} has {len(state)} entries; allowed: {due}; `init_state` makes one")
+        raise ValueError(f"{name} has {len(state)} entries; allowed: {expected}; `init_state` makes one")
     pairs = [state[i] for i in range(count)]
     for i, entry in enumerate(pairs):
         if not isinstance(entry, list | tuple) or len(entry) != 2 or not all(isinstance(x, Tensor) for x in entry):

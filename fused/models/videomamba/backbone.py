@@ -1,4 +1,4 @@
-"""Embedding, layers and final norm: what both models of `model.py` share, for whole videos and for chunks."""
+"""The common part of both models of `model.py`: embedding, layers and final norm, for whole videos and for chunks."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -27,13 +27,13 @@ _ALL = slice(None)
 
 
 class LayersOutput(NamedTuple):
-    """The output of the last layer (B, V, D) and the residual stream before it, both in `order` (None: as stored)."""
+    """The output of the last layer (B, V, D) and the residual stream before it, both in `order` (None: storage order)."""
 
     hidden: Tensor
     residual: Tensor
     order: Order | None
-    states: States | None  # in the container of the states that came; None if none are carried
-    features: list[Tensor]  # of the layers that were asked for, as stored
+    states: States | None  # in a container like that of the given states; None if none are carried
+    features: list[Tensor]  # (B, V, D) of every layer of `out_layers`, in storage order
     backend: str
 
 
@@ -69,7 +69,7 @@ class Backbone(Pretrained, nn.Module):
 
     @property
     def final_norm(self) -> Norm:
-        """The norm behind the last layer."""
+        """The norm after the last layer."""
         raise NotImplementedError
 
     @property
@@ -109,12 +109,12 @@ class Backbone(Pretrained, nn.Module):
         """Return the visible tokens with positions: cls + pos[0], then patch(f, p) + pos[1 + p] + temporal[f].
 
         Without `temporal_pos_offset` the clip is the whole video. With it the clip is a chunk of whole tubelets, and the
-        offset is the number of tubelets before it. The tokens of all chunks side by side are those of the whole: CLS goes
-        before tubelet 0 only, and a mask has one column for each token of the chunk. `temporal_pos_total` is the number of
+        offset is the number of tubelets before it. The tokens of all chunks, concatenated, are those of the whole video:
+        CLS goes before tubelet 0 only. A mask has one column for each token of the chunk. `temporal_pos_total` is the number of
         tubelets of a video whose length is not that of the temporal table: the table is stretched to it, in every chunk.
 
         `use_image` takes a clip of one tubelet, and adds no temporal position. Raises ValueError or TypeError for a clip, a
-        mask or a place in the video that does not fit the model.
+        mask or a position in the video that does not fit the model.
         """
         span = span_of(clip, self.config, use_image, temporal_pos_offset, temporal_pos_total)
         return self.pos_drop(self.embed_span(clip, span, self.visible_indices(clip, mask, span), use_image))
@@ -125,7 +125,7 @@ class Backbone(Pretrained, nn.Module):
         return None if mask is None else visible_tokens(mask, clip.shape[0], length, clip.device, span.cls)
 
     def embed_span(self, clip: Tensor, span: Span, visible: Tensor | None = None, use_image: bool = False) -> Tensor:
-        """Return tokens with positions (B, V, D) of a clip at its place in the video, before dropout."""
+        """Return tokens with positions (B, V, D) of a clip that holds the `span` of the video, before dropout."""
         timed = self.config.num_frames is not None and not use_image
         temporal = temporal_positions(self.temporal_pos_embedding, span) if timed else None
         return self.embed_tubelets(clip, temporal, span.cls, visible)
@@ -165,10 +165,10 @@ class Backbone(Pretrained, nn.Module):
         """Run the layers and the final norm over embedded tokens.
 
         `state`, one (conv_state, ssm_state) a layer, continues a token sequence that was cut; causal models in spatial order
-        only. `out_layers` are the numbers, ascending, of layers whose feature is wanted: the final norm of the residual stream
-        behind that layer; for the last layer the stream itself, which with fused_add_norm lacks the last mixer's output.
+        only. `out_layers` are the ascending numbers of layers whose feature is returned: the final norm of the residual stream
+        after that layer; for the last layer the stream itself, which with fused_add_norm lacks the last mixer's output.
 
-        Returns (normed tokens as stored, the new state in a container like the old one's, or None, the features). Raises
+        Returns (normed tokens in storage order, the new state in a container like the old one's, or None, the features). Raises
         ValueError for a state that does not fit the model, its scan order or its backend, TypeError for one of another type
         or dtype, BackendError for a backend that cannot run here.
         """
@@ -188,7 +188,7 @@ class Backbone(Pretrained, nn.Module):
         Tokens that every layer scans in temporal order are permuted once, before the first layer.
         """
         config, carried = self.config, state is not None or return_state
-        before = self.unpack_states(tokens.dtype, state, carried)
+        initial_states = self.unpack_states(tokens.dtype, state, carried)
         backend = self.resolve_backend(tokens)
         layer_order = self._temporal_order(tokens.device, visible, length)
         order = layer_order if config.scan_order == "temporal" else None
@@ -199,9 +199,9 @@ class Backbone(Pretrained, nn.Module):
         hidden: Tensor = tokens
         residual: Any = None
         for i, layer in enumerate(self.layers):
-            hidden, residual, new = layer(hidden, residual, layer_order, before[i], return_state, backend=backend)
+            hidden, residual, new = layer(hidden, residual, layer_order, initial_states[i], return_state, backend=backend)
             states.append(new)
-            if i - 1 in out_layers:  # the stream behind layer i - 1 is summed in layer i
+            if i - 1 in out_layers:  # the stream after layer i - 1 is summed in layer i
                 features.append(self.layer_feature(residual, backend))
         hidden = self.drop_path(hidden)
         if config.depth - 1 in out_layers:
@@ -211,7 +211,7 @@ class Backbone(Pretrained, nn.Module):
         return LayersOutput(hidden, residual, order, pack(states, state) if carried else None, features, backend)
 
     def layer_feature(self, residual: Tensor, backend: str) -> Tensor:
-        """Return the feature (B, V, D) of a layer that is not the last: the final norm of the residual stream behind it."""
+        """Return the feature (B, V, D) of a layer that is not the last: the final norm of the residual stream after it."""
         return norm_stream(self.final_norm, residual, backend)
 
     def last_layer_feature(self, hidden: Tensor, residual: Tensor) -> Tensor:
@@ -231,10 +231,10 @@ class Backbone(Pretrained, nn.Module):
         self, hidden: Tensor, residual: Tensor, backend: str, *, order: Order | None = None, part: slice = _ALL,
         chunks: Chunks = (),
     ) -> Tensor:  # fmt: skip
-        """Return the final norm of the last layer's output plus the residual stream, (B, V, D), as stored.
+        """Return the final norm of the last layer's output plus the residual stream, (B, V, D), in storage order.
 
-        `order` is that of the tokens (None: as stored). `part` selects the first or the last token, which are so in every
-        order; no other is normed then. With `chunks` tokens are normed chunk by chunk.
+        `order` is that of the tokens (None: storage order). `part` selects the first or the last token, which no order moves;
+        only that token is then normed. With `chunks` tokens are normed chunk by chunk.
         """
         if part != _ALL:
             hidden, residual, order, chunks = hidden[:, part], residual[:, part], None, ()
@@ -251,11 +251,11 @@ class Backbone(Pretrained, nn.Module):
     ) -> Iterator[Tensor]:
         """Yield the normed tokens (B, n, D) of every chunk, CLS with the first, as soon as its frames have come.
 
-        This approximates the whole clip's tokens: the backward scan starts from zeros behind every chunk and the `look_ahead`
-        frames behind it. If these reach the end of the video, it is exact. `clip` is as in `forward_chunked`. Dropout and
+        This approximates the whole clip's tokens: the backward scan starts from zeros after every chunk and the `look_ahead`
+        frames after it. If these reach the end of the video, it is exact. `clip` is as in `forward_chunked`. Dropout and
         drop_path are off, and no gradient is recorded.
 
-        Raises ValueError or TypeError for what does not fit the model.
+        Raises ValueError or TypeError for arguments that do not fit the model.
         """
         for out in online.run_approximate(self, clip, chunk_frames, look_ahead, temporal_pos_total):
             with torch.no_grad():
@@ -275,15 +275,15 @@ class Backbone(Pretrained, nn.Module):
         return states
 
     def resolve_backend(self, x: Tensor) -> str:
-        """Return the backend that runs where `x` is. The choice is kept until the model moves to another type of device.
+        """Return the backend that runs on the device of `x`. The choice holds until the model moves to another type of device.
 
-        Raises BackendError for a backend that cannot run there.
+        Raises BackendError for a backend that cannot run on that device.
         """
         if self._resolved is None or self._resolved[0] != x.device.type:
-            fast = (self.config.ssm_cfg or {}).get("use_fast_path", True)
-            backend = backends.choose(self.requested_backend, x.device, use_fast_path=fast)
+            use_fast_path = (self.config.ssm_cfg or {}).get("use_fast_path", True)
+            backend = backends.choose(self.requested_backend, x.device, use_fast_path=use_fast_path)
             if x.device.type == "cuda" and not torch.compiler.is_compiling():
-                low = torch.is_autocast_enabled("cuda")
-                stamp.remind(backend, torch.get_autocast_dtype("cuda") if low else x.dtype, x.device)
+                autocast = torch.is_autocast_enabled("cuda")
+                stamp.remind(backend, torch.get_autocast_dtype("cuda") if autocast else x.dtype, x.device)
             self._resolved = x.device.type, backend
         return self._resolved[1]

@@ -1,4 +1,4 @@
-"""One layer: add to the residual stream and normalise in one step, then mix."""
+"""One layer: add to the residual stream and normalise in one step, then run the mixer."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from fused.modules.state import State
 
 
 class Block(nn.Module):
-    """residual += drop_path(hidden); hidden = mixer(norm(residual)). The first layer's residual is its input."""
+    """One layer: residual += drop_path(hidden); hidden = mixer(norm(residual)). The first layer's residual is its input."""
 
     def __init__(self, config: VideoMambaConfig, layer: int, drop_path_rate: float, backend: str = "auto") -> None:
         super().__init__()
@@ -23,8 +23,8 @@ class Block(nn.Module):
         self.recompute = config.use_checkpoint and layer < config.checkpoint_num
         self.orders = orders_of_layer(config.scan_order, layer)
         self.norm = Norm(config.embed_dim, config.norm_epsilon, "rms" if config.rms_norm else "layer")
-        own = dict(config.ssm_cfg or {})
-        self.mixer = Mamba(config.embed_dim, **own, layer_idx=layer, bimamba=config.bimamba, backend=backend)
+        options = dict(config.ssm_cfg or {})
+        self.mixer = Mamba(config.embed_dim, **options, layer_idx=layer, bimamba=config.bimamba, backend=backend)
         self.drop_path = DropPath(drop_path_rate)
 
     def forward(
@@ -37,10 +37,10 @@ class Block(nn.Module):
         *,
         backend: str | None = None,
     ) -> tuple[Tensor, Tensor, State | None]:
-        """Return the mixer's output (B, L, D), the residual stream (B, L, D), and the state that leaves or None.
+        """Return the mixer's output (B, L, D), the residual stream (B, L, D), and the new state or None.
 
         hidden is (B, L, D), residual (B, L, D) or None for the first layer. `order` is the temporal order of the tokens;
-        without it they are mixed as they come. `backend` is a concrete name that the model has resolved for this forward;
+        without it they are scanned as given. `backend` is a concrete name that the model has resolved for this forward;
         without it the block resolves its mixer's.
         """
         backend = backend or self.mixer.resolve_backend(hidden)
@@ -51,21 +51,21 @@ class Block(nn.Module):
             fused_add_norm=self.fused_add_norm, residual_in_fp32=self.residual_in_fp32, backend=backend,
         )  # fmt: skip
         if state is not None or return_state:
-            hidden, state = self._mix(hidden, backend, state, True)
+            hidden, state = self._run_mixer(hidden, backend, state, True)
             return hidden, residual, state
         if order is None or self.orders == ("spatial",):
-            return self._mix(hidden, backend), residual, None
+            return self._run_mixer(hidden, backend), residual, None
         temporal = permute(hidden, order)
         if self.orders == ("temporal",):
-            return restore(self._mix(temporal, backend), order), residual, None
+            return restore(self._run_mixer(temporal, backend), order), residual, None
         # the same weights over both orders: one call of twice the clips keeps a GPU busier than two calls
-        spatial, temporal = self._mix(torch.cat((hidden, temporal)), backend).chunk(2)
+        spatial, temporal = self._run_mixer(torch.cat((hidden, temporal)), backend).chunk(2)
         return spatial + restore(temporal, order), residual, None
 
-    def _mix(self, tokens: Tensor, backend: str, *state_and_return_state: Any) -> Any:
+    def _run_mixer(self, tokens: Tensor, backend: str, *state_and_return_state: Any) -> Any:
         """Return the mixer's output (B, L, D), with the new state if `state_and_return_state` asks for it."""
         arguments = (tokens, *state_and_return_state)
         if self.recompute and torch.is_grad_enabled():
-            # a mixer draws no random numbers, so there is no generator state to stash
+            # a mixer draws no random numbers, so there is no generator state to store
             return checkpoint(self.mixer, *arguments, use_reentrant=False, preserve_rng_state=False, backend=backend)
         return self.mixer(*arguments, backend=backend)

@@ -18,7 +18,7 @@ SSM_FIELDS = (
 
 @dataclass(frozen=True)
 class VideoMambaConfig:
-    """Upstream's fields with upstream's defaults; None where a value follows from other fields.
+    """The configuration of a model: upstream's fields with upstream's defaults, None where a value follows from other fields.
 
     `num_frames=None` describes the image model (two-dimensional patches, no temporal embedding). Raises ValueError or
     TypeError at construction; the message names the field, what came and what is allowed.
@@ -43,7 +43,7 @@ class VideoMambaConfig:
     fused_add_norm: bool = True
     bimamba: bool = True
     use_checkpoint: bool = False
-    checkpoint_num: int = 0  # with use_checkpoint, the mixers of so many first layers run again in the backward pass
+    checkpoint_num: int = 0  # with use_checkpoint, the number of first layers whose mixers are recomputed in the backward pass
     readout: str = "cls"  # what the classifier's head reads; causal models: not "cls"
     pool_type: str = "cls+avg"  # what the encoder pools; causal models: "avg" or "last"
     clip_decoder_embed_dim: int | None = None  # None: embed_dim
@@ -99,18 +99,18 @@ class VideoMambaConfig:
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches in one frame."""
         step = self.stride or self.patch_size
-        down, across = (1 + (side - self.patch_size) // step for side in self.sides)
-        return down, across
+        rows, columns = (1 + (side - self.patch_size) // step for side in self.sides)
+        return rows, columns
 
     @property
     def patches(self) -> int:
         """Patches in one frame."""
-        down, across = self.grid
-        return down * across
+        rows, columns = self.grid
+        return rows * columns
 
     @property
     def tubelets(self) -> int:
-        """Tubelets of a clip, the time steps behind the patch embedding; an image has 1."""
+        """Tubelets of a clip, the time steps after the patch embedding; an image has 1."""
         return self.num_frames // self.kernel_size if self.num_frames is not None else 1
 
     def student_layers(self) -> tuple[int, ...]:

@@ -37,32 +37,33 @@ class PatchEmbed(nn.Module):
         in another dtype than the parameters' without autocast.
         """
         if clip.dtype != self.proj.weight.dtype and not torch.is_autocast_enabled(clip.device.type):
-            own = self.proj.weight.dtype
-            raise TypeError(f"clip has dtype {clip.dtype}, parameters {own}; allowed: the same, or torch.autocast")
-        pixels = self._cut(clip if clip.dim() == 5 else clip.unsqueeze(2))
+            weight_dtype = self.proj.weight.dtype
+            raise TypeError(f"clip has dtype {clip.dtype}, parameters {weight_dtype}; allowed: the same, or torch.autocast")
+        pixels = self._view_patches(clip if clip.dim() == 5 else clip.unsqueeze(2))
         if visible is None:
             rows = pixels.flatten(4).flatten(1, 3)
         else:
-            _, _, down, across = pixels.shape[:4]
-            frame, row, column = visible // (down * across), visible // across % down, visible % across
+            grid_rows, grid_columns = pixels.shape[2:4]
+            frame, row = visible // (grid_rows * grid_columns), visible // grid_columns % grid_rows
+            column = visible % grid_columns
             clips = torch.arange(clip.shape[0], device=clip.device)[:, None]
             rows = pixels[clips, frame, row, column].flatten(2)
         return F.linear(rows, self.proj.weight.flatten(1), self.proj.bias)
 
-    def _cut(self, clip: Tensor) -> Tensor:
+    def _view_patches(self, clip: Tensor) -> Tensor:
         """Return a view (B, tubelets, rows, columns, C, t, P, P) of a clip (B, C, T, H, W)."""
         P, t, step = self.patch, self.tubelet, self.step
         if step != P:
             return clip.unfold(2, t, t).unfold(3, P, step).unfold(4, P, step).permute(0, 2, 3, 4, 1, 5, 6, 7)
-        down, across = clip.shape[3] // P, clip.shape[4] // P
-        covered = clip[..., : down * P, : across * P]
-        return covered.unflatten(4, (across, P)).unflatten(3, (down, P)).unflatten(2, (-1, t)).permute(0, 2, 4, 6, 1, 3, 5, 7)
+        rows, columns = clip.shape[3] // P, clip.shape[4] // P
+        covered = clip[..., : rows * P, : columns * P]
+        return covered.unflatten(4, (columns, P)).unflatten(3, (rows, P)).unflatten(2, (-1, t)).permute(0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def span_of(
     clip: Tensor, config: VideoMambaConfig, use_image: bool = False, offset: int | None = None, total: int | None = None
 ) -> Span:
-    """Return the place of a clip: the whole video if `offset` is None, else the clip's tubelets from number `offset` on.
+    """Return the span of a video that a clip holds: all of it if `offset` is None, else the tubelets from number `offset` on.
 
     `total` is the number of tubelets to which the temporal table is stretched, None for the model's own.
 
@@ -111,13 +112,13 @@ def temporal_positions(table: Float[Tensor, "1 N D"], span: Span) -> Float[Tenso
     rows, N, total = table[0], table.shape[1], span.total
     if total == N:
         return rows[span.start : span.start + span.tubelets]
-    spots = range(span.start, span.start + span.tubelets)
-    doubled = [min(max((2 * i + 1) * N - total, 0), 2 * total * (N - 1)) for i in spots]  # exact: 2 * total * place
-    low = torch.tensor([x // (2 * total) for x in doubled], device=table.device)
+    indices = range(span.start, span.start + span.tubelets)
+    scaled = [min(max((2 * i + 1) * N - total, 0), 2 * total * (N - 1)) for i in indices]  # exact: 2 * total * row
+    low = torch.tensor([x // (2 * total) for x in scaled], device=table.device)
     precise = accumulation_dtype(table.dtype)
-    share = torch.tensor([x % (2 * total) / (2 * total) for x in doubled], dtype=precise, device=table.device)[:, None]
+    fraction = torch.tensor([x % (2 * total) / (2 * total) for x in scaled], dtype=precise, device=table.device)[:, None]
     high = (low + 1).clamp(max=N - 1)
-    return (rows[low].to(precise) * (1 - share) + rows[high].to(precise) * share).to(table.dtype)
+    return (rows[low].to(precise) * (1 - fraction) + rows[high].to(precise) * fraction).to(table.dtype)
 
 
 def visible_tokens(
@@ -126,7 +127,7 @@ def visible_tokens(
     """Return ascending indices of the tokens that a mask (True = hidden) leaves visible, on `device`.
 
     `cls` is 1 if column 0 is CLS, else 0. Raises ValueError unless the mask is bool (clips, length), leaves CLS visible, and
-    leaves as many tokens in every clip.
+    leaves the same number of tokens in every clip.
     """
     if mask.dtype != torch.bool or tuple(mask.shape) != (clips, length):
         raise ValueError(f"mask is {mask.dtype} {tuple(mask.shape)}; allowed is bool ({clips}, {length}), True = hidden")
@@ -147,7 +148,7 @@ def sincos_positions(rows: int, dim: int, device: torch.device, first: int = 0) 
 
     Callers share the tensor: do not write to it.
     """
-    # a tensor made while exporting is no tensor afterwards
+    # a tensor that is created during an export belongs to the exported program and must not be cached
     return (_make_sincos if torch.compiler.is_exporting() else _cached_sincos)(rows, dim, device, first)
 
 

@@ -1,4 +1,4 @@
-"""A causal model on one frame after the other with the least latency: on a GPU each frame is one replay of a CUDA graph.
+"""A causal model run frame by frame at low latency: on a GPU each frame is one replay of a CUDA graph.
 
     stream = FrameStream(model, total=10_000)
     for frame in camera:  # (B, C, H, W)
@@ -19,7 +19,7 @@ from fused.models.videomamba.streaming import continuation
 from fused.modules.span import Span
 from fused.modules.state import States
 
-WARMUP = 3  # runs before a capture: kernels are compiled, libraries make their handles
+WARMUP = 3  # runs before a capture, in which kernels are compiled and libraries create their handles
 
 
 class FrameStream:
@@ -29,10 +29,10 @@ class FrameStream:
     temporal table holds the model's `num_frames`. For a longer video `total` is its length in tubelets (frames, if
     kernel_size is 1), and the table is stretched to it.
 
-    `graph` says whether to replay a CUDA graph; None means on CUDA. The graph is captured by the constructor, under the
-    autocast that is on then, and reads the parameters at their addresses of then. After new values were loaded into the
-    parameters call `reset`; a move or a replacement of them has no effect on the graph. The first frame of a video, which
-    comes with CLS, runs without it.
+    `graph` says whether to replay a CUDA graph; None means on CUDA. The constructor captures the graph, under the autocast
+    that is on at that time. The graph reads the parameters at the addresses that they have at that time: call `reset` after
+    loading new values into them; moving or replacing them has no effect on the graph. The first frame of a video, which
+    comes with CLS, runs without the graph.
 
     Raises TypeError for another kind of model; ValueError for a model that is in training mode or cannot be streamed, for
     graph=True off CUDA, and for a `batch_size` or `total` that is no positive integer; BackendError for a backend that
@@ -53,8 +53,8 @@ class FrameStream:
             model.resolve_backend(model.cls_token)
             self._states, self._means = state[: config.depth], state[config.depth :]
             self._frame = model.cls_token.new_zeros(batch_size, config.channels, config.kernel_size, *config.sides)
-            self._times = self._positions()
-            self._time = torch.empty_like(self._times[:1])
+            self._temporal_table = self._positions()
+            self._temporal_row = torch.empty_like(self._temporal_table[:1])
             self._parameters = [p.detach() for p in model.parameters()]  # the graph reads this memory
             self._graph: Any = None
             self._output: Any = None
@@ -71,12 +71,12 @@ class FrameStream:
         """Begin another video: set the states to zero."""
         self._tubelets = 0
         with torch.inference_mode(False), torch.no_grad():
-            self._times.copy_(self._positions())
+            self._temporal_table.copy_(self._positions())
             for x in (x for pair in (*self._states, *self._means) for x in pair):
                 x.zero_()
 
     def __call__(self, frame: Tensor) -> Any:
-        """Return the output behind the next frame (B, C, H, W) or tubelet (B, C, kernel_size, H, W).
+        """Return the output after the next frame (B, C, H, W) or tubelet (B, C, kernel_size, H, W).
 
         The frame is on any device, in the parameters' dtype. The output, a tensor or a `DistillOutput`, is the caller's:
         later frames do not write into it.
@@ -86,7 +86,7 @@ class FrameStream:
         frame = self._checked(frame)
         with torch.inference_mode(False), torch.no_grad():
             self._frame.copy_(frame)
-            self._time.copy_(self._times[self._tubelets : self._tubelets + 1])
+            self._temporal_row.copy_(self._temporal_table[self._tubelets : self._tubelets + 1])
             if self._tubelets == 0 or self._graph is None:
                 output = self._advance(int(self._tubelets == 0))
             else:
@@ -108,8 +108,8 @@ class FrameStream:
         wanted = tuple(self._frame.shape)
         shapes = [wanted] if wanted[2] > 1 else [wanted[:2] + wanted[3:], wanted]
         if not isinstance(frame, Tensor) or tuple(frame.shape) not in shapes:
-            came = tuple(frame.shape) if isinstance(frame, Tensor) else type(frame).__name__
-            raise ValueError(f"frame is {came}; allowed: {' or '.join(map(str, shapes))}")
+            found = tuple(frame.shape) if isinstance(frame, Tensor) else type(frame).__name__
+            raise ValueError(f"frame is {found}; allowed: {' or '.join(map(str, shapes))}")
         if frame.dtype != self._frame.dtype:
             raise TypeError(f"frame is {frame.dtype}; allowed: {self._frame.dtype}, as the model's parameters")
         return frame.reshape(wanted)
@@ -128,11 +128,11 @@ class FrameStream:
         on, dtype = self._autocast
         # autocast's cache is freed at the context's end, but a graph would go on reading it
         with torch.autocast(self._frame.device.type, dtype, on, cache_enabled=False):
-            tokens = model.embed_tubelets(self._frame, self._time, cls)
-            output, states, after = model.forward_tokens(tokens, cls, self._states, mean, True)
-        _write(self._states, states)
+            tokens = model.embed_tubelets(self._frame, self._temporal_row, cls)
+            output, states, new_mean = model.forward_tokens(tokens, cls, self._states, mean, True)
+        _copy_states(self._states, states)
         if mean is not None:
-            _write([mean], [after])
+            _copy_states([mean], [new_mean])
         return output
 
     @staticmethod
@@ -145,12 +145,12 @@ class FrameStream:
     def _capture(self) -> tuple[torch.cuda.CUDAGraph, Any]:
         """Return the graph of a frame that is not the first, and the tensors in which a replay leaves its output."""
         with torch.cuda.device(self._frame.device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+            side_stream = torch.cuda.Stream()
+            side_stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side_stream):
                 for cls in (1, *(0 for _ in range(WARMUP))):
                     self._advance(cls)
-            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.current_stream().wait_stream(side_stream)
             graph = torch.cuda.CUDAGraph()
             # thread_local: another thread, one that loads frames, may allocate during the capture
             with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
@@ -158,10 +158,10 @@ class FrameStream:
         return graph, output
 
 
-def _write(into: States, values: Any) -> None:
-    """Copy states over states: the first tensors of all pairs in one call, the second in another. Each kind has one dtype."""
-    for there, new in zip(zip(*into, strict=True), zip(*values, strict=True), strict=True):
-        torch._foreach_copy_(there, new)
+def _copy_states(target: States, source: Any) -> None:
+    """Copy states into states: the first tensors of all pairs in one call, the second in another. Each kind has one dtype."""
+    for old, new in zip(zip(*target, strict=True), zip(*source, strict=True), strict=True):
+        torch._foreach_copy_(old, new)
 
 
 def _check_model(model: Any) -> None:

@@ -67,7 +67,7 @@ class VideoMamba(Classifier, Backbone):
 
     @property
     def final_norm(self) -> Norm:
-        """The norm behind the last layer; its name in the state_dict is upstream's."""
+        """The norm after the last layer; its name in the state_dict is upstream's."""
         return self.norm_f
 
     @property
@@ -79,11 +79,13 @@ class VideoMamba(Classifier, Backbone):
         self, clip: Float[Tensor, "B C *T H W"], *, ssm_state: States | None = None, return_state: bool = False,
         temporal_pos_offset: int | None = None, temporal_pos_total: int | None = None,
     ) -> Any:  # fmt: skip
-        """Return logits, or a `DistillOutput` if distill_dim is set; with `return_state` the pair (that, new state).
+        """Return logits (B, num_classes), or a `DistillOutput` if distill_dim is set; with `return_state` (that, new state).
 
-        A causal model takes a video in chunks of any number of tubelets. Each chunk comes with the `ssm_state` that the one
-        before returned and with the number of tubelets before it, `temporal_pos_offset`; the first with neither, or with
-        `init_state` and 0. `temporal_pos_total` is explained at `embed`. Raises ValueError or TypeError for what does not fit.
+        A causal model takes a video in chunks of any number of tubelets. A chunk is passed with the `ssm_state` that the chunk
+        before returned, and with `temporal_pos_offset`, the number of tubelets before it. The first chunk is passed with
+        neither, or with `init_state(batch_size)` and 0. `temporal_pos_total` is explained at `embed`.
+
+        Raises ValueError or TypeError for arguments that do not fit.
         """
         chunk = continuation(self.config, self.reads_mean, ssm_state, return_state, temporal_pos_offset)
         tokens = self.embed(clip, temporal_pos_offset=chunk.offset, temporal_pos_total=temporal_pos_total)
@@ -113,9 +115,9 @@ class VideoMamba(Classifier, Backbone):
 
         `clip` is (B, C, T, H, W), or an iterator of frames (B, C, H, W) or runs of frames (B, C, t, H, W), `num_frames` in
         all. T may be less than the model's table of temporal positions; `temporal_pos_total` is explained at `embed`. With
-        `offload`, a layer keeps in host memory what its first pass leaves for its second.
+        `offload`, the tensors that a layer's first pass stores for its second pass are kept in host memory.
 
-        Raises ValueError or TypeError for what does not fit the model, or cannot be run in chunks.
+        Raises ValueError or TypeError for arguments that do not fit the model, and for a model that cannot run in chunks.
         """
         out = chunked.run_layers(self, clip, chunk_frames, num_frames, temporal_pos_total, offload)
         tokens = self.apply_final_norm(out.hidden, out.residual, out.backend, part=self._read_part(), chunks=out.chunks)
@@ -125,11 +127,11 @@ class VideoMamba(Classifier, Backbone):
         return DistillOutput(output, apply_per_chunk(lambda x: self._distilled(x, out.backend), out.chunks, tokens))
 
     def _read_part(self) -> slice:
-        """Return which tokens the heads read; only these are normed. The first and the last one are so in every order."""
-        every = slice(None)
+        """Return the slice of tokens that the heads read; only these are normed. No scan order moves the first or the last."""
+        all_tokens = slice(None)
         if self.config.distill_dim is not None:
-            return every
-        return {"cls": slice(0, 1), "last": slice(-1, None)}.get(self.config.readout, every)
+            return all_tokens
+        return {"cls": slice(0, 1), "last": slice(-1, None)}.get(self.config.readout, all_tokens)
 
     def _distilled(self, tokens: Tensor, backend: str) -> Tensor:
         """Return the distillation head's features (B, L, distill_dim), of unit length, of normed tokens (B, L, D)."""
@@ -187,7 +189,7 @@ class VideoMambaEncoder(Backbone):
 
     @property
     def final_norm(self) -> Norm:
-        """The norm behind the last layer; its name in the state_dict is upstream's."""
+        """The norm after the last layer; its name in the state_dict is upstream's."""
         return self.norm
 
     @property
@@ -200,15 +202,15 @@ class VideoMambaEncoder(Backbone):
         keep_temporal: bool = False, *, ssm_state: States | None = None, return_state: bool = False,
         temporal_pos_offset: int | None = None, temporal_pos_total: int | None = None,
     ) -> Any:  # fmt: skip
-        """Encode what `mask` leaves visible of a clip: return an `EncoderOutput`, with `return_state` (that, new state).
+        """Return an `EncoderOutput` of the tokens that `mask` leaves visible; with `return_state` the pair (that, new state).
 
         `mask` is (B, L), True = hidden; CLS, column 0, stays visible. `use_image`: the clip is one tubelet and gets no
         temporal position. `keep_temporal`: every tubelet is pooled by itself; the number of visible tokens must then be a
         multiple of the tubelets.
 
         A causal model takes a video in chunks, by the rules of `VideoMamba.forward`; a chunk's mask is that of its own
-        tokens. Tokens, clip features and pooled tubelets of all chunks side by side are the whole's; without keep_temporal
-        `pooled` is of all tokens so far. Raises ValueError or TypeError for what does not fit.
+        tokens. Tokens, clip features and pooled tubelets, concatenated over all chunks, are those of the whole video. Without
+        keep_temporal `pooled` is of all tokens so far. Raises ValueError or TypeError for arguments that do not fit.
         """
         config = self.config
         chunk = continuation(config, self.reads_mean, ssm_state, return_state, temporal_pos_offset, use_image)
@@ -260,7 +262,7 @@ class VideoMambaEncoder(Backbone):
         def decode(decoder: nn.Module, feature: Tensor) -> Tensor:
             return apply_per_chunk(lambda x, p: decoder(x + p.to(x.dtype), backend), chunks, feature, positions)
 
-        return torch.stack([decode(own, feature) for own, feature in zip(self.clip_decoder, features, strict=True)])
+        return torch.stack([decode(decoder, feature) for decoder, feature in zip(self.clip_decoder, features, strict=True)])
 
     def _pool(self, cls: Tensor, rest: Tensor, tubelets: int | None, before: State | None) -> tuple[Tensor, State | None]:
         """Return the pooled tokens before their norm, and the new running mean, if one is read.

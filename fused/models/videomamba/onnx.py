@@ -37,15 +37,15 @@ def export_onnx(model: VideoMamba, path: str | Path, *, batch: int = 1) -> OnnxE
     except ImportError as error:
         raise ImportError(f"{error.name} is not installed: pip install onnx onnxscript") from error
     path, config = Path(path), model.config
-    like = next(model.parameters())
-    twin = VideoMamba(config, backend="torch").to(like.dtype)
-    twin.load_state_dict(model.state_dict())
+    dtype = next(model.parameters()).dtype
+    copy = VideoMamba(config, backend="torch").to(dtype)
+    copy.load_state_dict(model.state_dict())
     frames = () if config.num_frames is None else (config.num_frames,)
-    clip = torch.zeros(batch, config.channels, *frames, *config.sides, dtype=like.dtype)
+    clip = torch.zeros(batch, config.channels, *frames, *config.sides, dtype=dtype)
     names = ["logits"] if config.distill_dim is None else ["logits", "features"]
     with torch.no_grad():
         program: Any = torch.onnx.export(
-            twin.eval(), (clip,), dynamo=True, input_names=["clip"], output_names=names, verbose=False,
+            copy.eval(), (clip,), dynamo=True, input_names=["clip"], output_names=names, verbose=False,
             optimize=False,
         )  # fmt: skip
     optimizer.fold_constants(program.model)  # the optimizer's other passes take minutes for a model of full size

@@ -1,6 +1,6 @@
 """The scan orders of the VideoMamba paper (section 3.2, figure 4): the order in which a mixer scans the tokens of a clip.
 
-Tokens are stored frame after frame behind CLS: token 1 + f*P + p is patch p of frame f. This is the spatial order. The
+Tokens are stored frame after frame, after CLS: token 1 + f*P + p is patch p of frame f. This is the spatial order. The
 temporal order takes all frames of patch 0, then all of patch 1, and so on. CLS is token 0 in every order.
 """
 
@@ -38,7 +38,7 @@ def temporal_order(frames: int, patches: int, visible: Tensor | None = None, dev
 
     `visible` (B, V) holds ascending indices of stored tokens, CLS first. The order's indices then count visible tokens only.
     """
-    # tensors made while exporting are no tensors afterwards
+    # a tensor that is created during an export belongs to the exported program and must not be cached
     make = _make_order if torch.compiler.is_exporting() else _cached_order
     order = make(frames, patches, device if visible is None else visible.device)
     if visible is None:
@@ -53,15 +53,16 @@ def permute(tokens: Tensor, order: Order) -> Tensor:
 
 
 def restore(tokens: Tensor, order: Order) -> Tensor:
-    """Return tokens (B, L, D) of the given order as stored: the inverse of `permute`."""
+    """Return tokens (B, L, D) of the given order in storage order: the inverse of `permute`."""
     return _Permutation.apply(tokens, order.inverse, order.permutation)
 
 
 class _Permutation(torch.autograd.Function):
-    """tokens[:, index], whose gradient is the inverse permutation: a copy, where that of indexing is a scatter-add."""
+    """The indexing tokens[:, index] by a permutation; its gradient is a copy, not the scatter-add of PyTorch's indexing."""
 
     @staticmethod
     def forward(tokens: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        """Return tokens (B, L, D) in the order of `index` (1 or B, L); `inverse` is used by the backward pass only."""
         clips = torch.arange(tokens.shape[0], device=tokens.device)[:, None]
         return tokens[clips, index]
 

@@ -7,7 +7,7 @@ from fused.modules.state import State, States, unpack
 
 
 class Continuation(NamedTuple):
-    """The state that a forward continues, and its place in the video; all None for a whole video."""
+    """The state that a forward continues, and the position of its chunk in the video; all None for a whole video."""
 
     states: list[State] | None = None  # (conv_state, ssm_state) of every layer; None: zeros
     mean: State | None = None  # (count, total) of the running mean, if the model reads one

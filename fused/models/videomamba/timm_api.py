@@ -86,7 +86,7 @@ class Classifier:
 class TokenFeatures(nn.Module):
     """A classifier as a feature extractor: a clip to a list of tokens (B, L, D), CLS first, one entry for each of `layers`.
 
-    An entry is the final norm of the residual stream behind that layer; negative numbers count from the last layer. Raises
+    An entry is the final norm of the residual stream after that layer; negative numbers count from the last layer. Raises
     ValueError for a number out of range.
     """
 

@@ -62,7 +62,7 @@ def _create(
     backend: str = "auto",
     **fields: Any,
 ) -> nn.Module:
-    """Return the model for timm's arguments. `pretrained_cfg` is the tag behind the name, if any; timm's dictionaries for its
+    """Return the model for timm's arguments. `pretrained_cfg` is the tag after the name, if any; timm's dictionaries for its
     own weights are refused with ValueError."""
     if pretrained_cfg_overlay or not isinstance(pretrained_cfg, str | None):
         raise ValueError("pretrained_cfg describes timm's own weights; name published ones by a tag, see fused.PRETRAINED")

@@ -33,7 +33,7 @@ MAX_ERRORS_SHOWN = 3
 
 
 class UnreadableFiles(RuntimeError):
-    """Too many consecutive files cannot be read; the message names some and says why."""
+    """The error for too many consecutive files that cannot be read; the message names some and says why."""
 
     def __init__(self, message: str) -> None:
         # PyTorch raises a worker's exception again with the worker's traceback, up to the exception's name, before its message
@@ -204,6 +204,7 @@ class _RankSteps(Dataset):
     replace: bool  # whether other files replace unreadable ones
 
     def __getitem__(self, step: int) -> Batch:
+        """Return this rank's batch of a step. Raise UnreadableFiles after too many consecutive failures."""
         files = self._rank_files(step)
         samples: list[Sample] = []
         indices: list[int] = []
@@ -243,4 +244,5 @@ class _RankSteps(Dataset):
 
 
 def _ignore_sigint(worker: int) -> None:
+    """Make worker number `worker` ignore Ctrl-C's signal."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

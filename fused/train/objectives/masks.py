@@ -100,8 +100,8 @@ def keep_visible(features: Float[Tensor, "*K B L C"], mask: Bool[Tensor, "B L"])
     if features.dim() < 3:
         raise ValueError(f"keep_visible: features must have shape (..., B, L, C), got {tuple(features.shape)}")
     clips, length = features.shape[-3:-1]
-    kept = visible_tokens(mask, clips, length, features.device)
-    return features[..., torch.arange(clips, device=features.device)[:, None], kept, :]
+    visible = visible_tokens(mask, clips, length, features.device)
+    return features[..., torch.arange(clips, device=features.device)[:, None], visible, :]
 
 
 def _checked_grid(op: str, batch: int, grid: Grid, ratio: int | float) -> Grid:

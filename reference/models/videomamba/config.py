@@ -156,10 +156,12 @@ SSM_FIELDS = frozenset(
 
 
 def _is_int(value: object) -> bool:
+    """Return whether the value is an integer; True and False are not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value: object) -> bool:
+    """Return whether the value is a real number; True and False are not."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 

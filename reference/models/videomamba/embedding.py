@@ -32,8 +32,8 @@ class PatchEmbed(nn.Module):
         Raise TypeError for a clip of another dtype than the weight's, unless autocast is on.
         """
         if clip.dtype != self.proj.weight.dtype and not torch.is_autocast_enabled(clip.device.type):
-            own = self.proj.weight.dtype
-            raise TypeError(f"clip has dtype {clip.dtype}, parameters {own}; allowed: the same, or torch.autocast")
+            weight_dtype = self.proj.weight.dtype
+            raise TypeError(f"clip has dtype {clip.dtype}, parameters {weight_dtype}; allowed: the same, or torch.autocast")
         grid = self.proj(clip)
         if grid.dim() == 4:
             grid = grid.unsqueeze(2)

@@ -66,10 +66,12 @@ class VideoMamba(Backbone):
 
     @property
     def final_norm(self) -> Norm:
+        """The norm after the last block; its name in the state_dict is upstream's."""
         return self.norm_f
 
     @property
     def reads_mean(self) -> bool:
+        """Whether the model reads a mean over the tokens so far."""
         return self.config.readout == "mean"
 
     def forward(
@@ -143,10 +145,12 @@ class VideoMambaEncoder(Backbone):
 
     @property
     def final_norm(self) -> Norm:
+        """The norm after the last block; its name in the state_dict is upstream's."""
         return self.norm
 
     @property
     def reads_mean(self) -> bool:
+        """Whether the model reads a mean over the tokens so far."""
         return self.config.add_pool_norm and self.config.pool_type == "avg"
 
     def forward(
