@@ -1,4 +1,4 @@
-"""Atomic writes: a file is there complete or not at all, whatever happens while it is written."""
+"""Atomic writes: at any moment a file has its old content or all of its new content."""
 
 import contextlib
 import os

@@ -23,7 +23,7 @@ def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
     """Return the dictionary in a file, its tensors on the CPU.
 
     A file with the suffix .safetensors is read as such, any other as written by `torch.save`. No code in the file is run: the
-    only Python objects that are made are plain containers, and `argparse.Namespace`, which trainers store beside the weights.
+    only Python objects that are made are plain containers, and `argparse.Namespace`, which trainers store with the weights.
     Raises FileNotFoundError, and CheckpointError for a file with other objects, a damaged file, or one that holds no
     dictionary.
     """

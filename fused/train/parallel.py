@@ -31,7 +31,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Return whether this is rank 0, which alone writes files and prints."""
+        """Whether this is rank 0, which alone writes files and prints."""
         return self.rank == 0
 
     def all_sum(self, values: Sequence[float | Tensor]) -> list[float]:

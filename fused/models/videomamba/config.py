@@ -21,7 +21,7 @@ class VideoMambaConfig:
     """The configuration of a model: upstream's fields with upstream's defaults, None where a value follows from other fields.
 
     `num_frames=None` describes the image model (two-dimensional patches, no temporal embedding). Raises ValueError or
-    TypeError at construction; the message names the field, what came and what is allowed.
+    TypeError at construction; the message names the field, its value and the allowed values.
     """
 
     img_size: int | tuple[int, int] = 224  # one side, or (height, width), in pixels

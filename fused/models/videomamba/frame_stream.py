@@ -122,7 +122,7 @@ class FrameStream:
         """Return the output for the frame and the position in the buffers, and write the new states over the old ones.
 
         `cls` is 1 if CLS goes before the frame. The graph holds this function: it reads and writes buffers at fixed
-        addresses, and no value in them decides what is run.
+        addresses, and no branch depends on their values.
         """
         model, mean = self.model, next(iter(self._means), None)
         on, dtype = self._autocast

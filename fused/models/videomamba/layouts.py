@@ -1,8 +1,8 @@
 """The layouts in which VideoMamba's weights are published: containers around them and prefixes of their names.
 
-- bare, or under "model", "module" or "state_dict", beside a trainer's entries (optimizer, epoch, args ...)
+- bare, or under "model", "module" or "state_dict", next to a trainer's entries (optimizer, epoch, args ...)
 - with prefixed names: "module." (DDP), "_orig_mod." (torch.compile), "vision_encoder.", "backbone.", "encoder.", "student."
-- beside other networks: the teacher of masked pretraining, the text encoder and projections of video-text models
+- next to other networks: the teacher of masked pretraining, the text encoder and projections of video-text models
 """
 
 from collections.abc import Mapping

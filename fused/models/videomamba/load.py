@@ -37,9 +37,9 @@ class LoadReport:
         lines = [f"{self.source} ({self.layout}): {len(self.loaded)} tensors loaded as they were"]
         for title, entries in (("converted", self.converted), ("left at init", self.initial), ("dropped", self.dropped)):
             reasons: dict[str, list[str]] = {}
-            for name, why in entries.items():
-                reasons.setdefault(why, []).append(name)
-            lines += [f"  {title}: {_some(names)}: {why}" for why, names in reasons.items()]
+            for name, reason in entries.items():
+                reasons.setdefault(reason, []).append(name)
+            lines += [f"  {title}: {_some(names)}: {reason}" for reason, names in reasons.items()]
         return "\n".join(lines)
 
 
@@ -126,9 +126,9 @@ def _leave_out(tensors: dict[str, Tensor], parameters: Mapping[str, Tensor], ima
         if part == "head." and ours and set(ours) == set(theirs):
             rows = len(tensors[ours[0]]), len(parameters[ours[0]])
             if rows[0] != rows[1]:
-                why = f"the checkpoint's head has {rows[0]} classes, the model's {rows[1]}"
-                report.initial |= dict.fromkeys(ours, why)
-                report.dropped |= {name: why for name in theirs if tensors.pop(name) is not None}
+                reason = f"the checkpoint's head has {rows[0]} classes, the model's {rows[1]}"
+                report.initial |= dict.fromkeys(ours, reason)
+                report.dropped |= {name: reason for name in theirs if tensors.pop(name) is not None}
         elif ours and not theirs:
             report.initial |= dict.fromkeys(ours, f"the checkpoint has no {part[:-1]}")
         elif theirs and not ours:
@@ -188,7 +188,7 @@ def _refuse(
     source: str, tensors: dict[str, Tensor], config: VideoMambaConfig,
     misfits: list[tuple[str, str]], missing: list[str], unexpected: list[str],
 ) -> None:  # fmt: skip
-    """Raise CheckpointError with the first few of each, and what would explain all of them."""
+    """Raise CheckpointError with the first names of each kind, and with width and depth if these differ from the model's."""
     lines = [f"{source} does not fit this model; it is unchanged."]
     width = tensors["cls_token"].shape[-1] if "cls_token" in tensors else None
     layers = {int(found[1]) for name in tensors if (found := re.match(r"layers\.(\d+)\.", name))}

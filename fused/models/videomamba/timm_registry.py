@@ -11,7 +11,7 @@ from fused.models.videomamba.published import PRETRAINED, SIZES
 from fused.models.videomamba.timm_api import TokenFeatures
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-DEFAULT_TAGS = ("k400_f8_res224", "in1k_res224")  # of a video model, and of an image model or where there is no other
+DEFAULT_TAGS = ("k400_f8_res224", "in1k_res224")  # tried in this order for a video model; an image model takes the second
 
 
 def register_timm() -> None:
