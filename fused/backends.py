@@ -1,7 +1,7 @@
-"""Which implementation runs an operator: asked for by name, or chosen by the device; never silently another one.
+"""The choice of the backend that runs an operator: by name, or by the device. A named backend is never replaced by another.
 
 - `native`            kernels of this project: CUDA C++ for the scan, compiled at its first use, and Triton for the rest
-- `native_kept`       the same, and a mixer keeps the states of its scan for the backward pass, which then need not scan again;
+- `native_kept`       the same, and a mixer keeps the states of its scan, so that the backward does not scan again;
                       with states and in chunks it is `native`
 - `mamba_ssm`         mamba-ssm's CUDA scan, causal-conv1d, mamba-ssm's Triton norm
 - `mamba_ssm_inner`   the same, with mamba-ssm's recomputing `mamba_inner_fn` as the body of a mixer
@@ -56,14 +56,14 @@ def declared(op: str, table: Mapping[str, Abilities], backend: str) -> Abilities
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    own = operators_of(backend)
-    if own not in table:
+    operator_backend = operators_of(backend)
+    if operator_backend not in table:
         raise ValueError(f"{op}: backend {backend!r} does not have it; allowed are {', '.join(table)}")
-    return table[own]
+    return table[operator_backend]
 
 
 def operators_of(backend: str) -> str:
-    """Return the backend whose scan, conv and norm a backend has: two backends differ from another in their mixer alone."""
+    """Return the backend whose scan, conv and norm `backend` uses: `native_kept` and `mamba_ssm_inner` differ in the mixer."""
     return OPERATOR_BACKEND.get(backend, backend)
 
 
@@ -87,7 +87,7 @@ def check_abilities(
 
 
 def unavailable(backend: str, device: torch.device | str) -> str | None:
-    """Return None if `backend` can run on `device`, else one sentence: why not, and what to do."""
+    """Return None if `backend` can run on `device`, else one sentence: the reason, and what to do."""
     kind = torch.device(device).type
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -130,7 +130,7 @@ def choose(name: str, device: torch.device | str, *, use_fast_path: bool = True)
     return _announce("native", "the input is on cuda") if reason is None else _announce("torch", reason)
 
 
-# Read while torch.compile traces, not traced: what torch.compiler.assume_constant_result sets, without importing the compiler.
+# torch.compile calls it and does not trace it. torch.compiler.assume_constant_result sets this too, but imports the compiler.
 choose.__dict__["_dynamo_marked_constant"] = True
 
 

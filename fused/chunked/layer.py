@@ -1,11 +1,11 @@
-"""One layer over a video in chunks, with no more of it in memory than a chunk, the streams between layers, and one y.
+"""One layer over a video in chunks; in memory are one chunk, the streams between layers, and one y.
 
     right to left:   y_b = backward scan of x, its state carried from chunk to chunk
     left to right:   y_f = forward scan of x, likewise;  hidden = out_proj((y_f + y_b) * silu(z))
 
-with x, z = in_proj(norm(residual + hidden)), computed in either pass. Where native kernels split the scan, the first pass makes
-the backward scan's states and no y_b, and keeps the norm's result, which is half as wide; the second is both scans at once. For
-training a layer keeps the sum that its norm saw and the forward scan's states between chunks. The gradient, its sums over
+with x, z = in_proj(norm(residual + hidden)), computed in both passes. Where native kernels split the scan, the first pass makes
+the backward scan's states but no y_b, and keeps the norm's result, which is half as wide; the second runs both scans at once.
+In training a layer keeps the sum that its norm saw and the forward scan's states between chunks. The gradient, its sums over
 chunks in at least float32:
 
     right to left:   both scans again, then the adjoint of the gate and of the forward scan
@@ -42,11 +42,11 @@ def run_block_two_pass(
     layer: "ChunkableLayer", hidden: Tensor, residual: Tensor | None, chunks: Sequence[slice], backend: str,
     offload: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return what `Block.forward` does behind its drop_path, for tokens as stored: new (hidden, residual), both (B, L, D).
+    """Return the new (hidden, residual), both (B, L, D), as `Block.forward` does after its drop_path, for tokens as stored.
 
-    `chunks` cut the tokens, in the order of time; `backend` is one that carries states. `offload` keeps what the first pass
-    leaves for the second in host memory. Without gradients, results are written into `hidden` and `residual` where their dtypes
-    allow it: neither must be used again.
+    `chunks` cut the tokens, in the order of time; `backend` is one that carries states. `offload` keeps the tensors that
+    the first pass leaves for the second in host memory. Without gradients, results are written into `hidden` and `residual`
+    where their dtypes allow it: neither must be used again.
     """
     spec, parameters = layer_spec(layer, hidden, residual, chunks, backend, offload), LayerParameters.of(layer)
     flat = parameters.flat()
@@ -55,8 +55,8 @@ def run_block_two_pass(
     with torch.no_grad(), no_autocast(hidden.device):
         stream = hidden if residual is None else residual
         stored = stream if stream.dtype == spec.residual_dtype else torch.empty_like(hidden, dtype=spec.residual_dtype)
-        free = hidden is not stored and hidden.dtype == spec.matmul_dtype
-        out = hidden if free else torch.empty_like(hidden, dtype=spec.matmul_dtype)
+        reuse_hidden = hidden is not stored and hidden.dtype == spec.matmul_dtype
+        out = hidden if reuse_hidden else torch.empty_like(hidden, dtype=spec.matmul_dtype)
         _forward(spec, LayerWeights(spec, parameters), hidden, residual, out, stored)
     return out, stored
 
@@ -68,7 +68,7 @@ def _forward(
     """Fill `out` (the new hidden), `stored` (the new residual) and `summed` (the sum before it is stored), all (B, L, D).
 
     Returns the forward scan's states between chunks if `summed` is wanted. `out` and `stored` may be `hidden` and `residual`:
-    what is written was read for the last time.
+    a chunk is written after its last read.
     """
     if (mixer := _two_pass_mixer(spec, w, hidden)) is not None:
         return _forward_two_pass(spec, w, mixer, hidden, residual, out, stored, summed)
@@ -143,7 +143,7 @@ def _forward_two_pass(
 
 
 class _Layer(torch.autograd.Function):
-    """Saves the sum that the norm saw, the forward states between chunks, and the parameters."""
+    """Autograd of a layer. It saves the sum that the norm saw, the forward states between chunks, and the parameters."""
 
     @staticmethod
     def forward(
@@ -162,7 +162,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dstored: Tensor | None) -> tuple[Tensor | None, ...]:
-        summed, *saved = ctx.saved_tensors  # once: under activation checkpointing they are made again for each access
+        summed, *saved = ctx.saved_tensors  # read once: activation checkpointing recomputes them at every access
         states, parameters = saved[: -ctx.count], saved[-ctx.count :]
         grads: list[Tensor | None] = [None] * ctx.count
         dsummed = dstored
@@ -209,8 +209,8 @@ def _backward(
             x, start = project(w.in_proj, normed, inner).requires_grad_(), _leaves(backward_states[i])
             with torch.enable_grad():
                 y, last = scan_chunk(spec, w.backward, x, start, reverse=True)
-            own, *dstate = chunk_gradients(w, (y, *last), (*dother, *dstate), (x, *start), w.backward.tensors)
-            dx += own
+            dx_backward, *dstate = chunk_gradients(w, (y, *last), (*dother, *dstate), (x, *start), w.backward.tensors)
+            dx += dx_backward
         dy = project_backward(w, w.in_proj, normed, torch.cat((dx, dz), dim=-1))
         norm_backward(spec, w, v, kept, dy, None if dstored is None else dstored[:, c], dsummed[:, c])
     return dsummed
@@ -234,7 +234,7 @@ def _leaves(state: State | None) -> tuple[Tensor, ...]:
 
 
 def _to_host(spec: LayerSpec, x: Tensor) -> Tensor:
-    """Return x in host memory if that is wanted: pinned, and in the order of the device's stream, for which nobody waits."""
+    """Return x, with `offload` as a copy in pinned host memory, made in the order of the device's stream without waiting."""
     return x.to("cpu", non_blocking=True) if spec.offload else x
 
 

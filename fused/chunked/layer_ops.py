@@ -53,7 +53,7 @@ def norm_forward(spec: LayerSpec, w: LayerWeights, v: Tensor, residual: Tensor |
 
 
 def norm_recompute(spec: LayerSpec, w: LayerWeights, v: Tensor) -> tuple[Tensor, tuple[Any, Any]]:
-    """Return `norm_forward` of v (B, L, D), and what `norm_backward` reads."""
+    """Return `norm_forward` of v (B, L, D), and the tensors that `norm_backward` reads."""
     if _has_native_norm(spec):
         from fused.ops.add_norm import launch
 
@@ -75,20 +75,20 @@ def norm_backward(
         from fused.ops.add_norm import launch
 
         (mean, rstd), out = kept, dv if dv.is_contiguous() else None
-        made, _, dweight, dbias = launch.backward(dy, dresidual, v, None, weight, bias, mean, rstd, dv.dtype, dx=out)
+        grad_v, _, dweight, dbias = launch.backward(dy, dresidual, v, None, weight, bias, mean, rstd, dv.dtype, dx=out)
     else:
         leaf, y = kept
-        made, dweight, *rest = torch.autograd.grad(y, [x for x in (leaf, weight, bias) if x is not None], dy)
-        made, dbias = made if dresidual is None else made + dresidual, rest[0] if rest else None
-    if made is not dv:
-        dv.copy_(made)
+        grad_v, dweight, *rest = torch.autograd.grad(y, [x for x in (leaf, weight, bias) if x is not None], dy)
+        grad_v, dbias = grad_v if dresidual is None else grad_v + dresidual, rest[0] if rest else None
+    if grad_v is not dv:
+        dv.copy_(grad_v)
     w.add_gradient(weight, dweight)
     if dbias is not None:
         w.add_gradient(bias, dbias)
 
 
 def _has_native_norm(spec: LayerSpec) -> bool:
-    """Return whether the norm's own kernels can be called, past autograd: the sum that they see is not rounded."""
+    """Return whether the native norm kernels can be called directly, without autograd: they see the unrounded sum."""
     return spec.backend == "native" and spec.fused_add_norm
 
 
@@ -96,7 +96,7 @@ def scan_chunk(
     spec: LayerSpec, direction: Direction, x: Tensor, state: Sequence[Tensor] | None, reverse: bool,
     z: Tensor | None = None, y_other_direction: Tensor | None = None,
 ) -> tuple[Tensor, State]:  # fmt: skip
-    """Return y (B, L, E) of one direction over a chunk x (B, L, E) from its state, and the state that leaves.
+    """Return y (B, L, E) of one direction over a chunk x (B, L, E) from `state`, and the state that leaves.
 
     With z (B, L, E) it is (y + y_other_direction) * silu(z), where `y_other_direction` is the other direction's y, if there is
     one.
@@ -108,25 +108,25 @@ def scan_chunk(
             x, direction.weights, reverse=reverse, A_is_log=False, z=z, y_other_direction=y_other_direction, state=state,
             packed=direction.packed,
         )  # fmt: skip
-    y, left = one_direction_eager(x, direction.weights, reverse=reverse, backend=spec.backend, state=state)
-    return y if z is None else _gate(y, y_other_direction, z), left
+    y, leaving = one_direction_eager(x, direction.weights, reverse=reverse, backend=spec.backend, state=state)
+    return y if z is None else _gate(y, y_other_direction, z), leaving
 
 
 def _gate(y: Tensor, y_other_direction: Tensor | None, z: Tensor) -> Tensor:
-    """Return (y + y_other_direction) * silu(z), computed in at least float32 and rounded once."""
+    """Return (y + y_other_direction) * silu(z), (B, L, E), computed in at least float32 and rounded once."""
     dtype = accumulation_dtype(z.dtype)
     y = y.to(dtype) if y_other_direction is None else y.to(dtype) + y_other_direction
     return (y * clipwise(F.silu, z.to(dtype))).to(z.dtype)
 
 
 def project(linear: Linear, x: Tensor, first: int | None = None) -> Tensor:
-    """Return a linear layer's outputs (B, L, out) of x (B, L, in), or the `first` of them."""
+    """Return a linear layer's outputs (B, L, out) of x (B, L, in), or the first `first` of them."""
     weight, bias = linear
     return F.linear(x, weight[:first], None if bias is None else bias[:first])
 
 
 def project_into(linear: Linear, x: Tensor, out: Tensor) -> None:
-    """Write a linear layer's outputs of x (B, L, in) into `out` (B, L, out), past autograd."""
+    """Write a linear layer's outputs of x (B, L, in) into `out` (B, L, out), without autograd."""
     weight, bias = linear
     if not out.is_contiguous() or out.dtype != x.dtype:
         out.copy_(F.linear(x, weight, bias))

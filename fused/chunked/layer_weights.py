@@ -1,4 +1,4 @@
-"""A layer as a run over chunks reads it: its settings, and its parameters cast once for all chunks."""
+"""The settings of a layer for a run over chunks, and its parameters cast once for all chunks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """The settings of a layer; `sum_dtype` and `residual_dtype` are of the sum before and after it is stored."""
+    """The settings of a layer; `sum_dtype` and `residual_dtype` are those of the sum before and after it is stored."""
 
     chunks: Sequence[slice]  # of tokens, in the order of time
     backend: str
@@ -37,7 +37,7 @@ def layer_spec(
 ) -> LayerSpec:
     """Return the spec of a layer for hidden and residual (B, L, D), under the autocast of the caller."""
     device, fused, weights = hidden.device.type, layer.fused_add_norm, layer.mixer.in_proj.weight.dtype
-    low = torch.is_autocast_enabled(device) and weights != torch.float64
+    under_autocast = torch.is_autocast_enabled(device) and weights != torch.float64
     summed = hidden.dtype if residual is None else torch.promote_types(hidden.dtype, residual.dtype)
     if residual is not None and fused:
         residual_dtype = residual.dtype
@@ -45,7 +45,7 @@ def layer_spec(
         residual_dtype = accumulation_dtype(summed) if layer.residual_in_fp32 else summed
     return LayerSpec(
         chunks, backends.operators_of(backend), offload, layer.norm.kind, layer.norm.eps, fused,
-        matmul_dtype=torch.get_autocast_dtype(device) if low else weights,
+        matmul_dtype=torch.get_autocast_dtype(device) if under_autocast else weights,
         norm_dtype=hidden.dtype if fused else layer.norm.weight.dtype,
         residual_dtype=residual_dtype, sum_dtype=accumulation_dtype(summed),
     )  # fmt: skip
@@ -67,20 +67,20 @@ class LayerParameters(NamedTuple):
     directions: tuple[DirectionWeights, ...]  # A is log(-A)
 
     def flat(self) -> list[Tensor | None]:
-        """Return all of them in order."""
-        own = (self.norm, self.in_proj, self.out_proj, *self.directions)
-        return [x for parameters in own for x in parameters]
+        """Return all parameters in order."""
+        groups = (self.norm, self.in_proj, self.out_proj, *self.directions)
+        return [x for parameters in groups for x in parameters]
 
     @classmethod
     def of(cls, layer: "ChunkableLayer") -> "LayerParameters":
-        """Return those of a layer."""
+        """Return the parameters of a layer."""
         mixer = layer.mixer
         norm, in_proj, out_proj = (Linear(x.weight, x.bias) for x in (layer.norm, mixer.in_proj, mixer.out_proj))
         return cls(norm, in_proj, out_proj, tuple(mixer.directions()))
 
     @classmethod
     def from_flat(cls, flat: Sequence[Any]) -> "LayerParameters":
-        """Return what `flat` gave in its places."""
+        """Return the parameters of a list that `flat()` made."""
         values, count = iter(flat), len(DirectionWeights._fields)
         norm, in_proj, out_proj = (Linear(next(values), next(values)) for _ in range(3))
         rest = list(values)
@@ -96,14 +96,14 @@ class Direction:
 
     @cached_property
     def packed(self) -> tuple[Tensor, Tensor]:
-        """The matrices as the native operator packs them, once for all chunks."""
+        """Return the matrices as the native operator packs them, once for all chunks."""
         from fused.ops.mamba_inner.one_direction import pack_matrices
 
         return pack_matrices(self.weights)
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Return the weights that are there."""
+        """Return the weights that are not None."""
         return [x for x in self.weights if x is not None]
 
 
@@ -116,38 +116,38 @@ class LayerWeights:
         norm, in_proj, out_proj, directions = parameters
         self.norm = _detached(norm)
         self.in_proj, self.out_proj = (_detached(x, spec.matmul_dtype) for x in (in_proj, out_proj))
-        own = [Direction(_cast(spec, weights)) for weights in directions]
-        self.forward, self.backward = own[0], own[1] if len(own) > 1 else None
+        cast_directions = [Direction(_cast(spec, weights)) for weights in directions]
+        self.forward, self.backward = cast_directions[0], cast_directions[1] if len(directions) > 1 else None
 
     def _cast_parameters(self) -> LayerParameters:
         directions = tuple(x.weights for x in (self.forward, self.backward) if x is not None)
         return LayerParameters(self.norm, self.in_proj, self.out_proj, directions)
 
     def requires_grad(self) -> "LayerWeights":
-        """Make each of them a leaf; return self."""
+        """Make every cast parameter a leaf that requires a gradient; return self."""
         for x in self._cast_parameters().flat():
             if x is not None:
                 x.requires_grad_()
         return self
 
     def add_gradient(self, x: Tensor | None, grad: Tensor) -> None:
-        """Add to the gradient of one of them, which is summed in at least float32."""
+        """Add to the gradient of a cast parameter, which is summed in at least float32."""
         if id(x) in self._sums:
             self._sums[id(x)].add_(grad)
         else:
             self._sums[id(x)] = grad.to(accumulation_dtype(grad.dtype), copy=True)
 
     def gradients(self) -> list[Tensor | None]:
-        """Return those of the flat parameters, in their shapes and dtypes."""
+        """Return the gradients of the flat parameters, in their shapes and dtypes."""
         log_A = {id(weights.A) for weights in self._cast_parameters().directions}
         grads: list[Tensor | None] = []
-        for own, x in zip(self._parameters.flat(), self._cast_parameters().flat(), strict=True):
+        for parameter, x in zip(self._parameters.flat(), self._cast_parameters().flat(), strict=True):
             total = self._sums.get(id(x))
-            if own is None or x is None or total is None:
+            if parameter is None or x is None or total is None:
                 grads.append(None)
                 continue
             total = total * x.detach() if id(x) in log_A else total  # through A = -exp(A_log)
-            grads.append(total.view(own.shape).to(own.dtype))
+            grads.append(total.view(parameter.shape).to(parameter.dtype))
         return grads
 
 

@@ -1,7 +1,7 @@
-"""Frames through a bidirectional model as they come: an approximation, since the backward scan would need the future.
+"""An approximate run of a bidirectional model over frames as they arrive: the exact backward scan would need future frames.
 
-A window is a chunk of frames and the frames looked ahead at behind it. In every layer the forward state is carried from chunk
-to chunk, and the backward scan starts from zeros at the window's end. The frames looked ahead at are computed again with
+A window is a chunk of frames and the look-ahead frames after it. In every layer the forward state is carried from chunk
+to chunk, and the backward scan starts from zeros at the window's end. The look-ahead frames are computed again with
 their own chunk.
 """
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 def run_approximate(
     model: "ChunkableModel", video: Video, chunk_frames: int, look_ahead: int, total: int | None
 ) -> Iterator[ChunkedOutput]:
-    """Yield the last layer's output for every chunk, as soon as its frames and the `look_ahead` frames behind it have come.
+    """Yield the last layer's output for every chunk, as soon as its frames and the `look_ahead` frames after it have arrived.
 
     `total` is the number of tubelets to which the temporal table is stretched, None for its own. Raises ValueError or
-    TypeError for a model or a video with which this cannot be done.
+    TypeError for a model or a video that does not fit.
     """
     config = model.config
     check_chunkable(model, chunk_frames)
@@ -40,18 +40,18 @@ def run_approximate(
         )
     backend = model.resolve_backend(model.cls_token)
     layers = _WindowLayers(model, backend)
-    size, more = (frames // t * config.patches for frames in (chunk_frames, look_ahead))
-    most, device = max_frames(config, total), model.cls_token.device
-    clips = split_frames(video, config, math.gcd(chunk_frames, look_ahead), device, most)
+    chunk_tokens, look_ahead_tokens = (frames // t * config.patches for frames in (chunk_frames, look_ahead))
+    limit, device = max_frames(config, total), model.cls_token.device
+    clips = split_frames(video, config, math.gcd(chunk_frames, look_ahead), device, limit)
     waiting, cls = None, 1  # tokens that no chunk has taken yet, and whether CLS is the first of them
     for tokens in embed_chunks(model, clips, total):
         waiting = tokens if waiting is None else torch.cat((waiting, tokens), dim=1)
-        while waiting.shape[1] >= cls + size + more:
-            yield layers.run(waiting[:, : cls + size + more], cls + size)
-            waiting, cls = waiting[:, cls + size :], 0
+        while waiting.shape[1] >= cls + chunk_tokens + look_ahead_tokens:
+            yield layers.run(waiting[:, : cls + chunk_tokens + look_ahead_tokens], cls + chunk_tokens)
+            waiting, cls = waiting[:, cls + chunk_tokens :], 0
     while waiting is not None and waiting.shape[1] > 0:
-        yield layers.run(waiting[:, : cls + size + more], cls + size)
-        waiting, cls = waiting[:, cls + size :], 0
+        yield layers.run(waiting[:, : cls + chunk_tokens + look_ahead_tokens], cls + chunk_tokens)
+        waiting, cls = waiting[:, cls + chunk_tokens :], 0
 
 
 class _WindowLayers:

@@ -1,7 +1,7 @@
-"""A whole video through a bidirectional model in the memory of a chunk of it: exactly, in inference and in training.
+"""An exact run of a bidirectional model over a video in the memory of one chunk, in inference and in training.
 
-The layers run one after the other, each over all chunks. The streams between two layers are in memory for the whole video; the
-intermediate tensors of a layer are so for one chunk only.
+The layers run one after the other, each over all chunks. The streams between two layers are in memory for the full video, the
+intermediate tensors of a layer for one chunk only.
 """
 
 import itertools
@@ -40,17 +40,17 @@ def run_layers(
     """Embed a video and run the layers over it in chunks of `chunk_frames` frames.
 
     `num_frames` is the number of frames that an iterator gives. `total` is the number of tubelets to which the temporal table
-    is stretched, None for its own. With `offload` a layer keeps in host memory what its first pass leaves for its second.
-    `out_layers` are the numbers of layers whose feature is wanted, as in `Backbone.encode`.
+    is stretched, None for its own. With `offload` a layer keeps in host memory the tensors that its
+    first pass leaves for its second. `out_layers` are the numbers of layers whose feature is wanted, as in `Backbone.encode`.
 
-    Raises ValueError or TypeError for a video, a chunk length, a model or a backend with which this cannot be done.
+    Raises ValueError or TypeError for a video, a chunk length, a model or a backend that does not fit.
     """
     config, device = model.config, model.cls_token.device
     check_chunkable(model, chunk_frames)
-    most = max_frames(config, total)
-    frames = count_frames(video, num_frames, config, most)
+    limit = max_frames(config, total)
+    frames = count_frames(video, num_frames, config, limit)
     backend = model.resolve_backend(model.cls_token)
-    tokens = list(embed_chunks(model, split_frames(video, config, chunk_frames, device, most, frames), total))
+    tokens = list(embed_chunks(model, split_frames(video, config, chunk_frames, device, limit, frames), total))
     edges = [0, *itertools.accumulate(t.shape[1] for t in tokens)]
     chunks = [slice(*pair) for pair in itertools.pairwise(edges)]
     hidden = torch.cat(tokens, dim=1)
@@ -63,7 +63,7 @@ def run_layers(
         if residual is not None:
             hidden = layer.drop_path(hidden)
         hidden, residual = run_block_two_pass(layer, hidden, residual, chunks, backend, offload)
-        if i - 1 in out_layers:  # the stream behind layer i - 1 is summed in layer i
+        if i - 1 in out_layers:  # layer i computes the residual stream after layer i - 1
             features.append(apply_per_chunk(lambda x: model.layer_feature(x, backend), chunks, residual))
     hidden = model.drop_path(hidden)
     if config.depth - 1 in out_layers:
@@ -106,10 +106,10 @@ def max_frames(config: "ChunkableConfig", total: int | None) -> int:
     return (config.num_frames or 0) if total is None else total * config.kernel_size
 
 
-def count_frames(video: Video, num_frames: int | None, config: "ChunkableConfig", most: int) -> int:
+def count_frames(video: Video, num_frames: int | None, config: "ChunkableConfig", limit: int) -> int:
     """Return the number of frames of a video: a clip's own, or the `num_frames` that an iterator will give.
 
-    Raises ValueError for a number that is missing, is no multiple of kernel_size, or is above `most`.
+    Raises ValueError for a number that is missing, is no multiple of kernel_size, or is above `limit`.
     """
     if isinstance(video, Tensor):
         if video.dim() != 5:
@@ -124,49 +124,49 @@ def count_frames(video: Video, num_frames: int | None, config: "ChunkableConfig"
             f"num_frames is {num_frames!r}; allowed: a positive multiple of kernel_size ({config.kernel_size}), the frames of "
             "a tubelet"
         )
-    if num_frames > most:
-        raise _too_long(most, num_frames)
+    if num_frames > limit:
+        raise _too_long(limit, num_frames)
     return num_frames
 
 
-def _too_long(most: int, frames: int) -> ValueError:
+def _too_long(limit: int, frames: int) -> ValueError:
     """Return the error for a video of more frames than there are positions for."""
     return ValueError(
-        f"the video has {frames} frames or more, but there are temporal positions for {most}; pass all its tubelets as "
+        f"the video has {frames} frames or more, but there are temporal positions for {limit}; pass all its tubelets as "
         "temporal_pos_total: the temporal table is stretched to it"
     )
 
 
 def split_frames(
-    video: Video, config: "ChunkableConfig", step: int, device: torch.device, most: int, frames: int | None = None
+    video: Video, config: "ChunkableConfig", step: int, device: torch.device, limit: int, frames: int | None = None
 ) -> Iterator[Tensor]:
     """Yield clips (B, C, t, H, W) on the device, of `step` frames each; the last may be shorter.
 
-    `frames` is the number of frames in all, None if it is not known; `most` is the largest allowed. Raises ValueError or
-    TypeError for frames that do not fit the model, for too many and for too few.
+    `frames` is the number of frames in all, None if it is not known; `limit` is the largest allowed. Raises ValueError or
+    TypeError for frames that do not fit the model, or for a number of them that does not.
     """
     items = video.split(step, dim=2) if isinstance(video, Tensor) else video
     waiting: list[Tensor] = []
-    given, clips = 0, None
+    received, clips = 0, None
     for item in items:
         item = item.unsqueeze(2) if isinstance(item, Tensor) and item.dim() == 4 else item
         _check_item(item, config, clips)
-        clips, given = item.shape[0], given + item.shape[2]
-        if frames is not None and given > frames:
+        clips, received = item.shape[0], received + item.shape[2]
+        if frames is not None and received > frames:
             raise ValueError(f"num_frames is {frames}, but the iterator gives more; say how many it gives")
-        if given > most:
-            raise _too_long(most, given)
+        if received > limit:
+            raise _too_long(limit, received)
         waiting.append(item.to(device, non_blocking=True))
         while sum(x.shape[2] for x in waiting) >= step:
             joined = torch.cat(waiting, dim=2) if len(waiting) > 1 else waiting[0]
             waiting = [joined[:, :, step:]] if joined.shape[2] > step else []
             yield joined[:, :, :step]
-    if frames is not None and given < frames:
-        raise ValueError(f"num_frames is {frames}, but the iterator gave {given}; say how many it gives")
-    if not given:
+    if frames is not None and received < frames:
+        raise ValueError(f"num_frames is {frames}, but the iterator gave {received}; say how many it gives")
+    if not received:
         raise ValueError("the iterator gave no frames")
-    if given % config.kernel_size:
-        raise ValueError(f"the iterator gave {given} frames, which are no multiple of kernel_size ({config.kernel_size})")
+    if received % config.kernel_size:
+        raise ValueError(f"the iterator gave {received} frames, which are no multiple of kernel_size ({config.kernel_size})")
     if any(x.shape[2] for x in waiting):
         yield torch.cat(waiting, dim=2)
 
@@ -176,10 +176,10 @@ def _check_item(item: Any, config: "ChunkableConfig", clips: int | None) -> None
     channels, height, width = config.channels, *config.sides
     wanted = (item.shape[0] if clips is None else clips, channels, height, width) if isinstance(item, Tensor) else ()
     if not isinstance(item, Tensor) or item.dim() != 5 or (*item.shape[:2], *item.shape[3:]) != wanted:
-        came = tuple(item.shape) if isinstance(item, Tensor) else type(item).__name__
+        received = tuple(item.shape) if isinstance(item, Tensor) else type(item).__name__
         B = "B" if clips is None else clips
         raise ValueError(
-            f"the iterator gave {came}; allowed: runs of frames ({B}, {channels}, t, {height}, {width}) or "
+            f"the iterator gave {received}; allowed: runs of frames ({B}, {channels}, t, {height}, {width}) or "
             f"single frames ({B}, {channels}, {height}, {width})"
         )
     if not item.is_floating_point():
@@ -191,8 +191,8 @@ def embed_chunks(model: "ChunkableModel", clips: Iterable[Tensor], total: int | 
 
     `total` is the number of tubelets to which the temporal table is stretched, None for its own.
     """
-    config, done = model.config, 0
+    config, first_tubelet = model.config, 0
     for clip in clips:
-        span = Span(done, clip.shape[2] // config.kernel_size, total or config.tubelets)
+        span = Span(first_tubelet, clip.shape[2] // config.kernel_size, total or config.tubelets)
         yield model.embed_span(clip, span)
-        done += span.tubelets
+        first_tubelet += span.tubelets

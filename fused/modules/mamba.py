@@ -1,4 +1,4 @@
-"""The Mamba mixer: in_proj, two scans over the same tokens from either end, one gate, out_proj."""
+"""The Mamba mixer: in_proj, a scan over the same tokens from either end, one gate, out_proj."""
 
 import math
 from dataclasses import replace
@@ -38,7 +38,7 @@ class Mamba(nn.Module):
                where c = silu(conv(x)) and dt, B, C = x_proj(c)
         out  = out_proj(y)
 
-    Tokens stay (B, L, channels) throughout and neither direction copies them in reverse. Parameter names, shapes and
+    Tokens stay (B, L, channels) throughout and neither direction makes a reversed copy. Parameter names, shapes and
     initial values are upstream's. `backend` is a name of `fused.backends`, or "auto"; `use_fast_path=False` makes "auto"
     choose "torch".
     """
@@ -84,45 +84,45 @@ class Mamba(nn.Module):
         self.d_model, self.d_state, self.d_conv, self.d_inner = d_model, d_state, d_conv, expand * d_model
         self.dt_rank = -(-d_model // 16) if dt_rank == "auto" else int(dt_rank)
 
-        place = {"device": device, "dtype": dtype}
-        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **place)
-        self._add_direction("", "A_log", conv_bias, place)
+        factory_kwargs = {"device": device, "dtype": dtype}
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **factory_kwargs)
+        self._add_direction("", "A_log", conv_bias, factory_kwargs)
         if bimamba:
-            self._add_direction("_b", "A_b_log", conv_bias, place)
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **place)
-        self._init_steps(dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
+            self._add_direction("_b", "A_b_log", conv_bias, factory_kwargs)
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **factory_kwargs)
+        self._init_dt_proj(dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
 
-    def _add_direction(self, suffix: str, A_log: str, conv_bias: bool, place: dict) -> None:
+    def _add_direction(self, suffix: str, A_log: str, conv_bias: bool, factory_kwargs: dict) -> None:
         """Register one direction's parameters; A and D are float32 whatever the dtype of the rest."""
         E, N, R, K = self.d_inner, self.d_state, self.dt_rank, self.d_conv
-        self.add_module("conv1d" + suffix, nn.Conv1d(E, E, K, padding=K - 1, groups=E, bias=conv_bias, **place))
-        self.add_module("x_proj" + suffix, nn.Linear(E, R + 2 * N, bias=False, **place))
-        self.add_module("dt_proj" + suffix, nn.Linear(R, E, **place))
-        precise = {"device": place["device"], "dtype": torch.float32}
-        self.register_parameter(A_log, nn.Parameter(torch.arange(1, N + 1, **precise).log().expand(E, N).clone()))
-        self.register_parameter("D" + suffix, nn.Parameter(torch.ones(E, **precise)))
+        self.add_module("conv1d" + suffix, nn.Conv1d(E, E, K, padding=K - 1, groups=E, bias=conv_bias, **factory_kwargs))
+        self.add_module("x_proj" + suffix, nn.Linear(E, R + 2 * N, bias=False, **factory_kwargs))
+        self.add_module("dt_proj" + suffix, nn.Linear(R, E, **factory_kwargs))
+        float32_kwargs = {"device": factory_kwargs["device"], "dtype": torch.float32}
+        self.register_parameter(A_log, nn.Parameter(torch.arange(1, N + 1, **float32_kwargs).log().expand(E, N).clone()))
+        self.register_parameter("D" + suffix, nn.Parameter(torch.ones(E, **float32_kwargs)))
 
     @torch.no_grad()
-    def _init_steps(self, dt_min: float, dt_max: float, dt_init: str, dt_scale: float, floor: float) -> None:
-        """Upstream's start of the forward dt_proj: softplus(bias) is log-uniform between dt_min and dt_max."""
+    def _init_dt_proj(self, dt_min: float, dt_max: float, dt_init: str, dt_scale: float, step_floor: float) -> None:
+        """Initialise the forward dt_proj as upstream does: softplus(bias) is log-uniform between dt_min and dt_max."""
         weight, bias = self.dt_proj.weight, self.dt_proj.bias
-        reach = dt_scale / math.sqrt(self.dt_rank)
-        weight.fill_(reach) if dt_init == "constant" else weight.uniform_(-reach, reach)
+        bound = dt_scale / math.sqrt(self.dt_rank)
+        weight.fill_(bound) if dt_init == "constant" else weight.uniform_(-bound, bound)
         step = torch.empty_like(bias, dtype=torch.float32).uniform_(math.log(dt_min), math.log(dt_max)).exp_()
-        step.clamp_(min=floor)
+        step.clamp_(min=step_floor)
         bias.copy_(step + (-torch.expm1(-step)).log())  # the inverse of softplus
 
     def init_state(self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> State:
         """Return the state before a sequence: zeros (B, E, K-1) in `dtype`, the stream's, and (B, E, N) in at least float32.
 
         Without a dtype it is that of in_proj's output, which autocast decides where it is on; without a device that of
-        the parameters. Raises ValueError for a bidirectional mixer and for a batch of none.
+        the parameters. Raises ValueError for a bidirectional mixer and for a batch of 0 clips.
         """
         self._require_causal()
         weight = self.in_proj.weight
-        at = torch.device(device) if device is not None else weight.device
+        target = torch.device(device) if device is not None else weight.device
         E = self.d_inner
-        return zero_state(batch_size, (E, self.d_conv - 1), (E, self.d_state), dtype or linear_dtype(weight, at), at)
+        return zero_state(batch_size, (E, self.d_conv - 1), (E, self.d_state), dtype or linear_dtype(weight, target), target)
 
     def forward(
         self,
@@ -132,10 +132,10 @@ class Mamba(nn.Module):
         *,
         backend: str | None = None,
     ) -> Float[Tensor, "B L D"] | tuple[Float[Tensor, "B L D"], State]:
-        """Mix tokens; with `return_state` also return what the next chunk's `state` must be.
+        """Return the mixer's output (B, L, D); with `return_state` also return what the next chunk's `state` must be.
 
-        Chunks chained by their states equal the whole, gradients included (`bimamba=False` only). `backend` is the
-        choice a model has made for this forward; by itself the mixer chooses from its own `backend`.
+        Chunks chained by their states give the result of the whole sequence, gradients included (`bimamba=False` only).
+        `backend` is the choice that a model has made for this forward; without it the mixer chooses from its own `backend`.
 
         Raises ValueError for a state with a bidirectional mixer or with a backend that cannot carry one, ValueError or
         TypeError for a state of other shapes, dtypes or devices, BackendError for a backend that cannot run here.
@@ -144,9 +144,9 @@ class Mamba(nn.Module):
         requested = backend or self.backend
         if carried:
             self._require_causal()
-        if backend is None or state is not None or hidden.dtype not in KERNEL_DTYPES:  # else a model has asked already
-            asked = {"initial_state": state is not None}
-            backends.check_abilities("mixer", BACKENDS, requested, hidden.dtype, asked)
+        if backend is None or state is not None or hidden.dtype not in KERNEL_DTYPES:  # else the model has checked already
+            required = {"initial_state": state is not None}
+            backends.check_abilities("mixer", BACKENDS, requested, hidden.dtype, required)
         if carried and requested == "mamba_ssm_inner":
             raise ValueError("mixer: backend 'mamba_ssm_inner' does not return a state; use backend='torch'")
         backend = backend or self.resolve_backend(hidden)

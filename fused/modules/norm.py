@@ -20,7 +20,7 @@ class Norm(nn.Module):
         self.register_parameter("bias", nn.Parameter(torch.zeros(dim)) if kind == "layer" else None)
 
     def forward(self, x: Tensor, backend: str = "auto") -> Tensor:
-        """Normalise x, which has no residual."""
+        """Return the normalised x (..., D), without a residual."""
         return self.add(x, None, prenorm=False, backend=backend)
 
     def add(
@@ -28,7 +28,7 @@ class Norm(nn.Module):
     ) -> Any:
         """Return `add_norm` of x (..., D) and residual with this module's parameters.
 
-        A model has resolved its backend for the whole forward: the native one is then called at once.
+        A model resolves its backend once a forward. The native operator is then called directly.
         """
         if backend in ("native", "native_kept"):
             from fused.ops.add_norm.native import add_norm_native
@@ -44,13 +44,14 @@ class Norm(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: while training, a clip's branch is dropped with probability `rate`, the others scaled up."""
+    """Stochastic depth: in training, a clip's branch is dropped with probability `rate`, and the others are scaled up."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return x (B, ...) with dropped and scaled clips; x itself outside of training."""
         if self.rate == 0 or not self.training:
             return x
         keep = 1 - self.rate

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Span(NamedTuple):
-    """The tubelets `start` to `start + tubelets - 1` of a video of `total` tubelets."""
+    """Tubelets `start` to `start + tubelets - 1` of a video of `total` tubelets."""
 
     start: int
     tubelets: int
@@ -12,7 +12,7 @@ class Span(NamedTuple):
 
     @property
     def cls(self) -> int:
-        """1 if CLS goes before the clip's patches, which it does at the start of the video, else 0."""
+        """Return 1 if CLS goes before the clip's patches, which it does at the start of the video, else 0."""
         return int(self.start == 0)
 
     def first_token(self, patches: int) -> int:
@@ -24,11 +24,11 @@ class Span(NamedTuple):
         return self.cls + self.tubelets * patches
 
 
-def check_tubelets(name: str, value: object, least: int, image: bool) -> None:
-    """Raise ValueError unless `value` is None or a number of tubelets from `least` up; for an `image`, unless it is None."""
+def check_tubelets(name: str, value: object, minimum: int, image: bool) -> None:
+    """Raise ValueError unless `value` is None or a number of tubelets from `minimum` up; for an `image`, unless it is None."""
     if value is None:
         return
     if image:
         raise ValueError(f"{name} is {value!r}; allowed for an image, which has no place in time: None")
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} is {value!r}; allowed: a number of tubelets from {least} up, or None")
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ValueError(f"{name} is {value!r}; allowed: a number of tubelets from {minimum} up, or None")

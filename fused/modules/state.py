@@ -56,13 +56,13 @@ def unpack(state: States, depth: int, mean: bool, name: str) -> list[State]:
     `name` is the argument's name in the errors. Raises TypeError for what is no list, tuple or dict of pairs of tensors,
     ValueError for too many or too few entries or for other keys.
     """
-    due = f"one per layer ({depth})" + (", then (count, total) of the running mean" if mean else "")
+    expected = f"one per layer ({depth})" + (", then (count, total) of the running mean" if mean else "")
     if not isinstance(state, (list, tuple, Mapping)):
-        raise TypeError(f"{name} is a {type(state).__name__}; allowed: a list, tuple or dict with {due}")
+        raise TypeError(f"{name} is a {type(state).__name__}; allowed: a list, tuple or dict with {expected}")
     if len(state) != depth + mean:
-        raise ValueError(f"{name} has {len(state)} entries; allowed: {due}, as `init_state` makes them")
-    if isinstance(state, Mapping) and (strange := [key for key in state if key not in range(len(state))]):
-        raise ValueError(f"{name} has the keys {strange}; allowed: 0 to {len(state) - 1}, {due}")
+        raise ValueError(f"{name} has {len(state)} entries; allowed: {expected}, as `init_state` makes them")
+    if isinstance(state, Mapping) and (unknown := [key for key in state if key not in range(len(state))]):
+        raise ValueError(f"{name} has the keys {unknown}; allowed: 0 to {len(state) - 1}, {expected}")
     for i in range(len(state)):
         if not (isinstance(state[i], (list, tuple)) and len(state[i]) == 2 and all(isinstance(x, Tensor) for x in state[i])):
             form = "(conv_state, ssm_state)" if i < depth else "(count, total)"
@@ -71,7 +71,7 @@ def unpack(state: States, depth: int, mean: bool, name: str) -> list[State]:
 
 
 def pack(pairs: Any, like: States | None, mean: State | None = None) -> States:
-    """Return the pairs, and behind them a running mean, in a container of the type of `like`: dict, tuple, or else list."""
+    """Return the pairs, followed by a running mean, in a container of the type of `like`: dict, tuple, or else list."""
     pairs = [*pairs] if mean is None else [*pairs, mean]
     if isinstance(like, Mapping):
         return {i: pair for i, pair in enumerate(pairs)}
@@ -82,9 +82,9 @@ def check_mixer_state(state: State, x: Float[Tensor, "B L E"], K: int, N: int, l
     """Raise unless `state` fits x, the input of a mixer's convolution of width K, and a scan of N states: ValueError for
     shapes and devices, TypeError for dtypes. `layer` is the mixer's number for the message."""
     clips, _, E = x.shape
-    of = "" if layer is None else f" of layer {layer}"
-    _check(f"conv_state{of}", state[0], (clips, E, K - 1), x.dtype, x.device)
-    _check(f"ssm_state{of}", state[1], (clips, E, N), accumulation_dtype(x.dtype), x.device)
+    suffix = "" if layer is None else f" of layer {layer}"
+    _check(f"conv_state{suffix}", state[0], (clips, E, K - 1), x.dtype, x.device)
+    _check(f"ssm_state{suffix}", state[1], (clips, E, N), accumulation_dtype(x.dtype), x.device)
 
 
 def _check(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
@@ -121,9 +121,9 @@ def running_mean(tokens: Float[Tensor, "B V D"], before: State | None) -> tuple[
 
 
 def detach_state(state: Any) -> Any:
-    """Return a mixer's or model's state without its autograd history: gradients end here.
+    """Return a mixer's or model's state without its autograd history.
 
-    Memory is shared. Only a state that was made in inference mode is copied outside of it, where autograd refuses it.
+    Memory is shared, but a state that was made in inference mode is copied outside of that mode, where autograd refuses it.
     """
 
     def detached(x: Tensor) -> Tensor:

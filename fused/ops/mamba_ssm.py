@@ -1,8 +1,8 @@
-"""mamba-ssm and causal-conv1d behind this package's signatures: channel-last tokens, both directions, states returned.
+"""Adapters of mamba-ssm and causal-conv1d to this package's signatures: channel-last tokens, both directions, states returned.
 
-Nothing is imported before the first call. Upstream's layout is (B, channels, L) with the tokens contiguous and its
-directions are one, so that a transposed copy and, for `reverse`, a flip before and after belong to each call of an operator;
-a whole mixer has that layout from its first product on.
+Nothing is imported before the first call. Upstream's layout is (B, channels, L) with contiguous tokens, and it scans from the
+first token only. Every call of an operator therefore makes a transposed copy and, for `reverse`, flips before and after; a
+mixer has that layout from its first product on.
 Upstream carries no state into a call and ignores the gradient of the state that leaves the scan: the first is refused
 by `backends.check_abilities`, the second here, in the backward. Written against mamba-ssm 2.3.2 and causal-conv1d 1.7.
 """
@@ -32,7 +32,7 @@ def selective_scan(
     initial_state: None = None,
     reverse: bool = False,
 ) -> tuple[Float[Tensor, "B L E"], Float[Tensor, "B E N"]]:
-    """Scan by mamba-ssm's CUDA kernel. It wants u, delta, B, C and z in one dtype, u's, and A, D and delta_bias in float32.
+    """Scan by mamba-ssm's CUDA kernel. It takes u, delta, B, C and z in one dtype, u's, and A, D and delta_bias in float32.
 
     It takes no initial state (`BACKENDS` says so). Raises RuntimeError in the backward if a gradient arrives at the final
     state.
@@ -44,7 +44,7 @@ def selective_scan(
             return None
         return (x.flip(1) if reverse else x).to(u.dtype).movedim(1, -1).contiguous()
 
-    def wide(x: Tensor | None) -> Tensor | None:
+    def as_float32(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.float()
 
     y, state = selective_scan_fn(
@@ -53,9 +53,9 @@ def selective_scan(
         A.float(),
         tokens(B),
         tokens(C),
-        wide(D),
+        as_float32(D),
         z=tokens(z),
-        delta_bias=wide(delta_bias),
+        delta_bias=as_float32(delta_bias),
         delta_softplus=softplus,
         return_last_state=True,
     )
@@ -113,10 +113,10 @@ def mamba_mixer(
     hidden: Float[Tensor, "B L D"], in_proj: nn.Linear, out_proj: nn.Linear, directions: Sequence[DirectionWeights], *,
     inner: bool,
 ) -> Float[Tensor, "B L D"]:  # fmt: skip
-    """Run a mixer as mamba-ssm's own module does, with tokens contiguous from in_proj's product on: nothing is transposed.
+    """Run a mixer as mamba-ssm's own module does, with tokens contiguous from in_proj's product on.
 
-    With `inner` by `mamba_inner_fn`, once per direction, outputs added; else by causal-conv1d, products and the scan, and one
-    out_proj. A second direction runs on flipped tokens. A of the directions is log(-A). out_proj's bias is added once.
+    With `inner`, run `mamba_inner_fn` once per direction and add the outputs; else causal-conv1d, matrix products and the scan,
+    and one out_proj. A second direction runs on flipped tokens. A of the directions is log(-A). out_proj's bias is added once.
     """
     xz = _matmul_channels_first(in_proj.weight, in_proj.bias, hidden.flatten(0, 1), hidden.shape[0])
     first, *second = directions
@@ -140,6 +140,7 @@ def _matmul_channels_first(weight: Tensor, bias: Tensor | None, rows: Tensor, cl
 
 
 def _inner(xz: Tensor, weights: DirectionWeights, out_proj: Tensor) -> Tensor:
+    """Return a direction's out (B, L, D) of xz (B, 2E, L) by `mamba_inner_fn`."""
     from mamba_ssm.ops.selective_scan_interface import mamba_inner_fn
 
     return mamba_inner_fn(
@@ -149,6 +150,7 @@ def _inner(xz: Tensor, weights: DirectionWeights, out_proj: Tensor) -> Tensor:
 
 
 def _separate(xz: Tensor, weights: DirectionWeights) -> Tensor:
+    """Return a direction's gated y (B, E, L) of xz (B, 2E, L) by causal-conv1d, matrix products and the scan."""
     from causal_conv1d import causal_conv1d_fn
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
@@ -175,7 +177,7 @@ def _channel_last(line: Tensor) -> bool:
 
 
 class _NoGradient(torch.autograd.Function):
-    """Identity that refuses a gradient rather than losing it."""
+    """An identity whose backward raises: upstream would drop the gradient."""
 
     @staticmethod
     def forward(ctx: Any, state: Tensor) -> Tensor:

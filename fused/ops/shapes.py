@@ -18,7 +18,7 @@ Rows = Float[Tensor, "*B D"]
 
 
 class DirectionWeights(NamedTuple):
-    """The weights of one direction of a Mamba mixer, behind in_proj and in front of out_proj.
+    """The weights of one direction of a Mamba mixer, between in_proj and out_proj.
 
     Parameters may have any dtype that the operator reads; `A` is A itself or, where an operator is told `A_is_log`, log(-A).
     """

@@ -1,1 +1,1 @@
-"""The ground of every operator: argument checks, registration, compilers and launches. It imports no operator."""
+"""The base of every operator: argument checks, registration, compilers and launches. It imports no operator."""

@@ -1,4 +1,4 @@
-"""Leaving autocast: its rules are not those of operators that choose their own dtypes."""
+"""A context without autocast, for operators that choose their own dtypes."""
 
 from contextlib import AbstractContextManager, nullcontext
 

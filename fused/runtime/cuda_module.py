@@ -81,7 +81,7 @@ class Module:
         sizes, index, words = kernel.parameter_sizes, self.index, []
         if len(args) != len(sizes):
             raise TypeError(f"{name} takes {len(sizes)} arguments, got {len(args)}")
-        for arg, size in zip(args, sizes, strict=True):  # common kinds first: a launch has dozens of arguments
+        for arg, size in zip(args, sizes, strict=True):  # frequent types first: a launch has dozens of arguments
             if size == 4 and isinstance(arg, float):
                 words.append(_WORD.unpack(_FLOAT.pack(arg))[0])
             elif size == 8 and type(arg) is int:
@@ -110,7 +110,7 @@ class Module:
                 if error != 0:  # there is no such parameter
                     break
                 sizes.append(size)
-        if not sizes:  # a driver before 12.4 has no such call: take the arguments of the first launch for right
+        if not sizes:  # a driver before 12.4 has no such call: trust the arguments of the first launch
             sizes = [4 if isinstance(arg, float) else 8 for arg in args]
         return self._kernels.setdefault(name, _Kernel(function, sizes))
 

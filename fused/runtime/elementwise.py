@@ -1,4 +1,4 @@
-"""Elementwise functions whose bits do not depend on a clip's neighbours in the batch."""
+"""Elementwise functions whose bits do not depend on the other clips of the batch."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""The one way in which kernels become operators `videomamba::NAME` that PyTorch knows, with gradients.
+"""Registration of kernels as PyTorch operators `videomamba::NAME`, with gradients.
 
     call = register("double(Tensor x) -> Tensor", kernel, fake, autograd=Double.apply)
 
@@ -25,8 +25,8 @@ def register(
 
     `kernel` runs it, `fake` returns empty tensors of its results' shapes and dtypes. `autograd` applies a
     `torch.autograd.Function` to the operator's arguments where a gradient is wanted. An operator without it is a backward,
-    whose gradient raises RuntimeError. The returned function saves a round through the dispatcher, but while a compiler traces,
-    which must see the operator.
+    whose gradient raises RuntimeError. The returned function skips one pass through the dispatcher, except while a compiler
+    traces: the compiler must see the operator.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
@@ -34,12 +34,12 @@ def register(
     def run(*arguments: Any) -> Any:
         first = arguments[0]
         device = first[0].device if isinstance(first, (list, tuple)) else first.device
-        with no_autocast(device):  # its rules would reach what the kernel calls, also within a backward
+        with no_autocast(device):  # autocast would change the calls inside the kernel, also within a backward
             return kernel(*arguments)
 
     for device in ("CUDA", "CPU"):  # on the CPU under interpreter and emulation only
         _LIBRARY.impl(name, run, device)
-    torch.library.register_fake(f"videomamba::{name}", fake, lib=_LIBRARY)  # unlike a kernel for Meta it is told the device
+    torch.library.register_fake(f"videomamba::{name}", fake, lib=_LIBRARY)  # unlike a Meta kernel, it knows the device
     operator = getattr(torch.ops.videomamba, name).default
     apply = autograd or functools.partial(_Backward.call, operator)
 
@@ -56,11 +56,11 @@ def register(
 
 
 class _Backward(torch.autograd.Function):
-    """A backward where its own gradient is wanted: it runs, and what differentiates it raises."""
+    """Autograd of a backward operator whose own gradient may be wanted: it runs, and differentiating it raises."""
 
     @classmethod
     def call(cls, operator: Callable[..., Any], *arguments: Any) -> Any:
-        """Run the operator with every tensor, those in lists too, in the sight of autograd."""
+        """Apply to the tensors one by one, those in lists too, so that autograd sees each of them."""
         results: list[Any] = []
         flat = iter(cls.apply(operator, arguments, results, *_flatten(arguments)))
         return tuple([next(flat) for _ in x] if isinstance(x, (list, tuple)) else next(flat) for x in results)

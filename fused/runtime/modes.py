@@ -8,16 +8,16 @@ _batch_invariant = False
 
 @contextlib.contextmanager
 def batch_invariant(on: bool = True) -> Iterator[None]:
-    """Within, the native scan splits time as for a batch of one, so that a clip's bits do not depend on its neighbours.
+    """Make the native scan split time as for a batch of one inside the context: a clip's bits do not depend on its neighbours.
 
-    Outside, how it splits time depends on the size of the batch, which is faster where the clips alone fill the GPU.
+    Outside, the splits depend on the size of the batch, which is faster where the clips alone fill the GPU.
     """
     global _batch_invariant
-    before, _batch_invariant = _batch_invariant, on
+    previous, _batch_invariant = _batch_invariant, on
     try:
         yield
     finally:
-        _batch_invariant = before
+        _batch_invariant = previous
 
 
 def is_batch_invariant() -> bool:

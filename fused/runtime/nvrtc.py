@@ -32,7 +32,7 @@ class Resources(NamedTuple):
 
 
 def unavailable(device: torch.device | str) -> str | None:
-    """Return None if kernels can be compiled for `device` and run on it, else a sentence: why not, and what to install."""
+    """Return None if kernels can be compiled for `device` and run on it, else one sentence: the reason, and what to install."""
     device = torch.device(device)
     if device.type != "cuda":
         return f"CUDA kernels run on NVIDIA GPUs only and the input is on {device.type}: move it to a GPU."
@@ -46,7 +46,7 @@ def unavailable(device: torch.device | str) -> str | None:
 
 @functools.cache
 def compiler_unavailable() -> str | None:
-    """Return None if NVRTC can be called, else why not and what to install. Needs no GPU."""
+    """Return None if NVRTC can be called, else the reason and what to install. Needs no GPU."""
     try:
         cuda_module.bindings("driver")
         cuda_module.bindings("nvrtc").nvrtcVersion()
@@ -131,7 +131,7 @@ def _compile(source: str, defines: Defines, arch: str, *more_options: str) -> tu
 
 
 def _read_buffer(get_size: Any, read: Any, program: Any) -> bytes:
-    """Return what an NVRTC call writes into a buffer of the caller."""
+    """Return the bytes that an NVRTC call writes into a buffer of the caller."""
     buffer = bytearray(get_size(program)[1])
     read(program, buffer)
     return bytes(buffer)

@@ -7,13 +7,13 @@ import torch
 import triton
 
 NATIVE = not triton.knobs.runtime.interpret  # Triton's interpreter knows no PTX
-_HERE: AbstractContextManager[object] = nullcontext()
+_NO_CONTEXT: AbstractContextManager[object] = nullcontext()
 
 
 def launching_on(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which `device` is current; nothing is done where it already is, and on a CPU (the interpreter)."""
+    """Return a context in which `device` is current; an empty one where it already is, and on a CPU (the interpreter)."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return _HERE
+        return _NO_CONTEXT
     return torch.cuda.device(device)
 
 

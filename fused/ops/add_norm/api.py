@@ -1,4 +1,4 @@
-"""Add and normalise: what stands between two mixers, on the residual stream.
+"""Residual addition and normalisation, which come between two mixers.
 
     v = x + residual
     y = v / sqrt(mean(v^2) + eps) * weight + bias                             kind "rms"
@@ -44,7 +44,7 @@ def add_norm(
     residual_in_fp32: bool = True,
     backend: str = "auto",
 ) -> Rows | tuple[Rows, Rows]:
-    """Return y in x's dtype, or (y, residual_out) if `prenorm`.
+    """Return y (..., D) in x's dtype, or (y, residual_out), both (..., D), if `prenorm`.
 
     Computes in at least float32. residual_out is v in the residual's dtype if one came, else in at least float32 when
     `residual_in_fp32`, else in x's dtype. Gradients reach every tensor and flow from both results.
@@ -71,12 +71,12 @@ def add_norm(
 
 def implementation(backend: str) -> Callable[..., Any]:
     """Return the operator of a concrete backend, without argument checks; its arguments are those above but for `backend`."""
-    own = backends.operators_of(backend)
-    if own == "native":
+    operator_backend = backends.operators_of(backend)
+    if operator_backend == "native":
         from fused.ops.add_norm.native import add_norm_native  # Triton is imported where it is used
 
         return add_norm_native
-    return mamba_ssm.add_norm if own == "mamba_ssm" else add_norm_eager
+    return mamba_ssm.add_norm if operator_backend == "mamba_ssm" else add_norm_eager
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, kind: str) -> None:

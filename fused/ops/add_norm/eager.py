@@ -31,7 +31,10 @@ def add_norm_eager(
 
 
 class _AddNorm(torch.autograd.Function):
-    """Saves v where it is returned unrounded, else x and residual. `residual_dtype` is that of residual_out; None: no such."""
+    """Autograd of the norm. It saves v where v is returned unrounded, else x and residual.
+
+    `residual_dtype` is the dtype of residual_out, None without it.
+    """
 
     @staticmethod
     def forward(
@@ -56,11 +59,11 @@ class _AddNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dout: Tensor | None) -> tuple[Tensor | None, ...]:
-        first, second, weight, bias, mean, scale = ctx.saved_tensors
+        v_or_x, residual, weight, bias, mean, scale = ctx.saved_tensors
         dv = dweight = dbias = None
-        with no_autocast(first.device):
+        with no_autocast(v_or_x.device):
             if dy is not None:
-                v = _add(first, second)
+                v = _add(v_or_x, residual)
                 dy = dy.to(v.dtype)
                 unit = (v if mean is None else v - mean) * scale
                 dweight = (dy * unit).reshape(-1, v.shape[-1]).sum(0).to(weight.dtype)
@@ -80,7 +83,7 @@ def exported(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
     eps: float, centre: bool, residual_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Normalise by a graph of pure functions, for `torch.export` and ONNX."""
+    """Return y and v (..., D) by a graph of pure functions, for `torch.export` and ONNX."""
     with no_autocast(x.device):
         v = x.to(accumulation_dtype(x.dtype))
         v = v if residual is None else v + residual.to(v.dtype)
@@ -91,6 +94,6 @@ def exported(
 
 
 def _add(x: Tensor, residual: Tensor | None) -> Tensor:
-    """Return x + residual in at least float32."""
+    """Return x + residual (..., D) in at least float32."""
     v = x.to(accumulation_dtype(x.dtype))
     return v if residual is None else v + residual.to(v.dtype)

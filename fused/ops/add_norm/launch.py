@@ -1,4 +1,4 @@
-"""Launches of the norm's kernels. No autograd here."""
+"""Launches of the norm's kernels, without autograd."""
 
 from functools import cache
 
@@ -9,7 +9,7 @@ from fused.ops.add_norm.kernels import backward_kernel, forward_kernel, reduce_k
 from fused.runtime.triton_launch import blocks, launching_on, power_of_2
 
 MAX_WIDTH = 8192  # the widest row that both kernels hold without spilling
-PROGRAMS = 528  # of the backward: 4 for each of an H200's 132 SMs; a constant, for it decides the order of sums
+PROGRAMS = 528  # of the backward: 4 for each of an H200's 132 SMs; constant, because it decides the order of sums
 REDUCE = {"BLOCK_ROWS": 64, "BLOCK_COLUMNS": 32, "num_warps": 4}
 
 
@@ -39,11 +39,11 @@ def forward(
     mean = torch.empty_like(rstd) if centre else None
     if M:
         config = _tile(D, 64 // x.element_size(), 4)
-        (first, x_row), (second, residual_row) = _readable_rows(x, D), _readable_rows(residual, D)
+        (x_rows, x_row_stride), (residual_rows, residual_row_stride) = _readable_rows(x, D), _readable_rows(residual, D)
         with launching_on(x.device):
             forward_kernel[(blocks(M, config["BLOCK_ROWS"]),)](
-                first, second, weight.contiguous(), None if bias is None else bias.contiguous(), y, out, mean, rstd,
-                M, D, x_row, residual_row, eps, **config,
+                x_rows, residual_rows, weight.contiguous(), None if bias is None else bias.contiguous(), y, out, mean, rstd,
+                M, D, x_row_stride, residual_row_stride, eps, **config,
             )  # fmt: skip
     return y, out, mean, rstd
 
@@ -51,8 +51,8 @@ def forward(
 def backward(
     dy: Tensor,
     dout: Tensor | None,
-    first: Tensor,
-    second: Tensor | None,
+    v_or_x: Tensor,
+    residual: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     mean: Tensor | None,
@@ -61,31 +61,31 @@ def backward(
     residual_dtype: torch.dtype | None = None,
     dx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Return (dx, dresidual, dweight, dbias) of `forward`, from v or from x and residual as `first` and `second`.
+    """Return (dx, dresidual, dweight, dbias) of `forward`, where v is v_or_x, or v_or_x + residual.
 
-    mean and rstd are (...,), parameters (D,), the others (..., D). dx has `x_dtype`, or is given, contiguous. dresidual has
-    `residual_dtype`: None if that is None, dx itself if the two are equal. dweight and dbias have their parameter's dtype.
+    mean and rstd are (...,), parameters (D,), the others (..., D). dx has `x_dtype`, or is the contiguous argument. dresidual
+    has `residual_dtype`: None if that is None, dx itself if the two are equal. dweight and dbias have their parameter's dtype.
     """
-    D = first.shape[-1]
-    M = first.numel() // D if D else 0
-    dx = torch.empty(first.shape, dtype=x_dtype, device=first.device) if dx is None else dx
+    D = v_or_x.shape[-1]
+    M = v_or_x.numel() // D if D else 0
+    dx = torch.empty(v_or_x.shape, dtype=x_dtype, device=v_or_x.device) if dx is None else dx
     dresidual = dx if residual_dtype == x_dtype else None
     if residual_dtype is not None and dresidual is None:
-        dresidual = torch.empty(first.shape, dtype=residual_dtype, device=first.device)
-    dweight = torch.empty(D, dtype=weight.dtype, device=first.device)
-    dbias = None if bias is None else torch.empty(D, dtype=bias.dtype, device=first.device)
+        dresidual = torch.empty(v_or_x.shape, dtype=residual_dtype, device=v_or_x.device)
+    dweight = torch.empty(D, dtype=weight.dtype, device=v_or_x.device)
+    dbias = None if bias is None else torch.empty(D, dtype=bias.dtype, device=v_or_x.device)
     if not M:
         return dx, dresidual, dweight.zero_(), None if dbias is None else dbias.zero_()
-    read, strides = zip(*(_readable_rows(t, D) for t in (dy, dout, first, second)), strict=True)
+    inputs, strides = zip(*(_readable_rows(t, D) for t in (dy, dout, v_or_x, residual)), strict=True)
     config = _tile(D, 8, 8)
     tiles = blocks(M, config["BLOCK_ROWS"])
     tiles_per_program = blocks(tiles, PROGRAMS)
     programs = blocks(tiles, tiles_per_program)
-    partial = torch.empty((1 if bias is None else 2, programs, D), dtype=torch.float32, device=first.device)
+    partial = torch.empty((1 if bias is None else 2, programs, D), dtype=torch.float32, device=v_or_x.device)
     dweights, dbiases = partial[0], None if bias is None else partial[1]
-    with launching_on(first.device):
+    with launching_on(v_or_x.device):
         backward_kernel[(programs,)](
-            *read, weight.contiguous(), mean, rstd, dx, None if dresidual is dx else dresidual,
+            *inputs, weight.contiguous(), mean, rstd, dx, None if dresidual is dx else dresidual,
             dweights, dbiases, M, D, *strides, tiles_per_program, **config,
         )  # fmt: skip
         reduce_kernel[(blocks(D, REDUCE["BLOCK_COLUMNS"]), len(partial))](
@@ -104,7 +104,7 @@ def _tile(D: int, elements_per_thread: int, warps: int) -> dict[str, int]:
 
 
 def _readable_rows(x: Tensor | None, D: int) -> tuple[Tensor | None, int]:
-    """Return x and the stride of its rows.
+    """Return x (..., D) and the stride of its rows, (None, 0) for None.
 
     x is copied where its strides or address would make the compiler sum a row in another order than in a fresh tensor.
     """

@@ -55,6 +55,7 @@ def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
     eps: float, centre: bool, residual_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return y and v (..., D), mean and rstd (...,) of x and residual (..., D); empty for a result that was not asked for."""
     y, out, mean, rstd = launch.forward(x, residual, weight, bias, eps, centre, residual_dtype)
     return y, x.new_empty(0) if out is None else out, x.new_empty(0) if mean is None else mean, rstd
 
@@ -72,29 +73,30 @@ def _forward_shapes(
 
 
 def _backward(
-    first: Tensor, second: Tensor | None, weight: Tensor, bias: Tensor | None, mean: Tensor | None, rstd: Tensor,
+    v_or_x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, mean: Tensor | None, rstd: Tensor,
     dy: Tensor, dout: Tensor | None, x_dtype: torch.dtype, residual_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    grads = launch.backward(dy, dout, first, second, weight, bias, mean, rstd, x_dtype, residual_dtype)
+    """Return dx, dresidual (..., D), dweight and dbias (D,); dresidual is empty where it is dx or None, dbias for None."""
+    grads = launch.backward(dy, dout, v_or_x, residual, weight, bias, mean, rstd, x_dtype, residual_dtype)
     dx, dresidual, dweight, dbias = grads
-    return dx, empty_if_none(None if dresidual is dx else dresidual, first), dweight, empty_if_none(dbias, first)
+    return dx, empty_if_none(None if dresidual is dx else dresidual, v_or_x), dweight, empty_if_none(dbias, v_or_x)
 
 
 def _backward_shapes(
-    first: Tensor, second: Tensor | None, weight: Tensor, bias: Tensor | None, mean: Tensor | None, rstd: Tensor,
+    v_or_x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, mean: Tensor | None, rstd: Tensor,
     dy: Tensor, dout: Tensor | None, x_dtype: torch.dtype, residual_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    own = residual_dtype not in (None, x_dtype)
+    separate_dresidual = residual_dtype not in (None, x_dtype)
     return (
-        first.new_empty(first.shape, dtype=x_dtype),
-        first.new_empty(first.shape, dtype=residual_dtype) if own else first.new_empty(0),
+        v_or_x.new_empty(v_or_x.shape, dtype=x_dtype),
+        v_or_x.new_empty(v_or_x.shape, dtype=residual_dtype) if separate_dresidual else v_or_x.new_empty(0),
         weight.new_empty(weight.shape),
-        first.new_empty(0) if bias is None else bias.new_empty(bias.shape),
+        v_or_x.new_empty(0) if bias is None else bias.new_empty(bias.shape),
     )
 
 
 class _AddNorm(torch.autograd.Function):
-    """Saves v where it is returned unrounded, else x and residual, and mean and rstd of each row."""
+    """Autograd of the operator. It saves v where v is returned unrounded, else x and residual; and each row's mean and rstd."""
 
     @staticmethod
     def forward(
@@ -105,14 +107,14 @@ class _AddNorm(torch.autograd.Function):
         ctx.dtypes = (x.dtype, None if residual is None else residual.dtype)
         operator = torch.ops.videomamba.add_norm.default
         y, out, mean, rstd = below_autograd(operator, x, weight, bias, residual, eps, centre, residual_dtype)
-        first, second = (out, None) if residual_dtype == torch.float32 else (x, residual)
-        ctx.save_for_backward(first, second, weight, bias, mean if centre else None, rstd)
+        v_or_x, residual = (out, None) if residual_dtype == torch.float32 else (x, residual)
+        ctx.save_for_backward(v_or_x, residual, weight, bias, mean if centre else None, rstd)
         ctx.mark_non_differentiable(mean, rstd, *(() if residual_dtype else (out,)))
         return y, out, mean, rstd
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dout: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # once: under activation checkpointing they are made again for each access
+        saved = ctx.saved_tensors  # read once: activation checkpointing recomputes them at every access
         x_dtype, residual_dtype = ctx.dtypes
         if dy is None:  # the sum alone was used
             dx, dresidual = (None if dout is None or dtype is None else dout.to(dtype) for dtype in ctx.dtypes)
@@ -124,7 +126,7 @@ class _AddNorm(torch.autograd.Function):
 
 
 _add_norm_backward = register(
-    "add_norm_backward(Tensor first, Tensor? second, Tensor weight, Tensor? bias, Tensor? mean, Tensor rstd, Tensor dy, "
+    "add_norm_backward(Tensor v_or_x, Tensor? residual, Tensor weight, Tensor? bias, Tensor? mean, Tensor rstd, Tensor dy, "
     "Tensor? dout, ScalarType x_dtype, ScalarType? residual_dtype) "
     "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",  # dresidual is empty where dx serves for both
     _backward,

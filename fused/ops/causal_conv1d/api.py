@@ -58,12 +58,12 @@ def causal_conv1d(
 
 def implementation(backend: str) -> Callable[..., Any]:
     """Return the operator of a concrete backend, without argument checks; its arguments are those above but for `backend`."""
-    own = backends.operators_of(backend)
-    if own == "native":
+    operator_backend = backends.operators_of(backend)
+    if operator_backend == "native":
         from fused.ops.causal_conv1d.native import causal_conv1d_native  # Triton is imported where it is used
 
         return causal_conv1d_native
-    return mamba_ssm.causal_conv1d if own == "mamba_ssm" else causal_conv1d_eager
+    return mamba_ssm.causal_conv1d if operator_backend == "mamba_ssm" else causal_conv1d_eager
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, initial_state: Tensor | None) -> None:

@@ -28,7 +28,7 @@ def causal_conv1d_eager(
 
 
 class _CausalConv1d(torch.autograd.Function):
-    """Saves its inputs; the backward computes the sum before the activation again."""
+    """Autograd of the convolution: it saves its inputs, and the backward computes the pre-activation again."""
 
     @staticmethod
     def forward(
@@ -56,9 +56,9 @@ class _CausalConv1d(torch.autograd.Function):
             if dy is not None:
                 dy = dy.to(padded.dtype)
                 if ctx.silu:
-                    before = _weighted_sum(padded, x, weight, bias, ctx.reverse)
-                    gate = clipwise(torch.sigmoid, before)
-                    dy = dy * gate * (1 + before * (1 - gate))
+                    pre_activation = _weighted_sum(padded, x, weight, bias, ctx.reverse)
+                    gate = clipwise(torch.sigmoid, pre_activation)
+                    dy = dy * gate * (1 + pre_activation * (1 - gate))
                 for k, start in _first_rows(weight, ctx.reverse):
                     dpadded[:, start : start + length].addcmul_(w[:, k], dy)
                     dweight[:, k] = (dy * padded[:, start : start + length]).sum((0, 1))
@@ -79,7 +79,7 @@ class _CausalConv1d(torch.autograd.Function):
 def exported(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, silu: bool, reverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """Convolve by a graph of pure functions, for `torch.export` and ONNX."""
+    """Return (y, final state) as `causal_conv1d_eager` does, by a graph of pure functions, for `torch.export` and ONNX."""
     dtype = accumulation_dtype(x.dtype)
     with no_autocast(x.device):
         beyond = weight.shape[1] - 1
@@ -107,24 +107,24 @@ def _pad(x: Tensor, state: Tensor | None, width: int, reverse: bool) -> Tensor:
 
 
 def _unpad(padded: Tensor, length: int, reverse: bool) -> tuple[Tensor, Tensor]:
-    """Return the sequence's own tokens and those beyond its edge, as views."""
+    """Return the sequence (B, L, E) and the K-1 inputs beyond its edge (B, K-1, E), as views of padded (B, L+K-1, E)."""
     beyond = padded.shape[1] - length
     return (padded[:, :length], padded[:, length:]) if reverse else (padded[:, beyond:], padded[:, :beyond])
 
 
 def _final_state_rows(x: Tensor, weight: Tensor, reverse: bool) -> slice:
-    """Return where in the padded sequence the final state lies."""
+    """Return the rows of the padded sequence (B, L+K-1, E) that are the final state."""
     return slice(0, weight.shape[1] - 1) if reverse else slice(x.shape[1], None)
 
 
 def _first_rows(weight: Tensor, reverse: bool) -> list[tuple[int, int]]:
-    """Return each k of the width, and the row of the padded sequence that it meets at t = 0."""
+    """Return every index k of the weights (E, K), and the row of the padded sequence that it multiplies at t = 0."""
     width = weight.shape[1]
     return [(k, width - 1 - k if reverse else k) for k in range(width)]
 
 
 def _weighted_sum(padded: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
-    """Return bias + the sum over the width, (B, L, E) in the padded sequence's dtype."""
+    """Return the pre-activation (B, L, E) of padded (B, L+K-1, E), in the dtype of padded."""
     w = weight.to(padded.dtype)
     y = torch.zeros_like(x, dtype=padded.dtype, memory_format=torch.contiguous_format)
     if bias is not None:

@@ -26,17 +26,17 @@ from fused.ops.causal_conv1d.kernels import backward_kernel, forward_kernel, red
 from fused.runtime.triton_launch import NATIVE, blocks, launching_on
 
 MAX_WIDTH = 8
-# 4 channels a thread (96 registers) and 2 (126: it keeps 58 numbers for a pair of channels). SLOTS is how many programs
-# an H200 holds at once, a constant because it decides the order of sums; LOST is what a segment costs beside its own
-# tokens, in steps, from the instructions in front of and behind the loop.
+# The forward has 4 channels a thread (96 registers), the backward 2 (126 registers: it keeps 58 numbers for two channels).
+# PROGRAMS_PER_GPU is the number of programs that an H200 holds at once. It is a constant because it decides the order of sums.
+# SEGMENT_OVERHEAD_STEPS is the cost, in steps of the loop, of the instructions before and after a segment's loop.
 FORWARD = {"BLOCK_SEGMENTS": 4, "BLOCK_CHANNELS": 128, "UNROLL": 4, "num_warps": 4}
 BACKWARD = {"BLOCK_SEGMENTS": 4, "BLOCK_CHANNELS": 64, "UNROLL": 4, "num_warps": 4}
-SLOTS = {"forward": 132 * 5, "backward": 132 * 4}
-LOST = {"forward": 3, "backward": 8}
+PROGRAMS_PER_GPU = {"forward": 132 * 5, "backward": 132 * 4}
+SEGMENT_OVERHEAD_STEPS = {"forward": 3, "backward": 8}
 REDUCE = {"BLOCK_PROGRAMS": 64, "BLOCK_CHANNELS": 32, "num_warps": 4}
 
 Optionals = Sequence[Tensor | None] | None  # None: a None for every direction
-_ABSENT: tuple[Tensor | None, ...] = (None,) * 8  # the arguments of a direction that is not there
+_NO_ARGUMENTS: tuple[Tensor | None, ...] = (None,) * 8  # the arguments of a direction that is not computed
 
 
 class Gradients(NamedTuple):
@@ -62,15 +62,15 @@ def forward(
     weights are (E, K), biases (E,), states (B, E, K-1), each one for a direction; there is one direction of each kind at most.
     x may have any strides over clips and tokens; other channel strides than 1 cost a copy.
     """
-    x, none = x if x.stride(2) == 1 else x.contiguous(), (None,) * len(weights)
-    biases, initial_states = biases or none, initial_states or none
+    x, all_none = x if x.stride(2) == 1 else x.contiguous(), (None,) * len(weights)
+    biases, initial_states = biases or all_none, initial_states or all_none
     B, L, E = x.shape
     K = weights[0].shape[1]
     y = torch.empty((len(weights), B, L, E), dtype=x.dtype, device=x.device)
     if x.numel():
         if len(set(reverses)) != len(reverses):
             raise ValueError(f"reverses must name each direction once at most, got {tuple(reverses)}")
-        fwd = rev = _ABSENT[:4]
+        fwd = rev = _NO_ARGUMENTS[:4]
         for i, reverse in enumerate(reverses):
             bias, state = biases[i], initial_states[i]
             bias = None if bias is None else bias.contiguous()
@@ -80,9 +80,9 @@ def forward(
         weight, bias, state, out = rev
         if state is None or out is None or K == 1:
             _launch_forward(x, fwd, rev, K, silu)
-        else:  # looking for a state in the loop takes twice the registers: the few tokens that see it are made again
+        else:  # a loop that reads a state needs twice the registers: the K-1 tokens that read it are computed again
             _launch_forward(x, fwd, (weight, bias, None, out), K, silu)
-            _launch_forward(x[:, 1 - K :], _ABSENT[:4], (weight, bias, state, out[:, 1 - K :]), K, silu)
+            _launch_forward(x[:, 1 - K :], _NO_ARGUMENTS[:4], (weight, bias, state, out[:, 1 - K :]), K, silu)
     if not want_states:
         return y, None
     pairs = zip(initial_states, reverses, strict=True)
@@ -118,8 +118,8 @@ def backward(
     dy is (directions, B, L, E) or one (B, L, E) for each direction; dfinals (B, E, K-1) or None for each. dx is written
     where given, through any strides over clips and tokens, and must not overlap x or dy: segments read beyond their own tokens.
     """
-    x, none = x if x.stride(2) == 1 else x.contiguous(), (None,) * len(weights)
-    biases, initial_states, dfinals = biases or none, initial_states or none, dfinals or none
+    x, all_none = x if x.stride(2) == 1 else x.contiguous(), (None,) * len(weights)
+    biases, initial_states, dfinals = biases or all_none, initial_states or all_none, dfinals or all_none
     B, L, E = x.shape
     K = weights[0].shape[1]
     directions = len(weights)
@@ -136,7 +136,7 @@ def backward(
         segment_length, blocks_per_sequence = _choose_segments("backward", B, L, E, K - 1)
         steps = segment_length + (K - 1) * (2 if has_state else 1)
         partial = torch.empty((directions, B * blocks_per_sequence, K + 1, E), dtype=torch.float32, device=x.device)
-        fwd = rev = _ABSENT[:7]
+        fwd = rev = _NO_ARGUMENTS[:7]
         for i, reverse in enumerate(reverses):
             bias, state, dfinal = biases[i], initial_states[i], dfinals[i]
             arguments = (
@@ -168,20 +168,22 @@ def backward(
 def _choose_segments(name: str, clips: int, tokens: int, E: int, halo: int) -> tuple[int, int]:
     """Return (tokens of a segment, blocks of segments of a sequence) of the cheapest division of a sequence into segments.
 
-    The cost is the number of waves of programs times the steps of a segment. A segment and its halo are a multiple of UNROLL.
+    The cost is the number of waves of programs times the steps of a segment, with SEGMENT_OVERHEAD_STEPS. The
+    tokens of a segment and its `halo`, the tokens beyond it that it reads, are together a multiple of UNROLL.
     """
     config = FORWARD if name == "forward" else BACKWARD
     segments, unroll = config["BLOCK_SEGMENTS"], config["UNROLL"]
     programs = clips * blocks(E, config["BLOCK_CHANNELS"])  # of one block of segments
-    most = min(blocks(tokens, segments * (unroll + LOST[name])), blocks(8 * SLOTS[name], programs))
-    best = (0, 0, 0)
-    for count in range(1, most + 1):
+    overhead, slots = SEGMENT_OVERHEAD_STEPS[name], PROGRAMS_PER_GPU[name]
+    max_blocks = min(blocks(tokens, segments * (unroll + overhead)), blocks(8 * slots, programs))
+    cheapest = (0, 0, 0)  # cost, tokens of a segment, blocks of segments
+    for count in range(1, max_blocks + 1):
         steps = blocks(blocks(tokens, count * segments) + halo, unroll) * unroll
-        waves = blocks(count * programs, SLOTS[name])
-        cost = waves * (steps + LOST[name])
-        if not best[0] or cost < best[0]:
-            best = cost, steps - halo, count
-    return best[1:]
+        waves = blocks(count * programs, slots)
+        cost = waves * (steps + overhead)
+        if not cheapest[0] or cost < cheapest[0]:
+            cheapest = cost, steps - halo, count
+    return cheapest[1:]
 
 
 def _final_state(x: Tensor, state: Tensor | None, size: int, reverse: bool) -> Tensor:

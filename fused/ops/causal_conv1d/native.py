@@ -36,6 +36,7 @@ def causal_conv1d_native(
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, silu: bool, reverse: bool
 ) -> tuple[Tensor, Tensor]:
+    """Return y (B, L, E) and the final state (B, E, K-1) of x (B, L, E), weight (E, K) and bias (E,)."""
     y, finals = launch.forward(x, (weight,), (bias,), (initial_state,), (reverse,), silu)
     (final,) = finals or ()
     return y[0], final
@@ -51,6 +52,7 @@ def _backward(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, silu: bool, reverse: bool,
     dy: Tensor | None, dstate: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return dx (B, L, E), dweight (E, K), dbias (E,) and dinitial_state (B, E, K-1), the last two empty for None."""
     dy = torch.zeros_like(x) if dy is None else dy
     g = launch.backward((dy,), (dstate,), x, (weight,), (bias,), (initial_state,), (reverse,), silu)
     dbias = None if bias is None or g.biases[0] is None else g.biases[0].to(bias.dtype)
@@ -66,7 +68,7 @@ def _backward_shapes(
 
 
 class _CausalConv1d(torch.autograd.Function):
-    """Saves its inputs; the backward computes the sum before the activation again."""
+    """Autograd of the operator: it saves its inputs, and the backward computes the pre-activation again."""
 
     @staticmethod
     def forward(
@@ -80,7 +82,7 @@ class _CausalConv1d(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dstate: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors  # once: under activation checkpointing they are made again for each access
+        inputs = ctx.saved_tensors  # read once: activation checkpointing recomputes them at every access
         grads = _causal_conv1d_backward(*inputs, *ctx.options, dy, dstate)
         return *(None if x is None else grad for x, grad in zip(inputs, grads, strict=True)), None, None
 

@@ -16,8 +16,8 @@ def one_direction_eager(
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
     """Return y (B, L, E) of x (B, L, E), and the state that leaves: conv state (B, E, K-1), SSM state (B, E, N).
 
-    A of the weights is A itself. z (B, L, E) is the gate, `state` is what enters, zero without it. `x_proj` is the module that
-    holds that weight, if it is to be called.
+    A of the weights is A itself. z (B, L, E) is the gate. `state` enters, zero without it. `x_proj` is the module that holds
+    that weight, if it is to be called as a module.
     """
     conv_state, ssm_state = state or (None, None)
     R, N = weights.dt_proj.shape[1], weights.A.shape[1]

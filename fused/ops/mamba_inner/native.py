@@ -1,10 +1,10 @@
-"""All of a mixer behind in_proj as one operator, `videomamba::mamba_inner`.
+"""A mixer from in_proj's output through out_proj, as one operator, `videomamba::mamba_inner`.
 
     c = silu(conv(x))        dt, B, C = x_proj(c)        y = sum of both scans * silu(z)        out = out_proj(y)
 
-It keeps xz and x_proj's output; the backward makes everything else again, the scan too unless its states were kept. Both
+The forward keeps xz and x_proj's output. The backward recomputes everything else, and the scan unless its states are kept. Both
 directions share one launch of the convolution, of x_proj, of dt_proj and of the scan, B and C are read where x_proj wrote them,
-and the gradients of x and z are written where those of in_proj's output are wanted.
+and the gradients of x and z are written straight into the gradient of xz.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from fused.ops.shapes import DirectionWeights
 from fused.runtime.library import below_autograd, empty_if_none, register, wants_gradients
 from fused.runtime.modes import is_batch_invariant
 
-Weights = Sequence[Tensor | None]  # a DirectionWeights as the operator takes it; empty for a direction that is not there
+Weights = Sequence[Tensor | None]  # a DirectionWeights as the operator takes it; empty for an absent direction
 
 
 def mamba_inner(
@@ -31,8 +31,8 @@ def mamba_inner(
     """Return out (B, L, D) of xz (B, L, 2E), in_proj's output. out_proj is (D, E), its bias (D,).
 
     A of the one or two directions is log(-A); the second direction runs from the last token. With `keep_states` the backward
-    does not scan again: y, y before the gate and the state before every tile are kept. Matrix products are in xz's dtype, under
-    autocast as elsewhere with their weights rounded to it.
+    does not scan again: y, y before the gate and the state before every tile are kept. Matrix products are in xz's dtype; under
+    autocast their weights are rounded to it.
     """
     if torch.is_autocast_enabled(xz.device.type):
         dtype = xz.dtype
@@ -45,8 +45,8 @@ def mamba_inner(
 
 def _pipeline(xz: Tensor, first: Weights, second: Weights, batch_invariant: bool) -> Pipeline:
     x, z = xz.chunk(2, dim=-1)
-    own: Any = (first, second) if second else (first,)
-    return Pipeline(x, z, own, (False, True)[: len(own)], batch_invariant, A_is_log=True)
+    directions: Any = (first, second) if second else (first,)
+    return Pipeline(x, z, directions, (False, True)[: len(directions)], batch_invariant, A_is_log=True)
 
 
 def _forward(
@@ -58,11 +58,11 @@ def _forward(
     c, _ = p.convolve()
     dt_B_C, delta = p.project(c, packed)
     r = scan.forward(p.scan_inputs(c, dt_B_C, delta, packed), None, p.schedule, keep=keep)
-    out, nothing = F.linear(r.y, out_proj, out_proj_bias), xz.new_empty
+    out, empty = F.linear(r.y, out_proj, out_proj_bias), xz.new_empty
     if keep:
-        return out, dt_B_C, nothing(0), r.y, empty_if_none(r.y_pre_gate, xz), empty_if_none(r.tile_states, xz)
-    states = nothing(0) if r.split_initial_states is None else r.split_initial_states
-    return out, dt_B_C, states, nothing(0), nothing(0), nothing(0)
+        return out, dt_B_C, empty(0), r.y, empty_if_none(r.y_pre_gate, xz), empty_if_none(r.tile_states, xz)
+    states = empty(0) if r.split_initial_states is None else r.split_initial_states
+    return out, dt_B_C, states, empty(0), empty(0), empty(0)
 
 
 def _forward_shapes(
@@ -93,8 +93,8 @@ def _backward(
     pre_gate, states = y_pre_gate, tile_states
     if not tile_states.numel():
         entering = split_initial_states if split_initial_states.numel() else None
-        again: Any = scan.forward(s, None, p.schedule, keep=True, split_initial_states=entering)
-        y, pre_gate, states = again.y, again.y_pre_gate, again.tile_states
+        recomputed: Any = scan.forward(s, None, p.schedule, keep=True, split_initial_states=entering)
+        y, pre_gate, states = recomputed.y, recomputed.y_pre_gate, recomputed.tile_states
     dxz = torch.empty_like(xz, memory_format=torch.contiguous_format)
     dx, dz = dxz.chunk(2, dim=-1)
     _, _, grads = p.backward(s, c, dt_B_C, packed, dy, states, pre_gate, dx=dx, dz=dz)
@@ -114,7 +114,7 @@ def _backward_shapes(
 
 
 class _MambaInner(torch.autograd.Function):
-    """Saves its tensors, x_proj's output and the states that enter the splits, or the states that were kept."""
+    """Autograd of the operator. It saves its tensors, x_proj's output, and the split initial states or the kept states."""
 
     @classmethod
     def call(
@@ -126,11 +126,11 @@ class _MambaInner(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, batch_invariant: bool, keep: bool, of_first: int, xz: Tensor, out_proj: Tensor, out_proj_bias: Tensor | None,
+        ctx: Any, batch_invariant: bool, keep: bool, num_first: int, xz: Tensor, out_proj: Tensor, out_proj_bias: Tensor | None,
         *weights: Tensor | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        ctx.batch_invariant, ctx.of_first = batch_invariant, of_first
-        first, second = list(weights[:of_first]), list(weights[of_first:])
+        ctx.batch_invariant, ctx.num_first = batch_invariant, num_first
+        first, second = list(weights[:num_first]), list(weights[num_first:])
         operator = torch.ops.videomamba.mamba_inner.default
         out, *kept = below_autograd(operator, xz, first, second, out_proj, out_proj_bias, batch_invariant, keep)
         ctx.mark_non_differentiable(*kept)
@@ -143,9 +143,9 @@ class _MambaInner(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if dout is None:
             return (None,) * len(ctx.needs_input_grad)
-        saved = ctx.saved_tensors  # once: under activation checkpointing they are made again for each access
+        saved = ctx.saved_tensors  # read once: activation checkpointing recomputes them at every access
         kept, (xz, out_proj, out_proj_bias, *weights) = saved[: ctx.num_kept], saved[ctx.num_kept :]
-        first, second = weights[: ctx.of_first], weights[ctx.of_first :]
+        first, second = weights[: ctx.num_first], weights[ctx.num_first :]
         dxz, dfirst, dsecond, dout_proj, dout_proj_bias = _mamba_inner_backward(
             xz, first, second, out_proj, out_proj_bias, ctx.batch_invariant, *kept, dout.contiguous()
         )  # fmt: skip

@@ -2,8 +2,8 @@
 
     c = silu(conv(x))        dt, B, C = x_proj(c)        y = (scan + y_other_direction) * silu(z)
 
-`y_other_direction` is the other direction's y over the same tokens, so that a video in chunks needs no pass to join them.
-Everything that the backward reads is kept: it follows at once, or after a frame.
+`y_other_direction` is the other direction's y over the same tokens, so a video in chunks needs no further pass to add the two.
+All tensors that the backward reads are kept: it follows at once, or after a frame.
 """
 
 from collections.abc import Sequence
@@ -29,8 +29,8 @@ def mamba_inner_one_direction(
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
     """Return y (B, L, E) of x (B, L, E), and the state that leaves: (B, E, K-1) in x's dtype, and (B, E, N) float32.
 
-    z, the gate, and `y_other_direction`, which needs z, are (B, L, E). `state` is what enters, zero without it. `packed` is
-    what `pack_matrices` made of the weights, whose A and D then are float32.
+    z, the gate, and `y_other_direction`, which needs z, are (B, L, E). `state` enters, zero without it. `packed` is
+    the result of `pack_matrices` for these weights, whose A and D then are float32.
     """
     if torch.is_autocast_enabled(x.device.type):
         weights = weights._replace(x_proj=weights.x_proj.to(x.dtype), dt_proj=weights.dt_proj.to(x.dtype))
@@ -43,7 +43,7 @@ def mamba_inner_one_direction(
 
 
 def pack_matrices(weights: DirectionWeights) -> tuple[Tensor, Tensor]:
-    """Return the matrices that every call with these weights would make of them, to be made once for many chunks."""
+    """Return x_proj (R + 2N padded, E) and dt_proj (R padded, E) as the operator packs them, once for many chunks."""
     packed = pack(*((x,) for x in weights))
     return packed.x_proj, packed.dt_proj
 
@@ -55,8 +55,8 @@ def _pipeline(
 
 
 def _packed(p: Pipeline, packed: Matrices) -> PackedWeights:
-    own = p.weights
-    return PackedWeights(packed[0], packed[1], own.A, own.D) if packed else pack(*own)
+    weights = p.weights
+    return PackedWeights(packed[0], packed[1], weights.A, weights.D) if packed else pack(*weights)
 
 
 def _forward(
@@ -64,12 +64,12 @@ def _forward(
     weights: Sequence[Any], packed: Matrices, reverse: bool, A_is_log: bool, batch_invariant: bool, keep: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     p = _pipeline(x, z, weights, reverse, A_is_log, batch_invariant)
-    own = _packed(p, packed)
+    packed_weights = _packed(p, packed)
     c, conv_states = p.convolve((conv_state,), want_states=True)
     assert conv_states is not None
-    dt_B_C, delta = p.project(c, own)
-    s, other = p.scan_inputs(c, dt_B_C, delta, own), aligned_or_none(y_other_direction)
-    r = scan.forward(s, aligned_or_none(ssm_state), p.schedule, keep=keep, y_other_direction=other)
+    dt_B_C, delta = p.project(c, packed_weights)
+    s, y_other_direction = p.scan_inputs(c, dt_B_C, delta, packed_weights), aligned_or_none(y_other_direction)
+    r = scan.forward(s, aligned_or_none(ssm_state), p.schedule, keep=keep, y_other_direction=y_other_direction)
     leaving = r.y, conv_states[0], r.final_states[0]
     if keep:
         y_pre_gate = None if z is None else r.y_pre_gate
@@ -98,19 +98,19 @@ def _backward(
     dy: Tensor, dconv_state: Tensor | None, dssm_state: Tensor | None,
 ) -> tuple[Any, ...]:  # fmt: skip
     p = _pipeline(x, z, weights, reverse, A_is_log, batch_invariant)
-    own = _packed(p, packed)
-    s = p.scan_inputs(c, dt_B_C, delta, own)
-    k, g, grads = p.backward(
-        s, c, dt_B_C, own, dy, tile_states, None if z is None else y_pre_gate,
+    packed_weights = _packed(p, packed)
+    s = p.scan_inputs(c, dt_B_C, delta, packed_weights)
+    conv_grads, scan_grads, grads = p.backward(
+        s, c, dt_B_C, packed_weights, dy, tile_states, None if z is None else y_pre_gate,
         dfinal_states=aligned_or_none(dssm_state), conv_states=(conv_state,), dconv_states=(dconv_state,),
     )  # fmt: skip
     gated = y_other_direction is not None and s.z is not None
     return (
-        k.x,
-        empty_if_none(None if z is None else g.z, x),
+        conv_grads.x,
+        empty_if_none(None if z is None else scan_grads.z, x),
         empty_if_none(silu_gate_backward(dy, s.z) if gated and s.z is not None else None, x),
-        empty_if_none(None if conv_state is None else k.initial_states[0], x),
-        g.initial_states.new_empty(0) if ssm_state is None else g.initial_states[0].clone(),
+        empty_if_none(None if conv_state is None else conv_grads.initial_states[0], x),
+        scan_grads.initial_states.new_empty(0) if ssm_state is None else scan_grads.initial_states[0].clone(),
         list(grads[0]),
     )
 
@@ -128,7 +128,7 @@ def _backward_shapes(
 
 
 class _OneDirection(torch.autograd.Function):
-    """Saves its tensors and all that it made."""
+    """Autograd of the operator. It saves its tensors and every intermediate result."""
 
     @classmethod
     def call(
@@ -158,7 +158,7 @@ class _OneDirection(torch.autograd.Function):
     def backward(
         ctx: Any, dy: Tensor | None, dconv_state: Tensor | None, dssm_state: Tensor | None, *_: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # once: under activation checkpointing they are made again for each access
+        saved = ctx.saved_tensors  # read once: activation checkpointing recomputes them at every access
         kept, tensors = saved[: ctx.num_kept], saved[ctx.num_kept :]
         streams, matrices = tensors[: ctx.num_streams], tensors[ctx.num_streams :]
         weights, packed = list(matrices[: ctx.num_weights]), list(matrices[ctx.num_weights :])

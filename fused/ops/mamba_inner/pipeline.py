@@ -1,4 +1,4 @@
-"""The steps of a mixer between in_proj and out_proj, over one direction or two, that its native operators share.
+"""The steps of a mixer between in_proj and out_proj, over one direction or two, shared by its native operators.
 
     c = silu(conv(x))        dt, B, C = x_proj(c)        delta = softplus(dt_proj(dt) + bias)
     y = scan(c, delta, A, B, C, D, z)
@@ -21,7 +21,7 @@ from fused.ops.selective_scan.launch import ScanGradients, ScanInputs, aligned_o
 from fused.ops.shapes import DirectionWeights
 
 ByDirection = Sequence[Any]  # a weight of one or two directions
-DT_ALIGN = 16  # elements; 32 bytes of the narrowest dtype, which memory is read by
+DT_ALIGN = 16  # elements; 32 bytes, the unit of memory reads, in a 16-bit dtype
 
 
 def padded_dt_rank(R: int | torch.SymInt) -> Any:
@@ -33,14 +33,14 @@ def pack(
     conv: ByDirection, conv_bias: ByDirection, x_proj: ByDirection, dt_proj: ByDirection, dt_bias: ByDirection, A: ByDirection,
     D: ByDirection,
 ) -> PackedWeights:  # fmt: skip
-    """Return the weights of one or two directions as the products and the scan read them."""
+    """Return the weights of one or two directions as matrix products and the scan read them."""
     x_proj, dt_proj = list(map(Tensor.contiguous, x_proj)), list(map(Tensor.contiguous, dt_proj))
     A, D = list(map(Tensor.contiguous, A)), list(map(Tensor.contiguous, D))
     return pack_weights(x_proj, dt_proj, A, D, padded_dt_rank(dt_proj[0].shape[1]))
 
 
 class Pipeline:
-    """A mixer's directions over one x, with what forward and backward both make of them.
+    """A mixer's directions over one x: the steps that forward and backward share.
 
     x and z are (B, L, E), the halves of in_proj's output; z is None without a gate. `directions` are one or two
     `DirectionWeights`, or the same as lists; A is log(-A) with `A_is_log`.
@@ -57,8 +57,8 @@ class Pipeline:
         K = self.weights.conv[0].shape[1]
         if self.N > scan.MAX_STATES or K > conv.MAX_WIDTH:
             too_many = self.N > scan.MAX_STATES
-            name, most, size = ("d_state", scan.MAX_STATES, self.N) if too_many else ("d_conv", conv.MAX_WIDTH, K)
-            raise ValueError(f"mixer: backend 'native' has {name} up to {most}, got {size}; use backend='torch'")
+            name, limit, size = ("d_state", scan.MAX_STATES, self.N) if too_many else ("d_conv", conv.MAX_WIDTH, K)
+            raise ValueError(f"mixer: backend 'native' has {name} up to {limit}, got {size}; use backend='torch'")
         self.R, self.padded_R = R, padded_dt_rank(R)
         self.width = self.padded_R + 2 * self.N  # of a row of x_proj's output
         self.schedule = scan.schedule_for(x, self.N, len(reverses), batch_invariant)
@@ -66,7 +66,7 @@ class Pipeline:
     def convolve(
         self, conv_states: Sequence[Tensor | None] | None = None, want_states: bool = False
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """Return c (directions, B, L, E), and the conv states (B, E, K-1) that leave, if they are wanted."""
+        """Return c (directions, B, L, E), and the conv states (B, E, K-1) that leave, or None."""
         weights = self.weights
         return conv.forward(self.x, weights.conv, weights.conv_bias, conv_states, self.reverses, True, want_states)
 
@@ -83,12 +83,12 @@ class Pipeline:
         return rows.unflatten(1, c.shape[1:3]), delta.view(c.shape)
 
     def delta(self, dt_B_C: Tensor, packed: PackedWeights) -> Tensor:
-        """Return delta (directions, B, L, E), behind softplus."""
+        """Return delta (directions, B, L, E), after softplus, of x_proj's output (directions, B, L, width)."""
         delta = dt_proj_softplus(dt_B_C.flatten(1, 2), packed.dt_proj, self.weights.dt_bias)
         return delta.view(len(self.reverses), *self.x.shape)
 
     def scan_inputs(self, c: Tensor, dt_B_C: Tensor, delta: Tensor, packed: PackedWeights) -> ScanInputs:
-        """Return what the scan reads."""
+        """Return the inputs of the scan: c and delta are (directions, B, L, E), dt_B_C is (directions, B, L, width)."""
         _, B, C = self.split(dt_B_C)
         A, D = list(map(aligned_or_none, packed.A)), list(map(aligned_or_none, packed.D))
         z, no_bias = None if self.z is None else dense(self.z), (None,) * len(delta)
@@ -102,8 +102,8 @@ class Pipeline:
     ) -> tuple[conv.Gradients, ScanGradients, list[DirectionWeights]]:  # fmt: skip
         """Return the gradients of the convolution (x among them), of the scan (z among them), and of each direction's weights.
 
-        Given are dy (B, L, E) and, of the states that leave, `dfinal_states` and `dconv_states`. dx and dz are written where
-        given.
+        dy is (B, L, E); `dfinal_states` (directions, B, E, N) and `dconv_states` (B, E, K-1) are of the states that leave. The
+        gradients of x and z (B, L, E) are written into dx and dz where these are not None.
         """
         d_dt_B_C, du, ddelta = torch.empty_like(dt_B_C), torch.empty_like(c), torch.empty_like(c)
         dt, *_ = self.split(dt_B_C)
@@ -120,31 +120,31 @@ class Pipeline:
             d_x_proj = [torch.cat((x[: self.R], x[self.padded_R :])) for x in d_x_proj]
         du.baddbmm_(d_dt_B_C, packed.x_proj)
         weights = self.weights
-        k = conv.backward(
+        conv_grads = conv.backward(
             du.view(c.shape), dconv_states, self.x, weights.conv, weights.conv_bias, conv_states, self.reverses, True, dx
         )  # fmt: skip
-        by_direction = zip(k.weights, k.biases, d_x_proj, d_dt_proj, g.delta_bias, g.A, g.D, strict=True)
-        own = zip(by_direction, zip(*weights, strict=True), strict=True)
-        return k, g, [_like(DirectionWeights(*grads), DirectionWeights(*w)) for grads, w in own]
+        by_direction = zip(conv_grads.weights, conv_grads.biases, d_x_proj, d_dt_proj, g.delta_bias, g.A, g.D, strict=True)
+        pairs = zip(by_direction, zip(*weights, strict=True), strict=True)
+        return conv_grads, g, [_like(DirectionWeights(*grads), DirectionWeights(*w)) for grads, w in pairs]
 
 
 def _like(grads: DirectionWeights, weights: DirectionWeights) -> DirectionWeights:
     """Return gradients in their weights' dtypes, empty for None; results of an operator share no memory."""
-    made: list[Any] = [
+    results: list[Any] = [
         weights.A.new_empty(0) if w is None or grad is None else grad.to(w.dtype, copy=grad._is_view())
         for grad, w in zip(grads, weights, strict=True)
     ]
-    return DirectionWeights(*made)
+    return DirectionWeights(*results)
 
 
 def _matmul(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
-    """Write x @ y of every direction into `out` and return it.
+    """Write x @ y of every direction into `out` (directions, M, N) and return it; x (directions, M, K), y (directions, K, N).
 
     In float32 the directions are multiplied one after the other, as PyTorch's mixer does: cuBLAS splits their long sums over
     channels, but not those of a batch, whose error is 2-3 times as large (5e-7 and 1.6e-7 on an H200).
     """
     if x.dtype != torch.float32:
         return torch.bmm(x, y, out=out)
-    for a, b, to in zip(x, y, out, strict=True):
-        torch.mm(a, b, out=to)
+    for a, b, product in zip(x, y, out, strict=True):
+        torch.mm(a, b, out=product)
     return out

@@ -1,11 +1,10 @@
-"""Both directions of a mixer over a video in chunks, in two passes over the chunks, of which the first makes states alone.
+"""Both directions of a mixer over a video in chunks, in two passes over the chunks. The first makes states only.
 
     right to left:   the states that enter every split of the backward scan; not over the first chunk, which comes last
     left to right:   the states that enter the splits of the forward scan; then both scans at once, as over a whole clip
 
-So the work of either scan is done once: with split-L, the state-only passes are made anyway. Where a chunk is not split, in
-batches that fill a GPU by themselves, `TwoPassMixer.pays` says so. There are no gradients and no operators here: nothing is
-traced.
+So each scan runs once: with split-L, the state-only passes are needed anyway. A chunk is not split where its batch fills the
+GPU by itself; `TwoPassMixer.pays` then returns False. Nothing here has gradients or is traced.
 """
 
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from fused.runtime.modes import is_batch_invariant
 
 
 class BackwardStates(NamedTuple):
-    """The states from which the backward scan of a chunk starts: None at the end of the video, or where not known."""
+    """The states from which the backward scan of a chunk starts: None at the end of the video, or where unknown."""
 
     conv_state: Tensor | None  # (B, E, K-1) in the stream's dtype
     ssm_state: Tensor | None  # (B, E, N) float32
@@ -42,18 +41,18 @@ class TwoPassMixer:
         self._packed: PackedWeights | None = None
 
     def pays(self, clips: int, tokens: int, device: torch.device) -> bool:
-        """Return whether the scan over a chunk of so many tokens is split, and so makes a state-only pass anyway."""
+        """Return whether the scan over a chunk of `tokens` tokens is split, which needs a state-only pass anyway."""
         if not clips:
             return False
         E, N = self._directions[0].A.shape
         processors = schedule.multiprocessors(device)
-        found = schedule.make_schedule(clips, tokens, E, N, 2, processors, batch_invariant=is_batch_invariant())
-        return found.fwd_schedule.num_splits > 1
+        plan = schedule.make_schedule(clips, tokens, E, N, 2, processors, batch_invariant=is_batch_invariant())
+        return plan.fwd_schedule.num_splits > 1
 
     def backward_states(self, x: Tensor, entering: BackwardStates) -> tuple[BackwardStates, BackwardStates]:
-        """Run the backward direction over x (B, L, E) for its states alone.
+        """Run the backward direction over x (B, L, E) for its states only.
 
-        Returns `entering` with the states of its splits, and what enters the chunk before.
+        Returns `entering` with the states of its splits, and the states that enter the previous chunk.
         """
         p = Pipeline(x, None, self._directions[1:], (True,), is_batch_invariant(), A_is_log=False)
         s, conv_states = self._scan_inputs(p, (entering.conv_state,))
@@ -82,7 +81,7 @@ class TwoPassMixer:
         return r.y, (conv_states[0], r.final_states[0])
 
     def _scan_inputs(self, p: Pipeline, conv_states: Sequence[Tensor | None]) -> tuple[ScanInputs, tuple[Tensor, ...]]:
-        """Return what the scans of all of the pipeline's directions read, and the conv states that leave."""
+        """Return the scan inputs of all of the pipeline's directions, and the conv states (B, E, K-1) that leave."""
         if self._packed is None:
             self._packed = pack(*zip(*self._directions, strict=True))
         c, leaving = p.convolve(conv_states, want_states=True)

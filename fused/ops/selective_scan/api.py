@@ -1,8 +1,8 @@
 """The selective scan: one linear recurrence per channel and state, with a decay that depends on the token.
 
     delta_t = softplus(delta_t + delta_bias)
-    s_t     = exp(delta_t * A) * s_{t-1} + delta_t * u_t * B_t
-    y_t     = (sum_n C_t * s_t + D * u_t) * silu(z_t)
+    h_t     = exp(delta_t * A) * h_{t-1} + delta_t * u_t * B_t
+    y_t     = (sum_n C_t * h_t + D * u_t) * silu(z_t)
 
 B batch, L tokens, E channels, N states per channel, G groups of channels that share B and C.
 """
@@ -52,7 +52,7 @@ def selective_scan(
     """Scan `u` along its tokens and return (y, final_state).
 
     Computes in at least float32 whatever the dtypes of the arguments; y has u's dtype, the state at least float32.
-    Channel e uses group e // (E // G) of B and C. `reverse` walks from token L-1 to 0: `initial_state` then enters at
+    Channel e uses group e // (E // G) of B and C. `reverse` scans from token L-1 to 0: `initial_state` then enters at
     the end, and `final_state` is the state after token 0. Gradients reach every tensor and flow from both results.
 
     Raises TypeError or ValueError for an argument that does not fit, ValueError for what the backend cannot do,
@@ -71,12 +71,12 @@ def selective_scan(
 
 def implementation(backend: str) -> Callable[..., Any]:
     """Return the operator of a concrete backend, without argument checks; its arguments are those above but for `backend`."""
-    own = backends.operators_of(backend)
-    if own == "native":
+    operator_backend = backends.operators_of(backend)
+    if operator_backend == "native":
         from fused.ops.selective_scan.native import selective_scan_native  # registers the operator, at its first use
 
         return selective_scan_native
-    return mamba_ssm.selective_scan if own == "mamba_ssm" else selective_scan_eager
+    return mamba_ssm.selective_scan if operator_backend == "mamba_ssm" else selective_scan_eager
 
 
 def bidirectional_scan(
@@ -92,25 +92,26 @@ def bidirectional_scan(
     softplus: bool = True,
     backend: str = "auto",
 ) -> Tokens:
-    """Two scans over the same tokens, the first of every pair from token 0 and the second from token L-1, and one gate:
+    """Run two scans over the same tokens, the first of every pair from token 0, the second from token L-1, and one gate:
 
         y = (scan(u[0], delta[0], ...) + scan(u[1], delta[1], ..., reverse=True)) * silu(z)
 
-    Shapes, dtypes and errors as of `selective_scan`, without states. Backend "native" runs both in one kernel.
+    Return y (B, L, E) in u's dtype. Shapes, dtypes and errors are those of `selective_scan`, without states. Backend "native"
+    runs both in one kernel.
 
-        >>> both = [(torch.randn(2, 63, 8), torch.randn(2, 63, 8)) for _ in range(2)]
-        >>> A, mix = (-torch.rand(8, 4),) * 2, (torch.randn(2, 63, 4),) * 2
-        >>> y = bidirectional_scan(*both, A, mix, mix)
+        >>> u, delta = [(torch.randn(2, 63, 8), torch.randn(2, 63, 8)) for _ in range(2)]
+        >>> A, BC = (-torch.rand(8, 4),) * 2, (torch.randn(2, 63, 4),) * 2
+        >>> y = bidirectional_scan(u, delta, A, BC, BC)
     """
-    pairs = [dict(zip(_PAIRED, one, strict=True)) for one in zip(u, delta, A, B, C, D, delta_bias, strict=True)]
-    if len(pairs) != 2:
-        raise ValueError(f"bidirectional_scan: u and all others but z must be pairs, got {len(pairs)} of each")
-    for one in pairs:
-        _check(**one, z=z, initial_state=None)
+    directions = [dict(zip(_PAIRED, x, strict=True)) for x in zip(u, delta, A, B, C, D, delta_bias, strict=True)]
+    if len(directions) != 2:
+        raise ValueError(f"bidirectional_scan: u and all others but z must be pairs, got {len(directions)} of each")
+    for direction in directions:
+        _check(**direction, z=z, initial_state=None)
     for name, pair in (("u", u), ("A", A)):
         if len({(x.shape, x.dtype, x.device) for x in pair}) > 1:
-            told = (f"{tuple(x.shape)} of {x.dtype} on {x.device}" for x in pair)
-            raise ValueError(f"bidirectional_scan: {name} must be alike in both directions, got {' and '.join(told)}")
+            shown = (f"{tuple(x.shape)} of {x.dtype} on {x.device}" for x in pair)
+            raise ValueError(f"bidirectional_scan: {name} must be alike in both directions, got {' and '.join(shown)}")
     chosen = backends.operators_of(backends.choose(backend, u[0].device))
     if chosen == "native" and all(x.dim() == 3 for x in (*B, *C)):
         from fused.ops.selective_scan.native import bidirectional_scan_native
@@ -118,8 +119,8 @@ def bidirectional_scan(
         backends.check_abilities("selective_scan", BACKENDS, "native", u[0].dtype, {})
         return bidirectional_scan_native(u, delta, A, B, C, D, z, delta_bias, softplus=softplus)
     options: dict[str, Any] = {"z": z, "softplus": softplus, "backend": backend}
-    first, second = pairs
-    return selective_scan(**first, **options)[0] + selective_scan(**second, **options, reverse=True)[0]
+    forward, backward = directions
+    return selective_scan(**forward, **options)[0] + selective_scan(**backward, **options, reverse=True)[0]
 
 
 def _check(
@@ -136,9 +137,9 @@ def _check(
     for name, value, letters in (("delta", delta, "B L E"), ("B", B, "B L N | B L G N"), ("C", C, "B L N | B L G N")):
         check_tensor(op, name, value, letters, sizes, u.device)
     optional = (("D", D, "E"), ("z", z, "B L E"), ("delta_bias", delta_bias, "E"), ("initial_state", initial_state, "B E N"))
-    for name, given, letters in optional:
-        if given is not None:
-            check_tensor(op, name, given, letters, sizes, u.device)
+    for name, tensor, letters in optional:
+        if tensor is not None:
+            check_tensor(op, name, tensor, letters, sizes, u.device)
     groups = {name: x.shape[2] for name, x in (("B", B), ("C", C)) if x.dim() == 4}
     for name, count in groups.items():
         if count == 0 or u.shape[2] % count:

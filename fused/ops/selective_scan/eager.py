@@ -39,7 +39,7 @@ def selective_scan_eager(
 
 
 class SelectiveScan(torch.autograd.Function):
-    """Saves its inputs and the state that enters every segment; the backward recomputes the states segment by segment."""
+    """Autograd of the scan. It saves its inputs and the state that enters every segment; the backward recomputes the states."""
 
     @staticmethod
     def forward(
@@ -66,7 +66,7 @@ class SelectiveScan(torch.autograd.Function):
 
 
 class _Scan:
-    """One scan. Tensors without states are held for whole clips, (b, L, E), those with states for a segment at a time."""
+    """A scan. Tensors without states are held for whole clips, (b, L, E), those with states for a segment at a time."""
 
     def __init__(
         self, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
@@ -74,8 +74,8 @@ class _Scan:
     ) -> None:  # fmt: skip
         self.u, self.delta, self.D, self.z, self.bias = u, delta, D, z, delta_bias
         self.softplus, self.reverse = softplus, reverse
-        self.new: dict[str, Any] = {"dtype": accumulation_dtype(u.dtype), "device": u.device}
-        self.plain = (B.dim() == 3, C.dim() == 3)
+        self.tensor_options: dict[str, Any] = {"dtype": accumulation_dtype(u.dtype), "device": u.device}
+        self.without_groups = (B.dim() == 3, C.dim() == 3)
         B, C = (x if x.dim() == 4 else x.unsqueeze(2) for x in (B, C))
         groups = max(B.shape[2], C.shape[2])
         self.B, self.C = (x.expand(-1, -1, groups, -1) for x in (B, C))
@@ -85,7 +85,7 @@ class _Scan:
 
     def rows(self, x: Tensor) -> Tensor:
         """Return (..., E, N) as (..., G, N, F) in the dtype of the computation, always a copy."""
-        x = x.to(self.new["dtype"]).unflatten(-2, self.channels).transpose(-1, -2)
+        x = x.to(self.tensor_options["dtype"]).unflatten(-2, self.channels).transpose(-1, -2)
         return x.clone(memory_format=torch.contiguous_format)
 
     def recurrence(self, buffers: int) -> Recurrence:
@@ -93,7 +93,7 @@ class _Scan:
         return Recurrence(self.A, self.reverse, clips, self.segments, buffers)
 
     def load(self, x: Tensor, clips: slice) -> Tensor:
-        return x[clips].to(self.new["dtype"])
+        return x[clips].to(self.tensor_options["dtype"])
 
     def deltas(self, clips: slice) -> tuple[Tensor, Tensor]:
         """Return delta before and after its softplus, (b, L, E)."""
@@ -102,11 +102,11 @@ class _Scan:
         return raw, clipwise(F.softplus, raw) if self.softplus else raw
 
     def forward(self, initial_state: Tensor | None, keep: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return y, the final state, and if `keep` the state that enters every segment."""
+        """Return y (B, L, E), the final state (B, E, N), and if `keep` the states entering segments, (segments, B, G, N, F)."""
         y_out = torch.empty_like(self.u, memory_format=torch.contiguous_format)
         shape = (self.u.shape[0], *self.A.shape)
-        final = torch.zeros(shape, **self.new) if initial_state is None else self.rows(initial_state)
-        initial_states = torch.empty((len(self.segments), *shape), **self.new) if keep else None
+        final = torch.zeros(shape, **self.tensor_options) if initial_state is None else self.rows(initial_state)
+        initial_states = torch.empty((len(self.segments), *shape), **self.tensor_options) if keep else None
         run = self.recurrence(2)
         for clips in self.clips:
             u, B, C = (self.load(x, clips) for x in (self.u, self.B, self.C))
@@ -129,14 +129,14 @@ class _Scan:
     def backward(self, dy_out: Tensor | None, dfinal: Tensor | None, initial_states: Tensor) -> list[Tensor | None]:
         """Return the gradients of u, delta, A, B, C, D, z, delta_bias and initial_state.
 
-        With g_t the gradient of s_t, q_t = g_t a_t s_{t-1} is that of delta_t * A.
+        With g_t the gradient of h_t, q_t = g_t a_t h_{t-1} is the gradient of delta_t * A.
         """
         du_out, ddelta_out = torch.empty_like(self.u), torch.empty_like(self.delta)
         dz_out = None if self.z is None else torch.empty_like(self.z)
-        dB, dC = torch.empty(self.B.shape, **self.new), torch.empty(self.C.shape, **self.new)
-        dA, dD, dbias = torch.zeros_like(self.A), *torch.zeros((2, self.u.shape[2]), **self.new)
+        dB, dC = torch.empty(self.B.shape, **self.tensor_options), torch.empty(self.C.shape, **self.tensor_options)
+        dA, dD, dbias = torch.zeros_like(self.A), *torch.zeros((2, self.u.shape[2]), **self.tensor_options)
         shape = (self.u.shape[0], *self.A.shape)
-        dstate = torch.zeros(shape, **self.new) if dfinal is None else self.rows(dfinal)
+        dstate = torch.zeros(shape, **self.tensor_options) if dfinal is None else self.rows(dfinal)
         run = self.recurrence(3)
         for clips in self.clips:
             u, B, C = (self.load(x, clips) for x in (self.u, self.B, self.C))
@@ -157,9 +157,9 @@ class _Scan:
                 carry = run.backward(a, torch.mul(C_, dy_, out=g), d_, carry, segment)
                 q = a.mul_(g).mul_(before)
                 torch.sum(after.mul_(dy_), -1, keepdim=True, out=run.view(dC[clips], segment))
-                free = after
-                torch.sum(torch.mul(g, B_, out=free), -2, keepdim=True, out=run.view(gB, segment))
-                torch.sum(torch.mul(q, self.A, out=free), -2, keepdim=True, out=run.view(ddelta, segment))
+                scratch = after
+                torch.sum(torch.mul(g, B_, out=scratch), -2, keepdim=True, out=run.view(gB, segment))
+                torch.sum(torch.mul(q, self.A, out=scratch), -2, keepdim=True, out=run.view(ddelta, segment))
                 torch.sum(g.mul_(x_), -1, keepdim=True, out=run.view(dB[clips], segment))
                 dA += q.mul_(d_).sum((0, 1, 2))
             ddelta.addcmul_(gB, u)
@@ -175,7 +175,7 @@ class _Scan:
                 y = y if self.D is None else y.addcmul_(D, u)
                 dz_out[clips] = y * dgated * gate * (1 + z * (1 - gate))
             du_out[clips], ddelta_out[clips], dstate[clips] = du, ddelta, carry[0] * carry[1]
-        dB, dC = (x.sum(2) if plain else x for x, plain in zip((dB, dC), self.plain, strict=True))
+        dB, dC = (x.sum(2) if squeezed else x for x, squeezed in zip((dB, dC), self.without_groups, strict=True))
         dA, dstate = (x.transpose(-1, -2).flatten(-3, -2) for x in (dA, dstate))
         return [du_out, ddelta_out, dA, dB, dC, dD, dz_out, dbias, dstate]
 

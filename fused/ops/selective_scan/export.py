@@ -1,10 +1,10 @@
 """The scan as a pure function of its arguments, for `torch.export` and ONNX, which take no loops over scratch memory.
 
-    s_t = a_t s_{t-1} + w_t           a_t = exp(delta_t * A)
+    h_t = a_t h_{t-1} + w_t           a_t = exp(delta_t * A)
 
-The tokens are cut into splits that step together, each from a state of zero. Splits are joined by their decays, twice as many
-at each step. The product of the decays up to each token then adds the share of the state that entered its split. A graph so has
-about 8 + log2(L) steps for L tokens, and holds all L states at once.
+The tokens are cut into splits. All splits advance together, one token a step, each from a state of zero. Splits are then joined
+by their decays, twice as many at each step. Last, every token adds the state that entered its split, multiplied by the decays
+since then. A graph has about 8 + log2(L) steps for L tokens, and holds all L states at once.
 """
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from fused.runtime.autocast import no_autocast
 from fused.runtime.dtypes import accumulation_dtype
 
-STEPS = 8  # tokens of a split: with fewer, joining splits costs more memory traffic than it saves nodes
+TOKENS_PER_SPLIT = 8  # with fewer, joining splits costs more memory traffic than it saves graph nodes
 
 
 def selective_scan(
@@ -22,7 +22,10 @@ def selective_scan(
     D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None,
     softplus: bool, state: Tensor | None, reverse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return (y, final_state) as `fused.selective_scan` does; one call holds five tensors of B * L * E * N elements."""
+    """Return (y (B, L, E), final_state (B, E, N)) as `fused.selective_scan` does.
+
+    A call holds five tensors of B * L * E * N elements.
+    """
     dtype = accumulation_dtype(u.dtype)
     with no_autocast(u.device):
         x, delta, A, B, C = (t.to(dtype) for t in (u, delta, A, B, C))
@@ -51,30 +54,36 @@ def _scan(delta: Tensor, x: Tensor, B: Tensor, C: Tensor, A: Tensor, state: Tens
     # tokens of delta 0 fill up the last split: they keep the state as it is
     delta, x, B, C = (_split(t) for t in (delta, x, B, C))
     decays, inputs = (delta.unsqueeze(-1) * A).exp().split(1, 2), (x.unsqueeze(-1) * B).split(1, 2)
-    local, passed = [inputs[0]], [decays[0]]  # passed: the share of the state that entered the split
+    # the states of a split that zero enters, and the products of its decays up to each token
+    local_states, decay_products = [inputs[0]], [decays[0]]
     for decay, new in zip(decays[1:], inputs[1:], strict=True):
-        local.append(decay * local[-1] + new)
-        passed.append(decay * passed[-1])
-    entering, state = _join(passed[-1].squeeze(2), local[-1].squeeze(2), state)
-    states = torch.cat([own + left * entering.unsqueeze(2) for own, left in zip(local, passed, strict=True)], dim=2)
+        local_states.append(decay * local_states[-1] + new)
+        decay_products.append(decay * decay_products[-1])
+    initial_states, state = _join(decay_products[-1].squeeze(2), local_states[-1].squeeze(2), state)
+    pairs = zip(local_states, decay_products, strict=True)
+    states = torch.cat([local + decay * initial_states.unsqueeze(2) for local, decay in pairs], dim=2)
     y = states @ C.transpose(-1, -2) if C.shape[3] == 1 else (states * C).sum(-1, keepdim=True)
     return y.squeeze(-1).flatten(1, 2)[:, :length], state
 
 
-def _join(left: Tensor, added: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the states that enter every split, (B, splits, E, N), and the final state, by doubling the span of each."""
-    added = torch.cat((added[:, :1] + left[:, :1] * state.unsqueeze(1), added[:, 1:]), dim=1)
+def _join(decay: Tensor, final: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the states that enter every split, (B, splits, E, N), and the final state (B, E, N), by doubling the span of each.
+
+    `decay` and `final` are (B, splits, E, N): the decay over a split, and its final state if a state of zero enters it. `state`
+    (B, E, N) enters the first split.
+    """
+    final = torch.cat((final[:, :1] + decay[:, :1] * state.unsqueeze(1), final[:, 1:]), dim=1)
     span = 1
-    while span < left.shape[1]:
-        added = torch.cat((added[:, :span], added[:, span:] + left[:, span:] * added[:, :-span]), dim=1)
-        left = torch.cat((left[:, :span], left[:, span:] * left[:, :-span]), dim=1)
+    while span < decay.shape[1]:
+        final = torch.cat((final[:, :span], final[:, span:] + decay[:, span:] * final[:, :-span]), dim=1)
+        decay = torch.cat((decay[:, :span], decay[:, span:] * decay[:, :-span]), dim=1)
         span *= 2
-    return torch.cat((state.unsqueeze(1), added[:, :-1]), dim=1), added[:, -1]
+    return torch.cat((state.unsqueeze(1), final[:, :-1]), dim=1), final[:, -1]
 
 
 def _split(x: Tensor) -> Tensor:
-    """Return (B, L, ...) as (B, splits, STEPS, ...), zeros behind the end."""
-    missing = -x.shape[1] % STEPS
+    """Return (B, L, ...) as (B, splits, TOKENS_PER_SPLIT, ...), zeros after the last token."""
+    missing = -x.shape[1] % TOKENS_PER_SPLIT
     if missing:
         x = torch.cat((x, x.new_zeros(x.shape[0], missing, *x.shape[2:])), dim=1)
-    return x.unflatten(1, (-1, STEPS))
+    return x.unflatten(1, (-1, TOKENS_PER_SPLIT))

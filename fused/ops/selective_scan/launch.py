@@ -1,6 +1,6 @@
-"""Launches of the scan's kernels. No autograd here.
+"""Launches of the scan's kernels, without autograd.
 
-Everything comes once per direction: a scan from the first token, one from the last, or both at once over the same tokens
+Inputs have one entry a direction: a scan from the first token, one from the last, or both at once over the same tokens
 (`ScanInputs.reverses`). Two directions share z: out = (y_first + y_second) * silu(z).
 """
 
@@ -43,17 +43,17 @@ class ScanInputs(NamedTuple):
     D: Sequence[Tensor | None]
     delta_bias: Sequence[Tensor | None]
     z: Tensor | None
-    softplus: int = SOFTPLUS_IN_KERNEL  # of delta; SOFTPLUS_BY_CALLER: the gradient is that in front of softplus
+    softplus: int = SOFTPLUS_IN_KERNEL  # of delta; SOFTPLUS_BY_CALLER: the gradient is that of softplus's input
     A_is_log: bool = False  # A holds log(-A)
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
-        """B, L, E, N."""
+        """Return (B, L, E, N)."""
         return (*self.u[0].shape, self.A[0].shape[1])
 
     @property
     def forward_direction(self) -> "ScanInputs":
-        """The first direction alone, without the gate."""
+        """Return the inputs of the first direction alone, without the gate."""
         pairs = (self.reverses, self.u, self.delta, self.A, self.B, self.C, self.D, self.delta_bias)
         one: Any = [pair[:1] for pair in pairs]
         settings: Any = (None, self.softplus, self.A_is_log)
@@ -103,12 +103,12 @@ def schedule_for(u: Tensor, N: int | torch.SymInt, directions: int, batch_invari
 
 
 def dense(x: Tensor) -> Tensor:
-    """Return x with unit stride along its last axis."""
+    """Return x (..., channels) with unit stride along its last axis."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def aligned_or_none(x: Tensor | None) -> Tensor | None:
-    """Return x contiguous and at an address where four float32 can be read at once."""
+    """Return x contiguous and at an address where four float32 can be read at once; None for None."""
     if x is None:
         return None
     x = x.contiguous()
@@ -242,7 +242,7 @@ def _work_counters(u: Tensor, num_split: int) -> Tensor:
 
 
 def _state_passing(splits: SplitSchedule, u: Tensor, d: int, N: int, warps: int, wanted: bool) -> StatePassing:
-    """Return the buffers of a launch with split sequences; without a state-only pass, if it is not `wanted`."""
+    """Return the buffers of a launch with split sequences; without those of a state-only pass unless it is `wanted`."""
     num_split = splits.num_sequences - splits.num_unsplit
     if not wanted and not splits.num_unsplit:
         return NO_STATE_PASSING
@@ -289,7 +289,7 @@ def _input_arguments(s: ScanInputs) -> tuple[Any, ...]:
 
 
 def _module(s: ScanInputs, plan: ScanSchedule, keep: bool, *others: Tensor | None) -> Any:
-    """Return the compiled kernels for these inputs; `others` are what is read or written beside them, (B, L, E)."""
+    """Return the compiled kernels for these inputs; `others` (B, L, E) are also read or written."""
     E, N = s.u[0].shape[2], s.A[0].shape[1]
     vectorized = E % 4 == 0 and _readable_by_four((*s.u, *s.delta, s.z, *others))
     vectorized_bc = N % 4 == 0 and _readable_by_four((*s.B, *s.C))

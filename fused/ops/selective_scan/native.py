@@ -20,7 +20,7 @@ def selective_scan_native(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None,
     *, softplus: bool, initial_state: Tensor | None, reverse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Scan as `fused.selective_scan` says; groups of channels are scans of their own.
+    """Scan as `fused.selective_scan` says; every group of channels is a separate scan.
 
     Raises ValueError for more than 64 states.
     """
@@ -30,11 +30,11 @@ def selective_scan_native(
         width, ys, states = u.shape[2] // groups, [], []
         for g in range(groups):
             e = slice(g * width, (g + 1) * width)
-            own_B, own_C = (x if x.dim() == 3 else x[:, :, g] for x in (B, C))
-            own_D, bias = (None if x is None else x[e] for x in (D, delta_bias))
-            own_z, state = None if z is None else z[..., e], None if initial_state is None else initial_state[:, e]
+            group_B, group_C = (x if x.dim() == 3 else x[:, :, g] for x in (B, C))
+            group_D, bias = (None if x is None else x[e] for x in (D, delta_bias))
+            group_z, state = None if z is None else z[..., e], None if initial_state is None else initial_state[:, e]
             y, state = selective_scan_native(
-                u[..., e], delta[..., e], A[e], own_B, own_C, own_D, own_z, bias,
+                u[..., e], delta[..., e], A[e], group_B, group_C, group_D, group_z, bias,
                 softplus=softplus, initial_state=state, reverse=reverse,
             )  # fmt: skip
             ys.append(y)
@@ -67,7 +67,8 @@ def _scan(
     u: Pair, delta: Pair, A: Pair, B: Pair, C: Pair, D: OptionalPair, delta_bias: OptionalPair, z: Tensor | None,
     initial_state: Tensor | None, softplus: bool, reverses: tuple[bool, ...],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Call the operator with tokens in one dtype and the rest in float32; return y in u's dtype and the final states."""
+    """Call the operator with tokens in one dtype and the rest in float32; return y (B, L, E) in u's dtype and
+    final states (directions, B, E, N)."""
     dtype = u[0].dtype
     tokens = [x for x in (*u, *delta, *B, *C, z) if x is not None]
     if any(x.dtype != dtype for x in tokens):  # float32 holds them all
@@ -106,6 +107,7 @@ def _forward(
     u: Pair, delta: Pair, A: Pair, B: Pair, C: Pair, D: OptionalPair, delta_bias: OptionalPair, z: Tensor | None,
     initial_state: Tensor | None, softplus: bool, reverses: Sequence[bool], batch_invariant: bool, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return y and y before the gate (B, L, E), final (d, B, E, N) and tile states (d, B, tiles, E, N) of d directions."""
     s = _scan_inputs(u, delta, A, B, C, D, delta_bias, z, softplus, reverses)
     plan = schedule_for(s.u[0], A[0].shape[1], len(s.reverses), batch_invariant)
     r = launch.forward(s, aligned_or_none(initial_state), plan, keep=keep)
@@ -131,6 +133,7 @@ def _backward(
     initial_state: Tensor | None, softplus: bool, reverses: Sequence[bool], batch_invariant: bool,
     y_pre_gate: Tensor, tile_states: Tensor, dy: Tensor, dfinal_states: Tensor | None,
 ) -> tuple[Any, ...]:  # fmt: skip
+    """Return the gradients of all tensors, in their shapes and order; empty for None."""
     s = _scan_inputs(u, delta, A, B, C, D, delta_bias, z, softplus, reverses)
     plan = schedule_for(s.u[0], A[0].shape[1], len(s.reverses), batch_invariant)
     dB, dC = ([torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in pair] for pair in (s.B, s.C))
@@ -158,7 +161,7 @@ def _backward_shapes(
 
 
 class _SelectiveScan(torch.autograd.Function):
-    """Saves its inputs and, if a backward will come, the state before every tile and y before the gate."""
+    """Autograd of the operator. It saves its inputs and, if `keep`, the state before every tile and y before the gate."""
 
     @classmethod
     def call(

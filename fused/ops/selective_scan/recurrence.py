@@ -1,14 +1,14 @@
 """The recurrence under the scan, in segments of bounded size, and its adjoint.
 
-    s_t = a_t s_{t-1} + w_t           a_t = exp(delta_t * A)
-    g_t = v_t + a_{t+1} g_{t+1}       the gradient of s_t, where v_t is what reaches it through y_t
+    h_t = a_t h_{t-1} + w_t           a_t = exp(delta_t * A)
+    g_t = v_t + a_{t+1} g_{t+1}       the gradient of h_t, where v_t is the part that comes through y_t
 
 A segment has layout (T, c, b, G, N, F): T steps, c splits, b clips, G groups that share B and C, N states, F = E // G
-channels. Steps are then contiguous, sums over N and broadcasts along F run on contiguous channels, and a group is only
-another row. Where one token holds little work, the c splits of a segment step together, twice. In the first pass each starts
-from a state of zero; with the decay of a whole split, exp(A * sum_t delta_t), that gives every split its initial state. The
-second pass starts from there. Nothing is divided by a decay, so no decay overflows or loses digits. The splits do not depend
-on the batch, so a clip's bits do not depend on its neighbours.
+channels. A step is then contiguous, sums over N and broadcasts along F run on contiguous channels, and a group is only another
+row. Where one token holds little work, the c splits of a segment advance together, in two passes. In the first pass each split
+starts from a state of zero. With the decay over a split, exp(A * sum_t delta_t), that gives every split its initial state, from
+which the second pass starts. Nothing is divided by a decay, so no decay overflows or loses digits. The splits do not depend on
+the batch, so a clip's bits do not depend on the other clips.
 """
 
 from math import isqrt, prod
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Elements (tokens x clips x channels x states) of one scratch tensor: on a CPU it stays in cache (measured best between
+# Elements (tokens x clips x channels x states) of one scratch tensor: on a CPU it stays in cache (fastest between
 # 2**19 and 2**21), on a GPU it is large enough that kernel launches do not dominate.
 CPU_BLOCK = 2**20
 GPU_BLOCK = 2**25
@@ -46,9 +46,9 @@ def make_segments(batch: int, length: int, row: int, gpu: bool, reverse: bool) -
     tokens = max(1, block // (clips * row))
     segments, start = [], 0
     if steps > 1:
-        even = length // steps * steps
-        while start < even:
-            num_splits = min(max(1, tokens // steps), (even - start) // steps)
+        end = length // steps * steps  # splits of `steps` tokens up to here, single splits beyond
+        while start < end:
+            num_splits = min(max(1, tokens // steps), (end - start) // steps)
             segments.append(Segment(start, start + num_splits * steps, num_splits, True))
             start += num_splits * steps
     while start < length:
@@ -83,12 +83,13 @@ class Recurrence:
     def forward(self, delta: Tensor, w: tuple[Tensor, Tensor], state: Tensor, segment: Segment) -> tuple[Tensor, ...]:
         """Run a segment from `state` (b, G, N, F), with w_t the product of the two factors `w`.
 
-        Returns the decays, the states before and after each token (overlapping views), and the state that leaves.
+        Returns the decays (T, c, b, G, N, F), the states before and after each token (overlapping views of that shape), and the
+        state (b, G, N, F) that leaves.
         """
         steps, *rest = *delta.shape[:-2], *self.A.shape[1:]
         a = torch.mul(delta, self.A, out=self.buffer(0, steps, *rest)).exp_()
-        s = self.buffer(1, steps + 1, *rest)
-        before, after = (s[1:], s[:-1]) if self.reverse else (s[:-1], s[1:])
+        h = self.buffer(1, steps + 1, *rest)
+        before, after = (h[1:], h[:-1]) if self.reverse else (h[:-1], h[1:])
         torch.mul(*w, out=after)
         order = range(steps)[:: -1 if self.reverse else 1]
         decay, states, start = a.unbind(), after.unbind(), before[order[0]]
@@ -130,7 +131,11 @@ class Recurrence:
 
 
 def _pass_states(start: Tensor, decay: Tensor, local: Tensor, state: Tensor, reverse: bool) -> Tensor:
-    """Carry `state` through the splits (first axis): write what enters each into `start`, return what leaves the last."""
+    """Carry `state` (b, G, N, F) through the splits; return the state that leaves the last.
+
+    start, decay and local are (c, b, G, N, F). The state that enters each split is written into `start`; `local`, the states
+    that leave the splits if zero enters them, is overwritten.
+    """
     order = range(local.shape[0])[:: -1 if reverse else 1]
     states, decays, current = local.unbind(), decay.unbind(), state
     for c in order:

@@ -1,8 +1,8 @@
-"""The schedule of the selective scan: which block of a GPU scans what, and which sequences are split.
+"""The schedule of the selective scan: which block scans which tokens, and which sequences are split.
 
-A sequence is scanned one token after another: the channels of a block in one clip (and, in the backward, in one direction).
-A sequence that is not split has one block. With split-L a sequence is cut into splits with a block each. Each split then needs
-its initial state, which a state-only pass over the splits before it makes.
+A sequence is the unit that is scanned token by token: the channels of one block in one clip (and, in the backward, in one
+direction). A sequence that is not split has one block. With split-L a sequence is cut into splits with a block each. Each split
+then needs its initial state, which a state-only pass over the earlier splits computes.
 """
 
 import functools
@@ -16,12 +16,12 @@ MIN_TILES_PER_SPLIT = 8
 MAX_SPLITS = 64
 # The cost model of `_cost`, fitted to launches on an H200. Unit: one tile of one block.
 UTILISATION = (0.67, 0.765, 1.0)  # share of its throughput that a multiprocessor has with 1/3, 2/3, all of its blocks
-PARTIAL_WAVE = 0.72  # share of the lost throughput that a last, partial wave costs behind one full wave; less behind more waves
-SPLIT_START = 0.75  # tiles that every block could walk while the walk of the splits begins
-COMBINE = 0.1  # tiles that combining the state of one split before takes
-SPLIT_END = 0.1  # share of a split's tiles that its last blocks run behind
-UNEVEN_WAVE = 1.4  # factor for a single wave of one-warp blocks that fills all places: a scheduler may get a warp more
-MIXED_BLOCKS = 1.03  # factor for large blocks of splits beside sequences that are not split
+PARTIAL_WAVE = 0.72  # share of the lost throughput that a partial wave costs after one full wave; less after more
+SPLIT_START = 0.75  # tiles that every block could scan before the blocks of the splits begin
+COMBINE = 0.1  # tiles that combining the state of one earlier split takes
+SPLIT_END = 0.1  # share of a split's tiles by which the last blocks finish late
+UNEVEN_WAVE = 1.4  # factor for a single wave of one-warp blocks that fills all slots: a scheduler may get one warp too many
+MIXED_BLOCKS = 1.03  # factor for multi-warp blocks where unsplit sequences and splits run at the same time
 
 
 class KernelConfig(NamedTuple):
@@ -35,7 +35,7 @@ class KernelConfig(NamedTuple):
 
     @property
     def channels(self) -> int:
-        """Channels of a block."""
+        """Return the channels of a block."""
         return 8 * self.channels_per_thread * self.warps
 
 
@@ -49,12 +49,12 @@ class SplitSchedule(NamedTuple):
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of the pass that makes outputs."""
+        """Return the number of blocks of the pass that makes outputs."""
         return self.num_unsplit + (self.num_sequences - self.num_unsplit) * self.num_splits
 
     @property
     def num_state_passes(self) -> int:
-        """Blocks of the state-only pass. The last split of a sequence has none: its final state enters no other split."""
+        """Return the number of blocks of the state-only pass. A sequence's last split has none: no split follows it."""
         return (self.num_sequences - self.num_unsplit) * (self.num_splits - 1)
 
 
@@ -70,7 +70,7 @@ class ScanSchedule(NamedTuple):
 
 
 def kernel_configs(N: int) -> tuple[KernelConfig, KernelConfig]:
-    """Return the configs of forward and backward for N states, measured best on an H200 for N <= 16.
+    """Return the configs of forward and backward for N states, the fastest on an H200 for N <= 16.
 
     With more states a thread has registers for one channel.
     """
@@ -83,7 +83,7 @@ def kernel_configs(N: int) -> tuple[KernelConfig, KernelConfig]:
 def make_schedule(
     B: int, L: int, E: int, N: int, directions: int, processors: int, num_splits: int = 0, batch_invariant: bool = False
 ) -> ScanSchedule:
-    """Return the schedule that takes the least time on so many multiprocessors.
+    """Return the schedule that takes the least time on a GPU with `processors` multiprocessors.
 
     `num_splits` forces that many splits of every sequence. With `batch_invariant` the splits do not depend on B.
     """
@@ -104,23 +104,25 @@ def make_schedule(
 def _cheapest_split(
     per_clip: int, clips: int, tiles: int, processors: int, num_splits: int, batch_invariant: bool, config: KernelConfig
 ) -> SplitSchedule:
+    """Return the cheapest SplitSchedule of `per_clip` sequences of `tiles` tiles in each of `clips` clips."""
     sequences = max(1, per_clip * (1 if batch_invariant else clips))
-    most = max(1, min(tiles // MIN_TILES_PER_SPLIT, MAX_SPLITS))
+    max_splits = max(1, min(tiles // MIN_TILES_PER_SPLIT, MAX_SPLITS))
     if num_splits:
-        options = [(0, min(num_splits, most))]
+        options = [(0, min(num_splits, max_splits))]
     else:  # unsplit: none, or as many as fill whole waves of all processors; the rest are split
         unsplit = {0} if batch_invariant else {0, sequences // processors * processors}
-        options = [(sequences, 1)] + [(u, n) for u in unsplit if u < sequences for n in range(2, most + 1)]
+        options = [(sequences, 1)] + [(u, n) for u in unsplit if u < sequences for n in range(2, max_splits + 1)]
     num_unsplit, n = min(options, key=lambda option: _cost(option[0], option[1], sequences, tiles, processors, config))
     tiles_per_split = -(-tiles // n)
-    every = max(1, per_clip * clips)
-    return SplitSchedule(every, every if n == 1 else num_unsplit, -(-tiles // tiles_per_split), tiles_per_split)
+    num_sequences = max(1, per_clip * clips)
+    return SplitSchedule(num_sequences, num_sequences if n == 1 else num_unsplit, -(-tiles // tiles_per_split), tiles_per_split)
 
 
 def _cost(num_unsplit: int, num_splits: int, sequences: int, tiles: int, processors: int, config: KernelConfig) -> float:
-    """Return the tiles that the busiest multiprocessor could walk at its best in the time that it needs.
+    """Return the time of the busiest multiprocessor, in tiles that it could scan in that time at full throughput.
 
-    Of 133 launches on an H200, what this chooses takes 0.5 % longer than the best on average, 10 % at worst.
+    Over 133 launches on an H200, the cheapest schedule by this model takes 0.5 % longer than the fastest one on average, and
+    10 % longer at worst.
     """
     tiles_per_split = -(-tiles // num_splits)
     num_splits = -(-tiles // tiles_per_split)
@@ -128,38 +130,39 @@ def _cost(num_unsplit: int, num_splits: int, sequences: int, tiles: int, process
     unsplit, splits = -(-num_unsplit // processors), num_split * num_splits / processors  # blocks of a multiprocessor
     slots = config.min_blocks_per_sm
 
-    def at_once(blocks: int | float) -> float:
-        """Cost of a tile of each of a multiprocessor's blocks: a third of the slots gives every scheduler a warp."""
+    def cost_per_tile(blocks: int | float) -> float:
+        """Return the cost of a tile of each of a multiprocessor's blocks: a third of the slots gives every scheduler a warp."""
         third = -(-3 * math.ceil(blocks) // slots)
         return third * slots / 3 / UTILISATION[third - 1] if third else 0.0
 
-    def in_waves(blocks: int | float, length: int) -> float:
-        """Cost of blocks of one length: full waves, and a partial one, begun when the first of a full one end."""
-        waves, last = divmod(blocks, slots)
-        lost = at_once(last) - last
-        return (length + 1) * (blocks + (lost * PARTIAL_WAVE / waves if waves else lost))
+    def cost_of_waves(blocks: int | float, length: int) -> float:
+        """Return the cost of blocks of one length: full waves, and a partial one that begins as the full ones end."""
+        waves, partial = divmod(blocks, slots)
+        lost_tiles = cost_per_tile(partial) - partial
+        return (length + 1) * (blocks + (lost_tiles * PARTIAL_WAVE / waves if waves else lost_tiles))
 
     if num_splits == 1:
-        return in_waves(sequences / processors, tiles)
-    beside = unsplit % slots  # unsplit sequences that are walked at the same time as the splits
-    walk = in_waves(unsplit - beside, tiles)
-    if not beside:
-        walk += in_waves(splits, tiles_per_split)
+        return cost_of_waves(sequences / processors, tiles)
+    concurrent = unsplit % slots  # unsplit sequences that are scanned at the same time as the splits
+    cost = cost_of_waves(unsplit - concurrent, tiles)
+    if not concurrent:
+        cost += cost_of_waves(splits, tiles_per_split)
         if config.warps == 1 and not num_unsplit and 0.99 * slots < splits <= slots:
-            walk *= UNEVEN_WAVE
-    elif beside + splits <= slots:
-        walk += (tiles_per_split + 1) * at_once(beside + splits) + (tiles - tiles_per_split) * at_once(beside)
+            cost *= UNEVEN_WAVE
+    elif concurrent + splits <= slots:
+        cost += (tiles_per_split + 1) * cost_per_tile(concurrent + splits)
+        cost += (tiles - tiles_per_split) * cost_per_tile(concurrent)
     else:  # splits follow one another in the slots that the unsplit sequences leave
-        length = (tiles_per_split + 1) * splits / (slots - beside)
+        length = (tiles_per_split + 1) * splits / (slots - concurrent)
         if length < tiles:
-            walk += length * slots + (tiles - length) * at_once(beside)
+            cost += length * slots + (tiles - length) * cost_per_tile(concurrent)
         else:
-            walk += (tiles_per_split + 1) * splits + tiles * beside
-    if beside and config.warps > 1:
-        walk *= MIXED_BLOCKS
-    between = SPLIT_START + COMBINE * (num_splits - 1) / 2 * math.ceil(splits / slots) + SPLIT_END * tiles_per_split
-    passes = in_waves(num_split * (num_splits - 1) / processors, tiles_per_split)
-    return walk + config.state_pass_cost * passes + between * slots
+            cost += (tiles_per_split + 1) * splits + tiles * concurrent
+    if concurrent and config.warps > 1:
+        cost *= MIXED_BLOCKS
+    state_passing = SPLIT_START + COMBINE * (num_splits - 1) / 2 * math.ceil(splits / slots) + SPLIT_END * tiles_per_split
+    state_passes = cost_of_waves(num_split * (num_splits - 1) / processors, tiles_per_split)
+    return cost + config.state_pass_cost * state_passes + state_passing * slots
 
 
 @functools.cache
