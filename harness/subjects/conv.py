@@ -1,5 +1,6 @@
 """Causal convolution with SiLU, either direction."""
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -54,6 +55,7 @@ def implementations() -> list[Implementation]:
 
 def samples(case: Case, leaves: dict[str, Tensor]) -> list[Sample]:
     """Return the op that native registers."""
+    importlib.import_module("fused.ops.causal_conv1d.native")
     args = (*(leaves.get(k) for k in ("x", "weight", "bias", "initial_state")), not case.has("bare"), case.has("reverse"))
     return [(torch.ops.videomamba.causal_conv1d.default, args, {})]
 

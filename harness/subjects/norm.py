@@ -1,5 +1,6 @@
 """Add and normalise, RMS and LayerNorm."""
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +51,7 @@ def implementations() -> list[Implementation]:
 
 def samples(case: Case, leaves: dict[str, Tensor]) -> list[Sample]:
     """Return the op that native registers; it stores the residual unrounded."""
+    importlib.import_module("fused.ops.add_norm.native")
     tensors = (leaves.get(k) for k in ("x", "weight", "bias", "residual"))
     return [(torch.ops.videomamba.add_norm.default, (*tensors, 1e-5, case.option("kind", "rms") == "layer", torch.float32), {})]
 

@@ -71,9 +71,10 @@ def samples(case: Case, leaves: dict[str, Tensor]) -> list[Sample]:
     if case.has("groups=2"):
         return []
     importlib.import_module("fused.ops.selective_scan.native")
-    names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
-    options = not case.has("bare"), case.has("reverse"), False, True
-    return [(torch.ops.videomamba.selective_scan.default, (*(leaves.get(k) for k in names), *options), {})]
+    pairs = ([leaves.get(name)] for name in ("u", "delta", "A", "B", "C", "D", "delta_bias"))  # lists: an entry a direction
+    options = not case.has("bare"), [case.has("reverse")], False, True
+    arguments = (*pairs, leaves.get("z"), leaves.get("initial_state"), *options)
+    return [(torch.ops.videomamba.selective_scan.default, arguments, {})]
 
 
 def draw(case: Case, seed: int) -> dict[str, Tensor]:
