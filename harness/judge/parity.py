@@ -3,9 +3,10 @@
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import as_completed
+from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
+from multiprocessing.queues import SimpleQueue
 from multiprocessing.util import Finalize
 from pathlib import Path
 
@@ -68,14 +69,23 @@ def _in_this_process(requests: Sequence[ParityRequest], answered: set[Key], fold
 
 
 def _in_processes(requests: Sequence[ParityRequest], answered: set[Key], folder: Path | None, jobs: int) -> Answers:
-    """Answer the most expensive cases first, so that no process is left alone with one at the end."""
-    pool = workers.pool(jobs, environment.prepare)
+    """Answer the most expensive cases first, so that no process is left alone with one at the end.
+
+    Records come question by question: of a case that takes minutes, an interrupted run keeps what was answered.
+    """
+    records = workers.queue()
+    pool = workers.pool(jobs, _prepare, records)
     try:
         pairs = sorted(((request, case) for request in requests for case in request.selected_cases()), key=lambda p: -cost(*p))
         futures = {pool.submit(_answer, request, case, answered, folder): case for request, case in pairs}
-        for done in as_completed(futures):
-            yield from ((futures[done], record) for record in done.result())
-            yield futures[done], None
+        running = set(futures)
+        while running:
+            done, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+            while not records.empty():
+                yield records.get()
+            for future in done:
+                future.result()  # raises what went wrong there
+                yield futures[future], None
         pool.shutdown()
     except BaseException:
         workers.end(pool)
@@ -110,15 +120,26 @@ class Judge:
         _release(self.request.device)
 
 
-_judges: dict[ParityRequest, Judge] = {}  # of a process that answers for another
+# Of a process that answers for another:
+_judges: dict[ParityRequest, Judge] = {}
+_records: "SimpleQueue[tuple[Case, Record]] | None" = None
 
 
-def _answer(request: ParityRequest, case: Case, answered: set[Key], folder: Path | None) -> list[Record]:
-    """Run in a process of the pool."""
+def _prepare(records: "SimpleQueue[tuple[Case, Record]]") -> None:
+    """Begin a process of the pool, which puts its records into the queue."""
+    global _records
+    _records = records
+    environment.prepare()
+
+
+def _answer(request: ParityRequest, case: Case, answered: set[Key], folder: Path | None) -> None:
+    """Answer the questions of a case in a process of the pool."""
     if request not in _judges:
         _judges[request] = Judge(request, folder)
         Finalize(None, _judges[request].second_process.close, exitpriority=1)  # this process would wait for it at its end
-    return list(_judges[request].answers(case, answered))
+    assert _records is not None
+    for record in _judges[request].answers(case, answered):
+        _records.put((case, record))
 
 
 def is_unanswered(request: ParityRequest, run: Run) -> bool:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.queues import SimpleQueue
 from typing import Any
 
 import torch
@@ -16,6 +17,11 @@ def pool(count: int, begin: Callable[..., None] | None = None, *args: Any) -> Pr
     """Return `count` fresh processes, each of which first calls begin(*args)."""
     spawn = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(count, mp_context=spawn, initializer=_begin, initargs=(os.getpid(), begin, args))
+
+
+def queue() -> "SimpleQueue[Any]":
+    """Return a queue that the processes of a pool can be given when they begin."""
+    return multiprocessing.get_context("spawn").SimpleQueue()
 
 
 def processes_for(device: str) -> int:

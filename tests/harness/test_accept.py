@@ -118,6 +118,25 @@ def test_a_parity_run_in_sessions_of_two_checkouts_is_accepted_as_one(checkouts:
     assert len(json.loads((kept / "run.json").read_text())["commit"]) == 40
 
 
+def test_an_interrupted_case_keeps_the_questions_that_were_answered(checkouts: tuple[Path, Path], tmp_path: Path) -> None:
+    """One case, whose second question takes for ever."""
+    one, run = checkouts[0], tmp_path / "stuck"
+    (one / "stuck_scan.py").write_text(
+        "import time\n\nimport torch\n\nfrom fused import selective_scan\n\n\n"
+        "def scan(*args, **options):\n"
+        "    if any(torch.is_tensor(x) and x.requires_grad for x in args):\n"
+        "        time.sleep(3600)\n"
+        "    return selective_scan(*args, **options)\n"
+    )
+    words = ["parity", "--subject", "scan", "--case", "B2-L1-E6-N4-float32", "--with", "scan:stuck=stuck_scan:scan"]
+    words += ["--impl", "stuck", "--check", "forward", "--check", "writes"]
+    command = Command(one, *words, "--jobs", "2", "--out", str(run))
+    deadline = time.monotonic() + 120
+    command.wait_for(lambda: lines(run) > 0 or time.monotonic() > deadline)
+    code, said = command.terminate()
+    assert code == INTERRUPTED and [r.check for r in Run.open(run).records] == ["forward"], said
+
+
 def test_a_bench_in_sessions_of_two_checkouts_is_accepted_as_one(checkouts: tuple[Path, Path], tmp_path: Path) -> None:
     one, other = checkouts
     run = tmp_path / "timed"
