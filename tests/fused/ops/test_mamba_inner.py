@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="the convolution's kernels are Triton's")
 import fused.ops.mamba_inner.native  # noqa: E402 (they define the operators)
 import fused.ops.mamba_inner.one_direction  # noqa: E402
 import fused.ops.mamba_inner.pipeline  # noqa: E402
-from fused import backends  # noqa: E402
+from fused import add_norm, backends, causal_conv1d  # noqa: E402
 from fused.chunked.layer import run_block_two_pass  # noqa: E402
 from fused.chunked.layer_ops import scan_chunk  # noqa: E402
 from fused.chunked.layer_weights import Direction, LayerSpec  # noqa: E402
@@ -243,3 +243,20 @@ def test_a_layer_walks_its_chunks_by_states_where_time_is_cut(clips, whole, trai
     assert_rule([layer_in_chunks(seed, clips, (33, 19, 20), *kind, trained) for kind in kinds] for seed in range(2))
     assert len(asked) == 2 * 2 * 2  # seeds, chunks but the first, directions
     assert len(packed) == 2 * (3 if trained else 1)  # once a layer, and for its gradients once a direction
+
+
+@pytest.mark.parametrize("operator", ["mixer", "one direction", "convolution", "norm"])
+def test_a_gradient_is_not_differentiated_silently(operator):
+    """As the scan's, also where the cotangent is constant; autograd's own check would miss that."""
+    x = torch.randn(1, 5, 8, device=DEVICE, requires_grad=True)
+    if operator == "convolution":
+        y = causal_conv1d(x, torch.randn(8, 4, device=DEVICE, requires_grad=True), backend="native")[0]
+    elif operator == "norm":
+        y = add_norm(x, torch.ones(8, device=DEVICE, requires_grad=True), prenorm=False, backend="native")
+    else:
+        mixer = Mamba(8, d_state=4, bimamba=operator == "mixer").to(DEVICE)
+        y = mixer(x, backend="native") if operator == "mixer" else mixer(x, return_state=True, backend="native")[0]
+    for loss in (y.sum(), y.square().sum()):
+        (dx,) = torch.autograd.grad(loss, x, create_graph=True, retain_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            dx.sum().backward(retain_graph=True)
