@@ -1,4 +1,4 @@
-"""What the code's structure is, in numbers: `python tests/structure.py [CHECKOUT]` prints them for any checkout.
+"""Measures of the code's structure: `python tests/structure.py [CHECKOUT]` prints them for any checkout.
 
 - import circles: strongly connected modules, imports within functions and under TYPE_CHECKING counted as any
 - unannotated parameters of functions in `fused`, `self` and `cls` aside

@@ -25,7 +25,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 class Configuration(NamedTuple):
-    """What decides how the kernels are compiled."""
+    """The settings with which the kernels are compiled."""
 
     N: int
     directions: int
