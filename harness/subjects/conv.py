@@ -122,11 +122,10 @@ def chunked(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor], cut
 
 
 def costly_checks(case: Case) -> set[str]:
-    """Return `writes` for all cases in low precision, and at one odd size `device` and, with all options, `compile`."""
-    found = {"writes"} if case.dtype != "float64" else set()
-    if case.fits(B=3, L=7) and case.options in ((), ("reverse", "state")):
-        found |= {"device"} | ({"compile"} if case.options else set())
-    return found
+    """Return `writes` for all cases, and at one odd size `device` and, with all options, `compile`."""
+    if case.fits(B=3, L=7):
+        return {"writes"} | {(): {"device"}, ("reverse", "state"): {"device", "compile"}}.get(case.options, set())
+    return {"writes"}
 
 
 def special_cases(check: str, grid: str) -> list[Case]:

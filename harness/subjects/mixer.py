@@ -114,11 +114,10 @@ def chunked(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor], cut
 
 
 def costly_checks(case: Case) -> set[str]:
-    """Return `writes` for all cases in low precision, and at one odd size `compile` under autocast and `device` without."""
-    found = {"writes"} if case.dtype != "float64" else set()
+    """Return `writes` for all cases, and at one odd size `compile` under autocast and `device` without."""
     if case.fits(B=2, L=9):
-        found |= {("autocast",): {"compile"}, (): {"device"}}.get(case.options, set())
-    return found
+        return {"writes"} | {("autocast",): {"compile"}, (): {"device"}}.get(case.options, set())
+    return {"writes"}
 
 
 def races() -> list[Race]:
