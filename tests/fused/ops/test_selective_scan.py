@@ -4,6 +4,7 @@ import naive
 import pytest
 import torch
 from rule import assert_rule, double, outcome
+from scans import draw, sample
 
 from fused.ops.selective_scan import recurrence
 from fused.ops.selective_scan.api import selective_scan
@@ -20,38 +21,6 @@ def route(request, monkeypatch):
     monkeypatch.setattr(recurrence, "CPU_STEP", step)
     monkeypatch.setattr(recurrence, "CPU_BLOCK", block)
     return request.param
-
-
-def draw(seed, shape, everything=True, state=True, dtype=torch.float32):
-    """Inputs in the range that the model produces, and the cotangents of y and final_state."""
-    batch, length, width, states, groups = shape
-    g = torch.Generator().manual_seed(seed)
-
-    def normal(*size):
-        return torch.randn(*size, generator=g).to(dtype)
-
-    mixing = (batch, length, states) if groups is None else (batch, length, groups, states)
-    tensors = {
-        "u": normal(batch, length, width),
-        "delta": normal(batch, length, width),
-        "A": -torch.rand(width, states, generator=g) * states - 0.1,
-        "B": normal(*mixing),
-        "C": normal(*mixing),
-    }
-    if everything:
-        tensors |= {"D": normal(width).float(), "z": normal(batch, length, width), "delta_bias": normal(width).float()}
-    if state:
-        tensors["initial_state"] = normal(batch, width, states).float()
-    return tensors, [normal(batch, length, width), normal(batch, width, states).float()]
-
-
-def sample(tensors, cotangents, **options):
-    dtype = torch.promote_types(tensors["u"].dtype, torch.float32)
-    return (
-        outcome(lambda **x: selective_scan(**x, **options), tensors, cotangents, None),
-        outcome(lambda **x: naive.scan(**x, **options), double(tensors), cotangents, torch.float64),
-        outcome(lambda **x: naive.scan(**x, **options), tensors, cotangents, dtype),
-    )
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "B{}-L{}-E{}-N{}-G{}".format(*s))

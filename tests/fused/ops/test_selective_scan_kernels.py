@@ -5,6 +5,7 @@ import naive
 import pytest
 import torch
 from rule import assert_rule, double, outcome
+from scans import draw, sample
 
 import fused.ops.selective_scan.native  # noqa: F401 (registers the operators)
 from fused import backends, bidirectional_scan, selective_scan
@@ -39,35 +40,6 @@ def always_split(monkeypatch):
     schedule.make_schedule.cache_clear()
 
 
-def draw(seed, shape, everything=True, state=True, dtype=torch.float32, suffix=""):
-    """Inputs in the range that the model produces, and the cotangents of y and final_state."""
-    batch, length, width, states, groups = (*shape, None)[:5]
-    g = torch.Generator().manual_seed(seed)
-
-    def normal(*size):
-        return torch.randn(*size, generator=g).to(dtype)
-
-    mixing = (batch, length, states) if groups is None else (batch, length, groups, states)
-    tensors = {
-        "u": normal(batch, length, width), "delta": normal(batch, length, width),
-        "A": -torch.rand(width, states, generator=g) * states - 0.1, "B": normal(*mixing), "C": normal(*mixing),
-    }  # fmt: skip
-    if everything:
-        tensors |= {"D": normal(width).float(), "z": normal(batch, length, width), "delta_bias": normal(width).float()}
-    if state:
-        tensors["initial_state"] = normal(batch, width, states).float()
-    return tensors, [normal(batch, length, width), normal(batch, width, states).float()]
-
-
-def sample(tensors, cotangents, **options):
-    dtype = torch.promote_types(tensors["u"].dtype, torch.float32)
-    return (
-        outcome(lambda **x: selective_scan(**x, **options, backend="native"), tensors, cotangents, None),
-        outcome(lambda **x: naive.scan(**x, **options), double(tensors), cotangents, torch.float64),
-        outcome(lambda **x: naive.scan(**x, **options), tensors, cotangents, dtype),
-    )
-
-
 @pytest.mark.parametrize(
     ("shape", "given", "options"),
     [
@@ -92,7 +64,7 @@ def test_equals_the_loop(shape, given, options):
     if "softplus" in options:
         for tensors, _ in draws:
             tensors["delta"] = tensors["delta"].abs()
-    assert_rule(sample(*d, **options) for d in draws)
+    assert_rule(sample(*d, "native", **options) for d in draws)
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
@@ -104,14 +76,14 @@ def test_equals_the_loop(shape, given, options):
 def test_sequences_are_split(clips, multiprocessors, split_schedule, reverse, always_split, monkeypatch):
     monkeypatch.setattr(schedule, "multiprocessors", lambda device: multiprocessors)
     assert schedule.make_schedule(clips, 130, 2, 4, 1, multiprocessors).fwd_schedule == split_schedule
-    assert_rule(sample(*draw(seed, (clips, 130, 2, 4)), reverse=reverse) for seed in SEEDS)
+    assert_rule(sample(*draw(seed, (clips, 130, 2, 4)), "native", reverse=reverse) for seed in SEEDS)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("shape", [(2, 19, 8, 16), (2, 19, 9, 16), (2, 63, 24, 1)], ids=str)
 def test_half_precision_rounds_once(dtype, shape):
     draws = [draw(seed, shape, dtype=dtype) for seed in SEEDS]
-    samples = [sample(*d) for d in draws]
+    samples = [sample(*d, "native") for d in draws]
     assert_rule(samples)
     got, tensors = samples[0][0], draws[0][0]
     assert got["out0"].dtype == dtype and got["out1"].dtype == torch.float32
