@@ -1,11 +1,9 @@
 """Native add and norm against the formula: through Triton's interpreter, or on a GPU where there is one."""
 
-import pathlib
-import sys
-
 import naive
 import pytest
 import torch
+from planted import KERNELS, plant
 from rule import assert_rule, double, outcome
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -21,7 +19,6 @@ from fused.ops.add_norm.native import add_norm_native  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton 3.6's interpreter
 SEEDS = range(4)
-KERNELS = ("forward_kernel", "backward_kernel", "reduce_kernel")
 LOW, FULL = torch.bfloat16, torch.float32
 # shape, kind, dtype of x, dtype of the residual, prenorm, residual_in_fp32
 CASES = [
@@ -125,15 +122,7 @@ PLANTED = {
 @pytest.mark.usefixtures("nan_filled")
 @pytest.mark.parametrize("right, wrong", PLANTED.values(), ids=PLANTED)
 def test_planted_wrongness_is_seen(right, wrong, tmp_path, monkeypatch):
-    source = pathlib.Path(kernels.__file__).read_text()
-    assert right in source
-    (tmp_path / "planted_norm.py").write_text(source.replace(right, wrong))
-    monkeypatch.syspath_prepend(tmp_path)
-    sys.modules.pop("planted_norm", None)
-    import planted_norm
-
-    for name in KERNELS:
-        monkeypatch.setattr(launch, name, getattr(planted_norm, name))
+    plant(monkeypatch, tmp_path, kernels, launch, right, wrong)
     monkeypatch.setitem(launch.REDUCE, "BLOCK_ROWS", 1)
     with pytest.raises(AssertionError):
         assert_rule(sample(seed, CASES[1]) for seed in SEEDS[:1])

@@ -1,11 +1,9 @@
 """The native convolution against the loop: through Triton's interpreter, or on a GPU where there is one."""
 
-import pathlib
-import sys
-
 import naive
 import pytest
 import torch
+from planted import KERNELS, plant
 from rule import assert_rule, double, outcome
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -22,7 +20,6 @@ from fused.ops.causal_conv1d.native import causal_conv1d_native  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton 3.6's interpreter
 SEEDS = range(2)  # one finds each planted wrongness; the interpreter takes seconds for each
-KERNELS = ("forward_kernel", "backward_kernel", "reduce_kernel")
 FORWARD, REVERSE, BOTH = (False,), (True,), (False, True)
 # B, L, E, K, directions, states, bias, activated; 53 tokens are two programs of the backward, 65 channels two blocks
 CASES = [
@@ -154,15 +151,7 @@ PLANTED = {
 @pytest.mark.usefixtures("nan_filled")
 @pytest.mark.parametrize("right, wrong", PLANTED.values(), ids=PLANTED)
 def test_planted_wrongness_is_seen(right, wrong, tmp_path, monkeypatch):
-    source = pathlib.Path(conv_kernels.__file__).read_text()
-    assert right in source
-    (tmp_path / "planted_conv.py").write_text(source.replace(right, wrong))
-    monkeypatch.syspath_prepend(tmp_path)
-    sys.modules.pop("planted_conv", None)
-    import planted_conv
-
-    for name in KERNELS:
-        monkeypatch.setattr(conv, name, getattr(planted_conv, name))
+    plant(monkeypatch, tmp_path, conv_kernels, conv, right, wrong)
     with pytest.raises(AssertionError):
         assert_rule(sample(seed, CASES[2]) for seed in SEEDS[:1])
 
