@@ -1,71 +1,73 @@
-"""Clips of video files as VideoMamba takes them: frames at even distances, resized, cropped and normalised.
+"""Clips of videos as VideoMamba takes them: frames at even distances, resized, cropped and normalised.
 
-Frames are numbered from 0 in display order. The part from `start` to `stop`, fractions of all N frames, holds the n frames
-round(start N) ... round(stop N) - 1. It is cut into T equal segments, and the middle frame of each is taken:
+A video is a file, or a folder of images. Frames are numbered from 0 in the order in which they are shown. The part from
+`start` to `stop`, fractions of all N frames, holds the n frames round(start N) ... round(stop N) - 1. It is cut into T equal
+segments, and the middle frame of each is taken:
 
     index_i = round(start N) + floor((i + 1/2) n / T),   i = 0 ... T-1
 """
 
-import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-MEAN = (0.485, 0.456, 0.406)  # of ImageNet's red, green and blue, in 0..1
-STD = (0.229, 0.224, 0.225)
+from fused.io.frame_folder import FrameFolder
+from fused.io.picture import MEAN, STD, Size, centre_crop, height_width
+from fused.io.video_error import IndexMismatch, VideoError, VideoTooShort
+from fused.io.video_file import VideoFile
 
-ALLOWED = "allowed is a complete video file in any container and codec that FFmpeg reads (mp4, mkv, webm, avi, ...)"
+__all__ = [
+    "MEAN", "STD", "VideoError", "VideoTooShort", "count_frames", "decode_frames", "middle_frames", "read_clip", "read_frames",
+]  # fmt: skip
 
-
-class VideoError(ValueError):
-    """The error for a file that cannot give the clip: names the file, what is wrong with it and what is allowed."""
-
-    def __init__(self, path: Path, wrong: str, allowed: str = ALLOWED) -> None:
-        super().__init__(f"{path}: {wrong}; {allowed}")
+Times = Sequence[float] | None
+"""The seconds at which the frames of a video are shown, from its first frame; None for a folder of images."""
 
 
 def read_clip(
-    path: str | Path, frames: int, size: int, *, start: int | float = 0.0, stop: int | float = 1.0
+    path: str | Path, frames: int, size: Size, *, start: int | float = 0.0, stop: int | float = 1.0
 ) -> Float[Tensor, "3 T H W"]:
-    """Return `frames` frames of the part of the video from `start` to `stop`: float32 (3, frames, size, size), normalised.
+    """Return `frames` frames of the part of the video from `start` to `stop`: float32 (3, frames, height, width), normalised.
 
-    The short side is resized to `size` (torch's bilinear interpolation with antialiasing, in float32, not rounded to
-    bytes), and the middle of the long side is kept. Metadata for rotation and for pixels that are not square is ignored.
-    Only one frame at full size is in memory at a time.
+    `size` is the side of a square or (height, width). A frame is resized to just cover it (torch's bilinear interpolation
+    with antialiasing, in float32, not rounded to bytes), and its middle is kept. Rotation and the shape of pixels are those
+    that the file states. Only one frame at full size is in memory at a time.
 
-    Raises VideoError if the file is missing, empty, a folder, truncated or corrupt as far as FFmpeg can tell, has no
-    video or fewer frames in the part than asked for; ValueError for an argument out of range; ImportError without PyAV.
+    Raises VideoError if the file is missing, empty, truncated or corrupt as far as FFmpeg can tell, or has no video;
+    VideoTooShort, a VideoError, for fewer frames in the part than asked for; ValueError for an argument out of range;
+    ImportError without PyAV.
     """
-    clip = torch.empty(3, frames, size, size)
+    clip = torch.empty(3, frames, *height_width(size))
     for i, frame in enumerate(read_frames(path, frames, size, start=start, stop=stop)):
         clip[:, i] = frame
     return clip
 
 
 def read_frames(
-    path: str | Path, frames: int, size: int, *, start: int | float = 0.0, stop: int | float = 1.0
+    path: str | Path, frames: int, size: Size, *, start: int | float = 0.0, stop: int | float = 1.0
 ) -> Iterator[Float[Tensor, "3 H W"]]:
-    """Return an iterator over the frames (3, size, size) of `read_clip`, decoded one by one, for a model that streams.
+    """Return an iterator over the frames (3, height, width) of `read_clip`, decoded one by one, for a model that streams.
 
     Raises what `read_clip` raises: failures to decode while iterating, all others at once.
     """
-    if frames < 1 or size < 1:
+    if frames < 1 or min(height_width(size)) < 1:
         raise ValueError(f"frames and size have to be at least 1, not {frames} and {size}")
     if not 0 <= start < stop <= 1:
         raise ValueError(f"start and stop are fractions of the video, 0 <= start < stop <= 1, not {start} and {stop}")
     path = Path(path)
-    total = count_frames(path)
-    indices = middle_frames(total, frames, start, stop)
-    if not indices:
-        wrong = f"too short: {frames} frames were asked of its part from {start} to {stop}, and it has {total} frames"
-        raise VideoError(path, wrong, "ask for fewer frames, a larger part or a longer video")
 
-    return (centre_crop(image, size) for image in decode_frames(path, indices))
+    def middle(total: int, times: Times) -> list[int]:
+        indices = middle_frames(total, frames, start, stop)
+        if not indices:
+            wrong = f"too short: {frames} frames were asked of its part from {start} to {stop}, and it has {total} frames"
+            raise VideoTooShort(path, wrong, "ask for fewer frames, a larger part or a longer video")
+        return indices
+
+    images = decode_frames(path, middle)
+    return (centre_crop(image, size) for _, image in images)
 
 
 def middle_frames(total: int, frames: int, start: int | float = 0.0, stop: int | float = 1.0) -> list[int]:
@@ -79,98 +81,62 @@ def middle_frames(total: int, frames: int, start: int | float = 0.0, stop: int |
 
 
 def count_frames(path: Path) -> int:
-    """Return the number of frames of a file, by counting packets without decoding, since not every container states it.
+    """Return the number of frames that a video shows. Raises VideoError as `read_clip` does."""
+    video = open_video(path)
+    return len(video.times) if isinstance(video, VideoFile) else len(video)
 
-    Raises VideoError as `read_clip` does.
+
+def open_video(
+    path: Path, *, pattern: str | None = None, stated: int | None = None, decode_all: bool = False
+) -> VideoFile | FrameFolder:
+    """Return the video of a file or of a folder of images, indexed. Raises VideoError for one that cannot be read.
+
+    `pattern` and `stated` concern a folder, see `FrameFolder`; `decode_all` concerns a file, see `VideoFile`.
     """
-    try:
-        status = path.stat()
-    except FileNotFoundError as error:
-        raise VideoError(path, "no such file") from error
-    except OSError as error:
-        raise VideoError(path, f"it cannot be opened ({error.strerror})") from error
-    if stat.S_ISDIR(status.st_mode):
-        raise VideoError(path, "a folder, not a file")
-    if status.st_size == 0:
-        raise VideoError(path, "the file is empty")
-    av = _pyav()
-    count, stored, end = 0, 0, 0.0
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise VideoError(path, "there is no video in it")
-            video = container.streams.video[0]
-            if not video.codec_context:
-                raise VideoError(path, "there is no decoder for its video")
-            stated, duration = video.frames, (container.duration or 0) / av.time_base
-            for packet in container.demux():
-                if packet.pts is not None and packet.time_base is not None:
-                    end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-                if packet.stream.index == video.index and packet.size:
-                    stored += 1
-                    count += not packet.is_discard  # frames that an edit list cuts off are stored, but not shown
-    except (av.FFmpegError, OSError) as error:
-        raise VideoError(path, f"truncated, corrupt or no video at all ({error.strerror})") from error
-    if stored < stated:
-        raise VideoError(path, f"truncated: it states {stated} frames and holds {stored}")
-    if end < duration - 1:  # Matroska states a duration only; streams of an intact file differ by less than a second
-        raise VideoError(path, f"truncated: it states {duration:.1f} s and ends after {end:.1f} s")
-    return count
+    if path.is_dir():
+        return FrameFolder(path, pattern=pattern, stated=stated)
+    return VideoFile(path, decode_all=decode_all)
 
 
-def decode_frames(path: Path, indices: list[int]) -> Iterator[UInt8[Tensor, "H W 3"]]:
-    """Yield the frames with these ascending numbers as RGB bytes, in one pass that ends at the last of them.
+def decode_frames(
+    path: Path, choose: Callable[[int, Times], Sequence[int]], *, pattern: str | None = None, stated: int | None = None
+) -> Iterator[tuple[int, UInt8[Tensor, "H W 3"]]]:
+    """Return an iterator over (number, RGB image) of the frames that `choose` names, in ascending order, each once.
 
-    `indices` holds at least one, all below `count_frames(path)`. Raises VideoError for what cannot be decoded.
+    `choose` is called with the number of frames and their times, and may raise; it is called a second time if decoding shows
+    that the file has other frames than its packets announce, and has to answer the same for the same frames. `pattern` and
+    `stated` are those of `open_video`. The file is opened and indexed at once, and decoded while iterating.
+
+    Raises VideoError for what cannot be decoded.
     """
-    av = _pyav()
-    wanted, done, decoded = set(indices), 0, 0
+    video = open_video(path, pattern=pattern, stated=stated)
+    indices = _choose(video, choose)
+    if isinstance(video, FrameFolder):
+        return zip(indices, video.frames(indices), strict=True)
+    return _decode(video, indices, choose)
+
+
+def _decode(
+    video: VideoFile, indices: list[int], choose: Callable[[int, Times], Sequence[int]]
+) -> Iterator[tuple[int, UInt8[Tensor, "H W 3"]]]:
+    """Yield (number, image) of a file's frames; where the index turns out to be wrong, go on by a full decode."""
+    yielded = 0
     try:
-        with av.open(str(path)) as container:
-            video = container.streams.video[0]
-            # By default FFmpeg conceals what it cannot decode, and with slice threads, PyAV's default, does not mark it:
-            # of 40 copies of the shipped clip with 3000 random bytes, 20 passed unnoticed; with frame threads, none.
-            video.codec_context.options = {"err_detect": "explode"}
-            video.thread_type = "FRAME"
-            video.codec_context.thread_count = min(torch.get_num_threads(), 16)  # one in a worker process of PyTorch
-            for frame in container.decode(video):
-                if frame.is_corrupt:  # so are those that are predicted from it, without a mark
-                    raise VideoError(path, f"corrupt at frame {decoded}")
-                if decoded in wanted:
-                    yield torch.from_numpy(frame.to_ndarray(format="rgb24"))
-                    done += 1
-                decoded += 1
-                if done == len(indices):
-                    return
-    except (av.FFmpegError, OSError) as error:
-        raise VideoError(path, f"truncated or corrupt before frame {indices[done]} ({error.strerror})") from error
-    raise VideoError(path, f"truncated or corrupt: {decoded} frames can be decoded, {indices[-1] + 1} are needed")
+        for index, image in zip(indices, video.frames(indices), strict=True):
+            yield index, image
+            yielded += 1
+        return
+    except IndexMismatch:
+        exact = VideoFile(video.path, decode_all=True)
+        again = _choose(exact, choose)
+        if exact.stamps(again[:yielded]) != video.stamps(indices[:yielded]):
+            raise
+    for position, (index, image) in enumerate(zip(again, exact.frames(again), strict=True)):
+        if position >= yielded:
+            yield index, image
 
 
-def centre_crop(image: UInt8[Tensor, "H W 3"], size: int) -> Float[Tensor, "3 size size"]:
-    """Return the middle square of an image, resized to `size` and normalised, as `read_clip` does."""
-    height, width = image.shape[:2]
-    scale = size / min(height, width)
-    x = resize(image, max(size, round(height * scale)), max(size, round(width * scale)))
-    top, left = (x.shape[1] - size) // 2, (x.shape[2] - size) // 2
-    return normalise(x[:, top : top + size, left : left + size])
-
-
-def resize(image: UInt8[Tensor, "H W 3"], height: int, width: int) -> Float[Tensor, "3 height width"]:
-    """Return the image with values from 0 to 1, resized bilinearly with antialiasing, in float32."""
-    x = image.permute(2, 0, 1)[None].float() / 255
-    return F.interpolate(x, size=(height, width), mode="bilinear", antialias=True, align_corners=False)[0]
-
-
-def normalise(image: Float[Tensor, "3 H W"]) -> Float[Tensor, "3 H W"]:
-    """Return an image of values from 0 to 1, minus ImageNet's mean, divided by its standard deviation."""
-    return (image - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
-
-
-def _pyav() -> ModuleType:
-    """Return the module of PyAV; raise ImportError with the command that installs it."""
-    try:
-        import av
-    except ImportError as error:
-        raise ImportError("reading a video needs PyAV: pip install 'videomamba-bench[train]'") from error
-    return av
+def _choose(video: VideoFile | FrameFolder, choose: Callable[[int, Times], Sequence[int]]) -> list[int]:
+    """Return the numbers of the frames that `choose` names, ascending, each once."""
+    total = len(video.times) if isinstance(video, VideoFile) else len(video)
+    return sorted(set(choose(total, video.times)))

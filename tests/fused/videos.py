@@ -1,9 +1,12 @@
 """Small videos for tests: synthetic ones, the shipped one in other containers, truncated ones."""
 
+from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import av
+import numpy as np
 import torch
 
 from harness.fixtures.video import SHIPPED, write
@@ -37,3 +40,36 @@ def cut(path: Path, fraction: float) -> Path:
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * fraction)])
     return path
+
+
+def encode(
+    path: Path, codec: str, *, frames: int = 20, width: int = 176, height: int = 144, rate: int = 25, gop: int = 5,
+    times: Sequence[int] | None = None, container: str | None = None, options: dict[str, str] | None = None,
+    muxing: dict[str, str] | None = None,
+) -> Path:  # fmt: skip
+    """Write a moving pattern, every frame another, by any of FFmpeg's encoders; return `path`.
+
+    `times` are the frames' times in 1/rate seconds, by default one after the other; `options` are the encoder's, `muxing` the
+    container's. Raises what PyAV raises where the codec, the size and the container do not go together.
+    """
+    with av.open(str(path), "w", format=container, options=muxing or {}) as out:
+        stream = out.add_stream(codec, rate=rate, options=options or {})
+        formats = [f.name for f in av.Codec(codec, "w").video_formats or []]
+        stream.pix_fmt = next((f for f in ("yuv420p", "yuvj420p", "rgb24") if f in formats), formats[0] if formats else "yuv420p")
+        stream.width, stream.height, stream.gop_size = width, height, gop
+        stream.time_base, stream.codec_context.thread_count = Fraction(1, rate), 1  # some encoders wait for ever with more
+        y, x = np.mgrid[:height, :width]
+        for i in range(frames):
+            grey = (40 + 8 * i + 40 * np.sin((x + 5 * i) / 9) * np.cos(y / 7)) % 256
+            image = np.repeat(grey.astype(np.uint8)[..., None], 3, -1)
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format=stream.pix_fmt)
+            frame.pts, frame.time_base = (times[i] if times else i), Fraction(1, rate)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    return path
+
+
+def full_decode(path: Path, stream: int = 0) -> list[np.ndarray]:
+    """Return all frames of a file as PyAV's plain loop shows them, RGB bytes (H, W, 3)."""
+    with av.open(str(path)) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=stream)]

@@ -8,6 +8,8 @@ The number of decoding processes, which of them decodes a file, and the step at 
 batch. A file that cannot be read does not end a training: another file replaces it, and the batch reports it.
 """
 
+import gc
+import math
 import random
 import signal
 from collections.abc import Iterator, Sequence
@@ -21,13 +23,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fused.io.video import VideoError, centre_crop, count_frames, decode_frames, middle_frames
+from fused.io.picture import Size, centre_crop, height_width
+from fused.io.video import Times, VideoError, decode_frames
 from fused.rules import check_integer, check_number
 from fused.runtime.checks import check_choice
-from fused.train.data.augment import Crop, dense_frames, segment_frames
+from fused.train.data.augment import Crop
 from fused.train.data.listing import list_videos
+from fused.train.data.sampling import SAMPLINGS, SHORT, FrameSampling
 
-SAMPLINGS = ("segments", "dense")
 MAX_CONSECUTIVE_FAILURES = 32  # more than single bad files explain: the path is wrong, or the disk is gone
 MAX_ERRORS_SHOWN = 3
 
@@ -57,18 +60,19 @@ class Batch:
 class Sample(NamedTuple):
     """One clip of a `ClipFolder`."""
 
-    clip: Tensor  # (3, T, size, size) float32, normalised
+    clip: Tensor  # (3, T, height, width) float32, normalised
     label: int  # -1 in a dataset without classes
 
 
 class ClipFolder:
     """The clips of a folder of video files, or of a list of them; `listing.list_videos` describes `root` and `classes`.
 
-    A clip has `frames` frames of (size, size) pixels. With `train`, "segments" takes a random frame of each of `frames` equal
-    segments of the video, and "dense" takes frames `stride` apart from a random start. All frames of a clip share one random
-    crop (`scale`: lowest and highest fraction of the area; aspect 3:4 to 4:3), mirrored with probability `flip`. Without
-    `train`, a clip is the centre crop of each segment's middle frame, as `fused.io.video.read_clip` returns it, or "dense"
-    frames from the middle start.
+    A clip has `frames` frames; `size` is the side of a square, or (height, width), in pixels. With `train`, "segments" takes a
+    random frame of each of `frames` equal segments of the video, and "dense" takes frames `stride` apart from a random start.
+    All frames of a clip share one random crop (`scale`: lowest and highest fraction of the area; aspect 3:4 to 4:3 of the
+    size's), mirrored with probability `flip`. Without `train`, a clip is the centre crop of each segment's middle frame, as
+    `fused.io.video.read_clip` returns it, or "dense" frames from the middle start. `fps` and `short` are explained at
+    `sampling.FrameSampling`; `frame_pattern`, such as "img_*.jpg", selects the images of folders of frames.
 
     The attributes `files` (sorted), `classes` and `labels` describe the dataset; only `sample` opens files. Raises ValueError
     or TypeError for arguments out of range, and for a root without videos.
@@ -79,20 +83,29 @@ class ClipFolder:
     labels: tuple[int, ...]
 
     def __init__(
-        self, root: str | Path, frames: int, size: int, *, train: bool, sampling: str = "segments", stride: int = 4,
+        self, root: str | Path, frames: int, size: Size, *, train: bool, sampling: str = "segments", stride: int = 4,
         scale: tuple[int | float, int | float] = (0.5, 1.0), flip: int | float = 0.5, seed: int = 0,
-        classes: Sequence[str] | None = None,
+        classes: Sequence[str] | None = None, fps: int | float | None = None, short: str = "drop",
+        frame_pattern: str | None = None,
     ) -> None:  # fmt: skip
-        for name, value, least in (("frames", frames, 1), ("size", size, 1), ("stride", stride, 1), ("seed", seed, 0)):
+        for name, value, least in (("frames", frames, 1), ("stride", stride, 1), ("seed", seed, 0)):
             check_integer("ClipFolder", name, value, least)
+        if isinstance(size, tuple) and len(size) != 2:
+            raise ValueError(f"ClipFolder: size must be an integer or (height, width), got {size!r}")
+        for value in size if isinstance(size, tuple) else (size,):
+            check_integer("ClipFolder", "size", value, 1)
+        if fps is not None:
+            check_number("ClipFolder", "fps", fps, 0, math.inf, "()")
+        check_choice("ClipFolder", "short", short, SHORT)
         check_choice("ClipFolder", "sampling", sampling, SAMPLINGS)
         check_number("ClipFolder", "flip", flip, 0, 1)
         if len(scale) != 2:
             raise ValueError(f"ClipFolder: scale must be (least, most), shares of the area, got {scale!r}")
         check_number("ClipFolder", "scale's least", scale[0], 0, 1, "(]")
         check_number("ClipFolder", "scale's most", scale[1], scale[0], 1)
-        self.frames, self.size, self.train, self.sampling, self.stride = frames, size, train, sampling, stride
-        self.scale, self.flip, self.seed = (scale[0], scale[1]), flip, seed
+        self.frames, self.size, self.train = frames, size, train
+        self.sampling = FrameSampling(frames, sampling, stride, fps, short)
+        self.scale, self.flip, self.seed, self.frame_pattern = (scale[0], scale[1]), flip, seed, frame_pattern
         self.files, self.labels, self.classes = list_videos(root, classes)
 
     def __len__(self) -> int:
@@ -101,30 +114,27 @@ class ClipFolder:
     def sample(self, index: int, epoch: int) -> Sample:
         """Return the clip of file `index` in an epoch: the same bits for the same (seed, epoch, index), in any process.
 
-        Raises VideoError if the file cannot be read or is too short, IndexError for an index out of range, ImportError
+        Raises VideoError if the file cannot be read, VideoTooShort if it is too short, IndexError for an index out of range, ImportError
         without PyAV.
         """
-        path = self.files[index]
-        rng = random.Random(f"{self.seed} {epoch} {index}") if self.train else None
-        frame_indices = self._frame_indices(path, rng)
-        crop = Crop.sample(rng, self.scale, self.flip) if rng else None
-        clip = torch.empty(3, self.frames, self.size, self.size)
-        for i, image in enumerate(decode_frames(path, frame_indices)):
-            clip[:, i] = crop.apply(image, self.size) if crop else centre_crop(image, self.size)
-        return Sample(clip, self.labels[index])
+        path, rng = self.files[index], None
+        places: list[int] = []
 
-    def _frame_indices(self, path: Path, rng: random.Random | None) -> list[int]:
-        """Return the indices of a clip's frames, ascending. Raise VideoError for a video that is too short."""
-        total = count_frames(path)
-        if self.sampling == "dense":
-            needed = f"{(self.frames - 1) * self.stride + 1} frames, {self.frames} that are {self.stride} apart"
-            indices = dense_frames(total, self.frames, self.stride, rng)
-        else:
-            needed = f"{self.frames} frames"
-            indices = segment_frames(total, self.frames, rng) if rng else middle_frames(total, self.frames)
-        if not indices:
-            raise VideoError(path, f"too short: it has {total} frames", f"allowed are videos of at least {needed}")
-        return indices
+        def choose(total: int, times: Times) -> list[int]:
+            nonlocal rng, places
+            rng = random.Random(f"{self.seed} {epoch} {index}") if self.train else None
+            places = self.sampling.indices(path, total, times, rng)
+            return places
+
+        images = decode_frames(path, choose, pattern=self.frame_pattern)
+        crop = Crop.sample(rng, self.scale, self.flip) if rng else None
+        clip = torch.empty(3, self.frames, *height_width(self.size))
+        for number, image in images:
+            frame = crop.apply(image, self.size) if crop else centre_crop(image, self.size)
+            for place, wanted in enumerate(places):
+                if wanted == number:
+                    clip[:, place] = frame
+        return Sample(clip, self.labels[index])
 
 
 def batches(
@@ -179,6 +189,7 @@ class Batches:
         return len(self._steps)
 
     def __iter__(self) -> Iterator[Batch]:
+        gc.collect()  # a decoder that waits to be collected has threads, for which a forked process would wait in vain
         loader = DataLoader(
             self._rank_steps,
             batch_size=None,
@@ -226,8 +237,8 @@ class _RankSteps(Dataset):
             else:
                 indices.append(index)
                 failures = 0
-        size, frames = self.dataset.size, self.dataset.frames
-        clips = torch.stack([s.clip for s in samples]) if samples else torch.empty(0, 3, frames, size, size)
+        empty = torch.empty(0, 3, self.dataset.frames, *height_width(self.dataset.size))
+        clips = torch.stack([s.clip for s in samples]) if samples else empty
         labels = torch.tensor([s.label for s in samples], dtype=torch.int64)
         return Batch(clips, labels, torch.tensor(indices, dtype=torch.int64), tuple(bad.values()))
 
