@@ -62,7 +62,8 @@ class Sample(NamedTuple):
 
 
 class ClipFolder:
-    """The clips of a folder of video files, or of a list of them; `listing.list_videos` describes `root` and `classes`.
+    """The clips of a folder of video files, or of a list of them; `listing.list_videos` describes `root`, `classes`,
+    `separator`, `prefix` and `columns`.
 
     A clip has `frames` frames of (size, size) pixels. With `train`, "segments" takes a random frame of each of `frames` equal
     segments of the video, and "dense" takes frames `stride` apart from a random start. All frames of a clip share one random
@@ -70,18 +71,21 @@ class ClipFolder:
     `train`, a clip is the centre crop of each segment's middle frame, as `fused.io.video.read_clip` returns it, or "dense"
     frames from the middle start.
 
-    The attributes `files` (sorted), `classes` and `labels` describe the dataset; only `sample` opens files. Raises ValueError
-    or TypeError for arguments out of range, and for a root without videos.
+    The attributes `files` (sorted), `classes`, `labels`, `stated_frames` and `notes` describe the dataset; only `sample` opens
+    files. Raises ValueError or TypeError for arguments out of range, and for a root without videos.
     """
 
     files: tuple[Path, ...]
     classes: tuple[str, ...]
     labels: tuple[int, ...]
+    stated_frames: tuple[int | None, ...]
+    notes: tuple[str, ...]
 
     def __init__(
         self, root: str | Path, frames: int, size: int, *, train: bool, sampling: str = "segments", stride: int = 4,
         scale: tuple[int | float, int | float] = (0.5, 1.0), flip: int | float = 0.5, seed: int = 0,
-        classes: Sequence[str] | None = None,
+        classes: Sequence[str] | None = None, separator: str | None = None, prefix: str = "",
+        columns: Sequence[str] | None = None,
     ) -> None:  # fmt: skip
         for name, value, least in (("frames", frames, 1), ("size", size, 1), ("stride", stride, 1), ("seed", seed, 0)):
             check_integer("ClipFolder", name, value, least)
@@ -93,7 +97,8 @@ class ClipFolder:
         check_number("ClipFolder", "scale's most", scale[1], scale[0], 1)
         self.frames, self.size, self.train, self.sampling, self.stride = frames, size, train, sampling, stride
         self.scale, self.flip, self.seed = (scale[0], scale[1]), flip, seed
-        self.files, self.labels, self.classes = list_videos(root, classes)
+        listing = list_videos(root, classes, separator, prefix, columns)
+        self.files, self.labels, self.classes, self.stated_frames, self.notes = listing
 
     def __len__(self) -> int:
         return len(self.files)
