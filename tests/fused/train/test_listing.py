@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from trainings import class_folders, train
 
 from fused.train import ClipFolder
 from fused.train.data.listing import Listing, list_videos
@@ -330,3 +331,18 @@ def test_class_folders(tmp_path: Path) -> None:
 def test_class_folders_named_by_numbers(tmp_path: Path, folders: list[str], classes: tuple[str, ...]) -> None:
     found = list_videos(touch(tmp_path, *(f"{name}/a.mp4" for name in folders)), None)
     assert found.classes == classes and [classes[label] for label in found.labels] == [f.parent.name for f in found.files]
+
+
+def test_a_training_on_lists_says_its_notes(tmp_path: Path) -> None:
+    videos = class_folders(tmp_path / "videos", 2)
+    files = sorted(str(file.relative_to(videos)) for file in videos.rglob("*.*"))
+    (tmp_path / "train.txt").write_text("".join(f"{file};{3 * i % 6}\n" for i, file in enumerate(files)))
+    (tmp_path / "val.txt").write_text(f"# one\n{files[0]} 3\n")
+    words = ["task=finetune", f"out={tmp_path / 'run'}", "steps=1", f"data.train={tmp_path / 'train.txt'}", "data.size=32"]
+    words += [f"data.val={tmp_path / 'val.txt'}", f"data.prefix={videos}", "batch_size=2", "data.frames=2", "model.depth=1"]
+    code, output = train([*words, "--dry-run"], folder=tmp_path)
+    assert code == 0 and "4 videos in 4 classes" in output, output
+    assert f"data.train: {tmp_path / 'train.txt'}: 2 of 4 classes without a video: '1', '2'" in output
+    assert "data.val: 1 line of" in output and "3 of 4 classes without a video: '0', '1', '2'" in output
+    code, output = train([*words, "--dry-run", "data.separator=comma"], folder=tmp_path)
+    assert code == 2 and "data.train: " in output and "line 1" in output and "if comma separates them" in output
