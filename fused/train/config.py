@@ -21,6 +21,7 @@ from fused.rules import (
     is_number,
     one_of,
 )
+from fused.train.data.list_columns import COLUMNS, SEPARATORS, are_columns
 from fused.train.objectives.losses import ALIGNMENTS
 from fused.train.optim import DECAY_RULES
 
@@ -43,10 +44,13 @@ RESUMABLE_KEYS = (
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Folders of video files, with one folder for each class, and how clips are cut from videos (see `ClipFolder`)."""
+    """Folders or lists of videos (see `list_videos`), and how clips are cut from videos (see `ClipFolder`)."""
 
     train: str | None = None
     val: str | None = None
+    separator: str | None = None  # of a list: tab, comma, semicolon, blank; None: found out
+    prefix: str | None = None  # the folder of a list's paths; None: that of the list
+    columns: tuple[str, ...] | None = None  # of a list: path, label, frames, seconds, skip; None: found out
     frames: int = 8
     size: int = 224  # pixels of a side
     sampling: str = "segments"
@@ -202,6 +206,8 @@ def _pair(holds: Callable[[Any, Any], bool], allowed: str) -> Rule:
 
 
 _FOLDER = Rule(lambda value: isinstance(value, str) and bool(value), "a folder")
+_SEPARATOR = one_of((*SEPARATORS, *SEPARATORS.values())).optional()
+_COLUMNS = Rule(are_columns, f"a list of {', '.join(COLUMNS)}, as the columns stand, with path").optional()
 _NAME = Rule(lambda value: isinstance(value, str) and bool(value), "a name in fused.PRETRAINED, a folder or a file")
 
 SECTIONS = {"data": DataConfig, "optim": OptimConfig, "loss": LossConfig, "mix": MixConfig, "mask": MaskConfig}
@@ -219,6 +225,9 @@ RULES = (
     | {
         "task": one_of(TASKS),
         "data.val": _FOLDER.optional(),
+        "data.separator": _SEPARATOR,
+        "data.prefix": _FOLDER.optional(),
+        "data.columns": _COLUMNS,
         "data.sampling": Rule(lambda value: isinstance(value, str), "a way of sampling of ClipFolder"),
         "data.scale": _pair(lambda low, high: 0 < low <= high <= 1, "two shares of the frame's area, 0 < low <= high <= 1"),
         "model": Rule(lambda value: isinstance(value, Mapping), "a section of VideoMambaConfig's fields, and size"),

@@ -82,6 +82,8 @@ class Trainer:
             f"{config.task}: {name}, {parameters:.3g} M parameters, on {world.device.type}, {processes}",
             f"{len(self.data)} videos{classes}, {self.steps_per_epoch} steps an epoch, {self.total} steps",
         ]
+        for key, dataset in (("train", self.data), ("val", self.val)):
+            lines += [f"data.{key}: {note}" for note in (dataset.notes if dataset else ())]
         if self.checkpoint is not None:
             lines.append(f"goes on behind step {self.step}, from {self.checkpoint}")
             lines += [f"  {change}" for change in self.changes]
@@ -208,7 +210,8 @@ class Trainer:
         """Return the videos of data.train or data.val. Raise ValueError that names the key."""
         data = self.config.data
         options: dict[str, Any] = {
-            "sampling": data.sampling, "stride": data.stride, "scale": data.scale, "flip": data.flip, "seed": self.config.seed
+            "sampling": data.sampling, "stride": data.stride, "scale": data.scale, "flip": data.flip, "seed": self.config.seed,
+            "separator": data.separator, "prefix": data.prefix or "", "columns": data.columns,
         }  # fmt: skip
         try:
             return ClipFolder(

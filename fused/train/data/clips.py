@@ -65,7 +65,8 @@ class Sample(NamedTuple):
 
 
 class ClipFolder:
-    """The clips of a folder of video files, or of a list of them; `listing.list_videos` describes `root` and `classes`.
+    """The clips of a folder of video files, or of a list of them; `listing.list_videos` describes `root`, `classes`,
+    `separator`, `prefix` and `columns`.
 
     A clip has `frames` frames; `size` is the side of a square, or (height, width), in pixels. With `train`, "segments" takes a
     random frame of each of `frames` equal segments of the video, and "dense" takes frames `stride` apart from a random start.
@@ -74,18 +75,21 @@ class ClipFolder:
     `fused.io.video.read_clip` returns it, or "dense" frames from the middle start. `fps` and `short` are explained at
     `sampling.FrameSampling`; `frame_pattern`, such as "img_*.jpg", selects the images of folders of frames.
 
-    The attributes `files` (sorted), `classes` and `labels` describe the dataset; only `sample` opens files. Raises ValueError
-    or TypeError for arguments out of range, and for a root without videos.
+    The attributes `files` (sorted), `classes`, `labels`, `stated_frames` and `notes` describe the dataset; only `sample` opens
+    files. Raises ValueError or TypeError for arguments out of range, and for a root without videos.
     """
 
     files: tuple[Path, ...]
     classes: tuple[str, ...]
     labels: tuple[int, ...]
+    stated_frames: tuple[int | None, ...]
+    notes: tuple[str, ...]
 
     def __init__(
         self, root: str | Path, frames: int, size: Size, *, train: bool, sampling: str = "segments", stride: int = 4,
         scale: tuple[int | float, int | float] = (0.5, 1.0), flip: int | float = 0.5, seed: int = 0,
-        classes: Sequence[str] | None = None, fps: int | float | None = None, short: str = "drop",
+        classes: Sequence[str] | None = None, separator: str | None = None, prefix: str = "",
+        columns: Sequence[str] | None = None, fps: int | float | None = None, short: str = "drop",
         frame_pattern: str | None = None,
     ) -> None:  # fmt: skip
         for name, value, least in (("frames", frames, 1), ("stride", stride, 1), ("seed", seed, 0)):
@@ -106,7 +110,8 @@ class ClipFolder:
         self.frames, self.size, self.train = frames, size, train
         self.sampling = FrameSampling(frames, sampling, stride, fps, short)
         self.scale, self.flip, self.seed, self.frame_pattern = (scale[0], scale[1]), flip, seed, frame_pattern
-        self.files, self.labels, self.classes = list_videos(root, classes)
+        listing = list_videos(root, classes, separator, prefix, columns)
+        self.files, self.labels, self.classes, self.stated_frames, self.notes = listing
 
     def __len__(self) -> int:
         return len(self.files)
@@ -126,7 +131,7 @@ class ClipFolder:
             places = self.sampling.indices(path, total, times, rng)
             return places
 
-        images = decode_frames(path, choose, pattern=self.frame_pattern)
+        images = decode_frames(path, choose, pattern=self.frame_pattern, stated=self.stated_frames[index])
         crop = Crop.sample(rng, self.scale, self.flip) if rng else None
         clip = torch.empty(3, self.frames, *height_width(self.size))
         for number, image in images:

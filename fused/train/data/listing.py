@@ -1,106 +1,164 @@
-"""Find the video files of a training and their classes, in a folder, a folder of classes, or a list file."""
+"""Find the videos of a training and their classes, in a folder, a folder of classes, or a list file."""
 
-import csv
-import os
-from collections.abc import Sequence
+import re
+import unicodedata
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
-SUFFIXES = frozenset(
-    ".3gp .asf .avi .flv .gif .h264 .m2ts .m4v .mjpeg .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogv .ts .vob .webm .wmv".split()
-)
-"""File names of videos in a folder; a list may name any file."""
+from fused.train.data.folder_scan import SUFFIXES, scan_folder
+from fused.train.data.list_columns import NUMBER, check_options
+from fused.train.data.list_file import ListedVideo, check_repeats, read_list
+
+CLASS_NUMBER = re.compile("0|[1-9][0-9]{0,4}")  # a higher number is a date, or the number of something else
 
 
 class Listing(NamedTuple):
-    """Sorted files, the class number of each (-1 without classes), and the class names."""
+    """Sorted videos, the class number of each, the class names, and what there is to say about them.
+
+    A video is a file, or a folder of frames.
+    """
 
     files: tuple[Path, ...]
-    labels: tuple[int, ...]
+    labels: tuple[int, ...]  # -1 without classes
     classes: tuple[str, ...]
+    stated_frames: tuple[int | None, ...]  # the number of frames that a list states; None without one
+    notes: tuple[str, ...]  # sentences on what was left out or is unusual
 
 
-def list_videos(root: str | Path, classes: Sequence[str] | None) -> Listing:
+def list_videos(
+    root: str | Path, classes: Sequence[str] | None, separator: str | None = None, prefix: str = "",
+    columns: Sequence[str] | None = None,
+) -> Listing:  # fmt: skip
     """Return the videos of a folder, or of a list of them. The files are not opened.
 
     `root` is one of
-    - a folder of class folders, root/class/file.mp4, nested to any depth: the class is the first folder's name.
-    - a folder of files, root/file.mp4: without classes.
-    - a text file with `path,label`, or `path` alone, in each line, and optionally the header `path,label`. Paths are relative
-      to the file's folder. Labels that are all integers are class numbers, otherwise they are class names.
+    - a folder of class folders, root/class/file.mp4 or root/class/video/img_00001.jpg, nested to any depth: the class is the
+      first folder's name. A folder that holds images, and neither videos nor other folders of images, is one video.
+    - a folder of videos, root/file.mp4 or root/video/img_00001.jpg: without classes.
+    - a text file with `path,label`, or `path` alone, in each line, and optionally a third column with the number of frames
+      (path,frames,label) or with seconds (path,label,seconds). `list_columns.read_table` says how separator, header and columns
+      are found, and how the options `separator` and `columns` set them. Paths are relative to the folder `prefix`, or without
+      one to the list's folder. Seconds are checked and not used.
+
+    Labels of a list that are all integers are class numbers, otherwise they are class names. Names of class folders are class
+    numbers too if all are integers without leading zeros. Numbers are below 100,000. Those up to the highest that have no video
+    are classes too, and a note says which.
 
     `classes` is None for the names that occur, sorted; or the names in the order of their numbers, and no others may occur
     (validation takes those of training, of which some may be missing); or () to ignore classes. Hidden files and folders are
     left out.
 
-    Raises TypeError for `classes` of another type, and ValueError for anything else that does not fit; the message names the
-    file or the line.
+    Raises TypeError for `classes` of another type, OSError for a folder that cannot be read, and ValueError for anything else
+    that does not fit: lines that do not parse, labels such as -1 or 0.0, numbers among names, a path with two labels. The
+    message names the file or the line.
     """
     _check_classes(classes)
+    check_options(separator, columns)
     root, classes = Path(root), None if classes is None else tuple(classes)
     if root.is_dir():
-        found = _scan_folder(root, classes != ())
-    elif not root.exists():
-        raise ValueError(f"root must be a folder of videos, or a list of them (path,label in each line); there is no {root}")
+        for name, value, default in (("separator", separator, None), ("prefix", prefix, ""), ("columns", columns, None)):
+            if value != default:
+                raise ValueError(f"{name} is {value!r}, but {root} is a folder; allowed for a list of videos only")
+        videos, notes = _scan(root, classes != ())
+        wanted = f"files with the suffixes {' '.join(sorted(SUFFIXES))}, or folders of images"
+    elif root.exists():
+        videos, notes = _read(root, classes, separator, columns, prefix)
+        wanted = "path,label in each line"
     else:
-        found = _read_list(root)
-    if not found:
-        kinds = f"files with the suffixes {' '.join(sorted(SUFFIXES))}" if root.is_dir() else "path,label in each line"
-        raise ValueError(f"root must hold videos, {kinds}; there is none in {root}")
-    found.sort()
-    files = tuple(path for path, _ in found)
-    names = [name for _, name in found]
+        raise ValueError(f"root must be a folder of videos, or a list of them (path,label in each line); there is no {root}")
+    if not videos:
+        raise ValueError(f"root must hold videos, {wanted}; there is none in {root}")
+    videos.sort(key=lambda video: video.path)
+    paths, names = tuple(video.path for video in videos), [video.label for video in videos]
+    frames = tuple(video.frames for video in videos)
     if classes == () or not any(names):
         if classes:
             raise ValueError(f"classes are {_abbreviate(classes)}, but the videos of {root} have none; allowed: None or ()")
-        return Listing(files, (-1,) * len(files), ())
+        return Listing(paths, (-1,) * len(paths), (), frames, tuple(notes))
     if not all(names):
-        unlabelled = files[names.index("")]
+        unlabelled = paths[names.index("")]
         raise ValueError(f"root must hold videos with classes or without, not both; {unlabelled} has none, and others have one")
     known = classes or _class_names(names)
     numbers = {name: number for number, name in enumerate(known)}
-    for path, name in found:
-        if name not in numbers:
-            raise ValueError(f"{path} has the class {name!r}; allowed are {_abbreviate(known)}")
-    return Listing(files, tuple(numbers[name] for name in names), known)
+    for video in videos:
+        if video.label not in numbers:
+            raise ValueError(f"{video.place} has the class {video.label!r}; allowed are {_abbreviate(known)}")
+    notes += _class_notes(root, known, set(names))
+    return Listing(paths, tuple(numbers[name] for name in names), known, frames, tuple(notes))
 
 
-def _scan_folder(root: Path, with_classes: bool) -> list[tuple[Path, str]]:
-    """Return (path, class name) of every video below a folder; the name is "" without classes."""
-    found = []
-    for folder, inner, names in os.walk(root, followlinks=True):  # classes are often links
-        inner[:] = [name for name in inner if not name.startswith(".")]
-        for name in names:
-            path = Path(folder, name)
-            if path.suffix.lower() in SUFFIXES and not name.startswith("."):
-                parts = path.relative_to(root).parts
-                found.append((path, parts[0] if with_classes and len(parts) > 1 else ""))
-    return found
+class _Video(NamedTuple):
+    path: Path
+    label: str  # "" without a class
+    frames: int | None
+    place: str  # what an error says of it
 
 
-def _read_list(file: Path) -> list[tuple[Path, str]]:
-    """Return (path, label) of every line of a list; the label is "" where there is none."""
-    found = []
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            for number, row in enumerate(csv.reader(lines), 1):
-                row = [cell.strip() for cell in row]
-                if not any(row) or (number == 1 and [cell.lower() for cell in row] == ["path", "label"]):
-                    continue
-                if len(row) > 2 or not row[0]:
-                    raise ValueError(f"{file}, line {number}: allowed is path,label, or path alone, got {','.join(row)!r}")
-                found.append((file.parent / row[0], row[1] if len(row) == 2 else ""))
-    except (UnicodeDecodeError, csv.Error) as error:
-        wanted = "a folder of videos, or a list of them (UTF-8 text, path,label in each line)"
-        raise ValueError(f"root must be {wanted}, got {file}") from error
-    return found
+def _scan(root: Path, with_classes: bool) -> tuple[list[_Video], list[str]]:
+    """Return the videos of a folder, and notes."""
+    paths, notes = scan_folder(root)
+    videos = []
+    for path in paths:
+        parts = path.relative_to(root).parts
+        videos.append(_Video(path, parts[0] if with_classes and len(parts) > 1 else "", None, str(path)))
+    used = {video.label for video in videos}
+    folders = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    empty = [name for name in folders if name not in used]
+    if any(used) and empty:
+        notes.append(f"{root}: class folders without a video: {_abbreviate(empty)}")
+    return videos, notes
 
 
-def _class_names(names: list[str]) -> tuple[str, ...]:
-    """Return the names that occur, sorted; if all are integers, every number from 0 to the highest."""
-    if all(name.isascii() and name.isdigit() for name in names):
-        return tuple(map(str, range(max(map(int, names)) + 1)))
-    return tuple(sorted(set(names)))
+def _read(
+    file: Path, classes: tuple[str, ...] | None, separator: str | None, columns: Sequence[str] | None, prefix: str
+) -> tuple[list[_Video], list[str]]:
+    """Return the videos of a list, and notes."""
+    listed, notes = read_list(file, separator, columns, prefix)
+    notes += check_repeats(file, listed, classes != ())
+    if classes is None:
+        _check_labels(file, listed)
+    videos, known = [], set(classes or ())
+    for path, label, frames, line in listed:
+        if re.fullmatch("[0-9]{1,99}", label) and label not in known:
+            label = str(int(label))  # 007 is class 7
+        videos.append(_Video(path, label, frames, f"{file}, line {line}: {path}"))
+    return videos, notes
+
+
+def _check_labels(file: Path, videos: Sequence[ListedVideo]) -> None:
+    """Raise ValueError for numbers among class names, and for a number that is no class number."""
+    numbers = [video for video in videos if NUMBER.fullmatch(video.label)]
+    if numbers and len(numbers) < len(videos):
+        name = next(video for video in videos if not NUMBER.fullmatch(video.label))
+        two = sorted((numbers[0], name), key=lambda video: video.line)
+        lines = " and ".join(f"line {video.line} has the label {video.label!r}" for video in two)
+        raise ValueError(f"{file}: {lines}; allowed: class numbers or class names, not both")
+    for video in numbers:
+        if not CLASS_NUMBER.fullmatch(video.label.lstrip("0") or "0"):
+            allowed = "a class number from 0 to 99999, a name, or no label in any line"
+            raise ValueError(f"{file}, line {video.line}: {video.path} has the label {video.label!r}; allowed: {allowed}")
+
+
+def _class_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the names that occur, sorted; if all are class numbers, every number from 0 to the highest."""
+    used = sorted(set(names))
+    return tuple(map(str, range(max(map(int, used)) + 1))) if all(map(CLASS_NUMBER.fullmatch, used)) else tuple(used)
+
+
+def _class_notes(root: Path, classes: Sequence[str], used: Set[str]) -> list[str]:
+    """Return sentences on classes without a video, and on names that hardly differ."""
+    notes = []
+    missing = [name for name in classes if name not in used]
+    if missing:
+        notes.append(f"{root}: {len(missing)} of {len(classes)} classes without a video: {_abbreviate(missing)}")
+    alike: dict[str, list[str]] = {}
+    for name in classes:
+        alike.setdefault(unicodedata.normalize("NFC", name).casefold(), []).append(name)
+    for group in alike.values():
+        if len(group) > 1:
+            notes.append(f"{root}: classes that differ by case or by the encoding of accents only: {_abbreviate(group)}")
+    return notes
 
 
 def _check_classes(classes: Sequence[str] | None) -> None:

@@ -86,30 +86,6 @@ def test_flat_folder(tmp_path: Path) -> None:
     assert [f.name for f in found.files] == ["a.mp4", "b.MKV"] and found.labels == (-1, -1) and found.classes == ()
 
 
-def test_list(tmp_path: Path) -> None:
-    found = listed(tmp_path, 'path,label\nsub/z.mp4, run\n"a,b.mp4",swim\n\n/c.any,run\n')
-    assert [str(f) for f in found.files] == ["/c.any", f"{tmp_path}/a,b.mp4", f"{tmp_path}/sub/z.mp4"]
-    assert found.classes == ("run", "swim") and found.labels == (0, 1, 0)
-    numbers = listed(tmp_path, "a.mp4,10\nb.mp4,2\n")  # integer labels are class numbers, even if most do not occur
-    assert numbers.labels == (10, 2) and numbers.classes == tuple(map(str, range(11)))
-    assert listed(tmp_path, "a.mp4\nb.mp4\n").labels == (-1, -1)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "must hold videos, path,label"),
-        ("a.mp4,x\nb.mp4,x,y\n", "line 2: allowed is path,label"),
-        ("a.mp4,x\nb.mp4\n", "b.mp4 has none, and others have one"),
-        ("a.mp4,\xff", "UTF-8 text"),
-    ],
-)
-def test_invalid_list(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "list.csv").write_text(text, encoding="latin-1")
-    with pytest.raises(ValueError, match=message):
-        folder(tmp_path / "list.csv")
-
-
 def test_folders_that_do_not_fit(tmp_path: Path, videos: Path) -> None:
     for root, classes, message in [
         (tmp_path / "nowhere", None, "there is no .*nowhere"),
