@@ -208,7 +208,8 @@ class Trainer:
         """Return the videos of data.train or data.val. Raise ValueError that names the key."""
         data = self.config.data
         options: dict[str, Any] = {
-            "sampling": data.sampling, "stride": data.stride, "scale": data.scale, "flip": data.flip, "seed": self.config.seed
+            "sampling": data.sampling, "stride": data.stride, "fps": data.fps, "short": data.short, "scale": data.scale,
+            "flip": data.flip, "seed": self.config.seed,
         }  # fmt: skip
         try:
             return ClipFolder(

@@ -1,5 +1,6 @@
 """The folder of a run: config.yaml, log.jsonl, checkpoints/, and at the end model/."""
 
+import tempfile
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,11 +18,28 @@ from fused.train.parallel import World
 CONFIG, CHECKPOINTS, MODEL = "config.yaml", "checkpoints", "model"
 
 
+def check_writable(folder: Path) -> None:
+    """Raise ValueError unless files can be written to the folder of a run, which may not be there yet. Nothing stays there.
+
+    For a missing folder the test is a temporary one in the nearest folder above it that is there.
+    """
+    try:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+        if there == folder:
+            tempfile.TemporaryFile(dir=folder).close()
+        else:
+            tempfile.TemporaryDirectory(dir=there, prefix=".fused-").cleanup()
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"out is {str(folder)!r}, where nothing can be written ({reason}); allowed: a folder") from error
+
+
 def check_run(folder: Path, config: TrainConfig) -> list[str]:
     """Return how `config` differs from the configuration of the run that the folder holds, as "key: before -> now".
 
-    A folder without a checkpoint holds no run. Raises ValueError if a key differs that the weights depend on, and
-    ImportError if a package is missing that the run will need at its end.
+    A folder without a checkpoint holds no run. A key that its configuration lacks is newer than the run, which had the
+    default value. Raises ValueError if a key differs that the weights depend on, and ImportError if a package is missing that
+    the run will need at its end.
     """
     if config.tensorboard:
         import_summary_writer()
@@ -29,7 +47,8 @@ def check_run(folder: Path, config: TrainConfig) -> list[str]:
         raise ImportError("safetensors is not installed, with which the trained model is written: pip install safetensors")
     if checkpoints.newest(folder / CHECKPOINTS) is None:
         return []
-    stored = flatten(parse_yaml((folder / CONFIG).read_text(), str(folder / CONFIG)))
+    defaults = flatten(TrainConfig(task=config.task, complete=False).used_keys())
+    stored = defaults | flatten(parse_yaml((folder / CONFIG).read_text(), str(folder / CONFIG)))
     given = flatten(config.used_keys())
     changes = {
         key: f"{key}: {stored.get(key)} -> {given.get(key)}" for key in given | stored if stored.get(key) != given.get(key)

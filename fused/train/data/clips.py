@@ -14,20 +14,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fused.io.preprocessing import SAMPLINGS, SHORT_VIDEOS
 from fused.io.video import VideoError, centre_crop, count_frames, decode_frames, middle_frames
 from fused.rules import check_integer, check_number
 from fused.runtime.checks import check_choice
 from fused.train.data.augment import Crop, dense_frames, segment_frames
 from fused.train.data.listing import list_videos
 
-SAMPLINGS = ("segments", "dense")
 MAX_CONSECUTIVE_FAILURES = 32  # more than single bad files explain: the path is wrong, or the disk is gone
 MAX_ERRORS_SHOWN = 3
 
@@ -79,19 +79,28 @@ class ClipFolder:
     labels: tuple[int, ...]
 
     def __init__(
-        self, root: str | Path, frames: int, size: int, *, train: bool, sampling: str = "segments", stride: int = 4,
+        self, root: str | Path, frames: int, size: int | tuple[int, int], *, train: bool, sampling: str = "segments",
+        stride: int = 4, fps: int | float | None = None, short: str = "drop",
         scale: tuple[int | float, int | float] = (0.5, 1.0), flip: int | float = 0.5, seed: int = 0,
         classes: Sequence[str] | None = None,
     ) -> None:  # fmt: skip
-        for name, value, least in (("frames", frames, 1), ("size", size, 1), ("stride", stride, 1), ("seed", seed, 0)):
+        sides = size if isinstance(size, tuple) else (size, size)
+        if len(sides) != 2:
+            raise ValueError(f"ClipFolder: size must be pixels of a side, or (height, width), got {size!r}")
+        values = (("frames", frames, 1), *(("size", side, 1) for side in sides), ("stride", stride, 1), ("seed", seed, 0))
+        for name, value, least in values:
             check_integer("ClipFolder", name, value, least)
+        if fps is not None:
+            check_number("ClipFolder", "fps", fps, 0, float("inf"), "()")
         check_choice("ClipFolder", "sampling", sampling, SAMPLINGS)
+        check_choice("ClipFolder", "short", short, SHORT_VIDEOS)
         check_number("ClipFolder", "flip", flip, 0, 1)
         if len(scale) != 2:
             raise ValueError(f"ClipFolder: scale must be (least, most), shares of the area, got {scale!r}")
         check_number("ClipFolder", "scale's least", scale[0], 0, 1, "(]")
         check_number("ClipFolder", "scale's most", scale[1], scale[0], 1)
-        self.frames, self.size, self.train, self.sampling, self.stride = frames, size, train, sampling, stride
+        self.frames, self.train, self.sampling, self.stride, self.fps, self.short = frames, train, sampling, stride, fps, short
+        self.size: Any = size
         self.scale, self.flip, self.seed = (scale[0], scale[1]), flip, seed
         self.files, self.labels, self.classes = list_videos(root, classes)
 
