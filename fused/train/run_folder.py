@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -77,12 +78,18 @@ def open_run(folder: Path, config: TrainConfig, step: int, total: int, descripti
 
 
 def save_model(folder: Path, config: TrainConfig, student: VideoMamba | VideoMambaEncoder, world: World) -> Path:
-    """Write the student as a folder for `from_pretrained`, and return its path. Every process calls this function."""
+    """Write the student as a folder for `from_pretrained`, and return its path. Every process calls this function.
+
+    A student of distillation is written as a classifier, without its distillation head, which only checkpoints keep.
+    """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(student, options=options)  # gathers the shards of all processes
     if world.is_main:
         kind = VideoMambaEncoder if config.task == "pretrain" else VideoMamba
-        model = kind(student.config)  # a new one, since the student may be sharded
-        model.load_state_dict(state)
+        model = kind(replace(student.config, distill_dim=None))  # a new one, since the student may be sharded
+        model.load_state_dict({name: value for name, value in state.items() if not name.startswith("distill_head.")})
+        model.preprocessing = student.preprocessing
+        if isinstance(model, VideoMamba) and isinstance(student, VideoMamba):
+            model.labels = student.labels
         model.save_pretrained(folder / MODEL)
     return folder / MODEL

@@ -136,8 +136,10 @@ def test_without_a_network_it_says_what_to_do(tmp_path):
         VideoMamba.from_pretrained(tmp_path)
 
 
-PATHS = ["./nowhere", "../nowhere/model", "/no/such/folder", "~/no-such", "~nobody-here/a", "runs/first/model", "here/model", "owner/", "a\\b",
-         "owner/last.pth", "last.safetensors", Path("owner/name")]  # fmt: skip
+PATHS = [
+    "./nowhere", "../nowhere/model", "/no/such/folder", "~/no-such", "~nobody-here/a", "runs/first/model", "here/model",
+    "owner/", "a\\b", "owner/last.pth", "last.safetensors", Path("owner/name"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("source", PATHS, ids=str)
