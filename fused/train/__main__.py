@@ -1,4 +1,4 @@
-"""python -m fused.train --config FILE.yaml [key=value ...]
+"""python -m fused.train [--config FILE.yaml] [key=value ...]
 
 Exit codes: 0 done; 1 failed while training; 2 a wrong option, configuration, model or folder; 130 interrupted, a checkpoint
 was saved, and the same command resumes.
@@ -9,15 +9,20 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from fused.io.atomic_write import NotWritten
 from fused.train.config_file import read_config, to_yaml
 from fused.train.data.clips import UnreadableFiles
 from fused.train.loop import Diverged, Trainer
 from fused.train.parallel import joined_world
+from fused.train.run_folder import check_writable
 from fused.train.seed import setup_seed
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+NOTHING_GIVEN = """task, out, data.train and a number of steps or epochs are needed, in a file or as key=value. For example:
+  python -m fused.train task=finetune out=runs/first data.train=videos/train epochs=30 --dry-run
+  python -m fused.train --print-config > run.yaml    # every key; complete it for --config run.yaml"""
 SETUP_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError)  # of wrong input, before the first step
 
 
@@ -31,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--config", metavar="FILE.yaml", help="the configuration, YAML")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="over it, such as data.frames=16 optim.lr=1e-4")
-    parser.add_argument("--print-config", action="store_true", help="print the effective configuration and stop")
+    parser.add_argument("--print-config", action="store_true", help="print every key, its value or default, and stop")
     parser.add_argument("--dry-run", action="store_true", help="also make the models and look at the data, but take no step")
     options = parser.parse_intermixed_args(arguments)
     is_main = os.environ.get("RANK", "0") == "0"
@@ -39,11 +44,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     training = False
     try:
-        config = read_config(options.config, options.overrides)
+        if options.config is None and not options.overrides and not options.print_config:
+            print(f"fused.train: {NOTHING_GIVEN}", file=sys.stderr)
+            return USAGE
+        config = read_config(options.config, options.overrides, complete=not options.print_config)
         if is_main and (options.print_config or options.dry_run):
             print(to_yaml(config).rstrip())
         if options.print_config:
             return DONE
+        if is_main:
+            check_writable(Path(str(config.out)))
         setup_seed(config.seed, config.deterministic)
         with joined_world(config.device) as world:
             trainer = Trainer(config, world)
@@ -67,8 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(reason: object, code: int) -> int:
-    """Print why the command failed, and return the exit code."""
-    print(f"fused.train: {reason}", file=sys.stderr)
+    """Print in one line why the command failed, and return the exit code."""
+    print("fused.train:", *(line.strip() for line in str(reason).splitlines()), file=sys.stderr)
     return code
 
 

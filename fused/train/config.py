@@ -1,11 +1,11 @@
 """The configuration of a training: every key, its default, and its allowed values."""
 
-import difflib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import InitVar, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from fused.io.preprocessing import FRAME_SIZE, SAMPLINGS, SHORT_VIDEOS
 from fused.models.videomamba.config import VideoMambaConfig
 from fused.rules import (
     COUNT,
@@ -24,6 +24,7 @@ from fused.rules import (
 from fused.train.data.list_columns import COLUMNS, SEPARATORS, are_columns
 from fused.train.objectives.losses import ALIGNMENTS
 from fused.train.optim import DECAY_RULES
+from fused.train.unknown_key import unknown_key
 
 TASKS = ("finetune", "pretrain", "distill")
 MASKS = ("attention", "random", "tube", "clip-row", "frame-row")
@@ -35,6 +36,11 @@ UNUSED_KEYS = {
     "pretrain": ("mix", "loss.label_smoothing", "loss.distillation", "data.val", "evaluate_every"),
     "distill": ("mask", "loss.alignment"),
 }
+# Keys without a default. `teacher`, for tasks that read it, and one of `steps` and `epochs` are needed too.
+REQUIRED_KEYS = ("task", "out", "data.train")
+PATH_KEYS = ("out", "start", "teacher", "data.train", "data.val")  # ~ in front is the home folder
+# Fields of VideoMambaConfig that have a key of their own.
+OWNERS = {"img_size": "data.size", "num_frames": "data.frames", "pretrained": "start"}
 # Keys that may differ when a run is resumed. All others affect the bits of the weights.
 RESUMABLE_KEYS = (
     "out", "steps", "epochs", "data.val", "data.workers", "parallel", "log_every", "save_every", "keep", "evaluate_every",
@@ -51,10 +57,13 @@ class DataConfig:
     separator: str | None = None  # of a list: tab, comma, semicolon, blank; None: found out
     prefix: str | None = None  # the folder of a list's paths; None: that of the list
     columns: tuple[str, ...] | None = None  # of a list: path, label, frames, seconds, skip; None: found out
+    frame_pattern: str | None = None  # of the images in folders of frames, such as img_*.jpg; None: all images
     frames: int = 8
-    size: int = 224  # pixels of a side
+    size: int | tuple[int, int] = 224  # pixels of a side, or [height, width]
     sampling: str = "segments"
     stride: int = 4  # frames of the video, for "dense" sampling
+    fps: int | float | None = None  # frames a second at which the video is sampled, by their times; None: every frame
+    short: str = "drop"  # what becomes of a video that is too short: drop, loop or last
     scale: tuple[int | float, int | float] = (0.5, 1.0)
     flip: int | float = 0.5
     workers: int = 2  # decoding processes for each training process
@@ -106,7 +115,8 @@ class MaskConfig:
 class TrainConfig:
     """The configuration of a training, with all its sections.
 
-    Raises ValueError at construction; the message names the key, its value and the allowed values.
+    With `complete=False` keys that a training needs may be missing. Raises ValueError at construction; the message names the
+    key, its value and the allowed values.
     """
 
     task: str | None = None
@@ -134,34 +144,39 @@ class TrainConfig:
     keep: int = 2  # checkpoints
     evaluate_every: int | None = None  # None: once, at the end
     tensorboard: bool = False
+    complete: InitVar[bool] = True
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, complete: bool) -> None:
         values = flatten(self)
         for key, rule in RULES.items():
-            rule.check(key, values[key])
-        if (self.steps is None) == (self.epochs is None):
+            if complete or values[key] is not None or key not in REQUIRED_KEYS:
+                rule.check(key, values[key])
+        if (self.steps is None) == (self.epochs is None) and (complete or self.steps is not None):
             raise ValueError(
                 f"steps is {self.steps} and epochs is {self.epochs}; allowed: a number for one, none for the other"
             )
-        if self.task != "finetune" and self.teacher is None:
+        if complete and self.task != "finetune" and self.teacher is None:
             raise invalid("teacher", None, f"for task {self.task!r} a folder or a name in fused.PRETRAINED")
         if self.batch_size % self.accumulate:
             raise invalid("accumulate", self.accumulate, f"a divisor of batch_size ({self.batch_size})")
         known = [f.name for f in fields(VideoMambaConfig)] + ["size"]
-        for key, owner in (("img_size", "data.size"), ("num_frames", "data.frames"), ("pretrained", "start")):
+        for key, owner in OWNERS.items():
             if key in self.model:
                 raise ValueError(f"model.{key} is {self.model[key]!r}; allowed: nothing, it follows from {owner}")
         for key in self.model:
             if key not in known:
-                raise unknown_key(f"model.{key}", [f"model.{name}" for name in known])
+                raise unknown_key(f"model.{key}", [f"model.{name}" for name in known], all_keys())
         one_of(SIZES).optional().check("model.size", self.model.get("size"))
-        if self.start is not None and self.model.get("size") is not None and not Path(self.start).is_file():
+        from_folder = self.start is not None and not Path(self.start).is_file()
+        if from_folder and self.model.get("size") is not None:
             raise invalid("model.size", self.model["size"], f"null, since start ({self.start}) says what the model is")
+        if not from_folder and self.model.get("stride") is None:  # a folder says itself how large its patches are
+            _check_frame_size(self.data.size, self.model.get("patch_size", VideoMambaConfig.patch_size))
 
     def used_keys(self) -> dict[str, Any]:
-        """Return every key that the task reads, with its value, as nested dictionaries of plain values."""
+        """Return every key that the task reads (all without a task), with its value, as nested dictionaries of plain values."""
         tree = _plain(asdict(self))
-        for key in UNUSED_KEYS[str(self.task)]:
+        for key in UNUSED_KEYS.get(str(self.task), ()):
             section, _, name = key.partition(".")
             if name:
                 del tree[section][name]
@@ -182,10 +197,33 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     return values
 
 
-def unknown_key(key: str, allowed: Sequence[str]) -> ValueError:
-    """Return the error for an unknown key, which names the nearest known one; the caller raises it."""
-    nearest = difflib.get_close_matches(key, allowed, 1, 0.0)[0]
-    return ValueError(f"{key} is no key; the nearest is {nearest}. Allowed: {', '.join(allowed)}")
+def is_read(key: str, task: str) -> bool:
+    """Return whether a task reads a dotted key, or any key of a section."""
+    return not any(key == unused or key.startswith(unused + ".") for unused in UNUSED_KEYS[task])
+
+
+def all_keys() -> list[str]:
+    """Return every dotted key that may be set, the model's fields included."""
+    keys = []
+    for f in fields(TrainConfig):
+        if f.name == "model":
+            keys += ["model.size", *(f"model.{inner.name}" for inner in fields(VideoMambaConfig) if inner.name not in OWNERS)]
+        elif f.name in SECTIONS:
+            keys += [f"{f.name}.{inner.name}" for inner in fields(SECTIONS[f.name])]
+        else:
+            keys.append(f.name)
+    return keys
+
+
+def _check_frame_size(size: int | tuple[int, int], patch: object) -> None:
+    """Raise ValueError unless patches of `patch` pixels fill frames of data.size. VideoMambaConfig checks `patch` itself."""
+    if not isinstance(patch, int) or not is_integer(patch, 1):
+        return
+    for side in size if isinstance(size, tuple) else (size,):
+        if side % patch:
+            below = side // patch * patch
+            near = f"{below} or {below + patch}" if below else str(patch)
+            raise invalid("data.size", size, f"multiples of {patch}, the pixels of a patch's side; nearest to {side}: {near}")
 
 
 def _plain(value: Any) -> Any:
@@ -214,7 +252,7 @@ SECTIONS = {"data": DataConfig, "optim": OptimConfig, "loss": LossConfig, "mix":
 RULES = (
     dict.fromkeys(("out", "data.train"), _FOLDER)
     | dict.fromkeys(("start", "teacher"), _NAME.optional())
-    | dict.fromkeys(("data.frames", "data.size", "data.stride", "batch_size", "accumulate", "log_every"), COUNT)
+    | dict.fromkeys(("data.frames", "data.stride", "batch_size", "accumulate", "log_every"), COUNT)
     | dict.fromkeys(("save_every", "keep"), COUNT)
     | dict.fromkeys(("steps", "epochs", "evaluate_every"), COUNT.optional())
     | dict.fromkeys(("data.workers", "optim.warmup_steps"), COUNT_OR_0)
@@ -228,7 +266,11 @@ RULES = (
         "data.separator": _SEPARATOR,
         "data.prefix": _FOLDER.optional(),
         "data.columns": _COLUMNS,
-        "data.sampling": Rule(lambda value: isinstance(value, str), "a way of sampling of ClipFolder"),
+        "data.frame_pattern": Rule(lambda value: isinstance(value, str) and bool(value), "a pattern such as img_*.jpg").optional(),
+        "data.size": FRAME_SIZE,
+        "data.sampling": one_of(SAMPLINGS),
+        "data.fps": POSITIVE.optional(),
+        "data.short": one_of(SHORT_VIDEOS),
         "data.scale": _pair(lambda low, high: 0 < low <= high <= 1, "two shares of the frame's area, 0 < low <= high <= 1"),
         "model": Rule(lambda value: isinstance(value, Mapping), "a section of VideoMambaConfig's fields, and size"),
         "optim.lr": POSITIVE,

@@ -27,7 +27,7 @@ def evaluate(
         unreadable += batch.bad
         clips, labels = batch.clips.to(world.device), batch.labels.to(world.device)
         # an FSDP forward is a collective: a process without clips joins it with a clip of zeros
-        inputs = clips if len(clips) else clips.new_zeros(1, 3, dataset.frames, dataset.size, dataset.size)
+        inputs = clips if len(clips) else clips.new_zeros(1, *clips.shape[1:])
         with autocast:
             logits = task.logits(inputs)[: len(clips)]
         right = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]

@@ -210,8 +210,9 @@ class Trainer:
         """Return the videos of data.train or data.val. Raise ValueError that names the key."""
         data = self.config.data
         options: dict[str, Any] = {
-            "sampling": data.sampling, "stride": data.stride, "scale": data.scale, "flip": data.flip, "seed": self.config.seed,
-            "separator": data.separator, "prefix": data.prefix or "", "columns": data.columns,
+            "sampling": data.sampling, "stride": data.stride, "fps": data.fps, "short": data.short, "scale": data.scale,
+            "flip": data.flip, "seed": self.config.seed, "separator": data.separator, "prefix": data.prefix or "",
+            "columns": data.columns, "frame_pattern": data.frame_pattern,
         }  # fmt: skip
         try:
             return ClipFolder(

@@ -1,19 +1,25 @@
 """The models of a configuration: the student with its initial weights, and the teacher."""
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fused.io.preprocessing import Preprocessing
 from fused.models.videomamba.config import VideoMambaConfig
+from fused.models.videomamba.hub import NotDownloaded, near_names
 from fused.models.videomamba.load import load_checkpoint
 from fused.models.videomamba.model import VideoMambaEncoder
-from fused.train.config import TrainConfig
+from fused.models.videomamba.published import PRETRAINED
+from fused.train.config import OWNERS, TrainConfig
 from fused.train.objectives.teachers import ClipTeacher
+
+SOURCES = "a folder that save_pretrained wrote, a name in fused.PRETRAINED"
 
 
 @dataclass(frozen=True)
@@ -43,28 +49,40 @@ def make_student(kind: Any, config: TrainConfig, required: dict[str, Any]) -> An
         if config.model.get(key, value) != value:
             raise ValueError(f"model.{key} is {config.model[key]!r}; allowed: {value}, which follows from data and teacher")
     model_fields, start = _model_fields(config) | required, config.start
-    if start is not None and not Path(start).is_file():
-        return kind.from_pretrained(start, backend=config.backend, **model_fields)
-    model_config = getattr(VideoMambaConfig, config.model.get("size") or "tiny")(**model_fields)
-    model = kind(model_config, backend=config.backend)
-    if start is not None:
-        load_checkpoint(model, start)
+    with _errors_with_keys("start"):
+        if start is None or Path(start).is_file():
+            model_config = getattr(VideoMambaConfig, config.model.get("size") or "tiny")(**model_fields)
+            model = kind(model_config, backend=config.backend)
+            if start is not None:
+                load_checkpoint(model, start)
+        else:
+            _check_source("start", start, f"{SOURCES}, or a file of weights")
+            model = kind.from_pretrained(start, backend=config.backend, **model_fields)
+    data = config.data
+    model.preprocessing = Preprocessing(data.frames, data.size, data.sampling, data.stride, data.fps, data.short)
     return model
 
 
 def pretraining_teacher(config: TrainConfig, device: torch.device) -> Teacher:
     """Return the teacher of pretraining: CLIP if `teacher` is a folder of a transformers model, otherwise a VideoMamba."""
     description = Path(str(config.teacher)) / "config.json"
-    if description.is_file() and "architectures" in json.loads(description.read_text()):
-        return _clip_teacher(config, device)
+    if description.is_file():
+        try:
+            content = json.loads(description.read_text(encoding="utf-8"))
+        except ValueError as error:  # no UTF-8, or no JSON
+            raise ValueError(f"teacher is {config.teacher!r}, whose config.json cannot be read: {error}") from error
+        if "architectures" in content:
+            return _clip_teacher(config, device)
     return videomamba_teacher(config, device)
 
 
 def videomamba_teacher(config: TrainConfig, device: torch.device) -> Teacher:
     """Return a VideoMamba as teacher, of either class: its tokens after the final norm, as one layer, without its heads."""
-    fields: dict[str, Any] = {"clip_return_layer": 0, "add_pool_norm": False, "distill_dim": None}
-    fields |= {"img_size": config.data.size, "num_frames": config.data.frames}
-    model = VideoMambaEncoder.from_pretrained(str(config.teacher), backend=config.backend, **fields)
+    options: dict[str, Any] = {"clip_return_layer": 0, "add_pool_norm": False, "distill_dim": None}
+    options |= {"img_size": config.data.size, "num_frames": config.data.frames}
+    _check_source("teacher", str(config.teacher), f"{SOURCES}, or for pretraining a folder of a CLIP of transformers")
+    with _errors_with_keys("teacher"):
+        model = VideoMambaEncoder.from_pretrained(str(config.teacher), backend=config.backend, **options)
     model = model.to(device).requires_grad_(False)
 
     def forward(clips: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -76,7 +94,8 @@ def videomamba_teacher(config: TrainConfig, device: torch.device) -> Teacher:
 def _clip_teacher(config: TrainConfig, device: torch.device) -> Teacher:
     """Return CLIP as teacher, with the last model.clip_return_layer of its layers."""
     # only the student's clips, tokens and layers matter here; the teacher determines its other fields
-    student = VideoMambaConfig(**_model_fields(config))
+    with _errors_with_keys("teacher"):
+        student = VideoMambaConfig(**_model_fields(config))
     clip = ClipTeacher.from_pretrained(str(config.teacher), student)
     clip.model.to(device)
     return Teacher(clip, len(clip.layers), clip.width, (student.tubelets, *student.grid), True)
@@ -86,3 +105,38 @@ def _model_fields(config: TrainConfig) -> dict[str, Any]:
     """Return the fields of VideoMambaConfig that the configuration sets."""
     given = {key: value for key, value in config.model.items() if key != "size"}
     return given | {"img_size": config.data.size, "num_frames": config.data.frames}
+
+
+def _check_source(key: str, source: str, allowed: str) -> None:
+    """Raise FileNotFoundError or ValueError unless `source`, the value of `key`, is a folder or a published model.
+
+    Whatever else it is, it is not asked of a hub: a mistyped path often looks like the name of a repository there.
+    """
+    if source in PRETRAINED or Path(source).is_dir():
+        return
+    if Path(source).exists():
+        raise ValueError(f"{key} is {source!r}, a file; allowed: {allowed}")
+    if "/" in source or Path(source).suffix:
+        advice = "a repository of the Hugging Face hub has to be downloaded first (hf download NAME --local-dir FOLDER)"
+        raise FileNotFoundError(f"{key} is {source!r}, and there is no such folder or file; allowed: {allowed}; {advice}")
+    raise ValueError(f"{key} is {source!r}, no folder and no published model; allowed: {allowed}; {near_names(source)}")
+
+
+@contextmanager
+def _errors_with_keys(key: str) -> Iterator[None]:
+    """Change errors of a model or of its weights, which `key` says, so that they name keys of the configuration."""
+    try:
+        yield
+    except NotDownloaded as error:
+        name = error.url.rpartition("/")[2]
+        cause = f"{type(error.__cause__).__name__}: {error.__cause__}"
+        file = f", or fetch {error.url} and set start={name} model.size=..." if key == "start" else ""
+        raise ConnectionError(
+            f"{key} is a published model, and {name} is neither in the cache nor can it be downloaded ({cause}). Where there "
+            f"is a network, run the command with --dry-run and copy the cache of huggingface_hub (HF_HOME){file}"
+        ) from error
+    except ValueError as error:
+        name, _, rest = str(error).partition(" ")
+        if name in {f.name for f in fields(VideoMambaConfig)}:
+            raise ValueError(f"{OWNERS.get(name, f'model.{name}')} {rest}") from error
+        raise

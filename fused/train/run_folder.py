@@ -1,6 +1,8 @@
 """The folder of a run: config.yaml, log.jsonl, checkpoints/, and at the end model/."""
 
+import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,11 +19,28 @@ from fused.train.parallel import World
 CONFIG, CHECKPOINTS, MODEL = "config.yaml", "checkpoints", "model"
 
 
+def check_writable(folder: Path) -> None:
+    """Raise ValueError unless files can be written to the folder of a run, which may not be there yet. Nothing stays there.
+
+    For a missing folder the test is a temporary one in the nearest folder above it that is there.
+    """
+    try:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+        if there == folder:
+            tempfile.TemporaryFile(dir=folder).close()
+        else:
+            tempfile.TemporaryDirectory(dir=there, prefix=".fused-").cleanup()
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"out is {str(folder)!r}, where nothing can be written ({reason}); allowed: a folder") from error
+
+
 def check_run(folder: Path, config: TrainConfig) -> list[str]:
     """Return how `config` differs from the configuration of the run that the folder holds, as "key: before -> now".
 
-    A folder without a checkpoint holds no run. Raises ValueError if a key differs that the weights depend on, and
-    ImportError if a package is missing that the run will need at its end.
+    A folder without a checkpoint holds no run. A key that its configuration lacks is newer than the run, which had the
+    default value. Raises ValueError if a key differs that the weights depend on, and ImportError if a package is missing that
+    the run will need at its end.
     """
     if config.tensorboard:
         import_summary_writer()
@@ -29,7 +48,8 @@ def check_run(folder: Path, config: TrainConfig) -> list[str]:
         raise ImportError("safetensors is not installed, with which the trained model is written: pip install safetensors")
     if checkpoints.newest(folder / CHECKPOINTS) is None:
         return []
-    stored = flatten(parse_yaml((folder / CONFIG).read_text(), str(folder / CONFIG)))
+    defaults = flatten(TrainConfig(task=config.task, complete=False).used_keys())
+    stored = defaults | flatten(parse_yaml((folder / CONFIG).read_text(), str(folder / CONFIG)))
     given = flatten(config.used_keys())
     changes = {
         key: f"{key}: {stored.get(key)} -> {given.get(key)}" for key in given | stored if stored.get(key) != given.get(key)
@@ -58,12 +78,18 @@ def open_run(folder: Path, config: TrainConfig, step: int, total: int, descripti
 
 
 def save_model(folder: Path, config: TrainConfig, student: VideoMamba | VideoMambaEncoder, world: World) -> Path:
-    """Write the student as a folder for `from_pretrained`, and return its path. Every process calls this function."""
+    """Write the student as a folder for `from_pretrained`, and return its path. Every process calls this function.
+
+    A student of distillation is written as a classifier, without its distillation head, which only checkpoints keep.
+    """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(student, options=options)  # gathers the shards of all processes
     if world.is_main:
         kind = VideoMambaEncoder if config.task == "pretrain" else VideoMamba
-        model = kind(student.config)  # a new one, since the student may be sharded
-        model.load_state_dict(state)
+        model = kind(replace(student.config, distill_dim=None))  # a new one, since the student may be sharded
+        model.load_state_dict({name: value for name, value in state.items() if not name.startswith("distill_head.")})
+        model.preprocessing = student.preprocessing
+        if isinstance(model, VideoMamba) and isinstance(student, VideoMamba):
+            model.labels = student.labels
         model.save_pretrained(folder / MODEL)
     return folder / MODEL

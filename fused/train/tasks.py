@@ -5,6 +5,7 @@ teacher's output. `forward` returns the loss, and everything with a gradient hap
 DistributedDataParallel.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -23,6 +24,8 @@ from fused.train.objectives.masks import attention_mask, clip_row_mask, frame_ro
 MASKS: dict[str, Callable[..., Tensor]] = {
     "random": random_mask, "tube": tube_mask, "clip-row": clip_row_mask, "frame-row": frame_row_mask
 }  # fmt: skip
+
+_log = logging.getLogger("fused")
 
 Metrics = dict[str, Tensor]  # scalars () for the log
 
@@ -48,10 +51,13 @@ class Task(nn.Module):
 class Finetune(Task):
     """Classification: cross-entropy with the labels, of clips that may be mixed."""
 
-    def __init__(self, config: TrainConfig, classes: int) -> None:
+    student: VideoMamba
+
+    def __init__(self, config: TrainConfig, classes: Sequence[str]) -> None:
         super().__init__()
-        self.config, self.classes = config, classes
-        self.student = make_student(VideoMamba, config, {"num_classes": classes, "distill_dim": None})
+        self.config, self.classes = config, len(classes)
+        self.student = make_student(VideoMamba, config, {"num_classes": len(classes), "distill_dim": None})
+        _name_classes(self.student, classes)
         if self.student.config.readout == "tokens":
             raise invalid("model.readout", "tokens", "'cls', 'mean' or 'last', which give a clip one answer")
 
@@ -78,11 +84,12 @@ class Finetune(Task):
 class Distill(Finetune):
     """Self-distillation: cross-entropy, and alignment of every token with a smaller teacher's for the same mixed clips."""
 
-    def __init__(self, config: TrainConfig, classes: int, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, classes: Sequence[str], device: torch.device) -> None:
         nn.Module.__init__(self)
-        self.config, self.classes = config, classes
+        self.config, self.classes = config, len(classes)
         self.teacher = videomamba_teacher(config, device)
-        self.student = make_student(VideoMamba, config, {"num_classes": classes, "distill_dim": self.teacher.width})
+        self.student = make_student(VideoMamba, config, {"num_classes": len(classes), "distill_dim": self.teacher.width})
+        _name_classes(self.student, classes)
         self.teacher.check_tokens(self.student.config)
 
     def prepare(self, clips: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -143,5 +150,14 @@ def build_task(config: TrainConfig, classes: Sequence[str], device: torch.device
         raise ValueError(
             f"data.train is {config.data.train!r} with {len(classes)} classes; allowed: a folder for each of 2 or more"
         )
-    task = Distill(config, len(classes), device) if config.task == "distill" else Finetune(config, len(classes))
+    task = Distill(config, classes, device) if config.task == "distill" else Finetune(config, classes)
     return task.to(device)
+
+
+def _name_classes(student: VideoMamba, classes: Sequence[str]) -> None:
+    """Name the student's classes. A head that was trained for as many classes of other names is replaced by a new one."""
+    if student.labels is not None and student.labels != tuple(classes):
+        differing = next((old, new) for old, new in zip(student.labels, classes, strict=True) if old != new)
+        _log.warning("start has other classes than data.train (%r, here %r): the head is left at init", *differing)
+        student.reset_classifier(len(classes))
+    student.labels = tuple(classes)

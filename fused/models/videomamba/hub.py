@@ -2,28 +2,46 @@
 
 The two files have the format of huggingface_hub's `PyTorchModelHubMixin` for a class whose argument `config` is a dataclass,
 and each side reads the other's files. The mixin is not a base class here, so that `import fused` needs no huggingface_hub.
+Beside the fields of `VideoMambaConfig`, config.json holds the class names as `id2label` and `label2id`, and the section
+`preprocessing`, the fields of `Preprocessing`; both may be absent.
 """
 
+import difflib
 import json
+import os
+import re
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from fused.io.atomic_write import atomic_write
 from fused.io.checkpoint_file import CheckpointError, read_checkpoint, save_checkpoint
+from fused.io.preprocessing import Preprocessing
 from fused.models.videomamba.config import VideoMambaConfig
+from fused.models.videomamba.labels import Labelled, labels_from_json, labels_to_json
 from fused.models.videomamba.load import load_checkpoint
 from fused.models.videomamba.published import PRETRAINED
 
 T = TypeVar("T", bound="Pretrained")
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+_FILE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors", ".tar", ".json", ".yaml")
+
+
+class NotDownloaded(ConnectionError):
+    """The error for a file that is neither in the cache nor can be downloaded; the attribute `url` is its address."""
+
+    def __init__(self, message: str, url: str) -> None:
+        super().__init__(message)
+        self.url = url
 
 
 class Pretrained:
     """`from_pretrained`, `save_pretrained` and `push_to_hub` for a model that is built from a `VideoMambaConfig`."""
 
     config: VideoMambaConfig
+    preprocessing: Preprocessing | None = None  # how clips are made for this model; None: unknown
 
     @classmethod
     def from_pretrained(
@@ -41,47 +59,69 @@ class Pretrained:
     ) -> T:
         """Return a model on the CPU, in eval mode, with weights.
 
-        `source` is a name in `fused.PRETRAINED`, a folder that `save_pretrained` wrote, or a repository of such files on the
-        Hugging Face hub. `overrides` are fields of the configuration that differ from the trained model's, such as
+        `source` is a name in `fused.PRETRAINED`, a folder that `save_pretrained` wrote (~ is the home folder), or a
+        repository of such files on the Hugging Face hub, by its name owner/name. What can be a path only (`is_path`) is never
+        asked of the hub. `overrides` are fields of the configuration that differ from the trained model's, such as
         num_classes, num_frames or img_size; weights are converted as by `load_checkpoint`, which takes `strict` and `inflate`
         and logs what it did. `revision`, `cache_dir`, `token` and `local_files_only` are huggingface_hub's.
 
-        Raises ValueError for a wrong configuration, ImportError without huggingface_hub (safetensors), CheckpointError for
-        weights that do not fit, FileNotFoundError for a folder without the files, ConnectionError if a file can neither be
-        downloaded nor is in the cache.
+        The model's `labels` and `preprocessing` are the folder's. With another num_classes, labels is None; the
+        preprocessing's frames and size follow num_frames and img_size.
+
+        Raises ValueError for a wrong configuration or name, ImportError without huggingface_hub (safetensors),
+        CheckpointError for files that do not fit, FileNotFoundError for a missing folder and for a folder without the files,
+        NotDownloaded, a ConnectionError, if a file can neither be downloaded nor is in the cache.
 
             >>> model = VideoMamba.from_pretrained("videomamba_t16_k400_f16_res224", num_classes=10)
         """
         remote = {
             "revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only
         }  # fmt: skip
+        folder = Path(os.path.expanduser(source))
         if str(source) in PRETRAINED:
             published = PRETRAINED[str(source)]
-            trained, weights = published.config, _download(published.repository, published.file, remote)
-        elif Path(source).is_dir():
-            trained, weights = _read_config(Path(source) / CONFIG), Path(source) / WEIGHTS
-        elif isinstance(source, str) and source.count("/") == 1 and not source.startswith((".", "/")):
-            trained = _read_config(_download(source, CONFIG, remote))
-            weights = _download(source, WEIGHTS, remote)
+            trained, weights = Description(published.config), _download(published.repository, published.file, remote)
+        elif folder.is_dir():
+            trained, weights = read_description(folder / CONFIG), folder / WEIGHTS
+        elif folder.exists():
+            name = repr(str(source))
+            raise ValueError(f"source is {name}, a file; allowed: a folder; load_checkpoint(model, {name}) reads a file")
+        elif isinstance(source, Path) or is_path(source):
+            raise FileNotFoundError(2, "there is no such folder", str(folder))
+        elif _REPOSITORY.fullmatch(source):
+            try:
+                trained = read_description(_download(source, CONFIG, remote))
+                weights = _download(source, WEIGHTS, remote)
+            except NotDownloaded as error:
+                raise NotDownloaded(f"there is no folder {source}; {error}", error.url) from error.__cause__
         else:
-            near = [name for name in PRETRAINED if str(source) in name]
-            raise ValueError(
-                f"{str(source)!r} is no folder, no repository (owner/name) and no published model; "
-                + (f"published are {', '.join(near[:8])}" if near else "the published ones are the keys of fused.PRETRAINED")
-            )
-        model: Any = cls(replace(trained, **overrides), backend=backend)  # type: ignore[call-arg]
-        load_checkpoint(model, read_checkpoint(weights), strict=strict, inflate=inflate, grid=trained.grid)
+            kinds = "no folder, no repository (owner/name) and no published model"
+            raise ValueError(f"{source!r} is {kinds}; {near_names(source)}")
+        model: Any = cls(replace(trained.config, **overrides), backend=backend)  # type: ignore[call-arg]
+        load_checkpoint(model, read_checkpoint(weights), strict=strict, inflate=inflate, grid=trained.config.grid)
+        if isinstance(model, Labelled) and model.config.num_classes == trained.config.num_classes:
+            model.labels = trained.labels
+        if trained.preprocessing is not None:
+            followed = {"num_frames": "frames", "img_size": "size"}
+            changes = {followed[key]: getattr(model.config, key) for key in overrides if key in followed}
+            model.preprocessing = replace(trained.preprocessing, **changes)
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write config.json and model.safetensors, each atomically, and return the folder.
 
-        Raises ImportError without safetensors, OSError if the disk is full; the old files stay then.
+        `labels` and `preprocessing` are kept too, in config.json. Raises ImportError without safetensors, OSError if the disk
+        is full; the old files stay then.
         """
-        folder = Path(folder)
+        description = asdict(replace(self.config, pretrained=None))
+        if isinstance(self, Labelled) and self.labels is not None:
+            description |= labels_to_json(self.labels)
+        if self.preprocessing is not None:
+            description["preprocessing"] = asdict(self.preprocessing)
+        folder = Path(os.path.expanduser(folder))
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / CONFIG) as draft:
-            draft.write_text(json.dumps(asdict(replace(self.config, pretrained=None)), indent=2) + "\n")
+            draft.write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             save_checkpoint(self, folder / WEIGHTS)  # type: ignore[arg-type]
         return folder
 
@@ -96,29 +136,70 @@ class Pretrained:
             return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message))
 
 
-def _read_config(path: Path) -> VideoMambaConfig:
-    """Return the configuration in a file. Raises CheckpointError for unknown fields too: the model would be another one."""
+class Description(NamedTuple):
+    """The content of config.json."""
+
+    config: VideoMambaConfig
+    labels: tuple[str, ...] | None = None
+    preprocessing: Preprocessing | None = None
+
+
+def read_description(path: Path) -> Description:
+    """Return the content of a config.json.
+
+    Raises CheckpointError for a file that is no configuration, and for unknown fields and wrong values too: the model would
+    be another one. Raises FileNotFoundError.
+    """
     try:
-        fields = json.loads(path.read_text())
-        if isinstance(fields.get("img_size"), list):  # JSON has no tuples
-            fields["img_size"] = tuple(fields["img_size"])
-        return VideoMambaConfig(**fields)
+        given = json.loads(path.read_text(encoding="utf-8"))
+        labels, preprocessing = given.pop("id2label", None), given.pop("preprocessing", None)
+        given.pop("label2id", None)  # says the same as id2label
+        config = VideoMambaConfig(**_tuples(given))
+        return Description(
+            config,
+            None if labels is None else labels_from_json(labels, config.num_classes),
+            None if preprocessing is None else Preprocessing(**_tuples(preprocessing)),
+        )
     except FileNotFoundError as error:
-        raise FileNotFoundError(2, "the folder holds no configuration", str(path)) from error
-    except (json.JSONDecodeError, AttributeError, TypeError) as error:
+        run = " (of a run; its model is in the folder model)" if (path.parent / "model" / CONFIG).is_file() else ""
+        raise FileNotFoundError(2, f"the folder{run} holds no configuration", str(path)) from error
+    except (ValueError, AttributeError, TypeError) as error:  # ValueError: no JSON, no UTF-8, or a wrong value
         raise CheckpointError(f"{path} is no configuration of a VideoMamba: {error}") from error
 
 
+def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields with tuples, which JSON does not have, in place of lists."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+
+
+def is_path(source: str) -> bool:
+    """Return whether a name can be a path only, and no repository of the hub.
+
+    A path begins with a dot, a slash or ~, has several slashes or a backslash, ends with a slash or like a file of weights,
+    or is in a folder that is there.
+    """
+    if source.startswith((".", "/", "~")) or source.endswith(("/", *_FILE_SUFFIXES)) or "\\" in source:
+        return True
+    return source.count("/") > 1 or ("/" in source and Path(source).parent.is_dir())
+
+
+def near_names(source: str) -> str:
+    """Return a sentence with the published models whose names are near an unknown one."""
+    near = [name for name in PRETRAINED if source in name] or difflib.get_close_matches(source, PRETRAINED, 8)
+    return f"published are {', '.join(near[:8])}" if near else "the published ones are the keys of fused.PRETRAINED"
+
+
 def _download(repository: str, file: str, remote: dict[str, Any]) -> Path:
-    """Return a file's path in huggingface_hub's cache, downloaded if missing. Raises ConnectionError if that fails."""
+    """Return a file's path in huggingface_hub's cache, downloaded if missing. Raises NotDownloaded if that fails."""
     hub = _hub()
     try:
         return Path(hub.hf_hub_download(repository, file, **remote))
     except Exception as error:  # the causes have no common class: offline, no such repository, no such file, proxies
-        raise ConnectionError(
+        url = f"https://huggingface.co/{repository}/resolve/main/{file}"
+        raise NotDownloaded(
             f"{file} of {repository} could not be downloaded and is not in the cache ({type(error).__name__}: {error}). "
-            f"Where there is a network, fetch https://huggingface.co/{repository}/resolve/main/{file}; "
-            "then load_checkpoint(model, path)"
+            f"Where there is a network, fetch {url}; then load_checkpoint(model, path)",
+            url,
         ) from error
 
 

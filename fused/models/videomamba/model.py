@@ -15,6 +15,7 @@ from fused.chunked.video import Chunks, Video, apply_per_chunk
 from fused.models.videomamba.backbone import Backbone
 from fused.models.videomamba.config import VideoMambaConfig
 from fused.models.videomamba.embedding import sincos_positions, span_of
+from fused.models.videomamba.labels import Labelled
 from fused.models.videomamba.load import load_checkpoint
 from fused.models.videomamba.streaming import continuation
 from fused.models.videomamba.timm_api import Classifier
@@ -41,7 +42,7 @@ class DistillOutput(NamedTuple):
     features: Tensor  # (B, L, distill_dim) of unit length, CLS included
 
 
-class VideoMamba(Classifier, Backbone):
+class VideoMamba(Labelled, Classifier, Backbone):
     """The classifier: a clip (B, C, T, H, W), or an image (B, C, H, W), to logits (B, num_classes).
 
     `config.readout` says what the head reads: "cls", as upstream; the "mean" of all patch tokens; the "last" of them; or

@@ -21,6 +21,7 @@ class Classifier:
     embed: Any
     encode: Any
     read_tokens: Any
+    labels: Any
 
     @property
     def num_classes(self) -> int:
@@ -40,7 +41,7 @@ class Classifier:
 
     @torch.no_grad()
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head by a new one for `num_classes` classes (0: none), on the old one's device.
+        """Replace the head by a new one for `num_classes` classes (0: none), on the old one's device; `labels` is then None.
 
         `global_pool` may only be timm's word for what the head reads now. Raises ValueError for a wrong number, and for
         another pooling.
@@ -49,6 +50,7 @@ class Classifier:
         if global_pool not in (None, pool):
             raise ValueError(f"global_pool is {global_pool!r}; allowed: {pool!r} for readout={self.config.readout!r}, or None")
         self.config = replace(self.config, num_classes=num_classes)
+        self.labels = None  # the new head's classes are other ones
         head: nn.Module = nn.Identity()
         if num_classes:
             head = nn.Linear(self.config.embed_dim, num_classes, device=self.cls_token.device, dtype=self.cls_token.dtype)

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -24,12 +24,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fused.io.picture import Size, centre_crop, height_width
+from fused.io.preprocessing import SAMPLINGS, SHORT_VIDEOS
 from fused.io.video import Times, VideoError, decode_frames
 from fused.rules import check_integer, check_number
 from fused.runtime.checks import check_choice
 from fused.train.data.augment import Crop
 from fused.train.data.listing import list_videos
-from fused.train.data.sampling import SAMPLINGS, SHORT, FrameSampling
+from fused.train.data.sampling import FrameSampling
 
 MAX_CONSECUTIVE_FAILURES = 32  # more than single bad files explain: the path is wrong, or the disk is gone
 MAX_ERRORS_SHOWN = 3
@@ -95,13 +96,13 @@ class ClipFolder:
         for name, value, least in (("frames", frames, 1), ("stride", stride, 1), ("seed", seed, 0)):
             check_integer("ClipFolder", name, value, least)
         if isinstance(size, tuple) and len(size) != 2:
-            raise ValueError(f"ClipFolder: size must be an integer or (height, width), got {size!r}")
-        for value in size if isinstance(size, tuple) else (size,):
-            check_integer("ClipFolder", "size", value, 1)
+            raise ValueError(f"ClipFolder: size must be pixels of a side, or (height, width), got {size!r}")
+        for side in size if isinstance(size, tuple) else (size,):
+            check_integer("ClipFolder", "size", side, 1)
         if fps is not None:
             check_number("ClipFolder", "fps", fps, 0, math.inf, "()")
-        check_choice("ClipFolder", "short", short, SHORT)
         check_choice("ClipFolder", "sampling", sampling, SAMPLINGS)
+        check_choice("ClipFolder", "short", short, SHORT_VIDEOS)
         check_number("ClipFolder", "flip", flip, 0, 1)
         if len(scale) != 2:
             raise ValueError(f"ClipFolder: scale must be (least, most), shares of the area, got {scale!r}")
@@ -119,8 +120,8 @@ class ClipFolder:
     def sample(self, index: int, epoch: int) -> Sample:
         """Return the clip of file `index` in an epoch: the same bits for the same (seed, epoch, index), in any process.
 
-        Raises VideoError if the file cannot be read, VideoTooShort if it is too short, IndexError for an index out of range, ImportError
-        without PyAV.
+        Raises VideoError if the file cannot be read, VideoTooShort if it is too short, IndexError for an index out of range,
+        ImportError without PyAV.
         """
         path, rng = self.files[index], None
         places: list[int] = []

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from fused.io.video import Times, VideoError, VideoTooShort, middle_frames
 
-SAMPLINGS = ("segments", "dense")
-SHORT = ("drop", "loop", "last")
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,14 @@
 """Models by name, in folders and repositories; files that are there whole or not at all."""
 
 import contextlib
+import copy
 import json
 import multiprocessing
+import pickle
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -13,11 +17,14 @@ from golden import fill, golden
 
 import fused
 from fused import PRETRAINED, CheckpointError, VideoMamba, VideoMambaConfig, VideoMambaEncoder, load_checkpoint, save_checkpoint
+from fused.io.preprocessing import Preprocessing
 from fused.models.videomamba.published import Published
 
 resource = pytest.importorskip("resource", reason="limits on files are POSIX's")
 hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
 pytest.importorskip("safetensors", reason="safetensors is not installed")
+LABELS = ("cat", "dog", "Überraschung", "a b", "0")
+CUT = Preprocessing(4, (32, 48), "dense", 2, 12.5, "loop", mean=(0.5, 0.5, 0.5), std=(1, 0.25, 0.5))
 TOY = {"img_size": (32, 48), "depth": 2, "embed_dim": 32, "num_frames": 4, "num_classes": 5, "clip_output_dim": 12}
 
 
@@ -65,6 +72,7 @@ def test_the_hubs_own_mixin_reads_and_writes_the_same_folder(tmp_path, capsys):
             VideoMamba.__init__(self, config)
 
     model = toy(img_size=32)
+    model.labels, model.preprocessing = LABELS, CUT  # which the mixin does not know
     model.save_pretrained(tmp_path / "ours")
     mixed = Mixed.from_pretrained(str(tmp_path / "ours"))
     same(mixed, model)
@@ -114,8 +122,10 @@ def test_without_a_network_it_says_what_to_do(tmp_path):
         VideoMamba.from_pretrained(name, cache_dir=tmp_path, local_files_only=True)
     with pytest.raises(ValueError, match="'t16_k400' is no folder.*published are videomamba_t16_k400_f8_res224, "):
         VideoMamba.from_pretrained("t16_k400")
-    with pytest.raises(ValueError, match="the keys of fused.PRETRAINED"):
-        VideoMamba.from_pretrained("./nowhere")
+    with pytest.raises(ValueError, match="'unheard_of' is no folder.*the keys of fused.PRETRAINED"):
+        VideoMamba.from_pretrained("unheard_of")
+    with pytest.raises(ValueError, match="published are videomamba_t16_k400_f8_res224"):  # with two letters mistaken
+        VideoMamba.from_pretrained("videomanba_t16_k400_f8_ras224")
     with pytest.raises(FileNotFoundError, match="no configuration"):
         VideoMamba.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"embed_dim": 32, "colour": 1}))
@@ -123,6 +133,90 @@ def test_without_a_network_it_says_what_to_do(tmp_path):
         VideoMamba.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="model.safetensors"):
+        VideoMamba.from_pretrained(tmp_path)
+
+
+PATHS = [
+    "./nowhere", "../nowhere/model", "/no/such/folder", "~/no-such", "~nobody-here/a", "runs/first/model", "here/model",
+    "owner/", "a\\b", "owner/last.pth", "last.safetensors", Path("owner/name"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("source", PATHS, ids=str)
+def test_a_missing_path_is_not_asked_of_the_hub(source, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with mock.patch.object(hub, "hf_hub_download") as fetch, pytest.raises(FileNotFoundError, match="there is no such folder"):
+        VideoMamba.from_pretrained(source)
+    assert not fetch.called
+
+
+def test_other_names_of_folders(tmp_path, monkeypatch):
+    """~ is the home folder; what is there is taken before a repository of that name; a file is no folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    model = toy()
+    assert model.save_pretrained("~/owner/name") == tmp_path / "owner/name"
+    same(VideoMamba.from_pretrained("~/owner/name"), model)
+    same(VideoMamba.from_pretrained("owner/name"), model)
+    with pytest.raises(ValueError, match=r"is '~/owner/name/config.json', a file; allowed: a folder; load_checkpoint\(model"):
+        VideoMamba.from_pretrained("~/owner/name/config.json")
+    with pytest.raises(ConnectionError, match="there is no folder someone/name; config.json of someone/name could not be"):
+        VideoMamba.from_pretrained("someone/name", cache_dir=tmp_path, local_files_only=True)
+
+
+def test_a_folder_keeps_class_names_and_preprocessing(tmp_path):
+    """Class names as Hugging Face has them."""
+    model = toy()
+    assert model.labels is None and model.preprocessing is None
+    model.labels, model.preprocessing = list(LABELS), CUT
+    content = json.loads((model.save_pretrained(tmp_path) / "config.json").read_text(encoding="utf-8"))
+    assert content["id2label"] == {"0": "cat", "1": "dog", "2": "Überraschung", "3": "a b", "4": "0"}
+    assert content["label2id"] == {"cat": 0, "dog": 1, "Überraschung": 2, "a b": 3, "0": 4}
+    assert content["preprocessing"]["size"] == [32, 48] and content["preprocessing"]["fps"] == 12.5
+    again = VideoMamba.from_pretrained(tmp_path)
+    assert again.labels == LABELS and again.preprocessing == CUT and again.config == model.config
+    for copied in (copy.deepcopy(again), pickle.loads(pickle.dumps(again))):
+        assert copied.labels == LABELS and copied.preprocessing == CUT
+    assert VideoMambaEncoder.from_pretrained(tmp_path).preprocessing == CUT  # and it has no classes
+
+
+
+def test_overrides_and_what_the_folder_says(tmp_path):
+    """Other classes have no names; the preprocessing follows the clip's size."""
+    model = toy()
+    model.labels, model.preprocessing = LABELS, CUT
+    model.save_pretrained(tmp_path)
+    other = VideoMamba.from_pretrained(tmp_path, num_classes=3, num_frames=8, img_size=64)
+    assert other.labels is None and other.preprocessing == replace(CUT, frames=8, size=64)
+    assert VideoMamba.from_pretrained(tmp_path, num_classes=5).labels == LABELS
+    model.reset_classifier(5)
+    assert model.labels is None and model.preprocessing == CUT
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ({"id2label": {"0": "a", "1": "b"}}, r"labels has the length 2 \(a, b\); allowed: num_classes \(5\)"),
+        ({"id2label": {str(i): "a" for i in range(5)}}, "labels has 'a' twice"),
+        ({"id2label": {str(i): str(i) for i in range(1, 6)}}, "id2label has the keys 1, 2, 3, 4, 5, and not 0"),
+        ({"id2label": {str(i): i for i in range(5)}}, "labels must be a sequence of names"),
+        ({"id2label": ["a"] * 5}, "id2label must map class numbers to names"),
+        ({"preprocessing": {"frames": 4, "size": 32, "colour": 1}}, "colour"),
+        ({"preprocessing": {"frames": 4}}, "size"),
+        ({"preprocessing": {"frames": 4, "size": 0}}, "preprocessing.size is 0; allowed: pixels of a side"),
+        ({"preprocessing": {"frames": 4, "size": 32, "std": [1, 1, 0]}}, r"std is \(1, 1, 0\); allowed: three positive"),
+        ({"preprocessing": {"frames": 4, "size": 32, "crop": "left"}}, "crop is 'left'; allowed: one of 'centre'"),
+        ({"preprocessing": 3}, "is no configuration"),
+        ({"depth": 0}, "depth is 0; allowed: a positive integer"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_a_configuration_that_is_wrong(change, wanted, tmp_path):
+    toy().save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(content | change))
+    with pytest.raises(CheckpointError, match=f"{tmp_path}/config.json.*{wanted}"):
         VideoMamba.from_pretrained(tmp_path)
 
 

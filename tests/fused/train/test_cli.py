@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,11 @@ import torch
 from trainings import SMALL, class_folders, train
 
 from fused import VideoMamba, VideoMambaConfig, VideoMambaEncoder
+from fused.io.preprocessing import Preprocessing
+from fused.io.video import read_clip
+from fused.train import checkpoints, parameter_groups
 from fused.train.log import Log
+from fused.train.parallel import World
 from harness.instruments.two_processes import log, steps
 
 TINY = {"img_size": 32, "num_frames": 2, "depth": 1, "embed_dim": 24}
@@ -25,6 +30,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         VideoMamba(VideoMambaConfig(**TINY, num_classes=3)).save_pretrained(folder / "teacher")
+        VideoMamba(VideoMambaConfig(**TINY, num_classes=3, kernel_size=2)).save_pretrained(folder / "tubelets")
+    (folder / "broken").mkdir()
+    (folder / "broken/config.json").write_text("no JSON")
     return folder
 
 
@@ -57,8 +65,74 @@ def test_finetune(folder: Path) -> None:
     assert [line["step"] for line in log(run) if "broken.avi" in line.get("bad", "")] == [20, 24]
     model = VideoMamba.from_pretrained(run / "model")
     assert model.config.num_classes == 2 and model.config.num_frames == 2
+    assert model.labels == ("side0", "side20") and model.preprocessing == Preprocessing(2, 32)
+    [[(name, probability)]] = model.top_labels(model(read_clip(val / "side20" / "0.avi", 2, 32)[None]), top=1)
+    assert name == "side20" and probability > 0.5
     code, output = train(["--config", str(run / "config.yaml"), "--dry-run"], folder=folder)
     assert code == 0 and "goes on behind step 24" in output and "accumulate: 2" in output
+
+
+def test_classes_of_the_start(folder: Path) -> None:
+    """A run that starts from a model of other classes has its own; as many classes of other names get a new head."""
+    torch.manual_seed(1)
+    start = VideoMamba(VideoMambaConfig(**TINY, num_classes=2))
+    torch.nn.init.ones_(start.head.weight)
+    for name, labels in (("same", ("side0", "side20")), ("other", ("cat", "dog")), ("unnamed", None)):
+        start.labels = labels
+        start.save_pretrained(folder / name)
+    start.reset_classifier(3)
+    start.labels = ("cat", "dog", "cow")
+    start.save_pretrained(folder / "more")
+    words = [word for word in arguments(folder, "from", "task=finetune", "steps=1", "optim.lr=1e-9") if "model." not in word]
+    kept = {}
+    for name in ("same", "other", "unnamed", "more"):
+        code, output = train([*words, f"start={folder / name}", f"out={folder / 'from'}-{name}"], folder=folder)
+        assert code == 0, output
+        model = VideoMamba.from_pretrained(folder / f"from-{name}" / "model")
+        assert model.labels == ("side0", "side20")
+        kept[name] = bool(model.head.weight.sub(1).abs().max() < 1e-3)
+        said = "start has other classes than data.train ('cat', here 'side0'): the head is left at init" in output
+        assert said == (name == "other")
+    assert kept == {"same": True, "other": False, "unnamed": True, "more": False}
+
+
+def test_a_dry_run_leaves_nothing(folder: Path) -> None:
+    """With frames that are no squares, sampled by time."""
+    before = sorted(path for path in folder.rglob("*") if path.suffix != ".txt")
+    more = ["data.size=[32,48]", "data.sampling=dense", "data.fps=2", "data.short=last", "task=finetune", "steps=2"]
+    code, output = train(arguments(folder, "dry/run", *more, "--dry-run"), folder=folder)
+    assert code == 0 and "8 videos in 2 classes" in output and "size:\n  - 32\n  - 48" in output, output
+    assert sorted(path for path in folder.rglob("*") if path.suffix != ".txt") == before
+
+
+def test_keys_that_are_newer_than_a_run(folder: Path) -> None:
+    """A run is continued whose configuration lacks a key that came later: it had the default."""
+    more = ["task=finetune", "steps=2"]
+    assert train(arguments(folder, "older", *more), folder=folder)[0] == 0
+    stored = folder / "older" / "config.yaml"
+    stored.write_text("".join(line for line in stored.open() if line.split(":")[0].strip() not in ("short", "fps", "seed")))
+    code, output = train(arguments(folder, "older", *more, "--dry-run"), folder=folder)
+    assert code == 0 and "goes on behind step 2" in output and "->" not in output, output
+    code, output = train(arguments(folder, "older", *more, "data.short=loop", "--dry-run"), folder=folder)
+    assert code == 2 and "which differs in data.short: drop -> loop" in output
+
+
+def test_without_the_published_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no network, the advice is for a command line."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(folder / "hub"))
+    pytest.importorskip("huggingface_hub")
+    words = [word for word in arguments(folder, "published", "task=finetune", "steps=1") if "model." not in word]
+    code, output = train([*words, "start=videomamba_t16_k400_f8_res224"], fault=offline, folder=folder)
+    last = output.splitlines()[-1]
+    assert code == 2 and last.startswith("fused.train: start is a published model, and videomamba_t16_k400_f8_res224.pth is")
+    assert "set start=videomamba_t16_k400_f8_res224.pth model.size=" in last and "load_checkpoint" not in output
+
+
+def offline() -> None:
+    import huggingface_hub.constants
+
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
 def test_distill(folder: Path) -> None:
@@ -67,7 +141,16 @@ def test_distill(folder: Path) -> None:
     assert code == 0, output
     first, *_, last = steps(folder / "distilled")
     assert last["distance"] < 0.8 * first["distance"] and falls(folder / "distilled")
-    assert VideoMamba.from_pretrained(folder / "distilled/model").config.distill_dim == TINY["embed_dim"]
+    model = VideoMamba.from_pretrained(folder / "distilled/model")
+    logits = model(torch.zeros(1, 3, 2, 32, 32))
+    assert isinstance(logits, torch.Tensor) and logits.shape == (1, 2) and model.labels == ("side0", "side20")
+    student = VideoMamba(replace(model.config, distill_dim=TINY["embed_dim"]))
+    optimizer = torch.optim.AdamW(parameter_groups(student, 1.0, 0.05))
+    checkpoints.load(folder / "distilled/checkpoints/step-00000014", student, optimizer, World(torch.device("cpu")))
+    output = student.eval()(torch.zeros(1, 3, 2, 32, 32))  # with the head of distillation, which a checkpoint keeps
+    assert torch.equal(output.logits, logits) and output.features.shape == (1, 9, TINY["embed_dim"])
+    code, output = train(arguments(folder, "distilled", *more[:2], "steps=15", *more[3:]), folder=folder)
+    assert code == 0 and "goes on behind step 14" in output
 
 
 def test_pretrain_and_finetune_its_weights(folder: Path) -> None:
@@ -180,14 +263,27 @@ def test_loss_that_is_not_finite(folder: Path) -> None:
         (["batch_size=8", "accumulate=8", "parallel=ddp"], "parallel is 'ddp'; allowed without torchrun: 'auto'"),
         (["data.train=no/such"], "there is no no/such"),
         (["model.num_classes=7"], "model.num_classes is 7; allowed: 2, which follows from data and teacher"),
-        (["model.depth=0"], "depth is 0; allowed: a positive integer"),
+        (["model.depth=0"], "model.depth is 0; allowed: a positive integer"),
         (["model.readout=tokens"], "model.readout is 'tokens'; allowed: 'cls', 'mean' or 'last'"),
-        (["start=no/such/file.pth"], "no folder, no repository"),
+        (["start=no/such/file.pth"], "start is 'no/such/file.pth', and there is no such folder or file; allowed: a "),
+        (["start=runs/model"], "start is 'runs/model', and there is no such folder or file"),
+        (["start=./model"], "start is './model', and there is no such folder or file"),
+        (["start=~/no/such"], "/no/such', and there is no such folder or file"),
+        (["start=model.pth"], "start is 'model.pth', and there is no such folder or file"),
+        (["start=m16_k400"], "start is 'm16_k400', no folder and no published model; allowed: a folder that save_pretrained"),
+        (["start={folder}/videos"], "videos/config.json"),
+        (["start={folder}/tubelets", "data.frames=3"], "data.frames is 3; allowed: a multiple of kernel_size (2)"),
+        (["model.kernel_size=2", "data.frames=3"], "data.frames is 3; allowed: a multiple of kernel_size (2)"),
+        (["task=distill", "teacher={folder}/tubelets", "data.frames=3"], "data.frames is 3; allowed: a multiple of kernel"),
+        (["data.size=[32,40]"], "data.size is (32, 40); allowed: multiples of 16"),
         (["optim.warmup_steps=3"], "warmup_steps must be an integer from 0 to 2"),
         (["backend=fast"], "backend"),
         (["task=pretrain", "teacher={teacher}", "mask.kind=attention"], "mask.kind is 'attention'; allowed: with a VideoMamba"),
         (["task=pretrain", "teacher={teacher}", "model.patch_size=8"], "teacher has 2x2x2 tokens"),
-        (["task=distill", "teacher=no/such/folder"], "no folder, no repository"),
+        (["task=distill", "teacher=no/such/folder"], "teacher is 'no/such/folder', and there is no such folder or file"),
+        (["task=pretrain", "teacher=openai/clip"], "teacher is 'openai/clip', and there is no such folder or file; allowed"),
+        (["task=pretrain", "teacher={folder}/videos/side0/0.avi"], "/side0/0.avi', a file; allowed: a folder that"),
+        (["task=pretrain", "teacher={folder}/broken"], "broken', whose config.json cannot be read: Expecting value"),
         (["data.workers=2", "batch_size=2", "data.flip=0"], None),
         (["batch_size=2"], "another configuration, which differs in data.flip: 0 -> 0.5. Go on with"),
         (["batch_size=2", "data.flip=0", "steps=2"], "is at step 3; allowed: as many steps or more, got 2"),
@@ -197,6 +293,10 @@ def test_loss_that_is_not_finite(folder: Path) -> None:
 def test_configurations_that_do_not_fit(folder: Path, more: list[str], wanted: str | None) -> None:
     more = [word.format(teacher=folder / "teacher", folder=folder) for word in more]
     code, output = train(arguments(folder, "wrong", "task=finetune", "steps=3", *more), folder=folder)
+    if wanted and "can be read" not in wanted:  # one line is enough, and a dry run sees it too
+        [line] = [line for line in output.splitlines() if wanted in line]
+        code, output = train(arguments(folder, "wrong", "task=finetune", "steps=3", *more, "--dry-run"), folder=folder)
+        assert output.splitlines()[-1] == line
     # an error found while training is not a usage error
     expected_code = 0 if wanted is None else 1 if "can be read" in wanted else 2
     assert code == expected_code and "Traceback" not in output, output

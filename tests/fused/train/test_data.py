@@ -108,6 +108,11 @@ def test_folders_that_do_not_fit(tmp_path: Path, videos: Path) -> None:
     [
         ({"frames": 0}, "frames must be an integer from 1"),
         ({"size": 1.5}, "size must be an integer"),
+        ({"size": (32, 0)}, "size must be an integer from 1 up, got 0"),
+        ({"size": (32,)}, r"size must be pixels of a side, or \(height, width\), got \(32,\)"),
+        ({"fps": 0}, "fps must be a number in"),
+        ({"fps": "fast"}, "fps must be a number in"),
+        ({"short": "skip"}, "short"),
         ({"sampling": "sparse"}, "one of 'segments', 'dense', got 'sparse'"),
         ({"stride": 0}, "stride must be"),
         ({"scale": (0, 1)}, r"scale's least must be a number in \(0, 1\]"),
