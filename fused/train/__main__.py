@@ -1,7 +1,7 @@
 """python -m fused.train --config FILE.yaml [key=value ...]
 
-Exit codes: 0 done; 1 failed while training; 2 a wrong option, configuration, model or folder; 130 interrupted, a checkpoint
-was saved, and the same command resumes.
+Exit codes: 0 done; 1 failed while training; 2 a wrong option, configuration, model or folder; 130 interrupted by Ctrl-C or
+SIGTERM, a checkpoint was saved, and the same command resumes. A second signal, at least a second after the first, ends at once.
 """
 
 import argparse

@@ -9,7 +9,6 @@ batch. A file that cannot be read does not end a training: another file replaces
 """
 
 import random
-import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
@@ -26,6 +25,7 @@ from fused.rules import check_integer, check_number
 from fused.runtime.checks import check_choice
 from fused.train.data.augment import Crop, dense_frames, segment_frames
 from fused.train.data.listing import list_videos
+from fused.train.interrupt import blocked_signals, leave_signals_to_parent
 
 SAMPLINGS = ("segments", "dense")
 MAX_CONSECUTIVE_FAILURES = 32  # more than single bad files explain: the path is wrong, or the disk is gone
@@ -143,9 +143,10 @@ def batches(
     Without `drop_last`, for evaluation, every readable file occurs exactly once over all ranks. All ranks have equally many
     steps, and the last batch is divided evenly, so that it may be empty on some ranks.
 
-    `workers` processes decode in advance (0: the calling process decodes). They ignore Ctrl-C's signal; the calling process
-    ends them. If one dies, PyTorch's RuntimeError names it. PyTorch's default generators are not used. Where CUDA is
-    available, batches are in pinned memory.
+    `workers` processes decode in advance (0: the calling process decodes). They leave SIGINT and SIGTERM, which a terminal and
+    schedulers send to all processes of a group, to the calling process; it ends them, and they end when it is gone. If one
+    dies, PyTorch's RuntimeError names it. PyTorch's default generators are not used. Where CUDA is available, batches are in
+    pinned memory.
 
     Raises ValueError or TypeError for arguments out of range, and for a dataset with too few files for one step.
     """
@@ -185,10 +186,11 @@ class Batches:
             sampler=self._steps,
             num_workers=self._workers,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_ignore_sigint,
+            worker_init_fn=leave_signals_to_parent,
             generator=torch.Generator(),  # by default the workers' seeds are drawn from PyTorch's default generator
         )
-        return iter(loader)
+        with blocked_signals():  # until a worker has begun to leave them to this process
+            return iter(loader)
 
 
 @dataclass(frozen=True)
@@ -241,8 +243,3 @@ class _RankSteps(Dataset):
         """Yield, without end, every world-th file index after the step's files in the order, which wraps around."""
         for position in count((step + 1) * self.files_per_step + self.rank, self.world):
             yield int(self.order[position % len(self.order)])
-
-
-def _ignore_sigint(worker: int) -> None:
-    """Make worker number `worker` ignore Ctrl-C's signal."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
