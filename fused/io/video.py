@@ -29,6 +29,10 @@ class VideoError(ValueError):
         super().__init__(f"{path}: {wrong}; {allowed}")
 
 
+class VideoTooShort(VideoError):
+    """The error for an intact file with fewer frames than the clip needs."""
+
+
 def read_clip(
     path: str | Path, frames: int, size: int, *, start: int | float = 0.0, stop: int | float = 1.0
 ) -> Float[Tensor, "3 T H W"]:
@@ -38,8 +42,9 @@ def read_clip(
     bytes), and the middle of the long side is kept. Metadata for rotation and for pixels that are not square is ignored.
     Only one frame at full size is in memory at a time.
 
-    Raises VideoError if the file is missing, empty, a folder, truncated or corrupt as far as FFmpeg can tell, has no
-    video or fewer frames in the part than asked for; ValueError for an argument out of range; ImportError without PyAV.
+    Raises VideoError if the file is missing, empty, a folder, truncated or corrupt as far as FFmpeg can tell, or has no
+    video; VideoTooShort, a VideoError, if it has fewer frames in the part than asked for; ValueError for an argument out of
+    range; ImportError without PyAV.
     """
     clip = torch.empty(3, frames, size, size)
     for i, frame in enumerate(read_frames(path, frames, size, start=start, stop=stop)):
@@ -63,7 +68,7 @@ def read_frames(
     indices = middle_frames(total, frames, start, stop)
     if not indices:
         wrong = f"too short: {frames} frames were asked of its part from {start} to {stop}, and it has {total} frames"
-        raise VideoError(path, wrong, "ask for fewer frames, a larger part or a longer video")
+        raise VideoTooShort(path, wrong, "ask for fewer frames, a larger part or a longer video")
 
     return (centre_crop(image, size) for image in decode_frames(path, indices))
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from fused.io.atomic_write import NotWritten
 from fused.train.config_file import read_config, to_yaml
 from fused.train.data.clips import UnreadableFiles
+from fused.train.log import escape_what_cannot_be_printed
 from fused.train.loop import Diverged, Trainer
 from fused.train.parallel import joined_world
 from fused.train.seed import setup_seed
@@ -35,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="also make the models and look at the data, but take no step")
     options = parser.parse_intermixed_args(arguments)
     is_main = os.environ.get("RANK", "0") == "0"
+    escape_what_cannot_be_printed(sys.stdout)
     logging.basicConfig(format="%(message)s", level=logging.INFO if is_main else logging.ERROR)
 
     training = False

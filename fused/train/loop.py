@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from fused import backends
 from fused.train import checkpoints, parallel, run_folder, tasks
 from fused.train.config import TrainConfig
-from fused.train.data.clips import Batch, Batches, ClipFolder, batches
+from fused.train.data.clips import BadFile, Batch, Batches, ClipFolder, batches
 from fused.train.evaluation import evaluate
 from fused.train.interrupt import Interrupt
 from fused.train.log import Log, peak_memory_mib
@@ -32,6 +32,14 @@ AUTOCAST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 class Diverged(RuntimeError):
     """The error for a loss or gradients that are not finite; the message names the step and the last good checkpoint."""
+
+
+class StepResult(NamedTuple):
+    """The results of one step, the same in all processes except for the line's memory."""
+
+    line: dict[str, Any]  # for the log
+    bad_files: list[BadFile]  # the files that gave no clip
+    interrupted: bool  # whether any process was
 
 
 class Trainer:
@@ -91,6 +99,7 @@ class Trainer:
         """Train to the last step and write the model; return whether an interrupt came before that.
 
         An interrupt is answered after the current step, with a checkpoint. `step` and `checkpoint` then say where the run is.
+        An evaluation that it ends or prevents is done when the run is resumed.
 
         Raises Diverged, NotWritten (an OSError) for a full disk, UnreadableFiles where too many files cannot be read.
         """
@@ -100,51 +109,48 @@ class Trainer:
         interrupted = False
         try:
             with Interrupt() as interrupt:
+                evaluated = self.world.all_gather(log is not None and log.evaluated)[0]  # at this step, as the log says
+                if self.step > 0 and self._evaluation_due() and not evaluated:
+                    interrupted = not self._evaluate((self.step - 1) // self.steps_per_epoch, log, interrupt)
                 while self.step < self.total and not interrupted:
                     interrupted = self._train_epoch(log, interrupt)
-            if not interrupted:
-                model = run_folder.save_model(self.folder, self.config, self.task.student, self.world)
-                if log is not None:
-                    log.print_done(self.step, model)
+                if not interrupted:
+                    model = run_folder.save_model(self.folder, self.config, self.task.student, self.world)
+                    if log is not None:
+                        log.print_done(self.step, model, self.data.files)
         finally:
             if log is not None:
                 log.close()
         return interrupted
 
     def _train_epoch(self, log: Log | None, interrupt: Interrupt) -> bool:
-        """Train to the end of the current epoch; return whether an interrupt stopped the training before its last step."""
+        """Train to the end of the current epoch; return whether an interrupt stopped the training before its end."""
         config, (epoch, done) = self.config, divmod(self.step, self.steps_per_epoch)
         micro_batches = iter(self._epoch_batches(epoch, skip=done * config.accumulate))
         start, clips = time.perf_counter(), 0
         for _ in range(done, min(self.steps_per_epoch, done + self.total - self.step)):
-            line, unreadable, interrupted = self._train_step(epoch, list(islice(micro_batches, config.accumulate)), interrupt)
+            line, bad_files, interrupted = self._train_step(epoch, list(islice(micro_batches, config.accumulate)), interrupt)
             last = self.step == self.total
             logged = last or self.step % config.log_every == 0
             clips += config.batch_size
             line["clips_per_s"] = clips / (time.perf_counter() - start)
             if log is not None:
-                log.write_step(line, unreadable, logged)
+                log.write_step(line, bad_files, logged)
             if logged:
                 start, clips = time.perf_counter(), 0
             # evaluation comes before the checkpoint, so that a training resumed from it finds the results in the log
-            evaluate_every = config.evaluate_every
-            due = evaluate_every is not None and self.step % evaluate_every == 0 and not interrupted
-            if self.val is not None and (last or due):
-                self._evaluate(self.val, epoch, log)
+            if due := self._evaluation_due():
+                interrupted = interrupted or not self._evaluate(epoch, log, interrupt)
             if interrupted or last or self.step % config.save_every == 0:
                 self._save()
-            if interrupted:
-                return not last
+            if interrupted and (due or not last):
+                return True
+        if log is not None and self.step < self.total:
+            log.end_epoch(epoch, self.data.files)
         return False
 
-    def _train_step(
-        self, epoch: int, micro_batches: list[Batch], interrupt: Interrupt
-    ) -> tuple[dict[str, Any], list[str], bool]:
-        """Take one step of the optimiser.
-
-        Returns the step's log line, a sentence for each file that could not be read, and whether any process was interrupted.
-        All three are the same in all processes, except for the line's memory.
-        """
+    def _train_step(self, epoch: int, micro_batches: list[Batch], interrupt: Interrupt) -> StepResult:
+        """Take one step of the optimiser."""
         config, world, count = self.config, self.world, len(micro_batches)
         self.task.train()
         self.optimizer.zero_grad()
@@ -164,11 +170,11 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         limit = math.inf if config.optim.clip_grad is None else config.optim.clip_grad
         norm = parallel.full_tensor(torch.nn.utils.clip_grad_norm_(self.task.student.parameters(), limit))
-        unreadable = [sentence for batch in micro_batches for sentence in batch.bad]
+        bad_files = [file for batch in micro_batches for file in batch.bad_files]
         # One collective for all numbers, and before the optimiser's step: if any process has a loss or gradient that is not
         # finite, no process may apply it.
-        *values, norm_sum, num_unreadable, num_interrupted = world.all_sum(
-            [*sums.values(), norm, len(unreadable), interrupt.requested]
+        *values, norm_sum, num_bad, num_interrupted = world.all_sum(
+            [*sums.values(), norm, len(bad_files), interrupt.requested]
         )
         means = dict(zip(sums, (value / (world.size * count) for value in values), strict=True))
         lr = max(group["lr"] for group in self.optimizer.param_groups)
@@ -181,9 +187,9 @@ class Trainer:
         if self.scaler.is_enabled():
             line["scale"] = self.scaler.get_scale()  # lower than in the line before: this step was skipped
         line["memory_mib"] = peak_memory_mib(world.device)
-        if num_unreadable:
-            unreadable = [sentence for sentences in world.all_gather(unreadable) for sentence in sentences]
-        return line, unreadable, num_interrupted > 0
+        if num_bad:
+            bad_files = [file for files in world.all_gather(bad_files) for file in files]
+        return StepResult(line, bad_files, num_interrupted > 0)
 
     def _check_finite(self, loss: float, norm: float) -> None:
         """Raise Diverged unless loss and gradient norm are finite.
@@ -197,12 +203,23 @@ class Trainer:
         good = self.checkpoint if self.checkpoint is not None else "there is none yet"
         raise Diverged(f"step {self.step + 1}: the {reason}; last good checkpoint: {good}")
 
-    def _evaluate(self, dataset: ClipFolder, epoch: int, log: Log | None) -> None:
-        """Evaluate the model and write the results to the log."""
-        autocast, workers = self._autocast(), self.config.data.workers
-        results, unreadable = evaluate(self.task, dataset, self.micro_batch_size, self.world, autocast, workers)
+    def _evaluation_due(self) -> bool:
+        """Return whether the model is to be evaluated at the current step."""
+        every = self.config.evaluate_every
+        return self.val is not None and (self.step == self.total or (every is not None and self.step % every == 0))
+
+    def _evaluate(self, epoch: int, log: Log | None, interrupt: Interrupt) -> bool:
+        """Evaluate the model and write the results to the log; return False if an interrupt ended that."""
+        assert self.val is not None
+        workers = self.config.data.workers
+        evaluation = evaluate(
+            self.task, self.val, self.micro_batch_size, self.world, self._autocast(), workers, interrupt
+        )
+        if evaluation is None:
+            return False
         if log is not None:
-            log.write_evaluation({"step": self.step, "epoch": epoch, **results}, unreadable)
+            log.write_evaluation({"step": self.step, "epoch": epoch, **evaluation.results}, evaluation.bad_files)
+        return True
 
     def _clip_folder(self, key: str, classes: Sequence[str] | None) -> ClipFolder:
         """Return the videos of data.train or data.val. Raise ValueError that names the key."""

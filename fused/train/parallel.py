@@ -53,6 +53,10 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def any(self, flag: bool) -> bool:
+        """Return whether `flag` is true in any process. It takes one collective."""
+        return self.all_sum([flag])[0] > 0 if self.has_group else flag
+
     def barrier(self) -> None:
         """Wait until all processes have called this."""
         if self.has_group:

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fused.io.video import VideoError, centre_crop, count_frames, decode_frames, middle_frames
+from fused.io.video import VideoError, VideoTooShort, centre_crop, count_frames, decode_frames, middle_frames
 from fused.rules import check_integer, check_number
 from fused.runtime.checks import check_choice
 from fused.train.data.augment import Crop, dense_frames, segment_frames
@@ -40,6 +40,14 @@ class UnreadableFiles(RuntimeError):
         super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
 
 
+class BadFile(NamedTuple):
+    """A file that gave no clip."""
+
+    path: str  # as the dataset lists it
+    sentence: str  # names the file and says what is wrong with it
+    too_short: bool  # whether the file is intact and has too few frames
+
+
 @dataclass(frozen=True)
 class Batch:
     """Clips of `batches`. In evaluation there may be fewer than the batch size, or none."""
@@ -47,11 +55,16 @@ class Batch:
     clips: Float[Tensor, "B 3 T H W"]  # float32, normalised by ImageNet's mean and standard deviation
     labels: Int[Tensor, " B"]  # int64; -1 for every clip of a dataset without classes
     indices: Int[Tensor, " B"]  # int64, into the dataset's files
-    bad: tuple[str, ...]  # a sentence for each file that could not be read for this batch, which names it
+    bad_files: tuple[BadFile, ...]  # the files that gave no clip for this batch
+
+    @property
+    def bad(self) -> tuple[str, ...]:
+        """A sentence for each file that gave no clip for this batch, which names it and says what is wrong with it."""
+        return tuple(file.sentence for file in self.bad_files)
 
     def pin_memory(self) -> "Batch":
         """Return the same batch in pinned memory, from which copies to a GPU overlap with computation."""
-        return Batch(self.clips.pin_memory(), self.labels.pin_memory(), self.indices.pin_memory(), self.bad)
+        return Batch(self.clips.pin_memory(), self.labels.pin_memory(), self.indices.pin_memory(), self.bad_files)
 
 
 class Sample(NamedTuple):
@@ -101,8 +114,8 @@ class ClipFolder:
     def sample(self, index: int, epoch: int) -> Sample:
         """Return the clip of file `index` in an epoch: the same bits for the same (seed, epoch, index), in any process.
 
-        Raises VideoError if the file cannot be read or is too short, IndexError for an index out of range, ImportError
-        without PyAV.
+        Raises VideoError if the file cannot be read, VideoTooShort, a VideoError, if it has too few frames, IndexError for
+        an index out of range, ImportError without PyAV.
         """
         path = self.files[index]
         rng = random.Random(f"{self.seed} {epoch} {index}") if self.train else None
@@ -114,7 +127,7 @@ class ClipFolder:
         return Sample(clip, self.labels[index])
 
     def _frame_indices(self, path: Path, rng: random.Random | None) -> list[int]:
-        """Return the indices of a clip's frames, ascending. Raise VideoError for a video that is too short."""
+        """Return the indices of a clip's frames, ascending. Raise VideoTooShort for too few frames."""
         total = count_frames(path)
         if self.sampling == "dense":
             needed = f"{(self.frames - 1) * self.stride + 1} frames, {self.frames} that are {self.stride} apart"
@@ -123,7 +136,7 @@ class ClipFolder:
             needed = f"{self.frames} frames"
             indices = segment_frames(total, self.frames, rng) if rng else middle_frames(total, self.frames)
         if not indices:
-            raise VideoError(path, f"too short: it has {total} frames", f"allowed are videos of at least {needed}")
+            raise VideoTooShort(path, f"too short: it has {total} frames", f"allowed are videos of at least {needed}")
         return indices
 
 
@@ -210,13 +223,13 @@ class _RankSteps(Dataset):
         files = self._rank_files(step)
         samples: list[Sample] = []
         indices: list[int] = []
-        bad: dict[int, str] = {}
+        bad: dict[int, BadFile] = {}
         failures = 0  # consecutive ones
         for index in chain(files, self._replacements(step) if self.replace else ()):
             if len(samples) == len(files):
                 break
             if self.replace and failures == MAX_CONSECUTIVE_FAILURES:
-                errors = "; ".join(list(bad.values())[:MAX_ERRORS_SHOWN])
+                errors = "; ".join(file.sentence for file in list(bad.values())[:MAX_ERRORS_SHOWN])
                 raise UnreadableFiles(f"batches: none of {len(bad)} files can be read: {errors}")
             failures += 1
             if index in bad:  # the replacements have come round to a file that was tried before
@@ -224,7 +237,8 @@ class _RankSteps(Dataset):
             try:
                 samples.append(self.dataset.sample(index, self.epoch))
             except VideoError as error:
-                bad[index] = str(error)
+                path = str(self.dataset.files[index])
+                bad[index] = BadFile(path, str(error), isinstance(error, VideoTooShort))
             else:
                 indices.append(index)
                 failures = 0

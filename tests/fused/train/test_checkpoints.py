@@ -12,6 +12,7 @@ import pytest
 import torch
 from trainings import SMALL, class_folders, signal_at_step, train
 
+from fused.train import evaluation
 from harness.instruments.two_processes import log, steps, tensors
 
 STEPS, EVERY = 8, 3
@@ -54,8 +55,34 @@ def test_interrupted_killed_and_resumed(folder: Path) -> None:
     assert signal_at_step(arguments(folder, "stopped"), run, max(stopped, EVERY) + 1, signal.SIGKILL) == -signal.SIGKILL
     code, output = train([*arguments(folder, "stopped"), "data.workers=1"], folder=folder)
     assert code == 0 and "goes on behind step" in output and "data.workers: 0 -> 1" in output, output
-    assert "1 file could not be read" in output
+    assert "1 of 14 files could not be read" in output
     assert_same(folder, "stopped")
+
+
+def interrupt_evaluation() -> None:
+    """Interrupt the training when its first evaluation begins."""
+    begin = evaluation.batches
+
+    def interrupt(*given: Any, **more: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return begin(*given, **more)
+
+    evaluation.batches = interrupt
+
+
+@pytest.mark.parametrize("every", [4, STEPS])
+def test_interrupted_in_an_evaluation(folder: Path, every: int) -> None:
+    """The training saves without finishing the evaluation, and begins with it when it is resumed, also after the last step."""
+    run = f"evaluated-{every}"
+    words = [*arguments(folder, run), f"evaluate_every={every}"]
+    code, output = train(words, fault=interrupt_evaluation, folder=folder)
+    assert code == 130 and f"stopped behind step {every} of {STEPS}" in output, output
+    assert not any("val_top1" in line for line in log(folder / run)) and not (folder / run / "model").exists()
+    code, output = train(words, folder=folder)
+    evaluated = [line["step"] for line in log(folder / run) if "val_top1" in line]
+    assert code == 0 and evaluated == list(range(every, STEPS + 1, every)), output
+    if every == 4:  # as in the uninterrupted run
+        assert_same(folder, run)
 
 
 def die_before_metadata() -> None:

@@ -75,9 +75,9 @@ def test_two_processes_of_torchrun(videos: Path, tmp_path: Path) -> None:
     step = log(run)[-1]["step"]
     assert f"stopped behind step {step} of 2000" in output, output
     assert (run / "checkpoints/last").read_text() == f"step-{step:08d}\n"
-    assert sorted(path.name for path in (run / f"checkpoints/step-{step:08d}").glob("*.distcp")) == ["__0_0.distcp", "__1_0.distcp"]
-    assert tensors(run / f"checkpoints/step-{step:08d}")
-    assert not running_in_group(process.pid)
+    checkpoint = run / f"checkpoints/step-{step:08d}"
+    assert {path.name for path in checkpoint.glob("*.distcp")} == {"__0_0.distcp", "__1_0.distcp"} and tensors(checkpoint)
+    assert process.returncode == 1 and not running_in_group(process.pid)
 
 
 def test_second_signal(monkeypatch: pytest.MonkeyPatch) -> None:

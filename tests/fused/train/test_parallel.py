@@ -19,7 +19,7 @@ def test_one_process_resumes_a_run_of_two(tmp_path: Path, parallel: str) -> None
     output = run_trainings([Training((*words, f"parallel={parallel}"), in_two_processes=True)], tmp_path)
     assert output.count("2 processes") == output.count("done: ") == 1, output
     assert [line["step"] for line in log(tmp_path / "run")] == [1, 2, 2]
-    assert log(tmp_path / "run")[-1]["val_videos"] == VIDEOS
+    assert log(tmp_path / "run")[-1]["val_read"] == VIDEOS
     model = tmp_path / "run/model/model.safetensors"
     before = model.read_bytes()
     shutil.rmtree(model.parent)
