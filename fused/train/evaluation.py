@@ -7,7 +7,7 @@ import torch
 
 from fused.train.data.clips import BadFile, ClipFolder, batches
 from fused.train.interrupt import Interrupt
-from fused.train.parallel import World
+from fused.train.parallel import World, reshard
 from fused.train.tasks import Task
 
 TOP = 5  # classes of the second accuracy; with no more classes every answer would be right
@@ -48,6 +48,7 @@ def evaluate(
         inputs = clips if len(clips) else clips.new_zeros(1, 3, dataset.frames, dataset.size, dataset.size)
         with autocast:
             logits = task.logits(inputs)[: len(clips)]
+        reshard(task.student)
         right = logits.topk(min(TOP, classes), dim=1).indices == labels[:, None]
         counts += torch.stack((right[:, 0].sum(), right.any(dim=1).sum(), counts.new_tensor(len(clips))))
     top1, top5, read = world.all_sum(counts.unbind())

@@ -125,6 +125,16 @@ def gradient_sync(module: nn.Module, task: Task, enabled: bool) -> AbstractConte
     return nullcontext()
 
 
+def reshard(model: nn.Module) -> None:
+    """Free the gathered parameters of a model that FSDP2 shards, so that `parameters()` returns the shards again.
+
+    A forward without a backward leaves the outermost module's parameters gathered. Other models stay as they are.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def full_tensor(x: Tensor) -> Tensor:
     """Return a sharded tensor as a plain one, combined over processes; others as they are."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
