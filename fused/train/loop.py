@@ -40,6 +40,7 @@ class StepResult(NamedTuple):
     line: dict[str, Any]  # for the log
     bad_files: list[BadFile]  # the files that gave no clip
     interrupted: bool  # whether any process was
+    minutes_over: bool  # whether save_minutes have passed since the last checkpoint
 
 
 class Trainer:
@@ -74,7 +75,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas)
         self.schedule = cosine_schedule(self.optimizer, self.total, optim.warmup_steps, optim.warmup_start, optim.floor)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "float16")
-        self.step = 0
+        self.step, self.saved_at = 0, time.monotonic()
         self.checkpoint = checkpoints.newest(self.folder / run_folder.CHECKPOINTS)
         if self.checkpoint is not None:
             self._resume(self.checkpoint)
@@ -129,7 +130,9 @@ class Trainer:
         micro_batches = iter(self._epoch_batches(epoch, skip=done * config.accumulate))
         start, clips = time.perf_counter(), 0
         for _ in range(done, min(self.steps_per_epoch, done + self.total - self.step)):
-            line, bad_files, interrupted = self._train_step(epoch, list(islice(micro_batches, config.accumulate)), interrupt)
+            line, bad_files, interrupted, minutes_over = self._train_step(
+                epoch, list(islice(micro_batches, config.accumulate)), interrupt
+            )
             last = self.step == self.total
             logged = last or self.step % config.log_every == 0
             clips += config.batch_size
@@ -141,7 +144,8 @@ class Trainer:
             # evaluation comes before the checkpoint, so that a training resumed from it finds the results in the log
             if due := self._evaluation_due():
                 interrupted = interrupted or not self._evaluate(epoch, log, interrupt)
-            if interrupted or last or self.step % config.save_every == 0:
+            steps_over = config.save_every is not None and self.step % config.save_every == 0
+            if interrupted or last or steps_over or minutes_over:
                 self._save()
             if interrupted and (due or not last):
                 return True
@@ -173,8 +177,9 @@ class Trainer:
         bad_files = [file for batch in micro_batches for file in batch.bad_files]
         # One collective for all numbers, and before the optimiser's step: if any process has a loss or gradient that is not
         # finite, no process may apply it.
-        *values, norm_sum, num_bad, num_interrupted = world.all_sum(
-            [*sums.values(), norm, len(bad_files), interrupt.requested]
+        minutes_over = world.is_main and self._minutes_are_over()  # by one clock, so that all processes save together
+        *values, norm_sum, num_bad, num_interrupted, save = world.all_sum(
+            [*sums.values(), norm, len(bad_files), interrupt.requested, minutes_over]
         )
         means = dict(zip(sums, (value / (world.size * count) for value in values), strict=True))
         lr = max(group["lr"] for group in self.optimizer.param_groups)
@@ -189,7 +194,7 @@ class Trainer:
         line["memory_mib"] = peak_memory_mib(world.device)
         if num_bad:
             bad_files = [file for files in world.all_gather(bad_files) for file in files]
-        return StepResult(line, bad_files, num_interrupted > 0)
+        return StepResult(line, bad_files, num_interrupted > 0, save > 0)
 
     def _check_finite(self, loss: float, norm: float) -> None:
         """Raise Diverged unless loss and gradient norm are finite.
@@ -247,6 +252,11 @@ class Trainer:
         dtype = AUTOCAST_DTYPES.get(self.config.precision)
         return torch.autocast(self.world.device.type, dtype, enabled=dtype is not None)
 
+    def _minutes_are_over(self) -> bool:
+        """Return whether save_minutes have passed since the last checkpoint, or since the beginning."""
+        minutes = self.config.save_minutes
+        return minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
+
     def _save(self) -> None:
         """Write a checkpoint of the current step."""
         state = {
@@ -254,6 +264,7 @@ class Trainer:
         }  # fmt: skip
         folder, keep = self.folder / run_folder.CHECKPOINTS, self.config.keep
         self.checkpoint = checkpoints.save(folder, state, self.task.student, self.optimizer, self.world, keep)
+        self.saved_at = time.monotonic()
 
     def _resume(self, checkpoint: Path) -> None:
         """Load a checkpoint. Raise ValueError if it does not fit the number of steps or of videos, or CheckpointError."""

@@ -59,6 +59,8 @@ def test_only_keys_that_the_task_reads_are_printed(capsys: pytest.CaptureFixture
         ([*LEAST, "deterministic=maybe"], "deterministic is 'maybe'; allowed: True or False"),
         ([*LEAST, "seed=-1"], "seed is -1; allowed: an integer from 0"),
         ([*LEAST, "precision=half"], "precision is 'half'; allowed: one of 'float32', 'bfloat16', 'float16'"),
+        ([*LEAST, "save_minutes=0"], "save_minutes is 0; allowed: a positive number, or None"),
+        ([*LEAST, "save_every=0"], "save_every is 0; allowed: a positive integer, or None"),
         ([*LEAST, "accumulate=3"], "accumulate is 3; allowed: a divisor of batch_size (8)"),
         ([*LEAST, "model.img_size=32"], "model.img_size is 32; allowed: nothing, it follows from data.size"),
         ([*LEAST, "model.size=huge"], "model.size is 'huge'; allowed: one of 'tiny'"),
