@@ -119,6 +119,7 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     mix: MixConfig = field(default_factory=MixConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
+    ema: float | None = None  # rate of an exponential moving average of the weights, such as 0.9999
     precision: str = "float32"  # bfloat16, float16: autocast over float32 parameters; float16 with loss scaling
     backend: str = "auto"  # of the model, see fused.backends
     device: str = "auto"
@@ -228,6 +229,7 @@ RULES = (
         "optim.rule": one_of(DECAY_RULES),
         "optim.clip_grad": POSITIVE.optional(),
         "save_minutes": POSITIVE.optional(),
+        "ema": Rule(lambda value: is_number(value, lambda x: 0 < x < 1), "a rate between 0 and 1, such as 0.9999").optional(),
         "loss.alignment": one_of(ALIGNMENTS),
         "mask.kind": one_of(MASKS),
         "mask.ratio": RATE,

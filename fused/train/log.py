@@ -6,7 +6,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +73,11 @@ class Log:
         """Write and print an evaluation's line, and the files that gave it no clip."""
         self.write_bad_files(line, bad_files)
         self.write(line)
-        top5 = f", top-5 {line['val_top5']:.2%}" if "val_top5" in line else ""
-        text = f"step {line['step']}: top-1 {line['val_top1']:.2%}{top5} of {line['val_read']} videos"
+        top5 = f", top-5 {_accuracy(line, 'top5')}" if "val_top5" in line else ""
+        text = f"step {line['step']}: top-1 {_accuracy(line, 'top1')}{top5} of {line['val_read']} videos"
         if line["val_read"] < line["val_listed"]:
             reasons = _reasons(line["val_unreadable"], line["val_too_short"], line["val_listed"])
-            text += f" that were read; top-1 {line['val_top1_all']:.2%} of all {line['val_listed']}: {reasons}"
+            text += f" that were read; top-1 {_accuracy(line, 'top1_all')} of all {line['val_listed']}: {reasons}"
         self.print_line(text)
 
     def write_bad_files(self, line: dict[str, Any], bad_files: Iterable[BadFile]) -> None:
@@ -111,11 +111,11 @@ class Log:
         else:
             self.print_line(text)
 
-    def print_done(self, step: int, model: Path, paths: Collection[Path]) -> None:
-        """Print where the model is, and how many files of the training, which are `paths`, gave no clip."""
+    def print_done(self, step: int, models: Sequence[Path], paths: Collection[Path]) -> None:
+        """Print where the model and its EMA are, and how many files of the training, which are `paths`, gave no clip."""
         count = self._count_bad(paths)
         note = f"; {count}, {LOG_FILE} names them" if count else ""
-        self.print_line(f"done: {step} steps; the model is in {model}{note}")
+        self.print_line(f"done: {step} steps; the model is in {', its EMA in '.join(map(str, models))}{note}")
 
     def _count_bad(self, paths: Collection[Path]) -> str:
         """Return how many of `paths` gave no clip so far, and why, in words; nothing if all gave one."""
@@ -178,6 +178,12 @@ def _truncate(path: Path, step: int) -> list[dict[str, Any]]:
 def _finite_or_none(value: Any) -> Any:
     """Return None for NaN and infinity, which JSON lacks; a step that the float16 scaler skips may have them."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _accuracy(line: dict[str, Any], name: str) -> str:
+    """Return an accuracy of an evaluation's line, with the EMA's if there is one."""
+    ema = f" (EMA {line[f'val_ema_{name}']:.2%})" if f"val_ema_{name}" in line else ""
+    return f"{line[f'val_{name}']:.2%}{ema}"
 
 
 def _reasons(unreadable: int, too_short: int, total: int) -> str:

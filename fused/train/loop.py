@@ -1,8 +1,8 @@
 """The training loop: from the newest checkpoint of a run's folder to the last step, with log, evaluation and checkpoints.
 
 All random choices of a step follow from (seed, step, micro-batch, rank), and its clips from (seed, epoch, step). The state of
-a training is therefore its parameters, the optimiser's tensors and the step, and a resumed training has the same bits as one
-that was never stopped.
+a training is therefore its parameters, their EMA, the optimiser's tensors and the step, and a resumed training has the same
+bits as one that was never stopped.
 """
 
 import math
@@ -19,13 +19,14 @@ from fused import backends
 from fused.train import checkpoints, parallel, run_folder, tasks
 from fused.train.config import TrainConfig
 from fused.train.data.clips import BadFile, Batch, Batches, ClipFolder, batches
-from fused.train.evaluation import evaluate
+from fused.train.ema import WeightAverage
 from fused.train.interrupt import Interrupt
 from fused.train.log import Log, peak_memory_mib
 from fused.train.optim import parameter_groups
 from fused.train.parallel import World
 from fused.train.schedule import cosine_schedule
 from fused.train.seed import derive_seed
+from fused.train.validation import Validation
 
 AUTOCAST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -55,7 +56,7 @@ class Trainer:
         if config.backend != "auto":
             backends.choose(config.backend, world.device)  # raises now rather than in the first step
         self.data = self._clip_folder("train", () if config.task == "pretrain" else None)
-        self.val = self._clip_folder("val", self.data.classes) if config.data.val is not None else None
+        val = self._clip_folder("val", self.data.classes) if config.data.val is not None else None
         self.micro_batch_size, remainder = divmod(config.batch_size, world.size * config.accumulate)
         if remainder:
             product = f"processes * accumulate ({world.size} * {config.accumulate})"
@@ -70,6 +71,8 @@ class Trainer:
 
         self.task = tasks.build_task(config, self.data.classes, world.device)
         self.module = parallel.parallelize(self.task, config.parallel, world)
+        self.average = WeightAverage(self.task.student, config.ema) if config.ema is not None else None
+        self.ema_tensors = self.average.tensors if self.average is not None else {}
         optim = config.optim
         groups = parameter_groups(self.task.student, optim.lr, optim.weight_decay, optim.layer_decay, optim.rule)
         self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas)
@@ -79,6 +82,7 @@ class Trainer:
         self.checkpoint = checkpoints.newest(self.folder / run_folder.CHECKPOINTS)
         if self.checkpoint is not None:
             self._resume(self.checkpoint)
+        self.validation = Validation(config, self.task, val, world, self.average) if val is not None else None
 
     def describe(self) -> list[str]:
         """Return lines for the terminal: the model, the data, the number of steps, and the step to resume from."""
@@ -111,14 +115,14 @@ class Trainer:
         try:
             with Interrupt() as interrupt:
                 evaluated = self.world.all_gather(log is not None and log.evaluated)[0]  # at this step, as the log says
-                if self.step > 0 and self._evaluation_due() and not evaluated:
-                    interrupted = not self._evaluate((self.step - 1) // self.steps_per_epoch, log, interrupt)
+                if self.step > 0 and self._validation_due() and not evaluated:
+                    interrupted = not self._validate((self.step - 1) // self.steps_per_epoch, log, interrupt)
                 while self.step < self.total and not interrupted:
                     interrupted = self._train_epoch(log, interrupt)
                 if not interrupted:
-                    model = run_folder.save_model(self.folder, self.config, self.task.student, self.world)
+                    models = run_folder.save_models(self.folder, self.config, self.task.student, self.average, self.world)
                     if log is not None:
-                        log.print_done(self.step, model, self.data.files)
+                        log.print_done(self.step, models, self.data.files)
         finally:
             if log is not None:
                 log.close()
@@ -142,8 +146,8 @@ class Trainer:
             if logged:
                 start, clips = time.perf_counter(), 0
             # evaluation comes before the checkpoint, so that a training resumed from it finds the results in the log
-            if due := self._evaluation_due():
-                interrupted = interrupted or not self._evaluate(epoch, log, interrupt)
+            if due := self._validation_due():
+                interrupted = interrupted or not self._validate(epoch, log, interrupt)
             steps_over = config.save_every is not None and self.step % config.save_every == 0
             if interrupted or last or steps_over or minutes_over:
                 self._save()
@@ -177,7 +181,8 @@ class Trainer:
         bad_files = [file for batch in micro_batches for file in batch.bad_files]
         # One collective for all numbers, and before the optimiser's step: if any process has a loss or gradient that is not
         # finite, no process may apply it.
-        minutes_over = world.is_main and self._minutes_are_over()  # by one clock, so that all processes save together
+        minutes = math.inf if config.save_minutes is None else config.save_minutes
+        minutes_over = world.is_main and time.monotonic() - self.saved_at >= 60 * minutes  # by one clock for all processes
         *values, norm_sum, num_bad, num_interrupted, save = world.all_sum(
             [*sums.values(), norm, len(bad_files), interrupt.requested, minutes_over]
         )
@@ -186,6 +191,8 @@ class Trainer:
         self._check_finite(means["loss"], norm_sum)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.average is not None:
+            self.average.update()
         self.schedule.step()
         self.step += 1
         line = {"step": self.step, "epoch": epoch, **means, "lr": lr, "grad_norm": norm_sum / world.size}
@@ -208,23 +215,13 @@ class Trainer:
         good = self.checkpoint if self.checkpoint is not None else "there is none yet"
         raise Diverged(f"step {self.step + 1}: the {reason}; last good checkpoint: {good}")
 
-    def _evaluation_due(self) -> bool:
+    def _validation_due(self) -> bool:
         """Return whether the model is to be evaluated at the current step."""
-        every = self.config.evaluate_every
-        return self.val is not None and (self.step == self.total or (every is not None and self.step % every == 0))
+        return self.validation is not None and self.validation.due(self.step, self.total)
 
-    def _evaluate(self, epoch: int, log: Log | None, interrupt: Interrupt) -> bool:
-        """Evaluate the model and write the results to the log; return False if an interrupt ended that."""
-        assert self.val is not None
-        workers = self.config.data.workers
-        evaluation = evaluate(
-            self.task, self.val, self.micro_batch_size, self.world, self._autocast(), workers, interrupt
-        )
-        if evaluation is None:
-            return False
-        if log is not None:
-            log.write_evaluation({"step": self.step, "epoch": epoch, **evaluation.results}, evaluation.bad_files)
-        return True
+    def _validate(self, epoch: int, log: Log | None, interrupt: Interrupt) -> bool:
+        """Evaluate the model; return False if an interrupt ended that."""
+        return self.validation is None or self.validation.run(self.step, epoch, log, self._autocast(), interrupt)
 
     def _clip_folder(self, key: str, classes: Sequence[str] | None) -> ClipFolder:
         """Return the videos of data.train or data.val. Raise ValueError that names the key."""
@@ -252,18 +249,15 @@ class Trainer:
         dtype = AUTOCAST_DTYPES.get(self.config.precision)
         return torch.autocast(self.world.device.type, dtype, enabled=dtype is not None)
 
-    def _minutes_are_over(self) -> bool:
-        """Return whether save_minutes have passed since the last checkpoint, or since the beginning."""
-        minutes = self.config.save_minutes
-        return minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
-
     def _save(self) -> None:
         """Write a checkpoint of the current step."""
         state = {
             "step": self.step, "videos": len(self.data), "processes": self.world.size, "scaler": self.scaler.state_dict(),
         }  # fmt: skip
         folder, keep = self.folder / run_folder.CHECKPOINTS, self.config.keep
-        self.checkpoint = checkpoints.save(folder, state, self.task.student, self.optimizer, self.world, keep)
+        self.checkpoint = checkpoints.save(
+            folder, state, self.task.student, self.optimizer, self.ema_tensors, self.world, keep
+        )
         self.saved_at = time.monotonic()
 
     def _resume(self, checkpoint: Path) -> None:
@@ -280,7 +274,7 @@ class Trainer:
         if state["processes"] != self.world.size:
             effect = "a step takes the same videos, and draws otherwise"
             self.changes.append(f"processes: {state['processes']} -> {self.world.size}; {effect}")
-        checkpoints.load(checkpoint, self.task.student, self.optimizer, self.world)
+        checkpoints.load(checkpoint, self.task.student, self.optimizer, self.ema_tensors, self.world)
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         # the learning rates follow from the step, so the scheduler is set instead of stored

@@ -1,4 +1,4 @@
-"""A killed training resumes bit for bit; a checkpoint that cannot be written leaves the one before it."""
+"""A killed training resumes bit for bit, its EMA too; a checkpoint that cannot be written leaves the last one."""
 
 import os
 import resource
@@ -16,7 +16,8 @@ from fused.train import evaluation
 from harness.instruments.two_processes import log, steps, tensors
 
 STEPS, EVERY = 8, 3
-ARGUMENTS = [*SMALL, "task=finetune", f"steps={STEPS}", f"save_every={EVERY}", "evaluate_every=4", "model.drop_path_rate=0.3"]
+ARGUMENTS = [*SMALL, "task=finetune", f"steps={STEPS}", "model.drop_path_rate=0.3", "ema=0.6"]
+ARGUMENTS += [f"save_every={EVERY}", "evaluate_every=4"]
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +36,15 @@ def arguments(folder: Path, run: str) -> list[str]:
 
 
 def assert_same(folder: Path, run: str) -> None:
-    """Assert that log, last checkpoint and model equal those of the uninterrupted run."""
+    """Assert that log, last checkpoint and models equal those of the uninterrupted run."""
     expected, run = folder / "uninterrupted", folder / run
     assert log(run) == log(expected) and [line["step"] for line in steps(run)] == list(range(1, STEPS + 1))
     last = f"checkpoints/step-{STEPS:08d}"
     ours, theirs = tensors(run / last), tensors(expected / last)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert (run / "model/model.safetensors").read_bytes() == (expected / "model/model.safetensors").read_bytes()
+    assert {name.partition(".")[0] for name in ours} == {"model", "optimizer", "ema"}
+    for file in ("model/model.safetensors", "model-ema/model.safetensors"):
+        assert (run / file).read_bytes() == (expected / file).read_bytes(), file
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["last", "step-00000006", "step-00000008"]
 
 
@@ -129,10 +132,11 @@ def small_disk() -> None:
 
 def test_full_disk(folder: Path) -> None:
     run = folder / "full"
-    code, output = train([*arguments(folder, "full"), "steps=3"], folder=folder)
+    words = [*arguments(folder, "full"), "data.val=null"]
+    code, output = train([*words, "steps=3"], folder=folder)
     assert code == 0, output
     before = tensors(run / "checkpoints/step-00000003")
-    code, output = train(arguments(folder, "full"), fault=small_disk, folder=folder)
+    code, output = train(words, fault=small_disk, folder=folder)
     assert code == 1 and "Traceback" not in output, output
     assert "step-00000006: not written, the checkpoint before it stays" in output, output
     assert "MiB are free there): OSError" in output, output

@@ -59,6 +59,7 @@ def test_only_keys_that_the_task_reads_are_printed(capsys: pytest.CaptureFixture
         ([*LEAST, "deterministic=maybe"], "deterministic is 'maybe'; allowed: True or False"),
         ([*LEAST, "seed=-1"], "seed is -1; allowed: an integer from 0"),
         ([*LEAST, "precision=half"], "precision is 'half'; allowed: one of 'float32', 'bfloat16', 'float16'"),
+        ([*LEAST, "ema=1"], "ema is 1; allowed: a rate between 0 and 1, such as 0.9999, or None"),
         ([*LEAST, "save_minutes=0"], "save_minutes is 0; allowed: a positive number, or None"),
         ([*LEAST, "save_every=0"], "save_every is 0; allowed: a positive integer, or None"),
         ([*LEAST, "accumulate=3"], "accumulate is 3; allowed: a divisor of batch_size (8)"),
