@@ -82,7 +82,8 @@ class Trainer:
         self.checkpoint = checkpoints.newest(self.folder / run_folder.CHECKPOINTS)
         if self.checkpoint is not None:
             self._resume(self.checkpoint)
-        self.validation = Validation(config, self.task, val, world, self.average) if val is not None else None
+        resumed = self.checkpoint is not None
+        self.validation = Validation(config, self.task, val, world, self.average, resumed) if val is not None else None
 
     def describe(self) -> list[str]:
         """Return lines for the terminal: the model, the data, the number of steps, and the step to resume from."""

@@ -1,4 +1,4 @@
-"""The folder of a run: config.yaml, log.jsonl, checkpoints/, and at the end model/, with an EMA also model-ema/."""
+"""The folder of a run: config.yaml, log.jsonl, checkpoints/, best/, and at the end model/, with an EMA also model-ema/."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -16,7 +16,7 @@ from fused.train.log import Log, import_summary_writer
 from fused.train.parallel import World
 
 CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"
-MODEL, MODEL_EMA = "model", "model-ema"  # folders for `from_pretrained`
+MODEL, MODEL_EMA, BEST = "model", "model-ema", "best"  # folders for `from_pretrained`
 
 
 def check_run(folder: Path, config: TrainConfig) -> list[str]:

@@ -1,4 +1,4 @@
-"""A killed training resumes bit for bit, its EMA too; a checkpoint that cannot be written leaves the last one."""
+"""A killed training resumes bit for bit, EMA and best model too; a checkpoint that cannot be written leaves the last one."""
 
 import os
 import resource
@@ -43,7 +43,7 @@ def assert_same(folder: Path, run: str) -> None:
     ours, theirs = tensors(run / last), tensors(expected / last)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert {name.partition(".")[0] for name in ours} == {"model", "optimizer", "ema"}
-    for file in ("model/model.safetensors", "model-ema/model.safetensors"):
+    for file in ("model/model.safetensors", "model-ema/model.safetensors", "best/model.safetensors", "best/best.json"):
         assert (run / file).read_bytes() == (expected / file).read_bytes(), file
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["last", "step-00000006", "step-00000008"]
 
