@@ -59,8 +59,10 @@ def leave_signals_to_parent(worker: int) -> None:
 
     A terminal, `timeout`, torchrun and schedulers signal every process of a group. The training process answers, and needs its
     workers for the rest of its step. It ends them with SIGTERM where it does not come to stop them otherwise. A worker also
-    ends when its parent is gone.
+    ends when its parent is gone. The start method has to be fork, the default of Linux: with others a worker may have threads
+    by now that SIGTERM is delivered to.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     creator = multiprocessing.parent_process()
     parents = {os.getppid()} | ({creator.pid} if creator is not None else set())  # two with the start method forkserver
