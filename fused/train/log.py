@@ -59,7 +59,7 @@ class Log:
         self._file.flush()  # a killed process loses no line
         if self._board is not None:
             for name, value in line.items():
-                if name not in ("step", "epoch") and isinstance(value, int | float):
+                if name not in ("step", "epoch") and isinstance(value, int | float) and not isinstance(value, bool):
                     self._board.add_scalar(name, value, line["step"])
 
     def write_step(self, line: dict[str, Any], bad_files: Iterable[BadFile], logged: bool) -> None:

@@ -135,13 +135,17 @@ def without_board() -> None:
 
 
 def test_tensorboard(folder: Path) -> None:
-    more = arguments(folder, "board", "task=finetune", "tensorboard=true")
+    """It gets the numbers of steps and evaluations, and nothing of a file that could not be read."""
+    val = class_folders(folder / "board-val", 1)
+    (val / "side0" / "broken.avi").write_bytes(b"no video")
+    more = arguments(folder, "board", "task=finetune", "tensorboard=true", f"data.val={val}")
     code, output = train([*more, "steps=2"], fault=without_board, folder=folder)
     assert code == 2 and "tensorboard is true, and it is not installed: pip install tensorboard" in output, output
     code, output = train([*more, "steps=2"], [*more, "steps=3"], fault=with_board, folder=folder)
     assert code == 0, output
     scalars = [line.split() for line in (folder / "board/board.txt").read_text().splitlines()]
     assert [step for name, _, step in scalars if name == "from"] == ["1", "3"]
+    assert "val_top1" in {name for name, _, _ in scalars} and not {"too_short", "bad"} & {name for name, _, _ in scalars}
     assert [float(value) for name, value, _ in scalars if name == "loss"] == [line["loss"] for line in steps(folder / "board")]
 
 
