@@ -39,8 +39,7 @@ def save(
     """Write the checkpoint of step `state["step"]`, name it in `last`, keep the newest `keep`, and return its path.
 
     Every process of the world calls this function. `state` is plain data for JSON, `ema` holds averages of parameters by name,
-    or nothing. Raises NotWritten, an OSError, in all
-    processes if the checkpoint cannot be written; the one before it stays.
+    or nothing. Raises NotWritten, an OSError, in all processes if the checkpoint cannot be written; the one before it stays.
     """
     final = folder / f"step-{state['step']:08d}"
     draft = folder / f".{final.name}.part"
