@@ -1,7 +1,7 @@
 """python -m fused.train [--config FILE.yaml] [key=value ...]
 
-Exit codes: 0 done; 1 failed while training; 2 a wrong option, configuration, model or folder; 130 interrupted, a checkpoint
-was saved, and the same command resumes.
+Exit codes: 0 done; 1 failed while training; 2 a wrong option, configuration, model or folder; 130 interrupted by Ctrl-C or
+SIGTERM, a checkpoint was saved, and the same command resumes. A second signal, at least a second after the first, ends at once.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from pathlib import Path
 from fused.io.atomic_write import NotWritten
 from fused.train.config_file import read_config, to_yaml
 from fused.train.data.clips import UnreadableFiles
+from fused.train.log import escape_what_cannot_be_printed
 from fused.train.loop import Diverged, Trainer
 from fused.train.parallel import joined_world
 from fused.train.run_folder import check_writable
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="also make the models and look at the data, but take no step")
     options = parser.parse_intermixed_args(arguments)
     is_main = os.environ.get("RANK", "0") == "0"
+    escape_what_cannot_be_printed(sys.stdout)
     logging.basicConfig(format="%(message)s", level=logging.INFO if is_main else logging.ERROR)
 
     training = False

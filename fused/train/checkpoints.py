@@ -1,6 +1,6 @@
 """Checkpoints of a training: folders of torch.distributed.checkpoint, written atomically.
 
-    checkpoints/step-00000500/    parameters and the optimiser's tensors, by name; training.json: the step, the scaler
+    checkpoints/step-00000500/    parameters, the optimiser's tensors and the EMA, by name; training.json: the step, the scaler
     checkpoints/last              the name of the newest complete one
 
 A checkpoint is written to a draft folder, which is then renamed, and then named in `last`. Each of the two is one atomic
@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,14 @@ from fused.train.parallel import World
 POINTER, STATE_FILE = "last", "training.json"
 
 
-def save(folder: Path, state: dict[str, Any], model: nn.Module, optimizer: Optimizer, world: World, keep: int) -> Path:
+def save(
+    folder: Path, state: dict[str, Any], model: nn.Module, optimizer: Optimizer, ema: Mapping[str, Tensor], world: World,
+    keep: int,
+) -> Path:  # fmt: skip
     """Write the checkpoint of step `state["step"]`, name it in `last`, keep the newest `keep`, and return its path.
 
-    Every process of the world calls this function. `state` is plain data for JSON. Raises NotWritten, an OSError, in all
-    processes if the checkpoint cannot be written; the one before it stays.
+    Every process of the world calls this function. `state` is plain data for JSON, `ema` holds averages of parameters by name,
+    or nothing. Raises NotWritten, an OSError, in all processes if the checkpoint cannot be written; the one before it stays.
     """
     final = folder / f"step-{state['step']:08d}"
     draft = folder / f".{final.name}.part"
@@ -50,7 +53,7 @@ def save(folder: Path, state: dict[str, Any], model: nn.Module, optimizer: Optim
     error: BaseException | None = None
     try:
         with _without_group_warning():
-            dcp.save(_tensors(model, optimizer), checkpoint_id=draft, no_dist=not world.has_group)
+            dcp.save(_tensors(model, optimizer, ema), checkpoint_id=draft, no_dist=not world.has_group)
         if world.is_main:
             with atomic_write(draft / STATE_FILE) as file:
                 file.write_text(json.dumps(state))
@@ -88,8 +91,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / STATE_FILE).read_text())
 
 
-def load(checkpoint: Path, model: nn.Module, optimizer: Optimizer, world: World) -> None:
-    """Load parameters and the optimiser's tensors, bit for bit, into a model that is already sharded.
+def load(checkpoint: Path, model: nn.Module, optimizer: Optimizer, ema: Mapping[str, Tensor], world: World) -> None:
+    """Load parameters, the optimiser's tensors and averages, bit for bit, into a model and `ema` that are already sharded.
 
     Every process of the world calls this function. Raises CheckpointError for a checkpoint that is damaged or of another
     model.
@@ -97,20 +100,20 @@ def load(checkpoint: Path, model: nn.Module, optimizer: Optimizer, world: World)
     try:
         metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
         _allocate_optimizer_state(metadata, model, optimizer)
-        tensors = _tensors(model, optimizer)
+        tensors = _tensors(model, optimizer, ema)
         with _without_group_warning():
             dcp.load(tensors, checkpoint_id=checkpoint, no_dist=not world.has_group)
     except (Exception, CheckpointException) as error:  # a damaged file can raise anything
         raise CheckpointError(f"{checkpoint} cannot be read, or is of another model: {_root_cause(error)}") from error
 
 
-def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Return all tensors of a checkpoint by name. They share memory with model and optimiser, so that loading is in place."""
+def _tensors(model: nn.Module, optimizer: Optimizer, ema: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return all tensors of a checkpoint by name. They share memory with the arguments, so that loading is in place."""
     tensors = {f"model.{name}": value.detach() for name, value in model.named_parameters()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{key}.{name}"] = value
-    return tensors
+    return tensors | {f"ema.{name}": value for name, value in ema.items()}
 
 
 def _allocate_optimizer_state(metadata: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> None:

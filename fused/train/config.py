@@ -43,8 +43,8 @@ PATH_KEYS = ("out", "start", "teacher", "data.train", "data.val")  # ~ in front 
 OWNERS = {"img_size": "data.size", "num_frames": "data.frames", "pretrained": "start"}
 # Keys that may differ when a run is resumed. All others affect the bits of the weights.
 RESUMABLE_KEYS = (
-    "out", "steps", "epochs", "data.val", "data.workers", "parallel", "log_every", "save_every", "keep", "evaluate_every",
-    "tensorboard",
+    "out", "steps", "epochs", "data.val", "data.workers", "parallel", "log_every", "save_every", "save_minutes", "keep",
+    "evaluate_every", "tensorboard",
 )  # fmt: skip
 
 
@@ -133,6 +133,7 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     mix: MixConfig = field(default_factory=MixConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
+    ema: float | None = None  # rate of an exponential moving average of the weights, such as 0.9999
     precision: str = "float32"  # bfloat16, float16: autocast over float32 parameters; float16 with loss scaling
     backend: str = "auto"  # of the model, see fused.backends
     device: str = "auto"
@@ -140,7 +141,8 @@ class TrainConfig:
     seed: int = 0
     deterministic: bool = False
     log_every: int = 10  # log_every, save_every and evaluate_every count steps
-    save_every: int = 500
+    save_every: int | None = 500
+    save_minutes: int | float | None = 10  # a checkpoint that many minutes after the last one, besides those of save_every
     keep: int = 2  # checkpoints
     evaluate_every: int | None = None  # None: once, at the end
     tensorboard: bool = False
@@ -252,9 +254,8 @@ SECTIONS = {"data": DataConfig, "optim": OptimConfig, "loss": LossConfig, "mix":
 RULES = (
     dict.fromkeys(("out", "data.train"), _FOLDER)
     | dict.fromkeys(("start", "teacher"), _NAME.optional())
-    | dict.fromkeys(("data.frames", "data.stride", "batch_size", "accumulate", "log_every"), COUNT)
-    | dict.fromkeys(("save_every", "keep"), COUNT)
-    | dict.fromkeys(("steps", "epochs", "evaluate_every"), COUNT.optional())
+    | dict.fromkeys(("data.frames", "data.stride", "batch_size", "accumulate", "log_every", "keep"), COUNT)
+    | dict.fromkeys(("steps", "epochs", "evaluate_every", "save_every"), COUNT.optional())
     | dict.fromkeys(("data.workers", "optim.warmup_steps"), COUNT_OR_0)
     | dict.fromkeys(("data.flip", "optim.warmup_start", "optim.floor", "loss.label_smoothing"), FRACTION)
     | dict.fromkeys(("mix.probability", "mix.switch"), FRACTION)
@@ -278,6 +279,8 @@ RULES = (
         "optim.layer_decay": Rule(lambda value: is_number(value, lambda x: 0 < x <= 1), "a number above 0, up to 1"),
         "optim.rule": one_of(DECAY_RULES),
         "optim.clip_grad": POSITIVE.optional(),
+        "save_minutes": POSITIVE.optional(),
+        "ema": Rule(lambda value: is_number(value, lambda x: 0 < x < 1), "a rate between 0 and 1, such as 0.9999").optional(),
         "loss.alignment": one_of(ALIGNMENTS),
         "mask.kind": one_of(MASKS),
         "mask.ratio": RATE,

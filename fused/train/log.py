@@ -1,17 +1,19 @@
 """The log of a training: JSON lines in log.jsonl, optionally TensorBoard, and progress on the terminal."""
 
+import io
 import json
 import math
 import resource
 import sys
 import time
-from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fused.io.atomic_write import atomic_write
+from fused.train.data.clips import BadFile
 
 LOG_FILE = "log.jsonl"
 
@@ -19,9 +21,9 @@ LOG_FILE = "log.jsonl"
 class Log:
     """The log of one run, written by one process.
 
-    A line is a step (step, epoch, loss, lr, ...), an evaluation (step, epoch, val_...) or a file that could not be read
-    (step, epoch, bad). Lines that a killed training wrote after `step`, from which the run resumes, are removed, so that no
-    step occurs twice.
+    A line is a step (step, epoch, loss, lr, ...), an evaluation (step, epoch, val_...) or a file that gave no clip (step,
+    epoch, file, too_short, bad: a sentence), which is written the first time that this happens. Lines that a killed training
+    wrote after `step`, from which the run resumes, are removed, so that no step occurs twice.
     """
 
     def __init__(self, folder: Path, step: int, total: int, tensorboard: bool = False) -> None:
@@ -31,8 +33,11 @@ class Log:
         """
         self.total, self.start_step, self.start_time = total, step, time.perf_counter()
         self.stream = sys.stdout
-        self.unreadable = Counter(line["bad"] for line in _truncate(folder / LOG_FILE, step) if "bad" in line)
-        self._file = open(folder / LOG_FILE, "a")
+        escape_what_cannot_be_printed(self.stream)
+        lines = _truncate(folder / LOG_FILE, step)
+        self.evaluated = any("val_top1" in line and line["step"] == step for line in lines)  # at `step`
+        self._bad_files = {line["file"]: line for line in lines if "file" in line}
+        self._file = open(folder / LOG_FILE, "a", encoding="utf-8")
         self._board = import_summary_writer()(str(folder / "tensorboard"), purge_step=step + 1) if tensorboard else None
         self._line_open = False  # whether the terminal's last line has no end yet
 
@@ -54,32 +59,40 @@ class Log:
         self._file.flush()  # a killed process loses no line
         if self._board is not None:
             for name, value in line.items():
-                if name not in ("step", "epoch") and isinstance(value, int | float):
+                if name not in ("step", "epoch") and isinstance(value, int | float) and not isinstance(value, bool):
                     self._board.add_scalar(name, value, line["step"])
 
-    def write_step(self, line: dict[str, Any], unreadable: list[str], logged: bool) -> None:
-        """Write a step's line if it is to be `logged`, and the files that it could not read; print the progress."""
-        for sentence in unreadable:
-            self.write_unreadable(line["step"], line["epoch"], sentence)
+    def write_step(self, line: dict[str, Any], bad_files: Iterable[BadFile], logged: bool) -> None:
+        """Write a step's line if it is to be `logged`, and the files that gave it no clip; print the progress."""
+        self.write_bad_files(line, bad_files)
         if logged:
             self.write(line)
         self.progress(line, logged)
 
-    def write_evaluation(self, line: dict[str, Any], unreadable: list[str]) -> None:
-        """Write and print an evaluation's line, and the files that it could not read."""
-        for sentence in unreadable:
-            self.write_unreadable(line["step"], line["epoch"], sentence)
+    def write_evaluation(self, line: dict[str, Any], bad_files: Iterable[BadFile]) -> None:
+        """Write and print an evaluation's line, and the files that gave it no clip."""
+        self.write_bad_files(line, bad_files)
         self.write(line)
-        self.print_line(
-            "step {step}: top-1 {val_top1:.2%}, top-5 {val_top5:.2%} of {val_videos:.0f} videos".format(**line)
-        )
+        top5 = f", top-5 {_accuracy(line, 'top5')}" if "val_top5" in line else ""
+        text = f"step {line['step']}: top-1 {_accuracy(line, 'top1')}{top5} of {line['val_read']} videos"
+        if line["val_read"] < line["val_listed"]:
+            reasons = _reasons(line["val_unreadable"], line["val_too_short"], line["val_listed"])
+            text += f" that were read; top-1 {_accuracy(line, 'top1_all')} of all {line['val_listed']}: {reasons}"
+        self.print_line(text)
 
-    def write_unreadable(self, step: int, epoch: int, sentence: str) -> None:
-        """Write a file that could not be read to the log, and print it the first time that it occurs."""
-        self.write({"step": step, "epoch": epoch, "bad": sentence})
-        if not self.unreadable[sentence]:
-            self.print_line(f"step {step}: left out {sentence}")
-        self.unreadable[sentence] += 1
+    def write_bad_files(self, line: dict[str, Any], bad_files: Iterable[BadFile]) -> None:
+        """Write and print files that gave no clip at the step of `line`, unless that was done before."""
+        for path, sentence, too_short in bad_files:
+            if path not in self._bad_files:
+                entry = {"step": line["step"], "epoch": line["epoch"], "file": path, "too_short": too_short, "bad": sentence}
+                self._bad_files[path] = entry
+                self.write(entry)
+                self.print_line(f"step {line['step']}: left out {sentence}")
+
+    def end_epoch(self, epoch: int, paths: Collection[Path]) -> None:
+        """Print how many files of the training, which are `paths`, gave no clip so far, if this epoch found some."""
+        if any(line["epoch"] == epoch for line in self._bad_files.values()) and (count := self._count_bad(paths)):
+            self.print_line(f"epoch {epoch}: {count}")
 
     def progress(self, line: dict[str, Any], logged: bool) -> None:
         """Print the progress: on a terminal one line that is overwritten, otherwise a line for each `logged` step."""
@@ -98,17 +111,33 @@ class Log:
         else:
             self.print_line(text)
 
-    def print_done(self, step: int, model: Path) -> None:
-        """Print where the model is, and how many files could not be read."""
-        count = len(self.unreadable)
-        note = f"; {count} file{'s' * (count > 1)} could not be read, {LOG_FILE} names them" if count else ""
-        self.print_line(f"done: {step} steps; the model is in {model}{note}")
+    def print_done(self, step: int, models: Sequence[Path], paths: Collection[Path]) -> None:
+        """Print where the model and its EMA are, and how many files of the training, which are `paths`, gave no clip."""
+        count = self._count_bad(paths)
+        note = f"; {count}, {LOG_FILE} names them" if count else ""
+        self.print_line(f"done: {step} steps; the model is in {', its EMA in '.join(map(str, models))}{note}")
+
+    def _count_bad(self, paths: Collection[Path]) -> str:
+        """Return how many of `paths` gave no clip so far, and why, in words; nothing if all gave one."""
+        if not self._bad_files:
+            return ""
+        reasons = [self._bad_files[name]["too_short"] for name in map(str, paths) if name in self._bad_files]
+        return _reasons(reasons.count(False), reasons.count(True), len(paths))
 
     def end_line(self) -> None:
         """End the terminal's line if it is open."""
         if self._line_open:
             print(file=self.stream, flush=True)
             self._line_open = False
+
+
+def escape_what_cannot_be_printed(stream: object) -> None:
+    """Make a stream print a character that its encoding lacks as an escape, such as \\xe9, instead of raising an error.
+
+    File names on Linux may hold any bytes, and a stream may be ASCII.
+    """
+    if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        stream.reconfigure(errors="backslashreplace")
 
 
 def import_summary_writer() -> Any:
@@ -134,7 +163,7 @@ def _truncate(path: Path, step: int) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     lines = []
-    for text in path.read_text().splitlines():
+    for text in path.read_text(encoding="utf-8").splitlines():
         try:
             line = json.loads(text)
         except json.JSONDecodeError:  # incomplete, because the process was killed
@@ -142,13 +171,29 @@ def _truncate(path: Path, step: int) -> list[dict[str, Any]]:
         if line["step"] <= step:
             lines.append(line)
     with atomic_write(path) as draft:
-        draft.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        draft.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return lines
 
 
 def _finite_or_none(value: Any) -> Any:
     """Return None for NaN and infinity, which JSON lacks; a step that the float16 scaler skips may have them."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _accuracy(line: dict[str, Any], name: str) -> str:
+    """Return an accuracy of an evaluation's line, with the EMA's if there is one."""
+    ema = f" (EMA {line[f'val_ema_{name}']:.2%})" if f"val_ema_{name}" in line else ""
+    return f"{line[f'val_{name}']:.2%}{ema}"
+
+
+def _reasons(unreadable: int, too_short: int, total: int) -> str:
+    """Return how many of `total` files gave no clip, and why; nothing if both numbers are 0."""
+    parts = []
+    if unreadable:
+        parts.append(f"{unreadable} of {total} files could not be read")
+    if too_short:
+        parts.append(f"{too_short} of {total} files {'are' if too_short > 1 else 'is'} too short")
+    return " and ".join(parts)
 
 
 def _clock(seconds: float) -> str:

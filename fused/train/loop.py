@@ -1,8 +1,8 @@
 """The training loop: from the newest checkpoint of a run's folder to the last step, with log, evaluation and checkpoints.
 
 All random choices of a step follow from (seed, step, micro-batch, rank), and its clips from (seed, epoch, step). The state of
-a training is therefore its parameters, the optimiser's tensors and the step, and a resumed training has the same bits as one
-that was never stopped.
+a training is therefore its parameters, their EMA, the optimiser's tensors and the step, and a resumed training has the same
+bits as one that was never stopped.
 """
 
 import math
@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,20 +18,30 @@ from torch import Tensor
 from fused import backends
 from fused.train import checkpoints, parallel, run_folder, tasks
 from fused.train.config import TrainConfig
-from fused.train.data.clips import Batch, Batches, ClipFolder, batches
-from fused.train.evaluation import evaluate
+from fused.train.data.clips import BadFile, Batch, Batches, ClipFolder, batches
+from fused.train.ema import WeightAverage
 from fused.train.interrupt import Interrupt
 from fused.train.log import Log, peak_memory_mib
 from fused.train.optim import parameter_groups
 from fused.train.parallel import World
 from fused.train.schedule import cosine_schedule
 from fused.train.seed import derive_seed
+from fused.train.validation import Validation
 
 AUTOCAST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Diverged(RuntimeError):
     """The error for a loss or gradients that are not finite; the message names the step and the last good checkpoint."""
+
+
+class StepResult(NamedTuple):
+    """The results of one step, the same in all processes except for the line's memory."""
+
+    line: dict[str, Any]  # for the log
+    bad_files: list[BadFile]  # the files that gave no clip
+    interrupted: bool  # whether any process was
+    minutes_over: bool  # whether save_minutes have passed since the last checkpoint
 
 
 class Trainer:
@@ -46,7 +56,7 @@ class Trainer:
         if config.backend != "auto":
             backends.choose(config.backend, world.device)  # raises now rather than in the first step
         self.data = self._clip_folder("train", () if config.task == "pretrain" else None)
-        self.val = self._clip_folder("val", self.data.classes) if config.data.val is not None else None
+        val = self._clip_folder("val", self.data.classes) if config.data.val is not None else None
         self.micro_batch_size, remainder = divmod(config.batch_size, world.size * config.accumulate)
         if remainder:
             product = f"processes * accumulate ({world.size} * {config.accumulate})"
@@ -61,15 +71,19 @@ class Trainer:
 
         self.task = tasks.build_task(config, self.data.classes, world.device)
         self.module = parallel.parallelize(self.task, config.parallel, world)
+        self.average = WeightAverage(self.task.student, config.ema) if config.ema is not None else None
+        self.ema_tensors = self.average.tensors if self.average is not None else {}
         optim = config.optim
         groups = parameter_groups(self.task.student, optim.lr, optim.weight_decay, optim.layer_decay, optim.rule)
         self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas)
         self.schedule = cosine_schedule(self.optimizer, self.total, optim.warmup_steps, optim.warmup_start, optim.floor)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "float16")
-        self.step = 0
+        self.step, self.saved_at = 0, time.monotonic()
         self.checkpoint = checkpoints.newest(self.folder / run_folder.CHECKPOINTS)
         if self.checkpoint is not None:
             self._resume(self.checkpoint)
+        resumed = self.checkpoint is not None
+        self.validation = Validation(config, self.task, val, world, self.average, resumed) if val is not None else None
 
     def describe(self) -> list[str]:
         """Return lines for the terminal: the model, the data, the number of steps, and the step to resume from."""
@@ -93,6 +107,7 @@ class Trainer:
         """Train to the last step and write the model; return whether an interrupt came before that.
 
         An interrupt is answered after the current step, with a checkpoint. `step` and `checkpoint` then say where the run is.
+        An evaluation that it ends or prevents is done when the run is resumed.
 
         Raises Diverged, NotWritten (an OSError) for a full disk, UnreadableFiles where too many files cannot be read.
         """
@@ -102,51 +117,51 @@ class Trainer:
         interrupted = False
         try:
             with Interrupt() as interrupt:
+                evaluated = self.world.all_gather(log is not None and log.evaluated)[0]  # at this step, as the log says
+                if self.step > 0 and self._validation_due() and not evaluated:
+                    interrupted = not self._validate((self.step - 1) // self.steps_per_epoch, log, interrupt)
                 while self.step < self.total and not interrupted:
                     interrupted = self._train_epoch(log, interrupt)
-            if not interrupted:
-                model = run_folder.save_model(self.folder, self.config, self.task.student, self.world)
-                if log is not None:
-                    log.print_done(self.step, model)
+                if not interrupted:
+                    models = run_folder.save_models(self.folder, self.config, self.task.student, self.average, self.world)
+                    if log is not None:
+                        log.print_done(self.step, models, self.data.files)
         finally:
             if log is not None:
                 log.close()
         return interrupted
 
     def _train_epoch(self, log: Log | None, interrupt: Interrupt) -> bool:
-        """Train to the end of the current epoch; return whether an interrupt stopped the training before its last step."""
+        """Train to the end of the current epoch; return whether an interrupt stopped the training before its end."""
         config, (epoch, done) = self.config, divmod(self.step, self.steps_per_epoch)
         micro_batches = iter(self._epoch_batches(epoch, skip=done * config.accumulate))
         start, clips = time.perf_counter(), 0
         for _ in range(done, min(self.steps_per_epoch, done + self.total - self.step)):
-            line, unreadable, interrupted = self._train_step(epoch, list(islice(micro_batches, config.accumulate)), interrupt)
+            line, bad_files, interrupted, minutes_over = self._train_step(
+                epoch, list(islice(micro_batches, config.accumulate)), interrupt
+            )
             last = self.step == self.total
             logged = last or self.step % config.log_every == 0
             clips += config.batch_size
             line["clips_per_s"] = clips / (time.perf_counter() - start)
             if log is not None:
-                log.write_step(line, unreadable, logged)
+                log.write_step(line, bad_files, logged)
             if logged:
                 start, clips = time.perf_counter(), 0
             # evaluation comes before the checkpoint, so that a training resumed from it finds the results in the log
-            evaluate_every = config.evaluate_every
-            due = evaluate_every is not None and self.step % evaluate_every == 0 and not interrupted
-            if self.val is not None and (last or due):
-                self._evaluate(self.val, epoch, log)
-            if interrupted or last or self.step % config.save_every == 0:
+            if due := self._validation_due():
+                interrupted = interrupted or not self._validate(epoch, log, interrupt)
+            steps_over = config.save_every is not None and self.step % config.save_every == 0
+            if interrupted or last or steps_over or minutes_over:
                 self._save()
-            if interrupted:
-                return not last
+            if interrupted and (due or not last):
+                return True
+        if log is not None and self.step < self.total:
+            log.end_epoch(epoch, self.data.files)
         return False
 
-    def _train_step(
-        self, epoch: int, micro_batches: list[Batch], interrupt: Interrupt
-    ) -> tuple[dict[str, Any], list[str], bool]:
-        """Take one step of the optimiser.
-
-        Returns the step's log line, a sentence for each file that could not be read, and whether any process was interrupted.
-        All three are the same in all processes, except for the line's memory.
-        """
+    def _train_step(self, epoch: int, micro_batches: list[Batch], interrupt: Interrupt) -> StepResult:
+        """Take one step of the optimiser."""
         config, world, count = self.config, self.world, len(micro_batches)
         self.task.train()
         self.optimizer.zero_grad()
@@ -166,26 +181,30 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         limit = math.inf if config.optim.clip_grad is None else config.optim.clip_grad
         norm = parallel.full_tensor(torch.nn.utils.clip_grad_norm_(self.task.student.parameters(), limit))
-        unreadable = [sentence for batch in micro_batches for sentence in batch.bad]
+        bad_files = [file for batch in micro_batches for file in batch.bad_files]
         # One collective for all numbers, and before the optimiser's step: if any process has a loss or gradient that is not
         # finite, no process may apply it.
-        *values, norm_sum, num_unreadable, num_interrupted = world.all_sum(
-            [*sums.values(), norm, len(unreadable), interrupt.requested]
+        minutes = math.inf if config.save_minutes is None else config.save_minutes
+        minutes_over = world.is_main and time.monotonic() - self.saved_at >= 60 * minutes  # by one clock for all processes
+        *values, norm_sum, num_bad, num_interrupted, save = world.all_sum(
+            [*sums.values(), norm, len(bad_files), interrupt.requested, minutes_over]
         )
         means = dict(zip(sums, (value / (world.size * count) for value in values), strict=True))
         lr = max(group["lr"] for group in self.optimizer.param_groups)
         self._check_finite(means["loss"], norm_sum)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.average is not None:
+            self.average.update()
         self.schedule.step()
         self.step += 1
         line = {"step": self.step, "epoch": epoch, **means, "lr": lr, "grad_norm": norm_sum / world.size}
         if self.scaler.is_enabled():
             line["scale"] = self.scaler.get_scale()  # lower than in the line before: this step was skipped
         line["memory_mib"] = peak_memory_mib(world.device)
-        if num_unreadable:
-            unreadable = [sentence for sentences in world.all_gather(unreadable) for sentence in sentences]
-        return line, unreadable, num_interrupted > 0
+        if num_bad:
+            bad_files = [file for files in world.all_gather(bad_files) for file in files]
+        return StepResult(line, bad_files, num_interrupted > 0, save > 0)
 
     def _check_finite(self, loss: float, norm: float) -> None:
         """Raise Diverged unless loss and gradient norm are finite.
@@ -199,12 +218,13 @@ class Trainer:
         good = self.checkpoint if self.checkpoint is not None else "there is none yet"
         raise Diverged(f"step {self.step + 1}: the {reason}; last good checkpoint: {good}")
 
-    def _evaluate(self, dataset: ClipFolder, epoch: int, log: Log | None) -> None:
-        """Evaluate the model and write the results to the log."""
-        autocast, workers = self._autocast(), self.config.data.workers
-        results, unreadable = evaluate(self.task, dataset, self.micro_batch_size, self.world, autocast, workers)
-        if log is not None:
-            log.write_evaluation({"step": self.step, "epoch": epoch, **results}, unreadable)
+    def _validation_due(self) -> bool:
+        """Return whether the model is to be evaluated at the current step."""
+        return self.validation is not None and self.validation.due(self.step, self.total)
+
+    def _validate(self, epoch: int, log: Log | None, interrupt: Interrupt) -> bool:
+        """Evaluate the model; return False if an interrupt ended that."""
+        return self.validation is None or self.validation.run(self.step, epoch, log, self._autocast(), interrupt)
 
     def _clip_folder(self, key: str, classes: Sequence[str] | None) -> ClipFolder:
         """Return the videos of data.train or data.val. Raise ValueError that names the key."""
@@ -240,7 +260,10 @@ class Trainer:
             "step": self.step, "videos": len(self.data), "processes": self.world.size, "scaler": self.scaler.state_dict(),
         }  # fmt: skip
         folder, keep = self.folder / run_folder.CHECKPOINTS, self.config.keep
-        self.checkpoint = checkpoints.save(folder, state, self.task.student, self.optimizer, self.world, keep)
+        self.checkpoint = checkpoints.save(
+            folder, state, self.task.student, self.optimizer, self.ema_tensors, self.world, keep
+        )
+        self.saved_at = time.monotonic()
 
     def _resume(self, checkpoint: Path) -> None:
         """Load a checkpoint. Raise ValueError if it does not fit the number of steps or of videos, or CheckpointError."""
@@ -256,7 +279,7 @@ class Trainer:
         if state["processes"] != self.world.size:
             effect = "a step takes the same videos, and draws otherwise"
             self.changes.append(f"processes: {state['processes']} -> {self.world.size}; {effect}")
-        checkpoints.load(checkpoint, self.task.student, self.optimizer, self.world)
+        checkpoints.load(checkpoint, self.task.student, self.optimizer, self.ema_tensors, self.world)
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         # the learning rates follow from the step, so the scheduler is set instead of stored

@@ -53,6 +53,10 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def any(self, flag: bool) -> bool:
+        """Return whether `flag` is true in any process. It takes one collective."""
+        return self.all_sum([flag])[0] > 0 if self.has_group else flag
+
     def barrier(self) -> None:
         """Wait until all processes have called this."""
         if self.has_group:
@@ -119,6 +123,16 @@ def gradient_sync(module: nn.Module, task: Task, enabled: bool) -> AbstractConte
     if isinstance(module, DistributedDataParallel) and not enabled:
         return module.no_sync()
     return nullcontext()
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the gathered parameters of a model that FSDP2 shards, so that `parameters()` returns the shards again.
+
+    A forward without a backward leaves the outermost module's parameters gathered. Other models stay as they are.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def full_tensor(x: Tensor) -> Tensor:

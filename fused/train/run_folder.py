@@ -1,4 +1,4 @@
-"""The folder of a run: config.yaml, log.jsonl, checkpoints/, and at the end model/."""
+"""The folder of a run: config.yaml, log.jsonl, checkpoints/, best/, and at the end model/, with an EMA also model-ema/."""
 
 import tempfile
 from collections.abc import Sequence
@@ -13,10 +13,12 @@ from fused.models.videomamba.model import VideoMamba, VideoMambaEncoder
 from fused.train import checkpoints
 from fused.train.config import RESUMABLE_KEYS, TrainConfig, flatten
 from fused.train.config_file import parse_yaml, to_yaml
+from fused.train.ema import WeightAverage
 from fused.train.log import Log, import_summary_writer
 from fused.train.parallel import World
 
-CONFIG, CHECKPOINTS, MODEL = "config.yaml", "checkpoints", "model"
+CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"
+MODEL, MODEL_EMA, BEST = "model", "model-ema", "best"  # folders for `from_pretrained`
 
 
 def check_writable(folder: Path) -> None:
@@ -77,8 +79,21 @@ def open_run(folder: Path, config: TrainConfig, step: int, total: int, descripti
     return log
 
 
-def save_model(folder: Path, config: TrainConfig, student: VideoMamba | VideoMambaEncoder, world: World) -> Path:
-    """Write the student as a folder for `from_pretrained`, and return its path. Every process calls this function.
+def save_models(
+    folder: Path, config: TrainConfig, student: VideoMamba | VideoMambaEncoder, average: WeightAverage | None, world: World
+) -> list[Path]:
+    """Write the trained student, and its EMA if there is one, and return the paths. Every process calls this function."""
+    written = [save_model(folder, config, student, world)]
+    if average is not None:
+        with average.swapped():
+            written.append(save_model(folder, config, student, world, MODEL_EMA))
+    return written
+
+
+def save_model(
+    folder: Path, config: TrainConfig, student: VideoMamba | VideoMambaEncoder, world: World, name: str = MODEL
+) -> Path:
+    """Write the student as the folder `name` for `from_pretrained`, and return its path. Every process calls this function.
 
     A student of distillation is written as a classifier, without its distillation head, which only checkpoints keep.
     """
@@ -91,5 +106,5 @@ def save_model(folder: Path, config: TrainConfig, student: VideoMamba | VideoMam
         model.preprocessing = student.preprocessing
         if isinstance(model, VideoMamba) and isinstance(student, VideoMamba):
             model.labels = student.labels
-        model.save_pretrained(folder / MODEL)
-    return folder / MODEL
+        model.save_pretrained(folder / name)
+    return folder / name

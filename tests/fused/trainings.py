@@ -3,6 +3,7 @@
 The processes are forked from one that has imported PyTorch and not used it: each starts in milliseconds.
 """
 
+import contextlib
 import multiprocessing
 import os
 import runpy
@@ -24,6 +25,7 @@ SMALL = (
     "optim.lr=3e-3 log_every=1 deterministic=true device=cpu"
 ).split()
 TIMEOUT = 60  # seconds
+WORKERS_TIMEOUT = 5  # seconds after the end of their training
 
 Fault = Callable[[], None]  # called in the process before the training
 
@@ -75,14 +77,34 @@ def _join(process: ForkServerProcess) -> int:
     return process.exitcode
 
 
-def signal_at_step(arguments: list[str], run: Path, step: int, number: signal.Signals, output: Path | None = None) -> int:
-    """Start a training, send it a signal when its log has reached a step, and return the exit code."""
-    process = start(arguments, output=output)
+def signal_at_step(
+    arguments: list[str], run: Path, step: int, number: signal.Signals, output: Path | None = None, to_group: bool = False
+) -> int:
+    """Start a training, send it a signal when its log has reached a step, and return the exit code.
+
+    With `to_group` its workers get the signal too, as from a terminal or a scheduler, and every process has to end.
+    """
+    process = start(arguments, fault=os.setsid, output=output)  # the leader of a process group of its own
     while process.is_alive() and not any(line.get("step", 0) >= step for line in log(run)):
         time.sleep(0.01)
     assert process.pid is not None
-    os.kill(process.pid, number)
-    return _join(process)
+    (os.killpg if to_group else os.kill)(process.pid, number)
+    code, end = _join(process), time.monotonic() + WORKERS_TIMEOUT
+    while remaining := running_in_group(process.pid):
+        assert time.monotonic() < end, f"the processes {remaining} did not end with their training"
+        time.sleep(0.01)
+    return code
+
+
+def running_in_group(group: int) -> list[int]:
+    """Return the processes of a process group that have not ended."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended since
+            state, _, its_group = path.read_text().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state != "Z":
+                found.append(int(path.parent.name))
+    return found
 
 
 def class_folders(root: Path, videos_per_class: int, sides: tuple[int, ...] = (0, 20)) -> Path:

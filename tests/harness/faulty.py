@@ -134,8 +134,8 @@ def in_processes():
         ddp = isinstance(module, torch.nn.parallel.DistributedDataParallel)
         return module.no_sync() if ddp else gradient_sync(module, task, enabled)
 
-    def forgetful(checkpoint, model, optimizer, world):
-        load(checkpoint, model, optimizer, world)
+    def forgetful(checkpoint, model, optimizer, *more):
+        load(checkpoint, model, optimizer, *more)
         if isinstance(model, torch.distributed.fsdp.FSDPModule):
             optimizer.state.clear()
 

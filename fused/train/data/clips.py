@@ -11,7 +11,6 @@ batch. A file that cannot be read does not end a training: another file replaces
 import gc
 import math
 import random
-import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
@@ -25,12 +24,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from fused.io.picture import Size, centre_crop, height_width
 from fused.io.preprocessing import SAMPLINGS, SHORT_VIDEOS
-from fused.io.video import Times, VideoError, decode_frames
+from fused.io.video import Times, VideoError, VideoTooShort, decode_frames
 from fused.rules import check_integer, check_number
 from fused.runtime.checks import check_choice
 from fused.train.data.augment import Crop
 from fused.train.data.listing import list_videos
 from fused.train.data.sampling import FrameSampling
+from fused.train.interrupt import blocked_signals, leave_signals_to_parent
 
 MAX_CONSECUTIVE_FAILURES = 32  # more than single bad files explain: the path is wrong, or the disk is gone
 MAX_ERRORS_SHOWN = 3
@@ -44,6 +44,14 @@ class UnreadableFiles(RuntimeError):
         super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
 
 
+class BadFile(NamedTuple):
+    """A file that gave no clip."""
+
+    path: str  # as the dataset lists it
+    sentence: str  # names the file and says what is wrong with it
+    too_short: bool  # whether the file is intact and has too few frames
+
+
 @dataclass(frozen=True)
 class Batch:
     """Clips of `batches`. In evaluation there may be fewer than the batch size, or none."""
@@ -51,11 +59,16 @@ class Batch:
     clips: Float[Tensor, "B 3 T H W"]  # float32, normalised by ImageNet's mean and standard deviation
     labels: Int[Tensor, " B"]  # int64; -1 for every clip of a dataset without classes
     indices: Int[Tensor, " B"]  # int64, into the dataset's files
-    bad: tuple[str, ...]  # a sentence for each file that could not be read for this batch, which names it
+    bad_files: tuple[BadFile, ...]  # the files that gave no clip for this batch
+
+    @property
+    def bad(self) -> tuple[str, ...]:
+        """A sentence for each file that gave no clip for this batch, which names it and says what is wrong with it."""
+        return tuple(file.sentence for file in self.bad_files)
 
     def pin_memory(self) -> "Batch":
         """Return the same batch in pinned memory, from which copies to a GPU overlap with computation."""
-        return Batch(self.clips.pin_memory(), self.labels.pin_memory(), self.indices.pin_memory(), self.bad)
+        return Batch(self.clips.pin_memory(), self.labels.pin_memory(), self.indices.pin_memory(), self.bad_files)
 
 
 class Sample(NamedTuple):
@@ -159,9 +172,10 @@ def batches(
     Without `drop_last`, for evaluation, every readable file occurs exactly once over all ranks. All ranks have equally many
     steps, and the last batch is divided evenly, so that it may be empty on some ranks.
 
-    `workers` processes decode in advance (0: the calling process decodes). They ignore Ctrl-C's signal; the calling process
-    ends them. If one dies, PyTorch's RuntimeError names it. PyTorch's default generators are not used. Where CUDA is
-    available, batches are in pinned memory.
+    `workers` processes decode in advance (0: the calling process decodes). They leave SIGINT and SIGTERM, which a terminal and
+    schedulers send to all processes of a group, to the calling process; it ends them, and they end when it is gone. If one
+    dies, PyTorch's RuntimeError names it. PyTorch's default generators are not used. Where CUDA is available, batches are in
+    pinned memory.
 
     Raises ValueError or TypeError for arguments out of range, and for a dataset with too few files for one step.
     """
@@ -202,10 +216,11 @@ class Batches:
             sampler=self._steps,
             num_workers=self._workers,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_ignore_sigint,
+            worker_init_fn=leave_signals_to_parent,
             generator=torch.Generator(),  # by default the workers' seeds are drawn from PyTorch's default generator
         )
-        return iter(loader)
+        with blocked_signals():  # until a worker has begun to leave them to this process
+            return iter(loader)
 
 
 @dataclass(frozen=True)
@@ -225,13 +240,13 @@ class _RankSteps(Dataset):
         files = self._rank_files(step)
         samples: list[Sample] = []
         indices: list[int] = []
-        bad: dict[int, str] = {}
+        bad: dict[int, BadFile] = {}
         failures = 0  # consecutive ones
         for index in chain(files, self._replacements(step) if self.replace else ()):
             if len(samples) == len(files):
                 break
             if self.replace and failures == MAX_CONSECUTIVE_FAILURES:
-                errors = "; ".join(list(bad.values())[:MAX_ERRORS_SHOWN])
+                errors = "; ".join(file.sentence for file in list(bad.values())[:MAX_ERRORS_SHOWN])
                 raise UnreadableFiles(f"batches: none of {len(bad)} files can be read: {errors}")
             failures += 1
             if index in bad:  # the replacements have come round to a file that was tried before
@@ -239,7 +254,8 @@ class _RankSteps(Dataset):
             try:
                 samples.append(self.dataset.sample(index, self.epoch))
             except VideoError as error:
-                bad[index] = str(error)
+                path = str(self.dataset.files[index])
+                bad[index] = BadFile(path, str(error), isinstance(error, VideoTooShort))
             else:
                 indices.append(index)
                 failures = 0
@@ -258,8 +274,3 @@ class _RankSteps(Dataset):
         """Yield, without end, every world-th file index after the step's files in the order, which wraps around."""
         for position in count((step + 1) * self.files_per_step + self.rank, self.world):
             yield int(self.order[position % len(self.order)])
-
-
-def _ignore_sigint(worker: int) -> None:
-    """Make worker number `worker` ignore Ctrl-C's signal."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

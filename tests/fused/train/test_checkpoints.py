@@ -1,4 +1,4 @@
-"""A killed training resumes bit for bit; a checkpoint that cannot be written leaves the one before it."""
+"""A killed training resumes bit for bit, EMA and best model too; a checkpoint that cannot be written leaves the last one."""
 
 import os
 import resource
@@ -12,10 +12,12 @@ import pytest
 import torch
 from trainings import SMALL, class_folders, signal_at_step, train
 
+from fused.train import evaluation
 from harness.instruments.two_processes import log, steps, tensors
 
 STEPS, EVERY = 8, 3
-ARGUMENTS = [*SMALL, "task=finetune", f"steps={STEPS}", f"save_every={EVERY}", "evaluate_every=4", "model.drop_path_rate=0.3"]
+ARGUMENTS = [*SMALL, "task=finetune", f"steps={STEPS}", "model.drop_path_rate=0.3", "ema=0.6"]
+ARGUMENTS += [f"save_every={EVERY}", "evaluate_every=4"]
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +36,15 @@ def arguments(folder: Path, run: str) -> list[str]:
 
 
 def assert_same(folder: Path, run: str) -> None:
-    """Assert that log, last checkpoint and model equal those of the uninterrupted run."""
+    """Assert that log, last checkpoint and models equal those of the uninterrupted run."""
     expected, run = folder / "uninterrupted", folder / run
     assert log(run) == log(expected) and [line["step"] for line in steps(run)] == list(range(1, STEPS + 1))
     last = f"checkpoints/step-{STEPS:08d}"
     ours, theirs = tensors(run / last), tensors(expected / last)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert (run / "model/model.safetensors").read_bytes() == (expected / "model/model.safetensors").read_bytes()
+    assert {name.partition(".")[0] for name in ours} == {"model", "optimizer", "ema"}
+    for file in ("model/model.safetensors", "model-ema/model.safetensors", "best/model.safetensors", "best/best.json"):
+        assert (run / file).read_bytes() == (expected / file).read_bytes(), file
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["last", "step-00000006", "step-00000008"]
 
 
@@ -54,8 +58,34 @@ def test_interrupted_killed_and_resumed(folder: Path) -> None:
     assert signal_at_step(arguments(folder, "stopped"), run, max(stopped, EVERY) + 1, signal.SIGKILL) == -signal.SIGKILL
     code, output = train([*arguments(folder, "stopped"), "data.workers=1"], folder=folder)
     assert code == 0 and "goes on behind step" in output and "data.workers: 0 -> 1" in output, output
-    assert "1 file could not be read" in output
+    assert "1 of 14 files could not be read" in output
     assert_same(folder, "stopped")
+
+
+def interrupt_evaluation() -> None:
+    """Interrupt the training when its first evaluation begins."""
+    begin = evaluation.batches
+
+    def interrupt(*given: Any, **more: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return begin(*given, **more)
+
+    evaluation.batches = interrupt
+
+
+@pytest.mark.parametrize("every", [4, STEPS])
+def test_interrupted_in_an_evaluation(folder: Path, every: int) -> None:
+    """The training saves without finishing the evaluation, and begins with it when it is resumed, also after the last step."""
+    run = f"evaluated-{every}"
+    words = [*arguments(folder, run), f"evaluate_every={every}"]
+    code, output = train(words, fault=interrupt_evaluation, folder=folder)
+    assert code == 130 and f"stopped behind step {every} of {STEPS}" in output, output
+    assert not any("val_top1" in line for line in log(folder / run)) and not (folder / run / "model").exists()
+    code, output = train(words, folder=folder)
+    evaluated = [line["step"] for line in log(folder / run) if "val_top1" in line]
+    assert code == 0 and evaluated == list(range(every, STEPS + 1, every)), output
+    if every == 4:  # as in the uninterrupted run
+        assert_same(folder, run)
 
 
 def die_before_metadata() -> None:
@@ -102,10 +132,11 @@ def small_disk() -> None:
 
 def test_full_disk(folder: Path) -> None:
     run = folder / "full"
-    code, output = train([*arguments(folder, "full"), "steps=3"], folder=folder)
+    words = [*arguments(folder, "full"), "data.val=null"]
+    code, output = train([*words, "steps=3"], folder=folder)
     assert code == 0, output
     before = tensors(run / "checkpoints/step-00000003")
-    code, output = train(arguments(folder, "full"), fault=small_disk, folder=folder)
+    code, output = train(words, fault=small_disk, folder=folder)
     assert code == 1 and "Traceback" not in output, output
     assert "step-00000006: not written, the checkpoint before it stays" in output, output
     assert "MiB are free there): OSError" in output, output

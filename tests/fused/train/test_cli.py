@@ -55,14 +55,14 @@ def test_finetune(folder: Path) -> None:
     assert code == 0, output
     run = folder / "fine"
     assert "finetune: VideoMamba" in output and "8 videos in 2 classes, 2 steps an epoch, 24 steps" in output
-    assert output.count("left out") == 1 and "1 file could not be read" in output
+    assert output.count("left out") == 1 and "6 videos that were read; top-1" in output
     assert [line["step"] for line in steps(run)] == list(range(2, 25, 2)) and falls(run)
     assert [line["epoch"] for line in steps(run)][:3] == [0, 1, 2]
     assert steps(run)[0].keys() == {"step", "epoch", "loss", "lr", "grad_norm"}
     judged = [line for line in log(run) if "val_top1" in line]
     assert [line["step"] for line in judged] == [20, 24]
-    assert judged[-1]["val_videos"] == 6 and judged[-1]["val_top1"] > 0.8 and judged[-1]["val_top5"] == 1
-    assert [line["step"] for line in log(run) if "broken.avi" in line.get("bad", "")] == [20, 24]
+    assert judged[-1]["val_read"] == 6 and judged[-1]["val_top1"] > 0.8
+    assert [line["step"] for line in log(run) if "broken.avi" in line.get("bad", "")] == [20]
     model = VideoMamba.from_pretrained(run / "model")
     assert model.config.num_classes == 2 and model.config.num_frames == 2
     assert model.labels == ("side0", "side20") and model.preprocessing == Preprocessing(2, 32)
@@ -218,13 +218,17 @@ def without_board() -> None:
 
 
 def test_tensorboard(folder: Path) -> None:
-    more = arguments(folder, "board", "task=finetune", "tensorboard=true")
+    """It gets the numbers of steps and evaluations, and nothing of a file that could not be read."""
+    val = class_folders(folder / "board-val", 1)
+    (val / "side0" / "broken.avi").write_bytes(b"no video")
+    more = arguments(folder, "board", "task=finetune", "tensorboard=true", f"data.val={val}")
     code, output = train([*more, "steps=2"], fault=without_board, folder=folder)
     assert code == 2 and "tensorboard is true, and it is not installed: pip install tensorboard" in output, output
     code, output = train([*more, "steps=2"], [*more, "steps=3"], fault=with_board, folder=folder)
     assert code == 0, output
     scalars = [line.split() for line in (folder / "board/board.txt").read_text().splitlines()]
     assert [step for name, _, step in scalars if name == "from"] == ["1", "3"]
+    assert "val_top1" in {name for name, _, _ in scalars} and not {"too_short", "bad"} & {name for name, _, _ in scalars}
     assert [float(value) for name, value, _ in scalars if name == "loss"] == [line["loss"] for line in steps(folder / "board")]
 
 
