@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fused.io.atomic_write import atomic_write
-from fused.io.checkpoint_file import CheckpointError, read_checkpoint, save_checkpoint
+from fused.io.checkpoint_file import CheckpointError, save_checkpoint
 from fused.models.videomamba.config import VideoMambaConfig
 from fused.models.videomamba.load import load_checkpoint
 from fused.models.videomamba.published import PRETRAINED
@@ -31,6 +31,7 @@ class Pretrained:
         source: str | Path,
         *,
         backend: str = "auto",
+        which: str = "model",
         strict: bool = True,
         inflate: str = "centre",
         revision: str | None = None,
@@ -43,12 +44,12 @@ class Pretrained:
 
         `source` is a name in `fused.PRETRAINED`, a folder that `save_pretrained` wrote, or a repository of such files on the
         Hugging Face hub. `overrides` are fields of the configuration that differ from the trained model's, such as
-        num_classes, num_frames or img_size; weights are converted as by `load_checkpoint`, which takes `strict` and `inflate`
-        and logs what it did. `revision`, `cache_dir`, `token` and `local_files_only` are huggingface_hub's.
+        num_classes, num_frames or img_size; weights are converted as by `load_checkpoint`, which takes `which`, `strict` and
+        `inflate` and logs what it did. `revision`, `cache_dir`, `token` and `local_files_only` are huggingface_hub's.
 
-        Raises ValueError for a wrong configuration, ImportError without huggingface_hub (safetensors), CheckpointError for
-        weights that do not fit, FileNotFoundError for a folder without the files, ConnectionError if a file can neither be
-        downloaded nor is in the cache.
+        Raises ValueError for a wrong configuration, TypeError for a field that it does not have, ImportError without
+        huggingface_hub (safetensors), CheckpointError for weights that do not fit, FileNotFoundError for a folder without the
+        files, ConnectionError if a file can neither be downloaded nor is in the cache.
 
             >>> model = VideoMamba.from_pretrained("videomamba_t16_k400_f16_res224", num_classes=10)
         """
@@ -70,7 +71,7 @@ class Pretrained:
                 + (f"published are {', '.join(near[:8])}" if near else "the published ones are the keys of fused.PRETRAINED")
             )
         model: Any = cls(replace(trained, **overrides), backend=backend)  # type: ignore[call-arg]
-        load_checkpoint(model, read_checkpoint(weights), strict=strict, inflate=inflate, grid=trained.grid)
+        load_checkpoint(model, weights, which=which, strict=strict, inflate=inflate, grid=trained.grid)
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> Path:
@@ -127,5 +128,8 @@ def _hub() -> Any:
     try:
         import huggingface_hub
     except ImportError as error:
-        raise ImportError("huggingface_hub is not installed: pip install huggingface_hub, or use load_checkpoint") from error
+        raise ImportError(
+            "huggingface_hub is not installed: pip install 'videomamba-bench[hub]', or download the file yourself and pass it "
+            "to load_checkpoint"
+        ) from error
     return huggingface_hub
