@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fused.chunked import video as chunked
 from fused.chunked.video import Chunks, Video, apply_per_chunk
 from fused.models.videomamba.backbone import Backbone
-from fused.models.videomamba.config import VideoMambaConfig
+from fused.models.videomamba.config import VideoMambaConfig, check_config
 from fused.models.videomamba.embedding import sincos_positions, span_of
 from fused.models.videomamba.load import load_checkpoint
 from fused.models.videomamba.streaming import continuation
@@ -52,6 +52,7 @@ class VideoMamba(Classifier, Backbone):
     """
 
     def __init__(self, config: VideoMambaConfig, backend: str = "auto") -> None:
+        check_config(config)
         if config.readout == "cls" and not config.bimamba:
             raise ValueError(
                 f"readout is 'cls', but {_CLS_SEES_NOTHING}: every clip would have the same logits; "
@@ -175,6 +176,7 @@ class VideoMambaEncoder(Backbone):
     """
 
     def __init__(self, config: VideoMambaConfig, backend: str = "auto") -> None:
+        check_config(config)
         if config.add_pool_norm and "cls" in config.pool_type and not config.bimamba:
             raise ValueError(
                 f"pool_type is {config.pool_type!r}, but {_CLS_SEES_NOTHING}; allowed: 'avg', of all tokens so far, 'last', "
