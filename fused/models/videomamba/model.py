@@ -115,8 +115,9 @@ class VideoMamba(Classifier, Backbone):
         """Return what `forward` returns, gradients included, in the memory of `chunk_frames` frames.
 
         `clip` is (B, C, T, H, W), or an iterator of frames (B, C, H, W) or runs of frames (B, C, t, H, W), `num_frames` in
-        all. T may be less than the model's table of temporal positions; `temporal_pos_total` is explained at `embed`. With
-        `offload`, the tensors that a layer's first pass stores for its second pass are kept in host memory.
+        all; frames (C, H, W), as `fused.io.video.read_frames` yields them, are of one video. T may be less than the model's
+        table of temporal positions; `temporal_pos_total` is explained at `embed`. With `offload`, the tensors that a layer's
+        first pass stores for its second pass are kept in host memory.
 
         Raises ValueError or TypeError for arguments that do not fit the model, and for a model that cannot run in chunks.
         """
