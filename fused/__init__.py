@@ -8,6 +8,10 @@ The names are those of `reference`; no code is shared with it.
 The logger "fused" reports the chosen backend at level INFO, which Python hides by default, and warnings.
 """
 
+import importlib.metadata
+import tomllib
+from pathlib import Path
+
 from fused.errors import BackendError
 from fused.io.checkpoint_file import CheckpointError, read_checkpoint, save_checkpoint
 from fused.models.videomamba.config import VideoMambaConfig
@@ -52,3 +56,25 @@ __all__ = [
     "state_to",
     "validation",
 ]
+
+DISTRIBUTION = "videomamba-bench"
+
+
+def _version(folder: Path) -> str:
+    """Return the project's version: that of pyproject.toml in the folder of a checkout, else the installed distribution's.
+
+    A checkout comes first: it may be on the path while another version is installed.
+    """
+    try:
+        project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        if project["name"] == DISTRIBUTION:
+            return str(project["version"])
+    except (OSError, ValueError, KeyError):  # no checkout, or the file of another project
+        pass
+    try:
+        return importlib.metadata.version(DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+__version__ = _version(Path(__file__).resolve().parents[1])

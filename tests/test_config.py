@@ -8,6 +8,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
+import fused
+
 TOY = {"img_size": 32, "depth": 2, "embed_dim": 32, "num_frames": 4, "clip_output_dim": 12}
 
 
@@ -31,6 +33,11 @@ def test_fields_and_defaults_are_the_same_in_both():
 WRONG = [
     ("img_size", 8, "patch_size (16)", {}),
     ("img_size", (32, 8), "patch_size (16)", {}),
+    ("img_size", 225, "multiples of patch_size (16)", {}),
+    ("img_size", 30, "multiples of patch_size (16)", {}),
+    ("img_size", (32, 40), "multiples of patch_size (16)", {}),
+    ("img_size", (225, 224), "multiples of patch_size (16)", {}),
+    ("img_size", 224, "multiples of patch_size (15)", {"patch_size": 15}),
     ("img_size", (32, 32, 32), "(height, width)", {}),
     ("img_size", 32.0, "pixels", {}),
     ("patch_size", 0, "positive integer", {}),
@@ -92,6 +99,36 @@ def test_a_wrong_type_is_named_too(package, name, value):
 def test_an_unknown_field_is_refused(package):
     with pytest.raises(TypeError, match="embed_dims"):
         package.VideoMambaConfig(embed_dims=192)
+    with pytest.raises(TypeError, match="num_class"):
+        package.VideoMambaConfig.tiny(num_class=3)
+
+
+@pytest.mark.parametrize("make", ["__call__", "tiny", "small", "middle", "base", "replace", "from_pretrained"])
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ("num_class", "the nearest is num_classes"), ("image_size", "the nearest is img_size"),
+        ("frames", "the nearest is num_frames"), ("embedding_dim", "the nearest is embed_dim"),
+        ("zzz", "the fields are img_size, patch_size, "),
+    ],
+)  # fmt: skip
+def test_fused_names_the_nearest_field(make, wrong, says, tmp_path):
+    Config = fused.VideoMambaConfig
+    fused.VideoMamba(Config(**TOY)).save_pretrained(tmp_path)
+    calls = {
+        "__call__": Config,
+        "replace": lambda **given: dataclasses.replace(Config(), **given),
+        "from_pretrained": lambda **given: fused.VideoMamba.from_pretrained(tmp_path, **given),
+    }
+    with pytest.raises(TypeError, match=f"^{wrong} is no field of VideoMambaConfig; {says}"):
+        (calls.get(make) or getattr(Config, make))(**{wrong: 3})
+
+
+@pytest.mark.parametrize("kind", ["VideoMamba", "VideoMambaEncoder"])
+@pytest.mark.parametrize("wrong", [224, "videomamba_t16_in1k_res224", None, {"embed_dim": 192}])
+def test_fused_names_what_is_no_configuration(kind, wrong):
+    with pytest.raises(TypeError, match=f"^config is a {type(wrong).__name__}; allowed: a VideoMambaConfig, such as"):
+        getattr(fused, kind)(wrong)
 
 
 def test_frozen_equal_and_hashable(package):
@@ -127,7 +164,7 @@ def test_sizes(package, size, width, depth):
     [
         ({}, (14, 14), 8),
         ({"num_frames": None}, (14, 14), 1),
-        ({"img_size": (100, 64), "kernel_size": 4}, (6, 4), 2),
+        ({"img_size": (100, 64), "kernel_size": 4, "stride": 16}, (6, 4), 2),
         ({"img_size": 32, "stride": 8}, (3, 3), 8),
         ({"img_size": 64, "stride": 20}, (3, 3), 8),
     ],

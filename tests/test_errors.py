@@ -42,6 +42,28 @@ def test_clip_of_another_shape(package, kind, overrides, shape, wanted):
         model_of(package, kind, **overrides)(torch.zeros(shape))
 
 
+def test_clip_of_another_length_names_the_way_out():
+    """Only where the number of frames alone is wrong, and the way out works."""
+    package = importlib.import_module("fused")
+    for kind in ("VideoMamba", "VideoMambaEncoder"):
+        model = model_of(package, kind, kernel_size=2)
+        with pytest.raises(ValueError, match=r"\(B, 3, 4, 32, 32\)\. For 12 frames pass temporal_pos_total=6: the table of"):
+            model(torch.zeros(1, 3, 12, 32, 32))
+        model(torch.zeros(1, 3, 12, 32, 32), temporal_pos_total=6)
+        with pytest.raises(ValueError, match=r"needs a multiple of kernel_size \(2\) frames, and temporal_pos_total$"):
+            model(torch.zeros(1, 3, 7, 32, 32))
+        with pytest.raises(ValueError, match=r"\(B, 3, 8, 32, 32\) for temporal_pos_total=4; of a chunk pass temporal_pos_off"):
+            model(torch.zeros(1, 3, 12, 32, 32), temporal_pos_total=4)
+        for wrong in ((1, 3, 12, 32, 16), (1, 4, 12, 32, 32), (3, 12, 32, 32)):
+            with pytest.raises(ValueError, match=r"\(B, 3, 4, 32, 32\)$"):
+                model(torch.zeros(wrong))
+        image = model_of(package, kind, num_frames=None)
+        with pytest.raises(ValueError, match=r"\(B, 3, 32, 32\)$"):
+            image(torch.zeros(1, 3, 12, 32, 32))
+    with pytest.raises(ValueError, match=r"\(B, 3, 2, 32, 32\)$"):
+        model(torch.zeros(1, 3, 12, 32, 32), use_image=True)
+
+
 def test_clip_of_bytes(package):
     with pytest.raises(TypeError, match="torch.uint8.*floating-point"):
         model_of(package)(CLIP.to(torch.uint8))

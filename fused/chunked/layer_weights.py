@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fused import backends
 from fused.ops.shapes import DirectionWeights
+from fused.runtime.autocast import autocast_dtype
 from fused.runtime.dtypes import accumulation_dtype
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ def layer_spec(
     layer: "ChunkableLayer", hidden: Tensor, residual: Tensor | None, chunks: Sequence[slice], backend: str, offload: bool
 ) -> LayerSpec:
     """Return the spec of a layer for hidden and residual (B, L, D), under the autocast of the caller."""
-    device, fused, weights = hidden.device.type, layer.fused_add_norm, layer.mixer.in_proj.weight.dtype
-    under_autocast = torch.is_autocast_enabled(device) and weights != torch.float64
+    fused, weights = layer.fused_add_norm, layer.mixer.in_proj.weight.dtype
+    autocast = None if weights == torch.float64 else autocast_dtype(hidden.device)
     summed = hidden.dtype if residual is None else torch.promote_types(hidden.dtype, residual.dtype)
     if residual is not None and fused:
         residual_dtype = residual.dtype
@@ -45,7 +46,7 @@ def layer_spec(
         residual_dtype = accumulation_dtype(summed) if layer.residual_in_fp32 else summed
     return LayerSpec(
         chunks, backends.operators_of(backend), offload, layer.norm.kind, layer.norm.eps, fused,
-        matmul_dtype=torch.get_autocast_dtype(device) if under_autocast else weights,
+        matmul_dtype=autocast or weights,
         norm_dtype=hidden.dtype if fused else layer.norm.weight.dtype,
         residual_dtype=residual_dtype, sum_dtype=accumulation_dtype(summed),
     )  # fmt: skip

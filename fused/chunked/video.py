@@ -19,7 +19,8 @@ from fused.modules.span import Span, check_tubelets
 if TYPE_CHECKING:
     from fused.chunked.protocol import ChunkableConfig, ChunkableModel
 
-Video = Tensor | Iterable[Tensor]  # (B, C, T, H, W), or an iterator of frames (B, C, H, W) or runs of frames (B, C, t, H, W)
+# (B, C, T, H, W), or an iterator of frames (B, C, H, W), of frames of one video (C, H, W), or of runs of frames (B, C, t, H, W)
+Video = Tensor | Iterable[Tensor]
 Chunks = Sequence[slice]  # of tokens, ascending
 
 
@@ -149,8 +150,7 @@ def split_frames(
     waiting: list[Tensor] = []
     received, clips = 0, None
     for item in items:
-        item = item.unsqueeze(2) if isinstance(item, Tensor) and item.dim() == 4 else item
-        _check_item(item, config, clips)
+        item = _as_run(item, config, clips)
         clips, received = item.shape[0], received + item.shape[2]
         if frames is not None and received > frames:
             raise ValueError(f"num_frames is {frames}, but the iterator gives more; say how many it gives")
@@ -171,19 +171,27 @@ def split_frames(
         yield torch.cat(waiting, dim=2)
 
 
-def _check_item(item: Any, config: "ChunkableConfig", clips: int | None) -> None:
-    """Raise unless `item` is a run of frames (B, C, t, H, W) for this model, with B = `clips` unless that is None."""
+def _as_run(item: Any, config: "ChunkableConfig", clips: int | None) -> Tensor:
+    """Return what an iterator gave as a run of frames (B, C, t, H, W): a run as it is, frames (B, C, H, W), or one (C, H, W).
+
+    Raises ValueError or TypeError for what does not fit the model, or has not B = `clips` unless that is None.
+    """
     channels, height, width = config.channels, *config.sides
-    wanted = (item.shape[0] if clips is None else clips, channels, height, width) if isinstance(item, Tensor) else ()
-    if not isinstance(item, Tensor) or item.dim() != 5 or (*item.shape[:2], *item.shape[3:]) != wanted:
+    run = item
+    if isinstance(item, Tensor) and item.dim() in (3, 4):
+        run = (item if item.dim() == 4 else item[None]).unsqueeze(2)
+    wanted = (run.shape[0] if clips is None else clips, channels, height, width) if isinstance(run, Tensor) else ()
+    if not isinstance(run, Tensor) or run.dim() != 5 or (*run.shape[:2], *run.shape[3:]) != wanted:
         received = tuple(item.shape) if isinstance(item, Tensor) else type(item).__name__
         B = "B" if clips is None else clips
+        one = f" or ({channels}, {height}, {width})" if clips in (None, 1) else ""
         raise ValueError(
             f"the iterator gave {received}; allowed: runs of frames ({B}, {channels}, t, {height}, {width}) or "
-            f"single frames ({B}, {channels}, {height}, {width})"
+            f"single frames ({B}, {channels}, {height}, {width})" + one
         )
-    if not item.is_floating_point():
-        raise TypeError(f"frames have dtype {item.dtype}; allowed are floating-point dtypes, normalised")
+    if not run.is_floating_point():
+        raise TypeError(f"frames have dtype {run.dtype}; allowed are floating-point dtypes, normalised")
+    return run
 
 
 def embed_chunks(model: "ChunkableModel", clips: Iterable[Tensor], total: int | None) -> Iterator[Tensor]:

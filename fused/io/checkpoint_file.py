@@ -1,6 +1,7 @@
 """Weights on disk: PyTorch's files, read without running code in them, and safetensors."""
 
 import argparse
+import os
 import pickle
 import re
 from collections.abc import Mapping
@@ -24,10 +25,14 @@ def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
 
     A file with the suffix .safetensors is read as such, any other as written by `torch.save`. No code in the file is run: the
     only Python objects that are made are plain containers, and `argparse.Namespace`, which trainers store with the weights.
-    Raises FileNotFoundError, and CheckpointError for a file with other objects, a damaged file, or one that holds no
-    dictionary.
+    Raises FileNotFoundError, TypeError for what is no path, and CheckpointError for a folder, a file with other objects, a
+    damaged file, or one that holds no dictionary.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path is a {type(path).__name__}; allowed: the path of a file")
     path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; allowed: a file. from_pretrained reads a folder that save_pretrained wrote")
     if not path.is_file():
         raise FileNotFoundError(2, "no such checkpoint", str(path))
     content = _read_safetensors(path) if path.suffix == SAFETENSORS else _read_pickle(path)
@@ -41,10 +46,12 @@ def save_checkpoint(model_or_state_dict: nn.Module | Mapping[str, Any], path: st
 
     The suffix .safetensors selects that format, which holds tensors only. Any other selects `torch.save`'s, for dictionaries
     of tensors, plain numbers, strings and containers of those, such as a trainer's {"model": ..., "optimizer": ...}. Missing
-    folders are made. Raises OSError if the disk is full (the old file stays), TypeError for values that the format cannot
-    hold.
+    folders are made. Raises OSError if the disk is full (the old file stays), TypeError for what is neither a model nor a
+    dictionary, and for values that the format cannot hold.
     """
     path, given = Path(path), model_or_state_dict
+    if not isinstance(given, nn.Module | Mapping):
+        raise TypeError(f"model_or_state_dict is a {type(given).__name__}; allowed: a model, or a dictionary of tensors")
     state = given.state_dict() if isinstance(given, nn.Module) else given
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix != SAFETENSORS:

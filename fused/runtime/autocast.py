@@ -1,4 +1,4 @@
-"""A context without autocast, for operators that choose their own dtypes."""
+"""The autocast of a device, also of one that has none, and a context without it for operators that choose their own dtypes."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -13,3 +13,11 @@ def no_autocast(device: torch.device) -> AbstractContextManager[object]:
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return _NO_CONTEXT
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return autocast's dtype on `device`; None where it is off, or where the device has none."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None

@@ -59,7 +59,7 @@ class Block(nn.Module):
         if self.orders == ("temporal",):
             return restore(self._run_mixer(temporal, backend), order), residual, None
         # the same weights over both orders: one call of twice the clips keeps a GPU busier than two calls
-        spatial, temporal = self._run_mixer(torch.cat((hidden, temporal)), backend).chunk(2)
+        spatial, temporal = self._run_mixer(torch.cat((hidden, temporal)), backend).unflatten(0, (2, -1)).unbind()
         return spatial + restore(temporal, order), residual, None
 
     def _run_mixer(self, tokens: Tensor, backend: str, *state_and_return_state: Any) -> Any:

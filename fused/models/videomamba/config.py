@@ -1,5 +1,6 @@
 """The configuration of VideoMamba: one frozen description for image model, video classifier and pretraining encoder."""
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -24,9 +25,9 @@ class VideoMambaConfig:
     TypeError at construction; the message names the field, its value and the allowed values.
     """
 
-    img_size: int | tuple[int, int] = 224  # one side, or (height, width), in pixels
+    img_size: int | tuple[int, int] = 224  # one side, or (height, width), in pixels; multiples of patch_size without a stride
     patch_size: int = 16
-    stride: int | None = None  # None: patch_size, patches do not overlap
+    stride: int | None = None  # None: patch_size; pixels that no patch covers are cropped, as by upstream's convolution
     depth: int = 24
     embed_dim: int = 192
     channels: int = 3
@@ -57,6 +58,15 @@ class VideoMambaConfig:
     pretrained: str | None = None
     scan_order: str = "spatial"
 
+    def __new__(cls, *args: Any, **given: Any) -> "VideoMambaConfig":
+        """Return the object that __init__ fills; raise TypeError, with the nearest field's name, for an unknown field."""
+        names = [f.name for f in fields(cls)]
+        if unknown := [name for name in given if name not in names]:
+            near = difflib.get_close_matches(unknown[0], names, n=1)
+            hint = f"the nearest is {near[0]}" if near else "the fields are " + ", ".join(names)
+            raise TypeError(f"{unknown[0]} is no field of VideoMambaConfig; {hint}")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         if isinstance(self.img_size, list):
             object.__setattr__(self, "img_size", tuple(self.img_size))  # a list has no hash
@@ -73,6 +83,11 @@ class VideoMambaConfig:
         """Raise ValueError for a field whose value does not go with that of another."""
         if not all(is_integer(side, self.patch_size) for side in self.sides) or len(self.sides) != 2:
             allowed = f"pixels, or (height, width), each at least patch_size ({self.patch_size})"
+            raise invalid("img_size", self.img_size, allowed)
+        if self.stride is None and any(side % self.patch_size for side in self.sides):
+            P, side = self.patch_size, next(side for side in self.sides if side % self.patch_size)
+            low = side // P * P
+            allowed = f"multiples of patch_size ({P}), such as {low} or {low + P}; stride={P} crops the rest"
             raise invalid("img_size", self.img_size, allowed)
         if self.num_frames is not None and self.num_frames % self.kernel_size:
             raise invalid("num_frames", self.num_frames, f"a multiple of kernel_size ({self.kernel_size}), or None")
@@ -137,6 +152,15 @@ class VideoMambaConfig:
     def base(cls, **overrides: Any) -> "VideoMambaConfig":
         """Return the configuration of VideoMamba-B, 98 M parameters."""
         return cls(**{"embed_dim": 768, "depth": 24, **overrides})
+
+
+def check_config(config: object) -> None:
+    """Raise TypeError, with the way to make one, unless `config` is a `VideoMambaConfig`."""
+    if not isinstance(config, VideoMambaConfig):
+        raise TypeError(
+            f"config is a {type(config).__name__}; allowed: a VideoMambaConfig, such as VideoMambaConfig.tiny(num_classes=10). "
+            "from_pretrained makes a model by its name or folder"
+        )
 
 
 _RULES = (

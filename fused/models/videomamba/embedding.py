@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fused.models.videomamba.config import VideoMambaConfig
 from fused.modules.span import Span, check_tubelets
+from fused.runtime.autocast import autocast_dtype
 from fused.runtime.dtypes import accumulation_dtype
 
 
@@ -34,9 +35,11 @@ class PatchEmbed(nn.Module):
         """Return the projected patches of a clip (B, C, T, H, W) or image (B, C, H, W), frame after frame, row after row.
 
         `visible` holds indices of patches, counted over the clip; only these are projected then. Raises TypeError for a clip
-        in another dtype than the parameters' without autocast.
+        in another dtype than the parameters' without autocast, ValueError for one on another device.
         """
-        if clip.dtype != self.proj.weight.dtype and not torch.is_autocast_enabled(clip.device.type):
+        if clip.device != self.proj.weight.device:
+            raise ValueError(f"clip is on {clip.device}, parameters on {self.proj.weight.device}; allowed: the same device")
+        if clip.dtype != self.proj.weight.dtype and autocast_dtype(clip.device) is None:
             weight_dtype = self.proj.weight.dtype
             raise TypeError(f"clip has dtype {clip.dtype}, parameters {weight_dtype}; allowed: the same, or torch.autocast")
         pixels = self._view_patches(clip if clip.dim() == 5 else clip.unsqueeze(2))
@@ -82,7 +85,8 @@ def span_of(
         wanted.insert(1, -1 if offset is not None else length * config.kernel_size)
     if clip.dim() != 1 + len(wanted) or any(w not in (-1, n) for n, w in zip(clip.shape[1:], wanted, strict=True)):
         numbers = ", ".join("T" if n == -1 else str(n) for n in wanted)
-        raise ValueError(f"clip has shape {tuple(clip.shape)}; this model takes {layout} = (B, {numbers})")
+        message = f"clip has shape {tuple(clip.shape)}; this model takes {layout} = (B, {numbers})"
+        raise ValueError(message + ("" if image or use_image else _length_hint(clip, config, total)))
     if not clip.is_floating_point():
         raise TypeError(f"clip has dtype {clip.dtype}; allowed are floating-point dtypes, normalised as in training")
     if offset is None:
@@ -100,6 +104,18 @@ def span_of(
             "longer video pass all its tubelets as temporal_pos_total with every chunk: the temporal table is stretched to it"
         )
     return Span(offset, count, length)
+
+
+def _length_hint(clip: Tensor, config: VideoMambaConfig, total: int | None) -> str:
+    """Return what to do about a clip (B, C, T, H, W) whose number of frames alone does not fit the model, "" for another."""
+    if clip.dim() != 5 or (clip.shape[1], *clip.shape[3:]) != (config.channels, *config.sides):
+        return ""
+    frames, t = clip.shape[2], config.kernel_size
+    if total is not None:
+        return f" for temporal_pos_total={total}; of a chunk pass temporal_pos_offset too"
+    if not frames or frames % t:
+        return f". Of another length a clip needs a multiple of kernel_size ({t}) frames, and temporal_pos_total"
+    return f". For {frames} frames pass temporal_pos_total={frames // t}: the table of temporal positions is stretched to it"
 
 
 def temporal_positions(table: Float[Tensor, "1 N D"], span: Span) -> Float[Tensor, "T D"]:
@@ -126,11 +142,13 @@ def visible_tokens(
 ) -> Int[Tensor, "B V"]:
     """Return ascending indices of the tokens that a mask (True = hidden) leaves visible, on `device`.
 
-    `cls` is 1 if column 0 is CLS, else 0. Raises ValueError unless the mask is bool (clips, length), leaves CLS visible, and
-    leaves the same number of tokens in every clip.
+    `cls` is 1 if column 0 is CLS, else 0. Raises ValueError unless the mask is bool (clips, length), has values, leaves CLS
+    visible, and leaves the same number of tokens in every clip.
     """
     if mask.dtype != torch.bool or tuple(mask.shape) != (clips, length):
         raise ValueError(f"mask is {mask.dtype} {tuple(mask.shape)}; allowed is bool ({clips}, {length}), True = hidden")
+    if mask.is_meta:
+        raise ValueError("mask is on the meta device; the number of visible tokens depends on its values: pass it on the CPU")
     count = (~mask).sum(1)
     # one transfer: on a GPU each read of the mask's contents waits for the stream
     hidden_cls, fewest, most = torch.stack((mask[:, :cls].any().to(count.dtype), count.min(), count.max())).tolist()

@@ -1,7 +1,7 @@
 """A causal model run frame by frame at low latency: on a GPU each frame is one replay of a CUDA graph.
 
     stream = FrameStream(model, total=10_000)
-    for frame in camera:  # (B, C, H, W)
+    for frame in camera:  # (B, C, H, W), or (C, H, W) as `fused.io.video.read_frames` yields them
         logits = stream(frame)
 
 The time and the memory of a frame do not depend on the number of frames before it.
@@ -34,7 +34,7 @@ class FrameStream:
     loading new values into them; moving or replacing them has no effect on the graph. The first frame of a video, which
     comes with CLS, runs without the graph.
 
-    Raises TypeError for another kind of model; ValueError for a model that is in training mode or cannot be streamed, for
+    Raises TypeError for another kind of model; ValueError for a model in training mode, without memory or not causal, for
     graph=True off CUDA, and for a `batch_size` or `total` that is no positive integer; BackendError for a backend that
     cannot run.
     """
@@ -78,8 +78,8 @@ class FrameStream:
     def __call__(self, frame: Tensor) -> Any:
         """Return the output after the next frame (B, C, H, W) or tubelet (B, C, kernel_size, H, W).
 
-        The frame is on any device, in the parameters' dtype. The output, a tensor or a `DistillOutput`, is the caller's:
-        later frames do not write into it.
+        With batch_size 1 it may lack B, as the frames of `fused.io.video.read_frames` do. It is on any device, in the
+        parameters' dtype. The output, a tensor or a `DistillOutput`, is the caller's: later frames do not write into it.
 
         Raises ValueError for another shape and for a frame past the video's end, TypeError for another dtype.
         """
@@ -107,6 +107,7 @@ class FrameStream:
             )
         wanted = tuple(self._frame.shape)
         shapes = [wanted] if wanted[2] > 1 else [wanted[:2] + wanted[3:], wanted]
+        shapes += [shape[1:] for shape in shapes if wanted[0] == 1]
         if not isinstance(frame, Tensor) or tuple(frame.shape) not in shapes:
             found = tuple(frame.shape) if isinstance(frame, Tensor) else type(frame).__name__
             raise ValueError(f"frame is {found}; allowed: {' or '.join(map(str, shapes))}")
@@ -170,4 +171,6 @@ def _check_model(model: Any) -> None:
         raise TypeError(f"model is a {type(model).__name__}; allowed: a VideoMamba with bimamba=False")
     if model.training:
         raise ValueError("model is in training mode; allowed: eval mode, after model.eval()")
+    if model.cls_token.is_meta:
+        raise ValueError("model is on the meta device, where a stream has no memory; allowed: a device with weights")
     continuation(model.config, model.reads_mean, None, True, 0)  # raises for an image model and for a bidirectional one

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from fused.io.atomic_write import atomic_write
-from fused.io.checkpoint_file import CheckpointError, read_checkpoint, save_checkpoint
+from fused.io.checkpoint_file import CheckpointError, save_checkpoint
 from fused.io.preprocessing import Preprocessing
 from fused.models.videomamba.config import VideoMambaConfig
 from fused.models.videomamba.labels import Labelled, labels_from_json, labels_to_json
@@ -49,6 +49,7 @@ class Pretrained:
         source: str | Path,
         *,
         backend: str = "auto",
+        which: str = "model",
         strict: bool = True,
         inflate: str = "centre",
         revision: str | None = None,
@@ -62,15 +63,16 @@ class Pretrained:
         `source` is a name in `fused.PRETRAINED`, a folder that `save_pretrained` wrote (~ is the home folder), or a
         repository of such files on the Hugging Face hub, by its name owner/name. What can be a path only (`is_path`) is never
         asked of the hub. `overrides` are fields of the configuration that differ from the trained model's, such as
-        num_classes, num_frames or img_size; weights are converted as by `load_checkpoint`, which takes `strict` and `inflate`
-        and logs what it did. `revision`, `cache_dir`, `token` and `local_files_only` are huggingface_hub's.
+        num_classes, num_frames or img_size; weights are converted as by `load_checkpoint`, which takes `which`, `strict` and
+        `inflate` and logs what it did. `revision`, `cache_dir`, `token` and `local_files_only` are huggingface_hub's.
 
         The model's `labels` and `preprocessing` are the folder's. With another num_classes, labels is None; the
         preprocessing's frames and size follow num_frames and img_size.
 
-        Raises ValueError for a wrong configuration or name, ImportError without huggingface_hub (safetensors),
-        CheckpointError for files that do not fit, FileNotFoundError for a missing folder and for a folder without the files,
-        NotDownloaded, a ConnectionError, if a file can neither be downloaded nor is in the cache.
+        Raises ValueError for a wrong configuration or name, TypeError for a field that it does not have, ImportError without
+        huggingface_hub (safetensors), CheckpointError for files that do not fit, FileNotFoundError for a missing folder and
+        for a folder without the files, NotDownloaded, a ConnectionError, if a file can neither be downloaded nor is in the
+        cache.
 
             >>> model = VideoMamba.from_pretrained("videomamba_t16_k400_f16_res224", num_classes=10)
         """
@@ -98,7 +100,7 @@ class Pretrained:
             kinds = "no folder, no repository (owner/name) and no published model"
             raise ValueError(f"{source!r} is {kinds}; {near_names(source)}")
         model: Any = cls(replace(trained.config, **overrides), backend=backend)  # type: ignore[call-arg]
-        load_checkpoint(model, read_checkpoint(weights), strict=strict, inflate=inflate, grid=trained.config.grid)
+        load_checkpoint(model, weights, which=which, strict=strict, inflate=inflate, grid=trained.config.grid)
         if isinstance(model, Labelled) and model.config.num_classes == trained.config.num_classes:
             model.labels = trained.labels
         if trained.preprocessing is not None:
@@ -208,5 +210,8 @@ def _hub() -> Any:
     try:
         import huggingface_hub
     except ImportError as error:
-        raise ImportError("huggingface_hub is not installed: pip install huggingface_hub, or use load_checkpoint") from error
+        raise ImportError(
+            "huggingface_hub is not installed: pip install 'videomamba-bench[hub]', or download the file yourself and pass it "
+            "to load_checkpoint"
+        ) from error
     return huggingface_hub

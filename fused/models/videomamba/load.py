@@ -1,6 +1,7 @@
 """Loading published weights: layouts, names, positions and patches for other sizes, and a report on every tensor."""
 
 import logging
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 
 from fused.io.checkpoint_file import CheckpointError, read_checkpoint
 from fused.models.videomamba.config import VideoMambaConfig
-from fused.models.videomamba.layouts import unwrap
+from fused.models.videomamba.layouts import plain_name, unwrap
 from fused.models.videomamba.resize import inflate_kernel, resize_frames, resize_grid
+from fused.models.videomamba.weight_forms import check_forms
+from fused.rules import invalid, is_integer
 
 # parts that some kinds of VideoMamba have and others lack; a missing one is reported as such
 PARTS = ("head.", "clip_decoder.", "pool_norm.", "distill_head.")
@@ -47,13 +50,15 @@ def load_checkpoint(
     model: nn.Module,
     path_or_state_dict: str | Path | Mapping[str, Any],
     *,
+    which: str = "model",
     strict: bool = True,
     inflate: str = "centre",
     grid: tuple[int, int] | None = None,
 ) -> LoadReport:
-    """Load weights of any published layout into a `VideoMamba` or `VideoMambaEncoder`, and return the report.
+    """Load weights of any layout that `layouts` describes into a `VideoMamba` or `VideoMambaEncoder`, and return the report.
 
-    The file is read onto the CPU without running code in it (`fused.read_checkpoint`). Converted where the model differs:
+    The file is read onto the CPU without running code in it (`fused.read_checkpoint`). `which` selects the "model"'s weights,
+    or the moving average of them ("ema"), which upstream and timm save beside these. Converted where the model differs:
     dtypes; `norm` and `norm_f`; the patches of an image model for clips (`inflate`: "centre" or "mean", see
     `resize.inflate_kernel`); positions, bicubic in space and linear in time. `grid` is the checkpoint's (rows,
     columns) of patches: by default the model's if it has as many, else a square. A head for other classes, and whole parts
@@ -63,21 +68,25 @@ def load_checkpoint(
     Anything else that is missing, left over or of another shape raises CheckpointError if `strict`, and is reported if not.
     The report is logged too, as a warning if something was left at init. After an error the model is unchanged.
 
-    Raises FileNotFoundError, CheckpointError (a RuntimeError), ValueError for `inflate` or `grid`, TypeError for another model.
+    Raises FileNotFoundError, CheckpointError (a RuntimeError), also for quantised weights and for a model without memory;
+    ValueError for `which`, `inflate` or `grid`; TypeError for another model, and for what is no path and no state_dict.
 
         >>> model = VideoMamba(VideoMambaConfig.tiny(num_frames=16, img_size=288))
         >>> print(load_checkpoint(model, "videomamba_t16_k400_f8_res224.pth"))
     """
-    config = getattr(model, "config", None)
-    if not isinstance(config, VideoMambaConfig):
-        raise TypeError(f"model must be a VideoMamba or VideoMambaEncoder, got {type(model).__name__}")
-    source, given = "state_dict", path_or_state_dict
-    if isinstance(given, str | Path):
-        source, given = str(given), read_checkpoint(given)
-    weights = unwrap(given)
+    config = _config(model)
+    _check_arguments(path_or_state_dict, grid)
+    source, content = "state_dict", path_or_state_dict
+    if not isinstance(content, Mapping):
+        source, content = str(content), read_checkpoint(content)
+    try:
+        weights = unwrap(content, which)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from error
     report = LoadReport(source, weights.layout, dropped=dict(weights.dropped))
-    parameters = dict(model.named_parameters())
+    parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
     tensors, changes = _rename_norm(weights.tensors, parameters)
+    check_forms(source, tensors, parameters)
     image = "patch_embed.proj.weight" in tensors and tensors["patch_embed.proj.weight"].dim() == 4
     _leave_out(tensors, parameters, image, report)
 
@@ -99,6 +108,30 @@ def load_checkpoint(
     _copy(fitting, parameters, changes, report)
     _log.log(logging.WARNING if report.initial else logging.INFO, "%s", report)
     return report
+
+
+def _config(model: Any) -> VideoMambaConfig:
+    """Return the model's configuration; raise TypeError for another model, CheckpointError for one on the meta device."""
+    config = getattr(model, "config", None)
+    if not isinstance(config, VideoMambaConfig):
+        inner = getattr(getattr(model, "module", None), "config", None)
+        hint = "; pass its .module" * isinstance(inner, VideoMambaConfig)
+        raise TypeError(f"model must be a VideoMamba or VideoMambaEncoder, got {type(model).__name__}{hint}")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise CheckpointError("model is on the meta device, without memory for weights; call model.to_empty(device=...) first")
+    return config
+
+
+def _check_arguments(given: object, grid: object) -> None:
+    """Raise TypeError unless `given` is a path or a mapping, ValueError unless `grid` is a pair of integers or None."""
+    if not isinstance(given, str | os.PathLike | Mapping):
+        of_model = "; of a model pass its weights: load_checkpoint(model, other_model.state_dict())"
+        raise TypeError(
+            f"path_or_state_dict is a {type(given).__name__}; allowed: the path of a file, or a state_dict"
+            + of_model * isinstance(given, nn.Module)
+        )
+    if grid is not None and not (isinstance(grid, tuple | list) and len(grid) == 2 and all(is_integer(n, 1) for n in grid)):
+        raise invalid("grid", grid, "(rows, columns) of patches, or None")
 
 
 def _rename_norm(
@@ -192,7 +225,11 @@ def _refuse(
     lines = [f"{source} does not fit this model; it is unchanged."]
     width = tensors["cls_token"].shape[-1] if "cls_token" in tensors else None
     layers = {int(found[1]) for name in tensors if (found := re.match(r"layers\.(\d+)\.", name))}
-    if (width, len(layers)) != (config.embed_dim, config.depth):
+    if not layers:
+        prefix = os.path.commonprefix(list(tensors)).rpartition(".")[0]
+        begin = repr(prefix + ".") if prefix else _some(sorted({repr(name.partition(".")[0]) for name in tensors}))
+        lines.append(f"  all its names begin with {begin}; a VideoMamba's with 'cls_token', 'patch_embed.', 'layers.', ...")
+    elif (width, len(layers)) != (config.embed_dim, config.depth):
         lines.append(f"  it has embed_dim {width} and depth {len(layers)}, the model {config.embed_dim} and {config.depth}")
     for title, entries in (
         ("of another shape", [f"{name} ({shapes})" for name, shapes in misfits]),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fused.chunked import video as chunked
 from fused.chunked.video import Chunks, Video, apply_per_chunk
 from fused.models.videomamba.backbone import Backbone
-from fused.models.videomamba.config import VideoMambaConfig
+from fused.models.videomamba.config import VideoMambaConfig, check_config
 from fused.models.videomamba.embedding import sincos_positions, span_of
 from fused.models.videomamba.labels import Labelled
 from fused.models.videomamba.load import load_checkpoint
@@ -53,6 +53,7 @@ class VideoMamba(Labelled, Classifier, Backbone):
     """
 
     def __init__(self, config: VideoMambaConfig, backend: str = "auto") -> None:
+        check_config(config)
         if config.readout == "cls" and not config.bimamba:
             raise ValueError(
                 f"readout is 'cls', but {_CLS_SEES_NOTHING}: every clip would have the same logits; "
@@ -115,8 +116,9 @@ class VideoMamba(Labelled, Classifier, Backbone):
         """Return what `forward` returns, gradients included, in the memory of `chunk_frames` frames.
 
         `clip` is (B, C, T, H, W), or an iterator of frames (B, C, H, W) or runs of frames (B, C, t, H, W), `num_frames` in
-        all. T may be less than the model's table of temporal positions; `temporal_pos_total` is explained at `embed`. With
-        `offload`, the tensors that a layer's first pass stores for its second pass are kept in host memory.
+        all; frames (C, H, W), as `fused.io.video.read_frames` yields them, are of one video. T may be less than the model's
+        table of temporal positions; `temporal_pos_total` is explained at `embed`. With `offload`, the tensors that a layer's
+        first pass stores for its second pass are kept in host memory.
 
         Raises ValueError or TypeError for arguments that do not fit the model, and for a model that cannot run in chunks.
         """
@@ -176,6 +178,7 @@ class VideoMambaEncoder(Backbone):
     """
 
     def __init__(self, config: VideoMambaConfig, backend: str = "auto") -> None:
+        check_config(config)
         if config.add_pool_norm and "cls" in config.pool_type and not config.bimamba:
             raise ValueError(
                 f"pool_type is {config.pool_type!r}, but {_CLS_SEES_NOTHING}; allowed: 'avg', of all tokens so far, 'last', "

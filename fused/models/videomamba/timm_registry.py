@@ -24,7 +24,9 @@ def register_timm() -> None:
     try:
         from timm.models import is_model, register_model
     except Exception as error:  # a torchvision that was built for another PyTorch may raise any exception
-        raise ImportError(f"timm cannot be imported ({error}): pip install timm and a torchvision that fits PyTorch") from error
+        raise ImportError(
+            f"timm cannot be imported ({error}): pip install 'videomamba-bench[timm]' and a torchvision that fits PyTorch"
+        ) from error
     for entry in (videomamba_tiny, videomamba_small, videomamba_middle, videomamba_base):
         if not is_model(entry.__name__):
             register_model(entry)

@@ -22,7 +22,7 @@ class VideoMambaConfig:
 
     img_size: int | tuple[int, int] = 224  # pixels, or (height, width)
     patch_size: int = 16
-    stride: int | None = None  # pixels from patch to patch; None: patch_size
+    stride: int | None = None  # pixels from patch to patch; None: patch_size, which divides img_size
     depth: int = 24
     embed_dim: int = 192
     channels: int = 3
@@ -87,6 +87,9 @@ class VideoMambaConfig:
         fits = len(self.sides) == 2 and all(_is_int(side) and side >= self.patch_size for side in self.sides)
         _require(fits, "img_size", self.img_size,
                  f"pixels, or (height, width), each at least patch_size ({self.patch_size})")  # fmt: skip
+        whole = self.stride is not None or all(side % self.patch_size == 0 for side in self.sides)
+        _require(whole, "img_size", self.img_size,
+                 f"multiples of patch_size ({self.patch_size}); stride={self.patch_size} crops the rest")  # fmt: skip
         if self.num_frames is not None:
             _require(self.num_frames % self.kernel_size == 0, "num_frames", self.num_frames,
                      f"a multiple of kernel_size ({self.kernel_size})")  # fmt: skip

@@ -284,7 +284,7 @@ WRONG = {
     ),
     "sides": ({}, video(1, 3, 4, 32, 48), {}, r"allowed: runs of frames \(B, 3, t, 32, 32\) or single frames"),
     "dims": ({}, video(3, 4, 32, 32), {}, r"clip has shape \(3, 4, 32, 32\)"),
-    "clips": ({}, iter([video(1, 3, 32, 32), video(2, 3, 32, 32)]), {"num_frames": 4}, r"gave \(2, 3, 1, .* \(1, 3, t,"),
+    "clips": ({}, iter([video(1, 3, 32, 32), video(2, 3, 32, 32)]), {"num_frames": 4}, r"gave \(2, 3, 32, 32\).* \(1, 3, t,"),
     "no-tensor": ({}, iter(["a.jpg"]), {"num_frames": 4}, "the iterator gave str; allowed: runs of frames"),
     "image": ({"num_frames": None}, video(), {}, "image model .* call the model itself"),
     "order": ({"scan_order": "both"}, video(), {}, "scan_order is 'both'; .* run the whole clip at once"),

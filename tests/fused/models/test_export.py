@@ -1,6 +1,7 @@
 """A classifier leaves PyTorch's eager mode: compiled, exported, and as ONNX; what comes back keeps to the tolerance rule."""
 
 import io
+import sys
 
 import naive
 import pytest
@@ -26,14 +27,14 @@ MODELS = {
 pytestmark = pytest.mark.usefixtures("unchecked")  # a checked signature is more than a graph can hold
 
 
-def judged(overrides, runs):
-    """`runs(model, clip)` gives the outputs to judge, against the reference in float64; four clips, one set of weights."""
+def judged(overrides, runs, batch=1):
+    """`runs(model, clip)` gives the outputs to judge, against the reference in float64; four batches, one set of weights."""
     config = TOY | overrides
     fast = golden(fused.VideoMamba(fused.VideoMambaConfig(**config)))
     plain, truth = (golden(reference.VideoMamba(reference.VideoMambaConfig(**config))) for _ in range(2))
     truth.double()
     sides = config["img_size"] if isinstance(config["img_size"], tuple) else (config["img_size"],) * 2
-    clips = [fill(1, 3, *([config["num_frames"]] * bool(config["num_frames"])), *sides, phase=p) for p in (7, 8, 9, 10)]
+    clips = [fill(batch, 3, *([config["num_frames"]] * bool(config["num_frames"])), *sides, phase=p) for p in (7, 8, 9, 10)]
     with torch.no_grad():
         run = runs(fast, clips[0])
         samples = [(named(run(x)), named(truth(x.double())), named(plain(x))) for x in clips]
@@ -148,9 +149,41 @@ def test_onnx(tmp_path, capsys):
         sessions[0].run(None, {"clip": fill(2, *sessions[0].get_inputs()[0].shape[1:], phase=7).numpy()})
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "overrides", [DISTILLED | {"scan_order": "both", "num_frames": 2}, {"num_frames": None}], ids=["video", "image"]
+)
+def test_onnx_with_a_dynamic_batch(overrides, tmp_path):
+    """One file for one, two and three clips: "both" runs a batch of two orders, which must not fix its size."""
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    files = []
+
+    def exported(model, clip):
+        if not files:
+            written = fused.export_onnx(model, tmp_path / "model.onnx", dynamic_batch=True)
+            assert written.shape == ("batch", *clip.shape[1:])
+            files.append(runtime.InferenceSession(written.path, providers=["CPUExecutionProvider"]))
+        assert files[0].get_inputs()[0].shape == ["batch", *clip.shape[1:]]
+        return lambda x: files[0].run(None, {"clip": x.numpy()})
+
+    for batch in (1, 2, 3):
+        judged(overrides, exported, batch)
+
+
 def test_onnx_takes_a_classifier(tmp_path):
     config = fused.VideoMambaConfig(**TOY)
     with pytest.raises(TypeError, match="model must be a VideoMamba, got VideoMambaEncoder"):
         fused.export_onnx(fused.VideoMambaEncoder(config), tmp_path / "x.onnx")
     with pytest.raises(ValueError, match="batch is 0; allowed: a positive integer"):
         fused.export_onnx(fused.VideoMamba(config), tmp_path / "x.onnx", batch=0)
+    with pytest.raises(ValueError, match="batch is 2; with dynamic_batch the file has no batch of its own"):
+        fused.export_onnx(fused.VideoMamba(config), tmp_path / "x.onnx", batch=2, dynamic_batch=True)
+
+
+def test_onnx_names_its_extra(tmp_path, monkeypatch):
+    for missing in ("onnx", "onnxscript"):
+        with monkeypatch.context() as without:
+            without.setitem(sys.modules, missing, None)
+            with pytest.raises(ImportError, match=rf"{missing}.* is not installed: pip install 'videomamba-bench\[onnx\]'"):
+                fused.export_onnx(fused.VideoMamba(fused.VideoMambaConfig(**TOY)), tmp_path / "x.onnx")

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -198,6 +199,7 @@ def on(backend: str) -> VideoMamba:
         (torch.zeros(2, 3, 32, 32).half(), TypeError, "frame is torch.float16; allowed: torch.float32"),
         (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), TypeError, "frame is torch.uint8"),
         (None, ValueError, "frame is NoneType"),
+        (torch.zeros(3, 32, 32), ValueError, r"frame is \(3, 32, 32\); allowed: \(2, 3, 32, 32\) or \(2, 3, 1, 32, 32\)$"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
@@ -206,6 +208,51 @@ def test_a_frame_that_does_not_fit(frame: Any, error: type[Exception], says: str
     with pytest.raises(error, match=says):
         stream(frame)
     assert stream.frames == 0
+
+
+@pytest.mark.parametrize("tubelet", [1, 2])
+def test_frames_without_a_batch_are_of_one_video(tubelet: int) -> None:
+    model = model_of(kernel_size=tubelet)
+    stream, clip = FrameStream(model, total=4), video(model, 4, clips=1)
+    wanted = by_frames(stream, clip, tubelet)
+    stream.reset()
+    chunks = [chunk[0] for chunk in clip.split(tubelet, dim=2)]
+    assert_bits([stream(chunk.squeeze(1) if tubelet == 1 else chunk) for chunk in chunks], wanted)
+    stream.reset()
+    assert_bits([stream(chunk) for chunk in chunks], wanted)  # (C, t, H, W)
+    stream.reset()
+    with pytest.raises(ValueError, match=r"allowed: .*\(3, 1, 32, 32\)$" if tubelet == 1 else r"or \(3, 2, 32, 32\)$"):
+        stream(torch.zeros(3, 32, 16))
+
+
+def test_frames_of_a_file_go_in_as_they_are() -> None:
+    """What `read_frames` yields, into all that takes frames: a stream, and a model in chunks."""
+    pytest.importorskip("av", reason="PyAV is not installed")
+    from fused.io.video import read_clip, read_frames
+
+    path = Path(__file__).resolve().parents[2] / "data" / "bigbuckbunny.mp4"
+    clip = read_clip(path, 4, 32)[None]
+    causal, model = model_of(), model_of(bimamba=True, readout="cls")
+    stream = FrameStream(causal)
+    assert_bits([stream(frame) for frame in read_frames(path, 4, 32)], by_chunks(causal, clip, None))
+    with torch.no_grad():
+        wanted = model.forward_chunked(clip, chunk_frames=2)
+        got = model.forward_chunked(read_frames(path, 4, 32), chunk_frames=2, num_frames=4)
+        assert torch.equal(got, wanted)
+        videos = clip, read_frames(path, 4, 32)
+        tokens = [torch.cat(list(model.forward_approximate(x, chunk_frames=2, look_ahead=2)), 1) for x in videos]
+        assert torch.equal(*tokens)
+
+
+def test_frames_of_an_iterator_that_do_not_fit() -> None:
+    model = model_of(bimamba=True, readout="cls")
+    for shapes, says in (
+        ([(3, 32, 16)], r"the iterator gave \(3, 32, 16\); .* or single frames \(B, 3, 32, 32\) or \(3, 32, 32\)$"),
+        ([(2, 3, 32, 32), (3, 32, 32)], r"the iterator gave \(3, 32, 32\); .* or single frames \(2, 3, 32, 32\)$"),
+        ([(32, 32)], r"the iterator gave \(32, 32\)"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            model.forward_chunked(map(torch.zeros, shapes), chunk_frames=2, num_frames=2)
 
 
 def test_past_the_table_and_in_training_mode() -> None:

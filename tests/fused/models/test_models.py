@@ -84,7 +84,7 @@ CLASSIFIERS = {
     "image-distill": IMAGE | {"distill_dim": 12},
     "distill-temporal": {"distill_dim": 12, "scan_order": "temporal"},
     "rectangle": {"img_size": (32, 48)},
-    "rest-of-a-patch": {"img_size": (40, 37), "channels": 2},
+    "rest-of-a-patch": {"img_size": (40, 37), "channels": 2, "stride": 16},
     "overlap": {"stride": 8},
     "overlap-image": IMAGE | {"stride": 7, "img_size": (32, 40)},
     "gaps": {"stride": 20, "img_size": 40},
