@@ -1,5 +1,6 @@
 """A classifier as an ONNX file for one shape of clips."""
 
+import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,14 +39,14 @@ def export_onnx(model: VideoMamba, path: str | Path, *, batch: int = 1) -> OnnxE
         raise ImportError(f"{error.name} is not installed: pip install onnx onnxscript") from error
     path, config = Path(path), model.config
     dtype = next(model.parameters()).dtype
-    copy = VideoMamba(config, backend="torch").to(dtype)
-    copy.load_state_dict(model.state_dict())
+    copied = copy.deepcopy(model).to("cpu", dtype)  # with adapters and hooks, if there are any
+    copied.requested_backend = "torch"
     frames = () if config.num_frames is None else (config.num_frames,)
     clip = torch.zeros(batch, config.channels, *frames, *config.sides, dtype=dtype)
     names = ["logits"] if config.distill_dim is None else ["logits", "features"]
     with torch.no_grad():
         program: Any = torch.onnx.export(
-            copy.eval(), (clip,), dynamo=True, input_names=["clip"], output_names=names, verbose=False,
+            copied.eval(), (clip,), dynamo=True, input_names=["clip"], output_names=names, verbose=False,
             optimize=False,
         )  # fmt: skip
     optimizer.fold_constants(program.model)  # the optimizer's other passes take minutes for a model of full size
