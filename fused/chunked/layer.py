@@ -48,7 +48,8 @@ def run_block_two_pass(
     the first pass leaves for the second in host memory. Without gradients, results are written into `hidden` and `residual`
     where their dtypes allow it: neither must be used again.
     """
-    spec, parameters = layer_spec(layer, hidden, residual, chunks, backend, offload), LayerParameters.of(layer)
+    parameters = LayerParameters.of(layer)
+    spec = layer_spec(layer, parameters, hidden, residual, chunks, backend, offload)
     flat = parameters.flat()
     if wants_gradients(hidden, residual, *flat):
         return _Layer.apply(spec, hidden, residual, *flat)

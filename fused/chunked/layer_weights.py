@@ -1,6 +1,6 @@
 """The settings of a layer for a run over chunks, and its parameters cast once for all chunks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from fused import backends
+from fused.modules.norm import Norm
+from fused.modules.wrapped import check_weights, computes_plainly, describe, hooks_of
 from fused.ops.shapes import DirectionWeights
 from fused.runtime.autocast import autocast_dtype
 from fused.runtime.dtypes import accumulation_dtype
@@ -34,10 +36,11 @@ class LayerSpec:
 
 
 def layer_spec(
-    layer: "ChunkableLayer", hidden: Tensor, residual: Tensor | None, chunks: Sequence[slice], backend: str, offload: bool
-) -> LayerSpec:
+    layer: "ChunkableLayer", parameters: "LayerParameters", hidden: Tensor, residual: Tensor | None, chunks: Sequence[slice],
+    backend: str, offload: bool,
+) -> LayerSpec:  # fmt: skip
     """Return the spec of a layer for hidden and residual (B, L, D), under the autocast of the caller."""
-    fused, weights = layer.fused_add_norm, layer.mixer.in_proj.weight.dtype
+    fused, weights = layer.fused_add_norm, parameters.in_proj.weight.dtype
     autocast = None if weights == torch.float64 else autocast_dtype(hidden.device)
     summed = hidden.dtype if residual is None else torch.promote_types(hidden.dtype, residual.dtype)
     if residual is not None and fused:
@@ -47,7 +50,7 @@ def layer_spec(
     return LayerSpec(
         chunks, backends.operators_of(backend), offload, layer.norm.kind, layer.norm.eps, fused,
         matmul_dtype=autocast or weights,
-        norm_dtype=hidden.dtype if fused else layer.norm.weight.dtype,
+        norm_dtype=hidden.dtype if fused else parameters.norm.weight.dtype,
         residual_dtype=residual_dtype, sum_dtype=accumulation_dtype(summed),
     )  # fmt: skip
 
@@ -87,6 +90,32 @@ class LayerParameters(NamedTuple):
         rest = list(values)
         directions = (DirectionWeights(*rest[i : i + count]) for i in range(0, len(rest), count))
         return cls(norm, in_proj, out_proj, tuple(directions))
+
+
+def check_unwrapped(layers: Iterable[Any]) -> None:
+    """Raise ValueError, naming the module, for a layer with an adapter, a hook or quantised weights.
+
+    A run in chunks reads the weights of a layer. Of its modules it calls `drop_path` only.
+    """
+    for number, layer in enumerate(layers):
+        prefix = f"layers.{number}"
+        found = {name: m for name, m in layer.named_modules(prefix=prefix) if hooks_of(m) and m is not layer.drop_path}
+        if type(layer.norm).forward is not Norm.forward:
+            found[f"{prefix}.norm"] = layer.norm
+        if not hasattr(layer.mixer, "directions"):
+            found[f"{prefix}.mixer"] = layer.mixer
+        for name, module in layer.mixer.named_children():
+            if name == "parametrizations":  # of A_log or D: their values are the mixer's attributes
+                continue
+            if not computes_plainly(module):
+                found[f"{prefix}.mixer.{name}"] = module
+            check_weights(module, f"{prefix}.mixer.{name}")
+        if found:
+            name, module = next(iter(found.items()))
+            raise ValueError(
+                f"{name} {describe(module)}; a run in chunks reads the weights of the layers and does not call their modules: "
+                "merge the adapter or remove the hook, or call the model with the whole clip"
+            )
 
 
 class Direction:

@@ -68,8 +68,9 @@ class _WindowLayers:
         hidden, residual = tokens, cast(Any, None)
         for i, layer in enumerate(self.layers):
             if len(self.ready) == i:
-                spec = layer_spec(layer, hidden, residual, (), self.backend, False)
-                self.ready.append((spec, LayerWeights(spec, LayerParameters.of(layer))))
+                parameters = LayerParameters.of(layer)
+                spec = layer_spec(layer, parameters, hidden, residual, (), self.backend, False)
+                self.ready.append((spec, LayerWeights(spec, parameters)))
             spec, w = self.ready[i]
             with no_autocast(tokens.device):
                 y, v = add_norm(spec, w, hidden, residual)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fused import backends
 from fused.chunked.layer import run_block_two_pass
+from fused.chunked.layer_weights import check_unwrapped
 from fused.modules import mamba
 from fused.modules.span import Span, check_tubelets
 
@@ -99,6 +100,7 @@ def check_chunkable(model: "ChunkableModel", chunk_frames: int) -> None:
         raise ValueError(
             f"chunk_frames is {chunk_frames!r}; allowed: a positive multiple of kernel_size ({t}), a tubelet's frames"
         )
+    check_unwrapped(model.layers)
 
 
 def max_frames(config: "ChunkableConfig", total: int | None) -> int:

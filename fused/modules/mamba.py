@@ -1,7 +1,9 @@
 """The Mamba mixer: in_proj, a scan over the same tokens from either end, one gate, out_proj."""
 
 import math
+from collections.abc import Collection, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from fused import backends
 from fused.backends import NATIVE, TORCH, Abilities
 from fused.modules.state import State, check_mixer_state, linear_dtype, zero_state
+from fused.modules.wrapped import modules_to_call, warn_of_slow_path, weight_of
 from fused.ops import mamba_ssm
 from fused.ops.mamba_inner.eager import one_direction_eager
 from fused.ops.shapes import DirectionWeights
@@ -21,6 +24,9 @@ BACKENDS = {
     "torch": replace(TORCH, fullgraph=False),  # as its scan
 }
 """Abilities of the backends that can run a mixer."""
+_OUTER, _INNER = ("in_proj", "out_proj"), ("conv1d", "x_proj", "dt_proj")
+_CAUSAL = (*_OUTER, *_INNER)
+_BIDIRECTIONAL = (*_CAUSAL, "conv1d_b", "x_proj_b", "dt_proj_b")
 
 
 def check_backend(name: str) -> str:
@@ -41,6 +47,9 @@ class Mamba(nn.Module):
     Tokens stay (B, L, channels) throughout and neither direction makes a reversed copy. Parameter names, shapes and
     initial values are upstream's. `backend` is a name of `fused.backends`, or "auto"; `use_fast_path=False` makes "auto"
     choose "torch".
+
+    The kernels read the weights of the modules. A module that is more than its weight (an adapter such as LoRA, hooks, a
+    pruning) is called instead, and the mixer runs in more operators around it; a quantised one raises ValueError.
     """
 
     conv1d: nn.Conv1d
@@ -119,7 +128,7 @@ class Mamba(nn.Module):
         the parameters. Raises ValueError for a bidirectional mixer and for a batch of 0 clips.
         """
         self._require_causal()
-        weight = self.in_proj.weight
+        weight = weight_of(self.in_proj)
         target = torch.device(device) if device is not None else weight.device
         E = self.d_inner
         return zero_state(batch_size, (E, self.d_conv - 1), (E, self.d_state), dtype or linear_dtype(weight, target), target)
@@ -138,7 +147,8 @@ class Mamba(nn.Module):
         `backend` is the choice that a model has made for this forward; without it the mixer chooses from its own `backend`.
 
         Raises ValueError for a state with a bidirectional mixer or with a backend that cannot carry one, ValueError or
-        TypeError for a state of other shapes, dtypes or devices, BackendError for a backend that cannot run here.
+        TypeError for a state of other shapes, dtypes or devices, ValueError for quantised weights, BackendError for a backend
+        that cannot run here.
         """
         carried = state is not None or return_state
         requested = backend or self.backend
@@ -151,25 +161,26 @@ class Mamba(nn.Module):
             raise ValueError("mixer: backend 'mamba_ssm_inner' does not return a state; use backend='torch'")
         backend = backend or self.resolve_backend(hidden)
         operators = backends.OPERATOR_BACKEND.get(backend, backend)
-        directions = self.directions()
-        if operators == "mamba_ssm" and not return_state:
+        called = modules_to_call(self._modules, _BIDIRECTIONAL if self.bimamba else _CAUSAL, self.layer_idx)
+        if operators == "mamba_ssm" and not return_state and not called:
             inner = backend == "mamba_ssm_inner"
-            return mamba_ssm.mamba_mixer(hidden, self.in_proj, self.out_proj, directions, inner=inner)
+            return mamba_ssm.mamba_mixer(hidden, self.in_proj, self.out_proj, self.directions(), inner=inner)
         xz = self.in_proj(hidden)
-        if operators == "native" and not carried:
+        if operators == "native" and not carried and (not called or called == ("in_proj",)):
             from fused.ops.mamba_inner.native import mamba_inner
 
             out_proj = self.out_proj
-            return mamba_inner(xz, directions, out_proj.weight, out_proj.bias, keep_states=backend == "native_kept")
+            return mamba_inner(xz, self.directions(), out_proj.weight, out_proj.bias, keep_states=backend == "native_kept")
         x, z = xz.chunk(2, dim=-1)
         if state is not None:
             check_mixer_state(state, x, self.d_conv, self.d_state, self.layer_idx)
-        if operators == "native":
-            from fused.ops.mamba_inner.one_direction import mamba_inner_one_direction
-
-            y, state = mamba_inner_one_direction(x, directions[0], z=z, state=state, reverse=False, A_is_log=True)
+        calls_inner = any(name not in _OUTER for name in called)
+        if called and operators != "torch" and (calls_inner or not carried):
+            warn_of_slow_path(self, called, self.layer_idx)
+        if operators == "native" and not calls_inner:
+            y, state = self._scan_native(x, z, state)
         else:
-            y, state = self._scan_eager(x, z, directions, state, backend)
+            y, state = self._scan_eager(x, z, called, state, backend)
         out = self.out_proj(y)
         return (out, state) if return_state else out
 
@@ -193,20 +204,44 @@ class Mamba(nn.Module):
             conv.weight.squeeze(1), conv.bias, self.x_proj_b.weight, dt.weight, dt.bias, self.A_b_log, self.D_b
         )  # fmt: skip
 
+    def _scan_native(self, x: Tensor, z: Tensor, state: State | None) -> tuple[Tensor, State]:
+        """Return what `_scan_eager` returns, by one native operator a direction."""
+        from fused.ops.mamba_inner.one_direction import mamba_inner_one_direction
+
+        first, *second = self.directions()
+        y = mamba_inner_one_direction(x, second[0], reverse=True, A_is_log=True)[0] if second else None
+        return mamba_inner_one_direction(x, first, z=z, y_other_direction=y, state=state, reverse=False, A_is_log=True)
+
     def _scan_eager(
-        self, x: Tensor, z: Tensor, directions: tuple[DirectionWeights, ...], state: State | None, backend: str
+        self, x: Tensor, z: Tensor, called: Sequence[str], state: State | None, backend: str
     ) -> tuple[Tensor, State]:
-        """Return gated y (B, L, E) of all directions over x and z (B, L, E), and the state that leaves the first."""
+        """Return gated y (B, L, E) of all directions over x and z (B, L, E), and the state that leaves the first.
+
+        Of the modules that are `called` no weight is read.
+        """
+        suffixes = ("", "_b") if self.bimamba else ("",)
+        directions = [self._weights_beside(called, suffix) for suffix in suffixes] if called else self.directions()
         ys, states = [], []
-        for i, weights in enumerate(directions):
+        for i, (suffix, weights) in enumerate(zip(suffixes, directions, strict=True)):
+            modules = {name: getattr(self, name + suffix) for name in _INNER if name + suffix in called}
             A = -weights.A.to(accumulation_dtype(weights.A.dtype)).exp()
             y, leaving = one_direction_eager(
                 x, weights._replace(A=A), z=z, state=None if i else state, reverse=i == 1, backend=backend,
-                x_proj=self.x_proj_b if i else self.x_proj,
+                d_conv=self.d_conv, **modules,
             )  # fmt: skip
             ys.append(y)
             states.append(leaving)
         return ys[0] if len(ys) == 1 else ys[0] + ys[1], states[0]
+
+    def _weights_beside(self, called: Collection[str], suffix: str) -> DirectionWeights:
+        """Return the weights of the direction with this suffix; for modules that are `called`, None, and nothing is read."""
+        modules = ((name + suffix, getattr(self, name + suffix)) for name in _INNER)
+        weights: Any = [(None, None) if name in called else (m.weight, m.bias) for name, m in modules]
+        (conv, conv_bias), (x_proj, _), (dt_proj, dt_bias) = weights
+        conv = conv if conv is None else conv.squeeze(1)
+        A_log, D = (self.A_b_log, self.D_b) if suffix else (self.A_log, self.D)
+        read: Any = (conv, conv_bias, x_proj, dt_proj, dt_bias, A_log, D)
+        return DirectionWeights(*read)
 
     def _require_causal(self) -> None:
         if self.bimamba:

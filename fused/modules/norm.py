@@ -19,16 +19,14 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
         self.register_parameter("bias", nn.Parameter(torch.zeros(dim)) if kind == "layer" else None)
 
-    def forward(self, x: Tensor, backend: str = "auto") -> Tensor:
-        """Return the normalised x (..., D), without a residual."""
-        return self.add(x, None, prenorm=False, backend=backend)
+    def forward(
+        self, x: Tensor, backend: str = "auto", residual: Tensor | None = None, *, prenorm: bool = False,
+        residual_in_fp32: bool = True,
+    ) -> Any:  # fmt: skip
+        """Return `add_norm` of x (..., D) and residual with this module's parameters; without a residual, the normalised x.
 
-    def add(
-        self, x: Tensor, residual: Tensor | None, *, prenorm: bool = True, residual_in_fp32: bool = True, backend: str = "auto"
-    ) -> Any:
-        """Return `add_norm` of x (..., D) and residual with this module's parameters.
-
-        A model resolves its backend once a forward. The native operator is then called directly.
+        With `prenorm` the result, which a hook also sees, is a pair with the sum. A model resolves its backend once a forward.
+        The native operator is then called directly.
         """
         if backend in ("native", "native_kept"):
             from fused.ops.add_norm.native import add_norm_native

@@ -8,6 +8,7 @@ All tensors are (B, L, D).
 from torch import Tensor
 
 from fused.modules.norm import Norm
+from fused.modules.wrapped import weight_of
 from fused.runtime.dtypes import accumulation_dtype
 
 
@@ -19,7 +20,7 @@ def pre_norm(
     `residual` is None for the first layer. With `residual_in_fp32` the new stream is at least float32.
     """
     if fused_add_norm:
-        return norm.add(hidden, residual, residual_in_fp32=residual_in_fp32, backend=backend)
+        return norm(hidden, backend, residual, prenorm=True, residual_in_fp32=residual_in_fp32)
     residual = hidden if residual is None else residual + hidden
     normed = norm_stream(norm, residual, backend)
     return normed, residual.to(accumulation_dtype(residual.dtype)) if residual_in_fp32 else residual
@@ -28,10 +29,10 @@ def pre_norm(
 def final_norm(norm: Norm, hidden: Tensor, residual: Tensor, *, fused_add_norm: bool, backend: str) -> Tensor:
     """Return norm(residual + hidden), the output of a stack of layers; the sum is not stored with `fused_add_norm`."""
     if fused_add_norm:
-        return norm.add(hidden, residual, prenorm=False, backend=backend)
+        return norm(hidden, backend, residual)
     return norm_stream(norm, residual + hidden, backend)
 
 
 def norm_stream(norm: Norm, residual: Tensor, backend: str) -> Tensor:
     """Return norm(residual), in the dtype of the norm's weight."""
-    return norm(residual.to(norm.weight.dtype), backend)
+    return norm(residual.to(weight_of(norm).dtype), backend)

@@ -12,6 +12,7 @@ from fused.modules.mamba import Mamba
 from fused.modules.norm import DropPath, Norm
 from fused.modules.residual import pre_norm
 from fused.modules.state import State
+from fused.modules.wrapped import is_untouched
 
 
 class Block(nn.Module):
@@ -66,6 +67,7 @@ class Block(nn.Module):
         """Return the mixer's output (B, L, D), with the new state if `state_and_return_state` asks for it."""
         arguments = (tokens, *state_and_return_state)
         if self.recompute and torch.is_grad_enabled():
-            # a mixer draws no random numbers, so there is no generator state to store
-            return checkpoint(self.mixer, *arguments, use_reentrant=False, preserve_rng_state=False, backend=backend)
+            # a mixer draws no random numbers, so there is no generator state to store; a wrapper of its modules may draw some
+            draws = not is_untouched(self.mixer, Mamba)
+            return checkpoint(self.mixer, *arguments, use_reentrant=False, preserve_rng_state=draws, backend=backend)
         return self.mixer(*arguments, backend=backend)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fused.models.videomamba.config import VideoMambaConfig
 from fused.modules.span import Span, check_tubelets
+from fused.modules.wrapped import computes_plainly, hooks_of, weight_of
 from fused.runtime.autocast import autocast_dtype
 from fused.runtime.dtypes import accumulation_dtype
 
@@ -18,14 +19,16 @@ class PatchEmbed(nn.Module):
 
     `proj` is upstream's convolution and only holds its parameters. The product is a matmul over the pixels laid out in
     rows: it is repeatable bit for bit on a GPU, where cuDNN may choose another algorithm, and it can leave out hidden patches.
+    A `proj` with an adapter or hooks is called as a module.
     """
 
     def __init__(self, config: VideoMambaConfig) -> None:
         super().__init__()
         self.patch, self.step, self.tubelet = config.patch_size, config.stride or config.patch_size, config.kernel_size
         sides, steps = (self.patch,) * 2, (self.step,) * 2
+        self.is_image = config.num_frames is None
         self.proj: nn.Conv2d | nn.Conv3d
-        if config.num_frames is None:
+        if self.is_image:
             self.tubelet = 1
             self.proj = nn.Conv2d(config.channels, config.embed_dim, sides, steps)
         else:
@@ -37,11 +40,14 @@ class PatchEmbed(nn.Module):
         `visible` holds indices of patches, counted over the clip; only these are projected then. Raises TypeError for a clip
         in another dtype than the parameters' without autocast, ValueError for one on another device.
         """
-        if clip.device != self.proj.weight.device:
-            raise ValueError(f"clip is on {clip.device}, parameters on {self.proj.weight.device}; allowed: the same device")
-        if clip.dtype != self.proj.weight.dtype and autocast_dtype(clip.device) is None:
-            weight_dtype = self.proj.weight.dtype
-            raise TypeError(f"clip has dtype {clip.dtype}, parameters {weight_dtype}; allowed: the same, or torch.autocast")
+        weight = weight_of(self.proj)
+        if clip.device != weight.device:
+            raise ValueError(f"clip is on {clip.device}, parameters on {weight.device}; allowed: the same device")
+        if clip.dtype != weight.dtype and autocast_dtype(clip.device) is None:
+            raise TypeError(f"clip has dtype {clip.dtype}, parameters {weight.dtype}; allowed: the same, or torch.autocast")
+        if hooks_of(self.proj) or not computes_plainly(self.proj):
+            patches = self.proj(clip if self.is_image or clip.dim() == 5 else clip.unsqueeze(2)).flatten(2).transpose(1, 2)
+            return patches if visible is None else patches[torch.arange(len(clip), device=clip.device)[:, None], visible]
         pixels = self._view_patches(clip if clip.dim() == 5 else clip.unsqueeze(2))
         if visible is None:
             rows = pixels.flatten(4).flatten(1, 3)
@@ -51,7 +57,7 @@ class PatchEmbed(nn.Module):
             column = visible % grid_columns
             clips = torch.arange(clip.shape[0], device=clip.device)[:, None]
             rows = pixels[clips, frame, row, column].flatten(2)
-        return F.linear(rows, self.proj.weight.flatten(1), self.proj.bias)
+        return F.linear(rows, weight.flatten(1), self.proj.bias)
 
     def _view_patches(self, clip: Tensor) -> Tensor:
         """Return a view (B, tubelets, rows, columns, C, t, P, P) of a clip (B, C, T, H, W)."""

@@ -21,6 +21,7 @@ from fused.models.videomamba.streaming import continuation
 from fused.models.videomamba.timm_api import Classifier
 from fused.modules.norm import Norm
 from fused.modules.state import State, States, pack, running_mean
+from fused.modules.wrapped import weight_of
 
 _log = logging.getLogger("fused")
 
@@ -40,6 +41,15 @@ class DistillOutput(NamedTuple):
 
     logits: Tensor  # (B, num_classes)
     features: Tensor  # (B, L, distill_dim) of unit length, CLS included
+
+
+class DistillHead(nn.Sequential):
+    """The distillation head: Norm, Linear, unit length."""
+
+    def forward(self, tokens: Tensor, backend: str = "auto") -> Tensor:
+        """Return features (B, L, distill_dim) of unit length of normed tokens (B, L, D)."""
+        norm, project = self
+        return F.normalize(project(norm(tokens, backend)), dim=-1)
 
 
 class VideoMamba(Labelled, Classifier, Backbone):
@@ -64,7 +74,7 @@ class VideoMamba(Labelled, Classifier, Backbone):
         self.head = nn.Linear(config.embed_dim, config.num_classes) if config.num_classes else nn.Identity()
         self.head_drop = nn.Dropout(config.fc_drop_rate)
         if config.distill_dim is not None:
-            self.distill_head = nn.Sequential(Norm(config.embed_dim), nn.Linear(config.embed_dim, config.distill_dim))
+            self.distill_head = DistillHead(Norm(config.embed_dim), nn.Linear(config.embed_dim, config.distill_dim))
         self._init_weights()
 
     @property
@@ -106,7 +116,7 @@ class VideoMamba(Labelled, Classifier, Backbone):
         read, mean = self.read_tokens(tokens, cls, mean)
         output: Any = self.head(self.head_drop(read))
         if self.config.distill_dim is not None:
-            output = DistillOutput(output, self._distilled(tokens, out.backend))
+            output = DistillOutput(output, self.distill_head(tokens, out.backend))
         return output, out.states, mean
 
     def forward_chunked(
@@ -127,7 +137,7 @@ class VideoMamba(Labelled, Classifier, Backbone):
         output = self.head(self.head_drop(self.read_tokens(tokens, 1, None)[0]))
         if self.config.distill_dim is None:
             return output
-        return DistillOutput(output, apply_per_chunk(lambda x: self._distilled(x, out.backend), out.chunks, tokens))
+        return DistillOutput(output, apply_per_chunk(lambda x: self.distill_head(x, out.backend), out.chunks, tokens))
 
     def _read_part(self) -> slice:
         """Return the slice of tokens that the heads read; only these are normed. No scan order moves the first or the last."""
@@ -135,11 +145,6 @@ class VideoMamba(Labelled, Classifier, Backbone):
         if self.config.distill_dim is not None:
             return all_tokens
         return {"cls": slice(0, 1), "last": slice(-1, None)}.get(self.config.readout, all_tokens)
-
-    def _distilled(self, tokens: Tensor, backend: str) -> Tensor:
-        """Return the distillation head's features (B, L, distill_dim), of unit length, of normed tokens (B, L, D)."""
-        norm, project = self.distill_head
-        return F.normalize(project(norm(tokens, backend)), dim=-1)
 
     def read_tokens(self, tokens: Tensor, cls: int, before: State | None) -> tuple[Tensor, State | None]:
         """Return the head's input (B, D), or (B, L - cls, D) for readout "tokens", and the new running mean, if one is read.
@@ -167,7 +172,7 @@ class ClipDecoder(nn.Module):
 
     def forward(self, feature: Tensor, backend: str = "auto") -> Tensor:
         """Return (B, V, clip_output_dim) for a feature (B, V, D)."""
-        out = self.norm(self.head(feature.to(self.head.weight.dtype)), backend)
+        out = self.norm(self.head(feature.to(weight_of(self.head).dtype)), backend)
         return out / out.norm(dim=-1, keepdim=True) if self.unit else out
 
 

@@ -1,5 +1,6 @@
 """A classifier as an ONNX file for clips of one shape, or of one shape in batches of any size."""
 
+import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,8 +41,8 @@ def export_onnx(model: VideoMamba, path: str | Path, *, batch: int = 1, dynamic_
         raise ImportError(f"{error.name} is not installed: pip install 'videomamba-bench[onnx]'") from error
     path, config = Path(path), model.config
     dtype = next(model.parameters()).dtype
-    copy = VideoMamba(config, backend="torch").to(dtype)
-    copy.load_state_dict(model.state_dict())
+    copied = copy.deepcopy(model).to("cpu", dtype)  # with adapters and hooks, if there are any
+    copied.requested_backend = "torch"
     frames = () if config.num_frames is None else (config.num_frames,)
     # an export takes a size of 1 for a constant, so a batch that stays open is traced with 2 clips
     clip = torch.zeros(2 if dynamic_batch else batch, config.channels, *frames, *config.sides, dtype=dtype)
@@ -49,7 +50,7 @@ def export_onnx(model: VideoMamba, path: str | Path, *, batch: int = 1, dynamic_
     shapes = {"clip": {0: torch.export.Dim("batch", min=1)}} if dynamic_batch else None
     with torch.no_grad():
         program: Any = torch.onnx.export(
-            copy.eval(), (clip,), dynamo=True, input_names=["clip"], output_names=names, verbose=False,
+            copied.eval(), (clip,), dynamo=True, input_names=["clip"], output_names=names, verbose=False,
             optimize=False, dynamic_shapes=shapes,
         )  # fmt: skip
     if dynamic_batch and isinstance(program.model.graph.inputs[0].shape[0], int):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -9,24 +10,47 @@ from fused.ops.causal_conv1d import api as conv
 from fused.ops.selective_scan import api as scan
 from fused.ops.shapes import DirectionWeights
 
+Call = Callable[[Tensor], Tensor]
+
 
 def one_direction_eager(
     x: Tensor, weights: DirectionWeights, *, reverse: bool, backend: str, z: Tensor | None = None,
-    state: Sequence[Tensor] | None = None, x_proj: Callable[[Tensor], Tensor] | None = None,
+    state: Sequence[Tensor] | None = None, conv1d: Call | None = None, x_proj: Call | None = None, dt_proj: Call | None = None,
+    d_conv: int = 0,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
     """Return y (B, L, E) of x (B, L, E), and the state that leaves: conv state (B, E, K-1), SSM state (B, E, N).
 
-    A of the weights is A itself. z (B, L, E) is the gate. `state` enters, zero without it. `x_proj` is the module that holds
-    that weight, if it is to be called as a module.
+    A of the weights is A itself. z (B, L, E) is the gate. `state` enters, zero without it. A module that is given, `conv1d`,
+    `x_proj` or `dt_proj`, is called, and its weight and bias are not read. `conv1d` needs its width K as `d_conv`.
     """
     conv_state, ssm_state = state or (None, None)
-    R, N = weights.dt_proj.shape[1], weights.A.shape[1]
-    c, conv_state = conv.causal_conv1d(
-        x, weights.conv, weights.conv_bias, initial_state=conv_state, reverse=reverse, backend=backend
-    )  # fmt: skip
-    dt, B, C = (F.linear(c, weights.x_proj) if x_proj is None else x_proj(c)).split((R, N, N), dim=-1)
-    delta = F.linear(dt, weights.dt_proj)  # the scan adds dt_proj's bias, unrounded
+    if conv1d is None:
+        c, conv_state = conv.causal_conv1d(
+            x, weights.conv, weights.conv_bias, initial_state=conv_state, reverse=reverse, backend=backend
+        )  # fmt: skip
+    else:
+        c, conv_state = _call_conv1d(conv1d, x, conv_state, d_conv, reverse)
+    dt_B_C, N = F.linear(c, weights.x_proj) if x_proj is None else x_proj(c), weights.A.shape[1]
+    dt, B, C = dt_B_C.split((dt_B_C.shape[-1] - 2 * N, N, N), dim=-1)
+    if dt_proj is None:
+        delta, dt_bias = F.linear(dt, weights.dt_proj), weights.dt_bias  # the scan adds the bias, unrounded
+    else:
+        delta, dt_bias = dt_proj(dt), None
     y, ssm_state = scan.selective_scan(
-        c, delta, weights.A, B, C, weights.D, z, weights.dt_bias, initial_state=ssm_state, reverse=reverse, backend=backend
+        c, delta, weights.A, B, C, weights.D, z, dt_bias, initial_state=ssm_state, reverse=reverse, backend=backend
     )  # fmt: skip
     return y, (conv_state, ssm_state)
+
+
+def _call_conv1d(conv1d: Call, x: Tensor, state: Tensor | None, K: int, reverse: bool) -> tuple[Tensor, Tensor]:
+    """Return silu(conv1d(x)) (B, L, E) of x (B, L, E), and the last K-1 inputs (B, E, K-1) in the order of the scan.
+
+    `conv1d` takes (B, E, tokens) and pads K-1 zeros on both sides, as upstream's does. `state` (B, E, K-1) is the inputs before
+    x, and is put in front of it.
+    """
+    inputs = (x.flip(1) if reverse else x).transpose(1, 2)
+    inputs = inputs if state is None else torch.cat((state, inputs), dim=2)
+    first, L = inputs.shape[2] - x.shape[1], x.shape[1]
+    c = F.silu(conv1d(inputs)[:, :, first : first + L]).transpose(1, 2).to(x.dtype)
+    last = F.pad(inputs, (max(0, K - 1 - inputs.shape[2]), 0))
+    return c.flip(1) if reverse else c, last[:, :, last.shape[2] - (K - 1) :]

@@ -9,7 +9,6 @@ from pathlib import Path
 from fused.io.video import Times, VideoError, VideoTooShort, middle_frames
 
 
-
 @dataclass(frozen=True)
 class FrameSampling:
     """The rule by which `frames` frames are taken from a video.
