@@ -6,11 +6,12 @@ from fnmatch import fnmatch
 
 import torch
 
+from harness.baselines import attention
 from harness.bench import attentions, ceilings, grids, roofline
 from harness.bench.interleave import interleave
 from harness.bench.worker import Worker
 from harness.judge import parity
-from harness.judge.request import ParityRequest
+from harness.judge.request import ParityRequest, UsageError
 from harness.records.ceilings import Ceilings
 from harness.records.record import Record
 from harness.records.speed import Entry, Point, Speed
@@ -167,6 +168,32 @@ def points_here(grid: str, device: str, races: tuple[str, ...], patterns: tuple[
     found = [p for p in grids.points(grid) if device.startswith("cuda") or p.way not in ("graph", "compiled")]
     found = [p for p in found if not races or p.race in races]
     return [p for p in found if not patterns or any(fnmatch(p.name, pattern) for pattern in patterns)]
+
+
+def require_contenders(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the names of implementations that are to be timed, if all are contenders of a race. Raises UsageError."""
+    racing = dict.fromkeys(subject for race in grids.races().values() for subject, _ in race.contenders)
+    known = dict.fromkeys(i.name for s in racing for kernel in ("sdpa", None) for i in grids.contenders(s, kernel))
+    for name in names:
+        if name not in known:
+            raise UsageError(f"implementation {name!r} is unknown; there are {', '.join(known)}")
+    return names
+
+
+def anything_to_time(points: list[Point], grid: str, device: str, names: tuple[str, ...]) -> bool:
+    """Return whether an entry can be timed at one of the points here, whichever attention is the fastest of this box."""
+    for race in dict.fromkeys(p.race for p in points):
+        for kernel in ("sdpa", *attention.PINNED):
+            for entry in grids.entries(race, device, kernel, names):
+                if any(grids.runs(entry, p, grid) for p in points if p.race == race):
+                    return True
+    return False
+
+
+def why_nothing(points: list[Point], device: str, names: tuple[str, ...]) -> list[str]:
+    """Return why none of the contenders at these points, or of those with these names, can be timed here."""
+    absent = [a for a in grids.absent({p.race for p in points}, device) if not names or a["implementation"] in names]
+    return [f"{a['implementation']}: {a['reason']}" for a in absent] or [f"{', '.join(names)} takes part at none of the points"]
 
 
 def describe(

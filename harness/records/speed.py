@@ -127,6 +127,11 @@ class Speed:
         return cls(**{f.name: raw[f.name] for f in fields(cls)})
 
 
+def is_failure(speed: Speed) -> bool:
+    """Return whether it fails the run: ours, and refused a time, in error, or out of time. Out of memory is a result."""
+    return speed.entry.role == "ours" and speed.status in ("gated", "error", "timeout")
+
+
 def last_line(speeds: Sequence[Speed]) -> str:
     """Return `N timed, N gated, ...`, followed by the counts of rivals."""
 

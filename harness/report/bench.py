@@ -7,12 +7,16 @@ from harness.bench import grids
 from harness.bench.interleave import FEWEST, GOAL, MOST
 from harness.bench.worker import WARM
 from harness.records.interval import RESAMPLES
-from harness.records.speed import MODES, WAYS, Speed, last_line
+from harness.records.speed import MODES, WAYS, Speed, is_failure, last_line
 from harness.report import chunking, curves, paper, speed_figures, speed_tables, streaming, tables
 from harness.report.html import write_both
 from harness.report.page import box
 from harness.runs.store import Run
 
+UNTIMED = (
+    ("gated", "GATED. Parity failed, so these have no speed:"), ("error", "FAILED while being timed:"),
+    ("timeout", "OUT OF TIME while being timed:"),
+)  # fmt: skip
 CPU = "This is the CPU grid: it shows that the bench works; its numbers say nothing of a GPU."
 HOW = f"""\
 Every entry (an implementation of a subject) runs in a process of its own, so that what kills it costs nobody else. At each
@@ -76,7 +80,8 @@ def _gpu(run: Run) -> bool:
 def _verdict(run: Run) -> str:
     """Return the verdict in bold, with counts."""
     ours = [s for s in run.speeds if s.entry.role == "ours"]
-    timed, gated, failed = (sum(s.status in which for s in ours) for which in (("ok",), ("gated",), ("error", "timeout")))
+    timed, gated, failed = sum(s.status == "ok" for s in ours), sum(s.status == "gated" for s in ours), sum(map(is_failure, ours))
+    failed -= gated
     lost = len(ours) - timed - gated - failed
     word = "GATED OR FAILED" if gated + failed else "TIMED" if timed else "NOTHING OF OURS WAS TIMED"
     word += f" SO FAR ({run.about.get('status')})" * (run.about.get("status") != "finished")
@@ -99,7 +104,7 @@ def _warnings(run: Run) -> list[str]:
         said.append(f"> **FILTERED** ({'; '.join(narrowed)}). Others were not timed: nobody here is the fastest of all.")
     if not _gpu(run):
         said.append(f"> **ON A CPU.** {CPU}")
-    for status, head in (("gated", "GATED. Parity failed, so these have no speed:"), ("error", "FAILED while being timed:")):
+    for status, head in UNTIMED:
         if lines := speed_tables.missing(run.speeds, status):
             said.append("\n".join([f"> **{head}**", ">", *(f"> - {line}" for line in lines)]))
     if lines := _wrong(run.speeds):
