@@ -50,7 +50,8 @@ def bench(
     points = bench_run.points_here(grid, device, tuple(race or ()), tuple(point or ()))
     wanted = bench_run.require_contenders(tuple(impl or ()))
     if not points:
-        raise typer.Exit(nothing_ran([f"grid {grid} has no such point on {device}; `bench --grid {grid} --dry-run` lists them"]))
+        why = f"grid {grid} has no such point on {device}; `bench --grid {grid} --dry-run` lists them"
+        raise typer.Exit(nothing_ran([why]))
     if dry_run:
         for p in points:
             who = [e for e in grids.entries(p.race, device, "sdpa", wanted) if grids.runs(e, p, grid)]

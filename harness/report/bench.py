@@ -80,8 +80,8 @@ def _gpu(run: Run) -> bool:
 def _verdict(run: Run) -> str:
     """Return the verdict in bold, with counts."""
     ours = [s for s in run.speeds if s.entry.role == "ours"]
-    timed, gated, failed = sum(s.status == "ok" for s in ours), sum(s.status == "gated" for s in ours), sum(map(is_failure, ours))
-    failed -= gated
+    timed, gated = (sum(s.status == status for s in ours) for status in ("ok", "gated"))
+    failed = sum(map(is_failure, ours)) - gated
     lost = len(ours) - timed - gated - failed
     word = "GATED OR FAILED" if gated + failed else "TIMED" if timed else "NOTHING OF OURS WAS TIMED"
     word += f" SO FAR ({run.about.get('status')})" * (run.about.get("status") != "finished")

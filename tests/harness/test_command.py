@@ -1,4 +1,4 @@
-"""The command line before any work: what is missing, what cannot be written, what is asked for wrongly, and what is left out."""
+"""The command line around the work: what is missing or cannot be written, what has nothing to do, exit codes, the time left."""
 
 import re
 import subprocess
@@ -26,8 +26,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_without_its_extra_the_command_says_which(missing: str, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules[{missing!r}] = None\n")  # as if it were not there
     done = subprocess.run(
-        [sys.executable, "-m", "harness", "list"], cwd=ROOT, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"}, capture_output=True, text=True
-    )
+        [sys.executable, "-m", "harness", "list"], cwd=ROOT, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode == 4 and done.stdout == ""
     assert done.stderr == (
         f"error: python -m harness needs {missing}, which is not installed: pip install 'videomamba-bench[harness]'\n"
@@ -121,7 +122,8 @@ def test_the_verdict_and_the_exit_code_of_bench_agree(found: list[tuple[str, str
     assert ("GATED OR FAILED" in report._verdict(kept)) == (code == FAILED)
     lines = "\n".join(bench.untimed(kept))
     for number, (role, status) in enumerate(found, 1):
-        named = f"{status.upper()} (ours) norm ours{number}: reason {number}\n    at norm-B1-L{number}-infer-eager-float32" in lines
+        line = f"{status.upper()} (ours) norm ours{number}: reason {number}\n    at norm-B1-L{number}-infer-eager-float32"
+        named = line in lines
         assert named == (role == "ours" and status in ("gated", "error", "timeout"))
 
 
