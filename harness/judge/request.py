@@ -20,7 +20,7 @@ from harness.judge.protocols import HasLayouts, HasSpecialCases
 from harness.judge.registry import mutants, subjects
 
 GRIDS = ("smoke", "full", "long")
-NAME = re.compile(r"[\w.:+-]+")  # of an added implementation: no sign of a shell pattern
+NAME = re.compile(r"[^\W_][\w.:+-]*")  # of an added implementation: no sign of a shell pattern
 
 
 class UsageError(ValueError):
@@ -166,7 +166,7 @@ def parse_added(text: str) -> tuple[str, str, Callable[..., Any]]:
     if subject not in known:
         raise refuse(f"subject {subject!r} is unknown; allowed are {', '.join(known)}")
     if not NAME.fullmatch(name):
-        raise refuse(f"the name {name!r} has other signs than letters, digits and _ . : + -")
+        raise refuse(f"the name {name!r} is not a letter or digit, then letters, digits and _ . : + -")
     if any(name == i.name for i in known[subject].implementations()):
         raise refuse(f"{subject} has an implementation {name!r} already; give yours another name")
     adapt = _layout(subject, layout, refuse) if at else None

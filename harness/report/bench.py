@@ -10,7 +10,8 @@ from harness.records.interval import RESAMPLES
 from harness.records.speed import MODES, WAYS, Speed, is_failure, last_line
 from harness.report import chunking, curves, paper, speed_figures, speed_tables, streaming, tables
 from harness.report.html import write_both
-from harness.report.page import box
+from harness.report.markdown import bold, escape, table
+from harness.report.page import again, box
 from harness.runs.store import Run
 
 UNTIMED = (
@@ -53,7 +54,7 @@ def write(run: Run) -> Path:
     title = f"Bench: grid {plan.get('grid', '?')} on {(here.get('gpu') if _gpu(run) else '') or here.get('cpu') or '?'}"
     families = curves.families(run.speeds)
     parts = [
-        f"# {title}",
+        f"# {escape(title)}",
         _verdict(run),
         *_warnings(run),
         "## Licences: parity in this run", *_licences(run),
@@ -67,7 +68,7 @@ def write(run: Run) -> Path:
         "## How to read this", READ,
         "\n".join(f"- `{word}`: {what}" for word, what in (MODES | WAYS).items()),
         "## The box", box(run),
-        "## Again", f"```\n{run.about.get('command', '(not recorded; the plan above says what was asked)')}\n```",
+        "## Again", again(run),
     ]  # fmt: skip
     return write_both(run.folder, "\n\n".join(parts) + "\n", title)
 
@@ -95,9 +96,9 @@ def _warnings(run: Run) -> list[str]:
     if run.about.get("status") == "interrupted":
         said.append("> **INTERRUPTED.** Points are missing; nothing below is the whole answer.")
     elif run.about.get("status") != "finished":
-        said.append(f"> **NOT FINISHED** (status: {run.about.get('status')}). Points are missing.")
+        said.append(f"> **NOT FINISHED** (status: {escape(run.about.get('status'))}). Points are missing.")
     if narrowed := [
-        f"{what} {', '.join(plan[k])}"
+        escape(f"{what} {', '.join(plan[k])}")
         for k, what in (("races", "races"), ("names", "only"), ("points", "points"))
         if plan.get(k)
     ]:
@@ -110,8 +111,8 @@ def _warnings(run: Run) -> list[str]:
     if lines := _wrong(run.speeds):
         said.append("\n".join(["> **WRONG RIVALS.** Timed, but their answers failed parity:", ">", *lines]))
     if absent := run.about.get("absent", []):
-        whose = [f"{a['subject']}: **{a['implementation']}**" + " (rival)" * (a["role"] == "rival") for a in absent]
-        lines = [f"> - {name}: {tables.flat(a['reason'])}" for name, a in zip(whose, absent, strict=True)]
+        whose = [f"{escape(a['subject'])}: {bold(a['implementation'])}" + " (rival)" * (a["role"] == "rival") for a in absent]
+        lines = [f"> - {name}: {escape(a['reason'])}" for name, a in zip(whose, absent, strict=True)]
         said.append("\n".join(["> **NOT RUN HERE.** These were not timed at all:", ">", *lines]))
     return ["## Before the numbers", *(said or ["Nothing is missing: everybody was timed, unfiltered, to the end."])]
 
@@ -119,14 +120,14 @@ def _warnings(run: Run) -> list[str]:
 def _wrong(speeds: list[Speed]) -> list[str]:
     """Return a line for each entry that was timed although its answers failed parity."""
     wrong = [s for s in speeds if s.seconds and curves.fault_note(s)]
-    found = {speed_tables.entry_name(s.entry): tables.flat(curves.fault_note(s)) for s in wrong}
+    found = {escape(speed_tables.entry_name(s.entry)): escape(curves.fault_note(s)) for s in wrong}
     return [f"> - {name}: {fault}" for name, fault in found.items()]
 
 
 def _licences(run: Run) -> list[str]:
     """Return a table of checks and implementations for each subject, then the failures."""
     subjects = dict.fromkeys(r.subject for r in run.records)
-    parts = [f"### {s}\n\n{tables.matrix([r for r in run.records if r.subject == s])}" for s in subjects]
+    parts = [f"### {escape(s)}\n\n{tables.matrix([r for r in run.records if r.subject == s])}" for s in subjects]
     if any(r.failed for r in run.records):
         parts += ["### What failed", tables.failures(run.records)]
     return parts or ["No question was asked: nothing here is licensed."]
@@ -202,7 +203,7 @@ def _ceilings(run: Run) -> str:
         ("matrix product in the points' dtype", f"{speed_tables.number(found['matmul'] / 1e12)} TFLOP/s"),
         ("exponentials, float32", f"{speed_tables.number(found['exp'] / 1e9)} G/s"),
     ]
-    return tables.table(["ceiling", "is"], rows)
+    return table(["ceiling", "is"], rows)
 
 
 def _how(run: Run) -> str:

@@ -6,9 +6,9 @@ from typing import Any
 from harness.bench import grids
 from harness.records.speed import MODES, Speed
 from harness.report.curves import MAMBA, VIT, Curve, Family, fault_note, meeting, memory, seconds
+from harness.report.markdown import Markdown, table
 from harness.report.speed_figures import sizes, tokens
 from harness.report.speed_tables import fastest, number, status
-from harness.report.tables import table
 
 HEAD = ["", "forward", "upstream", "ViT", "roofline", "forward + backward", "kept", "upstream", "ViT", "roofline"]
 
@@ -118,4 +118,4 @@ def _other(ours: Speed | None, other: Speed | None) -> str:
     if not other:
         return "-"
     times = f" ({seconds(other) / seconds(ours):.2f}x)" if ours else ""
-    return f"{number(1e3 * seconds(other))}{times}" + "*" * bool(fault_note(other))
+    return Markdown(f"{number(1e3 * seconds(other))}{times}" + "*" * bool(fault_note(other)))
