@@ -1,7 +1,7 @@
 """A benchmark run: licences first, then ceilings, then every point, race by race."""
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from fnmatch import fnmatch
 
 import torch
@@ -12,7 +12,7 @@ from harness.bench.interleave import interleave
 from harness.bench.worker import Worker
 from harness.judge import parity
 from harness.judge.request import ParityRequest, UsageError
-from harness.records.ceilings import Ceilings
+from harness.records.ceilings import BoxCeilings
 from harness.records.record import Record
 from harness.records.speed import Entry, Point, Speed
 from harness.runs import workers
@@ -71,7 +71,7 @@ def refusal(entry: Entry, point: Point, records: list[Record]) -> tuple[str, flo
 
 
 def time_points(
-    run: Run, points: list[Point], entries_at: Callable[[Point], list[Entry]], best: Ceilings | None, budget: float,
+    run: Run, points: list[Point], entries_at: Callable[[Point], list[Entry]], best: BoxCeilings | None, budget: float,
     slowest: float, device: str, threads: int, tell: Callable[[Speed], None],
 ) -> None:  # fmt: skip
     """Time what the run has not timed yet. A point longer than one that ran out of memory or time is implied.
@@ -103,7 +103,7 @@ def time_points(
             wanted = left(point)
             for speed in _speeds(run, point, wanted, workers_now, budget, slowest, device, threads):
                 if best:
-                    speed = replace(speed, bound=roofline.bound(point, speed.entry.subject, speed.entry.variant, best))
+                    speed = roofline.bounded(speed, best)
                 run.add_speed(speed)
                 tell(speed)
     finally:
@@ -205,12 +205,15 @@ def describe(
     return {"kind": "bench", "plan": plan, "box": box, "absent": absent}
 
 
-def measure_box(run: Run, dtype: str) -> None:
-    """Measure ceilings and attentions of this box, once a run, in a process of its own: their memory is not needed later."""
+def measure_box(run: Run, dtypes: Sequence[str], threads: int) -> None:
+    """Measure ceilings in these dtypes, and attentions in the first, once a run.
+
+    They are measured in a process of its own with as many threads as what is timed: their memory is not needed later.
+    """
     if {"ceilings", "attention"} <= run.about.keys():
         return
     device = run.about["plan"]["device"]
     with workers.pool(1) as pool:
-        run.about["ceilings"] = asdict(pool.submit(ceilings.measure, device, dtype).result())
-        run.about["attention"] = pool.submit(attentions.measure_attentions, device, dtype).result()
+        run.about["ceilings"] = pool.submit(ceilings.measure, device, dtypes, threads).result().to_json()
+        run.about["attention"] = pool.submit(attentions.measure_attentions, device, dtypes[0]).result()
     run.save()

@@ -10,7 +10,7 @@ import typer
 from harness.bench import benchmark_json, grids
 from harness.bench import run as bench_run
 from harness.judge.request import UsageError, default_device, require_device
-from harness.records.ceilings import Ceilings
+from harness.records.ceilings import BoxCeilings
 from harness.records.speed import Entry, Point, Speed, is_failure, last_line
 from harness.report import bench as page
 from harness.runs import environment, workers
@@ -98,7 +98,7 @@ def _work(run: Run, points: list[Point], wanted: tuple[str, ...], progress: Prog
     """Measure the box, ask for licences, then time what the run has not timed yet."""
     plan, threads = run.about["plan"], torch.get_num_threads()
     progress.say("ceilings of this box, and its fastest attention")
-    bench_run.measure_box(run, points[0].dtype)
+    bench_run.measure_box(run, tuple(dict.fromkeys(p.dtype for p in points)), threads)
     fastest = min(run.about["attention"], key=run.about["attention"].get)
     races = {p.race: grids.entries(p.race, plan["device"], fastest, wanted) for p in points}
     entries = {p.name: [e for e in races[p.race] if grids.runs(e, p, plan["grid"])] for p in points}
@@ -116,7 +116,7 @@ def _work(run: Run, points: list[Point], wanted: tuple[str, ...], progress: Prog
         result = f"{1e3 * speed.median.middle:.3g} ms" if speed.seconds else f"{speed.status}: {speed.reason}"
         progress.done(_item(speed.entry, speed.point), f"{speed.point.name} {speed.entry.name} {result}")
 
-    ceilings, slowest = Ceilings(**run.about["ceilings"]), SLOWEST[plan["grid"]]
+    ceilings, slowest = BoxCeilings.from_json(run.about["ceilings"]), SLOWEST[plan["grid"]]
     budget, device = plan["budget"], plan["device"]
     bench_run.time_points(run, points, lambda p: entries[p.name], ceilings, budget, slowest, device, threads, tell)
 

@@ -2,10 +2,12 @@
 
 import textwrap
 from pathlib import Path
+from typing import Any
 
 from harness.bench import grids
 from harness.bench.interleave import FEWEST, GOAL, MOST
 from harness.bench.worker import WARM
+from harness.records.ceilings import BoxCeilings
 from harness.records.interval import RESAMPLES
 from harness.records.speed import MODES, WAYS, Speed, is_failure, last_line
 from harness.report import chunking, curves, paper, speed_figures, speed_tables, streaming, tables
@@ -18,6 +20,7 @@ UNTIMED = (
     ("gated", "GATED. Parity failed, so these have no speed:"), ("error", "FAILED while being timed:"),
     ("timeout", "OUT OF TIME while being timed:"),
 )  # fmt: skip
+OLD_DTYPE = "the points' dtype"  # which older runs did not name
 CPU = "This is the CPU grid: it shows that the bench works; its numbers say nothing of a GPU."
 HOW = f"""\
 Every entry (an implementation of a subject) runs in a process of its own, so that what kills it costs nobody else. At each
@@ -41,7 +44,8 @@ failed is timed, with "wrong by N budgets" beside its figure and wherever that f
 be. `[low, high]` is the 95 % interval of the median; two entries whose intervals overlap are not told apart. Time over
 another's is below 1 where the row is faster. `out of memory` is the entry's own doing; longer points of the same curve are
 `not tried`. The share of the roofline is the least time that this box needs for the point, by the ceilings above, over the
-time taken: 100 % cannot be beaten, and more means that the bound is wrong. Where curves meet is read off straight lines in
+time taken: 100 % cannot be beaten. What was faster shows that a ceiling was measured too low, or holds for DRAM and not for a
+cache: it has `no bound`, with the reason, and no share. Where curves meet is read off straight lines in
 logarithms between neighbouring points, against the fastest ViT of the same way; it is as good as the points are close. Every
 sample of a stream is the next frame, CLS's not among them: its median and 99th percentile are of what a caller waits. On a GPU
 the memory of a stream is the peak of its capture and what the frames before have left. Chunks are held against the pass over
@@ -198,12 +202,22 @@ def _ceilings(run: Run) -> str:
     """Return the ceilings of the box as a table."""
     if not (found := run.about.get("ceilings")):
         return "Not measured; no share of a roofline is known."
-    rows = [
-        ("copy, read plus written", f"{speed_tables.number(found['copy'] / 1e9)} GB/s"),
-        ("matrix product in the points' dtype", f"{speed_tables.number(found['matmul'] / 1e12)} TFLOP/s"),
-        ("exponentials, float32", f"{speed_tables.number(found['exp'] / 1e9)} G/s"),
-    ]
+    box = _box_ceilings(found)
+    rows = []
+    for size, rate in box.copies:
+        what = f"memory, {size / 2**20:g} MiB moved again and again" if len(box.copies) > 1 else "copy, read plus written"
+        rows.append((what, f"{speed_tables.number(rate / 1e9)} GB/s"))
+    for dtype, rate in box.matmuls.items():
+        rows.append((f"matrix product in {dtype or OLD_DTYPE}", f"{speed_tables.number(rate / 1e12)} TFLOP/s"))
+    rows.append(("exponentials, float32", f"{speed_tables.number(box.exp / 1e9)} G/s"))
     return table(["ceiling", "is"], rows)
+
+
+def _box_ceilings(found: dict[str, Any]) -> BoxCeilings:
+    """Return the ceilings that run.json holds; older ones have one rate of copies, and one of the points' dtype."""
+    if "copies" in found:
+        return BoxCeilings.from_json(found)
+    return BoxCeilings(((0, found["copy"]),), {"": found["matmul"]}, found["exp"])
 
 
 def _how(run: Run) -> str:

@@ -33,7 +33,8 @@ def overview(speeds: Sequence[Speed]) -> str:
             if mode == "train":
                 cells.append(_other(best, kept))
             cells += [_other(best, rival) for rival in rivals]
-            cells.append(f"{round(100 * best.bound / seconds(best))} %" if best and best.bound else "-")
+            share = best.share if best else None
+            cells.append(f"{round(100 * share)} %" if share else "no bound" if best and best.no_bound else "-")
         lines.append(cells)
     if not lines:
         return "No operator or model has a time."

@@ -52,12 +52,20 @@ def entry_name(entry: Entry) -> str:
     return entry.name + " (rival)" * (entry.role == "rival")
 
 
+def percent(speed: Speed) -> str:
+    """Return the share of the roofline in per cent, or why there is none; "-" without a time or a bound."""
+    if speed.no_bound:
+        return f"no bound: {speed.no_bound}"
+    share = 100 * (speed.share or 0.0)
+    return "-" if not share else f"{share:.2g} %" if share < 99.5 else f"{share:.0f} %"
+
+
 def operators(speeds: Sequence[Speed]) -> str:
     """Return the table of one operator's race."""
     best = fastest(s for s in speeds if s.entry.role == "rival")
     rows = [
         (sizes(s.point), s.point.mode, entry_name(s.entry), milliseconds(s),
-         f"{100 * s.bound / seconds(s):.2g} %" if s.bound and s.seconds else "-",
+         percent(s),
          _size(s, 2**20), ratio(s, best.get(s.point)), notes(s))
         for s in speeds
     ]  # fmt: skip

@@ -18,7 +18,7 @@ from harness.judge.case import LOW_PRECISIONS, Case, cross
 from harness.judge.implementation import Implementation, Sample, fused_implementations
 from harness.judge.layout_adapters import scan_from_mamba_ssm
 from harness.judge.race import Race
-from harness.records.ceilings import ISSUED_PER_EXP, Ceilings, element_bytes
+from harness.records.ceilings import Ceilings, element_bytes
 from harness.records.speed import Point
 
 LAYOUTS = {"mamba_ssm": scan_from_mamba_ssm}
@@ -223,7 +223,7 @@ def seconds(tokens: int, E: int, N: int, size: int, train: bool, ceilings: Ceili
     """
 
     def slowest(moved: float, exps: float, issued: float) -> float:
-        each = moved / ceilings.copy, exps / ceilings.exp, issued / (ISSUED_PER_EXP * ceilings.exp)
+        each = moved / ceilings.copy, exps / ceilings.exp, issued / ceilings.issue
         return tokens * E * max(each)
 
     forward = slowest(4 * size + 2 * N * size / E, N + 4, 5 * N + 30)
