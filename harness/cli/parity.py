@@ -119,8 +119,9 @@ def teller(progress: Progress) -> Callable[[Case, Record | None], None]:
             if worst:
                 detail = f"{worst.tensor} {worst.norm} {worst.error:.3g}, may be {worst.budget:.3g}"
                 detail += f"; {worst.note}" * bool(worst.note)
+            where = "".join(f"\n    {line}" for line in record.location.lines()) if record.location else ""
             progress.say(f"{record.status.upper()} ({record.role}) {record.check} {record.subject} {record.implementation} "
-                         f"{record.case}: {detail}\n    {record.command}")  # fmt: skip
+                         f"{record.case}: {detail}{where}\n    {record.command}")  # fmt: skip
 
     return tell
 

@@ -73,6 +73,7 @@ def failures(records: Iterable[Record]) -> str:
             note = f"; {escape(f.note)}" * bool(f.note)
             what = join((f.tensor, f.norm))
             lines.append(f"   {what}: {size}{index}{note}; {count} of {len(r.findings)} findings fail")
+        lines += [f"   - {escape(line)}" for line in (r.location.lines() if r.location else [])]
         lines += [f"   reason: {escape(r.reason)}"] * bool(r.reason)
         parts.append("\n\n".join([*lines, fence(r.command, "   ")]))
     return "\n\n".join(parts)

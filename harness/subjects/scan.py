@@ -1,14 +1,15 @@
 """Selective scan, either direction."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import reference
-from fused.ops.selective_scan import api
+from fused.ops.selective_scan import api, schedule
+from fused.ops.selective_scan.recurrence import make_segments
 from harness.fixtures import extreme_scan
 from harness.fixtures.chains import chain_operator
 from harness.fixtures.functional_modules import delta_bias
@@ -129,6 +130,24 @@ def steps(case: Case) -> float:
 def time_axes(case: Case) -> dict[str, int]:
     """Return axis 1 for everything with tokens."""
     return TIME
+
+
+def edges(case: Case, backend: str, device: str, directions: int = 1) -> dict[str, Collection[int]]:
+    """Return the tiles of the native kernels and, on a GPU, their splits; the segments and splits of PyTorch's operations."""
+    B, L, E, N = (case[letter] for letter in "BLEN")
+    if backend.startswith("native"):
+        found: dict[str, Collection[int]] = {f"tiles of {schedule.TILE}": range(0, L, schedule.TILE)}
+        if device.startswith("cuda"):
+            plan = schedule.make_schedule(B, L, E, N, directions, schedule.multiprocessors(torch.device(device)))
+            for which, splits in (("forward", plan.fwd_schedule), ("backward", plan.bwd_schedule)):
+                size = splits.tiles_per_split * schedule.TILE
+                found |= {f"splits of {size} of the {which} kernel": range(0, L, size)} if splits.num_splits > 1 else {}
+        return found
+    if backend == "torch":
+        _, segments = make_segments(B, L, E * N, device.startswith("cuda"), case.has("reverse"))
+        starts = {s.start + i * ((s.stop - s.start) // s.num_splits) for s in segments for i in range(s.num_splits)}
+        return {"segments": {s.start for s in segments}, "splits of segments": starts}
+    return {}
 
 
 def num_units(case: Case) -> int:
