@@ -192,7 +192,8 @@ class _Search:
         longer = [n for n in tried if n > shortest]
         again = [n for n in longer if not tried[n]]
         beyond = f"; {_list(again)} pass again" if again else f"; so do {_list(longer)}" if longer else ""
-        return f"the first {shortest} tokens{order} fail{passes}" + f", and the last of them is {edge}" * bool(edge) + beyond
+        what = f"the first {shortest} tokens{order} fail" if shortest > 1 else f"the first token{order} fails by itself"
+        return f"{what}{passes}" + f", and the last of them is {edge}" * bool(edge) + beyond
 
 
 def candidates(total: int) -> list[int]:

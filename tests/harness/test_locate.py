@@ -96,7 +96,7 @@ def changes(token: int, *lengths: int) -> Callable[..., tuple[Tensor, Tensor]]:
 @pytest.mark.parametrize(
     ("call", "shortest", "said"),
     [
-        (changes(0), 1, "the first 1 tokens fail; so do 2, 3, 4"),
+        (changes(0), 1, "the first token fails by itself; so do 2, 3, 4"),
         (changes(21), 22, "the first 22 tokens fail, 21 pass; so do 23"),
         (changes(0, 40), 40, "only all 40 tokens fail (1, 2, 3, 4, "),
         (changes(0, 15, 40), 15, "the first 15 tokens fail, 14 pass; 16, 31, 32 pass again"),
