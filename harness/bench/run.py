@@ -1,17 +1,18 @@
 """A benchmark run: licences first, then ceilings, then every point, race by race."""
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from fnmatch import fnmatch
 
 import torch
 
+from harness.baselines import attention
 from harness.bench import attentions, ceilings, grids, roofline
 from harness.bench.interleave import interleave
 from harness.bench.worker import Worker
 from harness.judge import parity
-from harness.judge.request import ParityRequest
-from harness.records.ceilings import Ceilings
+from harness.judge.request import ParityRequest, UsageError
+from harness.records.ceilings import BoxCeilings
 from harness.records.record import Record
 from harness.records.speed import Entry, Point, Speed
 from harness.runs import workers
@@ -70,7 +71,7 @@ def refusal(entry: Entry, point: Point, records: list[Record]) -> tuple[str, flo
 
 
 def time_points(
-    run: Run, points: list[Point], entries_at: Callable[[Point], list[Entry]], best: Ceilings | None, budget: float,
+    run: Run, points: list[Point], entries_at: Callable[[Point], list[Entry]], best: BoxCeilings | None, budget: float,
     slowest: float, device: str, threads: int, tell: Callable[[Speed], None],
 ) -> None:  # fmt: skip
     """Time what the run has not timed yet. A point longer than one that ran out of memory or time is implied.
@@ -102,7 +103,7 @@ def time_points(
             wanted = left(point)
             for speed in _speeds(run, point, wanted, workers_now, budget, slowest, device, threads):
                 if best:
-                    speed = replace(speed, bound=roofline.bound(point, speed.entry.subject, speed.entry.variant, best))
+                    speed = roofline.bounded(speed, best)
                 run.add_speed(speed)
                 tell(speed)
     finally:
@@ -169,6 +170,32 @@ def points_here(grid: str, device: str, races: tuple[str, ...], patterns: tuple[
     return [p for p in found if not patterns or any(fnmatch(p.name, pattern) for pattern in patterns)]
 
 
+def require_contenders(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the names of implementations that are to be timed, if all are contenders of a race. Raises UsageError."""
+    racing = dict.fromkeys(subject for race in grids.races().values() for subject, _ in race.contenders)
+    known = dict.fromkeys(i.name for s in racing for kernel in ("sdpa", None) for i in grids.contenders(s, kernel))
+    for name in names:
+        if name not in known:
+            raise UsageError(f"implementation {name!r} is unknown; there are {', '.join(known)}")
+    return names
+
+
+def anything_to_time(points: list[Point], grid: str, device: str, names: tuple[str, ...]) -> bool:
+    """Return whether an entry can be timed at one of the points here, whichever attention is the fastest of this box."""
+    for race in dict.fromkeys(p.race for p in points):
+        for kernel in ("sdpa", *attention.PINNED):
+            for entry in grids.entries(race, device, kernel, names):
+                if any(grids.runs(entry, p, grid) for p in points if p.race == race):
+                    return True
+    return False
+
+
+def why_nothing(points: list[Point], device: str, names: tuple[str, ...]) -> list[str]:
+    """Return why none of the contenders at these points, or of those with these names, can be timed here."""
+    absent = [a for a in grids.absent({p.race for p in points}, device) if not names or a["implementation"] in names]
+    return [f"{a['implementation']}: {a['reason']}" for a in absent] or [f"{', '.join(names)} takes part at none of the points"]
+
+
 def describe(
     grid: str, device: str, races: tuple[str, ...], names: tuple[str, ...], patterns: tuple[str, ...], budget: float, box: dict
 ) -> dict:  # fmt: skip
@@ -178,12 +205,15 @@ def describe(
     return {"kind": "bench", "plan": plan, "box": box, "absent": absent}
 
 
-def measure_box(run: Run, dtype: str) -> None:
-    """Measure ceilings and attentions of this box, once a run, in a process of its own: their memory is not needed later."""
+def measure_box(run: Run, dtypes: Sequence[str], threads: int) -> None:
+    """Measure ceilings in these dtypes, and attentions in the first, once a run.
+
+    They are measured in a process of its own with as many threads as what is timed: their memory is not needed later.
+    """
     if {"ceilings", "attention"} <= run.about.keys():
         return
     device = run.about["plan"]["device"]
     with workers.pool(1) as pool:
-        run.about["ceilings"] = asdict(pool.submit(ceilings.measure, device, dtype).result())
-        run.about["attention"] = pool.submit(attentions.measure_attentions, device, dtype).result()
+        run.about["ceilings"] = pool.submit(ceilings.measure, device, dtypes, threads).result().to_json()
+        run.about["attention"] = pool.submit(attentions.measure_attentions, device, dtypes[0]).result()
     run.save()

@@ -20,9 +20,9 @@ from harness.records.finding import Finding
 from harness.records.record import Record, judged
 from harness.report import learning as page
 from harness.runs import environment
-from harness.runs.conclude import INTERRUPTED, conclude, exit_code
+from harness.runs.conclude import INTERRUPTED, conclude, exit_code, nothing_ran
 from harness.runs.progress import Progress
-from harness.runs.store import begin, unfinished
+from harness.runs.store import begin, require_writable, unfinished
 from harness.subjects import videomamba
 
 CHECK = "learn"  # the check that the records name
@@ -65,18 +65,26 @@ def learn(
     out: Annotated[Path | None, typer.Option(help="folder of the run")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue the newest unfinished run, or that in --out")] = False,
 ) -> None:
-    """Train small models on small tasks; exits 0 if all learnt what they must, 1 if one did not, 3 if nothing ran."""
+    """Train small models on small tasks; exits 0 if all learnt what they must, 1 if one did not, 3 if nothing ran.
+
+    Where no implementation that is asked for is here, no folder is made.
+    """
+    require_writable(out)
     device = require_device(device or default_device())
     names = tuple(task or TASKS)
     wanted = tuple(impl or ("fused:native" if device.startswith("cuda") else "fused:torch",))
     every = trainings(names, wanted, seeds, steps, short)
     if save_weights and (short or steps or "motion" not in names or len({c.implementation.name for c in every}) > 1):
         raise UsageError("--save-weights needs task motion, one implementation, and neither --short nor --steps")
+    earlier = unfinished(out, CHECK) if resume else None
+    absent = {c.implementation.name: c.implementation.absent(device) for c in every}
+    if not earlier and all(absent.values()):
+        raise typer.Exit(nothing_ran(f"{name}: {reason}" for name, reason in absent.items()))
     environment.prepare()
     box = environment.describe(device)
     plan = {"tasks": names, "names": wanted, "seeds": seeds, "steps": steps, "short": short, "device": device}
     about = {"kind": CHECK, "plan": plan, "box": box}
-    run = begin(about, sys.argv[1:], out, unfinished(out, CHECK) if resume else None)
+    run = begin(about, sys.argv[1:], out, earlier)
     print(f"{len(every)} trainings on {box['gpu'] or box['cpu']}, into {run.folder}", flush=True)
     left = [c for c in every if c.key not in {r.key for r in run.records}]
     costs = {c.item(mark): float(c.recipe.steps * c.recipe.batch) for c in left for mark in evaluation_steps(c.recipe.steps)}

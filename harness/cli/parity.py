@@ -11,14 +11,14 @@ import typer
 
 from harness.cli.inspect import require_fit
 from harness.judge.case import Case
-from harness.judge.parity import cost, describe, memory, run_parity, write_stamps
+from harness.judge.parity import absent_implementations, cost, describe, memory, run_parity, write_stamps
 from harness.judge.request import ParityRequest, default_device, require_device
 from harness.records.record import Record
 from harness.report import page
 from harness.runs import environment, workers
-from harness.runs.conclude import INTERRUPTED, NOTHING, PASSED, conclude, exit_code
+from harness.runs.conclude import INTERRUPTED, NOTHING, PASSED, conclude, exit_code, nothing_ran
 from harness.runs.progress import Progress
-from harness.runs.store import Run, begin, unfinished
+from harness.runs.store import Run, begin, require_writable, unfinished
 
 Many = Annotated[list[str] | None, typer.Option()]
 
@@ -41,7 +41,12 @@ def parity(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list the cases and what they cost")] = False,
     save_failing: Annotated[bool, typer.Option("--save-failing", help="keep the tensors of failing cases")] = False,
 ) -> None:
-    """Judge implementations against the reference; exits 0 if all of ours passed, 1 if one failed, 3 if nothing ran."""
+    """Judge implementations against the reference; exits 0 if all of ours passed, 1 if one failed, 3 if nothing ran.
+
+    Where the options leave nothing that can be asked here, no folder is made.
+    """
+    if out or not dry_run:
+        require_writable(out)
     require_fit()
     environment.prepare()
     where = require_device(device or default_device())
@@ -65,12 +70,21 @@ def parity(
     plan = replace(plan, threads=threads or max(1, torch.get_num_threads() // jobs))
     if dry_run:
         raise typer.Exit(list_cases(plan, points))
+    if not earlier and (reasons := nothing_to_ask(plan, points)) is not None:
+        raise typer.Exit(nothing_ran(reasons))
     box = environment.describe(where)
     run = begin(describe(plan, box), sys.argv[1:], out, earlier)
     print(f"{len(points)} cases of grid {plan.grid} on {box['gpu'] or box['cpu']}, into {run.folder}", flush=True)
     if mutant:
         print(f"A BUG IS PLANTED in fused: {mutant}. This run must fail.", flush=True)
     raise typer.Exit(judge(plan, run, save_failing, jobs))
+
+
+def nothing_to_ask(plan: ParityRequest, points: list[Case]) -> list[str] | None:
+    """Return why no question can be asked here, a reason for each absent implementation; None if one can."""
+    absent = {(r.subject, r.implementation): f"{r.implementation}: {r.reason}" for r in absent_implementations(plan)}
+    here = ((c.subject, i.name) not in absent for c in points for _, _, i in plan.questions(c))
+    return None if any(here) else sorted(set(absent.values()))
 
 
 def judge(plan: ParityRequest, run: Run, save_failing: bool, jobs: int) -> int:
@@ -84,8 +98,7 @@ def judge(plan: ParityRequest, run: Run, save_failing: bool, jobs: int) -> int:
         print(f"validated: {backend}, {dtype}")
     code = exit_code(run)
     if code == NOTHING:
-        reasons = sorted({f"{r.implementation}: {r.reason}" for r in run.records if r.reason})
-        print("nothing ran:", *(reasons or ["the options leave no question"]), sep="\n    ")
+        nothing_ran(sorted(f"{r.implementation}: {r.reason}" for r in run.records if r.reason))
     print(run.last_line())
     return code
 
@@ -93,17 +106,22 @@ def judge(plan: ParityRequest, run: Run, save_failing: bool, jobs: int) -> int:
 def teller(progress: Progress) -> Callable[[Case, Record | None], None]:
     """Return a function that prints failing records with the command that reruns them, and moves the progress on."""
 
+    judged: set[Case] = set()  # now, not by an earlier session
+
     def tell(case: Case, record: Record | None) -> None:
         if record is None:
-            progress.done(case.name + case.subject, f"{case.subject} {case.name}")
-        elif record.failed:
+            progress.done(case.name + case.subject, f"{case.subject} {case.name}", known=case not in judged)
+            return
+        judged.add(case)
+        if record.failed:
             worst = record.worst
             detail = record.reason
             if worst:
                 detail = f"{worst.tensor} {worst.norm} {worst.error:.3g}, may be {worst.budget:.3g}"
                 detail += f"; {worst.note}" * bool(worst.note)
+            where = "".join(f"\n    {line}" for line in record.location.lines()) if record.location else ""
             progress.say(f"{record.status.upper()} ({record.role}) {record.check} {record.subject} {record.implementation} "
-                         f"{record.case}: {detail}\n    {record.command}")  # fmt: skip
+                         f"{record.case}: {detail}{where}\n    {record.command}")  # fmt: skip
 
     return tell
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from multiprocessing.queues import SimpleQueue
 from multiprocessing.util import Finalize
 from pathlib import Path
@@ -17,16 +17,19 @@ from fused.backends import operators_of
 from harness.judge.case import DTYPES, Case
 from harness.judge.check import CannotAsk, Check, HasCost, checks
 from harness.judge.implementation import Implementation
+from harness.judge.locate import locate
 from harness.judge.registry import subjects
 from harness.judge.request import ParityRequest
 from harness.judge.second_process import SecondProcess
 from harness.judge.seeds import seeds
 from harness.judge.trial import Trial
 from harness.records.finding import Finding, PlainNotFinite
+from harness.records.location import Location
 from harness.records.record import Record, judged
 from harness.runs import environment, workers
 from harness.runs.store import Run
 
+MAX_SEARCHES = 5  # for failing lengths, in a process: a broken kernel fails everywhere
 MAX_FINDINGS = 12  # of either kind in a record: over their budgets, and within
 
 Key = tuple[str, str, str, str]  # `Record.key`
@@ -98,6 +101,7 @@ class Judge:
     def __init__(self, request: ParityRequest, folder: Path | None) -> None:
         self.request, self.folder, self.second_process = request, folder, SecondProcess(request)
         self._present: dict[str, set[str]] = {}
+        self._searches = 0
         request.set_threads()
         gc.collect()
         gc.freeze()  # what is loaded by now stays: to traverse it after every case took 0.13 s each, a tenth of a smoke grid
@@ -113,11 +117,23 @@ class Judge:
                 key = (case.subject, implementation.name, name, case.name)
                 if implementation.name in self._present[case.subject] and key not in answered:
                     record = ask(self.request, trial, name, check, implementation)
+                    if record.status == "fail":
+                        record = replace(record, location=self.locate(trial, implementation, record))
                     if record.failed and self.folder:
                         save_tensors(self.folder, trial, record, implementation)
                     yield record
         del trial
         _release(self.request.device)
+
+
+    def locate(self, trial: Trial, implementation: Implementation, record: Record) -> Location | None:
+        """Return where a question fails. Of rivals, and after MAX_SEARCHES failures of ours, lengths are not searched."""
+        search = record.role == "ours" and self._searches < MAX_SEARCHES
+        self._searches += search
+        try:
+            return locate(trial, implementation, record.findings, search)
+        except Exception as error:  # what is wrong may do anything when it is run again
+            return Location(lengths=f"not located, {type(error).__name__}: {str(error)[:200]}")
 
 
 # Of a process that answers for another:

@@ -7,7 +7,7 @@ asked, or timed, in more ways. Nothing else in the harness lists subjects.
 To be timed, a subject gives `races`; whoever takes part in a race needs `licence` and `bound` (`Timed`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -53,6 +53,26 @@ class Subject(Protocol):
 
     def steps(self, case: Case) -> float:
         """Return the sequential scan steps of one forward: the cost of the truth."""
+
+
+@runtime_checkable
+class HasTokens(Protocol):
+    """A subject some of whose leaves and outputs have an axis of time, so that a failure is located there.
+
+    Where all of them have L tokens on it, the shortest failing prefix is looked for too: `evaluate` must take leaves that were
+    cut, with a case of that L.
+    """
+
+    def time_axes(self, case: Case) -> dict[str, int]:
+        """Return the axis of tokens, or frames, of leaves and outputs that have one, by name."""
+
+
+@runtime_checkable
+class HasEdges(Protocol):
+    """A subject that knows how its kernels divide the tokens, so that a failure at an edge is named."""
+
+    def edges(self, case: Case, backend: str, device: str) -> dict[str, Collection[int]]:
+        """Return the tokens at which the parts of a backend's kernel begin, by the parts' name, such as "tiles of 16"."""
 
 
 @runtime_checkable

@@ -1,7 +1,9 @@
 """The request of a parity run: grid, filters, added implementations. Picklable, so that another process asks the same."""
 
 import contextlib
+import functools
 import importlib
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -18,6 +20,7 @@ from harness.judge.protocols import HasLayouts, HasSpecialCases
 from harness.judge.registry import mutants, subjects
 
 GRIDS = ("smoke", "full", "long")
+NAME = re.compile(r"[^\W_][\w.:+-]*")  # of an added implementation: no sign of a shell pattern
 
 
 class UsageError(ValueError):
@@ -68,6 +71,9 @@ class ParityRequest:
             for name in given:
                 if name not in allowed:
                     raise UsageError(f"{option} {name!r} is unknown; allowed are {', '.join(allowed)}")
+        added = [":".join(parse_added(text)[:2]) for text in self.added]
+        if twice := [name for i, name in enumerate(added) if name in added[:i]]:
+            raise UsageError(f"--with adds {twice[0]} twice; give one of them another name")
         everyone = [name for subject in subjects() for name in self.implementations(subject)]
         for pattern in (*self.names, *self.rivals):
             if not any(fnmatchcase(name, pattern) for name in everyone):
@@ -142,25 +148,55 @@ class ParityRequest:
 
 
 def parse_added(text: str) -> tuple[str, str, Callable[..., Any]]:
-    """Return (subject, name, callable in this project's signature) of `SUBJECT:NAME=module:callable[@layout]`.
+    """Return (subject, name, callable in this project's signature) of `SUBJECT:NAME=module:callable[@LAYOUT]`.
 
-    Raises UsageError.
+    Raises UsageError, which says which part of it is wrong and what is allowed there.
     """
     target, _, path = text.partition("=")
     subject, _, name = target.partition(":")
-    path, _, layout = path.partition("@")
+    path, at, layout = path.partition("@")
     module, _, attribute = path.partition(":")
-    layouts = {name: s.LAYOUTS for name, s in subjects().items() if isinstance(s, HasLayouts)}
-    known = ", ".join(dict.fromkeys(name for offered in layouts.values() for name in offered))
-    if not (subject in subjects() and name and module and attribute):
-        raise UsageError(
-            f"--with {text!r} is not SUBJECT:NAME=module:callable, with SUBJECT one of {', '.join(subjects())}; "
-            f"append @LAYOUT for another layout ({known})"
-        )
+
+    def refuse(why: str) -> UsageError:
+        return UsageError(f"--with {text!r}: {why}")
+
+    if not (subject and name and module and attribute):
+        raise refuse("it is not SUBJECT:NAME=module:callable or SUBJECT:NAME=module:callable@LAYOUT")
+    known = subjects()
+    if subject not in known:
+        raise refuse(f"subject {subject!r} is unknown; allowed are {', '.join(known)}")
+    if not NAME.fullmatch(name):
+        raise refuse(f"the name {name!r} is not a letter or digit, then letters, digits and _ . : + -")
+    if any(name == i.name for i in known[subject].implementations()):
+        raise refuse(f"{subject} has an implementation {name!r} already; give yours another name")
+    adapt = _layout(subject, layout, refuse) if at else None
+    call = _imported(module, attribute, refuse)
+    return subject, name, adapt(call) if adapt else call
+
+
+Refuse = Callable[[str], UsageError]  # of the reason
+
+
+def _layout(subject: str, layout: str, refuse: Refuse) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return the adapter from a layout that the subject offers."""
+    offered = {name: s.LAYOUTS for name, s in subjects().items() if isinstance(s, HasLayouts)}
+    if subject not in offered:
+        others = "; ".join(f"{name} has {', '.join(layouts)}" for name, layouts in offered.items())
+        raise refuse(f"{subject} has this project's layout only, so that @{layout} has to go ({others})")
+    if layout not in offered[subject]:
+        allowed = f"allowed are {', '.join(offered[subject])}, or no @ for this project's own"
+        raise refuse(f"{subject} has no layout {layout!r}; {allowed}")
+    return offered[subject][layout]
+
+
+def _imported(module: str, attribute: str, refuse: Refuse) -> Callable[..., Any]:
+    """Return a callable of a module; `attribute` may have dots."""
     try:
-        call = getattr(importlib.import_module(module), attribute)
+        found = functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
     except (ImportError, AttributeError) as error:
-        raise UsageError(f"--with {text!r}: {error}") from error
-    if layout and layout not in layouts.get(subject, {}):
-        raise UsageError(f"--with {text!r}: no layout {layout!r} for {subject}; there are {known}")
-    return subject, name, layouts[subject][layout](call) if layout else call
+        raise refuse(str(error)) from error
+    except (Exception, SystemExit) as error:  # the module is the user's, and may raise anything
+        raise refuse(f"importing {module!r} raises {type(error).__name__}: {error}") from error
+    if not callable(found):
+        raise refuse(f"{module}:{attribute} is no callable but of type {type(found).__name__}")
+    return found

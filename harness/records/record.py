@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from harness.records.finding import Finding
+from harness.records.location import Location
 
 STATUSES = ("pass", "fail", "error", "skip", "oom", "timeout")
 FAILED = ("fail", "error", "oom", "timeout")
@@ -26,6 +27,7 @@ class Record:
     reason: str = ""
     findings: tuple[Finding, ...] = ()
     command: str = ""  # reruns this one case
+    location: Location | None = None  # of a failure
 
     def __post_init__(self) -> None:
         if self.status not in STATUSES:
@@ -60,6 +62,8 @@ class Record:
         for finding in raw["findings"]:
             if not finding["curve"]:
                 del finding["curve"]
+        if self.location is None:
+            del raw["location"]
         return json.dumps(encode(raw), allow_nan=False)
 
     @classmethod
@@ -67,6 +71,7 @@ class Record:
         """Return the record of a line that `line` wrote."""
         raw = json.loads(line)
         raw["findings"] = tuple(_finding(f) for f in raw["findings"])
+        raw["location"] = Location.parse(raw["location"]) if raw.get("location") else None
         return cls(**{f.name: raw[f.name] for f in fields(cls)})
 
 

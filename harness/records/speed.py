@@ -1,12 +1,14 @@
 """A point of a benchmark run, an entry that is timed there, and the result: one JSON line."""
 
 import json
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from harness.records import interval
+from harness.records.ceilings import WORDS
 from harness.records.record import encode
 
 STATUSES = ("ok", "oom", "timeout", "error", "gated", "implied")
@@ -92,6 +94,8 @@ class Speed:
     joules: float | None = None  # per call, pauses between samples included
     clock: float | None = None  # MHz of the multiprocessors, median over the batches of samples
     bound: float | None = None  # seconds that the hardware needs at least, by this run's ceilings
+    bound_by: str = ""  # the field of `Ceilings` that most of the bound comes from
+    bound_error: float = 0.0  # by how much of itself the bound may be too large, as the ceilings were measured
     wrong: float = 0.0  # a rival that failed its licence: its worst error in budgets
     reason: str = ""
 
@@ -113,6 +117,22 @@ class Speed:
         """Return the seconds of a call."""
         return interval.median(self.seconds)
 
+    @property
+    def share(self) -> float | None:
+        """Return the bound over the median time, at most 1; None without a time or a bound that is one."""
+        if not self.bound or not self.seconds or self.no_bound:
+            return None
+        return min(1.0, self.bound / statistics.median(self.seconds))
+
+    @property
+    def no_bound(self) -> str:
+        """Return why its bound is none: it was faster, by more than the ceilings' uncertainty. "" for a bound that holds."""
+        times = self.bound / statistics.median(self.seconds) if self.bound and self.seconds else 0.0
+        if times <= 1 + self.bound_error:
+            return ""
+        ceiling = f"the measured ceiling of {WORDS[self.bound_by]}" if self.bound_by else "the measured ceilings"
+        return f"{times:.3g} times as fast as {ceiling} would allow"
+
     def to_line(self) -> str:
         """Return one line of strict JSON."""
         return json.dumps(encode(asdict(self)), allow_nan=False)
@@ -124,7 +144,12 @@ class Speed:
         raw["entry"] = Entry(**raw["entry"])
         raw["point"] = Point(**raw["point"] | {"dims": tuple((k, v) for k, v in raw["point"]["dims"])})
         raw |= {k: tuple(raw[k]) for k in ("seconds", "warm")} | {"wrong": float(raw["wrong"])}
-        return cls(**{f.name: raw[f.name] for f in fields(cls)})
+        return cls(**{f.name: raw[f.name] for f in fields(cls) if f.name in raw})  # older lines have fewer fields
+
+
+def is_failure(speed: Speed) -> bool:
+    """Return whether it fails the run: ours, and refused a time, in error, or out of time. Out of memory is a result."""
+    return speed.entry.role == "ours" and speed.status in ("gated", "error", "timeout")
 
 
 def last_line(speeds: Sequence[Speed]) -> str:

@@ -7,6 +7,7 @@ from harness.bench import grids
 from harness.records.speed import Speed
 from harness.report import curves, overview
 from harness.report.bench import split_videos
+from harness.report.markdown import escape
 from harness.runs.store import Run
 
 MARKERS = ("<!-- newest accepted bench -->", "<!-- end of newest accepted bench -->")
@@ -73,4 +74,4 @@ def _source(folder: Path, run: Run, newest: Mapping[str, Path]) -> str:
     """Return a line that names the races of a run, its box, its day and its folder."""
     here, races = run.about["box"], [race for race in grids.races() if newest.get(race) == folder]
     day = run.about["started"][:10]
-    return f"- {', '.join(races)}: on one {here.get('gpu') or here.get('cpu')}, {day} ([report]({folder}/report.md))."
+    return f"- {', '.join(races)}: on one {escape(here.get('gpu') or here.get('cpu'))}, {day} ([report]({folder}/report.md))."

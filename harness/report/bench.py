@@ -2,17 +2,25 @@
 
 import textwrap
 from pathlib import Path
+from typing import Any
 
 from harness.bench import grids
 from harness.bench.interleave import FEWEST, GOAL, MOST
 from harness.bench.worker import WARM
+from harness.records.ceilings import BoxCeilings
 from harness.records.interval import RESAMPLES
-from harness.records.speed import MODES, WAYS, Speed, last_line
+from harness.records.speed import MODES, WAYS, Speed, is_failure, last_line
 from harness.report import chunking, curves, paper, speed_figures, speed_tables, streaming, tables
 from harness.report.html import write_both
-from harness.report.page import box
+from harness.report.markdown import bold, escape, table
+from harness.report.page import again, box
 from harness.runs.store import Run
 
+UNTIMED = (
+    ("gated", "GATED. Parity failed, so these have no speed:"), ("error", "FAILED while being timed:"),
+    ("timeout", "OUT OF TIME while being timed:"),
+)  # fmt: skip
+OLD_DTYPE = "the points' dtype"  # which older runs did not name
 CPU = "This is the CPU grid: it shows that the bench works; its numbers say nothing of a GPU."
 HOW = f"""\
 Every entry (an implementation of a subject) runs in a process of its own, so that what kills it costs nobody else. At each
@@ -36,7 +44,8 @@ failed is timed, with "wrong by N budgets" beside its figure and wherever that f
 be. `[low, high]` is the 95 % interval of the median; two entries whose intervals overlap are not told apart. Time over
 another's is below 1 where the row is faster. `out of memory` is the entry's own doing; longer points of the same curve are
 `not tried`. The share of the roofline is the least time that this box needs for the point, by the ceilings above, over the
-time taken: 100 % cannot be beaten, and more means that the bound is wrong. Where curves meet is read off straight lines in
+time taken: 100 % cannot be beaten. What was faster shows that a ceiling was measured too low, or holds for DRAM and not for a
+cache: it has `no bound`, with the reason, and no share. Where curves meet is read off straight lines in
 logarithms between neighbouring points, against the fastest ViT of the same way; it is as good as the points are close. Every
 sample of a stream is the next frame, CLS's not among them: its median and 99th percentile are of what a caller waits. On a GPU
 the memory of a stream is the peak of its capture and what the frames before have left. Chunks are held against the pass over
@@ -49,7 +58,7 @@ def write(run: Run) -> Path:
     title = f"Bench: grid {plan.get('grid', '?')} on {(here.get('gpu') if _gpu(run) else '') or here.get('cpu') or '?'}"
     families = curves.families(run.speeds)
     parts = [
-        f"# {title}",
+        f"# {escape(title)}",
         _verdict(run),
         *_warnings(run),
         "## Licences: parity in this run", *_licences(run),
@@ -63,7 +72,7 @@ def write(run: Run) -> Path:
         "## How to read this", READ,
         "\n".join(f"- `{word}`: {what}" for word, what in (MODES | WAYS).items()),
         "## The box", box(run),
-        "## Again", f"```\n{run.about.get('command', '(not recorded; the plan above says what was asked)')}\n```",
+        "## Again", again(run),
     ]  # fmt: skip
     return write_both(run.folder, "\n\n".join(parts) + "\n", title)
 
@@ -76,7 +85,8 @@ def _gpu(run: Run) -> bool:
 def _verdict(run: Run) -> str:
     """Return the verdict in bold, with counts."""
     ours = [s for s in run.speeds if s.entry.role == "ours"]
-    timed, gated, failed = (sum(s.status in which for s in ours) for which in (("ok",), ("gated",), ("error", "timeout")))
+    timed, gated = (sum(s.status == status for s in ours) for status in ("ok", "gated"))
+    failed = sum(map(is_failure, ours)) - gated
     lost = len(ours) - timed - gated - failed
     word = "GATED OR FAILED" if gated + failed else "TIMED" if timed else "NOTHING OF OURS WAS TIMED"
     word += f" SO FAR ({run.about.get('status')})" * (run.about.get("status") != "finished")
@@ -90,23 +100,23 @@ def _warnings(run: Run) -> list[str]:
     if run.about.get("status") == "interrupted":
         said.append("> **INTERRUPTED.** Points are missing; nothing below is the whole answer.")
     elif run.about.get("status") != "finished":
-        said.append(f"> **NOT FINISHED** (status: {run.about.get('status')}). Points are missing.")
+        said.append(f"> **NOT FINISHED** (status: {escape(run.about.get('status'))}). Points are missing.")
     if narrowed := [
-        f"{what} {', '.join(plan[k])}"
+        escape(f"{what} {', '.join(plan[k])}")
         for k, what in (("races", "races"), ("names", "only"), ("points", "points"))
         if plan.get(k)
     ]:
         said.append(f"> **FILTERED** ({'; '.join(narrowed)}). Others were not timed: nobody here is the fastest of all.")
     if not _gpu(run):
         said.append(f"> **ON A CPU.** {CPU}")
-    for status, head in (("gated", "GATED. Parity failed, so these have no speed:"), ("error", "FAILED while being timed:")):
+    for status, head in UNTIMED:
         if lines := speed_tables.missing(run.speeds, status):
             said.append("\n".join([f"> **{head}**", ">", *(f"> - {line}" for line in lines)]))
     if lines := _wrong(run.speeds):
         said.append("\n".join(["> **WRONG RIVALS.** Timed, but their answers failed parity:", ">", *lines]))
     if absent := run.about.get("absent", []):
-        whose = [f"{a['subject']}: **{a['implementation']}**" + " (rival)" * (a["role"] == "rival") for a in absent]
-        lines = [f"> - {name}: {tables.flat(a['reason'])}" for name, a in zip(whose, absent, strict=True)]
+        whose = [f"{escape(a['subject'])}: {bold(a['implementation'])}" + " (rival)" * (a["role"] == "rival") for a in absent]
+        lines = [f"> - {name}: {escape(a['reason'])}" for name, a in zip(whose, absent, strict=True)]
         said.append("\n".join(["> **NOT RUN HERE.** These were not timed at all:", ">", *lines]))
     return ["## Before the numbers", *(said or ["Nothing is missing: everybody was timed, unfiltered, to the end."])]
 
@@ -114,14 +124,14 @@ def _warnings(run: Run) -> list[str]:
 def _wrong(speeds: list[Speed]) -> list[str]:
     """Return a line for each entry that was timed although its answers failed parity."""
     wrong = [s for s in speeds if s.seconds and curves.fault_note(s)]
-    found = {speed_tables.entry_name(s.entry): tables.flat(curves.fault_note(s)) for s in wrong}
+    found = {escape(speed_tables.entry_name(s.entry)): escape(curves.fault_note(s)) for s in wrong}
     return [f"> - {name}: {fault}" for name, fault in found.items()]
 
 
 def _licences(run: Run) -> list[str]:
     """Return a table of checks and implementations for each subject, then the failures."""
     subjects = dict.fromkeys(r.subject for r in run.records)
-    parts = [f"### {s}\n\n{tables.matrix([r for r in run.records if r.subject == s])}" for s in subjects]
+    parts = [f"### {escape(s)}\n\n{tables.matrix([r for r in run.records if r.subject == s])}" for s in subjects]
     if any(r.failed for r in run.records):
         parts += ["### What failed", tables.failures(run.records)]
     return parts or ["No question was asked: nothing here is licensed."]
@@ -192,12 +202,22 @@ def _ceilings(run: Run) -> str:
     """Return the ceilings of the box as a table."""
     if not (found := run.about.get("ceilings")):
         return "Not measured; no share of a roofline is known."
-    rows = [
-        ("copy, read plus written", f"{speed_tables.number(found['copy'] / 1e9)} GB/s"),
-        ("matrix product in the points' dtype", f"{speed_tables.number(found['matmul'] / 1e12)} TFLOP/s"),
-        ("exponentials, float32", f"{speed_tables.number(found['exp'] / 1e9)} G/s"),
-    ]
-    return tables.table(["ceiling", "is"], rows)
+    box = _box_ceilings(found)
+    rows = []
+    for size, rate in box.copies:
+        what = f"memory, {size / 2**20:g} MiB moved again and again" if len(box.copies) > 1 else "copy, read plus written"
+        rows.append((what, f"{speed_tables.number(rate / 1e9)} GB/s"))
+    for dtype, rate in box.matmuls.items():
+        rows.append((f"matrix product in {dtype or OLD_DTYPE}", f"{speed_tables.number(rate / 1e12)} TFLOP/s"))
+    rows.append(("exponentials, float32", f"{speed_tables.number(box.exp / 1e9)} G/s"))
+    return table(["ceiling", "is"], rows)
+
+
+def _box_ceilings(found: dict[str, Any]) -> BoxCeilings:
+    """Return the ceilings that run.json holds; older ones have one rate of copies, and one of the points' dtype."""
+    if "copies" in found:
+        return BoxCeilings.from_json(found)
+    return BoxCeilings(((0, found["copy"]),), {"": found["matmul"]}, found["exp"])
 
 
 def _how(run: Run) -> str:

@@ -14,9 +14,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from harness.records.speed import Entry, Point, Speed
 from harness.report.curves import fault_note, memory, seconds
 from harness.report.figures import STYLE, colour, legend_below, save
+from harness.report.markdown import table
 from harness.report.speed_figures import FINE, MARKERS, WORDS, short
 from harness.report.speed_tables import entry_name, milliseconds, notes, number
-from harness.report.tables import table
 
 RACE = "chunks"
 WHOLE = {"eager": "all at once", "checkpointed": "all at once, checkpointed"}

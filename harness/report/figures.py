@@ -20,7 +20,7 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#0
 MARKERS = dict(zip(DTYPES, "osD^", strict=True))
 DASHES = dict(zip(DTYPES, ((6, 3), (2, 2), (6, 2, 1, 2), (1, 3)), strict=True))
 # The same records give the same file.
-STYLE: dict[Any, Any] = {"svg.hashsalt": "parity", "svg.fonttype": "none", "font.size": 9}
+STYLE: dict[Any, Any] = {"svg.hashsalt": "parity", "svg.fonttype": "none", "font.size": 9, "text.parse_math": False}
 
 
 def _panel_of(record: Record) -> str | None:

@@ -14,10 +14,11 @@ from matplotlib.ticker import PercentFormatter
 from harness.learning.tasks import TASKS
 from harness.records.finding import Finding
 from harness.records.record import Record
-from harness.report import tables
+from harness.report import markdown, tables
 from harness.report.figures import STYLE, colour, legend_below, save
 from harness.report.html import write_both
-from harness.report.page import box
+from harness.report.markdown import bold, escape
+from harness.report.page import again, box
 from harness.runs.store import Run
 
 STEM = "learning"
@@ -39,7 +40,7 @@ def write(run: Run) -> Path:
         png, svg = (path.name for path in drawn)
         plot = f"![Loss and accuracy over the steps]({png})\n\nIn vectors: [{svg}]({svg})"
     parts = [
-        f"# {title}",
+        f"# {escape(title)}",
         _verdict(run),
         *_warnings(run),
         "## What was learnt", table(run.records),
@@ -48,7 +49,7 @@ def write(run: Run) -> Path:
         "## How to read this", HOW,
         "\n".join(f"- `{task.name}`: {task.title}" for task in TASKS.values()),
         "## The box", box(run),
-        "## Again", f"```\n{run.about.get('command', '(not recorded; the plan above says what was asked)')}\n```",
+        "## Again", again(run),
     ]  # fmt: skip
     return write_both(run.folder, "\n\n".join(parts) + "\n", title)
 
@@ -70,9 +71,10 @@ def table(records: Sequence[Record]) -> str:
         result = _held_out(r)
         right, bar = (_share(result), result.note) if result else ("-", r.reason)
         chance = f"{100 / TASKS[r.subject].config['num_classes']:.3g} %"
-        verdict = f"**{r.status.upper()}**" if r.failed else r.status
+        verdict = bold(r.status.upper()) if r.failed else r.status
         rows.append((r.subject, r.implementation + tables.mark(r), r.case, right, chance, bar, verdict, f"{r.seconds:.0f}"))
-    return tables.table(["task", "implementation", "training", "held out, right", "chance", "bar", "verdict", "seconds"], rows)
+    head = ["task", "implementation", "training", "held out, right", "chance", "bar", "verdict", "seconds"]
+    return markdown.table(head, rows)
 
 
 def draw(records: Sequence[Record], folder: Path) -> list[Path]:
@@ -144,7 +146,7 @@ def _warnings(run: Run) -> list[str]:
     """Return the limits of the verdict, a paragraph each."""
     plan, said = run.about.get("plan", {}), []
     if run.about.get("status") != "finished":
-        said.append(f"> **NOT FINISHED** (status: {run.about.get('status')}). Trainings are missing.")
+        said.append(f"> **NOT FINISHED** (status: {escape(run.about.get('status'))}). Trainings are missing.")
     if plan.get("short"):
         said.append("> **SHORT.** Fewer steps and lower bars than the tasks' own.")
     if plan.get("steps"):

@@ -6,9 +6,9 @@ from typing import Any
 from harness.bench import grids
 from harness.records.speed import MODES, Speed
 from harness.report.curves import MAMBA, VIT, Curve, Family, fault_note, meeting, memory, seconds
+from harness.report.markdown import Markdown, table
 from harness.report.speed_figures import sizes, tokens
 from harness.report.speed_tables import fastest, number, status
-from harness.report.tables import table
 
 HEAD = ["", "forward", "upstream", "ViT", "roofline", "forward + backward", "kept", "upstream", "ViT", "roofline"]
 
@@ -33,7 +33,8 @@ def overview(speeds: Sequence[Speed]) -> str:
             if mode == "train":
                 cells.append(_other(best, kept))
             cells += [_other(best, rival) for rival in rivals]
-            cells.append(f"{round(100 * best.bound / seconds(best))} %" if best and best.bound else "-")
+            share = best.share if best else None
+            cells.append(f"{round(100 * share)} %" if share else "no bound" if best and best.no_bound else "-")
         lines.append(cells)
     if not lines:
         return "No operator or model has a time."
@@ -118,4 +119,4 @@ def _other(ours: Speed | None, other: Speed | None) -> str:
     if not other:
         return "-"
     times = f" ({seconds(other) / seconds(ours):.2f}x)" if ours else ""
-    return f"{number(1e3 * seconds(other))}{times}" + "*" * bool(fault_note(other))
+    return Markdown(f"{number(1e3 * seconds(other))}{times}" + "*" * bool(fault_note(other)))

@@ -8,6 +8,7 @@ from typing import Any
 from harness.fixtures.video import SHIPPED
 from harness.report import deviation, figures, tables, training
 from harness.report.html import write_both
+from harness.report.markdown import bold, code, escape, fence, table
 from harness.runs import sessions
 from harness.runs.store import Run
 
@@ -74,11 +75,11 @@ def write(run: Run) -> Path:
     near, trained = deviation.approximate(run.records, run.folder), training.trainings(run.records, run.folder)
     title = f"Parity: grid {plan.get('grid', '?')} on {here.get('gpu') or here.get('cpu') or '?'}"
     parts = [
-        f"# {title}",
+        f"# {escape(title)}",
         _verdict(run),
         *_warnings(run),
         "## Checks and implementations",
-        *(f"### {s}\n\n{tables.matrix([r for r in run.records if r.subject == s])}" for s in subjects),
+        *(f"### {escape(s)}\n\n{tables.matrix([r for r in run.records if r.subject == s])}" for s in subjects),
         _video(run),
         "## Failures", tables.failures(run.records),
         "## Worst errors", "In budgets; above 1 fails.", tables.worst_errors(run.records),
@@ -88,7 +89,7 @@ def write(run: Run) -> Path:
         "## Skipped questions", tables.skips(run.records),
         "## How to read this", HOW,
         "## The box", box(run),
-        "## Again", f"```\n{run.about.get('command', '(not recorded; the plan above says what was asked)')}\n```",
+        "## Again", again(run),
     ]  # fmt: skip
     return write_both(run.folder, "\n\n".join(parts) + "\n", title)
 
@@ -107,19 +108,19 @@ def _warnings(run: Run) -> list[str]:
     plan, said = run.about.get("plan", {}), []
     if mutant := plan.get("mutant"):
         caught = "it was caught" if run.counts()["failed"] else "IT WAS NOT CAUGHT"
-        said.append(f"> **A BUG WAS PLANTED in fused: {mutant}** ({caught}). This run says nothing of the product.")
+        said.append(f"> {bold(f'A BUG WAS PLANTED in fused: {mutant}')} ({caught}). This run says nothing of the product.")
     if run.about.get("status") == "interrupted":
         said.append("> **INTERRUPTED.** Questions are missing; nothing below is the whole answer.")
     elif run.about.get("status") != "finished":
-        said.append(f"> **NOT FINISHED** (status: {run.about.get('status')}). Questions are missing.")
+        said.append(f"> **NOT FINISHED** (status: {escape(run.about.get('status'))}). Questions are missing.")
     if run.about.get("filtered"):
         narrowed = [f"{k} {', '.join(plan[k])}" for k in ("subjects", "checks", "names", "dtypes", "cases") if plan.get(k)]
         what = "; ".join([f"grid {plan.get('grid', '?')}", *narrowed])
-        said.append(f"> **FILTERED** ({what}). Less was asked than a licence needs; this run validates nothing.")
+        said.append(f"> **FILTERED** ({escape(what)}). Less was asked than a licence needs; this run validates nothing.")
     absent = [r for r in run.records if r.check == "all" and r.status == "skip"]
     if absent:
         lines = ["> **NOT RUN HERE.** These were not judged at all:", ">"]
-        lines += [f"> - {r.subject}: **{r.implementation}**{tables.mark(r)}: {tables.flat(r.reason)}" for r in absent]
+        lines += [f"> - {escape(r.subject)}: {bold(r.implementation)}{tables.mark(r)}: {escape(r.reason)}" for r in absent]
         said.append("\n".join(lines))
     return ["## Not run here", *(said or ["Nothing is missing: every implementation ran, unfiltered, to the end."])]
 
@@ -131,7 +132,7 @@ def _video(run: Run) -> str:
     if not cases:
         return "No case used frames of a real video."
     chosen = run.about.get("plan", {}).get("video")
-    file = f"`{chosen}`" if chosen else f"the shipped clip, `{SHIPPED.name}`"
+    file = code(chosen) if chosen else f"the shipped clip, `{SHIPPED.name}`"
     return f"{len(cases)} {'case' if len(cases) == 1 else 'cases'} used frames of a real video: {file}."
 
 
@@ -149,7 +150,12 @@ def box(run: Run) -> str:
     rows += [("sessions", said)] if (said := _sessions(run)) else []
     rows.append(("wall time", _wall(run)))
     rows += [(f"plan: {k}", ", ".join(v) if isinstance(v, list | tuple) else v) for k, v in about.get("plan", {}).items() if v]
-    return tables.table(["what", "is"], [(k, "none" if v is None else v) for k, v in rows])
+    return table(["what", "is"], [(k, "none" if v is None else v) for k, v in rows])
+
+
+def again(run: Run) -> str:
+    """Return the command of the run as a block."""
+    return fence(run.about.get("command", "(not recorded; the plan above says what was asked)"))
 
 
 def _sessions(run: Run) -> str:

@@ -18,8 +18,8 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, LogLo
 from harness.records.speed import Speed
 from harness.report.curves import MAMBA, VIT, fault_note, memory, seconds
 from harness.report.figures import STYLE, colour, legend_below, save
+from harness.report.markdown import table
 from harness.report.speed_figures import MARKERS
-from harness.report.tables import flat, table
 
 NAIVE = "reference"
 RACE, SIDE, FRAMES = "tiny", 224, range(8, 65)
@@ -137,7 +137,7 @@ def factors(found: list[Pair]) -> str:
 
     rows = [
         (p.mamba.point["T"], p.mamba.point["B"], p.mamba.entry.implementation, f"{p.against} ({p.vit.entry.implementation})",
-         cell(p.throughput, p.vit), cell(p.memory, p.vit), flat(p.doubts))
+         cell(p.throughput, p.vit), cell(p.memory, p.vit), p.doubts)
         for p in found
     ]  # fmt: skip
     return table(

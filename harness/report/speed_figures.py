@@ -15,7 +15,7 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, LogLo
 
 from harness.bench import grids
 from harness.records.speed import Entry, Point, Speed
-from harness.report.curves import MAMBA, VIT, Curve, Family, fault_note, median, meeting, memory, seconds
+from harness.report.curves import MAMBA, VIT, Curve, Family, fault_note, median, meeting, memory
 from harness.report.figures import STYLE, colour, legend_below, save
 
 MARKERS = "osD^vP*Xhp"
@@ -215,13 +215,15 @@ def _bar(axes: Axes, y: float, place: int, speed: Speed) -> None:
     if share:
         axes.barh(y, share, height=0.9, color=colour(place), hatch=_hatch(place), edgecolor="white", linewidth=0)
     text = f"{share:.2g} %" if share < 99.5 else f"{share:.0f} %"
-    text = text if share else "no bound known" if speed.seconds else WORDS.get(speed.status, speed.status.upper())
+    if not share:
+        why = f"no bound: {speed.no_bound}" if speed.no_bound else "no bound known"
+        text = why if speed.seconds else WORDS.get(speed.status, speed.status.upper())
     axes.text(share + 1, y, text + f" ({fault_note(speed)[:40]})" * bool(fault_note(speed)), va="center", fontsize=7)
 
 
 def _share(speed: Speed) -> float:
     """Return per cent of the roofline; 0 for none."""
-    return 100 * speed.bound / seconds(speed) if speed.seconds and speed.bound else 0.0
+    return 100 * (speed.share or 0.0)
 
 
 def sizes(point: Point, with_dtype: bool = False) -> str:

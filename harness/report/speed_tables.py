@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 
 from harness.records.speed import Entry, Point, Speed
 from harness.report.curves import MAMBA, VIT, Family, fault_note, median, meeting, memory, seconds
+from harness.report.markdown import Markdown, bold, escape, join, table
 from harness.report.speed_figures import sizes, tokens
-from harness.report.tables import flat, table
 
 PLAIN = {"oom": "out of memory", "timeout": "out of time", "error": "FAILED", "gated": "GATED"}
 
@@ -28,23 +28,23 @@ def milliseconds(speed: Speed) -> str:
 def status(speed: Speed) -> str:
     """Return why a speed is missing."""
     if speed.status == "implied":
-        return f"not tried: {flat(speed.reason)}"
-    word = f"**{PLAIN[speed.status]}**"
-    return word if speed.status == "oom" else f"{word}: {flat(speed.reason)[:200]}"
+        return Markdown(f"not tried: {escape(speed.reason)}")
+    word = bold(PLAIN[speed.status])
+    return word if speed.status == "oom" else Markdown(f"{word}: {escape(speed.reason, 200)}")
 
 
 def notes(speed: Speed) -> str:
     """Return the notes on a speed."""
-    said = [f"**{flat(fault_note(speed))[:200]}**"] if fault_note(speed) else []
-    return "; ".join(said + ["timed alone"] * speed.alone)
+    said: list[str] = [bold(fault_note(speed), 200)] if fault_note(speed) else []
+    return join(said + ["timed alone"] * speed.alone, "; ")
 
 
 def ratio(speed: Speed, to: Speed | None) -> str:
     """Return the time over that of another speed, with the faults of the latter."""
     if to is None or not speed.seconds:
         return "-"
-    fault = f" ({flat(fault_note(to))[:60]})" * bool(fault_note(to))
-    return f"{seconds(speed) / seconds(to):.3g}" + fault
+    fault = f" ({escape(fault_note(to), 60)})" * bool(fault_note(to))
+    return Markdown(f"{seconds(speed) / seconds(to):.3g}{fault}")
 
 
 def entry_name(entry: Entry) -> str:
@@ -52,12 +52,20 @@ def entry_name(entry: Entry) -> str:
     return entry.name + " (rival)" * (entry.role == "rival")
 
 
+def percent(speed: Speed) -> str:
+    """Return the share of the roofline in per cent, or why there is none; "-" without a time or a bound."""
+    if speed.no_bound:
+        return f"no bound: {speed.no_bound}"
+    share = 100 * (speed.share or 0.0)
+    return "-" if not share else f"{share:.2g} %" if share < 99.5 else f"{share:.0f} %"
+
+
 def operators(speeds: Sequence[Speed]) -> str:
     """Return the table of one operator's race."""
     best = fastest(s for s in speeds if s.entry.role == "rival")
     rows = [
         (sizes(s.point), s.point.mode, entry_name(s.entry), milliseconds(s),
-         f"{100 * s.bound / seconds(s):.2g} %" if s.bound and s.seconds else "-",
+         percent(s),
          _size(s, 2**20), ratio(s, best.get(s.point)), notes(s))
         for s in speeds
     ]  # fmt: skip
@@ -97,7 +105,7 @@ def meetings(family: Family) -> str:
     """Return where every VideoMamba of a family meets the fastest ViT, in words."""
     lines = []
     for curve in family.of(MAMBA):
-        m, name = meeting(family, curve), f"**{family.name(curve)}**"
+        m, name = meeting(family, curve), bold(family.name(curve))
         if not m.lengths:
             lines.append(f"- {name}: no ViT has a time where it has one ({curve.way}).")
             continue
@@ -111,12 +119,12 @@ def meetings(family: Family) -> str:
             said = f"does not meet the fastest ViT; {'faster' if last < 1 else 'slower'} everywhere from {ends}"
         said += f"; its time over the ViT's is {m.ratios[0]:.3g} at the shortest and {last:.3g} at the longest"
         if doubts := sorted({fault_note(s) for s in (*m.rivals, *curve.timed)} - {""}):
-            said += f"; **{'; '.join(flat(d)[:100] for d in doubts)}**"
+            said += f"; **{'; '.join(escape(d, 100) for d in doubts)}**"
         lines.append(f"- {name} {said}.")
     return "\n".join(lines) or "- No VideoMamba has a time."
 
 
 def missing(speeds: Iterable[Speed], status: str) -> list[str]:
     """Return a line for each entry without a speed and reason, with the number of points."""
-    found = Counter((entry_name(s.entry), flat(s.reason)[:300]) for s in speeds if s.status == status)
+    found = Counter((escape(entry_name(s.entry)), escape(s.reason, 300)) for s in speeds if s.status == status)
     return [f"{name}, {n} {'point' if n == 1 else 'points'}: {why}" for (name, why), n in found.items()]

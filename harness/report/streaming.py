@@ -14,9 +14,9 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, LogLo
 from harness.records.speed import Speed
 from harness.report.curves import fault_note, memory, seconds
 from harness.report.figures import STYLE, colour, legend_below, save
+from harness.report.markdown import table
 from harness.report.speed_figures import DASHES, FINE, MARKERS, short
 from harness.report.speed_tables import entry_name, milliseconds, notes, number
-from harness.report.tables import table
 
 RACE = "stream"
 HIGH = 0.99  # the quantile that is shown with the median

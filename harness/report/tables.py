@@ -5,19 +5,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from harness.records.record import Record
+from harness.report.markdown import Markdown, bold, escape, fence, join, table
 
 SHOWN = 30  # failures in full; records.jsonl has all
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return a Markdown table; a bar in a cell does not end it."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(flat(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def flat(text: object) -> str:
-    """Return text on one line, with nothing that Markdown takes for HTML."""
-    return " ".join(str(text).split()).replace("<", "&lt;")
 
 
 def number(x: float) -> str:
@@ -47,8 +37,8 @@ def _cell(records: list[Record]) -> str:
     """Return how many of these records passed, failed and were skipped."""
     failed, skipped = sum(r.failed for r in records), sum(r.status == "skip" for r in records)
     ran = len(records) - skipped
-    parts = [f"**{failed} FAILED** of {ran}"] if failed else [f"{ran} pass"] if ran else []
-    return ", ".join(parts + [f"{skipped} skip"] * bool(skipped)) or "-"
+    parts = [Markdown(f"{bold(f'{failed} FAILED')} of {ran}")] if failed else [f"{ran} pass"] if ran else []
+    return join([*parts, *[f"{skipped} skip"] * bool(skipped)]) or "-"
 
 
 def worst_errors(records: Iterable[Record]) -> str:
@@ -61,7 +51,7 @@ def worst_errors(records: Iterable[Record]) -> str:
     for key, group in sorted(groups.items()):
         found = [(f, r.case) for r in group for f in r.findings]
         worst, case = max(found, key=lambda pair: (not pair[0].passed, pair[0].ratio))
-        ratio = number(worst.ratio) if worst.passed else f"**{number(worst.ratio)}**"
+        ratio = number(worst.ratio) if worst.passed else bold(number(worst.ratio))
         rows.append([*key, ratio, f"{worst.tensor} ({worst.norm})", case])
     if not rows:
         return "No finding."
@@ -75,15 +65,17 @@ def failures(records: Iterable[Record]) -> str:
         return "None."
     parts = [f"The first {SHOWN} of {len(failed)}; records.jsonl has all."] if len(failed) > SHOWN else []
     for i, r in enumerate(failed[:SHOWN], 1):
-        lines = [f"{i}. **{r.status.upper()}** ({r.role}) {r.check}, {r.subject}, {r.implementation}, {r.case}"]
+        lines = [f"{i}. **{r.status.upper()}** ({r.role}) {join((r.check, r.subject, r.implementation, r.case))}"]
         if f := r.worst:
             index = f", worst at {tuple(f.worst)}" if f.worst else ""
             count = sum(not g.passed for g in r.findings)
             size = f"error {number(f.error)}, may be {number(f.budget)} ({number(f.ratio)} budgets)"
-            note = f"; {flat(f.note)}" * bool(f.note)
-            lines.append(f"   {f.tensor}, {f.norm}: {size}{index}{note}; {count} of {len(r.findings)} findings fail")
-        lines += [f"   reason: {flat(r.reason)}"] * bool(r.reason)
-        parts.append("\n\n".join([*lines, f"   ```\n   {r.command}\n   ```"]))
+            note = f"; {escape(f.note)}" * bool(f.note)
+            what = join((f.tensor, f.norm))
+            lines.append(f"   {what}: {size}{index}{note}; {count} of {len(r.findings)} findings fail")
+        lines += [f"   - {escape(line)}" for line in (r.location.lines() if r.location else [])]
+        lines += [f"   reason: {escape(r.reason)}"] * bool(r.reason)
+        parts.append("\n\n".join([*lines, fence(r.command, "   ")]))
     return "\n\n".join(parts)
 
 

@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,12 @@ def conclude(run: Run, progress: Progress, work: Callable[[], None], write: Call
     if status == "interrupted":
         print(f"interrupted; {run.how_to_continue}", flush=True)
     return status == "finished"
+
+
+def nothing_ran(reasons: Iterable[str]) -> int:
+    """Print why nothing ran, a line a reason, and return NOTHING."""
+    print("nothing ran:", *(dict.fromkeys(reasons) or ["the options leave no question"]), sep="\n    ")
+    return NOTHING
 
 
 def exit_code(run: Run) -> int:

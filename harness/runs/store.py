@@ -1,8 +1,10 @@
 """A run's folder: run.json describes it, records.jsonl grows by one line a question, the report is in the same folder."""
 
+import contextlib
 import json
 import os
 import shlex
+import tempfile
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,14 +36,13 @@ class Run:
 
     @classmethod
     def create(cls, folder: Path | None, about: dict[str, Any]) -> "Run":
-        """Make a new folder, by default reports/runs/TIME-KIND. Raises StoreError if it holds a run or is a file."""
+        """Make a new folder, by default reports/runs/TIME-KIND. Raises StoreError if it holds a run or cannot be written."""
         if folder is None:
             stem = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{about['kind']}"
             folder = next(f for i in range(1000) if not (f := RUNS / (stem + f"-{i}" * bool(i))).exists())
         elif (folder / "run.json").exists():
             raise StoreError(f"{folder} already holds a run; continue it with --resume --out {folder}, or name another folder")
-        elif folder.exists() and not folder.is_dir():
-            raise StoreError(f"--out {folder} is a file; name a folder that is empty or not there yet")
+        require_writable(folder)
         folder.mkdir(parents=True, exist_ok=True)
         run = cls(folder)
         run.about = about | {"started": sessions.now(), "status": "running", "sessions": [sessions.begun(about)]}
@@ -159,6 +160,26 @@ class Run:
             file.write(f"{line}\n".encode())
             file.flush()
             os.fsync(file.fileno())
+
+
+def require_writable(folder: Path | None) -> None:
+    """Raise StoreError unless a run can be written to the folder, by default one under reports/runs. Nothing is left behind."""
+    given, folder = folder, folder or RUNS
+    added: list[Path] = []
+    try:
+        added = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        if folder.is_file():
+            raise StoreError(f"--out {folder} is a file; name a folder that is empty or not there yet") from error
+        what = f"--out {folder}" if given else f"{folder}, where runs are kept without --out,"
+        raise StoreError(f"{what} cannot be written ({error.strerror or error}); name another folder with --out") from error
+    finally:
+        for path in added:
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 def begin(about: dict[str, Any], words: list[str], folder: Path | None, earlier: Run | None = None) -> Run:

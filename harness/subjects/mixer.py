@@ -1,7 +1,7 @@
 """The Mamba mixer, bidirectional or causal with state."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -84,6 +84,12 @@ def steps(case: Case) -> float:
 def time_axes(case: Case) -> dict[str, int]:
     """Return axis 1 for tokens."""
     return {"hidden": 1, "out": 1}
+
+
+def edges(case: Case, backend: str, device: str) -> dict[str, Collection[int]]:
+    """Return those of its scans."""
+    sizes = {"B": case["B"], "L": case["L"], "E": 2 * case["D"], "N": 16}
+    return scan.edges(Case("scan", tuple(sizes.items())), backend, device, directions=1 if case.has("causal") else 2)
 
 
 def num_units(case: Case) -> int:

@@ -87,6 +87,11 @@ def steps(case: Case) -> float:
     return 1 + case["B"] * case["L"] * case["D"] / 1e6
 
 
+def time_axes(case: Case) -> dict[str, int]:
+    """Return axis 1 for everything with tokens."""
+    return {"x": 1, "residual": 1, "y": 1, "residual_out": 1}
+
+
 def per_clip(case: Case) -> set[str]:
     """Return the tokens."""
     return {"x", "residual"}

@@ -1,14 +1,15 @@
 """Selective scan, either direction."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import reference
-from fused.ops.selective_scan import api
+from fused.ops.selective_scan import api, schedule
+from fused.ops.selective_scan.recurrence import make_segments
 from harness.fixtures import extreme_scan
 from harness.fixtures.chains import chain_operator
 from harness.fixtures.functional_modules import delta_bias
@@ -18,7 +19,7 @@ from harness.judge.case import LOW_PRECISIONS, Case, cross
 from harness.judge.implementation import Implementation, Sample, fused_implementations
 from harness.judge.layout_adapters import scan_from_mamba_ssm
 from harness.judge.race import Race
-from harness.records.ceilings import ISSUED_PER_EXP, Ceilings, element_bytes
+from harness.records.ceilings import Ceilings, element_bytes
 from harness.records.speed import Point
 
 LAYOUTS = {"mamba_ssm": scan_from_mamba_ssm}
@@ -131,6 +132,24 @@ def time_axes(case: Case) -> dict[str, int]:
     return TIME
 
 
+def edges(case: Case, backend: str, device: str, directions: int = 1) -> dict[str, Collection[int]]:
+    """Return the tiles of the native kernels and, on a GPU, their splits; the segments and splits of PyTorch's operations."""
+    B, L, E, N = (case[letter] for letter in "BLEN")
+    if backend.startswith("native"):
+        found: dict[str, Collection[int]] = {f"tiles of {schedule.TILE}": range(0, L, schedule.TILE)}
+        if device.startswith("cuda"):
+            plan = schedule.make_schedule(B, L, E, N, directions, schedule.multiprocessors(torch.device(device)))
+            for which, splits in (("forward", plan.fwd_schedule), ("backward", plan.bwd_schedule)):
+                size = splits.tiles_per_split * schedule.TILE
+                found |= {f"splits of {size} of the {which} kernel": range(0, L, size)} if splits.num_splits > 1 else {}
+        return found
+    if backend == "torch":
+        _, segments = make_segments(B, L, E * N, device.startswith("cuda"), case.has("reverse"))
+        starts = {s.start + i * ((s.stop - s.start) // s.num_splits) for s in segments for i in range(s.num_splits)}
+        return {"segments": {s.start for s in segments}, "splits of segments": starts}
+    return {}
+
+
 def num_units(case: Case) -> int:
     """Return the tokens."""
     return case["L"]
@@ -223,7 +242,7 @@ def seconds(tokens: int, E: int, N: int, size: int, train: bool, ceilings: Ceili
     """
 
     def slowest(moved: float, exps: float, issued: float) -> float:
-        each = moved / ceilings.copy, exps / ceilings.exp, issued / (ISSUED_PER_EXP * ceilings.exp)
+        each = moved / ceilings.copy, exps / ceilings.exp, issued / ceilings.issue
         return tokens * E * max(each)
 
     forward = slowest(4 * size + 2 * N * size / E, N + 4, 5 * N + 30)

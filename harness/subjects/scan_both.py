@@ -1,6 +1,6 @@
 """Selective scan in both directions over the same tokens, under one gate."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import Tensor
@@ -75,6 +75,16 @@ def output_values(case: Case) -> int:
 def steps(case: Case) -> float:
     """Return the steps of two scans."""
     return 2 * scan.steps(case)
+
+
+def time_axes(case: Case) -> dict[str, int]:
+    """Return axis 1 for everything with tokens."""
+    return scan.TIME | {name + BACKWARD: axis for name, axis in scan.TIME.items() if name in PAIRED}
+
+
+def edges(case: Case, backend: str, device: str) -> dict[str, Collection[int]]:
+    """Return those of a scan in both directions."""
+    return scan.edges(case, backend, device, directions=2)
 
 
 def evaluate(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor]) -> dict[str, Tensor]:

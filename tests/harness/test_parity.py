@@ -168,7 +168,6 @@ def test_a_file_is_no_folder_for_a_run(tmp_path: Path) -> None:
     ("options", "allowed"),
     [
         (("--subject", "scam"), "scan"), (("--dtype", "int8"), "bfloat16"), (("--impl", "nobody"), "fused:torch"),
-        (("--with", "scan:x=nowhere:f"), "nowhere"), (("--with", "garbage"), "SUBJECT:NAME"),
         (("--video", "/no/file"), "not a file"), (("--video", __file__), "video"), (("--device", "cuda:99"), "there are cpu"),
         (("--device", "cuda:x"), "there are cpu"),
     ],
@@ -176,6 +175,51 @@ def test_a_file_is_no_folder_for_a_run(tmp_path: Path) -> None:
 def test_wrong_wishes_say_what_is_allowed(options: tuple[str, ...], allowed: str) -> None:
     error = parity(*options).exception
     assert isinstance(error, UsageError) and allowed in str(error)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("garbage", "is not SUBJECT:NAME=module:callable or"), ("", "is not SUBJECT"), ("scan:x", "is not SUBJECT"),
+        ("scan:=fused:selective_scan", "is not SUBJECT"), (":x=fused:selective_scan", "is not SUBJECT"),
+        ("scan:x=fused", "is not SUBJECT"), ("scan:x=:f", "is not SUBJECT"), ("scan:x=fused:", "is not SUBJECT"),
+        ("scan:x=fused:@mamba_ssm", "is not SUBJECT"),
+        ("scam:x=fused:selective_scan", "subject 'scam' is unknown; allowed are conv, "),
+        ("scan:a*=fused:selective_scan", "the name 'a*' is not a letter or digit, then"),
+        ("scan:a b=fused:selective_scan", "the name 'a b' is not a letter or digit, then"),
+        ("scan:-x=fused:selective_scan", "the name '-x' is not"), ("scan:_=fused:selective_scan", "the name '_' is not"),
+        ("scan:reference=fused:selective_scan", "scan has an implementation 'reference' already"),
+        ("scan:fused:torch=fused:selective_scan", "scan has an implementation 'fused:torch' already"),
+        ("scan:x=nowhere:f", "No module named 'nowhere'"), ("scan:x=fused:nothing", "has no attribute 'nothing'"),
+        ("scan:x=fused:VideoMamba.nothing", "has no attribute 'nothing'"),
+        ("scan:x=.fused:f", "importing '.fused' raises TypeError"),
+        ("scan:x=raises:f", "importing 'raises' raises ZeroDivisionError: division by zero"),
+        ("scan:x=leaves:f", "importing 'leaves' raises SystemExit: 2"),
+        ("scan:x=broken:f", "importing 'broken' raises SyntaxError"),
+        ("scan:x=math:pi", "math:pi is no callable but of type float"),
+        ("norm:x=fused:add_norm@mamba_ssm", "norm has this project's layout only, so that @mamba_ssm has to go (conv has "),
+        ("norm:x=fused:add_norm@", "norm has this project's layout only"),
+        ("scan:x=fused:selective_scan@flax", "scan has no layout 'flax'; allowed are mamba_ssm, or no @"),
+        ("scan:x=fused:selective_scan@", "scan has no layout ''; allowed are mamba_ssm"),
+        ("scan:x=fused:selective_scan@mamba_ssm@flax", "scan has no layout 'mamba_ssm@flax'"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_what_is_added_is_said(
+    text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, code in (("raises", "1 / 0"), ("leaves", "import sys; sys.exit(2)"), ("broken", "def f(:")):
+        (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    error = parity("--dry-run", "--with", text).exception
+    assert isinstance(error, UsageError) and str(error).startswith(f"--with {text!r}: ") and said in str(error), error
+
+
+def test_a_name_is_added_once_and_callables_may_be_nested(tmp_path: Path) -> None:
+    added = ("--with", "scan:x=fused:selective_scan", "--with", "scan:x=fused:selective_scan")
+    error = parity(*TINY, *added, "--dry-run").exception
+    assert isinstance(error, UsageError) and "adds scan:x twice" in str(error)
+    nested = ("--with", "scan:fused:mine=fused:ops.selective_scan.api.selective_scan", "--with", "conv:x=fused:causal_conv1d")
+    assert parity(*TINY, *nested, "--impl", "fused:mine", "--check", "forward", "--out", str(tmp_path)).exit_code == PASSED
 
 
 def test_nothing_ran_is_not_green(tmp_path: Path) -> None:

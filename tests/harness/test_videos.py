@@ -18,7 +18,7 @@ from harness.judge.case import Case
 from harness.judge.check import CannotAsk
 from harness.judge.registry import mutants, subjects
 from harness.judge.trial import Trial
-from harness.records.ceilings import Ceilings
+from harness.records.ceilings import BoxCeilings
 from harness.records.finding import Finding
 from harness.records.record import Record
 from harness.records.speed import Entry, Point, Speed
@@ -150,11 +150,11 @@ def test_a_stream_is_timed(tmp_path: Path) -> None:
     for check in ("chunks", "stream"):
         run.add(record(check))
     point = Point("stream", (("B", 1), ("T", 1), ("S", 16), ("L", 1), ("A", 2)), "infer", dtype="float32")
-    best = Ceilings(copy=4e12, matmul=8e14, exp=4e12)
+    best = BoxCeilings(((0, 4e12),), {"float32": 8e14}, exp=4e12)
     time_points(run, [point], lambda p: [STREAMED], best, 0.01, 10.0, "cpu", 1, lambda speed: None)
     [speed] = Run.open(tmp_path).speeds
     assert speed.status == "ok" and len(speed.seconds) >= grids.race_of(point).fewest(point) == 20 and speed.allocated > 0
-    both = roofline.bound(replace(point, race="tiny"), "videomamba", "tiny", best)
+    both = roofline.bound(replace(point, race="tiny"), "videomamba", "tiny", best.at("float32", 0))
     assert 0 < speed.bound < both < 2 * speed.bound  # one direction
 
 
