@@ -43,8 +43,8 @@ class FrameFolder:
         kinds = sorted({f"{start}*{end}" for (start, _, end), _ in numbered})
         if all(number is not None for (_, number, _), _ in numbered):
             if len(kinds) > 1:
-                few = ", ".join(kinds[:4])
-                raise VideoError(path, f"it holds images of {len(kinds)} kinds: {few}", "name one, data.frame_pattern='img_*.jpg'")
+                wrong = f"it holds images of {len(kinds)} kinds: {', '.join(kinds[:4])}"
+                raise VideoError(path, wrong, "name one, such as data.frame_pattern='img_*.jpg'")
             self._names = [name for _, name in sorted(numbered, key=lambda item: int(item[0][1] or 0))]
             self._check_numbers(sorted(int(number or 0) for (_, number, _), _ in numbered))
         else:

@@ -72,8 +72,9 @@ class VideoFile:
             self._unit = stream.time_base or Fraction(1)
             self._rate = stream.average_rate or Fraction(25)
         self.is_indexed = indexed and not decode_all and self._has_one_frame_a_packet()
+        self._pts: Sequence[int | None]
         if self.is_indexed:
-            self._pts: list[int | None] = sorted(p.pts for p in self._packets if p.is_shown and p.pts is not None)
+            self._pts = sorted(p.pts for p in self._packets if p.is_shown and p.pts is not None)
         else:
             with self._errors("in its frames"):
                 self._pts = [pts for pts, _ in self._decode_all()]

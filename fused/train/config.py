@@ -248,6 +248,7 @@ def _pair(holds: Callable[[Any, Any], bool], allowed: str) -> Rule:
 _FOLDER = Rule(lambda value: isinstance(value, str) and bool(value), "a folder")
 _SEPARATOR = one_of((*SEPARATORS, *SEPARATORS.values())).optional()
 _COLUMNS = Rule(are_columns, f"a list of {', '.join(COLUMNS)}, as the columns stand, with path").optional()
+_PATTERN = Rule(lambda value: isinstance(value, str) and bool(value), "a pattern of file names, such as img_*.jpg")
 _NAME = Rule(lambda value: isinstance(value, str) and bool(value), "a name in fused.PRETRAINED, a folder or a file")
 
 SECTIONS = {"data": DataConfig, "optim": OptimConfig, "loss": LossConfig, "mix": MixConfig, "mask": MaskConfig}
@@ -267,7 +268,7 @@ RULES = (
         "data.separator": _SEPARATOR,
         "data.prefix": _FOLDER.optional(),
         "data.columns": _COLUMNS,
-        "data.frame_pattern": Rule(lambda value: isinstance(value, str) and bool(value), "a pattern such as img_*.jpg").optional(),
+        "data.frame_pattern": _PATTERN.optional(),
         "data.size": FRAME_SIZE,
         "data.sampling": one_of(SAMPLINGS),
         "data.fps": POSITIVE.optional(),

@@ -56,7 +56,7 @@ class Trainer:
         if config.backend != "auto":
             backends.choose(config.backend, world.device)  # raises now rather than in the first step
         self.data = self._clip_folder("train", () if config.task == "pretrain" else None)
-        val = self._clip_folder("val", self.data.classes) if config.data.val is not None else None
+        self.val = val = self._clip_folder("val", self.data.classes) if config.data.val is not None else None
         self.micro_batch_size, remainder = divmod(config.batch_size, world.size * config.accumulate)
         if remainder:
             product = f"processes * accumulate ({world.size} * {config.accumulate})"

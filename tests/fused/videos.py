@@ -55,7 +55,8 @@ def encode(
     with av.open(str(path), "w", format=container, options=muxing or {}) as out:
         stream = out.add_stream(codec, rate=rate, options=options or {})
         formats = [f.name for f in av.Codec(codec, "w").video_formats or []]
-        stream.pix_fmt = next((f for f in ("yuv420p", "yuvj420p", "rgb24") if f in formats), formats[0] if formats else "yuv420p")
+        usual = [f for f in ("yuv420p", "yuvj420p", "rgb24") if f in formats]
+        stream.pix_fmt = (usual + formats + ["yuv420p"])[0]
         stream.width, stream.height, stream.gop_size = width, height, gop
         stream.time_base, stream.codec_context.thread_count = Fraction(1, rate), 1  # some encoders wait for ever with more
         y, x = np.mgrid[:height, :width]
