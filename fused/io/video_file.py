@@ -9,29 +9,21 @@ compared with the index. Every other file, and a file of these whose packets do 
 indexed and again from its start to be read.
 """
 
-import struct
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from fused.io.film import OpenFilm, Pictures
+from fused.io.packets import ends_before_its_segment, is_hidden_vp9, starts_anew
 from fused.io.video_error import IndexMismatch, VideoError
 
 INDEXED_FORMATS = frozenset(("mov", "mp4", "matroska", "webm"))
 INDEXED_CODECS = frozenset(("h264", "hevc", "vp9", "av1"))
-# These have side data (SEI messages), and with "explode" FFmpeg gives up a whole picture for damaged side data. Without it,
-# damaged pictures are still marked as corrupt, if frames are decoded with frame threads.
-SIDE_DATA_CODECS = frozenset(("h264", "hevc"))
-MAX_THREADS = 16
-MAX_PIXELS = 2**27  # of a frame: a damaged header must not take all memory
-ASPECTS = (Fraction(1, 10), Fraction(10))  # of a pixel, width over height; others are damage
 MIN_PACKETS_SKIPPED = 4  # by a seek, which costs about as much as decoding a few packets
 
 
@@ -56,19 +48,19 @@ class VideoFile:
     def __init__(self, path: Path, *, decode_all: bool = False) -> None:
         self.path = path
         self._packets: list[Packet] = []
-        with self._errors("in its index"), self._film() as (container, stream):
+        with self._errors("in its index"), OpenFilm(self.path) as (container, stream):
             names = set(container.format.name.split(","))
-            ends_inside_picture = False
+            codec, ends_inside_picture = stream.codec_context, False
             for packet in container.demux(stream):
                 if packet.size:
-                    shown = not packet.is_discard
-                    self._packets.append(Packet(packet.pts, packet.dts, packet.is_keyframe, shown))
+                    is_key = packet.is_keyframe and starts_anew(codec.name, codec.extradata, packet)
+                    self._packets.append(Packet(packet.pts, packet.dts, is_key, not packet.is_discard))
                     ends_inside_picture = packet.is_corrupt
-                    if stream.codec_context.name == "vp9" and _is_hidden_vp9(bytes(packet)):
+                    if codec.name == "vp9" and is_hidden_vp9(bytes(packet)):
                         decode_all = True
-            if ends_inside_picture or "matroska" in names and _ends_before_its_segment(path):
+            if ends_inside_picture or "matroska" in names and ends_before_its_segment(path):
                 raise VideoError(path, "truncated: it ends in the middle of a picture")
-            indexed = bool(names & INDEXED_FORMATS) and stream.codec_context.name in INDEXED_CODECS
+            indexed = bool(names & INDEXED_FORMATS) and codec.name in INDEXED_CODECS
             self._unit = stream.time_base or Fraction(1)
             self._rate = stream.average_rate or Fraction(25)
         self.is_indexed = indexed and not decode_all and self._has_one_frame_a_packet()
@@ -132,8 +124,8 @@ class VideoFile:
         has_key = any(p.is_key for p in self._packets)
         first: int | None = None
         number, started = 0, not has_key
-        with self._film() as (container, stream):
-            pictures = _Pictures(stream)
+        with OpenFilm(self.path) as (container, stream):
+            pictures = Pictures(stream)
             for packet in container.demux(stream):
                 if not started:
                     if not packet.is_keyframe or not packet.size:
@@ -165,8 +157,8 @@ class VideoFile:
                 runs.append((key, []))
             runs[-1][1].append(pts)
             done = max(done, position[pts])
-        with self._film() as (container, stream):
-            pictures = _Pictures(stream)
+        with OpenFilm(self.path) as (container, stream):
+            pictures = Pictures(stream)
             for start, wanted in runs:
                 for frame in self._run(container, stream, start, max(position[pts] for pts in wanted), set(wanted)):
                     if frame.pts not in known:
@@ -209,86 +201,8 @@ class VideoFile:
             here += 1
         yield from codec.decode(None)
 
-    def _film(self) -> "_Film":
-        return _Film(self.path)
-
     def _errors(self, where: str) -> "_Errors":
         return _Errors(self.path, where)
-
-
-class _Pictures:
-    """The conversion of a film's decoded frames to what is shown."""
-
-    def __init__(self, stream: Any) -> None:
-        aspect = stream.sample_aspect_ratio or Fraction(1)
-        self._aspect = aspect if ASPECTS[0] <= aspect <= ASPECTS[1] else Fraction(1)
-        self._reformatter = import_av().video.reformatter.VideoReformatter()  # a frame's own makes threads for each frame
-        self._matrix: tuple[int, int, int, int] | None = None
-        self._is_first = True
-
-    def convert(self, frame: Any) -> UInt8[Tensor, "H W 3"]:
-        """Return a frame in RGB with square pixels, turned as the display matrix of the first frame says."""
-        if self._is_first:  # asking for side data makes a reference cycle, which keeps the frame until it is collected
-            self._matrix, self._is_first = _display_matrix(frame), False
-        width = max(round(frame.width * self._aspect), 1)
-        shown = self._reformatter.reformat(frame, width, frame.height, "rgb24")
-        return torch.from_numpy(_turn(shown.to_ndarray(), self._matrix))
-
-
-class _Film:
-    """A context that opens a file, and gives its container and the stream of its film, ready to decode.
-
-    It is no generator: an exception that passes through one is kept alive, with the decoder's threads, until the garbage
-    collector runs; and a process that is forked meanwhile waits for threads that it does not have.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> tuple[Any, Any]:
-        av, path = import_av(), self._path
-        if not path.exists():
-            raise VideoError(path, "no such file")
-        if not path.is_file():
-            raise VideoError(path, "a folder, not a file" if path.is_dir() else "no file")
-        if path.stat().st_size == 0:
-            raise VideoError(path, "the file is empty")
-        # an absolute path is not taken for an address, as "cam1-12:30" is; titles need not be UTF-8, nor names
-        self._file = path.open("rb") if _has_undecodable_name(path) else None
-        self._container = av.open(self._file or str(path.absolute()), metadata_errors="replace")
-        try:
-            stream = self._choose_stream(av)
-        except VideoError:
-            self.__exit__()
-            raise
-        codec = stream.codec_context
-        codec.thread_type = "FRAME"
-        codec.thread_count = min(torch.get_num_threads(), MAX_THREADS)  # one in a worker process of PyTorch
-        codec.options = {"max_pixels": str(MAX_PIXELS)}
-        if codec.name not in SIDE_DATA_CODECS:
-            codec.options |= {"err_detect": "explode"}
-        return self._container, stream
-
-    def __exit__(self, *exception: object) -> None:
-        self._container.close()
-        self._container = None
-        if self._file is not None:
-            self._file.close()
-
-    def _choose_stream(self, av: ModuleType) -> Any:
-        """Return the stream that a player shows: no attached picture, the default one before others, then the largest."""
-        streams = self._container.streams.video
-        if not streams:
-            raise VideoError(self._path, "there is no video in it")
-        kinds = av.stream.Disposition
-        stills = kinds.attached_pic | kinds.timed_thumbnails | kinds.still_image
-        films = [s for s in streams if not kinds(s.disposition) & stills]
-        if not films:
-            raise VideoError(self._path, "there is no film in it, only a picture that is attached to it")
-        readable = [s for s in films if s.codec_context]
-        if not readable:
-            raise VideoError(self._path, "there is no decoder for its video")
-        return max(readable, key=lambda s: (bool(kinds(s.disposition) & kinds.default), s.width * s.height))
 
 
 class _Errors:
@@ -306,68 +220,3 @@ class _Errors:
         # FFmpeg's errors, the system's, and those of PyAV's code, as for text that is no UTF-8
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise VideoError(self._path, f"truncated, corrupt or no video at all, {self._where} ({reason})") from error
-
-
-def import_av() -> ModuleType:
-    """Return the module of PyAV; raise ImportError with the command that installs it."""
-    try:
-        import av
-    except ImportError as error:
-        raise ImportError("reading a video needs PyAV: pip install 'videomamba-bench[train]'") from error
-    return av
-
-
-def _has_undecodable_name(path: Path) -> bool:
-    """Return whether the path is not valid UTF-8, so that FFmpeg cannot be told its name."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        return True
-    return False
-
-
-def _is_hidden_vp9(data: bytes) -> bool:
-    """Return whether a packet of VP9 holds a single frame that is not shown. Source: VP9 bitstream specification, 6.2."""
-    if not data or data[-1] & 0xE0 == 0xC0:  # a superframe ends with the frame that is shown
-        return False
-    bits = f"{int.from_bytes(data[:2], 'big'):016b}"
-    place = 5 if bits[2:4] == "11" else 4  # profile 3 has one more bit
-    shows_existing, shown = bits[place] == "1", bits[place + 2] == "1"
-    return not shows_existing and not shown
-
-
-def _ends_before_its_segment(path: Path) -> bool:
-    """Return whether a Matroska file is shorter than its segment states. Source: RFC 8794, RFC 9559 section 5.1."""
-    with path.open("rb") as file:
-        data = file.read(4096)
-    start = data.find(b"\x18\x53\x80\x67") + 4  # the segment's identifier
-    if start < 4 or start >= len(data):
-        return False
-    length = 9 - data[start].bit_length()
-    if length > 8 or start + length > len(data):
-        return False
-    size = int.from_bytes(data[start : start + length], "big") - (1 << 7 * length)
-    unknown = (1 << 7 * length) - 1
-    return size != unknown and start + length + size > path.stat().st_size
-
-
-def _display_matrix(frame: Any) -> tuple[int, int, int, int] | None:
-    """Return a, b, c, d of a frame's display matrix, None without one: (x, y) is shown at (a x + c y, b x + d y)."""
-    data = frame.side_data.get("DISPLAYMATRIX")
-    if data is None:
-        return None
-    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(data)[:36])
-    return a, b, c, d
-
-
-def _turn(image: np.ndarray, matrix: tuple[int, int, int, int] | None) -> np.ndarray:
-    """Return an image (H, W, 3), contiguous, turned by quarter turns and mirrored as a display matrix says."""
-    if matrix is None:
-        return image
-    a, b, c, d = matrix
-    straight, across = abs(a) + abs(d), abs(b) + abs(c)
-    if min(straight, across) > 0.04 * max(straight, across):  # no quarter turn, within a degree
-        return image
-    if across > straight:
-        image, a, d = image.transpose(1, 0, 2), c, b
-    return np.ascontiguousarray(image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])

@@ -24,14 +24,22 @@ def write_video(
     return write(path, images)
 
 
-def remux(path: Path, **options: Any) -> Path:
-    """Copy the shipped clip's video stream into another container; return `path`."""
-    with av.open(str(SHIPPED)) as source, av.open(str(path), "w", options=options) as out:
-        stream = out.add_stream_from_template(source.streams.video[0])
-        for packet in source.demux(source.streams.video[0]):
-            if packet.dts is not None:
+def remux(path: Path, source: Path = SHIPPED, *, skip: int = 0, **options: Any) -> Path:
+    """Copy a file's video stream, without its first `skip` packets, into another container; return `path`."""
+    with av.open(str(source)) as container, av.open(str(path), "w", options=options) as out:
+        stream = out.add_stream_from_template(container.streams.video[0])
+        for number, packet in enumerate(container.demux(container.streams.video[0])):
+            if packet.dts is not None and number >= skip:
                 packet.stream = stream
                 out.mux(packet)
+    return path
+
+
+def patch(path: Path, place: int, data: bytes) -> Path:
+    """Overwrite the bytes of a file from `place` on; return `path`."""
+    content = bytearray(path.read_bytes())
+    content[place : place + len(data)] = data
+    path.write_bytes(content)
     return path
 
 
@@ -45,17 +53,21 @@ def cut(path: Path, fraction: float) -> Path:
 def encode(
     path: Path, codec: str, *, frames: int = 20, width: int = 176, height: int = 144, rate: int = 25, gop: int = 5,
     times: Sequence[int] | None = None, container: str | None = None, options: dict[str, str] | None = None,
-    muxing: dict[str, str] | None = None,
+    muxing: dict[str, str] | None = None, aspect: Fraction | None = None, title: str | None = None,
 ) -> Path:  # fmt: skip
     """Write a moving pattern, every frame another, by any of FFmpeg's encoders; return `path`.
 
     `times` are the frames' times in 1/rate seconds, by default one after the other; `options` are the encoder's, `muxing` the
-    container's. Raises what PyAV raises where the codec, the size and the container do not go together.
+    container's; `aspect` is that of a pixel. Raises what PyAV raises where the codec, the size and the container do not go together.
     """
     with av.open(str(path), "w", format=container, options=muxing or {}) as out:
         stream = out.add_stream(codec, rate=rate, options=options or {})
         formats = [f.name for f in av.Codec(codec, "w").video_formats or []]
-        usual = [f for f in ("yuv420p", "yuvj420p", "rgb24") if f in formats]
+        if aspect is not None:
+            stream.sample_aspect_ratio = aspect
+        if title is not None:
+            out.metadata["title"] = title
+        usual = [f for f in formats if f in ("yuv420p", "yuvj420p", "rgb24")]
         stream.pix_fmt = (usual + formats + ["yuv420p"])[0]
         stream.width, stream.height, stream.gop_size = width, height, gop
         stream.time_base, stream.codec_context.thread_count = Fraction(1, rate), 1  # some encoders wait for ever with more

@@ -1,0 +1,139 @@
+"""A video file that is open: its container, the stream of its film, and its pictures as a player shows them."""
+
+import struct
+from fractions import Fraction
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from fused.io.video_error import VideoError
+
+# These have side data (SEI messages, tags), and with "explode" FFmpeg gives up a whole picture for damaged side data. Without it,
+# damaged pictures are still marked as corrupt, if frames are decoded with frame threads.
+SIDE_DATA_CODECS = frozenset(("h264", "hevc", "tiff"))
+MAX_THREADS = 16
+MAX_PIXELS = 2**27  # of a frame: a damaged header must not take all memory
+ASPECTS = (Fraction(1, 10), Fraction(10))  # of a pixel, width over height; others are damage
+
+
+class OpenFilm:
+    """A context that opens a file, and gives its container and the stream of its film, ready to decode.
+
+    It is no generator: an exception that passes through one is kept alive, with the decoder's threads, until the garbage
+    collector runs; and a process that is forked meanwhile waits for threads that it does not have.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> tuple[Any, Any]:
+        av, path = import_av(), self._path
+        if not path.exists():
+            raise VideoError(path, "no such file")
+        if not path.is_file():
+            raise VideoError(path, "a folder, not a file" if path.is_dir() else "no file")
+        if path.stat().st_size == 0:
+            raise VideoError(path, "the file is empty")
+        # an absolute path is not taken for an address, as "cam1-12:30" is; titles need not be UTF-8, nor names
+        self._file = path.open("rb") if _has_undecodable_name(path) else None
+        self._container = av.open(self._file or str(path.absolute()), metadata_errors="replace")
+        try:
+            stream = self._choose_stream(av)
+        except VideoError:
+            self.__exit__()
+            raise
+        codec = stream.codec_context
+        codec.thread_type = "FRAME"
+        codec.thread_count = min(torch.get_num_threads(), MAX_THREADS)  # one in a worker process of PyTorch
+        codec.options = {"max_pixels": str(MAX_PIXELS)}
+        if codec.name not in SIDE_DATA_CODECS:
+            codec.options |= {"err_detect": "explode"}
+        return self._container, stream
+
+    def __exit__(self, *exception: object) -> None:
+        self._container.close()
+        self._container = None
+        if self._file is not None:
+            self._file.close()
+
+    def _choose_stream(self, av: ModuleType) -> Any:
+        """Return the stream that a player shows: no attached picture, the default one before others, then the largest."""
+        streams = self._container.streams.video
+        if not streams:
+            raise VideoError(self._path, "there is no video in it")
+        kinds = av.stream.Disposition
+        stills = kinds.attached_pic | kinds.timed_thumbnails | kinds.still_image
+        films = [s for s in streams if not kinds(s.disposition) & stills]
+        if not films:
+            raise VideoError(self._path, "there is no film in it, only a picture that is attached to it")
+        readable = [s for s in films if s.codec_context]
+        if not readable:
+            raise VideoError(self._path, "there is no decoder for its video")
+        return max(readable, key=lambda s: (bool(kinds(s.disposition) & kinds.default), s.width * s.height))
+
+
+class Pictures:
+    """The conversion of a film's decoded frames to what is shown."""
+
+    def __init__(self, stream: Any) -> None:
+        aspect = stream.sample_aspect_ratio or Fraction(1)
+        self._aspect = aspect if ASPECTS[0] <= aspect <= ASPECTS[1] else Fraction(1)
+        self._reformatter = import_av().video.reformatter.VideoReformatter()  # a frame's own makes threads for each frame
+        self._matrix: tuple[int, int, int, int] | None = None
+        self._is_first = True
+
+    def convert(self, frame: Any) -> UInt8[Tensor, "H W 3"]:
+        """Return a frame in RGB with square pixels, turned as the display matrix of the first frame says."""
+        if self._is_first:  # asking for side data makes a reference cycle, which keeps the frame until it is collected
+            self._matrix, self._is_first = _display_matrix(frame), False
+        width = max(round(frame.width * self._aspect), 1)
+        shown = self._reformatter.reformat(frame, width, frame.height, "rgb24")
+        return torch.from_numpy(_turn(shown.to_ndarray(), self._matrix))
+
+
+def import_av() -> ModuleType:
+    """Return the module of PyAV; raise ImportError with the command that installs it."""
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError("reading a video needs PyAV: pip install 'videomamba-bench[train]'") from error
+    return av
+
+
+def _has_undecodable_name(path: Path) -> bool:
+    """Return whether the path is not valid UTF-8, so that FFmpeg cannot be told its name."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _display_matrix(frame: Any) -> tuple[int, int, int, int] | None:
+    """Return a, b, c, d of a frame's display matrix, None without one: (x, y) is shown at (a x + c y, b x + d y)."""
+    try:
+        data = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV does not know the kind of other side data; it still knows the angle, counter-clockwise
+        return {90: (0, -1, 1, 0), 180: (-1, 0, 0, -1), -90: (0, 1, -1, 0)}.get((frame.rotation + 179) % 360 - 179)
+    if data is None:
+        return None
+    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(data)[:36])
+    return a, b, c, d
+
+
+def _turn(image: np.ndarray, matrix: tuple[int, int, int, int] | None) -> np.ndarray:
+    """Return an image (H, W, 3), contiguous, turned by quarter turns and mirrored as a display matrix says."""
+    if matrix is None:
+        return image
+    a, b, c, d = matrix
+    straight, across = abs(a) + abs(d), abs(b) + abs(c)
+    if min(straight, across) > 0.04 * max(straight, across):  # no quarter turn, within a degree
+        return image
+    if across > straight:
+        image, a, d = image.transpose(1, 0, 2), c, b
+    return np.ascontiguousarray(image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
