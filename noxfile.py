@@ -26,12 +26,15 @@ def install(session: nox.Session, *requirements: str, **options) -> None:
         session.install(*pins, *requirements, **options)
 
 
-def python(session: nox.Session, *arguments: str) -> None:
-    """Run Python on the checkout, which goes before whatever else bears the name `fused` on this box."""
+def python(session: nox.Session, *arguments: str, **variables: str) -> None:
+    """Run Python on the checkout, which goes before whatever else bears the name `fused` on this box.
+
+    `variables` are set in its environment.
+    """
     program = sys.executable if session.venv_backend == "none" else "python"
     path = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
     patience = {"interrupt_timeout": 60.0, "terminate_timeout": 10.0}  # Ctrl-C: a run keeps what it has and says how it goes on
-    session.run(program, *arguments, env={"PYTHONPATH": path}, external=session.venv_backend == "none", **patience)
+    session.run(program, *arguments, env={"PYTHONPATH": path} | variables, external=session.venv_backend == "none", **patience)
 
 
 @nox.session
@@ -40,6 +43,13 @@ def tests(session: nox.Session) -> None:
     install(session, "-e", ".[harness,train]", *TEST)
     shared = ("-n", "auto", "--dist", "worksteal") if session.venv_backend != "none" else ()
     python(session, "-m", "pytest", *shared, *session.posargs)
+
+
+@nox.session
+def fuzz_files(session: nox.Session) -> None:
+    """Read 2,000 damaged video files; the tests read 100."""
+    install(session, "-e", ".[harness,train]", *TEST)
+    python(session, "-m", "pytest", "tests/fused/io/test_fuzz_files.py", *session.posargs, FUZZ_FILES="2000")
 
 
 @nox.session

@@ -244,6 +244,21 @@ def test_names_in_code_exist(page):
         assert path.startswith("reports/runs") or (ROOT / path).exists(), f"{page}: {path}"
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_tests_that_are_named_exist(page):
+    """`test_load.py::test_round_trip` and `test_round_trip` behind it are tests of that file."""
+    for row in (ROOT / page).read_text().splitlines():
+        tests: set[str] = set()
+        for words in re.findall(r"`([^`]+)`", row):
+            file, _, name = words.rpartition("::")
+            if file:
+                sources = list((ROOT / "tests").rglob(file.rpartition("/")[2]))
+                assert sources, f"{page}: {file}"
+                tests = {n for source in sources for n in re.findall(r"^def (test_\w+)", source.read_text(), re.M)}
+            if re.fullmatch(r"test_\w+", name):
+                assert name in tests, f"{page}: {words}"
+
+
 def resolves(name: str) -> bool:
     """Whether a dotted name is a module, or attributes of one."""
     parts = name.split(".")

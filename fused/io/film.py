@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fused.io.video_error import VideoError
 
-# These have side data (SEI messages, tags), and with "explode" FFmpeg gives up a whole picture for damaged side data. Without it,
+# These have side data (SEI messages, tags). With "explode" FFmpeg gives up a whole picture for damaged side data. Without it,
 # damaged pictures are still marked as corrupt, if frames are decoded with frame threads.
 SIDE_DATA_CODECS = frozenset(("h264", "hevc", "tiff"))
 MAX_THREADS = 16

@@ -65,6 +65,8 @@ class FrameFolder:
     def _check_numbers(self, numbers: list[int]) -> None:
         """Raise VideoError if a number is missing between others that are evenly spaced, or occurs twice."""
         steps = [b - a for a, b in zip(numbers, numbers[1:], strict=False)]
+        if 0 in steps:
+            raise VideoError(self.path, f"it holds several images of number {numbers[steps.index(0)]}", ALLOWED)
         if steps and min(steps) != max(steps):
             usual = max(set(steps), key=steps.count)
             odd = next(i for i, step in enumerate(steps) if step != usual)

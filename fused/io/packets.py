@@ -1,4 +1,4 @@
-"""What the bytes of a packet or a file say without decoding: where decoding can begin, what is hidden, whether the end is missing."""
+"""What bytes say without decoding: where decoding can begin, which frame is hidden, whether the end of a file is missing."""
 
 from pathlib import Path
 from typing import Any

@@ -23,7 +23,7 @@ __all__ = [
     "MEAN", "STD", "VideoError", "VideoTooShort", "count_frames", "decode_frames", "middle_frames", "read_clip", "read_frames",
 ]  # fmt: skip
 
-Times = Sequence[float] | None
+Times = Sequence[int | float] | None
 """The seconds at which the frames of a video are shown, from its first frame; None for a folder of images."""
 
 

@@ -58,7 +58,7 @@ def encode(
     """Write a moving pattern, every frame another, by any of FFmpeg's encoders; return `path`.
 
     `times` are the frames' times in 1/rate seconds, by default one after the other; `options` are the encoder's, `muxing` the
-    container's; `aspect` is that of a pixel. Raises what PyAV raises where the codec, the size and the container do not go together.
+    container's; `aspect` is that of a pixel. Raises what PyAV raises where codec, size and container do not go together.
     """
     with av.open(str(path), "w", format=container, options=muxing or {}) as out:
         stream = out.add_stream(codec, rate=rate, options=options or {})

@@ -51,7 +51,7 @@ class FrameSampling:
         return [shown[place % n if self.short == "loop" else min(place, n - 1)] for place in places]
 
 
-def frames_at_rate(times: Sequence[float], fps: int | float) -> list[int]:
+def frames_at_rate(times: Sequence[int | float], fps: int | float) -> list[int]:
     """Return the number of the frame that is seen at 0, 1 / fps, 2 / fps, ... seconds after the first.
 
     `times` are the seconds at which the frames are shown, ascending from 0. The last frame is shown as long as the one before.

@@ -100,7 +100,8 @@ def test_pictures_that_depend_on_later_ones(name: str, codec: str, options: dict
 def test_stream_copy_from_the_middle_of_an_open_group(codec: str, ending: str, skip: int, tmp_path: Path) -> None:
     parameters = "keyint=8:min-keyint=8:open-gop=1:bframes=3"
     key = "x264-params" if codec == "libx264" else "x265-params"
-    source = encode(tmp_path / "whole.mkv", codec, frames=40, options={key: parameters + (":log-level=none" if "5" in key else "")})
+    quiet = ":log-level=none" if codec == "libx265" else ""
+    source = encode(tmp_path / "whole.mkv", codec, frames=40, options={key: parameters + quiet})
     path = remux(tmp_path / f"part.{ending}", source, skip=skip)
     shown = tolerant_decode(path)
     assert 20 < len(shown) < 40
@@ -285,7 +286,9 @@ def expected_rgb(y: int, u: int, v: int, kr: float, kb: float, is_full: bool) ->
 
 
 @pytest.mark.parametrize("is_full", [False, True])
-@pytest.mark.parametrize(("matrix", "kr", "kb"), [(1, 0.2126, 0.0722), (5, 0.299, 0.114), (2, 0.299, 0.114), (9, 0.2627, 0.0593)])
+@pytest.mark.parametrize(
+    ("matrix", "kr", "kb"), [(1, 0.2126, 0.0722), (5, 0.299, 0.114), (2, 0.299, 0.114), (9, 0.2627, 0.0593)]
+)
 def test_colours_are_those_that_the_stream_states(matrix: int, kr: float, kb: float, is_full: bool, tmp_path: Path) -> None:
     pixels = [(81, 90, 200), (145, 54, 84), (100, 160, 110), (180, 120, 140)]
     path = tmp_path / "colours.mkv"
