@@ -6,6 +6,7 @@ On a box with PyTorch and no network, `nox --no-venv -s parity` installs nothing
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import nox
 
@@ -16,6 +17,7 @@ nox.options.reuse_venv = "yes"
 NVIDIA = shutil.which("nvidia-smi")
 PROJECT = nox.project.load_toml("pyproject.toml")
 UPSTREAM = PROJECT["project"]["optional-dependencies"]["upstream"]
+EXTRAS = ("base", "train", "hub", "onnx", "teachers", "timm", "harness")  # those that need no GPU
 TEST, LINT, TYPES = (nox.project.dependency_groups(PROJECT, group) for group in ("test", "lint", "types"))
 
 
@@ -40,6 +42,26 @@ def tests(session: nox.Session) -> None:
     install(session, "-e", ".[harness,train]", *TEST)
     shared = ("-n", "auto", "--dist", "worksteal") if session.venv_backend != "none" else ()
     python(session, "-m", "pytest", *shared, *session.posargs)
+
+
+@nox.session
+def extras(session: nox.Session) -> None:
+    """Install each extra by itself, beside one PyTorch, and run what the pages show for it; `-- train hub` takes some."""
+    if session.venv_backend == "none":
+        session.error("extras makes environments of its own: run it without --no-venv")
+    install(session, "torch")
+    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    torch_folder = session.run("python", "-c", where, silent=True)
+    pins = () if NVIDIA else ("-c", "constraints-cpu.txt")
+    for extra in session.posargs or EXTRAS:
+        folder = Path(session.create_tmp(), extra)
+        session.run("python", "-m", "venv", "--clear", "--without-pip", str(folder))
+        own = str(folder / "bin/python")
+        [packages] = folder.glob("lib/python*/site-packages")
+        (packages / "torch.pth").write_text(torch_folder)  # Python looks there last: the extra's own packages go before
+        what = "." if extra == "base" else f".[{extra}]"
+        session.run("python", "-m", "pip", "--python", own, "install", "--quiet", *pins, "-e", what)
+        session.run(own, "tests/extras.py", extra, external=True)
 
 
 @nox.session
