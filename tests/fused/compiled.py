@@ -143,6 +143,7 @@ def main(op, *capabilities):
                     continue
                 seen.append((name, arguments))
                 *types, options = arguments
+                assert options.get("enable_fp_fusion") is True, f"{name}: the launch leaves a * b + c to Triton's default"
                 for capability in map(int, capabilities):
                     tuned = getattr(module, "CAPABILITY_OPTIONS", {}).get(capability, {}) if "bf16" in case else {}
                     found = resources(recorder.kernel, *types, options | tuned, capability)
