@@ -64,6 +64,24 @@ def extras(session: nox.Session) -> None:
         session.run(own, "tests/extras.py", extra, external=True)
 
 
+@nox.session(reuse_venv=False)
+@nox.parametrize("stack", ["oldest", "newest"])
+def compat(session: nox.Session, stack: str) -> None:
+    """The tests on the oldest and on the newest versions that pyproject.toml allows, which `doctor` calls tested then.
+
+    On Linux PyTorch comes as a CUDA build, of 8 GB; no GPU is needed.
+    """
+    if session.venv_backend == "none":
+        session.error("compat makes environments of its own: run it without --no-venv")
+    session.install("uv")
+    choice = {"oldest": "lowest-direct", "newest": "highest"}[stack]
+    what = [f"--extra={extra}" for extra in ("harness", "native", "hub", "train", "teachers", "onnx")]
+    session.run("uv", "pip", "install", f"--resolution={choice}", "-r", "pyproject.toml", *what, "--group", "test")
+    python(session, "-m", "pytest", "-n", "auto", "--dist", "worksteal", *session.posargs)
+    if not session.posargs:  # all tests passed
+        python(session, "tests/compat.py", stack)
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """Style (ruff), and who may import whom (import-linter)."""

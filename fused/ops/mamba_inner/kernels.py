@@ -157,12 +157,14 @@ def pack_weights_kernel(
     if row < x_proj_rows:
         x_proj_ptr = x_proj_0_ptr if direction == 0 else x_proj_1_ptr
         source_row = tl.where(row < R, row, row - (padded_R - R))
-        is_weight = inside & ((row < R) | (row >= padded_R))
+        rows = tl.broadcast_to(row, channels.shape)  # Triton 3.9's interpreter takes no scalar into a mask
+        is_weight = inside & ((rows < R) | (rows >= padded_R))
         values = tl.load(x_proj_ptr + source_row * E + channels, mask=is_weight, other=0.0)
         tl.store(packed_ptr + (direction * x_proj_rows + row) * E + channels, values, mask=inside)
     elif row < x_proj_rows + padded_R:
         dt_proj_ptr, rank = (dt_proj_0_ptr if direction == 0 else dt_proj_1_ptr), row - x_proj_rows
-        values = tl.load(dt_proj_ptr + channels * R + rank, mask=inside & (rank < R), other=0.0)
+        is_weight = inside & (tl.broadcast_to(rank, channels.shape) < R)
+        values = tl.load(dt_proj_ptr + channels * R + rank, mask=is_weight, other=0.0)
         tl.store(packed_ptr + (directions * x_proj_rows + direction * padded_R + rank) * E + channels, values, mask=inside)
     elif A_D_ptr is not None:
         n = row - x_proj_rows - padded_R
