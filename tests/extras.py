@@ -71,8 +71,8 @@ def train() -> None:
     assert len(commands) == 3 and len(trained) == 1  # the others print the configuration, or look at the data
 
 
-def hub() -> None:
-    """Load published weights by name; the cache of huggingface_hub holds made ones, because there may be no network."""
+def cache_weights() -> None:
+    """Put made weights into huggingface_hub's cache for the published name that the guide loads: there may be no network."""
     from fused import PRETRAINED, VideoMamba
 
     [block] = [block for block in blocks_of(GUIDE) if block.extra == "hub"]
@@ -84,6 +84,11 @@ def hub() -> None:
         (repository / folder).mkdir(parents=True)
     (repository / "refs/main").write_text(revision)
     torch.save(VideoMamba(published.config).state_dict(), repository / "snapshots" / revision / published.file)
+
+
+def hub() -> None:
+    """Load published weights by name."""
+    cache_weights()
     assert run_python(GUIDE, "hub")["model"].head.out_features == 10
 
 
@@ -111,6 +116,7 @@ def timm() -> None:
             print(f"timm: not run, it does not import here ({error}); register_timm says: {refusal}")
             return
         raise AssertionError("register_timm says nothing of a timm that does not import") from error
+    cache_weights()  # timm's name in the guide is that of the same weights
     run_python(GUIDE, "timm")
 
 
