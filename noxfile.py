@@ -6,6 +6,7 @@ On a box with PyTorch and no network, `nox --no-venv -s parity` installs nothing
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import nox
 
@@ -16,6 +17,7 @@ nox.options.reuse_venv = "yes"
 NVIDIA = shutil.which("nvidia-smi")
 PROJECT = nox.project.load_toml("pyproject.toml")
 UPSTREAM = PROJECT["project"]["optional-dependencies"]["upstream"]
+EXTRAS = ("base", "train", "hub", "onnx", "teachers", "timm", "harness")  # those that need no GPU
 TEST, LINT, TYPES = (nox.project.dependency_groups(PROJECT, group) for group in ("test", "lint", "types"))
 
 
@@ -50,6 +52,44 @@ def fuzz_files(session: nox.Session) -> None:
     """Read 2,000 damaged video files; the tests read 100."""
     install(session, "-e", ".[harness,train]", *TEST)
     python(session, "-m", "pytest", "tests/fused/io/test_fuzz_files.py", *session.posargs, FUZZ_FILES="2000")
+
+
+@nox.session
+def extras(session: nox.Session) -> None:
+    """Install each extra by itself, beside one PyTorch, and run what the pages show for it; `-- train hub` takes some."""
+    if session.venv_backend == "none":
+        session.error("extras makes environments of its own: run it without --no-venv")
+    install(session, "torch")
+    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    torch_folder = session.run("python", "-c", where, silent=True)
+    pins = () if NVIDIA else ("-c", "constraints-cpu.txt")
+    for extra in session.posargs or EXTRAS:
+        folder = Path(session.create_tmp(), extra)
+        session.run("python", "-m", "venv", "--clear", "--without-pip", str(folder))
+        own = str(folder / "bin/python")
+        [packages] = folder.glob("lib/python*/site-packages")
+        (packages / "torch.pth").write_text(torch_folder)  # Python looks there last: the extra's own packages go before
+        what = "." if extra == "base" else f".[{extra}]"
+        session.run("python", "-m", "pip", "--python", own, "install", "--quiet", *pins, "-e", what)
+        session.run(own, "tests/extras.py", extra, external=True)
+
+
+@nox.session(reuse_venv=False)
+@nox.parametrize("stack", ["oldest", "newest"])
+def compat(session: nox.Session, stack: str) -> None:
+    """The tests on the oldest and on the newest versions that pyproject.toml allows, which `doctor` calls tested then.
+
+    On Linux PyTorch comes as a CUDA build, of 8 GB; no GPU is needed.
+    """
+    if session.venv_backend == "none":
+        session.error("compat makes environments of its own: run it without --no-venv")
+    session.install("uv")
+    choice = {"oldest": "lowest-direct", "newest": "highest"}[stack]
+    what = [f"--extra={extra}" for extra in ("harness", "native", "hub", "train", "teachers", "onnx")]
+    session.run("uv", "pip", "install", f"--resolution={choice}", "-r", "pyproject.toml", *what, "--group", "test")
+    python(session, "-m", "pytest", "-n", "auto", "--dist", "worksteal", *session.posargs)
+    if not session.posargs:  # all tests passed
+        python(session, "tests/compat.py", stack)
 
 
 @nox.session

@@ -8,18 +8,18 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import extras
 import pytest
 import torch
+from pages import ROOT, blocks_of
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = (
     "README.md", "fused/README.md", "fused/ops/README.md", "harness/README.md", "CONTRIBUTING.md", "CHANGELOG.md",
     "reports/README.md",
 )  # fmt: skip
-NOT_RUN = re.compile(r"<!-- not run: \S.* -->$")
-MAX_NOT_RUN = 6  # of all pages
+MAX_NOT_RUN = 4  # of all pages
 FILE = re.compile(r"# ((?:reference|fused|harness)/[\w/]+\.py)\n")  # the first line of a block that is a file of its own
 MAX_README_LINES = 150
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -28,31 +28,6 @@ SESSIONS = {
     for node in ast.parse((ROOT / "noxfile.py").read_text()).body
     if isinstance(node, ast.FunctionDef) and any("session" in ast.unparse(d) for d in node.decorator_list)
 }
-
-
-class Block(NamedTuple):
-    """A fenced block of a page: its language, the line of its first line, its text, and whether it is marked as not run."""
-
-    language: str
-    line: int
-    text: str
-    not_run: bool
-
-
-def blocks_of(page: str) -> list[Block]:
-    """Return the fenced blocks of a page, in order."""
-    blocks, lines, start = [], (ROOT / page).read_text().splitlines(), None
-    for i, line in enumerate(lines):
-        if not line.startswith("```"):
-            continue
-        if start is None:
-            start = i
-            continue
-        marked = start > 0 and bool(NOT_RUN.match(lines[start - 1]))
-        blocks.append(Block(lines[start][3:].strip(), start + 2, "\n".join(lines[start + 1 : i]), marked))
-        start = None
-    assert start is None, f"{page}:{start}: the block is not closed"
-    return blocks
 
 
 def prose_of(page: str) -> str:
@@ -93,14 +68,14 @@ def added_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 @pytest.mark.parametrize("page", PAGES)
 @pytest.mark.usefixtures("added_files")
 def test_python_blocks_run(page):
-    """All blocks of a page, in order, in one namespace; those marked as not run only compile, files are imported by others."""
+    """All blocks of a page, in order, in one namespace; marked ones only compile, files are imported by others."""
     namespace: dict[str, Any] = {"__name__": "page"}
     state = torch.random.get_rng_state(), torch.are_deterministic_algorithms_enabled()
     try:
         for block in blocks_of(page):
             if block.language == "python":
                 code = compile("\n" * (block.line - 1) + block.text, str(ROOT / page), "exec")
-                if not block.not_run and not FILE.match(block.text):
+                if not block.not_run and not block.extra and not FILE.match(block.text):
                     exec(code, namespace)
     finally:
         torch.random.set_rng_state(state[0])
@@ -111,6 +86,15 @@ def test_few_blocks_are_not_run():
     skipped = [(page, block.line) for page in PAGES for block in blocks_of(page) if block.not_run]
     marks = sum(text.count("<!-- not run") for text in ((ROOT / page).read_text() for page in PAGES))
     assert len(skipped) == marks <= MAX_NOT_RUN  # every mark stands right above a block
+
+
+def test_every_extra_is_installed_and_run_by_itself():
+    """But for those that need a GPU. A mark stands right above a block and names an extra."""
+    assert set(extras.RUNS) == {"base", *EXTRAS} - {"native", "power", "upstream"}
+    marked = [block.extra for page in PAGES for block in blocks_of(page) if block.extra]
+    marks = sum(len(re.findall("^<!-- extra:", (ROOT / page).read_text(), re.M)) for page in PAGES)
+    assert len(marked) == marks and set(marked) <= set(extras.RUNS) - {"base"}
+    assert re.search(r"^nox -s extras\b", (ROOT / ".ci/run").read_text(), re.M)
 
 
 def test_the_readme_is_short_and_names_what_ci_runs():

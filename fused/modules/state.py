@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fused.runtime.autocast import AUTOCAST_DEVICES
 from fused.runtime.dtypes import accumulation_dtype
 
 State = tuple[Tensor, Tensor]
@@ -24,7 +25,7 @@ States = Sequence[State] | Mapping[int, State]
 
 def linear_dtype(weight: Tensor, device: torch.device) -> torch.dtype:
     """Return the dtype of the output of a Linear with this weight on a device: the weight's, or autocast's."""
-    if weight.dtype == torch.float64 or not torch.amp.is_autocast_available(device.type):
+    if weight.dtype == torch.float64 or device.type not in AUTOCAST_DEVICES:
         return weight.dtype
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
 

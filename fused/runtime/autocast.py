@@ -4,13 +4,17 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+# asked once, because Dynamo of PyTorch 2.8 to 2.10 cannot trace the question
+AUTOCAST_DEVICES = frozenset(
+    kind for kind in ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla") if torch.amp.is_autocast_available(kind)
+)
 _NO_CONTEXT: AbstractContextManager[object] = nullcontext()
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Return a context without autocast on `device`, also on devices that have none."""
     kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if kind in AUTOCAST_DEVICES and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return _NO_CONTEXT
 

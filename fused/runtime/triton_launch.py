@@ -7,6 +7,7 @@ import torch
 import triton
 
 NATIVE = not triton.knobs.runtime.interpret  # Triton's interpreter knows no PTX
+FUSED_MULTIPLY_ADD = {"enable_fp_fusion": True}  # for every launch: Triton 3.9 warns where it is not said and will change it
 _NO_CONTEXT: AbstractContextManager[object] = nullcontext()
 
 

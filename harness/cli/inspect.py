@@ -10,7 +10,7 @@ from fused import backends
 from harness.judge import registry
 from harness.judge.check import checks
 from harness.judge.request import GRIDS, default_device
-from harness.runs import environment
+from harness.runs import environment, tested
 from harness.runs.conclude import UNFIT
 
 
@@ -29,7 +29,7 @@ def list_all() -> None:
 
 
 def doctor() -> None:
-    """Say what this box can judge; exits 4 if it cannot judge at all."""
+    """Say what this box can judge, and whether its packages are tested versions; exits 4 if it cannot judge at all."""
     environment.prepare()
     box = environment.describe(default_device())
     for key, value in box.items():
@@ -39,6 +39,8 @@ def doctor() -> None:
         print(f"{'backend':16} {backend}: {backends.unavailable(backend, default_device()) or 'runs here'}")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         print(f"{'validated':16} {dtype}: {fused.validation(dtype=dtype) or 'no (run: nox -s parity)'}")
+    for package, verdict in tested.judge_installed(tested.read()).items():
+        print(f"{'tested':16} {package} {verdict}")
     require_fit()
 
 

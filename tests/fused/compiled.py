@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 
+import compilers
 import torch
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -142,6 +143,7 @@ def main(op, *capabilities):
                     continue
                 seen.append((name, arguments))
                 *types, options = arguments
+                assert options.get("enable_fp_fusion") is True, f"{name}: the launch leaves a * b + c to Triton's default"
                 for capability in map(int, capabilities):
                     tuned = getattr(module, "CAPABILITY_OPTIONS", {}).get(capability, {}) if "bf16" in case else {}
                     found = resources(recorder.kernel, *types, options | tuned, capability)
@@ -167,6 +169,12 @@ def compile_in_subprocess(op):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def assert_no_spills(lines):
+    """Fail if a kernel uses the stack; only warn with another Triton than the one whose kernels were measured."""
+    over = [f"{x['kernel']} of {x['case']} on sm_{x['sm']}: {x['stack']} bytes of stack" for x in lines if x["stack"]]
+    compilers.fail_or_warn("Triton", over)
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def test_a_parity_run_in_sessions_of_two_checkouts_is_accepted_as_one(checkouts:
     changed.write_text(text)
 
     code, said = Command(other, *words, "--jobs", "1", "--resume").end()
-    assert code == PASSED and said.splitlines()[-1].startswith("9 passed, 0 failed"), said
+    assert code == PASSED and "\n9 passed, 0 failed" in said, said  # Triton 3.9 prints of itself after the last line
     found = Run.open(run)
     assert [s["status"] for s in found.about["sessions"]] == ["interrupted", "killed", "finished"]
     assert ["--resume" in s["command"] for s in found.about["sessions"]] == [False, True, True]

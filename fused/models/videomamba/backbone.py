@@ -22,6 +22,7 @@ from fused.modules.norm import DropPath, Norm
 from fused.modules.residual import final_norm, norm_stream
 from fused.modules.span import Span
 from fused.modules.state import State, States, pack, unpack, zero_mean
+from fused.runtime.initial_values import trunc_normal_
 
 _ALL = slice(None)
 
@@ -84,7 +85,7 @@ class Backbone(Pretrained, nn.Module):
     @torch.no_grad()
     def _init_weights(self) -> None:
         """Draw upstream's effective initial values: every Linear is drawn again, dt_proj too, so that delta starts at 0.69."""
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        trunc_normal_(self.pos_embed, std=0.02)
         rescaled = {module.out_proj for module in self.modules() if isinstance(module, Mamba)}
         for module in self.modules():
             if not isinstance(module, nn.Linear):
@@ -93,7 +94,7 @@ class Backbone(Pretrained, nn.Module):
                 bound = 1 / math.sqrt(module.in_features * self.config.depth)
                 module.weight.uniform_(-bound, bound)
             else:
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
                 module.bias.zero_()
 

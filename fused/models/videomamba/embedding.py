@@ -12,6 +12,7 @@ from fused.modules.span import Span, check_tubelets
 from fused.modules.wrapped import computes_plainly, hooks_of, weight_of
 from fused.runtime.autocast import autocast_dtype
 from fused.runtime.dtypes import accumulation_dtype
+from fused.runtime.exporting import is_exporting
 
 
 class PatchEmbed(nn.Module):
@@ -173,7 +174,7 @@ def sincos_positions(rows: int, dim: int, device: torch.device, first: int = 0) 
     Callers share the tensor: do not write to it.
     """
     # a tensor that is created during an export belongs to the exported program and must not be cached
-    return (_make_sincos if torch.compiler.is_exporting() else _cached_sincos)(rows, dim, device, first)
+    return (_make_sincos if is_exporting() else _cached_sincos)(rows, dim, device, first)
 
 
 @lru_cache(maxsize=16)  # float64 sines on the CPU: 0.2 s for 64 frames of VideoMamba-M

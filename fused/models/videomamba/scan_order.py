@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fused.runtime.exporting import is_exporting
+
 SCAN_ORDERS = ("spatial", "temporal", "alternating", "both")
 
 
@@ -39,7 +41,7 @@ def temporal_order(frames: int, patches: int, visible: Tensor | None = None, dev
     `visible` (B, V) holds ascending indices of stored tokens, CLS first. The order's indices then count visible tokens only.
     """
     # a tensor that is created during an export belongs to the exported program and must not be cached
-    make = _make_order if torch.compiler.is_exporting() else _cached_order
+    make = _make_order if is_exporting() else _cached_order
     order = make(frames, patches, device if visible is None else visible.device)
     if visible is None:
         return order

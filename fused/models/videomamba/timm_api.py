@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fused.models.videomamba.config import VideoMambaConfig
+from fused.runtime.initial_values import trunc_normal_
 
 _TIMM_POOLS = {"cls": "token", "mean": "avg", "last": "last", "tokens": ""}
 
@@ -54,7 +55,7 @@ class Classifier:
         head: nn.Module = nn.Identity()
         if num_classes:
             head = nn.Linear(self.config.embed_dim, num_classes, device=self.cls_token.device, dtype=self.cls_token.dtype)
-            nn.init.trunc_normal_(head.weight, std=0.02)
+            trunc_normal_(head.weight, std=0.02)
             nn.init.zeros_(head.bias)
         self.head = head
 

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from fused.ops.shapes import Rows, residual_dtype_of
 from fused.runtime.autocast import no_autocast
 from fused.runtime.dtypes import accumulation_dtype
+from fused.runtime.exporting import is_exporting
 
 
 def add_norm_eager(
@@ -25,7 +26,7 @@ def add_norm_eager(
 ) -> Rows | tuple[Rows, Rows]:
     """Add and normalise as `fused.add_norm` says; keeps the residual stream and two numbers a row for its backward."""
     residual_dtype = residual_dtype_of(x, residual, residual_in_fp32) if prenorm else None
-    run: Any = exported if torch.compiler.is_exporting() else _AddNorm.apply
+    run: Any = exported if is_exporting() else _AddNorm.apply
     y, residual_out = run(x, weight, bias, residual, eps, kind == "layer", residual_dtype)
     return (y, residual_out) if prenorm else y
 

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from fused.ops.add_norm.kernels import backward_kernel, forward_kernel, reduce_kernel
-from fused.runtime.triton_launch import blocks, launching_on, power_of_2
+from fused.runtime.triton_launch import FUSED_MULTIPLY_ADD, blocks, launching_on, power_of_2
 
 MAX_WIDTH = 8192  # the widest row that both kernels hold without spilling
 PROGRAMS = 528  # of the backward: 4 for each of an H200's 132 SMs; constant, because it decides the order of sums
-REDUCE = {"BLOCK_ROWS": 64, "BLOCK_COLUMNS": 32, "num_warps": 4}
+REDUCE = {"BLOCK_ROWS": 64, "BLOCK_COLUMNS": 32, "num_warps": 4, **FUSED_MULTIPLY_ADD}
 
 
 def forward(
@@ -100,7 +100,7 @@ def _tile(D: int, elements_per_thread: int, warps: int) -> dict[str, int]:
     columns = power_of_2(D)
     warps = min(max(columns // (32 * elements_per_thread), warps), 16)
     rows = min(max(32 * warps * elements_per_thread // columns, 1), 16)
-    return {"BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns, "num_warps": warps}
+    return {"BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns, "num_warps": warps, **FUSED_MULTIPLY_ADD}
 
 
 def _readable_rows(x: Tensor | None, D: int) -> tuple[Tensor | None, int]:

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from fused.runtime.autocast import no_autocast
 from fused.runtime.dtypes import accumulation_dtype
 from fused.runtime.elementwise import clipwise
+from fused.runtime.exporting import is_exporting
 
 
 def causal_conv1d_eager(
@@ -23,7 +24,7 @@ def causal_conv1d_eager(
     reverse: bool = False,
 ) -> tuple[Float[Tensor, "B L E"], Float[Tensor, "B E S"]]:
     """Convolve as `fused.causal_conv1d` says; no argument is checked."""
-    run: Any = exported if torch.compiler.is_exporting() else _CausalConv1d.apply
+    run: Any = exported if is_exporting() else _CausalConv1d.apply
     return run(x, weight, bias, initial_state, activation is not None, reverse)
 
 

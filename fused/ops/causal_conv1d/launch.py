@@ -23,17 +23,17 @@ import torch
 from torch import Tensor
 
 from fused.ops.causal_conv1d.kernels import backward_kernel, forward_kernel, reduce_kernel
-from fused.runtime.triton_launch import NATIVE, blocks, launching_on
+from fused.runtime.triton_launch import FUSED_MULTIPLY_ADD, NATIVE, blocks, launching_on
 
 MAX_WIDTH = 8
 # The forward has 4 channels a thread (96 registers), the backward 2 (126 registers: it keeps 58 numbers for two channels).
 # PROGRAMS_PER_GPU is the number of programs that an H200 holds at once. It is a constant because it decides the order of sums.
 # SEGMENT_OVERHEAD_STEPS is the cost, in steps of the loop, of the instructions before and after a segment's loop.
-FORWARD = {"BLOCK_SEGMENTS": 4, "BLOCK_CHANNELS": 128, "UNROLL": 4, "num_warps": 4}
-BACKWARD = {"BLOCK_SEGMENTS": 4, "BLOCK_CHANNELS": 64, "UNROLL": 4, "num_warps": 4}
+FORWARD = {"BLOCK_SEGMENTS": 4, "BLOCK_CHANNELS": 128, "UNROLL": 4, "num_warps": 4, **FUSED_MULTIPLY_ADD}
+BACKWARD = {"BLOCK_SEGMENTS": 4, "BLOCK_CHANNELS": 64, "UNROLL": 4, "num_warps": 4, **FUSED_MULTIPLY_ADD}
 PROGRAMS_PER_GPU = {"forward": 132 * 5, "backward": 132 * 4}
 SEGMENT_OVERHEAD_STEPS = {"forward": 3, "backward": 8}
-REDUCE = {"BLOCK_PROGRAMS": 64, "BLOCK_CHANNELS": 32, "num_warps": 4}
+REDUCE = {"BLOCK_PROGRAMS": 64, "BLOCK_CHANNELS": 32, "num_warps": 4, **FUSED_MULTIPLY_ADD}
 
 Optionals = Sequence[Tensor | None] | None  # None: a None for every direction
 _NO_ARGUMENTS: tuple[Tensor | None, ...] = (None,) * 8  # the arguments of a direction that is not computed

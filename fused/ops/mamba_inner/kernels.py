@@ -16,12 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fused.ops.selective_scan.schedule import multiprocessors
-from fused.runtime.triton_launch import NATIVE, blocks, capability, launching_on, power_of_2
+from fused.runtime.triton_launch import FUSED_MULTIPLY_ADD, NATIVE, blocks, capability, launching_on, power_of_2
 
 CHANNELS_PER_PROGRAM = 1024  # of pack_weights and silu_gate_backward
-CONFIG_16_BIT = {"BLOCK_TOKENS": 64, "BLOCK_CHANNELS": 128, "num_warps": 4, "num_stages": 3}
+CONFIG_16_BIT = {"BLOCK_TOKENS": 64, "BLOCK_CHANNELS": 128, "num_warps": 4, "num_stages": 3, **FUSED_MULTIPLY_ADD}
 # float32 products do not run on tensor cores, so that larger tiles do not fit in registers
-CONFIG_FLOAT32 = {"BLOCK_TOKENS": 16, "BLOCK_CHANNELS": 32, "num_warps": 4}
+CONFIG_FLOAT32 = {"BLOCK_TOKENS": 16, "BLOCK_CHANNELS": 32, "num_warps": 4, **FUSED_MULTIPLY_ADD}
 # options for CONFIG_16_BIT by compute capability: 128 registers, with which four programs fit on an SM and nothing spills
 CAPABILITY_OPTIONS = {90: {"maxnreg": 128}}
 PROGRAMS_PER_SM = 4
@@ -157,12 +157,14 @@ def pack_weights_kernel(
     if row < x_proj_rows:
         x_proj_ptr = x_proj_0_ptr if direction == 0 else x_proj_1_ptr
         source_row = tl.where(row < R, row, row - (padded_R - R))
-        is_weight = inside & ((row < R) | (row >= padded_R))
+        rows = tl.broadcast_to(row, channels.shape)  # Triton 3.9's interpreter takes no scalar into a mask
+        is_weight = inside & ((rows < R) | (rows >= padded_R))
         values = tl.load(x_proj_ptr + source_row * E + channels, mask=is_weight, other=0.0)
         tl.store(packed_ptr + (direction * x_proj_rows + row) * E + channels, values, mask=inside)
     elif row < x_proj_rows + padded_R:
         dt_proj_ptr, rank = (dt_proj_0_ptr if direction == 0 else dt_proj_1_ptr), row - x_proj_rows
-        values = tl.load(dt_proj_ptr + channels * R + rank, mask=inside & (rank < R), other=0.0)
+        is_weight = inside & (tl.broadcast_to(rank, channels.shape) < R)
+        values = tl.load(dt_proj_ptr + channels * R + rank, mask=is_weight, other=0.0)
         tl.store(packed_ptr + (directions * x_proj_rows + direction * padded_R + rank) * E + channels, values, mask=inside)
     elif A_D_ptr is not None:
         n = row - x_proj_rows - padded_R
@@ -204,7 +206,8 @@ def pack_weights(
     with launching_on(packed.device):
         pack_weights_kernel[rows, blocks(E, CHANNELS_PER_PROGRAM), directions](
             x_proj[0], x_proj[-1], dt_proj[0], dt_proj[-1], A[0], A[-1], D[0], D[-1], packed, A_D,
-            E, R, N, padded_R, x_proj_rows, directions, BLOCK_CHANNELS=CHANNELS_PER_PROGRAM,
+            E, R, N, padded_R, x_proj_rows, directions,
+            BLOCK_CHANNELS=CHANNELS_PER_PROGRAM, **FUSED_MULTIPLY_ADD,
         )  # fmt: skip
     if A_D is not None:
         all_A, all_D = A_D.split((N * E, E), dim=1)
@@ -240,6 +243,7 @@ def silu_gate_backward(dy: Tensor, z: Tensor) -> Tensor:
     if out.numel():
         with launching_on(dy.device):
             silu_gate_backward_kernel[(B * L, blocks(E, CHANNELS_PER_PROGRAM))](
-                dy, z, out, L, E, dy.stride(0), dy.stride(1), z.stride(0), z.stride(1), BLOCK_CHANNELS=CHANNELS_PER_PROGRAM,
+                dy, z, out, L, E, dy.stride(0), dy.stride(1), z.stride(0), z.stride(1),
+                BLOCK_CHANNELS=CHANNELS_PER_PROGRAM, **FUSED_MULTIPLY_ADD,
             )  # fmt: skip
     return out

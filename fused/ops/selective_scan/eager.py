@@ -14,6 +14,7 @@ from fused.ops.shapes import Mixing, State, Tokens
 from fused.runtime.autocast import no_autocast
 from fused.runtime.dtypes import accumulation_dtype
 from fused.runtime.elementwise import clipwise
+from fused.runtime.exporting import is_exporting
 
 
 def selective_scan_eager(
@@ -31,7 +32,7 @@ def selective_scan_eager(
     reverse: bool = False,
 ) -> tuple[Tokens, State]:
     """Scan as `fused.selective_scan` says, in bounded scratch memory, repeatable bit for bit."""
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return export.selective_scan(u, delta, A, B, C, D, z, delta_bias, softplus, initial_state, reverse)
     keep = torch.is_grad_enabled()
     run: Any = _run_uncompiled if torch.compiler.is_compiling() else SelectiveScan.apply

@@ -109,7 +109,8 @@ def test_torch_export(name):
         file.seek(0)
         assert model(clip) is not None  # nothing of the export is left in what eager mode keeps
         program = torch.export.load(file).module()
-        with pytest.raises(AssertionError, match=r"clip.size\(\)\[0\] == 1"):
+        refused = r"clip.size\(\)\[0\] == 1|args\[0\].shape\[0\] to be equal to 1, but got 2"  # PyTorch 2.13; 2.8
+        with pytest.raises((AssertionError, RuntimeError), match=refused):
             program(clip.expand(2, -1, -1, -1, -1))
         return program
 

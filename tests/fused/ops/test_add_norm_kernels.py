@@ -208,4 +208,4 @@ def test_compiles_without_spills(capsys):
     with capsys.disabled():
         print("", *lines, sep="\n")
     assert {(line["kernel"], line["sm"]) for line in lines} == {(k, sm) for k in KERNELS for sm in (80, 90, 100)}
-    assert not [line for line in lines if line["stack"]]
+    compiled.assert_no_spills(lines)

@@ -1,5 +1,6 @@
 """The scan's CUDA kernels, emulated on the CPU, against the loop: through the public operators with backend "native"."""
 
+import compilers
 import emulation
 import naive
 import pytest
@@ -190,6 +191,7 @@ def test_operators_pass_opcheck():
 def test_tuned_kernels_do_not_spill(arch, capsys):
     if reason := nvrtc.compiler_unavailable():
         pytest.skip(reason)
+    over = []
     tuned = ((1, 2, 1, 0), (2, 1, 1, 1), (2, 2, 1, 0), (2, 2, 1, 1))
     for directions, softplus, gated, keeps in tuned if arch == "sm_90" else tuned[-1:]:
         chosen_schedule = schedule.make_schedule(1, 16, 64, 16, directions, 1)
@@ -203,9 +205,12 @@ def test_tuned_kernels_do_not_spill(arch, capsys):
             for name, r in found.items():
                 which = f"{arch} {directions} {softplus} {keeps} {name}"
                 print(f"\n{which}: {r.registers} registers, {r.spills} bytes spilt, {r.stack} of stack", end="")
-        # the backward keeps three blocks of 168 registers on a multiprocessor: fewer blocks without a spill were slower
-        assert found and not any(r.spills for name, r in found.items() if name != "scan_backward")
-        assert not keeps or found["scan_backward"].spills <= 160
+        assert {"scan_forward", *(["scan_backward"] if keeps else [])} <= set(found)
+        for name, r in found.items():
+            # the backward keeps three blocks of 168 registers on a multiprocessor: fewer blocks without a spill were slower
+            if r.spills > (160 if name == "scan_backward" else 0):
+                over.append(f"{name} on {arch}, {directions} directions: {r.spills} bytes spilt")
+    compilers.fail_or_warn("NVRTC", over)
 
 
 @pytest.mark.parametrize("num_unsplit", [0, 12])
