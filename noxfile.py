@@ -48,13 +48,6 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
-def fuzz_files(session: nox.Session) -> None:
-    """Read 2,000 damaged video files; the tests read 100."""
-    install(session, "-e", ".[harness,train]", *TEST)
-    python(session, "-m", "pytest", "tests/fused/io/test_fuzz_files.py", *session.posargs, FUZZ_FILES="2000")
-
-
-@nox.session
 def extras(session: nox.Session) -> None:
     """Install each extra by itself, beside one PyTorch, and run what the pages show for it; `-- train hub` takes some."""
     if session.venv_backend == "none":
@@ -90,6 +83,13 @@ def compat(session: nox.Session, stack: str) -> None:
     python(session, "-m", "pytest", "-n", "auto", "--dist", "worksteal", *session.posargs)
     if not session.posargs:  # all tests passed
         python(session, "tests/compat.py", stack)
+
+
+@nox.session
+def fuzz_files(session: nox.Session) -> None:
+    """Read 2,000 damaged video files; the tests read 100."""
+    install(session, "-e", ".[harness,train]", *TEST)
+    python(session, "-m", "pytest", "tests/fused/io/test_fuzz_files.py", *session.posargs, FUZZ_FILES="2000")
 
 
 @nox.session

@@ -146,7 +146,7 @@ def test_distill(folder: Path) -> None:
     assert isinstance(logits, torch.Tensor) and logits.shape == (1, 2) and model.labels == ("side0", "side20")
     student = VideoMamba(replace(model.config, distill_dim=TINY["embed_dim"]))
     optimizer = torch.optim.AdamW(parameter_groups(student, 1.0, 0.05))
-    checkpoints.load(folder / "distilled/checkpoints/step-00000014", student, optimizer, World(torch.device("cpu")))
+    checkpoints.load(folder / "distilled/checkpoints/step-00000014", student, optimizer, {}, World(torch.device("cpu")))
     output = student.eval()(torch.zeros(1, 3, 2, 32, 32))  # with the head of distillation, which a checkpoint keeps
     assert torch.equal(output.logits, logits) and output.features.shape == (1, 9, TINY["embed_dim"])
     code, output = train(arguments(folder, "distilled", *more[:2], "steps=15", *more[3:]), folder=folder)
