@@ -1,4 +1,4 @@
-"""The clock for a call, on a GPU by CUDA events, and the measurement of its peak memory."""
+"""The clock for a call, on a GPU by CUDA events, of a reader by CPU time, and the measurement of its peak memory."""
 
 import time
 from collections.abc import Callable
@@ -14,6 +14,7 @@ class Call:
 
     run: Callable[[], object]
     before: Callable[[], object] | None = None
+    cpu_time: bool = False  # a call that uses no device: count the seconds of all cores that its process keeps busy
     queued: bool = False  # time the device alone: the launches are queued after a pause
     peak: tuple[int, int] | None = None  # bytes allocated and reserved, where a call hides them
     launch: float = 0.0  # seconds that the host needs at most to launch it; measured by `warm`
@@ -29,7 +30,9 @@ class Clock:
         """Return the seconds of one call."""
         if call.before:
             call.before()
-        return self._on_gpu(call) if self.gpu else self._on_cpu(call)
+        if self.gpu and not call.cpu_time:
+            return self._on_gpu(call)
+        return self._by(time.process_time if call.cpu_time else time.perf_counter, call)
 
     def warm(self, call: Call, count: int) -> list[float]:
         """Return the seconds of the first calls, which compile, allocate and fill caches."""
@@ -41,10 +44,10 @@ class Clock:
             torch.cuda.synchronize(self.device)
         return taken
 
-    def _on_cpu(self, call: Call) -> float:
-        begin = time.perf_counter()
+    def _by(self, clock: Callable[[], float], call: Call) -> float:
+        begin = clock()
         call.run()
-        return time.perf_counter() - begin
+        return clock() - begin
 
     def _on_gpu(self, call: Call) -> float:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -58,12 +61,13 @@ class Clock:
         return start.elapsed_time(stop) * 1e-3
 
     def peak(self, call: Call) -> tuple[int, int]:
-        """Return bytes allocated and reserved at the peak of one call; on a CPU the resident memory of the process, twice."""
+        """Return bytes allocated and reserved at the peak of one call; without a GPU the resident memory of the process,
+        twice."""
         if call.peak:
             return call.peak
         if call.before:
             call.before()
-        if not self.gpu:
+        if call.cpu_time or not self.gpu:
             Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
             call.run()
             resident = _status("VmHWM")

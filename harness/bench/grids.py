@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from harness.bench import roofline
 from harness.judge.implementation import Implementation
 from harness.judge.protocols import HasRaces, SelectsContenders
-from harness.judge.race import MODELS, OPERATORS, VIDEOS, Race
+from harness.judge.race import KINDS, Race
 from harness.judge.race import NATIVE_KEPT as NATIVE_KEPT
 from harness.judge.registry import subjects
 from harness.records.speed import Entry, Point
@@ -14,11 +14,15 @@ GRIDS = ("cpu", "full", "long")
 
 
 def races(kind: str = "") -> dict[str, Race]:
-    """Return the races of all subjects by name, or those of one kind: operators first, then models, then videos."""
+    """Return the races of all subjects by name, or those of one kind, in the order of `KINDS`."""
     found = [race for subject in subjects().values() if isinstance(subject, HasRaces) for race in subject.races()]
-    kinds = [OPERATORS, MODELS, VIDEOS]
-    found.sort(key=lambda race: (kinds.index(race.kind), race.order))
+    found.sort(key=lambda race: (KINDS.index(race.kind), race.order))
     return {race.name: race for race in found if kind in ("", race.kind)}
+
+
+def chosen_races(names: Iterable[str]) -> list[str]:
+    """Return the names of races that are to be timed: these, or without any those that are timed by default."""
+    return list(names) or [name for name, race in races().items() if race.by_default]
 
 
 def race_of(point: Point) -> Race:

@@ -164,9 +164,11 @@ def _ended(run: Run, entry: Entry, point: Point) -> Speed | None:
 
 
 def points_here(grid: str, device: str, races: tuple[str, ...], patterns: tuple[str, ...] = ()) -> list[Point]:
-    """Return the points of a grid that this box can time, of these races and with a name like one of the patterns."""
+    """Return the points of a grid that this box can time, of these races or those timed by default, with a name like one of
+    the patterns."""
     found = [p for p in grids.points(grid) if device.startswith("cuda") or p.way not in ("graph", "compiled")]
-    found = [p for p in found if not races or p.race in races]
+    chosen = grids.chosen_races(races)
+    found = [p for p in found if p.race in chosen]
     return [p for p in found if not patterns or any(fnmatch(p.name, pattern) for pattern in patterns)]
 
 
@@ -201,7 +203,7 @@ def describe(
 ) -> dict:  # fmt: skip
     """Return the description of a benchmark run for run.json, at its start."""
     plan = {"grid": grid, "device": device, "races": races, "names": names, "points": patterns, "budget": budget}
-    absent = grids.absent(races or grids.races(), device)
+    absent = grids.absent(grids.chosen_races(races), device)
     return {"kind": "bench", "plan": plan, "box": box, "absent": absent}
 
 

@@ -24,7 +24,9 @@ SLOWEST = {"cpu": 10.0, "full": 2.0, "long": 10.0}  # seconds of a call; what ta
 
 def bench(
     grid: Annotated[str, typer.Option(help="cpu, full or long; by default cpu without a GPU, else full")] = "",
-    race: Annotated[list[str] | None, typer.Option(help=", ".join(grids.races()))] = None,
+    race: Annotated[
+        list[str] | None, typer.Option(help=f"{', '.join(grids.races())}; by default {', '.join(grids.chosen_races(()))}")
+    ] = None,
     impl: Annotated[list[str] | None, typer.Option(help="implementation; all by default")] = None,
     point: Annotated[list[str] | None, typer.Option(help="pattern of a point's name (--dry-run lists them)")] = None,
     budget: Annotated[float, typer.Option(min=0.0, help="seconds of samples a point; 0 takes the grid's")] = 0.0,

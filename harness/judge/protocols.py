@@ -16,6 +16,7 @@ from harness.judge.case import Case
 from harness.judge.implementation import Implementation
 from harness.judge.race import Race
 from harness.records.ceilings import Ceilings
+from harness.records.finding import Finding
 from harness.records.speed import Entry, Point
 
 Call = Callable[..., Any]  # `Implementation.call`
@@ -203,6 +204,14 @@ class HasLayouts(Protocol):
     """A subject for which operators in other layouts can be added: `--with SUBJECT:NAME=module:callable@LAYOUT`."""
 
     LAYOUTS: Mapping[str, Callable[[Call], Call]]
+
+
+@runtime_checkable
+class ReadsVideos(Protocol):
+    """A subject whose implementations read clips from video files."""
+
+    def frame_findings(self, implementation: Implementation, case: Case, clip: Tensor) -> list[Finding]:
+        """Return how a clip differs from the frames of a full decode."""
 
 
 @runtime_checkable

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from harness.records.speed import Entry, Point
 
 NATIVE_KEPT = "fused:native_kept"  # native but for the backward pass of a mixer
-OPERATORS, MODELS, VIDEOS = "operators", "models", "videos"  # kinds of races, in the order in which they are timed
+OPERATORS, MODELS, VIDEOS, DATA = KINDS = "operators", "models", "videos", "data"  # of races, in the order of their timing
 
 Shape = tuple[int, int, int]  # B, E, L
 CPU_SHAPES: tuple[Shape, ...] = ((1, 384, 197), (1, 384, 785))
@@ -31,7 +31,8 @@ class Race:
     the cases are the subject's. `needs` names abilities that a contender must declare. `fewest` is the number of samples
     below which a spent budget is no reason to stop. `options` are those of an operator's timed case; implementations in
     `channels_first` get tensors whose memory is (B, E, L), so that they are not timed with a transposition which their own
-    models do not make. `maker` builds the timed call, see `Entry`.
+    models do not make. `maker` builds the timed call, see `Entry`. A race that is not timed `by_default` is timed where it is
+    named.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Race:
     fewest: Callable[[Point], int] = few_samples
     options: tuple[str, ...] = ()
     channels_first: tuple[str, ...] = ()
+    by_default: bool = True
 
 
 def operator_points(

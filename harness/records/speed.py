@@ -15,7 +15,8 @@ STATUSES = ("ok", "oom", "timeout", "error", "gated", "implied")
 MODES = {"infer": "forward, without gradients", "train": "forward, loss and backward; no optimiser"}
 WAYS = {
     "eager": "one call after another", "graph": "replayed from a CUDA graph", "compiled": "torch.compile",
-    "chunked": "`forward_chunked`, F frames at a time", "checkpointed": "eager; every mixer is run again in the backward",
+    "chunked": "`forward_chunked`, F frames at a time", "read": "a clip is read from a video file, by one thread of a CPU",
+    "checkpointed": "eager; every mixer is run again in the backward",
 }  # fmt: skip
 
 
@@ -23,7 +24,8 @@ WAYS = {
 class Point:
     """Conditions under which rivals are timed together: sizes, mode and way; `race` is the name of a `Race`. A model's
     point with frames T and side S is of clips; one without is of tokens, which blocks and final norm take at any length. F are
-    the frames of a chunk, A those that a stream has seen before the clock starts."""
+    the frames of a chunk, A those that a stream has seen before the clock starts, G those from key frame to key frame of a
+    file."""
 
     race: str
     dims: tuple[tuple[str, int], ...]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from harness.bench import grids
 from harness.records.speed import Speed
-from harness.report import curves, overview
+from harness.report import curves, overview, reading
 from harness.report.bench import split_videos
 from harness.report.markdown import escape
 from harness.runs.store import Run
@@ -41,6 +41,7 @@ def write(page: Path, runs: Mapping[Path, Run]) -> None:
         _from(newest, [*grids.races("operators"), *grids.races("models")]),
         overview.overview(speeds),
         *_videos(speeds, newest),
+        *_data(speeds, newest, [*runs.values(), *reading.accepted_runs(page.parent / "accepted")]),
     ]
     inside = "\n\n".join([MARKERS[0], *parts, MARKERS[1]])
     page.write_text(before + inside + rest.partition(MARKERS[1])[2], encoding="utf-8")
@@ -62,6 +63,15 @@ def _videos(speeds: list[Speed], newest: Mapping[str, Path]) -> list[str]:
             head, table = section.split("\n\n", 1)
             parts += [head, _from(newest, [race]), table]
     return parts
+
+
+def _data(speeds: list[Speed], newest: Mapping[str, Path], trainings: Iterable[Run]) -> list[str]:
+    """Return the section on how fast videos are read, with the run that its table comes from."""
+    if reading.RACE not in newest:
+        return []
+    mine = [s for s in speeds if s.point.race == reading.RACE]
+    head, rest = reading.section(mine, reading.trained(trainings, mine)).split("\n\n", 1)
+    return [head, _from(newest, [reading.RACE]), rest]
 
 
 def _from(newest: Mapping[str, Path], races: Iterable[str]) -> str:

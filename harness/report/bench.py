@@ -10,10 +10,11 @@ from harness.bench.worker import WARM
 from harness.records.ceilings import BoxCeilings
 from harness.records.interval import RESAMPLES
 from harness.records.speed import MODES, WAYS, Speed, is_failure, last_line
-from harness.report import chunking, curves, paper, speed_figures, speed_tables, streaming, tables
+from harness.report import chunking, curves, paper, reading, speed_figures, speed_tables, streaming, tables
 from harness.report.html import write_both
 from harness.report.markdown import bold, escape, table
 from harness.report.page import again, box
+from harness.runs import environment
 from harness.runs.store import Run
 
 UNTIMED = (
@@ -67,6 +68,7 @@ def write(run: Run) -> Path:
         "## Operators", *_operators(run.speeds),
         "## Models", *_models(run.speeds),
         "## Streams and chunks", *split_videos(run.speeds),
+        *_data(run),
         "## Ceilings of this box, measured in this run", _ceilings(run),
         "## How it was measured", _how(run),
         "## How to read this", READ,
@@ -107,7 +109,7 @@ def _warnings(run: Run) -> list[str]:
         if plan.get(k)
     ]:
         said.append(f"> **FILTERED** ({'; '.join(narrowed)}). Others were not timed: nobody here is the fastest of all.")
-    if not _gpu(run):
+    if not _gpu(run) and not (run.speeds and all(s.point.race == reading.RACE for s in run.speeds)):
         said.append(f"> **ON A CPU.** {CPU}")
     for status, head in UNTIMED:
         if lines := speed_tables.missing(run.speeds, status):
@@ -196,6 +198,16 @@ def split_videos(speeds: list[Speed]) -> list[str]:
         if mine := [s for s in speeds if s.point.race == race]:
             parts.append(f"### {head}\n\n{made(mine)}")
     return parts or ["None was asked."]
+
+
+def _data(run: Run) -> list[str]:
+    """Return how fast videos are read, with its plot; nothing where that was not asked."""
+    mine = [s for s in run.speeds if s.point.race == reading.RACE]
+    if not mine:
+        return []
+    steps = reading.trained([run, *reading.accepted_runs(environment.ROOT / "reports" / "accepted")], mine)
+    plot = [f"![Clips read by one core]({path.name})" for path in reading.draw(run.speeds, run.folder)[:1]]
+    return ["## Data", reading.section(mine, steps), *plot]
 
 
 def _ceilings(run: Run) -> str:
