@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,7 +12,7 @@ from fused import backends
 from fused.backends import NATIVE, TORCH, Abilities
 from fused.modules.state import State, check_mixer_state, linear_dtype, zero_state
 from fused.ops import mamba_ssm
-from fused.ops.mamba_inner.eager import one_direction_eager
+from fused.ops.mamba_inner.eager import both_directions_eager, one_direction_eager
 from fused.ops.shapes import DirectionWeights
 from fused.runtime.dtypes import KERNEL_DTYPES, accumulation_dtype
 
@@ -38,7 +39,7 @@ class Mamba(nn.Module):
                where c = silu(conv(x)) and dt, B, C = x_proj(c)
         out  = out_proj(y)
 
-    Tokens stay (B, L, channels) throughout and neither direction makes a reversed copy. Parameter names, shapes and
+    Tokens stay (B, L, channels) throughout, and native kernels make no reversed copy. Parameter names, shapes and
     initial values are upstream's. `backend` is a name of `fused.backends`, or "auto"; `use_fast_path=False` makes "auto"
     choose "torch".
     """
@@ -195,8 +196,10 @@ class Mamba(nn.Module):
 
     def _scan_eager(
         self, x: Tensor, z: Tensor, directions: tuple[DirectionWeights, ...], state: State | None, backend: str
-    ) -> tuple[Tensor, State]:
-        """Return gated y (B, L, E) of all directions over x and z (B, L, E), and the state that leaves the first."""
+    ) -> tuple[Tensor, Any]:
+        """Return gated y (B, L, E) of all directions over x and z (B, L, E), and the state that leaves a causal mixer."""
+        if self.bimamba and backend == "torch":
+            return both_directions_eager(x, directions, z, (self.x_proj, self.x_proj_b)), None
         ys, states = [], []
         for i, weights in enumerate(directions):
             A = -weights.A.to(accumulation_dtype(weights.A.dtype)).exp()
