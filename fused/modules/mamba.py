@@ -14,7 +14,7 @@ from fused.backends import NATIVE, TORCH, Abilities
 from fused.modules.state import State, check_mixer_state, linear_dtype, zero_state
 from fused.modules.wrapped import modules_to_call, warn_of_slow_path, weight_of
 from fused.ops import mamba_ssm
-from fused.ops.mamba_inner.eager import one_direction_eager
+from fused.ops.mamba_inner.eager import both_directions_eager, one_direction_eager
 from fused.ops.shapes import DirectionWeights
 from fused.runtime.dtypes import KERNEL_DTYPES, accumulation_dtype
 
@@ -44,7 +44,7 @@ class Mamba(nn.Module):
                where c = silu(conv(x)) and dt, B, C = x_proj(c)
         out  = out_proj(y)
 
-    Tokens stay (B, L, channels) throughout and neither direction makes a reversed copy. Parameter names, shapes and
+    Tokens stay (B, L, channels) throughout, and native kernels make no reversed copy. Parameter names, shapes and
     initial values are upstream's. `backend` is a name of `fused.backends`, or "auto"; `use_fast_path=False` makes "auto"
     choose "torch".
 
@@ -214,11 +214,13 @@ class Mamba(nn.Module):
 
     def _scan_eager(
         self, x: Tensor, z: Tensor, called: Sequence[str], state: State | None, backend: str
-    ) -> tuple[Tensor, State]:
-        """Return gated y (B, L, E) of all directions over x and z (B, L, E), and the state that leaves the first.
+    ) -> tuple[Tensor, Any]:
+        """Return gated y (B, L, E) of all directions over x and z (B, L, E), and the state that leaves a causal mixer.
 
         Of the modules that are `called` no weight is read.
         """
+        if self.bimamba and backend == "torch" and not called:
+            return both_directions_eager(x, self.directions(), z, (self.x_proj, self.x_proj_b)), None
         suffixes = ("", "_b") if self.bimamba else ("",)
         directions = [self._weights_beside(called, suffix) for suffix in suffixes] if called else self.directions()
         ys, states = [], []

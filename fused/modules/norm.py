@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fused.ops.add_norm import api
+from fused.ops.add_norm.eager import add_norm_eager
 
 
 class Norm(nn.Module):
@@ -26,19 +27,18 @@ class Norm(nn.Module):
         """Return `add_norm` of x (..., D) and residual with this module's parameters; without a residual, the normalised x.
 
         With `prenorm` the result, which a hook also sees, is a pair with the sum. A model resolves its backend once a forward.
-        The native operator is then called directly.
+        The operator of "native" or "torch" is then called directly.
         """
+        options: dict[str, Any] = {
+            "residual": residual, "eps": self.eps, "kind": self.kind, "prenorm": prenorm, "residual_in_fp32": residual_in_fp32
+        }  # fmt: skip
         if backend in ("native", "native_kept"):
             from fused.ops.add_norm.native import add_norm_native
 
-            return add_norm_native(
-                x, self.weight, self.bias, residual=residual, eps=self.eps, kind=self.kind,
-                prenorm=prenorm, residual_in_fp32=residual_in_fp32,
-            )  # fmt: skip
-        return api.add_norm(
-            x, self.weight, self.bias, residual=residual, eps=self.eps, kind=self.kind,
-            prenorm=prenorm, residual_in_fp32=residual_in_fp32, backend=backend,
-        )  # fmt: skip
+            return add_norm_native(x, self.weight, self.bias, **options)
+        if backend == "torch":
+            return add_norm_eager(x, self.weight, self.bias, **options)
+        return api.add_norm(x, self.weight, self.bias, **options, backend=backend)
 
 
 class DropPath(nn.Module):

@@ -144,9 +144,12 @@ def edges(case: Case, backend: str, device: str, directions: int = 1) -> dict[st
                 found |= {f"splits of {size} of the {which} kernel": range(0, L, size)} if splits.num_splits > 1 else {}
         return found
     if backend == "torch":
-        _, segments = make_segments(B, L, E * N, device.startswith("cuda"), case.has("reverse"))
+        _, segments = make_segments(B, L, directions * E * N, device.startswith("cuda"))
         starts = {s.start + i * ((s.stop - s.start) // s.num_splits) for s in segments for i in range(s.num_splits)}
-        return {"segments": {s.start for s in segments}, "splits of segments": starts}
+        found = {"segments": {s.start for s in segments}, "splits of segments": starts}
+        if case.has("reverse"):  # they are counted from the last token
+            found = {name: {0} | {L - place for place in places if place} for name, places in found.items()}
+        return found
     return {}
 
 

@@ -11,6 +11,7 @@ from fused.ops.shapes import Rows, residual_dtype_of
 from fused.runtime.autocast import no_autocast
 from fused.runtime.dtypes import accumulation_dtype
 from fused.runtime.exporting import is_exporting
+from fused.runtime.library import wants_gradients
 
 
 def add_norm_eager(
@@ -26,8 +27,12 @@ def add_norm_eager(
 ) -> Rows | tuple[Rows, Rows]:
     """Add and normalise as `fused.add_norm` says; keeps the residual stream and two numbers a row for its backward."""
     residual_dtype = residual_dtype_of(x, residual, residual_in_fp32) if prenorm else None
-    run: Any = exported if is_exporting() else _AddNorm.apply
-    y, residual_out = run(x, weight, bias, residual, eps, kind == "layer", residual_dtype)
+    run: Any = _forward
+    if is_exporting():
+        run = exported
+    elif wants_gradients(x, weight, bias, residual):
+        run = _AddNorm.apply
+    y, residual_out, *_ = run(x, weight, bias, residual, eps, kind == "layer", residual_dtype)
     return (y, residual_out) if prenorm else y
 
 
@@ -44,18 +49,10 @@ class _AddNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         ctx.set_materialize_grads(False)
         ctx.centre, ctx.dtypes = centre, (x.dtype, None if residual is None else residual.dtype)
-        with no_autocast(x.device):
-            v = _add(x, residual)
-            mean = v.mean(-1, keepdim=True) if centre else None
-            centred = v if mean is None else v - mean
-            scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
-            y = centred * scale * weight
-            if bias is not None:
-                y += bias
-            out = None if residual_dtype is None else v.to(residual_dtype)
+        y, out, v, mean, scale = _forward(x, weight, bias, residual, eps, centre, residual_dtype)
         kept = (out, None) if residual_dtype == v.dtype else (x, residual)
         ctx.save_for_backward(*kept, weight, bias, mean, scale)
-        return y.to(x.dtype), out
+        return y, out
 
     @staticmethod
     @once_differentiable
@@ -78,6 +75,23 @@ class _AddNorm(torch.autograd.Function):
                 dv = dout if dv is None else dv + dout
             dx, dresidual = (None if dv is None or dtype is None else dv.to(dtype) for dtype in ctx.dtypes)
         return dx, dweight, dbias, dresidual, None, None, None
+
+
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
+    eps: float, centre: bool, residual_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """Return y (..., D), residual_out (..., D) or None, and v (..., D) with its mean, if it is centred, and scale (..., 1)."""
+    with no_autocast(x.device):
+        v = _add(x, residual)
+        mean = v.mean(-1, keepdim=True) if centre else None
+        centred = v if mean is None else v - mean
+        scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+        y = centred * scale * weight
+        if bias is not None:
+            y += bias
+        out = None if residual_dtype is None else v.to(residual_dtype)
+        return y.to(x.dtype), out, v, mean, scale
 
 
 def exported(

@@ -10,8 +10,9 @@ from torch.autograd.function import once_differentiable
 
 from fused.runtime.autocast import no_autocast
 from fused.runtime.dtypes import accumulation_dtype
-from fused.runtime.elementwise import clipwise
+from fused.runtime.elementwise import by_vectors, empty_vectors
 from fused.runtime.exporting import is_exporting
+from fused.runtime.library import wants_gradients
 
 
 def causal_conv1d_eager(
@@ -24,57 +25,93 @@ def causal_conv1d_eager(
     reverse: bool = False,
 ) -> tuple[Float[Tensor, "B L E"], Float[Tensor, "B E S"]]:
     """Convolve as `fused.causal_conv1d` says; no argument is checked."""
-    run: Any = exported if is_exporting() else _CausalConv1d.apply
-    return run(x, weight, bias, initial_state, activation is not None, reverse)
+    silu = activation is not None
+    if is_exporting():
+        return exported(x, weight, bias, initial_state, silu, reverse)
+    rows = None if bias is None else bias.unsqueeze(0)
+    y, state = _run(x, weight.unsqueeze(0), rows, initial_state, silu, (reverse,))
+    return y[0].flip(1) if reverse else y[0], state
+
+
+def convolve_both_directions(
+    x: Float[Tensor, "B L E"], weight: Float[Tensor, "2 E K"], bias: Float[Tensor, "2 E"] | None
+) -> Float[Tensor, "2 B L E"]:
+    """Return silu(conv(x)) forwards and, in the order of its scan, from token L-1 to 0, backwards."""
+    if is_exporting():
+        biases = (None, None) if bias is None else bias.unbind()
+        y, backward = (exported(x, w, b, None, True, r)[0] for w, b, r in zip(weight, biases, (False, True), strict=True))
+        return torch.stack((y, backward.flip(1)))
+    return _run(x, weight, bias, None, True, (False, True))[0]
+
+
+def _run(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, silu: bool, reverse: tuple[bool, ...]
+) -> tuple[Tensor, Tensor]:
+    arguments = (x, weight, bias, initial_state, silu, reverse)
+    return _CausalConv1d.apply(*arguments) if wants_gradients(*arguments[:4]) else _forward(*arguments)
 
 
 class _CausalConv1d(torch.autograd.Function):
-    """Autograd of the convolution: it saves its inputs, and the backward computes the pre-activation again."""
+    """Autograd of `_forward`: it saves the inputs, and the backward computes the pre-activation again."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, silu: bool, reverse: bool
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.silu, ctx.reverse = silu, reverse
-        ctx.save_for_backward(x, weight, bias, initial_state)
-        with no_autocast(x.device):
-            padded = _pad(x, initial_state, weight.shape[1], reverse)
-            state = padded[:, _final_state_rows(x, weight, reverse)].transpose(1, 2)
-            y = _weighted_sum(padded, x, weight, bias, reverse)
-            y = clipwise(F.silu, y) if silu else y
-            return y.to(x.dtype), state.to(x.dtype, copy=True, memory_format=torch.contiguous_format)
+        *tensors, ctx.silu, ctx.reverse = arguments
+        ctx.save_for_backward(*tensors)
+        return _forward(*arguments)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dstate: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, bias, initial_state = ctx.saved_tensors
-        length = x.shape[1]
+        length, reverse = x.shape[1], ctx.reverse
         with no_autocast(x.device):
-            padded = _pad(x, initial_state, weight.shape[1], ctx.reverse)
-            w = weight.to(padded.dtype)
-            dpadded, dweight, dbias = torch.zeros_like(padded), torch.zeros_like(w), None
+            padded = _pad(x, initial_state, weight.shape[2] - 1, reverse)
+            rows, dbias = _rows(weight, padded.dtype), None
+            dpadded, drows = torch.zeros_like(padded), torch.zeros_like(rows)
             if dy is not None:
-                dy = dy.to(padded.dtype)
                 if ctx.silu:
-                    pre_activation = _weighted_sum(padded, x, weight, bias, ctx.reverse)
-                    gate = clipwise(torch.sigmoid, pre_activation)
-                    dy = dy * gate * (1 + pre_activation * (1 - gate))
-                for k, start in _first_rows(weight, ctx.reverse):
-                    dpadded[:, start : start + length].addcmul_(w[:, k], dy)
-                    dweight[:, k] = (dy * padded[:, start : start + length]).sum((0, 1))
-                dbias = dy.sum((0, 1))
+                    y = _weighted_sum(padded, length, rows, bias)
+                    dy = by_vectors(torch.ops.aten.silu_backward, _empty_vectors_like(y).copy_(dy), y)
+                else:
+                    dy = dy.to(padded.dtype)
+                for k, row in enumerate(rows):
+                    dpadded[:, :, k : k + length].addcmul_(row, dy)
+                    torch.sum(dy * padded[:, :, k : k + length], (1, 2), keepdim=True, out=drows[k])
+                dbias = dy.sum((1, 2))
             if dstate is not None:
-                dpadded[:, _final_state_rows(x, weight, ctx.reverse)] += dstate.transpose(1, 2)
-            dx, dinitial = _unpad(dpadded, length, ctx.reverse)
+                final = dstate.transpose(1, 2)
+                dpadded[0, :, length:] += final.flip(1) if reverse[0] else final
+            first = padded.shape[2] - length
+            dx, *others = (d.flip(1) if r else d for d, r in zip(dpadded[:, :, first:], reverse, strict=True))
+            for other in others:
+                dx += other
+            dinitial = dpadded[0, :, :first].flip(1) if reverse[0] else dpadded[0, :, :first]
             return (
                 dx.to(x.dtype),
-                dweight.to(weight.dtype),
+                drows[:, :, 0, 0].permute(1, 2, 0).to(weight.dtype),
                 None if bias is None or dbias is None else dbias.to(bias.dtype),
                 None if initial_state is None else dinitial.transpose(1, 2).to(initial_state.dtype),
                 None,
                 None,
             )
+
+
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, silu: bool, reverse: tuple[bool, ...]
+) -> tuple[Tensor, Tensor]:
+    """Return y (D, B, L, E) of D directions, each in the order of its scan, and the first's final state (B, E, K-1).
+
+    x is (B, L, E), weight (D, E, K), bias (D, E), initial_state (B, E, K-1), which only one direction can have.
+    """
+    with no_autocast(x.device):
+        padded = _pad(x, initial_state, weight.shape[2] - 1, reverse)
+        final = padded[0, :, x.shape[1] :]
+        state = (final.flip(1) if reverse[0] else final).transpose(1, 2)
+        y = _weighted_sum(padded, x.shape[1], _rows(weight, padded.dtype), bias)
+        y = by_vectors(F.silu, y) if silu else y
+        return y.to(x.dtype), state.to(x.dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def exported(
@@ -94,42 +131,37 @@ def exported(
         return y.transpose(1, 2).to(x.dtype), final.to(x.dtype)
 
 
-def _pad(x: Tensor, state: Tensor | None, width: int, reverse: bool) -> Tensor:
-    """Return x (B, L, E) with the K-1 inputs beyond its edge, (B, L+K-1, E), in at least float32."""
-    shape = (x.shape[0], x.shape[1] + width - 1, x.shape[2])
+def _pad(x: Tensor, state: Tensor | None, beyond: int, reverse: tuple[bool, ...]) -> Tensor:
+    """Return x (B, L, E) behind the K-1 inputs before it, in the order of every scan, (D, B, K-1+L, E), in at least float32."""
+    length = x.shape[1]
+    shape = (len(reverse), x.shape[0], beyond + length, x.shape[2])
     padded = torch.empty(shape, dtype=accumulation_dtype(x.dtype), device=x.device)
-    inside, edge = _unpad(padded, x.shape[1], reverse)
-    inside.copy_(x)
+    edge = padded[:, :, :beyond]
     if state is None:
         edge.zero_()
     else:
-        edge.copy_(state.transpose(1, 2).to(x.dtype))
+        before = state.transpose(1, 2).to(x.dtype)
+        edge.copy_(before.flip(1) if reverse[0] else before)
+    for sequence, r in zip(padded[:, :, beyond:], reverse, strict=True):
+        sequence.copy_(x.flip(1) if r else x)
     return padded
 
 
-def _unpad(padded: Tensor, length: int, reverse: bool) -> tuple[Tensor, Tensor]:
-    """Return the sequence (B, L, E) and the K-1 inputs beyond its edge (B, K-1, E), as views of padded (B, L+K-1, E)."""
-    beyond = padded.shape[1] - length
-    return (padded[:, :length], padded[:, length:]) if reverse else (padded[:, beyond:], padded[:, :beyond])
+def _rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the weights (D, E, K) as contiguous rows (K, D, 1, 1, E)."""
+    return weight.to(dtype).permute(2, 0, 1).contiguous()[:, :, None, None]
 
 
-def _final_state_rows(x: Tensor, weight: Tensor, reverse: bool) -> slice:
-    """Return the rows of the padded sequence (B, L+K-1, E) that are the final state."""
-    return slice(0, weight.shape[1] - 1) if reverse else slice(x.shape[1], None)
-
-
-def _first_rows(weight: Tensor, reverse: bool) -> list[tuple[int, int]]:
-    """Return every index k of the weights (E, K), and the row of the padded sequence that it multiplies at t = 0."""
-    width = weight.shape[1]
-    return [(k, width - 1 - k if reverse else k) for k in range(width)]
-
-
-def _weighted_sum(padded: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
-    """Return the pre-activation (B, L, E) of padded (B, L+K-1, E), in the dtype of padded."""
-    w = weight.to(padded.dtype)
-    y = torch.zeros_like(x, dtype=padded.dtype, memory_format=torch.contiguous_format)
+def _weighted_sum(padded: Tensor, length: int, rows: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the pre-activation (D, B, L, E) of padded (D, B, K-1+L, E), rows (K, D, 1, 1, E) and bias (D, E)."""
+    y = _empty_vectors_like(padded[:, :, :length])
+    torch.mul(padded[:, :, :length], rows[0], out=y)
     if bias is not None:
-        y += bias
-    for k, start in _first_rows(weight, reverse):
-        y.addcmul_(padded[:, start : start + x.shape[1]], w[:, k])
+        y += bias[:, None, None]
+    for k, row in enumerate(rows[1:], 1):
+        y.addcmul_(padded[:, :, k : k + length], row)
     return y
+
+
+def _empty_vectors_like(x: Tensor) -> Tensor:
+    return empty_vectors(x.shape, dtype=x.dtype, device=x.device)

@@ -1,14 +1,18 @@
-"""One direction of a mixer by the public operators, for any backend."""
+"""The directions of a mixer by the operators, for any backend."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fused.ops.causal_conv1d import api as conv
+from fused.ops.causal_conv1d.eager import convolve_both_directions
 from fused.ops.selective_scan import api as scan
+from fused.ops.selective_scan.eager import scan_both_directions
 from fused.ops.shapes import DirectionWeights
+from fused.runtime.dtypes import accumulation_dtype
 
 Call = Callable[[Tensor], Tensor]
 
@@ -54,3 +58,22 @@ def _call_conv1d(conv1d: Call, x: Tensor, state: Tensor | None, K: int, reverse:
     c = F.silu(conv1d(inputs)[:, :, first : first + L]).transpose(1, 2).to(x.dtype)
     last = F.pad(inputs, (max(0, K - 1 - inputs.shape[2]), 0))
     return c.flip(1) if reverse else c, last[:, :, last.shape[2] - (K - 1) :]
+
+
+def both_directions_eager(
+    x: Tensor, directions: Sequence[DirectionWeights], z: Tensor, x_projs: Sequence[Callable[[Tensor], Tensor]]
+) -> Tensor:
+    """Return y (B, L, E) of both directions over x (B, L, E) under one gate z (B, L, E), without states, by backend "torch".
+
+    A of the weights is log(-A). `x_projs` are called in place of their weights. Between the two ends, tokens of the backward
+    direction are in the order of its scan, so that an operation takes both directions.
+    """
+    pairs: Any = zip(*directions, strict=True)
+    stacked: Any = (None if pair[0] is None else torch.stack(pair) for pair in pairs)
+    weight, bias, _, dt_proj, dt_bias, A_log, D = stacked
+    c = convolve_both_directions(x, weight, bias)
+    dt_B_C = torch.stack([x_proj(tokens) for x_proj, tokens in zip(x_projs, c, strict=True)])
+    dt, B, C = dt_B_C.split((dt_proj.shape[2], A_log.shape[2], A_log.shape[2]), dim=-1)
+    delta = torch.bmm(dt.flatten(1, 2), dt_proj.mT).unflatten(1, x.shape[:2])  # the scan adds dt_proj's bias, unrounded
+    A = -A_log.to(accumulation_dtype(A_log.dtype)).exp()
+    return scan_both_directions(c, delta, A, B, C, D, z, dt_bias)

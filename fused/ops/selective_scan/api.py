@@ -11,13 +11,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from fused import backends
 from fused.backends import NATIVE, TORCH, Abilities
 from fused.ops import mamba_ssm
-from fused.ops.selective_scan.eager import selective_scan_eager
+from fused.ops.selective_scan.eager import scan_both_directions, selective_scan_eager
 from fused.ops.shapes import Mixing, State, Tokens
 from fused.runtime.checks import check_tensor
 from fused.runtime.dtypes import KERNEL_DTYPES
@@ -97,7 +98,7 @@ def bidirectional_scan(
         y = (scan(u[0], delta[0], ...) + scan(u[1], delta[1], ..., reverse=True)) * silu(z)
 
     Return y (B, L, E) in u's dtype. Shapes, dtypes and errors are those of `selective_scan`, without states. Backend "native"
-    runs both in one kernel.
+    runs both in one kernel, and "torch" both in one loop.
 
         >>> u, delta = [(torch.randn(2, 63, 8), torch.randn(2, 63, 8)) for _ in range(2)]
         >>> A, BC = (-torch.rand(8, 4),) * 2, (torch.randn(2, 63, 4),) * 2
@@ -118,9 +119,28 @@ def bidirectional_scan(
 
         backends.check_abilities("selective_scan", BACKENDS, "native", u[0].dtype, {})
         return bidirectional_scan_native(u, delta, A, B, C, D, z, delta_bias, softplus=softplus)
+    if chosen == "torch" and _alike(delta, B, C, D, delta_bias):
+        backends.check_abilities("selective_scan", BACKENDS, "torch", u[0].dtype, {})
+        return _scan_both_eager(directions, z, softplus)
     options: dict[str, Any] = {"z": z, "softplus": softplus, "backend": backend}
     forward, backward = directions
     return selective_scan(**forward, **options)[0] + selective_scan(**backward, **options, reverse=True)[0]
+
+
+def _alike(*pairs: tuple[Tensor | None, Tensor | None]) -> bool:
+    """Return whether the tensors of every pair have one shape and one dtype, or are both None."""
+    forms = ([None if x is None else (x.shape, x.dtype) for x in pair] for pair in pairs)
+    return all(first == second for first, second in forms)
+
+
+def _scan_both_eager(directions: list[dict[str, Any]], z: Tensor | None, softplus: bool) -> Tensor:
+    """Scan both directions in one loop."""
+    pairs = {name: tuple(d[name] for d in directions) for name in _PAIRED}
+    for name in ("u", "delta", "B", "C"):
+        forward, backward = pairs[name]
+        pairs[name] = forward, backward.flip(1)
+    stacked: dict[str, Any] = {k: None if pair[0] is None else torch.stack(pair) for k, pair in pairs.items()}
+    return scan_both_directions(**stacked, z=z, softplus=softplus)
 
 
 def _check(

@@ -1,4 +1,7 @@
-"""The selective scan in PyTorch operations, for any device, over the blocked recurrence of `recurrence.py`."""
+"""The selective scan in PyTorch operations, for any device, over the blocked recurrence of `recurrence.py`.
+
+One scan, or two of opposite directions under one gate, are K directions in front of all other dimensions: (K, B, L, E).
+"""
 
 from typing import Any
 
@@ -9,12 +12,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fused.ops.selective_scan import export
-from fused.ops.selective_scan.recurrence import Recurrence, make_segments
+from fused.ops.selective_scan.recurrence import Recurrence, Segment, make_segments
 from fused.ops.shapes import Mixing, State, Tokens
 from fused.runtime.autocast import no_autocast
 from fused.runtime.dtypes import accumulation_dtype
-from fused.runtime.elementwise import clipwise
+from fused.runtime.elementwise import by_vectors, empty_vectors
 from fused.runtime.exporting import is_exporting
+from fused.runtime.library import wants_gradients
+
+BOTH = (False, True)
+"""The directions of a bidirectional scan: whether they scan in reverse."""
 
 
 def selective_scan_eager(
@@ -34,98 +41,174 @@ def selective_scan_eager(
     """Scan as `fused.selective_scan` says, in bounded scratch memory, repeatable bit for bit."""
     if is_exporting():
         return export.selective_scan(u, delta, A, B, C, D, z, delta_bias, softplus, initial_state, reverse)
-    keep = torch.is_grad_enabled()
-    run: Any = _run_uncompiled if torch.compiler.is_compiling() else SelectiveScan.apply
-    return run(u, delta, A, B, C, D, z, delta_bias, initial_state, softplus, reverse, keep)
+    D, delta_bias = (None if x is None else x.unsqueeze(0) for x in (D, delta_bias))
+    directions = (x.unsqueeze(0) for x in (u, delta, A, B, C))
+    return _run(*directions, D, z, delta_bias, initial_state, softplus, (reverse,), reverse)
+
+
+def scan_both_directions(
+    u: Float[Tensor, "2 B L E"],
+    delta: Float[Tensor, "2 B L E"],
+    A: Float[Tensor, "2 E N"],
+    B: Float[Tensor, "2 B L *G N"],
+    C: Float[Tensor, "2 B L *G N"],
+    D: Float[Tensor, "2 E"] | None = None,
+    z: Tokens | None = None,
+    delta_bias: Float[Tensor, "2 E"] | None = None,
+    *,
+    softplus: bool = True,
+) -> Tokens:
+    """Scan as `fused.bidirectional_scan` says. A step takes both directions, so that there are half as many steps.
+
+    Tokens of the backward direction, [1] of u, delta, B and C, are in the order of its scan, from token L-1 to 0. z and y are
+    in the order of the tokens.
+    """
+    if is_exporting():
+        forward, backward = (
+            export.selective_scan(
+                u[i], delta[i], A[i], B[i], C[i], None if D is None else D[i], None if z is None else z.flip(1) if i else z,
+                None if delta_bias is None else delta_bias[i], softplus, None, False,
+            )[0] for i in range(2)
+        )  # fmt: skip
+        return forward + backward.flip(1)
+    return _run(u, delta, A, B, C, D, z, delta_bias, None, softplus, BOTH, False)[0]
+
+
+def _run(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Return y (B, L, E) and the final state (B, E, N) of the first direction, for the arguments of `_Scan`."""
+    if torch.compiler.is_compiling():
+        return _apply_uncompiled(*arguments)
+    if wants_gradients(*arguments):
+        return SelectiveScan.apply(*arguments)
+    with no_autocast(arguments[0].device):
+        return _Scan(*arguments).forward(keep=False)[:2]
 
 
 class SelectiveScan(torch.autograd.Function):
     """Autograd of the scan. It saves its inputs and the state that enters every segment; the backward recomputes the states."""
 
     @staticmethod
-    def forward(
-        ctx: Any, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-        delta_bias: Tensor | None, initial_state: Tensor | None, softplus: bool, reverse: bool, keep: bool,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.softplus, ctx.reverse = softplus, reverse
-        with no_autocast(u.device):
-            scan = _Scan(u, delta, A, B, C, D, z, delta_bias, softplus, reverse)
-            y, state, initial_states = scan.forward(initial_state, keep and any(ctx.needs_input_grad))
-        ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, initial_state, initial_states)
+        *tensors, ctx.softplus, ctx.reverse, ctx.flip_inputs = arguments
+        with no_autocast(tensors[0].device):
+            y, state, initial_states = _Scan(*arguments).forward(keep=any(ctx.needs_input_grad))
+        ctx.save_for_backward(*tensors, initial_states)
         return y, state
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dstate: Tensor | None) -> tuple[Tensor | None, ...]:
-        *inputs, initial_state, initial_states = ctx.saved_tensors
-        with no_autocast(inputs[0].device):
-            scan = _Scan(*(*inputs, ctx.softplus, ctx.reverse))
+        *tensors, initial_states = ctx.saved_tensors
+        with no_autocast(tensors[0].device):
+            scan = _Scan(*(*tensors, ctx.softplus, ctx.reverse, ctx.flip_inputs))
             grads = scan.backward(dy, dstate, initial_states)
-        pairs = zip([*inputs, initial_state], grads, strict=True)
+        pairs = zip(tensors, grads, strict=True)
         return *(None if x is None or g is None else g.to(x.dtype) for x, g in pairs), None, None, None
 
 
 class _Scan:
-    """A scan. Tensors without states are held for whole clips, (b, L, E), those with states for a segment at a time."""
+    """A scan of K directions. Tensors without states are held for whole clips, those with states for a segment at a time."""
 
     def __init__(
         self, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-        delta_bias: Tensor | None, softplus: bool, reverse: bool,
+        delta_bias: Tensor | None, initial_state: Tensor | None, softplus: bool, reverse: tuple[bool, ...], flip_inputs: bool,
     ) -> None:  # fmt: skip
-        self.u, self.delta, self.D, self.z, self.bias = u, delta, D, z, delta_bias
-        self.softplus, self.reverse = softplus, reverse
-        self.tensor_options: dict[str, Any] = {"dtype": accumulation_dtype(u.dtype), "device": u.device}
-        self.without_groups = (B.dim() == 3, C.dim() == 3)
-        B, C = (x if x.dim() == 4 else x.unsqueeze(2) for x in (B, C))
-        groups = max(B.shape[2], C.shape[2])
-        self.B, self.C = (x.expand(-1, -1, groups, -1) for x in (B, C))
-        self.channels = (groups, u.shape[2] // groups)
-        self.A = self.rows(A)
-        self.clips, self.segments = make_segments(u.shape[0], u.shape[1], A.numel(), u.device.type != "cpu", reverse)
+        """Take u and delta (K, B, L, E), A (K, E, N), B and C (K, B, L, N) or (K, B, L, G, N), D and delta_bias (K, E), z
+        (B, L, E), and initial_state (B, E, N), which only one direction can have.
+
+        `reverse` says of every direction whether it starts at token L-1. With `flip_inputs` the tensors with K and L are in the
+        order of the tokens, else in that of the scan. z is in the order of the tokens.
+        """
+        self.u, self.delta, self.z, self.initial_state = u, delta, z, initial_state
+        self.softplus, self.reverse, self.flip_inputs = softplus, reverse, flip_inputs
+        self.options: dict[str, Any] = {"dtype": accumulation_dtype(u.dtype), "device": u.device}
+        self.without_groups = (B.dim() == 4, C.dim() == 4)
+        B, C = (x if x.dim() == 5 else x.unsqueeze(3) for x in (B, C))
+        groups = max(B.shape[3], C.shape[3])
+        self.B, self.C = (x.expand(-1, -1, -1, groups, -1) for x in (B, C))
+        self.channels = (groups, u.shape[3] // groups)
+        self.A = self.rows(A).unsqueeze(1)
+        self.D, self.bias = (None if x is None else x.to(self.A.dtype)[:, None, None] for x in (D, delta_bias))
+        self.clips, self.segments = make_segments(u.shape[1], u.shape[2], A.numel(), u.device.type != "cpu")
 
     def rows(self, x: Tensor) -> Tensor:
         """Return (..., E, N) as (..., G, N, F) in the dtype of the computation, always a copy."""
-        x = x.to(self.tensor_options["dtype"]).unflatten(-2, self.channels).transpose(-1, -2)
+        x = x.to(self.options["dtype"]).unflatten(-2, self.channels).transpose(-1, -2)
         return x.clone(memory_format=torch.contiguous_format)
 
+    def states(self, x: Tensor | None) -> Tensor:
+        """Return x (B, E, N), or zeros, as states (K, B, G, N, F)."""
+        if x is not None:
+            return self.rows(x).unsqueeze(0)
+        return torch.zeros(len(self.u), self.u.shape[1], *self.A.shape[2:], **self.options)
+
     def recurrence(self, buffers: int) -> Recurrence:
-        clips = max((c.stop - c.start for c in self.clips), default=0)
-        return Recurrence(self.A, self.reverse, clips, self.segments, buffers)
+        return Recurrence(self.A, max((c.stop - c.start for c in self.clips), default=0), self.segments, buffers)
 
-    def load(self, x: Tensor, clips: slice) -> Tensor:
-        return x[clips].to(self.tensor_options["dtype"])
+    def tokens(self, segment: Segment, reverse: bool) -> slice:
+        """Return the tokens of a segment, of whose scan the direction is `reverse`."""
+        length = self.u.shape[2]
+        return slice(length - segment.stop, length - segment.start) if reverse else slice(segment.start, segment.stop)
 
-    def deltas(self, clips: slice) -> tuple[Tensor, Tensor]:
-        """Return delta before and after its softplus, (b, L, E)."""
-        raw = self.load(self.delta, clips)
-        raw = raw if self.bias is None else raw + self.bias.to(raw.dtype)
-        return raw, clipwise(F.softplus, raw) if self.softplus else raw
+    def load(self, x: Tensor, clips: slice, segment: Segment) -> Tensor:
+        """Return a segment (K, b, T, ...) of an input (K, B, L, ...), in the dtype of the computation."""
+        x = x[:, clips, self.tokens(segment, self.flip_inputs)].to(self.options["dtype"])
+        return x.flip(2) if self.flip_inputs else x
 
-    def forward(self, initial_state: Tensor | None, keep: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return y (B, L, E), the final state (B, E, N), and if `keep` the states entering segments, (segments, B, G, N, F)."""
-        y_out = torch.empty_like(self.u, memory_format=torch.contiguous_format)
-        shape = (self.u.shape[0], *self.A.shape)
-        final = torch.zeros(shape, **self.tensor_options) if initial_state is None else self.rows(initial_state)
-        initial_states = torch.empty((len(self.segments), *shape), **self.tensor_options) if keep else None
+    def store(self, out: Tensor, clips: slice, segment: Segment, grad: Tensor) -> None:
+        """Write the gradient (K, b, T, ...) of a segment of an input into `out` (K, B, L, ...)."""
+        out[:, clips, self.tokens(segment, self.flip_inputs)] = grad.flip(2) if self.flip_inputs else grad
+
+    def take(self, x: Tensor, segment: Segment) -> Tensor:
+        """Return a segment (K, b, T, E) of x (b, L, E) as every direction meets it."""
+        parts = [x[:, self.tokens(segment, r)] for r in self.reverse]
+        parts = [part.flip(1) if r else part for part, r in zip(parts, self.reverse, strict=True)]
+        return torch.stack(parts) if len(parts) > 1 else parts[0].unsqueeze(0)
+
+    def add(self, y: Tensor, segment: Segment, part: Tensor) -> None:
+        """Add the segment (K, b, T, E) of every direction to y (b, L, E)."""
+        for x, r in zip(part, self.reverse, strict=True):
+            y[:, self.tokens(segment, r)] += x.flip(1) if r else x
+
+    def deltas(self, clips: slice, segment: Segment) -> tuple[Tensor, Tensor]:
+        """Return delta before and after its softplus, (K, b, T, E)."""
+        delta = self.load(self.delta, clips, segment)
+        raw = empty_vectors(delta.shape, **self.options)
+        if self.bias is None:
+            raw.copy_(delta)
+        else:
+            torch.add(delta, self.bias, out=raw)
+        return raw, by_vectors(F.softplus, raw) if self.softplus else raw
+
+    def load_gate(self, clips: slice) -> Tensor | None:
+        """Return z (b, L, E)."""
+        return None if self.z is None else empty_vectors(self.z[clips].shape, **self.options).copy_(self.z[clips])
+
+    def forward(self, keep: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return y (B, L, E), the final state (B, E, N), and the states entering segments, (segments, K, B, G, N, F).
+
+        The last is None unless `keep`.
+        """
+        y_out, final = torch.zeros(self.u.shape[1:], **self.options), self.states(self.initial_state)
+        initial_states = torch.empty((len(self.segments), *final.shape), **self.options) if keep else None
         run = self.recurrence(2)
         for clips in self.clips:
-            u, B, C = (self.load(x, clips) for x in (self.u, self.B, self.C))
-            _, delta = self.deltas(clips)
-            x, y, state = delta * u, torch.empty_like(u), final[clips]
+            state = final[:, clips]
             for i, segment in enumerate(self.segments):
                 if initial_states is not None:
-                    initial_states[i, clips] = state
-                w = run.view(x, segment), run.view(B, segment)
-                _, _, after, state = run.forward(run.view(delta, segment), w, state, segment)
-                torch.sum(after.mul_(run.view(C, segment)), -2, keepdim=True, out=run.view(y, segment))
-            if self.D is not None:
-                y.addcmul_(self.D.to(y.dtype), u)
-            if self.z is not None:
-                y.mul_(clipwise(F.silu, self.load(self.z, clips)))
-            y_out[clips] = y
-            final[clips] = state
-        return y_out, final.transpose(-1, -2).flatten(1, 2).contiguous(), initial_states
+                    initial_states[i, :, clips] = state
+                u, B, C = (self.load(x, clips, segment) for x in (self.u, self.B, self.C))
+                _, delta = self.deltas(clips, segment)
+                y = torch.empty_like(delta)
+                d_, x_, B_, C_, y_ = (run.view(v, segment) for v in (delta, delta * u, B, C, y))
+                _, _, after, state = run.forward(d_, (x_, B_), state, segment)
+                torch.sum(after.mul_(C_), -2, keepdim=True, out=y_)
+                self.add(y_out[clips], segment, y if self.D is None else y.addcmul_(self.D, u))
+            final[:, clips] = state
+            if (z := self.load_gate(clips)) is not None:
+                y_out[clips] *= by_vectors(F.silu, z)
+        return y_out.to(self.u.dtype), final[0].transpose(-1, -2).flatten(1, 2).contiguous(), initial_states
 
     def backward(self, dy_out: Tensor | None, dfinal: Tensor | None, initial_states: Tensor) -> list[Tensor | None]:
         """Return the gradients of u, delta, A, B, C, D, z, delta_bias and initial_state.
@@ -134,51 +217,57 @@ class _Scan:
         """
         du_out, ddelta_out = torch.empty_like(self.u), torch.empty_like(self.delta)
         dz_out = None if self.z is None else torch.empty_like(self.z)
-        dB, dC = torch.empty(self.B.shape, **self.tensor_options), torch.empty(self.C.shape, **self.tensor_options)
-        dA, dD, dbias = torch.zeros_like(self.A), *torch.zeros((2, self.u.shape[2]), **self.tensor_options)
-        shape = (self.u.shape[0], *self.A.shape)
-        dstate = torch.zeros(shape, **self.tensor_options) if dfinal is None else self.rows(dfinal)
+        dB_out, dC_out = torch.empty(self.B.shape, **self.options), torch.empty(self.C.shape, **self.options)
+        dA, dD, dbias = torch.zeros_like(self.A[:, 0]), *torch.zeros((2, len(self.u), self.u.shape[3]), **self.options)
+        dstate = self.states(dfinal)
         run = self.recurrence(3)
         for clips in self.clips:
-            u, B, C = (self.load(x, clips) for x in (self.u, self.B, self.C))
-            raw, delta = self.deltas(clips)
-            x, gB, ddelta = delta * u, torch.empty_like(u), torch.empty_like(u)
-            dy = dgated = torch.zeros_like(u) if dy_out is None else self.load(dy_out, clips)
-            if self.z is not None:
-                z, y = self.load(self.z, clips), torch.empty_like(u)
-                gate = clipwise(torch.sigmoid, z)
-                dy = dgated * gate * z
-            carry = torch.ones_like(dstate[clips]), dstate[clips]
+            if dy_out is None:
+                dgated = torch.zeros(self.u[0, clips].shape, **self.options)
+            else:
+                dgated = dy_out[clips].to(self.A.dtype)
+            if (z := self.load_gate(clips)) is not None:
+                dy_all, y_all = by_vectors(F.silu, z).mul_(dgated), torch.zeros_like(z)
+            carry = torch.ones_like(dstate[:, clips]), dstate[:, clips]
             for i, segment in reversed(list(enumerate(self.segments))):
-                d_, x_, B_, C_, dy_ = (run.view(v, segment) for v in (delta, x, B, C, dy))
-                a, before, after, _ = run.forward(d_, (x_, B_), initial_states[i, clips], segment)
-                g = run.buffer(2, *a.shape)
-                if self.z is not None:
-                    torch.sum(torch.mul(after, C_, out=g), -2, keepdim=True, out=run.view(y, segment))
+                u, B, C = (self.load(x, clips, segment) for x in (self.u, self.B, self.C))
+                raw, delta = self.deltas(clips, segment)
+                dy = self.take(dgated if z is None else dy_all, segment)
+                ddelta, y, gB = empty_vectors(u.shape, **self.options), torch.empty_like(delta), torch.empty_like(delta)
+                dB, dC = torch.empty(B.shape, **self.options), torch.empty(B.shape, **self.options)
+                d_, x_, B_, C_, dy_, y_, gB_, ddelta_, dB_, dC_ = (
+                    run.view(v, segment) for v in (delta, delta * u, B, C, dy, y, gB, ddelta, dB, dC)
+                )
+                a, before, after, _ = run.forward(d_, (x_, B_), initial_states[i, :, clips], segment)
+                g, _ = run.buffer(2, *a.shape)
+                if z is not None:
+                    torch.sum(torch.mul(after, C_, out=g), -2, keepdim=True, out=y_)
+                    self.add(y_all, segment, y if self.D is None else y.addcmul_(self.D, u))
                 carry = run.backward(a, torch.mul(C_, dy_, out=g), d_, carry, segment)
                 q = a.mul_(g).mul_(before)
-                torch.sum(after.mul_(dy_), -1, keepdim=True, out=run.view(dC[clips], segment))
+                torch.sum(after.mul_(dy_), -1, keepdim=True, out=dC_)
                 scratch = after
-                torch.sum(torch.mul(g, B_, out=scratch), -2, keepdim=True, out=run.view(gB, segment))
-                torch.sum(torch.mul(q, self.A, out=scratch), -2, keepdim=True, out=run.view(ddelta, segment))
-                torch.sum(g.mul_(x_), -1, keepdim=True, out=run.view(dB[clips], segment))
-                dA += q.mul_(d_).sum((0, 1, 2))
-            ddelta.addcmul_(gB, u)
-            if self.softplus:
-                ddelta = clipwise(_softplus_backward, ddelta, raw)
-            dbias += ddelta.sum((0, 1))
-            du = gB.mul_(delta)
-            if self.D is not None:
-                D = self.D.to(du.dtype)
-                du.addcmul_(D, dy)
-                dD += (u * dy).sum((0, 1))
-            if self.z is not None and dz_out is not None:
-                y = y if self.D is None else y.addcmul_(D, u)
-                dz_out[clips] = y * dgated * gate * (1 + z * (1 - gate))
-            du_out[clips], ddelta_out[clips], dstate[clips] = du, ddelta, carry[0] * carry[1]
-        dB, dC = (x.sum(2) if squeezed else x for x, squeezed in zip((dB, dC), self.without_groups, strict=True))
-        dA, dstate = (x.transpose(-1, -2).flatten(-3, -2) for x in (dA, dstate))
-        return [du_out, ddelta_out, dA, dB, dC, dD, dz_out, dbias, dstate]
+                torch.sum(torch.mul(g, B_, out=scratch), -2, keepdim=True, out=gB_)
+                torch.sum(torch.mul(q, self.A, out=scratch), -2, keepdim=True, out=ddelta_)
+                torch.sum(g.mul_(x_), -1, keepdim=True, out=dB_)
+                dA += q.mul_(d_).sum((0, 1, 3))
+                ddelta.addcmul_(gB, u)
+                if self.softplus:
+                    ddelta = by_vectors(_softplus_backward, ddelta, raw)
+                dbias += ddelta.sum((1, 2))
+                du = gB.mul_(delta)
+                if self.D is not None:
+                    du.addcmul_(self.D, dy)
+                    dD += (u * dy).sum((1, 2))
+                for out, grad in ((du_out, du), (ddelta_out, ddelta), (dB_out, dB), (dC_out, dC)):
+                    self.store(out, clips, segment, grad)
+            dstate[:, clips] = carry[0] * carry[1]
+            if z is not None and dz_out is not None:
+                dy_all = torch.mul(y_all, dgated, out=dy_all)
+                dz_out[clips] = by_vectors(torch.ops.aten.silu_backward, dy_all, z)
+        dB_out, dC_out = (x.sum(3) if s else x for x, s in zip((dB_out, dC_out), self.without_groups, strict=True))
+        dA, dstate = (x.transpose(-1, -2).flatten(-3, -2) for x in (dA, dstate[0]))
+        return [du_out, ddelta_out, dA, dB_out, dC_out, dD, dz_out, dbias, dstate]
 
 
 def _softplus_backward(grad: Tensor, raw: Tensor) -> Tensor:
@@ -186,6 +275,6 @@ def _softplus_backward(grad: Tensor, raw: Tensor) -> Tensor:
 
 
 @torch._disable_dynamo
-def _run_uncompiled(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _apply_uncompiled(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Scan outside of the compiler's graph: it gains nothing in a loop that writes into views of scratch memory."""
     return SelectiveScan.apply(*arguments)

@@ -1,23 +1,30 @@
 """The recurrence under the scan, in segments of bounded size, and its adjoint.
 
-    h_t = a_t h_{t-1} + w_t           a_t = exp(delta_t * A)
+    h_t = a_t h_{t-1} + w_t           a_t = exp(delta_t * A) = 2^(delta_t * A log2(e))
     g_t = v_t + a_{t+1} g_{t+1}       the gradient of h_t, where v_t is the part that comes through y_t
 
-A segment has layout (T, c, b, G, N, F): T steps, c splits, b clips, G groups that share B and C, N states, F = E // G
-channels. A step is then contiguous, sums over N and broadcasts along F run on contiguous channels, and a group is only another
-row. Where one token holds little work, the c splits of a segment advance together, in two passes. In the first pass each split
-starts from a state of zero. With the decay over a split, exp(A * sum_t delta_t), that gives every split its initial state, from
-which the second pass starts. Nothing is divided by a decay, so no decay overflows or loses digits. The splits do not depend on
-the batch, so a clip's bits do not depend on the other clips.
+One or two scans, called directions, advance together, each with an A of its own. A segment has layout (T, c, K, b, G, N, F): T
+steps, c splits, K directions, b clips, G groups that share B and C, N states, F = E // G channels. A step is then contiguous,
+sums over N and broadcasts along F run on contiguous channels, and a direction or a group is only another row. Where one token
+holds little work, the c splits of a segment advance together, in two passes. In the first pass each split starts from a state
+of zero. With the decay over a split, exp(A * sum_t delta_t), that gives every split its initial state, from which the second
+pass starts. Nothing is divided by a decay, so no decay overflows or loses digits. The splits do not depend on the batch, so a
+clip's bits do not depend on the other clips.
+
+Decays are powers of 2: PyTorch's exp2 is in vectors on every CPU, while its exp is MKL's, which takes 4 times as long on AMD's.
 """
 
+import math
+import threading
 from math import isqrt, prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-# Elements (tokens x clips x channels x states) of one scratch tensor: on a CPU it stays in cache (fastest between
+from fused.runtime.elementwise import by_vectors, empty_vectors, whole_vectors
+
+# Elements (tokens x directions x clips x channels x states) of one scratch tensor: on a CPU it stays in cache (fastest between
 # 2**19 and 2**21), on a GPU it is large enough that kernel launches do not dominate.
 CPU_BLOCK = 2**20
 GPU_BLOCK = 2**25
@@ -26,6 +33,7 @@ CPU_STEP = 4096
 MAX_STEPS = 32
 
 
+_kept = threading.local()
 Carry = tuple[Tensor, Tensor]
 
 
@@ -38,8 +46,8 @@ class Segment(NamedTuple):
     state_passing: bool
 
 
-def make_segments(batch: int, length: int, row: int, gpu: bool, reverse: bool) -> tuple[list[slice], list[Segment]]:
-    """Return the clips that are scanned together, and the segments in the order of the scan; `row` is E * N."""
+def make_segments(batch: int, length: int, row: int, gpu: bool) -> tuple[list[slice], list[Segment]]:
+    """Return the clips that are scanned together, and the segments in the order of the scan; `row` is K * E * N."""
     block = GPU_BLOCK if gpu else CPU_BLOCK
     steps = min(MAX_STEPS, isqrt(length // 2)) if gpu or row < CPU_STEP else 0
     clips = max(1, min(batch, block // (max(steps, 8) * row)))
@@ -55,85 +63,106 @@ def make_segments(batch: int, length: int, row: int, gpu: bool, reverse: bool) -
         stop = min(start + tokens, length)
         segments.append(Segment(start, stop, 1, False))
         start = stop
-    if reverse:
-        segments = [p._replace(start=length - p.stop, stop=length - p.start) for p in segments]
     return [slice(i, min(i + clips, batch)) for i in range(0, batch, clips)], segments
 
 
 class Recurrence:
     """The segments of a scan in scratch memory: a method's results are overwritten by the next call."""
 
-    def __init__(self, A: Tensor, reverse: bool, clips: int, segments: list[Segment], buffers: int) -> None:
-        """Take A (G, N, F); at most `clips` are scanned together; `buffers` is 2, or 3 for a backward."""
-        self.A, self.reverse, self.channels = A, reverse, A.shape[::2]
+    def __init__(self, A: Tensor, clips: int, segments: list[Segment], buffers: int) -> None:
+        """Take A (K, 1, G, N, F); at most `clips` are scanned together; `buffers` is 2, or 3 for a backward."""
+        self.log2_decay, self.channels = A * math.log2(math.e), A.shape[2::2]
         tokens = max((p.stop - p.start + p.num_splits for p in segments), default=0)
-        self.buffers = [A.new_empty(clips * tokens * A.numel()) for _ in range(buffers)]
+        self.options: dict[str, Any] = {"dtype": A.dtype, "device": A.device}
+        self.buffers = _scratch(A, whole_vectors(clips * tokens * A.numel()), buffers)
+        self.steps: dict[tuple[int, ...], tuple[Tensor, tuple[Tensor, ...]]] = {}
 
     def view(self, x: Tensor, segment: Segment) -> Tensor:
-        """Return the segment of x (b, L, E) as (T, c, b, G, 1, F), or of x (b, L, G, N) as (T, c, b, G, N, 1), a view."""
-        channels = x.dim() == 3
-        x = x[:, segment.start : segment.stop].unflatten(1, (segment.num_splits, -1))
-        x = (x.unflatten(-1, self.channels) if channels else x).permute(2, 1, 0, 3, 4)
-        return x.unsqueeze(-2 if channels else -1)
+        """Return x (K, b, c * T, E) as (T, c, K, b, G, 1, F), or x (K, b, c * T, G, N) as (T, c, K, b, G, N, 1), a view."""
+        K, b, tokens, *rest = x.shape
+        rows = self.channels if x.dim() == 4 else rest
+        x = x.view(K, b, segment.num_splits, tokens // segment.num_splits, *rows).permute(3, 2, 0, 1, 4, 5)
+        return x.unsqueeze(-1 if len(rest) == 2 else -2)
 
-    def buffer(self, i: int, *shape: int) -> Tensor:
-        """Return scratch memory number `i` in this shape."""
-        return self.buffers[i][: prod(shape)].view(shape)
+    def buffer(self, i: int, *shape: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return scratch memory number `i` in this shape, and its steps, views along the first axis."""
+        key = i, *shape
+        if key not in self.steps:
+            x = self.buffers[i][: prod(shape)].view(shape)
+            self.steps[key] = x, x.unbind()
+        return self.steps[key]
 
     def forward(self, delta: Tensor, w: tuple[Tensor, Tensor], state: Tensor, segment: Segment) -> tuple[Tensor, ...]:
-        """Run a segment from `state` (b, G, N, F), with w_t the product of the two factors `w`.
+        """Run a segment from `state` (K, b, G, N, F), with w_t the product of the two factors `w`.
 
-        Returns the decays (T, c, b, G, N, F), the states before and after each token (overlapping views of that shape), and the
-        state (b, G, N, F) that leaves.
+        Returns the decays (T, c, K, b, G, N, F), the states before and after each token (overlapping views of that shape), and
+        the state (K, b, G, N, F) that leaves.
         """
-        steps, *rest = *delta.shape[:-2], *self.A.shape[1:]
-        a = torch.mul(delta, self.A, out=self.buffer(0, steps, *rest)).exp_()
-        h = self.buffer(1, steps + 1, *rest)
-        before, after = (h[1:], h[:-1]) if self.reverse else (h[:-1], h[1:])
-        torch.mul(*w, out=after)
-        order = range(steps)[:: -1 if self.reverse else 1]
-        decay, states, start = a.unbind(), after.unbind(), before[order[0]]
+        steps, *rest = *delta.shape[:-2], *self.log2_decay.shape[-2:]
+        a, decay = self.buffer(0, steps, *rest)
+        h, states = self.buffer(1, steps + 1, *rest)
+        torch.mul(delta, self.log2_decay, out=a)
+        by_vectors(torch.exp2_, a)
+        torch.mul(*w, out=h[1:])
+        start = states[0]
         if segment.state_passing:
-            local = states[order[0]].clone()
-            for t in order[1:]:
-                torch.addcmul(states[t], decay[t], local, out=local)
-            state = _pass_states(start, self.split_decay(delta), local, state, self.reverse)
+            local = states[1].clone()
+            for t in range(1, steps):
+                torch.addcmul(states[t + 1], decay[t], local, out=local)
+            state = _pass_states(start, self.split_decay(delta), local, state, False)
         else:
-            start.copy_(state)
-        current = start
-        for t in order:
-            current = states[t].addcmul_(decay[t], current)
-        return a, before, after, state if segment.state_passing else current[0].clone()
+            start[0].copy_(state)
+        for t in range(steps):
+            states[t + 1].addcmul_(decay[t], states[t])
+        return a, h[:-1], h[1:], state if segment.state_passing else states[-1][0].clone()
 
     def backward(self, a: Tensor, g: Tensor, delta: Tensor, carry: Carry, segment: Segment) -> Carry:
         """Turn v_t in `g` into g_t in place; the product of `carry` is the gradient of the state that left the segment.
 
-        Returns the gradient of the state that entered it, again as (a_t, g_t) of the nearest token. One multiply-add then takes
-        it across the edge, as inside a segment, so that the edges do not show in the last bit.
+        `a` and `g` are scratch memory 0 and 2. Returns the gradient of the state that entered the segment, again as (a_t, g_t)
+        of the nearest token. One multiply-add then takes it across the edge, as inside a segment, so that the edges do not show
+        in the last bit.
         """
-        order = range(g.shape[0])[:: 1 if self.reverse else -1]
-        decay, adjoints = a.unbind(), g.unbind()
+        (_, decay), (_, adjoints) = self.buffer(0, *a.shape), self.buffer(2, *g.shape)
+        last = len(adjoints) - 1
         if segment.state_passing:
-            local, start = adjoints[order[0]].clone(), torch.empty_like(g[0])
-            for t, later in zip(order[1:], order, strict=False):
-                torch.addcmul(adjoints[t], decay[later], local, out=local)
-            local.mul_(decay[order[-1]])
-            entered = _pass_states(start, self.split_decay(delta), local, carry[0] * carry[1], not self.reverse)
+            local, start = adjoints[last].clone(), torch.empty_like(g[0])
+            for t in range(last, 0, -1):
+                torch.addcmul(adjoints[t - 1], decay[t], local, out=local)
+            local.mul_(decay[0])
+            entered = _pass_states(start, self.split_decay(delta), local, carry[0] * carry[1], True)
             carry = torch.ones_like(entered), start
-        current = adjoints[order[0]].addcmul_(*carry)
-        for t, later in zip(order[1:], order, strict=False):
-            current = adjoints[t].addcmul_(decay[later], current)
-        return (carry[0], entered) if segment.state_passing else (decay[order[-1]][0].clone(), current[0].clone())
+        adjoints[last].addcmul_(*carry)
+        for t in range(last, 0, -1):
+            adjoints[t - 1].addcmul_(decay[t], adjoints[t])
+        return (carry[0], entered) if segment.state_passing else (decay[0][0].clone(), adjoints[0][0].clone())
 
     def split_decay(self, delta: Tensor) -> Tensor:
-        """Return exp(A * sum_t delta_t) of every split, (c, b, G, N, F)."""
-        return (delta.sum(0) * self.A).exp_()
+        """Return exp(A * sum_t delta_t) of every split, (c, K, b, G, N, F)."""
+        decay = empty_vectors(torch.broadcast_shapes(delta.shape[1:], self.log2_decay.shape), **self.options)
+        torch.mul(delta.sum(0), self.log2_decay, out=decay)
+        return by_vectors(torch.exp2, decay)
+
+
+def _scratch(like: Tensor, elements: int, buffers: int) -> list[Tensor]:
+    """Return flat tensors of at least so many elements, like `like`.
+
+    On a CPU a thread uses the same memory in every scan: the first use of new memory costs as much as a short scan.
+    """
+    if type(like) is not Tensor or like.device.type != "cpu":
+        return [like.new_empty(elements) for _ in range(buffers)]
+    kept = _kept.__dict__.setdefault(str(like.dtype), [])
+    with torch.inference_mode(False):
+        for i in range(buffers):
+            if i == len(kept) or kept[i].numel() < elements:
+                kept[i : i + 1] = [torch.empty(elements, dtype=like.dtype)]
+    return kept[:buffers]
 
 
 def _pass_states(start: Tensor, decay: Tensor, local: Tensor, state: Tensor, reverse: bool) -> Tensor:
-    """Carry `state` (b, G, N, F) through the splits; return the state that leaves the last.
+    """Carry `state` (K, b, G, N, F) through the splits; return the state that leaves the last.
 
-    start, decay and local are (c, b, G, N, F). The state that enters each split is written into `start`; `local`, the states
+    start, decay and local are (c, K, b, G, N, F). The state that enters each split is written into `start`; `local`, the states
     that leave the splits if zero enters them, is overwritten.
     """
     order = range(local.shape[0])[:: -1 if reverse else 1]

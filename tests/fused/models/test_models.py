@@ -17,6 +17,7 @@ from fused import backends, stamp
 from fused.models.videomamba import embedding
 from fused.modules import mamba as mixer
 from fused.ops import mamba_ssm as upstream
+from fused.ops.mamba_inner import eager as inner
 from fused.ops.selective_scan import api as scan
 
 TOY = {"img_size": 32, "depth": 2, "embed_dim": 32, "num_frames": 4, "num_classes": 5, "clip_output_dim": 12}
@@ -279,10 +280,10 @@ def test_checkpointing_gives_the_same_gradients():
     grads = []
     for config, runs in zip(configs, (2, 3), strict=True):
         model = golden(fused.VideoMamba(config)).train()
-        with mock.patch.object(mixer, "one_direction_eager", side_effect=mixer.one_direction_eager) as spy:
+        with mock.patch.object(mixer, "both_directions_eager", side_effect=mixer.both_directions_eager) as spy:
             torch.manual_seed(0)
             grads.append(results(model, clip_of(config).float()))
-        assert spy.call_count == 2 * runs
+        assert spy.call_count == runs
     for name, grad in grads[0].items():
         assert torch.equal(grad, grads[1][name]), name
 
@@ -349,7 +350,7 @@ def test_backend_is_auto_until_the_first_call(monkeypatch):
     ):
         model(clip_of(config).float())
         asked = [call.args[0] for call in choose.call_args_list]
-        assert asked.count("auto") == 1 and set(asked) == {"auto", "torch"}  # one choice, handed down
+        assert asked.count("auto") == 1 and set(asked) == {"auto"}  # one choice, handed down
         model(clip_of(config).float())
         assert [call.args[0] for call in choose.call_args_list].count("auto") == 1
         named(clip_of(config).float())
@@ -370,9 +371,13 @@ def test_operators_are_reached_through_their_modules():
     model = golden(fused.VideoMamba(fused.VideoMambaConfig(**TOY)))
     clip = clip_of(model.config).float()
     wanted = model(clip)
-    with mock.patch.object(scan, "selective_scan", side_effect=scan.selective_scan) as spy:
+    with mock.patch.object(inner, "scan_both_directions", side_effect=inner.scan_both_directions) as spy:
         model(clip)
-    assert [call.kwargs["reverse"] for call in spy.call_args_list] == [False, True] * 2
+    assert spy.call_count == 2
+    causal = golden(fused.VideoMamba(fused.VideoMambaConfig(**TOY, bimamba=False, readout="mean")))
+    with mock.patch.object(scan, "selective_scan", side_effect=scan.selective_scan) as spy:
+        causal(clip)
+    assert [call.kwargs["reverse"] for call in spy.call_args_list] == [False] * 2
 
     def swapped(self):
         return directions(self)[::-1]
