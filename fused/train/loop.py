@@ -117,7 +117,8 @@ class Trainer:
         interrupted = False
         try:
             with Interrupt() as interrupt:
-                evaluated = self.world.all_gather(log is not None and log.evaluated)[0]  # at this step, as the log says
+                # on these videos at this step, as the log says
+                evaluated = self.world.all_gather(log is not None and self.config.data.val in log.evaluated)[0]
                 if self.step > 0 and self._validation_due() and not evaluated:
                     interrupted = not self._validate((self.step - 1) // self.steps_per_epoch, log, interrupt)
                 while self.step < self.total and not interrupted:
