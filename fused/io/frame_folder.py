@@ -9,7 +9,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from fused.io.video_error import VideoError
-from fused.io.video_file import VideoFile
+from fused.io.video_file import read_image
 
 IMAGE_SUFFIXES = frozenset(".bmp .jpeg .jpg .png .ppm .tif .tiff .webp".split())
 """File names of frames, in lower case."""
@@ -60,7 +60,7 @@ class FrameFolder:
     def frames(self, indices: Sequence[int]) -> Iterator[UInt8[Tensor, "H W 3"]]:
         """Yield the images with these numbers, from 0, as RGB bytes. Raises VideoError for an image that cannot be read."""
         for index in indices:
-            yield from VideoFile(self.path / self._names[index], decode_all=True).frames([0])
+            yield read_image(self.path / self._names[index])
 
     def _check_numbers(self, numbers: list[int]) -> None:
         """Raise VideoError if a number is missing between others that are evenly spaced, or occurs twice."""

@@ -13,8 +13,12 @@ Size = int | tuple[int, int]
 
 
 def height_width(size: Size) -> tuple[int, int]:
-    """Return (height, width) of a size."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+    """Return (height, width) of a size. Raise ValueError for what is neither a number nor a pair."""
+    if isinstance(size, int):
+        return size, size
+    if not isinstance(size, tuple | list) or len(size) != 2:
+        raise ValueError(f"size must be pixels of a side, or (height, width), got {size!r}")
+    return size[0], size[1]
 
 
 def centre_crop(image: UInt8[Tensor, "H W 3"], size: Size) -> Float[Tensor, "3 height width"]:

@@ -30,8 +30,8 @@ class Preprocessing:
     frames: int | None  # of a clip; None: an image
     size: Size  # of a frame in pixels: one side, or (height, width)
     sampling: str = "segments"  # a frame of each of `frames` equal segments; "dense": frames at a fixed distance
-    stride: int = 4  # that distance, in frames of the video
-    fps: int | float | None = None  # the rate at which the video is sampled first, in frames a second; None: every frame
+    stride: int = 4  # that distance, in frames
+    fps: int | float | None = None  # frames a second at which the video is shown before it is sampled; None: all its frames
     short: str = "drop"  # a video that is too short is left out; "loop" plays it again, "last" repeats its last frame
     crop: str = "centre"  # the middle of the frame, which is resized until `size` just fits into it
     mean: tuple[int | float, int | float, int | float] = MEAN  # of red, green and blue in 0..1, subtracted

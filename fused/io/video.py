@@ -20,7 +20,8 @@ from fused.io.video_error import IndexMismatch, VideoError, VideoTooShort
 from fused.io.video_file import VideoFile
 
 __all__ = [
-    "MEAN", "STD", "VideoError", "VideoTooShort", "count_frames", "decode_frames", "middle_frames", "read_clip", "read_frames",
+    "MEAN", "STD", "Times", "VideoError", "VideoTooShort", "count_frames", "decode_frames", "middle_frames", "open_video",
+    "read_clip", "read_frames",
 ]  # fmt: skip
 
 Times = Sequence[int | float] | None
@@ -40,8 +41,9 @@ def read_clip(
     VideoTooShort, a VideoError, for fewer frames in the part than asked for; ValueError for an argument out of range;
     ImportError without PyAV.
     """
+    images = read_frames(path, frames, size, start=start, stop=stop)  # checks the arguments
     clip = torch.empty(3, frames, *height_width(size))
-    for i, frame in enumerate(read_frames(path, frames, size, start=start, stop=stop)):
+    for i, frame in enumerate(images):
         clip[:, i] = frame
     return clip
 
@@ -82,8 +84,7 @@ def middle_frames(total: int, frames: int, start: int | float = 0.0, stop: int |
 
 def count_frames(path: Path) -> int:
     """Return the number of frames that a video shows. Raises VideoError as `read_clip` does."""
-    video = open_video(path)
-    return len(video.times) if isinstance(video, VideoFile) else len(video)
+    return len(open_video(path))
 
 
 def open_video(
@@ -138,5 +139,4 @@ def _decode(
 
 def _choose(video: VideoFile | FrameFolder, choose: Callable[[int, Times], Sequence[int]]) -> list[int]:
     """Return the numbers of the frames that `choose` names, ascending, each once."""
-    total = len(video.times) if isinstance(video, VideoFile) else len(video)
-    return sorted(set(choose(total, video.times)))
+    return sorted(set(choose(len(video), video.times)))

@@ -74,6 +74,9 @@ class VideoFile:
             raise VideoError(path, "there is no frame in it that can be shown")
         self.times = self._seconds()
 
+    def __len__(self) -> int:
+        return len(self._pts)
+
     def stamps(self, indices: Sequence[int]) -> list[int | None]:
         """Return the times of presentation of frames, in the stream's units, by which an index can be compared with another."""
         return [self._pts[i] for i in indices]
@@ -203,6 +206,22 @@ class VideoFile:
 
     def _errors(self, where: str) -> "_Errors":
         return _Errors(self.path, where)
+
+
+def read_image(path: Path) -> UInt8[Tensor, "H W 3"]:
+    """Return the picture in an image file, the first of several, as `VideoFile.frames` gives it, decoded once.
+
+    Raises VideoError for a file that cannot be read.
+    """
+    with _Errors(path, "in its picture"), OpenFilm(path) as (container, stream):
+        for packet in container.demux(stream):
+            if packet.is_corrupt:
+                raise VideoError(path, "truncated: it ends in the middle of a picture")
+            for frame in stream.codec_context.decode(packet if packet.size else None):
+                if frame.is_corrupt:
+                    raise VideoError(path, "corrupt at frame 0")
+                return Pictures(stream).convert(frame)
+    raise VideoError(path, "there is no frame in it that can be shown")
 
 
 class _Errors:

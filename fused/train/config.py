@@ -5,6 +5,7 @@ from dataclasses import InitVar, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from fused.io.picture import Size, height_width
 from fused.io.preprocessing import FRAME_SIZE, SAMPLINGS, SHORT_VIDEOS
 from fused.models.videomamba.config import VideoMambaConfig
 from fused.rules import (
@@ -38,7 +39,7 @@ UNUSED_KEYS = {
 }
 # Keys without a default. `teacher`, for tasks that read it, and one of `steps` and `epochs` are needed too.
 REQUIRED_KEYS = ("task", "out", "data.train")
-PATH_KEYS = ("out", "start", "teacher", "data.train", "data.val")  # ~ in front is the home folder
+PATH_KEYS = ("out", "start", "teacher", "data.train", "data.val", "data.prefix")  # ~ in front is the home folder
 # Fields of VideoMambaConfig that have a key of their own.
 OWNERS = {"img_size": "data.size", "num_frames": "data.frames", "pretrained": "start"}
 # Keys that may differ when a run is resumed. All others affect the bits of the weights.
@@ -59,10 +60,10 @@ class DataConfig:
     columns: tuple[str, ...] | None = None  # of a list: path, label, frames, seconds, skip; None: found out
     frame_pattern: str | None = None  # of the images in folders of frames, such as img_*.jpg; None: all images
     frames: int = 8
-    size: int | tuple[int, int] = 224  # pixels of a side, or [height, width]
+    size: Size = 224  # pixels of a side, or [height, width]
     sampling: str = "segments"
-    stride: int = 4  # frames of the video, for "dense" sampling
-    fps: int | float | None = None  # frames a second at which the video is sampled, by their times; None: every frame
+    stride: int = 4  # frames from one to the next, for "dense" sampling
+    fps: int | float | None = None  # frames a second at which the video is shown before it is sampled; None: all its frames
     short: str = "drop"  # what becomes of a video that is too short: drop, loop or last
     scale: tuple[int | float, int | float] = (0.5, 1.0)
     flip: int | float = 0.5
@@ -217,11 +218,11 @@ def all_keys() -> list[str]:
     return keys
 
 
-def _check_frame_size(size: int | tuple[int, int], patch: object) -> None:
+def _check_frame_size(size: Size, patch: object) -> None:
     """Raise ValueError unless patches of `patch` pixels fill frames of data.size. VideoMambaConfig checks `patch` itself."""
     if not isinstance(patch, int) or not is_integer(patch, 1):
         return
-    for side in size if isinstance(size, tuple) else (size,):
+    for side in height_width(size):
         if side % patch:
             below = side // patch * patch
             near = f"{below} or {below + patch}" if below else str(patch)

@@ -119,7 +119,8 @@ def parse_yaml(text: str, source: str) -> Any:
     try:
         return yaml.load(text, Loader)
     except yaml.YAMLError as error:
-        raise ValueError(f"{source} is no YAML: {error}") from error
+        quotes = "; text that begins with * or & stands in quotes" if "anchor" in str(error) or "alias" in str(error) else ""
+        raise ValueError(f"{source} is no YAML: {error}{quotes}") from error
 
 
 def _build(kind: Any, tree: Mapping[str, Any], prefix: str, **options: Any) -> Any:

@@ -21,9 +21,9 @@ LOG_FILE = "log.jsonl"
 class Log:
     """The log of one run, written by one process.
 
-    A line is a step (step, epoch, loss, lr, ...), an evaluation (step, epoch, val_...) or a file that gave no clip (step,
-    epoch, file, too_short, bad: a sentence), which is written the first time that this happens. Lines that a killed training
-    wrote after `step`, from which the run resumes, are removed, so that no step occurs twice.
+    A line is a step (step, epoch, loss, lr, ...), an evaluation (step, epoch, val: data.val, val_...) or a file that gave no
+    clip (step, epoch, file, too_short, bad: a sentence), which is written the first time that this happens. Lines that a
+    killed training wrote after `step`, from which the run resumes, are removed, so that no step occurs twice.
     """
 
     def __init__(self, folder: Path, step: int, total: int, tensorboard: bool = False) -> None:
@@ -35,7 +35,7 @@ class Log:
         self.stream = sys.stdout
         escape_what_cannot_be_printed(self.stream)
         lines = _truncate(folder / LOG_FILE, step)
-        self.evaluated = any("val_top1" in line and line["step"] == step for line in lines)  # at `step`
+        self.evaluated = {line.get("val") for line in lines if "val_top1" in line and line["step"] == step}  # videos, at `step`
         self._bad_files = {line["file"]: line for line in lines if "file" in line}
         self._file = open(folder / LOG_FILE, "a", encoding="utf-8")
         self._board = import_summary_writer()(str(folder / "tensorboard"), purge_step=step + 1) if tensorboard else None

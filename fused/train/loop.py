@@ -117,7 +117,8 @@ class Trainer:
         interrupted = False
         try:
             with Interrupt() as interrupt:
-                evaluated = self.world.all_gather(log is not None and log.evaluated)[0]  # at this step, as the log says
+                # on these videos at this step, as the log says
+                evaluated = self.world.all_gather(log is not None and self.config.data.val in log.evaluated)[0]
                 if self.step > 0 and self._validation_due() and not evaluated:
                     interrupted = not self._validate((self.step - 1) // self.steps_per_epoch, log, interrupt)
                 while self.step < self.total and not interrupted:
@@ -231,13 +232,14 @@ class Trainer:
         data = self.config.data
         options: dict[str, Any] = {
             "sampling": data.sampling, "stride": data.stride, "fps": data.fps, "short": data.short, "scale": data.scale,
-            "flip": data.flip, "seed": self.config.seed, "separator": data.separator, "prefix": data.prefix or "",
-            "columns": data.columns, "frame_pattern": data.frame_pattern,
+            "flip": data.flip, "seed": self.config.seed, "frame_pattern": data.frame_pattern,
         }  # fmt: skip
+        root = str(getattr(data, key))
+        # beside a list, a folder does without the options of lists; two folders refuse them
+        if not Path(root).is_dir() or all(Path(path).is_dir() for path in (data.train, data.val) if path is not None):
+            options |= {"separator": data.separator, "prefix": data.prefix, "columns": data.columns}
         try:
-            return ClipFolder(
-                getattr(data, key), data.frames, data.size, train=key == "train", classes=classes, **options
-            )
+            return ClipFolder(root, data.frames, data.size, train=key == "train", classes=classes, **options)
         except (ValueError, OSError) as error:
             raise ValueError(f"data.{key}: {error}") from error
 

@@ -43,7 +43,8 @@ class Validation:
         if evaluation is None:
             return False
         if log is not None:
-            log.write_evaluation({"step": step, "epoch": epoch, **evaluation.results}, evaluation.bad_files)
+            line = {"step": step, "epoch": epoch, "val": self.config.data.val, **evaluation.results}
+            log.write_evaluation(line, evaluation.bad_files)
         if self.best.offer(step, evaluation.results, self.task.student, self.average) and log is not None:
             log.print_line(f"step {step}: {self.best}")
         return True

@@ -102,15 +102,13 @@ class ClipFolder:
     def __init__(
         self, root: str | Path, frames: int, size: Size, *, train: bool, sampling: str = "segments", stride: int = 4,
         scale: tuple[int | float, int | float] = (0.5, 1.0), flip: int | float = 0.5, seed: int = 0,
-        classes: Sequence[str] | None = None, separator: str | None = None, prefix: str = "",
+        classes: Sequence[str] | None = None, separator: str | None = None, prefix: str | Path | None = None,
         columns: Sequence[str] | None = None, fps: int | float | None = None, short: str = "drop",
         frame_pattern: str | None = None,
     ) -> None:  # fmt: skip
         for name, value, least in (("frames", frames, 1), ("stride", stride, 1), ("seed", seed, 0)):
             check_integer("ClipFolder", name, value, least)
-        if isinstance(size, tuple) and len(size) != 2:
-            raise ValueError(f"ClipFolder: size must be pixels of a side, or (height, width), got {size!r}")
-        for side in size if isinstance(size, tuple) else (size,):
+        for side in height_width(size) if isinstance(size, tuple | list) else (size,):
             check_integer("ClipFolder", "size", side, 1)
         if fps is not None:
             check_number("ClipFolder", "fps", fps, 0, math.inf, "()")
@@ -121,7 +119,7 @@ class ClipFolder:
             raise ValueError(f"ClipFolder: scale must be (least, most), shares of the area, got {scale!r}")
         check_number("ClipFolder", "scale's least", scale[0], 0, 1, "(]")
         check_number("ClipFolder", "scale's most", scale[1], scale[0], 1)
-        self.frames, self.size, self.train = frames, size, train
+        self.frames, self.size, self.train = frames, height_width(size), train
         self.sampling = FrameSampling(frames, sampling, stride, fps, short)
         self.scale, self.flip, self.seed, self.frame_pattern = (scale[0], scale[1]), flip, seed, frame_pattern
         listing = list_videos(root, classes, separator, prefix, columns)
@@ -147,7 +145,7 @@ class ClipFolder:
 
         images = decode_frames(path, choose, pattern=self.frame_pattern, stated=self.stated_frames[index])
         crop = Crop.sample(rng, self.scale, self.flip) if rng else None
-        clip = torch.empty(3, self.frames, *height_width(self.size))
+        clip = torch.empty(3, self.frames, *self.size)
         for number, image in images:
             frame = crop.apply(image, self.size) if crop else centre_crop(image, self.size)
             for place, wanted in enumerate(places):
@@ -259,7 +257,7 @@ class _RankSteps(Dataset):
             else:
                 indices.append(index)
                 failures = 0
-        empty = torch.empty(0, 3, self.dataset.frames, *height_width(self.dataset.size))
+        empty = torch.empty(0, 3, self.dataset.frames, *self.dataset.size)
         clips = torch.stack([s.clip for s in samples]) if samples else empty
         labels = torch.tensor([s.label for s in samples], dtype=torch.int64)
         return Batch(clips, labels, torch.tensor(indices, dtype=torch.int64), tuple(bad.values()))

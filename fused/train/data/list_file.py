@@ -22,7 +22,7 @@ class ListedVideo(NamedTuple):
 
 
 def read_list(
-    file: Path, separator: str | None, columns: Sequence[str] | None, prefix: str
+    file: Path, separator: str | None, columns: Sequence[str] | None, prefix: str | Path | None
 ) -> tuple[list[ListedVideo], list[str]]:
     """Return the videos of a list in its order, and notes on lines that name none. No video is opened.
 
@@ -32,9 +32,9 @@ def read_list(
 
     Raises ValueError, which names the file and the line, for what cannot be read.
     """
-    if prefix and not Path(prefix).is_dir():
-        raise ValueError(f"prefix is {prefix!r}, and there is no such folder")
-    folder = Path(prefix) if prefix else file.parent
+    folder = file.parent if prefix is None else Path(prefix)
+    if not folder.is_dir():
+        raise ValueError(f"prefix is {str(prefix)!r}, and there is no such folder")
     lines, num_comments = _read_lines(file)
     if not lines:
         return [], []

@@ -27,7 +27,7 @@ class Listing(NamedTuple):
 
 
 def list_videos(
-    root: str | Path, classes: Sequence[str] | None, separator: str | None = None, prefix: str = "",
+    root: str | Path, classes: Sequence[str] | None, separator: str | None = None, prefix: str | Path | None = None,
     columns: Sequence[str] | None = None,
 ) -> Listing:  # fmt: skip
     """Return the videos of a folder, or of a list of them. The files are not opened.
@@ -57,8 +57,8 @@ def list_videos(
     check_options(separator, columns)
     root, classes = Path(root), None if classes is None else tuple(classes)
     if root.is_dir():
-        for name, value, default in (("separator", separator, None), ("prefix", prefix, ""), ("columns", columns, None)):
-            if value != default:
+        for name, value in (("separator", separator), ("prefix", prefix), ("columns", columns)):
+            if value is not None:
                 raise ValueError(f"{name} is {value!r}, but {root} is a folder; allowed for a list of videos only")
         videos, notes = _scan(root, classes != ())
         wanted = f"files with the suffixes {' '.join(sorted(SUFFIXES))}, or folders of images"
@@ -111,7 +111,8 @@ def _scan(root: Path, with_classes: bool) -> tuple[list[_Video], list[str]]:
 
 
 def _read(
-    file: Path, classes: tuple[str, ...] | None, separator: str | None, columns: Sequence[str] | None, prefix: str
+    file: Path, classes: tuple[str, ...] | None, separator: str | None, columns: Sequence[str] | None,
+    prefix: str | Path | None,
 ) -> tuple[list[_Video], list[str]]:
     """Return the videos of a list, and notes."""
     listed, notes = read_list(file, separator, columns, prefix)

@@ -1,11 +1,13 @@
 """Folders of images as videos: order, patterns, numbers that are missing or stated, and kinds of images."""
 
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pytest
 
+from fused.io.film import OpenFilm
 from fused.io.video import VideoError, VideoTooShort, count_frames, decode_frames, read_clip
 from fused.train import ClipFolder
 
@@ -99,6 +101,19 @@ def test_image_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(VideoError, match=r"2\.png: truncated, corrupt or no video"):
         read_clip(folder, 3, 8)
     assert read_clip(folder, 1, 8, stop=0.4).shape == (3, 1, 8, 8)
+
+
+def test_images_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, opened = write_images(tmp_path / "video", ["1.png", "2.png", "3.png"]), []
+    enter = OpenFilm.__enter__
+
+    def count(film: OpenFilm) -> Any:
+        opened.append(film)
+        return enter(film)
+
+    monkeypatch.setattr(OpenFilm, "__enter__", count)
+    read_clip(folder, 2, 8)
+    assert len(opened) == 2
 
 
 def test_rate_needs_times(tmp_path: Path) -> None:

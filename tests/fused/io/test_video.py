@@ -157,10 +157,13 @@ def test_too_few_frames(made, part):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"frames": 0}, {"size": 0}, {"start": -0.1}, {"stop": 1.1}, {"start": 0.5, "stop": 0.5}, {"start": float("nan")}],
-)
-def test_arguments_out_of_range(wrong):
-    with pytest.raises(ValueError, match="at least 1|0 <= start < stop <= 1"):
+    [
+        {"frames": 0}, {"frames": -1}, {"size": 0}, {"size": (8,)}, {"size": (8, 8, 8)}, {"size": "8"}, {"start": -0.1},
+        {"stop": 1.1}, {"start": 0.5, "stop": 0.5}, {"start": float("nan")},
+    ],
+)  # fmt: skip
+def test_arguments_out_of_range(wrong, unchecked):
+    with pytest.raises(ValueError, match="at least 1|0 <= start < stop <= 1|pixels of a side"):
         read_clip(SHIPPED, **{"frames": 1, "size": 8} | wrong)
 
 

@@ -14,7 +14,7 @@ from trainings import SMALL, class_folders, train
 
 from fused import VideoMamba
 from fused.train import validation
-from harness.instruments.two_processes import tensors
+from harness.instruments.two_processes import log, tensors
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +80,24 @@ def test_other_validation_videos(words: list[str], tmp_path: Path) -> None:
     words = [*words, f"out={run}"]
     code, output = train([*words, "steps=1"], fault=planted((0.75, 0.0)), folder=tmp_path)
     assert code == 0, output
-    code, output = train([*words, "steps=2", f"data.val={other}"], fault=planted((0.25, 0.0)), folder=tmp_path)
+    code, output = train([*words, "steps=2", f"data.val={other}"], fault=planted((0.0, 0.0), (0.25, 0.0)), folder=tmp_path)
     assert code == 0 and json.loads((run / "best/best.json").read_text())["step"] == 2, output
     (run / "checkpoints/last").unlink()  # the run begins anew
     code, output = train([*words, "steps=1", f"data.val={other}"], fault=planted((0.0, 0.0)), folder=tmp_path)
     assert code == 0 and json.loads((run / "best/best.json").read_text())["top1"] == 0, output
+
+
+def test_run_that_is_done_is_evaluated_on_other_videos(words: list[str], tmp_path: Path) -> None:
+    run, other = tmp_path / "run", class_folders(tmp_path / "other", 1)
+    words = [*words, "steps=1", f"out={run}"]
+    for val, top1 in ((None, 0.75), (other, 0.25)):
+        more = [] if val is None else [f"data.val={val}"]
+        code, output = train([*words, *more], fault=planted((top1, 0.0)), folder=tmp_path)
+        assert code == 0 and output.count("step 1: best so far") == 1, output
+        code, output = train([*words, *more], fault=planted(), folder=tmp_path)  # the evaluation is in the log
+        assert code == 0 and "best so far" not in output, output
+    assert_best(run, 1, "model", 0.25, str(other))
+    assert [line["val"] for line in log(run) if "val_top1" in line] == [words[-3].partition("=")[2], str(other)]
 
 
 def test_without_validation_there_is_none(words: list[str], tmp_path: Path) -> None:

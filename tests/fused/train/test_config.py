@@ -102,7 +102,8 @@ def test_without_arguments_it_says_what_is_needed(capsys: pytest.CaptureFixture[
         ("output_dir", "out"), ("depth", "model.depth"), ("drop_path", "model.drop_path_rate"),
         ("optim.label_smoothing", "loss.label_smoothing"), ("label_smoothin", "loss.label_smoothing"), ("pretrained", "start"),
         ("weigth_decay", "optim.weight_decay"), ("data.batch_size", "batch_size"), ("accum_iter", "accumulate"),
-        ("num_class", "model.num_classes"), ("optimizer", "optim.lr"),
+        ("num_class", "model.num_classes"), ("optimizer", "optim.lr"), ("split", "data.separator"), ("model_ema", "ema"),
+        ("filename_tmpl", "data.frame_pattern"), ("data.target_fps", "data.fps"), ("data_root", "data.prefix"),
     ],
 )  # fmt: skip
 def test_the_nearest_key(key: str, wanted: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,6 +167,7 @@ def test_home_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config = read_config("~/run.yaml", ["task=distill", "start=~/start", "steps=1"])
     assert config.out == f"{tmp_path}/runs/first" and config.data.train == f"{tmp_path}/train"
     assert (config.data.val, config.start, config.teacher) == (f"{tmp_path}/val", f"{tmp_path}/start", f"{tmp_path}/teacher")
+    assert read_config(None, [*LEAST, "data.prefix=~/videos"]).data.prefix == f"{tmp_path}/videos"
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -245,6 +247,7 @@ def test_without_pyyaml_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch,
         ([*LEAST, "data.frames=many"], "data.frames is 'many'; allowed: a positive integer"),
         ([*LEAST, "data.workers=-1"], "data.workers is -1; allowed: an integer from 0 up"),
         ([*LEAST, "data.separator=bar"], "data.separator is 'bar'; allowed: one of 'tab', 'comma', 'semicolon', 'blank'"),
+        ([*LEAST, "data.frame_pattern=*.jpg"], "text that begins with * or & stands in quotes"),
         ([*LEAST, "data.prefix=3"], "data.prefix is 3; allowed: a folder, or None"),
         ([*LEAST, "data.columns=[label]"], "data.columns is ('label',); allowed: a list of path, label, frames, seconds, skip"),
         ([*LEAST, "data.scale=[0.5,2]"], "data.scale is (0.5, 2); allowed: two shares"),

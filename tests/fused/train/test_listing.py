@@ -346,3 +346,17 @@ def test_a_training_on_lists_says_its_notes(tmp_path: Path) -> None:
     assert "data.val: 1 line of" in output and "3 of 4 classes without a video: '0', '1', '2'" in output
     code, output = train([*words, "--dry-run", "data.separator=comma"], folder=tmp_path)
     assert code == 2 and "data.train: " in output and "line 1" in output and "if comma separates them" in output
+
+
+@pytest.mark.parametrize(("listed_part", "other"), [("train", "val"), ("val", "train")])
+def test_options_of_lists_concern_lists(listed_part: str, other: str, tmp_path: Path) -> None:
+    """A folder beside a list does without them; without any list they are refused."""
+    videos = class_folders(tmp_path / "videos", 2)
+    files = sorted(str(file.relative_to(videos)) for file in videos.rglob("*.*"))
+    (tmp_path / "list.txt").write_text("".join(f"{Path(file).parent};{file}\n" for file in files))
+    words = ["task=finetune", f"out={tmp_path / 'run'}", "steps=1", "data.size=32", "batch_size=2", "data.frames=2"]
+    words += ["--dry-run", f"data.prefix={videos}", "data.separator=semicolon", "data.columns=[label,path]", "model.depth=1"]
+    code, output = train([*words, f"data.{listed_part}={tmp_path / 'list.txt'}", f"data.{other}={videos}"], folder=tmp_path)
+    assert code == 0 and "4 videos in 2 classes" in output, output
+    code, output = train([*words, f"data.train={videos}", f"data.val={videos}"], folder=tmp_path)
+    assert code == 2 and f"data.train: separator is 'semicolon', but {videos} is a folder" in output, output
