@@ -220,7 +220,7 @@ class Mamba(nn.Module):
         Of the modules that are `called` no weight is read.
         """
         if self.bimamba and backend == "torch" and not called:
-            return both_directions_eager(x, self.directions(), z, (self.x_proj, self.x_proj_b)), None
+            return both_directions_eager(x, self.directions(), z), None
         suffixes = ("", "_b") if self.bimamba else ("",)
         directions = [self._weights_beside(called, suffix) for suffix in suffixes] if called else self.directions()
         ys, states = [], []

@@ -60,19 +60,17 @@ def _call_conv1d(conv1d: Call, x: Tensor, state: Tensor | None, K: int, reverse:
     return c.flip(1) if reverse else c, last[:, :, last.shape[2] - (K - 1) :]
 
 
-def both_directions_eager(
-    x: Tensor, directions: Sequence[DirectionWeights], z: Tensor, x_projs: Sequence[Callable[[Tensor], Tensor]]
-) -> Tensor:
+def both_directions_eager(x: Tensor, directions: Sequence[DirectionWeights], z: Tensor) -> Tensor:
     """Return y (B, L, E) of both directions over x (B, L, E) under one gate z (B, L, E), without states, by backend "torch".
 
-    A of the weights is log(-A). `x_projs` are called in place of their weights. Between the two ends, tokens of the backward
-    direction are in the order of its scan, so that an operation takes both directions.
+    A of the weights is log(-A). Between the two ends, tokens of the backward direction are in the order of its scan, so that
+    an operation takes both directions.
     """
-    pairs: Any = zip(*directions, strict=True)
-    stacked: Any = (None if pair[0] is None else torch.stack(pair) for pair in pairs)
-    weight, bias, _, dt_proj, dt_bias, A_log, D = stacked
+    others: Any = [(w.conv, w.conv_bias, w.dt_proj, w.dt_bias, w.A, w.D) for w in directions]
+    stacked: Any = (None if pair[0] is None else torch.stack(pair) for pair in zip(*others, strict=True))
+    weight, bias, dt_proj, dt_bias, A_log, D = stacked
     c = convolve_both_directions(x, weight, bias)
-    dt_B_C = torch.stack([x_proj(tokens) for x_proj, tokens in zip(x_projs, c, strict=True)])
+    dt_B_C = torch.stack([F.linear(tokens, w.x_proj) for tokens, w in zip(c, directions, strict=True)])
     dt, B, C = dt_B_C.split((dt_proj.shape[2], A_log.shape[2], A_log.shape[2]), dim=-1)
     delta = torch.bmm(dt.flatten(1, 2), dt_proj.mT).unflatten(1, x.shape[:2])  # the scan adds dt_proj's bias, unrounded
     A = -A_log.to(accumulation_dtype(A_log.dtype)).exp()

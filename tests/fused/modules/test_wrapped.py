@@ -126,7 +126,7 @@ def test_the_tests_see_a_mixer_that_reads_weights_only(monkeypatch):
     monkeypatch.setattr(mamba, "modules_to_call", lambda *arguments: ())
     for backend in ("torch", "native"):
         with pytest.raises(AssertionError, match="error"):
-            assert_rule(sample(seed, ("x_proj",), "hook", backend) for seed in SEEDS)
+            assert_rule(sample(seed, ("dt_proj",), "hook", backend) for seed in SEEDS)
 
 
 @pytest.mark.parametrize("name", ["in_proj", "out_proj", "conv1d_b", "x_proj", "dt_proj"])
