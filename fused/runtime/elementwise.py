@@ -5,11 +5,13 @@ bit differs (measured in PyTorch 2.13: half of the draws; exp, multiply-add and 
 the size of the whole tensor.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 VECTORS = 64
@@ -35,6 +37,12 @@ def by_vectors(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     first = tensors[0]
     size = (whole_vectors(first.numel()),)
     return function(*(x.as_strided(size, (1,)) for x in tensors)).as_strided(first.shape, first.stride())
+
+
+def silu_in_place(x: Tensor) -> Tensor:
+    """Return x, overwritten by silu(x), for a tensor of `empty_vectors`."""
+    by_vectors(functools.partial(F.silu, inplace=True), x)
+    return x
 
 
 def empty_vectors(shape: Sequence[int], **options: Any) -> Tensor:

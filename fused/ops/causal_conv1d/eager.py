@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from fused.runtime.autocast import no_autocast
 from fused.runtime.dtypes import accumulation_dtype
-from fused.runtime.elementwise import by_vectors, empty_vectors
+from fused.runtime.elementwise import by_vectors, empty_vectors, silu_in_place
 from fused.runtime.exporting import is_exporting
 from fused.runtime.library import wants_gradients
 
@@ -110,7 +110,7 @@ def _forward(
         final = padded[0, :, x.shape[1] :]
         state = (final.flip(1) if reverse[0] else final).transpose(1, 2)
         y = _weighted_sum(padded, x.shape[1], _rows(weight, padded.dtype), bias)
-        y = by_vectors(F.silu, y) if silu else y
+        y = silu_in_place(y) if silu else y
         return y.to(x.dtype), state.to(x.dtype, copy=True, memory_format=torch.contiguous_format)
 
 

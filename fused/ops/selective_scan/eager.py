@@ -16,7 +16,7 @@ from fused.ops.selective_scan.recurrence import Recurrence, Segment, make_segmen
 from fused.ops.shapes import Mixing, State, Tokens
 from fused.runtime.autocast import no_autocast
 from fused.runtime.dtypes import accumulation_dtype
-from fused.runtime.elementwise import by_vectors, empty_vectors
+from fused.runtime.elementwise import by_vectors, empty_vectors, silu_in_place
 from fused.runtime.exporting import is_exporting
 from fused.runtime.library import wants_gradients
 
@@ -207,7 +207,7 @@ class _Scan:
                 self.add(y_out[clips], segment, y if self.D is None else y.addcmul_(self.D, u))
             final[:, clips] = state
             if (z := self.load_gate(clips)) is not None:
-                y_out[clips] *= by_vectors(F.silu, z)
+                y_out[clips] *= silu_in_place(z)
         return y_out.to(self.u.dtype), final[0].transpose(-1, -2).flatten(1, 2).contiguous(), initial_states
 
     def backward(self, dy_out: Tensor | None, dfinal: Tensor | None, initial_states: Tensor) -> list[Tensor | None]:
