@@ -41,7 +41,8 @@ class OpenFilm:
             raise VideoError(path, "the file is empty")
         # an absolute path is not taken for an address, as "cam1-12:30" is; titles need not be UTF-8, nor names
         self._file = path.open("rb") if _has_undecodable_name(path) else None
-        self._container = av.open(self._file or str(path.absolute()), metadata_errors="replace")
+        options = {} if _replaces_by_itself(av.__version__) else {"metadata_errors": "replace"}
+        self._container = av.open(self._file or str(path.absolute()), **options)
         try:
             stream = self._choose_stream(av)
         except VideoError:
@@ -103,6 +104,11 @@ def import_av() -> ModuleType:
     except ImportError as error:
         raise ImportError("reading a video needs PyAV: pip install 'videomamba-bench[train]'") from error
     return av
+
+
+def _replaces_by_itself(version: str) -> bool:
+    """Return whether this PyAV reads titles that are no UTF-8 without being told to, as it does from 19 on."""
+    return int(version.partition(".")[0]) >= 19
 
 
 def _has_undecodable_name(path: Path) -> bool:

@@ -22,6 +22,6 @@ def no_autocast(device: torch.device) -> AbstractContextManager[object]:
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """Return autocast's dtype on `device`; None where it is off, or where the device has none."""
     kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if kind in AUTOCAST_DEVICES and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None

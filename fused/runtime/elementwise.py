@@ -40,7 +40,9 @@ def by_vectors(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 
 
 def silu_in_place(x: Tensor) -> Tensor:
-    """Return x, overwritten by silu(x), for a tensor of `empty_vectors`."""
+    """Return x, overwritten by silu(x), for a tensor of `empty_vectors`; within a compiler, silu(x)."""
+    if torch.compiler.is_compiling():
+        return F.silu(x)
     by_vectors(functools.partial(F.silu, inplace=True), x)
     return x
 

@@ -27,10 +27,10 @@ def add_norm_eager(
 ) -> Rows | tuple[Rows, Rows]:
     """Add and normalise as `fused.add_norm` says; keeps the residual stream and two numbers a row for its backward."""
     residual_dtype = residual_dtype_of(x, residual, residual_in_fp32) if prenorm else None
-    run: Any = _forward
+    run: Any = _forward  # a compiler differentiates it by itself; PyTorch 2.11's loses gradients of `_AddNorm`
     if is_exporting():
         run = exported
-    elif wants_gradients(x, weight, bias, residual):
+    elif wants_gradients(x, weight, bias, residual) and not torch.compiler.is_compiling():
         run = _AddNorm.apply
     y, residual_out, *_ = run(x, weight, bias, residual, eps, kind == "layer", residual_dtype)
     return (y, residual_out) if prenorm else y

@@ -48,7 +48,9 @@ def _run(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, silu: bool, reverse: tuple[bool, ...]
 ) -> tuple[Tensor, Tensor]:
     arguments = (x, weight, bias, initial_state, silu, reverse)
-    return _CausalConv1d.apply(*arguments) if wants_gradients(*arguments[:4]) else _forward(*arguments)
+    if wants_gradients(*arguments[:4]) and not torch.compiler.is_compiling():
+        return _CausalConv1d.apply(*arguments)
+    return _forward(*arguments)  # a compiler differentiates it by itself; PyTorch 2.11's loses gradients of `_CausalConv1d`
 
 
 class _CausalConv1d(torch.autograd.Function):
@@ -154,6 +156,12 @@ def _rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _weighted_sum(padded: Tensor, length: int, rows: Tensor, bias: Tensor | None) -> Tensor:
     """Return the pre-activation (D, B, L, E) of padded (D, B, K-1+L, E), rows (K, D, 1, 1, E) and bias (D, E)."""
+    if torch.compiler.is_compiling():  # which differentiates pure functions
+        y = padded[:, :, :length] * rows[0]
+        y = y if bias is None else y + bias[:, None, None]
+        for k, row in enumerate(rows[1:], 1):
+            y = torch.addcmul(y, padded[:, :, k : k + length], row)
+        return y
     y = _empty_vectors_like(padded[:, :, :length])
     torch.mul(padded[:, :, :length], rows[0], out=y)
     if bias is not None:
