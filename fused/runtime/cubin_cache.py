@@ -22,12 +22,14 @@ def folder() -> Path:
     return cache_folder("cubins")
 
 
-def cached(key: tuple[object, ...], compile_cubin: Callable[[], bytes]) -> bytes:
-    """Return the machine code of `key` from disk, or that of `compile_cubin()`, which is then kept.
+def path_of(key: tuple[object, ...]) -> Path:
+    """Return the file of a key, which holds everything that the machine code depends on; its repr is hashed."""
+    return folder() / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.cubin"
 
-    `key` holds everything that the machine code depends on; its repr is hashed.
-    """
-    path = folder() / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.cubin"
+
+def cached(key: tuple[object, ...], compile_cubin: Callable[[], bytes]) -> bytes:
+    """Return the machine code of `key` from disk, or that of `compile_cubin()`, which is then kept."""
+    path = path_of(key)
     cubin = read(path)
     if cubin is None:
         cubin = compile_cubin()

@@ -1,7 +1,7 @@
 """Compilation of CUDA C++ at first use. No CUDA toolkit is needed and nothing is built at install.
 
-NVRTC, which comes with PyTorch's CUDA build, compiles. Machine code is kept on disk (`cubin_cache.py`). The driver loads it
-(`cuda_module.py`).
+NVRTC, which comes with PyTorch's CUDA build, compiles, in background threads for what is known to be needed soon
+(`background.py`). Machine code is kept on disk (`cubin_cache.py`). The driver loads it (`cuda_module.py`).
 
 A kernel is `extern "C" __global__ void` and takes pointers, `long long` and `float` only. The same source runs on the CPU;
 tests/fused/runtime/emulation.h gives the rules for that.
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fused.errors import BackendError
-from fused.runtime import cubin_cache, cuda_module
+from fused.runtime import background, cubin_cache, cuda_module
 from fused.runtime.cuda_module import KernelError, Module
 
 MIN_COMPUTE_CAPABILITY = (8, 0)  # for bfloat16 and asynchronous copies
@@ -61,9 +61,46 @@ def compiler_unavailable() -> str | None:
 def compile(source: str, defines: Defines, arch: str) -> bytes:
     """Return the machine code (cubin) of `source` with the macros `defines` for `arch` ("sm_80", "sm_90", "sm_100").
 
-    Needs no GPU. Raises KernelError with NVRTC's first lines and the macros, BackendError if there is no NVRTC.
+    Needs no GPU, and no driver. Raises KernelError with NVRTC's first lines and the macros, BackendError if there is no NVRTC.
     """
     return _compile(source, defines, arch)[0]
+
+
+def cache_key(source: str, defines: Defines, arch: str) -> tuple[object, ...]:
+    """Return the key of machine code in `cubin_cache`. Raises BackendError if there is no NVRTC.
+
+    The driver has no part in it: machine code is the compiler's, which works where there is no driver too.
+    """
+    reason = compiler_unavailable()
+    if reason:
+        raise BackendError(reason)
+    return source, defines, arch, cuda_module.bindings("nvrtc").nvrtcVersion()[1:]
+
+
+def cubin(source: str, defines: Defines, arch: str) -> bytes:
+    """Return what `compile` returns, from disk if it is kept there, else compiled and then kept. Raises as `compile` does."""
+    return cubin_cache.cached(cache_key(source, defines, arch), lambda: compile(source, defines, arch))
+
+
+def start(source: str, defines: Defines, device: torch.device) -> None:
+    """Start compiling in a background thread what a call of `module` with the same arguments will take. It does not wait.
+
+    Where kernels cannot run, and for an error of the compiler, nothing happens here: `module` raises it.
+    """
+    if (source, defines, device.type, device.index) not in _modules and unavailable(device) is None:
+        arch = arch_of(device)
+        background.start((source, defines, arch), lambda: cubin(source, defines, arch))
+
+
+def architectures() -> list[str]:
+    """Return the architectures for which NVRTC compiles and the kernels are made, from "sm_80" on. There must be an NVRTC."""
+    oldest = 10 * MIN_COMPUTE_CAPABILITY[0] + MIN_COMPUTE_CAPABILITY[1]
+    return [f"sm_{arch}" for arch in cuda_module.bindings("nvrtc").nvrtcGetSupportedArchs()[1] if arch >= oldest]
+
+
+def arch_of(device: torch.device | None = None) -> str:
+    """Return the architecture of a GPU, by default of the current one: "sm_90" for compute capability 9.0."""
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
 def resources(source: str, defines: Defines, arch: str) -> dict[str, Resources]:
@@ -101,10 +138,9 @@ def _compile_and_load(source: str, defines: Defines, device: torch.device) -> Mo
     reason = unavailable(device)
     if reason:
         raise BackendError(reason)
-    arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    versions = (cuda_module.bindings("nvrtc").nvrtcVersion()[1:], cuda_module.bindings("driver").cuDriverGetVersion()[1])
-    cubin = cubin_cache.cached((source, defines, arch, versions), lambda: compile(source, defines, arch))
-    return Module(cubin, device.index)
+    arch = arch_of(device)
+    key = (source, defines, arch)
+    return Module(background.take(key, lambda: cubin(source, defines, arch)), device.index)
 
 
 def _compile(source: str, defines: Defines, arch: str, *more_options: str) -> tuple[bytes, str]:

@@ -18,10 +18,24 @@ def launching_on(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device)
 
 
+_compiled_for = 0
+
+
+def compile_for(capability: int) -> None:
+    """Make this process, which compiles kernels without a GPU, choose the options for a compute capability (90 for 9.0).
+
+    It must be called before any kernel is launched.
+    """
+    global _compiled_for
+    _compiled_for = capability
+
+
 @functools.cache
 def capability(device: torch.device) -> int:
-    """Return 90 for compute capability 9.0, and 0 for a CPU."""
-    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    """Return 90 for compute capability 9.0, and 0 for a CPU, unless `compile_for` was called."""
+    if device.type != "cuda":
+        return _compiled_for
+    major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
 

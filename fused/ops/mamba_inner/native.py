@@ -54,6 +54,8 @@ def _forward(
     keep: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     p = _pipeline(xz, first, second, batch_invariant)
+    training = keep or xz.requires_grad  # so that the backward's programs are compiled during the forward
+    scan.start_compiling(*p.x.shape, p.N, len(p.reverses), xz.dtype, xz.device, has_z=True, training=training, kept=keep)
     packed = pack(*p.weights)
     c, _ = p.convolve()
     dt_B_C, delta = p.project(c, packed)
@@ -85,13 +87,15 @@ def _backward(
     dt_B_C: Tensor, split_initial_states: Tensor, y: Tensor, y_pre_gate: Tensor, tile_states: Tensor, dout: Tensor,
 ) -> tuple[Any, ...]:  # fmt: skip
     p = _pipeline(xz, first, second, batch_invariant)
+    kept = tile_states.numel() > 0
+    scan.start_compiling(*p.x.shape, p.N, len(p.reverses), xz.dtype, xz.device, has_z=True, training=True, kept=kept)
     packed = pack(*p.weights)
     c, _ = p.convolve()
     s = p.scan_inputs(c, dt_B_C, p.delta(dt_B_C, packed), packed)
     rows = dout.flatten(0, 1)
     dy = (rows @ out_proj).view(p.x.shape)
     pre_gate, states = y_pre_gate, tile_states
-    if not tile_states.numel():
+    if not kept:
         entering = split_initial_states if split_initial_states.numel() else None
         recomputed: Any = scan.forward(s, None, p.schedule, keep=True, split_initial_states=entering)
         y, pre_gate, states = recomputed.y, recomputed.y_pre_gate, recomputed.tile_states

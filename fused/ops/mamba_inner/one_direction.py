@@ -64,6 +64,7 @@ def _forward(
     weights: Sequence[Any], packed: Matrices, reverse: bool, A_is_log: bool, batch_invariant: bool, keep: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     p = _pipeline(x, z, weights, reverse, A_is_log, batch_invariant)
+    scan.start_compiling(*x.shape, p.N, 1, x.dtype, x.device, has_z=z is not None, training=keep, kept=keep)
     packed_weights = _packed(p, packed)
     c, conv_states = p.convolve((conv_state,), want_states=True)
     assert conv_states is not None

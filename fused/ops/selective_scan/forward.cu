@@ -291,6 +291,3 @@ KERNEL(scan_forward, DIRECTIONS * THREADS, FWD_MIN_BLOCKS_PER_SM)(
     work.wait_for_state_passes(work_counters, item, (int)num_unsplit, blocks_per_sequence);
   SCAN_FORWARD_ITEM(true);
 }
-#undef THREAD_CHANNELS
-#undef CHANNELS
-#undef THREADS

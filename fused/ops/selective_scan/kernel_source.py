@@ -2,14 +2,15 @@
 
 import functools
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from fused.ops.selective_scan.schedule import ScanSchedule
 from fused.runtime.nvrtc import Defines
 
-FORWARD_FILES = ("../../runtime/device.cuh", "common.cu", "work.cu", "forward.cu")
-BACKWARD_FILES = ("backward.cu", "backward_reduce.cu")
+COMMON_FILES = ("../../runtime/device.cuh", "common.cu", "work.cu")
+FILES = {"forward": ("forward.cu",), "backward": ("backward.cu", "backward_reduce.cu")}
 IO_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 SOFTPLUS_NONE, SOFTPLUS_IN_KERNEL, SOFTPLUS_BY_CALLER = 0, 1, 2  # values of SOFTPLUS in common.cu
 A_LOG, REVERSE, STATES_ONLY = 1, 2, 4  # bits of the kernels' argument `flags`, as in common.cu
@@ -17,13 +18,13 @@ SCHEDULER_COUNTERS = 1024  # one for each of the four schedulers of up to 256 mu
 
 
 @functools.cache
-def source(keeps: bool) -> str:
-    """Return the CUDA C++ of scan_forward and, if the forward `keeps` what a backward needs, of the backward's kernels.
+def source(name: str) -> str:
+    """Return the CUDA C++ of scan_forward ("forward"), or of scan_backward and scan_backward_reduce ("backward").
 
-    Compiling the backward takes half of the time, so a scan without gradients goes without it.
+    They are two programs, so that two threads compile them at the same time, and a scan without gradients needs one alone.
     """
-    files = FORWARD_FILES + (BACKWARD_FILES if keeps else ())
-    return "\n".join((Path(__file__).parent / name).read_text(encoding="utf-8") for name in files)
+    files = COMMON_FILES + FILES[name]
+    return "\n".join((Path(__file__).parent / file).read_text(encoding="utf-8") for file in files)
 
 
 @functools.lru_cache(1024)
@@ -64,6 +65,38 @@ def defines(
         ("SUBTILE", bwd.subtile),
         ("SCHEDULER_COUNTERS", SCHEDULER_COUNTERS),
     )
+
+
+class Program(NamedTuple):
+    """A name of `source` and the macros that it is compiled with."""
+
+    name: str
+    defines: Defines
+
+
+@functools.lru_cache(1024)
+def mixer_programs(
+    schedule: ScanSchedule, E: int, N: int, directions: int, io_dtype: torch.dtype, has_z: bool, training: bool, kept: bool
+) -> tuple[Program, ...]:
+    """Return the programs of a mixer's scan in the order in which they are needed.
+
+    With `training` these include the backward, and the forward that stores what it reads. The first forward stores that itself
+    if it is `kept`; otherwise a forward that stores nothing comes first. The tensors are those of a mixer: dense, or halves of
+    dense ones, with delta after softplus.
+    """
+    vectorized, vectorized_bc = E % 4 == 0, N % 4 == 0
+    fits = N == schedule.padded_states and E % schedule.widest_block == 0
+
+    def program(name: str, store_tile_states: bool) -> Program:
+        macros = defines(
+            io_dtype=io_dtype, schedule=schedule, directions=directions,
+            vectorized=vectorized, vectorized_bc=vectorized_bc, no_padding=vectorized and vectorized_bc and fits,
+            softplus=SOFTPLUS_BY_CALLER, has_z=has_z, store_tile_states=store_tile_states,
+        )  # fmt: skip
+        return Program(name, macros)
+
+    plain = () if training and kept else (program("forward", False),)
+    return (*plain, program("forward", True), program("backward", True)) if training else plain
 
 
 def num_work_counters(num_split_sequences: int) -> int:

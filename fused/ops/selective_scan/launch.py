@@ -18,6 +18,7 @@ from fused.ops.selective_scan.kernel_source import (
     SOFTPLUS_IN_KERNEL,
     STATES_ONLY,
     defines,
+    mixer_programs,
     num_work_counters,
     source,
 )
@@ -100,6 +101,20 @@ def schedule_for(u: Tensor, N: int | torch.SymInt, directions: int, batch_invari
     B, L, E = u.shape
     processors = schedule.multiprocessors(u.device)
     return schedule.make_schedule(int(B), int(L), int(E), int(N), directions, processors, batch_invariant=batch_invariant)
+
+
+@functools.lru_cache(1024)
+def start_compiling(
+    B: int, L: int, E: int, N: int, directions: int, dtype: torch.dtype, device: torch.device, *, has_z: bool, training: bool,
+    kept: bool = False,
+) -> None:  # fmt: skip
+    """Start compiling a mixer's programs (see `mixer_programs`) in background threads, once for these arguments.
+
+    Called before the mixer's other kernels, it makes use of the time that their compilation takes.
+    """
+    plan = schedule.make_schedule(B, L, E, N, directions, schedule.multiprocessors(device))
+    for name, macros in mixer_programs(plan, E, N, directions, dtype, has_z, training, kept):
+        nvrtc.start(source(name), macros, device)
 
 
 def dense(x: Tensor) -> Tensor:
@@ -194,7 +209,7 @@ def backward(
         for x in (*dB, *dC, *dA, *dD, *dbias):
             x.zero_()
         return ScanGradients(du, ddelta, dz, dA, dD, dbias, dinitial_states)
-    module, inputs = _module(s, plan, True, dy, dz), _input_arguments(s)
+    module, inputs = _module("backward", s, plan, True, dy, dz), _input_arguments(s)
     blocks, row_width = -(-E // config.channels), -(-E * (N + 2) // 4) * 4
     dBC_parts = _float32(u, d, B, L, blocks, 2, plan.padded_states)  # of each block of channels
     dA_dD_dbias_parts = _float32(u, d, B * splits.num_splits, row_width)  # of each clip and split
@@ -224,7 +239,7 @@ def _launch_forward(
     keep: bool = False, y_other_direction: Tensor | None = None,
 ) -> None:  # fmt: skip
     threads, shared = _forward_block(plan, len(s.reverses))
-    module = _module(s, plan, keep, y_other_direction)
+    module = _module("forward", s, plan, keep, y_other_direction)
     module.launch("scan_forward", (blocks, 1, 1), threads, shared, *_input_arguments(s), *arguments)
 
 
@@ -288,8 +303,8 @@ def _input_arguments(s: ScanInputs) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _module(s: ScanInputs, plan: ScanSchedule, keep: bool, *others: Tensor | None) -> Any:
-    """Return the compiled kernels for these inputs; `others` (B, L, E) are also read or written."""
+def _module(name: str, s: ScanInputs, plan: ScanSchedule, keep: bool, *others: Tensor | None) -> Any:
+    """Return the compiled kernels of `source(name)` for these inputs; `others` (B, L, E) are also read or written."""
     E, N = s.u[0].shape[2], s.A[0].shape[1]
     vectorized = E % 4 == 0 and _readable_by_four((*s.u, *s.delta, s.z, *others))
     vectorized_bc = N % 4 == 0 and _readable_by_four((*s.B, *s.C))
@@ -299,7 +314,7 @@ def _module(s: ScanInputs, plan: ScanSchedule, keep: bool, *others: Tensor | Non
         vectorized=vectorized, vectorized_bc=vectorized_bc, no_padding=no_padding,
         softplus=int(s.softplus), has_z=s.z is not None, store_tile_states=keep,
     )  # fmt: skip
-    return nvrtc.module(source(keep), macros, s.u[0].device)
+    return nvrtc.module(source(name), macros, s.u[0].device)
 
 
 def _readable_by_four(tensors: tuple[Tensor | None, ...]) -> bool:

@@ -69,7 +69,9 @@ def lines(c: Configuration, arch: str) -> list[str]:
         softplus=c.softplus, has_z=c.has_z, store_tile_states=c.keeps,
     )  # fmt: skip
     label = " ".join(f"{name}={value}" for name, value in c._asdict().items())
-    found = hashes(nvrtc.compile(kernel_source.source(c.keeps), macros, arch))
+    found = {}
+    for name in ("forward", "backward") if c.keeps else ("forward",):
+        found |= hashes(nvrtc.compile(kernel_source.source(name), macros, arch))
     return [f"{label} {kernel} {digest}" for kernel, digest in sorted(found.items())]
 
 

@@ -2,6 +2,8 @@
 
 import ctypes
 import logging
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -153,6 +155,71 @@ assert cubin_cache.cached(("two",), lambda: code) == code
     processes = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(4)]
     assert [process.wait(timeout=60) for process in processes] == [0] * 4
     assert sorted(file.suffix for file in cubin_cache.folder().iterdir()) == [".cubin"] * 2
+
+
+class Loaded(cuda_module.Module):
+    """A module that was loaded on no GPU."""
+
+    def __init__(self, cubin, index):
+        self.is_elf = cubin.startswith(b"\x7fELF")
+
+
+@pytest.fixture
+def pretended(tmp_path, monkeypatch):
+    """A GPU sm_90 that runs nothing, an empty cache, and the architectures of all that is compiled."""
+    compiled, compile = [], nvrtc.compile
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(nvrtc, "unavailable", lambda device: None)
+    monkeypatch.setattr(nvrtc, "arch_of", lambda device=None: "sm_90")
+    monkeypatch.setattr(nvrtc, "Module", Loaded)
+    monkeypatch.setattr(nvrtc, "_modules", {})
+    monkeypatch.setattr(nvrtc, "compile", lambda *key: compiled.append(key[2]) or compile(*key))
+    return SimpleNamespace(compiled=compiled, device=torch.device("cuda", 0))
+
+
+@compiles
+@pytest.mark.parametrize("ahead", ["thread", "cache", "not"])
+def test_a_module_takes_what_was_compiled_ahead(ahead, pretended):
+    key = (f"// {ahead}\n{DEVICE}{emulation.EXAMPLE}", THREADS)
+    if ahead == "thread":
+        nvrtc.start(*key, pretended.device)
+    elif ahead == "cache":  # without a driver, so that its version cannot be in the file's name
+        nvrtc.cubin(*key, "sm_90")
+    for _ in range(2):
+        assert nvrtc.module(*key, pretended.device).is_elf
+        nvrtc.start(*key, pretended.device)
+    assert pretended.compiled == ["sm_90"]
+    assert list(cubin_cache.folder().iterdir()) == [cubin_cache.path_of(nvrtc.cache_key(*key, "sm_90"))]
+
+
+@compiles
+def test_errors_of_a_background_compilation_are_raised_at_use(pretended):
+    key = ('extern "C" __global__ void k(float* x) { x[0] = nonsense; }', THREADS)
+    nvrtc.start(*key, pretended.device)
+    for _ in range(2):
+        with pytest.raises(cuda_module.KernelError, match='"nonsense" is undefined'):
+            nvrtc.module(*key, pretended.device)
+
+
+@compiles
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_compiles(pretended):
+    """A worker that loads data is forked while the kernels of the first step are compiled."""
+    nvrtc.start(DEVICE + emulation.EXAMPLE, THREADS, pretended.device)
+    child = os.fork()
+    if not child:
+        try:
+            signal.alarm(60)
+            sources = (DEVICE + emulation.EXAMPLE + end for end in ("", "// another"))
+            os._exit(0 if all(nvrtc.module(source, THREADS, pretended.device).is_elf for source in sources) else 1)
+        finally:
+            os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_nothing_is_started_where_kernels_cannot_run(monkeypatch):
+    monkeypatch.setattr(nvrtc.background, "start", lambda *arguments: pytest.fail("started"))
+    nvrtc.start("source", THREADS, torch.device("cpu"))
 
 
 class MockDriver:

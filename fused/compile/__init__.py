@@ -1,0 +1,1 @@
+"""`python -m fused.compile`: fills the caches of compiled kernels before their first use. It needs no GPU."""
