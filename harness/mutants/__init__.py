@@ -1,7 +1,7 @@
 """Bugs planted in `fused` to prove that the checks catch them.
 
 One file each: `plant()` is a context in which the bug is there, `WHERE` the parity filters (options of the command line) under
-which every run must fail. `scan_with` plants in the one function through which all backends and callers scan.
+which every run must fail. `scan_with` plants in the function through which backends and callers scan.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ from unittest import mock
 
 from torch import Tensor
 
+import fused.ops.mamba_inner.eager
 import fused.ops.selective_scan.api
 
 Scan = Callable[..., tuple[Tensor, Tensor]]
@@ -18,12 +19,27 @@ Scan = Callable[..., tuple[Tensor, Tensor]]
 
 @contextlib.contextmanager
 def scan_with(bug: Callable[..., tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Put `bug(scan, u, delta, A, B, C, **the rest by name)` in place of the public `selective_scan`, for the time within."""
+    """Put `bug(scan, u, delta, A, B, C, **the rest by name)` in place of the public `selective_scan`, for the time within.
+
+    The scan of both directions at once, of a mixer on "torch", then scans them one by one through it.
+    """
     original = fused.ops.selective_scan.api.selective_scan
 
     def planted(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, z: Tensor | None = None,
                 delta_bias: Tensor | None = None, **rest: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
         return bug(original, u, delta, A, B, C, D=D, z=z, delta_bias=delta_bias, **rest)
 
-    with mock.patch.object(fused.ops.selective_scan.api, "selective_scan", planted):
+    def planted_both(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, z: Tensor | None = None,
+                     delta_bias: Tensor | None = None, *, softplus: bool = True) -> Tensor:  # fmt: skip
+        """Scan each direction by the planted function; tokens of the second are in the order of its scan, z's are not."""
+        gates = (None, None) if z is None else (z, z.flip(1))
+        biases = (None, None) if delta_bias is None else delta_bias.unbind()
+        skips = (None, None) if D is None else D.unbind()
+        pairs = zip(u, delta, A, B, C, skips, gates, biases, strict=True)
+        first, second = (planted(*inputs, softplus=softplus, backend="torch")[0] for inputs in pairs)
+        return first + second.flip(1)
+
+    with mock.patch.object(fused.ops.selective_scan.api, "selective_scan", planted), mock.patch.object(
+        fused.ops.mamba_inner.eager, "scan_both_directions", planted_both
+    ):
         yield

@@ -60,7 +60,7 @@ def test_every_codec_that_can_be_written(codec: str, tmp_path: Path) -> None:
             encode(path, codec, container=container, frames=13)
             wanted = full_decode(path)
             with av.open(str(path)) as opened:
-                square = opened.streams.video[0].sample_aspect_ratio in (None, 1)
+                square = (opened.streams.video[0].sample_aspect_ratio or 1) == 1
         except Exception:  # the two do not go together, or nothing reads what was written
             continue
         if len(wanted) > 2 and square:
@@ -261,8 +261,9 @@ def test_title_that_is_no_utf8(ending: str, tmp_path: Path) -> None:
     data = path.read_bytes()
     assert "caf\xe9 film".encode() in data
     path.write_bytes(data.replace("caf\xe9 film".encode(), b"caf\xe9  film"))
-    with pytest.raises(UnicodeDecodeError), av.open(str(path)) as container:
-        dict(container.metadata)
+    if int(av.__version__.split(".")[0]) < 19:  # later ones replace what is no UTF-8 by themselves
+        with pytest.raises(UnicodeDecodeError), av.open(str(path)) as container:
+            dict(container.metadata)
     assert count_frames(path) == 6
 
 
