@@ -29,8 +29,10 @@ def scan_with(bug: Callable[..., tuple[Tensor, Tensor]]) -> Iterator[None]:
                 delta_bias: Tensor | None = None, **rest: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
         return bug(original, u, delta, A, B, C, D=D, z=z, delta_bias=delta_bias, **rest)
 
-    def planted_both(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, z: Tensor | None = None,
-                     delta_bias: Tensor | None = None, *, softplus: bool = True) -> Tensor:  # fmt: skip
+    def planted_both(
+        u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, z: Tensor | None = None,
+        delta_bias: Tensor | None = None, *, softplus: bool = True,
+    ) -> Tensor:  # fmt: skip
         """Scan each direction by the planted function; tokens of the second are in the order of its scan, z's are not."""
         gates = (None, None) if z is None else (z, z.flip(1))
         biases = (None, None) if delta_bias is None else delta_bias.unbind()
