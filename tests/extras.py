@@ -34,11 +34,12 @@ def run_python(page: str, extra: str | None = None) -> dict[str, Any]:
 
 
 def run_command(line: str, *more: str) -> None:
-    """Run a command line of a page, with more arguments. Its `python` is this one."""
-    program, *words = shlex.split(line.partition(" #")[0])
+    """Run a command line of a page, with more arguments. Its `python` is this one; what it would write to a file is dropped."""
+    command, redirects, _ = line.partition(" #")[0].partition(" > ")
+    program, *words = shlex.split(command)
     assert program == "python", line
-    print(">", line.partition(" #")[0].strip(), *more, flush=True)
-    subprocess.run([sys.executable, *words, *more], check=True)
+    print(">", command.strip(), *more, flush=True)
+    subprocess.run([sys.executable, *words, *more], check=True, stdout=subprocess.DEVNULL if redirects else None)
 
 
 def base() -> None:
