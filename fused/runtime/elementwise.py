@@ -47,6 +47,11 @@ def silu_in_place(x: Tensor) -> Tensor:
     return x
 
 
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x in a dtype; x itself where it has it. PyTorch 2.11's compiler loses gradients behind a `to` that does nothing."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def empty_vectors(shape: Sequence[int], **options: Any) -> Tensor:
     """Return a contiguous tensor without values, with memory behind it up to a whole number of vectors."""
     if torch.compiler.is_compiling():

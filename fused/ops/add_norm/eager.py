@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from fused.ops.shapes import Rows, residual_dtype_of
 from fused.runtime.autocast import no_autocast
 from fused.runtime.dtypes import accumulation_dtype
+from fused.runtime.elementwise import cast
 from fused.runtime.exporting import is_exporting
 from fused.runtime.library import wants_gradients
 
@@ -27,10 +28,10 @@ def add_norm_eager(
 ) -> Rows | tuple[Rows, Rows]:
     """Add and normalise as `fused.add_norm` says; keeps the residual stream and two numbers a row for its backward."""
     residual_dtype = residual_dtype_of(x, residual, residual_in_fp32) if prenorm else None
-    run: Any = _forward  # a compiler differentiates it by itself; PyTorch 2.11's loses gradients of `_AddNorm`
+    run: Any = _forward
     if is_exporting():
         run = exported
-    elif wants_gradients(x, weight, bias, residual) and not torch.compiler.is_compiling():
+    elif wants_gradients(x, weight, bias, residual):
         run = _AddNorm.apply
     y, residual_out, *_ = run(x, weight, bias, residual, eps, kind == "layer", residual_dtype)
     return (y, residual_out) if prenorm else y
@@ -88,10 +89,12 @@ def _forward(
         centred = v if mean is None else v - mean
         scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
         y = centred * scale * weight
-        if bias is not None:
+        if torch.compiler.is_compiling():
+            y = y if bias is None else y + bias
+        elif bias is not None:
             y += bias
-        out = None if residual_dtype is None else v.to(residual_dtype)
-        return y.to(x.dtype), out, v, mean, scale
+        out = None if residual_dtype is None else cast(v, residual_dtype)
+        return cast(y, x.dtype), out, v, mean, scale
 
 
 def exported(

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from fused.runtime.autocast import no_autocast
 from fused.runtime.dtypes import accumulation_dtype
-from fused.runtime.elementwise import by_vectors, empty_vectors, silu_in_place
+from fused.runtime.elementwise import by_vectors, cast, empty_vectors, silu_in_place
 from fused.runtime.exporting import is_exporting
 from fused.runtime.library import wants_gradients
 
@@ -48,9 +48,7 @@ def _run(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, silu: bool, reverse: tuple[bool, ...]
 ) -> tuple[Tensor, Tensor]:
     arguments = (x, weight, bias, initial_state, silu, reverse)
-    if wants_gradients(*arguments[:4]) and not torch.compiler.is_compiling():
-        return _CausalConv1d.apply(*arguments)
-    return _forward(*arguments)  # a compiler differentiates it by itself; PyTorch 2.11's loses gradients of `_CausalConv1d`
+    return _CausalConv1d.apply(*arguments) if wants_gradients(*arguments[:4]) else _forward(*arguments)
 
 
 class _CausalConv1d(torch.autograd.Function):
@@ -113,7 +111,7 @@ def _forward(
         state = (final.flip(1) if reverse[0] else final).transpose(1, 2)
         y = _weighted_sum(padded, x.shape[1], _rows(weight, padded.dtype), bias)
         y = silu_in_place(y) if silu else y
-        return y.to(x.dtype), state.to(x.dtype, copy=True, memory_format=torch.contiguous_format)
+        return cast(y, x.dtype), state.to(x.dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def exported(
@@ -156,7 +154,7 @@ def _rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _weighted_sum(padded: Tensor, length: int, rows: Tensor, bias: Tensor | None) -> Tensor:
     """Return the pre-activation (D, B, L, E) of padded (D, B, K-1+L, E), rows (K, D, 1, 1, E) and bias (D, E)."""
-    if torch.compiler.is_compiling():  # which differentiates pure functions
+    if torch.compiler.is_compiling():  # PyTorch 2.11's loses the gradients of a result that is written in place
         y = padded[:, :, :length] * rows[0]
         y = y if bias is None else y + bias[:, None, None]
         for k, row in enumerate(rows[1:], 1):
