@@ -48,7 +48,7 @@ def silu_in_place(x: Tensor) -> Tensor:
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return x in a dtype; x itself where it has it. PyTorch 2.11's compiler loses gradients behind a `to` that does nothing."""
+    """Return x in a dtype, x itself if it has it: PyTorch 2.11's compiler loses gradients behind a `to` that does nothing."""
     return x if x.dtype == dtype else x.to(dtype)
 
 
