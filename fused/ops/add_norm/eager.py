@@ -28,11 +28,8 @@ def add_norm_eager(
 ) -> Rows | tuple[Rows, Rows]:
     """Add and normalise as `fused.add_norm` says; keeps the residual stream and two numbers a row for its backward."""
     residual_dtype = residual_dtype_of(x, residual, residual_in_fp32) if prenorm else None
-    run: Any = _forward
-    if is_exporting():
-        run = exported
-    elif wants_gradients(x, weight, bias, residual):
-        run = _AddNorm.apply
+    differentiate = wants_gradients(x, weight, bias, residual) and not is_exporting()
+    run: Any = _AddNorm.apply if differentiate else _forward
     y, residual_out, *_ = run(x, weight, bias, residual, eps, kind == "layer", residual_dtype)
     return (y, residual_out) if prenorm else y
 
@@ -82,33 +79,20 @@ def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
     eps: float, centre: bool, residual_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """Return y (..., D), residual_out (..., D) or None, and v (..., D) with its mean, if it is centred, and scale (..., 1)."""
+    """Return y (..., D), residual_out (..., D) or None, and v (..., D) with its mean, if it is centred, and scale (..., 1).
+
+    A compiler and an export trace it as a graph of pure functions.
+    """
     with no_autocast(x.device):
         v = _add(x, residual)
         mean = v.mean(-1, keepdim=True) if centre else None
         centred = v if mean is None else v - mean
         scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
         y = centred * scale * weight
-        if torch.compiler.is_compiling():
-            y = y if bias is None else y + bias
-        elif bias is not None:
-            y += bias
+        if bias is not None:
+            y = y + bias if torch.compiler.is_compiling() else y.add_(bias)
         out = None if residual_dtype is None else cast(v, residual_dtype)
         return cast(y, x.dtype), out, v, mean, scale
-
-
-def exported(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
-    eps: float, centre: bool, residual_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Return y and v (..., D) by a graph of pure functions, for `torch.export` and ONNX."""
-    with no_autocast(x.device):
-        v = x.to(accumulation_dtype(x.dtype))
-        v = v if residual is None else v + residual.to(v.dtype)
-        unit = v - v.mean(-1, keepdim=True) if centre else v
-        y = unit * torch.rsqrt(unit.square().mean(-1, keepdim=True) + eps) * weight
-        y = y if bias is None else y + bias
-        return y.to(x.dtype), None if residual_dtype is None else v.to(residual_dtype)
 
 
 def _add(x: Tensor, residual: Tensor | None) -> Tensor:
