@@ -1,4 +1,4 @@
-"""What bytes say without decoding: where decoding can begin, which frame is hidden, whether the end of a file is missing."""
+"""Facts read from bytes without decoding: where decoding can begin, whether a frame is hidden, if a file's end is missing."""
 
 from pathlib import Path
 from typing import Any

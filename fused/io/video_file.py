@@ -28,7 +28,7 @@ MIN_PACKETS_SKIPPED = 4  # by a seek, which costs about as much as decoding a fe
 
 
 class Packet(NamedTuple):
-    """What the index keeps of one packet, in the order of the file. Times are in the stream's units."""
+    """One packet in the index, in the order of the file. Times are in the stream's units."""
 
     pts: int | None
     dts: int | None
@@ -48,7 +48,7 @@ class VideoFile:
     def __init__(self, path: Path, *, decode_all: bool = False) -> None:
         self.path = path
         self._packets: list[Packet] = []
-        with self._errors("in its index"), OpenFilm(self.path) as (container, stream):
+        with _Errors(self.path, "in its index"), OpenFilm(self.path) as (container, stream):
             names = set(container.format.name.split(","))
             codec, ends_inside_picture = stream.codec_context, False
             for packet in container.demux(stream):
@@ -68,7 +68,7 @@ class VideoFile:
         if self.is_indexed:
             self._pts = sorted(p.pts for p in self._packets if p.is_shown and p.pts is not None)
         else:
-            with self._errors("in its frames"):
+            with _Errors(self.path, "in its frames"):
                 self._pts = [pts for pts, _ in self._decode_all()]
         if not self._pts:
             raise VideoError(path, "there is no frame in it that can be shown")
@@ -89,7 +89,7 @@ class VideoFile:
         be decoded, IndexMismatch where the decoder shows other frames than the packets announce.
         """
         last = indices[-1]
-        with self._errors(f"before frame {last}"):
+        with _Errors(self.path, f"before frame {last}"):
             if self.is_indexed:
                 yield from self._indexed_frames(indices)
                 return
@@ -203,9 +203,6 @@ class VideoFile:
                 break
             here += 1
         yield from codec.decode(None)
-
-    def _errors(self, where: str) -> "_Errors":
-        return _Errors(self.path, where)
 
 
 def read_image(path: Path) -> UInt8[Tensor, "H W 3"]:

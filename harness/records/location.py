@@ -32,7 +32,7 @@ class WrongTokens:
 
 @dataclass(frozen=True)
 class Location:
-    """What is known of where a question fails; `lengths` says from which length on, or why that is not known."""
+    """The place where a question fails, as far as known; `lengths` says from which length on, or why that is not known."""
 
     tokens: tuple[WrongTokens, ...] = ()
     shortest: int = 0  # tokens of the shortest prefix that was found to fail; 0 if none was looked for or found

@@ -84,7 +84,7 @@ def pre_hook(module):
 
 
 def own_forward(module):
-    """What accelerate does to offload a module."""
+    """Replace the forward of a module, as accelerate does to offload it."""
 
     def forward(self, x):
         return self.scale * type(self).forward(self, x)

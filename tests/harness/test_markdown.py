@@ -1,4 +1,4 @@
-"""What names, patterns and errors hold is shown letter by letter in both pages, whatever Markdown would make of it."""
+"""Names, patterns and errors are shown letter by letter in both pages, whatever Markdown would make of them."""
 
 import re
 from html import unescape

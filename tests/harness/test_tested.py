@@ -12,7 +12,7 @@ from harness.runs.tested import VersionRange
 
 
 def test_floors_are_tested_versions():
-    """What is older was not tested, so that pyproject.toml does not allow it."""
+    """The floors of pyproject.toml are the oldest versions that were tested."""
     table, floors = tomllib.loads(tested.TABLE.read_text()), compat.floors()
     assert {"torch", "numpy", "av", "typer", "onnx", "transformers", "cuda-bindings"} <= set(floors)
     assert {name: Version(table["oldest"][name]) for name in floors} == {n: Version(v) for n, v in floors.items()}

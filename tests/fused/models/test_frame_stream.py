@@ -226,7 +226,7 @@ def test_frames_without_a_batch_are_of_one_video(tubelet: int) -> None:
 
 
 def test_frames_of_a_file_go_in_as_they_are() -> None:
-    """What `read_frames` yields, into all that takes frames: a stream, and a model in chunks."""
+    """Frames of `read_frames` go into all that takes frames: a stream, and a model in chunks."""
     pytest.importorskip("av", reason="PyAV is not installed")
     from fused.io.video import read_clip, read_frames
 

@@ -83,7 +83,7 @@ def test_prefixes_and_names_of_wrappers(layout: str, container: str | None) -> N
 
 @pytest.mark.parametrize("kind", [VideoMamba, VideoMambaEncoder])
 def test_a_lightning_file_with_a_loss_and_metrics(kind: type) -> None:
-    """What is not under the network's prefix is reported; a part that the model lacks is left out as ever."""
+    """Entries that are not under the network's prefix are reported; a part that the model lacks is left out as ever."""
     weights, model = trained(kind), toy(kind)
     others = {"criterion.weight": torch.ones(5), "val_top1.total": torch.ones(()), "model.text_encoder.bert.x": torch.ones(2)}
     report = load_checkpoint(model, {"state_dict": begin("model.", weights) | others, "hyper_parameters": {}})

@@ -100,7 +100,7 @@ def test_a_wrapped_patch_embedding_gives_the_tokens_of_the_merged_one(masked, nu
 
 
 def refusals():
-    """What a run in chunks cannot honour: a change of a layer, and the words of the error."""
+    """Changes of a layer that a run in chunks cannot honour, and the words of the error."""
 
     def adapter(layer):
         layer.mixer.x_proj_b = Adapter(layer.mixer.x_proj_b)

@@ -37,7 +37,7 @@ def every_backend(monkeypatch):
 
 @pytest.fixture
 def logged(caplog):
-    """What was logged, from a fresh start."""
+    """Return what was logged, from a fresh start."""
     wrapped._warn_once.cache_clear()
     caplog.set_level(logging.WARNING, "fused")
     yield lambda: [record.getMessage() for record in caplog.records]
