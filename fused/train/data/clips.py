@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -56,7 +56,7 @@ class BadFile(NamedTuple):
 class Batch:
     """Clips of `batches`. In evaluation there may be fewer than the batch size, or none."""
 
-    clips: Float[Tensor, "B 3 T H W"]  # float32, normalised by ImageNet's mean and standard deviation
+    clips: Float[Tensor, "B 3 T H W"] | UInt8[Tensor, "B 3 T H W"]  # normalised float32, or bytes: see `ClipFolder`
     labels: Int[Tensor, " B"]  # int64; -1 for every clip of a dataset without classes
     indices: Int[Tensor, " B"]  # int64, into the dataset's files
     bad_files: tuple[BadFile, ...]  # the files that gave no clip for this batch
@@ -74,7 +74,7 @@ class Batch:
 class Sample(NamedTuple):
     """One clip of a `ClipFolder`."""
 
-    clip: Tensor  # (3, T, height, width) float32, normalised
+    clip: Tensor  # (3, T, height, width) float32, normalised by ImageNet's mean and standard deviation; or uint8
     label: int  # -1 in a dataset without classes
 
 
@@ -88,6 +88,9 @@ class ClipFolder:
     size's), mirrored with probability `flip`. Without `train`, a clip is the centre crop of each segment's middle frame, as
     `fused.io.video.read_clip` returns it, or "dense" frames from the middle start. `fps` and `short` are explained at
     `sampling.FrameSampling`; `frame_pattern`, such as "img_*.jpg", selects the images of folders of frames.
+
+    With `train`, `dtype` may be torch.uint8: pixels from 0 to 255, rounded after they are resized, and not normalised, which
+    take a quarter of the memory.
 
     The attributes `files` (sorted), `classes`, `labels`, `stated_frames` and `notes` describe the dataset; only `sample` opens
     files. Raises ValueError or TypeError for arguments out of range, and for a root without videos.
@@ -104,7 +107,7 @@ class ClipFolder:
         scale: tuple[int | float, int | float] = (0.5, 1.0), flip: int | float = 0.5, seed: int = 0,
         classes: Sequence[str] | None = None, separator: str | None = None, prefix: str | Path | None = None,
         columns: Sequence[str] | None = None, fps: int | float | None = None, short: str = "drop",
-        frame_pattern: str | None = None,
+        frame_pattern: str | None = None, dtype: torch.dtype = torch.float32,
     ) -> None:  # fmt: skip
         for name, value, least in (("frames", frames, 1), ("stride", stride, 1), ("seed", seed, 0)):
             check_integer("ClipFolder", name, value, least)
@@ -119,7 +122,9 @@ class ClipFolder:
             raise ValueError(f"ClipFolder: scale must be (least, most), shares of the area, got {scale!r}")
         check_number("ClipFolder", "scale's least", scale[0], 0, 1, "(]")
         check_number("ClipFolder", "scale's most", scale[1], scale[0], 1)
-        self.frames, self.size, self.train = frames, height_width(size), train
+        if dtype not in ((torch.float32, torch.uint8) if train else (torch.float32,)):
+            raise ValueError(f"ClipFolder: dtype must be torch.float32, or with train torch.uint8, got {dtype}")
+        self.frames, self.size, self.train, self.dtype = frames, height_width(size), train, dtype
         self.sampling = FrameSampling(frames, sampling, stride, fps, short)
         self.scale, self.flip, self.seed, self.frame_pattern = (scale[0], scale[1]), flip, seed, frame_pattern
         listing = list_videos(root, classes, separator, prefix, columns)
@@ -145,9 +150,12 @@ class ClipFolder:
 
         images = decode_frames(path, choose, pattern=self.frame_pattern, stated=self.stated_frames[index])
         crop = Crop.sample(rng, self.scale, self.flip) if rng else None
-        clip = torch.empty(3, self.frames, *self.size)
+        clip = torch.empty(3, self.frames, *self.size, dtype=self.dtype)
         for number, image in images:
-            frame = crop.apply(image, self.size) if crop else centre_crop(image, self.size)
+            if crop and self.dtype == torch.uint8:
+                frame = crop.cut(image, self.size).mul_(255).round_()
+            else:
+                frame = crop.apply(image, self.size) if crop else centre_crop(image, self.size)
             for place, wanted in enumerate(places):
                 if wanted == number:
                     clip[:, place] = frame
@@ -257,7 +265,7 @@ class _RankSteps(Dataset):
             else:
                 indices.append(index)
                 failures = 0
-        empty = torch.empty(0, 3, self.dataset.frames, *self.dataset.size)
+        empty = torch.empty(0, 3, self.dataset.frames, *self.dataset.size, dtype=self.dataset.dtype)
         clips = torch.stack([s.clip for s in samples]) if samples else empty
         labels = torch.tensor([s.label for s in samples], dtype=torch.int64)
         return Batch(clips, labels, torch.tensor(indices, dtype=torch.int64), tuple(bad.values()))
