@@ -152,7 +152,7 @@ class Graphed:
         assert self._recorder is not None
         with self._recorder.in_turn():
             for name, x in tensors.items():
-                graph.inputs[name].copy_(x, non_blocking=True)
+                graph.inputs[name].copy_(x)
             graph.recording.replay()
             output = graph.recording.output
             return output.clone() if isinstance(output, Tensor) else tree_map_only(Tensor, torch.clone, output)
