@@ -1,4 +1,4 @@
-"""Batches on the device, one ahead: while a GPU works on one, the next is copied to it on another stream.
+"""Batches on the device, one ahead: while a GPU works on one, the next is copied and normalised on another stream.
 
     feed = Prefetcher(batches(...), device, encode)
     for batch in feed:
@@ -7,7 +7,8 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -85,10 +86,10 @@ class Prefetcher:
                 tensor.record_stream(stream)  # its memory is not used again before the stream has come this far
             after = _timed_event(stream)
         self.waits.append(Wait(*self._wait, after))
-        return replace(batch, clips=from_bytes(batch.clips)) if batch.clips.dtype == torch.uint8 else batch
+        return batch
 
     def advance(self) -> None:
-        """Read the next batch, if there is one, and begin to copy it. An error is raised when the batch is taken."""
+        """Read the next batch, if there is one, and begin to copy and normalise it. An error is raised when it is taken."""
         if self._next is not None or self._error is not None:
             return
         before = None if self._copies is None else _timed_event(torch.cuda.current_stream(self._device))
@@ -99,14 +100,15 @@ class Prefetcher:
             self._error = error
             return
         self._wait = time.perf_counter() - start, before
-        targets = batch.labels if self._encode is None else self._encode(batch.labels)
-        if self._copies is None:
-            self._next = DeviceBatch(batch.clips, targets, batch.bad_files)
-            return
-        with torch.cuda.stream(self._copies):
-            clips, targets = (x.pin_memory().to(self._device, non_blocking=True) for x in (batch.clips, targets))
-            self._copied = torch.cuda.Event()
-            self._copied.record(self._copies)
+        clips, targets = batch.clips, batch.labels if self._encode is None else self._encode(batch.labels)
+        with nullcontext() if self._copies is None else torch.cuda.stream(self._copies):
+            if self._copies is not None:
+                clips, targets = (x.pin_memory().to(self._device, non_blocking=True) for x in (clips, targets))
+            if clips.dtype == torch.uint8:
+                clips = from_bytes(clips)
+            if self._copies is not None:
+                self._copied = torch.cuda.Event()
+                self._copied.record(self._copies)
         self._next = DeviceBatch(clips, targets, batch.bad_files)
 
 

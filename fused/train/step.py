@@ -8,7 +8,6 @@ first steps of each shape run eagerly, which compiles kernels; they are steps as
 """
 
 import logging
-import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -192,8 +191,11 @@ class TrainStep:
     def _apply(self) -> Tensor:
         """Clip the gradients, take the optimiser's step and update the EMA; return the numbers of `update`."""
         self.scaler.unscale_(self.optimizer)
-        limit = math.inf if self.config.optim.clip_grad is None else self.config.optim.clip_grad
-        norm = parallel.full_tensor(torch.nn.utils.clip_grad_norm_(self._parameters, limit))
+        limit, gradients = self.config.optim.clip_grad, [p.grad for p in self._parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if limit is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, limit, norm)
+        norm = parallel.full_tensor(norm)
         one = torch.ones((), device=self.world.device)
         before = self.scaler.scale(one)
         self.scaler.step(self.optimizer)
