@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 from jaxtyping import UInt8
 from torch import Tensor
 
-from fused.io.film import OpenFilm, Pictures
 from fused.io.packets import ends_before_its_segment, is_hidden_vp9, starts_anew
 from fused.io.video_error import IndexMismatch, VideoError
+from fused.io.video_stream import FrameConverter, OpenVideoStream
 
 INDEXED_FORMATS = frozenset(("mov", "mp4", "matroska", "webm"))
 INDEXED_CODECS = frozenset(("h264", "hevc", "vp9", "av1"))
@@ -40,7 +40,7 @@ class VideoFile:
     """A video file with numbered frames.
 
     `times` holds the seconds at which frames are shown, counted from the first frame. With `decode_all` the frames are found
-    by a full decode, whatever the file. Raises VideoError for a file that cannot be read, has no film, or holds no frame.
+    by a full decode, whatever the file. Raises VideoError for a file that cannot be read, or that holds no video or no frame.
     """
 
     times: tuple[float, ...]
@@ -48,7 +48,7 @@ class VideoFile:
     def __init__(self, path: Path, *, decode_all: bool = False) -> None:
         self.path = path
         self._packets: list[Packet] = []
-        with _Errors(self.path, "in its index"), OpenFilm(self.path) as (container, stream):
+        with _Errors(self.path, "in its index"), OpenVideoStream(self.path) as (container, stream):
             names = set(container.format.name.split(","))
             codec, ends_inside_picture = stream.codec_context, False
             for packet in container.demux(stream):
@@ -127,8 +127,8 @@ class VideoFile:
         has_key = any(p.is_key for p in self._packets)
         first: int | None = None
         number, started = 0, not has_key
-        with OpenFilm(self.path) as (container, stream):
-            pictures = Pictures(stream)
+        with OpenVideoStream(self.path) as (container, stream):
+            converter = FrameConverter(stream)
             for packet in container.demux(stream):
                 if not started:
                     if not packet.is_keyframe or not packet.size:
@@ -139,7 +139,7 @@ class VideoFile:
                         if first is not None and frame.pts is not None and frame.pts < first:
                             continue
                         raise VideoError(self.path, f"corrupt at frame {number}")
-                    yield frame.pts, pictures.convert(frame) if wanted and number in wanted else None
+                    yield frame.pts, converter.convert(frame) if wanted and number in wanted else None
                     number += 1
                     if last is not None and number > last:
                         return
@@ -160,8 +160,8 @@ class VideoFile:
                 runs.append((key, []))
             runs[-1][1].append(pts)
             done = max(done, position[pts])
-        with OpenFilm(self.path) as (container, stream):
-            pictures = Pictures(stream)
+        with OpenVideoStream(self.path) as (container, stream):
+            converter = FrameConverter(stream)
             for start, wanted in runs:
                 for frame in self._run(container, stream, start, max(position[pts] for pts in wanted), set(wanted)):
                     if frame.pts not in known:
@@ -174,7 +174,7 @@ class VideoFile:
                         raise IndexMismatch(self.path, wrong) if start else VideoError(self.path, wrong)
                     if frame.pts == wanted[0]:
                         del wanted[0]
-                        yield pictures.convert(frame)
+                        yield converter.convert(frame)
                         if not wanted:
                             break
                 if wanted:
@@ -210,14 +210,14 @@ def read_image(path: Path) -> UInt8[Tensor, "H W 3"]:
 
     Raises VideoError for a file that cannot be read.
     """
-    with _Errors(path, "in its picture"), OpenFilm(path) as (container, stream):
+    with _Errors(path, "in its picture"), OpenVideoStream(path) as (container, stream):
         for packet in container.demux(stream):
             if packet.is_corrupt:
                 raise VideoError(path, "truncated: it ends in the middle of a picture")
             for frame in stream.codec_context.decode(packet if packet.size else None):
                 if frame.is_corrupt:
                     raise VideoError(path, "corrupt at frame 0")
-                return Pictures(stream).convert(frame)
+                return FrameConverter(stream).convert(frame)
     raise VideoError(path, "there is no frame in it that can be shown")
 
 

@@ -7,8 +7,8 @@ import av
 import numpy as np
 import pytest
 
-from fused.io.film import OpenFilm
 from fused.io.video import VideoError, VideoTooShort, count_frames, decode_frames, read_clip
+from fused.io.video_stream import OpenVideoStream
 from fused.train import ClipFolder
 
 
@@ -105,13 +105,13 @@ def test_image_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_images_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, opened = write_images(tmp_path / "video", ["1.png", "2.png", "3.png"]), []
-    enter = OpenFilm.__enter__
+    enter = OpenVideoStream.__enter__
 
-    def count(film: OpenFilm) -> Any:
-        opened.append(film)
-        return enter(film)
+    def count(opener: OpenVideoStream) -> Any:
+        opened.append(opener)
+        return enter(opener)
 
-    monkeypatch.setattr(OpenFilm, "__enter__", count)
+    monkeypatch.setattr(OpenVideoStream, "__enter__", count)
     read_clip(folder, 2, 8)
     assert len(opened) == 2
 

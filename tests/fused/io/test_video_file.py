@@ -210,19 +210,19 @@ def test_pixel_aspect(aspect: Fraction, width: int, ending: str, tmp_path: Path)
     assert np.abs(columns - np.interp((np.arange(width) + 0.5) * 176 / width - 0.5, np.arange(176), plain)).max() < 6
 
 
-def film_and_pictures(path: Path, order: tuple[str, ...]) -> Path:
-    """Write streams: "film" of 12 frames, "small" film of 9, "default" small film marked as default, "cover" of 1 picture."""
+def videos_and_pictures(path: Path, order: tuple[str, ...]) -> Path:
+    """Write streams: "large" of 12 frames, "small" of 9, "default", small and marked as default, "cover" of 1 picture."""
     kinds = av.stream.Disposition
     with av.open(str(path), "w") as out:
         streams = []
         for kind in order:
             stream = out.add_stream("mjpeg" if kind == "cover" else "mpeg4", rate=25)
             stream.pix_fmt = "yuvj420p" if kind == "cover" else "yuv420p"
-            stream.width, stream.height = {"film": (96, 64), "cover": (160, 160)}.get(kind, (48, 32))
+            stream.width, stream.height = {"large": (96, 64), "cover": (160, 160)}.get(kind, (48, 32))
             stream.disposition = int({"cover": kinds.attached_pic, "default": kinds.default}.get(kind, kinds(0)))
             streams.append((kind, stream))
         for kind, stream in streams:
-            for i in range({"film": 12, "cover": 1}.get(kind, 9)):
+            for i in range({"large": 12, "cover": 1}.get(kind, 9)):
                 frame = av.VideoFrame.from_ndarray(np.full((stream.height, stream.width, 3), 10 * i, np.uint8), format="rgb24")
                 frame = frame.reformat(format=stream.pix_fmt)
                 frame.pts, frame.time_base = i, Fraction(1, 25)
@@ -233,10 +233,11 @@ def film_and_pictures(path: Path, order: tuple[str, ...]) -> Path:
 
 @pytest.mark.parametrize(
     ("order", "chosen"),
-    [(("cover", "film"), 1), (("film", "cover"), 0), (("small", "film"), 1), (("film", "small"), 0), (("film", "default"), 1)],
+    [(("cover", "large"), 1), (("large", "cover"), 0), (("small", "large"), 1), (("large", "small"), 0),
+     (("large", "default"), 1)],
 )
-def test_the_film_is_taken_among_several_streams(order: tuple[str, ...], chosen: int, tmp_path: Path) -> None:
-    path = film_and_pictures(tmp_path / f"streams.{'mp4' if 'cover' in order else 'mkv'}", order)
+def test_the_shown_stream_is_taken_among_several(order: tuple[str, ...], chosen: int, tmp_path: Path) -> None:
+    path = videos_and_pictures(tmp_path / f"streams.{'mp4' if 'cover' in order else 'mkv'}", order)
     if order[0] == "cover":
         with av.open(str(path)) as container:
             kinds = av.stream.Disposition
