@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from fused.io.picture import Size, height_width
-from fused.io.preprocessing import FRAME_SIZE, SAMPLINGS, SHORT_VIDEOS
+from fused.io.preprocessing import RULES as PREPROCESSING_RULES
+from fused.io.preprocessing import Preprocessing
 from fused.models.videomamba.config import VideoMambaConfig
 from fused.rules import (
     COUNT,
@@ -68,6 +69,11 @@ class DataConfig:
     scale: tuple[int | float, int | float] = (0.5, 1.0)
     flip: int | float = 0.5
     workers: int = 2  # decoding processes for each training process
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How clips are made, as it is kept with the model."""
+        return Preprocessing(self.frames, self.size, self.sampling, self.stride, self.fps, self.short)
 
 
 @dataclass(frozen=True)
@@ -256,7 +262,8 @@ SECTIONS = {"data": DataConfig, "optim": OptimConfig, "loss": LossConfig, "mix":
 RULES = (
     dict.fromkeys(("out", "data.train"), _FOLDER)
     | dict.fromkeys(("start", "teacher"), _NAME.optional())
-    | dict.fromkeys(("data.frames", "data.stride", "batch_size", "accumulate", "log_every", "keep"), COUNT)
+    | {f"data.{name}": PREPROCESSING_RULES[name] for name in ("size", "sampling", "stride", "fps", "short")}
+    | dict.fromkeys(("data.frames", "batch_size", "accumulate", "log_every", "keep"), COUNT)
     | dict.fromkeys(("steps", "epochs", "evaluate_every", "save_every"), COUNT.optional())
     | dict.fromkeys(("data.workers", "optim.warmup_steps"), COUNT_OR_0)
     | dict.fromkeys(("data.flip", "optim.warmup_start", "optim.floor", "loss.label_smoothing"), FRACTION)
@@ -270,10 +277,6 @@ RULES = (
         "data.prefix": _FOLDER.optional(),
         "data.columns": _COLUMNS,
         "data.frame_pattern": _PATTERN.optional(),
-        "data.size": FRAME_SIZE,
-        "data.sampling": one_of(SAMPLINGS),
-        "data.fps": POSITIVE.optional(),
-        "data.short": one_of(SHORT_VIDEOS),
         "data.scale": _pair(lambda low, high: 0 < low <= high <= 1, "two shares of the frame's area, 0 < low <= high <= 1"),
         "model": Rule(lambda value: isinstance(value, Mapping), "a section of VideoMambaConfig's fields, and size"),
         "optim.lr": POSITIVE,
