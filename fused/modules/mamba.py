@@ -227,8 +227,10 @@ class Mamba(nn.Module):
         for i, (suffix, weights) in enumerate(zip(suffixes, directions, strict=True)):
             modules = {name: getattr(self, name + suffix) for name in _INNER if name + suffix in called}
             A = -weights.A.to(accumulation_dtype(weights.A.dtype)).exp()
+            conv, conv_bias, x_proj, dt_proj, dt_bias, _, D = weights
+            weights = DirectionWeights(conv, conv_bias, x_proj, dt_proj, dt_bias, A, D)  # Dynamo of PyTorch 2.8 has no _replace
             y, leaving = one_direction_eager(
-                x, weights._replace(A=A), z=z, state=None if i else state, reverse=i == 1, backend=backend,
+                x, weights, z=z, state=None if i else state, reverse=i == 1, backend=backend,
                 d_conv=self.d_conv, **modules,
             )  # fmt: skip
             ys.append(y)
