@@ -25,6 +25,7 @@ from fused.io.preprocessing import Preprocessing
 from fused.io.video import Times, VideoError, VideoTooShort, decode_clip
 from fused.rules import check_integer, check_number
 from fused.train.data.augment import Crop
+from fused.train.data.folder_scan import is_video_name
 from fused.train.data.listing import list_videos
 from fused.train.interrupt import blocked_signals, leave_signals_to_parent
 
@@ -85,7 +86,7 @@ class ClipFolder:
     are explained at `Preprocessing`; `frame_pattern`, such as "img_*.jpg", selects the images of folders of frames.
 
     The attributes `files` (sorted), `classes`, `labels`, `stated_frames` and `notes` describe the dataset, `preprocessing` its
-    clips; only `sample` and `try_reading` open files. Raises ValueError or TypeError for arguments out of range, for a root
+    clips; only `sample` opens files. Raises ValueError or TypeError for arguments out of range, for a root
     without videos, and for `fps` with folders of images, which state no times.
     """
 
@@ -115,6 +116,10 @@ class ClipFolder:
         self.scale, self.flip, self.seed, self.frame_pattern = (scale[0], scale[1]), flip, seed, frame_pattern
         listing = list_videos(root, classes, separator, prefix, columns)
         self.files, self.labels, self.classes, self.stated_frames, self.notes = listing
+        folder = next((path for path in self.files if not is_video_name(path) and path.is_dir()), None) if fps else None
+        if folder is not None:
+            wrong = f"fps is {fps}, but {folder} is a folder of images, which states no times"
+            raise ValueError(f"ClipFolder: {wrong}; allowed: fps=None, or video files only")
 
     def __len__(self) -> int:
         return len(self.files)
