@@ -49,7 +49,7 @@ def base() -> None:
 
 
 def train() -> None:
-    """Train on a folder of made videos with the guide's configuration, made small, by the commands that it shows."""
+    """Train on made videos with the guide's configuration, made small, by its commands; read a clip for the model."""
     from fused import VideoMamba
     from harness.fixtures.video import write
 
@@ -70,6 +70,8 @@ def train() -> None:
             trained.append(VideoMamba.from_pretrained("runs/first/model"))
         shutil.rmtree("runs", ignore_errors=True)  # the next line has another configuration
     assert len(commands) == 3 and len(trained) == 1  # the others print the configuration, or look at the data
+    trained[0].save_pretrained("runs/first/model")
+    assert run_python(GUIDE, "train")["clip"].shape == (3, 2, 32, 32)
 
 
 def cache_weights() -> None:

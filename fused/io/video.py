@@ -1,10 +1,7 @@
-"""Clips of videos as VideoMamba takes them: frames at even distances, resized, cropped and normalised.
+"""Frames and clips of a video, which is a file or a folder of images.
 
-A video is a file, or a folder of images. Frames are numbered from 0 in the order in which they are shown. The part from
-`start` to `stop`, fractions of all N frames, holds the n frames round(start N) ... round(stop N) - 1. It is cut into T equal
-segments, and the middle frame of each is taken:
-
-    index_i = round(start N) + floor((i + 1/2) n / T),   i = 0 ... T-1
+`read_clip` and `read_frames` take frames at even distances (`fused.io.sampling`), resize, crop and normalise them. The clip for
+a trained model is read by `fused.io.preprocessing.Preprocessing.read`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,16 +13,14 @@ from torch import Tensor
 
 from fused.io.frame_folder import FrameFolder
 from fused.io.picture import MEAN, STD, Size, centre_crop, height_width
+from fused.io.sampling import Choice, Times, middle_frames
 from fused.io.video_error import IndexMismatch, VideoError, VideoTooShort
 from fused.io.video_file import VideoFile
 
 __all__ = [
-    "MEAN", "STD", "Times", "VideoError", "VideoTooShort", "count_frames", "decode_frames", "middle_frames", "open_video",
-    "read_clip", "read_frames",
+    "MEAN", "STD", "Times", "VideoError", "VideoTooShort", "count_frames", "decode_clip", "decode_frames", "middle_frames",
+    "open_video", "read_clip", "read_frames",
 ]  # fmt: skip
-
-Times = Sequence[int | float] | None
-"""The seconds at which the frames of a video are shown, from its first frame; None for a folder of images."""
 
 
 def read_clip(
@@ -35,7 +30,7 @@ def read_clip(
 
     `size` is the side of a square or (height, width). A frame is resized to just cover it (torch's bilinear interpolation
     with antialiasing, in float32, not rounded to bytes), and its middle is kept. Rotation and the shape of pixels are those
-    that the file states. Only one frame at full size is in memory at a time.
+    that the file states. Only one frame at full size is in memory at a time, of some files (`VideoFile`) several.
 
     Raises VideoError if the file is missing, empty, truncated or corrupt as far as FFmpeg can tell, or has no video;
     VideoTooShort, a VideoError, for fewer frames in the part than asked for; ValueError for an argument out of range;
@@ -72,55 +67,66 @@ def read_frames(
     return (centre_crop(image, size) for _, image in images)
 
 
-def middle_frames(total: int, frames: int, start: int | float = 0.0, stop: int | float = 1.0) -> list[int]:
-    """Return the numbers of a clip's frames by the formula at the top of this file; none if the part has too few frames.
-
-    `total` is the number of frames of the file, `frames` that of the clip.
-    """
-    first, end = round(start * total), round(stop * total)
-    n = end - first
-    return [first + (2 * i + 1) * n // (2 * frames) for i in range(frames)] if n >= frames else []
-
-
 def count_frames(path: Path) -> int:
     """Return the number of frames that a video shows. Raises VideoError as `read_clip` does."""
     return len(open_video(path))
 
 
 def open_video(
-    path: Path, *, pattern: str | None = None, stated: int | None = None, decode_all: bool = False
-) -> VideoFile | FrameFolder:
+    path: Path, *, pattern: str | None = None, stated: int | None = None, decode_all: bool = False,
+    choose: Choice | None = None,
+) -> VideoFile | FrameFolder:  # fmt: skip
     """Return the video of a file or of a folder of images, indexed. Raises VideoError for one that cannot be read.
 
-    `pattern` and `stated` concern a folder, see `FrameFolder`; `decode_all` concerns a file, see `VideoFile`.
+    `pattern` and `stated` concern a folder, see `FrameFolder`; `decode_all` and `choose` concern a file, see `VideoFile`.
     """
     if path.is_dir():
         return FrameFolder(path, pattern=pattern, stated=stated)
-    return VideoFile(path, decode_all=decode_all)
+    return VideoFile(path, decode_all=decode_all, choose=choose)
 
 
 def decode_frames(
-    path: Path, choose: Callable[[int, Times], Sequence[int]], *, pattern: str | None = None, stated: int | None = None
+    path: Path, choose: Choice, *, pattern: str | None = None, stated: int | None = None
 ) -> Iterator[tuple[int, UInt8[Tensor, "H W 3"]]]:
     """Return an iterator over (number, RGB image) of the frames that `choose` names, in ascending order, each once.
 
-    `choose` is called with the number of frames and their times, and may raise; it is called a second time if decoding shows
-    that the file has other frames than its packets announce, and has to answer the same for the same frames. `pattern` and
-    `stated` are those of `open_video`. The file is opened and indexed at once, and decoded while iterating.
+    `choose` is called again if the file has another number of frames than it seemed at first; what it answers last, counts. It
+    has to answer the same for the same frames. `pattern` and `stated` are those of `open_video`. The file is opened and indexed
+    at once, and decoded while iterating.
 
     Raises VideoError for what cannot be decoded.
     """
-    video = open_video(path, pattern=pattern, stated=stated)
+    video = open_video(path, pattern=pattern, stated=stated, choose=choose)
     indices = _choose(video, choose)
     if isinstance(video, FrameFolder):
         return zip(indices, video.frames(indices), strict=True)
     return _decode(video, indices, choose)
 
 
-def _decode(
-    video: VideoFile, indices: list[int], choose: Callable[[int, Times], Sequence[int]]
-) -> Iterator[tuple[int, UInt8[Tensor, "H W 3"]]]:
-    """Yield (number, image) of a file's frames; where the index turns out to be wrong, go on by a full decode."""
+def decode_clip(
+    path: Path, choose: Choice, prepare: Callable[[Tensor], Tensor], *, pattern: str | None = None, stated: int | None = None
+) -> Float[Tensor, "3 T height width"] | UInt8[Tensor, "3 T height width"]:
+    """Return the frames that `choose` names, in its order, each as `prepare` makes it of the RGB image (H, W, 3), stacked.
+
+    A frame may occur several times; it is decoded and prepared once. The arguments and errors are those of `decode_frames`.
+    """
+    places: Sequence[int] = ()
+
+    def remember(total: int, times: Times) -> Sequence[int]:
+        nonlocal places
+        places = choose(total, times)
+        return places
+
+    prepared = [prepare(image) for _, image in decode_frames(path, remember, pattern=pattern, stated=stated)]
+    order = {number: place for place, number in enumerate(sorted(set(places)))}
+    return torch.stack([prepared[order[number]] for number in places], dim=1)
+
+
+def _decode(video: VideoFile, indices: list[int], choose: Choice) -> Iterator[tuple[int, UInt8[Tensor, "H W 3"]]]:
+    """Yield (number, image) of a file's frames; where the index turns out to be wrong, go on by a full decode.
+
+    Numbers that were yielded before that are those of the index; the times of their frames are the same in both.
+    """
     yielded = 0
     try:
         for index, image in zip(indices, video.frames(indices), strict=True):
@@ -128,7 +134,7 @@ def _decode(
             yielded += 1
         return
     except IndexMismatch:
-        exact = VideoFile(video.path, decode_all=True)
+        exact = VideoFile(video.path, decode_all=True, choose=choose)
         again = _choose(exact, choose)
         if exact.stamps(again[:yielded]) != video.stamps(indices[:yielded]):
             raise
@@ -137,6 +143,6 @@ def _decode(
             yield index, image
 
 
-def _choose(video: VideoFile | FrameFolder, choose: Callable[[int, Times], Sequence[int]]) -> list[int]:
+def _choose(video: VideoFile | FrameFolder, choose: Choice) -> list[int]:
     """Return the numbers of the frames that `choose` names, ascending, each once."""
     return sorted(set(choose(len(video), video.times)))

@@ -5,8 +5,8 @@ and the counts in headers can be wrong. Frames are therefore numbered by what th
 
 In MP4, MOV, Matroska and WebM, packets of H.264, HEVC, VP9 and AV1 carry the time of presentation of exactly one shown frame.
 Such a file is indexed by its packets, without decoding. A frame is decoded from the key frame before it, and its time is
-compared with the index. Every other file, and a file of these whose packets do not bear the rule out, is decoded once to be
-indexed and again from its start to be read.
+compared with the index. Every other file, and a file of these whose packets do not bear the rule out, is decoded to be indexed.
+Frames are kept meanwhile that will be wanted if every packet shows one, which is mostly so. If not, the file is decoded again.
 """
 
 from bisect import bisect_right
@@ -18,13 +18,15 @@ from typing import Any, NamedTuple
 from jaxtyping import UInt8
 from torch import Tensor
 
-from fused.io.film import OpenFilm, Pictures
 from fused.io.packets import ends_before_its_segment, is_hidden_vp9, starts_anew
+from fused.io.sampling import Choice
 from fused.io.video_error import IndexMismatch, VideoError
+from fused.io.video_stream import FrameConverter, OpenVideoStream
 
 INDEXED_FORMATS = frozenset(("mov", "mp4", "matroska", "webm"))
 INDEXED_CODECS = frozenset(("h264", "hevc", "vp9", "av1"))
 MIN_PACKETS_SKIPPED = 4  # by a seek, which costs about as much as decoding a few packets
+MAX_BYTES_KEPT = 2**27  # of frames from the decode that indexes a file
 
 
 class Packet(NamedTuple):
@@ -40,15 +42,19 @@ class VideoFile:
     """A video file with numbered frames.
 
     `times` holds the seconds at which frames are shown, counted from the first frame. With `decode_all` the frames are found
-    by a full decode, whatever the file. Raises VideoError for a file that cannot be read, has no film, or holds no frame.
+    by a full decode, whatever the file. If the file has to be decoded to be indexed, frames that `choose` names are kept, up to
+    128 MiB, until `frames` gives them out.
+
+    Raises VideoError for a file that cannot be read, or that holds no video or no frame.
     """
 
     times: tuple[float, ...]
 
-    def __init__(self, path: Path, *, decode_all: bool = False) -> None:
+    def __init__(self, path: Path, *, decode_all: bool = False, choose: Choice | None = None) -> None:
         self.path = path
         self._packets: list[Packet] = []
-        with _Errors(self.path, "in its index"), OpenFilm(self.path) as (container, stream):
+        self._kept: dict[int, Tensor] = {}
+        with _Errors(self.path, "in its index"), OpenVideoStream(self.path) as (container, stream):
             names = set(container.format.name.split(","))
             codec, ends_inside_picture = stream.codec_context, False
             for packet in container.demux(stream):
@@ -64,12 +70,12 @@ class VideoFile:
             self._unit = stream.time_base or Fraction(1)
             self._rate = stream.average_rate or Fraction(25)
         self.is_indexed = indexed and not decode_all and self._has_one_frame_a_packet()
-        self._pts: Sequence[int | None]
-        if self.is_indexed:
-            self._pts = sorted(p.pts for p in self._packets if p.is_shown and p.pts is not None)
-        else:
+        shown = [p.pts for p in self._packets if p.is_shown]
+        self._pts: Sequence[int | None] = shown if None in shown else sorted(pts for pts in shown if pts is not None)
+        if not self.is_indexed:
+            wanted = self._expect(choose) if choose and shown else set()
             with _Errors(self.path, "in its frames"):
-                self._pts = [pts for pts, _ in self._decode_all()]
+                self._pts = self._keep(wanted)
         if not self._pts:
             raise VideoError(path, "there is no frame in it that can be shown")
         self.times = self._seconds()
@@ -88,6 +94,10 @@ class VideoFile:
         that it states (BT.601 and limited range where it states none), as FFmpeg shows it. Raises VideoError for what cannot
         be decoded, IndexMismatch where the decoder shows other frames than the packets announce.
         """
+        if self._kept.keys() >= set(indices):
+            for index in indices:
+                yield self._kept.pop(index)
+            return
         last = indices[-1]
         with _Errors(self.path, f"before frame {last}"):
             if self.is_indexed:
@@ -116,6 +126,26 @@ class VideoFile:
             return tuple(float(i / self._rate) for i in range(len(self._pts)))
         return tuple(float((pts - known[0]) * self._unit) for pts in known)
 
+    def _expect(self, choose: Choice) -> set[int]:
+        """Return the numbers of the frames that `choose` names if every packet shows one frame; none if that is too few."""
+        try:
+            return set(choose(len(self._pts), self._seconds()))
+        except VideoError:
+            return set()
+
+    def _keep(self, wanted: set[int]) -> list[int | None]:
+        """Return the times of all frames that the decoder shows; keep the images of `wanted` ones, unless they are large."""
+        stamps, size = [], 0
+        for number, (pts, image) in enumerate(self._decode_all(wanted)):
+            stamps.append(pts)
+            if image is not None:
+                self._kept[number] = image
+                size += image.numel()
+                if size > MAX_BYTES_KEPT:
+                    wanted.clear()
+                    self._kept.clear()
+        return stamps
+
     def _decode_all(
         self, wanted: set[int] | None = None, last: int | None = None
     ) -> Iterator[tuple[int | None, Tensor | None]]:
@@ -127,8 +157,8 @@ class VideoFile:
         has_key = any(p.is_key for p in self._packets)
         first: int | None = None
         number, started = 0, not has_key
-        with OpenFilm(self.path) as (container, stream):
-            pictures = Pictures(stream)
+        with OpenVideoStream(self.path) as (container, stream):
+            converter = FrameConverter(stream)
             for packet in container.demux(stream):
                 if not started:
                     if not packet.is_keyframe or not packet.size:
@@ -139,7 +169,7 @@ class VideoFile:
                         if first is not None and frame.pts is not None and frame.pts < first:
                             continue
                         raise VideoError(self.path, f"corrupt at frame {number}")
-                    yield frame.pts, pictures.convert(frame) if wanted and number in wanted else None
+                    yield frame.pts, converter.convert(frame) if wanted and number in wanted else None
                     number += 1
                     if last is not None and number > last:
                         return
@@ -160,21 +190,21 @@ class VideoFile:
                 runs.append((key, []))
             runs[-1][1].append(pts)
             done = max(done, position[pts])
-        with OpenFilm(self.path) as (container, stream):
-            pictures = Pictures(stream)
+        with OpenVideoStream(self.path) as (container, stream):
+            converter = FrameConverter(stream)
             for start, wanted in runs:
                 for frame in self._run(container, stream, start, max(position[pts] for pts in wanted), set(wanted)):
                     if frame.pts not in known:
                         raise IndexMismatch(self.path, "its decoder shows a frame that its packets do not announce")
                     if frame.pts > wanted[0]:
-                        raise IndexMismatch(self.path, f"frame {self._pts.index(wanted[0])} is not shown by the decoder")
+                        break
                     if frame.is_corrupt:
                         wrong = f"corrupt at frame {self._pts.index(frame.pts)}"
                         # a stream that is refreshed step by step has key frames from which it cannot be decoded at once
                         raise IndexMismatch(self.path, wrong) if start else VideoError(self.path, wrong)
                     if frame.pts == wanted[0]:
                         del wanted[0]
-                        yield pictures.convert(frame)
+                        yield converter.convert(frame)
                         if not wanted:
                             break
                 if wanted:
@@ -210,14 +240,14 @@ def read_image(path: Path) -> UInt8[Tensor, "H W 3"]:
 
     Raises VideoError for a file that cannot be read.
     """
-    with _Errors(path, "in its picture"), OpenFilm(path) as (container, stream):
+    with _Errors(path, "in its picture"), OpenVideoStream(path) as (container, stream):
         for packet in container.demux(stream):
             if packet.is_corrupt:
                 raise VideoError(path, "truncated: it ends in the middle of a picture")
             for frame in stream.codec_context.decode(packet if packet.size else None):
                 if frame.is_corrupt:
                     raise VideoError(path, "corrupt at frame 0")
-                return Pictures(stream).convert(frame)
+                return FrameConverter(stream).convert(frame)
     raise VideoError(path, "there is no frame in it that can be shown")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fused import backends
 from fused.backends import NATIVE, TORCH, Abilities
 from fused.modules.state import State, check_mixer_state, linear_dtype, zero_state
-from fused.modules.wrapped import modules_to_call, warn_of_slow_path, weight_of
+from fused.modules.wrapped import modules_to_call, note_slow_path, weight_of
 from fused.ops import mamba_ssm
 from fused.ops.mamba_inner.eager import both_directions_eager, one_direction_eager
 from fused.ops.shapes import DirectionWeights
@@ -176,7 +176,7 @@ class Mamba(nn.Module):
             check_mixer_state(state, x, self.d_conv, self.d_state, self.layer_idx)
         calls_inner = any(name not in _OUTER for name in called)
         if called and operators != "torch" and (calls_inner or not carried):
-            warn_of_slow_path(self, called, self.layer_idx)
+            note_slow_path(self, called, self.layer_idx)
         if operators == "native" and not calls_inner:
             y, state = self._scan_native(x, z, state)
         else:
@@ -227,8 +227,10 @@ class Mamba(nn.Module):
         for i, (suffix, weights) in enumerate(zip(suffixes, directions, strict=True)):
             modules = {name: getattr(self, name + suffix) for name in _INNER if name + suffix in called}
             A = -weights.A.to(accumulation_dtype(weights.A.dtype)).exp()
+            conv, conv_bias, x_proj, dt_proj, dt_bias, _, D = weights
+            weights = DirectionWeights(conv, conv_bias, x_proj, dt_proj, dt_bias, A, D)  # Dynamo of PyTorch 2.8 has no _replace
             y, leaving = one_direction_eager(
-                x, weights._replace(A=A), z=z, state=None if i else state, reverse=i == 1, backend=backend,
+                x, weights, z=z, state=None if i else state, reverse=i == 1, backend=backend,
                 d_conv=self.d_conv, **modules,
             )  # fmt: skip
             ys.append(y)

@@ -7,7 +7,6 @@ Hooks for all modules of the process (`torch.nn.modules.module.register_module_f
 
 import logging
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -23,6 +22,8 @@ _HOOKS = {
 }  # fmt: skip
 
 _log = logging.getLogger("fused")
+_noted: dict[str, str] = {}  # mixers that run outside of the fused operator, and why; they are not logged yet
+_logged: set[tuple[str, str]] = set()
 
 
 def modules_to_call(modules: Mapping[str, Any], names: Sequence[str], layer: int | None) -> tuple[str, ...]:
@@ -103,15 +104,31 @@ def weight_of(module: nn.Module) -> Tensor:
     return weight if isinstance(weight, Tensor) else next(p for p in module.parameters() if p.is_floating_point())
 
 
-def warn_of_slow_path(mixer: nn.Module, names: Sequence[str], layer: int | None) -> None:
-    """Log, once per process, that the modules `names` of `mixer` are called, and that it therefore runs in more operators."""
-    if not torch.compiler.is_compiling():
-        _warn_once(mixer_name(layer), ", ".join(f"{name} {describe(mixer.get_submodule(name))}" for name in names))
+def note_slow_path(mixer: nn.Module, names: Sequence[str], layer: int | None) -> None:
+    """Note that the modules `names` of `mixer` are called, and that it therefore runs in more operators.
+
+    `log_slow_path` says so for all mixers of a model. One that is in no model, or comes a second time, is logged here.
+    """
+    if torch.compiler.is_compiling():
+        return
+    name, reasons = mixer_name(layer), ", ".join(f"{name} {describe(mixer.get_submodule(name))}" for name in names)
+    if (name, reasons) in _logged:
+        return
+    comes_again, _noted[name] = name in _noted, reasons
+    if layer is None or comes_again:
+        log_slow_path()
 
 
-@cache
-def _warn_once(mixer: str, reasons: str) -> None:
-    _log.warning("%s runs outside of the fused operator, which is slower, since modules have to be called: %s", mixer, reasons)
+def log_slow_path() -> None:
+    """Log, in one warning and once per process, which mixers were noted since the last call."""
+    if torch.compiler.is_compiling() or not _noted:
+        return
+    (first, reasons), *others = _noted.items()
+    more = f"; so do {len(others)} more mixers" if others else ""
+    words = "%s runs outside of the fused operator, which is slower, since modules have to be called: %s%s"
+    _log.warning(words, first, reasons, more)
+    _logged.update(_noted.items())
+    _noted.clear()
 
 
 def _class_name(x: object) -> str:

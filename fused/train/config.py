@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from fused.io.picture import Size, height_width
-from fused.io.preprocessing import FRAME_SIZE, SAMPLINGS, SHORT_VIDEOS
+from fused.io.preprocessing import RULES as PREPROCESSING_RULES
+from fused.io.preprocessing import Preprocessing
 from fused.models.videomamba.config import VideoMambaConfig
 from fused.rules import (
     COUNT,
@@ -31,21 +32,27 @@ TASKS = ("finetune", "pretrain", "distill")
 MASKS = ("attention", "random", "tube", "clip-row", "frame-row")
 PRECISIONS = ("float32", "bfloat16", "float16")
 SIZES = ("tiny", "small", "middle", "base")
+# Keys of data that validation videos may have of their own, as val_separator.
+VAL_KEYS = ("separator", "prefix", "columns", "frame_pattern")
 # Keys that a task does not read. Setting one is an error, and they are not printed.
 UNUSED_KEYS = {
     "finetune": ("mask", "teacher", "loss.alignment", "loss.distillation"),
-    "pretrain": ("mix", "loss.label_smoothing", "loss.distillation", "data.val", "evaluate_every"),
+    "pretrain": (
+        "mix", "loss.label_smoothing", "loss.distillation", "data.val", *(f"data.val_{name}" for name in VAL_KEYS),
+        "evaluate_every",
+    ),
     "distill": ("mask", "loss.alignment"),
 }
 # Keys without a default. `teacher`, for tasks that read it, and one of `steps` and `epochs` are needed too.
 REQUIRED_KEYS = ("task", "out", "data.train")
-PATH_KEYS = ("out", "start", "teacher", "data.train", "data.val", "data.prefix")  # ~ in front is the home folder
+# Keys in whose value ~ in front is the home folder.
+PATH_KEYS = ("out", "start", "teacher", "data.train", "data.val", "data.prefix", "data.val_prefix")
 # Fields of VideoMambaConfig that have a key of their own.
 OWNERS = {"img_size": "data.size", "num_frames": "data.frames", "pretrained": "start"}
 # Keys that may differ when a run is resumed. All others affect the bits of the weights.
 RESUMABLE_KEYS = (
-    "out", "steps", "epochs", "data.val", "data.workers", "parallel", "graph", "log_every", "save_every", "save_minutes",
-    "keep", "evaluate_every", "tensorboard",
+    "out", "steps", "epochs", "data.val", *(f"data.val_{name}" for name in VAL_KEYS), "data.workers", "parallel", "graph",
+    "log_every", "save_every", "save_minutes", "keep", "evaluate_every", "tensorboard",
 )  # fmt: skip
 
 
@@ -59,6 +66,10 @@ class DataConfig:
     prefix: str | None = None  # the folder of a list's paths; None: that of the list
     columns: tuple[str, ...] | None = None  # of a list: path, label, frames, seconds, skip; None: found out
     frame_pattern: str | None = None  # of the images in folders of frames, such as img_*.jpg; None: all images
+    val_separator: str | None = None  # the same four of `val`; None: as those of `train`
+    val_prefix: str | None = None
+    val_columns: tuple[str, ...] | None = None
+    val_frame_pattern: str | None = None
     frames: int = 8
     size: Size = 224  # pixels of a side, or [height, width]
     sampling: str = "segments"
@@ -68,6 +79,11 @@ class DataConfig:
     scale: tuple[int | float, int | float] = (0.5, 1.0)
     flip: int | float = 0.5
     workers: int = 2  # decoding processes for each training process
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How clips are made, as it is kept with the model."""
+        return Preprocessing(self.frames, self.size, self.sampling, self.stride, self.fps, self.short)
 
 
 @dataclass(frozen=True)
@@ -161,6 +177,10 @@ class TrainConfig:
             )
         if complete and self.task != "finetune" and self.teacher is None:
             raise invalid("teacher", None, f"for task {self.task!r} a folder or a name in fused.PRETRAINED")
+        for name in VAL_KEYS:
+            value = getattr(self.data, f"val_{name}")
+            if value is not None and self.data.val is None:
+                raise invalid(f"data.val_{name}", value, "null without data.val")
         if self.batch_size % self.accumulate:
             raise invalid("accumulate", self.accumulate, f"a divisor of batch_size ({self.batch_size})")
         known = [f.name for f in fields(VideoMambaConfig)] + ["size"]
@@ -248,16 +268,22 @@ def _pair(holds: Callable[[Any, Any], bool], allowed: str) -> Rule:
 
 
 _FOLDER = Rule(lambda value: isinstance(value, str) and bool(value), "a folder")
-_SEPARATOR = one_of((*SEPARATORS, *SEPARATORS.values())).optional()
-_COLUMNS = Rule(are_columns, f"a list of {', '.join(COLUMNS)}, as the columns stand, with path").optional()
 _PATTERN = Rule(lambda value: isinstance(value, str) and bool(value), "a pattern of file names, such as img_*.jpg")
+_VIDEO_RULES = {
+    "separator": one_of((*SEPARATORS, *SEPARATORS.values())).optional(),
+    "prefix": _FOLDER.optional(),
+    "columns": Rule(are_columns, f"a list of {', '.join(COLUMNS)}, as the columns stand, with path").optional(),
+    "frame_pattern": _PATTERN.optional(),
+}
 _NAME = Rule(lambda value: isinstance(value, str) and bool(value), "a name in fused.PRETRAINED, a folder or a file")
 
 SECTIONS = {"data": DataConfig, "optim": OptimConfig, "loss": LossConfig, "mix": MixConfig, "mask": MaskConfig}
 RULES = (
     dict.fromkeys(("out", "data.train"), _FOLDER)
     | dict.fromkeys(("start", "teacher"), _NAME.optional())
-    | dict.fromkeys(("data.frames", "data.stride", "batch_size", "accumulate", "log_every", "keep"), COUNT)
+    | {f"data.{name}": PREPROCESSING_RULES[name] for name in ("size", "sampling", "stride", "fps", "short")}
+    | {f"data.{val}{name}": rule for val in ("", "val_") for name, rule in _VIDEO_RULES.items()}
+    | dict.fromkeys(("data.frames", "batch_size", "accumulate", "log_every", "keep"), COUNT)
     | dict.fromkeys(("steps", "epochs", "evaluate_every", "save_every"), COUNT.optional())
     | dict.fromkeys(("data.workers", "optim.warmup_steps"), COUNT_OR_0)
     | dict.fromkeys(("data.flip", "optim.warmup_start", "optim.floor", "loss.label_smoothing"), FRACTION)
@@ -267,14 +293,6 @@ RULES = (
     | {
         "task": one_of(TASKS),
         "data.val": _FOLDER.optional(),
-        "data.separator": _SEPARATOR,
-        "data.prefix": _FOLDER.optional(),
-        "data.columns": _COLUMNS,
-        "data.frame_pattern": _PATTERN.optional(),
-        "data.size": FRAME_SIZE,
-        "data.sampling": one_of(SAMPLINGS),
-        "data.fps": POSITIVE.optional(),
-        "data.short": one_of(SHORT_VIDEOS),
         "data.scale": _pair(lambda low, high: 0 < low <= high <= 1, "two shares of the frame's area, 0 < low <= high <= 1"),
         "model": Rule(lambda value: isinstance(value, Mapping), "a section of VideoMambaConfig's fields, and size"),
         "optim.lr": POSITIVE,

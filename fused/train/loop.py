@@ -18,8 +18,9 @@ import torch
 
 from fused import backends
 from fused.train import checkpoints, parallel, run_folder, tasks
-from fused.train.config import TrainConfig
+from fused.train.config import VAL_KEYS, TrainConfig
 from fused.train.data.clips import BadFile, Batches, ClipFolder, batches
+from fused.train.data.first_look import try_videos
 from fused.train.ema import WeightAverage
 from fused.train.interrupt import Interrupt
 from fused.train.log import Log, peak_memory_mib
@@ -255,8 +256,13 @@ class Trainer:
         # beside a list, a folder does without the options of lists; two folders refuse them
         if not Path(root).is_dir() or all(Path(path).is_dir() for path in (data.train, data.val) if path is not None):
             options |= {"separator": data.separator, "prefix": data.prefix, "columns": data.columns}
+        if key == "val":
+            own = {name: getattr(data, f"val_{name}") for name in VAL_KEYS}
+            options |= {name: value for name, value in own.items() if value is not None}
         try:
-            return ClipFolder(root, data.frames, data.size, train=key == "train", classes=classes, **options)
+            folder = ClipFolder(root, data.frames, data.size, train=key == "train", classes=classes, **options)
+            folder.notes += tuple(try_videos(folder))
+            return folder
         except (ValueError, OSError) as error:
             raise ValueError(f"data.{key}: {error}") from error
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused.io.preprocessing import Preprocessing
 from fused.models.videomamba.config import VideoMambaConfig
 from fused.models.videomamba.hub import NotDownloaded, near_names
 from fused.models.videomamba.load import load_checkpoint
@@ -59,8 +58,7 @@ def make_student(kind: Any, config: TrainConfig, required: dict[str, Any]) -> An
         else:
             _check_source("start", start, f"{SOURCES}, or a file of weights")
             model = kind.from_pretrained(start, backend=config.backend, **model_fields)
-    data = config.data
-    model.preprocessing = Preprocessing(data.frames, data.size, data.sampling, data.stride, data.fps, data.short)
+    model.preprocessing = config.data.preprocessing
     return model
 
 

@@ -137,6 +137,10 @@ def parallelize(task: Task, parallel: str, world: World) -> None:
         for block in task.student.layers:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(task.student, mesh=mesh, mp_policy=policy)
+        if world.device.type == "cpu":  # gloo takes a mean for a sum in PyTorch 2.8
+            for module in task.student.modules():
+                if isinstance(module, FSDPModule):
+                    module.set_force_sum_reduction_for_comms(True)
     elif world.size > 1:
         for tensor in (*task.student.parameters(), *task.student.buffers()):
             dist.broadcast(tensor.detach(), src=0)

@@ -82,6 +82,20 @@ def encode(
     return path
 
 
+def write_images(folder: Path, names: list[str], codec: str = "png") -> Path:
+    """Write an image of 32 x 24 pixels for each name, whose grey value is 10 times its place in the list."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for place, name in enumerate(names):
+        with av.open(str(folder / name), "w", format="image2") as out:
+            stream = out.add_stream(codec, rate=1)
+            stream.width, stream.height = 32, 24
+            stream.pix_fmt = {"mjpeg": "yuvj420p", "webp": "yuv420p", "libwebp": "yuv420p", "bmp": "bgr24"}.get(codec, "rgb24")
+            grey = np.full((24, 32, 3), 10 * place, np.uint8)
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24").reformat(format=stream.pix_fmt)))
+            out.mux(stream.encode())
+    return folder
+
+
 def full_decode(path: Path, stream: int = 0) -> list[np.ndarray]:
     """Return all frames of a file as PyAV's plain loop shows them, RGB bytes (H, W, 3)."""
     with av.open(str(path)) as container:

@@ -36,7 +36,7 @@ def test_a_known_time_is_found_and_rivals_are_interleaved(worker) -> None:
 
 def test_twice_the_work_takes_twice_the_time(worker) -> None:
     one = worker("sleeper")
-    times = [next(interleave([one], point(length), budget=0.3)).median.middle for length in (5, 10)]
+    times = [next(interleave([one], point(length), budget=0.3)).median.middle for length in (20, 40)]
     assert 1.8 < times[1] / times[0] < 2.1
 
 

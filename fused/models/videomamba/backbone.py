@@ -22,6 +22,7 @@ from fused.modules.norm import DropPath, Norm
 from fused.modules.residual import final_norm, norm_stream
 from fused.modules.span import Span
 from fused.modules.state import State, States, pack, unpack, zero_mean
+from fused.modules.wrapped import log_slow_path
 from fused.runtime.initial_values import trunc_normal_
 
 _ALL = slice(None)
@@ -204,6 +205,7 @@ class Backbone(Pretrained, nn.Module):
             states.append(new)
             if i - 1 in out_layers:  # the stream after layer i - 1 is summed in layer i
                 features.append(self.layer_feature(residual, backend))
+        log_slow_path()
         hidden = self.drop_path(hidden)
         if config.depth - 1 in out_layers:
             features.append(self.last_layer_feature(hidden, residual))

@@ -8,8 +8,6 @@ The number of decoding processes, which of them decodes a file, and the step at 
 batch. A file that cannot be read does not end a training: another file replaces it, and the batch reports it.
 """
 
-import gc
-import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,14 +20,13 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fused.io.picture import Size, centre_crop, height_width
-from fused.io.preprocessing import SAMPLINGS, SHORT_VIDEOS
-from fused.io.video import Times, VideoError, VideoTooShort, decode_frames
+from fused.io.picture import Size, height_width
+from fused.io.preprocessing import Preprocessing
+from fused.io.video import Times, VideoError, VideoTooShort, decode_clip
 from fused.rules import check_integer, check_number
-from fused.runtime.checks import check_choice
 from fused.train.data.augment import Crop
+from fused.train.data.folder_scan import is_video_name
 from fused.train.data.listing import list_videos
-from fused.train.data.sampling import FrameSampling
 from fused.train.interrupt import blocked_signals, leave_signals_to_parent
 
 MAX_CONSECUTIVE_FAILURES = 32  # more than single bad files explain: the path is wrong, or the disk is gone
@@ -85,15 +82,15 @@ class ClipFolder:
     A clip has `frames` frames; `size` is the side of a square, or (height, width), in pixels. With `train`, "segments" takes a
     random frame of each of `frames` equal segments of the video, and "dense" takes frames `stride` apart from a random start.
     All frames of a clip share one random crop (`scale`: lowest and highest fraction of the area; aspect 3:4 to 4:3 of the
-    size's), mirrored with probability `flip`. Without `train`, a clip is the centre crop of each segment's middle frame, as
-    `fused.io.video.read_clip` returns it, or "dense" frames from the middle start. `fps` and `short` are explained at
-    `sampling.FrameSampling`; `frame_pattern`, such as "img_*.jpg", selects the images of folders of frames.
+    size's), mirrored with probability `flip`. Without `train`, a clip is what `Preprocessing.read` returns. `fps` and `short`
+    are explained at `Preprocessing`; `frame_pattern`, such as "img_*.jpg", selects the images of folders of frames.
 
     With `train`, `dtype` may be torch.uint8: pixels from 0 to 255, rounded after they are resized, and not normalised, which
     take a quarter of the memory.
 
-    The attributes `files` (sorted), `classes`, `labels`, `stated_frames` and `notes` describe the dataset; only `sample` opens
-    files. Raises ValueError or TypeError for arguments out of range, and for a root without videos.
+    The attributes `files` (sorted), `classes`, `labels`, `stated_frames` and `notes` describe the dataset, `preprocessing` its
+    clips; only `sample` opens files. Raises ValueError or TypeError for arguments out of range, for a root
+    without videos, and for `fps` with folders of images, which state no times.
     """
 
     files: tuple[Path, ...]
@@ -109,14 +106,8 @@ class ClipFolder:
         columns: Sequence[str] | None = None, fps: int | float | None = None, short: str = "drop",
         frame_pattern: str | None = None, dtype: torch.dtype = torch.float32,
     ) -> None:  # fmt: skip
-        for name, value, least in (("frames", frames, 1), ("stride", stride, 1), ("seed", seed, 0)):
-            check_integer("ClipFolder", name, value, least)
-        for side in height_width(size) if isinstance(size, tuple | list) else (size,):
-            check_integer("ClipFolder", "size", side, 1)
-        if fps is not None:
-            check_number("ClipFolder", "fps", fps, 0, math.inf, "()")
-        check_choice("ClipFolder", "sampling", sampling, SAMPLINGS)
-        check_choice("ClipFolder", "short", short, SHORT_VIDEOS)
+        check_integer("ClipFolder", "frames", frames, 1)
+        check_integer("ClipFolder", "seed", seed, 0)
         check_number("ClipFolder", "flip", flip, 0, 1)
         if len(scale) != 2:
             raise ValueError(f"ClipFolder: scale must be (least, most), shares of the area, got {scale!r}")
@@ -124,11 +115,16 @@ class ClipFolder:
         check_number("ClipFolder", "scale's most", scale[1], scale[0], 1)
         if dtype not in ((torch.float32, torch.uint8) if train else (torch.float32,)):
             raise ValueError(f"ClipFolder: dtype must be torch.float32, or with train torch.uint8, got {dtype}")
+        size = tuple(size) if isinstance(size, list) else size
+        self.preprocessing = Preprocessing(frames, size, sampling, stride, fps, short)
         self.frames, self.size, self.train, self.dtype = frames, height_width(size), train, dtype
-        self.sampling = FrameSampling(frames, sampling, stride, fps, short)
         self.scale, self.flip, self.seed, self.frame_pattern = (scale[0], scale[1]), flip, seed, frame_pattern
         listing = list_videos(root, classes, separator, prefix, columns)
         self.files, self.labels, self.classes, self.stated_frames, self.notes = listing
+        folder = next((path for path in self.files if not is_video_name(path) and path.is_dir()), None) if fps else None
+        if folder is not None:
+            wrong = f"fps is {fps}, but {folder} is a folder of images, which states no times"
+            raise ValueError(f"ClipFolder: {wrong}; allowed: fps=None, or video files only")
 
     def __len__(self) -> int:
         return len(self.files)
@@ -139,27 +135,24 @@ class ClipFolder:
         Raises VideoError if the file cannot be read, VideoTooShort if it is too short, IndexError for an index out of range,
         ImportError without PyAV.
         """
-        path, rng = self.files[index], None
-        places: list[int] = []
+        path, label, stated = self.files[index], self.labels[index], self.stated_frames[index]
+        if not self.train:
+            return Sample(self.preprocessing.read(path, frame_pattern=self.frame_pattern, stated_frames=stated), label)
+        rng = random.Random()
+        crop: Crop | None = None
 
         def choose(total: int, times: Times) -> list[int]:
-            nonlocal rng, places
-            rng = random.Random(f"{self.seed} {epoch} {index}") if self.train else None
-            places = self.sampling.indices(path, total, times, rng)
-            return places
+            rng.seed(f"{self.seed} {epoch} {index}")
+            return self.preprocessing.frame_numbers(path, total, times, rng)
 
-        images = decode_frames(path, choose, pattern=self.frame_pattern, stated=self.stated_frames[index])
-        crop = Crop.sample(rng, self.scale, self.flip) if rng else None
-        clip = torch.empty(3, self.frames, *self.size, dtype=self.dtype)
-        for number, image in images:
-            if crop and self.dtype == torch.uint8:
-                frame = crop.cut(image, self.size).mul_(255).round_()
-            else:
-                frame = crop.apply(image, self.size) if crop else centre_crop(image, self.size)
-            for place, wanted in enumerate(places):
-                if wanted == number:
-                    clip[:, place] = frame
-        return Sample(clip, self.labels[index])
+        def prepare(image: Tensor) -> Tensor:
+            nonlocal crop
+            crop = crop or Crop.sample(rng, self.scale, self.flip)
+            if self.dtype == torch.uint8:
+                return crop.cut(image, self.size).mul_(255).round_().to(torch.uint8)
+            return crop.apply(image, self.size)
+
+        return Sample(decode_clip(path, choose, prepare, pattern=self.frame_pattern, stated=stated), label)
 
 
 def batches(
@@ -215,7 +208,6 @@ class Batches:
         return len(self._steps)
 
     def __iter__(self) -> Iterator[Batch]:
-        gc.collect()  # a decoder that waits to be collected has threads, for which a forked process would wait in vain
         loader = DataLoader(
             self._rank_steps,
             batch_size=None,

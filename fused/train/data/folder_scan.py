@@ -11,6 +11,11 @@ SUFFIXES = frozenset(
 """Suffixes of video files in a folder; a list may name any file."""
 
 
+def is_video_name(path: str | Path) -> bool:
+    """Return whether a path ends like a video file's."""
+    return os.path.splitext(path)[1].lower() in SUFFIXES
+
+
 def scan_folder(root: Path) -> tuple[list[Path], list[str]]:
     """Return the videos below a folder, sorted, and notes on images that were left out.
 
@@ -34,7 +39,7 @@ def _scan(folder: Path, ancestors: tuple[str, ...], notes: list[str]) -> list[Pa
                 target = os.path.realpath(entry.path)
                 if target not in ancestors:
                     nested += _scan(Path(entry.path), (*ancestors, target), notes)
-            elif suffix in SUFFIXES:
+            elif is_video_name(entry.name):
                 files.append(Path(entry.path))
             elif suffix in IMAGE_SUFFIXES:
                 has_images = True

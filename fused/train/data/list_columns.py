@@ -1,14 +1,13 @@
 """The rows and columns of a list of videos: which separator it has, whether it has a header, and what each column holds."""
 
 import csv
-import os
 import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fused.train.data.folder_scan import SUFFIXES
+from fused.train.data.folder_scan import is_video_name
 
 SEPARATORS = {"tab": "\t", "comma": ",", "semicolon": ";", "blank": " "}
 PATH_MARKS = "./\\"  # no cell of a header holds one
@@ -139,8 +138,8 @@ def _find_rows(file: Path, lines: Sequence[Line], count: int | None) -> list[lis
             raise bad_line(file, lines[0], f"and all others can be divided by {name} or by blank; {_SEPARATOR_OPTION}")
         return rows
     paths = [[_unquote(line.text)] for line in lines]
-    first_is_path = _is_video_file(paths[0][0]) or not any(mark in lines[0].text for mark in PATH_MARKS)
-    if count is None and first_is_path and all(_is_video_file(path) for (path,) in paths[1:] or paths):
+    first_is_path = is_video_name(paths[0][0]) or not any(mark in lines[0].text for mark in PATH_MARKS)
+    if count is None and first_is_path and all(is_video_name(path) for (path,) in paths[1:] or paths):
         return paths
     if blank and _looks_right(blank) and not any(cells[0].endswith((",", ";")) for cells in blank):
         return blank
@@ -218,16 +217,11 @@ def _unquote(text: str) -> str:
     return cells[0] if len(cells) == 1 else text
 
 
-def _is_video_file(path: str) -> bool:
-    """Return whether a path ends like a video file's."""
-    return os.path.splitext(path)[1].lower() in SUFFIXES
-
-
 def _looks_right(rows: Sequence[Sequence[str]]) -> bool:
     """Return whether all lines, the first one aside, have a path of a video file or a number in the same column."""
     body = rows[1:] or rows
     columns = list(zip(*body, strict=True))
-    return all(map(_is_video_file, columns[0])) or any(all(map(NUMBER.fullmatch, column)) for column in columns[1:])
+    return all(map(is_video_name, columns[0])) or any(all(map(NUMBER.fullmatch, column)) for column in columns[1:])
 
 
 def _find_header(rows: Sequence[Sequence[str]]) -> tuple[bool, tuple[str, ...] | None]:
@@ -244,7 +238,7 @@ def _find_header(rows: Sequence[Sequence[str]]) -> tuple[bool, tuple[str, ...] |
     above_numbers = any(numbers[i] and not NUMBER.fullmatch(first[i]) for i in range(1, len(first)))
     words = [cell.lower() for name, cell in zip(known, first, strict=True) if name == "label"]
     named_label = known[0] != "label" and any("label" in word or "class" in word for word in words)
-    return above_numbers or named_label or all(map(_is_video_file, columns[0])), None
+    return above_numbers or named_label or all(map(is_video_name, columns[0])), None
 
 
 def _find_columns(file: Path, body: Sequence[tuple[Line, Sequence[str]]]) -> tuple[str, ...]:
@@ -255,14 +249,14 @@ def _find_columns(file: Path, body: Sequence[tuple[Line, Sequence[str]]]) -> tup
     if len(cells) > 3:
         raise bad_line(file, line, f"has {len(cells)} columns; allowed: up to three, or {_COLUMNS_OPTION}")
     columns = list(zip(*(cells for _, cells in body), strict=True))
-    if any(all(map(_is_video_file, column)) for column in columns[1:]):
+    if any(all(map(is_video_name, column)) for column in columns[1:]):
         raise bad_line(file, line, f"has a path behind the first column; {_COLUMNS_OPTION}")
     if len(cells) < 3:
         return ("path", "label")[: len(cells)]
     second_integers = all(re.fullmatch("[0-9]+", cell) for cell in columns[1])
     third_numbers = all(map(NUMBER.fullmatch, columns[2]))
     fraction = third_numbers and any(float(cell) % 1 for cell in columns[2])
-    video_files = [_is_video_file(path) for path in columns[0]]
+    video_files = [is_video_name(path) for path in columns[0]]
     if third_numbers and (not any(map(NUMBER.fullmatch, columns[1])) or (second_integers and fraction and all(video_files))):
         return ("path", "label", "seconds")
     if second_integers and not fraction and (not any(map(NUMBER.fullmatch, columns[2])) or not any(video_files)):

@@ -3,27 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-import av
-import numpy as np
 import pytest
+from videos import write_images
 
-from fused.io.film import OpenFilm
+from fused.io.preprocessing import Preprocessing
 from fused.io.video import VideoError, VideoTooShort, count_frames, decode_frames, read_clip
+from fused.io.video_stream import OpenVideoStream
 from fused.train import ClipFolder
-
-
-def write_images(folder: Path, names: list[str], codec: str = "png") -> Path:
-    """Write an image of 32 x 24 pixels for each name, whose grey value is 10 times its place in the list."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for place, name in enumerate(names):
-        with av.open(str(folder / name), "w", format="image2") as out:
-            stream = out.add_stream(codec, rate=1)
-            stream.width, stream.height = 32, 24
-            stream.pix_fmt = {"mjpeg": "yuvj420p", "webp": "yuv420p", "libwebp": "yuv420p", "bmp": "bgr24"}.get(codec, "rgb24")
-            grey = np.full((24, 32, 3), 10 * place, np.uint8)
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24").reformat(format=stream.pix_fmt)))
-            out.mux(stream.encode())
-    return folder
 
 
 def order(folder: Path, **options: object) -> list[int]:
@@ -105,13 +91,13 @@ def test_image_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_images_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, opened = write_images(tmp_path / "video", ["1.png", "2.png", "3.png"]), []
-    enter = OpenFilm.__enter__
+    enter = OpenVideoStream.__enter__
 
-    def count(film: OpenFilm) -> Any:
-        opened.append(film)
-        return enter(film)
+    def count(opener: OpenVideoStream) -> Any:
+        opened.append(opener)
+        return enter(opener)
 
-    monkeypatch.setattr(OpenFilm, "__enter__", count)
+    monkeypatch.setattr(OpenVideoStream, "__enter__", count)
     read_clip(folder, 2, 8)
     assert len(opened) == 2
 
@@ -119,4 +105,8 @@ def test_images_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_rate_needs_times(tmp_path: Path) -> None:
     write_images(tmp_path / "a" / "video", ["1.png", "2.png"])
     with pytest.raises(VideoError, match="states no times"):
-        ClipFolder(tmp_path, 1, 8, train=False, fps=2).sample(0, 0)
+        Preprocessing(1, 8, fps=2).read(tmp_path / "a" / "video")
+    (tmp_path / "list.txt").write_text("a/video 0\nb.avi 1\n")  # before a file is opened
+    for root in (tmp_path, tmp_path / "list.txt"):
+        with pytest.raises(ValueError, match=r"fps is 2, but .*/a/video is a folder of images.*; allowed: fps=None"):
+            ClipFolder(root, 1, 8, train=False, fps=2)

@@ -74,11 +74,11 @@ def full_decode(path: Path) -> tuple[list[int], bool]:
     """
     import av
 
-    from fused.io.film import OpenFilm, Pictures
+    from fused.io.video_stream import FrameConverter, OpenVideoStream
 
     shown, is_intact, has_begun = [], True, False
-    with OpenFilm(path) as (container, stream):
-        pictures = Pictures(stream)
+    with OpenVideoStream(path) as (container, stream):
+        converter = FrameConverter(stream)
         stream.codec_context.options = {}  # without a stop at the first error
         packets = container.demux(stream)
         while True:
@@ -87,7 +87,7 @@ def full_decode(path: Path) -> tuple[list[int], bool]:
                 is_intact &= has_begun or packet.is_keyframe
                 has_begun = True
                 for frame in packet.decode():
-                    shown.append(hash(pictures.convert(frame).numpy().tobytes()))
+                    shown.append(hash(converter.convert(frame).numpy().tobytes()))
                     is_intact &= not frame.is_corrupt
             except StopIteration:
                 return shown, is_intact

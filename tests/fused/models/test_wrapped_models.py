@@ -1,16 +1,19 @@
 """Models with adapters, hooks and parametrizations: all modules are called, chunks honour or refuse, peft's LoRA trains."""
 
 import copy
+import logging
 
 import emulation
 import pytest
 import torch
+import upstream_stand_ins
 from torch import nn
 from torch.nn.utils import parametrize, prune
 from wrappers import Adapter, Times
 
 from fused import FrameStream, VideoMamba, VideoMambaConfig, VideoMambaEncoder, backends
 from fused.models.videomamba.onnx import export_onnx
+from fused.modules import wrapped
 from fused.runtime import nvrtc
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -191,6 +194,28 @@ def test_layers_that_run_again_in_the_backward_draw_the_same_dropout(backend, em
     clip = clips(1)
     for got, due in zip(gradients(True), gradients(False), strict=True):
         assert torch.equal(got, due)
+
+
+def test_the_slow_path_is_said_once_a_model(caplog, monkeypatch):
+    """The first mixer with its modules, and how many more; later only what is new."""
+    upstream_stand_ins.install(monkeypatch)
+    monkeypatch.setattr(wrapped, "_noted", {})
+    monkeypatch.setattr(wrapped, "_logged", set())
+    caplog.set_level(logging.WARNING, "fused")
+    model, clip = classifier(depth=4), clips(1)
+    model.requested_backend = "mamba_ssm"
+    for layer in list(model.layers)[1:]:
+        layer.mixer.x_proj = Adapter(layer.mixer.x_proj).to(DEVICE)
+    for _ in range(2):
+        model(clip)
+        copy.deepcopy(model)(clip)
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert message.startswith("layers.1.mixer runs outside of the fused operator")
+    assert message.endswith("x_proj is a wrappers.Adapter; so do 2 more mixers")
+    model.layers[2].mixer.out_proj.register_forward_hook(lambda m, inputs, y: None)
+    model(clip)
+    assert len(caplog.records) == 2 and caplog.records[1].getMessage().startswith("layers.2.mixer runs")
+    assert caplog.records[1].getMessage().endswith("out_proj has 1 forward hook, x_proj is a wrappers.Adapter")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

@@ -36,12 +36,12 @@ def every_backend(monkeypatch):
 
 
 @pytest.fixture
-def logged(caplog):
+def logged(caplog, monkeypatch):
     """Return what was logged, from a fresh start."""
-    wrapped._warn_once.cache_clear()
+    monkeypatch.setattr(wrapped, "_noted", {})
+    monkeypatch.setattr(wrapped, "_logged", set())
     caplog.set_level(logging.WARNING, "fused")
-    yield lambda: [record.getMessage() for record in caplog.records]
-    wrapped._warn_once.cache_clear()
+    return lambda: [record.getMessage() for record in caplog.records]
 
 
 def build(seed=0, **options):

@@ -49,14 +49,14 @@ def outcome(mixer, tokens, cotangent, backend):
     return {"out": out.detach()} | {f"d{i}": g for i, g in enumerate(grads)}
 
 
-def sample(seed, clips, length, **options):
+def sample(seed, clips, length, width=8, **options):
     """(native in float32, PyTorch in float64, PyTorch in float32) of one draw."""
     torch.manual_seed(seed)
-    mixer = Mamba(8, **{"d_state": 4, **options}).to(DEVICE)
+    mixer = Mamba(width, **{"d_state": 4, **options}).to(DEVICE)
     with torch.no_grad():
         for p in mixer.parameters():
             p.add_(0.05 * torch.randn_like(p))
-    tokens, cotangent = (torch.randn(clips, length, 8).to(DEVICE) for _ in range(2))
+    tokens, cotangent = (torch.randn(clips, length, width).to(DEVICE) for _ in range(2))
     truth = outcome(copy.deepcopy(mixer).double(), tokens.double(), cotangent, "torch")
     return outcome(mixer, tokens, cotangent, "native"), truth, outcome(mixer, tokens, cotangent, "torch")
 
@@ -71,7 +71,8 @@ def test_time_is_cut(monkeypatch):
     monkeypatch.setattr(schedule, "MIN_TILES_PER_SPLIT", 2)
     monkeypatch.setattr(schedule, "make_schedule", partial(schedule.make_schedule.__wrapped__, num_splits=2))
     assert schedule.make_schedule(1, 65, 16, 4, 2, 1).fwd_schedule.num_splits == 2
-    assert_rule(sample(seed, 1, 65) for seed in range(4))
+    # of 8 channels, and few draws, the largest error is that of a single unlucky one
+    assert_rule(sample(seed, 1, 65, width=32) for seed in range(4))
 
 
 @pytest.mark.parametrize("pieces", [0, 2])
@@ -209,14 +210,14 @@ def test_one_token_of_one_clip():
 def layer_in_chunks(seed, clips, sizes, backend, dtype, trained):
     """Outputs of a layer over chunks of so many tokens, and of one that is `trained` its gradients."""
     torch.manual_seed(seed)
-    layer = Block(VideoMambaConfig(embed_dim=8, depth=1, ssm_cfg={"d_state": 4}), 0, 0.0).to(DEVICE)
+    layer = Block(VideoMambaConfig(embed_dim=32, depth=1, ssm_cfg={"d_state": 4}), 0, 0.0).to(DEVICE)
     with torch.no_grad():
         for p in layer.parameters():
             p.add_(0.05 * torch.randn_like(p))
             p.data = p.data.to(dtype)
         for own in ("D", "D_b"):  # as a model in half precision has it
             setattr(layer.mixer, own, torch.nn.Parameter(getattr(layer.mixer, own).half()))
-    hidden, residual, *cotangents = (torch.randn(clips, sum(sizes), 8).to(DEVICE, dtype) for _ in range(4))
+    hidden, residual, *cotangents = (torch.randn(clips, sum(sizes), 32).to(DEVICE, dtype) for _ in range(4))
     chunks = [slice(*pair) for pair in itertools.pairwise([0, *itertools.accumulate(sizes)])]
     with torch.set_grad_enabled(trained):
         leaves = [hidden.requires_grad_(trained), residual.requires_grad_(trained)]

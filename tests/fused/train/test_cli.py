@@ -31,6 +31,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         VideoMamba(VideoMambaConfig(**TINY, num_classes=3)).save_pretrained(folder / "teacher")
         VideoMamba(VideoMambaConfig(**TINY, num_classes=3, kernel_size=2)).save_pretrained(folder / "tubelets")
+    class_folders(folder / "one", 1)
+    for i in range(1, 40):  # a look at some finds the one that can be read
+        (folder / "one" / "side20" / f"{i}.avi").write_bytes(b"no video")
     (folder / "broken").mkdir()
     (folder / "broken/config.json").write_text("no JSON")
     return folder
@@ -263,7 +266,8 @@ def test_loss_that_is_not_finite(folder: Path) -> None:
     [
         (["batch_size=16"], "batch_size is 16; allowed: up to the 8 videos"),
         (["backend=native", "device=cpu"], "backend 'native' cannot run here. "),
-        (["data.frames=5000"], "none of 8 files can be read: "),
+        (["data.frames=5000"], "data.train: none of 8 videos that were tried gives a clip: "),
+        (["data.train={folder}/one"], " files can be read: "),
         (["batch_size=8", "accumulate=8", "parallel=ddp"], "parallel is 'ddp'; allowed without torchrun: 'auto'"),
         (["data.train=no/such"], "there is no no/such"),
         (["model.num_classes=7"], "model.num_classes is 7; allowed: 2, which follows from data and teacher"),

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,15 @@ def test_two_processes_of_torchrun(videos: Path, tmp_path: Path) -> None:
     assert process.returncode == 1 and not running_in_group(process.pid)
 
 
+@pytest.fixture
+def answered_interrupt() -> Iterator[None]:
+    """Let SIGINT raise KeyboardInterrupt; a shell starts its background jobs with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("answered_interrupt")
 def test_second_signal(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second one ends the process, unless it comes within the second in which `timeout` sends its own two."""
     now = 100.0

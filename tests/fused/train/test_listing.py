@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from trainings import class_folders, train
+from videos import write_images
 
 from fused.train import ClipFolder
 from fused.train.data.listing import Listing, list_videos
@@ -360,3 +361,31 @@ def test_options_of_lists_concern_lists(listed_part: str, other: str, tmp_path: 
     assert code == 0 and "4 videos in 2 classes" in output, output
     code, output = train([*words, f"data.train={videos}", f"data.val={videos}"], folder=tmp_path)
     assert code == 2 and f"data.train: separator is 'semicolon', but {videos} is a folder" in output, output
+
+
+def test_validation_has_options_of_its_own(tmp_path: Path) -> None:
+    """Two lists that differ in separator, prefix and columns; frame folders that differ in their images' names."""
+    videos = class_folders(tmp_path / "videos", 2)
+    files = sorted(str(file.relative_to(videos)) for file in videos.rglob("*.*"))
+    (tmp_path / "train.txt").write_text("".join(f"{file};{i % 2}\n" for i, file in enumerate(files)))
+    for i in range(2):
+        write_images(tmp_path / "frames" / f"v, {i}", ["img_1.png", "img_2.png", "flow_1.png", "flow_2.png"])
+    (tmp_path / "val.txt").write_text("1\tv, 1\n0\tv, 0\n")
+    words = ["task=finetune", f"out={tmp_path / 'run'}", "steps=1", "data.size=32", "batch_size=2", "data.frames=2"]
+    words += ["device=cpu", "--dry-run", "model.depth=1", f"data.train={tmp_path / 'train.txt'}", f"data.prefix={videos}"]
+    words += ["data.separator=semicolon", "data.columns=[path,label]"]
+    val = [f"data.val={tmp_path / 'val.txt'}", f"data.val_prefix={tmp_path / 'frames'}", "data.val_separator=tab"]
+    val += ["data.val_columns=[label,path]", "data.val_frame_pattern=flow_*"]
+    code, output = train([*words, *val], folder=tmp_path)
+    assert code == 0 and "4 videos in 2 classes" in output, output
+    assert "data.train: " not in output and "data.val: " not in output, output
+    for word, wanted in (
+        ("data.val_prefix=null", f"data.val: none of 2 videos that were tried gives a clip: {videos}/v, 0: no such file"),
+        ("data.val_separator=null", "data.val: "),
+        ("data.val_frame_pattern=null", "it holds images of 2 kinds"),
+        ("data.val_columns=[path,path]", "data.val_columns is ('path', 'path'); allowed: a list of"),
+        (f"data.val={videos}", f"data.val: separator is 'tab', but {videos} is a folder"),
+        ("data.val=null", "data.val_separator is 'tab'; allowed: null without data.val"),
+    ):
+        code, output = train([*words, *val, word], folder=tmp_path)
+        assert code == 2 and wanted in output.splitlines()[-1], output

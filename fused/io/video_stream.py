@@ -1,4 +1,4 @@
-"""A video file that is open: its container, the stream of its film, and its pictures as a player shows them."""
+"""A video file that is open: its container, the video stream that a player shows, and its frames as they are shown."""
 
 import struct
 from fractions import Fraction
@@ -21,8 +21,8 @@ MAX_PIXELS = 2**27  # of a frame: a damaged header must not take all memory
 ASPECTS = (Fraction(1, 10), Fraction(10))  # of a pixel, width over height; others are damage
 
 
-class OpenFilm:
-    """A context that opens a file, and gives its container and the stream of its film, ready to decode.
+class OpenVideoStream:
+    """A context that opens a file, and gives its container and the video stream that a player shows, ready to decode.
 
     It is no generator: an exception that passes through one is kept alive, with the decoder's threads, until the garbage
     collector runs; and a process that is forked meanwhile waits for threads that it does not have.
@@ -69,17 +69,17 @@ class OpenFilm:
             raise VideoError(self._path, "there is no video in it")
         kinds = av.stream.Disposition
         stills = kinds.attached_pic | kinds.timed_thumbnails | kinds.still_image
-        films = [s for s in streams if not kinds(s.disposition) & stills]
-        if not films:
-            raise VideoError(self._path, "there is no film in it, only a picture that is attached to it")
-        readable = [s for s in films if s.codec_context]
+        shown = [s for s in streams if not kinds(s.disposition) & stills]
+        if not shown:
+            raise VideoError(self._path, "there is no video in it, only a picture that is attached to it")
+        readable = [s for s in shown if s.codec_context]
         if not readable:
             raise VideoError(self._path, "there is no decoder for its video")
         return max(readable, key=lambda s: (bool(kinds(s.disposition) & kinds.default), s.width * s.height))
 
 
-class Pictures:
-    """The conversion of a film's decoded frames to what is shown."""
+class FrameConverter:
+    """The conversion of the decoded frames of a video stream to what is shown."""
 
     def __init__(self, stream: Any) -> None:
         aspect = stream.sample_aspect_ratio or Fraction(1)
