@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fused.runtime.autocast import no_autocast
+from fused.runtime.plans import Planned
 
 _LIBRARY = torch.library.Library("videomamba", "FRAGMENT")
 
@@ -37,10 +38,12 @@ def register(
         with no_autocast(device):  # autocast would change the calls inside the kernel, also within a backward
             return kernel(*arguments)
 
+    planned = Planned(run)
     for device in ("CUDA", "CPU"):  # on the CPU under interpreter and emulation only
-        _LIBRARY.impl(name, run, device)
+        _LIBRARY.impl(name, planned, device)
     torch.library.register_fake(f"videomamba::{name}", fake, lib=_LIBRARY)  # unlike a Meta kernel, it knows the device
     operator = getattr(torch.ops.videomamba, name).default
+    _planned[operator] = planned
     apply = autograd or functools.partial(_Backward.call, operator)
 
     def with_gradients(*arguments: Any) -> Any:
@@ -82,10 +85,39 @@ def _flatten(values: Iterable[Any]) -> list[Tensor]:
     return [x for value in values for x in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(x, Tensor)]
 
 
+_planned: dict[Any, Planned] = {}
+
+
 def below_autograd(operator: Callable[..., Any], *arguments: Any) -> Any:
-    """Run an operator's kernel: within its own `torch.autograd.Function`, or where no gradient is wanted."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator(*arguments)
+    """Run an operator's kernel: within its own `torch.autograd.Function`, or where no gradient is wanted.
+
+    The dispatcher, which takes as much host time as several launches, is asked only where something listens to it.
+    """
+    if _needs_dispatcher(arguments):
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*arguments)
+    return _planned[operator](*arguments)
+
+
+def _needs_dispatcher(arguments: Iterable[Any]) -> bool:
+    """Return whether a mode, a transform, a tracer or the profiler listens, or a tensor is of a class that does."""
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    ):
+        return True
+    for x in arguments:
+        if isinstance(x, (list, tuple)):
+            if any(type(y) not in _PLAIN for y in x):
+                return True
+        elif isinstance(x, Tensor) and type(x) not in _PLAIN:
+            return True
+    return False
+
+
+_PLAIN = {Tensor, torch.nn.Parameter, type(None), bool}  # the entries of lists
 
 
 def wants_gradients(*arguments: Any) -> bool:

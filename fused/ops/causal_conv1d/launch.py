@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fused.ops.causal_conv1d.kernels import backward_kernel, forward_kernel, reduce_kernel
-from fused.runtime.triton_launch import FUSED_MULTIPLY_ADD, NATIVE, blocks, launching_on
+from fused.runtime.triton_launch import FUSED_MULTIPLY_ADD, NATIVE, blocks, launch
 
 MAX_WIDTH = 8
 # The forward has 4 channels a thread (96 registers), the backward 2 (126 registers: it keeps 58 numbers for two channels).
@@ -95,11 +95,11 @@ def _launch_forward(x: Tensor, fwd: tuple[Tensor | None, ...], rev: tuple[Tensor
     y = fwd[3] if rev[3] is None else rev[3]
     assert y is not None
     segment_length, blocks_per_sequence = _choose_segments("forward", B, L if rev[3] is None else L + K - 1, E, 0)
-    with launching_on(x.device):
-        forward_kernel[(B * blocks_per_sequence * blocks(E, FORWARD["BLOCK_CHANNELS"]),)](
-            x, *fwd, *rev, L, E, x.stride(0), x.stride(1), y.stride(0), blocks_per_sequence, segment_length,
-            K=K, SILU=silu, NATIVE=NATIVE, **FORWARD,
-        )  # fmt: skip
+    launch(
+        forward_kernel, x.device, (B * blocks_per_sequence * blocks(E, FORWARD["BLOCK_CHANNELS"]),),
+        x, *fwd, *rev, L, E, x.stride(0), x.stride(1), y.stride(0), blocks_per_sequence, segment_length,
+        K=K, SILU=silu, NATIVE=NATIVE, **FORWARD,
+    )  # fmt: skip
 
 
 def backward(
@@ -145,15 +145,14 @@ def backward(
                 None if dfinal is None else dfinal.contiguous(), dstates[i], partial[i],
             )  # fmt: skip
             fwd, rev = (fwd, arguments) if reverse else (arguments, rev)
-        with launching_on(x.device):
-            backward_kernel[(B * blocks_per_sequence * blocks(E, BACKWARD["BLOCK_CHANNELS"]),)](
-                x, dx, *fwd, *rev, L, E, x.stride(0), x.stride(1), dx.stride(0), dx.stride(1),
-                blocks_per_sequence, segment_length, steps,
-                K=K, SILU=silu, NATIVE=NATIVE, **BACKWARD,
-            )  # fmt: skip
-            reduce_kernel[(blocks(E, REDUCE["BLOCK_CHANNELS"]), directions * (K + 1))](
-                partial, dweight, dbias, E, B * blocks_per_sequence, K=K, **REDUCE
-            )
+        launch(
+            backward_kernel, x.device, (B * blocks_per_sequence * blocks(E, BACKWARD["BLOCK_CHANNELS"]),),
+            x, dx, *fwd, *rev, L, E, x.stride(0), x.stride(1), dx.stride(0), dx.stride(1),
+            blocks_per_sequence, segment_length, steps,
+            K=K, SILU=silu, NATIVE=NATIVE, **BACKWARD,
+        )  # fmt: skip
+        grid = blocks(E, REDUCE["BLOCK_CHANNELS"]), directions * (K + 1)
+        launch(reduce_kernel, x.device, grid, partial, dweight, dbias, E, B * blocks_per_sequence, K=K, **REDUCE)
     else:  # no token: the final state is the initial state
         dweight.zero_()
         dbias = None if dbias is None else dbias.zero_()

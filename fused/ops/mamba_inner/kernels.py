@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused.ops.selective_scan.schedule import multiprocessors
-from fused.runtime.triton_launch import FUSED_MULTIPLY_ADD, NATIVE, blocks, capability, launching_on, power_of_2
+from fused.runtime.triton_launch import FUSED_MULTIPLY_ADD, NATIVE, blocks, capability, launch, power_of_2
 
 CHANNELS_PER_PROGRAM = 1024  # of pack_weights and silu_gate_backward
 CONFIG_16_BIT = {"BLOCK_TOKENS": 64, "BLOCK_CHANNELS": 128, "num_warps": 4, "num_stages": 3, **FUSED_MULTIPLY_ADD}
@@ -92,10 +92,10 @@ def dt_proj_softplus(dt_B_C: Tensor, weights: Tensor, biases: Sequence[Tensor]) 
     delta = torch.empty((directions, M, E), dtype=dt_B_C.dtype, device=dt_B_C.device)
     if delta.numel():
         grid, tiles_per_program, config = _dt_proj_launch(directions, M, R, E, dt_B_C.dtype == torch.float32, dt_B_C.device)
-        with launching_on(dt_B_C.device):
-            dt_proj_softplus_kernel[grid](
-                dt_B_C, weights, biases[0], biases[-1], delta, M, E, tiles_per_program, R, row_stride, NATIVE=NATIVE, **config,
-            )  # fmt: skip
+        launch(
+            dt_proj_softplus_kernel, dt_B_C.device, grid,
+            dt_B_C, weights, biases[0], biases[-1], delta, M, E, tiles_per_program, R, row_stride, NATIVE=NATIVE, **config,
+        )  # fmt: skip
     return delta
 
 
@@ -203,12 +203,12 @@ def pack_weights(
     if not A[0].dtype == A[-1].dtype == D[0].dtype == D[-1].dtype == torch.float32:
         A_D = torch.empty((directions, (N + 1) * E), dtype=torch.float32, device=packed.device)
     rows = x_proj_rows + padded_R + (0 if A_D is None else N + 1)
-    with launching_on(packed.device):
-        pack_weights_kernel[rows, blocks(E, CHANNELS_PER_PROGRAM), directions](
-            x_proj[0], x_proj[-1], dt_proj[0], dt_proj[-1], A[0], A[-1], D[0], D[-1], packed, A_D,
-            E, R, N, padded_R, x_proj_rows, directions,
-            BLOCK_CHANNELS=CHANNELS_PER_PROGRAM, **FUSED_MULTIPLY_ADD,
-        )  # fmt: skip
+    launch(
+        pack_weights_kernel, packed.device, (rows, blocks(E, CHANNELS_PER_PROGRAM), directions),
+        x_proj[0], x_proj[-1], dt_proj[0], dt_proj[-1], A[0], A[-1], D[0], D[-1], packed, A_D,
+        E, R, N, padded_R, x_proj_rows, directions,
+        BLOCK_CHANNELS=CHANNELS_PER_PROGRAM, **FUSED_MULTIPLY_ADD,
+    )  # fmt: skip
     if A_D is not None:
         all_A, all_D = A_D.split((N * E, E), dim=1)
         A, D = all_A.unflatten(1, (E, N)).unbind(), all_D.unbind()
@@ -241,9 +241,9 @@ def silu_gate_backward(dy: Tensor, z: Tensor) -> Tensor:
     B, L, E = dy.shape
     out = torch.empty((B, L, E), dtype=dy.dtype, device=dy.device)
     if out.numel():
-        with launching_on(dy.device):
-            silu_gate_backward_kernel[(B * L, blocks(E, CHANNELS_PER_PROGRAM))](
-                dy, z, out, L, E, dy.stride(0), dy.stride(1), z.stride(0), z.stride(1),
-                BLOCK_CHANNELS=CHANNELS_PER_PROGRAM, **FUSED_MULTIPLY_ADD,
-            )  # fmt: skip
+        launch(
+            silu_gate_backward_kernel, dy.device, (B * L, blocks(E, CHANNELS_PER_PROGRAM)),
+            dy, z, out, L, E, dy.stride(0), dy.stride(1), z.stride(0), z.stride(1),
+            BLOCK_CHANNELS=CHANNELS_PER_PROGRAM, **FUSED_MULTIPLY_ADD,
+        )  # fmt: skip
     return out
