@@ -169,8 +169,8 @@ class Mamba(nn.Module):
         if operators == "native" and not carried and (not called or called == ("in_proj",)):
             from fused.ops.mamba_inner.native import mamba_inner
 
-            out_proj = self.out_proj
-            return mamba_inner(xz, self.directions(), out_proj.weight, out_proj.bias, keep_states=backend == "native_kept")
+            directions, out_proj = self.directions(squeeze=False), self.out_proj
+            return mamba_inner(xz, directions, out_proj.weight, out_proj.bias, keep_states=backend == "native_kept")
         x, z = xz.chunk(2, dim=-1)
         if state is not None:
             check_mixer_state(state, x, self.d_conv, self.d_state, self.layer_idx)
@@ -188,21 +188,19 @@ class Mamba(nn.Module):
         """Return the name of the backend that runs where `x` is. Raises BackendError for one that cannot run there."""
         return backends.choose(self.backend, x.device, use_fast_path=self.use_fast_path)
 
-    def directions(self) -> tuple[DirectionWeights, ...]:
+    def directions(self, squeeze: bool = True) -> tuple[DirectionWeights, ...]:
         """Return the weights of the forward scan, which can carry a state, and of the backward scan if there is one.
 
-        A is A_log, the logarithm of -A.
+        A is A_log, the logarithm of -A. The convolution's weights are (E, K), without `squeeze` as they are stored, (E, 1, K).
         """
         conv, dt = self.conv1d, self.dt_proj
-        first = DirectionWeights(
-            conv.weight.squeeze(1), conv.bias, self.x_proj.weight, dt.weight, dt.bias, self.A_log, self.D
-        )  # fmt: skip
+        weight = conv.weight.squeeze(1) if squeeze else conv.weight
+        first = DirectionWeights(weight, conv.bias, self.x_proj.weight, dt.weight, dt.bias, self.A_log, self.D)
         if not self.bimamba:
             return (first,)
         conv, dt = self.conv1d_b, self.dt_proj_b
-        return first, DirectionWeights(
-            conv.weight.squeeze(1), conv.bias, self.x_proj_b.weight, dt.weight, dt.bias, self.A_b_log, self.D_b
-        )  # fmt: skip
+        weight = conv.weight.squeeze(1) if squeeze else conv.weight
+        return first, DirectionWeights(weight, conv.bias, self.x_proj_b.weight, dt.weight, dt.bias, self.A_b_log, self.D_b)
 
     def _scan_native(self, x: Tensor, z: Tensor, state: State | None) -> tuple[Tensor, State]:
         """Return what `_scan_eager` returns, by one native operator a direction."""

@@ -24,7 +24,8 @@ def register(
 ) -> Callable[..., Any]:
     """Register an operator and return a function that calls it.
 
-    `kernel` runs it, `fake` returns empty tensors of its results' shapes and dtypes. `autograd` applies a
+    `kernel` runs it. It may return None for a result, of which the dispatcher makes a tensor without elements. `fake` returns
+    empty tensors of the results' shapes and dtypes. `autograd` applies a
     `torch.autograd.Function` to the operator's arguments where a gradient is wanted. An operator without it is a backward,
     whose gradient raises RuntimeError. The returned function skips one pass through the dispatcher, except while a compiler
     traces: the compiler must see the operator.
@@ -39,8 +40,16 @@ def register(
             return kernel(*arguments)
 
     planned = Planned(run)
+
+    def dispatched(*arguments: Any) -> Any:
+        results = planned(*arguments)
+        if not isinstance(results, tuple):
+            return results
+        like = results[0][0] if isinstance(results[0], list) else results[0]
+        return tuple(_empty_for_none(x, like) for x in results)
+
     for device in ("CUDA", "CPU"):  # on the CPU under interpreter and emulation only
-        _LIBRARY.impl(name, planned, device)
+        _LIBRARY.impl(name, dispatched, device)
     torch.library.register_fake(f"videomamba::{name}", fake, lib=_LIBRARY)  # unlike a Meta kernel, it knows the device
     operator = getattr(torch.ops.videomamba, name).default
     _planned[operator] = planned
@@ -133,6 +142,12 @@ def wants_gradients(*arguments: Any) -> bool:
     return False
 
 
-def empty_if_none(x: Tensor | None, like: Tensor) -> Tensor:
-    """Return x, or an empty tensor: an operator's results are tensors, never None."""
-    return like.new_empty(0) if x is None else x
+def _empty_for_none(result: Any, like: Tensor) -> Any:
+    if isinstance(result, list):
+        return [_empty_for_none(x, like) for x in result]
+    return like.new_empty(0) if result is None else result
+
+
+def none_if_empty(x: Tensor | None) -> Tensor | None:
+    """Return x, or None where it stands for a result that an operator does not have."""
+    return None if x is None or x.numel() == 0 else x

@@ -1,4 +1,4 @@
-"""Triton kernels of a mixer other than convolution and scan, and their launches: dt_proj, packing of weights, gate backward.
+"""Triton kernels of a mixer other than convolution and scan, and their launches: dt_proj, weights, gate backward.
 
     delta = softplus(dt W + bias)        dt (tokens, R), W (R, E): the step sizes of the scan, all directions in one launch
 
@@ -19,6 +19,7 @@ from fused.ops.selective_scan.schedule import multiprocessors
 from fused.runtime.triton_launch import FUSED_MULTIPLY_ADD, NATIVE, blocks, capability, launch, power_of_2
 
 CHANNELS_PER_PROGRAM = 1024  # of pack_weights and silu_gate_backward
+ELEMENTS_PER_PROGRAM = 1024  # of unpack_gradients
 CONFIG_16_BIT = {"BLOCK_TOKENS": 64, "BLOCK_CHANNELS": 128, "num_warps": 4, "num_stages": 3, **FUSED_MULTIPLY_ADD}
 # float32 products do not run on tensor cores, so that larger tiles do not fit in registers
 CONFIG_FLOAT32 = {"BLOCK_TOKENS": 16, "BLOCK_CHANNELS": 32, "num_warps": 4, **FUSED_MULTIPLY_ADD}
@@ -189,16 +190,17 @@ class PackedWeights(NamedTuple):
 
 
 def pack_weights(
-    x_proj: Sequence[Tensor], dt_proj: Sequence[Tensor], A: Sequence[Tensor], D: Sequence[Tensor], padded_R: int
-) -> PackedWeights:
-    """Return x_proj (R + 2N, E) with rows of zeros from R to `padded_R`, and dt_proj (E, R) transposed, in one launch.
+    x_proj: Sequence[Tensor], dt_proj: Sequence[Tensor], A: Sequence[Tensor], D: Sequence[Tensor], padded_R: int,
+    dtype: torch.dtype,
+) -> PackedWeights:  # fmt: skip
+    """Return x_proj (R + 2N, E) with rows of zeros from R to `padded_R`, and dt_proj (E, R) transposed, both in `dtype`.
 
-    Each sequence has one or two contiguous weights, one for each direction. A (E, N) and D (E,) are returned unchanged if all
-    of them are float32, otherwise as float32 copies.
+    Each sequence has one or two contiguous weights, one for each direction. Those of x_proj have one dtype, those of dt_proj
+    too. A (E, N) and D (E,) are returned unchanged if all are float32, otherwise as float32 copies. It is one launch.
     """
     directions, (E, R), N = len(x_proj), dt_proj[0].shape, A[0].shape[1]
     x_proj_rows = x_proj[0].shape[0] - R + padded_R
-    packed = torch.empty((directions * (x_proj_rows + padded_R), E), dtype=x_proj[0].dtype, device=x_proj[0].device)
+    packed = torch.empty((directions * (x_proj_rows + padded_R), E), dtype=dtype, device=x_proj[0].device)
     A_D = None
     if not A[0].dtype == A[-1].dtype == D[0].dtype == D[-1].dtype == torch.float32:
         A_D = torch.empty((directions, (N + 1) * E), dtype=torch.float32, device=packed.device)
@@ -216,6 +218,49 @@ def pack_weights(
     return PackedWeights(
         all_x_proj.unflatten(0, (directions, x_proj_rows)), all_dt_proj.unflatten(0, (directions, padded_R)), A, D
     )
+
+
+@triton.jit
+def unpack_gradients_kernel(
+    d_x_proj_0_ptr: tl.tensor, d_x_proj_1_ptr: tl.tensor, d_dt_proj_0_ptr: tl.tensor, d_dt_proj_1_ptr: tl.tensor,
+    out_x_proj_0_ptr: tl.tensor, out_x_proj_1_ptr: tl.tensor, out_dt_proj_0_ptr: tl.tensor, out_dt_proj_1_ptr: tl.tensor,
+    x_proj_size: tl.tensor, dt_proj_size: tl.tensor, E: tl.tensor, R: tl.tensor, padded_R: tl.tensor,
+    BLOCK_ELEMENTS: tl.constexpr,
+):  # fmt: skip
+    """Copy x_proj's gradient (padded R + 2N, E) and dt_proj's (E, padded R) without the rows and columns of the padding."""
+    second = tl.program_id(1) == 1
+    i = tl.program_id(0) * BLOCK_ELEMENTS + tl.arange(0, BLOCK_ELEMENTS)
+    source = d_x_proj_1_ptr if second else d_x_proj_0_ptr
+    out = out_x_proj_1_ptr if second else out_x_proj_0_ptr
+    values = tl.load(source + i + tl.where(i < R * E, 0, (padded_R - R) * E), mask=i < x_proj_size)
+    tl.store(out + i, values.to(out.dtype.element_ty), mask=i < x_proj_size)
+    source = d_dt_proj_1_ptr if second else d_dt_proj_0_ptr
+    out = out_dt_proj_1_ptr if second else out_dt_proj_0_ptr
+    values = tl.load(source + i // R * padded_R + i % R, mask=i < dt_proj_size)
+    tl.store(out + i, values.to(out.dtype.element_ty), mask=i < dt_proj_size)
+
+
+def unpack_gradients(
+    d_x_proj: list[Tensor], d_dt_proj: list[Tensor], x_proj: Sequence[Tensor], dt_proj: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the gradients of x_proj (R + 2N, E) and dt_proj (E, R), in the weights' dtypes, of one or two directions.
+
+    They are given as those of the packed weights: d_x_proj (padded R + 2N, E) and d_dt_proj (E, padded R), contiguous. Where
+    the weights of two directions differ in dtype, both gradients have that of the first.
+    """
+    (E, R), padded_R = dt_proj[0].shape, d_dt_proj[0].shape[1]
+    if R == padded_R and d_x_proj[0].dtype == x_proj[0].dtype and d_dt_proj[0].dtype == dt_proj[0].dtype:
+        return d_x_proj, d_dt_proj
+    out_x_proj, out_dt_proj = (
+        [torch.empty(w.shape, dtype=weights[0].dtype, device=w.device) for w in weights] for weights in (x_proj, dt_proj)
+    )
+    x_proj_size, dt_proj_size = out_x_proj[0].numel(), out_dt_proj[0].numel()
+    launch(
+        unpack_gradients_kernel, x_proj[0].device, (blocks(max(x_proj_size, dt_proj_size), ELEMENTS_PER_PROGRAM), len(x_proj)),
+        d_x_proj[0], d_x_proj[-1], d_dt_proj[0], d_dt_proj[-1], out_x_proj[0], out_x_proj[-1], out_dt_proj[0], out_dt_proj[-1],
+        x_proj_size, dt_proj_size, E, R, padded_R, BLOCK_ELEMENTS=ELEMENTS_PER_PROGRAM, **FUSED_MULTIPLY_ADD,
+    )  # fmt: skip
+    return out_x_proj, out_dt_proj
 
 
 @triton.jit(do_not_specialize=["L", "E"])

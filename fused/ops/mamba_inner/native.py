@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused.ops.mamba_inner.pipeline import Pipeline, pack
+from fused.ops.mamba_inner.pipeline import Pipeline, pack, weight_gradient
 from fused.ops.selective_scan import launch as scan
 from fused.ops.selective_scan.launch import TILE
 from fused.ops.shapes import DirectionWeights
-from fused.runtime.library import below_autograd, empty_if_none, register, wants_gradients
+from fused.runtime.library import below_autograd, none_if_empty, register, wants_gradients
 from fused.runtime.modes import is_batch_invariant
 
 Weights = Sequence[Tensor | None]  # a DirectionWeights as the operator takes it; empty for an absent direction
@@ -30,14 +30,10 @@ def mamba_inner(
 ) -> Tensor:  # fmt: skip
     """Return out (B, L, D) of xz (B, L, 2E), in_proj's output. out_proj is (D, E), its bias (D,).
 
-    A of the one or two directions is log(-A); the second direction runs from the last token. With `keep_states` the backward
-    does not scan again: y, y before the gate and the state before every tile are kept. Matrix products are in xz's dtype; under
-    autocast their weights are rounded to it.
+    A of the one or two directions is log(-A), and conv is (E, K) or (E, 1, K). The second direction runs from the last token.
+    With `keep_states` the backward does not scan again: y, y before the gate and the state before every tile are kept. Matrix
+    products are in xz's dtype, to which their weights are rounded.
     """
-    if torch.is_autocast_enabled(xz.device.type):
-        dtype = xz.dtype
-        directions = [w._replace(x_proj=w.x_proj.to(dtype), dt_proj=w.dt_proj.to(dtype)) for w in directions]
-        out_proj, out_proj_bias = out_proj.to(dtype), None if out_proj_bias is None else out_proj_bias.to(dtype)
     first, second = list(directions[0]), list(directions[1]) if len(directions) > 1 else []
     keep = keep_states and wants_gradients(xz, first, second, out_proj, out_proj_bias)
     return _mamba_inner(xz, first, second, out_proj, out_proj_bias, is_batch_invariant(), keep)[0]
@@ -52,19 +48,19 @@ def _pipeline(xz: Tensor, first: Weights, second: Weights, batch_invariant: bool
 def _forward(
     xz: Tensor, first: Weights, second: Weights, out_proj: Tensor, out_proj_bias: Tensor | None, batch_invariant: bool,
     keep: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     p = _pipeline(xz, first, second, batch_invariant)
     training = keep or xz.requires_grad  # so that the backward's programs are compiled during the forward
     scan.start_compiling(*p.x.shape, p.N, len(p.reverses), xz.dtype, xz.device, has_z=True, training=training, kept=keep)
-    packed = pack(*p.weights)
+    packed = pack(*p.weights, dtype=xz.dtype)
     c, _ = p.convolve()
     dt_B_C, delta = p.project(c, packed)
     r = scan.forward(p.scan_inputs(c, dt_B_C, delta, packed), None, p.schedule, keep=keep)
-    out, empty = F.linear(r.y, out_proj, out_proj_bias), xz.new_empty
+    out_proj, out_proj_bias = out_proj.to(xz.dtype), None if out_proj_bias is None else out_proj_bias.to(xz.dtype)
+    out = F.linear(r.y, out_proj, out_proj_bias)
     if keep:
-        return out, dt_B_C, empty(0), r.y, empty_if_none(r.y_pre_gate, xz), empty_if_none(r.tile_states, xz)
-    states = empty(0) if r.split_initial_states is None else r.split_initial_states
-    return out, dt_B_C, states, empty(0), empty(0), empty(0)
+        return out, dt_B_C, None, r.y, r.y_pre_gate, r.tile_states
+    return out, dt_B_C, r.split_initial_states, None, None, None
 
 
 def _forward_shapes(
@@ -84,32 +80,36 @@ def _forward_shapes(
 
 def _backward(
     xz: Tensor, first: Weights, second: Weights, out_proj: Tensor, out_proj_bias: Tensor | None, batch_invariant: bool,
-    dt_B_C: Tensor, split_initial_states: Tensor, y: Tensor, y_pre_gate: Tensor, tile_states: Tensor, dout: Tensor,
+    dt_B_C: Tensor, split_initial_states: Tensor | None, y: Tensor | None, y_pre_gate: Tensor | None,
+    tile_states: Tensor | None, dout: Tensor,
 ) -> tuple[Any, ...]:  # fmt: skip
     p = _pipeline(xz, first, second, batch_invariant)
-    kept = tile_states.numel() > 0
+    y, pre_gate, states = none_if_empty(y), none_if_empty(y_pre_gate), none_if_empty(tile_states)
+    kept = states is not None
     scan.start_compiling(*p.x.shape, p.N, len(p.reverses), xz.dtype, xz.device, has_z=True, training=True, kept=kept)
-    packed = pack(*p.weights)
+    packed = pack(*p.weights, dtype=xz.dtype)
     c, _ = p.convolve()
     s = p.scan_inputs(c, dt_B_C, p.delta(dt_B_C, packed), packed)
     rows = dout.flatten(0, 1)
-    dy = (rows @ out_proj).view(p.x.shape)
-    pre_gate, states = y_pre_gate, tile_states
-    if not kept:
-        entering = split_initial_states if split_initial_states.numel() else None
-        recomputed: Any = scan.forward(s, None, p.schedule, keep=True, split_initial_states=entering)
+    dy = (rows @ out_proj.to(xz.dtype)).view(p.x.shape)
+    if y is None or states is None:
+        entering = none_if_empty(split_initial_states)
+        recomputed = scan.forward(s, None, p.schedule, keep=True, split_initial_states=entering)
         y, pre_gate, states = recomputed.y, recomputed.y_pre_gate, recomputed.tile_states
+    assert states is not None
     dxz = torch.empty_like(xz, memory_format=torch.contiguous_format)
     dx, dz = dxz.chunk(2, dim=-1)
     _, _, grads = p.backward(s, c, dt_B_C, packed, dy, states, pre_gate, dx=dx, dz=dz)
     dfirst, dsecond = list(grads[0]), list(grads[1]) if second else []
-    dout_proj_bias = dout.new_empty(0) if out_proj_bias is None else rows.sum(0)
-    return dxz, dfirst, dsecond, rows.t() @ y.flatten(0, 1), dout_proj_bias
+    dout_proj = weight_gradient(rows, y.flatten(0, 1), out_proj.dtype).to(out_proj.dtype)
+    dout_proj_bias = None if out_proj_bias is None else rows.sum(0, dtype=out_proj_bias.dtype)
+    return dxz, dfirst, dsecond, dout_proj, dout_proj_bias
 
 
 def _backward_shapes(
     xz: Tensor, first: Weights, second: Weights, out_proj: Tensor, out_proj_bias: Tensor | None, batch_invariant: bool,
-    dt_B_C: Tensor, split_initial_states: Tensor, y: Tensor, y_pre_gate: Tensor, tile_states: Tensor, dout: Tensor,
+    dt_B_C: Tensor, split_initial_states: Tensor | None, y: Tensor | None, y_pre_gate: Tensor | None,
+    tile_states: Tensor | None, dout: Tensor,
 ) -> tuple[Any, ...]:  # fmt: skip
     def like(x: Tensor | None) -> Tensor:
         return xz.new_empty(0) if x is None else x.new_empty(x.shape)
@@ -137,7 +137,7 @@ class _MambaInner(torch.autograd.Function):
         first, second = list(weights[:num_first]), list(weights[num_first:])
         operator = torch.ops.videomamba.mamba_inner.default
         out, *kept = below_autograd(operator, xz, first, second, out_proj, out_proj_bias, batch_invariant, keep)
-        ctx.mark_non_differentiable(*kept)
+        ctx.mark_non_differentiable(*(x for x in kept if x is not None))
         ctx.set_materialize_grads(False)
         ctx.num_kept = len(kept)
         ctx.save_for_backward(*kept, xz, out_proj, out_proj_bias, *weights)
@@ -158,9 +158,10 @@ class _MambaInner(torch.autograd.Function):
 
 
 _INPUTS = "Tensor xz, Tensor?[] first, Tensor?[] second, Tensor out_proj, Tensor? out_proj_bias, bool batch_invariant"
-_KEPT = "Tensor dt_B_C, Tensor split_initial_states, Tensor y, Tensor y_pre_gate, Tensor tile_states"  # empty where not kept
+_KEPT = "Tensor dt_B_C, Tensor split_initial_states, Tensor y, Tensor y_pre_gate, Tensor tile_states"
+_KEPT_OR_NONE = _KEPT.replace("Tensor", "Tensor?")
 _mamba_inner_backward = register(
-    f"mamba_inner_backward({_INPUTS}, {_KEPT}, Tensor dout) -> "
+    f"mamba_inner_backward({_INPUTS}, {_KEPT_OR_NONE}, Tensor dout) -> "
     "(Tensor dxz, Tensor[] dfirst, Tensor[] dsecond, Tensor dout_proj, Tensor dout_proj_bias)",  # empty for what is None
     _backward,
     _backward_shapes,
