@@ -42,11 +42,7 @@ def register(
     planned = Planned(run)
 
     def dispatched(*arguments: Any) -> Any:
-        results = planned(*arguments)
-        if not isinstance(results, tuple):
-            return results
-        like = results[0][0] if isinstance(results[0], list) else results[0]
-        return tuple(_empty_for_none(x, like) for x in results)
+        return _all_tensors(planned(*arguments))
 
     for device in ("CUDA", "CPU"):  # on the CPU under interpreter and emulation only
         _LIBRARY.impl(name, dispatched, device)
@@ -56,15 +52,16 @@ def register(
     apply = autograd or functools.partial(_Backward.call, operator)
 
     def with_gradients(*arguments: Any) -> Any:
-        return apply(*arguments) if wants_gradients(*arguments) else below_autograd(operator, *arguments)
+        return _all_tensors(call(*arguments))
 
     def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return operator(*arguments)
         return apply(*arguments) if wants_gradients(*arguments) else below_autograd(operator, *arguments)
 
+    def call_or_trace(*arguments: Any) -> Any:
+        return operator(*arguments) if torch.compiler.is_compiling() else call(*arguments)
+
     _LIBRARY.impl(name, with_gradients, "Autograd")
-    return call
+    return call_or_trace
 
 
 class _Backward(torch.autograd.Function):
@@ -75,7 +72,13 @@ class _Backward(torch.autograd.Function):
         """Apply to the tensors one by one, those in lists too, so that autograd sees each of them."""
         results: list[Any] = []
         flat = iter(cls.apply(operator, arguments, results, *_flatten(arguments)))
-        return tuple([next(flat) for _ in x] if isinstance(x, (list, tuple)) else next(flat) for x in results)
+
+        def of_autograd(result: Any) -> Any:
+            if isinstance(result, (list, tuple)):
+                return [of_autograd(x) for x in result]
+            return None if result is None else next(flat)
+
+        return tuple(of_autograd(x) for x in results)
 
     @staticmethod
     def forward(ctx: Any, operator: Any, arguments: tuple[Any, ...], results: list[Any], *_: Tensor) -> tuple[Tensor, ...]:
@@ -100,33 +103,20 @@ _planned: dict[Any, Planned] = {}
 def below_autograd(operator: Callable[..., Any], *arguments: Any) -> Any:
     """Run an operator's kernel: within its own `torch.autograd.Function`, or where no gradient is wanted.
 
-    The dispatcher, which takes as much host time as several launches, is asked only where something listens to it.
+    The dispatcher, which takes as much host time as several launches, is asked only where a mode, a transform, a tracer or the
+    profiler listens to it, or a tensor is of a class that does.
     """
-    if _needs_dispatcher(arguments):
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator(*arguments)
-    return _planned[operator](*arguments)
-
-
-def _needs_dispatcher(arguments: Iterable[Any]) -> bool:
-    """Return whether a mode, a transform, a tracer or the profiler listens, or a tensor is of a class that does."""
-    if (
+    if not (
         torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
     ):
-        return True
-    for x in arguments:
-        if isinstance(x, (list, tuple)):
-            if any(type(y) not in _PLAIN for y in x):
-                return True
-        elif isinstance(x, Tensor) and type(x) not in _PLAIN:
-            return True
-    return False
-
-
-_PLAIN = {Tensor, torch.nn.Parameter, type(None), bool}  # the entries of lists
+        results = _planned[operator](*arguments)
+        if results is not NotImplemented:
+            return results
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*arguments)
 
 
 def wants_gradients(*arguments: Any) -> bool:
@@ -142,10 +132,18 @@ def wants_gradients(*arguments: Any) -> bool:
     return False
 
 
-def _empty_for_none(result: Any, like: Tensor) -> Any:
-    if isinstance(result, list):
-        return [_empty_for_none(x, like) for x in result]
-    return like.new_empty(0) if result is None else result
+def _all_tensors(results: Any) -> Any:
+    """Return an operator's results as the dispatcher wants them, with an empty tensor for None."""
+    if not isinstance(results, (list, tuple)):
+        return results
+    like = next(x for y in results for x in (y if isinstance(y, (list, tuple)) else [y]) if x is not None)
+
+    def filled(result: Any) -> Any:
+        if isinstance(result, (list, tuple)):
+            return [filled(x) for x in result]
+        return like.new_empty(0) if result is None else result
+
+    return tuple(filled(x) for x in results)
 
 
 def none_if_empty(x: Tensor | None) -> Tensor | None:

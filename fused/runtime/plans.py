@@ -12,6 +12,7 @@ belong to a thread, and the LIMIT plans of an operator that were used last are k
 
 import contextlib
 import ctypes
+import functools
 import operator
 import struct
 import threading
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from fused.runtime import cuda_module
 from fused.runtime.recording import Launch, NotRecordable, Operation, Recorder, View, Zero
@@ -32,7 +34,12 @@ _aten = torch.ops.aten
 _FUNCTIONS = {
     _aten.mm.default: torch.mm, _aten.mm.out: torch.mm, _aten.bmm.default: torch.bmm, _aten.bmm.out: torch.bmm,
     _aten.addmm.default: torch.addmm, _aten.cat.default: torch.cat, _aten.baddbmm_.default: Tensor.baddbmm_,
+    getattr(_aten.mm, "dtype", None): torch.mm, _aten._to_copy.default: Tensor.to,
 }  # fmt: skip
+# Inductor's allocation and views of CUDA memory, past the dispatcher; PyTorch's public functions where they are missing
+_guards = torch._C._dynamo.guards
+_empty_cuda = getattr(_guards, "_empty_strided_cuda", functools.partial(torch.empty_strided, device="cuda"))
+_view = getattr(_guards, "_reinterpret_tensor", None)
 _enabled = {"cuda": True, "cpu": False}  # on a CPU, where kernels are only emulated, tests enable it
 
 
@@ -58,16 +65,25 @@ class Planned:
         self._of_thread = threading.local()
 
     def __call__(self, *arguments: Any) -> Any:
-        """Return function(*arguments). Their tensors are of no subclass of Tensor but Parameter."""
+        """Return function(*arguments), or NotImplemented if one of their tensors is of a subclass of Tensor but Parameter."""
         tensors: list[Tensor] = []
         key: list[Any] = []
         for x in arguments:
-            if isinstance(x, (list, tuple)):
+            kind = type(x)
+            if kind is Tensor or kind is Parameter:
+                tensors.append(x)
+            elif kind is list or kind is tuple:
                 key.append(len(x))
                 for y in x:
-                    tensors.append(y) if y is not None else key.append(len(tensors))
+                    kind = type(y)
+                    if kind is Tensor or kind is Parameter:
+                        tensors.append(y)
+                    elif isinstance(y, Tensor):
+                        return NotImplemented
+                    else:
+                        key += (len(tensors), y)
             elif isinstance(x, Tensor):
-                tensors.append(x)
+                return NotImplemented
             else:
                 key += (len(tensors), x)
         first = tensors[0]
@@ -164,14 +180,14 @@ class Plan:
         return self._run(tensors, addresses)
 
     def _run(self, tensors: list[Tensor], addresses: list[int]) -> Any:
-        device = self._device
         memory: list[Any] = tensors + self._missing
         where: list[Any] = addresses + self._missing
+        empty: Any = self._empty if self._index is None or torch.are_deterministic_algorithms_enabled() else _empty_cuda
         for slot, size, stride, dtype in self._allocations:
-            memory[slot] = x = torch.empty_strided(size, stride, dtype=dtype, device=device)
+            memory[slot] = x = empty(size, stride, dtype)
             where[slot] = x.data_ptr()
         if self._workspace_bytes:
-            workspace = torch.empty((self._workspace_bytes,), dtype=torch.uint8, device=device)
+            workspace = empty((self._workspace_bytes,), (1,), torch.uint8)
             base = workspace.data_ptr()
             for slot, offset in self._workspace.items():
                 where[slot] = base + offset
@@ -189,6 +205,10 @@ class Plan:
             if autocast:
                 torch.set_autocast_enabled(kind, True)
         return _collect(self._results, memory)
+
+    def _empty(self, size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return new memory on the plan's device, filled where PyTorch's deterministic mode wants that."""
+        return torch.empty_strided(size, stride, dtype=dtype, device=self._device)
 
     def _compile(self, steps: list[Any], made: set[int]) -> tuple[list[Callable[..., None]], Callable[..., None]]:
         """Return the steps as functions of (memory, where, stream), and the function that writes the first addresses."""
@@ -220,6 +240,9 @@ class Plan:
             arguments = (step.view,) if zero else step.arguments
         arguments, options = _map(arguments, self._getter), _map(options, self._getter)
         fills = [(i, slot, table.fill(slot)) for i, slot in enumerate(results) if slot is not None]
+        if not options and len(arguments) == 2 and all(isinstance(x, _Getter) for x in arguments) and len(fills) == 1:
+            _, slot, fill = fills[0]
+            return _product(function, arguments[0], arguments[1], slot, fill)
 
         def run(memory: list[Any], where: list[Any], stream: Any) -> None:
             out = function(*_collect(arguments, memory), **{name: _collect(x, memory) for name, x in options.items()})
@@ -242,6 +265,8 @@ class Plan:
         if view.dtype != shape.dtype:
             raise NotRecordable(f"a tensor of {shape.dtype} is viewed as {view.dtype}")
         size, stride, offset = view.size, view.stride, view.offset // view.dtype.itemsize
+        if _view is not None:
+            return _Getter(lambda memory: _view(memory[slot], size, stride, offset))
         return _Getter(lambda memory: memory[slot].as_strided(size, stride, memory[slot].storage_offset() + offset))
 
 
@@ -259,6 +284,18 @@ def _collect(value: Any, memory: list[Any]) -> Any:
     if kind is list or kind is tuple:
         return kind([_collect(x, memory) for x in value])
     return value
+
+
+def _product(function: Any, left: _Getter, right: _Getter, slot: int, fill: Callable[..., None]) -> Callable[..., None]:
+    """Return a step that runs a function of two tensors with one result, as most operations of a plan are."""
+    get_left, get_right = left.get, right.get
+
+    def run(memory: list[Any], where: list[Any], stream: Any) -> None:
+        memory[slot] = x = function(get_left(memory), get_right(memory))
+        where[slot] = x.data_ptr()
+        fill(where)
+
+    return run
 
 
 class _AddressTable:

@@ -54,7 +54,9 @@ def _pipeline(
 
 def _packed(p: Pipeline, packed: Matrices) -> PackedWeights:
     weights = p.weights
-    return PackedWeights(packed[0], packed[1], weights.A, weights.D) if packed else pack(*weights, dtype=p.x.dtype)
+    if packed:
+        return PackedWeights(packed[0], packed[1], weights.A, weights.D, (), packed[0], None)
+    return pack(*weights, dtype=p.x.dtype)
 
 
 def _forward(
@@ -142,7 +144,7 @@ class _OneDirection(torch.autograd.Function):
     def forward(
         ctx: Any, options: tuple[bool, ...], num_weights: int, x: Tensor, z: Tensor | None, y_other_direction: Tensor | None,
         conv_state: Tensor | None, ssm_state: Tensor | None, *matrices: Tensor | None,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
         ctx.options, ctx.num_weights = options[:-1], num_weights
         weights, packed = list(matrices[:num_weights]), list(matrices[num_weights:])
         streams = (x, z, y_other_direction, conv_state, ssm_state)

@@ -31,12 +31,15 @@ def padded_dt_rank(R: int | torch.SymInt) -> Any:
 
 def pack(
     conv: ByDirection, conv_bias: ByDirection, x_proj: ByDirection, dt_proj: ByDirection, dt_bias: ByDirection, A: ByDirection,
-    D: ByDirection, *, dtype: torch.dtype,
+    D: ByDirection, *, dtype: torch.dtype, linears: Sequence[Tensor] = (), memory: Sequence[Tensor | None] = (None, None),
 ) -> PackedWeights:  # fmt: skip
-    """Return the weights of one or two directions as matrix products, in `dtype`, and the scan read them."""
-    A, D = list(map(Tensor.contiguous, A)), list(map(Tensor.contiguous, D))
-    R = dt_proj[0].shape[1]
-    return pack_weights(_of_one_dtype(x_proj, dtype), _of_one_dtype(dt_proj, dtype), A, D, padded_dt_rank(R), dtype)
+    """Return the weights of one or two directions as matrix products, in `dtype`, and the scan read them.
+
+    `linears` are up to two other matrices with a side of E. `memory` is (packed, A_D) of an earlier result for these weights.
+    """
+    A, D, linears = ([x.contiguous() for x in tensors] for tensors in (A, D, linears))
+    x_proj, dt_proj = _of_one_dtype(x_proj, dtype), _of_one_dtype(dt_proj, dtype)
+    return pack_weights(x_proj, dt_proj, A, D, padded_dt_rank(dt_proj[0].shape[1]), dtype, linears, *memory)
 
 
 def _of_one_dtype(weights: ByDirection, dtype: torch.dtype) -> list[Tensor]:
