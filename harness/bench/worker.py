@@ -84,11 +84,18 @@ class Worker:
 
 
 class Batch(NamedTuple):
-    """Seconds of each call of a batch of samples, joules of the batch, pauses included, and MHz at its end."""
+    """Seconds of a call in each of the samples of a batch, joules of the batch, pauses included, and MHz at its end. A sample
+    is of `calls` calls."""
 
     seconds: list[float]
     joules: float | None
     clock: float | None
+    calls: int = 1
+
+    @property
+    def spent(self) -> float:
+        """Return the seconds that were timed."""
+        return sum(self.seconds) * self.calls
 
 
 class LoadedCall:
@@ -111,19 +118,20 @@ class LoadedCall:
         if warm[0] < 1:
             warm += self._clock.warm(self._call, WARM - 1)
         allocated, reserved = self._clock.peak(self._call)
-        return {"warm": warm, "allocated": allocated, "reserved": reserved}
+        return {"warm": warm, "allocated": allocated, "reserved": reserved, "host": self._call.host}
 
     def time(self, seconds: float, most: int) -> Batch:
         """Take samples until `seconds` are spent or there are `most`, one at least."""
         assert self._call is not None
         taken: list[float] = []
+        calls = max(1, self._call.window)
         before = self._power.joules()
-        while not taken or (sum(taken) < seconds and len(taken) < most):
+        while not taken or (sum(taken) * calls < seconds and len(taken) < most):
             taken.append(self._clock.time(self._call))
             if taken[-1] > self._longest:
                 raise TimeoutError(f"a call takes {taken[-1]:.1f} s, and {self._longest:.0f} s are allowed")
         clock, after = self._power.megahertz(), self._power.joules()
-        return Batch(taken, None if before is None or after is None else after - before, clock)
+        return Batch(taken, None if before is None or after is None else after - before, clock, calls)
 
     def drop(self) -> None:
         """Forget the call and free its memory."""
