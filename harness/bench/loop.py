@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import fused
 from harness.bench.clock import Call
 from harness.bench.workloads import graphed, network
+from harness.instruments import cuda_graphs
 from harness.records.speed import Entry, Point
 
 BATCHES = 4  # that lie on the device and take turns
@@ -42,7 +42,7 @@ def make(point: Point, entry: Entry, device: str) -> Call:
     model = network(replace(point, dtype="float32") if training else point, entry, device).train(training)
     if gpu:
         torch.cuda.reset_peak_memory_stats(device)
-    loop = train(model, point, device) if training else infer(model, point, device)
+    loop = train(model, point, device) if training else infer(model, point, device, entry.role == "ours")
     step = graphed(Call(loop.step)).run if point.way == "graph" else loop.step
     taken = [_timed(step, device) for _ in range(WARM)]
     window = min(max(round(WINDOW / max(taken[-1], 1e-6)), FEWEST_CALLS), MOST_CALLS)
@@ -64,14 +64,11 @@ def train(model: nn.Module, point: Point, device: str) -> Loop:
     whole = point.way == "graph"
     optimizer = torch.optim.AdamW(parameters, LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True, capturable=whole)
     low = getattr(torch, point.dtype)
-    # Autocast's cache of weights must not outlive a capture.
-    autocast = functools.partial(
-        torch.autocast, device.partition(":")[0], low, enabled=low != torch.float32, cache_enabled=point.way != "graphed"
-    )
+    autocast = functools.partial(torch.autocast, device.partition(":")[0], low, enabled=low != torch.float32)
     forward = formed(model, point.way)
     if point.way == "graphed":
         with autocast():
-            torch.cuda.make_graphed_callables(model, (next(batches)[0].clone(),), allow_unused_input=True)  # in place
+            forward = cuda_graphs.for_training(model, (next(batches)[0],))
     fixed = next(batches) if whole else None
 
     def loss() -> Tensor:
@@ -96,13 +93,15 @@ def train(model: nn.Module, point: Point, device: str) -> Loop:
     return Loop(step, host)
 
 
-def infer(model: nn.Module, point: Point, device: str) -> Loop:
-    """Return the loop of a classifier with parameters in the point's dtype, a new batch in every call."""
+def infer(model: nn.Module, point: Point, device: str, ours: bool) -> Loop:
+    """Return the loop of a classifier with parameters in the point's dtype, a new batch in every call; ours is graphed by
+    `fused.graphed`."""
     batches = _batches(point, getattr(torch, point.dtype), device)
     forward = formed(model, point.way)
-    with torch.inference_mode():
-        if point.way == "graphed":
-            forward = captured(model, next(batches)[0])
+    if point.way == "graphed":
+        with torch.inference_mode():
+            own = cuda_graphs.by_product(model) if ours else None
+            forward = own or cuda_graphs.for_inference(model, (next(batches)[0],))
     fixed = next(batches) if point.way == "graph" else None
 
     @torch.inference_mode()
@@ -125,26 +124,6 @@ def formed(model: nn.Module, way: str) -> Forward:
     if way == "reduce-overhead":
         return torch.compile(model, dynamic=False, mode="reduce-overhead")
     return model
-
-
-def captured(model: nn.Module, clip: Tensor) -> Forward:
-    """Return the model as one CUDA graph that copies its input and its output: ours by `fused.graphed`, others by hand."""
-    own = getattr(fused, "graphed", None)
-    if own is not None and isinstance(model, fused.VideoMamba) and model.requested_backend == "native":
-        return own(model)
-    static, results = clip.clone(), [clip]
-
-    def forward() -> None:
-        results[:] = [model(static)]
-
-    replay = graphed(Call(forward)).run
-
-    def call(clip: Tensor) -> Tensor:
-        static.copy_(clip)
-        replay()
-        return results[0].clone()
-
-    return call
 
 
 def _batches(point: Point, dtype: torch.dtype, device: str) -> Iterator[tuple[Tensor, Tensor]]:
