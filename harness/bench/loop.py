@@ -20,7 +20,7 @@ from harness.records.speed import Entry, Point
 BATCHES = 4  # that lie on the device and take turns
 WARM = 3  # steps before the clock starts: a compiled step is recorded in its second
 WINDOW = 0.1  # seconds between two synchronisations, or more
-FEWEST_CALLS, MOST_CALLS = 3, 32  # in a window
+FEWEST_CALLS, MOST_CALLS = 4, 32  # in a window
 HOST_SAMPLES = 7
 LEARNING_RATE, WEIGHT_DECAY, MAX_NORM = 1e-5, 0.05, 1.0
 
@@ -46,15 +46,16 @@ def make(point: Point, entry: Entry, device: str) -> Call:
     step = graphed(Call(loop.step)).run if point.way == "graph" else loop.step
     taken = [_timed(step, device) for _ in range(WARM)]
     window = min(max(round(WINDOW / max(taken[-1], 1e-6)), FEWEST_CALLS), MOST_CALLS)
-    host: tuple[float, ...] = ()
-    if gpu and point.way != "graph":
+
+    def host() -> tuple[float, ...]:
         samples = []
         for _ in range(HOST_SAMPLES):
             _synchronize(device)
             samples.append(loop.host())
-        host = tuple(statistics.median(parts) / model.config.depth for parts in zip(*samples, strict=True))
+        return tuple(statistics.median(parts) / model.config.depth for parts in zip(*samples, strict=True))
+
     peak = (torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)) if gpu else None
-    return Call(step, window=window, host=host, peak=peak)
+    return Call(step, window=window, host=host if gpu and point.way != "graph" else None, peak=peak)
 
 
 def train(model: nn.Module, point: Point, device: str) -> Loop:

@@ -85,12 +85,13 @@ class Worker:
 
 class Batch(NamedTuple):
     """Seconds of a call in each of the samples of a batch, joules of the batch, pauses included, and MHz at its end. A sample
-    is of `calls` calls."""
+    is of `calls` calls. The first batch of a loop has the `host` time of a layer."""
 
     seconds: list[float]
     joules: float | None
     clock: float | None
     calls: int = 1
+    host: tuple[float, ...] = ()
 
     @property
     def spent(self) -> float:
@@ -118,20 +119,23 @@ class LoadedCall:
         if warm[0] < 1:
             warm += self._clock.warm(self._call, WARM - 1)
         allocated, reserved = self._clock.peak(self._call)
-        return {"warm": warm, "allocated": allocated, "reserved": reserved, "host": self._call.host}
+        return {"warm": warm, "allocated": allocated, "reserved": reserved}
 
     def time(self, seconds: float, most: int) -> Batch:
         """Take samples until `seconds` are spent or there are `most`, one at least."""
         assert self._call is not None
         taken: list[float] = []
         calls = max(1, self._call.window)
+        host: tuple[float, ...] = ()
+        if self._call.host:  # here, and not where all load at once
+            host, self._call.host = self._call.host(), None
         before = self._power.joules()
         while not taken or (sum(taken) * calls < seconds and len(taken) < most):
             taken.append(self._clock.time(self._call))
             if taken[-1] > self._longest:
                 raise TimeoutError(f"a call takes {taken[-1]:.1f} s, and {self._longest:.0f} s are allowed")
         clock, after = self._power.megahertz(), self._power.joules()
-        return Batch(taken, None if before is None or after is None else after - before, clock, calls)
+        return Batch(taken, None if before is None or after is None else after - before, clock, calls, host)
 
     def drop(self) -> None:
         """Forget the call and free its memory."""

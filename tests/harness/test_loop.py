@@ -13,7 +13,7 @@ from harness.bench import grids, loop
 from harness.bench.clock import Call, Clock
 from harness.bench.run import points_here
 from harness.records.speed import GPU_WAYS, Entry, Point, Speed
-from harness.report import bench
+from harness.report import accepted, bench
 from harness.report import loop as page
 from harness.subjects.videomamba import loop as race
 
@@ -141,3 +141,11 @@ def test_a_gated_entry_has_no_ratio() -> None:
 def test_forms_that_need_a_gpu_are_named_where_there_is_none() -> None:
     text = page.section([sweeps.speed(OURS, point("eager"), 80)])
     assert "Not timed in this run: graphed, compiled, reduce-overhead, graph (they need a GPU)." in text
+
+
+def test_the_page_of_accepted_numbers_has_the_race(tmp_path: Path) -> None:
+    readme, folder = tmp_path / "README.md", Path("accepted/h200/loop")
+    readme.write_text("\n".join(accepted.MARKERS))
+    accepted.write(readme, {folder: sweeps.made(tmp_path / "run", made_up())})
+    text = readme.read_text()
+    assert "### Loops, the host's time included\n\nFrom [loop](accepted/h200/loop/report.md):" in text and "| 0.875 |" in text
