@@ -53,5 +53,5 @@ class DropPath(nn.Module):
         if self.rate == 0 or not self.training:
             return x
         keep = 1 - self.rate
-        kept = torch.rand((x.shape[0],) + (1,) * (x.dim() - 1), device=x.device) < keep
-        return torch.addcmul(x.new_zeros(()), x, kept.to(x.dtype), value=1 / keep)  # x * kept / keep in one pass, rounded once
+        kept = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(keep)
+        return torch.addcmul(x.new_zeros(()), x, kept, value=1 / keep)  # x * kept / keep in one pass, rounded once

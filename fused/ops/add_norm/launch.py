@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fused.ops.add_norm.kernels import backward_kernel, forward_kernel, reduce_kernel
-from fused.runtime.triton_launch import FUSED_MULTIPLY_ADD, blocks, launching_on, power_of_2
+from fused.runtime.triton_launch import FUSED_MULTIPLY_ADD, blocks, launch, power_of_2
 
 MAX_WIDTH = 8192  # the widest row that both kernels hold without spilling
 PROGRAMS = 528  # of the backward: 4 for each of an H200's 132 SMs; constant, because it decides the order of sums
@@ -40,11 +40,11 @@ def forward(
     if M:
         config = _tile(D, 64 // x.element_size(), 4)
         (x_rows, x_row_stride), (residual_rows, residual_row_stride) = _readable_rows(x, D), _readable_rows(residual, D)
-        with launching_on(x.device):
-            forward_kernel[(blocks(M, config["BLOCK_ROWS"]),)](
-                x_rows, residual_rows, weight.contiguous(), None if bias is None else bias.contiguous(), y, out, mean, rstd,
-                M, D, x_row_stride, residual_row_stride, eps, **config,
-            )  # fmt: skip
+        launch(
+            forward_kernel, x.device, (blocks(M, config["BLOCK_ROWS"]),),
+            x_rows, residual_rows, weight.contiguous(), None if bias is None else bias.contiguous(), y, out, mean, rstd,
+            M, D, x_row_stride, residual_row_stride, eps, **config,
+        )  # fmt: skip
     return y, out, mean, rstd
 
 
@@ -83,14 +83,13 @@ def backward(
     programs = blocks(tiles, tiles_per_program)
     partial = torch.empty((1 if bias is None else 2, programs, D), dtype=torch.float32, device=v_or_x.device)
     dweights, dbiases = partial[0], None if bias is None else partial[1]
-    with launching_on(v_or_x.device):
-        backward_kernel[(programs,)](
-            *inputs, weight.contiguous(), mean, rstd, dx, None if dresidual is dx else dresidual,
-            dweights, dbiases, M, D, *strides, tiles_per_program, **config,
-        )  # fmt: skip
-        reduce_kernel[(blocks(D, REDUCE["BLOCK_COLUMNS"]), len(partial))](
-            dweights, dbiases, dweight, dbias, programs, D, **REDUCE
-        )
+    launch(
+        backward_kernel, v_or_x.device, (programs,),
+        *inputs, weight.contiguous(), mean, rstd, dx, None if dresidual is dx else dresidual,
+        dweights, dbiases, M, D, *strides, tiles_per_program, **config,
+    )  # fmt: skip
+    grid = blocks(D, REDUCE["BLOCK_COLUMNS"]), len(partial)
+    launch(reduce_kernel, v_or_x.device, grid, dweights, dbiases, dweight, dbias, programs, D, **REDUCE)
     return dx, dresidual, dweight, dbias
 
 

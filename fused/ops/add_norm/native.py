@@ -10,7 +10,7 @@ from fused.ops.add_norm import launch
 from fused.ops.shapes import Rows, residual_dtype_of
 from fused.runtime.checks import check_native_dtypes
 from fused.runtime.dtypes import KERNEL_DTYPES
-from fused.runtime.library import below_autograd, empty_if_none, register
+from fused.runtime.library import below_autograd, none_if_empty, register
 
 
 def add_norm_native(
@@ -54,10 +54,9 @@ def check_norm_arguments(x: Tensor, weight: Tensor, bias: Tensor | None, residua
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
     eps: float, centre: bool, residual_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return y and v (..., D), mean and rstd (...,) of x and residual (..., D); empty for a result that was not asked for."""
-    y, out, mean, rstd = launch.forward(x, residual, weight, bias, eps, centre, residual_dtype)
-    return y, x.new_empty(0) if out is None else out, x.new_empty(0) if mean is None else mean, rstd
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
+    """Return y and v (..., D), mean and rstd (...,) of x and residual (..., D); None for a result that was not asked for."""
+    return launch.forward(x, residual, weight, bias, eps, centre, residual_dtype)
 
 
 def _forward_shapes(
@@ -75,11 +74,11 @@ def _forward_shapes(
 def _backward(
     v_or_x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, mean: Tensor | None, rstd: Tensor,
     dy: Tensor, dout: Tensor | None, x_dtype: torch.dtype, residual_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return dx, dresidual (..., D), dweight and dbias (D,); dresidual is empty where it is dx or None, dbias for None."""
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
+    """Return dx, dresidual (..., D), dweight and dbias (D,); dresidual is None where it is dx or None, dbias for None."""
     grads = launch.backward(dy, dout, v_or_x, residual, weight, bias, mean, rstd, x_dtype, residual_dtype)
     dx, dresidual, dweight, dbias = grads
-    return dx, empty_if_none(None if dresidual is dx else dresidual, v_or_x), dweight, empty_if_none(dbias, v_or_x)
+    return dx, None if dresidual is dx else dresidual, dweight, dbias
 
 
 def _backward_shapes(
@@ -102,14 +101,14 @@ class _AddNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
         eps: float, centre: bool, residual_dtype: torch.dtype | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
         ctx.set_materialize_grads(False)
         ctx.dtypes = (x.dtype, None if residual is None else residual.dtype)
         operator = torch.ops.videomamba.add_norm.default
         y, out, mean, rstd = below_autograd(operator, x, weight, bias, residual, eps, centre, residual_dtype)
         v_or_x, residual = (out, None) if residual_dtype == torch.float32 else (x, residual)
-        ctx.save_for_backward(v_or_x, residual, weight, bias, mean if centre else None, rstd)
-        ctx.mark_non_differentiable(mean, rstd, *(() if residual_dtype else (out,)))
+        ctx.save_for_backward(v_or_x, residual, weight, bias, none_if_empty(mean), rstd)
+        ctx.mark_non_differentiable(*(t for t in (mean, rstd, None if residual_dtype else out) if t is not None))
         return y, out, mean, rstd
 
     @staticmethod

@@ -197,9 +197,11 @@ def test_a_chunk_is_an_operator_as_torch_wants_it():
 def test_a_mixer_is_an_operator_as_torch_wants_it():
     layer = Mamba(8, d_state=4, backend="native").to(DEVICE)
     first, second = ([x.detach().requires_grad_() for x in weights] for weights in layer.directions())
-    xz, weight = torch.randn(1, 5, 32, device=DEVICE).requires_grad_(), layer.out_proj.weight
-    for keep in (False, True):
-        torch.library.opcheck(torch.ops.videomamba.mamba_inner.default, (xz, first, second, weight, None, False, keep))
+    operator, in_proj, out_proj = torch.ops.videomamba.mamba_inner.default, layer.in_proj.weight, layer.out_proj.weight
+    for weight, width in ((in_proj, 8), (None, 32)):
+        u = torch.randn(1, 5, width, device=DEVICE).requires_grad_()
+        for keep in (False, True):
+            torch.library.opcheck(operator, (u, first, second, weight, None, out_proj, None, u.dtype, False, keep))
 
 
 def test_one_token_of_one_clip():
