@@ -20,7 +20,7 @@ from harness.records.speed import Entry, Point
 BATCHES = 4  # that lie on the device and take turns
 WARM = 3  # steps before the clock starts: a compiled step is recorded in its second
 WINDOW = 0.1  # seconds between two synchronisations, or more
-FEWEST_CALLS, MOST_CALLS = 4, 32  # in a window
+FEWEST_CALLS, MOST_CALLS = 2, 32  # in a window
 HOST_SAMPLES = 7
 LEARNING_RATE, WEIGHT_DECAY, MAX_NORM = 1e-5, 0.05, 1.0
 
