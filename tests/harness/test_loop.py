@@ -75,6 +75,29 @@ def test_a_call_of_inference_has_the_points_dtype_and_no_gradients(small: Small)
     assert not small.training and not any(small.autocast) and not any(small.grad)
 
 
+def test_a_graphed_model_is_captured_without_autocasts_cache(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training in place, on a copy of a clip, within autocast; there is no GPU here, so that nothing is captured."""
+    seen = []
+
+    def capture(module: nn.Module, sample: tuple[torch.Tensor, ...], allow_unused_input: bool) -> nn.Module:
+        seen.append((module, sample[0], torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()))
+        return module
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
+    call = loop.make(point("graphed", S=16), OURS, "cpu")
+    [(module, sample, autocast, cached)] = seen
+    assert module is small and autocast and not cached and torch.is_autocast_cache_enabled()
+    assert not any(sample.data_ptr() == clip.data_ptr() for clip in small.clips)
+    call.run()
+
+
+@pytest.mark.parametrize(("entry", "by"), [(OURS, "by_product"), (THEIRS, "for_inference")])
+def test_ours_is_graphed_by_the_product(entry: Entry, by: str, small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("by_product", "for_inference"):
+        monkeypatch.setattr(loop.cuda_graphs, name, lambda *given, name=name: lambda clip: name)
+    assert loop.make(point("graphed", "infer", S=16), entry, "cpu").run() == by
+
+
 def test_a_window_is_synchronised_at_its_ends_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sample is the wall-clock time of a window, divided by its calls."""
     events: list[str] = []
