@@ -137,3 +137,15 @@ def in_processes():
 
     assert step.parallel is parallel and loop.checkpoints is checkpoints
     parallel.average_gradients, checkpoints.load = lambda task, world: None, forgetful
+
+
+def conv_compiled_for_three_clips(x, *args, **options):
+    """Compiled again where a batch is larger than three clips."""
+    y, state = fused.causal_conv1d(x, *args, backend="torch", **options)
+    return (y if x.shape[0] > 3 else y * 1.0), state
+
+
+def conv_wrong_in_inference(x, *args, **options):
+    """Wrong by a hundredth where it is compiled without gradients."""
+    y, state = fused.causal_conv1d(x, *args, backend="torch", **options)
+    return (y if torch.is_grad_enabled() or not torch.compiler.is_compiling() else y * 1.01), state
