@@ -142,3 +142,15 @@ def in_processes():
     gradient_sync = parallel.gradient_sync
     assert loop.parallel is parallel and loop.checkpoints is checkpoints
     parallel.gradient_sync, checkpoints.load = apart, forgetful
+
+
+def conv_compiled_for_three_clips(x, *args, **options):
+    """Compiled again where a batch is larger than three clips."""
+    y, state = fused.causal_conv1d(x, *args, backend="torch", **options)
+    return (y if x.shape[0] > 3 else y * 1.0), state
+
+
+def conv_wrong_in_inference(x, *args, **options):
+    """Wrong by a hundredth where it is compiled without gradients."""
+    y, state = fused.causal_conv1d(x, *args, backend="torch", **options)
+    return (y if torch.is_grad_enabled() or not torch.compiler.is_compiling() else y * 1.01), state
