@@ -48,7 +48,7 @@ def register(
         _LIBRARY.impl(name, dispatched, device)
     torch.library.register_fake(f"videomamba::{name}", fake, lib=_LIBRARY)  # unlike a Meta kernel, it knows the device
     operator = getattr(torch.ops.videomamba, name).default
-    _planned[operator] = planned
+    PLANNED[operator] = planned
     apply = autograd or functools.partial(_Backward.call, operator)
 
     def with_gradients(*arguments: Any) -> Any:
@@ -71,7 +71,7 @@ class _Backward(torch.autograd.Function):
     def call(cls, operator: Callable[..., Any], *arguments: Any) -> Any:
         """Apply to the tensors one by one, those in lists too, so that autograd sees each of them."""
         results: list[Any] = []
-        flat = iter(cls.apply(operator, arguments, results, *_flatten(arguments)))
+        flat = iter(apply_function(cls, operator, arguments, results, *_flatten(arguments)))
 
         def of_autograd(result: Any) -> Any:
             if isinstance(result, (list, tuple)):
@@ -97,7 +97,7 @@ def _flatten(values: Iterable[Any]) -> list[Tensor]:
     return [x for value in values for x in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(x, Tensor)]
 
 
-_planned: dict[Any, Planned] = {}
+PLANNED: dict[Any, Planned] = {}
 
 
 def below_autograd(operator: Callable[..., Any], *arguments: Any) -> Any:
@@ -112,7 +112,7 @@ def below_autograd(operator: Callable[..., Any], *arguments: Any) -> Any:
         or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
     ):
-        results = _planned[operator](*arguments)
+        results = PLANNED[operator](*arguments)
         if results is not NotImplemented:
             return results
     with torch._C._AutoDispatchBelowAutograd():
@@ -144,6 +144,14 @@ def _all_tensors(results: Any) -> Any:
         return like.new_empty(0) if result is None else result
 
     return tuple(filled(x) for x in results)
+
+
+def apply_function(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """Return function.apply(*arguments), without what PyTorch does for functorch's transforms where none is active."""
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)
+    without: Any = super(torch.autograd.Function, function)
+    return without.apply(*arguments)
 
 
 def none_if_empty(x: Tensor | None) -> Tensor | None:

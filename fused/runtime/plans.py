@@ -34,12 +34,14 @@ _aten = torch.ops.aten
 _FUNCTIONS = {
     _aten.mm.default: torch.mm, _aten.mm.out: torch.mm, _aten.bmm.default: torch.bmm, _aten.bmm.out: torch.bmm,
     _aten.addmm.default: torch.addmm, _aten.cat.default: torch.cat, _aten.baddbmm_.default: Tensor.baddbmm_,
-    getattr(_aten.mm, "dtype", None): torch.mm, _aten._to_copy.default: Tensor.to,
+    getattr(_aten.mm, "dtype", None): torch.mm, getattr(_aten.bmm, "dtype", None): torch.bmm, _aten._to_copy.default: Tensor.to,
 }  # fmt: skip
 # Inductor's allocation and views of CUDA memory, past the dispatcher; PyTorch's public functions where they are missing
 _guards = torch._C._dynamo.guards
 _empty_cuda = getattr(_guards, "_empty_strided_cuda", functools.partial(torch.empty_strided, device="cuda"))
 _view = getattr(_guards, "_reinterpret_tensor", None)
+_ADDRESS, _STRIDE, _DEVICE = Tensor.data_ptr, Tensor.stride, Tensor.get_device
+_SHAPE_AND_DTYPE = operator.attrgetter("shape", "dtype")
 _enabled = {"cuda": True, "cpu": False}  # on a CPU, where kernels are only emulated, tests enable it
 
 
@@ -89,15 +91,11 @@ class Planned:
         first = tensors[0]
         if not _enabled.get("cuda" if first.is_cuda else "cpu"):
             return self.function(*arguments)
-        addresses = [x.data_ptr() for x in tensors]
-        bits = 0
-        for address in addresses:
-            bits |= address
-        if bits & 15:
+        addresses = list(map(_ADDRESS, tensors))
+        if functools.reduce(operator.or_, addresses) & 15:
             key += [address & 15 for address in addresses]
-        for x in tensors:
-            key += (x.shape, x.stride(), x.dtype, x.get_device())
-        return self._run(tuple(key), arguments, tensors, addresses)
+        all_of = (*key, *map(_SHAPE_AND_DTYPE, tensors), *map(_STRIDE, tensors), *map(_DEVICE, tensors))
+        return self._run(all_of, arguments, tensors, addresses)
 
     def plans(self) -> "OrderedDict[Any, Plan | str | None]":
         """Return this thread's plans: None for arguments seen once, a string for the reason why there can be no plan."""

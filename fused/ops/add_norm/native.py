@@ -1,5 +1,6 @@
 """Add and normalise by kernels of this project, as the operator `videomamba::add_norm`."""
 
+import functools
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from fused.ops.add_norm import launch
 from fused.ops.shapes import Rows, residual_dtype_of
 from fused.runtime.checks import check_native_dtypes
 from fused.runtime.dtypes import KERNEL_DTYPES
-from fused.runtime.library import below_autograd, none_if_empty, register
+from fused.runtime.library import apply_function, below_autograd, none_if_empty, register
 
 
 def add_norm_native(
@@ -150,5 +151,5 @@ _add_norm = register(
     "-> (Tensor y, Tensor residual_out, Tensor mean, Tensor rstd)",  # empty for a result that was not asked for
     _forward,
     _forward_shapes,
-    _AddNorm.apply,
+    functools.partial(apply_function, _AddNorm),
 )

@@ -1,5 +1,6 @@
 """The causal convolution by kernels of this project, as the operator `videomamba::causal_conv1d`."""
 
+import functools
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from fused.ops.causal_conv1d import launch
 from fused.runtime.checks import check_native_dtypes
-from fused.runtime.library import below_autograd, register
+from fused.runtime.library import apply_function, below_autograd, register
 
 
 def causal_conv1d_native(
@@ -94,5 +95,8 @@ _causal_conv1d_backward = register(
     _backward_shapes,
 )
 _causal_conv1d = register(
-    f"causal_conv1d({_INPUTS}) -> (Tensor y, Tensor final_state)", _forward, _forward_shapes, _CausalConv1d.apply
+    f"causal_conv1d({_INPUTS}) -> (Tensor y, Tensor final_state)",
+    _forward,
+    _forward_shapes,
+    functools.partial(apply_function, _CausalConv1d),
 )

@@ -266,7 +266,8 @@ def unpack_gradients(
     the weights of two directions differ in dtype, both gradients have that of the first.
     """
     (E, R), padded_R = dt_proj[0].shape, d_dt_proj[0].shape[1]
-    if R == padded_R and d_x_proj[0].dtype == x_proj[0].dtype and d_dt_proj[0].dtype == dt_proj[0].dtype:
+    same = d_x_proj[0].dtype == x_proj[0].dtype and d_dt_proj[0].dtype == dt_proj[0].dtype
+    if R == padded_R and same and not d_x_proj[0]._is_view():  # results of an operator share no memory
         return d_x_proj, d_dt_proj
     out_x_proj, out_dt_proj = (
         [torch.empty(w.shape, dtype=weights[0].dtype, device=w.device) for w in weights] for weights in (x_proj, dt_proj)

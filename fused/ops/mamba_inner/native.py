@@ -20,7 +20,7 @@ from fused.ops.mamba_inner.pipeline import Pipeline, pack, weight_gradient
 from fused.ops.selective_scan import launch as scan
 from fused.ops.selective_scan.launch import TILE
 from fused.ops.shapes import DirectionWeights
-from fused.runtime.library import below_autograd, none_if_empty, register, wants_gradients
+from fused.runtime.library import apply_function, below_autograd, none_if_empty, register, wants_gradients
 from fused.runtime.modes import is_batch_invariant
 
 Weights = Sequence[Tensor | None]  # a DirectionWeights as the operator takes it; empty for an absent direction
@@ -171,7 +171,7 @@ class _MambaInner(torch.autograd.Function):
         out_proj_bias: Tensor | None, *options: Any,
     ) -> Any:  # fmt: skip
         """Apply to the tensors one by one, so that autograd sees each of them."""
-        return cls.apply(options, len(first), u, in_proj, in_proj_bias, out_proj, out_proj_bias, *first, *second)
+        return apply_function(cls, options, len(first), u, in_proj, in_proj_bias, out_proj, out_proj_bias, *first, *second)
 
     @staticmethod
     def forward(

@@ -17,7 +17,7 @@ from fused.ops.mamba_inner.pipeline import Pipeline, pack
 from fused.ops.selective_scan import launch as scan
 from fused.ops.selective_scan.launch import TILE, aligned_or_none
 from fused.ops.shapes import DirectionWeights
-from fused.runtime.library import below_autograd, none_if_empty, register, wants_gradients
+from fused.runtime.library import apply_function, below_autograd, none_if_empty, register, wants_gradients
 from fused.runtime.modes import is_batch_invariant
 
 Matrices = Sequence[Tensor]  # x_proj and dt_proj of PackedWeights, or empty
@@ -138,7 +138,7 @@ class _OneDirection(torch.autograd.Function):
         weights: Sequence[Any], packed: Matrices, *options: bool,
     ) -> Any:  # fmt: skip
         """Apply to the tensors one by one, so that autograd sees each of them."""
-        return cls.apply(options, len(weights), x, z, y_other_direction, conv_state, ssm_state, *weights, *packed)
+        return apply_function(cls, options, len(weights), x, z, y_other_direction, conv_state, ssm_state, *weights, *packed)
 
     @staticmethod
     def forward(

@@ -21,6 +21,7 @@ from fused.ops.selective_scan.launch import ScanGradients, ScanInputs, aligned_o
 from fused.ops.shapes import DirectionWeights
 
 ByDirection = Sequence[Any]  # a weight of one or two directions
+BATCHED_TOKENS = 4096  # up to which the gradients of both directions' weights are one product
 DT_ALIGN = 16  # elements; 32 bytes, the unit of memory reads, in a 16-bit dtype
 
 
@@ -122,10 +123,9 @@ class Pipeline:
         )  # fmt: skip
         du, ddelta, d_dt_B_C = (x.flatten(1, 2) for x in (du, ddelta, d_dt_B_C))
         _matmul(ddelta, packed.dt_proj.mT, ddt)
-        # one direction after the other: cuBLAS splits their long sums
         weights = self.weights
-        d_dt_proj = [weight_gradient(x, y, weights.dt_proj[0].dtype) for x, y in zip(ddelta, dt, strict=True)]
-        d_x_proj = [weight_gradient(x, y, weights.x_proj[0].dtype) for x, y in zip(d_dt_B_C, c.flatten(1, 2), strict=True)]
+        d_dt_proj = _weight_gradients(ddelta, dt, weights.dt_proj[0].dtype)
+        d_x_proj = _weight_gradients(d_dt_B_C, c.flatten(1, 2), weights.x_proj[0].dtype)
         d_x_proj, d_dt_proj = unpack_gradients(d_x_proj, d_dt_proj, weights.x_proj, weights.dt_proj)
         du.baddbmm_(d_dt_B_C, packed.x_proj)
         conv_grads = conv.backward(
@@ -141,6 +141,19 @@ def weight_gradient(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.float32 != x.dtype and x.is_cuda:
         return torch.mm(x.t(), y, out_dtype=torch.float32)  # float32 weights under autocast: no second kernel for a cast
     return torch.mm(x.t(), y)
+
+
+def _weight_gradients(x: Tensor, y: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Return `weight_gradient` of every direction of x (directions, tokens, M) and y (directions, tokens, N).
+
+    Over many tokens it is one product after the other, whose long sums cuBLAS splits, but not those of a batch. Over few tokens
+    a product is shorter than its launch, so that one launch is better. In float32 a sum that is not split is less exact.
+    """
+    if x.dtype == torch.float32 or x.shape[1] > BATCHED_TOKENS or len(x) == 1:
+        return [weight_gradient(a, b, dtype) for a, b in zip(x, y, strict=True)]
+    if dtype == torch.float32 and x.is_cuda:
+        return list(torch.bmm(x.mT, y, out_dtype=torch.float32).unbind())
+    return list(torch.bmm(x.mT, y).unbind())
 
 
 def _like(grads: DirectionWeights, weights: DirectionWeights) -> DirectionWeights:

@@ -9,7 +9,7 @@ from torch import Tensor
 from fused.ops.selective_scan import launch
 from fused.ops.selective_scan.launch import TILE, ScanInputs, aligned_or_none, dense, schedule_for
 from fused.runtime.autocast import no_autocast
-from fused.runtime.library import below_autograd, none_if_empty, register, wants_gradients
+from fused.runtime.library import apply_function, below_autograd, none_if_empty, register, wants_gradients
 from fused.runtime.modes import is_batch_invariant
 
 Pair = Sequence[Tensor]
@@ -163,7 +163,7 @@ class _SelectiveScan(torch.autograd.Function):
         initial_state: Tensor | None, *options: Any,
     ) -> Any:  # fmt: skip
         """Apply to the tensors one by one, so that autograd sees each of them."""
-        return cls.apply(options, z, initial_state, *u, *delta, *A, *B, *C, *D, *delta_bias)
+        return apply_function(cls, options, z, initial_state, *u, *delta, *A, *B, *C, *D, *delta_bias)
 
     @staticmethod
     def forward(
