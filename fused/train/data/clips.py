@@ -86,8 +86,8 @@ class ClipFolder:
     are explained at `Preprocessing`; `frame_pattern`, such as "img_*.jpg", selects the images of folders of frames.
 
     The attributes `files` (sorted), `classes`, `labels`, `stated_frames` and `notes` describe the dataset, `preprocessing` its
-    clips; only `sample` opens files. Raises ValueError or TypeError for arguments out of range, for a root
-    without videos, and for `fps` with folders of images, which state no times.
+    clips; only `sample` opens files. Raises ValueError or TypeError for arguments out of range, for a root without videos, and
+    for `fps` with folders of images, which state no times.
     """
 
     files: tuple[Path, ...]
