@@ -89,8 +89,8 @@ class ClipFolder:
     take a quarter of the memory.
 
     The attributes `files` (sorted), `classes`, `labels`, `stated_frames` and `notes` describe the dataset, `preprocessing` its
-    clips; only `sample` opens files. Raises ValueError or TypeError for arguments out of range, for a root
-    without videos, and for `fps` with folders of images, which state no times.
+    clips; only `sample` opens files. Raises ValueError or TypeError for arguments out of range, for a root without videos, and
+    for `fps` with folders of images, which state no times.
     """
 
     files: tuple[Path, ...]

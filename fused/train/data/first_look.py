@@ -13,7 +13,8 @@ MAX_TRIED = 32  # files, and as many folders of images
 def try_videos(dataset: ClipFolder) -> list[str]:
     """Read files until one gives a clip, folders of images likewise, and return notes on a kind of which none does.
 
-    Those that are tried are spread over the dataset. Raises ValueError if none gives a clip, ImportError without PyAV.
+    Those that are tried are spread over the dataset. A single broken one of its kind gives no note. Raises ValueError if none
+    gives a clip, ImportError without PyAV.
     """
     others = _spread([i for i, path in enumerate(dataset.files) if not is_video_name(path)])
     folders = [i for i in others if dataset.files[i].is_dir()]
@@ -24,7 +25,8 @@ def try_videos(dataset: ClipFolder) -> list[str]:
     if errors.keys() == {kind for kind, indices in kinds.items() if indices}:
         shown = [error for found in errors.values() for error in found][:MAX_ERRORS_SHOWN]
         raise ValueError(f"none of {len(files + folders)} videos that were tried gives a clip: {'; '.join(shown)}")
-    notes = [f"none of {len(found)} {kind} that were tried gives a clip: {found[0]}" for kind, found in errors.items()]
+    failing = {kind: found for kind, found in errors.items() if len(found) > 1}
+    notes = [f"none of {len(found)} {kind} that were tried gives a clip: {found[0]}" for kind, found in failing.items()]
     if dataset.frame_pattern is not None and not folders:
         notes.append(f"frame_pattern is {dataset.frame_pattern!r}, and no video that was tried is a folder of images")
     return notes
