@@ -72,13 +72,7 @@ class _Backward(torch.autograd.Function):
         """Apply to the tensors one by one, those in lists too, so that autograd sees each of them."""
         results: list[Any] = []
         flat = iter(apply_function(cls, operator, arguments, results, *_flatten(arguments)))
-
-        def of_autograd(result: Any) -> Any:
-            if isinstance(result, (list, tuple)):
-                return [of_autograd(x) for x in result]
-            return None if result is None else next(flat)
-
-        return tuple(of_autograd(x) for x in results)
+        return tuple(_map_leaves(results, lambda x: None if x is None else next(flat)))
 
     @staticmethod
     def forward(ctx: Any, operator: Any, arguments: tuple[Any, ...], results: list[Any], *_: Tensor) -> tuple[Tensor, ...]:
@@ -137,13 +131,12 @@ def _all_tensors(results: Any) -> Any:
     if not isinstance(results, (list, tuple)):
         return results
     like = next(x for y in results for x in (y if isinstance(y, (list, tuple)) else [y]) if x is not None)
+    return tuple(_map_leaves(results, lambda x: like.new_empty(0) if x is None else x))
 
-    def filled(result: Any) -> Any:
-        if isinstance(result, (list, tuple)):
-            return [filled(x) for x in result]
-        return like.new_empty(0) if result is None else result
 
-    return tuple(filled(x) for x in results)
+def _map_leaves(results: Iterable[Any], function: Callable[[Any], Any]) -> list[Any]:
+    """Return a list with the function applied to every entry, and to the entries of lists."""
+    return [[function(y) for y in x] if isinstance(x, (list, tuple)) else function(x) for x in results]
 
 
 def apply_function(function: type[torch.autograd.Function], *arguments: Any) -> Any:

@@ -85,6 +85,11 @@ class Recorder(TorchDispatchMode):
         for x in inputs:
             self._add_slot(x, shared=True)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Return that nothing here is traced, so that PyTorch does not import its compiler, which takes seconds, to say so."""
+        return False
+
     def __enter__(self) -> "Recorder":
         super().__enter__()
         _current.recorder = self

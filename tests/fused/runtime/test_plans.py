@@ -1,6 +1,8 @@
 """Launch plans against the calls that they repeat, bit for bit: on a GPU, or emulated and interpreted on the CPU."""
 
+import gc
 import threading
+import weakref
 
 import emulation
 import pytest
@@ -153,6 +155,29 @@ def test_results_of_two_calls_share_no_memory():
         outs = [block(x, x, backend="native")[0] for x in tokens]
         again = [block(x, x, backend="native")[0] for x in tokens]
     assert all(map(torch.equal, outs, again)) and not any(a.equal(b) for a, b in zip(outs, outs[1:], strict=False))
+
+
+@pytest.mark.parametrize("wants_gradient", [False, True])
+def test_a_result_is_freed_when_it_is_dropped(wants_gradient):
+    """Without the garbage collector, as a CUDA graph wants its memory; also while it is recorded, and by the dispatcher."""
+    block = layer().requires_grad_(wants_gradient)
+    first, second = block.mixer.directions()
+    mixer, in_proj, out_proj = torch.ops.videomamba.mamba_inner, block.mixer.in_proj.weight, block.mixer.out_proj.weight
+    gc.collect()
+    gc.disable()
+    try:
+        with plans.enabled(True, DEVICE):
+            for _ in range(DRAWS):
+                x = torch.randn(1, 9, 16, device=DEVICE)
+                outs = [*block(x, x, backend="native")[:2]]
+                outs += mixer(x, list(first), list(second), in_proj, None, out_proj, None, x.dtype, False, False)
+                if wants_gradient:
+                    outs += torch.autograd.grad([outs[0], outs[2]], [in_proj, out_proj], [x, x])
+                watched = [weakref.ref(out) for out in outs]
+                del outs
+                assert not [i for i, watch in enumerate(watched) if watch() is not None]
+    finally:
+        gc.enable()
 
 
 def test_threads_have_plans_of_their_own():
