@@ -1,6 +1,7 @@
 """`python -m harness`."""
 
 import os
+import signal
 import sys
 
 EXTRA = "pip install 'videomamba-bench[harness]'"
@@ -19,4 +20,8 @@ except ModuleNotFoundError as error:
     sys.exit(UNFIT)
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    finally:  # all is said and written; a further signal, while Python takes PyTorch down, must not change the exit code
+        for which in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(which, signal.SIG_IGN)
