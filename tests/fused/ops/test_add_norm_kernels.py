@@ -142,7 +142,7 @@ def test_repeats_and_ignores_its_neighbours(width):
 
 @pytest.mark.parametrize("residual_in", [FULL, torch.bfloat16])
 def test_stochastic_depth_is_a_factor_of_x(residual_in):
-    """Twice a number is exact, so that the kernel has the bits of a norm over the product. A residual in 16 bits is not saved."""
+    """Twice a number is exact, so the kernel has the bits of a norm over the product. A residual in 16 bits is not saved."""
     kept = torch.tensor([1.0, 0.0, 1.0], device=DEVICE)
     outs = []
     for inside in (True, False):
