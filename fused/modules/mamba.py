@@ -17,6 +17,7 @@ from fused.ops import mamba_ssm
 from fused.ops.mamba_inner.eager import both_directions_eager, one_direction_eager
 from fused.ops.shapes import DirectionWeights
 from fused.runtime.dtypes import KERNEL_DTYPES, accumulation_dtype
+from fused.runtime.linear import linear
 
 BACKENDS = {
     "native": NATIVE,
@@ -165,7 +166,7 @@ class Mamba(nn.Module):
         if operators == "mamba_ssm" and not return_state and not called:
             inner = backend == "mamba_ssm_inner"
             return mamba_ssm.mamba_mixer(hidden, self.in_proj, self.out_proj, self.directions(), inner=inner)
-        xz = self.in_proj(hidden)
+        xz = linear(hidden, self.in_proj) if operators == "torch" and "in_proj" not in called else self.in_proj(hidden)
         if operators == "native" and not carried and (not called or called == ("in_proj",)):
             from fused.ops.mamba_inner.native import mamba_inner
 
@@ -181,7 +182,7 @@ class Mamba(nn.Module):
             y, state = self._scan_native(x, z, state)
         else:
             y, state = self._scan_eager(x, z, called, state, backend)
-        out = self.out_proj(y)
+        out = linear(y, self.out_proj) if operators == "torch" and "out_proj" not in called else self.out_proj(y)
         return (out, state) if return_state else out
 
     def resolve_backend(self, x: Tensor) -> str:
