@@ -18,7 +18,7 @@ from fused.runtime.library import wants_gradients
 
 SMALLEST = 2**23
 """Multiplications from which oneDNN's product takes less time than MKL's."""
-_AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def linear(x: Tensor, layer: nn.Linear) -> Tensor:
@@ -27,17 +27,18 @@ def linear(x: Tensor, layer: nn.Linear) -> Tensor:
     traced = is_exporting() or torch.compiler.is_compiling()  # asked first: a graph must not depend on the number of rows
     if traced or autocast_dtype(x.device) is not None or not _takes(x, weight):
         return F.linear(x, weight, bias)
-    return _Linear.apply(x, weight, bias) if wants_gradients(x, weight, bias) else _multiply(x, weight, bias)
+    return _Linear.apply(x, weight, bias) if wants_gradients(x, weight, bias) else multiply(x, weight, bias)
 
 
 def _takes(x: Tensor, weight: Tensor) -> bool:
     """Return whether oneDNN shall multiply x (..., i) and weight (o, i)."""
-    if not _AVAILABLE or x.dtype != torch.float32 or weight.dtype != torch.float32 or x.device.type != "cpu":
+    if not AVAILABLE or x.dtype != torch.float32 or weight.dtype != torch.float32 or x.device.type != "cpu":
         return False
     return x.numel() * weight.shape[0] >= SMALLEST and type(x) is Tensor and type(weight) in (Tensor, nn.Parameter)
 
 
-def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x weight^T + bias (..., o) of x (..., i), weight (o, i) and bias (o,) by oneDNN; any of them may be a view."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
@@ -47,12 +48,12 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _multiply(x, weight, bias)
+        return multiply(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (x, weight), rows = ctx.saved_tensors, dy.flatten(0, -2)
-        dx = _multiply(dy, weight.t()) if ctx.needs_input_grad[0] else None
-        dweight = _multiply(rows.t(), x.flatten(0, -2).t()) if ctx.needs_input_grad[1] else None
+        dx = multiply(dy, weight.t()) if ctx.needs_input_grad[0] else None
+        dweight = multiply(rows.t(), x.flatten(0, -2).t()) if ctx.needs_input_grad[1] else None
         return dx, dweight, rows.sum(0) if ctx.needs_input_grad[2] else None

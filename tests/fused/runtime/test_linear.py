@@ -9,15 +9,15 @@ from torch import nn
 from fused.runtime import linear as module
 from fused.runtime.linear import linear
 
-needs_onednn = pytest.mark.skipif(not module._AVAILABLE, reason="this PyTorch has no oneDNN")
+needs_onednn = pytest.mark.skipif(not module.AVAILABLE, reason="this PyTorch has no oneDNN")
 
 
 @pytest.fixture
 def small(monkeypatch):
     """The smallest products go to oneDNN; the list of the products that went there."""
     monkeypatch.setattr(module, "SMALLEST", 0)
-    calls, multiply = [], module._multiply
-    monkeypatch.setattr(module, "_multiply", lambda *arguments: calls.append(arguments) or multiply(*arguments))
+    calls, original = [], module.multiply
+    monkeypatch.setattr(module, "multiply", lambda *arguments: calls.append(arguments) or original(*arguments))
     return calls
 
 
