@@ -18,6 +18,7 @@ from fused.ops.mamba_inner.eager import both_directions_eager, one_direction_eag
 from fused.ops.shapes import DirectionWeights
 from fused.runtime.autocast import autocast_dtype
 from fused.runtime.dtypes import KERNEL_DTYPES, accumulation_dtype
+from fused.runtime.linear import linear
 
 BACKENDS = {
     "native": NATIVE,
@@ -168,7 +169,7 @@ class Mamba(nn.Module):
             return mamba_ssm.mamba_mixer(hidden, self.in_proj, self.out_proj, self.directions(), inner=inner)
         if operators == "native" and not carried and (not called or called == ("in_proj",)):
             return self._run_native(hidden, called, backend)
-        xz = self.in_proj(hidden)
+        xz = linear(hidden, self.in_proj) if operators == "torch" and "in_proj" not in called else self.in_proj(hidden)
         x, z = xz.chunk(2, dim=-1)
         if state is not None:
             check_mixer_state(state, x, self.d_conv, self.d_state, self.layer_idx)
@@ -179,7 +180,7 @@ class Mamba(nn.Module):
             y, state = self._scan_native(x, z, state)
         else:
             y, state = self._scan_eager(x, z, called, state, backend)
-        out = self.out_proj(y)
+        out = linear(y, self.out_proj) if operators == "torch" and "out_proj" not in called else self.out_proj(y)
         return (out, state) if return_state else out
 
     def resolve_backend(self, x: Tensor) -> str:
