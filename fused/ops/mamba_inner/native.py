@@ -74,7 +74,10 @@ def _forward(
     always = None if in_proj is None else xz, packed.packed, packed.A_D, dt_B_C
     if keep:
         return out, *always, None, r.y, r.y_pre_gate, r.tile_states
-    return out, *always, r.split_initial_states, None, None, None
+    (B, _, E), states = p.x.shape, r.split_initial_states
+    # no splits rather than None: to a compiler that does not know B, their number is unknown, but not that of the dimensions
+    states = xz.new_empty((len(p.reverses), B, 0, E, p.N), dtype=torch.float32) if states is None else states
+    return out, *always, states, None, None, None
 
 
 def _pack(
@@ -93,7 +96,7 @@ def _forward_shapes(
     B, L, _ = u.shape
     xz = u.new_empty(u.shape if in_proj is None else (B, L, in_proj.shape[0]), dtype=dtype)
     p = _pipeline(xz, first, second, batch_invariant)
-    E, d, splits, N, empty = p.x.shape[2], len(p.reverses), p.schedule.fwd_schedule, p.N, xz.new_empty(0)
+    E, d, N, empty = p.x.shape[2], len(p.reverses), p.N, xz.new_empty(0)
     linear_rows = sum(w.numel() // E for w in (in_proj, out_proj) if w is not None and w.dtype != dtype)
     packed = xz.new_empty((d * (p.width + p.padded_R) + linear_rows, E))
     copies_A_D = any(w.dtype != torch.float32 for w in (*p.weights.A, *p.weights.D))
@@ -103,8 +106,12 @@ def _forward_shapes(
     if keep:
         tile_states = xz.new_empty((d, B, -(-L // TILE), E, N), dtype=torch.float32)
         return out, *always, empty, xz.new_empty((B, L, E)), xz.new_empty((B, L, E)), tile_states
-    is_split = splits.num_unsplit < splits.num_sequences
-    states = xz.new_empty((d, B, splits.num_splits, E, N), dtype=torch.float32) if is_split else empty
+    if isinstance(B, int) and isinstance(L, int):
+        splits = p.schedule.fwd_schedule
+        num_splits = splits.num_splits if splits.num_unsplit < splits.num_sequences else 0
+    else:
+        num_splits = torch.library.get_ctx().new_dynamic_size()
+    states = xz.new_empty((d, B, num_splits, E, N), dtype=torch.float32)
     return out, *always, states, *(xz.new_empty(0) for _ in range(3))
 
 

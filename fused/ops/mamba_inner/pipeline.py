@@ -7,6 +7,7 @@ A row of x_proj's output is [dt, zeros up to a multiple of DT_ALIGN | B | C]: wi
 for unaligned matrices, which need twice the time.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from fused.ops.mamba_inner.kernels import PackedWeights, dt_proj_softplus, pack_
 from fused.ops.selective_scan import launch as scan
 from fused.ops.selective_scan.kernel_source import SOFTPLUS_BY_CALLER
 from fused.ops.selective_scan.launch import ScanGradients, ScanInputs, aligned_or_none, dense
+from fused.ops.selective_scan.schedule import ScanSchedule
 from fused.ops.shapes import DirectionWeights
 
 ByDirection = Sequence[Any]  # a weight of one or two directions
@@ -71,7 +73,12 @@ class Pipeline:
             raise ValueError(f"mixer: backend 'native' has {name} up to {limit}, got {size}; use backend='torch'")
         self.R, self.padded_R = R, padded_dt_rank(R)
         self.width = self.padded_R + 2 * self.N  # of a row of x_proj's output
-        self.schedule = scan.schedule_for(x, self.N, len(reverses), batch_invariant)
+        self._batch_invariant = batch_invariant
+
+    @functools.cached_property
+    def schedule(self) -> ScanSchedule:
+        """The schedule of the scan, for which sizes must be known: a compiler's symbol for a size would become a constant."""
+        return scan.schedule_for(self.x, self.N, len(self.reverses), self._batch_invariant)
 
     def convolve(
         self, conv_states: Sequence[Tensor | None] | None = None, want_states: bool = False
