@@ -21,8 +21,9 @@ def pre_norm(
     hidden goes through `drop_path` first, by the native norm in the same kernel.
     `residual` is None for the first layer. With `residual_in_fp32` the new stream is at least float32.
     """
-    if residual is not None and drop_path is not None and drop_path.rate > 0 and drop_path.training:
-        if fused_add_norm and backend in ("native", "native_kept") and is_untouched(drop_path, DropPath):
+    if residual is not None and drop_path is not None:
+        drops = drop_path.rate > 0 and drop_path.training
+        if drops and fused_add_norm and backend in ("native", "native_kept") and is_untouched(drop_path, DropPath):
             kept, scale = drop_path.draw(hidden)
             return norm(hidden, backend, residual, prenorm=True, residual_in_fp32=residual_in_fp32, kept=kept, scale=scale)
         hidden = drop_path(hidden)

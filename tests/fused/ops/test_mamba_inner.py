@@ -8,6 +8,7 @@ import emulation
 import pytest
 import torch
 from rule import assert_rule
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -203,6 +204,22 @@ def test_a_mixer_is_an_operator_as_torch_wants_it():
         u = torch.randn(1, 5, width, device=DEVICE).requires_grad_()
         for keep in (False, True):
             torch.library.opcheck(operator, (u, first, second, weight, None, out_proj, None, u.dtype, False, keep))
+
+
+def test_a_compiled_layer_takes_another_batch():
+    """The schedule depends on the batch, and the number of splits on the schedule: neither may make a constant of the batch."""
+    block = Block(VideoMambaConfig(embed_dim=8, depth=1, ssm_cfg={"d_state": 4}), 0, 0.0, "native").to(DEVICE)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda *streams: block(*streams, backend="native")[:2], fullgraph=True, backend=counter)
+    for clips in (2, 3, 5):
+        streams = [torch.randn(clips, 9, 8, device=DEVICE).requires_grad_() for _ in range(2)]
+        for x in streams:
+            torch._dynamo.mark_dynamic(x, 0)
+        results = []
+        for run in (compiled, lambda *streams: block(*streams, backend="native")[:2]):
+            outs = run(*streams)
+            results.append([*outs, *torch.autograd.grad(outs, [*streams, *block.parameters()], [x.detach() for x in outs])])
+        assert all(map(torch.equal, *results)) and counter.frame_count == 1
 
 
 def test_one_token_of_one_clip():
