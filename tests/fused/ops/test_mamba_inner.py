@@ -206,19 +206,23 @@ def test_a_mixer_is_an_operator_as_torch_wants_it():
             torch.library.opcheck(operator, (u, first, second, weight, None, out_proj, None, u.dtype, False, keep))
 
 
-def test_a_compiled_layer_takes_another_batch():
+def test_a_compiled_mixer_takes_another_batch():
     """The schedule depends on the batch, and the number of splits on the schedule: neither may make a constant of the batch."""
-    block = Block(VideoMambaConfig(embed_dim=8, depth=1, ssm_cfg={"d_state": 4}), 0, 0.0, "native").to(DEVICE)
+    layer = Mamba(8, d_state=4, backend="native").to(DEVICE)
+    weights = [[x.detach().requires_grad_() for x in direction] for direction in layer.directions()]
+    leaves = [layer.in_proj.weight, layer.out_proj.weight, *weights[0], *weights[1]]
+
+    def mixer(u):
+        linear = layer.in_proj.weight, None, layer.out_proj.weight, None
+        return torch.ops.videomamba.mamba_inner(u, *weights, *linear, torch.float32, False, False)[0]
+
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(lambda *streams: block(*streams, backend="native")[:2], fullgraph=True, backend=counter)
+    compiled = torch.compile(mixer, fullgraph=True, backend=counter)
     for clips in (2, 3, 5):
-        streams = [torch.randn(clips, 9, 8, device=DEVICE).requires_grad_() for _ in range(2)]
-        for x in streams:
-            torch._dynamo.mark_dynamic(x, 0)
-        results = []
-        for run in (compiled, lambda *streams: block(*streams, backend="native")[:2]):
-            outs = run(*streams)
-            results.append([*outs, *torch.autograd.grad(outs, [*streams, *block.parameters()], [x.detach() for x in outs])])
+        u, cotangent = torch.randn(clips, 9, 8, device=DEVICE).requires_grad_(), torch.randn(clips, 9, 8, device=DEVICE)
+        torch._dynamo.mark_dynamic(u, 0)
+        outs = [run(u) for run in (compiled, mixer)]
+        results = [[out, *torch.autograd.grad(out, [u, *leaves], cotangent)] for out in outs]
         assert all(map(torch.equal, *results)) and counter.frame_count == 1
 
 
