@@ -5,7 +5,7 @@ import sys
 
 EXTRA = "pip install 'videomamba-bench[harness]'"
 NEEDED = ("typer", "rich", "matplotlib", "markdown_it", "pytest_benchmark", "numpy")  # packages that every command imports
-UNFIT = 4  # harness.runs.conclude.UNFIT, which imports one of them
+UNFIT, INTERRUPTED = 4, 130  # as in harness.runs.conclude, which imports one of them
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, when CUDA starts
 
@@ -19,4 +19,12 @@ except ModuleNotFoundError as error:
     sys.exit(UNFIT)
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SystemExit as ended:
+        if ended.code != INTERRUPTED:
+            raise
+        # The report is written. Python may take an interrupted PyTorch down badly, and a second Ctrl-C would change the code.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)
