@@ -26,6 +26,7 @@ from fused.modules.state import detach_state, state_to
 from fused.ops.add_norm.api import add_norm
 from fused.ops.causal_conv1d.api import causal_conv1d
 from fused.ops.selective_scan.api import bidirectional_scan, selective_scan
+from fused.runtime.graphed import graphed
 from fused.stamp import Validation, validation
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "causal_conv1d",
     "detach_state",
     "export_onnx",
+    "graphed",
     "load_checkpoint",
     "read_checkpoint",
     "register_timm",

@@ -2,7 +2,8 @@
 
 - import circles: strongly connected modules, imports within functions and under TYPE_CHECKING counted as any
 - unannotated parameters of functions in `fused`, `self` and `cls` aside
-- Python functions that one forward of a native bidirectional layer calls under the kernels' emulation, kernels aside
+- Python functions that one forward of a native bidirectional layer calls under the kernels' emulation, kernels aside, by its
+  launch plan
 """
 
 import ast
@@ -26,6 +27,12 @@ try:
     from fused.runtime import nvrtc
 except ImportError:  # before it moved there
     from fused.kernels import nvrtc
+try:
+    from fused.runtime import plans
+    on = plans.enabled(True, "cpu")
+    on.__enter__()
+except ImportError:  # before there were any
+    pass
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)
 nvrtc.module = emulation.module

@@ -16,7 +16,9 @@ from fused.modules.wrapped import modules_to_call, note_slow_path, weight_of
 from fused.ops import mamba_ssm
 from fused.ops.mamba_inner.eager import both_directions_eager, one_direction_eager
 from fused.ops.shapes import DirectionWeights
+from fused.runtime.autocast import autocast_dtype
 from fused.runtime.dtypes import KERNEL_DTYPES, accumulation_dtype
+from fused.runtime.linear import linear
 
 BACKENDS = {
     "native": NATIVE,
@@ -165,12 +167,9 @@ class Mamba(nn.Module):
         if operators == "mamba_ssm" and not return_state and not called:
             inner = backend == "mamba_ssm_inner"
             return mamba_ssm.mamba_mixer(hidden, self.in_proj, self.out_proj, self.directions(), inner=inner)
-        xz = self.in_proj(hidden)
         if operators == "native" and not carried and (not called or called == ("in_proj",)):
-            from fused.ops.mamba_inner.native import mamba_inner
-
-            out_proj = self.out_proj
-            return mamba_inner(xz, self.directions(), out_proj.weight, out_proj.bias, keep_states=backend == "native_kept")
+            return self._run_native(hidden, called, backend)
+        xz = linear(hidden, self.in_proj) if operators == "torch" and "in_proj" not in called else self.in_proj(hidden)
         x, z = xz.chunk(2, dim=-1)
         if state is not None:
             check_mixer_state(state, x, self.d_conv, self.d_state, self.layer_idx)
@@ -181,27 +180,39 @@ class Mamba(nn.Module):
             y, state = self._scan_native(x, z, state)
         else:
             y, state = self._scan_eager(x, z, called, state, backend)
-        out = self.out_proj(y)
+        out = linear(y, self.out_proj) if operators == "torch" and "out_proj" not in called else self.out_proj(y)
         return (out, state) if return_state else out
 
     def resolve_backend(self, x: Tensor) -> str:
         """Return the name of the backend that runs where `x` is. Raises BackendError for one that cannot run there."""
         return backends.choose(self.backend, x.device, use_fast_path=self.use_fast_path)
 
-    def directions(self) -> tuple[DirectionWeights, ...]:
+    def directions(self, squeeze: bool = True) -> tuple[DirectionWeights, ...]:
         """Return the weights of the forward scan, which can carry a state, and of the backward scan if there is one.
 
-        A is A_log, the logarithm of -A.
+        A is A_log, the logarithm of -A. The convolution's weights are (E, K), without `squeeze` as they are stored, (E, 1, K).
         """
         conv, dt = self.conv1d, self.dt_proj
-        first = DirectionWeights(
-            conv.weight.squeeze(1), conv.bias, self.x_proj.weight, dt.weight, dt.bias, self.A_log, self.D
-        )  # fmt: skip
+        weight = conv.weight.squeeze(1) if squeeze else conv.weight
+        first = DirectionWeights(weight, conv.bias, self.x_proj.weight, dt.weight, dt.bias, self.A_log, self.D)
         if not self.bimamba:
             return (first,)
         conv, dt = self.conv1d_b, self.dt_proj_b
-        return first, DirectionWeights(
-            conv.weight.squeeze(1), conv.bias, self.x_proj_b.weight, dt.weight, dt.bias, self.A_b_log, self.D_b
+        weight = conv.weight.squeeze(1) if squeeze else conv.weight
+        return first, DirectionWeights(weight, conv.bias, self.x_proj_b.weight, dt.weight, dt.bias, self.A_b_log, self.D_b)
+
+    def _run_native(self, hidden: Tensor, called: Sequence[str], backend: str) -> Tensor:
+        """Return the mixer's output (B, L, D) by one native operator, which computes in_proj too unless it has to be called."""
+        from fused.ops.mamba_inner.native import Linear, mamba_inner
+
+        in_proj, out_proj = self.in_proj, self.out_proj
+        linear, dtype = Linear(in_proj.weight, in_proj.bias) if not called else None, autocast_dtype(hidden.device)
+        if linear is None or (dtype is None and hidden.dtype != linear.weight.dtype):  # for the latter, Linear raises its error
+            hidden = self.in_proj(hidden)
+            dtype = hidden.dtype
+        return mamba_inner(
+            hidden, linear, self.directions(squeeze=False), Linear(out_proj.weight, out_proj.bias),
+            dtype=dtype or hidden.dtype, keep_states=backend == "native_kept",
         )  # fmt: skip
 
     def _scan_native(self, x: Tensor, z: Tensor, state: State | None) -> tuple[Tensor, State]:

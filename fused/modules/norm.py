@@ -22,12 +22,12 @@ class Norm(nn.Module):
 
     def forward(
         self, x: Tensor, backend: str = "auto", residual: Tensor | None = None, *, prenorm: bool = False,
-        residual_in_fp32: bool = True,
+        residual_in_fp32: bool = True, kept: Tensor | None = None, scale: float = 1.0,
     ) -> Any:  # fmt: skip
         """Return `add_norm` of x (..., D) and residual with this module's parameters; without a residual, the normalised x.
 
         With `prenorm` the result, which a hook also sees, is a pair with the sum. A model resolves its backend once a forward.
-        The operator of "native" or "torch" is then called directly.
+        The operator of "native" or "torch" is then called directly. `kept` and `scale` are of `DropPath.draw`, for "native".
         """
         options: dict[str, Any] = {
             "residual": residual, "eps": self.eps, "kind": self.kind, "prenorm": prenorm, "residual_in_fp32": residual_in_fp32
@@ -35,7 +35,7 @@ class Norm(nn.Module):
         if backend in ("native", "native_kept"):
             from fused.ops.add_norm.native import add_norm_native
 
-            return add_norm_native(x, self.weight, self.bias, **options)
+            return add_norm_native(x, self.weight, self.bias, **options, kept=kept, scale=scale)
         if backend == "torch":
             return add_norm_eager(x, self.weight, self.bias, **options)
         return api.add_norm(x, self.weight, self.bias, **options, backend=backend)
@@ -52,6 +52,11 @@ class DropPath(nn.Module):
         """Return x (B, ...) with dropped and scaled clips; x itself outside of training."""
         if self.rate == 0 or not self.training:
             return x
+        kept, scale = self.draw(x)
+        kept = kept.to(x.dtype).view(-1, *(1,) * (x.dim() - 1))
+        return torch.addcmul(x.new_zeros(()), x, kept, value=scale)  # x * kept * scale in one pass, rounded once
+
+    def draw(self, x: Tensor) -> tuple[Tensor, float]:
+        """Return 0 or 1 for each clip of x (B, ...), in float32 (B,), and the scale of those that are kept."""
         keep = 1 - self.rate
-        kept = torch.rand((x.shape[0],) + (1,) * (x.dim() - 1), device=x.device) < keep
-        return torch.addcmul(x.new_zeros(()), x, kept.to(x.dtype), value=1 / keep)  # x * kept / keep in one pass, rounded once
+        return torch.empty(x.shape[:1], dtype=torch.float32, device=x.device).bernoulli_(keep), 1 / keep

@@ -7,18 +7,26 @@ All tensors are (B, L, D).
 
 from torch import Tensor
 
-from fused.modules.norm import Norm
-from fused.modules.wrapped import weight_of
+from fused.modules.norm import DropPath, Norm
+from fused.modules.wrapped import is_untouched, weight_of
 from fused.runtime.dtypes import accumulation_dtype
 
 
 def pre_norm(
-    norm: Norm, hidden: Tensor, residual: Tensor | None, *, fused_add_norm: bool, residual_in_fp32: bool, backend: str
-) -> tuple[Tensor, Tensor]:
+    norm: Norm, hidden: Tensor, residual: Tensor | None, *, fused_add_norm: bool, residual_in_fp32: bool, backend: str,
+    drop_path: DropPath | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return (norm(residual + hidden), residual + hidden): a mixer's input and the new residual stream.
 
+    hidden goes through `drop_path` first, by the native norm in the same kernel.
     `residual` is None for the first layer. With `residual_in_fp32` the new stream is at least float32.
     """
+    if residual is not None and drop_path is not None:
+        drops = drop_path.rate > 0 and drop_path.training
+        if drops and fused_add_norm and backend in ("native", "native_kept") and is_untouched(drop_path, DropPath):
+            kept, scale = drop_path.draw(hidden)
+            return norm(hidden, backend, residual, prenorm=True, residual_in_fp32=residual_in_fp32, kept=kept, scale=scale)
+        hidden = drop_path(hidden)
     if fused_add_norm:
         return norm(hidden, backend, residual, prenorm=True, residual_in_fp32=residual_in_fp32)
     residual = hidden if residual is None else residual + hidden

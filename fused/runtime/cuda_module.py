@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused.runtime.recording import Argument, Function
+
 DEFAULT_DYNAMIC_SMEM = 48 << 10  # bytes of dynamic shared memory that a block may have without setting an attribute
-Argument = Tensor | int | float | None
 _FLOAT, _WORD = struct.Struct("f4x"), struct.Struct("q")
 _lock = threading.RLock()
 
@@ -64,7 +65,7 @@ class Module:
             self._raise_max_dynamic_smem(name, kernel, shared)
         buffer = kernel.argument_buffer
         buffer.pack(buffer.words, 0, *words)
-        launch_args = (kernel.function, *grid, threads, 1, 1, shared, _current_stream(self.index), buffer.pointers, 0)
+        launch_args = (kernel.function, *grid, threads, 1, 1, shared, current_stream(self.index), buffer.pointers, 0)
         if torch.cuda.current_device() == self.index:
             result = self._launch_kernel(*launch_args)
         else:
@@ -75,6 +76,13 @@ class Module:
                 self._check(self._driver.cuCtxSetCurrent(self._context), "no context")
                 result = self._launch_kernel(*launch_args)
             self._check(result, f"{name} does not start with grid {grid}, {threads} threads, {shared} bytes of shared memory")
+
+    def function(
+        self, name: str, grid: tuple[int, int, int], threads: int, shared: int, args: tuple[Argument, ...]
+    ) -> Function:
+        """Return what the driver is told at a launch with these arguments, which has been made before."""
+        kernel = self._kernels[name]
+        return Function(kernel.function, grid, threads, shared, args, kernel.parameter_sizes)
 
     def _pack_arguments(self, name: str, kernel: "_Kernel", args: tuple[Argument, ...]) -> list[int]:
         """Return each argument as eight bytes. Raises TypeError for arguments that cannot be those of the kernel."""
@@ -104,14 +112,8 @@ class Module:
             # Reading an attribute loads the function. Otherwise its first launch would, which fails while a graph is captured.
             registers = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NUM_REGS
             self._check(driver.cuFuncGetAttribute(registers, function), name)
-            sizes: list[int] = []
-            while True:
-                error, _, size = driver.cuFuncGetParamInfo(function, len(sizes))
-                if error != 0:  # there is no such parameter
-                    break
-                sizes.append(size)
-        if not sizes:  # a driver before 12.4 has no such call: trust the arguments of the first launch
-            sizes = [4 if isinstance(arg, float) else 8 for arg in args]
+            # a driver before 12.4 does not know: trust the arguments of the first launch
+            sizes = parameter_sizes(function) or [4 if isinstance(arg, float) else 8 for arg in args]
         return self._kernels.setdefault(name, _Kernel(function, sizes))
 
     def _raise_max_dynamic_smem(self, name: str, kernel: "_Kernel", shared: int) -> None:
@@ -162,7 +164,17 @@ class _ArgumentBuffer(threading.local):
         self.pointers = ctypes.addressof(self._addresses)
 
 
-def _current_stream(index: int) -> int:
+def parameter_sizes(function: Any) -> list[int]:
+    """Return the bytes of each parameter of a kernel; nothing from a driver before 12.4."""
+    sizes: list[int] = []
+    while True:
+        error, _, size = bindings("driver").cuFuncGetParamInfo(function, len(sizes))
+        if error != 0:  # there is no such parameter
+            return sizes
+        sizes.append(size)
+
+
+def current_stream(index: int) -> int:
     """Return the handle of PyTorch's current stream. The private call, which Triton uses too, takes a tenth of the time."""
     raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)
     return raw(index) if raw else torch.cuda.current_stream(index).cuda_stream

@@ -35,7 +35,10 @@ def by_vectors(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return function(*tensors)
     first = tensors[0]
-    size = (whole_vectors(first.numel()),)
+    elements = first.numel()
+    size = (whole_vectors(elements),)
+    if size == (elements,):
+        return function(*tensors)
     return function(*(x.as_strided(size, (1,)) for x in tensors)).as_strided(first.shape, first.stride())
 
 
@@ -57,10 +60,11 @@ def empty_vectors(shape: Sequence[int], **options: Any) -> Tensor:
     if torch.compiler.is_compiling():
         return torch.empty(shape, **options)
     size = prod(shape)
-    return torch.empty(whole_vectors(size), **options)[:size].view(tuple(shape))
+    whole = whole_vectors(size)
+    return torch.empty(shape, **options) if whole == size else torch.empty(whole, **options)[:size].view(tuple(shape))
 
 
 def whole_vectors(elements: int) -> int:
     """Return the least size of a contiguous tensor, `elements` or more, of which every thread of a CPU takes whole vectors."""
-    threads = min(torch.get_num_threads(), max(1, -(-elements // SHARE)))
+    threads = min(torch.get_num_threads(), -(-elements // SHARE)) if elements > SHARE else 1
     return -(-elements // (VECTORS * threads)) * VECTORS * threads

@@ -2,9 +2,13 @@
 
 import functools
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
+
+from fused.runtime import cuda_module, recording
+from fused.runtime.recording import Argument, Function
 
 NATIVE = not triton.knobs.runtime.interpret  # Triton's interpreter knows no PTX
 FUSED_MULTIPLY_ADD = {"enable_fp_fusion": True}  # for every launch: Triton 3.9 warns where it is not said and will change it
@@ -16,6 +20,40 @@ def launching_on(device: torch.device) -> AbstractContextManager[object]:
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return _NO_CONTEXT
     return torch.cuda.device(device)
+
+
+def launch(kernel: Any, device: torch.device, grid: tuple[int, ...], *args: Argument, **constants: Any) -> None:
+    """Queue a Triton kernel on the current stream of its tensors' device, and note it in a record.
+
+    `args` are positional parameters of the kernel; `constants` are the rest of them and Triton's options.
+    """
+
+    def call(*tensors: Argument) -> Any:
+        with launching_on(device):
+            return kernel[grid](*tensors, **constants)
+
+    recording.launch(call, args, lambda compiled: _function(compiled, grid, args))
+
+
+def _function(compiled: Any, grid: tuple[int, ...], args: tuple[Argument, ...]) -> Function | None:
+    """Return what the driver is told at the launch of a compiled kernel. None under the interpreter, and where it needs more.
+
+    Triton's kernels take the arguments that were not compiled into them, and then up to two pointers to scratch memory.
+    """
+    if compiled is None:
+        return None
+    metadata = compiled.metadata
+    needs_more = ("num_ctas", 1), ("launch_cooperative_grid", False), ("launch_pdl", False), ("global_scratch_size", 0)
+    if any((getattr(metadata, name, usual) or usual) != usual for name, usual in needs_more):
+        return None
+    kinds = [*compiled.src.signature.values()][: len(args)]
+    taken = tuple(arg for arg, kind in zip(args, kinds, strict=True) if kind != "constexpr")
+    handle = cuda_module.bindings("driver").CUfunction(compiled.function)
+    sizes = cuda_module.parameter_sizes(handle) or [8] * len(taken)
+    if not 0 <= len(sizes) - len(taken) <= 2:
+        return None
+    x, y, z = (*grid, 1, 1)[:3]
+    return Function(handle, (x, y, z), 32 * metadata.num_warps, metadata.shared, taken, sizes)
 
 
 _compiled_for = 0

@@ -132,7 +132,7 @@ def _allocate_optimizer_state(metadata: dict[str, Any], model: nn.Module, optimi
         if tuple(stored.size) == tuple(parameter.shape):
             tensor = torch.zeros_like(parameter, dtype=dtype)
         else:
-            tensor = torch.zeros(stored.size, dtype=dtype)
+            tensor = torch.zeros(stored.size, dtype=dtype, device=parameter.device)
         optimizer.state[parameters[name]][key] = tensor
 
 

@@ -51,8 +51,8 @@ PATH_KEYS = ("out", "start", "teacher", "data.train", "data.val", "data.prefix",
 OWNERS = {"img_size": "data.size", "num_frames": "data.frames", "pretrained": "start"}
 # Keys that may differ when a run is resumed. All others affect the bits of the weights.
 RESUMABLE_KEYS = (
-    "out", "steps", "epochs", "data.val", *(f"data.val_{name}" for name in VAL_KEYS), "data.workers", "parallel", "log_every",
-    "save_every", "save_minutes", "keep", "evaluate_every", "tensorboard",
+    "out", "steps", "epochs", "data.val", *(f"data.val_{name}" for name in VAL_KEYS), "data.workers", "parallel", "graph",
+    "log_every", "save_every", "save_minutes", "keep", "evaluate_every", "tensorboard",
 )  # fmt: skip
 
 
@@ -155,6 +155,7 @@ class TrainConfig:
     backend: str = "auto"  # of the model, see fused.backends
     device: str = "auto"
     parallel: str = "auto"  # under torchrun: ddp or fsdp; auto: ddp if there are several processes
+    graph: str = "auto"  # steps as CUDA graphs: auto (where that is possible), on (or an error), off; the bits are the same
     seed: int = 0
     deterministic: bool = False
     log_every: int = 10  # log_every, save_every and evaluate_every count steps
@@ -307,6 +308,7 @@ RULES = (
         "precision": one_of(PRECISIONS),
         "device": one_of(("auto", "cpu", "cuda")),
         "parallel": one_of(("auto", "ddp", "fsdp")),
+        "graph": one_of(("auto", "on", "off")),
         "backend": Rule(lambda value: isinstance(value, str), "a name of fused.backends, or 'auto'"),
         "seed": Rule(lambda value: is_integer(value, 0) and value < 2**32, "an integer from 0 to 2^32 - 1"),
     }

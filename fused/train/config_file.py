@@ -143,6 +143,8 @@ def _build(kind: Any, tree: Mapping[str, Any], prefix: str, **options: Any) -> A
             if not isinstance(value, Mapping):
                 raise invalid(key, value, f"a section with the keys {', '.join(f.name for f in fields(SECTIONS[name]))}")
             value = _build(SECTIONS[name], value, f"{name}.")
+        if key == "graph" and isinstance(value, bool):  # on and off are YAML's true and false
+            value = "on" if value else "off"
         if key in PATH_KEYS and isinstance(value, str):
             value = os.path.expanduser(value)
         values[name] = tuple(value) if isinstance(value, list) else value

@@ -10,6 +10,7 @@ from fused.train.data.clips import BadFile, ClipFolder, batches
 from fused.train.ema import WeightAverage
 from fused.train.interrupt import Interrupt
 from fused.train.parallel import World, reshard
+from fused.train.prefetch import Prefetcher
 from fused.train.tasks import Task
 
 TOP = 5  # classes of the second accuracy; with no more classes every answer would be right
@@ -44,13 +45,14 @@ def evaluate(
     right = torch.zeros(len(weights), 2, dtype=torch.long, device=world.device)  # in the first class, among the first five
     read = 0
     bad: list[BadFile] = []
-    for batch in batches(
+    every = batches(
         dataset, batch_size, epoch=0, seed=0, workers=workers, rank=world.rank, world=world.size, shuffle=False, drop_last=False
-    ):
+    )
+    for batch in Prefetcher(iter(every), world.device):
         if interrupt is not None and world.any(interrupt.requested):
             return None
         bad += batch.bad_files
-        clips, labels = batch.clips.to(world.device), batch.labels.to(world.device)
+        clips, labels = batch.clips, batch.targets
         # an FSDP forward is a collective: a process without clips joins it with a clip of zeros
         inputs = clips if len(clips) else clips.new_zeros(1, *clips.shape[1:])
         for i, use in enumerate(weights.values()):

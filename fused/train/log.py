@@ -16,6 +16,7 @@ from fused.io.atomic_write import atomic_write
 from fused.train.data.clips import BadFile
 
 LOG_FILE = "log.jsonl"
+SHOWN_WAIT = 0.05  # share of the time for which steps waited for data, from which on the progress says so
 
 
 class Log:
@@ -105,6 +106,8 @@ class Log:
             f"step {step}/{self.total}, epoch {line['epoch']}: loss {line['loss']:.4f}, lr {line['lr']:.3g}, "
             f"{line['clips_per_s']:.3g} clips/s, {_clock(seconds_left)} left"
         )
+        if line.get("data_wait", 0) >= SHOWN_WAIT:
+            text += f", {line['data_wait']:.0%} of the time waiting for data"
         if terminal:
             print(f"\r\x1b[2K{text}", end="", file=self.stream, flush=True)
             self._line_open = True

@@ -7,42 +7,45 @@ bits as one that was never stopped.
 
 import math
 import time
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from fused import backends
 from fused.train import checkpoints, parallel, run_folder, tasks
 from fused.train.config import VAL_KEYS, TrainConfig
-from fused.train.data.clips import BadFile, Batch, Batches, ClipFolder, batches
+from fused.train.data.clips import BadFile, Batches, ClipFolder, batches
 from fused.train.data.first_look import try_videos
 from fused.train.ema import WeightAverage
 from fused.train.interrupt import Interrupt
 from fused.train.log import Log, peak_memory_mib
-from fused.train.optim import parameter_groups
-from fused.train.parallel import World
-from fused.train.schedule import cosine_schedule
+from fused.train.optim import LearningRates, parameter_groups
+from fused.train.parallel import PendingSum, World
+from fused.train.prefetch import Prefetcher, Wait
+from fused.train.schedule import cosine_factor
 from fused.train.seed import derive_seed
+from fused.train.step import TrainStep, choose_recorder
 from fused.train.validation import Validation
-
-AUTOCAST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Diverged(RuntimeError):
     """The error for a loss or gradients that are not finite; the message names the step and the last good checkpoint."""
 
 
-class StepResult(NamedTuple):
-    """The results of one step, the same in all processes except for the line's memory."""
+@dataclass(frozen=True)
+class StepResult:
+    """A step that a GPU may still be working on. `numbers` are the same in all processes, the other fields are this one's."""
 
-    line: dict[str, Any]  # for the log
+    step: int
+    rate: float  # the highest learning rate
+    numbers: PendingSum  # those of `TrainStep.update`; of bad files, of processes that are interrupted or want to save
     bad_files: list[BadFile]  # the files that gave no clip
-    interrupted: bool  # whether any process was
-    minutes_over: bool  # whether save_minutes have passed since the last checkpoint
+    waits: list[Wait]  # for data
 
 
 class Trainer:
@@ -71,14 +74,21 @@ class Trainer:
         self.changes = run_folder.check_run(self.folder, config)
 
         self.task = tasks.build_task(config, self.data.classes, world.device)
-        self.module = parallel.parallelize(self.task, config.parallel, world)
+        recorder, self.graph_line = choose_recorder(config, world.device)
+        parallel.parallelize(self.task, config.parallel, world)
         self.average = WeightAverage(self.task.student, config.ema) if config.ema is not None else None
         self.ema_tensors = self.average.tensors if self.average is not None else {}
         optim = config.optim
         groups = parameter_groups(self.task.student, optim.lr, optim.weight_decay, optim.layer_decay, optim.rule)
-        self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas)
-        self.schedule = cosine_schedule(self.optimizer, self.total, optim.warmup_steps, optim.warmup_start, optim.floor)
+        # the form that reads its learning rates and counts its steps on the GPU, in eager steps too: another rounds otherwise
+        capturable = world.device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=True, capturable=capturable)
+        factor = cosine_factor(self.total, optim.warmup_steps, optim.warmup_start, optim.floor)
+        self.rates = LearningRates(self.optimizer, factor, world.device)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "float16")
+        self.train_step = TrainStep(config, self.task, world, self.optimizer, self.scaler, self.average, recorder)
+        # On a GPU a step's numbers are read when the next one is on its way, so that the GPU never waits for the host.
+        self.delay = 1 if world.device.type == "cuda" else 0
         self.step, self.saved_at = 0, time.monotonic()
         self.checkpoint = checkpoints.newest(self.folder / run_folder.CHECKPOINTS)
         if self.checkpoint is not None:
@@ -96,6 +106,7 @@ class Trainer:
         lines = [
             f"{config.task}: {name}, {parameters:.3g} M parameters, on {world.device.type}, {processes}",
             f"{len(self.data)} videos{classes}, {self.steps_per_epoch} steps an epoch, {self.total} steps",
+            self.graph_line,
         ]
         for key, dataset in (("train", self.data), ("val", self.val)):
             lines += [f"data.{key}: {note}" for note in (dataset.notes if dataset else ())]
@@ -136,24 +147,25 @@ class Trainer:
     def _train_epoch(self, log: Log | None, interrupt: Interrupt) -> bool:
         """Train to the end of the current epoch; return whether an interrupt stopped the training before its end."""
         config, (epoch, done) = self.config, divmod(self.step, self.steps_per_epoch)
-        micro_batches = iter(self._epoch_batches(epoch, skip=done * config.accumulate))
-        start, clips = time.perf_counter(), 0
-        for _ in range(done, min(self.steps_per_epoch, done + self.total - self.step)):
-            line, bad_files, interrupted, minutes_over = self._train_step(
-                epoch, list(islice(micro_batches, config.accumulate)), interrupt
-            )
-            last = self.step == self.total
-            logged = last or self.step % config.log_every == 0
-            clips += config.batch_size
-            line["clips_per_s"] = clips / (time.perf_counter() - start)
-            if log is not None:
-                log.write_step(line, bad_files, logged)
-            if logged:
-                start, clips = time.perf_counter(), 0
-            # evaluation comes before the checkpoint, so that a training resumed from it finds the results in the log
-            if due := self._validation_due():
-                interrupted = interrupted or not self._validate(epoch, log, interrupt)
+        count = min(self.steps_per_epoch - done, self.total - self.step)
+        micro_batches = islice(self._epoch_batches(epoch, skip=done * config.accumulate), count * config.accumulate)
+        feed = Prefetcher(micro_batches, self.world.device, self.task.encode)
+        under_way: deque[StepResult] = deque()
+        self._start_interval()
+        for i in range(count):
+            under_way.append(self._train_step(feed, interrupt))
+            last, due = self.step == self.total, self._validation_due()
             steps_over = config.save_every is not None and self.step % config.save_every == 0
+            interrupted = minutes_over = False
+            # what is saved or evaluated has been seen to be finite
+            read_all = last or due or steps_over or i + 1 == count
+            while len(under_way) > (0 if read_all else self.delay):
+                interrupted_now, minutes_over_now = self._finish_step(epoch, under_way.popleft(), log)
+                interrupted, minutes_over = interrupted or interrupted_now, minutes_over or minutes_over_now
+                read_all = read_all or interrupted or minutes_over
+            # evaluation comes before the checkpoint, so that a training resumed from it finds the results in the log
+            if due:
+                interrupted = interrupted or not self._validate(epoch, log, interrupt)
             if interrupted or last or steps_over or minutes_over:
                 self._save()
             if interrupted and (due or not last):
@@ -162,63 +174,67 @@ class Trainer:
             log.end_epoch(epoch, self.data.files)
         return False
 
-    def _train_step(self, epoch: int, micro_batches: list[Batch], interrupt: Interrupt) -> StepResult:
-        """Take one step of the optimiser."""
-        config, world, count = self.config, self.world, len(micro_batches)
-        self.task.train()
-        self.optimizer.zero_grad()
-        sums: dict[str, Tensor] = {}
-        for i, batch in enumerate(micro_batches):
-            seed = derive_seed(config.seed, self.step, i, world.rank)
-            torch.manual_seed(seed)  # for the model: stochastic depth, dropout
-            clips, labels = batch.clips.to(world.device, non_blocking=True), batch.labels.to(world.device, non_blocking=True)
-            # gradients are summed over processes once a step, in the last micro-batch
-            with parallel.gradient_sync(self.module, self.task, enabled=i + 1 == count):
-                with self._autocast():
-                    inputs = self.task.prepare(clips, labels, torch.Generator().manual_seed(seed))
-                    loss, metrics = self.module(*inputs)
-                self.scaler.scale(loss / count).backward()
-            for name, value in {"loss": loss, **metrics}.items():
-                sums[name] = sums.get(name, 0) + value.detach()
-        self.scaler.unscale_(self.optimizer)
-        limit = math.inf if config.optim.clip_grad is None else config.optim.clip_grad
-        norm = parallel.full_tensor(torch.nn.utils.clip_grad_norm_(self.task.student.parameters(), limit))
-        bad_files = [file for batch in micro_batches for file in batch.bad_files]
-        # One collective for all numbers, and before the optimiser's step: if any process has a loss or gradient that is not
-        # finite, no process may apply it.
+    def _train_step(self, feed: Prefetcher, interrupt: Interrupt) -> StepResult:
+        """Begin one step of the optimiser."""
+        config, world = self.config, self.world
+        bad_files: list[BadFile] = []
+        for i in range(config.accumulate):
+            batch = feed.take()
+            self.train_step.add(i, batch.clips, batch.targets, derive_seed(config.seed, self.step, i, world.rank))
+            bad_files += batch.bad_files
+            if i + 1 < config.accumulate:
+                feed.advance()
+        rate = self.rates.set(self.step)
+        numbers = self.train_step.update()
         minutes = math.inf if config.save_minutes is None else config.save_minutes
         minutes_over = world.is_main and time.monotonic() - self.saved_at >= 60 * minutes  # by one clock for all processes
-        *values, norm_sum, num_bad, num_interrupted, save = world.all_sum(
-            [*sums.values(), norm, len(bad_files), interrupt.requested, minutes_over]
-        )
-        means = dict(zip(sums, (value / (world.size * count) for value in values), strict=True))
-        lr = max(group["lr"] for group in self.optimizer.param_groups)
-        self._check_finite(means["loss"], norm_sum)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if self.average is not None:
-            self.average.update()
-        self.schedule.step()
+        # one collective for all numbers
+        total = world.start_sum(numbers, [len(bad_files), interrupt.requested, minutes_over])
+        feed.advance()
+        waits, feed.waits = feed.waits, []
         self.step += 1
-        line = {"step": self.step, "epoch": epoch, **means, "lr": lr, "grad_norm": norm_sum / world.size}
-        if self.scaler.is_enabled():
-            line["scale"] = self.scaler.get_scale()  # lower than in the line before: this step was skipped
-        line["memory_mib"] = peak_memory_mib(world.device)
-        if num_bad:
-            bad_files = [file for files in world.all_gather(bad_files) for file in files]
-        return StepResult(line, bad_files, num_interrupted > 0, save > 0)
+        return StepResult(self.step, rate, total, bad_files, waits)
 
-    def _check_finite(self, loss: float, norm: float) -> None:
-        """Raise Diverged unless loss and gradient norm are finite.
+    def _finish_step(self, epoch: int, result: StepResult, log: Log | None) -> tuple[bool, bool]:
+        """Wait for a step, write its line; return whether any process was interrupted, and whether save_minutes have passed.
+
+        Raises Diverged for a loss or gradients that are not finite.
+        """
+        config, world, names = self.config, self.world, self.train_step.names
+        *values, norm, before, after, num_bad, num_interrupted, save = result.numbers.result()
+        means = {name: value / (world.size * config.accumulate) for name, value in zip(names, values, strict=True)}
+        self._check_finite(result.step, means["loss"], norm, before / world.size)
+        line = {"step": result.step, "epoch": epoch, **means, "lr": result.rate, "grad_norm": norm / world.size}
+        if self.scaler.is_enabled():
+            line["scale"] = after / world.size  # lower than in the line before: this step was skipped
+        line["memory_mib"] = peak_memory_mib(world.device)
+        bad_files = [file for files in world.all_gather(result.bad_files) for file in files] if num_bad else []
+        logged = result.step == self.total or result.step % config.log_every == 0
+        self._clips += config.batch_size
+        self._waited += sum(wait.seconds() for wait in result.waits)
+        seconds = time.perf_counter() - self._start
+        line |= {"clips_per_s": self._clips / seconds, "data_wait": min(self._waited / seconds, 1.0)}
+        if log is not None:
+            log.write_step(line, bad_files, logged)
+        if logged:
+            self._start_interval()
+        return num_interrupted > 0, save > 0
+
+    def _start_interval(self) -> None:
+        """Begin to count clips and time for the next line of the log."""
+        self._start, self._clips, self._waited = time.perf_counter(), 0, 0.0
+
+    def _check_finite(self, step: int, loss: float, norm: float, scale: float) -> None:
+        """Raise Diverged unless loss and gradient norm of a step, at a scale of the loss, are finite.
 
         A gradient scaler may still lower its scale: it skips such a step by itself. Below a scale of 1, the scale is not the
         reason.
         """
-        if (math.isfinite(loss) and math.isfinite(norm)) or (self.scaler.is_enabled() and self.scaler.get_scale() >= 1):
+        if (math.isfinite(loss) and math.isfinite(norm)) or (self.scaler.is_enabled() and scale >= 1):
             return
         reason = f"loss is {loss}" if not math.isfinite(loss) else f"norm of the gradients is {norm}"
         good = self.checkpoint if self.checkpoint is not None else "there is none yet"
-        raise Diverged(f"step {self.step + 1}: the {reason}; last good checkpoint: {good}")
+        raise Diverged(f"step {step}: the {reason}; last good checkpoint: {good}")
 
     def _validation_due(self) -> bool:
         """Return whether the model is to be evaluated at the current step."""
@@ -226,7 +242,7 @@ class Trainer:
 
     def _validate(self, epoch: int, log: Log | None, interrupt: Interrupt) -> bool:
         """Evaluate the model; return False if an interrupt ended that."""
-        return self.validation is None or self.validation.run(self.step, epoch, log, self._autocast(), interrupt)
+        return self.validation is None or self.validation.run(self.step, epoch, log, self.train_step.autocast(), interrupt)
 
     def _clip_folder(self, key: str, classes: Sequence[str] | None) -> ClipFolder:
         """Return the videos of data.train or data.val. Raise ValueError that names the key."""
@@ -234,6 +250,7 @@ class Trainer:
         options: dict[str, Any] = {
             "sampling": data.sampling, "stride": data.stride, "fps": data.fps, "short": data.short, "scale": data.scale,
             "flip": data.flip, "seed": self.config.seed, "frame_pattern": data.frame_pattern,
+            "dtype": torch.uint8 if key == "train" else torch.float32,
         }  # fmt: skip
         root = str(getattr(data, key))
         # beside a list, a folder does without the options of lists; two folders refuse them
@@ -256,11 +273,6 @@ class Trainer:
             self.data, self.micro_batch_size, epoch=epoch, seed=config.seed, workers=config.data.workers, rank=world.rank,
             world=world.size, skip=skip,
         )  # fmt: skip
-
-    def _autocast(self) -> torch.autocast:
-        """Return the autocast context of the configured precision."""
-        dtype = AUTOCAST_DTYPES.get(self.config.precision)
-        return torch.autocast(self.world.device.type, dtype, enabled=dtype is not None)
 
     def _save(self) -> None:
         """Write a checkpoint of the current step."""
@@ -290,9 +302,3 @@ class Trainer:
         checkpoints.load(checkpoint, self.task.student, self.optimizer, self.ema_tensors, self.world)
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
-        # the learning rates follow from the step, so the scheduler is set instead of stored
-        self.schedule.last_epoch = self.step
-        for group, base_lr, factor in zip(
-            self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True
-        ):
-            group["lr"] = base_lr * factor(self.step)

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fused.models.videomamba.config import VideoMambaConfig
 from fused.models.videomamba.hub import NotDownloaded, near_names
 from fused.models.videomamba.load import load_checkpoint
 from fused.models.videomamba.model import VideoMambaEncoder
 from fused.models.videomamba.published import PRETRAINED
+from fused.runtime.graphed import graphed
 from fused.train.config import OWNERS, TrainConfig
 from fused.train.objectives.teachers import ClipTeacher
 
@@ -81,12 +82,26 @@ def videomamba_teacher(config: TrainConfig, device: torch.device) -> Teacher:
     _check_source("teacher", str(config.teacher), f"{SOURCES}, or for pretraining a folder of a CLIP of transformers")
     with _errors_with_keys("teacher"):
         model = VideoMambaEncoder.from_pretrained(str(config.teacher), backend=config.backend, **options)
-    model = model.to(device).requires_grad_(False)
+    tokens: Callable[[Tensor], Tensor] = _Tokens(model.to(device).requires_grad_(False)).eval()
+    if device.type == "cuda" and config.graph != "off":
+        tokens = graphed(tokens)  # type: ignore[arg-type]
 
     def forward(clips: Tensor) -> tuple[Tensor, Tensor | None]:
-        return model.encode(model.embed(clips))[0][None], None
+        return tokens(clips)[None], None
 
     return Teacher(forward, 1, model.config.embed_dim, (model.config.tubelets, *model.config.grid), False)
+
+
+class _Tokens(nn.Module):
+    """An encoder up to its final norm."""
+
+    def __init__(self, model: VideoMambaEncoder) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, clips: Tensor) -> Tensor:
+        """Return all tokens (B, L, C) of clips (B, C, T, H, W)."""
+        return self.model.encode(self.model.embed(clips))[0]
 
 
 def _clip_teacher(config: TrainConfig, device: torch.device) -> Teacher:

@@ -1,7 +1,9 @@
 """Parameter groups for any of PyTorch's optimisers: which parameters decay, and at which rate each layer learns."""
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from fused.models.videomamba.backbone import Backbone
@@ -55,6 +57,30 @@ def parameter_groups(
         group["name"] = f"{'' if decays else 'not '}decayed, lr * {layer_decay:g}^{exponent}"
         group["lr"], group["weight_decay"] = lr * layer_decay**exponent, weight_decay if decays else 0.0
     return list(groups.values())
+
+
+class LearningRates:
+    """The learning rates of an optimiser's groups, float32 on a device, where a CUDA graph reads them.
+
+    They replace the numbers `lr` of the groups. Step s, counted from 0, runs at lr * factor(s).
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, factor: Callable[[int], float], device: torch.device) -> None:
+        self._base = [group["lr"] for group in optimizer.param_groups]
+        self._factor = factor
+        self._values = torch.zeros(len(self._base), device=device)
+        for group, value in zip(optimizer.param_groups, self._values.unbind(), strict=True):
+            group["lr"] = value
+
+    def set(self, step: int) -> float:
+        """Set the learning rates of a step, and return the highest."""
+        factor = self._factor(step)
+        rates = [base * factor for base in self._base]
+        values = torch.tensor(rates, dtype=torch.float32)
+        if self._values.is_cuda:
+            values = values.pin_memory()  # from which the copy does not wait for the GPU
+        self._values.copy_(values, non_blocking=True)
+        return max(rates)
 
 
 def _undecayed_names(model: nn.Module, rule: str) -> set[str]:

@@ -1,6 +1,7 @@
 """The learning rate over a training: linear warm-up, then half a cosine (arXiv 1608.03983, without restarts)."""
 
 import math
+from collections.abc import Callable
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -26,6 +27,13 @@ def cosine_schedule(
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"cosine_schedule: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    return LambdaLR(optimizer, cosine_factor(total_steps, warmup_steps, warmup_start, floor))
+
+
+def cosine_factor(
+    total_steps: int, warmup_steps: int = 0, warmup_start: int | float = 0.0, floor: int | float = 0.0
+) -> Callable[[int], float]:
+    """Return the function f of `cosine_schedule`, which describes the arguments and the errors."""
     check_integer("cosine_schedule", "total_steps", total_steps, 1)
     check_integer("cosine_schedule", "warmup_steps", warmup_steps, 0, total_steps - 1)
     check_number("cosine_schedule", "warmup_start", warmup_start, 0, 1)
@@ -37,4 +45,4 @@ def cosine_schedule(
         progress = min((step - warmup_steps) / (total_steps - warmup_steps), 1.0)
         return floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2
 
-    return LambdaLR(optimizer, factor)
+    return factor

@@ -1,8 +1,7 @@
 """The three tasks, finetune, distill and pretrain: their models, and the loss of a batch.
 
 A task is a module that holds its student. `prepare` turns a batch into the arguments of `forward`: mixed clips, masks, the
-teacher's output. `forward` returns the loss, and everything with a gradient happens in it, so that it can be wrapped by
-DistributedDataParallel.
+teacher's output. `forward` returns the loss, and everything with a gradient happens in it, so that a CUDA graph can hold it.
 """
 
 import logging
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fused.models.videomamba.embedding import visible_tokens
 from fused.models.videomamba.model import VideoMamba, VideoMambaEncoder
 from fused.rules import invalid
 from fused.runtime.dtypes import accumulation_dtype
@@ -34,12 +34,14 @@ class Task(nn.Module):
     """A student and its training objective. `forward` returns the loss () and further metrics."""
 
     student: VideoMamba | VideoMambaEncoder
-    has_unused_parameters = False  # whether some parameters of the student never get a gradient
+    def encode(self, labels: Tensor) -> Tensor:
+        """Return labels, int64 (B,) on the CPU, as `prepare` takes them: what has to look at them is done before the GPU."""
+        return labels
 
     def prepare(self, clips: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Return the arguments of `forward`, none of which requires a gradient.
 
-        `clips` is (B, C, T, H, W), `labels` int64 (B,), `generator` a CPU generator for all random choices.
+        `clips` is (B, C, T, H, W), `labels` int64 (B,) or as from `encode`, `generator` a CPU generator for all random choices.
         """
         raise NotImplementedError
 
@@ -60,6 +62,10 @@ class Finetune(Task):
         _name_classes(self.student, classes)
         if self.student.config.readout == "tokens":
             raise invalid("model.readout", "tokens", "'cls', 'mean' or 'last', which give a clip one answer")
+
+    def encode(self, labels: Tensor) -> Tensor:
+        """Return weights (B, classes), or the class (1,) of a single clip."""
+        return labels if len(labels) < 2 else F.one_hot(labels, self.classes).to(torch.float32)
 
     def prepare(self, clips: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Return clips (B, C, T, H, W), and weights (B, classes) or, for a single clip, its class (1,)."""
@@ -111,7 +117,6 @@ class Distill(Finetune):
 class Pretrain(Task):
     """Masked alignment: the student's features of visible tokens against those of a teacher that sees all tokens."""
 
-    has_unused_parameters = True  # as upstream, features are taken before the last mixer and before pooling
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
         super().__init__()
@@ -124,7 +129,7 @@ class Pretrain(Task):
         self.teacher.check_tokens(self.student.config)
 
     def prepare(self, clips: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Return clips (B, C, T, H, W), a mask (B, L), and the teacher's features (K, B, V, C) of visible tokens."""
+        """Return clips (B, C, T, H, W), indices (B, V) of visible tokens, and the teacher's features (K, B, V, C) of them."""
         features, attention = self.teacher.forward(clips)
         options, student = self.config.mask, self.student.config
         if options.kind == "attention":
@@ -132,11 +137,12 @@ class Pretrain(Task):
             mask = attention_mask(attention, options.ratio, generator)
         else:
             mask = MASKS[options.kind](len(clips), (student.tubelets, *student.grid), options.ratio, generator)
-        return clips, mask, keep_visible(features, mask)
+        visible = visible_tokens(mask, len(clips), features.shape[-2], features.device)
+        return clips, visible, keep_visible(features, mask)
 
-    def forward(self, clips: Tensor, mask: Tensor, features: Tensor) -> tuple[Tensor, Metrics]:
+    def forward(self, clips: Tensor, visible: Tensor, features: Tensor) -> tuple[Tensor, Metrics]:
         """Return the alignment loss (), for the output of `prepare`."""
-        return alignment_loss(self.student(clips, mask).clip, features, self.config.loss.alignment), {}
+        return alignment_loss(self.student(clips, visible=visible).clip, features, self.config.loss.alignment), {}
 
 
 def build_task(config: TrainConfig, classes: Sequence[str], device: torch.device) -> Task:

@@ -1,4 +1,4 @@
-"""The clock for a call, on a GPU by CUDA events, of a reader by CPU time, and the measurement of its peak memory."""
+"""The clock for a call: on a GPU by CUDA events, of a loop by the wall clock, of a reader by CPU time; and its peak memory."""
 
 import time
 from collections.abc import Callable
@@ -18,6 +18,8 @@ class Call:
     queued: bool = False  # time the device alone: the launches are queued after a pause
     peak: tuple[int, int] | None = None  # bytes allocated and reserved, where a call hides them
     launch: float = 0.0  # seconds that the host needs at most to launch it; measured by `warm`
+    window: int = 0  # of a loop: calls between two synchronisations, which share the wall-clock time between these
+    host: Callable[[], tuple[float, ...]] | None = None  # measures `Speed.host`, which needs the device for itself
 
 
 class Clock:
@@ -27,7 +29,9 @@ class Clock:
         self.device, self.gpu = device, device.startswith("cuda")
 
     def time(self, call: Call) -> float:
-        """Return the seconds of one call."""
+        """Return the seconds of one call; of a loop, of one among those of a window."""
+        if call.window:
+            return self._window(call)
         if call.before:
             call.before()
         if self.gpu and not call.cpu_time:
@@ -48,6 +52,18 @@ class Clock:
         begin = clock()
         call.run()
         return clock() - begin
+
+    def _window(self, call: Call) -> float:
+        self._synchronize()
+        begin = time.perf_counter()
+        for _ in range(call.window):
+            call.run()
+        self._synchronize()
+        return (time.perf_counter() - begin) / call.window
+
+    def _synchronize(self) -> None:
+        if self.gpu:
+            torch.cuda.synchronize(self.device)
 
     def _on_gpu(self, call: Call) -> float:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))

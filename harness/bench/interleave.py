@@ -47,13 +47,15 @@ class TimedEntry:
             entry, point, "ok", tuple(self.samples), tuple(self.loaded["warm"]), "interval" if self.settled else "budget",
             self.alone, self.loaded["allocated"], self.loaded["reserved"], self._joules(),
             statistics.median(clocks) if (clocks := [b.clock for b in self.batches if b.clock is not None]) else None,
+            host=next((b.host for b in self.batches if b.host), ()),
         )  # fmt: skip
 
     def _joules(self) -> float | None:
         spent = [batch.joules for batch in self.batches]
-        if sum(self.samples) < MIN_SECONDS_FOR_ENERGY:
+        if sum(batch.spent for batch in self.batches) < MIN_SECONDS_FOR_ENERGY:
             return None
-        return None if None in spent else sum(j for j in spent if j is not None) / len(self.samples)
+        calls = sum(len(batch.seconds) * batch.calls for batch in self.batches)
+        return None if None in spent else sum(j for j in spent if j is not None) / calls
 
 
 def interleave(
@@ -104,7 +106,7 @@ def _sample(entries: list[TimedEntry], budget: float) -> None:
                 entry.failure = failure
                 continue
             entry.batches.append(batch)
-            spent[id(entry)] += sum(batch.seconds)
+            spent[id(entry)] += batch.spent
 
 
 def _load(entry: TimedEntry) -> None:

@@ -14,7 +14,7 @@ from harness.judge import parity
 from harness.judge.request import ParityRequest, UsageError
 from harness.records.ceilings import BoxCeilings
 from harness.records.record import Record
-from harness.records.speed import Entry, Point, Speed
+from harness.records.speed import GPU_WAYS, Entry, Point, Speed
 from harness.runs import workers
 from harness.runs.store import Run
 
@@ -35,7 +35,7 @@ def licence_requests(
         licensed_race = race if races[race].licence else ""
         names.setdefault((licensed_race, entry.subject), {})[entry.implementation] = None
     for (race, subject), implementations in names.items():
-        checks = races[race].checks if race else PARITY
+        checks = (races[race].checks if race else ()) or PARITY
         cases = (races[race].licence if race else None) or roofline.timed(subject).licence
         requests.append(
             ParityRequest("full", device, (subject,), checks, tuple(implementations), (dtype,), cases(dtype), threads=threads)
@@ -166,7 +166,7 @@ def _ended(run: Run, entry: Entry, point: Point) -> Speed | None:
 def points_here(grid: str, device: str, races: tuple[str, ...], patterns: tuple[str, ...] = ()) -> list[Point]:
     """Return the points of a grid that this box can time, of these races or those timed by default, with a name like one of
     the patterns."""
-    found = [p for p in grids.points(grid) if device.startswith("cuda") or p.way not in ("graph", "compiled")]
+    found = [p for p in grids.points(grid) if device.startswith("cuda") or p.way not in GPU_WAYS]
     chosen = grids.chosen_races(races)
     found = [p for p in found if p.race in chosen]
     return [p for p in found if not patterns or any(fnmatch(p.name, pattern) for pattern in patterns)]

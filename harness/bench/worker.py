@@ -84,11 +84,19 @@ class Worker:
 
 
 class Batch(NamedTuple):
-    """Seconds of each call of a batch of samples, joules of the batch, pauses included, and MHz at its end."""
+    """Seconds of a call in each of the samples of a batch, joules of the batch, pauses included, and MHz at its end. A sample
+    is of `calls` calls. The first batch of a loop has the `host` time of a layer."""
 
     seconds: list[float]
     joules: float | None
     clock: float | None
+    calls: int = 1
+    host: tuple[float, ...] = ()
+
+    @property
+    def spent(self) -> float:
+        """Return the seconds that were timed."""
+        return sum(self.seconds) * self.calls
 
 
 class LoadedCall:
@@ -117,13 +125,17 @@ class LoadedCall:
         """Take samples until `seconds` are spent or there are `most`, one at least."""
         assert self._call is not None
         taken: list[float] = []
+        calls = max(1, self._call.window)
+        host: tuple[float, ...] = ()
+        if self._call.host:  # here, and not where all load at once
+            host, self._call.host = self._call.host(), None
         before = self._power.joules()
-        while not taken or (sum(taken) < seconds and len(taken) < most):
+        while not taken or (sum(taken) * calls < seconds and len(taken) < most):
             taken.append(self._clock.time(self._call))
             if taken[-1] > self._longest:
                 raise TimeoutError(f"a call takes {taken[-1]:.1f} s, and {self._longest:.0f} s are allowed")
         clock, after = self._power.megahertz(), self._power.joules()
-        return Batch(taken, None if before is None or after is None else after - before, clock)
+        return Batch(taken, None if before is None or after is None else after - before, clock, calls, host)
 
     def drop(self) -> None:
         """Forget the call and free its memory."""

@@ -127,7 +127,7 @@ def _cost(entry: Entry, point: Point) -> float:
     """Return an entry's cost at a point, of an operator 1: models are built, long ones are slow, and compiling takes long."""
     if not entry.variant:
         return 1.0
-    return (3.0 + point.tokens / 10_000) * (8.0 if point.way == "compiled" else 1.0)
+    return (3.0 + point.tokens / 10_000) * (8.0 if point.way in ("compiled", "reduce-overhead") else 1.0)
 
 
 def _item(entry: Entry, point: Point) -> str:

@@ -27,7 +27,7 @@ from harness.runs import workers
 
 TIMEOUT = 240.0  # seconds for all trainings before the processes count as stuck
 SHOWN_CHARACTERS = 450  # of the output, in an error
-MEASURED = ("clips_per_s", "memory_mib")  # fields of a log that another run need not repeat
+MEASURED = ("clips_per_s", "memory_mib", "data_wait")  # fields of a log that another run need not repeat
 PRELOADED = (
     "harness.cli.app", "harness.instruments.two_processes", "fused.train.__main__",
     "torch._dynamo", "av", "yaml", "safetensors.torch",

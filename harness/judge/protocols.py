@@ -129,6 +129,14 @@ class HasModule(Protocol):
 
 
 @runtime_checkable
+class DrawsNumbers(Protocol):
+    """A module that can draw random numbers in training."""
+
+    def random_option(self) -> str:
+        """Return the option of a case whose module draws them."""
+
+
+@runtime_checkable
 class HasSpecialCases(Protocol):
     """A subject with cases that only one check asks: their options contain "for=CHECK". `draw` draws these too."""
 

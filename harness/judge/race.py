@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from harness.records.speed import Entry, Point
 
 NATIVE_KEPT = "fused:native_kept"  # native but for the backward pass of a mixer
-OPERATORS, MODELS, VIDEOS, DATA = KINDS = "operators", "models", "videos", "data"  # of races, in the order of their timing
+KINDS = "operators", "models", "loops", "videos", "data"  # of races, in the order of their timing
+OPERATORS, MODELS, LOOPS, VIDEOS, DATA = KINDS
 
 Shape = tuple[int, int, int]  # B, E, L
 CPU_SHAPES: tuple[Shape, ...] = ((1, 384, 197), (1, 384, 785))

@@ -12,6 +12,7 @@ from unittest import mock
 from torch import Tensor
 
 import fused.ops.mamba_inner.eager
+import fused.ops.mamba_inner.segments
 import fused.ops.selective_scan.api
 
 Scan = Callable[..., tuple[Tensor, Tensor]]
@@ -21,7 +22,7 @@ Scan = Callable[..., tuple[Tensor, Tensor]]
 def scan_with(bug: Callable[..., tuple[Tensor, Tensor]]) -> Iterator[None]:
     """Put `bug(scan, u, delta, A, B, C, **the rest by name)` in place of the public `selective_scan`, for the time within.
 
-    The scan of both directions at once, of a mixer on "torch", then scans them one by one through it.
+    A mixer on "torch" then runs operator by operator, and its scan of both directions scans them one by one through it.
     """
     original = fused.ops.selective_scan.api.selective_scan
 
@@ -43,5 +44,5 @@ def scan_with(bug: Callable[..., tuple[Tensor, Tensor]]) -> Iterator[None]:
 
     with mock.patch.object(fused.ops.selective_scan.api, "selective_scan", planted), mock.patch.object(
         fused.ops.mamba_inner.eager, "scan_both_directions", planted_both
-    ):
+    ), mock.patch.object(fused.ops.mamba_inner.segments, "takes", lambda *_: False):
         yield

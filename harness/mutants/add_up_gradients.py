@@ -26,7 +26,7 @@ def plant() -> AbstractContextManager[object]:
             used.register_hook(add)
         return used
 
-    def planted(self: Mamba) -> tuple[DirectionWeights, ...]:
-        return tuple(weights._replace(D=summed(weights.D)) for weights in original(self))
+    def planted(self: Mamba, squeeze: bool = True) -> tuple[DirectionWeights, ...]:
+        return tuple(weights._replace(D=summed(weights.D)) for weights in original(self, squeeze))
 
     return mock.patch.object(Mamba, "directions", planted)

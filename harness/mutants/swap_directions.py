@@ -13,7 +13,7 @@ def plant() -> AbstractContextManager[object]:
     """Return the context in which the bug is there."""
     original = Mamba.directions
 
-    def swapped(self: Mamba) -> tuple[DirectionWeights, ...]:
-        return original(self)[::-1]
+    def swapped(self: Mamba, squeeze: bool = True) -> tuple[DirectionWeights, ...]:
+        return original(self, squeeze)[::-1]
 
     return mock.patch.object(Mamba, "directions", swapped)

@@ -12,12 +12,16 @@ from harness.records.ceilings import WORDS
 from harness.records.record import encode
 
 STATUSES = ("ok", "oom", "timeout", "error", "gated", "implied")
-MODES = {"infer": "forward, without gradients", "train": "forward, loss and backward; no optimiser"}
+MODES = {"infer": "forward, without gradients", "train": "forward, loss and backward; in race `loop` clipping and AdamW too"}
 WAYS = {
     "eager": "one call after another", "graph": "replayed from a CUDA graph", "compiled": "torch.compile",
     "chunked": "`forward_chunked`, F frames at a time", "read": "a clip is read from a video file, by one thread of a CPU",
     "checkpointed": "eager; every mixer is run again in the backward",
+    "reduce-overhead": "`torch.compile(mode=\"reduce-overhead\")`",
+    "graphed": "the model by `torch.cuda.make_graphed_callables` in training, else by `fused.graphed` or one captured graph, "
+    "inputs copied; the rest of a step is eager",
 }  # fmt: skip
+GPU_WAYS = ("graph", "graphed", "compiled", "reduce-overhead")  # those that need a GPU
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Point:
     """Conditions under which rivals are timed together: sizes, mode and way; `race` is the name of a `Race`. A model's
     point with frames T and side S is of clips; one without is of tokens, which blocks and final norm take at any length. F are
     the frames of a chunk, A those that a stream has seen before the clock starts, G those from key frame to key frame of a
-    file."""
+    file. D is the width, where the points of a race are of several models; of a ViT it is VideoMamba's beside it."""
 
     race: str
     dims: tuple[tuple[str, int], ...]
@@ -100,6 +104,8 @@ class Speed:
     bound_error: float = 0.0  # by how much of itself the bound may be too large, as the ceilings were measured
     wrong: float = 0.0  # a rival that failed its licence: its worst error in budgets
     reason: str = ""
+    host: tuple[float, ...] = ()  # of a loop: seconds a layer until the last launch returned on an idle GPU, of the forward,
+    # and in training of forward and backward
 
     def __post_init__(self) -> None:
         if self.status not in STATUSES:
@@ -145,7 +151,7 @@ class Speed:
         raw = json.loads(text)
         raw["entry"] = Entry(**raw["entry"])
         raw["point"] = Point(**raw["point"] | {"dims": tuple((k, v) for k, v in raw["point"]["dims"])})
-        raw |= {k: tuple(raw[k]) for k in ("seconds", "warm")} | {"wrong": float(raw["wrong"])}
+        raw |= {k: tuple(raw[k]) for k in ("seconds", "warm", "host") if k in raw} | {"wrong": float(raw["wrong"])}
         return cls(**{f.name: raw[f.name] for f in fields(cls) if f.name in raw})  # older lines have fewer fields
 
 

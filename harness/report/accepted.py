@@ -5,7 +5,7 @@ from pathlib import Path
 
 from harness.bench import grids
 from harness.records.speed import Speed
-from harness.report import curves, overview, reading
+from harness.report import curves, loop, overview, reading
 from harness.report.bench import split_videos
 from harness.report.markdown import escape
 from harness.runs.store import Run
@@ -40,6 +40,7 @@ def write(page: Path, runs: Mapping[Path, Run]) -> None:
         *[f"![{f.title}]({newest[f.race]}/{f.stem}.png)" for f in families if f.mode == "infer"][-1:],
         _from(newest, [*grids.races("operators"), *grids.races("models")]),
         overview.overview(speeds),
+        *_loops(speeds, newest),
         *_videos(speeds, newest),
         *_data(speeds, newest, [*runs.values(), *reading.accepted_runs(page.parent / "accepted")]),
     ]
@@ -52,6 +53,13 @@ def _complete_races(run: Run) -> list[str]:
     plan, timed = run.about["plan"], {s.point.race for s in run.speeds if s.entry.role == "ours" and s.seconds}
     videos = grids.races("videos")
     return [r for r in grids.races() if r in timed and not plan.get("points") and (r in videos or not plan.get("names"))]
+
+
+def _loops(speeds: list[Speed], newest: Mapping[str, Path]) -> list[str]:
+    """Return the section on a user's loops, with the run that its tables come from."""
+    if loop.RACE not in newest:
+        return []
+    return ["### Loops, the host's time included", _from(newest, [loop.RACE]), loop.section(speeds)]
 
 
 def _videos(speeds: list[Speed], newest: Mapping[str, Path]) -> list[str]:

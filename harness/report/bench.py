@@ -10,7 +10,7 @@ from harness.bench.worker import WARM
 from harness.records.ceilings import BoxCeilings
 from harness.records.interval import RESAMPLES
 from harness.records.speed import MODES, WAYS, Speed, is_failure, last_line
-from harness.report import chunking, curves, paper, reading, speed_figures, speed_tables, streaming, tables
+from harness.report import chunking, curves, loop, paper, reading, speed_figures, speed_tables, streaming, tables
 from harness.report.html import write_both
 from harness.report.markdown import bold, escape, table
 from harness.report.page import again, box
@@ -67,6 +67,7 @@ def write(run: Run) -> Path:
         "## Plots", *_plots(run, families),
         "## Operators", *_operators(run.speeds),
         "## Models", *_models(run.speeds),
+        *_loops(run),
         "## Streams and chunks", *split_videos(run.speeds),
         *_data(run),
         "## Ceilings of this box, measured in this run", _ceilings(run),
@@ -208,6 +209,14 @@ def _data(run: Run) -> list[str]:
     steps = reading.trained([run, *reading.accepted_runs(environment.ROOT / "reports" / "accepted")], mine)
     plot = [f"![Clips read by one core]({path.name})" for path in reading.draw(run.speeds, run.folder)[:1]]
     return ["## Data", reading.section(mine, steps), *plot]
+
+
+def _loops(run: Run) -> list[str]:
+    """Return the loops of a user, with their plot; nothing where they were not asked."""
+    if not any(s.point.race == loop.RACE for s in run.speeds):
+        return []
+    plot = [f"![A user's loop]({path.name})" for path in loop.draw(run.speeds, run.folder)[:1]]
+    return ["## Loops", loop.section(run.speeds), *plot]
 
 
 def _ceilings(run: Run) -> str:

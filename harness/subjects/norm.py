@@ -53,7 +53,8 @@ def samples(case: Case, leaves: dict[str, Tensor]) -> list[Sample]:
     """Return the op that native registers; it stores the residual unrounded."""
     importlib.import_module("fused.ops.add_norm.native")
     tensors = (leaves.get(k) for k in ("x", "weight", "bias", "residual"))
-    return [(torch.ops.videomamba.add_norm.default, (*tensors, 1e-5, case.option("kind", "rms") == "layer", torch.float32), {})]
+    options = (None, 1.0, 1e-5, case.option("kind", "rms") == "layer", torch.float32)
+    return [(torch.ops.videomamba.add_norm.default, (*tensors, *options), {})]
 
 
 def draw(case: Case, seed: int) -> dict[str, Tensor]:

@@ -59,5 +59,6 @@ class DropPath(nn.Module):
         """Return x (B, ...), in training with the branches of some clips zeroed."""
         if not self.training or self.rate == 0:
             return x
-        keep_mask = torch.rand(x.shape[0], *[1] * (x.dim() - 1), device=x.device) < 1 - self.rate
+        kept = torch.empty(x.shape[0], device=x.device).bernoulli_(1 - self.rate)
+        keep_mask = kept.view(-1, *[1] * (x.dim() - 1))
         return x * keep_mask.to(x.dtype) / (1 - self.rate)

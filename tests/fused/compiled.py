@@ -73,9 +73,14 @@ def launches_of_steps():
     proj, dt = torch.empty(68, 128, dtype=BF16), torch.empty(128, 36, dtype=BF16)
     for dtype in (BF16, FP32):
         A, D, A_fp32 = torch.empty(128, 16, dtype=dtype), torch.empty(128, dtype=dtype), torch.empty(128, 16)
-        arguments = (proj, proj), (dt, dt), (A, A_fp32), (D, D), 40
+        arguments = (proj, proj), (dt, dt), (A, A_fp32), (D, D), 40, BF16
         pack = lambda arguments=arguments: kernels.pack_weights(*arguments)  # noqa: E731
         yield f"pack bf16, A {DTYPE_NAMES[dtype]}", kernels, ("pack_weights_kernel",), pack
+    linears = torch.empty(256, 64), torch.empty(64, 128)
+    arguments = (proj.float(),), (dt.float(),), (A_fp32,), (D,), 40, BF16, linears
+    yield "pack fp32 to bf16 with linears", kernels, ("pack_weights_kernel",), lambda: kernels.pack_weights(*arguments)
+    gradients = (torch.empty(72, 128),) * 2, (torch.empty(128, 40),) * 2, (proj.float(),) * 2, (dt.float(),) * 2
+    yield "unpack fp32", kernels, ("unpack_gradients_kernel",), lambda: kernels.unpack_gradients(*gradients)
     dy, xz = torch.empty(2, 70, 128, dtype=BF16), torch.empty(2, 70, 256, dtype=BF16)
     yield "gate bf16", kernels, ("silu_gate_backward_kernel",), lambda: kernels.silu_gate_backward(dy, xz[..., 128:])
 

@@ -4,6 +4,8 @@ import importlib
 import sys
 from pathlib import Path
 
+from fused.runtime.plans import Planned
+
 KERNELS = ("forward_kernel", "backward_kernel", "reduce_kernel")
 
 
@@ -21,3 +23,5 @@ def plant(monkeypatch, folder, kernels, launch, right, wrong):
     planted = importlib.import_module("planted_kernels")
     for name in KERNELS:
         monkeypatch.setattr(launch, name, getattr(planted, name))
+    # on a GPU, a launch plan of an earlier test would launch the sound kernels
+    monkeypatch.setattr(Planned, "__call__", lambda planned, *arguments: planned.function(*arguments))

@@ -55,3 +55,9 @@ def dawdler(point, entry, device):
     if point["L"] > 2:
         time.perf_counter = iter(range(0, 10**6, 11)).__next__
     return Call(lambda: None)
+
+
+def looper(point, entry, device):
+    """Takes a millisecond a token in a window of four calls, and says how long the host took, once."""
+    answers = iter([(0.25, 0.5)])
+    return Call(lambda: time.sleep(1e-3 * point["L"]), window=4, host=lambda: next(answers))

@@ -126,19 +126,26 @@ def changes_with_every_call(*args, **options):
 
 def in_processes():
     """For the check `processes`: DDP never adds gradients up, and FSDP2 goes on without the optimiser's moments."""
-    from fused.train import checkpoints, loop, parallel
+    from fused.train import checkpoints, loop, parallel, step
 
     load = checkpoints.load
-
-    def apart(module, task, enabled):
-        ddp = isinstance(module, torch.nn.parallel.DistributedDataParallel)
-        return module.no_sync() if ddp else gradient_sync(module, task, enabled)
 
     def forgetful(checkpoint, model, optimizer, *more):
         load(checkpoint, model, optimizer, *more)
         if isinstance(model, torch.distributed.fsdp.FSDPModule):
             optimizer.state.clear()
 
-    gradient_sync = parallel.gradient_sync
-    assert loop.parallel is parallel and loop.checkpoints is checkpoints
-    parallel.gradient_sync, checkpoints.load = apart, forgetful
+    assert step.parallel is parallel and loop.checkpoints is checkpoints
+    parallel.average_gradients, checkpoints.load = lambda task, world: None, forgetful
+
+
+def conv_compiled_for_three_clips(x, *args, **options):
+    """Compiled again where a batch is larger than three clips."""
+    y, state = fused.causal_conv1d(x, *args, backend="torch", **options)
+    return (y if x.shape[0] > 3 else y * 1.0), state
+
+
+def conv_wrong_in_inference(x, *args, **options):
+    """Wrong by a hundredth where it is compiled without gradients."""
+    y, state = fused.causal_conv1d(x, *args, backend="torch", **options)
+    return (y if torch.is_grad_enabled() or not torch.compiler.is_compiling() else y * 1.01), state

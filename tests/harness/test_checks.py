@@ -1,5 +1,6 @@
 """Each check finds what is wrong, and finds nothing where nothing is."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -7,17 +8,18 @@ from types import ModuleType
 import faulty
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor
 from typer.testing import CliRunner
 
 from harness.checks import batch, compile, device, extremes, strides, writes
 from harness.cli.app import app
-from harness.instruments import huge_tensors
+from harness.instruments import huge_tensors, real_module
 from harness.judge.case import Case
 from harness.judge.check import CannotAsk
 from harness.judge.implementation import Implementation
 from harness.judge.protocols import HasSpecialCases
-from harness.judge.registry import subjects
+from harness.judge.registry import mutants, subjects
 from harness.judge.request import ParityRequest
 from harness.judge.trial import Trial
 from harness.records.finding import Finding
@@ -156,6 +158,71 @@ def test_scan_of_ours_says_that_it_cannot_be_one_graph() -> None:
     torch_scan = next(i for i in subjects()["scan"].implementations() if i.name == "fused:torch")
     with pytest.raises(CannotAsk, match="registers no ops.*does not declare fullgraph.*needs a GPU"):
         compile.run(Trial(scan_case(), "cpu"), torch_scan)
+
+
+@pytest.mark.usefixtures("unchecked")  # what checks signatures cannot be compiled
+@pytest.mark.filterwarnings("ignore:Dynamo detected")
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.11"), reason="Dynamo cannot trace functions whose signatures these tests check"
+)
+@pytest.mark.parametrize(
+    ("part", "call", "where"),
+    [
+        ("second_batch", "conv_compiled_for_three_clips", {"graphs for batch 4"}),
+        ("compiled", "conv_wrong_in_inference", {"y[inference]"}),
+    ],
+)  # fmt: skip
+def test_finds_the_fault_of_a_compiled_call(part: str, call: str, where: set[str]) -> None:
+    trial = Trial(Case("conv", (("B", 3), ("L", 7), ("E", 16), ("K", 4)), (), "float32"), "cpu")
+    ask = getattr(compile, part)
+    assert failing(ask(trial, Implementation("mine", getattr(faulty, call)))) == where
+    assert not failing(ask(trial, next(i for i in subjects()["conv"].implementations() if i.name == "fused:torch")))
+
+
+def mixer_trial() -> tuple[Trial, Implementation]:
+    torch_mixer = next(i for i in subjects()["mixer"].implementations() if i.name == "fused:torch")
+    return Trial(Case("mixer", (("B", 2), ("L", 3), ("D", 16)), (), "float32"), "cpu"), torch_mixer
+
+
+def test_weights_that_were_packed_once_are_found_after_a_step_and_a_loading() -> None:
+    assert not failing(compile.lived(*mixer_trial()))
+    with mutants()["keep_packed_weights"].plant():
+        found = failing(compile.lived(*mixer_trial()))
+    assert found == {f"out[eager, inference, {event}]" for event in ("after a step", "after load_state_dict")}
+
+
+def test_a_result_that_was_captured_as_a_constant_is_found_with_new_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a graph that does not copy its input: what it returns is right for the first batch only."""
+
+    def eager(module: torch.nn.Module, grad: bool) -> Callable[..., Tensor]:
+        results: dict[torch.Size, Tensor] = {}
+
+        def call(tokens: Tensor) -> Tensor:
+            if grad:
+                return module(tokens)
+            return results.setdefault(tokens.shape, module(tokens))
+
+        return call
+
+    monkeypatch.setattr(real_module, "eager", eager)
+    found = failing(compile.lived(*mixer_trial()))
+    assert found == {f"out[eager, inference, {event}]" for event in ("new data", "after a step", "after load_state_dict")}
+
+
+def test_a_mask_that_is_drawn_once_is_found() -> None:
+    sizes = {"B": 2, "T": 2, "S": 32, "D": 32, "L": 9}
+    trial = Trial(Case("videomamba", tuple(sizes.items()), ("for=compile",), "float32"), "cpu")
+    torch_model = next(i for i in subjects()["videomamba"].implementations() if i.name == "fused:torch")
+    assert not failing(compile.drawn(trial, torch_model))
+    with mutants()["keep_random_mask"].plant():
+        assert failing(compile.drawn(trial, torch_model)) == {"outputs of 8 random calls"}
+
+
+@pytest.mark.parametrize("part", [compile.replayed, compile.reduced_overhead, compile.lived_compiled])
+def test_graphs_are_asked_on_a_gpu_only(part: Callable[..., list[Finding]]) -> None:
+    trial, torch_mixer = mixer_trial()
+    with pytest.raises(CannotAsk, match="a CUDA graph needs a GPU"):
+        part(trial, replace(torch_mixer, table=None))
 
 
 def test_device_that_is_not_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,3 +80,10 @@ def test_memory_of_a_call_is_seen(worker) -> None:
     eater = worker("hungry")
     small, large = (next(interleave([eater], point(n), budget=0.01)).allocated for n in (16, 216))
     assert large - small == pytest.approx(200 * 2**20, rel=0.1)
+
+
+def test_a_loops_samples_are_calls_of_a_window(worker) -> None:
+    """The budget is that of all calls, and the host is asked once, when the entry has its turn."""
+    [speed] = interleave([worker("looper")], point(10), budget=0.2)
+    assert 0.010 <= speed.median.middle < 0.012 and speed.host == (0.25, 0.5)
+    assert len(speed.seconds) <= 10

@@ -45,11 +45,9 @@ class Block(nn.Module):
         without it the block resolves its mixer's.
         """
         backend = backend or self.mixer.resolve_backend(hidden)
-        if residual is not None and self.training:
-            hidden = self.drop_path(hidden)
         hidden, residual = pre_norm(
-            self.norm, hidden, residual,
-            fused_add_norm=self.fused_add_norm, residual_in_fp32=self.residual_in_fp32, backend=backend,
+            self.norm, hidden, residual, fused_add_norm=self.fused_add_norm, residual_in_fp32=self.residual_in_fp32,
+            backend=backend, drop_path=self.drop_path if self.training else None,
         )  # fmt: skip
         if state is not None or return_state:
             hidden, state = self._run_mixer(hidden, backend, state, True)

@@ -144,6 +144,15 @@ def temporal_positions(table: Float[Tensor, "1 N D"], span: Span) -> Float[Tenso
     return (rows[low].to(precise) * (1 - fraction) + rows[high].to(precise) * fraction).to(table.dtype)
 
 
+def check_visible(visible: Tensor, mask: Tensor | None, clips: int, length: int) -> None:
+    """Raise ValueError unless the indices of visible tokens are int64 (clips, V), V up to length, and there is no mask."""
+    if mask is not None:
+        raise ValueError("mask and visible are given; allowed: one of them")
+    if visible.dtype != torch.int64 or visible.dim() != 2 or len(visible) != clips or not 0 < visible.shape[1] <= length:
+        found = f"{visible.dtype} {tuple(visible.shape)}"
+        raise ValueError(f"visible is {found}; allowed is int64 ({clips}, V) with V from 1 to {length}, indices of tokens")
+
+
 def visible_tokens(
     mask: Bool[Tensor, "B L"], clips: int, length: int, device: torch.device, cls: int = 1
 ) -> Int[Tensor, "B V"]:

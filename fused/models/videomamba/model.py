@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from fused.chunked import video as chunked
 from fused.chunked.video import Chunks, Video, apply_per_chunk
 from fused.models.videomamba.backbone import Backbone
 from fused.models.videomamba.config import VideoMambaConfig, check_config
-from fused.models.videomamba.embedding import sincos_positions, span_of
+from fused.models.videomamba.embedding import check_visible, sincos_positions, span_of
 from fused.models.videomamba.labels import Labelled
 from fused.models.videomamba.load import load_checkpoint
 from fused.models.videomamba.streaming import continuation
@@ -208,14 +208,15 @@ class VideoMambaEncoder(Backbone):
 
     def forward(
         self, clip: Float[Tensor, "B C *T H W"], mask: Bool[Tensor, "B L"] | None = None, use_image: bool = False,
-        keep_temporal: bool = False, *, ssm_state: States | None = None, return_state: bool = False,
-        temporal_pos_offset: int | None = None, temporal_pos_total: int | None = None,
+        keep_temporal: bool = False, *, visible: Int[Tensor, "B V"] | None = None, ssm_state: States | None = None,
+        return_state: bool = False, temporal_pos_offset: int | None = None, temporal_pos_total: int | None = None,
     ) -> Any:  # fmt: skip
         """Return an `EncoderOutput` of the tokens that `mask` leaves visible; with `return_state` the pair (that, new state).
 
-        `mask` is (B, L), True = hidden; CLS, column 0, stays visible. `use_image`: the clip is one tubelet and gets no
-        temporal position. `keep_temporal`: every tubelet is pooled by itself; the number of visible tokens must then be a
-        multiple of the tubelets.
+        `mask` is (B, L), True = hidden; CLS, column 0, stays visible. In its place `visible`, int64 (B, V), may hold the
+        ascending indices of visible tokens, with 0; its values are not read on the host, so that a CUDA graph can hold a call.
+        `use_image`: the clip is one tubelet and gets no temporal position. `keep_temporal`: every tubelet is pooled by itself;
+        the number of visible tokens must then be a multiple of the tubelets.
 
         A causal model takes a video in chunks, by the rules of `VideoMamba.forward`; a chunk's mask is that of its own
         tokens. Tokens, clip features and pooled tubelets, concatenated over all chunks, are those of the whole video. Without
@@ -224,9 +225,12 @@ class VideoMambaEncoder(Backbone):
         config = self.config
         chunk = continuation(config, self.reads_mean, ssm_state, return_state, temporal_pos_offset, use_image)
         span = span_of(clip, config, use_image, chunk.offset, temporal_pos_total)
-        visible = self.visible_indices(clip, mask, span)
-        tokens = self.pos_drop(self.embed_span(clip, span, visible, use_image))
         length = span.length(config.patches)
+        if visible is None:
+            visible = self.visible_indices(clip, mask, span)
+        else:
+            check_visible(visible, mask, clip.shape[0], length)
+        tokens = self.pos_drop(self.embed_span(clip, span, visible, use_image))
         out = self.run_layers(tokens, visible, length, chunk.states, return_state, config.student_layers())
         tokens, mean = self.apply_final_norm(out.hidden, out.residual, out.backend, order=out.order), None
         decoded = self._decode(out.features, visible, length, out.backend, span.first_token(config.patches))

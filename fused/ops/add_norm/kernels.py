@@ -1,11 +1,13 @@
 """Triton source of the residual addition and normalisation: each program keeps whole rows in registers.
 
-    v    = x + residual                     u = (v - mean) rstd        (RMSNorm: mean is 0)
+    v    = k x + residual                   u = (v - mean) rstd        (RMSNorm: mean is 0)
     y    = u weight + bias                  rstd = 1 / sqrt(mean((v - mean)^2) + eps)
     g    = dy weight
     dv   = (g - u mean(g u) - mean(g)) rstd + dout                     (RMSNorm: without mean(g))
+    dx   = k dv
     dweight = sum over rows of dy u         dbias = sum over rows of dy
 
+k is 1, or with stochastic depth a number for each clip: 0, or `scale` for a clip that is kept.
 M is the number of rows, D their width. All arithmetic is in float32, whatever the dtypes of inputs and outputs. The order in
 which a row is summed depends only on D and the dtypes, so a row's result does not depend on the other rows. For dweight and
 dbias each program sums its own rows in order, then the programs' sums are added in order. Which rows a program has depends only
@@ -38,20 +40,28 @@ def _store(
     tl.store(ptr + offsets, value.to(ptr.dtype.element_ty), mask=inside, cache_modifier=".cs" if STREAMING else "")
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit
+def _depth_scale(kept_ptr: tl.tensor, scale: tl.tensor, rows: tl.tensor, M: tl.tensor, rows_per_clip: tl.tensor):
+    """Return k (BLOCK_ROWS, 1) of the rows' clips; kept is 0 or 1 for each clip."""
+    return (tl.load(kept_ptr + rows // rows_per_clip, mask=rows < M, other=0.0) * scale)[:, None]
+
+
+@triton.jit(do_not_specialize=["M", "rows_per_clip"])
 def forward_kernel(
-    x_ptr: tl.tensor, residual_ptr: tl.tensor, weight_ptr: tl.tensor, bias_ptr: tl.tensor, y_ptr: tl.tensor,
-    out_ptr: tl.tensor, mean_ptr: tl.tensor, rstd_ptr: tl.tensor,
-    M: tl.tensor, D: tl.tensor, x_row_stride: tl.tensor, residual_row_stride: tl.tensor, eps: tl.tensor,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    x_ptr: tl.tensor, kept_ptr: tl.tensor, residual_ptr: tl.tensor, weight_ptr: tl.tensor, bias_ptr: tl.tensor,
+    y_ptr: tl.tensor, out_ptr: tl.tensor, mean_ptr: tl.tensor, rstd_ptr: tl.tensor,
+    M: tl.tensor, D: tl.tensor, x_row_stride: tl.tensor, residual_row_stride: tl.tensor, rows_per_clip: tl.tensor,
+    scale: tl.tensor, eps: tl.tensor, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Compute y, v (M, D), mean and rstd (M,); v is stored to `out`.
 
-    residual, bias and out may be None; mean is None for RMSNorm.
+    kept (clips,), residual, bias and out may be None; mean is None for RMSNorm.
     """
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = tl.arange(0, BLOCK_COLUMNS)
     v = _load(x_ptr, rows, columns, M, D, x_row_stride)
+    if kept_ptr is not None:
+        v *= _depth_scale(kept_ptr, scale, rows, M, rows_per_clip)
     if residual_ptr is not None:
         v += _load(residual_ptr, rows, columns, M, D, residual_row_stride)
     if out_ptr is not None:
@@ -68,19 +78,19 @@ def forward_kernel(
     _store(y_ptr, y, rows, columns, M, D)
 
 
-@triton.jit(do_not_specialize=["M", "tiles_per_program"])
+@triton.jit(do_not_specialize=["M", "rows_per_clip", "tiles_per_program"])
 def backward_kernel(
-    dy_ptr: tl.tensor, dout_ptr: tl.tensor, x_ptr: tl.tensor, residual_ptr: tl.tensor, weight_ptr: tl.tensor,
-    mean_ptr: tl.tensor, rstd_ptr: tl.tensor, dx_ptr: tl.tensor, dresidual_ptr: tl.tensor,
+    dy_ptr: tl.tensor, dout_ptr: tl.tensor, x_ptr: tl.tensor, kept_ptr: tl.tensor, residual_ptr: tl.tensor,
+    weight_ptr: tl.tensor, mean_ptr: tl.tensor, rstd_ptr: tl.tensor, dx_ptr: tl.tensor, dresidual_ptr: tl.tensor,
     partial_dweight_ptr: tl.tensor, partial_dbias_ptr: tl.tensor,
     M: tl.tensor, D: tl.tensor, dy_row_stride: tl.tensor, dout_row_stride: tl.tensor,
-    x_row_stride: tl.tensor, residual_row_stride: tl.tensor, tiles_per_program: tl.tensor,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    x_row_stride: tl.tensor, residual_row_stride: tl.tensor, rows_per_clip: tl.tensor, scale: tl.tensor,
+    tiles_per_program: tl.tensor, X_IS_V: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Compute dx and dresidual (M, D), and each program's sums for dweight and dbias, (programs, D).
 
-    A program has `tiles_per_program` tiles of rows. v is x + residual, or x alone if residual is None. dout, dresidual and
-    partial_dbias may be None; mean is None for RMSNorm.
+    A program has `tiles_per_program` tiles of rows. x is v itself if X_IS_V, else v is k x, plus residual unless that is
+    None. kept (clips,), dout, dresidual and partial_dbias may be None; mean is None for RMSNorm.
     """
     columns = tl.arange(0, BLOCK_COLUMNS)
     weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
@@ -91,6 +101,10 @@ def backward_kernel(
         rows = (tl.program_id(0) * tiles_per_program + i) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         g = _load(dy_ptr, rows, columns, M, D, dy_row_stride)
         u = _load(x_ptr, rows, columns, M, D, x_row_stride)
+        if kept_ptr is not None:
+            k = _depth_scale(kept_ptr, scale, rows, M, rows_per_clip)
+            if not X_IS_V:
+                u *= k
         if residual_ptr is not None:
             u += _load(residual_ptr, rows, columns, M, D, residual_row_stride)
         if mean_ptr is not None:
@@ -108,7 +122,7 @@ def backward_kernel(
         dv *= rstd
         if dout_ptr is not None:
             dv += _load(dout_ptr, rows, columns, M, D, dout_row_stride)
-        _store(dx_ptr, dv, rows, columns, M, D)
+        _store(dx_ptr, dv if kept_ptr is None else dv * k, rows, columns, M, D)
         if dresidual_ptr is not None:
             _store(dresidual_ptr, dv, rows, columns, M, D)
     offsets = tl.program_id(0).to(tl.int64) * D + columns

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fused.ops.add_norm.kernels import backward_kernel, forward_kernel, reduce_kernel
-from fused.runtime.triton_launch import FUSED_MULTIPLY_ADD, blocks, launching_on, power_of_2
+from fused.runtime.triton_launch import FUSED_MULTIPLY_ADD, blocks, launch, power_of_2
 
 MAX_WIDTH = 8192  # the widest row that both kernels hold without spilling
 PROGRAMS = 528  # of the backward: 4 for each of an H200's 132 SMs; constant, because it decides the order of sums
@@ -23,12 +23,15 @@ def forward(
     residual_dtype: torch.dtype | None,
     out: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    kept: Tensor | None = None,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """Return y, v, the rows' means and their reciprocal standard deviations.
 
     y is in `dtype` or else in x's; v is in `residual_dtype`, or None without one; the means are None unless `centre`. x and
     residual are (..., D) with any strides; strides that the kernel cannot read cost a copy. v is written into a contiguous
-    `out` where that is given; it may be residual itself, of which a row is read before it is written.
+    `out` where that is given; it may be residual itself, of which a row is read before it is written. With `kept` (B,) float32,
+    stochastic depth, x (B, ..., D) is multiplied by scale times the number of its clip.
     """
     D = x.shape[-1]
     M = x.numel() // D if D else 0
@@ -40,11 +43,11 @@ def forward(
     if M:
         config = _tile(D, 64 // x.element_size(), 4)
         (x_rows, x_row_stride), (residual_rows, residual_row_stride) = _readable_rows(x, D), _readable_rows(residual, D)
-        with launching_on(x.device):
-            forward_kernel[(blocks(M, config["BLOCK_ROWS"]),)](
-                x_rows, residual_rows, weight.contiguous(), None if bias is None else bias.contiguous(), y, out, mean, rstd,
-                M, D, x_row_stride, residual_row_stride, eps, **config,
-            )  # fmt: skip
+        launch(
+            forward_kernel, x.device, (blocks(M, config["BLOCK_ROWS"]),),
+            x_rows, kept, residual_rows, weight.contiguous(), None if bias is None else bias.contiguous(), y, out, mean, rstd,
+            M, D, x_row_stride, residual_row_stride, M // len(x), scale, eps, **config,
+        )  # fmt: skip
     return y, out, mean, rstd
 
 
@@ -60,37 +63,39 @@ def backward(
     x_dtype: torch.dtype,
     residual_dtype: torch.dtype | None = None,
     dx: Tensor | None = None,
+    kept: Tensor | None = None,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Return (dx, dresidual, dweight, dbias) of `forward`, where v is v_or_x, or v_or_x + residual.
+    """Return (dx, dresidual, dweight, dbias) of `forward`, where v is v_or_x, or the sum of v_or_x and residual.
 
     mean and rstd are (...,), parameters (D,), the others (..., D). dx has `x_dtype`, or is the contiguous argument. dresidual
-    has `residual_dtype`: None if that is None, dx itself if the two are equal. dweight and dbias have their parameter's dtype.
+    has `residual_dtype`: None if that is None, dx itself if the two are equal and there is no `kept`. dweight and dbias have
+    their parameter's dtype.
     """
     D = v_or_x.shape[-1]
     M = v_or_x.numel() // D if D else 0
     dx = torch.empty(v_or_x.shape, dtype=x_dtype, device=v_or_x.device) if dx is None else dx
-    dresidual = dx if residual_dtype == x_dtype else None
+    dresidual = dx if residual_dtype == x_dtype and kept is None else None
     if residual_dtype is not None and dresidual is None:
         dresidual = torch.empty(v_or_x.shape, dtype=residual_dtype, device=v_or_x.device)
     dweight = torch.empty(D, dtype=weight.dtype, device=v_or_x.device)
     dbias = None if bias is None else torch.empty(D, dtype=bias.dtype, device=v_or_x.device)
     if not M:
         return dx, dresidual, dweight.zero_(), None if dbias is None else dbias.zero_()
-    inputs, strides = zip(*(_readable_rows(t, D) for t in (dy, dout, v_or_x, residual)), strict=True)
+    (dy, dout, rows, residual_rows), strides = zip(*(_readable_rows(t, D) for t in (dy, dout, v_or_x, residual)), strict=True)
     config = _tile(D, 8, 8)
     tiles = blocks(M, config["BLOCK_ROWS"])
     tiles_per_program = blocks(tiles, PROGRAMS)
     programs = blocks(tiles, tiles_per_program)
     partial = torch.empty((1 if bias is None else 2, programs, D), dtype=torch.float32, device=v_or_x.device)
     dweights, dbiases = partial[0], None if bias is None else partial[1]
-    with launching_on(v_or_x.device):
-        backward_kernel[(programs,)](
-            *inputs, weight.contiguous(), mean, rstd, dx, None if dresidual is dx else dresidual,
-            dweights, dbiases, M, D, *strides, tiles_per_program, **config,
-        )  # fmt: skip
-        reduce_kernel[(blocks(D, REDUCE["BLOCK_COLUMNS"]), len(partial))](
-            dweights, dbiases, dweight, dbias, programs, D, **REDUCE
-        )
+    launch(
+        backward_kernel, v_or_x.device, (programs,),
+        dy, dout, rows, kept, residual_rows, weight.contiguous(), mean, rstd, dx, None if dresidual is dx else dresidual,
+        dweights, dbiases, M, D, *strides, M // len(v_or_x), scale, tiles_per_program, X_IS_V=residual is None, **config,
+    )  # fmt: skip
+    grid = blocks(D, REDUCE["BLOCK_COLUMNS"]), len(partial)
+    launch(reduce_kernel, v_or_x.device, grid, dweights, dbiases, dweight, dbias, programs, D, **REDUCE)
     return dx, dresidual, dweight, dbias
 
 

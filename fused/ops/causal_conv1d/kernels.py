@@ -302,10 +302,11 @@ def backward_kernel(
 
 @triton.jit(do_not_specialize=["programs"])
 def reduce_kernel(
-    partial_ptr: tl.tensor, dweight_ptr: tl.tensor, dbias_ptr: tl.tensor, E: tl.tensor, programs: tl.tensor,
+    partial_ptr: tl.tensor, dweight_0_ptr: tl.tensor, dweight_1_ptr: tl.tensor, dbias_0_ptr: tl.tensor, dbias_1_ptr: tl.tensor,
+    E: tl.tensor, programs: tl.tensor,
     K: tl.constexpr, BLOCK_PROGRAMS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Sum partial (directions, programs, K+1, E) to dweight (directions, E, K) and dbias (directions, E) or None."""
+    """Sum partial (directions, programs, K+1, E) to a direction's dweight (E, K) and its dbias (E,) or None."""
     channels = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     k = tl.program_id(1) % (K + 1)  # K is the bias
     direction = tl.program_id(1) // (K + 1)
@@ -318,6 +319,10 @@ def reduce_kernel(
         total += tl.load(ptrs, mask=inside, other=0.0)
     result = tl.sum(total, axis=0)
     if k < K:
-        tl.store(dweight_ptr + (direction * E + channels) * K + k, result, mask=channels < E)
-    elif dbias_ptr is not None:
-        tl.store(dbias_ptr + direction * E + channels, result, mask=channels < E)
+        dweight_ptr = dweight_0_ptr if direction == 0 else dweight_1_ptr
+        tl.store(dweight_ptr + channels * K + k, result.to(dweight_ptr.dtype.element_ty), mask=channels < E)
+    elif direction == 0:
+        if dbias_0_ptr is not None:
+            tl.store(dbias_0_ptr + channels, result.to(dbias_0_ptr.dtype.element_ty), mask=channels < E)
+    elif dbias_1_ptr is not None:
+        tl.store(dbias_1_ptr + channels, result.to(dbias_1_ptr.dtype.element_ty), mask=channels < E)

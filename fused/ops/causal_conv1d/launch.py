@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fused.ops.causal_conv1d.kernels import backward_kernel, forward_kernel, reduce_kernel
-from fused.runtime.triton_launch import FUSED_MULTIPLY_ADD, NATIVE, blocks, launching_on
+from fused.runtime.triton_launch import FUSED_MULTIPLY_ADD, NATIVE, blocks, launch
 
 MAX_WIDTH = 8
 # The forward has 4 channels a thread (96 registers), the backward 2 (126 registers: it keeps 58 numbers for two channels).
@@ -43,8 +43,8 @@ class Gradients(NamedTuple):
     """The gradients of a convolution, one entry a direction but for x; None for what was None."""
 
     x: Tensor  # (B, L, E), summed over the directions
-    weights: tuple[Tensor, ...]  # (E, K) float32
-    biases: tuple[Tensor | None, ...]  # (E,) float32
+    weights: tuple[Tensor, ...]  # in the weight's shape and dtype
+    biases: tuple[Tensor | None, ...]  # (E,) in the bias's dtype
     initial_states: tuple[Tensor | None, ...]  # (B, E, K-1) in the state's dtype
 
 
@@ -59,13 +59,14 @@ def forward(
 ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
     """Convolve x (B, L, E) in every direction: return y (directions, B, L, E), and the final states (B, E, K-1) or None.
 
-    weights are (E, K), biases (E,), states (B, E, K-1), each one for a direction; there is one direction of each kind at most.
+    weights are (E, K) or (E, 1, K), biases (E,), states (B, E, K-1), each one for a direction, of which there is one a kind at
+    most. Weights, biases and states of two directions have one dtype each.
     x may have any strides over clips and tokens; other channel strides than 1 cost a copy.
     """
     x, all_none = x if x.stride(2) == 1 else x.contiguous(), (None,) * len(weights)
     biases, initial_states = biases or all_none, initial_states or all_none
     B, L, E = x.shape
-    K = weights[0].shape[1]
+    K = weights[0].shape[-1]
     y = torch.empty((len(weights), B, L, E), dtype=x.dtype, device=x.device)
     if x.numel():
         if len(set(reverses)) != len(reverses):
@@ -95,11 +96,11 @@ def _launch_forward(x: Tensor, fwd: tuple[Tensor | None, ...], rev: tuple[Tensor
     y = fwd[3] if rev[3] is None else rev[3]
     assert y is not None
     segment_length, blocks_per_sequence = _choose_segments("forward", B, L if rev[3] is None else L + K - 1, E, 0)
-    with launching_on(x.device):
-        forward_kernel[(B * blocks_per_sequence * blocks(E, FORWARD["BLOCK_CHANNELS"]),)](
-            x, *fwd, *rev, L, E, x.stride(0), x.stride(1), y.stride(0), blocks_per_sequence, segment_length,
-            K=K, SILU=silu, NATIVE=NATIVE, **FORWARD,
-        )  # fmt: skip
+    launch(
+        forward_kernel, x.device, (B * blocks_per_sequence * blocks(E, FORWARD["BLOCK_CHANNELS"]),),
+        x, *fwd, *rev, L, E, x.stride(0), x.stride(1), y.stride(0), blocks_per_sequence, segment_length,
+        K=K, SILU=silu, NATIVE=NATIVE, **FORWARD,
+    )  # fmt: skip
 
 
 def backward(
@@ -121,7 +122,7 @@ def backward(
     x, all_none = x if x.stride(2) == 1 else x.contiguous(), (None,) * len(weights)
     biases, initial_states, dfinals = biases or all_none, initial_states or all_none, dfinals or all_none
     B, L, E = x.shape
-    K = weights[0].shape[1]
+    K = weights[0].shape[-1]
     directions = len(weights)
     dx = torch.empty((B, L, E), dtype=x.dtype, device=x.device) if dx is None else dx
     if dx.shape != x.shape or dx.stride(2) != 1:
@@ -129,9 +130,9 @@ def backward(
     dstates = tuple(
         None if state is None else torch.empty((B, E, K - 1), dtype=state.dtype, device=x.device) for state in initial_states
     )
-    has_bias, has_state = any(bias is not None for bias in biases), any(state is not None for state in initial_states)
-    dbias = torch.empty((directions, E), dtype=torch.float32, device=x.device) if has_bias else None
-    dweight = torch.empty((directions, E, K), dtype=torch.float32, device=x.device)
+    has_state = any(state is not None for state in initial_states)
+    dweights = [torch.empty(w.shape, dtype=w.dtype, device=x.device) for w in weights]
+    dbiases = [None if bias is None else torch.empty(bias.shape, dtype=bias.dtype, device=x.device) for bias in biases]
     if x.numel():
         segment_length, blocks_per_sequence = _choose_segments("backward", B, L, E, K - 1)
         steps = segment_length + (K - 1) * (2 if has_state else 1)
@@ -145,23 +146,25 @@ def backward(
                 None if dfinal is None else dfinal.contiguous(), dstates[i], partial[i],
             )  # fmt: skip
             fwd, rev = (fwd, arguments) if reverse else (arguments, rev)
-        with launching_on(x.device):
-            backward_kernel[(B * blocks_per_sequence * blocks(E, BACKWARD["BLOCK_CHANNELS"]),)](
-                x, dx, *fwd, *rev, L, E, x.stride(0), x.stride(1), dx.stride(0), dx.stride(1),
-                blocks_per_sequence, segment_length, steps,
-                K=K, SILU=silu, NATIVE=NATIVE, **BACKWARD,
-            )  # fmt: skip
-            reduce_kernel[(blocks(E, REDUCE["BLOCK_CHANNELS"]), directions * (K + 1))](
-                partial, dweight, dbias, E, B * blocks_per_sequence, K=K, **REDUCE
-            )
+        launch(
+            backward_kernel, x.device, (B * blocks_per_sequence * blocks(E, BACKWARD["BLOCK_CHANNELS"]),),
+            x, dx, *fwd, *rev, L, E, x.stride(0), x.stride(1), dx.stride(0), dx.stride(1),
+            blocks_per_sequence, segment_length, steps,
+            K=K, SILU=silu, NATIVE=NATIVE, **BACKWARD,
+        )  # fmt: skip
+        grid = blocks(E, REDUCE["BLOCK_CHANNELS"]), directions * (K + 1)
+        launch(
+            reduce_kernel, x.device, grid, partial, dweights[0], dweights[-1], dbiases[0], dbiases[-1],
+            E, B * blocks_per_sequence, K=K, **REDUCE,
+        )  # fmt: skip
     else:  # no token: the final state is the initial state
-        dweight.zero_()
-        dbias = None if dbias is None else dbias.zero_()
+        for grad in (*dweights, *dbiases):
+            if grad is not None:
+                grad.zero_()
         for dstate, dfinal in zip(dstates, dfinals, strict=True):
             if dstate is not None:
                 dstate.zero_() if dfinal is None else dstate.copy_(dfinal)
-    dbiases = tuple(None if bias is None or dbias is None else dbias[i] for i, bias in enumerate(biases))
-    return Gradients(dx, dweight.unbind(0), dbiases, dstates)
+    return Gradients(dx, tuple(dweights), tuple(dbiases), dstates)
 
 
 @lru_cache(maxsize=1024)

@@ -1,5 +1,6 @@
 """The causal convolution by kernels of this project, as the operator `videomamba::causal_conv1d`."""
 
+import functools
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from fused.ops.causal_conv1d import launch
 from fused.runtime.checks import check_native_dtypes
-from fused.runtime.library import below_autograd, empty_if_none, register
+from fused.runtime.library import apply_function, below_autograd, register
 
 
 def causal_conv1d_native(
@@ -51,12 +52,11 @@ def _forward_shapes(
 def _backward(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, silu: bool, reverse: bool,
     dy: Tensor | None, dstate: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return dx (B, L, E), dweight (E, K), dbias (E,) and dinitial_state (B, E, K-1), the last two empty for None."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Return dx (B, L, E), dweight (E, K), dbias (E,) and dinitial_state (B, E, K-1), the last two None for None."""
     dy = torch.zeros_like(x) if dy is None else dy
     g = launch.backward((dy,), (dstate,), x, (weight,), (bias,), (initial_state,), (reverse,), silu)
-    dbias = None if bias is None or g.biases[0] is None else g.biases[0].to(bias.dtype)
-    return g.x, g.weights[0].to(weight.dtype), empty_if_none(dbias, x), empty_if_none(g.initial_states[0], x)
+    return g.x, g.weights[0], g.biases[0], g.initial_states[0]
 
 
 def _backward_shapes(
@@ -95,5 +95,8 @@ _causal_conv1d_backward = register(
     _backward_shapes,
 )
 _causal_conv1d = register(
-    f"causal_conv1d({_INPUTS}) -> (Tensor y, Tensor final_state)", _forward, _forward_shapes, _CausalConv1d.apply
+    f"causal_conv1d({_INPUTS}) -> (Tensor y, Tensor final_state)",
+    _forward,
+    _forward_shapes,
+    functools.partial(apply_function, _CausalConv1d),
 )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fused.ops.causal_conv1d import api as conv
 from fused.ops.causal_conv1d.eager import convolve_both_directions
+from fused.ops.mamba_inner import segments
 from fused.ops.selective_scan import api as scan
 from fused.ops.selective_scan.eager import scan_both_directions
 from fused.ops.shapes import DirectionWeights
@@ -66,6 +67,8 @@ def both_directions_eager(x: Tensor, directions: Sequence[DirectionWeights], z: 
     A of the weights is log(-A). Between the two ends, tokens of the backward direction are in the order of its scan, so that
     an operation takes both directions.
     """
+    if segments.takes(x, directions):
+        return segments.both_directions_in_segments(x, directions, z)
     others: Any = [(w.conv, w.conv_bias, w.dt_proj, w.dt_bias, w.A, w.D) for w in directions]
     stacked: Any = (None if pair[0] is None else torch.stack(pair) for pair in zip(*others, strict=True))
     weight, bias, dt_proj, dt_bias, A_log, D = stacked

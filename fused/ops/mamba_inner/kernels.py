@@ -1,4 +1,4 @@
-"""Triton kernels of a mixer other than convolution and scan, and their launches: dt_proj, packing of weights, gate backward.
+"""Triton kernels of a mixer other than convolution and scan, and their launches: dt_proj, weights, gate backward.
 
     delta = softplus(dt W + bias)        dt (tokens, R), W (R, E): the step sizes of the scan, all directions in one launch
 
@@ -16,9 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fused.ops.selective_scan.schedule import multiprocessors
-from fused.runtime.triton_launch import FUSED_MULTIPLY_ADD, NATIVE, blocks, capability, launching_on, power_of_2
+from fused.runtime.triton_launch import FUSED_MULTIPLY_ADD, NATIVE, blocks, capability, launch, power_of_2
 
 CHANNELS_PER_PROGRAM = 1024  # of pack_weights and silu_gate_backward
+ELEMENTS_PER_PROGRAM = 1024  # of unpack_gradients
 CONFIG_16_BIT = {"BLOCK_TOKENS": 64, "BLOCK_CHANNELS": 128, "num_warps": 4, "num_stages": 3, **FUSED_MULTIPLY_ADD}
 # float32 products do not run on tensor cores, so that larger tiles do not fit in registers
 CONFIG_FLOAT32 = {"BLOCK_TOKENS": 16, "BLOCK_CHANNELS": 32, "num_warps": 4, **FUSED_MULTIPLY_ADD}
@@ -92,10 +93,10 @@ def dt_proj_softplus(dt_B_C: Tensor, weights: Tensor, biases: Sequence[Tensor]) 
     delta = torch.empty((directions, M, E), dtype=dt_B_C.dtype, device=dt_B_C.device)
     if delta.numel():
         grid, tiles_per_program, config = _dt_proj_launch(directions, M, R, E, dt_B_C.dtype == torch.float32, dt_B_C.device)
-        with launching_on(dt_B_C.device):
-            dt_proj_softplus_kernel[grid](
-                dt_B_C, weights, biases[0], biases[-1], delta, M, E, tiles_per_program, R, row_stride, NATIVE=NATIVE, **config,
-            )  # fmt: skip
+        launch(
+            dt_proj_softplus_kernel, dt_B_C.device, grid,
+            dt_B_C, weights, biases[0], biases[-1], delta, M, E, tiles_per_program, R, row_stride, NATIVE=NATIVE, **config,
+        )  # fmt: skip
     return delta
 
 
@@ -142,14 +143,15 @@ def _copy_as_float32(
 def pack_weights_kernel(
     x_proj_0_ptr: tl.tensor, x_proj_1_ptr: tl.tensor, dt_proj_0_ptr: tl.tensor, dt_proj_1_ptr: tl.tensor,
     A_0_ptr: tl.tensor, A_1_ptr: tl.tensor, D_0_ptr: tl.tensor, D_1_ptr: tl.tensor,
-    packed_ptr: tl.tensor, A_D_ptr: tl.tensor,
+    linear_0_ptr: tl.tensor, linear_1_ptr: tl.tensor, packed_ptr: tl.tensor, A_D_ptr: tl.tensor,
     E: tl.tensor, R: tl.tensor, N: tl.tensor, padded_R: tl.tensor, x_proj_rows: tl.tensor, directions: tl.tensor,
-    BLOCK_CHANNELS: tl.constexpr,
+    linear_0_rows: tl.tensor, direction_rows: tl.tensor, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Write one row of E channels: of x_proj, then of dt_proj transposed, then of A and D in float32 unless A_D is None.
 
-    packed is (directions x_proj_rows + directions padded_R, E), x_proj of all directions before dt_proj of all.
-    A_D is (directions, (N + 1) E): A (E, N) as it is, then D.
+    These are `direction_rows` rows for each direction. The rows behind them, of the first direction, copy two other matrices.
+    packed is (directions x_proj_rows + directions padded_R + rows of the others, E), x_proj of all directions before dt_proj of
+    all. A_D is (directions, (N + 1) E): A (E, N) as it is, then D.
     """
     row, direction = tl.program_id(0), tl.program_id(2)
     channels = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
@@ -166,6 +168,16 @@ def pack_weights_kernel(
         is_weight = inside & (tl.broadcast_to(rank, channels.shape) < R)
         values = tl.load(dt_proj_ptr + channels * R + rank, mask=is_weight, other=0.0)
         tl.store(packed_ptr + (directions * x_proj_rows + direction * padded_R + rank) * E + channels, values, mask=inside)
+    elif row >= direction_rows:
+        if direction == 0:
+            row -= direction_rows
+            packed_ptr += (directions * (x_proj_rows + padded_R) + row) * E
+            if row < linear_0_rows:
+                if linear_0_ptr is not None:
+                    tl.store(packed_ptr + channels, tl.load(linear_0_ptr + row * E + channels, mask=inside), mask=inside)
+            elif linear_1_ptr is not None:
+                row -= linear_0_rows
+                tl.store(packed_ptr + channels, tl.load(linear_1_ptr + row * E + channels, mask=inside), mask=inside)
     elif A_D_ptr is not None:
         n = row - x_proj_rows - padded_R
         A_D_ptrs = A_D_ptr + (direction * (N + 1) + n) * E + channels
@@ -182,40 +194,91 @@ class PackedWeights(NamedTuple):
     dt_proj: Tensor  # (directions, padded R, E)
     A: Sequence[Tensor]  # (E, N)
     D: Sequence[Tensor]  # (E,)
+    linears: Sequence[Tensor]  # other matrices
+    packed: Tensor  # the memory of all matrices that were packed, and of A and D where these are copies
+    A_D: Tensor | None
 
     def last(self, count: int) -> "PackedWeights":
         """Return the weights of the last `count` directions."""
-        return PackedWeights(self.x_proj[-count:], self.dt_proj[-count:], self.A[-count:], self.D[-count:])
+        return self._replace(x_proj=self.x_proj[-count:], dt_proj=self.dt_proj[-count:], A=self.A[-count:], D=self.D[-count:])
 
 
 def pack_weights(
-    x_proj: Sequence[Tensor], dt_proj: Sequence[Tensor], A: Sequence[Tensor], D: Sequence[Tensor], padded_R: int
-) -> PackedWeights:
-    """Return x_proj (R + 2N, E) with rows of zeros from R to `padded_R`, and dt_proj (E, R) transposed, in one launch.
+    x_proj: Sequence[Tensor], dt_proj: Sequence[Tensor], A: Sequence[Tensor], D: Sequence[Tensor], padded_R: int,
+    dtype: torch.dtype, linears: Sequence[Tensor] = (), packed: Tensor | None = None, A_D: Tensor | None = None,
+) -> PackedWeights:  # fmt: skip
+    """Return x_proj (R + 2N, E) with rows of zeros from R to `padded_R`, and dt_proj (E, R) transposed, both in `dtype`.
 
-    Each sequence has one or two contiguous weights, one for each direction. A (E, N) and D (E,) are returned unchanged if all
-    of them are float32, otherwise as float32 copies.
+    Each sequence has one or two contiguous weights, one for each direction. Those of x_proj have one dtype, those of dt_proj
+    too. A (E, N) and D (E,) are returned unchanged if all are float32, otherwise as float32 copies. `linears` are up to two
+    other contiguous matrices of a multiple of E elements, of which those of another dtype are cast. It is one launch, and none
+    where `packed` and `A_D` of an earlier result for the same weights are given.
     """
-    directions, (E, R), N = len(x_proj), dt_proj[0].shape, A[0].shape[1]
-    x_proj_rows = x_proj[0].shape[0] - R + padded_R
-    packed = torch.empty((directions * (x_proj_rows + padded_R), E), dtype=x_proj[0].dtype, device=x_proj[0].device)
-    A_D = None
-    if not A[0].dtype == A[-1].dtype == D[0].dtype == D[-1].dtype == torch.float32:
-        A_D = torch.empty((directions, (N + 1) * E), dtype=torch.float32, device=packed.device)
-    rows = x_proj_rows + padded_R + (0 if A_D is None else N + 1)
-    with launching_on(packed.device):
-        pack_weights_kernel[rows, blocks(E, CHANNELS_PER_PROGRAM), directions](
-            x_proj[0], x_proj[-1], dt_proj[0], dt_proj[-1], A[0], A[-1], D[0], D[-1], packed, A_D,
-            E, R, N, padded_R, x_proj_rows, directions,
+    directions, (E, R), N, device = len(x_proj), dt_proj[0].shape, A[0].shape[1], x_proj[0].device
+    x_proj_rows, cast = x_proj[0].shape[0] - R + padded_R, [w for w in linears if w.dtype != dtype]
+    linear_rows, copies_A_D = [w.numel() // E for w in cast], any(x.dtype != torch.float32 for x in (*A, *D))
+    if packed is None:
+        packed = torch.empty((directions * (x_proj_rows + padded_R) + sum(linear_rows), E), dtype=dtype, device=device)
+        A_D = torch.empty((directions, (N + 1) * E), dtype=torch.float32, device=device) if copies_A_D else None
+        direction_rows = x_proj_rows + padded_R + (N + 1 if copies_A_D else 0)
+        launch(
+            pack_weights_kernel, device, (direction_rows + sum(linear_rows), blocks(E, CHANNELS_PER_PROGRAM), directions),
+            x_proj[0], x_proj[-1], dt_proj[0], dt_proj[-1], A[0], A[-1], D[0], D[-1], *(*cast, None, None)[:2], packed, A_D,
+            E, R, N, padded_R, x_proj_rows, directions, (*linear_rows, 0)[0], direction_rows,
             BLOCK_CHANNELS=CHANNELS_PER_PROGRAM, **FUSED_MULTIPLY_ADD,
         )  # fmt: skip
     if A_D is not None:
         all_A, all_D = A_D.split((N * E, E), dim=1)
         A, D = all_A.unflatten(1, (E, N)).unbind(), all_D.unbind()
-    all_x_proj, all_dt_proj = packed.split((directions * x_proj_rows, directions * padded_R))
-    return PackedWeights(
-        all_x_proj.unflatten(0, (directions, x_proj_rows)), all_dt_proj.unflatten(0, (directions, padded_R)), A, D
+    all_x_proj, all_dt_proj, *others = packed.split((directions * x_proj_rows, directions * padded_R, *linear_rows))
+    views = iter(other.view(w.shape) for other, w in zip(others, cast, strict=True))
+    all_linears = [w if w.dtype == dtype else next(views) for w in linears]
+    all_x_proj, all_dt_proj = (x.unflatten(0, (directions, -1)) for x in (all_x_proj, all_dt_proj))
+    return PackedWeights(all_x_proj, all_dt_proj, A, D, all_linears, packed, A_D)
+
+
+@triton.jit
+def unpack_gradients_kernel(
+    d_x_proj_0_ptr: tl.tensor, d_x_proj_1_ptr: tl.tensor, d_dt_proj_0_ptr: tl.tensor, d_dt_proj_1_ptr: tl.tensor,
+    out_x_proj_0_ptr: tl.tensor, out_x_proj_1_ptr: tl.tensor, out_dt_proj_0_ptr: tl.tensor, out_dt_proj_1_ptr: tl.tensor,
+    x_proj_size: tl.tensor, dt_proj_size: tl.tensor, E: tl.tensor, R: tl.tensor, padded_R: tl.tensor,
+    BLOCK_ELEMENTS: tl.constexpr,
+):  # fmt: skip
+    """Copy x_proj's gradient (padded R + 2N, E) and dt_proj's (E, padded R) without the rows and columns of the padding."""
+    second = tl.program_id(1) == 1
+    i = tl.program_id(0) * BLOCK_ELEMENTS + tl.arange(0, BLOCK_ELEMENTS)
+    source = d_x_proj_1_ptr if second else d_x_proj_0_ptr
+    out = out_x_proj_1_ptr if second else out_x_proj_0_ptr
+    values = tl.load(source + i + tl.where(i < R * E, 0, (padded_R - R) * E), mask=i < x_proj_size)
+    tl.store(out + i, values.to(out.dtype.element_ty), mask=i < x_proj_size)
+    source = d_dt_proj_1_ptr if second else d_dt_proj_0_ptr
+    out = out_dt_proj_1_ptr if second else out_dt_proj_0_ptr
+    values = tl.load(source + i // R * padded_R + i % R, mask=i < dt_proj_size)
+    tl.store(out + i, values.to(out.dtype.element_ty), mask=i < dt_proj_size)
+
+
+def unpack_gradients(
+    d_x_proj: list[Tensor], d_dt_proj: list[Tensor], x_proj: Sequence[Tensor], dt_proj: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the gradients of x_proj (R + 2N, E) and dt_proj (E, R), in the weights' dtypes, of one or two directions.
+
+    They are given as those of the packed weights: d_x_proj (padded R + 2N, E) and d_dt_proj (E, padded R), contiguous. Where
+    the weights of two directions differ in dtype, both gradients have that of the first.
+    """
+    (E, R), padded_R = dt_proj[0].shape, d_dt_proj[0].shape[1]
+    same = d_x_proj[0].dtype == x_proj[0].dtype and d_dt_proj[0].dtype == dt_proj[0].dtype
+    if R == padded_R and same and not d_x_proj[0]._is_view():  # results of an operator share no memory
+        return d_x_proj, d_dt_proj
+    out_x_proj, out_dt_proj = (
+        [torch.empty(w.shape, dtype=weights[0].dtype, device=w.device) for w in weights] for weights in (x_proj, dt_proj)
     )
+    x_proj_size, dt_proj_size = out_x_proj[0].numel(), out_dt_proj[0].numel()
+    launch(
+        unpack_gradients_kernel, x_proj[0].device, (blocks(max(x_proj_size, dt_proj_size), ELEMENTS_PER_PROGRAM), len(x_proj)),
+        d_x_proj[0], d_x_proj[-1], d_dt_proj[0], d_dt_proj[-1], out_x_proj[0], out_x_proj[-1], out_dt_proj[0], out_dt_proj[-1],
+        x_proj_size, dt_proj_size, E, R, padded_R, BLOCK_ELEMENTS=ELEMENTS_PER_PROGRAM, **FUSED_MULTIPLY_ADD,
+    )  # fmt: skip
+    return out_x_proj, out_dt_proj
 
 
 @triton.jit(do_not_specialize=["L", "E"])
@@ -241,9 +304,9 @@ def silu_gate_backward(dy: Tensor, z: Tensor) -> Tensor:
     B, L, E = dy.shape
     out = torch.empty((B, L, E), dtype=dy.dtype, device=dy.device)
     if out.numel():
-        with launching_on(dy.device):
-            silu_gate_backward_kernel[(B * L, blocks(E, CHANNELS_PER_PROGRAM))](
-                dy, z, out, L, E, dy.stride(0), dy.stride(1), z.stride(0), z.stride(1),
-                BLOCK_CHANNELS=CHANNELS_PER_PROGRAM, **FUSED_MULTIPLY_ADD,
-            )  # fmt: skip
+        launch(
+            silu_gate_backward_kernel, dy.device, (B * L, blocks(E, CHANNELS_PER_PROGRAM)),
+            dy, z, out, L, E, dy.stride(0), dy.stride(1), z.stride(0), z.stride(1),
+            BLOCK_CHANNELS=CHANNELS_PER_PROGRAM, **FUSED_MULTIPLY_ADD,
+        )  # fmt: skip
     return out

@@ -1,46 +1,52 @@
-"""A mixer from in_proj's output through out_proj, as one operator, `videomamba::mamba_inner`.
+"""A mixer as one operator, `videomamba::mamba_inner`.
 
-    c = silu(conv(x))        dt, B, C = x_proj(c)        y = sum of both scans * silu(z)        out = out_proj(y)
+    xz = in_proj(u)        c = silu(conv(x))        dt, B, C = x_proj(c)
+    y = sum of both scans * silu(z)                 out = out_proj(y)
 
-The forward keeps xz and x_proj's output. The backward recomputes everything else, and the scan unless its states are kept. Both
-directions share one launch of the convolution, of x_proj, of dt_proj and of the scan, B and C are read where x_proj wrote them,
-and the gradients of x and z are written straight into the gradient of xz.
+The forward keeps xz, x_proj's output and the packed weights. The backward recomputes everything else, and the scan unless its
+states are kept. Both directions share one launch of the convolution, of x_proj, of dt_proj and of the scan, B and C are read
+where x_proj wrote them, and the gradients of x and z are written straight into the gradient of xz.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused.ops.mamba_inner.pipeline import Pipeline, pack
+from fused.ops.mamba_inner.kernels import PackedWeights
+from fused.ops.mamba_inner.pipeline import Pipeline, pack, weight_gradient
 from fused.ops.selective_scan import launch as scan
 from fused.ops.selective_scan.launch import TILE
 from fused.ops.shapes import DirectionWeights
-from fused.runtime.library import below_autograd, empty_if_none, register, wants_gradients
+from fused.runtime.library import apply_function, below_autograd, none_if_empty, register, wants_gradients
 from fused.runtime.modes import is_batch_invariant
 
 Weights = Sequence[Tensor | None]  # a DirectionWeights as the operator takes it; empty for an absent direction
 
 
+class Linear(NamedTuple):
+    """The parameters of a linear layer."""
+
+    weight: Tensor  # (out, in)
+    bias: Tensor | None  # (out,)
+
+
 def mamba_inner(
-    xz: Tensor, directions: Sequence[DirectionWeights], out_proj: Tensor, out_proj_bias: Tensor | None, *,
+    u: Tensor, in_proj: Linear | None, directions: Sequence[DirectionWeights], out_proj: Linear, *, dtype: torch.dtype,
     keep_states: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Return out (B, L, D) of xz (B, L, 2E), in_proj's output. out_proj is (D, E), its bias (D,).
+    """Return out (B, L, D) in `dtype` of u (B, L, D); without `in_proj` u is its output, xz (B, L, 2E).
 
-    A of the one or two directions is log(-A); the second direction runs from the last token. With `keep_states` the backward
-    does not scan again: y, y before the gate and the state before every tile are kept. Matrix products are in xz's dtype; under
-    autocast their weights are rounded to it.
+    in_proj's weight is (2E, D), out_proj's (D, E). A of the one or two directions is log(-A), and conv is (E, K) or (E, 1, K).
+    The second direction runs from the last token. Matrix products are in `dtype`, to which u and weights are rounded. With
+    `keep_states` the backward does not scan again: y, y before the gate and the state before every tile are kept.
     """
-    if torch.is_autocast_enabled(xz.device.type):
-        dtype = xz.dtype
-        directions = [w._replace(x_proj=w.x_proj.to(dtype), dt_proj=w.dt_proj.to(dtype)) for w in directions]
-        out_proj, out_proj_bias = out_proj.to(dtype), None if out_proj_bias is None else out_proj_bias.to(dtype)
     first, second = list(directions[0]), list(directions[1]) if len(directions) > 1 else []
-    keep = keep_states and wants_gradients(xz, first, second, out_proj, out_proj_bias)
-    return _mamba_inner(xz, first, second, out_proj, out_proj_bias, is_batch_invariant(), keep)[0]
+    linear = (*(in_proj or (None, None)), *out_proj)
+    keep = keep_states and wants_gradients(u, first, second, linear)
+    return _mamba_inner(u, first, second, *linear, dtype, is_batch_invariant(), keep)[0]
 
 
 def _pipeline(xz: Tensor, first: Weights, second: Weights, batch_invariant: bool) -> Pipeline:
@@ -50,97 +56,142 @@ def _pipeline(xz: Tensor, first: Weights, second: Weights, batch_invariant: bool
 
 
 def _forward(
-    xz: Tensor, first: Weights, second: Weights, out_proj: Tensor, out_proj_bias: Tensor | None, batch_invariant: bool,
-    keep: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    u: Tensor, first: Weights, second: Weights, in_proj: Tensor | None, in_proj_bias: Tensor | None, out_proj: Tensor,
+    out_proj_bias: Tensor | None, dtype: torch.dtype, batch_invariant: bool, keep: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Return out (B, L, D) and what the backward reads, in the order of _KEPT; None for what is not kept."""
+    packed, xz = _pack(first, second, in_proj, out_proj, dtype), u.to(dtype)
+    *in_proj_cast, out_proj_cast = packed.linears
+    if in_proj_cast:
+        xz = F.linear(xz, in_proj_cast[0], None if in_proj_bias is None else in_proj_bias.to(dtype))
     p = _pipeline(xz, first, second, batch_invariant)
-    training = keep or xz.requires_grad  # so that the backward's programs are compiled during the forward
-    scan.start_compiling(*p.x.shape, p.N, len(p.reverses), xz.dtype, xz.device, has_z=True, training=training, kept=keep)
-    packed = pack(*p.weights)
+    training = keep or u.requires_grad  # so that the backward's programs are compiled during the forward
+    scan.start_compiling(*p.x.shape, p.N, len(p.reverses), dtype, xz.device, has_z=True, training=training, kept=keep)
     c, _ = p.convolve()
     dt_B_C, delta = p.project(c, packed)
     r = scan.forward(p.scan_inputs(c, dt_B_C, delta, packed), None, p.schedule, keep=keep)
-    out, empty = F.linear(r.y, out_proj, out_proj_bias), xz.new_empty
+    out = F.linear(r.y, out_proj_cast, None if out_proj_bias is None else out_proj_bias.to(dtype))
+    always = None if in_proj is None else xz, packed.packed, packed.A_D, dt_B_C
     if keep:
-        return out, dt_B_C, empty(0), r.y, empty_if_none(r.y_pre_gate, xz), empty_if_none(r.tile_states, xz)
-    states = empty(0) if r.split_initial_states is None else r.split_initial_states
-    return out, dt_B_C, states, empty(0), empty(0), empty(0)
+        return out, *always, None, r.y, r.y_pre_gate, r.tile_states
+    (B, _, E), states = p.x.shape, r.split_initial_states
+    # no splits rather than None: to a compiler that does not know B, their number is unknown, but not that of the dimensions
+    states = xz.new_empty((len(p.reverses), B, 0, E, p.N), dtype=torch.float32) if states is None else states
+    return out, *always, states, None, None, None
+
+
+def _pack(
+    first: Weights, second: Weights, in_proj: Tensor | None, out_proj: Tensor, dtype: torch.dtype, *memory: Tensor | None
+) -> PackedWeights:
+    """Return the packed weights, with those of in_proj, if it is not None, and of out_proj as the last of `linears`."""
+    directions: Any = zip(first, second, strict=True) if second else ((w,) for w in first)
+    linears = [out_proj] if in_proj is None else [in_proj, out_proj]
+    return pack(*directions, dtype=dtype, linears=linears, memory=memory or (None, None))
 
 
 def _forward_shapes(
-    xz: Tensor, first: Weights, second: Weights, out_proj: Tensor, out_proj_bias: Tensor | None, batch_invariant: bool,
-    keep: bool,
+    u: Tensor, first: Weights, second: Weights, in_proj: Tensor | None, in_proj_bias: Tensor | None, out_proj: Tensor,
+    out_proj_bias: Tensor | None, dtype: torch.dtype, batch_invariant: bool, keep: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
+    B, L, _ = u.shape
+    xz = u.new_empty(u.shape if in_proj is None else (B, L, in_proj.shape[0]), dtype=dtype)
     p = _pipeline(xz, first, second, batch_invariant)
-    (B, L, E), d, splits, N = p.x.shape, len(p.reverses), p.schedule.fwd_schedule, p.N
+    E, d, N, empty = p.x.shape[2], len(p.reverses), p.N, xz.new_empty(0)
+    linear_rows = sum(w.numel() // E for w in (in_proj, out_proj) if w is not None and w.dtype != dtype)
+    packed = xz.new_empty((d * (p.width + p.padded_R) + linear_rows, E))
+    copies_A_D = any(w.dtype != torch.float32 for w in (*p.weights.A, *p.weights.D))
+    A_D = xz.new_empty((d, (N + 1) * E) if copies_A_D else 0, dtype=torch.float32 if copies_A_D else dtype)
     out, dt_B_C = xz.new_empty((B, L, out_proj.shape[0])), xz.new_empty((d, B, L, p.width))
+    always = xz.new_empty(0) if in_proj is None else xz, packed, A_D, dt_B_C
     if keep:
         tile_states = xz.new_empty((d, B, -(-L // TILE), E, N), dtype=torch.float32)
-        return out, dt_B_C, xz.new_empty(0), xz.new_empty((B, L, E)), xz.new_empty((B, L, E)), tile_states
-    is_split = splits.num_unsplit < splits.num_sequences
-    split_initial_states = xz.new_empty((d, B, splits.num_splits, E, N), dtype=torch.float32) if is_split else xz.new_empty(0)
-    return out, dt_B_C, split_initial_states, xz.new_empty(0), xz.new_empty(0), xz.new_empty(0)
+        return out, *always, empty, xz.new_empty((B, L, E)), xz.new_empty((B, L, E)), tile_states
+    if isinstance(B, int) and isinstance(L, int):
+        splits = p.schedule.fwd_schedule
+        num_splits = splits.num_splits if splits.num_unsplit < splits.num_sequences else 0
+    else:
+        num_splits = torch.library.get_ctx().new_dynamic_size()
+    states = xz.new_empty((d, B, num_splits, E, N), dtype=torch.float32)
+    return out, *always, states, *(xz.new_empty(0) for _ in range(3))
 
 
 def _backward(
-    xz: Tensor, first: Weights, second: Weights, out_proj: Tensor, out_proj_bias: Tensor | None, batch_invariant: bool,
-    dt_B_C: Tensor, split_initial_states: Tensor, y: Tensor, y_pre_gate: Tensor, tile_states: Tensor, dout: Tensor,
+    u: Tensor, first: Weights, second: Weights, in_proj: Tensor | None, in_proj_bias: Tensor | None, out_proj: Tensor,
+    out_proj_bias: Tensor | None, dtype: torch.dtype, batch_invariant: bool,
+    xz: Tensor | None, packed_matrices: Tensor, A_D: Tensor | None, dt_B_C: Tensor, split_initial_states: Tensor | None,
+    y: Tensor | None, y_pre_gate: Tensor | None, tile_states: Tensor | None, dout: Tensor,
 ) -> tuple[Any, ...]:  # fmt: skip
-    p = _pipeline(xz, first, second, batch_invariant)
-    kept = tile_states.numel() > 0
-    scan.start_compiling(*p.x.shape, p.N, len(p.reverses), xz.dtype, xz.device, has_z=True, training=True, kept=kept)
-    packed = pack(*p.weights)
+    """Return the gradients of u, of both directions' weights, of in_proj and of out_proj, None for None."""
+    tokens, xz = u.to(dtype), none_if_empty(xz)
+    p = _pipeline(tokens if xz is None else xz, first, second, batch_invariant)
+    y, pre_gate, states = none_if_empty(y), none_if_empty(y_pre_gate), none_if_empty(tile_states)
+    kept = states is not None
+    scan.start_compiling(*p.x.shape, p.N, len(p.reverses), dtype, u.device, has_z=True, training=True, kept=kept)
+    packed = _pack(first, second, in_proj, out_proj, dtype, packed_matrices, none_if_empty(A_D))
+    *in_proj_cast, out_proj_cast = packed.linears
     c, _ = p.convolve()
     s = p.scan_inputs(c, dt_B_C, p.delta(dt_B_C, packed), packed)
     rows = dout.flatten(0, 1)
-    dy = (rows @ out_proj).view(p.x.shape)
-    pre_gate, states = y_pre_gate, tile_states
-    if not kept:
-        entering = split_initial_states if split_initial_states.numel() else None
-        recomputed: Any = scan.forward(s, None, p.schedule, keep=True, split_initial_states=entering)
+    dy = (rows @ out_proj_cast).view(p.x.shape)
+    if y is None or states is None:
+        entering = none_if_empty(split_initial_states)
+        recomputed = scan.forward(s, None, p.schedule, keep=True, split_initial_states=entering)
         y, pre_gate, states = recomputed.y, recomputed.y_pre_gate, recomputed.tile_states
-    dxz = torch.empty_like(xz, memory_format=torch.contiguous_format)
+    assert states is not None
+    B, L, E = p.x.shape
+    dxz = torch.empty((B, L, 2 * E), dtype=dtype, device=u.device)
     dx, dz = dxz.chunk(2, dim=-1)
     _, _, grads = p.backward(s, c, dt_B_C, packed, dy, states, pre_gate, dx=dx, dz=dz)
-    dfirst, dsecond = list(grads[0]), list(grads[1]) if second else []
-    dout_proj_bias = dout.new_empty(0) if out_proj_bias is None else rows.sum(0)
-    return dxz, dfirst, dsecond, rows.t() @ y.flatten(0, 1), dout_proj_bias
+    d_out_proj, d_out_proj_bias = _linear_gradients(rows, y.flatten(0, 1), out_proj, out_proj_bias)
+    du, d_in_proj, d_in_proj_bias = dxz, None, None
+    if in_proj is not None:
+        d_in_proj, d_in_proj_bias = _linear_gradients(dxz.flatten(0, 1), tokens.flatten(0, 1), in_proj, in_proj_bias)
+        du = (dxz.flatten(0, 1) @ in_proj_cast[0]).view(u.shape)
+    grads_second = list(grads[1]) if second else []
+    return du.to(u.dtype), list(grads[0]), grads_second, d_in_proj, d_in_proj_bias, d_out_proj, d_out_proj_bias
+
+
+def _linear_gradients(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return the gradients of a linear layer's weight and bias, of dout (tokens, out) and its input x (tokens, in)."""
+    return weight_gradient(dout, x, weight.dtype).to(weight.dtype), None if bias is None else dout.sum(0, dtype=bias.dtype)
 
 
 def _backward_shapes(
-    xz: Tensor, first: Weights, second: Weights, out_proj: Tensor, out_proj_bias: Tensor | None, batch_invariant: bool,
-    dt_B_C: Tensor, split_initial_states: Tensor, y: Tensor, y_pre_gate: Tensor, tile_states: Tensor, dout: Tensor,
+    u: Tensor, first: Weights, second: Weights, in_proj: Tensor | None, in_proj_bias: Tensor | None, out_proj: Tensor,
+    out_proj_bias: Tensor | None, dtype: torch.dtype, batch_invariant: bool,
+    xz: Tensor | None, packed_matrices: Tensor, A_D: Tensor | None, dt_B_C: Tensor, split_initial_states: Tensor | None,
+    y: Tensor | None, y_pre_gate: Tensor | None, tile_states: Tensor | None, dout: Tensor,
 ) -> tuple[Any, ...]:  # fmt: skip
     def like(x: Tensor | None) -> Tensor:
-        return xz.new_empty(0) if x is None else x.new_empty(x.shape)
+        return u.new_empty(0) if x is None else x.new_empty(x.shape)
 
-    return like(xz), [like(x) for x in first], [like(x) for x in second], like(out_proj), like(out_proj_bias)
+    linear = (in_proj, in_proj_bias, out_proj, out_proj_bias)
+    return like(u), [like(x) for x in first], [like(x) for x in second], *(like(x) for x in linear)
 
 
 class _MambaInner(torch.autograd.Function):
-    """Autograd of the operator. It saves its tensors, x_proj's output, and the split initial states or the kept states."""
+    """Autograd of the operator. It saves its tensors and what _KEPT names."""
 
     @classmethod
     def call(
-        cls, xz: Tensor, first: Weights, second: Weights, out_proj: Tensor, out_proj_bias: Tensor | None, batch_invariant: bool,
-        keep: bool,
+        cls, u: Tensor, first: Weights, second: Weights, in_proj: Tensor | None, in_proj_bias: Tensor | None, out_proj: Tensor,
+        out_proj_bias: Tensor | None, *options: Any,
     ) -> Any:  # fmt: skip
         """Apply to the tensors one by one, so that autograd sees each of them."""
-        return cls.apply(batch_invariant, keep, len(first), xz, out_proj, out_proj_bias, *first, *second)
+        return apply_function(cls, options, len(first), u, in_proj, in_proj_bias, out_proj, out_proj_bias, *first, *second)
 
     @staticmethod
     def forward(
-        ctx: Any, batch_invariant: bool, keep: bool, num_first: int, xz: Tensor, out_proj: Tensor, out_proj_bias: Tensor | None,
-        *weights: Tensor | None,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        ctx.batch_invariant, ctx.num_first = batch_invariant, num_first
-        first, second = list(weights[:num_first]), list(weights[num_first:])
+        ctx: Any, options: tuple[Any, ...], num_first: int, u: Tensor, in_proj: Tensor | None, in_proj_bias: Tensor | None,
+        out_proj: Tensor, out_proj_bias: Tensor | None, *weights: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        ctx.options, ctx.num_first, linear = options[:-1], num_first, (in_proj, in_proj_bias, out_proj, out_proj_bias)
         operator = torch.ops.videomamba.mamba_inner.default
-        out, *kept = below_autograd(operator, xz, first, second, out_proj, out_proj_bias, batch_invariant, keep)
-        ctx.mark_non_differentiable(*kept)
+        out, *kept = below_autograd(operator, u, list(weights[:num_first]), list(weights[num_first:]), *linear, *options)
+        ctx.mark_non_differentiable(*(x for x in kept if x is not None))
         ctx.set_materialize_grads(False)
         ctx.num_kept = len(kept)
-        ctx.save_for_backward(*kept, xz, out_proj, out_proj_bias, *weights)
+        ctx.save_for_backward(*kept, u, *linear, *weights)
         return out, *kept
 
     @staticmethod
@@ -148,20 +199,28 @@ class _MambaInner(torch.autograd.Function):
         if dout is None:
             return (None,) * len(ctx.needs_input_grad)
         saved = ctx.saved_tensors  # read once: activation checkpointing recomputes them at every access
-        kept, (xz, out_proj, out_proj_bias, *weights) = saved[: ctx.num_kept], saved[ctx.num_kept :]
-        first, second = weights[: ctx.num_first], weights[ctx.num_first :]
-        dxz, dfirst, dsecond, dout_proj, dout_proj_bias = _mamba_inner_backward(
-            xz, first, second, out_proj, out_proj_bias, ctx.batch_invariant, *kept, dout.contiguous()
+        kept, (u, *others) = saved[: ctx.num_kept], saved[ctx.num_kept :]
+        linear, first, second = others[:4], others[4 : 4 + ctx.num_first], others[4 + ctx.num_first :]
+        du, dfirst, dsecond, *dlinear = _mamba_inner_backward(
+            u, first, second, *linear, *ctx.options, *kept, dout.contiguous()
         )  # fmt: skip
-        inputs, grads = (xz, out_proj, out_proj_bias, *weights), (dxz, dout_proj, dout_proj_bias, *dfirst, *dsecond)
-        return None, None, None, *(None if x is None else grad for x, grad in zip(inputs, grads, strict=True))
+        pairs = zip((u, *others), (du, *dlinear, *dfirst, *dsecond), strict=True)
+        return None, None, *(None if x is None else grad for x, grad in pairs)
 
 
-_INPUTS = "Tensor xz, Tensor?[] first, Tensor?[] second, Tensor out_proj, Tensor? out_proj_bias, bool batch_invariant"
-_KEPT = "Tensor dt_B_C, Tensor split_initial_states, Tensor y, Tensor y_pre_gate, Tensor tile_states"  # empty where not kept
+_INPUTS = (
+    "Tensor u, Tensor?[] first, Tensor?[] second, Tensor? in_proj, Tensor? in_proj_bias, Tensor out_proj, "
+    "Tensor? out_proj_bias, ScalarType dtype, bool batch_invariant"
+)
+_KEPT = (
+    "Tensor xz, Tensor packed, Tensor A_D, Tensor dt_B_C, Tensor split_initial_states, Tensor y, Tensor y_pre_gate, "
+    "Tensor tile_states"
+)
+_KEPT_OR_NONE = _KEPT.replace("Tensor", "Tensor?")
 _mamba_inner_backward = register(
-    f"mamba_inner_backward({_INPUTS}, {_KEPT}, Tensor dout) -> "
-    "(Tensor dxz, Tensor[] dfirst, Tensor[] dsecond, Tensor dout_proj, Tensor dout_proj_bias)",  # empty for what is None
+    f"mamba_inner_backward({_INPUTS}, {_KEPT_OR_NONE}, Tensor dout) -> "
+    "(Tensor du, Tensor[] dfirst, Tensor[] dsecond, Tensor d_in_proj, Tensor d_in_proj_bias, Tensor d_out_proj, "
+    "Tensor d_out_proj_bias)",
     _backward,
     _backward_shapes,
 )

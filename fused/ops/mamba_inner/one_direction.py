@@ -17,7 +17,7 @@ from fused.ops.mamba_inner.pipeline import Pipeline, pack
 from fused.ops.selective_scan import launch as scan
 from fused.ops.selective_scan.launch import TILE, aligned_or_none
 from fused.ops.shapes import DirectionWeights
-from fused.runtime.library import below_autograd, empty_if_none, register, wants_gradients
+from fused.runtime.library import apply_function, below_autograd, none_if_empty, register, wants_gradients
 from fused.runtime.modes import is_batch_invariant
 
 Matrices = Sequence[Tensor]  # x_proj and dt_proj of PackedWeights, or empty
@@ -32,8 +32,6 @@ def mamba_inner_one_direction(
     z, the gate, and `y_other_direction`, which needs z, are (B, L, E). `state` enters, zero without it. `packed` is
     the result of `pack_matrices` for these weights, whose A and D then are float32.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        weights = weights._replace(x_proj=weights.x_proj.to(x.dtype), dt_proj=weights.dt_proj.to(x.dtype))
     conv_state, ssm_state = state or (None, None)
     ssm_state = None if ssm_state is None else ssm_state.float()
     inputs = (x, z, y_other_direction, conv_state, ssm_state, list(weights), list(packed))
@@ -44,7 +42,7 @@ def mamba_inner_one_direction(
 
 def pack_matrices(weights: DirectionWeights) -> tuple[Tensor, Tensor]:
     """Return x_proj (R + 2N padded, E) and dt_proj (R padded, E) as the operator packs them, once for many chunks."""
-    packed = pack(*((x,) for x in weights))
+    packed = pack(*((x,) for x in weights), dtype=weights.x_proj.dtype)
     return packed.x_proj, packed.dt_proj
 
 
@@ -56,13 +54,15 @@ def _pipeline(
 
 def _packed(p: Pipeline, packed: Matrices) -> PackedWeights:
     weights = p.weights
-    return PackedWeights(packed[0], packed[1], weights.A, weights.D) if packed else pack(*weights)
+    if packed:
+        return PackedWeights(packed[0], packed[1], weights.A, weights.D, (), packed[0], None)
+    return pack(*weights, dtype=p.x.dtype)
 
 
 def _forward(
     x: Tensor, z: Tensor | None, y_other_direction: Tensor | None, conv_state: Tensor | None, ssm_state: Tensor | None,
     weights: Sequence[Any], packed: Matrices, reverse: bool, A_is_log: bool, batch_invariant: bool, keep: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     p = _pipeline(x, z, weights, reverse, A_is_log, batch_invariant)
     scan.start_compiling(*x.shape, p.N, 1, x.dtype, x.device, has_z=z is not None, training=keep, kept=keep)
     packed_weights = _packed(p, packed)
@@ -73,9 +73,8 @@ def _forward(
     r = scan.forward(s, aligned_or_none(ssm_state), p.schedule, keep=keep, y_other_direction=y_other_direction)
     leaving = r.y, conv_states[0], r.final_states[0]
     if keep:
-        y_pre_gate = None if z is None else r.y_pre_gate
-        return *leaving, c, dt_B_C, delta, empty_if_none(y_pre_gate, x), empty_if_none(r.tile_states, r.final_states)
-    return *leaving, *(x.new_empty(0) for _ in range(4)), r.final_states.new_empty(0)
+        return *leaving, c, dt_B_C, delta, None if z is None else r.y_pre_gate, r.tile_states
+    return *leaving, *(None,) * 5
 
 
 def _forward_shapes(
@@ -86,7 +85,7 @@ def _forward_shapes(
     (B, L, E), K = x.shape, p.weights.conv[0].shape[1]
     leaving = x.new_empty((B, L, E)), x.new_empty((B, E, K - 1)), x.new_empty((B, E, p.N), dtype=torch.float32)
     if not keep:
-        return *leaving, *(x.new_empty(0) for _ in range(4)), x.new_empty(0, dtype=torch.float32)
+        return *leaving, *(x.new_empty(0) for _ in range(5))
     c, dt_B_C, delta = x.new_empty((1, B, L, E)), x.new_empty((1, B, L, p.width)), x.new_empty((1, B, L, E))
     tile_states = x.new_empty((1, B, -(-L // TILE), E, p.N), dtype=torch.float32)
     return *leaving, c, dt_B_C, delta, x.new_empty(0 if z is None else (B, L, E)), tile_states
@@ -95,23 +94,25 @@ def _forward_shapes(
 def _backward(
     x: Tensor, z: Tensor | None, y_other_direction: Tensor | None, conv_state: Tensor | None, ssm_state: Tensor | None,
     weights: Sequence[Any], packed: Matrices, reverse: bool, A_is_log: bool, batch_invariant: bool,
-    c: Tensor, dt_B_C: Tensor, delta: Tensor, y_pre_gate: Tensor, tile_states: Tensor,
+    c: Tensor, dt_B_C: Tensor, delta: Tensor, y_pre_gate: Tensor | None, tile_states: Tensor | None,
     dy: Tensor, dconv_state: Tensor | None, dssm_state: Tensor | None,
 ) -> tuple[Any, ...]:  # fmt: skip
     p = _pipeline(x, z, weights, reverse, A_is_log, batch_invariant)
     packed_weights = _packed(p, packed)
     s = p.scan_inputs(c, dt_B_C, delta, packed_weights)
+    states = none_if_empty(tile_states)
+    assert states is not None
     conv_grads, scan_grads, grads = p.backward(
-        s, c, dt_B_C, packed_weights, dy, tile_states, None if z is None else y_pre_gate,
+        s, c, dt_B_C, packed_weights, dy, states, none_if_empty(y_pre_gate),
         dfinal_states=aligned_or_none(dssm_state), conv_states=(conv_state,), dconv_states=(dconv_state,),
     )  # fmt: skip
     gated = y_other_direction is not None and s.z is not None
     return (
         conv_grads.x,
-        empty_if_none(None if z is None else scan_grads.z, x),
-        empty_if_none(silu_gate_backward(dy, s.z) if gated and s.z is not None else None, x),
-        empty_if_none(None if conv_state is None else conv_grads.initial_states[0], x),
-        scan_grads.initial_states.new_empty(0) if ssm_state is None else scan_grads.initial_states[0].clone(),
+        None if z is None else scan_grads.z,
+        silu_gate_backward(dy, s.z) if gated and s.z is not None else None,
+        None if conv_state is None else conv_grads.initial_states[0],
+        None if ssm_state is None else scan_grads.initial_states[0],
         list(grads[0]),
     )
 
@@ -119,7 +120,7 @@ def _backward(
 def _backward_shapes(
     x: Tensor, z: Tensor | None, y_other_direction: Tensor | None, conv_state: Tensor | None, ssm_state: Tensor | None,
     weights: Sequence[Any], packed: Matrices, reverse: bool, A_is_log: bool, batch_invariant: bool,
-    c: Tensor, dt_B_C: Tensor, delta: Tensor, y_pre_gate: Tensor, tile_states: Tensor,
+    c: Tensor, dt_B_C: Tensor, delta: Tensor, y_pre_gate: Tensor | None, tile_states: Tensor | None,
     dy: Tensor, dconv_state: Tensor | None, dssm_state: Tensor | None,
 ) -> tuple[Any, ...]:  # fmt: skip
     def like(t: Tensor | None) -> Tensor:
@@ -137,19 +138,19 @@ class _OneDirection(torch.autograd.Function):
         weights: Sequence[Any], packed: Matrices, *options: bool,
     ) -> Any:  # fmt: skip
         """Apply to the tensors one by one, so that autograd sees each of them."""
-        return cls.apply(options, len(weights), x, z, y_other_direction, conv_state, ssm_state, *weights, *packed)
+        return apply_function(cls, options, len(weights), x, z, y_other_direction, conv_state, ssm_state, *weights, *packed)
 
     @staticmethod
     def forward(
         ctx: Any, options: tuple[bool, ...], num_weights: int, x: Tensor, z: Tensor | None, y_other_direction: Tensor | None,
         conv_state: Tensor | None, ssm_state: Tensor | None, *matrices: Tensor | None,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
         ctx.options, ctx.num_weights = options[:-1], num_weights
         weights, packed = list(matrices[:num_weights]), list(matrices[num_weights:])
         streams = (x, z, y_other_direction, conv_state, ssm_state)
         operator = torch.ops.videomamba.mamba_inner_one_direction.default
         y, conv_out, ssm_out, *kept = below_autograd(operator, *streams, weights, packed, *options)
-        ctx.mark_non_differentiable(*kept)
+        ctx.mark_non_differentiable(*(x for x in kept if x is not None))
         ctx.set_materialize_grads(False)
         ctx.num_kept, ctx.num_streams = len(kept), len(streams)
         ctx.save_for_backward(*kept, *streams, *matrices)
@@ -175,9 +176,10 @@ _INPUTS = (
     "Tensor x, Tensor? z, Tensor? y_other_direction, Tensor? conv_state, Tensor? ssm_state, Tensor?[] weights, Tensor[] packed,"
     " bool reverse, bool A_is_log, bool batch_invariant"
 )
-_KEPT = "Tensor c, Tensor dt_B_C, Tensor delta, Tensor y_pre_gate, Tensor tile_states"  # empty where not kept
+_KEPT = "Tensor c, Tensor dt_B_C, Tensor delta, Tensor y_pre_gate, Tensor tile_states"
+_KEPT_OR_NONE = _KEPT.replace("Tensor", "Tensor?")
 _one_direction_backward = register(
-    f"mamba_inner_one_direction_backward({_INPUTS}, {_KEPT}, Tensor dy, Tensor? dconv_state, Tensor? dssm_state) -> "
+    f"mamba_inner_one_direction_backward({_INPUTS}, {_KEPT_OR_NONE}, Tensor dy, Tensor? dconv_state, Tensor? dssm_state) -> "
     "(Tensor dx, Tensor dz, Tensor dy_other_direction, Tensor dconv_state_in, Tensor dssm_state_in, Tensor[] dweights)",
     _backward,
     _backward_shapes,

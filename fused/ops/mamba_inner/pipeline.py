@@ -7,6 +7,7 @@ A row of x_proj's output is [dt, zeros up to a multiple of DT_ALIGN | B | C]: wi
 for unaligned matrices, which need twice the time.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,13 +15,15 @@ import torch
 from torch import Tensor
 
 from fused.ops.causal_conv1d import launch as conv
-from fused.ops.mamba_inner.kernels import PackedWeights, dt_proj_softplus, pack_weights
+from fused.ops.mamba_inner.kernels import PackedWeights, dt_proj_softplus, pack_weights, unpack_gradients
 from fused.ops.selective_scan import launch as scan
 from fused.ops.selective_scan.kernel_source import SOFTPLUS_BY_CALLER
 from fused.ops.selective_scan.launch import ScanGradients, ScanInputs, aligned_or_none, dense
+from fused.ops.selective_scan.schedule import ScanSchedule
 from fused.ops.shapes import DirectionWeights
 
 ByDirection = Sequence[Any]  # a weight of one or two directions
+BATCHED_TOKENS = 4096  # up to which the gradients of both directions' weights are one product
 DT_ALIGN = 16  # elements; 32 bytes, the unit of memory reads, in a 16-bit dtype
 
 
@@ -31,12 +34,21 @@ def padded_dt_rank(R: int | torch.SymInt) -> Any:
 
 def pack(
     conv: ByDirection, conv_bias: ByDirection, x_proj: ByDirection, dt_proj: ByDirection, dt_bias: ByDirection, A: ByDirection,
-    D: ByDirection,
+    D: ByDirection, *, dtype: torch.dtype, linears: Sequence[Tensor] = (), memory: Sequence[Tensor | None] = (None, None),
 ) -> PackedWeights:  # fmt: skip
-    """Return the weights of one or two directions as matrix products and the scan read them."""
-    x_proj, dt_proj = list(map(Tensor.contiguous, x_proj)), list(map(Tensor.contiguous, dt_proj))
-    A, D = list(map(Tensor.contiguous, A)), list(map(Tensor.contiguous, D))
-    return pack_weights(x_proj, dt_proj, A, D, padded_dt_rank(dt_proj[0].shape[1]))
+    """Return the weights of one or two directions as matrix products, in `dtype`, and the scan read them.
+
+    `linears` are up to two other matrices with a side of E. `memory` is (packed, A_D) of an earlier result for these weights.
+    """
+    A, D, linears = ([x.contiguous() for x in tensors] for tensors in (A, D, linears))
+    x_proj, dt_proj = _of_one_dtype(x_proj, dtype), _of_one_dtype(dt_proj, dtype)
+    return pack_weights(x_proj, dt_proj, A, D, padded_dt_rank(dt_proj[0].shape[1]), dtype, linears, *memory)
+
+
+def _of_one_dtype(weights: ByDirection, dtype: torch.dtype) -> list[Tensor]:
+    """Return contiguous weights, cast to `dtype` where their own differ."""
+    same = all(w.dtype == weights[0].dtype for w in weights)
+    return [w.contiguous() if same else w.to(dtype).contiguous() for w in weights]
 
 
 class Pipeline:
@@ -54,14 +66,19 @@ class Pipeline:
         fields: Any = zip(*directions, strict=True)
         self.weights: Any = DirectionWeights(*fields)  # each field with an entry a direction
         R, self.N = self.weights.dt_proj[0].shape[1], self.weights.A[0].shape[1]
-        K = self.weights.conv[0].shape[1]
+        K = self.weights.conv[0].shape[-1]
         if self.N > scan.MAX_STATES or K > conv.MAX_WIDTH:
             too_many = self.N > scan.MAX_STATES
             name, limit, size = ("d_state", scan.MAX_STATES, self.N) if too_many else ("d_conv", conv.MAX_WIDTH, K)
             raise ValueError(f"mixer: backend 'native' has {name} up to {limit}, got {size}; use backend='torch'")
         self.R, self.padded_R = R, padded_dt_rank(R)
         self.width = self.padded_R + 2 * self.N  # of a row of x_proj's output
-        self.schedule = scan.schedule_for(x, self.N, len(reverses), batch_invariant)
+        self._batch_invariant = batch_invariant
+
+    @functools.cached_property
+    def schedule(self) -> ScanSchedule:
+        """The schedule of the scan, for which sizes must be known: a compiler's symbol for a size would become a constant."""
+        return scan.schedule_for(self.x, self.N, len(self.reverses), self._batch_invariant)
 
     def convolve(
         self, conv_states: Sequence[Tensor | None] | None = None, want_states: bool = False
@@ -113,13 +130,11 @@ class Pipeline:
         )  # fmt: skip
         du, ddelta, d_dt_B_C = (x.flatten(1, 2) for x in (du, ddelta, d_dt_B_C))
         _matmul(ddelta, packed.dt_proj.mT, ddt)
-        # one direction after the other: cuBLAS splits their long sums
-        d_dt_proj = [(x.t() @ y)[:, : self.R] for x, y in zip(ddelta, dt, strict=True)]
-        d_x_proj = [x.t() @ y for x, y in zip(d_dt_B_C, c.flatten(1, 2), strict=True)]
-        if self.padded_R > self.R:
-            d_x_proj = [torch.cat((x[: self.R], x[self.padded_R :])) for x in d_x_proj]
-        du.baddbmm_(d_dt_B_C, packed.x_proj)
         weights = self.weights
+        d_dt_proj = _weight_gradients(ddelta, dt, weights.dt_proj[0].dtype)
+        d_x_proj = _weight_gradients(d_dt_B_C, c.flatten(1, 2), weights.x_proj[0].dtype)
+        d_x_proj, d_dt_proj = unpack_gradients(d_x_proj, d_dt_proj, weights.x_proj, weights.dt_proj)
+        du.baddbmm_(d_dt_B_C, packed.x_proj)
         conv_grads = conv.backward(
             du.view(c.shape), dconv_states, self.x, weights.conv, weights.conv_bias, conv_states, self.reverses, True, dx
         )  # fmt: skip
@@ -128,12 +143,30 @@ class Pipeline:
         return conv_grads, g, [_like(DirectionWeights(*grads), DirectionWeights(*w)) for grads, w in pairs]
 
 
+def weight_gradient(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x^T y (M, N) of x (tokens, M) and y (tokens, N), in `dtype` where the product can be rounded to it at once."""
+    if dtype == torch.float32 != x.dtype and x.is_cuda:
+        return torch.mm(x.t(), y, out_dtype=torch.float32)  # float32 weights under autocast: no second kernel for a cast
+    return torch.mm(x.t(), y)
+
+
+def _weight_gradients(x: Tensor, y: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Return `weight_gradient` of every direction of x (directions, tokens, M) and y (directions, tokens, N).
+
+    Over many tokens it is one product after the other, whose long sums cuBLAS splits, but not those of a batch. Over few tokens
+    a product is shorter than its launch, so that one launch is better. In float32 a sum that is not split is less exact.
+    """
+    if x.dtype == torch.float32 or x.shape[1] > BATCHED_TOKENS or len(x) == 1:
+        return [weight_gradient(a, b, dtype) for a, b in zip(x, y, strict=True)]
+    if dtype == torch.float32 and x.is_cuda:
+        return list(torch.bmm(x.mT, y, out_dtype=torch.float32).unbind())
+    return list(torch.bmm(x.mT, y).unbind())
+
+
 def _like(grads: DirectionWeights, weights: DirectionWeights) -> DirectionWeights:
-    """Return gradients in their weights' dtypes, empty for None; results of an operator share no memory."""
-    results: list[Any] = [
-        weights.A.new_empty(0) if w is None or grad is None else grad.to(w.dtype, copy=grad._is_view())
-        for grad, w in zip(grads, weights, strict=True)
-    ]
+    """Return gradients in their weights' dtypes, None for None."""
+    pairs = zip(grads, weights, strict=True)
+    results: list[Any] = [None if w is None or grad is None else grad.to(w.dtype) for grad, w in pairs]
     return DirectionWeights(*results)
 
 

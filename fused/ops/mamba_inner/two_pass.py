@@ -83,7 +83,7 @@ class TwoPassMixer:
     def _scan_inputs(self, p: Pipeline, conv_states: Sequence[Tensor | None]) -> tuple[ScanInputs, tuple[Tensor, ...]]:
         """Return the scan inputs of all of the pipeline's directions, and the conv states (B, E, K-1) that leave."""
         if self._packed is None:
-            self._packed = pack(*zip(*self._directions, strict=True))
+            self._packed = pack(*zip(*self._directions, strict=True), dtype=self._directions[0].x_proj.dtype)
         c, leaving = p.convolve(conv_states, want_states=True)
         assert leaving is not None
         packed = self._packed.last(len(conv_states))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fused.ops.selective_scan import export
-from fused.ops.selective_scan.recurrence import Recurrence, Segment, make_segments
+from fused.ops.selective_scan.recurrence import Recurrence, Segment, make_segments, sum_states
 from fused.ops.shapes import Mixing, State, Tokens
 from fused.runtime.autocast import no_autocast
 from fused.runtime.dtypes import accumulation_dtype
@@ -146,30 +146,30 @@ class _Scan:
     def recurrence(self, buffers: int) -> Recurrence:
         return Recurrence(self.A, max((c.stop - c.start for c in self.clips), default=0), self.segments, buffers)
 
-    def tokens(self, segment: Segment, reverse: bool) -> slice:
+    def span(self, segment: Segment, reverse: bool) -> slice:
         """Return the tokens of a segment, of whose scan the direction is `reverse`."""
         length = self.u.shape[2]
         return slice(length - segment.stop, length - segment.start) if reverse else slice(segment.start, segment.stop)
 
     def load(self, x: Tensor, clips: slice, segment: Segment) -> Tensor:
         """Return a segment (K, b, T, ...) of an input (K, B, L, ...), in the dtype of the computation."""
-        x = x[:, clips, self.tokens(segment, self.flip_inputs)].to(self.options["dtype"])
+        x = x[:, clips, self.span(segment, self.flip_inputs)].to(self.options["dtype"])
         return x.flip(2) if self.flip_inputs else x
 
     def store(self, out: Tensor, clips: slice, segment: Segment, grad: Tensor) -> None:
         """Write the gradient (K, b, T, ...) of a segment of an input into `out` (K, B, L, ...)."""
-        out[:, clips, self.tokens(segment, self.flip_inputs)] = grad.flip(2) if self.flip_inputs else grad
+        out[:, clips, self.span(segment, self.flip_inputs)] = grad.flip(2) if self.flip_inputs else grad
 
     def take(self, x: Tensor, segment: Segment) -> Tensor:
         """Return a segment (K, b, T, E) of x (b, L, E) as every direction meets it."""
-        parts = [x[:, self.tokens(segment, r)] for r in self.reverse]
+        parts = [x[:, self.span(segment, r)] for r in self.reverse]
         parts = [part.flip(1) if r else part for part, r in zip(parts, self.reverse, strict=True)]
         return torch.stack(parts) if len(parts) > 1 else parts[0].unsqueeze(0)
 
     def add(self, y: Tensor, segment: Segment, part: Tensor) -> None:
         """Add the segment (K, b, T, E) of every direction to y (b, L, E)."""
         for x, r in zip(part, self.reverse, strict=True):
-            y[:, self.tokens(segment, r)] += x.flip(1) if r else x
+            y[:, self.span(segment, r)] += x.flip(1) if r else x
 
     def deltas(self, clips: slice, segment: Segment) -> tuple[Tensor, Tensor]:
         """Return delta before and after its softplus, (K, b, T, E)."""
@@ -200,10 +200,9 @@ class _Scan:
                     initial_states[i, :, clips] = state
                 u, B, C = (self.load(x, clips, segment) for x in (self.u, self.B, self.C))
                 _, delta = self.deltas(clips, segment)
-                y = torch.empty_like(delta)
-                d_, x_, B_, C_, y_ = (run.view(v, segment) for v in (delta, delta * u, B, C, y))
+                d_, x_, B_, C_ = (run.view(v, segment) for v in (delta, delta * u, B, C))
                 _, _, after, state = run.forward(d_, (x_, B_), state, segment)
-                torch.sum(after.mul_(C_), -2, keepdim=True, out=y_)
+                y = run.tokens(sum_states(after, C_, scratch=after)).flatten(3)
                 self.add(y_out[clips], segment, y if self.D is None else y.addcmul_(self.D, u))
             final[:, clips] = state
             if (z := self.load_gate(clips)) is not None:
@@ -211,10 +210,7 @@ class _Scan:
         return y_out.to(self.u.dtype), final[0].transpose(-1, -2).flatten(1, 2).contiguous(), initial_states
 
     def backward(self, dy_out: Tensor | None, dfinal: Tensor | None, initial_states: Tensor) -> list[Tensor | None]:
-        """Return the gradients of u, delta, A, B, C, D, z, delta_bias and initial_state.
-
-        With g_t the gradient of h_t, q_t = g_t a_t h_{t-1} is the gradient of delta_t * A.
-        """
+        """Return the gradients of u, delta, A, B, C, D, z, delta_bias and initial_state."""
         du_out, ddelta_out = torch.empty_like(self.u), torch.empty_like(self.delta)
         dz_out = None if self.z is None else torch.empty_like(self.z)
         dB_out, dC_out = torch.empty(self.B.shape, **self.options), torch.empty(self.C.shape, **self.options)
@@ -233,24 +229,15 @@ class _Scan:
                 u, B, C = (self.load(x, clips, segment) for x in (self.u, self.B, self.C))
                 raw, delta = self.deltas(clips, segment)
                 dy = self.take(dgated if z is None else dy_all, segment)
-                ddelta, y, gB = empty_vectors(u.shape, **self.options), torch.empty_like(delta), torch.empty_like(delta)
-                dB, dC = torch.empty(B.shape, **self.options), torch.empty(B.shape, **self.options)
-                d_, x_, B_, C_, dy_, y_, gB_, ddelta_, dB_, dC_ = (
-                    run.view(v, segment) for v in (delta, delta * u, B, C, dy, y, gB, ddelta, dB, dC)
-                )
-                a, before, after, _ = run.forward(d_, (x_, B_), initial_states[i, :, clips], segment)
-                g, _ = run.buffer(2, *a.shape)
+                d_, x_, B_, C_, dy_ = (run.view(v, segment) for v in (delta, delta * u, B, C, dy))
+                *kept, _ = run.forward(d_, (x_, B_), initial_states[i, :, clips], segment)
                 if z is not None:
-                    torch.sum(torch.mul(after, C_, out=g), -2, keepdim=True, out=y_)
+                    y = run.tokens(sum_states(kept[2], C_, scratch=run.buffer(2, *kept[2].shape)[0])).flatten(3)
                     self.add(y_all, segment, y if self.D is None else y.addcmul_(self.D, u))
-                carry = run.backward(a, torch.mul(C_, dy_, out=g), d_, carry, segment)
-                q = a.mul_(g).mul_(before)
-                torch.sum(after.mul_(dy_), -1, keepdim=True, out=dC_)
-                scratch = after
-                torch.sum(torch.mul(g, B_, out=scratch), -2, keepdim=True, out=gB_)
-                torch.sum(torch.mul(q, self.A, out=scratch), -2, keepdim=True, out=ddelta_)
-                torch.sum(g.mul_(x_), -1, keepdim=True, out=dB_)
-                dA += q.mul_(d_).sum((0, 1, 3))
+                *grads, dA_, carry = run.gradients((kept[0], kept[1], kept[2]), d_, (x_, B_), C_, dy_, carry, segment)
+                ddelta, gB, dB, dC = (run.tokens(x) for x in grads)
+                dA += dA_
+                ddelta, gB = empty_vectors(u.shape, **self.options).copy_(ddelta.flatten(3)), gB.flatten(3)
                 ddelta.addcmul_(gB, u)
                 if self.softplus:
                     ddelta = by_vectors(_softplus_backward, ddelta, raw)

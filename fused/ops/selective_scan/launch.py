@@ -24,6 +24,7 @@ from fused.ops.selective_scan.kernel_source import (
 )
 from fused.ops.selective_scan.schedule import TILE, ScanSchedule, SplitSchedule
 from fused.runtime import nvrtc
+from fused.runtime.recording import launch_cuda
 
 MAX_STATES = 64
 
@@ -224,13 +225,13 @@ def backward(
     )  # fmt: skip
     threads, shared = 32 * config.warps, _shared_bytes_backward(plan, u.element_size())
     grid = splits.num_blocks + passing.num_state_passes
-    module.launch("scan_backward", (grid, 1, 1), threads, shared, *inputs, *arguments, *sizes)
+    launch_cuda(module, "scan_backward", (grid, 1, 1), threads, shared, *inputs, *arguments, *sizes)
     outputs = (
         dBC_parts, dB[0], dB[-1], dB[0].stride(0), dB[0].stride(1), dC[0], dC[-1], dC[0].stride(0), dC[0].stride(1),
         dA_dD_dbias_parts, row_width, s.A[0], s.A[-1], dA[0], dA[-1], dD[0], dD[-1], dbias[0], dbias[-1],
     )  # fmt: skip
     grid = -(-L * 2 * plan.padded_states // 256) * B + -(-E * (N + 2) // 256)
-    module.launch("scan_backward_reduce", (grid, d, 1), 256, 0, *outputs, *sizes)
+    launch_cuda(module, "scan_backward_reduce", (grid, d, 1), 256, 0, *outputs, *sizes)
     return ScanGradients(du, ddelta, dz, dA, dD, dbias, dinitial_states)
 
 
@@ -240,7 +241,7 @@ def _launch_forward(
 ) -> None:  # fmt: skip
     threads, shared = _forward_block(plan, len(s.reverses))
     module = _module("forward", s, plan, keep, y_other_direction)
-    module.launch("scan_forward", (blocks, 1, 1), threads, shared, *_input_arguments(s), *arguments)
+    launch_cuda(module, "scan_forward", (blocks, 1, 1), threads, shared, *_input_arguments(s), *arguments)
 
 
 @functools.lru_cache(1024)

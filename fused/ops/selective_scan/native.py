@@ -9,7 +9,7 @@ from torch import Tensor
 from fused.ops.selective_scan import launch
 from fused.ops.selective_scan.launch import TILE, ScanInputs, aligned_or_none, dense, schedule_for
 from fused.runtime.autocast import no_autocast
-from fused.runtime.library import below_autograd, register, wants_gradients
+from fused.runtime.library import apply_function, below_autograd, none_if_empty, register, wants_gradients
 from fused.runtime.modes import is_batch_invariant
 
 Pair = Sequence[Tensor]
@@ -106,16 +106,12 @@ def _scan_inputs(
 def _forward(
     u: Pair, delta: Pair, A: Pair, B: Pair, C: Pair, D: OptionalPair, delta_bias: OptionalPair, z: Tensor | None,
     initial_state: Tensor | None, softplus: bool, reverses: Sequence[bool], batch_invariant: bool, keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return y and y before the gate (B, L, E), final (d, B, E, N) and tile states (d, B, tiles, E, N) of d directions."""
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Return y (B, L, E), final states (d, B, E, N), and if `keep` y before the gate and tile states (d, B, tiles, E, N)."""
     s = _scan_inputs(u, delta, A, B, C, D, delta_bias, z, softplus, reverses)
     plan = schedule_for(s.u[0], A[0].shape[1], len(s.reverses), batch_invariant)
     r = launch.forward(s, aligned_or_none(initial_state), plan, keep=keep)
-    y_pre_gate = r.y_pre_gate if keep and z is not None else None
-    return (
-        r.y, r.final_states, u[0].new_empty(0) if y_pre_gate is None else y_pre_gate,
-        A[0].new_empty(0) if r.tile_states is None else r.tile_states,
-    )  # fmt: skip
+    return r.y, r.final_states, r.y_pre_gate if keep and z is not None else None, r.tile_states
 
 
 def _forward_shapes(
@@ -131,27 +127,25 @@ def _forward_shapes(
 def _backward(
     u: Pair, delta: Pair, A: Pair, B: Pair, C: Pair, D: OptionalPair, delta_bias: OptionalPair, z: Tensor | None,
     initial_state: Tensor | None, softplus: bool, reverses: Sequence[bool], batch_invariant: bool,
-    y_pre_gate: Tensor, tile_states: Tensor, dy: Tensor, dfinal_states: Tensor | None,
+    y_pre_gate: Tensor | None, tile_states: Tensor | None, dy: Tensor, dfinal_states: Tensor | None,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """Return the gradients of all tensors, in their shapes and order; empty for None."""
+    """Return the gradients of all tensors, in their shapes and order; None for None."""
     s = _scan_inputs(u, delta, A, B, C, D, delta_bias, z, softplus, reverses)
     plan = schedule_for(s.u[0], A[0].shape[1], len(s.reverses), batch_invariant)
     dB, dC = ([torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in pair] for pair in (s.B, s.C))
-    pre_gate = None if z is None else y_pre_gate
-    g = launch.backward(s, dense(dy), aligned_or_none(dfinal_states), tile_states, pre_gate, plan, dB, dC)
-    dD, dbias = (
-        [dy.new_empty(0) if x is None else grad for x, grad in zip(*pair, strict=True)]
-        for pair in ((D, g.D), (delta_bias, g.delta_bias))
-    )
-    dz = dy.new_empty(0) if g.z is None else g.z
-    dinitial = dy.new_empty(0) if initial_state is None else g.initial_states.reshape(initial_state.shape)
-    return list(g.u), list(g.delta), list(g.A), dB, dC, dD, dbias, dz, dinitial
+    states = none_if_empty(tile_states)
+    assert states is not None
+    g = launch.backward(s, dense(dy), aligned_or_none(dfinal_states), states, none_if_empty(y_pre_gate), plan, dB, dC)
+    pairs = (D, g.D), (delta_bias, g.delta_bias)
+    dD, dbias = ([None if x is None else grad for x, grad in zip(*pair, strict=True)] for pair in pairs)
+    dinitial = None if initial_state is None else g.initial_states.reshape(initial_state.shape)
+    return list(g.u), list(g.delta), list(g.A), dB, dC, dD, dbias, g.z, dinitial
 
 
 def _backward_shapes(
     u: Pair, delta: Pair, A: Pair, B: Pair, C: Pair, D: OptionalPair, delta_bias: OptionalPair, z: Tensor | None,
     initial_state: Tensor | None, softplus: bool, reverses: Sequence[bool], batch_invariant: bool,
-    y_pre_gate: Tensor, tile_states: Tensor, dy: Tensor, dfinal_states: Tensor | None,
+    y_pre_gate: Tensor | None, tile_states: Tensor | None, dy: Tensor, dfinal_states: Tensor | None,
 ) -> tuple[Any, ...]:  # fmt: skip
     def like(x: Tensor | None) -> Tensor:
         return dy.new_empty(0) if x is None else x.new_empty(x.shape)
@@ -169,18 +163,18 @@ class _SelectiveScan(torch.autograd.Function):
         initial_state: Tensor | None, *options: Any,
     ) -> Any:  # fmt: skip
         """Apply to the tensors one by one, so that autograd sees each of them."""
-        return cls.apply(options, z, initial_state, *u, *delta, *A, *B, *C, *D, *delta_bias)
+        return apply_function(cls, options, z, initial_state, *u, *delta, *A, *B, *C, *D, *delta_bias)
 
     @staticmethod
     def forward(
         ctx: Any, options: tuple[Any, ...], z: Tensor | None, initial_state: Tensor | None, *per_direction: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor | None, ...]:
         _, reverses, _, _ = ctx.options = options
         pairs = _by_direction(per_direction, len(reverses))
         y, final_states, *kept = below_autograd(
             torch.ops.videomamba.selective_scan.default, *pairs, z, initial_state, *options
         )  # fmt: skip
-        ctx.mark_non_differentiable(*kept)
+        ctx.mark_non_differentiable(*(x for x in kept if x is not None))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*kept, z, initial_state, *per_direction)
         return y, final_states, *kept
@@ -211,7 +205,7 @@ _INPUTS = (
     "Tensor? initial_state, bool softplus, bool[] reverses, bool batch_invariant"
 )
 _selective_scan_backward = register(
-    f"selective_scan_backward({_INPUTS}, Tensor y_pre_gate, Tensor tile_states, Tensor dy, Tensor? dfinal_states) -> "
+    f"selective_scan_backward({_INPUTS}, Tensor? y_pre_gate, Tensor? tile_states, Tensor dy, Tensor? dfinal_states) -> "
     "(Tensor[] du, Tensor[] ddelta, Tensor[] dA, Tensor[] dB, Tensor[] dC, Tensor[] dD, Tensor[] ddelta_bias, Tensor dz, "
     "Tensor dinitial_state)",  # empty for what is None
     _backward,

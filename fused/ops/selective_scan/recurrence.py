@@ -35,6 +35,8 @@ MAX_STEPS = 32
 
 _kept = threading.local()
 Carry = tuple[Tensor, Tensor]
+States = tuple[Tensor, Tensor, Tensor]
+"""Decays, and the states before and after each token, of a segment, (T, c, K, b, G, N, F)."""
 
 
 class Segment(NamedTuple):
@@ -46,9 +48,12 @@ class Segment(NamedTuple):
     state_passing: bool
 
 
-def make_segments(batch: int, length: int, row: int, gpu: bool) -> tuple[list[slice], list[Segment]]:
-    """Return the clips that are scanned together, and the segments in the order of the scan; `row` is K * E * N."""
-    block = GPU_BLOCK if gpu else CPU_BLOCK
+def make_segments(batch: int, length: int, row: int, gpu: bool, divisor: int = 1) -> tuple[list[slice], list[Segment]]:
+    """Return the clips that are scanned together, and the segments in the order of the scan; `row` is K * E * N.
+
+    `divisor` divides the number of elements of a segment.
+    """
+    block = (GPU_BLOCK if gpu else CPU_BLOCK) // divisor
     steps = min(MAX_STEPS, isqrt(length // 2)) if gpu or row < CPU_STEP else 0
     clips = max(1, min(batch, block // (max(steps, 8) * row)))
     tokens = max(1, block // (clips * row))
@@ -67,14 +72,17 @@ def make_segments(batch: int, length: int, row: int, gpu: bool) -> tuple[list[sl
 
 
 class Recurrence:
-    """The segments of a scan in scratch memory: a method's results are overwritten by the next call."""
+    """The segments of a scan in scratch memory, which the next call overwrites."""
 
-    def __init__(self, A: Tensor, clips: int, segments: list[Segment], buffers: int) -> None:
-        """Take A (K, 1, G, N, F); at most `clips` are scanned together; `buffers` is 2, or 3 for a backward."""
-        self.log2_decay, self.channels = A * math.log2(math.e), A.shape[2::2]
+    def __init__(self, A: Tensor, clips: int, segments: list[Segment], buffers: int, keep: bool = False) -> None:
+        """Take A (K, 1, G, N, F); at most `clips` are scanned together; `buffers` is 2, or 3 for a backward.
+
+        With `keep`, for one segment of all clips, the memory is new and nothing overwrites it.
+        """
+        self.A, self.log2_decay, self.channels = A, A * math.log2(math.e), A.shape[2::2]
         tokens = max((p.stop - p.start + p.num_splits for p in segments), default=0)
         self.options: dict[str, Any] = {"dtype": A.dtype, "device": A.device}
-        self.buffers = _scratch(A, whole_vectors(clips * tokens * A.numel()), buffers)
+        self.buffers = (_new_scratch if keep else _scratch)(A, whole_vectors(clips * tokens * A.numel()), buffers)
         self.steps: dict[tuple[int, ...], tuple[Tensor, tuple[Tensor, ...]]] = {}
 
     def view(self, x: Tensor, segment: Segment) -> Tensor:
@@ -84,6 +92,10 @@ class Recurrence:
         x = x.view(K, b, segment.num_splits, tokens // segment.num_splits, *rows).permute(3, 2, 0, 1, 4, 5)
         return x.unsqueeze(-1 if len(rest) == 2 else -2)
 
+    def tokens(self, x: Tensor) -> Tensor:
+        """Return x (T, c, K, b, G, X) as (K, b, c * T, G, X)."""
+        return x.permute(2, 3, 1, 0, 4, 5).flatten(2, 3)
+
     def buffer(self, i: int, *shape: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return scratch memory number `i` in this shape, and its steps, views along the first axis."""
         key = i, *shape
@@ -91,6 +103,10 @@ class Recurrence:
             x = self.buffers[i][: prod(shape)].view(shape)
             self.steps[key] = x, x.unbind()
         return self.steps[key]
+
+    def states(self, like: Tensor) -> Tensor:
+        """Return the states of the last segment, (T+1, c, K, b, G, N, F), for `like`, its decays (T, c, K, b, G, N, F)."""
+        return self.buffer(1, len(like) + 1, *like.shape[1:])[0]
 
     def forward(self, delta: Tensor, w: tuple[Tensor, Tensor], state: Tensor, segment: Segment) -> tuple[Tensor, ...]:
         """Run a segment from `state` (K, b, G, N, F), with w_t the product of the two factors `w`.
@@ -109,21 +125,42 @@ class Recurrence:
             local = states[1].clone()
             for t in range(1, steps):
                 torch.addcmul(states[t + 1], decay[t], local, out=local)
-            state = _pass_states(start, self.split_decay(delta), local, state, False)
+            state = _pass_states(start, self.split_decay(delta), local, state, False).clone()
         else:
             start[0].copy_(state)
         for t in range(steps):
             states[t + 1].addcmul_(decay[t], states[t])
         return a, h[:-1], h[1:], state if segment.state_passing else states[-1][0].clone()
 
+    def gradients(
+        self, kept: States, delta: Tensor, w: tuple[Tensor, Tensor], C: Tensor, dy: Tensor, carry: Carry,
+        segment: Segment,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Carry]:  # fmt: skip
+        """Return the gradients of delta, x, B and C of a segment, as (T, c, K, b, G, F) and (T, c, K, b, G, N), and of A,
+        (K, G, N, F), and the `carry` of the segment before.
+
+        `kept` is what `forward` returned of this segment; `w` is (x, B); dy is the gradient of y_t = sum_n C_t h_t. With g_t
+        the gradient of h_t, q_t = g_t a_t h_{t-1} is the gradient of delta_t * A.
+        """
+        (a, before, after), (x, B) = kept, w
+        # kept in scratch memory they are in buffers 0 and 1, and overwritten where they are not read again
+        g, free, scratch = self.buffer(2, *a.shape)[0], self.buffer(0, *a.shape)[0], self.states(a)[1:]
+        carry = self.backward(a, torch.mul(C, dy, out=g), delta, carry, segment)
+        q = torch.mul(a, before, out=free).mul_(g)
+        dC = sum_channels(after, dy, scratch=scratch)
+        dx = sum_states(g, B, scratch=scratch)
+        ddelta = torch.mul(q, self.A, out=scratch).sum(-2)
+        dB = sum_channels(g, x, scratch=g)
+        return ddelta, dx, dB, dC, sum_tokens(q.mul_(delta)), carry
+
     def backward(self, a: Tensor, g: Tensor, delta: Tensor, carry: Carry, segment: Segment) -> Carry:
         """Turn v_t in `g` into g_t in place; the product of `carry` is the gradient of the state that left the segment.
 
-        `a` and `g` are scratch memory 0 and 2. Returns the gradient of the state that entered the segment, again as (a_t, g_t)
+        `g` is scratch memory 2. Returns the gradient of the state that entered the segment, again as (a_t, g_t)
         of the nearest token. One multiply-add then takes it across the edge, as inside a segment, so that the edges do not show
         in the last bit.
         """
-        (_, decay), (_, adjoints) = self.buffer(0, *a.shape), self.buffer(2, *g.shape)
+        decay, (_, adjoints) = a.unbind(), self.buffer(2, *g.shape)
         last = len(adjoints) - 1
         if segment.state_passing:
             local, start = adjoints[last].clone(), torch.empty_like(g[0])
@@ -144,19 +181,54 @@ class Recurrence:
         return by_vectors(torch.exp2, decay)
 
 
+def sum_states(h: Tensor, C: Tensor, scratch: Tensor) -> Tensor:
+    """Return sum_n C h (..., F) of h (..., N, F) and C (..., N, 1); `scratch` is like h, or h itself."""
+    if _multiplies_exactly(h):
+        return torch.bmm(C.reshape(-1, 1, C.shape[-2]), h.flatten(0, -3)).view(*h.shape[:-2], h.shape[-1])
+    return torch.mul(h, C, out=scratch).sum(-2)
+
+
+def sum_channels(h: Tensor, x: Tensor, scratch: Tensor) -> Tensor:
+    """Return sum_f x h (..., N) of h (..., N, F) and x (..., 1, F); `scratch` is like h, or h itself."""
+    if _multiplies_exactly(h):  # as a row times a matrix: a matrix times a column takes MKL 8 times as long
+        return torch.bmm(x.reshape(-1, 1, x.shape[-1]), h.flatten(0, -3).mT).view(h.shape[:-1])
+    return torch.mul(h, x, out=scratch).sum(-1)
+
+
+def sum_tokens(x: Tensor) -> Tensor:
+    """Return the sum (K, G, N, F) over all tokens of x (T, c, K, b, G, N, F)."""
+    if _multiplies_exactly(x):
+        x = torch.mm(x.new_ones(1, x.shape[0] * x.shape[1]), x.flatten(0, 1).flatten(1)).view(1, 1, *x.shape[2:])
+    return x.sum((0, 1, 3))
+
+
+def _multiplies_exactly(x: Tensor) -> bool:
+    """Return whether a matrix product on x's device keeps the precision of its inputs, which a user may have lowered."""
+    if x.device.type != "cpu":
+        return False
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # it was set by the newer settings, one for each library, which this one does not know
+        return False
+
+
 def _scratch(like: Tensor, elements: int, buffers: int) -> list[Tensor]:
     """Return flat tensors of at least so many elements, like `like`.
 
     On a CPU a thread uses the same memory in every scan: the first use of new memory costs as much as a short scan.
     """
     if type(like) is not Tensor or like.device.type != "cpu":
-        return [like.new_empty(elements) for _ in range(buffers)]
+        return _new_scratch(like, elements, buffers)
     kept = _kept.__dict__.setdefault(str(like.dtype), [])
     with torch.inference_mode(False):
         for i in range(buffers):
             if i == len(kept) or kept[i].numel() < elements:
                 kept[i : i + 1] = [torch.empty(elements, dtype=like.dtype)]
     return kept[:buffers]
+
+
+def _new_scratch(like: Tensor, elements: int, buffers: int) -> list[Tensor]:
+    return [like.new_empty(elements) for _ in range(buffers)]
 
 
 def _pass_states(start: Tensor, decay: Tensor, local: Tensor, state: Tensor, reverse: bool) -> Tensor:

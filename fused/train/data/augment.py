@@ -38,11 +38,15 @@ class Crop:
 
         The crop's aspect is relative to that of `size`. A crop higher or wider than the image takes its full height or width.
         """
+        return normalise(self.cut(image, size))
+
+    def cut(self, image: UInt8[Tensor, "H W 3"], size: Size) -> Float[Tensor, "3 height width"]:
+        """Return what `apply` returns before it is normalised, with values from 0 to 1."""
         H, W = image.shape[:2]
         rows, columns = height_width(size)
         aspect = self.aspect * columns / rows
         height = min(H, max(1, round(math.sqrt(self.area * H * W / aspect))))
         width = min(W, max(1, round(math.sqrt(self.area * H * W * aspect))))
         top, left = int(self.top * (H - height + 1)), int(self.left * (W - width + 1))
-        x = normalise(resize(image[top : top + height, left : left + width], rows, columns))
+        x = resize(image[top : top + height, left : left + width], rows, columns)
         return x.flip(-1) if self.mirrored else x

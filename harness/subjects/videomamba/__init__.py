@@ -23,6 +23,7 @@ from harness.subjects.videomamba.grids import cases as cases
 from harness.subjects.videomamba.grids import fitted as fitted
 from harness.subjects.videomamba.grids import special_cases as special_cases
 from harness.subjects.videomamba.model import build as build
+from harness.subjects.videomamba.model import random_option as random_option
 from harness.subjects.videomamba.model import steps as steps
 from harness.subjects.videomamba.timing import blocks as blocks
 from harness.subjects.videomamba.timing import bound as bound

@@ -49,10 +49,12 @@ def cases(grid: str) -> list[Case]:
 def special_cases(check: str, grid: str) -> list[Case]:
     """Return the cases that only one check asks.
 
-    `convergence` trains a classifier of two frames, in grid `smoke` in float32 only. `forward_approximate` takes frames of the
-    video. `long` takes a minute of them in grid `smoke` and an hour in grid `long`; one draw is enough, as there is an output
-    for every token. `processes` fine-tunes; it is too slow for grid `smoke`.
+    `compile` takes a small model. `convergence` trains a classifier of two frames, in grid `smoke` in float32 only.
+    `forward_approximate` takes frames of the video. `long` takes a minute of them in grid `smoke` and an hour in grid `long`;
+    one draw is enough, as there is an output for every token. `processes` fine-tunes; it is too slow for grid `smoke`.
     """
+    if check == "compile":
+        return modules.in_precisions([(shape(2, 2, 32, 32), ("for=compile",))], "videomamba", half=False)
     if check == "convergence":
         found = modules.in_precisions(
             [(shape(12, 2, 32, 16), ("video", "steps=60", "for=convergence"))], "videomamba", half=False

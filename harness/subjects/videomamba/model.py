@@ -19,6 +19,7 @@ NAMED: dict[str, dict[str, Any]] = {
     "layernorm": {"rms_norm": False}, "unfused": {"fused_add_norm": False}, "tubelet2": {"kernel_size": 2},
     "causal": {"bimamba": False}, "image": {"num_frames": None},
 }  # fmt: skip
+DROP = "drop"  # the option of a case that drops clips at random
 
 
 def implementations_of(model: str) -> list[Implementation]:
@@ -32,17 +33,23 @@ def implementations_of(model: str) -> list[Implementation]:
 
 
 def config(case: Case) -> dict[str, Any]:
-    """Return fields of the model's configuration. Nothing is dropped at random, so that gradients can be compared."""
+    """Return fields of the model's configuration. Nothing is dropped at random, so that gradients can be compared, unless the
+    case says so."""
     if case.has("trained"):
         return trained_weights.read().config
     fields: dict[str, Any] = {
         "img_size": case["S"], "depth": 2, "embed_dim": case["D"], "num_frames": case["T"], "num_classes": 10,
-        "drop_path_rate": 0.0, "scan_order": case.option("order", "spatial"),
+        "drop_path_rate": 0.5 if case.has(DROP) else 0.0, "scan_order": case.option("order", "spatial"),
         "readout": case.option("readout", "tokens" if case.has("causal") else "cls"),
     }  # fmt: skip
     for word in case.options:
         fields |= NAMED.get(word, {})
     return fields | ({"num_frames": case["T"] // 2} if case.has("stretch") else {})
+
+
+def random_option() -> str:
+    """Return the option of a case that drops clips at random in training."""
+    return DROP
 
 
 def build(call: Callable[..., Any], case: Case) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The races of VideoMamba: against the ViT, as a stream, and in chunks."""
+"""The races of VideoMamba: against the ViT, in loops, as a stream, and in chunks."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,6 +10,7 @@ from harness.judge.race import MODELS, NATIVE_KEPT, VIDEOS, Race, runs_everywher
 from harness.records.ceilings import Ceilings, element_bytes
 from harness.records.speed import Entry, Point
 from harness.subjects import mixer, norm
+from harness.subjects.videomamba import loop
 
 VITS = {"tiny": "tiny", "small": "small", "middle": "base"}  # the ViT of about the same size
 STREAMED = ("tiny", "small", "middle")  # sizes that are timed on a GPU
@@ -19,7 +20,7 @@ HOUR = 3600  # frames, one a second
 
 
 def races() -> list[Race]:
-    """Return a race against the ViT for each size, the race of streams, and that of chunks."""
+    """Return a race against the ViT for each size, and the races of loops, streams and chunks."""
 
     def against_vit(size: str) -> Race:
         contenders = ("videomamba", size), ("vit", VITS[size])
@@ -36,7 +37,7 @@ def races() -> list[Race]:
     )  # fmt: skip
     chunks = Race("chunks", checks=("forward_chunked",), licence=chunks_licence)
     vits = [against_vit(size) for size in VITS]
-    return [*vits, of_videos(stream, stream_points, STREAMED), of_videos(chunks, chunks_points, CHUNKED)]
+    return [*vits, loop.race(), of_videos(stream, stream_points, STREAMED), of_videos(chunks, chunks_points, CHUNKED)]
 
 
 def runs_against_vit(entry: Entry, point: Point, grid: str) -> bool:

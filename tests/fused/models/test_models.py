@@ -371,8 +371,12 @@ def test_operators_are_reached_through_their_modules():
     model = golden(fused.VideoMamba(fused.VideoMambaConfig(**TOY)))
     clip = clip_of(model.config).float()
     wanted = model(clip)
-    with mock.patch.object(inner, "scan_both_directions", side_effect=inner.scan_both_directions) as spy:
+    run_segments = inner.segments.both_directions_in_segments
+    with mock.patch.object(inner.segments, "both_directions_in_segments", side_effect=run_segments) as spy:
         model(clip)
+    assert spy.call_count == 2
+    with mock.patch.object(inner, "scan_both_directions", side_effect=inner.scan_both_directions) as spy:
+        copy.deepcopy(model).bfloat16()(clip.bfloat16())
     assert spy.call_count == 2
     causal = golden(fused.VideoMamba(fused.VideoMambaConfig(**TOY, bimamba=False, readout="mean")))
     with mock.patch.object(scan, "selective_scan", side_effect=scan.selective_scan) as spy:

@@ -140,6 +140,34 @@ def test_repeats_and_ignores_its_neighbours(width):
     assert all(torch.equal(first[k][1:2], single[k]) for k in first if k[1:] not in shared)
 
 
+@pytest.mark.parametrize("residual_in", [FULL, torch.bfloat16])
+def test_stochastic_depth_is_a_factor_of_x(residual_in):
+    """Twice a number is exact, so the kernel has the bits of a norm over the product. A residual in 16 bits is not saved."""
+    kept = torch.tensor([1.0, 0.0, 1.0], device=DEVICE)
+    outs = []
+    for inside in (True, False):
+        torch.manual_seed(0)
+        x, residual, *cotangents = (torch.randn(3, 7, 13, device=DEVICE) for _ in range(4))
+        residual, weight = residual.to(residual_in).requires_grad_(), torch.rand(13, device=DEVICE).requires_grad_()
+        x.requires_grad_()
+        given = x if inside else x * (2 * kept)[:, None, None]
+        y, out = add_norm_native(given, weight, residual=residual, **({"kept": kept, "scale": 2.0} if inside else {}))
+        leaves = (x, weight, residual)
+        cotangents = [c.to(t.dtype) for c, t in zip(cotangents, (y, out), strict=True)]
+        grads = torch.autograd.grad((y, out), leaves, cotangents, retain_graph=True)
+        lone = torch.autograd.grad(out, x, cotangents[1])
+        outs.append((y, out, *grads, *lone))
+    assert all(map(torch.equal, *outs)) and outs[0][2][0].any() and not outs[0][2][1].any()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_stochastic_depth_of_another_batch_is_refused():
+    x = torch.ones(2, 3, 4, device=DEVICE)
+    for kept, residual in ((torch.ones(3, device=DEVICE), x), (torch.ones(2, device=DEVICE).half(), x), (x[:, 0, 0], None)):
+        with pytest.raises(ValueError, match="kept must be \\(2,\\) in float32 beside a residual"):
+            add_norm_native(x, x[0, 0], residual=residual, kept=kept)
+
+
 def test_any_strides():
     weight, wide = torch.randn(16, device=DEVICE), torch.randn(4, 3, 48, device=DEVICE)
     x = wide[..., 16:32]
@@ -185,14 +213,16 @@ def test_is_an_op_that_compiles_and_recomputes():
     tensors, cotangents = draw(0, case)
     leaves = [tensors[k].requires_grad_() for k in ("x", "weight", "bias", "residual")]
     ops, fixed = torch.ops.videomamba, [t.detach() for t in leaves]
-    torch.library.opcheck(ops.add_norm.default, (*leaves, 1e-5, True, FULL))
-    torch.library.opcheck(ops.add_norm.default, (leaves[0], leaves[1], None, None, 1e-5, False, None))
-    _, out, mean, rstd = ops.add_norm(*fixed, 1e-5, True, FULL)
-    gradient = (out, None, fixed[1], fixed[2], mean, rstd, cotangents[0], None, FULL, FULL)
+    kept = torch.tensor([1.0, 0.0], device=leaves[0].device)
+    torch.library.opcheck(ops.add_norm.default, (*leaves, None, 1.0, 1e-5, True, FULL))
+    torch.library.opcheck(ops.add_norm.default, (*leaves, kept, 1.25, 1e-5, True, FULL))
+    torch.library.opcheck(ops.add_norm.default, (leaves[0], leaves[1], None, None, None, 1.0, 1e-5, False, None))
+    _, out, mean, rstd = ops.add_norm(*fixed, None, 1.0, 1e-5, True, FULL)
+    gradient = (out, None, fixed[1], fixed[2], None, mean, rstd, 1.0, cotangents[0], None, FULL, FULL)
     torch.library.opcheck(ops.add_norm_backward.default, gradient)
 
     def op(*leaves):
-        y, out, *_ = ops.add_norm(*leaves, 1e-5, True, FULL)
+        y, out, *_ = ops.add_norm(*leaves, None, 1.0, 1e-5, True, FULL)
         return (y.square() + out).sum()
 
     def recomputed(*leaves):

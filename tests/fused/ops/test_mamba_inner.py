@@ -8,6 +8,7 @@ import emulation
 import pytest
 import torch
 from rule import assert_rule
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -198,9 +199,31 @@ def test_a_chunk_is_an_operator_as_torch_wants_it():
 def test_a_mixer_is_an_operator_as_torch_wants_it():
     layer = Mamba(8, d_state=4, backend="native").to(DEVICE)
     first, second = ([x.detach().requires_grad_() for x in weights] for weights in layer.directions())
-    xz, weight = torch.randn(1, 5, 32, device=DEVICE).requires_grad_(), layer.out_proj.weight
-    for keep in (False, True):
-        torch.library.opcheck(torch.ops.videomamba.mamba_inner.default, (xz, first, second, weight, None, False, keep))
+    operator, in_proj, out_proj = torch.ops.videomamba.mamba_inner.default, layer.in_proj.weight, layer.out_proj.weight
+    for weight, width in ((in_proj, 8), (None, 32)):
+        u = torch.randn(1, 5, width, device=DEVICE).requires_grad_()
+        for keep in (False, True):
+            torch.library.opcheck(operator, (u, first, second, weight, None, out_proj, None, u.dtype, False, keep))
+
+
+def test_a_compiled_mixer_takes_another_batch():
+    """The schedule depends on the batch, and the number of splits on the schedule: neither may make a constant of the batch."""
+    layer = Mamba(8, d_state=4, backend="native").to(DEVICE)
+    weights = [[x.detach().requires_grad_() for x in direction] for direction in layer.directions()]
+    leaves = [layer.in_proj.weight, layer.out_proj.weight, *weights[0], *weights[1]]
+
+    def mixer(u):
+        linear = layer.in_proj.weight, None, layer.out_proj.weight, None
+        return torch.ops.videomamba.mamba_inner(u, *weights, *linear, torch.float32, False, False)[0]
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(mixer, fullgraph=True, backend=counter)
+    for clips in (2, 3, 5):
+        u, cotangent = torch.randn(clips, 9, 8, device=DEVICE).requires_grad_(), torch.randn(clips, 9, 8, device=DEVICE)
+        torch._dynamo.mark_dynamic(u, 0)
+        outs = [run(u) for run in (compiled, mixer)]
+        results = [[out, *torch.autograd.grad(out, [u, *leaves], cotangent)] for out in outs]
+        assert all(map(torch.equal, *results)) and counter.frame_count == 1
 
 
 def test_one_token_of_one_clip():

@@ -278,7 +278,7 @@ def mocked(monkeypatch):
     """A module on the device of CPU tensors, whose index is -1, and its driver."""
     driver = MockDriver()
     monkeypatch.setattr(cuda_module, "bindings", lambda name: driver)
-    monkeypatch.setattr(cuda_module, "_current_stream", lambda index: 77)
+    monkeypatch.setattr(cuda_module, "current_stream", lambda index: 77)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
     return cuda_module.Module(b"code", -1), driver
 

@@ -32,6 +32,16 @@ def test_file_and_overrides(tmp_path: Path) -> None:
     assert read_config(file) == config
 
 
+def test_graphs_are_switched_by_words_of_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """YAML reads on and off as true and false."""
+    for word in ("on", "off", "auto"):
+        config = read_config(None, [*LEAST, f"graph={word}"])
+        (tmp_path / "run.yaml").write_text(to_yaml(config))
+        assert config.graph == word and read_config(tmp_path / "run.yaml") == config
+    assert main([*LEAST, "graph=always"]) == 2
+    assert "graph is 'always'; allowed: one of 'auto', 'on', 'off'" in capsys.readouterr().err
+
+
 def test_only_keys_that_the_task_reads_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--print-config", *LEAST]) == 0
     printed = capsys.readouterr().out

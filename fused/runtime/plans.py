@@ -1,0 +1,423 @@
+"""Launch plans: what an operator does on the host, recorded once for its shapes and repeated at less cost.
+
+An operator's Python code chooses grids, configurations and workspaces, makes views and packs arguments. All of this depends
+only on the shapes, strides, dtypes, alignments and options of its arguments. Its second call with the same of these is recorded
+(`recording.py`). From the third on a plan runs in its stead: it allocates the results and one workspace, writes addresses into
+the arguments of the kernels, and launches them. Kernels, their arguments and their order are those of the record, so that
+results have the same bits.
+
+Another shape, stride, dtype, device or alignment is another plan. Weights are read at every call, so none can be stale. Plans
+belong to a thread, and the LIMIT plans of an operator that were used last are kept.
+"""
+
+import contextlib
+import ctypes
+import functools
+import operator
+import struct
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from fused.runtime import cuda_module
+from fused.runtime.recording import Launch, NotRecordable, Operation, Recorder, View, Zero
+
+LIMIT = 256
+ALIGNMENT = 256  # bytes, of every region of a workspace
+# the functions of torch take less host time than the operations that the dispatcher names
+_aten = torch.ops.aten
+_FUNCTIONS = {
+    _aten.mm.default: torch.mm, _aten.mm.out: torch.mm, _aten.bmm.default: torch.bmm, _aten.bmm.out: torch.bmm,
+    _aten.addmm.default: torch.addmm, _aten.cat.default: torch.cat, _aten.baddbmm_.default: Tensor.baddbmm_,
+    getattr(_aten.mm, "dtype", None): torch.mm, getattr(_aten.bmm, "dtype", None): torch.bmm, _aten._to_copy.default: Tensor.to,
+}  # fmt: skip
+# Inductor's allocation and views of CUDA memory, past the dispatcher; PyTorch's public functions where they are missing
+_guards = torch._C._dynamo.guards
+_empty_cuda = getattr(_guards, "_empty_strided_cuda", functools.partial(torch.empty_strided, device="cuda"))
+_view = getattr(_guards, "_reinterpret_tensor", None)
+_ADDRESS, _STRIDE, _DEVICE = Tensor.data_ptr, Tensor.stride, Tensor.get_device
+_SHAPE_AND_DTYPE = operator.attrgetter("shape", "dtype")
+_enabled = {"cuda": True, "cpu": False}  # on a CPU, where kernels are only emulated, tests enable it
+
+
+@contextlib.contextmanager
+def enabled(value: bool, device_type: str = "cuda") -> Iterator[None]:
+    """Make and use plans on this type of device, or do not, within the context."""
+    before = _enabled[device_type]
+    _enabled[device_type] = value
+    try:
+        yield
+    finally:
+        _enabled[device_type] = before
+
+
+class Planned:
+    """A function of tensors, lists of tensors and plain values, with a plan for each kind of arguments that it meets again.
+
+    The first argument is a tensor or a list of tensors, on whose device the function runs.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self._of_thread = threading.local()
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Return function(*arguments), or NotImplemented if one of their tensors is of a subclass of Tensor but Parameter."""
+        tensors: list[Tensor] = []
+        key: list[Any] = []
+        for x in arguments:
+            kind = type(x)
+            if kind is Tensor or kind is Parameter:
+                tensors.append(x)
+            elif kind is list or kind is tuple:
+                key.append(len(x))
+                for y in x:
+                    kind = type(y)
+                    if kind is Tensor or kind is Parameter:
+                        tensors.append(y)
+                    elif isinstance(y, Tensor):
+                        return NotImplemented
+                    else:
+                        key += (len(tensors), y)
+            elif isinstance(x, Tensor):
+                return NotImplemented
+            else:
+                key += (len(tensors), x)
+        first = tensors[0]
+        if not _enabled.get("cuda" if first.is_cuda else "cpu"):
+            return self.function(*arguments)
+        addresses = list(map(_ADDRESS, tensors))
+        if functools.reduce(operator.or_, addresses) & 15:
+            key += [address & 15 for address in addresses]
+        all_of = (*key, *map(_SHAPE_AND_DTYPE, tensors), *map(_STRIDE, tensors), *map(_DEVICE, tensors))
+        return self._run(all_of, arguments, tensors, addresses)
+
+    def plans(self) -> "OrderedDict[Any, Plan | str | None]":
+        """Return this thread's plans: None for arguments seen once, a string for the reason why there can be no plan."""
+        try:
+            return self._of_thread.plans
+        except AttributeError:
+            self._of_thread.plans = OrderedDict()
+            return self._of_thread.plans
+
+    def _run(self, key: tuple[Any, ...], arguments: tuple[Any, ...], tensors: list[Tensor], addresses: list[int]) -> Any:
+        plans = self.plans()
+        plan = plans.get(key, plans)
+        if plan.__class__ is Plan:
+            plans.move_to_end(key)
+            if plan.fits(addresses):
+                return plan.run(tensors, addresses)
+        elif plan is plans:  # never seen
+            plans[key] = None
+            if len(plans) > LIMIT:
+                plans.popitem(last=False)
+        elif plan is None:
+            results, plans[key] = _record(self.function, arguments, tensors)
+            return results
+        return self.function(*arguments)
+
+
+def _record(function: Callable[..., Any], arguments: tuple[Any, ...], tensors: list[Tensor]) -> tuple[Any, "Plan | str"]:
+    """Return the function's results and a plan for its next call, or why there can be none."""
+    recorder = Recorder(tensors)
+    try:
+        with recorder:
+            results = function(*arguments)
+        if recorder.reason:
+            return results, recorder.reason
+        return results, Plan(recorder, results, len(tensors), tensors[0].device)
+    except NotRecordable as error:
+        return function(*arguments), str(error)
+
+
+class Plan:
+    """The steps of a recorded call, ready to be repeated with tensors at other addresses.
+
+    While it runs, `memory` holds the tensor of every slot, and the workspace last; `where` holds the slots' addresses.
+    """
+
+    def __init__(self, recorder: Recorder, results: Any, num_inputs: int, device: torch.device) -> None:
+        """Raise NotRecordable if a result is an input, or memory that the recorder does not know."""
+        self._device, self._index, slots, steps = device, device.index, recorder.slots, recorder.steps
+        self._shared_inputs = recorder.shared_inputs()
+        results = _map(results, recorder.view)
+        made = {slot for step in steps if isinstance(step, Operation) for slot in step.results if slot is not None}
+        as_tensors, returned = [view for step in steps for view in _tensor_views(step)], _leaves(results)
+        if any(view.slot < num_inputs for view in returned):
+            raise NotRecordable("a result is an input")
+        # Memory that only kernels use is part of the workspace. The rest are tensors, in the shape of their first use.
+        own = {view.slot for view in (*as_tensors, *returned) if view.slot >= num_inputs} - made
+        self._allocations, shapes = [], dict(enumerate(slots))
+        for slot in sorted(own):
+            uses = [view for view in (*returned, *as_tensors) if view.slot == slot]
+            shapes[slot] = use = next((view for view in uses if _is_whole(view, slots[slot])), slots[slot])
+            self._allocations.append((slot, use.size, use.stride, use.dtype))
+        in_workspace = [slot for slot in range(num_inputs, len(slots)) if slot not in own and slot not in made]
+        self._workspace_bytes, self._workspace = _place(in_workspace, slots, steps)
+        self._shapes, self._missing = shapes, [None] * (len(slots) - num_inputs)
+        self._steps, self._first_fill = self._compile(steps, made)
+        self._results = _map(results, self._getter)
+
+    def fits(self, addresses: Sequence[int]) -> bool:
+        """Return whether inputs that shared their memory in the record have the same distance at these addresses."""
+        for i, j, distance in self._shared_inputs:
+            if addresses[j] - addresses[i] != distance:
+                return False
+        return True
+
+    def run(self, tensors: list[Tensor], addresses: list[int]) -> Any:
+        """Repeat the steps with other inputs, given with their addresses. Return the results, in new memory."""
+        if self._index is not None and torch.cuda.current_device() != self._index:
+            with torch.cuda.device(self._index):
+                return self._run(tensors, addresses)
+        return self._run(tensors, addresses)
+
+    def _run(self, tensors: list[Tensor], addresses: list[int]) -> Any:
+        memory: list[Any] = tensors + self._missing
+        where: list[Any] = addresses + self._missing
+        empty: Any = self._empty if self._index is None or torch.are_deterministic_algorithms_enabled() else _empty_cuda
+        for slot, size, stride, dtype in self._allocations:
+            memory[slot] = x = empty(size, stride, dtype)
+            where[slot] = x.data_ptr()
+        if self._workspace_bytes:
+            workspace = empty((self._workspace_bytes,), (1,), torch.uint8)
+            base = workspace.data_ptr()
+            for slot, offset in self._workspace.items():
+                where[slot] = base + offset
+            memory.append(workspace)
+        self._first_fill(where)
+        kind = "cpu" if self._index is None else "cuda"
+        autocast = torch.is_autocast_enabled(kind)
+        if autocast:  # it would change the operations
+            torch.set_autocast_enabled(kind, False)
+        try:
+            stream = None if self._index is None else cuda_module.current_stream(self._index)
+            for step in self._steps:
+                step(memory, where, stream)
+        finally:
+            if autocast:
+                torch.set_autocast_enabled(kind, True)
+        return _collect(self._results, memory)
+
+    def _empty(self, size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return new memory on the plan's device, filled where PyTorch's deterministic mode wants that."""
+        return torch.empty_strided(size, stride, dtype=dtype, device=self._device)
+
+    def _compile(self, steps: list[Any], made: set[int]) -> tuple[list[Callable[..., None]], Callable[..., None]]:
+        """Return the steps as functions of (memory, where, stream), and the function that writes the first addresses."""
+        entries: dict[int | None, list[tuple[int, int]]] = {None: []}  # by the slot that has to be made first
+        for step in steps:
+            for view in _address_views(step):
+                group = entries.setdefault(view.slot if view.slot in made else None, [])
+                if (view.slot, view.offset) not in group:
+                    group.append((view.slot, view.offset))
+        table = _AddressTable(entries)
+        functions: list[Callable[..., None]] = []
+        for step in steps:
+            if isinstance(step, Launch) and step.function is not None:
+                functions.append(_driver_launch(step, table))
+            elif isinstance(step, Zero) and self._index is not None:
+                functions.append(_driver_zero(step.view))
+            else:
+                functions.append(self._call(step, table))
+        return functions, table.fill(None)
+
+    def _call(self, step: Any, table: "_AddressTable") -> Callable[..., None]:
+        """Return a function that runs a step with tensors as its arguments."""
+        if isinstance(step, Operation):
+            function, options, results = _FUNCTIONS.get(step.function, step.function), step.options, step.results
+            arguments = step.arguments
+        else:
+            zero = isinstance(step, Zero)
+            function, options, results = Tensor.zero_ if zero else step.call, {}, ()
+            arguments = (step.view,) if zero else step.arguments
+        arguments, options = _map(arguments, self._getter), _map(options, self._getter)
+        fills = [(i, slot, table.fill(slot)) for i, slot in enumerate(results) if slot is not None]
+        if not options and len(arguments) == 2 and all(isinstance(x, _Getter) for x in arguments) and len(fills) == 1:
+            _, slot, fill = fills[0]
+            return _product(function, arguments[0], arguments[1], slot, fill)
+
+        def run(memory: list[Any], where: list[Any], stream: Any) -> None:
+            out = function(*_collect(arguments, memory), **{name: _collect(x, memory) for name, x in options.items()})
+            for i, slot, fill in fills:
+                memory[slot] = x = out[i] if isinstance(out, (list, tuple)) else out
+                where[slot] = x.data_ptr()
+                fill(where)
+
+        return run
+
+    def _getter(self, view: View) -> "_Getter":
+        """Return a function that takes the tensor at a place out of `memory`."""
+        if view.slot in self._workspace:
+            offset = (self._workspace[view.slot] + view.offset) // view.dtype.itemsize
+            empty = torch.empty(0, dtype=view.dtype, device=self._device)
+            return _Getter(lambda memory: empty.new_empty(0).set_(memory[-1].untyped_storage(), offset, view.size, view.stride))
+        slot, shape = view.slot, self._shapes[view.slot]
+        if view == shape:
+            return _Getter(operator.itemgetter(slot))
+        if view.dtype != shape.dtype:
+            raise NotRecordable(f"a tensor of {shape.dtype} is viewed as {view.dtype}")
+        size, stride, offset = view.size, view.stride, view.offset // view.dtype.itemsize
+        if _view is not None:
+            return _Getter(lambda memory: _view(memory[slot], size, stride, offset))
+        return _Getter(lambda memory: memory[slot].as_strided(size, stride, memory[slot].storage_offset() + offset))
+
+
+class _Getter(NamedTuple):
+    """A function of `memory` in the place of an argument or a result."""
+
+    get: Callable[[list[Any]], Tensor]
+
+
+def _collect(value: Any, memory: list[Any]) -> Any:
+    """Return nested lists and tuples with the tensor in the place of every _Getter."""
+    kind = value.__class__
+    if kind is _Getter:
+        return value.get(memory)
+    if kind is list or kind is tuple:
+        return kind([_collect(x, memory) for x in value])
+    return value
+
+
+def _product(function: Any, left: _Getter, right: _Getter, slot: int, fill: Callable[..., None]) -> Callable[..., None]:
+    """Return a step that runs a function of two tensors with one result, as most operations of a plan are."""
+    get_left, get_right = left.get, right.get
+
+    def run(memory: list[Any], where: list[Any], stream: Any) -> None:
+        memory[slot] = x = function(get_left(memory), get_right(memory))
+        where[slot] = x.data_ptr()
+        fill(where)
+
+    return run
+
+
+class _AddressTable:
+    """The addresses that launches read, in the order in which they become known."""
+
+    def __init__(self, entries: dict[int | None, list[tuple[int, int]]]) -> None:
+        self._entries = entries
+        self._position: dict[tuple[int, int], int] = {}
+        for group in entries.values():
+            for entry in group:
+                self._position[entry] = len(self._position)
+        self.words = (ctypes.c_int64 * max(1, len(self._position)))()
+
+    def fill(self, slot: int | None) -> Callable[[list[int]], None]:
+        """Return a function that writes the addresses that are known once `slot` is made, given those of the slots."""
+        group = self._entries.get(slot, [])
+        if not group:
+            return lambda where: None
+        pack, words = struct.Struct(f"{len(group)}q").pack_into, self.words
+        start = 8 * self._position[group[0]]
+        return lambda where: pack(words, start, *[where[slot] + offset for slot, offset in group])
+
+    def pointer(self, view: View) -> int:
+        """Return where the address of a place stands."""
+        return ctypes.addressof(self.words) + 8 * self._position[view.slot, view.offset]
+
+
+def _driver_launch(step: Launch, table: _AddressTable) -> Callable[..., None]:
+    """Return a function that launches a kernel with the addresses in the table."""
+    function = step.function
+    assert function is not None
+    count = len(function.parameter_sizes)
+    constants, pointers = (ctypes.c_int64 * count)(), (ctypes.c_void_p * count)()
+    for i in range(count):
+        argument = function.arguments[i] if i < len(function.arguments) else None
+        if isinstance(argument, View):
+            pointers[i] = table.pointer(argument)
+            continue
+        if isinstance(argument, float):
+            struct.pack_into("f4x", constants, 8 * i, argument)
+        else:
+            constants[i] = argument or 0
+        pointers[i] = ctypes.addressof(constants) + 8 * i
+    head = (function.handle, *function.grid, function.threads, 1, 1, function.shared)
+    launch, address = cuda_module.bindings("driver").cuLaunchKernel, ctypes.addressof(pointers)
+
+    def run(memory: list[Any], where: list[int], stream: Any, kept: Any = (constants, pointers, table)) -> None:
+        result = launch(*head, stream, address, 0)
+        if result[0]:
+            raise cuda_module.KernelError(f"a kernel of a launch plan does not start: {result[0].name}")
+
+    return run
+
+
+def _driver_zero(view: View) -> Callable[..., None]:
+    """Return a function that sets all bytes of a slot to zero."""
+    size, set_bytes = _num_bytes(view), cuda_module.bindings("driver").cuMemsetD8Async
+
+    def run(memory: list[Any], where: list[int], stream: Any) -> None:
+        result = set_bytes(where[view.slot], 0, size, stream)
+        if result[0]:
+            raise cuda_module.KernelError(f"memory of a launch plan is not set to zero: {result[0].name}")
+
+    return run
+
+
+def _place(slots: list[int], views: list[View], steps: list[Any]) -> tuple[int, dict[int, int]]:
+    """Return the bytes of the workspace, and the offset of each slot that a step uses. Slots of other times share memory."""
+    life: dict[int, list[int]] = {}
+    for i, step in enumerate(steps):
+        for view in (*_address_views(step), *_tensor_views(step)):
+            life.setdefault(view.slot, [i, i])[1] = i
+    placed: list[tuple[int, int, int]] = []  # begin, end, slot
+    for slot in sorted((s for s in slots if s in life), key=lambda s: -_num_bytes(views[s])):
+        first, last = life[slot]
+        size = -(-_num_bytes(views[slot]) // ALIGNMENT) * ALIGNMENT
+        begin = 0
+        for other_begin, other_end, other in sorted(placed):
+            if life[other][0] <= last and first <= life[other][1] and other_begin < begin + size:
+                begin = max(begin, other_end)
+        placed.append((begin, begin + size, slot))
+    return max((end for _, end, _ in placed), default=0), {slot: begin for begin, _, slot in placed}
+
+
+def _num_bytes(view: View) -> int:
+    count = 1
+    for n in view.size:
+        count *= n
+    return count * view.dtype.itemsize
+
+
+def _is_whole(view: View, slot: View) -> bool:
+    """Return whether a view covers its slot, in another shape, without gaps."""
+    expected = 1
+    for n, step in reversed([*zip(view.size, view.stride, strict=True)]):
+        if n != 1 and step != expected:
+            return False
+        expected *= n
+    return view.offset == 0 and view.dtype == slot.dtype and _num_bytes(view) == _num_bytes(slot)
+
+
+def _address_views(step: Any) -> list[View]:
+    """Return the places of a step that may be part of the workspace."""
+    if isinstance(step, Launch):
+        return _leaves(step.arguments if step.function is None else step.function.arguments)
+    return [step.view] if isinstance(step, Zero) else []
+
+
+def _tensor_views(step: Any) -> list[View]:
+    """Return the places that a step takes as tensors and that cannot be part of the workspace."""
+    return _leaves((step.arguments, step.options)) if isinstance(step, Operation) else []
+
+
+def _leaves(value: Any) -> list[View]:
+    if isinstance(value, View):
+        return [value]
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [view for x in values for view in _leaves(x)]
+
+
+def _map(value: Any, function: Callable[[Any], Any]) -> Any:
+    """Return nested lists and tuples with the function applied to every View or Tensor."""
+    if isinstance(value, (View, Tensor)):
+        return function(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)([_map(x, function) for x in value])
+    return {name: _map(x, function) for name, x in value.items()} if isinstance(value, dict) else value
