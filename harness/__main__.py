@@ -1,12 +1,11 @@
 """`python -m harness`."""
 
 import os
-import signal
 import sys
 
 EXTRA = "pip install 'videomamba-bench[harness]'"
 NEEDED = ("typer", "rich", "matplotlib", "markdown_it", "pytest_benchmark", "numpy")  # packages that every command imports
-UNFIT = 4  # harness.runs.conclude.UNFIT, which imports one of them
+UNFIT, INTERRUPTED = 4, 130  # as in harness.runs.conclude, which imports one of them
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, when CUDA starts
 
@@ -22,6 +21,10 @@ except ModuleNotFoundError as error:
 if __name__ == "__main__":
     try:
         main()
-    finally:  # all is said and written; a further signal, while Python takes PyTorch down, must not change the exit code
-        for which in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(which, signal.SIG_IGN)
+    except SystemExit as ended:
+        if ended.code != INTERRUPTED:
+            raise
+        # The report is written. Python may take an interrupted PyTorch down badly, and a second Ctrl-C would change the code.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)
