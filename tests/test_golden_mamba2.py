@@ -17,7 +17,7 @@ GRADIENTS = {
 }  # fmt: skip
 
 
-@pytest.fixture(params=["reference"])
+@pytest.fixture(params=["reference", "fused"])
 def package(request: pytest.FixtureRequest) -> ModuleType:
     return importlib.import_module(request.param)
 

@@ -173,7 +173,7 @@ class Mamba(nn.Module):
             return mamba_inner(xz, self.directions(), out_proj.weight, out_proj.bias, keep_states=backend == "native_kept")
         x, z = xz.chunk(2, dim=-1)
         if state is not None:
-            check_mixer_state(state, x, self.d_conv, self.d_state, self.layer_idx)
+            check_mixer_state(state, x, self.d_conv, (self.d_inner, self.d_state), self.layer_idx)
         calls_inner = any(name not in _OUTER for name in called)
         if called and operators != "torch" and (calls_inner or not carried):
             warn_of_slow_path(self, called, self.layer_idx)

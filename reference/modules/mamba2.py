@@ -1,6 +1,7 @@
 """The Mamba-2 mixer: one scan over heads of channels, a gate and a norm."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -90,14 +91,14 @@ class Mamba2(nn.Module):
         headdim: int = 64,
         d_ssm: int | None = None,
         ngroups: int = 1,
-        A_init_range: tuple[float, float] = (1, 16),
+        A_init_range: Sequence[float | int] = (1, 16),
         D_has_hdim: bool = False,
         rmsnorm: bool = True,
         norm_before_gate: bool = False,
         dt_min: float = 0.001,
         dt_max: float = 0.1,
         dt_init_floor: float = 1e-4,
-        dt_limit: tuple[float, float] = (0.0, math.inf),
+        dt_limit: Sequence[float | int] = (0.0, math.inf),
         bias: bool = False,
         conv_bias: bool = True,
         conv_init: float | None = None,

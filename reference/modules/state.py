@@ -1,8 +1,8 @@
 """The state that a causal model carries from chunk to chunk of a video.
 
 The state of a mixer is a pair (conv_state, ssm_state). conv_state (B, E, K-1) holds the last K-1 inputs of the convolution, in
-the dtype of the mixer's activations (here: the stream's dtype). ssm_state (B, E, N) holds h of the scan, in at least float32; in
-Mamba-2 it is S (B, H, P, N), and E counts the convolved channels.
+the dtype of the mixer's activations (here: the stream's dtype). ssm_state (B, E, N) holds h of the scan, in at least float32.
+In Mamba-2 it is S (B, H, P, N), and E counts the convolved channels.
 
 The state of a model has one such pair per layer, in a list, a tuple or a dict by layer. A model that reads a running mean has
 one pair more, at index `depth`: (count (), total (B, D)), the number of patch tokens so far and their sum.

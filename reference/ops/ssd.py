@@ -1,6 +1,7 @@
 """The scan of Mamba-2 (SSD): a linear recurrence with one decay for all states of a head."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ def ssd(
     dt_bias: Float[Tensor, " H"] | None = None,
     *,
     softplus: bool = True,
-    dt_limit: tuple[float, float] = (0.0, math.inf),
+    dt_limit: Sequence[float | int] = (0.0, math.inf),
     initial_state: Float[Tensor, "B H P N"] | None = None,
     seq_idx: Int[Tensor, "B L"] | None = None,
     reverse: bool = False,
@@ -87,11 +88,11 @@ def _scan_in_blocks(
     """Run the recurrence block by block: a block keeps no states, its backward computes them again. Shapes of `_scan_block`."""
     blocks = list(zip(*(t.split(BLOCK, 1) for t in (x, d, B, C, starts)), strict=True))
     outputs = []
-    for block in reversed(blocks) if reverse else blocks:
+    for x, d, B, C, starts in reversed(blocks) if reverse else blocks:
         if torch.is_grad_enabled():
-            y, S = checkpoint(_scan_block, *block, A, S, reverse, use_reentrant=False, preserve_rng_state=False)
+            y, S = checkpoint(_scan_block, x, d, B, C, starts, A, S, reverse, use_reentrant=False, preserve_rng_state=False)
         else:
-            y, S = _scan_block(*block, A, S, reverse)
+            y, S = _scan_block(x, d, B, C, starts, A, S, reverse)
         outputs.append(y)
     return torch.cat(outputs[::-1] if reverse else outputs, dim=1), S
 
