@@ -19,7 +19,7 @@ import time
 import compilers
 import torch
 
-DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
 TOOLS = pathlib.Path(importlib.util.find_spec("triton").origin).parent / "backends/nvidia/bin"
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -78,6 +78,24 @@ def launches_of_steps():
         yield f"pack bf16, A {DTYPE_NAMES[dtype]}", kernels, ("pack_weights_kernel",), pack
     dy, xz = torch.empty(2, 70, 128, dtype=BF16), torch.empty(2, 70, 256, dtype=BF16)
     yield "gate bf16", kernels, ("silu_gate_backward_kernel",), lambda: kernels.silu_gate_backward(dy, xz[..., 128:])
+
+
+def launches_of_ssd():
+    """Yield the same for Mamba-2's sizes, with all that the scan has, and for the widest."""
+    from fused.ops.ssd import launch as ssd
+
+    def launch(H, P, G, N, dtype, full):
+        x, z = torch.empty(2, 1, 200, H, P, dtype=dtype).unbind(0)
+        B = torch.empty(1, 200, G, N, dtype=dtype)
+        dt, A = torch.empty(1, 200, H, dtype=dtype), torch.empty(H)
+        ids, state = (torch.zeros(1, 200, dtype=torch.int32), torch.empty(1, H, P, N)) if full else (None, None)
+        ssd.forward(x, dt, A, B, B, A, z if full else None, A, True, 0.0, 1.0, state, ids, full)
+
+    kernels = ("steps_kernel", "span_state_kernel", "pass_kernel", "scan_kernel")
+    for H, P, G, N, full in ((112, 64, 1, 128, False), (24, 64, 1, 128, True), (3, 128, 3, 256, True)):
+        for dtype in (BF16, FP32):
+            name = f"H{H} P{P} G{G} N{N} {'full ' * full}{DTYPE_NAMES[dtype]}"
+            yield name, ssd, kernels, lambda a=(H, P, G, N, dtype, full): launch(*a)
 
 
 class Recorder:

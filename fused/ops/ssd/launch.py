@@ -1,0 +1,151 @@
+"""Launches of the SSD scan's Triton kernels.
+
+With decays a_t = exp(d_t A), a chunk of tokens that the state S enters gives, by matrix products,
+
+    y_i = sum over j <= i of (C_i . B_j) a_(j+1) ... a_i d_j x_j  +  a_1 ... a_i S C_i
+    S'  = a_1 ... a_Q S  +  sum over j of a_(j+1) ... a_Q d_j x_j B_j^T
+
+Forward, four kernels: `steps` (d and the sums of log decays of every chunk), `span_state` (the state that each span of chunks
+leaves, from zero), `pass` (the states that enter the spans, in order, in float32), `scan` (a span, chunk after chunk, its state in
+registers). A sequence of one span needs the first and the last kernel only. No result is summed by atomics: everything is
+repeatable bit by bit. In bfloat16 a state is updated by products of three terms, which keep float32's precision.
+"""
+
+import math
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from fused.ops.ssd.kernels import pass_kernel, scan_kernel, span_state_kernel, steps_kernel
+from fused.runtime.modes import is_batch_invariant
+from fused.runtime.triton_launch import FUSED_MULTIPLY_ADD, NATIVE, blocks, launching_on, power_of_2
+
+MAX_CHANNELS, MAX_STATES = 128, 256  # P and N
+MULTIPROCESSORS = 132  # of an H200; a constant, because the spans decide the order of sums
+STEPS = {"BLOCK_HEADS": 16, "num_warps": 4, **FUSED_MULTIPLY_ADD}
+PASS = {"BLOCK": 1024, "num_warps": 4, **FUSED_MULTIPLY_ADD}
+SPAN_OVERHEAD_CHUNKS = 2  # the time of a program before and after its loop, in chunks
+STATE_SHARE = 0.5  # of a chunk's time in `scan`, which `span_state` takes
+
+
+class Config(NamedTuple):
+    """The compile-time choices of the kernels for one set of sizes."""
+
+    CHUNK: int
+    HEADS: int
+    BLOCK_P: int
+    BLOCK_N: int
+    COMPUTE: Any
+    TERMS: int
+    scan_warps: int
+    scan_stages: int
+    state_warps: int
+    state_stages: int
+    programs_per_multiprocessor: int
+
+
+class Sizes(NamedTuple):
+    """The sizes of a scan: clips, tokens, heads, channels of a head, groups, states."""
+
+    clips: int
+    L: int
+    H: int
+    P: int
+    G: int
+    N: int
+
+
+def choose_config(sizes: Sizes, dtype: torch.dtype) -> Config:
+    """Return the configuration for these sizes and x's dtype."""
+    block_p, block_n = max(16, min(64, power_of_2(sizes.P))), max(16, power_of_2(sizes.N))
+    if dtype != torch.bfloat16 or not NATIVE:
+        chunk = 16 if not NATIVE else 32
+        return Config(chunk, 1, block_p, block_n, tl.float32, 1, 4, 1, 4, 1, 1)
+    heads = 2 if (sizes.H // sizes.G) % 2 == 0 and block_n * block_p <= 128 * 64 else 1
+    warps = 8 if heads * block_n * block_p > 128 * 64 else 4
+    return Config(64, heads, block_p, block_n, tl.bfloat16, 3, warps, 2, warps, 3, 1 if warps == 8 else 2)
+
+
+@lru_cache(maxsize=1024)
+def choose_spans(programs: int, num_chunks: int, slots: int) -> tuple[int, int]:
+    """Return (spans of a sequence, chunks of a span) that take the least time, with `programs` a span and `slots` at once.
+
+    Every span but a single one is gone through twice, the first time without outputs.
+    """
+    best = (math.inf, 1, num_chunks)
+    for wanted in range(1, min(num_chunks, blocks(4 * slots, programs)) + 1):
+        each = blocks(num_chunks, wanted)
+        spans = blocks(num_chunks, each)
+        time = blocks(programs * spans, slots) * (each + SPAN_OVERHEAD_CHUNKS)
+        if spans > 1:
+            time += blocks(programs * (spans - 1), slots) * (STATE_SHARE * each + SPAN_OVERHEAD_CHUNKS)
+        best = min(best, (time, spans, each))
+    return best[1:]
+
+
+def forward(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
+    softplus: bool, low: float, high: float, initial_state: Tensor | None, seq_idx: Tensor | None, reverse: bool,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Scan: return y (B, L, H, P) in x's dtype and the final state (B, H, P, N) in float32.
+
+    Shapes are those of `fused.ssd`. Tensors may have any strides but over their last axis, where other strides than 1 cost a copy.
+    """
+    x, dt, B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, dt, B, C))
+    z = z if z is None or z.stride(-1) == 1 else z.contiguous()
+    sizes = Sizes(*x.shape[:2], *x.shape[2:], *B.shape[2:])
+    clips, L, H, P, G, N = sizes
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    final = torch.empty((clips, H, P, N), dtype=torch.float32, device=x.device)
+    if not y.numel():
+        return y, final
+    config = config or choose_config(sizes, x.dtype)
+    num_chunks = blocks(L, config.CHUNK)
+    head_blocks, p_blocks = H // config.HEADS, blocks(P, config.BLOCK_P)
+    programs = head_blocks * p_blocks * (1 if is_batch_invariant() else clips)
+    num_spans, chunks_per_span = choose_spans(programs, num_chunks, MULTIPROCESSORS * config.programs_per_multiprocessor)
+    ids = None if seq_idx is None else seq_idx.contiguous()
+    with launching_on(x.device):
+        d, prefix, prefix_low = _steps(dt, A, dt_bias, softplus, low, high, reverse, num_chunks, config.CHUNK)
+        entering = None if initial_state is None else initial_state.contiguous()
+        shape = (L, H, P, N, H // G, num_chunks, num_spans, chunks_per_span)
+        options: dict[str, Any] = {
+            "REVERSE": reverse, "CHUNK": config.CHUNK, "HEADS": config.HEADS, "BLOCK_P": config.BLOCK_P,
+            "BLOCK_N": config.BLOCK_N, "COMPUTE": config.COMPUTE, "TERMS": config.TERMS, **FUSED_MULTIPLY_ADD,
+        }  # fmt: skip
+        if num_spans > 1:
+            states = torch.empty((clips, num_spans, H, P, N), dtype=torch.float32, device=x.device)
+            decays = torch.empty((clips, num_spans, H), dtype=torch.float32, device=x.device)
+            span_state_kernel[(clips * (num_spans - 1) * head_blocks, p_blocks)](
+                x, B, ids, d, prefix, prefix_low, states, decays, *shape, *x.stride()[:3], *B.stride()[:3], **options,
+                num_warps=config.state_warps, num_stages=config.state_stages,
+            )  # fmt: skip
+            pass_kernel[(clips * H, blocks(P * N, PASS["BLOCK"]))](states, decays, entering, H, P * N, num_spans, **PASS)
+            entering = states
+        z_strides = (0, 0, 0) if z is None else z.stride()[:3]
+        D_strides = (0, 0) if D is None else (D.stride(0), D.stride(1) if D.dim() == 2 else 0)
+        scan_kernel[(clips * num_spans * head_blocks, p_blocks)](
+            x, B, C, D, z, ids, d, prefix, prefix_low, entering, y, final, *shape,
+            *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *z_strides, *D_strides, **options,
+            num_warps=config.scan_warps, num_stages=config.scan_stages,
+        )  # fmt: skip
+    return y, final
+
+
+def _steps(
+    dt: Tensor, A: Tensor, dt_bias: Tensor | None, softplus: bool, low: float, high: float, reverse: bool, num_chunks: int,
+    CHUNK: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return d, and the chunks' sums of log decays as two numbers, each (B, H, num_chunks CHUNK) in float32."""
+    clips, L, H = dt.shape
+    d, prefix, prefix_low = torch.empty((3, clips, H, num_chunks * CHUNK), dtype=torch.float32, device=dt.device).unbind(0)
+    bias = None if dt_bias is None else dt_bias.contiguous()
+    steps_kernel[(clips * num_chunks, blocks(H, STEPS["BLOCK_HEADS"]))](
+        dt, A.contiguous(), bias, d, prefix, prefix_low, L, H, num_chunks, *dt.stride()[:2], low, high,
+        SOFTPLUS=softplus, REVERSE=reverse, CHUNK=CHUNK, **STEPS,
+    )  # fmt: skip
+    return d, prefix, prefix_low
