@@ -179,22 +179,22 @@ def span_state_kernel(
 @triton.jit(do_not_specialize=["num_spans"])
 def pass_kernel(
     state_ptr: tl.tensor, decay_ptr: tl.tensor, initial_ptr: tl.tensor, H: tl.tensor, size: tl.tensor, num_spans: tl.tensor,
-    BLOCK: tl.constexpr,
+    BACKWARD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Replace the state that each span leaves by the one that enters it, in order; `size` is P N."""
+    """Replace the state that each span leaves by the one that enters it, in order; `size` is P N.
+
+    BACKWARD goes from the last span to the first, for gradients. What the last span to be visited leaves is not read.
+    """
     clip, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if initial_ptr is not None:
         state = tl.load(initial_ptr + (clip * H + head) * size + i, mask=i < size, other=0.0).to(tl.float32)
     else:
         state = tl.zeros((BLOCK,), tl.float32)
-    for span in range(num_spans):
-        place = (clip * num_spans + span) * H + head
-        if span < num_spans - 1:
-            own = tl.load(state_ptr + place * size + i, mask=i < size, other=0.0)
-            decay = tl.load(decay_ptr + place)
-        else:
-            own, decay = tl.zeros((BLOCK,), tl.float32), 0.0
+    for k in range(num_spans):
+        place = (clip * num_spans + (num_spans - 1 - k if BACKWARD else k)) * H + head
+        own = tl.load(state_ptr + place * size + i, mask=(i < size) & (k < num_spans - 1), other=0.0)
+        decay = tl.load(decay_ptr + place, mask=k < num_spans - 1, other=0.0)
         tl.store(state_ptr + place * size + i, state, mask=i < size)
         state = state * decay + own
 

@@ -44,6 +44,8 @@ class Config(NamedTuple):
     scan_stages: int
     state_warps: int
     state_stages: int
+    gradient_warps: int
+    gradient_stages: int
     programs_per_multiprocessor: int
 
 
@@ -63,10 +65,10 @@ def choose_config(sizes: Sizes, dtype: torch.dtype) -> Config:
     block_p, block_n = max(16, min(64, power_of_2(sizes.P))), max(16, power_of_2(sizes.N))
     if dtype != torch.bfloat16 or not NATIVE:
         chunk = 16 if not NATIVE else 32
-        return Config(chunk, 1, block_p, block_n, tl.float32, 1, 4, 1, 4, 1, 1)
+        return Config(chunk, 1, block_p, block_n, tl.float32, 1, 4, 1, 4, 1, 8, 1, 1)
     heads = 2 if (sizes.H // sizes.G) % 2 == 0 and block_n * block_p <= 128 * 64 else 1
     warps = 8 if heads * block_n * block_p > 128 * 64 else 4
-    return Config(64, heads, block_p, block_n, tl.bfloat16, 3, warps, 2, warps, 3, 1 if warps == 8 else 2)
+    return Config(64, heads, block_p, block_n, tl.bfloat16, 3, warps, 2, warps, 3, 8, 1, 1 if warps == 8 else 2)
 
 
 @lru_cache(maxsize=1024)
@@ -95,45 +97,98 @@ def forward(
 
     Shapes are those of `fused.ssd`. Tensors may have any strides but over their last axis, where other strides than 1 cost a copy.
     """
-    x, dt, B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, dt, B, C))
-    z = z if z is None or z.stride(-1) == 1 else z.contiguous()
-    sizes = Sizes(*x.shape[:2], *x.shape[2:], *B.shape[2:])
-    clips, L, H, P, G, N = sizes
+    x, dt, B, C, z = (rows(t) for t in (x, dt, B, C, z))
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    final = torch.empty((clips, H, P, N), dtype=torch.float32, device=x.device)
+    final = torch.empty((x.shape[0], *x.shape[2:], B.shape[3]), dtype=torch.float32, device=x.device)
     if not y.numel():
         return y, final
-    config = config or choose_config(sizes, x.dtype)
-    num_chunks = blocks(L, config.CHUNK)
-    head_blocks, p_blocks = H // config.HEADS, blocks(P, config.BLOCK_P)
-    programs = head_blocks * p_blocks * (1 if is_batch_invariant() else clips)
-    num_spans, chunks_per_span = choose_spans(programs, num_chunks, MULTIPROCESSORS * config.programs_per_multiprocessor)
-    ids = None if seq_idx is None else seq_idx.contiguous()
     with launching_on(x.device):
-        d, prefix, prefix_low = _steps(dt, A, dt_bias, softplus, low, high, reverse, num_chunks, config.CHUNK)
-        entering = None if initial_state is None else initial_state.contiguous()
-        shape = (L, H, P, N, H // G, num_chunks, num_spans, chunks_per_span)
-        options: dict[str, Any] = {
-            "REVERSE": reverse, "CHUNK": config.CHUNK, "HEADS": config.HEADS, "BLOCK_P": config.BLOCK_P,
-            "BLOCK_N": config.BLOCK_N, "COMPUTE": config.COMPUTE, "TERMS": config.TERMS, **FUSED_MULTIPLY_ADD,
-        }  # fmt: skip
-        if num_spans > 1:
-            states = torch.empty((clips, num_spans, H, P, N), dtype=torch.float32, device=x.device)
-            decays = torch.empty((clips, num_spans, H), dtype=torch.float32, device=x.device)
-            span_state_kernel[(clips * (num_spans - 1) * head_blocks, p_blocks)](
-                x, B, ids, d, prefix, prefix_low, states, decays, *shape, *x.stride()[:3], *B.stride()[:3], **options,
-                num_warps=config.state_warps, num_stages=config.state_stages,
-            )  # fmt: skip
-            pass_kernel[(clips * H, blocks(P * N, PASS["BLOCK"]))](states, decays, entering, H, P * N, num_spans, **PASS)
-            entering = states
+        call = prepare(x, dt, A, B, dt_bias, softplus, low, high, initial_state, seq_idx, reverse, config)
+        config = call.config
         z_strides = (0, 0, 0) if z is None else z.stride()[:3]
-        D_strides = (0, 0) if D is None else (D.stride(0), D.stride(1) if D.dim() == 2 else 0)
-        scan_kernel[(clips * num_spans * head_blocks, p_blocks)](
-            x, B, C, D, z, ids, d, prefix, prefix_low, entering, y, final, *shape,
-            *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *z_strides, *D_strides, **options,
+        scan_kernel[call.grid](
+            x, B, C, D, z, call.ids, *call.steps, call.entering, y, final, *call.shape,
+            *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *z_strides, *head_strides(D), **call.options,
             num_warps=config.scan_warps, num_stages=config.scan_stages,
         )  # fmt: skip
     return y, final
+
+
+class Call(NamedTuple):
+    """What the kernels of one call share."""
+
+    config: Config
+    sizes: Sizes
+    shape: tuple[int, ...]  # L, H, P, N, heads a group, chunks, spans, chunks of a span: arguments of every kernel
+    options: dict[str, Any]
+    ids: Tensor | None
+    steps: tuple[Tensor, Tensor, Tensor]  # d and the sums of log decays as two numbers, (B, H, tokens) in float32
+    entering: Tensor | None  # (B, spans, H, P, N) in float32, or an initial state (B, H, P, N), or None for zeros
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Return the programs of a kernel that goes through all spans."""
+        return self.programs(self.shape[6])
+
+    def programs(self, spans: int) -> tuple[int, int]:
+        """Return the programs of a kernel that goes through `spans` of every sequence."""
+        return self.sizes.clips * spans * (self.sizes.H // self.config.HEADS), blocks(self.sizes.P, self.config.BLOCK_P)
+
+
+def prepare(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, dt_bias: Tensor | None, softplus: bool, low: float, high: float,
+    initial_state: Tensor | None, seq_idx: Tensor | None, reverse: bool, config: Config | None = None,
+) -> Call:  # fmt: skip
+    """Choose the configuration and the spans, and run all kernels that come before the outputs."""
+    sizes = Sizes(*x.shape, *B.shape[2:])
+    clips, L, H, P, G, N = sizes
+    config = config or choose_config(sizes, x.dtype)
+    num_chunks = blocks(L, config.CHUNK)
+    programs = (H // config.HEADS) * blocks(P, config.BLOCK_P) * (1 if is_batch_invariant() else clips)
+    num_spans, chunks_per_span = choose_spans(programs, num_chunks, MULTIPROCESSORS * config.programs_per_multiprocessor)
+    shape = (L, H, P, N, H // G, num_chunks, num_spans, chunks_per_span)
+    options: dict[str, Any] = {
+        "REVERSE": reverse, "CHUNK": config.CHUNK, "HEADS": config.HEADS, "BLOCK_P": config.BLOCK_P,
+        "BLOCK_N": config.BLOCK_N, "COMPUTE": config.COMPUTE, "TERMS": config.TERMS, **FUSED_MULTIPLY_ADD,
+    }  # fmt: skip
+    ids = None if seq_idx is None else seq_idx.contiguous()
+    steps = _steps(dt, A, dt_bias, softplus, low, high, reverse, num_chunks, config.CHUNK)
+    entering = None if initial_state is None else initial_state.contiguous()
+    call = Call(config, sizes, shape, options, ids, steps, entering)
+    if num_spans > 1:
+        states, decays = empty_span_states(call, x.device)
+        span_state_kernel[call.programs(num_spans - 1)](
+            x, B, ids, *steps, states, decays, *shape, *x.stride()[:3], *B.stride()[:3], **options,
+            num_warps=config.state_warps, num_stages=config.state_stages,
+        )  # fmt: skip
+        pass_states(call, states, decays, entering, backward=False)
+        call = call._replace(entering=states)
+    return call
+
+
+def empty_span_states(call: Call, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return uninitialised states (B, spans, H, P, N) and decays (B, spans, H) of spans."""
+    clips, spans, H, P, N = call.sizes.clips, call.shape[6], call.sizes.H, call.sizes.P, call.sizes.N
+    states = torch.empty((clips, spans, H, P, N), dtype=torch.float32, device=device)
+    return states, torch.empty((clips, spans, H), dtype=torch.float32, device=device)
+
+
+def pass_states(call: Call, states: Tensor, decays: Tensor, initial: Tensor | None, backward: bool) -> None:
+    """Replace what each span leaves by what enters it, from `initial` (B, H, P, N) on; `backward` begins at the last span."""
+    size = call.sizes.P * call.sizes.N
+    pass_kernel[(call.sizes.clips * call.sizes.H, blocks(size, PASS["BLOCK"]))](
+        states, decays, initial, call.sizes.H, size, call.shape[6], BACKWARD=backward, **PASS
+    )
+
+
+def rows(t: Any) -> Any:
+    """Return the tensor, copied if its last axis is not contiguous; None as it is."""
+    return t if t is None or t.stride(-1) == 1 else t.contiguous()
+
+
+def head_strides(D: Tensor | None) -> tuple[int, int]:
+    """Return the strides of D (H,) or (H, P) over heads and channels."""
+    return (0, 0) if D is None else (D.stride(0), D.stride(1) if D.dim() == 2 else 0)
 
 
 def _steps(

@@ -1,0 +1,380 @@
+"""Triton source of the SSD scan's backward; `launch_backward.py` states the equations and launches it.
+
+Words and shapes are those of `kernels.py`. dy is the gradient of y before the gate. The gradient of a state is kept like the
+state, transposed, (N, P), in float32. The gradient that `enters` a span or chunk comes from the tokens after it.
+"""
+
+import triton
+import triton.language as tl
+
+from fused.ops.ssd.kernels import LN2, LOG2E, LOWEST, _dot, _dot_split, _load_ids, _load_rows, _softplus, _state_weights, _tokens
+
+
+@triton.jit
+def _from_state(prefix_ptr: tl.tensor, prefix_low_ptr: tl.tensor, base: tl.tensor, CHUNK: tl.constexpr):
+    """Return the decays (CHUNK,) of the state that enters a chunk, up to each of its tokens, and of the whole chunk."""
+    i = tl.arange(0, CHUNK)
+    decays = tl.exp2(tl.load(prefix_ptr + base + i)) * tl.fma(tl.load(prefix_low_ptr + base + i), LN2, 1.0)
+    total, total_low = tl.load(prefix_ptr + base + (CHUNK - 1)), tl.load(prefix_low_ptr + base + (CHUNK - 1))
+    return decays, tl.exp2(total) * tl.fma(total_low, LN2, 1.0)
+
+
+@triton.jit
+def _to_end(prefix_ptr: tl.tensor, prefix_low_ptr: tl.tensor, base: tl.tensor, CHUNK: tl.constexpr):
+    """Return the decays (CHUNK,) after each token up to the end of the chunk."""
+    i = tl.arange(0, CHUNK)
+    after = tl.load(prefix_ptr + base + (CHUNK - 1)) - tl.load(prefix_ptr + base + i)
+    low = tl.load(prefix_low_ptr + base + (CHUNK - 1)) - tl.load(prefix_low_ptr + base + i)
+    return tl.exp2(after + low)
+
+
+@triton.jit
+def _between(prefix_ptr: tl.tensor, prefix_low_ptr: tl.tensor, base: tl.tensor, TRANSPOSED: tl.constexpr, CHUNK: tl.constexpr):
+    """Return the decay (CHUNK, CHUNK) from token j to token i, at [i, j], or TRANSPOSED at [j, i]; meaningless for i < j."""
+    i = tl.arange(0, CHUNK)
+    prefix, low = tl.load(prefix_ptr + base + i), tl.load(prefix_low_ptr + base + i)
+    if TRANSPOSED:
+        return tl.exp2((prefix[None, :] - prefix[:, None]) + (low[None, :] - low[:, None]))
+    return tl.exp2((prefix[:, None] - prefix[None, :]) + (low[:, None] - low[None, :]))
+
+
+@triton.jit(do_not_specialize=["L", "num_chunks", "num_spans", "chunks_per_span"])
+def span_gradient_kernel(
+    dy_ptr: tl.tensor, C_ptr: tl.tensor, ids_ptr: tl.tensor, prefix_ptr: tl.tensor, prefix_low_ptr: tl.tensor,
+    gradient_ptr: tl.tensor, decay_ptr: tl.tensor,
+    L: tl.tensor, H: tl.tensor, P: tl.tensor, N: tl.tensor, heads_per_group: tl.tensor,
+    num_chunks: tl.tensor, num_spans: tl.tensor, chunks_per_span: tl.tensor,
+    dy_clip_stride: tl.tensor, dy_token_stride: tl.tensor, dy_head_stride: tl.tensor,
+    C_clip_stride: tl.tensor, C_token_stride: tl.tensor, C_group_stride: tl.tensor,
+    REVERSE: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    COMPUTE: tl.constexpr, TERMS: tl.constexpr,
+):  # fmt: skip
+    """Compute the gradient (B, spans, H, P, N) of the state before each span but the first, by this span alone, and its decay."""
+    head_blocks = H // HEADS
+    first_head = (tl.program_id(0) % head_blocks) * HEADS
+    span = 1 + (tl.program_id(0) // head_blocks) % (num_spans - 1)
+    clip = (tl.program_id(0) // head_blocks // (num_spans - 1)).to(tl.int64)
+    p, n = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    dy_ptr += clip * dy_clip_stride + first_head.to(tl.int64) * dy_head_stride
+    C_ptr += clip * C_clip_stride + (first_head // heads_per_group).to(tl.int64) * C_group_stride
+    row = (clip * H + first_head) * (num_chunks * CHUNK)
+    if ids_ptr is not None:
+        ids_ptr += clip * L
+    gradients, decays = (), ()
+    for _ in tl.static_range(HEADS):
+        gradients = gradients + (tl.zeros((BLOCK_N, BLOCK_P), tl.float32),)
+        decays = decays + (1.0,)
+    first = span * chunks_per_span
+    end = tl.minimum(first + chunks_per_span, num_chunks)
+    for k in range(0, end - first):
+        chunk = end - 1 - k
+        position = chunk * CHUNK + tl.arange(0, CHUNK)
+        inside, tokens = position < L, _tokens(position, L, REVERSE)
+        C = _load_rows(C_ptr, tokens, n, inside, N, C_token_stride, COMPUTE)
+        if ids_ptr is not None:
+            ids, before, last = _load_ids(ids_ptr, chunk, L, REVERSE, CHUNK)
+        new_gradients, new_decays = (), ()
+        for j in tl.static_range(HEADS):
+            dy = _load_rows(dy_ptr + j * dy_head_stride, tokens, p, inside, P, dy_token_stride, COMPUTE)
+            base = row + j * (num_chunks * CHUNK).to(tl.int64) + chunk * CHUNK
+            weights, decay = _from_state(prefix_ptr, prefix_low_ptr, base, CHUNK)
+            if ids_ptr is not None:
+                weights = tl.where(ids == before, weights, 0.0)
+                decay = tl.where(before == last, decay, 0.0)
+            scaled = dy.to(tl.float32) * weights[:, None]
+            new_gradients = new_gradients + (_dot_split(tl.trans(C), scaled, gradients[j] * decay, COMPUTE, TERMS),)
+            new_decays = new_decays + (decays[j] * decay,)
+        gradients, decays = new_gradients, new_decays
+    for j in tl.static_range(HEADS):
+        place = (clip * num_spans + span) * H + first_head + j
+        inside = (n < N)[:, None] & (p < P)[None, :]
+        tl.store(gradient_ptr + place * P * N + p[None, :] * N + n[:, None], gradients[j], mask=inside)
+        tl.store(decay_ptr + place, decays[j])
+
+
+@triton.jit(do_not_specialize=["L", "num_chunks", "num_spans", "chunks_per_span"])
+def gradient_forward_kernel(
+    x_ptr: tl.tensor, B_ptr: tl.tensor, C_ptr: tl.tensor, dy_ptr: tl.tensor, ids_ptr: tl.tensor,
+    d_ptr: tl.tensor, prefix_ptr: tl.tensor, prefix_low_ptr: tl.tensor,
+    entering_ptr: tl.tensor, final_ptr: tl.tensor, dC_ptr: tl.tensor, later_ptr: tl.tensor, output_sum_ptr: tl.tensor,
+    L: tl.tensor, H: tl.tensor, P: tl.tensor, N: tl.tensor, heads_per_group: tl.tensor,
+    num_chunks: tl.tensor, num_spans: tl.tensor, chunks_per_span: tl.tensor,
+    x_clip_stride: tl.tensor, x_token_stride: tl.tensor, x_head_stride: tl.tensor,
+    B_clip_stride: tl.tensor, B_token_stride: tl.tensor, B_group_stride: tl.tensor,
+    C_clip_stride: tl.tensor, C_token_stride: tl.tensor, C_group_stride: tl.tensor,
+    dy_clip_stride: tl.tensor, dy_token_stride: tl.tensor, dy_head_stride: tl.tensor,
+    REVERSE: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    COMPUTE: tl.constexpr, TERMS: tl.constexpr,
+):  # fmt: skip
+    """Go through a span forwards, with its state: this program's part of dC, (P blocks, head blocks, B, L, N), and, for the
+    gradients of decays, what each token reads from earlier ones, (P blocks, B, H, tokens), and of that what the chunk's
+    tokens read from the state that enters the chunk, (P blocks, B, H, chunks). Also compute the final state."""
+    head_blocks = H // HEADS
+    first_head = (tl.program_id(0) % head_blocks) * HEADS
+    span = (tl.program_id(0) // head_blocks) % num_spans
+    clip = (tl.program_id(0) // head_blocks // num_spans).to(tl.int64)
+    clips = tl.num_programs(0) // head_blocks // num_spans
+    p, n, i = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N), tl.arange(0, CHUNK)
+    group = (first_head // heads_per_group).to(tl.int64)
+    x_ptr += clip * x_clip_stride + first_head.to(tl.int64) * x_head_stride
+    dy_ptr += clip * dy_clip_stride + first_head.to(tl.int64) * dy_head_stride
+    B_ptr += clip * B_clip_stride + group * B_group_stride
+    C_ptr += clip * C_clip_stride + group * C_group_stride
+    part = tl.program_id(1).to(tl.int64) * head_blocks + first_head // HEADS
+    dC_ptr += (part * clips + clip) * L * N
+    row = (clip * H + first_head) * (num_chunks * CHUNK)
+    later_ptr += tl.program_id(1).to(tl.int64) * clips * H * (num_chunks * CHUNK) + row
+    output_sum_ptr += (tl.program_id(1).to(tl.int64) * clips * H + clip * H + first_head) * num_chunks
+    if ids_ptr is not None:
+        ids_ptr += clip * L
+    in_state = (n < N)[:, None] & (p < P)[None, :]
+    states = ()
+    for j in tl.static_range(HEADS):
+        if entering_ptr is not None:
+            place = (clip * num_spans + span) * H + first_head + j
+            entering = tl.load(entering_ptr + place * P * N + p[None, :] * N + n[:, None], mask=in_state, other=0.0)
+            states = states + (entering.to(tl.float32),)
+        else:
+            states = states + (tl.zeros((BLOCK_N, BLOCK_P), tl.float32),)
+    end = tl.minimum(span * chunks_per_span + chunks_per_span, num_chunks)
+    for chunk in range(span * chunks_per_span, end):
+        position = chunk * CHUNK + i
+        inside, tokens = position < L, _tokens(position, L, REVERSE)
+        B = _load_rows(B_ptr, tokens, n, inside, N, B_token_stride, COMPUTE)
+        C = _load_rows(C_ptr, tokens, n, inside, N, C_token_stride, COMPUTE)
+        products = _dot(C, tl.trans(B), tl.zeros((CHUNK, CHUNK), tl.float32))
+        used = i[:, None] >= i[None, :]
+        if ids_ptr is not None:
+            ids, before, last = _load_ids(ids_ptr, chunk, L, REVERSE, CHUNK)
+            used = used & (ids[:, None] == ids[None, :])
+        dC = tl.zeros((CHUNK, BLOCK_N), tl.float32)
+        new_states = ()
+        for j in tl.static_range(HEADS):
+            x = _load_rows(x_ptr + j * x_head_stride, tokens, p, inside, P, x_token_stride, COMPUTE)
+            dy = _load_rows(dy_ptr + j * dy_head_stride, tokens, p, inside, P, dy_token_stride, COMPUTE)
+            offset = j * (num_chunks * CHUNK).to(tl.int64) + chunk * CHUNK
+            from_state, _ = _from_state(prefix_ptr, prefix_low_ptr, row + offset, CHUNK)
+            if ids_ptr is not None:
+                from_state = tl.where(ids == before, from_state, 0.0)
+            read = _dot_split(dy, tl.trans(states[j]), tl.zeros((CHUNK, BLOCK_N), tl.float32), COMPUTE, TERMS)
+            read *= from_state[:, None]
+            from_entering = tl.sum(read * C.to(tl.float32), axis=1)
+            dC += read
+            d = tl.load(d_ptr + row + offset + i)
+            pairs = _dot(dy, tl.trans(x), tl.zeros((CHUNK, CHUNK), tl.float32)) * d[None, :]
+            pairs *= _between(prefix_ptr, prefix_low_ptr, row + offset, False, CHUNK)
+            pairs = tl.where(used, pairs, 0.0)
+            from_chunk = tl.sum(tl.where(i[:, None] > i[None, :], pairs * products, 0.0), axis=1)
+            dC = _dot(pairs.to(COMPUTE), B, dC)
+            tl.store(later_ptr + offset + i, from_entering + from_chunk)
+            tl.store(output_sum_ptr + j * num_chunks + chunk, tl.sum(from_entering, axis=0))
+            weights, decay = _state_weights(d_ptr, prefix_ptr, prefix_low_ptr, row + offset, CHUNK)
+            if ids_ptr is not None:
+                weights = tl.where(ids == last, weights, 0.0)
+                decay = tl.where(before == last, decay, 0.0)
+            scaled = x.to(tl.float32) * weights[:, None]
+            new_states = new_states + (_dot_split(tl.trans(B), scaled, states[j] * decay, COMPUTE, TERMS),)
+        states = new_states
+        dC_ptrs = dC_ptr + tokens[:, None] * N + n[None, :]
+        tl.store(dC_ptrs, dC.to(dC_ptr.dtype.element_ty), mask=inside[:, None] & (n < N)[None, :])
+    if span == num_spans - 1:
+        for j in tl.static_range(HEADS):
+            place = clip * H + first_head + j
+            tl.store(final_ptr + place * P * N + p[None, :] * N + n[:, None], states[j], mask=in_state)
+
+
+@triton.jit(do_not_specialize=["L", "num_chunks", "num_spans", "chunks_per_span"])
+def gradient_reverse_kernel(
+    x_ptr: tl.tensor, B_ptr: tl.tensor, C_ptr: tl.tensor, dy_ptr: tl.tensor, D_ptr: tl.tensor, ids_ptr: tl.tensor,
+    d_ptr: tl.tensor, prefix_ptr: tl.tensor, prefix_low_ptr: tl.tensor,
+    leaving_ptr: tl.tensor, final_ptr: tl.tensor, entering_ptr: tl.tensor, output_sum_ptr: tl.tensor,
+    dx_ptr: tl.tensor, dB_ptr: tl.tensor, dD_ptr: tl.tensor, dinitial_ptr: tl.tensor,
+    later_ptr: tl.tensor, input_ptr: tl.tensor, step_ptr: tl.tensor, through_ptr: tl.tensor,
+    L: tl.tensor, H: tl.tensor, P: tl.tensor, N: tl.tensor, heads_per_group: tl.tensor,
+    num_chunks: tl.tensor, num_spans: tl.tensor, chunks_per_span: tl.tensor,
+    x_clip_stride: tl.tensor, x_token_stride: tl.tensor, x_head_stride: tl.tensor,
+    B_clip_stride: tl.tensor, B_token_stride: tl.tensor, B_group_stride: tl.tensor,
+    C_clip_stride: tl.tensor, C_token_stride: tl.tensor, C_group_stride: tl.tensor,
+    dy_clip_stride: tl.tensor, dy_token_stride: tl.tensor, dy_head_stride: tl.tensor,
+    D_head_stride: tl.tensor, D_channel_stride: tl.tensor,
+    REVERSE: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    COMPUTE: tl.constexpr, TERMS: tl.constexpr,
+):  # fmt: skip
+    """Go through a span backwards, with the gradient of its state: dx, this program's part of dB, dD of the span, the gradient of
+    the initial state, and for steps and decays of a token: the gradient of its step as a factor of x, what the state that
+    leaves the chunk has of it, and of a chunk, what goes through it from state to state.
+
+    `later` of `gradient_forward_kernel` is reduced by what later tokens of the chunk read from each token.
+    """
+    head_blocks = H // HEADS
+    first_head = (tl.program_id(0) % head_blocks) * HEADS
+    span = (tl.program_id(0) // head_blocks) % num_spans
+    clip = (tl.program_id(0) // head_blocks // num_spans).to(tl.int64)
+    clips = tl.num_programs(0) // head_blocks // num_spans
+    p, n, i = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N), tl.arange(0, CHUNK)
+    group = (first_head // heads_per_group).to(tl.int64)
+    x_ptr += clip * x_clip_stride + first_head.to(tl.int64) * x_head_stride
+    dy_ptr += clip * dy_clip_stride + first_head.to(tl.int64) * dy_head_stride
+    B_ptr += clip * B_clip_stride + group * B_group_stride
+    C_ptr += clip * C_clip_stride + group * C_group_stride
+    dx_ptr += (clip * L * H + first_head) * P
+    part = tl.program_id(1).to(tl.int64) * head_blocks + first_head // HEADS
+    dB_ptr += (part * clips + clip) * L * N
+    row = (clip * H + first_head) * (num_chunks * CHUNK)
+    block_row = tl.program_id(1).to(tl.int64) * clips * H * (num_chunks * CHUNK) + row
+    later_ptr += block_row
+    input_ptr += block_row
+    step_ptr += block_row
+    chunk_row = (tl.program_id(1).to(tl.int64) * clips * H + clip * H + first_head) * num_chunks
+    output_sum_ptr += chunk_row
+    through_ptr += chunk_row
+    if ids_ptr is not None:
+        ids_ptr += clip * L
+    in_state = (n < N)[:, None] & (p < P)[None, :]
+    gradients, inner, dDs = (), (), ()
+    for j in tl.static_range(HEADS):
+        place = (clip * num_spans + span) * H + first_head + j
+        if entering_ptr is not None:
+            offsets = p[None, :] * N + n[:, None]
+            entering = tl.load(entering_ptr + place * P * N + offsets, mask=in_state, other=0.0).to(tl.float32)
+            if span < num_spans - 1:
+                state = tl.load(leaving_ptr + (place + H) * P * N + offsets, mask=in_state, other=0.0)
+            else:
+                state = tl.load(final_ptr + (clip * H + first_head + j) * P * N + offsets, mask=in_state, other=0.0)
+            gradients = gradients + (entering,)
+            inner = inner + (tl.sum(tl.sum(entering * state, axis=1), axis=0),)
+        else:
+            gradients = gradients + (tl.zeros((BLOCK_N, BLOCK_P), tl.float32),)
+            inner = inner + (0.0,)
+        dDs = dDs + (tl.zeros((BLOCK_P,), tl.float32),)
+    first = span * chunks_per_span
+    end = tl.minimum(first + chunks_per_span, num_chunks)
+    for k in range(0, end - first):
+        chunk = end - 1 - k
+        position = chunk * CHUNK + i
+        inside, tokens = position < L, _tokens(position, L, REVERSE)
+        B = _load_rows(B_ptr, tokens, n, inside, N, B_token_stride, COMPUTE)
+        C = _load_rows(C_ptr, tokens, n, inside, N, C_token_stride, COMPUTE)
+        products = _dot(B, tl.trans(C), tl.zeros((CHUNK, CHUNK), tl.float32))  # at [j, i]
+        used = i[:, None] <= i[None, :]
+        if ids_ptr is not None:
+            ids, before, last = _load_ids(ids_ptr, chunk, L, REVERSE, CHUNK)
+            used = used & (ids[:, None] == ids[None, :])
+        dB = tl.zeros((CHUNK, BLOCK_N), tl.float32)
+        new_gradients, new_inner, new_dDs = (), (), ()
+        for j in tl.static_range(HEADS):
+            x = _load_rows(x_ptr + j * x_head_stride, tokens, p, inside, P, x_token_stride, COMPUTE)
+            dy = _load_rows(dy_ptr + j * dy_head_stride, tokens, p, inside, P, dy_token_stride, COMPUTE)
+            offset = j * (num_chunks * CHUNK).to(tl.int64) + chunk * CHUNK
+            d = tl.load(d_ptr + row + offset + i)
+            weights, decay = _state_weights(d_ptr, prefix_ptr, prefix_low_ptr, row + offset, CHUNK)
+            to_end = _to_end(prefix_ptr, prefix_low_ptr, row + offset, CHUNK)
+            if ids_ptr is not None:
+                to_end = tl.where(ids == last, to_end, 0.0)
+                decay = tl.where(before == last, decay, 0.0)
+            decays = tl.where(used, _between(prefix_ptr, prefix_low_ptr, row + offset, True, CHUNK), 0.0)
+            read = _dot_split(x, tl.trans(gradients[j]), tl.zeros((CHUNK, BLOCK_N), tl.float32), COMPUTE, TERMS)
+            read *= (to_end * d)[:, None]
+            into_state = tl.sum(read * B.to(tl.float32), axis=1)
+            dB += read
+            pairs = _dot(x, tl.trans(dy), tl.zeros((CHUNK, CHUNK), tl.float32)) * decays * d[:, None]
+            by_later = tl.sum(tl.where(i[:, None] < i[None, :], pairs * products, 0.0), axis=1)
+            dB = _dot(pairs.to(COMPUTE), C, dB)
+            dx = _dot(B, gradients[j].to(COMPUTE), tl.zeros((CHUNK, BLOCK_P), tl.float32)) * to_end[:, None]
+            dx = _dot((products * decays).to(COMPUTE), dy, dx)
+            x, dy = x.to(tl.float32), dy.to(tl.float32)
+            tl.store(step_ptr + offset + i, tl.sum(dx * x, axis=1))
+            tl.store(input_ptr + offset + i, into_state)
+            tl.store(later_ptr + offset + i, tl.load(later_ptr + offset + i) - by_later)
+            through = inner[j] - tl.sum(into_state, axis=0)
+            tl.store(through_ptr + j * num_chunks + chunk, through)
+            new_inner = new_inner + (through + tl.load(output_sum_ptr + j * num_chunks + chunk),)
+            dx *= d[:, None]
+            new_dDs = new_dDs + (dDs[j] + tl.sum(dy * x, axis=0),)
+            if D_ptr is not None:
+                D_ptrs = D_ptr + (first_head + j) * D_head_stride + p * D_channel_stride
+                dx += dy * tl.load(D_ptrs, mask=p < P, other=0.0).to(tl.float32)[None, :]
+            dx_ptrs = dx_ptr + tokens[:, None] * (H * P) + (j * P + p)[None, :]
+            tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=inside[:, None] & (p < P)[None, :])
+            from_state, _ = _from_state(prefix_ptr, prefix_low_ptr, row + offset, CHUNK)
+            if ids_ptr is not None:
+                from_state = tl.where(ids == before, from_state, 0.0)
+            scaled = dy * from_state[:, None]
+            new_gradients = new_gradients + (_dot_split(tl.trans(C), scaled, gradients[j] * decay, COMPUTE, TERMS),)
+        gradients, inner, dDs = new_gradients, new_inner, new_dDs
+        dB_ptrs = dB_ptr + tokens[:, None] * N + n[None, :]
+        tl.store(dB_ptrs, dB.to(dB_ptr.dtype.element_ty), mask=inside[:, None] & (n < N)[None, :])
+    for j in tl.static_range(HEADS):
+        place = (clip * num_spans + span) * H + first_head + j
+        tl.store(dD_ptr + place * P + p, dDs[j], mask=p < P)
+        if dinitial_ptr is not None:
+            if span == 0:
+                offsets = (clip * H + first_head + j) * P * N + p[None, :] * N + n[:, None]
+                tl.store(dinitial_ptr + offsets, gradients[j], mask=in_state)
+
+
+@triton.jit(do_not_specialize=["L", "num_chunks"])
+def steps_backward_kernel(
+    dt_ptr: tl.tensor, A_ptr: tl.tensor, bias_ptr: tl.tensor, d_ptr: tl.tensor, later_ptr: tl.tensor, input_ptr: tl.tensor,
+    step_ptr: tl.tensor, through_ptr: tl.tensor, ddt_ptr: tl.tensor, dA_ptr: tl.tensor, dbias_ptr: tl.tensor,
+    L: tl.tensor, H: tl.tensor, num_chunks: tl.tensor, dt_clip_stride: tl.tensor, dt_token_stride: tl.tensor,
+    part_stride: tl.tensor, chunk_part_stride: tl.tensor, low: tl.tensor, high: tl.tensor,
+    PARTS: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_HEADS: tl.constexpr,
+):  # fmt: skip
+    """Compute ddt (B, L, H) and the chunks' sums for dA and ddt_bias, (B, chunks, H).
+
+    PARTS are the blocks of P, whose numbers are added up.
+    """
+    clip = (tl.program_id(0) // num_chunks).to(tl.int64)
+    chunk = tl.program_id(0) % num_chunks
+    position = chunk * CHUNK + tl.arange(0, CHUNK)
+    heads = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+    of_head = (heads < H)[None, :] & (position < num_chunks * CHUNK)[:, None]
+    offsets = (clip * H + heads)[None, :].to(tl.int64) * (num_chunks * CHUNK) + position[:, None]
+    later, into, step = (tl.zeros((CHUNK, BLOCK_HEADS), tl.float32),) * 3
+    through = tl.zeros((BLOCK_HEADS,), tl.float32)
+    for part in tl.static_range(PARTS):
+        later += tl.load(later_ptr + part * part_stride + offsets, mask=of_head, other=0.0)
+        into += tl.load(input_ptr + part * part_stride + offsets, mask=of_head, other=0.0)
+        step += tl.load(step_ptr + part * part_stride + offsets, mask=of_head, other=0.0)
+        ptrs = through_ptr + part * chunk_part_stride + (clip * H + heads) * num_chunks + chunk
+        through += tl.load(ptrs, mask=heads < H, other=0.0)
+    dlog = tl.cumsum(later, axis=0, reverse=True) + (tl.cumsum(into, axis=0) - into) + through[None, :]
+    inside = (position < L)[:, None] & (heads < H)[None, :]
+    A = tl.load(A_ptr + heads, mask=heads < H, other=0.0).to(tl.float32)
+    d = tl.load(d_ptr + offsets, mask=of_head, other=0.0)
+    # a decay that underflows has no gradient: its exponent was cut at LOWEST
+    dlog = tl.where(inside & ~(d * A[None, :] * LOG2E < LOWEST), dlog, 0.0)
+    chunk_offsets = (clip * num_chunks + chunk) * H + heads
+    tl.store(dA_ptr + chunk_offsets, tl.sum(d * dlog, axis=0), mask=heads < H)
+    dd = step + dlog * A[None, :]
+    tokens = _tokens(position, L, REVERSE)
+    raw = tl.load(dt_ptr + clip * dt_clip_stride + tokens[:, None] * dt_token_stride + heads[None, :], mask=inside, other=0.0)
+    raw = raw.to(tl.float32)
+    if bias_ptr is not None:
+        raw += tl.load(bias_ptr + heads, mask=heads < H, other=0.0).to(tl.float32)[None, :]
+    value = raw
+    if SOFTPLUS:
+        value = _softplus(raw)
+        dd *= 1.0 / (1.0 + tl.exp2(raw * -LOG2E))
+    dd = tl.where(inside & (value >= low) & (value <= high), dd, 0.0)
+    ddt_ptrs = ddt_ptr + (clip * L + tokens)[:, None] * H + heads[None, :]
+    tl.store(ddt_ptrs, dd.to(ddt_ptr.dtype.element_ty), mask=inside)
+    tl.store(dbias_ptr + chunk_offsets, tl.sum(dd, axis=0), mask=heads < H)
+
+
+@triton.jit
+def reduce_kernel(
+    part_ptr: tl.tensor, out_ptr: tl.tensor, size: tl.tensor, G: tl.tensor, N: tl.tensor, head_blocks: tl.tensor,
+    P_BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sum parts (P blocks, head blocks, size) over the head blocks of every group, to (size / N, G, N); size is B L N."""
+    group = tl.program_id(1)
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    each = head_blocks // G
+    for part in range(0, P_BLOCKS * each):
+        block = (part // each) * head_blocks + group * each + part % each
+        total += tl.load(part_ptr + block.to(tl.int64) * size + i, mask=i < size, other=0.0).to(tl.float32)
+    out = out_ptr + (i // N) * (G * N) + group * N + i % N
+    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=i < size)
