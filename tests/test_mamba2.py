@@ -86,12 +86,13 @@ def test_a_state_continues_the_first_segment_whatever_its_number(package, cut):
 
 def test_directions_add_up(package):
     both, one = mixer(package, bimamba=True, rmsnorm=False), mixer(package, rmsnorm=False)
-    u, names = tokens(), {"conv1d_b": "conv1d", "dt_bias_b": "dt_bias", "A_b_log": "A_log", "D_b": "D"}
-    forward = {k: v for k, v in both.state_dict().items() if k.split(".")[0] not in names}
+    u, weights = tokens(), both.state_dict()
+    names = {"dt_bias_b": "dt_bias", "A_b_log": "A_log", "D_b": "D"}
+    names |= {f"conv1d_b.{leaf}": f"conv1d.{leaf}" for leaf in ("weight", "bias")}
+    forward = {k: v for k, v in weights.items() if k not in names}
     one.load_state_dict(forward)
     first = one(u)
-    backward = {k.replace(k.split(".")[0], names.get(k.split(".")[0], k.split(".")[0])): v for k, v in both.state_dict().items()}
-    one.load_state_dict({**forward, **{k: v for k, v in backward.items() if k in forward}})
+    one.load_state_dict(forward | {name: weights[k] for k, name in names.items()})
     torch.testing.assert_close(both(u), first + one(u.flip(1)).flip(1))
 
 

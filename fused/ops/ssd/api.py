@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fused import backends
-from fused.backends import TORCH, Abilities
+from fused.backends import NATIVE, TORCH, Abilities
 from fused.ops.segments import check_seq_idx
 from fused.ops.ssd import mamba_ssm
 from fused.ops.ssd.eager import ssd_eager
@@ -24,6 +24,7 @@ from fused.runtime.checks import check_tensor
 from fused.runtime.dtypes import KERNEL_DTYPES
 
 BACKENDS = {
+    "native": NATIVE,
     "mamba_ssm": Abilities(True, True, True, True, KERNEL_DTYPES, ("cuda",), fullgraph=False),
     "torch": replace(TORCH, fullgraph=False),
 }
@@ -78,7 +79,12 @@ def ssd(
 
 def implementation(backend: str) -> Callable[..., Any]:
     """Return the operator of a concrete backend, without argument checks; its arguments are those above but for `backend`."""
-    return mamba_ssm.ssd if backends.operators_of(backend) == "mamba_ssm" else ssd_eager
+    operator_backend = backends.operators_of(backend)
+    if operator_backend == "native":
+        from fused.ops.ssd.native import ssd_native  # Triton is imported where it is used
+
+        return ssd_native
+    return mamba_ssm.ssd if operator_backend == "mamba_ssm" else ssd_eager
 
 
 def check_dt_limit(op: str, dt_limit: object) -> tuple[float, float]:

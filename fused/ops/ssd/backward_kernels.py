@@ -4,10 +4,13 @@ Words and shapes are those of `kernels.py`. dy is the gradient of y before the g
 state, transposed, (N, P), in float32. The gradient that `enters` a span or chunk comes from the tokens after it.
 """
 
+# mypy: disable-error-code="assignment"
+# (a tuple that grows in an unrolled loop has another type after every step)
+
 import triton
 import triton.language as tl
 
-from fused.ops.ssd.kernels import LN2, LOG2E, LOWEST, _dot, _dot_split, _load_ids, _load_rows, _softplus, _state_weights, _tokens
+from fused.ops.ssd.kernels import LN2, LOG2E, LOWEST, dot, dot_split, load_ids, load_rows, softplus, state_weights, to_tokens
 
 
 @triton.jit
@@ -49,7 +52,7 @@ def span_gradient_kernel(
     REVERSE: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     COMPUTE: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradient (B, spans, H, P, N) of the state before each span but the first, by this span alone, and its decay."""
+    """Compute the gradient (B, spans, H, P, N) of the state before each span but the first, by it alone, and its decay."""
     head_blocks = H // HEADS
     first_head = (tl.program_id(0) % head_blocks) * HEADS
     span = 1 + (tl.program_id(0) // head_blocks) % (num_spans - 1)
@@ -69,20 +72,20 @@ def span_gradient_kernel(
     for k in range(0, end - first):
         chunk = end - 1 - k
         position = chunk * CHUNK + tl.arange(0, CHUNK)
-        inside, tokens = position < L, _tokens(position, L, REVERSE)
-        C = _load_rows(C_ptr, tokens, n, inside, N, C_token_stride, COMPUTE)
+        inside, tokens = position < L, to_tokens(position, L, REVERSE)
+        C = load_rows(C_ptr, tokens, n, inside, N, C_token_stride, COMPUTE)
         if ids_ptr is not None:
-            ids, before, last = _load_ids(ids_ptr, chunk, L, REVERSE, CHUNK)
+            ids, before, last = load_ids(ids_ptr, chunk, L, REVERSE, CHUNK)
         new_gradients, new_decays = (), ()
         for j in tl.static_range(HEADS):
-            dy = _load_rows(dy_ptr + j * dy_head_stride, tokens, p, inside, P, dy_token_stride, COMPUTE)
+            dy = load_rows(dy_ptr + j * dy_head_stride, tokens, p, inside, P, dy_token_stride, COMPUTE)
             base = row + j * (num_chunks * CHUNK).to(tl.int64) + chunk * CHUNK
             weights, decay = _from_state(prefix_ptr, prefix_low_ptr, base, CHUNK)
             if ids_ptr is not None:
                 weights = tl.where(ids == before, weights, 0.0)
                 decay = tl.where(before == last, decay, 0.0)
             scaled = dy.to(tl.float32) * weights[:, None]
-            new_gradients = new_gradients + (_dot_split(tl.trans(C), scaled, gradients[j] * decay, COMPUTE, TERMS),)
+            new_gradients = new_gradients + (dot_split(tl.trans(C), scaled, gradients[j] * decay, COMPUTE, TERMS),)
             new_decays = new_decays + (decays[j] * decay,)
         gradients, decays = new_gradients, new_decays
     for j in tl.static_range(HEADS):
@@ -96,7 +99,8 @@ def span_gradient_kernel(
 def gradient_forward_kernel(
     x_ptr: tl.tensor, B_ptr: tl.tensor, C_ptr: tl.tensor, dy_ptr: tl.tensor, ids_ptr: tl.tensor,
     d_ptr: tl.tensor, prefix_ptr: tl.tensor, prefix_low_ptr: tl.tensor,
-    entering_ptr: tl.tensor, final_ptr: tl.tensor, dC_ptr: tl.tensor, later_ptr: tl.tensor, output_sum_ptr: tl.tensor,
+    entering_ptr: tl.tensor, final_ptr: tl.tensor, chunk_states_ptr: tl.tensor,
+    dC_ptr: tl.tensor, output_ptr: tl.tensor, output_sum_ptr: tl.tensor,
     L: tl.tensor, H: tl.tensor, P: tl.tensor, N: tl.tensor, heads_per_group: tl.tensor,
     num_chunks: tl.tensor, num_spans: tl.tensor, chunks_per_span: tl.tensor,
     x_clip_stride: tl.tensor, x_token_stride: tl.tensor, x_head_stride: tl.tensor,
@@ -104,11 +108,12 @@ def gradient_forward_kernel(
     C_clip_stride: tl.tensor, C_token_stride: tl.tensor, C_group_stride: tl.tensor,
     dy_clip_stride: tl.tensor, dy_token_stride: tl.tensor, dy_head_stride: tl.tensor,
     REVERSE: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    COMPUTE: tl.constexpr, TERMS: tl.constexpr,
+    COMPUTE: tl.constexpr, TERMS: tl.constexpr, READ_TERMS: tl.constexpr,
 ):  # fmt: skip
     """Go through a span forwards, with its state: this program's part of dC, (P blocks, head blocks, B, L, N), and, for the
-    gradients of decays, what each token reads from earlier ones, (P blocks, B, H, tokens), and of that what the chunk's
-    tokens read from the state that enters the chunk, (P blocks, B, H, chunks). Also compute the final state."""
+    gradients of decays, what each token reads from the state that enters its chunk, (P blocks, B, H, tokens), and the sum of
+    it over the chunk, (P blocks, B, H, chunks). Also compute the final state and, unless that is None, the states that enter
+    the chunks, (B, chunks, H, P, N)."""
     head_blocks = H // HEADS
     first_head = (tl.program_id(0) % head_blocks) * HEADS
     span = (tl.program_id(0) // head_blocks) % num_spans
@@ -123,7 +128,7 @@ def gradient_forward_kernel(
     part = tl.program_id(1).to(tl.int64) * head_blocks + first_head // HEADS
     dC_ptr += (part * clips + clip) * L * N
     row = (clip * H + first_head) * (num_chunks * CHUNK)
-    later_ptr += tl.program_id(1).to(tl.int64) * clips * H * (num_chunks * CHUNK) + row
+    output_ptr += tl.program_id(1).to(tl.int64) * clips * H * (num_chunks * CHUNK) + row
     output_sum_ptr += (tl.program_id(1).to(tl.int64) * clips * H + clip * H + first_head) * num_chunks
     if ids_ptr is not None:
         ids_ptr += clip * L
@@ -139,41 +144,42 @@ def gradient_forward_kernel(
     end = tl.minimum(span * chunks_per_span + chunks_per_span, num_chunks)
     for chunk in range(span * chunks_per_span, end):
         position = chunk * CHUNK + i
-        inside, tokens = position < L, _tokens(position, L, REVERSE)
-        B = _load_rows(B_ptr, tokens, n, inside, N, B_token_stride, COMPUTE)
-        C = _load_rows(C_ptr, tokens, n, inside, N, C_token_stride, COMPUTE)
-        products = _dot(C, tl.trans(B), tl.zeros((CHUNK, CHUNK), tl.float32))
+        inside, tokens = position < L, to_tokens(position, L, REVERSE)
+        B = load_rows(B_ptr, tokens, n, inside, N, B_token_stride, COMPUTE)
+        C = load_rows(C_ptr, tokens, n, inside, N, C_token_stride, COMPUTE)
         used = i[:, None] >= i[None, :]
         if ids_ptr is not None:
-            ids, before, last = _load_ids(ids_ptr, chunk, L, REVERSE, CHUNK)
+            ids, before, last = load_ids(ids_ptr, chunk, L, REVERSE, CHUNK)
             used = used & (ids[:, None] == ids[None, :])
         dC = tl.zeros((CHUNK, BLOCK_N), tl.float32)
         new_states = ()
         for j in tl.static_range(HEADS):
-            x = _load_rows(x_ptr + j * x_head_stride, tokens, p, inside, P, x_token_stride, COMPUTE)
-            dy = _load_rows(dy_ptr + j * dy_head_stride, tokens, p, inside, P, dy_token_stride, COMPUTE)
+            x = load_rows(x_ptr + j * x_head_stride, tokens, p, inside, P, x_token_stride, COMPUTE)
+            dy = load_rows(dy_ptr + j * dy_head_stride, tokens, p, inside, P, dy_token_stride, COMPUTE)
             offset = j * (num_chunks * CHUNK).to(tl.int64) + chunk * CHUNK
             from_state, _ = _from_state(prefix_ptr, prefix_low_ptr, row + offset, CHUNK)
             if ids_ptr is not None:
                 from_state = tl.where(ids == before, from_state, 0.0)
-            read = _dot_split(dy, tl.trans(states[j]), tl.zeros((CHUNK, BLOCK_N), tl.float32), COMPUTE, TERMS)
+            if chunk_states_ptr is not None:
+                place = (clip * num_chunks + chunk) * H + first_head + j
+                tl.store(chunk_states_ptr + place * P * N + p[None, :] * N + n[:, None], states[j], mask=in_state)
+            read = dot_split(dy, tl.trans(states[j]), tl.zeros((CHUNK, BLOCK_N), tl.float32), COMPUTE, READ_TERMS)
             read *= from_state[:, None]
             from_entering = tl.sum(read * C.to(tl.float32), axis=1)
             dC += read
             d = tl.load(d_ptr + row + offset + i)
-            pairs = _dot(dy, tl.trans(x), tl.zeros((CHUNK, CHUNK), tl.float32)) * d[None, :]
+            pairs = dot(dy, tl.trans(x), tl.zeros((CHUNK, CHUNK), tl.float32)) * d[None, :]
             pairs *= _between(prefix_ptr, prefix_low_ptr, row + offset, False, CHUNK)
             pairs = tl.where(used, pairs, 0.0)
-            from_chunk = tl.sum(tl.where(i[:, None] > i[None, :], pairs * products, 0.0), axis=1)
-            dC = _dot(pairs.to(COMPUTE), B, dC)
-            tl.store(later_ptr + offset + i, from_entering + from_chunk)
+            dC = dot(pairs.to(COMPUTE), B, dC)
+            tl.store(output_ptr + offset + i, from_entering)
             tl.store(output_sum_ptr + j * num_chunks + chunk, tl.sum(from_entering, axis=0))
-            weights, decay = _state_weights(d_ptr, prefix_ptr, prefix_low_ptr, row + offset, CHUNK)
+            weights, decay = state_weights(d_ptr, prefix_ptr, prefix_low_ptr, row + offset, CHUNK)
             if ids_ptr is not None:
                 weights = tl.where(ids == last, weights, 0.0)
                 decay = tl.where(before == last, decay, 0.0)
             scaled = x.to(tl.float32) * weights[:, None]
-            new_states = new_states + (_dot_split(tl.trans(B), scaled, states[j] * decay, COMPUTE, TERMS),)
+            new_states = new_states + (dot_split(tl.trans(B), scaled, states[j] * decay, COMPUTE, TERMS),)
         states = new_states
         dC_ptrs = dC_ptr + tokens[:, None] * N + n[None, :]
         tl.store(dC_ptrs, dC.to(dC_ptr.dtype.element_ty), mask=inside[:, None] & (n < N)[None, :])
@@ -187,9 +193,10 @@ def gradient_forward_kernel(
 def gradient_reverse_kernel(
     x_ptr: tl.tensor, B_ptr: tl.tensor, C_ptr: tl.tensor, dy_ptr: tl.tensor, D_ptr: tl.tensor, ids_ptr: tl.tensor,
     d_ptr: tl.tensor, prefix_ptr: tl.tensor, prefix_low_ptr: tl.tensor,
-    leaving_ptr: tl.tensor, final_ptr: tl.tensor, entering_ptr: tl.tensor, output_sum_ptr: tl.tensor,
+    leaving_ptr: tl.tensor, final_ptr: tl.tensor, chunk_states_ptr: tl.tensor, entering_ptr: tl.tensor,
+    output_sum_ptr: tl.tensor,
     dx_ptr: tl.tensor, dB_ptr: tl.tensor, dD_ptr: tl.tensor, dinitial_ptr: tl.tensor,
-    later_ptr: tl.tensor, input_ptr: tl.tensor, step_ptr: tl.tensor, through_ptr: tl.tensor,
+    within_ptr: tl.tensor, input_ptr: tl.tensor, step_ptr: tl.tensor, through_ptr: tl.tensor,
     L: tl.tensor, H: tl.tensor, P: tl.tensor, N: tl.tensor, heads_per_group: tl.tensor,
     num_chunks: tl.tensor, num_spans: tl.tensor, chunks_per_span: tl.tensor,
     x_clip_stride: tl.tensor, x_token_stride: tl.tensor, x_head_stride: tl.tensor,
@@ -198,13 +205,16 @@ def gradient_reverse_kernel(
     dy_clip_stride: tl.tensor, dy_token_stride: tl.tensor, dy_head_stride: tl.tensor,
     D_head_stride: tl.tensor, D_channel_stride: tl.tensor,
     REVERSE: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    COMPUTE: tl.constexpr, TERMS: tl.constexpr,
+    COMPUTE: tl.constexpr, TERMS: tl.constexpr, READ_TERMS: tl.constexpr,
 ):  # fmt: skip
-    """Go through a span backwards, with the gradient of its state: dx, this program's part of dB, dD of the span, the gradient of
-    the initial state, and for steps and decays of a token: the gradient of its step as a factor of x, what the state that
-    leaves the chunk has of it, and of a chunk, what goes through it from state to state.
+    """Go through a span backwards, with the gradient of its state: dx, this program's part of dB, dD of the span, and the
+    gradient of the initial state. Further, for the gradients of steps and decays, by token (P blocks, B, H, tokens): the
+    products of pairs of tokens of the chunk between which a token's decay lies (`within`), what it puts into the state that
+    leaves the chunk (`input`), and the gradient of its step as a factor of x (`step`); by chunk (P blocks, B, H, chunks):
+    <gradient, state> of what goes through it from state to state (`through`).
 
-    `later` of `gradient_forward_kernel` is reduced by what later tokens of the chunk read from each token.
+    The latter is computed from `chunk_states` or, where that is None, from <gradient, state> at the end of the span, less what
+    tokens put into the state, plus what they read of it: that loses some digits, as the difference of sums in `within` does.
     """
     head_blocks = H // HEADS
     first_head = (tl.program_id(0) % head_blocks) * HEADS
@@ -222,7 +232,7 @@ def gradient_reverse_kernel(
     dB_ptr += (part * clips + clip) * L * N
     row = (clip * H + first_head) * (num_chunks * CHUNK)
     block_row = tl.program_id(1).to(tl.int64) * clips * H * (num_chunks * CHUNK) + row
-    later_ptr += block_row
+    within_ptr += block_row
     input_ptr += block_row
     step_ptr += block_row
     chunk_row = (tl.program_id(1).to(tl.int64) * clips * H + clip * H + first_head) * num_chunks
@@ -252,41 +262,51 @@ def gradient_reverse_kernel(
     for k in range(0, end - first):
         chunk = end - 1 - k
         position = chunk * CHUNK + i
-        inside, tokens = position < L, _tokens(position, L, REVERSE)
-        B = _load_rows(B_ptr, tokens, n, inside, N, B_token_stride, COMPUTE)
-        C = _load_rows(C_ptr, tokens, n, inside, N, C_token_stride, COMPUTE)
-        products = _dot(B, tl.trans(C), tl.zeros((CHUNK, CHUNK), tl.float32))  # at [j, i]
+        inside, tokens = position < L, to_tokens(position, L, REVERSE)
+        B = load_rows(B_ptr, tokens, n, inside, N, B_token_stride, COMPUTE)
+        C = load_rows(C_ptr, tokens, n, inside, N, C_token_stride, COMPUTE)
+        products = dot(B, tl.trans(C), tl.zeros((CHUNK, CHUNK), tl.float32))  # at [j, i]
         used = i[:, None] <= i[None, :]
         if ids_ptr is not None:
-            ids, before, last = _load_ids(ids_ptr, chunk, L, REVERSE, CHUNK)
+            ids, before, last = load_ids(ids_ptr, chunk, L, REVERSE, CHUNK)
             used = used & (ids[:, None] == ids[None, :])
         dB = tl.zeros((CHUNK, BLOCK_N), tl.float32)
         new_gradients, new_inner, new_dDs = (), (), ()
         for j in tl.static_range(HEADS):
-            x = _load_rows(x_ptr + j * x_head_stride, tokens, p, inside, P, x_token_stride, COMPUTE)
-            dy = _load_rows(dy_ptr + j * dy_head_stride, tokens, p, inside, P, dy_token_stride, COMPUTE)
+            x = load_rows(x_ptr + j * x_head_stride, tokens, p, inside, P, x_token_stride, COMPUTE)
+            dy = load_rows(dy_ptr + j * dy_head_stride, tokens, p, inside, P, dy_token_stride, COMPUTE)
             offset = j * (num_chunks * CHUNK).to(tl.int64) + chunk * CHUNK
             d = tl.load(d_ptr + row + offset + i)
-            weights, decay = _state_weights(d_ptr, prefix_ptr, prefix_low_ptr, row + offset, CHUNK)
+            weights, decay = state_weights(d_ptr, prefix_ptr, prefix_low_ptr, row + offset, CHUNK)
             to_end = _to_end(prefix_ptr, prefix_low_ptr, row + offset, CHUNK)
             if ids_ptr is not None:
                 to_end = tl.where(ids == last, to_end, 0.0)
                 decay = tl.where(before == last, decay, 0.0)
             decays = tl.where(used, _between(prefix_ptr, prefix_low_ptr, row + offset, True, CHUNK), 0.0)
-            read = _dot_split(x, tl.trans(gradients[j]), tl.zeros((CHUNK, BLOCK_N), tl.float32), COMPUTE, TERMS)
+            read = dot_split(x, tl.trans(gradients[j]), tl.zeros((CHUNK, BLOCK_N), tl.float32), COMPUTE, READ_TERMS)
             read *= (to_end * d)[:, None]
             into_state = tl.sum(read * B.to(tl.float32), axis=1)
             dB += read
-            pairs = _dot(x, tl.trans(dy), tl.zeros((CHUNK, CHUNK), tl.float32)) * decays * d[:, None]
-            by_later = tl.sum(tl.where(i[:, None] < i[None, :], pairs * products, 0.0), axis=1)
-            dB = _dot(pairs.to(COMPUTE), C, dB)
-            dx = _dot(B, gradients[j].to(COMPUTE), tl.zeros((CHUNK, BLOCK_P), tl.float32)) * to_end[:, None]
-            dx = _dot((products * decays).to(COMPUTE), dy, dx)
+            pairs = dot(x, tl.trans(dy), tl.zeros((CHUNK, CHUNK), tl.float32)) * decays * d[:, None]
+            terms = tl.where(i[:, None] < i[None, :], pairs * products, 0.0)
+            if COMPUTE == tl.float32:
+                spanning = tl.cumsum(terms, axis=1, reverse=True)  # at [j, t]: of all i >= t
+                within = tl.sum(tl.where(i[:, None] < i[None, :], spanning, 0.0), axis=0)
+            else:
+                within = tl.cumsum(tl.sum(terms, axis=0) - tl.sum(tl.trans(terms), axis=0), axis=0, reverse=True)
+            dB = dot(pairs.to(COMPUTE), C, dB)
+            dx = dot(B, gradients[j].to(COMPUTE), tl.zeros((CHUNK, BLOCK_P), tl.float32)) * to_end[:, None]
+            dx = dot((products * decays).to(COMPUTE), dy, dx)
             x, dy = x.to(tl.float32), dy.to(tl.float32)
             tl.store(step_ptr + offset + i, tl.sum(dx * x, axis=1))
             tl.store(input_ptr + offset + i, into_state)
-            tl.store(later_ptr + offset + i, tl.load(later_ptr + offset + i) - by_later)
-            through = inner[j] - tl.sum(into_state, axis=0)
+            tl.store(within_ptr + offset + i, within)
+            if chunk_states_ptr is not None:
+                place = (clip * num_chunks + chunk) * H + first_head + j
+                state = tl.load(chunk_states_ptr + place * P * N + p[None, :] * N + n[:, None], mask=in_state, other=0.0)
+                through = decay * tl.sum(tl.sum(gradients[j] * state, axis=1), axis=0)
+            else:
+                through = inner[j] - tl.sum(into_state, axis=0)
             tl.store(through_ptr + j * num_chunks + chunk, through)
             new_inner = new_inner + (through + tl.load(output_sum_ptr + j * num_chunks + chunk),)
             dx *= d[:, None]
@@ -300,7 +320,7 @@ def gradient_reverse_kernel(
             if ids_ptr is not None:
                 from_state = tl.where(ids == before, from_state, 0.0)
             scaled = dy * from_state[:, None]
-            new_gradients = new_gradients + (_dot_split(tl.trans(C), scaled, gradients[j] * decay, COMPUTE, TERMS),)
+            new_gradients = new_gradients + (dot_split(tl.trans(C), scaled, gradients[j] * decay, COMPUTE, TERMS),)
         gradients, inner, dDs = new_gradients, new_inner, new_dDs
         dB_ptrs = dB_ptr + tokens[:, None] * N + n[None, :]
         tl.store(dB_ptrs, dB.to(dB_ptr.dtype.element_ty), mask=inside[:, None] & (n < N)[None, :])
@@ -315,8 +335,9 @@ def gradient_reverse_kernel(
 
 @triton.jit(do_not_specialize=["L", "num_chunks"])
 def steps_backward_kernel(
-    dt_ptr: tl.tensor, A_ptr: tl.tensor, bias_ptr: tl.tensor, d_ptr: tl.tensor, later_ptr: tl.tensor, input_ptr: tl.tensor,
-    step_ptr: tl.tensor, through_ptr: tl.tensor, ddt_ptr: tl.tensor, dA_ptr: tl.tensor, dbias_ptr: tl.tensor,
+    dt_ptr: tl.tensor, A_ptr: tl.tensor, bias_ptr: tl.tensor, d_ptr: tl.tensor,
+    output_ptr: tl.tensor, within_ptr: tl.tensor, input_ptr: tl.tensor, step_ptr: tl.tensor, through_ptr: tl.tensor,
+    ddt_ptr: tl.tensor, dA_ptr: tl.tensor, dbias_ptr: tl.tensor,
     L: tl.tensor, H: tl.tensor, num_chunks: tl.tensor, dt_clip_stride: tl.tensor, dt_token_stride: tl.tensor,
     part_stride: tl.tensor, chunk_part_stride: tl.tensor, low: tl.tensor, high: tl.tensor,
     PARTS: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_HEADS: tl.constexpr,
@@ -331,15 +352,17 @@ def steps_backward_kernel(
     heads = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     of_head = (heads < H)[None, :] & (position < num_chunks * CHUNK)[:, None]
     offsets = (clip * H + heads)[None, :].to(tl.int64) * (num_chunks * CHUNK) + position[:, None]
-    later, into, step = (tl.zeros((CHUNK, BLOCK_HEADS), tl.float32),) * 3
+    zeros = tl.zeros((CHUNK, BLOCK_HEADS), tl.float32)
+    read, within, into, step = zeros, zeros, zeros, zeros
     through = tl.zeros((BLOCK_HEADS,), tl.float32)
     for part in tl.static_range(PARTS):
-        later += tl.load(later_ptr + part * part_stride + offsets, mask=of_head, other=0.0)
+        read += tl.load(output_ptr + part * part_stride + offsets, mask=of_head, other=0.0)
+        within += tl.load(within_ptr + part * part_stride + offsets, mask=of_head, other=0.0)
         into += tl.load(input_ptr + part * part_stride + offsets, mask=of_head, other=0.0)
         step += tl.load(step_ptr + part * part_stride + offsets, mask=of_head, other=0.0)
         ptrs = through_ptr + part * chunk_part_stride + (clip * H + heads) * num_chunks + chunk
         through += tl.load(ptrs, mask=heads < H, other=0.0)
-    dlog = tl.cumsum(later, axis=0, reverse=True) + (tl.cumsum(into, axis=0) - into) + through[None, :]
+    dlog = within + tl.cumsum(read, axis=0, reverse=True) + (tl.cumsum(into, axis=0) - into) + through[None, :]
     inside = (position < L)[:, None] & (heads < H)[None, :]
     A = tl.load(A_ptr + heads, mask=heads < H, other=0.0).to(tl.float32)
     d = tl.load(d_ptr + offsets, mask=of_head, other=0.0)
@@ -348,14 +371,14 @@ def steps_backward_kernel(
     chunk_offsets = (clip * num_chunks + chunk) * H + heads
     tl.store(dA_ptr + chunk_offsets, tl.sum(d * dlog, axis=0), mask=heads < H)
     dd = step + dlog * A[None, :]
-    tokens = _tokens(position, L, REVERSE)
+    tokens = to_tokens(position, L, REVERSE)
     raw = tl.load(dt_ptr + clip * dt_clip_stride + tokens[:, None] * dt_token_stride + heads[None, :], mask=inside, other=0.0)
     raw = raw.to(tl.float32)
     if bias_ptr is not None:
         raw += tl.load(bias_ptr + heads, mask=heads < H, other=0.0).to(tl.float32)[None, :]
     value = raw
     if SOFTPLUS:
-        value = _softplus(raw)
+        value = softplus(raw)
         dd *= 1.0 / (1.0 + tl.exp2(raw * -LOG2E))
     dd = tl.where(inside & (value >= low) & (value <= high), dd, 0.0)
     ddt_ptrs = ddt_ptr + (clip * L + tokens)[:, None] * H + heads[None, :]

@@ -1,13 +1,16 @@
 """Triton source of the SSD scan's forward; `launch.py` states the equations and launches it.
 
-A chunk is CHUNK consecutive tokens in the order of the scan, a span is consecutive chunks. Positions count tokens in the order of
-the scan; `REVERSE` turns a position into a token. A program has HEADS consecutive heads, which share B and C. States are kept
+A chunk is CHUNK consecutive tokens in the order of the scan, a span is consecutive chunks. Positions count tokens in that
+order; `REVERSE` turns a position into a token. A program has HEADS consecutive heads, which share B and C. States are kept
 transposed, (N, P), in float32. In names, `prefix` is the sum of the logarithms (base 2) of the decays from the chunk's first
 token to the token in question, as two float32 whose sum is exact to float64.
 
 COMPUTE is the dtype of matrix products: that of bfloat16 inputs, which are exact in it, else float32, by three TF32 products.
 What is not exact in bfloat16, where it decides about states, is split into TERMS bfloat16 numbers.
 """
+
+# mypy: disable-error-code="assignment"
+# (a tuple that grows in an unrolled loop has another type after every step)
 
 import triton
 import triton.language as tl
@@ -26,7 +29,7 @@ def _exp(x: tl.tensor):
 
 
 @triton.jit
-def _softplus(x: tl.tensor):
+def softplus(x: tl.tensor):
     """Return log(1 + exp(x)), to the last digits of small results too, and x above 20."""
     e = _exp(tl.minimum(x, 20.0))
     u = 1.0 + e
@@ -35,31 +38,31 @@ def _softplus(x: tl.tensor):
 
 
 @triton.jit
-def _dot(a: tl.tensor, b: tl.tensor, c: tl.tensor):
+def dot(a: tl.tensor, b: tl.tensor, c: tl.tensor):
     """Return a b + c in float32; a and b are bfloat16, or float32 with almost its precision."""
     return tl.dot(a, b, c, input_precision="tf32x3")
 
 
 @triton.jit
-def _dot_split(a: tl.tensor, b: tl.tensor, c: tl.tensor, COMPUTE: tl.constexpr, TERMS: tl.constexpr):
+def dot_split(a: tl.tensor, b: tl.tensor, c: tl.tensor, COMPUTE: tl.constexpr, TERMS: tl.constexpr):
     """Return a b + c, where b is float32 and a in COMPUTE."""
     if COMPUTE == tl.float32:
-        return _dot(a, b, c)
+        return dot(a, b, c)
     for _ in tl.static_range(TERMS):
         part = b.to(COMPUTE)
-        c = _dot(a, part, c)
+        c = dot(a, part, c)
         b = b - part.to(tl.float32)
     return c
 
 
 @triton.jit
-def _tokens(position: tl.tensor, L: tl.tensor, REVERSE: tl.constexpr):
+def to_tokens(position: tl.tensor, L: tl.tensor, REVERSE: tl.constexpr):
     """Return the tokens (int64) at positions of the scan."""
     return (L - 1 - position if REVERSE else position).to(tl.int64)
 
 
 @triton.jit
-def _load_rows(
+def load_rows(
     ptr: tl.tensor, tokens: tl.tensor, columns: tl.tensor, inside: tl.tensor, width: tl.tensor, stride: tl.tensor,
     COMPUTE: tl.constexpr,
 ):  # fmt: skip
@@ -70,22 +73,23 @@ def _load_rows(
 
 @triton.jit(do_not_specialize=["L", "num_chunks"])
 def steps_kernel(
-    dt_ptr: tl.tensor, A_ptr: tl.tensor, bias_ptr: tl.tensor, d_ptr: tl.tensor, prefix_ptr: tl.tensor, prefix_low_ptr: tl.tensor,
+    dt_ptr: tl.tensor, A_ptr: tl.tensor, bias_ptr: tl.tensor,
+    d_ptr: tl.tensor, prefix_ptr: tl.tensor, prefix_low_ptr: tl.tensor,
     L: tl.tensor, H: tl.tensor, num_chunks: tl.tensor, dt_clip_stride: tl.tensor, dt_token_stride: tl.tensor,
     low: tl.tensor, high: tl.tensor,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_HEADS: tl.constexpr,
 ):  # fmt: skip
-    """Compute d = clamp(softplus(dt + bias)) and the prefixes of a chunk, (B, H, num_chunks CHUNK); tokens beyond L have d 0."""
+    """Compute d = clamp(softplus(dt + bias)) and the prefixes of a chunk, (B, H, num_chunks CHUNK). Beyond L, d is 0."""
     clip = (tl.program_id(0) // num_chunks).to(tl.int64)
     position = (tl.program_id(0) % num_chunks) * CHUNK + tl.arange(0, CHUNK)
     heads = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     inside = (position < L)[:, None] & (heads < H)[None, :]
-    ptrs = dt_ptr + clip * dt_clip_stride + _tokens(position, L, REVERSE)[:, None] * dt_token_stride + heads[None, :]
+    ptrs = dt_ptr + clip * dt_clip_stride + to_tokens(position, L, REVERSE)[:, None] * dt_token_stride + heads[None, :]
     d = tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         d += tl.load(bias_ptr + heads, mask=heads < H, other=0.0).to(tl.float32)[None, :]
     if SOFTPLUS:
-        d = _softplus(d)
+        d = softplus(d)
     d = tl.where(d < low, low, d)  # not minimum and maximum: a NaN must stay
     d = tl.where(inside, tl.where(d > high, high, d), 0.0)
     A = tl.load(A_ptr + heads, mask=heads < H, other=0.0).to(tl.float64) * LOG2E
@@ -101,17 +105,17 @@ def steps_kernel(
 
 
 @triton.jit
-def _load_ids(ids_ptr: tl.tensor, chunk: tl.tensor, L: tl.tensor, REVERSE: tl.constexpr, CHUNK: tl.constexpr):
+def load_ids(ids_ptr: tl.tensor, chunk: tl.tensor, L: tl.tensor, REVERSE: tl.constexpr, CHUNK: tl.constexpr):
     """Return the segments of a chunk's tokens, of the token before it (its own first for the first chunk), and of its last."""
     position = chunk * CHUNK + tl.arange(0, CHUNK)
-    ids = tl.load(ids_ptr + _tokens(tl.minimum(position, L - 1), L, REVERSE))
-    before = tl.load(ids_ptr + _tokens(tl.maximum(chunk * CHUNK - 1, 0), L, REVERSE))
-    last = tl.load(ids_ptr + _tokens(tl.minimum(chunk * CHUNK + CHUNK, L) - 1, L, REVERSE))
+    ids = tl.load(ids_ptr + to_tokens(tl.minimum(position, L - 1), L, REVERSE))
+    before = tl.load(ids_ptr + to_tokens(tl.maximum(chunk * CHUNK - 1, 0), L, REVERSE))
+    last = tl.load(ids_ptr + to_tokens(tl.minimum(chunk * CHUNK + CHUNK, L) - 1, L, REVERSE))
     return ids, before, last
 
 
 @triton.jit
-def _state_weights(
+def state_weights(
     d_ptr: tl.tensor, prefix_ptr: tl.tensor, prefix_low_ptr: tl.tensor, base: tl.tensor, CHUNK: tl.constexpr
 ):
     """Return d exp2(sum of log decays after the token) (CHUNK,) and the decay of the whole chunk, of the chunk at `base`."""
@@ -153,20 +157,20 @@ def span_state_kernel(
         decays = decays + (1.0,)
     for chunk in range(span * chunks_per_span, span * chunks_per_span + chunks_per_span):
         position = chunk * CHUNK + tl.arange(0, CHUNK)
-        inside, tokens = position < L, _tokens(position, L, REVERSE)
-        B = _load_rows(B_ptr, tokens, n, inside, N, B_token_stride, COMPUTE)
+        inside, tokens = position < L, to_tokens(position, L, REVERSE)
+        B = load_rows(B_ptr, tokens, n, inside, N, B_token_stride, COMPUTE)
         if ids_ptr is not None:
-            ids, before, last = _load_ids(ids_ptr, chunk, L, REVERSE, CHUNK)
+            ids, before, last = load_ids(ids_ptr, chunk, L, REVERSE, CHUNK)
         new_states, new_decays = (), ()
         for j in tl.static_range(HEADS):
-            x = _load_rows(x_ptr + j * x_head_stride, tokens, p, inside, P, x_token_stride, COMPUTE)
+            x = load_rows(x_ptr + j * x_head_stride, tokens, p, inside, P, x_token_stride, COMPUTE)
             base = row + j * (num_chunks * CHUNK).to(tl.int64) + chunk * CHUNK
-            weights, decay = _state_weights(d_ptr, prefix_ptr, prefix_low_ptr, base, CHUNK)
+            weights, decay = state_weights(d_ptr, prefix_ptr, prefix_low_ptr, base, CHUNK)
             if ids_ptr is not None:
                 weights = tl.where(ids == last, weights, 0.0)
                 decay = tl.where(before == last, decay, 0.0)
             scaled = x.to(tl.float32) * weights[:, None]
-            new_states = new_states + (_dot_split(tl.trans(B), scaled, states[j] * decay, COMPUTE, TERMS),)
+            new_states = new_states + (dot_split(tl.trans(B), scaled, states[j] * decay, COMPUTE, TERMS),)
             new_decays = new_decays + (decays[j] * decay,)
         states, decays = new_states, new_decays
     for j in tl.static_range(HEADS):
@@ -246,17 +250,17 @@ def scan_kernel(
     end = tl.minimum(span * chunks_per_span + chunks_per_span, num_chunks)
     for chunk in range(span * chunks_per_span, end):
         position = chunk * CHUNK + i
-        inside, tokens = position < L, _tokens(position, L, REVERSE)
-        B = _load_rows(B_ptr, tokens, n, inside, N, B_token_stride, COMPUTE)
-        C = _load_rows(C_ptr, tokens, n, inside, N, C_token_stride, COMPUTE)
-        products = _dot(C, tl.trans(B), tl.zeros((CHUNK, CHUNK), tl.float32))
+        inside, tokens = position < L, to_tokens(position, L, REVERSE)
+        B = load_rows(B_ptr, tokens, n, inside, N, B_token_stride, COMPUTE)
+        C = load_rows(C_ptr, tokens, n, inside, N, C_token_stride, COMPUTE)
+        products = dot(C, tl.trans(B), tl.zeros((CHUNK, CHUNK), tl.float32))
         used = causal
         if ids_ptr is not None:
-            ids, before, last = _load_ids(ids_ptr, chunk, L, REVERSE, CHUNK)
+            ids, before, last = load_ids(ids_ptr, chunk, L, REVERSE, CHUNK)
             used = used & (ids[:, None] == ids[None, :])
         new_states = ()
         for j in tl.static_range(HEADS):
-            x = _load_rows(x_ptr + j * x_head_stride, tokens, p, inside, P, x_token_stride, COMPUTE)
+            x = load_rows(x_ptr + j * x_head_stride, tokens, p, inside, P, x_token_stride, COMPUTE)
             base = row + j * (num_chunks * CHUNK).to(tl.int64) + chunk * CHUNK
             prefix = tl.load(prefix_ptr + base + i)
             from_state = tl.exp2(prefix)
@@ -268,23 +272,23 @@ def scan_kernel(
             if ids_ptr is not None:
                 from_state = tl.where(ids == before, from_state, 0.0)
             d = tl.load(d_ptr + base + i)
-            y = _dot(C, states[j].to(COMPUTE), tl.zeros((CHUNK, BLOCK_P), tl.float32)) * from_state[:, None]
+            y = dot(C, states[j].to(COMPUTE), tl.zeros((CHUNK, BLOCK_P), tl.float32)) * from_state[:, None]
             mixing = tl.where(used, products * tl.exp2(between) * d[None, :], 0.0)
-            y = _dot(mixing.to(COMPUTE), x, y)
+            y = dot(mixing.to(COMPUTE), x, y)
             if D_ptr is not None:
                 D_ptrs = D_ptr + (first_head + j) * D_head_stride + p * D_channel_stride
                 y += x.to(tl.float32) * tl.load(D_ptrs, mask=p < P, other=0.0).to(tl.float32)[None, :]
             if z_ptr is not None:
-                z = _load_rows(z_ptr + j * z_head_stride, tokens, p, inside, P, z_token_stride, tl.float32)
+                z = load_rows(z_ptr + j * z_head_stride, tokens, p, inside, P, z_token_stride, tl.float32)
                 y *= z / (1.0 + tl.exp2(z * -LOG2E))
             y_ptrs = y_ptr + tokens[:, None] * (H * P) + (j * P + p)[None, :]
             tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=inside[:, None] & (p < P)[None, :])
-            weights, decay = _state_weights(d_ptr, prefix_ptr, prefix_low_ptr, base, CHUNK)
+            weights, decay = state_weights(d_ptr, prefix_ptr, prefix_low_ptr, base, CHUNK)
             if ids_ptr is not None:
                 weights = tl.where(ids == last, weights, 0.0)
                 decay = tl.where(before == last, decay, 0.0)
             scaled = x.to(tl.float32) * weights[:, None]
-            new_states = new_states + (_dot_split(tl.trans(B), scaled, states[j] * decay, COMPUTE, TERMS),)
+            new_states = new_states + (dot_split(tl.trans(B), scaled, states[j] * decay, COMPUTE, TERMS),)
         states = new_states
     if span == num_spans - 1:
         for j in tl.static_range(HEADS):

@@ -6,8 +6,8 @@ With decays a_t = exp(d_t A), a chunk of tokens that the state S enters gives, b
     S'  = a_1 ... a_Q S  +  sum over j of a_(j+1) ... a_Q d_j x_j B_j^T
 
 Forward, four kernels: `steps` (d and the sums of log decays of every chunk), `span_state` (the state that each span of chunks
-leaves, from zero), `pass` (the states that enter the spans, in order, in float32), `scan` (a span, chunk after chunk, its state in
-registers). A sequence of one span needs the first and the last kernel only. No result is summed by atomics: everything is
+leaves, from zero), `pass` (the states that enter the spans, in order, in float32), `scan` (a span, chunk after chunk, its state
+in registers). A sequence of one span needs the first and the last kernel only. No result is summed by atomics: everything is
 repeatable bit by bit. In bfloat16 a state is updated by products of three terms, which keep float32's precision.
 """
 
@@ -40,6 +40,7 @@ class Config(NamedTuple):
     BLOCK_N: int
     COMPUTE: Any
     TERMS: int
+    READ_TERMS: int
     scan_warps: int
     scan_stages: int
     state_warps: int
@@ -65,10 +66,10 @@ def choose_config(sizes: Sizes, dtype: torch.dtype) -> Config:
     block_p, block_n = max(16, min(64, power_of_2(sizes.P))), max(16, power_of_2(sizes.N))
     if dtype != torch.bfloat16 or not NATIVE:
         chunk = 16 if not NATIVE else 32
-        return Config(chunk, 1, block_p, block_n, tl.float32, 1, 4, 1, 4, 1, 8, 1, 1)
+        return Config(chunk, 1, block_p, block_n, tl.float32, 1, 1, 4, 1, 4, 1, 8, 1, 1)
     heads = 2 if (sizes.H // sizes.G) % 2 == 0 and block_n * block_p <= 128 * 64 else 1
     warps = 8 if heads * block_n * block_p > 128 * 64 else 4
-    return Config(64, heads, block_p, block_n, tl.bfloat16, 3, warps, 2, warps, 3, 8, 1, 1 if warps == 8 else 2)
+    return Config(64, heads, block_p, block_n, tl.bfloat16, 3, 2, warps, 2, warps, 3, 8, 1, 1 if warps == 8 else 2)
 
 
 @lru_cache(maxsize=1024)
@@ -77,11 +78,11 @@ def choose_spans(programs: int, num_chunks: int, slots: int) -> tuple[int, int]:
 
     Every span but a single one is gone through twice, the first time without outputs.
     """
-    best = (math.inf, 1, num_chunks)
+    best: tuple[float, int, int] = (math.inf, 1, num_chunks)
     for wanted in range(1, min(num_chunks, blocks(4 * slots, programs)) + 1):
         each = blocks(num_chunks, wanted)
         spans = blocks(num_chunks, each)
-        time = blocks(programs * spans, slots) * (each + SPAN_OVERHEAD_CHUNKS)
+        time: float = blocks(programs * spans, slots) * (each + SPAN_OVERHEAD_CHUNKS)
         if spans > 1:
             time += blocks(programs * (spans - 1), slots) * (STATE_SHARE * each + SPAN_OVERHEAD_CHUNKS)
         best = min(best, (time, spans, each))
@@ -95,7 +96,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Scan: return y (B, L, H, P) in x's dtype and the final state (B, H, P, N) in float32.
 
-    Shapes are those of `fused.ssd`. Tensors may have any strides but over their last axis, where other strides than 1 cost a copy.
+    Shapes are those of `fused.ssd`. Strides are free but over the last axis, where others than 1 cost a copy.
     """
     x, dt, B, C, z = (rows(t) for t in (x, dt, B, C, z))
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)

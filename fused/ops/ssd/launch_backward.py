@@ -10,11 +10,11 @@ L_ij = a_(j+1) ... a_i for j <= i, a chunk that the state S enters gives
 
 The gradient of log a_t is the sum of all terms of y . dy and of G . S' whose decays contain a_t. Every term is the product of a
 token's output or the leaving state, and of a token's input or the entering state: those within a chunk are summed from the same
-numbers by row and by column; of the others, those that go through the chunk from state to state are G . S', carried along
-from the end of the span, without the chunk's own.
+numbers by row and by column. Those that go through the chunk from state to state are a_1 ... a_Q G . S: in float32 the states
+that enter the chunks are stored for it; in bfloat16 it is G . S' at the end of the span, less the chunk's own terms.
 
 Kernels: those before `scan` again, for the states that enter the spans; the same for the gradients, from the last span on; then
-each span forwards with its state (dC) and backwards with the gradient of its state (dB, dx); then dt, A and the biases from what
+each span forwards with its state (dC) and backwards with the gradient of its state (dB, dx); then dt, A and the bias from what
 these two have stored for every token; then the sums of dB and dC over the heads of a group. All sums are in a fixed order.
 """
 
@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+import triton.language as tl
 from torch import Tensor
 
 from fused.ops.ssd import launch
@@ -67,11 +68,10 @@ def backward(
         dy, dz = _gate_backward(dy, z, launch.forward(
             x.float(), dt, A, B, C, D, None, dt_bias, softplus, low, high, initial_state, seq_idx, reverse
         )[0])  # fmt: skip
-        x_float, *others = _backward(
+        gradients = _backward(
             dy, dfinal, x.float(), dt, A, B, C, D, dt_bias, softplus, low, high, initial_state, seq_idx, reverse, None
         )
-        gradients = Gradients(x_float.to(x.dtype), *others)
-        return gradients._replace(z=dz)
+        return gradients._replace(x=gradients.x.to(x.dtype), z=dz)
     return _backward(
         dy, dfinal, x, dt, A, B, C, D, dt_bias, softplus, low, high, initial_state, seq_idx, reverse, config
     )
@@ -101,14 +101,17 @@ def _backward(
     dB, dC = empty(*B.shape, dtype=B.dtype), empty(*C.shape, dtype=C.dtype)
     dinitial = None if initial_state is None else empty(clips, H, P, N)
     if not dx.numel():
-        zeros = [None if t is None else torch.zeros_like(t, dtype=torch.float32) for t in (A, D, dt_bias)]
-        return Gradients(dx, ddt, zeros[0], dB, dC, zeros[1], None, zeros[2], dinitial)  # type: ignore[arg-type]
+        dD, dbias = (None if t is None else torch.zeros_like(t, dtype=torch.float32) for t in (D, dt_bias))
+        return Gradients(dx, ddt, torch.zeros_like(A, dtype=torch.float32), dB, dC, dD, None, dbias, dinitial)
     with launching_on(x.device):
         call = prepare(x, dt, A, B, dt_bias, softplus, low, high, initial_state, seq_idx, reverse, config)
         config, shape, ids, (d, prefix, prefix_low) = call.config, call.shape, call.ids, call.steps
         num_chunks, num_spans = shape[5:7]
         head_blocks, p_blocks = H // config.HEADS, blocks(P, config.BLOCK_P)
-        launch_options = {**call.options, "num_warps": config.gradient_warps, "num_stages": config.gradient_stages}
+        launch_options = {
+            **call.options, "READ_TERMS": config.READ_TERMS,
+            "num_warps": config.gradient_warps, "num_stages": config.gradient_stages,
+        }  # fmt: skip
         entering = None if dfinal is None else dfinal.float().contiguous()
         if num_spans > 1:
             gradients, decays = empty_span_states(call, x.device)
@@ -121,27 +124,32 @@ def _backward(
         strides = (*x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *dy.stride()[:3])
         part_dtype = B.dtype if B.dtype == C.dtype == torch.bfloat16 and x.dtype == torch.bfloat16 else torch.float32
         dB_parts, dC_parts = empty(2, p_blocks, head_blocks, clips, L, N, dtype=part_dtype).unbind(0)
-        later, into, step = empty(3, p_blocks, clips, H, num_chunks * config.CHUNK).unbind(0)
+        read, within, into, step = empty(4, p_blocks, clips, H, num_chunks * config.CHUNK).unbind(0)
         output_sum, through = empty(2, p_blocks, clips, H, num_chunks).unbind(0)
-        final, dD = empty(clips, H, P, N), empty(clips, num_spans, H, P)
+        chunk_states = empty(clips, num_chunks, H, P, N) if config.COMPUTE == tl.float32 else None
+        final, dD_parts = empty(clips, H, P, N), empty(clips, num_spans, H, P)
         gradient_forward_kernel[call.grid](
-            x, B, C, dy, ids, d, prefix, prefix_low, call.entering, final, dC_parts, later, output_sum, *shape, *strides,
+            x, B, C, dy, ids, d, prefix, prefix_low, call.entering, final, chunk_states,
+            dC_parts, read, output_sum, *shape, *strides,
             **launch_options,
         )  # fmt: skip
         gradient_reverse_kernel[call.grid](
-            x, B, C, dy, D, ids, d, prefix, prefix_low, call.entering, final, entering, output_sum, dx, dB_parts, dD, dinitial,
-            later, into, step, through, *shape, *strides, *head_strides(D), **launch_options,
+            x, B, C, dy, D, ids, d, prefix, prefix_low, call.entering, final, chunk_states, entering,
+            output_sum, dx, dB_parts, dD_parts, dinitial, within, into, step, through, *shape, *strides, *head_strides(D),
+            **launch_options,
         )  # fmt: skip
-        dA, dbias = empty(2, clips * num_chunks, H).unbind(0)
+        dA_parts, dbias_parts = empty(2, clips * num_chunks, H).unbind(0)
         bias = None if dt_bias is None else dt_bias.contiguous()
         steps_backward_kernel[(clips * num_chunks, blocks(H, STEPS["BLOCK_HEADS"]))](
-            dt, A.contiguous(), bias, d, later, into, step, through, ddt, dA, dbias, L, H, num_chunks, *dt.stride()[:2],
-            later.stride(0), through.stride(0), low, high,
+            dt, A.contiguous(), bias, d, read, within, into, step, through, ddt, dA_parts, dbias_parts,
+            L, H, num_chunks, *dt.stride()[:2],
+            read.stride(0), through.stride(0), low, high,
             PARTS=p_blocks, SOFTPLUS=softplus, REVERSE=reverse, CHUNK=config.CHUNK, **STEPS,
         )  # fmt: skip
         for parts, out in ((dB_parts, dB), (dC_parts, dC)):
             reduce_kernel[(blocks(clips * L * N, REDUCE["BLOCK"]), G)](
                 parts, out, clips * L * N, G, N, head_blocks, P_BLOCKS=p_blocks, **REDUCE
             )
-        dD = None if D is None else dD.sum((0, 1, 3) if D.dim() == 1 else (0, 1))
-    return Gradients(dx, ddt, dA.sum(0), dB, dC, dD, None, None if dt_bias is None else dbias.sum(0), dinitial)
+        dD = None if D is None else dD_parts.sum((0, 1, 3) if D.dim() == 1 else (0, 1))
+        dbias = None if dt_bias is None else dbias_parts.sum(0)
+    return Gradients(dx, ddt, dA_parts.sum(0), dB, dC, dD, None, dbias, dinitial)
