@@ -81,21 +81,31 @@ def launches_of_steps():
 
 
 def launches_of_ssd():
-    """Yield the same for Mamba-2's sizes, with all that the scan has, and for the widest."""
+    """Yield the same for Mamba-2's sizes, with all that the scan has, and for the widest, forward and backward."""
     from fused.ops.ssd import launch as ssd
+    from fused.ops.ssd import launch_backward as ssd_backward
 
-    def launch(H, P, G, N, dtype, full):
-        x, z = torch.empty(2, 1, 200, H, P, dtype=dtype).unbind(0)
-        B = torch.empty(1, 200, G, N, dtype=dtype)
-        dt, A = torch.empty(1, 200, H, dtype=dtype), torch.empty(H)
-        ids, state = (torch.zeros(1, 200, dtype=torch.int32), torch.empty(1, H, P, N)) if full else (None, None)
-        ssd.forward(x, dt, A, B, B, A, z if full else None, A, True, 0.0, 1.0, state, ids, full)
+    def launch(H, P, G, N, dtype, full, backward):
+        x, z = torch.empty(2, 1, 2000, H, P, dtype=dtype).unbind(0)
+        B = torch.empty(1, 2000, G, N, dtype=dtype)
+        dt, A = torch.empty(1, 2000, H, dtype=dtype), torch.empty(H)
+        ids, state = (torch.zeros(1, 2000, dtype=torch.int32), torch.empty(1, H, P, N)) if full else (None, None)
+        arguments = x, dt, A, B, B, A, z if full and not backward else None, A, True, 0.0, 1.0, state, ids, full
+        ssd_backward.backward(x, state, *arguments) if backward else ssd.forward(*arguments)
 
     kernels = ("steps_kernel", "span_state_kernel", "pass_kernel", "scan_kernel")
+    gradients = ("span_gradient_kernel", "gradient_forward_kernel", "gradient_reverse_kernel", "steps_backward_kernel")
+    vars(ssd)["choose_spans"] = lambda programs, num_chunks, slots: (2, -(-num_chunks // 2))
     for H, P, G, N, full in ((112, 64, 1, 128, False), (24, 64, 1, 128, True), (3, 128, 3, 256, True)):
-        for dtype in (BF16, FP32):
+        for dtype in (BF16, FP32) if N < 256 else (BF16,):
             name = f"H{H} P{P} G{G} N{N} {'full ' * full}{DTYPE_NAMES[dtype]}"
-            yield name, ssd, kernels, lambda a=(H, P, G, N, dtype, full): launch(*a)
+            yield name, ssd, kernels, lambda a=(H, P, G, N, dtype, full, False): launch(*a)
+            for kernel in kernels:  # they would run on the CPU
+                vars(ssd)[kernel] = Recorder(vars(ssd)[kernel])
+            call = lambda a=(H, P, G, N, dtype, full, True): launch(*a)  # noqa: E731
+            yield name, ssd_backward, (*gradients, "reduce_kernel"), call
+            for kernel in kernels:
+                vars(ssd)[kernel] = vars(ssd)[kernel].kernel
 
 
 class Recorder:

@@ -95,98 +95,137 @@ def span_gradient_kernel(
         tl.store(decay_ptr + place, decays[j])
 
 
+@triton.jit
+def _load_state(
+    state_ptr: tl.tensor, place: tl.tensor, p: tl.tensor, P: tl.tensor, N: tl.tensor, BLOCK_N: tl.constexpr, TILES: tl.constexpr
+):
+    """Return the state (P, N) number `place` as TILES transposed tiles (BLOCK_N, BLOCK_P) in float32; zeros of None."""
+    tiles = ()
+    for t in tl.static_range(TILES):
+        if state_ptr is not None:
+            n = t * BLOCK_N + tl.arange(0, BLOCK_N)
+            ptrs = state_ptr + place * P * N + p[None, :] * N + n[:, None]
+            tiles = tiles + (tl.load(ptrs, mask=(n < N)[:, None] & (p < P)[None, :], other=0.0).to(tl.float32),)
+        else:
+            tiles = tiles + (tl.zeros((BLOCK_N, p.shape[0]), tl.float32),)
+    return tiles
+
+
+@triton.jit
+def _store_state(
+    state_ptr: tl.tensor, tiles: tl.tuple, place: tl.tensor, p: tl.tensor, P: tl.tensor, N: tl.tensor, BLOCK_N: tl.constexpr,
+    TILES: tl.constexpr,
+):  # fmt: skip
+    """Store the tiles of a state (P, N) to number `place`."""
+    for t in tl.static_range(TILES):
+        n = t * BLOCK_N + tl.arange(0, BLOCK_N)
+        ptrs = state_ptr + place * P * N + p[None, :] * N + n[:, None]
+        tl.store(ptrs, tiles[t], mask=(n < N)[:, None] & (p < P)[None, :])
+
+
+@triton.jit
+def _load_tiles(
+    ptr: tl.tensor, tokens: tl.tensor, inside: tl.tensor, N: tl.tensor, stride: tl.tensor, BLOCK_N: tl.constexpr,
+    TILES: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Return rows of B or C as TILES tiles (CHUNK, BLOCK_N)."""
+    tiles = ()
+    for t in tl.static_range(TILES):
+        tiles = tiles + (load_rows(ptr, tokens, t * BLOCK_N + tl.arange(0, BLOCK_N), inside, N, stride, COMPUTE),)
+    return tiles
+
+
 @triton.jit(do_not_specialize=["L", "num_chunks", "num_spans", "chunks_per_span"])
 def gradient_forward_kernel(
     x_ptr: tl.tensor, B_ptr: tl.tensor, C_ptr: tl.tensor, dy_ptr: tl.tensor, ids_ptr: tl.tensor,
     d_ptr: tl.tensor, prefix_ptr: tl.tensor, prefix_low_ptr: tl.tensor,
     entering_ptr: tl.tensor, final_ptr: tl.tensor, chunk_states_ptr: tl.tensor,
-    dC_ptr: tl.tensor, output_ptr: tl.tensor, output_sum_ptr: tl.tensor,
+    dC_ptr: tl.tensor, within_ptr: tl.tensor, output_ptr: tl.tensor, output_sum_ptr: tl.tensor,
     L: tl.tensor, H: tl.tensor, P: tl.tensor, N: tl.tensor, heads_per_group: tl.tensor,
     num_chunks: tl.tensor, num_spans: tl.tensor, chunks_per_span: tl.tensor,
     x_clip_stride: tl.tensor, x_token_stride: tl.tensor, x_head_stride: tl.tensor,
     B_clip_stride: tl.tensor, B_token_stride: tl.tensor, B_group_stride: tl.tensor,
     C_clip_stride: tl.tensor, C_token_stride: tl.tensor, C_group_stride: tl.tensor,
     dy_clip_stride: tl.tensor, dy_token_stride: tl.tensor, dy_head_stride: tl.tensor,
-    REVERSE: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    COMPUTE: tl.constexpr, TERMS: tl.constexpr, READ_TERMS: tl.constexpr,
+    REVERSE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
+    COMPUTE: tl.constexpr, TERMS: tl.constexpr, READ_TERMS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Go through a span forwards, with its state: this program's part of dC, (P blocks, head blocks, B, L, N), and, for the
-    gradients of decays, what each token reads from the state that enters its chunk, (P blocks, B, H, tokens), and the sum of
-    it over the chunk, (P blocks, B, H, chunks). Also compute the final state and, unless that is None, the states that enter
-    the chunks, (B, chunks, H, P, N)."""
-    head_blocks = H // HEADS
-    first_head = (tl.program_id(0) % head_blocks) * HEADS
-    span = (tl.program_id(0) // head_blocks) % num_spans
-    clip = (tl.program_id(0) // head_blocks // num_spans).to(tl.int64)
-    clips = tl.num_programs(0) // head_blocks // num_spans
-    p, n, i = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N), tl.arange(0, CHUNK)
-    group = (first_head // heads_per_group).to(tl.int64)
-    x_ptr += clip * x_clip_stride + first_head.to(tl.int64) * x_head_stride
-    dy_ptr += clip * dy_clip_stride + first_head.to(tl.int64) * dy_head_stride
+    """Go through a span of one head forwards, with its state: its part of dC, (P blocks, H, B, L, N), the final state and,
+    unless that is None, the states that enter the chunks, (B, chunks, H, P, N).
+
+    Further, for the gradients of decays, by token (P blocks, B, H, tokens): the products of pairs of tokens of the chunk
+    between which the token's decay lies (`within`), and what it reads from the state that enters the chunk (`output`), with its
+    sum by chunk (P blocks, B, H, chunks). Without EXACT `within` is a difference of sums, which loses some digits.
+    """
+    head = tl.program_id(0) % H
+    span = (tl.program_id(0) // H) % num_spans
+    clip = (tl.program_id(0) // H // num_spans).to(tl.int64)
+    clips = tl.num_programs(0) // H // num_spans
+    p, i = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, CHUNK)
+    group = (head // heads_per_group).to(tl.int64)
+    x_ptr += clip * x_clip_stride + head.to(tl.int64) * x_head_stride
+    dy_ptr += clip * dy_clip_stride + head.to(tl.int64) * dy_head_stride
     B_ptr += clip * B_clip_stride + group * B_group_stride
     C_ptr += clip * C_clip_stride + group * C_group_stride
-    part = tl.program_id(1).to(tl.int64) * head_blocks + first_head // HEADS
-    dC_ptr += (part * clips + clip) * L * N
-    row = (clip * H + first_head) * (num_chunks * CHUNK)
+    dC_ptr += ((tl.program_id(1).to(tl.int64) * H + head) * clips + clip) * L * N
+    row = (clip * H + head) * (num_chunks * CHUNK)
+    within_ptr += tl.program_id(1).to(tl.int64) * clips * H * (num_chunks * CHUNK) + row
     output_ptr += tl.program_id(1).to(tl.int64) * clips * H * (num_chunks * CHUNK) + row
-    output_sum_ptr += (tl.program_id(1).to(tl.int64) * clips * H + clip * H + first_head) * num_chunks
+    output_sum_ptr += (tl.program_id(1).to(tl.int64) * clips * H + clip * H + head) * num_chunks
     if ids_ptr is not None:
         ids_ptr += clip * L
-    in_state = (n < N)[:, None] & (p < P)[None, :]
-    states = ()
-    for j in tl.static_range(HEADS):
-        if entering_ptr is not None:
-            place = (clip * num_spans + span) * H + first_head + j
-            entering = tl.load(entering_ptr + place * P * N + p[None, :] * N + n[:, None], mask=in_state, other=0.0)
-            states = states + (entering.to(tl.float32),)
-        else:
-            states = states + (tl.zeros((BLOCK_N, BLOCK_P), tl.float32),)
+    states = _load_state(entering_ptr, (clip * num_spans + span) * H + head, p, P, N, BLOCK_N, TILES)
     end = tl.minimum(span * chunks_per_span + chunks_per_span, num_chunks)
     for chunk in range(span * chunks_per_span, end):
         position = chunk * CHUNK + i
         inside, tokens = position < L, to_tokens(position, L, REVERSE)
-        B = load_rows(B_ptr, tokens, n, inside, N, B_token_stride, COMPUTE)
-        C = load_rows(C_ptr, tokens, n, inside, N, C_token_stride, COMPUTE)
+        base = row + chunk * CHUNK
+        from_state, decay = _from_state(prefix_ptr, prefix_low_ptr, base, CHUNK)
+        weights, _ = state_weights(d_ptr, prefix_ptr, prefix_low_ptr, base, CHUNK)
         used = i[:, None] >= i[None, :]
         if ids_ptr is not None:
             ids, before, last = load_ids(ids_ptr, chunk, L, REVERSE, CHUNK)
             used = used & (ids[:, None] == ids[None, :])
-        dC = tl.zeros((CHUNK, BLOCK_N), tl.float32)
+            from_state = tl.where(ids == before, from_state, 0.0)
+            weights = tl.where(ids == last, weights, 0.0)
+            decay = tl.where(before == last, decay, 0.0)
+        x = load_rows(x_ptr, tokens, p, inside, P, x_token_stride, COMPUTE)
+        dy = load_rows(dy_ptr, tokens, p, inside, P, dy_token_stride, COMPUTE)
+        B_tiles = _load_tiles(B_ptr, tokens, inside, N, B_token_stride, BLOCK_N, TILES, COMPUTE)
+        C_tiles = _load_tiles(C_ptr, tokens, inside, N, C_token_stride, BLOCK_N, TILES, COMPUTE)
+        if chunk_states_ptr is not None:
+            _store_state(chunk_states_ptr, states, (clip * num_chunks + chunk) * H + head, p, P, N, BLOCK_N, TILES)
+        pairs = dot(dy, tl.trans(x), tl.zeros((CHUNK, CHUNK), tl.float32)) * tl.load(d_ptr + base + i)[None, :]
+        pairs *= _between(prefix_ptr, prefix_low_ptr, base, False, CHUNK)
+        pairs = tl.where(used, pairs, 0.0)
+        products = tl.zeros((CHUNK, CHUNK), tl.float32)
+        for t in tl.static_range(TILES):
+            products = dot(C_tiles[t], tl.trans(B_tiles[t]), products)
+        terms = tl.where(i[:, None] > i[None, :], pairs * products, 0.0)
+        if EXACT:
+            spanning = tl.cumsum(terms, axis=0, reverse=True)  # at [t, j]: of all i >= t
+            within = tl.sum(tl.where(i[:, None] > i[None, :], spanning, 0.0), axis=1)
+        else:
+            within = tl.cumsum(tl.sum(terms, axis=1) - tl.sum(terms, axis=0), axis=0, reverse=True)
+        tl.store(within_ptr + chunk * CHUNK + i, within)
+        pairs = pairs.to(COMPUTE)
+        scaled = x.to(tl.float32) * weights[:, None]
+        from_entering = tl.zeros((CHUNK,), tl.float32)
         new_states = ()
-        for j in tl.static_range(HEADS):
-            x = load_rows(x_ptr + j * x_head_stride, tokens, p, inside, P, x_token_stride, COMPUTE)
-            dy = load_rows(dy_ptr + j * dy_head_stride, tokens, p, inside, P, dy_token_stride, COMPUTE)
-            offset = j * (num_chunks * CHUNK).to(tl.int64) + chunk * CHUNK
-            from_state, _ = _from_state(prefix_ptr, prefix_low_ptr, row + offset, CHUNK)
-            if ids_ptr is not None:
-                from_state = tl.where(ids == before, from_state, 0.0)
-            if chunk_states_ptr is not None:
-                place = (clip * num_chunks + chunk) * H + first_head + j
-                tl.store(chunk_states_ptr + place * P * N + p[None, :] * N + n[:, None], states[j], mask=in_state)
-            read = dot_split(dy, tl.trans(states[j]), tl.zeros((CHUNK, BLOCK_N), tl.float32), COMPUTE, READ_TERMS)
-            read *= from_state[:, None]
-            from_entering = tl.sum(read * C.to(tl.float32), axis=1)
-            dC += read
-            d = tl.load(d_ptr + row + offset + i)
-            pairs = dot(dy, tl.trans(x), tl.zeros((CHUNK, CHUNK), tl.float32)) * d[None, :]
-            pairs *= _between(prefix_ptr, prefix_low_ptr, row + offset, False, CHUNK)
-            pairs = tl.where(used, pairs, 0.0)
-            dC = dot(pairs.to(COMPUTE), B, dC)
-            tl.store(output_ptr + offset + i, from_entering)
-            tl.store(output_sum_ptr + j * num_chunks + chunk, tl.sum(from_entering, axis=0))
-            weights, decay = state_weights(d_ptr, prefix_ptr, prefix_low_ptr, row + offset, CHUNK)
-            if ids_ptr is not None:
-                weights = tl.where(ids == last, weights, 0.0)
-                decay = tl.where(before == last, decay, 0.0)
-            scaled = x.to(tl.float32) * weights[:, None]
-            new_states = new_states + (dot_split(tl.trans(B), scaled, states[j] * decay, COMPUTE, TERMS),)
+        for t in tl.static_range(TILES):
+            n = t * BLOCK_N + tl.arange(0, BLOCK_N)
+            dC = dot_split(dy, tl.trans(states[t]), tl.zeros((CHUNK, BLOCK_N), tl.float32), COMPUTE, READ_TERMS)
+            dC *= from_state[:, None]
+            from_entering += tl.sum(dC * C_tiles[t].to(tl.float32), axis=1)
+            dC = dot(pairs, B_tiles[t], dC)
+            dC_ptrs = dC_ptr + tokens[:, None] * N + n[None, :]
+            tl.store(dC_ptrs, dC.to(dC_ptr.dtype.element_ty), mask=inside[:, None] & (n < N)[None, :])
+            new_states = new_states + (dot_split(tl.trans(B_tiles[t]), scaled, states[t] * decay, COMPUTE, TERMS),)
         states = new_states
-        dC_ptrs = dC_ptr + tokens[:, None] * N + n[None, :]
-        tl.store(dC_ptrs, dC.to(dC_ptr.dtype.element_ty), mask=inside[:, None] & (n < N)[None, :])
+        tl.store(output_ptr + chunk * CHUNK + i, from_entering)
+        tl.store(output_sum_ptr + chunk, tl.sum(from_entering, axis=0))
     if span == num_spans - 1:
-        for j in tl.static_range(HEADS):
-            place = clip * H + first_head + j
-            tl.store(final_ptr + place * P * N + p[None, :] * N + n[:, None], states[j], mask=in_state)
+        _store_state(final_ptr, states, clip * H + head, p, P, N, BLOCK_N, TILES)
 
 
 @triton.jit(do_not_specialize=["L", "num_chunks", "num_spans", "chunks_per_span"])
@@ -196,7 +235,7 @@ def gradient_reverse_kernel(
     leaving_ptr: tl.tensor, final_ptr: tl.tensor, chunk_states_ptr: tl.tensor, entering_ptr: tl.tensor,
     output_sum_ptr: tl.tensor,
     dx_ptr: tl.tensor, dB_ptr: tl.tensor, dD_ptr: tl.tensor, dinitial_ptr: tl.tensor,
-    within_ptr: tl.tensor, input_ptr: tl.tensor, step_ptr: tl.tensor, through_ptr: tl.tensor,
+    input_ptr: tl.tensor, step_ptr: tl.tensor, through_ptr: tl.tensor,
     L: tl.tensor, H: tl.tensor, P: tl.tensor, N: tl.tensor, heads_per_group: tl.tensor,
     num_chunks: tl.tensor, num_spans: tl.tensor, chunks_per_span: tl.tensor,
     x_clip_stride: tl.tensor, x_token_stride: tl.tensor, x_head_stride: tl.tensor,
@@ -204,133 +243,122 @@ def gradient_reverse_kernel(
     C_clip_stride: tl.tensor, C_token_stride: tl.tensor, C_group_stride: tl.tensor,
     dy_clip_stride: tl.tensor, dy_token_stride: tl.tensor, dy_head_stride: tl.tensor,
     D_head_stride: tl.tensor, D_channel_stride: tl.tensor,
-    REVERSE: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    COMPUTE: tl.constexpr, TERMS: tl.constexpr, READ_TERMS: tl.constexpr,
+    REVERSE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
+    COMPUTE: tl.constexpr, TERMS: tl.constexpr, READ_TERMS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Go through a span backwards, with the gradient of its state: dx, this program's part of dB, dD of the span, and the
-    gradient of the initial state. Further, for the gradients of steps and decays, by token (P blocks, B, H, tokens): the
-    products of pairs of tokens of the chunk between which a token's decay lies (`within`), what it puts into the state that
-    leaves the chunk (`input`), and the gradient of its step as a factor of x (`step`); by chunk (P blocks, B, H, chunks):
-    <gradient, state> of what goes through it from state to state (`through`).
+    """Go through a span of one head backwards, with the gradient of its state: dx, its part of dB, dD of the span, and the
+    gradient of the initial state.
 
-    The latter is computed from `chunk_states` or, where that is None, from <gradient, state> at the end of the span, less what
-    tokens put into the state, plus what they read of it: that loses some digits, as the difference of sums in `within` does.
+    Further, for the gradients of steps and decays, by token (P blocks, B, H, tokens): what it puts into the state that leaves
+    the chunk (`input`), and the gradient of its step as a factor of x (`step`); by chunk (P blocks, B, H, chunks): <gradient,
+    state> of what goes through it from state to state (`through`). With EXACT the latter is computed from `chunk_states`, else
+    from <gradient, state> at the end of the span, less what tokens put into the state, plus what they read of it: that loses
+    some digits.
     """
-    head_blocks = H // HEADS
-    first_head = (tl.program_id(0) % head_blocks) * HEADS
-    span = (tl.program_id(0) // head_blocks) % num_spans
-    clip = (tl.program_id(0) // head_blocks // num_spans).to(tl.int64)
-    clips = tl.num_programs(0) // head_blocks // num_spans
-    p, n, i = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N), tl.arange(0, CHUNK)
-    group = (first_head // heads_per_group).to(tl.int64)
-    x_ptr += clip * x_clip_stride + first_head.to(tl.int64) * x_head_stride
-    dy_ptr += clip * dy_clip_stride + first_head.to(tl.int64) * dy_head_stride
+    head = tl.program_id(0) % H
+    span = (tl.program_id(0) // H) % num_spans
+    clip = (tl.program_id(0) // H // num_spans).to(tl.int64)
+    clips = tl.num_programs(0) // H // num_spans
+    p, i = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, CHUNK)
+    group = (head // heads_per_group).to(tl.int64)
+    x_ptr += clip * x_clip_stride + head.to(tl.int64) * x_head_stride
+    dy_ptr += clip * dy_clip_stride + head.to(tl.int64) * dy_head_stride
     B_ptr += clip * B_clip_stride + group * B_group_stride
     C_ptr += clip * C_clip_stride + group * C_group_stride
-    dx_ptr += (clip * L * H + first_head) * P
-    part = tl.program_id(1).to(tl.int64) * head_blocks + first_head // HEADS
-    dB_ptr += (part * clips + clip) * L * N
-    row = (clip * H + first_head) * (num_chunks * CHUNK)
+    dx_ptr += (clip * L * H + head) * P
+    dB_ptr += ((tl.program_id(1).to(tl.int64) * H + head) * clips + clip) * L * N
+    row = (clip * H + head) * (num_chunks * CHUNK)
     block_row = tl.program_id(1).to(tl.int64) * clips * H * (num_chunks * CHUNK) + row
-    within_ptr += block_row
     input_ptr += block_row
     step_ptr += block_row
-    chunk_row = (tl.program_id(1).to(tl.int64) * clips * H + clip * H + first_head) * num_chunks
+    chunk_row = (tl.program_id(1).to(tl.int64) * clips * H + clip * H + head) * num_chunks
     output_sum_ptr += chunk_row
     through_ptr += chunk_row
     if ids_ptr is not None:
         ids_ptr += clip * L
-    in_state = (n < N)[:, None] & (p < P)[None, :]
-    gradients, inner, dDs = (), (), ()
-    for j in tl.static_range(HEADS):
-        place = (clip * num_spans + span) * H + first_head + j
-        if entering_ptr is not None:
-            offsets = p[None, :] * N + n[:, None]
-            entering = tl.load(entering_ptr + place * P * N + offsets, mask=in_state, other=0.0).to(tl.float32)
+    place = (clip * num_spans + span) * H + head
+    gradients = _load_state(entering_ptr, place, p, P, N, BLOCK_N, TILES)
+    inner = 0.0
+    if entering_ptr is not None:
+        if not EXACT:
             if span < num_spans - 1:
-                state = tl.load(leaving_ptr + (place + H) * P * N + offsets, mask=in_state, other=0.0)
+                state = _load_state(leaving_ptr, place + H, p, P, N, BLOCK_N, TILES)
             else:
-                state = tl.load(final_ptr + (clip * H + first_head + j) * P * N + offsets, mask=in_state, other=0.0)
-            gradients = gradients + (entering,)
-            inner = inner + (tl.sum(tl.sum(entering * state, axis=1), axis=0),)
-        else:
-            gradients = gradients + (tl.zeros((BLOCK_N, BLOCK_P), tl.float32),)
-            inner = inner + (0.0,)
-        dDs = dDs + (tl.zeros((BLOCK_P,), tl.float32),)
+                state = _load_state(final_ptr, clip * H + head, p, P, N, BLOCK_N, TILES)
+            for t in tl.static_range(TILES):
+                inner += tl.sum(tl.sum(gradients[t] * state[t], axis=1), axis=0)
+    dD = tl.zeros((BLOCK_P,), tl.float32)
     first = span * chunks_per_span
     end = tl.minimum(first + chunks_per_span, num_chunks)
     for k in range(0, end - first):
         chunk = end - 1 - k
         position = chunk * CHUNK + i
         inside, tokens = position < L, to_tokens(position, L, REVERSE)
-        B = load_rows(B_ptr, tokens, n, inside, N, B_token_stride, COMPUTE)
-        C = load_rows(C_ptr, tokens, n, inside, N, C_token_stride, COMPUTE)
-        products = dot(B, tl.trans(C), tl.zeros((CHUNK, CHUNK), tl.float32))  # at [j, i]
-        used = i[:, None] <= i[None, :]
+        base = row + chunk * CHUNK
+        d = tl.load(d_ptr + base + i)
+        from_state, decay = _from_state(prefix_ptr, prefix_low_ptr, base, CHUNK)
+        to_end = _to_end(prefix_ptr, prefix_low_ptr, base, CHUNK)
+        used = i[:, None] <= i[None, :]  # at [j, i]
         if ids_ptr is not None:
             ids, before, last = load_ids(ids_ptr, chunk, L, REVERSE, CHUNK)
             used = used & (ids[:, None] == ids[None, :])
-        dB = tl.zeros((CHUNK, BLOCK_N), tl.float32)
-        new_gradients, new_inner, new_dDs = (), (), ()
-        for j in tl.static_range(HEADS):
-            x = load_rows(x_ptr + j * x_head_stride, tokens, p, inside, P, x_token_stride, COMPUTE)
-            dy = load_rows(dy_ptr + j * dy_head_stride, tokens, p, inside, P, dy_token_stride, COMPUTE)
-            offset = j * (num_chunks * CHUNK).to(tl.int64) + chunk * CHUNK
-            d = tl.load(d_ptr + row + offset + i)
-            weights, decay = state_weights(d_ptr, prefix_ptr, prefix_low_ptr, row + offset, CHUNK)
-            to_end = _to_end(prefix_ptr, prefix_low_ptr, row + offset, CHUNK)
-            if ids_ptr is not None:
-                to_end = tl.where(ids == last, to_end, 0.0)
-                decay = tl.where(before == last, decay, 0.0)
-            decays = tl.where(used, _between(prefix_ptr, prefix_low_ptr, row + offset, True, CHUNK), 0.0)
-            read = dot_split(x, tl.trans(gradients[j]), tl.zeros((CHUNK, BLOCK_N), tl.float32), COMPUTE, READ_TERMS)
-            read *= (to_end * d)[:, None]
-            into_state = tl.sum(read * B.to(tl.float32), axis=1)
-            dB += read
-            pairs = dot(x, tl.trans(dy), tl.zeros((CHUNK, CHUNK), tl.float32)) * decays * d[:, None]
-            terms = tl.where(i[:, None] < i[None, :], pairs * products, 0.0)
-            if COMPUTE == tl.float32:
-                spanning = tl.cumsum(terms, axis=1, reverse=True)  # at [j, t]: of all i >= t
-                within = tl.sum(tl.where(i[:, None] < i[None, :], spanning, 0.0), axis=0)
-            else:
-                within = tl.cumsum(tl.sum(terms, axis=0) - tl.sum(tl.trans(terms), axis=0), axis=0, reverse=True)
-            dB = dot(pairs.to(COMPUTE), C, dB)
-            dx = dot(B, gradients[j].to(COMPUTE), tl.zeros((CHUNK, BLOCK_P), tl.float32)) * to_end[:, None]
-            dx = dot((products * decays).to(COMPUTE), dy, dx)
-            x, dy = x.to(tl.float32), dy.to(tl.float32)
-            tl.store(step_ptr + offset + i, tl.sum(dx * x, axis=1))
-            tl.store(input_ptr + offset + i, into_state)
-            tl.store(within_ptr + offset + i, within)
-            if chunk_states_ptr is not None:
-                place = (clip * num_chunks + chunk) * H + first_head + j
-                state = tl.load(chunk_states_ptr + place * P * N + p[None, :] * N + n[:, None], mask=in_state, other=0.0)
-                through = decay * tl.sum(tl.sum(gradients[j] * state, axis=1), axis=0)
-            else:
-                through = inner[j] - tl.sum(into_state, axis=0)
-            tl.store(through_ptr + j * num_chunks + chunk, through)
-            new_inner = new_inner + (through + tl.load(output_sum_ptr + j * num_chunks + chunk),)
-            dx *= d[:, None]
-            new_dDs = new_dDs + (dDs[j] + tl.sum(dy * x, axis=0),)
-            if D_ptr is not None:
-                D_ptrs = D_ptr + (first_head + j) * D_head_stride + p * D_channel_stride
-                dx += dy * tl.load(D_ptrs, mask=p < P, other=0.0).to(tl.float32)[None, :]
-            dx_ptrs = dx_ptr + tokens[:, None] * (H * P) + (j * P + p)[None, :]
-            tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=inside[:, None] & (p < P)[None, :])
-            from_state, _ = _from_state(prefix_ptr, prefix_low_ptr, row + offset, CHUNK)
-            if ids_ptr is not None:
-                from_state = tl.where(ids == before, from_state, 0.0)
-            scaled = dy * from_state[:, None]
-            new_gradients = new_gradients + (dot_split(tl.trans(C), scaled, gradients[j] * decay, COMPUTE, TERMS),)
-        gradients, inner, dDs = new_gradients, new_inner, new_dDs
-        dB_ptrs = dB_ptr + tokens[:, None] * N + n[None, :]
-        tl.store(dB_ptrs, dB.to(dB_ptr.dtype.element_ty), mask=inside[:, None] & (n < N)[None, :])
-    for j in tl.static_range(HEADS):
-        place = (clip * num_spans + span) * H + first_head + j
-        tl.store(dD_ptr + place * P + p, dDs[j], mask=p < P)
-        if dinitial_ptr is not None:
-            if span == 0:
-                offsets = (clip * H + first_head + j) * P * N + p[None, :] * N + n[:, None]
-                tl.store(dinitial_ptr + offsets, gradients[j], mask=in_state)
+            from_state = tl.where(ids == before, from_state, 0.0)
+            to_end = tl.where(ids == last, to_end, 0.0)
+            decay = tl.where(before == last, decay, 0.0)
+        x = load_rows(x_ptr, tokens, p, inside, P, x_token_stride, COMPUTE)
+        dy = load_rows(dy_ptr, tokens, p, inside, P, dy_token_stride, COMPUTE)
+        B_tiles = _load_tiles(B_ptr, tokens, inside, N, B_token_stride, BLOCK_N, TILES, COMPUTE)
+        C_tiles = _load_tiles(C_ptr, tokens, inside, N, C_token_stride, BLOCK_N, TILES, COMPUTE)
+        decays = tl.where(used, _between(prefix_ptr, prefix_low_ptr, base, True, CHUNK), 0.0)
+        pairs = dot(x, tl.trans(dy), tl.zeros((CHUNK, CHUNK), tl.float32)) * decays * d[:, None]
+        pairs = pairs.to(COMPUTE)
+        into_state = tl.zeros((CHUNK,), tl.float32)
+        for t in tl.static_range(TILES):
+            n = t * BLOCK_N + tl.arange(0, BLOCK_N)
+            dB = dot_split(x, tl.trans(gradients[t]), tl.zeros((CHUNK, BLOCK_N), tl.float32), COMPUTE, READ_TERMS)
+            dB *= (to_end * d)[:, None]
+            into_state += tl.sum(dB * B_tiles[t].to(tl.float32), axis=1)
+            dB = dot(pairs, C_tiles[t], dB)
+            dB_ptrs = dB_ptr + tokens[:, None] * N + n[None, :]
+            tl.store(dB_ptrs, dB.to(dB_ptr.dtype.element_ty), mask=inside[:, None] & (n < N)[None, :])
+        tl.store(input_ptr + chunk * CHUNK + i, into_state)
+        dx = tl.zeros((CHUNK, BLOCK_P), tl.float32)
+        for t in tl.static_range(TILES):
+            dx = dot(B_tiles[t], gradients[t].to(COMPUTE), dx)
+        dx *= to_end[:, None]
+        products = tl.zeros((CHUNK, CHUNK), tl.float32)
+        for t in tl.static_range(TILES):
+            products = dot(B_tiles[t], tl.trans(C_tiles[t]), products)
+        dx = dot((products * decays).to(COMPUTE), dy, dx)
+        tl.store(step_ptr + chunk * CHUNK + i, tl.sum(dx * x.to(tl.float32), axis=1))
+        dx *= d[:, None]
+        if D_ptr is not None:
+            D = tl.load(D_ptr + head * D_head_stride + p * D_channel_stride, mask=p < P, other=0.0).to(tl.float32)
+            dx += dy.to(tl.float32) * D[None, :]
+        dx_ptrs = dx_ptr + tokens[:, None] * (H * P) + p[None, :]
+        tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=inside[:, None] & (p < P)[None, :])
+        dD += tl.sum(dy.to(tl.float32) * x.to(tl.float32), axis=0)
+        if EXACT:
+            state = _load_state(chunk_states_ptr, (clip * num_chunks + chunk) * H + head, p, P, N, BLOCK_N, TILES)
+            through = 0.0
+            for t in tl.static_range(TILES):
+                through += tl.sum(tl.sum(gradients[t] * state[t], axis=1), axis=0)
+            through *= decay
+        else:
+            through = inner - tl.sum(into_state, axis=0)
+            inner = through + tl.load(output_sum_ptr + chunk)
+        tl.store(through_ptr + chunk, through)
+        scaled = dy.to(tl.float32) * from_state[:, None]
+        new_gradients = ()
+        for t in tl.static_range(TILES):
+            new_gradients = new_gradients + (
+                dot_split(tl.trans(C_tiles[t]), scaled, gradients[t] * decay, COMPUTE, TERMS),
+            )
+        gradients = new_gradients
+    tl.store(dD_ptr + place * P + p, dD, mask=p < P)
+    if dinitial_ptr is not None:
+        if span == 0:
+            _store_state(dinitial_ptr, gradients, clip * H + head, p, P, N, BLOCK_N, TILES)
 
 
 @triton.jit(do_not_specialize=["L", "num_chunks"])
@@ -388,16 +416,16 @@ def steps_backward_kernel(
 
 @triton.jit
 def reduce_kernel(
-    part_ptr: tl.tensor, out_ptr: tl.tensor, size: tl.tensor, G: tl.tensor, N: tl.tensor, head_blocks: tl.tensor,
+    part_ptr: tl.tensor, out_ptr: tl.tensor, size: tl.tensor, G: tl.tensor, N: tl.tensor, H: tl.tensor,
     P_BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sum parts (P blocks, head blocks, size) over the head blocks of every group, to (size / N, G, N); size is B L N."""
+    """Sum parts (P blocks, H, size) over the heads of every group, to (size / N, G, N); size is B L N."""
     group = tl.program_id(1)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
-    each = head_blocks // G
+    each = H // G
     for part in range(0, P_BLOCKS * each):
-        block = (part // each) * head_blocks + group * each + part % each
+        block = (part // each) * H + group * each + part % each
         total += tl.load(part_ptr + block.to(tl.int64) * size + i, mask=i < size, other=0.0).to(tl.float32)
     out = out_ptr + (i // N) * (G * N) + group * N + i % N
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=i < size)

@@ -41,12 +41,14 @@ class Config(NamedTuple):
     COMPUTE: Any
     TERMS: int
     READ_TERMS: int
+    EXACT: bool  # whether the backward keeps the states that enter the chunks
     scan_warps: int
     scan_stages: int
     state_warps: int
     state_stages: int
     gradient_warps: int
     gradient_stages: int
+    TILE_N: int  # states of a tile in the kernels of the backward
     programs_per_multiprocessor: int
 
 
@@ -66,10 +68,8 @@ def choose_config(sizes: Sizes, dtype: torch.dtype) -> Config:
     block_p, block_n = max(16, min(64, power_of_2(sizes.P))), max(16, power_of_2(sizes.N))
     if dtype != torch.bfloat16 or not NATIVE:
         chunk = 16 if not NATIVE else 32
-        return Config(chunk, 1, block_p, block_n, tl.float32, 1, 1, 4, 1, 4, 1, 8, 1, 1)
-    heads = 2 if (sizes.H // sizes.G) % 2 == 0 and block_n * block_p <= 128 * 64 else 1
-    warps = 8 if heads * block_n * block_p > 128 * 64 else 4
-    return Config(64, heads, block_p, block_n, tl.bfloat16, 3, 2, warps, 2, warps, 3, 8, 1, 1 if warps == 8 else 2)
+        return Config(chunk, 1, block_p, block_n, tl.float32, 1, 1, True, 4, 1, 4, 1, 4, 1, min(64, block_n), 1)
+    return Config(64, 1, block_p, block_n, tl.bfloat16, 3, 2, False, 4, 2, 4, 3, 4, 1, min(64, block_n), 2)
 
 
 @lru_cache(maxsize=1024)

@@ -22,7 +22,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton.language as tl
 from torch import Tensor
 
 from fused.ops.ssd import launch
@@ -107,10 +106,14 @@ def _backward(
         call = prepare(x, dt, A, B, dt_bias, softplus, low, high, initial_state, seq_idx, reverse, config)
         config, shape, ids, (d, prefix, prefix_low) = call.config, call.shape, call.ids, call.steps
         num_chunks, num_spans = shape[5:7]
-        head_blocks, p_blocks = H // config.HEADS, blocks(P, config.BLOCK_P)
-        launch_options = {
-            **call.options, "READ_TERMS": config.READ_TERMS,
+        p_blocks = blocks(P, config.BLOCK_P)
+        grid = (clips * num_spans * H, p_blocks)
+        options = {
+            "REVERSE": reverse, "CHUNK": config.CHUNK, "BLOCK_P": config.BLOCK_P, "BLOCK_N": config.TILE_N,
+            "TILES": blocks(N, config.TILE_N), "COMPUTE": config.COMPUTE, "TERMS": config.TERMS,
+            "READ_TERMS": config.READ_TERMS, "EXACT": config.EXACT,
             "num_warps": config.gradient_warps, "num_stages": config.gradient_stages,
+            **FUSED_MULTIPLY_ADD,
         }  # fmt: skip
         entering = None if dfinal is None else dfinal.float().contiguous()
         if num_spans > 1:
@@ -123,20 +126,20 @@ def _backward(
             entering = gradients
         strides = (*x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *dy.stride()[:3])
         part_dtype = B.dtype if B.dtype == C.dtype == torch.bfloat16 and x.dtype == torch.bfloat16 else torch.float32
-        dB_parts, dC_parts = empty(2, p_blocks, head_blocks, clips, L, N, dtype=part_dtype).unbind(0)
+        dB_parts, dC_parts = empty(2, p_blocks, H, clips, L, N, dtype=part_dtype).unbind(0)
         read, within, into, step = empty(4, p_blocks, clips, H, num_chunks * config.CHUNK).unbind(0)
         output_sum, through = empty(2, p_blocks, clips, H, num_chunks).unbind(0)
-        chunk_states = empty(clips, num_chunks, H, P, N) if config.COMPUTE == tl.float32 else None
+        chunk_states = empty(clips, num_chunks, H, P, N) if config.EXACT else None
         final, dD_parts = empty(clips, H, P, N), empty(clips, num_spans, H, P)
-        gradient_forward_kernel[call.grid](
+        gradient_forward_kernel[grid](
             x, B, C, dy, ids, d, prefix, prefix_low, call.entering, final, chunk_states,
-            dC_parts, read, output_sum, *shape, *strides,
-            **launch_options,
+            dC_parts, within, read, output_sum, *shape, *strides,
+            **options,
         )  # fmt: skip
-        gradient_reverse_kernel[call.grid](
+        gradient_reverse_kernel[grid](
             x, B, C, dy, D, ids, d, prefix, prefix_low, call.entering, final, chunk_states, entering,
-            output_sum, dx, dB_parts, dD_parts, dinitial, within, into, step, through, *shape, *strides, *head_strides(D),
-            **launch_options,
+            output_sum, dx, dB_parts, dD_parts, dinitial, into, step, through, *shape, *strides, *head_strides(D),
+            **options,
         )  # fmt: skip
         dA_parts, dbias_parts = empty(2, clips * num_chunks, H).unbind(0)
         bias = None if dt_bias is None else dt_bias.contiguous()
@@ -148,7 +151,7 @@ def _backward(
         )  # fmt: skip
         for parts, out in ((dB_parts, dB), (dC_parts, dC)):
             reduce_kernel[(blocks(clips * L * N, REDUCE["BLOCK"]), G)](
-                parts, out, clips * L * N, G, N, head_blocks, P_BLOCKS=p_blocks, **REDUCE
+                parts, out, clips * L * N, G, N, H, P_BLOCKS=p_blocks, **REDUCE
             )
         dD = None if D is None else dD_parts.sum((0, 1, 3) if D.dim() == 1 else (0, 1))
         dbias = None if dt_bias is None else dbias_parts.sum(0)

@@ -18,7 +18,7 @@ from fused.ops.ssd.eager import ssd_eager  # noqa: E402
 from fused.ops.ssd.native import ssd_native  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton 3.6's interpreter
-SEEDS = range(3)
+SEEDS = range(2)
 LOW = torch.bfloat16
 # B L H P G N, options, spans
 CASES = {
@@ -29,7 +29,7 @@ CASES = {
     "reverse": ((1, 35, 2, 3, 1, 4), "reverse", 2),
     "segments": ((2, 35, 2, 3, 1, 4), "segments", 2),
     "reverse segments": ((2, 20, 2, 3, 1, 4), "reverse segments", 2),
-    "two blocks of channels": ((1, 20, 1, 70, 1, 4), "no gate", 2),
+    "two blocks of channels, two of states": ((1, 20, 1, 70, 1, 70), "no gate", 2),
 }
 
 
@@ -78,6 +78,17 @@ def test_follows_the_loop(case, monkeypatch):
 
 
 @pytest.mark.usefixtures("nan_filled")
+def test_without_the_states_of_chunks_it_loses_few_digits(monkeypatch):  # as in bfloat16
+    set_spans(monkeypatch, 2)
+    config = launch.choose_config(launch.Sizes(1, 35, 2, 3, 1, 4), torch.float32)
+    tensors, cotangents, options = inputs(0, (1, 35, 2, 3, 1, 4), "no gate")
+    want = outcome(lambda **x: ssd_native(**x, **options), tensors, cotangents, None)
+    monkeypatch.setattr(launch, "choose_config", lambda *_: config._replace(EXACT=False))
+    got = outcome(lambda **x: ssd_native(**x, **options), tensors, cotangents, None)
+    assert all((got[k] - want[k]).abs().max() <= 1e-4 * want[k].abs().max() for k in want)
+
+
+@pytest.mark.usefixtures("nan_filled")
 def test_low_precision_is_near(monkeypatch):  # no more than near: the interpreter truncates where a GPU rounds
     set_spans(monkeypatch, 2)
     tensors, cotangents, options = inputs(0, (1, 35, 2, 3, 1, 4), "segments", LOW)
@@ -108,6 +119,7 @@ def test_small_steps_keep_their_digits():
 def test_repeats_and_ignores_its_neighbours(monkeypatch):
     set_spans(monkeypatch, 2)
     tensors, cotangents, options = inputs(0, (3, 20, 2, 3, 1, 4), "segments")
+    del tensors["z"]  # the gate's gradient is PyTorch's, whose rounding depends on the place on a CPU
     shared = ("A", "D", "dt_bias")
     run = lambda ids: lambda **x: ssd_native(**x, **options | {"seq_idx": ids})  # noqa: E731
     ids = options["seq_idx"]
