@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from fused.runtime.autocast import no_autocast
 from fused.runtime.dtypes import accumulation_dtype
 from fused.runtime.library import wants_gradients
+from fused.runtime.modes import is_batch_invariant
 
 CHUNK = 64  # tokens
 MAX_VALUES = 2**22  # of a chunk's matrices, (B, H, tokens, tokens), above which chunks are shorter
@@ -43,6 +44,11 @@ def ssd_eager(
     """Scan as `fused.ssd` says; no argument is checked."""
     precise = accumulation_dtype(x.dtype)
     clips, length, heads, channels = x.shape
+    if clips > 1 and is_batch_invariant():  # the bits of a product of matrices depend on how many there are
+        tensors = (dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
+        found = [_scan_clip(i, x, *tensors, softplus, dt_limit, reverse) for i in range(clips)]
+        y, S = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return y, S
     with no_autocast(x.device):
         d = discretise(dt, dt_bias, softplus, dt_limit, precise)
         if initial_state is None:
@@ -68,6 +74,19 @@ def ssd_eager(
         if z is not None:
             y = y * F.silu(z.to(precise))
         return y.to(x.dtype), S
+
+
+def _scan_clip(
+    i: int, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
+    initial_state: Tensor | None, seq_idx: Tensor | None, softplus: bool, dt_limit: tuple[float, float], reverse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return y (1, L, H, P) and the final state (1, H, P, N) of clip i."""
+    x, dt, B, C = (t[i : i + 1].clone() for t in (x, dt, B, C))
+    z, initial_state, seq_idx = (None if t is None else t[i : i + 1].clone() for t in (z, initial_state, seq_idx))
+    return ssd_eager(
+        x, dt, A, B, C, D, z, dt_bias, softplus=softplus, dt_limit=dt_limit, initial_state=initial_state, seq_idx=seq_idx,
+        reverse=reverse,
+    )  # fmt: skip
 
 
 def discretise(
