@@ -247,7 +247,12 @@ class Mamba2(nn.Module):
             return gated_norm_eager(y, z, None)
         norm = self.norm
         options: dict[str, Any] = {"groups": norm.groups, "norm_before_gate": norm.norm_before_gate, "eps": norm.eps}
-        run = mamba_ssm.gated_norm if backends.operators_of(backend) == "mamba_ssm" else gated_norm_eager
+        operators = backends.operators_of(backend)
+        if operators == "native" and self.d_ssm // norm.groups <= 8192:
+            from fused.ops.gated_norm.native import gated_norm_native
+
+            return gated_norm_native(y, z, norm.weight, **options)
+        run = mamba_ssm.gated_norm if operators == "mamba_ssm" else gated_norm_eager
         return run(y, z, norm.weight, **options)
 
     def _require_causal(self) -> None:
