@@ -27,7 +27,7 @@ def gated_norm_native(
     if y.shape[-1] // groups > launch.MAX_WIDTH:
         raise ValueError(
             f"gated_norm: backend 'native' has groups of at most {launch.MAX_WIDTH} channels, got y of shape {tuple(y.shape)} "
-            f"{groups} groups; use backend='torch'"
+            f"in {groups} groups; use backend='torch'"
         )
     check_native_dtypes("gated_norm", y=y, z=z, weight=weight)
     return _gated_norm(y, z, weight, groups, norm_before_gate, eps)
