@@ -153,9 +153,10 @@ def gradient_forward_kernel(
     """Go through a span of one head forwards, with its state: its part of dC, (P blocks, H, B, L, N), the final state and,
     unless that is None, the states that enter the chunks, (B, chunks, H, P, N).
 
-    Further, for the gradients of decays, by token (P blocks, B, H, tokens): the products of pairs of tokens of the chunk
-    between which the token's decay lies (`within`), and what it reads from the state that enters the chunk (`output`), with its
-    sum by chunk (P blocks, B, H, chunks). Without EXACT `within` is a difference of sums, which loses some digits.
+    Further, for the gradients of decays, by token (P blocks, B, H, tokens): what it reads from the state that enters the chunk
+    (`output`), with its sum by chunk (P blocks, B, H, chunks), and the products of pairs of tokens of the chunk between which
+    its decay lies (`within`). Without EXACT `output` has all that the token reads of earlier ones, and `within` what later
+    ones of the chunk read of it: their difference loses some digits.
     """
     head = tl.program_id(0) % H
     span = (tl.program_id(0) // H) % num_spans
@@ -204,12 +205,12 @@ def gradient_forward_kernel(
         terms = tl.where(i[:, None] > i[None, :], pairs * products, 0.0)
         if EXACT:
             spanning = tl.cumsum(terms, axis=0, reverse=True)  # at [t, j]: of all i >= t
-            within = tl.sum(tl.where(i[:, None] > i[None, :], spanning, 0.0), axis=1)
+            tl.store(within_ptr + chunk * CHUNK + i, tl.sum(tl.where(i[:, None] > i[None, :], spanning, 0.0), axis=1))
         else:
-            within = tl.cumsum(tl.sum(terms, axis=1) - tl.sum(terms, axis=0), axis=0, reverse=True)
-        tl.store(within_ptr + chunk * CHUNK + i, within)
+            tl.store(within_ptr + chunk * CHUNK + i, tl.sum(terms, axis=0))
         pairs = pairs.to(COMPUTE)
         scaled = x.to(tl.float32) * weights[:, None]
+        read = tl.zeros((CHUNK,), tl.float32) if EXACT else tl.sum(terms, axis=1)
         from_entering = tl.zeros((CHUNK,), tl.float32)
         new_states = ()
         for t in tl.static_range(TILES):
@@ -222,7 +223,7 @@ def gradient_forward_kernel(
             tl.store(dC_ptrs, dC.to(dC_ptr.dtype.element_ty), mask=inside[:, None] & (n < N)[None, :])
             new_states = new_states + (dot_split(tl.trans(B_tiles[t]), scaled, states[t] * decay, COMPUTE, TERMS),)
         states = new_states
-        tl.store(output_ptr + chunk * CHUNK + i, from_entering)
+        tl.store(output_ptr + chunk * CHUNK + i, read + from_entering)
         tl.store(output_sum_ptr + chunk, tl.sum(from_entering, axis=0))
     if span == num_spans - 1:
         _store_state(final_ptr, states, clip * H + head, p, P, N, BLOCK_N, TILES)
@@ -368,7 +369,8 @@ def steps_backward_kernel(
     ddt_ptr: tl.tensor, dA_ptr: tl.tensor, dbias_ptr: tl.tensor,
     L: tl.tensor, H: tl.tensor, num_chunks: tl.tensor, dt_clip_stride: tl.tensor, dt_token_stride: tl.tensor,
     part_stride: tl.tensor, chunk_part_stride: tl.tensor, low: tl.tensor, high: tl.tensor,
-    PARTS: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_HEADS: tl.constexpr,
+    PARTS: tl.constexpr, EXACT: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_HEADS: tl.constexpr,
 ):  # fmt: skip
     """Compute ddt (B, L, H) and the chunks' sums for dA and ddt_bias, (B, chunks, H).
 
@@ -390,7 +392,11 @@ def steps_backward_kernel(
         step += tl.load(step_ptr + part * part_stride + offsets, mask=of_head, other=0.0)
         ptrs = through_ptr + part * chunk_part_stride + (clip * H + heads) * num_chunks + chunk
         through += tl.load(ptrs, mask=heads < H, other=0.0)
-    dlog = within + tl.cumsum(read, axis=0, reverse=True) + (tl.cumsum(into, axis=0) - into) + through[None, :]
+    if EXACT:
+        dlog = within + tl.cumsum(read, axis=0, reverse=True)
+    else:
+        dlog = tl.cumsum(read - within, axis=0, reverse=True)
+    dlog += (tl.cumsum(into, axis=0) - into) + through[None, :]
     inside = (position < L)[:, None] & (heads < H)[None, :]
     A = tl.load(A_ptr + heads, mask=heads < H, other=0.0).to(tl.float32)
     d = tl.load(d_ptr + offsets, mask=of_head, other=0.0)

@@ -147,7 +147,7 @@ def _backward(
             dt, A.contiguous(), bias, d, read, within, into, step, through, ddt, dA_parts, dbias_parts,
             L, H, num_chunks, *dt.stride()[:2],
             read.stride(0), through.stride(0), low, high,
-            PARTS=p_blocks, SOFTPLUS=softplus, REVERSE=reverse, CHUNK=config.CHUNK, **STEPS,
+            PARTS=p_blocks, EXACT=config.EXACT, SOFTPLUS=softplus, REVERSE=reverse, CHUNK=config.CHUNK, **STEPS,
         )  # fmt: skip
         for parts, out in ((dB_parts, dB), (dC_parts, dC)):
             reduce_kernel[(blocks(clips * L * N, REDUCE["BLOCK"]), G)](
