@@ -63,9 +63,15 @@ class Sizes(NamedTuple):
     N: int
 
 
+def product_dtype(*tensors: Tensor) -> torch.dtype:
+    """Return the dtype in which these tensors are multiplied: bfloat16 if all are, in which they are exact, else float32."""
+    return torch.bfloat16 if all(t.dtype == torch.bfloat16 for t in tensors) else torch.float32
+
+
 def choose_config(sizes: Sizes, dtype: torch.dtype) -> Config:
-    """Return the configuration for these sizes and x's dtype."""
-    block_p, block_n = max(16, min(64, power_of_2(sizes.P))), max(16, power_of_2(sizes.N))
+    """Return the configuration for these sizes and the dtype of products."""
+    block_n = max(16, power_of_2(sizes.N))
+    block_p = max(16, min(64, power_of_2(sizes.P), 128 * 64 // block_n))  # a state of at most 64 registers a thread
     if dtype != torch.bfloat16 or not NATIVE:
         chunk = 16 if not NATIVE else 32
         return Config(chunk, 1, block_p, block_n, tl.float32, 1, 1, True, 4, 1, 4, 1, 4, 1, min(64, block_n), 1)
@@ -104,7 +110,7 @@ def forward(
     if not y.numel():
         return y, final
     with launching_on(x.device):
-        call = prepare(x, dt, A, B, dt_bias, softplus, low, high, initial_state, seq_idx, reverse, config)
+        call = prepare(x, dt, A, B, C, dt_bias, softplus, low, high, initial_state, seq_idx, reverse, config)
         config = call.config
         z_strides = (0, 0, 0) if z is None else z.stride()[:3]
         scan_kernel[call.grid](
@@ -137,13 +143,13 @@ class Call(NamedTuple):
 
 
 def prepare(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, dt_bias: Tensor | None, softplus: bool, low: float, high: float,
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, dt_bias: Tensor | None, softplus: bool, low: float, high: float,
     initial_state: Tensor | None, seq_idx: Tensor | None, reverse: bool, config: Config | None = None,
 ) -> Call:  # fmt: skip
     """Choose the configuration and the spans, and run all kernels that come before the outputs."""
     sizes = Sizes(*x.shape, *B.shape[2:])
     clips, L, H, P, G, N = sizes
-    config = config or choose_config(sizes, x.dtype)
+    config = config or choose_config(sizes, product_dtype(x, B, C))
     num_chunks = blocks(L, config.CHUNK)
     programs = (H // config.HEADS) * blocks(P, config.BLOCK_P) * (1 if is_batch_invariant() else clips)
     num_spans, chunks_per_span = choose_spans(programs, num_chunks, MULTIPROCESSORS * config.programs_per_multiprocessor)

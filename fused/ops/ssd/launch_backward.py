@@ -103,7 +103,7 @@ def _backward(
         dD, dbias = (None if t is None else torch.zeros_like(t, dtype=torch.float32) for t in (D, dt_bias))
         return Gradients(dx, ddt, torch.zeros_like(A, dtype=torch.float32), dB, dC, dD, None, dbias, dinitial)
     with launching_on(x.device):
-        call = prepare(x, dt, A, B, dt_bias, softplus, low, high, initial_state, seq_idx, reverse, config)
+        call = prepare(x, dt, A, B, C, dt_bias, softplus, low, high, initial_state, seq_idx, reverse, config)
         config, shape, ids, (d, prefix, prefix_low) = call.config, call.shape, call.ids, call.steps
         num_chunks, num_spans = shape[5:7]
         p_blocks = blocks(P, config.BLOCK_P)
@@ -125,8 +125,7 @@ def _backward(
             pass_states(call, gradients, decays, entering, backward=True)
             entering = gradients
         strides = (*x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *dy.stride()[:3])
-        part_dtype = B.dtype if B.dtype == C.dtype == torch.bfloat16 and x.dtype == torch.bfloat16 else torch.float32
-        dB_parts, dC_parts = empty(2, p_blocks, H, clips, L, N, dtype=part_dtype).unbind(0)
+        dB_parts, dC_parts = empty(2, p_blocks, H, clips, L, N, dtype=launch.product_dtype(x, B, C)).unbind(0)
         read, within, into, step = empty(4, p_blocks, clips, H, num_chunks * config.CHUNK).unbind(0)
         output_sum, through = empty(2, p_blocks, clips, H, num_chunks).unbind(0)
         chunk_states = empty(clips, num_chunks, H, P, N) if config.EXACT else None
