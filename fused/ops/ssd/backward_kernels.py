@@ -52,11 +52,11 @@ def span_gradient_kernel(
     REVERSE: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     COMPUTE: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradient (B, spans, H, P, N) of the state before each span but the first, by it alone, and its decay."""
+    """Compute the gradient (B, spans, H, P, N) of the state before each span, by it alone, and its decay."""
     head_blocks = H // HEADS
     first_head = (tl.program_id(0) % head_blocks) * HEADS
-    span = 1 + (tl.program_id(0) // head_blocks) % (num_spans - 1)
-    clip = (tl.program_id(0) // head_blocks // (num_spans - 1)).to(tl.int64)
+    span = (tl.program_id(0) // head_blocks) % num_spans
+    clip = (tl.program_id(0) // head_blocks // num_spans).to(tl.int64)
     p, n = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     dy_ptr += clip * dy_clip_stride + first_head.to(tl.int64) * dy_head_stride
     C_ptr += clip * C_clip_stride + (first_head // heads_per_group).to(tl.int64) * C_group_stride
@@ -150,8 +150,8 @@ def gradient_forward_kernel(
     REVERSE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
     COMPUTE: tl.constexpr, TERMS: tl.constexpr, READ_TERMS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Go through a span of one head forwards, with its state: its part of dC, (P blocks, H, B, L, N), the final state and,
-    unless that is None, the states that enter the chunks, (B, chunks, H, P, N).
+    """Go through a span of one head forwards, with its state: its part of dC, (P blocks, H, B, L, N), and, unless they are
+    None, the final state of a single span and the states that enter the chunks, (B, chunks, H, P, N).
 
     Further, for the gradients of decays, by token (P blocks, B, H, tokens): what it reads from the state that enters the chunk
     (`output`), with its sum by chunk (P blocks, B, H, chunks), and the products of pairs of tokens of the chunk between which
@@ -225,7 +225,7 @@ def gradient_forward_kernel(
         states = new_states
         tl.store(output_ptr + chunk * CHUNK + i, read + from_entering)
         tl.store(output_sum_ptr + chunk, tl.sum(from_entering, axis=0))
-    if span == num_spans - 1:
+    if final_ptr is not None:
         _store_state(final_ptr, states, clip * H + head, p, P, N, BLOCK_N, TILES)
 
 
@@ -247,8 +247,8 @@ def gradient_reverse_kernel(
     REVERSE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
     COMPUTE: tl.constexpr, TERMS: tl.constexpr, READ_TERMS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Go through a span of one head backwards, with the gradient of its state: dx, its part of dB, dD of the span, and the
-    gradient of the initial state.
+    """Go through a span of one head backwards, with the gradient of its state: dx, its part of dB, dD of the span, and, unless
+    that is None, the gradient of the initial state of a single span.
 
     Further, for the gradients of steps and decays, by token (P blocks, B, H, tokens): what it puts into the state that leaves
     the chunk (`input`), and the gradient of its step as a factor of x (`step`); by chunk (P blocks, B, H, chunks): <gradient,
@@ -358,8 +358,7 @@ def gradient_reverse_kernel(
         gradients = new_gradients
     tl.store(dD_ptr + place * P + p, dD, mask=p < P)
     if dinitial_ptr is not None:
-        if span == 0:
-            _store_state(dinitial_ptr, gradients, clip * H + head, p, P, N, BLOCK_N, TILES)
+        _store_state(dinitial_ptr, gradients, clip * H + head, p, P, N, BLOCK_N, TILES)
 
 
 @triton.jit(do_not_specialize=["L", "num_chunks"])

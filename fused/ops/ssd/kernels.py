@@ -48,11 +48,11 @@ def dot_split(a: tl.tensor, b: tl.tensor, c: tl.tensor, COMPUTE: tl.constexpr, T
     """Return a b + c, where b is float32 and a in COMPUTE."""
     if COMPUTE == tl.float32:
         return dot(a, b, c)
-    for _ in tl.static_range(TERMS):
-        part = b.to(COMPUTE)
-        c = dot(a, part, c)
-        b = b - part.to(tl.float32)
-    return c
+    for _ in tl.static_range(TERMS - 1):  # cut off, not rounded: a conversion back takes four times as long
+        part = (b.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+        c = dot(a, part.to(COMPUTE), c)
+        b = b - part
+    return dot(a, b.to(COMPUTE), c)
 
 
 @triton.jit
@@ -137,14 +137,14 @@ def span_state_kernel(
     REVERSE: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     COMPUTE: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
-    """Compute the state (B, spans, H, P, N) that each span but the last leaves, from zero, and its decay (B, spans, H).
+    """Compute the state (B, spans, H, P, N) that each span leaves, from zero, and its decay (B, spans, H).
 
     The decay of a span is 0 where it does not end in the segment in which the span before it ended.
     """
     head_blocks = H // HEADS
     first_head = (tl.program_id(0) % head_blocks) * HEADS
-    span = (tl.program_id(0) // head_blocks) % (num_spans - 1)
-    clip = (tl.program_id(0) // head_blocks // (num_spans - 1)).to(tl.int64)
+    span = (tl.program_id(0) // head_blocks) % num_spans
+    clip = (tl.program_id(0) // head_blocks // num_spans).to(tl.int64)
     p, n = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     x_ptr += clip * x_clip_stride + first_head.to(tl.int64) * x_head_stride
     B_ptr += clip * B_clip_stride + (first_head // heads_per_group).to(tl.int64) * B_group_stride
@@ -155,7 +155,8 @@ def span_state_kernel(
     for _ in tl.static_range(HEADS):
         states = states + (tl.zeros((BLOCK_N, BLOCK_P), tl.float32),)
         decays = decays + (1.0,)
-    for chunk in range(span * chunks_per_span, span * chunks_per_span + chunks_per_span):
+    end = tl.minimum(span * chunks_per_span + chunks_per_span, num_chunks)
+    for chunk in range(span * chunks_per_span, end):
         position = chunk * CHUNK + tl.arange(0, CHUNK)
         inside, tokens = position < L, to_tokens(position, L, REVERSE)
         B = load_rows(B_ptr, tokens, n, inside, N, B_token_stride, COMPUTE)
@@ -182,12 +183,13 @@ def span_state_kernel(
 
 @triton.jit(do_not_specialize=["num_spans"])
 def pass_kernel(
-    state_ptr: tl.tensor, decay_ptr: tl.tensor, initial_ptr: tl.tensor, H: tl.tensor, size: tl.tensor, num_spans: tl.tensor,
+    state_ptr: tl.tensor, decay_ptr: tl.tensor, initial_ptr: tl.tensor, final_ptr: tl.tensor,
+    H: tl.tensor, size: tl.tensor, num_spans: tl.tensor,
     BACKWARD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Replace the state that each span leaves by the one that enters it, in order; `size` is P N.
+    """Replace the state that each span leaves by the one that enters it, in order, and store the last one; `size` is P N.
 
-    BACKWARD goes from the last span to the first, for gradients. What the last span to be visited leaves is not read.
+    BACKWARD goes from the last span to the first, for gradients.
     """
     clip, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -197,10 +199,12 @@ def pass_kernel(
         state = tl.zeros((BLOCK,), tl.float32)
     for k in range(num_spans):
         place = (clip * num_spans + (num_spans - 1 - k if BACKWARD else k)) * H + head
-        own = tl.load(state_ptr + place * size + i, mask=(i < size) & (k < num_spans - 1), other=0.0)
-        decay = tl.load(decay_ptr + place, mask=k < num_spans - 1, other=0.0)
+        own = tl.load(state_ptr + place * size + i, mask=i < size, other=0.0)
+        decay = tl.load(decay_ptr + place)
         tl.store(state_ptr + place * size + i, state, mask=i < size)
         state = state * decay + own
+    if final_ptr is not None:
+        tl.store(final_ptr + (clip * H + head) * size + i, state, mask=i < size)
 
 
 @triton.jit(do_not_specialize=["L", "num_chunks", "num_spans", "chunks_per_span"])
@@ -220,7 +224,7 @@ def scan_kernel(
 ):  # fmt: skip
     """Compute y (B, L, H, P) of a span from the state that enters it, (B, spans, H, P, N), and the final state (B, H, P, N).
 
-    entering may be None for zeros. D, z and ids may be None.
+    entering may be None for zeros, final where it is known. D, z and ids may be None.
     """
     head_blocks = H // HEADS
     first_head = (tl.program_id(0) % head_blocks) * HEADS
@@ -290,7 +294,7 @@ def scan_kernel(
             scaled = x.to(tl.float32) * weights[:, None]
             new_states = new_states + (dot_split(tl.trans(B), scaled, states[j] * decay, COMPUTE, TERMS),)
         states = new_states
-    if span == num_spans - 1:
+    if final_ptr is not None:
         for j in tl.static_range(HEADS):
             place = clip * H + first_head + j
             tl.store(final_ptr + place * P * N + p[None, :] * N + n[:, None], states[j], mask=in_state)

@@ -8,7 +8,8 @@ With decays a_t = exp(d_t A), a chunk of tokens that the state S enters gives, b
 Forward, four kernels: `steps` (d and the sums of log decays of every chunk), `span_state` (the state that each span of chunks
 leaves, from zero), `pass` (the states that enter the spans, in order, in float32), `scan` (a span, chunk after chunk, its state
 in registers). A sequence of one span needs the first and the last kernel only. No result is summed by atomics: everything is
-repeatable bit by bit. In bfloat16 a state is updated by products of three terms, which keep float32's precision.
+repeatable bit by bit. In bfloat16 `span_state`, or `scan` if it alone goes through the sequence, updates a state by products of
+three terms, which keep float32's precision; for y one term is enough.
 """
 
 import math
@@ -82,7 +83,7 @@ def choose_config(sizes: Sizes, dtype: torch.dtype) -> Config:
 def choose_spans(programs: int, num_chunks: int, slots: int) -> tuple[int, int]:
     """Return (spans of a sequence, chunks of a span) that take the least time, with `programs` a span and `slots` at once.
 
-    Every span but a single one is gone through twice, the first time without outputs.
+    Unless it is the only one, a span is gone through twice, the first time without outputs.
     """
     best: tuple[float, int, int] = (math.inf, 1, num_chunks)
     for wanted in range(1, min(num_chunks, blocks(4 * slots, programs)) + 1):
@@ -90,7 +91,7 @@ def choose_spans(programs: int, num_chunks: int, slots: int) -> tuple[int, int]:
         spans = blocks(num_chunks, each)
         time: float = blocks(programs * spans, slots) * (each + SPAN_OVERHEAD_CHUNKS)
         if spans > 1:
-            time += blocks(programs * (spans - 1), slots) * (STATE_SHARE * each + SPAN_OVERHEAD_CHUNKS)
+            time += blocks(programs * spans, slots) * (STATE_SHARE * each + SPAN_OVERHEAD_CHUNKS)
         best = min(best, (time, spans, each))
     return best[1:]
 
@@ -106,16 +107,19 @@ def forward(
     """
     x, dt, B, C, z = (rows(t) for t in (x, dt, B, C, z))
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    final = torch.empty((x.shape[0], *x.shape[2:], B.shape[3]), dtype=torch.float32, device=x.device)
+    final_shape = (x.shape[0], *x.shape[2:], B.shape[3])
     if not y.numel():
-        return y, final
+        return y, torch.empty(final_shape, dtype=torch.float32, device=x.device)
     with launching_on(x.device):
         call = prepare(x, dt, A, B, C, dt_bias, softplus, low, high, initial_state, seq_idx, reverse, config)
         config = call.config
         z_strides = (0, 0, 0) if z is None else z.stride()[:3]
+        known = call.final is not None
+        final = torch.empty(final_shape, dtype=torch.float32, device=x.device) if call.final is None else call.final
+        options = call.options | {"TERMS": 1 if known else config.TERMS}  # y is rounded to bfloat16 anyway
         scan_kernel[call.grid](
-            x, B, C, D, z, call.ids, *call.steps, call.entering, y, final, *call.shape,
-            *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *z_strides, *head_strides(D), **call.options,
+            x, B, C, D, z, call.ids, *call.steps, call.entering, y, None if known else final, *call.shape,
+            *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *z_strides, *head_strides(D), **options,
             num_warps=config.scan_warps, num_stages=config.scan_stages,
         )  # fmt: skip
     return y, final
@@ -131,15 +135,13 @@ class Call(NamedTuple):
     ids: Tensor | None
     steps: tuple[Tensor, Tensor, Tensor]  # d and the sums of log decays as two numbers, (B, H, tokens) in float32
     entering: Tensor | None  # (B, spans, H, P, N) in float32, or an initial state (B, H, P, N), or None for zeros
+    final: Tensor | None  # (B, H, P, N) in float32; None if there is one span, which is not gone through yet
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Return the programs of a kernel that goes through all spans."""
-        return self.programs(self.shape[6])
-
-    def programs(self, spans: int) -> tuple[int, int]:
-        """Return the programs of a kernel that goes through `spans` of every sequence."""
-        return self.sizes.clips * spans * (self.sizes.H // self.config.HEADS), blocks(self.sizes.P, self.config.BLOCK_P)
+        """Return the programs of a kernel: all spans of all heads, and the blocks of P."""
+        programs = self.sizes.clips * self.shape[6] * (self.sizes.H // self.config.HEADS)
+        return programs, blocks(self.sizes.P, self.config.BLOCK_P)
 
 
 def prepare(
@@ -161,15 +163,16 @@ def prepare(
     ids = None if seq_idx is None else seq_idx.contiguous()
     steps = _steps(dt, A, dt_bias, softplus, low, high, reverse, num_chunks, config.CHUNK)
     entering = None if initial_state is None else initial_state.contiguous()
-    call = Call(config, sizes, shape, options, ids, steps, entering)
+    call = Call(config, sizes, shape, options, ids, steps, entering, None)
     if num_spans > 1:
         states, decays = empty_span_states(call, x.device)
-        span_state_kernel[call.programs(num_spans - 1)](
+        span_state_kernel[call.grid](
             x, B, ids, *steps, states, decays, *shape, *x.stride()[:3], *B.stride()[:3], **options,
             num_warps=config.state_warps, num_stages=config.state_stages,
         )  # fmt: skip
-        pass_states(call, states, decays, entering, backward=False)
-        call = call._replace(entering=states)
+        final = torch.empty((clips, H, P, N), dtype=torch.float32, device=x.device)
+        pass_states(call, states, decays, entering, final, backward=False)
+        call = call._replace(entering=states, final=final)
     return call
 
 
@@ -180,11 +183,16 @@ def empty_span_states(call: Call, device: torch.device) -> tuple[Tensor, Tensor]
     return states, torch.empty((clips, spans, H), dtype=torch.float32, device=device)
 
 
-def pass_states(call: Call, states: Tensor, decays: Tensor, initial: Tensor | None, backward: bool) -> None:
-    """Replace what each span leaves by what enters it, from `initial` (B, H, P, N) on; `backward` begins at the last span."""
+def pass_states(
+    call: Call, states: Tensor, decays: Tensor, initial: Tensor | None, final: Tensor | None, backward: bool
+) -> None:
+    """Replace what each span leaves by what enters it, from `initial` (B, H, P, N) on, and write the last state to `final`.
+
+    `backward` begins at the last span.
+    """
     size = call.sizes.P * call.sizes.N
     pass_kernel[(call.sizes.clips * call.sizes.H, blocks(size, PASS["BLOCK"]))](
-        states, decays, initial, call.sizes.H, size, call.shape[6], BACKWARD=backward, **PASS
+        states, decays, initial, final, call.sizes.H, size, call.shape[6], BACKWARD=backward, **PASS
     )
 
 

@@ -110,35 +110,36 @@ def _backward(
         grid = (clips * num_spans * H, p_blocks)
         options = {
             "REVERSE": reverse, "CHUNK": config.CHUNK, "BLOCK_P": config.BLOCK_P, "BLOCK_N": config.TILE_N,
-            "TILES": blocks(N, config.TILE_N), "COMPUTE": config.COMPUTE, "TERMS": config.TERMS,
-            "READ_TERMS": config.READ_TERMS, "EXACT": config.EXACT,
+            "TILES": blocks(N, config.TILE_N), "COMPUTE": config.COMPUTE, "READ_TERMS": config.READ_TERMS,
+            "TERMS": config.TERMS if call.final is None else config.READ_TERMS, "EXACT": config.EXACT,
             "num_warps": config.gradient_warps, "num_stages": config.gradient_stages,
             **FUSED_MULTIPLY_ADD,
         }  # fmt: skip
         entering = None if dfinal is None else dfinal.float().contiguous()
         if num_spans > 1:
             gradients, decays = empty_span_states(call, x.device)
-            span_gradient_kernel[call.programs(num_spans - 1)](
+            span_gradient_kernel[call.grid](
                 dy, C, ids, prefix, prefix_low, gradients, decays, *shape, *dy.stride()[:3], *C.stride()[:3], **call.options,
                 num_warps=config.state_warps, num_stages=config.state_stages,
             )  # fmt: skip
-            pass_states(call, gradients, decays, entering, backward=True)
+            pass_states(call, gradients, decays, entering, dinitial, backward=True)
             entering = gradients
         strides = (*x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *dy.stride()[:3])
         dB_parts, dC_parts = empty(2, p_blocks, H, clips, L, N, dtype=launch.product_dtype(x, B, C)).unbind(0)
         read, within, into, step = empty(4, p_blocks, clips, H, num_chunks * config.CHUNK).unbind(0)
         output_sum, through = empty(2, p_blocks, clips, H, num_chunks).unbind(0)
         chunk_states = empty(clips, num_chunks, H, P, N) if config.EXACT else None
-        final, dD_parts = empty(clips, H, P, N), empty(clips, num_spans, H, P)
+        final = call.final if call.final is not None else empty(clips, H, P, N)
+        dD_parts = empty(clips, num_spans, H, P)
         gradient_forward_kernel[grid](
-            x, B, C, dy, ids, d, prefix, prefix_low, call.entering, final, chunk_states,
+            x, B, C, dy, ids, d, prefix, prefix_low, call.entering, final if call.final is None else None, chunk_states,
             dC_parts, within, read, output_sum, *shape, *strides,
             **options,
         )  # fmt: skip
         gradient_reverse_kernel[grid](
             x, B, C, dy, D, ids, d, prefix, prefix_low, call.entering, final, chunk_states, entering,
-            output_sum, dx, dB_parts, dD_parts, dinitial, into, step, through, *shape, *strides, *head_strides(D),
-            **options,
+            output_sum, dx, dB_parts, dD_parts, dinitial if call.final is None else None, into, step, through,
+            *shape, *strides, *head_strides(D), **options,
         )  # fmt: skip
         dA_parts, dbias_parts = empty(2, clips * num_chunks, H).unbind(0)
         bias = None if dt_bias is None else dt_bias.contiguous()
