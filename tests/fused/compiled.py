@@ -81,9 +81,10 @@ def launches_of_steps():
 
 
 def launches_of_ssd():
-    """Yield the same for Mamba-2's sizes, with all that the scan has, and for the widest, forward and backward."""
+    """Yield the same for Vamba's sizes, with all that the scan has, and for small ones in float32, forward and backward."""
     from fused.ops.ssd import launch as ssd
     from fused.ops.ssd import launch_backward as ssd_backward
+    from fused.runtime import triton_launch
 
     def launch(H, P, G, N, dtype, full, backward):
         x, z = torch.empty(2, 1, 2000, H, P, dtype=dtype).unbind(0)
@@ -96,16 +97,20 @@ def launches_of_ssd():
     kernels = ("steps_kernel", "span_state_kernel", "pass_kernel", "scan_kernel")
     gradients = ("span_gradient_kernel", "gradient_forward_kernel", "gradient_reverse_kernel", "steps_backward_kernel")
     vars(ssd)["choose_spans"] = lambda programs, num_chunks, slots: (2, -(-num_chunks // 2))
-    for H, P, G, N, full in ((112, 64, 1, 128, False), (24, 64, 1, 128, True), (3, 128, 3, 256, True)):
-        for dtype in (BF16, FP32) if N < 256 else (BF16,):
-            name = f"H{H} P{P} G{G} N{N} {'full ' * full}{DTYPE_NAMES[dtype]}"
-            yield name, ssd, kernels, lambda a=(H, P, G, N, dtype, full, False): launch(*a)
-            for kernel in kernels:  # they would run on the CPU
-                vars(ssd)[kernel] = Recorder(vars(ssd)[kernel])
-            call = lambda a=(H, P, G, N, dtype, full, True): launch(*a)  # noqa: E731
-            yield name, ssd_backward, (*gradients, "reduce_kernel"), call
-            for kernel in kernels:
-                vars(ssd)[kernel] = vars(ssd)[kernel].kernel
+    vars(ssd)["NATIVE"] = True  # as on a GPU, also where tests import this
+    large, small = (112, 64, 1, 128, BF16), (4, 16, 2, 16, FP32)
+    for capability, (H, P, G, N, dtype) in ((90, large), (100, large), (0, small)):
+        triton_launch.compile_for(capability)
+        triton_launch.capability.cache_clear()
+        only = {90: " sm_80 sm_90", 100: " sm_100", 0: ""}[capability]
+        name = f"H{H} P{P} G{G} N{N} {DTYPE_NAMES[dtype]}{only}"
+        yield name, ssd, kernels, lambda a=(H, P, G, N, dtype, True, False): launch(*a)
+        for kernel in kernels:  # they would run on the CPU
+            vars(ssd)[kernel] = Recorder(vars(ssd)[kernel])
+        call = lambda a=(H, P, G, N, dtype, True, True): launch(*a)  # noqa: E731
+        yield name, ssd_backward, (*gradients, "reduce_kernel"), call
+        for kernel in kernels:
+            vars(ssd)[kernel] = vars(ssd)[kernel].kernel
 
 
 class Recorder:
@@ -173,6 +178,8 @@ def main(op, *capabilities):
                 *types, options = arguments
                 assert options.get("enable_fp_fusion") is True, f"{name}: the launch leaves a * b + c to Triton's default"
                 for capability in map(int, capabilities):
+                    if "sm_" in case and f"sm_{capability}" not in case.split():
+                        continue  # this configuration is for others
                     tuned = getattr(module, "CAPABILITY_OPTIONS", {}).get(capability, {}) if "bf16" in case else {}
                     found = resources(recorder.kernel, *types, options | tuned, capability)
                     print(json.dumps({"case": case, "kernel": name, "sm": capability} | found), flush=True)

@@ -50,7 +50,7 @@ def span_gradient_kernel(
     dy_clip_stride: tl.tensor, dy_token_stride: tl.tensor, dy_head_stride: tl.tensor,
     C_clip_stride: tl.tensor, C_token_stride: tl.tensor, C_group_stride: tl.tensor,
     REVERSE: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    COMPUTE: tl.constexpr, TERMS: tl.constexpr,
+    COMPUTE: tl.constexpr, TERMS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradient (B, spans, H, P, N) of the state before each span, by it alone, and its decay."""
     head_blocks = H // HEADS
@@ -73,12 +73,12 @@ def span_gradient_kernel(
         chunk = end - 1 - k
         position = chunk * CHUNK + tl.arange(0, CHUNK)
         inside, tokens = position < L, to_tokens(position, L, REVERSE)
-        C = load_rows(C_ptr, tokens, n, inside, N, C_token_stride, COMPUTE)
+        C = load_rows(C_ptr, tokens, n, inside, N, C_token_stride, COMPUTE, EVEN)
         if ids_ptr is not None:
             ids, before, last = load_ids(ids_ptr, chunk, L, REVERSE, CHUNK)
         new_gradients, new_decays = (), ()
         for j in tl.static_range(HEADS):
-            dy = load_rows(dy_ptr + j * dy_head_stride, tokens, p, inside, P, dy_token_stride, COMPUTE)
+            dy = load_rows(dy_ptr + j * dy_head_stride, tokens, p, inside, P, dy_token_stride, COMPUTE, EVEN)
             base = row + j * (num_chunks * CHUNK).to(tl.int64) + chunk * CHUNK
             weights, decay = _from_state(prefix_ptr, prefix_low_ptr, base, CHUNK)
             if ids_ptr is not None:
@@ -126,12 +126,12 @@ def _store_state(
 @triton.jit
 def _load_tiles(
     ptr: tl.tensor, tokens: tl.tensor, inside: tl.tensor, N: tl.tensor, stride: tl.tensor, BLOCK_N: tl.constexpr,
-    TILES: tl.constexpr, COMPUTE: tl.constexpr,
+    TILES: tl.constexpr, COMPUTE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Return rows of B or C as TILES tiles (CHUNK, BLOCK_N)."""
     tiles = ()
     for t in tl.static_range(TILES):
-        tiles = tiles + (load_rows(ptr, tokens, t * BLOCK_N + tl.arange(0, BLOCK_N), inside, N, stride, COMPUTE),)
+        tiles = tiles + (load_rows(ptr, tokens, t * BLOCK_N + tl.arange(0, BLOCK_N), inside, N, stride, COMPUTE, EVEN),)
     return tiles
 
 
@@ -148,7 +148,7 @@ def gradient_forward_kernel(
     C_clip_stride: tl.tensor, C_token_stride: tl.tensor, C_group_stride: tl.tensor,
     dy_clip_stride: tl.tensor, dy_token_stride: tl.tensor, dy_head_stride: tl.tensor,
     REVERSE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
-    COMPUTE: tl.constexpr, TERMS: tl.constexpr, READ_TERMS: tl.constexpr, EXACT: tl.constexpr,
+    COMPUTE: tl.constexpr, TERMS: tl.constexpr, READ_TERMS: tl.constexpr, EXACT: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Go through a span of one head forwards, with its state: its part of dC, (P blocks, H, B, L, N), and, unless they are
     None, the final state of a single span and the states that enter the chunks, (B, chunks, H, P, N).
@@ -190,10 +190,10 @@ def gradient_forward_kernel(
             from_state = tl.where(ids == before, from_state, 0.0)
             weights = tl.where(ids == last, weights, 0.0)
             decay = tl.where(before == last, decay, 0.0)
-        x = load_rows(x_ptr, tokens, p, inside, P, x_token_stride, COMPUTE)
-        dy = load_rows(dy_ptr, tokens, p, inside, P, dy_token_stride, COMPUTE)
-        B_tiles = _load_tiles(B_ptr, tokens, inside, N, B_token_stride, BLOCK_N, TILES, COMPUTE)
-        C_tiles = _load_tiles(C_ptr, tokens, inside, N, C_token_stride, BLOCK_N, TILES, COMPUTE)
+        x = load_rows(x_ptr, tokens, p, inside, P, x_token_stride, COMPUTE, EVEN)
+        dy = load_rows(dy_ptr, tokens, p, inside, P, dy_token_stride, COMPUTE, EVEN)
+        B_tiles = _load_tiles(B_ptr, tokens, inside, N, B_token_stride, BLOCK_N, TILES, COMPUTE, EVEN)
+        C_tiles = _load_tiles(C_ptr, tokens, inside, N, C_token_stride, BLOCK_N, TILES, COMPUTE, EVEN)
         if chunk_states_ptr is not None:
             _store_state(chunk_states_ptr, states, (clip * num_chunks + chunk) * H + head, p, P, N, BLOCK_N, TILES)
         pairs = dot(dy, tl.trans(x), tl.zeros((CHUNK, CHUNK), tl.float32)) * tl.load(d_ptr + base + i)[None, :]
@@ -220,7 +220,8 @@ def gradient_forward_kernel(
             from_entering += tl.sum(dC * C_tiles[t].to(tl.float32), axis=1)
             dC = dot(pairs, B_tiles[t], dC)
             dC_ptrs = dC_ptr + tokens[:, None] * N + n[None, :]
-            tl.store(dC_ptrs, dC.to(dC_ptr.dtype.element_ty), mask=inside[:, None] & (n < N)[None, :])
+            mask = inside[:, None] if EVEN else inside[:, None] & (n < N)[None, :]
+            tl.store(dC_ptrs, dC.to(dC_ptr.dtype.element_ty), mask=mask)
             new_states = new_states + (dot_split(tl.trans(B_tiles[t]), scaled, states[t] * decay, COMPUTE, TERMS),)
         states = new_states
         tl.store(output_ptr + chunk * CHUNK + i, read + from_entering)
@@ -245,7 +246,7 @@ def gradient_reverse_kernel(
     dy_clip_stride: tl.tensor, dy_token_stride: tl.tensor, dy_head_stride: tl.tensor,
     D_head_stride: tl.tensor, D_channel_stride: tl.tensor,
     REVERSE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
-    COMPUTE: tl.constexpr, TERMS: tl.constexpr, READ_TERMS: tl.constexpr, EXACT: tl.constexpr,
+    COMPUTE: tl.constexpr, TERMS: tl.constexpr, READ_TERMS: tl.constexpr, EXACT: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Go through a span of one head backwards, with the gradient of its state: dx, its part of dB, dD of the span, and, unless
     that is None, the gradient of the initial state of a single span.
@@ -306,10 +307,10 @@ def gradient_reverse_kernel(
             from_state = tl.where(ids == before, from_state, 0.0)
             to_end = tl.where(ids == last, to_end, 0.0)
             decay = tl.where(before == last, decay, 0.0)
-        x = load_rows(x_ptr, tokens, p, inside, P, x_token_stride, COMPUTE)
-        dy = load_rows(dy_ptr, tokens, p, inside, P, dy_token_stride, COMPUTE)
-        B_tiles = _load_tiles(B_ptr, tokens, inside, N, B_token_stride, BLOCK_N, TILES, COMPUTE)
-        C_tiles = _load_tiles(C_ptr, tokens, inside, N, C_token_stride, BLOCK_N, TILES, COMPUTE)
+        x = load_rows(x_ptr, tokens, p, inside, P, x_token_stride, COMPUTE, EVEN)
+        dy = load_rows(dy_ptr, tokens, p, inside, P, dy_token_stride, COMPUTE, EVEN)
+        B_tiles = _load_tiles(B_ptr, tokens, inside, N, B_token_stride, BLOCK_N, TILES, COMPUTE, EVEN)
+        C_tiles = _load_tiles(C_ptr, tokens, inside, N, C_token_stride, BLOCK_N, TILES, COMPUTE, EVEN)
         decays = tl.where(used, _between(prefix_ptr, prefix_low_ptr, base, True, CHUNK), 0.0)
         pairs = dot(x, tl.trans(dy), tl.zeros((CHUNK, CHUNK), tl.float32)) * decays * d[:, None]
         pairs = pairs.to(COMPUTE)
@@ -321,7 +322,8 @@ def gradient_reverse_kernel(
             into_state += tl.sum(dB * B_tiles[t].to(tl.float32), axis=1)
             dB = dot(pairs, C_tiles[t], dB)
             dB_ptrs = dB_ptr + tokens[:, None] * N + n[None, :]
-            tl.store(dB_ptrs, dB.to(dB_ptr.dtype.element_ty), mask=inside[:, None] & (n < N)[None, :])
+            mask = inside[:, None] if EVEN else inside[:, None] & (n < N)[None, :]
+            tl.store(dB_ptrs, dB.to(dB_ptr.dtype.element_ty), mask=mask)
         tl.store(input_ptr + chunk * CHUNK + i, into_state)
         dx = tl.zeros((CHUNK, BLOCK_P), tl.float32)
         for t in tl.static_range(TILES):
@@ -337,7 +339,8 @@ def gradient_reverse_kernel(
             D = tl.load(D_ptr + head * D_head_stride + p * D_channel_stride, mask=p < P, other=0.0).to(tl.float32)
             dx += dy.to(tl.float32) * D[None, :]
         dx_ptrs = dx_ptr + tokens[:, None] * (H * P) + p[None, :]
-        tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=inside[:, None] & (p < P)[None, :])
+        mask = inside[:, None] if EVEN else inside[:, None] & (p < P)[None, :]
+        tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         dD += tl.sum(dy.to(tl.float32) * x.to(tl.float32), axis=0)
         if EXACT:
             state = _load_state(chunk_states_ptr, (clip * num_chunks + chunk) * H + head, p, P, N, BLOCK_N, TILES)

@@ -5,8 +5,9 @@ order; `REVERSE` turns a position into a token. A program has HEADS consecutive 
 transposed, (N, P), in float32. In names, `prefix` is the sum of the logarithms (base 2) of the decays from the chunk's first
 token to the token in question, as two float32 whose sum is exact to float64.
 
-COMPUTE is the dtype of matrix products: that of bfloat16 inputs, which are exact in it, else float32, by three TF32 products.
-What is not exact in bfloat16, where it decides about states, is split into TERMS bfloat16 numbers.
+EVEN says that P and N fill their blocks. COMPUTE is the dtype of matrix products: that of bfloat16 inputs, which are exact in
+it, else float32, by three TF32 products. What is not exact in bfloat16, where it decides about states, is split into TERMS
+bfloat16 numbers.
 """
 
 # mypy: disable-error-code="assignment"
@@ -64,11 +65,15 @@ def to_tokens(position: tl.tensor, L: tl.tensor, REVERSE: tl.constexpr):
 @triton.jit
 def load_rows(
     ptr: tl.tensor, tokens: tl.tensor, columns: tl.tensor, inside: tl.tensor, width: tl.tensor, stride: tl.tensor,
-    COMPUTE: tl.constexpr,
+    COMPUTE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Return (tokens, columns) of rows of `width` that lie `stride` apart, zero where not `inside`, in COMPUTE."""
+    """Return (tokens, columns) of rows of `width` that lie `stride` apart, zero where not `inside`, in COMPUTE.
+
+    EVEN says that all columns are within the width.
+    """
     ptrs = ptr + tokens[:, None] * stride + columns[None, :]
-    return tl.load(ptrs, mask=inside[:, None] & (columns < width)[None, :], other=0.0).to(COMPUTE)
+    mask = inside[:, None] if EVEN else inside[:, None] & (columns < width)[None, :]
+    return tl.load(ptrs, mask=mask, other=0.0).to(COMPUTE)
 
 
 @triton.jit(do_not_specialize=["L", "num_chunks"])
@@ -135,7 +140,7 @@ def span_state_kernel(
     x_clip_stride: tl.tensor, x_token_stride: tl.tensor, x_head_stride: tl.tensor,
     B_clip_stride: tl.tensor, B_token_stride: tl.tensor, B_group_stride: tl.tensor,
     REVERSE: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    COMPUTE: tl.constexpr, TERMS: tl.constexpr,
+    COMPUTE: tl.constexpr, TERMS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Compute the state (B, spans, H, P, N) that each span leaves, from zero, and its decay (B, spans, H).
 
@@ -159,12 +164,12 @@ def span_state_kernel(
     for chunk in range(span * chunks_per_span, end):
         position = chunk * CHUNK + tl.arange(0, CHUNK)
         inside, tokens = position < L, to_tokens(position, L, REVERSE)
-        B = load_rows(B_ptr, tokens, n, inside, N, B_token_stride, COMPUTE)
+        B = load_rows(B_ptr, tokens, n, inside, N, B_token_stride, COMPUTE, EVEN)
         if ids_ptr is not None:
             ids, before, last = load_ids(ids_ptr, chunk, L, REVERSE, CHUNK)
         new_states, new_decays = (), ()
         for j in tl.static_range(HEADS):
-            x = load_rows(x_ptr + j * x_head_stride, tokens, p, inside, P, x_token_stride, COMPUTE)
+            x = load_rows(x_ptr + j * x_head_stride, tokens, p, inside, P, x_token_stride, COMPUTE, EVEN)
             base = row + j * (num_chunks * CHUNK).to(tl.int64) + chunk * CHUNK
             weights, decay = state_weights(d_ptr, prefix_ptr, prefix_low_ptr, base, CHUNK)
             if ids_ptr is not None:
@@ -220,7 +225,7 @@ def scan_kernel(
     z_clip_stride: tl.tensor, z_token_stride: tl.tensor, z_head_stride: tl.tensor,
     D_head_stride: tl.tensor, D_channel_stride: tl.tensor,
     REVERSE: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    COMPUTE: tl.constexpr, TERMS: tl.constexpr,
+    COMPUTE: tl.constexpr, TERMS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Compute y (B, L, H, P) of a span from the state that enters it, (B, spans, H, P, N), and the final state (B, H, P, N).
 
@@ -255,8 +260,8 @@ def scan_kernel(
     for chunk in range(span * chunks_per_span, end):
         position = chunk * CHUNK + i
         inside, tokens = position < L, to_tokens(position, L, REVERSE)
-        B = load_rows(B_ptr, tokens, n, inside, N, B_token_stride, COMPUTE)
-        C = load_rows(C_ptr, tokens, n, inside, N, C_token_stride, COMPUTE)
+        B = load_rows(B_ptr, tokens, n, inside, N, B_token_stride, COMPUTE, EVEN)
+        C = load_rows(C_ptr, tokens, n, inside, N, C_token_stride, COMPUTE, EVEN)
         products = dot(C, tl.trans(B), tl.zeros((CHUNK, CHUNK), tl.float32))
         used = causal
         if ids_ptr is not None:
@@ -264,7 +269,7 @@ def scan_kernel(
             used = used & (ids[:, None] == ids[None, :])
         new_states = ()
         for j in tl.static_range(HEADS):
-            x = load_rows(x_ptr + j * x_head_stride, tokens, p, inside, P, x_token_stride, COMPUTE)
+            x = load_rows(x_ptr + j * x_head_stride, tokens, p, inside, P, x_token_stride, COMPUTE, EVEN)
             base = row + j * (num_chunks * CHUNK).to(tl.int64) + chunk * CHUNK
             prefix = tl.load(prefix_ptr + base + i)
             from_state = tl.exp2(prefix)
@@ -283,10 +288,11 @@ def scan_kernel(
                 D_ptrs = D_ptr + (first_head + j) * D_head_stride + p * D_channel_stride
                 y += x.to(tl.float32) * tl.load(D_ptrs, mask=p < P, other=0.0).to(tl.float32)[None, :]
             if z_ptr is not None:
-                z = load_rows(z_ptr + j * z_head_stride, tokens, p, inside, P, z_token_stride, tl.float32)
+                z = load_rows(z_ptr + j * z_head_stride, tokens, p, inside, P, z_token_stride, tl.float32, EVEN)
                 y *= z / (1.0 + tl.exp2(z * -LOG2E))
             y_ptrs = y_ptr + tokens[:, None] * (H * P) + (j * P + p)[None, :]
-            tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=inside[:, None] & (p < P)[None, :])
+            mask = inside[:, None] if EVEN else inside[:, None] & (p < P)[None, :]
+            tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
             weights, decay = state_weights(d_ptr, prefix_ptr, prefix_low_ptr, base, CHUNK)
             if ids_ptr is not None:
                 weights = tl.where(ids == last, weights, 0.0)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fused.ops.ssd.kernels import pass_kernel, scan_kernel, span_state_kernel, steps_kernel
 from fused.runtime.modes import is_batch_invariant
-from fused.runtime.triton_launch import FUSED_MULTIPLY_ADD, NATIVE, blocks, launching_on, power_of_2
+from fused.runtime.triton_launch import FUSED_MULTIPLY_ADD, NATIVE, blocks, capability, launching_on, power_of_2
 
 MAX_CHANNELS, MAX_STATES = 128, 256  # P and N
 MULTIPROCESSORS = 132  # of an H200; a constant, because the spans decide the order of sums
@@ -69,14 +69,16 @@ def product_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.bfloat16 if all(t.dtype == torch.bfloat16 for t in tensors) else torch.float32
 
 
-def choose_config(sizes: Sizes, dtype: torch.dtype) -> Config:
-    """Return the configuration for these sizes and the dtype of products."""
+def choose_config(sizes: Sizes, dtype: torch.dtype, capability: int = 0, backward: bool = False) -> Config:
+    """Return the configuration for these sizes and the dtype of products, on a GPU of a compute capability (90 for 9.0)."""
     block_n = max(16, power_of_2(sizes.N))
     block_p = max(16, min(64, power_of_2(sizes.P), 128 * 64 // block_n))  # a state of at most 64 registers a thread
     if dtype != torch.bfloat16 or not NATIVE:
         chunk = 16 if not NATIVE else 32
         return Config(chunk, 1, block_p, block_n, tl.float32, 1, 1, True, 4, 1, 4, 1, 4, 1, min(64, block_n), 1)
-    return Config(64, 1, block_p, block_n, tl.bfloat16, 3, 2, False, 4, 2, 4, 3, 4, 1, min(64, block_n), 2)
+    # Triton 3.6 fails to compile the backward of chunks of 64 for sm_100, at sums of what is in tensor memory
+    chunk = 32 if backward and capability >= 100 else 64
+    return Config(chunk, 1, block_p, block_n, tl.bfloat16, 3, 2, False, 4, 2, 4, 3, 4, 1, min(64, block_n), 2)
 
 
 @lru_cache(maxsize=1024)
@@ -146,19 +148,20 @@ class Call(NamedTuple):
 
 def prepare(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, dt_bias: Tensor | None, softplus: bool, low: float, high: float,
-    initial_state: Tensor | None, seq_idx: Tensor | None, reverse: bool, config: Config | None = None,
+    initial_state: Tensor | None, seq_idx: Tensor | None, reverse: bool, config: Config | None = None, backward: bool = False,
 ) -> Call:  # fmt: skip
     """Choose the configuration and the spans, and run all kernels that come before the outputs."""
     sizes = Sizes(*x.shape, *B.shape[2:])
     clips, L, H, P, G, N = sizes
-    config = config or choose_config(sizes, product_dtype(x, B, C))
+    config = config or choose_config(sizes, product_dtype(x, B, C), capability(x.device), backward)
     num_chunks = blocks(L, config.CHUNK)
     programs = (H // config.HEADS) * blocks(P, config.BLOCK_P) * (1 if is_batch_invariant() else clips)
     num_spans, chunks_per_span = choose_spans(programs, num_chunks, MULTIPROCESSORS * config.programs_per_multiprocessor)
     shape = (L, H, P, N, H // G, num_chunks, num_spans, chunks_per_span)
     options: dict[str, Any] = {
         "REVERSE": reverse, "CHUNK": config.CHUNK, "HEADS": config.HEADS, "BLOCK_P": config.BLOCK_P,
-        "BLOCK_N": config.BLOCK_N, "COMPUTE": config.COMPUTE, "TERMS": config.TERMS, **FUSED_MULTIPLY_ADD,
+        "BLOCK_N": config.BLOCK_N, "COMPUTE": config.COMPUTE, "TERMS": config.TERMS,
+        "EVEN": P % config.BLOCK_P == 0 and N == config.BLOCK_N, **FUSED_MULTIPLY_ADD,
     }  # fmt: skip
     ids = None if seq_idx is None else seq_idx.contiguous()
     steps = _steps(dt, A, dt_bias, softplus, low, high, reverse, num_chunks, config.CHUNK)

@@ -103,7 +103,7 @@ def _backward(
         dD, dbias = (None if t is None else torch.zeros_like(t, dtype=torch.float32) for t in (D, dt_bias))
         return Gradients(dx, ddt, torch.zeros_like(A, dtype=torch.float32), dB, dC, dD, None, dbias, dinitial)
     with launching_on(x.device):
-        call = prepare(x, dt, A, B, C, dt_bias, softplus, low, high, initial_state, seq_idx, reverse, config)
+        call = prepare(x, dt, A, B, C, dt_bias, softplus, low, high, initial_state, seq_idx, reverse, config, True)
         config, shape, ids, (d, prefix, prefix_low) = call.config, call.shape, call.ids, call.steps
         num_chunks, num_spans = shape[5:7]
         p_blocks = blocks(P, config.BLOCK_P)
@@ -112,6 +112,7 @@ def _backward(
             "REVERSE": reverse, "CHUNK": config.CHUNK, "BLOCK_P": config.BLOCK_P, "BLOCK_N": config.TILE_N,
             "TILES": blocks(N, config.TILE_N), "COMPUTE": config.COMPUTE, "READ_TERMS": config.READ_TERMS,
             "TERMS": config.TERMS if call.final is None else config.READ_TERMS, "EXACT": config.EXACT,
+            "EVEN": P % config.BLOCK_P == 0 and N % config.TILE_N == 0,
             "num_warps": config.gradient_warps, "num_stages": config.gradient_stages,
             **FUSED_MULTIPLY_ADD,
         }  # fmt: skip
