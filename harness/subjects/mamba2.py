@@ -29,12 +29,13 @@ def cases(grid: str) -> list[Case]:
         return {"B": B, "L": L, "D": D, "P": P, "N": N}
 
     every = [
-        (), ("state",), ("segments", "state"), ("reverse",), ("groups=2", "norm-first", "channels"), ("ungrouped", "mlp"),
+        (), ("state",), ("segments", "state"), ("reverse",), ("groups=2", "norm-first", "channels"), ("no-norm", "mlp"),
     ]  # fmt: skip
     tiny = [Case("mamba2", tuple(shape(2, 3, 4, 4, 3).items()), o, "float64") for o in every[:5]]
     small = [(shape(2, 9, 16, 8, 16), o) for o in every] + [(shape(2, 1, 16, 8, 16), ("state",))]
     if grid == "smoke":
-        return tiny + modules.in_precisions([*small, (shape(1, 70, 32, 16, 16), ())], "mamba2", half=False)
+        few = [small[i] for i in (0, 2, 3, 4, 5)]
+        return tiny[:4:2] + modules.in_precisions([*few, (shape(1, 70, 32, 16, 16), ())], "mamba2", half=False)
     wide = [(shape(2, 197, 384, 64, 64), o) for o in every[:4]] + [(shape(1, 785, 768, 64, 128), ())]
     return tiny + modules.in_precisions([*small, *wide], "mamba2", half=True)
 
@@ -56,7 +57,7 @@ def build(call: Callable[..., Any], case: Case) -> nn.Module:
     D, P = case["D"], case["P"]
     return call(
         D, d_state=case["N"], headdim=P, ngroups=int(case.option("groups", "1")), bimamba=case.has("reverse"),
-        norm_before_gate=case.has("norm-first"), D_has_hdim=case.has("channels"), rmsnorm=not case.has("ungrouped"),
+        norm_before_gate=case.has("norm-first"), D_has_hdim=case.has("channels"), rmsnorm=not case.has("no-norm"),
         d_ssm=2 * D - P if case.has("mlp") else None,
     )  # fmt: skip
 

@@ -36,18 +36,19 @@ def cases(grid: str) -> list[Case]:
         (), ("reverse",), ("state",), ("segments", "state"), ("reverse", "segments", "state"), ("bare",),
         ("groups=2", "channels", "limits", "state"),
     ]  # fmt: skip
-    tiny = cross("ssd", [shape(2, 5, 2, 3, 2)], every, ["float64"])
     some = [(), ("state",), ("reverse", "segments", "state")]
     if grid == "smoke":
+        few = [(), *every[-3:]]
         return [
-            *tiny,
+            *cross("ssd", [shape(2, 5, 2, 3, 2)], few[1:], ["float64"]),
             *cross("ssd", [shape(2, 1, 4, 3, 5)], some[1:2], LOW_PRECISIONS[:2]),
-            *cross("ssd", [shape(3, 7, 4, 8, 16)], every, LOW_PRECISIONS[:2]),
-            *cross("ssd", [shape(2, 130, 4, 16, 16)], some[1:], LOW_PRECISIONS[:2]),
+            *cross("ssd", [shape(3, 7, 4, 8, 16)], few, LOW_PRECISIONS[:2]),
+            *cross("ssd", [shape(2, 130, 4, 16, 16)], some[2:], LOW_PRECISIONS[:2]),
             *cross("ssd", [shape(1, 4099, 2, 8, 4)], [("infer",)], LOW_PRECISIONS[:2]),
         ]  # fmt: skip
     full = [
-        *tiny, *cross("ssd", [shape(2, 1, 4, 3, 5), shape(3, 7, 4, 8, 16)], every, LOW_PRECISIONS),
+        *cross("ssd", [shape(2, 5, 2, 3, 2)], every, ["float64"]),
+        *cross("ssd", [shape(2, 1, 4, 3, 5), shape(3, 7, 4, 8, 16)], every, LOW_PRECISIONS),
         *cross("ssd", [shape(2, 130, 6, 16, 16), shape(2, 333, 4, 64, 128)], every, LOW_PRECISIONS),
         *cross("ssd", [shape(1, 197, 3, 128, 256), shape(2, 65, 5, 24, 40), shape(1, 785, 112, 64, 128)], some, LOW_PRECISIONS),
         *cross("ssd", [shape(1, 4099, 2, 8, 4)], [("infer",)], LOW_PRECISIONS[:2]),
@@ -204,7 +205,7 @@ def channel_axes() -> dict[str, int]:
 def costly_checks(case: Case) -> set[str]:
     """Return `writes` for all cases, and at one odd size `device` and, with all options, `compile`."""
     if case.fits(B=3, L=7):
-        found = {(): {"device"}, ("reverse", "segments", "state"): {"device"}, ("state",): {"compile"}}
+        found = {(): {"device"}, ("reverse", "segments", "state"): {"device", "compile"}}
         return {"writes"} | found.get(case.options, set())
     return {"writes"}
 
@@ -238,8 +239,8 @@ def races() -> list[Race]:
 
 
 def licence(dtype: str) -> tuple[str, ...]:
-    """Return one case in either direction, with a state."""
-    return f"B3-L7-H4-P8-N16-state-{dtype}", f"B3-L7-H4-P8-N16-reverse-segments-state-{dtype}"
+    """Return one case in either direction, one of them with segments and a state."""
+    return f"B3-L7-H4-P8-N16-{dtype}", f"B3-L7-H4-P8-N16-reverse-segments-state-{dtype}"
 
 
 def bound(point: Point, variant: str, ceilings: Ceilings) -> float:
