@@ -22,10 +22,12 @@ from fused.models.videomamba.onnx import OnnxExport, export_onnx
 from fused.models.videomamba.published import PRETRAINED
 from fused.models.videomamba.timm_registry import register_timm
 from fused.modules.mamba import Mamba
+from fused.modules.mamba2 import Mamba2
 from fused.modules.state import detach_state, state_to
 from fused.ops.add_norm.api import add_norm
 from fused.ops.causal_conv1d.api import causal_conv1d
 from fused.ops.selective_scan.api import bidirectional_scan, selective_scan
+from fused.ops.ssd.api import ssd
 from fused.runtime.graphed import graphed
 from fused.stamp import Validation, validation
 
@@ -38,6 +40,7 @@ __all__ = [
     "FrameStream",
     "LoadReport",
     "Mamba",
+    "Mamba2",
     "OnnxExport",
     "Validation",
     "VideoMamba",
@@ -55,6 +58,7 @@ __all__ = [
     "register_timm",
     "save_checkpoint",
     "selective_scan",
+    "ssd",
     "state_to",
     "validation",
 ]

@@ -4,15 +4,18 @@ from reference.models.videomamba.chunked import approximate, forward_chunked
 from reference.models.videomamba.config import VideoMambaConfig
 from reference.models.videomamba.model import DistillOutput, EncoderOutput, VideoMamba, VideoMambaEncoder, build_videomamba
 from reference.modules.mamba import Mamba
+from reference.modules.mamba2 import Mamba2
 from reference.modules.state import detach_state, state_to
 from reference.ops.add_norm import add_norm
 from reference.ops.causal_conv1d import causal_conv1d
 from reference.ops.selective_scan import selective_scan
+from reference.ops.ssd import ssd
 
 __all__ = [
     "DistillOutput",
     "EncoderOutput",
     "Mamba",
+    "Mamba2",
     "VideoMamba",
     "VideoMambaConfig",
     "VideoMambaEncoder",
@@ -23,5 +26,6 @@ __all__ = [
     "detach_state",
     "forward_chunked",
     "selective_scan",
+    "ssd",
     "state_to",
 ]

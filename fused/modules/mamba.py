@@ -172,7 +172,7 @@ class Mamba(nn.Module):
         xz = linear(hidden, self.in_proj) if operators == "torch" and "in_proj" not in called else self.in_proj(hidden)
         x, z = xz.chunk(2, dim=-1)
         if state is not None:
-            check_mixer_state(state, x, self.d_conv, self.d_state, self.layer_idx)
+            check_mixer_state(state, x, self.d_conv, (self.d_inner, self.d_state), self.layer_idx)
         calls_inner = any(name not in _OUTER for name in called)
         if called and operators != "torch" and (calls_inner or not carried):
             note_slow_path(self, called, self.layer_idx)

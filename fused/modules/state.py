@@ -1,9 +1,9 @@
 """The state of a causal model between two chunks of a video.
 
 A mixer's state is a pair (conv_state (B, E, K-1), ssm_state (B, E, N)): the last K-1 inputs of its convolution in the dtype of
-the stream, and the state of its scan in at least float32. A model's state is a list, tuple or dict with such a pair of every
-layer, numbered from 0. If the model reads a running mean, one entry (count (), total (B, D)) follows: the number of patch
-tokens so far, an integer, and their sum.
+the stream, and the state of its scan in at least float32. In Mamba-2 the latter is (B, H, P, N), and E counts the convolved
+channels. A model's state is a list, tuple or dict with such a pair of every layer, numbered from 0. If the model reads a
+running mean, one entry (count (), total (B, D)) follows: the number of patch tokens so far, an integer, and their sum.
 
 Zeros are the state before a video. A state holds tensors and plain containers only, which `torch.save` writes and
 `torch.load` reads with weights_only. No function writes into a state, so any state can be used again.
@@ -31,8 +31,8 @@ def linear_dtype(weight: Tensor, device: torch.device) -> torch.dtype:
 
 
 def zero_state(
-    clips: int, conv: tuple[int, int], scan: tuple[int, int], dtype: torch.dtype, device: torch.device
-) -> tuple[Float[Tensor, "B E S"], Float[Tensor, "B E N"]]:
+    clips: int, conv: tuple[int, int], scan: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> State:
     """Return a mixer's state before the first token: zeros (clips, *conv) in `dtype`, (clips, *scan) in at least float32.
 
     Raises ValueError for a number of clips below 1, TypeError for a dtype that is not floating point.
@@ -79,13 +79,13 @@ def pack(pairs: Any, like: States | None, mean: State | None = None) -> States:
     return tuple(pairs) if isinstance(like, tuple) else pairs
 
 
-def check_mixer_state(state: State, x: Float[Tensor, "B L E"], K: int, N: int, layer: int | None) -> None:
-    """Raise unless `state` fits x, the input of a mixer's convolution of width K, and a scan of N states: ValueError for
-    shapes and devices, TypeError for dtypes. `layer` is the mixer's number for the message."""
+def check_mixer_state(state: State, x: Float[Tensor, "B L E"], K: int, scan: tuple[int, ...], layer: int | None) -> None:
+    """Raise unless `state` fits x, the input of a mixer's convolution of width K, and a scan whose state is (B, *scan):
+    ValueError for shapes and devices, TypeError for dtypes. `layer` is the mixer's number for the message."""
     clips, _, E = x.shape
     suffix = "" if layer is None else f" of layer {layer}"
     _check(f"conv_state{suffix}", state[0], (clips, E, K - 1), x.dtype, x.device)
-    _check(f"ssm_state{suffix}", state[1], (clips, E, N), accumulation_dtype(x.dtype), x.device)
+    _check(f"ssm_state{suffix}", state[1], (clips, *scan), accumulation_dtype(x.dtype), x.device)
 
 
 def _check(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:

@@ -1,7 +1,7 @@
 """Bugs planted in `fused` to prove that the checks catch them.
 
 One file each: `plant()` is a context in which the bug is there, `WHERE` the parity filters (options of the command line) under
-which every run must fail. `scan_with` plants in the function through which backends and callers scan.
+which every run must fail. `scan_with` and `ssd_with` plant in the function through which backends and callers scan.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ from torch import Tensor
 import fused.ops.mamba_inner.eager
 import fused.ops.mamba_inner.segments
 import fused.ops.selective_scan.api
+import fused.ops.ssd.api
 
 Scan = Callable[..., tuple[Tensor, Tensor]]
 
@@ -45,4 +46,16 @@ def scan_with(bug: Callable[..., tuple[Tensor, Tensor]]) -> Iterator[None]:
     with mock.patch.object(fused.ops.selective_scan.api, "selective_scan", planted), mock.patch.object(
         fused.ops.mamba_inner.eager, "scan_both_directions", planted_both
     ), mock.patch.object(fused.ops.mamba_inner.segments, "takes", lambda *_: False):
+        yield
+
+
+@contextlib.contextmanager
+def ssd_with(bug: Callable[..., tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Put `bug(ssd, x, dt, A, B, C, **the rest by name)` in place of the public `ssd`, for the time within."""
+    original = fused.ops.ssd.api.ssd
+
+    def planted(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **rest: Any) -> tuple[Tensor, Tensor]:
+        return bug(original, x, dt, A, B, C, **rest)
+
+    with mock.patch.object(fused.ops.ssd.api, "ssd", planted):
         yield

@@ -112,7 +112,7 @@ class Mamba(nn.Module):
         weight = self.in_proj.weight
         target = weight.device if device is None else torch.device(device)
         dtype = dtype or stream_dtype(weight, target)
-        return zero_state(batch_size, self.d_inner, self.d_conv, self.d_state, dtype, target)
+        return zero_state(batch_size, self.d_inner, self.d_conv, (self.d_inner, self.d_state), dtype, target)
 
     def _require_causal(self) -> None:
         """Raise ValueError for a bidirectional mixer."""
@@ -137,7 +137,7 @@ class Mamba(nn.Module):
             self._require_causal()
         x, z = self.in_proj(hidden).chunk(2, dim=-1)
         if state is not None:
-            check_state(state, x, self.d_conv, self.d_state, self.layer_idx)
+            check_state(state, x, self.d_conv, (self.d_inner, self.d_state), self.layer_idx)
         y, state = self.run_direction(x, z, self.forward_direction, state)
         if self.bimamba:
             y = y + self.run_direction(x, z, self.backward_direction, reverse=True)[0]

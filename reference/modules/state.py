@@ -2,6 +2,7 @@
 
 The state of a mixer is a pair (conv_state, ssm_state). conv_state (B, E, K-1) holds the last K-1 inputs of the convolution, in
 the dtype of the mixer's activations (here: the stream's dtype). ssm_state (B, E, N) holds h of the scan, in at least float32.
+In Mamba-2 it is S (B, H, P, N), and E counts the convolved channels.
 
 The state of a model has one such pair per layer, in a list, a tuple or a dict by layer. A model that reads a running mean has
 one pair more, at index `depth`: (count (), total (B, D)), the number of patch tokens so far and their sum.
@@ -30,8 +31,8 @@ def stream_dtype(weight: Tensor, device: torch.device) -> torch.dtype:
     return weight.dtype
 
 
-def zero_state(B: int, E: int, K: int, N: int, dtype: torch.dtype, device: torch.device) -> State:
-    """Return a mixer's state before the first token: zeros (B, E, K-1) in `dtype` and (B, E, N) in at least float32.
+def zero_state(B: int, E: int, K: int, scan: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
+    """Return a mixer's state before the first token: zeros (B, E, K-1) in `dtype` and (B, *scan) in at least float32.
 
     Raise ValueError for a batch size below 1, TypeError for a dtype that is not floating-point.
     """
@@ -40,7 +41,7 @@ def zero_state(B: int, E: int, K: int, N: int, dtype: torch.dtype, device: torch
     if not dtype.is_floating_point:
         raise TypeError(f"dtype is {dtype}; allowed is the floating-point dtype of the stream, of parameters or autocast")
     precise = accumulation_dtype(dtype)
-    return torch.zeros(B, E, K - 1, dtype=dtype, device=device), torch.zeros(B, E, N, dtype=precise, device=device)
+    return torch.zeros(B, E, K - 1, dtype=dtype, device=device), torch.zeros(B, *scan, dtype=precise, device=device)
 
 
 def zero_mean_state(mixer_state: State, D: int) -> State:
@@ -81,15 +82,15 @@ def pack_state(pairs: list[State], like: ModelState | None) -> ModelState:
     return tuple(pairs) if isinstance(like, tuple) else pairs
 
 
-def check_state(state: State, x: Float[Tensor, "B L E"], K: int, N: int, layer: int | None) -> None:
-    """Check a mixer's state against x, the input of its convolution; `layer` is named in messages.
+def check_state(state: State, x: Float[Tensor, "B L E"], K: int, scan: tuple[int, ...], layer: int | None) -> None:
+    """Check a mixer's state against x, the input of its convolution; an ssm_state is (B, *scan); `layer` is named in messages.
 
     Raise ValueError for another shape or device, TypeError for another dtype.
     """
     B, _, E = x.shape
     of_layer = "" if layer is None else f" of layer {layer}"
     _check_tensor("conv_state" + of_layer, state[0], (B, E, K - 1), x.dtype, x.device)
-    _check_tensor("ssm_state" + of_layer, state[1], (B, E, N), accumulation_dtype(x.dtype), x.device)
+    _check_tensor("ssm_state" + of_layer, state[1], (B, *scan), accumulation_dtype(x.dtype), x.device)
 
 
 def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:

@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from reference.ops.dtypes import accumulation_dtype
@@ -16,6 +16,7 @@ def causal_conv1d(
     activation: str | None = "silu",
     initial_state: Float[Tensor, "B E S"] | None = None,
     reverse: bool = False,
+    seq_idx: Int[Tensor, "B L"] | None = None,
 ) -> tuple[Float[Tensor, "B L E"], Float[Tensor, "B E S"]]:
     """Convolve every channel with its own K weights; the last weight multiplies the current token:
 
@@ -26,6 +27,10 @@ def causal_conv1d(
     last K-1 raw inputs, or in reverse the first. Where L < K-1 it still holds inputs of the initial state. All arithmetic is in
     at least float32. Upstream: causal-conv1d's `causal_conv1d_fn`, here channel-last.
 
+    `seq_idx` numbers the segments of each row: inputs of another segment than the token's count as zero. The initial state
+    continues the first segment of each row (reverse: the last), and the final state has the inputs of the segment that it
+    continues, zeros for those of others.
+
     Return y (B, L, E) in x's dtype and the final state (B, E, K-1) in x's dtype. Raise ValueError for an unknown activation.
     """
     if activation not in ("silu", "swish", None):
@@ -35,14 +40,24 @@ def causal_conv1d(
         initial_state = x.new_zeros(x.shape[0], x.shape[2], K - 1)
     before = initial_state.transpose(1, 2).to(x.dtype)
     padded = torch.cat((x, before) if reverse else (before, x), dim=1)  # (B, L+K-1, E)
-    final_state = (padded[:, : K - 1] if reverse else padded[:, L:]).transpose(1, 2).clone()  # a view would keep all of padded
+    after = slice(None, K - 1) if reverse else slice(L, None)
+    final_state = padded[:, after]
+    if seq_idx is not None:
+        first, last = (seq_idx[:, -1:], seq_idx[:, :1]) if reverse else (seq_idx[:, :1], seq_idx[:, -1:])
+        edge = first.expand(-1, K - 1)
+        ids = torch.cat((seq_idx, edge) if reverse else (edge, seq_idx), dim=1).unsqueeze(2)  # (B, L+K-1, 1)
+        final_state = torch.where(ids[:, after] == last.unsqueeze(2), final_state, 0)
+    final_state = final_state.transpose(1, 2).clone()  # a view would keep all of padded
 
     precise = accumulation_dtype(x.dtype)
     padded, weight = padded.to(precise), weight.to(precise)
     y = torch.zeros_like(x, dtype=precise) if bias is None else bias.to(precise).expand(x.shape)
     for w in range(K):
-        first = K - 1 - w if reverse else w
-        y = y + weight[:, w] * padded[:, first : first + L]
+        start = K - 1 - w if reverse else w
+        inputs = padded[:, start : start + L]
+        if seq_idx is not None:
+            inputs = torch.where(ids[:, start : start + L] == seq_idx.unsqueeze(2), inputs, 0)
+        y = y + weight[:, w] * inputs
     if activation is not None:
         y = F.silu(y)
     return y.to(x.dtype), final_state

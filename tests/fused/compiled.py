@@ -19,7 +19,7 @@ import time
 import compilers
 import torch
 
-DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
 TOOLS = pathlib.Path(importlib.util.find_spec("triton").origin).parent / "backends/nvidia/bin"
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -83,6 +83,39 @@ def launches_of_steps():
     yield "unpack fp32", kernels, ("unpack_gradients_kernel",), lambda: kernels.unpack_gradients(*gradients)
     dy, xz = torch.empty(2, 70, 128, dtype=BF16), torch.empty(2, 70, 256, dtype=BF16)
     yield "gate bf16", kernels, ("silu_gate_backward_kernel",), lambda: kernels.silu_gate_backward(dy, xz[..., 128:])
+
+
+def launches_of_ssd():
+    """Yield the same for Vamba's sizes, with all that the scan has, and for small ones in float32, forward and backward."""
+    from fused.ops.ssd import launch as ssd
+    from fused.ops.ssd import launch_backward as ssd_backward
+    from fused.runtime import triton_launch
+
+    def launch(H, P, G, N, dtype, full, backward):
+        x, z = torch.empty(2, 1, 2000, H, P, dtype=dtype).unbind(0)
+        B = torch.empty(1, 2000, G, N, dtype=dtype)
+        dt, A = torch.empty(1, 2000, H, dtype=dtype), torch.empty(H)
+        ids, state = (torch.zeros(1, 2000, dtype=torch.int32), torch.empty(1, H, P, N)) if full else (None, None)
+        arguments = x, dt, A, B, B, A, z if full and not backward else None, A, True, 0.0, 1.0, state, ids, full
+        ssd_backward.backward(x, state, *arguments) if backward else ssd.forward(*arguments)
+
+    kernels = ("steps_kernel", "span_state_kernel", "pass_kernel", "scan_kernel")
+    gradients = ("span_gradient_kernel", "gradient_forward_kernel", "gradient_reverse_kernel", "steps_backward_kernel")
+    vars(ssd)["choose_spans"] = lambda programs, num_chunks, slots: (2, -(-num_chunks // 2))
+    vars(ssd)["NATIVE"] = True  # as on a GPU, also where tests import this
+    large, small = (112, 64, 1, 128, BF16), (4, 16, 2, 16, FP32)
+    for capability, (H, P, G, N, dtype) in ((90, large), (100, large), (0, small)):
+        triton_launch.compile_for(capability)
+        triton_launch.capability.cache_clear()
+        only = {90: " sm_80 sm_90", 100: " sm_100", 0: ""}[capability]
+        name = f"H{H} P{P} G{G} N{N} {DTYPE_NAMES[dtype]}{only}"
+        yield name, ssd, kernels, lambda a=(H, P, G, N, dtype, True, False): launch(*a)
+        for kernel in kernels:  # they would run on the CPU
+            vars(ssd)[kernel] = Recorder(vars(ssd)[kernel])
+        call = lambda a=(H, P, G, N, dtype, True, True): launch(*a)  # noqa: E731
+        yield name, ssd_backward, (*gradients, "reduce_kernel"), call
+        for kernel in kernels:
+            vars(ssd)[kernel] = vars(ssd)[kernel].kernel
 
 
 class Recorder:
@@ -150,6 +183,8 @@ def main(op, *capabilities):
                 *types, options = arguments
                 assert options.get("enable_fp_fusion") is True, f"{name}: the launch leaves a * b + c to Triton's default"
                 for capability in map(int, capabilities):
+                    if "sm_" in case and f"sm_{capability}" not in case.split():
+                        continue  # this configuration is for others
                     tuned = getattr(module, "CAPABILITY_OPTIONS", {}).get(capability, {}) if "bf16" in case else {}
                     found = resources(recorder.kernel, *types, options | tuned, capability)
                     print(json.dumps({"case": case, "kernel": name, "sm": capability} | found), flush=True)

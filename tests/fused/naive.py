@@ -38,3 +38,22 @@ def norm(x, weight, bias=None, *, residual=None, eps=1e-5, kind="rms"):
     centred = v - v.mean(-1, keepdim=True) if kind == "layer" else v
     y = centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + eps) * weight
     return y if bias is None else y + bias, v
+
+
+def ssd(
+    x, dt, A, B, C, D=None, z=None, dt_bias=None, *, softplus=True, dt_limit=(0, float("inf")), initial_state=None,
+    seq_idx=None, reverse=False,
+):  # fmt: skip
+    B, C = (m.repeat_interleave(x.shape[2] // m.shape[2], dim=2) for m in (B, C))
+    dt = dt if dt_bias is None else dt + dt_bias
+    dt = (F.softplus(dt) if softplus else dt).clamp(*dt_limit)
+    state = x.new_zeros(*x.shape[:1], *x.shape[2:], B.shape[3]) if initial_state is None else initial_state
+    y, before = [None] * x.shape[1], None
+    for t in reversed(range(x.shape[1])) if reverse else range(x.shape[1]):
+        if before is not None and seq_idx is not None:
+            state = state * (seq_idx[:, t] == seq_idx[:, before])[:, None, None, None]
+        state = torch.exp(dt[:, t] * A)[..., None, None] * state + (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]
+        y[t], before = (state * C[:, t, :, None]).sum(-1), t
+    y = torch.stack(y, dim=1)
+    y = y if D is None else y + (D if D.dim() == 2 else D[:, None]) * x
+    return y if z is None else y * F.silu(z), state

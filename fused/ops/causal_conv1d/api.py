@@ -9,13 +9,15 @@ The state is the K-1 raw inputs beyond the edge of the sequence, in time order: 
 from collections.abc import Callable
 from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fused import backends
 from fused.backends import NATIVE, TORCH, Abilities
 from fused.ops import mamba_ssm
 from fused.ops.causal_conv1d.eager import causal_conv1d_eager
+from fused.ops.causal_conv1d.segmented import causal_conv1d_segmented
+from fused.ops.segments import check_seq_idx
 from fused.runtime.checks import check_choice, check_tensor
 from fused.runtime.dtypes import KERNEL_DTYPES
 
@@ -36,12 +38,17 @@ def causal_conv1d(
     activation: str | None = "silu",
     initial_state: Float[Tensor, "B E S"] | None = None,
     reverse: bool = False,
+    seq_idx: Int[Tensor, "B L"] | None = None,
     backend: str = "auto",
 ) -> tuple[Float[Tensor, "B L E"], Float[Tensor, "B E S"]]:
     """Convolve x along its tokens and return (y, final_state), both in x's dtype; the states are (B, E, K-1).
 
     `activation` is "silu" (also called "swish") or None. Computes in at least float32 and rounds once; gradients reach
     x, weight, bias and initial_state and flow from both results.
+
+    `seq_idx` numbers the segments of each row, ascending: inputs of another segment than the token's count as zero, in
+    `final_state` those of another than the last token's (reverse: the first's). `initial_state` continues the first segment
+    (reverse: the last). Segments run as PyTorch operations, also with "native"; "mamba_ssm" has none here.
 
     Raises TypeError or ValueError for an argument that does not fit, ValueError for what the backend cannot do,
     BackendError for a backend that cannot run here.
@@ -52,7 +59,15 @@ def causal_conv1d(
     _check(x, weight, bias, activation, initial_state)
     asked = {"initial_state": initial_state is not None, "reverse": reverse}
     backends.check_abilities("causal_conv1d", BACKENDS, backend, x.dtype, asked)
-    run = implementation(backends.choose(backend, x.device))
+    backend = backends.choose(backend, x.device)
+    if seq_idx is not None:
+        check_seq_idx("causal_conv1d", seq_idx, x.shape[0], x.shape[1], x.device)
+        if backends.operators_of(backend) == "mamba_ssm":
+            raise ValueError(f"causal_conv1d: backend {backend!r} does not support seq_idx; use backend='torch'")
+        return causal_conv1d_segmented(
+            x, weight, bias, seq_idx=seq_idx, activation=activation, initial_state=initial_state, reverse=reverse
+        )
+    run = implementation(backend)
     return run(x, weight, bias, activation=activation, initial_state=initial_state, reverse=reverse)
 
 

@@ -1,0 +1,1 @@
+"""RMSNorm over groups of channels, with a gate before or after it."""
