@@ -1,5 +1,6 @@
 """The structure of the code keeps its measures: no import circles, annotated parameters, a short way to a native layer."""
 
+import ast
 from pathlib import Path
 
 import emulation
@@ -46,3 +47,18 @@ def test_a_native_layer_calls_few_functions():
     functions = structure.functions_of_a_layer(ROOT)
     assert any(file.startswith("ops/mamba_inner") for file, _, _ in functions)
     assert len(functions) <= 49, "\n".join(f"{calls} {file} {name}" for file, name, calls in functions)
+
+
+def test_kernels_are_launched_where_plans_see_it():
+    """A launch plan repeats what `recording.launch` was told. A kernel that is called otherwise would be left out of it."""
+    found = [
+        f"{name}: {ast.unparse(node.func)}"
+        for name, tree in structure.sources(ROOT, ("fused",)).items() if name != "fused.runtime.triton_launch"
+        for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
+        and ast.unparse(node.func.value).endswith("kernel")
+    ]  # fmt: skip
+    launches = [
+        name for name, tree in structure.sources(ROOT, ("fused",)).items() if not name.startswith("fused.runtime.")
+        for node in ast.walk(tree) if isinstance(node, ast.Attribute) and ast.unparse(node) == "module.launch"
+    ]  # fmt: skip
+    assert not found and not launches

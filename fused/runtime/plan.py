@@ -34,7 +34,7 @@ class Plan:
     """
 
     def __init__(self, recorder: Recorder, results: Any, num_inputs: int, device: torch.device) -> None:
-        """Raise NotRecordable if a result is an input, or memory that the recorder does not know."""
+        """Raise NotRecordable if a result is an input, is written by no step, or is memory that the recorder does not know."""
         self._device, self._index, slots, steps = device, device.index, recorder.slots, recorder.steps
         self._shared_inputs = recorder.shared_inputs()
         results = _map(results, recorder.view)
@@ -42,6 +42,9 @@ class Plan:
         as_tensors, returned = [view for step in steps for view in _tensor_views(step)], _leaves(results)
         if any(view.slot < num_inputs for view in returned):
             raise NotRecordable("a result is an input")
+        touched = {view.slot for step in steps for view in (*_address_views(step), *_tensor_views(step))} | made
+        if any(view.slot not in touched and 0 not in view.size for view in returned):
+            raise NotRecordable("a result is written by nothing that was recorded: kernels are launched by recording.launch")
         # Memory that only kernels use is part of the workspace. The rest are tensors, in the shape of their first use.
         own = {view.slot for view in (*as_tensors, *returned) if view.slot >= num_inputs} - made
         self._allocations, shapes = [], dict(enumerate(slots))

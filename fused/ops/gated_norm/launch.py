@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from fused.ops.gated_norm.kernels import backward_kernel, forward_kernel
-from fused.runtime.triton_launch import FUSED_MULTIPLY_ADD, blocks, launching_on, power_of_2
+from fused.runtime import triton_launch
+from fused.runtime.triton_launch import FUSED_MULTIPLY_ADD, blocks, power_of_2
 
 MAX_WIDTH = 8192  # of a group
 PROGRAMS = 4 * 132  # of the backward, a constant, because it decides the order of sums
@@ -16,11 +17,11 @@ def forward(y: Tensor, z: Tensor, weight: Tensor, groups: int, norm_before_gate:
     out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     y, z = rows(y), rows(z)
     if out.numel():
-        with launching_on(y.device):
-            forward_kernel[(len(y), groups)](
-                y, z, weight.contiguous(), out, len(y), E, E // groups, y.stride(0), z.stride(0), eps,
-                NORM_BEFORE_GATE=norm_before_gate, **_options(E // groups),
-            )  # fmt: skip
+        triton_launch.launch(
+            forward_kernel, y.device, (len(y), groups),
+            y, z, weight.contiguous(), out, len(y), E, E // groups, y.stride(0), z.stride(0), eps,
+            NORM_BEFORE_GATE=norm_before_gate, **_options(E // groups),
+        )  # fmt: skip
     return out
 
 
@@ -36,12 +37,12 @@ def backward(
     rows_per_program = blocks(len(y), PROGRAMS)
     programs = blocks(len(y), rows_per_program)
     partial = torch.empty((programs, E), dtype=torch.float32, device=y.device)
-    with launching_on(y.device):
-        backward_kernel[(programs, groups)](
-            dout, y, z, weight.contiguous(), dy, dz, partial, len(y), E, E // groups,
-            dout.stride(0), y.stride(0), z.stride(0), eps, rows_per_program,
-            NORM_BEFORE_GATE=norm_before_gate, **_options(E // groups),
-        )  # fmt: skip
+    triton_launch.launch(
+        backward_kernel, y.device, (programs, groups),
+        dout, y, z, weight.contiguous(), dy, dz, partial, len(y), E, E // groups,
+        dout.stride(0), y.stride(0), z.stride(0), eps, rows_per_program,
+        NORM_BEFORE_GATE=norm_before_gate, **_options(E // groups),
+    )  # fmt: skip
     return dy, dz, partial.sum(0)
 
 

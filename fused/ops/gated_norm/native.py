@@ -1,5 +1,6 @@
 """The gated norm by kernels of this project, as the operator `videomamba::gated_norm`."""
 
+import functools
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from fused.ops.gated_norm import launch
 from fused.runtime.checks import check_native_dtypes
-from fused.runtime.library import below_autograd, register
+from fused.runtime.library import apply_function, below_autograd, register
 
 
 def gated_norm_native(
@@ -73,4 +74,6 @@ _INPUTS = "Tensor y, Tensor z, Tensor weight, int groups, bool norm_before_gate,
 _gated_norm_backward = register(
     f"gated_norm_backward({_INPUTS}, Tensor dout) -> (Tensor dy, Tensor dz, Tensor dweight)", _backward, _backward_shapes
 )
-_gated_norm = register(f"gated_norm({_INPUTS}) -> Tensor", _forward, _forward_shapes, _GatedNorm.apply)
+_gated_norm = register(
+    f"gated_norm({_INPUTS}) -> Tensor", _forward, _forward_shapes, functools.partial(apply_function, _GatedNorm)
+)

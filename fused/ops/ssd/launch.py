@@ -21,8 +21,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fused.ops.ssd.kernels import pass_kernel, scan_kernel, span_state_kernel, steps_kernel
+from fused.runtime import triton_launch
 from fused.runtime.modes import is_batch_invariant
-from fused.runtime.triton_launch import FUSED_MULTIPLY_ADD, NATIVE, blocks, capability, launching_on, power_of_2
+from fused.runtime.triton_launch import FUSED_MULTIPLY_ADD, NATIVE, blocks, capability, power_of_2
 
 MAX_CHANNELS, MAX_STATES = 128, 256  # P and N
 MULTIPROCESSORS = 132  # of an H200; a constant, because the spans decide the order of sums
@@ -112,18 +113,18 @@ def forward(
     final_shape = (x.shape[0], *x.shape[2:], B.shape[3])
     if not y.numel():
         return y, torch.empty(final_shape, dtype=torch.float32, device=x.device)
-    with launching_on(x.device):
-        call = prepare(x, dt, A, B, C, dt_bias, softplus, low, high, initial_state, seq_idx, reverse, config)
-        config = call.config
-        z_strides = (0, 0, 0) if z is None else z.stride()[:3]
-        known = call.final is not None
-        final = torch.empty(final_shape, dtype=torch.float32, device=x.device) if call.final is None else call.final
-        options = call.options | {"TERMS": 1 if known else config.TERMS}  # y is rounded to bfloat16 anyway
-        scan_kernel[call.grid](
-            x, B, C, D, z, call.ids, *call.steps, call.entering, y, None if known else final, *call.shape,
-            *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *z_strides, *head_strides(D), **options,
-            num_warps=config.scan_warps, num_stages=config.scan_stages,
-        )  # fmt: skip
+    call = prepare(x, dt, A, B, C, dt_bias, softplus, low, high, initial_state, seq_idx, reverse, config)
+    config = call.config
+    z_strides = (0, 0, 0) if z is None else z.stride()[:3]
+    known = call.final is not None
+    final = torch.empty(final_shape, dtype=torch.float32, device=x.device) if call.final is None else call.final
+    options = call.options | {"TERMS": 1 if known else config.TERMS}  # y is rounded to bfloat16 anyway
+    triton_launch.launch(
+        scan_kernel, x.device, call.grid,
+        x, B, C, D, z, call.ids, *call.steps, call.entering, y, None if known else final, *call.shape,
+        *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *z_strides, *head_strides(D), **options,
+        num_warps=config.scan_warps, num_stages=config.scan_stages,
+    )  # fmt: skip
     return y, final
 
 
@@ -169,7 +170,8 @@ def prepare(
     call = Call(config, sizes, shape, options, ids, steps, entering, None)
     if num_spans > 1:
         states, decays = empty_span_states(call, x.device)
-        span_state_kernel[call.grid](
+        triton_launch.launch(
+            span_state_kernel, x.device, call.grid,
             x, B, ids, *steps, states, decays, *shape, *x.stride()[:3], *B.stride()[:3], **options,
             num_warps=config.state_warps, num_stages=config.state_stages,
         )  # fmt: skip
@@ -194,7 +196,8 @@ def pass_states(
     `backward` begins at the last span.
     """
     size = call.sizes.P * call.sizes.N
-    pass_kernel[(call.sizes.clips * call.sizes.H, blocks(size, PASS["BLOCK"]))](
+    triton_launch.launch(
+        pass_kernel, states.device, (call.sizes.clips * call.sizes.H, blocks(size, PASS["BLOCK"])),
         states, decays, initial, final, call.sizes.H, size, call.shape[6], BACKWARD=backward, **PASS
     )
 
@@ -217,7 +220,8 @@ def _steps(
     clips, L, H = dt.shape
     d, prefix, prefix_low = torch.empty((3, clips, H, num_chunks * CHUNK), dtype=torch.float32, device=dt.device).unbind(0)
     bias = None if dt_bias is None else dt_bias.contiguous()
-    steps_kernel[(clips * num_chunks, blocks(H, STEPS["BLOCK_HEADS"]))](
+    triton_launch.launch(
+        steps_kernel, dt.device, (clips * num_chunks, blocks(H, STEPS["BLOCK_HEADS"])),
         dt, A.contiguous(), bias, d, prefix, prefix_low, L, H, num_chunks, *dt.stride()[:2], low, high,
         SOFTPLUS=softplus, REVERSE=reverse, CHUNK=CHUNK, **STEPS,
     )  # fmt: skip

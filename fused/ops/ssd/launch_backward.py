@@ -33,7 +33,8 @@ from fused.ops.ssd.backward_kernels import (
     steps_backward_kernel,
 )
 from fused.ops.ssd.launch import STEPS, Config, empty_span_states, head_strides, pass_states, prepare, rows
-from fused.runtime.triton_launch import FUSED_MULTIPLY_ADD, blocks, launching_on
+from fused.runtime import triton_launch
+from fused.runtime.triton_launch import FUSED_MULTIPLY_ADD, blocks
 
 REDUCE = {"BLOCK": 1024, "num_warps": 4, **FUSED_MULTIPLY_ADD}
 
@@ -102,58 +103,62 @@ def _backward(
     if not dx.numel():
         dD, dbias = (None if t is None else torch.zeros_like(t, dtype=torch.float32) for t in (D, dt_bias))
         return Gradients(dx, ddt, torch.zeros_like(A, dtype=torch.float32), dB, dC, dD, None, dbias, dinitial)
-    with launching_on(x.device):
-        call = prepare(x, dt, A, B, C, dt_bias, softplus, low, high, initial_state, seq_idx, reverse, config, True)
-        config, shape, ids, (d, prefix, prefix_low) = call.config, call.shape, call.ids, call.steps
-        num_chunks, num_spans = shape[5:7]
-        p_blocks = blocks(P, config.BLOCK_P)
-        grid = (clips * num_spans * H, p_blocks)
-        options = {
-            "REVERSE": reverse, "CHUNK": config.CHUNK, "BLOCK_P": config.BLOCK_P, "BLOCK_N": config.TILE_N,
-            "TILES": blocks(N, config.TILE_N), "COMPUTE": config.COMPUTE, "READ_TERMS": config.READ_TERMS,
-            "TERMS": config.TERMS if call.final is None else config.READ_TERMS, "EXACT": config.EXACT,
-            "EVEN": P % config.BLOCK_P == 0 and N % config.TILE_N == 0,
-            "num_warps": config.gradient_warps, "num_stages": config.gradient_stages,
-            **FUSED_MULTIPLY_ADD,
-        }  # fmt: skip
-        entering = None if dfinal is None else dfinal.float().contiguous()
-        if num_spans > 1:
-            gradients, decays = empty_span_states(call, x.device)
-            span_gradient_kernel[call.grid](
-                dy, C, ids, prefix, prefix_low, gradients, decays, *shape, *dy.stride()[:3], *C.stride()[:3], **call.options,
-                num_warps=config.state_warps, num_stages=config.state_stages,
-            )  # fmt: skip
-            pass_states(call, gradients, decays, entering, dinitial, backward=True)
-            entering = gradients
-        strides = (*x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *dy.stride()[:3])
-        dB_parts, dC_parts = empty(2, p_blocks, H, clips, L, N, dtype=launch.product_dtype(x, B, C)).unbind(0)
-        read, within, into, step = empty(4, p_blocks, clips, H, num_chunks * config.CHUNK).unbind(0)
-        output_sum, through = empty(2, p_blocks, clips, H, num_chunks).unbind(0)
-        chunk_states = empty(clips, num_chunks, H, P, N) if config.EXACT else None
-        final = call.final if call.final is not None else empty(clips, H, P, N)
-        dD_parts = empty(clips, num_spans, H, P)
-        gradient_forward_kernel[grid](
-            x, B, C, dy, ids, d, prefix, prefix_low, call.entering, final if call.final is None else None, chunk_states,
-            dC_parts, within, read, output_sum, *shape, *strides,
-            **options,
+    call = prepare(x, dt, A, B, C, dt_bias, softplus, low, high, initial_state, seq_idx, reverse, config, True)
+    config, shape, ids, (d, prefix, prefix_low) = call.config, call.shape, call.ids, call.steps
+    num_chunks, num_spans = shape[5:7]
+    p_blocks = blocks(P, config.BLOCK_P)
+    grid = (clips * num_spans * H, p_blocks)
+    options = {
+        "REVERSE": reverse, "CHUNK": config.CHUNK, "BLOCK_P": config.BLOCK_P, "BLOCK_N": config.TILE_N,
+        "TILES": blocks(N, config.TILE_N), "COMPUTE": config.COMPUTE, "READ_TERMS": config.READ_TERMS,
+        "TERMS": config.TERMS if call.final is None else config.READ_TERMS, "EXACT": config.EXACT,
+        "EVEN": P % config.BLOCK_P == 0 and N % config.TILE_N == 0,
+        "num_warps": config.gradient_warps, "num_stages": config.gradient_stages,
+        **FUSED_MULTIPLY_ADD,
+    }  # fmt: skip
+    entering = None if dfinal is None else dfinal.float().contiguous()
+    if num_spans > 1:
+        gradients, decays = empty_span_states(call, x.device)
+        triton_launch.launch(
+            span_gradient_kernel, x.device, call.grid,
+            dy, C, ids, prefix, prefix_low, gradients, decays, *shape, *dy.stride()[:3], *C.stride()[:3], **call.options,
+            num_warps=config.state_warps, num_stages=config.state_stages,
         )  # fmt: skip
-        gradient_reverse_kernel[grid](
-            x, B, C, dy, D, ids, d, prefix, prefix_low, call.entering, final, chunk_states, entering,
-            output_sum, dx, dB_parts, dD_parts, dinitial if call.final is None else None, into, step, through,
-            *shape, *strides, *head_strides(D), **options,
-        )  # fmt: skip
-        dA_parts, dbias_parts = empty(2, clips * num_chunks, H).unbind(0)
-        bias = None if dt_bias is None else dt_bias.contiguous()
-        steps_backward_kernel[(clips * num_chunks, blocks(H, STEPS["BLOCK_HEADS"]))](
-            dt, A.contiguous(), bias, d, read, within, into, step, through, ddt, dA_parts, dbias_parts,
-            L, H, num_chunks, *dt.stride()[:2],
-            read.stride(0), through.stride(0), low, high,
-            PARTS=p_blocks, EXACT=config.EXACT, SOFTPLUS=softplus, REVERSE=reverse, CHUNK=config.CHUNK, **STEPS,
-        )  # fmt: skip
-        for parts, out in ((dB_parts, dB), (dC_parts, dC)):
-            reduce_kernel[(blocks(clips * L * N, REDUCE["BLOCK"]), G)](
-                parts, out, clips * L * N, G, N, H, P_BLOCKS=p_blocks, **REDUCE
-            )
-        dD = None if D is None else dD_parts.sum((0, 1, 3) if D.dim() == 1 else (0, 1))
-        dbias = None if dt_bias is None else dbias_parts.sum(0)
+        pass_states(call, gradients, decays, entering, dinitial, backward=True)
+        entering = gradients
+    strides = (*x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *dy.stride()[:3])
+    dB_parts, dC_parts = empty(2, p_blocks, H, clips, L, N, dtype=launch.product_dtype(x, B, C)).unbind(0)
+    read, within, into, step = empty(4, p_blocks, clips, H, num_chunks * config.CHUNK).unbind(0)
+    output_sum, through = empty(2, p_blocks, clips, H, num_chunks).unbind(0)
+    chunk_states = empty(clips, num_chunks, H, P, N) if config.EXACT else None
+    final = call.final if call.final is not None else empty(clips, H, P, N)
+    dD_parts = empty(clips, num_spans, H, P)
+    triton_launch.launch(
+        gradient_forward_kernel, x.device, grid,
+        x, B, C, dy, ids, d, prefix, prefix_low, call.entering, final if call.final is None else None, chunk_states,
+        dC_parts, within, read, output_sum, *shape, *strides,
+        **options,
+    )  # fmt: skip
+    triton_launch.launch(
+        gradient_reverse_kernel, x.device, grid,
+        x, B, C, dy, D, ids, d, prefix, prefix_low, call.entering, final, chunk_states, entering,
+        output_sum, dx, dB_parts, dD_parts, dinitial if call.final is None else None, into, step, through,
+        *shape, *strides, *head_strides(D), **options,
+    )  # fmt: skip
+    dA_parts, dbias_parts = empty(2, clips * num_chunks, H).unbind(0)
+    bias = None if dt_bias is None else dt_bias.contiguous()
+    triton_launch.launch(
+        steps_backward_kernel, x.device, (clips * num_chunks, blocks(H, STEPS["BLOCK_HEADS"])),
+        dt, A.contiguous(), bias, d, read, within, into, step, through, ddt, dA_parts, dbias_parts,
+        L, H, num_chunks, *dt.stride()[:2],
+        read.stride(0), through.stride(0), low, high,
+        PARTS=p_blocks, EXACT=config.EXACT, SOFTPLUS=softplus, REVERSE=reverse, CHUNK=config.CHUNK, **STEPS,
+    )  # fmt: skip
+    for parts, out in ((dB_parts, dB), (dC_parts, dC)):
+        triton_launch.launch(
+            reduce_kernel, x.device, (blocks(clips * L * N, REDUCE["BLOCK"]), G),
+            parts, out, clips * L * N, G, N, H, P_BLOCKS=p_blocks, **REDUCE
+        )
+    dD = None if D is None else dD_parts.sum((0, 1, 3) if D.dim() == 1 else (0, 1))
+    dbias = None if dt_bias is None else dbias_parts.sum(0)
     return Gradients(dx, ddt, dA_parts.sum(0), dB, dC, dD, None, dbias, dinitial)

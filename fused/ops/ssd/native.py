@@ -1,5 +1,6 @@
 """The SSD scan by kernels of this project, as the operator `videomamba::ssd`."""
 
+import functools
 import math
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from fused.ops.ssd import launch, launch_backward
 from fused.runtime.checks import check_native_dtypes
-from fused.runtime.library import below_autograd, empty_if_none, register
+from fused.runtime.library import apply_function, below_autograd, register
 
 
 def ssd_native(
@@ -49,15 +50,15 @@ def _backward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
     initial_state: Tensor | None, seq_idx: Tensor | None, softplus: bool, low: float, high: float, reverse: bool,
     dy: Tensor | None, dfinal: Tensor | None,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Return the gradients of the nine tensors before seq_idx in their dtypes, empty for None."""
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Return the gradients of the nine tensors before seq_idx in their dtypes, None for None."""
     dy = torch.zeros_like(x) if dy is None else dy
     inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state)
     found = launch_backward.backward(
         dy, dfinal, x, dt, A, B, C, D, z, dt_bias, softplus, low, high, initial_state, seq_idx, reverse
     )
     pairs = zip(inputs, found, strict=True)
-    return tuple(empty_if_none(None if t is None or g is None else g.to(t.dtype), x) for t, g in pairs)
+    return tuple(None if t is None or g is None else g.to(t.dtype) for t, g in pairs)
 
 
 def _backward_shapes(
@@ -98,4 +99,9 @@ _ssd_backward = register(
     _backward,
     _backward_shapes,
 )
-_ssd = register(f"ssd({_INPUTS}) -> (Tensor y, Tensor final_state)", _forward, _forward_shapes, _SSD.apply)
+_ssd = register(
+    f"ssd({_INPUTS}) -> (Tensor y, Tensor final_state)",
+    _forward,
+    _forward_shapes,
+    functools.partial(apply_function, _SSD),
+)

@@ -8,12 +8,13 @@ import emulation
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton", reason="the kernels of norm and convolution are Triton's")
 
 import fused.ops.mamba_inner.native  # noqa: E402, F401 (it defines the operator)
-from fused import VideoMambaConfig, add_norm, backends, causal_conv1d, selective_scan  # noqa: E402
+from fused import VideoMambaConfig, add_norm, backends, causal_conv1d, selective_scan, ssd  # noqa: E402
 from fused.models.videomamba.block import Block  # noqa: E402
 from fused.runtime import library, nvrtc, plans  # noqa: E402
 from fused.runtime.plans import Planned  # noqa: E402
@@ -104,6 +105,10 @@ def operators(generator, cut):
         lambda u, d, A, B, C, D, z, s: selective_scan(u, d, A, B, C, D, z, initial_state=s, backend="native"),
         (x, delta, A, B, C, D, z, state),
     )
+    yield (
+        lambda x, dt, A, B, C: ssd(x.unflatten(2, (2, 4)), dt, A, B[:, :, None], C[:, :, None], backend="native"),
+        (x, delta[..., :2], A[:2, 0], B, C),
+    )
 
 
 VIEWS = {
@@ -127,7 +132,7 @@ def test_other_strides_alignments_and_sizes_are_other_plans():
 
     plain, planned = with_and_without(run)
     assert all(torch.equal(a, b) for x, y in zip(plain, planned, strict=True) for a, b in zip(x, y, strict=True))
-    for name in ("add_norm", "causal_conv1d", "selective_scan"):
+    for name in ("add_norm", "causal_conv1d", "selective_scan", "ssd"):
         assert len([x for x in made(name) if isinstance(x, plans.Plan)]) == len(VIEWS), made(name)
 
 
@@ -233,6 +238,21 @@ def test_what_cannot_be_repeated_runs_as_it_is():
         for value in range(4):
             assert torch.equal(planned(outside * value), outside * value + 1)
     assert [type(x) for x in planned.plans().values()] == [str] and len(calls) == 5  # the record is followed by a plain call
+
+
+def test_memory_that_no_step_writes_is_no_result_of_a_plan():
+    """As of a kernel that is launched past the recorder."""
+
+    def function(x):
+        out = torch.empty_like(x)
+        with _disable_current_modes():
+            out.copy_(x)
+        return out
+
+    planned, x = Planned(function), torch.ones(3, device=DEVICE)
+    with plans.enabled(True, DEVICE):
+        assert all(torch.equal(planned(x * value), x * value) for value in range(4))
+    assert "written by nothing" in next(iter(planned.plans().values()))
 
 
 def test_a_tensor_subclass_is_left_to_the_dispatcher():
