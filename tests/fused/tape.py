@@ -56,9 +56,9 @@ class Tape(TorchDispatchMode):
         return result
 
     def replay(self) -> None:
-        """Run the operators again, each into the memory of its recorded results."""
+        """Run the operators again, each into the memory of its recorded results. The record has autocast's casts."""
         self.replays += 1
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
             for func, args, kwargs, results in self.calls:
                 places = {_place(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
                 fresh = [x for x in tree_leaves(func(*args, **kwargs)) if isinstance(x, Tensor) and x.numel()]
