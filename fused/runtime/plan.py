@@ -202,7 +202,7 @@ class _AddressTable:
                 self._position[entry] = len(self._position)
         self.words = (ctypes.c_int64 * max(1, len(self._position)))()
 
-    def fill(self, slot: int | None) -> Callable[[list[int]], None]:
+    def fill(self, slot: int | None) -> Callable[[list[Any]], None]:
         """Return a function that writes the addresses that are known once `slot` is made, given those of the slots."""
         group = self._entries.get(slot, [])
         if not group:
@@ -235,7 +235,7 @@ def _driver_launch(step: Launch, table: _AddressTable) -> Callable[..., None]:
     head = (function.handle, *function.grid, function.threads, 1, 1, function.shared)
     launch, address = cuda_module.bindings("driver").cuLaunchKernel, ctypes.addressof(pointers)
 
-    def run(memory: list[Any], where: list[int], stream: Any, kept: Any = (constants, pointers, table)) -> None:
+    def run(memory: list[Any], where: list[Any], stream: Any, kept: Any = (constants, pointers, table)) -> None:
         result = launch(*head, stream, address, 0)
         if result[0]:
             raise cuda_module.KernelError(f"a kernel of a launch plan does not start: {result[0].name}")
@@ -247,7 +247,7 @@ def _driver_zero(view: View) -> Callable[..., None]:
     """Return a function that sets all bytes of a slot to zero."""
     size, set_bytes = _num_bytes(view), cuda_module.bindings("driver").cuMemsetD8Async
 
-    def run(memory: list[Any], where: list[int], stream: Any) -> None:
+    def run(memory: list[Any], where: list[Any], stream: Any) -> None:
         result = set_bytes(where[view.slot], 0, size, stream)
         if result[0]:
             raise cuda_module.KernelError(f"memory of a launch plan is not set to zero: {result[0].name}")

@@ -104,8 +104,9 @@ def test_huge_cases_are_beyond_32_bits() -> None:
     largest = [case for case in special_cases("strides", "full") if huge_tensors.repetitions(case)]
     for case in largest:
         sizes = dict(case.dims)
-        assert huge_tensors.repetitions(case) * sizes["L"] * sizes.get("E", sizes.get("D", 1)) > 2**31
-    assert {case.subject for case in largest} == {"scan", "conv", "norm"}
+        width = sizes["H"] * sizes["P"] if "H" in sizes else sizes.get("E", sizes.get("D", 1))
+        assert huge_tensors.repetitions(case) * sizes["L"] * width > 2**31
+    assert {case.subject for case in largest} == {"scan", "conv", "norm", "ssd"}
     assert not any(huge_tensors.repetitions(case) for case in special_cases("strides", "smoke"))
 
 

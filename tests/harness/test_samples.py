@@ -18,7 +18,7 @@ CASES = [
 
 
 def test_every_operator_subject_gives_calls():
-    assert {name for name, _, _ in CASES} == {"scan", "conv", "norm"}
+    assert {name for name, _, _ in CASES} == {"scan", "conv", "norm", "ssd"}
 
 
 @pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton 3.6's interpreter

@@ -46,7 +46,8 @@ def mamba_inner(
     first, second = list(directions[0]), list(directions[1]) if len(directions) > 1 else []
     linear = (*(in_proj or (None, None)), *out_proj)
     keep = keep_states and wants_gradients(u, first, second, linear)
-    return _mamba_inner(u, first, second, *linear, dtype, is_batch_invariant(), keep)[0]
+    keep_splits = not torch.compiler.is_compiling()  # to a compiler that does not know the batch, their number has no value
+    return _mamba_inner(u, first, second, *linear, dtype, is_batch_invariant(), keep_splits, keep)[0]
 
 
 def _pipeline(xz: Tensor, first: Weights, second: Weights, batch_invariant: bool) -> Pipeline:
@@ -57,7 +58,7 @@ def _pipeline(xz: Tensor, first: Weights, second: Weights, batch_invariant: bool
 
 def _forward(
     u: Tensor, first: Weights, second: Weights, in_proj: Tensor | None, in_proj_bias: Tensor | None, out_proj: Tensor,
-    out_proj_bias: Tensor | None, dtype: torch.dtype, batch_invariant: bool, keep: bool,
+    out_proj_bias: Tensor | None, dtype: torch.dtype, batch_invariant: bool, keep_splits: bool, keep: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Return out (B, L, D) and what the backward reads, in the order of _KEPT; None for what is not kept."""
     packed, xz = _pack(first, second, in_proj, out_proj, dtype), u.to(dtype)
@@ -74,10 +75,7 @@ def _forward(
     always = None if in_proj is None else xz, packed.packed, packed.A_D, dt_B_C
     if keep:
         return out, *always, None, r.y, r.y_pre_gate, r.tile_states
-    (B, _, E), states = p.x.shape, r.split_initial_states
-    # no splits rather than None: to a compiler that does not know B, their number is unknown, but not that of the dimensions
-    states = xz.new_empty((len(p.reverses), B, 0, E, p.N), dtype=torch.float32) if states is None else states
-    return out, *always, states, None, None, None
+    return out, *always, r.split_initial_states if keep_splits else None, None, None, None
 
 
 def _pack(
@@ -91,7 +89,7 @@ def _pack(
 
 def _forward_shapes(
     u: Tensor, first: Weights, second: Weights, in_proj: Tensor | None, in_proj_bias: Tensor | None, out_proj: Tensor,
-    out_proj_bias: Tensor | None, dtype: torch.dtype, batch_invariant: bool, keep: bool,
+    out_proj_bias: Tensor | None, dtype: torch.dtype, batch_invariant: bool, keep_splits: bool, keep: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     B, L, _ = u.shape
     xz = u.new_empty(u.shape if in_proj is None else (B, L, in_proj.shape[0]), dtype=dtype)
@@ -106,13 +104,10 @@ def _forward_shapes(
     if keep:
         tile_states = xz.new_empty((d, B, -(-L // TILE), E, N), dtype=torch.float32)
         return out, *always, empty, xz.new_empty((B, L, E)), xz.new_empty((B, L, E)), tile_states
-    if isinstance(B, int) and isinstance(L, int):
-        splits = p.schedule.fwd_schedule
-        num_splits = splits.num_splits if splits.num_unsplit < splits.num_sequences else 0
-    else:
-        num_splits = torch.library.get_ctx().new_dynamic_size()
-    states = xz.new_empty((d, B, num_splits, E, N), dtype=torch.float32)
-    return out, *always, states, *(xz.new_empty(0) for _ in range(3))
+    splits = p.schedule.fwd_schedule if keep_splits else None
+    if splits is not None and splits.num_unsplit < splits.num_sequences:
+        empty = xz.new_empty((d, B, splits.num_splits, E, N), dtype=torch.float32)
+    return out, *always, empty, *(xz.new_empty(0) for _ in range(3))
 
 
 def _backward(
@@ -185,7 +180,7 @@ class _MambaInner(torch.autograd.Function):
         ctx: Any, options: tuple[Any, ...], num_first: int, u: Tensor, in_proj: Tensor | None, in_proj_bias: Tensor | None,
         out_proj: Tensor, out_proj_bias: Tensor | None, *weights: Tensor | None,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        ctx.options, ctx.num_first, linear = options[:-1], num_first, (in_proj, in_proj_bias, out_proj, out_proj_bias)
+        ctx.options, ctx.num_first, linear = options[:-2], num_first, (in_proj, in_proj_bias, out_proj, out_proj_bias)
         operator = torch.ops.videomamba.mamba_inner.default
         out, *kept = below_autograd(operator, u, list(weights[:num_first]), list(weights[num_first:]), *linear, *options)
         ctx.mark_non_differentiable(*(x for x in kept if x is not None))
@@ -225,5 +220,5 @@ _mamba_inner_backward = register(
     _backward_shapes,
 )
 _mamba_inner = register(
-    f"mamba_inner({_INPUTS}, bool keep) -> (Tensor out, {_KEPT})", _forward, _forward_shapes, _MambaInner.call
+    f"mamba_inner({_INPUTS}, bool keep_splits, bool keep) -> (Tensor out, {_KEPT})", _forward, _forward_shapes, _MambaInner.call
 )
