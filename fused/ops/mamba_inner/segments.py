@@ -1,7 +1,8 @@
 """Both directions of a mixer between its projections, on a CPU, segment by segment.
 
 A segment of tokens goes from the convolution to the scan's output before the next one starts, so that what it needs stays in
-the cache, and few operations are called.
+the cache, and few operations are called. In a training this holds for the states; what has no states is computed for a group of
+segments, because operations on the tokens of one are too short for several threads.
 
 Kept for the backward are x, z, the sum y of the scans before the gate, the results of x_proj, and the state that enters every
 segment. It computes the rest again, except for short sequences, of which everything is kept.
@@ -18,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fused.ops.mamba_inner.segment_views import join, segment_of, span_of, steps, tokens, unflip
 from fused.ops.mamba_inner.stacked_weights import DIRECTIONS, StackedWeights, stack, unstack
-from fused.ops.selective_scan.recurrence import Recurrence, Segment, make_segments, sum_states
+from fused.ops.selective_scan.recurrence import Carry, Recurrence, Segment, make_segments, sum_states
 from fused.ops.shapes import DirectionWeights
 from fused.runtime.autocast import autocast_dtype
 from fused.runtime.elementwise import by_vectors, empty_vectors, silu_in_place
@@ -29,6 +31,8 @@ from fused.runtime.memory import keep_freed_memory
 
 KEPT_STATES = 2**19
 """States (clips x tokens x directions x channels x states) up to which everything is kept, which is 5 MiB a layer."""
+GROUP = 8
+"""Segments of a training whose inputs are computed together: operations on tokens are then long enough for several threads."""
 
 
 def takes(x: Tensor, directions: Sequence[DirectionWeights]) -> bool:
@@ -99,6 +103,8 @@ class _Pass:
         self.N, self.R = weights.A.shape[3], weights.dt_proj.shape[2]
         self.options: dict[str, Any] = {"dtype": weights.A.dtype, "device": weights.A.device}
         self.clips, self.segments = make_segments(batch, length, weights.A.numel(), False, 2 if keep else 1)
+        group = GROUP if keep else 1
+        self.groups = [self.segments[i : i + group] for i in range(0, len(self.segments), group)]
         few = len(self.clips) == len(self.segments) == 1 and batch * length * weights.A.numel() <= KEPT_STATES
         self.keep_all = keep and few
 
@@ -111,23 +117,28 @@ class _Pass:
         return torch.zeros((DIRECTIONS, clips.stop - clips.start, *self.weights.A.shape[2:]), **self.options)
 
     def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Return gated y and y (B, L, E), one tensor unless something is kept, and as many kept tensors for every segment."""
+        """Return gated y and y (B, L, E), one tensor unless something is kept, and as many kept tensors for every group."""
         y_all, kept = torch.zeros(x.shape, **self.options), []
         run = self.recurrence(2, self.keep_all)
         for clips in self.clips:
             x_in, y_out = x[clips].transpose(0, 1), y_all[clips].transpose(0, 1)
             state = self.initial_state(clips)
-            for segment in self.segments:
-                inputs = self.inputs(x_in, segment, None, self.keep_all)
-                delta, w, C = self.operands(inputs, segment)
-                if self.keep:
-                    kept += [state, *(inputs if self.keep_all else inputs[:1])]
-                a, _, h, state = run.forward(delta, w, state, segment)
+            for group in self.groups:
+                whole, entering = span_of(group), []
+                inputs = self.inputs(x_in, whole, None, self.keep_all)
+                streams, ys = self.streams(inputs), []
+                for segment in group:
+                    entering.append(state)
+                    delta, w, C = self.operands(streams, segment, whole)
+                    a, _, h, state = run.forward(delta, w, state, segment)
+                    y = tokens(sum_states(h, C, scratch=torch.empty_like(h) if self.keep_all else h))
+                    ys.append(y.addcmul_(self.weights.D, segment_of(inputs.c, segment, whole)))
                 if self.keep_all:
-                    kept += [a, run.states(a)]
-                y = _tokens(sum_states(h, C, scratch=torch.empty_like(h) if self.keep_all else h))
-                for part, tokens in zip(_unflip(y.addcmul_(self.weights.D, inputs.c)), self.spans(segment), strict=True):
-                    y_out[tokens] += part
+                    kept += [*entering, *inputs, a, run.states(a)]
+                elif self.keep:
+                    kept += [torch.stack(entering), inputs.projected]
+                for part, place in zip(unflip(join(ys)), self.spans(whole), strict=True):
+                    y_out[place] += part
         gate = silu_in_place(self.copy(z))
         return torch.mul(y_all, gate, out=gate if self.keep else y_all), y_all, kept
 
@@ -137,27 +148,52 @@ class _Pass:
         dz = by_vectors(torch.ops.aten.silu_backward, torch.mul(dout, y, out=empty_vectors(y.shape, **self.options)), z)
         dy_all = silu_in_place(z).mul_(dout)
         dx_all, grads = torch.zeros(x.shape, **self.options), None
-        run, segments = self.recurrence(3, False), len(self.segments)
-        number = len(kept) // max(1, len(self.clips) * segments)
+        run, groups = self.recurrence(3, False), len(self.groups)
+        number = len(kept) // max(1, len(self.clips) * groups)
         for i, clips in enumerate(self.clips):
-            x_in, dx, dy = (t[clips].transpose(0, 1) for t in (x, dx_all, dy_all))
+            x_in, dx, dy_in = (t[clips].transpose(0, 1) for t in (x, dx_all, dy_all))
             carry = self.initial_state(clips), self.initial_state(clips)
-            for j in reversed(range(segments)):
-                segment, (state, *rest) = self.segments[j], kept[(i * segments + j) * number :][:number]
-                inputs = _Inputs(*rest[:-2]) if self.keep_all else self.inputs(x_in, segment, rest[0], True)
-                delta, w, C = self.operands(inputs, segment)
-                if self.keep_all:
-                    states = rest[-2], rest[-1][:-1], rest[-1][1:]
-                else:
-                    a, before, after, _ = run.forward(delta, w, state, segment)
-                    states = a, before, after
-                dy_in = self.gather(dy, segment)
-                dy_ = _steps(dy_in, segment).unsqueeze(-2)
-                *dscan, carry = run.gradients(states, delta, w, C, dy_, carry, segment)
-                part = self.inputs_backward(inputs, dscan, dy_in, segment, dx)
+            for j in reversed(range(groups)):
+                group, (entering, *rest) = self.groups[j], kept[(i * groups + j) * number :][:number]
+                whole = span_of(group)
+                inputs = _Inputs(*rest[:-2]) if self.keep_all else self.inputs(x_in, whole, rest[0], True)
+                states = (rest[-2], rest[-1][:-1], rest[-1][1:]) if self.keep_all else entering.unbind()
+                dy = self.gather(dy_in, whole)
+                *dscan, carry = self.scan_backward(run, group, inputs, dy, states, carry)
+                part = self.inputs_backward(inputs, dscan, dy, whole, dx)
                 grads = part if grads is None else grads.add_(part)
         yield from (dx_all, dz)
         yield from unstack(self.weights, grads)
+
+    def scan_backward(
+        self, run: Recurrence, group: Sequence[Segment], inputs: _Inputs, dy: Tensor, kept: Sequence[Tensor], carry: Carry
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Carry]:
+        """Return the gradients of delta and of c (K, T, b, E), of the latter only the part through delta * c, of `projected`,
+        without values for dt, of A (K, 1, N, E), and the `carry` of the group before.
+
+        `kept` are the states that enter the segments, or for a single one what `Recurrence.gradients` takes.
+        """
+        c, delta, whole, dA = inputs.c, inputs.delta, span_of(group), None
+        ddelta, dc = (empty_vectors(c.shape, **self.options) for _ in range(2))
+        dprojected = torch.empty_like(inputs.projected)
+        rows = dprojected.view(*c.shape[:3], -1)
+        streams = self.streams(inputs)
+        results = c, delta, ddelta, dc, rows[..., self.R : -self.N], rows[..., -self.N :]
+        for i in reversed(range(len(group))):
+            segment = group[i]
+            delta_, w, C = self.operands(streams, segment, whole)
+            states = kept if self.keep_all else run.forward(delta_, w, kept[i], segment)[:3]
+            dy_ = steps(dy, segment, whole).unsqueeze(-2)
+            *parts, dA_, carry = run.gradients((states[0], states[1], states[2]), delta_, w, C, dy_, carry, segment)
+            c_, delta_, ddelta_, dc_, dB_, dC_ = (segment_of(t, segment, whole) for t in results)
+            from_delta, from_w, from_B, from_C = (tokens(part) for part in parts)
+            torch.addcmul(from_delta, from_w, c_, out=ddelta_)
+            torch.mul(from_w, delta_, out=dc_)
+            dB_.copy_(from_B)
+            dC_.copy_(from_C)
+            dA = dA_ if dA is None else dA.add_(dA_)
+        assert dA is not None
+        return ddelta, dc, dprojected, dA, carry
 
     def inputs(self, x: Tensor, segment: Segment, projected: Tensor | None, keep_pre: bool) -> _Inputs:
         """Return a segment's inputs from x (L, b, E), with `projected` if that is known."""
@@ -171,31 +207,35 @@ class _Pass:
         torch.baddbmm(weights.dt_bias, projected[..., : self.R], weights.dt_proj.mT, out=raw.flatten(1, 2))
         return _Inputs(projected, padded, pre, c, raw, by_vectors(F.softplus, raw))
 
-    def operands(self, inputs: _Inputs, segment: Segment) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
-        """Return delta, (delta * c, B) and C as the recurrence takes them."""
+    def streams(self, inputs: _Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Return delta and delta * c (K, T, b, E), and dt, B and C (K, T, b, R+2N)."""
         c, delta = inputs.c, inputs.delta
-        mixing = _steps(inputs.projected.view(*c.shape[:3], -1), segment).unsqueeze(-1)
+        return delta, delta * c, inputs.projected.view(*c.shape[:3], -1)
+
+    def operands(
+        self, streams: tuple[Tensor, Tensor, Tensor], segment: Segment, whole: Segment
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+        """Return delta, (delta * c, B) and C of a segment as the recurrence takes them."""
+        mixing = steps(streams[2], segment, whole).unsqueeze(-1)
         B, C = mixing[..., self.R : -self.N, :], mixing[..., -self.N :, :]
-        delta_, w = (_steps(t, segment).unsqueeze(-2) for t in (delta, delta * c))
-        return delta_, (w, B), C
+        delta, w = (steps(t, segment, whole).unsqueeze(-2) for t in streams[:2])
+        return delta, (w, B), C
 
     def inputs_backward(
-        self, inputs: _Inputs, dscan: Sequence[Tensor], dy: Tensor, segment: Segment, dx: Tensor
+        self, inputs: _Inputs, dscan: Sequence[Tensor], dy: Tensor, whole: Segment, dx: Tensor
     ) -> StackedWeights:  # fmt: skip
-        """Add a segment's part to dx (L, b, E) and return its part of the weights' gradients.
+        """Add a group's part to dx (L, b, E) and return its part of the weights' gradients.
 
-        `dscan` are the recurrence's gradients of delta, delta * c, B, C and A; dy, that of y, is overwritten.
+        `dscan` are the gradients that `scan_backward` returns; they and dy, the gradient of y, are overwritten.
         """
-        weights, (projected, padded, pre, c, raw, delta) = self.weights, inputs
-        *parts, dA = dscan
-        ddelta, dw, dB, dC = (_tokens(part) for part in parts)
-        draw = torch.addcmul(ddelta, dw, c, out=empty_vectors(c.shape, **self.options))
-        draw = by_vectors(_softplus_backward, draw, raw)
-        dc = torch.mul(dw, delta, out=empty_vectors(c.shape, **self.options)).addcmul_(weights.D, dy)
+        weights, (projected, padded, pre, c, raw, _) = self.weights, inputs
+        ddelta, dc, dprojected, dA = dscan
+        draw = by_vectors(_softplus_backward, ddelta, raw)
+        dc.addcmul_(weights.D, dy)
         draw_rows, dc_rows, c_rows = (t.flatten(1, 2) for t in (draw, dc, c))
-        dprojected = torch.cat((torch.bmm(draw_rows, weights.dt_proj), dB.flatten(1, 2), dC.flatten(1, 2)), dim=2)
+        dprojected[..., : self.R] = torch.bmm(draw_rows, weights.dt_proj)
         dc_rows.baddbmm_(dprojected, weights.x_proj)
-        dconv, dconv_bias = self.convolve_backward(by_vectors(torch.ops.aten.silu_backward, dc, pre), padded, segment, dx)
+        dconv, dconv_bias = self.convolve_backward(by_vectors(torch.ops.aten.silu_backward, dc, pre), padded, whole, dx)
         return StackedWeights(
             dconv,
             dconv_bias,
@@ -224,8 +264,8 @@ class _Pass:
         for k, row in enumerate(self.weights.conv):
             dpadded[:, k : k + T].addcmul_(row, dpre)
         outside = max(0, self.beyond - segment.start)  # tokens before the first
-        for part, tokens in zip(_unflip(dpadded[:, outside:]), self.spans(segment, self.beyond), strict=True):
-            dx[tokens] += part
+        for part, place in zip(unflip(dpadded[:, outside:]), self.spans(segment, self.beyond), strict=True):
+            dx[place] += part
         windows = padded.unfold(1, T, 1).permute(1, 0, 4, 2, 3)  # (W, K, T, b, E)
         dbias = None if self.weights.conv_bias is None else dpre.sum((1, 2), keepdim=True)
         return (windows * dpre).sum((2, 3), keepdim=True), dbias
@@ -252,19 +292,3 @@ class _Pass:
 
 def _softplus_backward(grad: Tensor, raw: Tensor) -> Tensor:
     return torch.ops.aten.softplus_backward(grad, raw, 1, 20)
-
-
-def _unflip(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both directions of x (K, T, ...), tokens in their own order."""
-    return x[0], x[1].flip(0)
-
-
-def _steps(x: Tensor, segment: Segment) -> Tensor:
-    """Return x (K, c * T, b, X) as (T, c, K, b, 1, X), a view."""
-    K, tokens, b, X = x.shape
-    return x.view(K, segment.num_splits, tokens // segment.num_splits, b, 1, X).permute(2, 1, 0, 3, 4, 5)
-
-
-def _tokens(x: Tensor) -> Tensor:
-    """Return x (T, c, K, b, 1, X) as (K, c * T, b, X)."""
-    return x.permute(2, 1, 0, 3, 4, 5).flatten(4).flatten(1, 2)

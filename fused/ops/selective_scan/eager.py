@@ -232,7 +232,7 @@ class _Scan:
                 d_, x_, B_, C_, dy_ = (run.view(v, segment) for v in (delta, delta * u, B, C, dy))
                 *kept, _ = run.forward(d_, (x_, B_), initial_states[i, :, clips], segment)
                 if z is not None:
-                    y = run.tokens(sum_states(kept[2], C_, scratch=run.buffer(2, *kept[2].shape)[0])).flatten(3)
+                    y = run.tokens(sum_states(kept[2], C_, scratch=run.buffer(2, *kept[2].shape))).flatten(3)
                     self.add(y_all, segment, y if self.D is None else y.addcmul_(self.D, u))
                 *grads, dA_, carry = run.gradients((kept[0], kept[1], kept[2]), d_, (x_, B_), C_, dy_, carry, segment)
                 ddelta, gB, dB, dC = (run.tokens(x) for x in grads)

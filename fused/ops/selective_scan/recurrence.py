@@ -96,17 +96,21 @@ class Recurrence:
         """Return x (T, c, K, b, G, X) as (K, b, c * T, G, X)."""
         return x.permute(2, 3, 1, 0, 4, 5).flatten(2, 3)
 
-    def buffer(self, i: int, *shape: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def buffer(self, i: int, *shape: int) -> Tensor:
+        """Return scratch memory number `i` in this shape."""
+        return self.buffers[i][: prod(shape)].view(shape)
+
+    def buffer_and_steps(self, i: int, *shape: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return scratch memory number `i` in this shape, and its steps, views along the first axis."""
         key = i, *shape
         if key not in self.steps:
-            x = self.buffers[i][: prod(shape)].view(shape)
+            x = self.buffer(*key)
             self.steps[key] = x, x.unbind()
         return self.steps[key]
 
     def states(self, like: Tensor) -> Tensor:
         """Return the states of the last segment, (T+1, c, K, b, G, N, F), for `like`, its decays (T, c, K, b, G, N, F)."""
-        return self.buffer(1, len(like) + 1, *like.shape[1:])[0]
+        return self.buffer(1, len(like) + 1, *like.shape[1:])
 
     def forward(self, delta: Tensor, w: tuple[Tensor, Tensor], state: Tensor, segment: Segment) -> tuple[Tensor, ...]:
         """Run a segment from `state` (K, b, G, N, F), with w_t the product of the two factors `w`.
@@ -115,8 +119,8 @@ class Recurrence:
         the state (K, b, G, N, F) that leaves.
         """
         steps, *rest = *delta.shape[:-2], *self.log2_decay.shape[-2:]
-        a, decay = self.buffer(0, steps, *rest)
-        h, states = self.buffer(1, steps + 1, *rest)
+        a, decay = self.buffer_and_steps(0, steps, *rest)
+        h, states = self.buffer_and_steps(1, steps + 1, *rest)
         torch.mul(delta, self.log2_decay, out=a)
         by_vectors(torch.exp2_, a)
         torch.mul(*w, out=h[1:])
@@ -128,8 +132,8 @@ class Recurrence:
             state = _pass_states(start, self.split_decay(delta), local, state, False).clone()
         else:
             start[0].copy_(state)
-        for t in range(steps):
-            states[t + 1].addcmul_(decay[t], states[t])
+        for before, factor, after in zip(states, decay, states[1:], strict=False):
+            after.addcmul_(factor, before)
         return a, h[:-1], h[1:], state if segment.state_passing else states[-1][0].clone()
 
     def gradients(
@@ -144,7 +148,7 @@ class Recurrence:
         """
         (a, before, after), (x, B) = kept, w
         # kept in scratch memory they are in buffers 0 and 1, and overwritten where they are not read again
-        g, free, scratch = self.buffer(2, *a.shape)[0], self.buffer(0, *a.shape)[0], self.states(a)[1:]
+        g, free, scratch = self.buffer(2, *a.shape), self.buffer(0, *a.shape), self.states(a)[1:]
         carry = self.backward(a, torch.mul(C, dy, out=g), delta, carry, segment)
         q = torch.mul(a, before, out=free).mul_(g)
         dC = sum_channels(after, dy, scratch=scratch)
@@ -160,7 +164,7 @@ class Recurrence:
         of the nearest token. One multiply-add then takes it across the edge, as inside a segment, so that the edges do not show
         in the last bit.
         """
-        decay, (_, adjoints) = a.unbind(), self.buffer(2, *g.shape)
+        decay, (_, adjoints) = a.unbind(), self.buffer_and_steps(2, *g.shape)
         last = len(adjoints) - 1
         if segment.state_passing:
             local, start = adjoints[last].clone(), torch.empty_like(g[0])
@@ -170,8 +174,8 @@ class Recurrence:
             entered = _pass_states(start, self.split_decay(delta), local, carry[0] * carry[1], True)
             carry = torch.ones_like(entered), start
         adjoints[last].addcmul_(*carry)
-        for t in range(last, 0, -1):
-            adjoints[t - 1].addcmul_(decay[t], adjoints[t])
+        for after, factor, before in zip(adjoints[:0:-1], decay[:0:-1], adjoints[-2::-1], strict=True):
+            before.addcmul_(factor, after)
         return (carry[0], entered) if segment.state_passing else (decay[0][0].clone(), adjoints[0][0].clone())
 
     def split_decay(self, delta: Tensor) -> Tensor:

@@ -169,6 +169,12 @@ def test_a_layer_takes_few_operations():
     assert not long.strided and not long_backward.strided
 
 
+def test_a_training_computes_the_inputs_of_several_segments_at_once():
+    """84 tokens are two segments."""
+    _, backward = counts(84)
+    assert backward.calls["softplus.default"] == 1 and backward.calls["exp2_.default"] == 2, backward.calls
+
+
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
 def test_sums_over_states_keep_their_precision(precision):
     """A precision that is lowered for matrix products is not that of the scan, which then takes no products."""

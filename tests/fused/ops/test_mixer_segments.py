@@ -63,9 +63,13 @@ def sample(seed, clips, length, dtype=torch.float32, **options):
 
 @pytest.fixture(params=["steps", "splits", "all kept"])
 def small_segments(request, monkeypatch):
-    """A segment has TOKENS tokens of one clip; with "splits" some advance together; nothing is kept but in the last case."""
+    """A segment has TOKENS tokens of one clip, a group two segments; with "splits" some advance together.
+
+    Nothing is kept but in the last case.
+    """
     monkeypatch.setattr(recurrence, "CPU_STEP", 10**6 if request.param == "splits" else 0)
     monkeypatch.setattr(recurrence, "MAX_STEPS", 2)
+    monkeypatch.setattr(segments, "GROUP", 2)
     if request.param != "all kept":
         monkeypatch.setattr(recurrence, "CPU_BLOCK", TOKENS * ROW)
         monkeypatch.setattr(segments, "KEPT_STATES", 0)
