@@ -161,7 +161,10 @@ def seq_idx(case: Case, x: Tensor, start: int = 0) -> Tensor | None:
     if not case.has("segments"):
         return None
     tokens = torch.arange(start, start + x.shape[1], device=x.device, dtype=torch.float64)
-    return (2 + (tokens + 0.5).sqrt().long()).expand(x.shape[0], -1)
+    ids = (2 + (tokens + 0.5).sqrt().long()).expand(x.shape[0], -1)
+    if getattr(x, "_dynamo_dynamic_indices", None):  # a check compiles with a batch that may change
+        torch._dynamo.mark_dynamic(ids, 0)
+    return ids
 
 
 def limits(case: Case) -> tuple[float, float]:
