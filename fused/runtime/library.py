@@ -25,10 +25,9 @@ def register(
     """Register an operator and return a function that calls it.
 
     `kernel` runs it. It may return None for a result, of which the dispatcher makes a tensor without elements. `fake` returns
-    empty tensors of the results' shapes and dtypes. `autograd` applies a
-    `torch.autograd.Function` to the operator's arguments where a gradient is wanted. An operator without it is a backward,
-    whose gradient raises RuntimeError. The returned function skips one pass through the dispatcher, except while a compiler
-    traces: the compiler must see the operator.
+    empty tensors of the results' shapes and dtypes. `autograd` applies a `torch.autograd.Function` to the operator's arguments
+    where a gradient is wanted. An operator without it is a backward, whose gradient raises RuntimeError. The returned function
+    skips one pass through the dispatcher, except while a compiler traces: the compiler must see the operator.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import math
 import operator
 import struct
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fused.runtime import cuda_module
-from fused.runtime.recording import Launch, NotRecordable, Operation, Recorder, View, Zero
+from fused.runtime.recording import Launch, NotRecordable, Operation, Recorder, View, Zero, leaves, map_leaves
 
 ALIGNMENT = 256  # bytes, of every region of a workspace
 # the functions of torch take less host time than the operations that the dispatcher names
@@ -37,9 +38,9 @@ class Plan:
         """Raise NotRecordable if a result is an input, is written by no step, or is memory that the recorder does not know."""
         self._device, self._index, slots, steps = device, device.index, recorder.slots, recorder.steps
         self._shared_inputs = recorder.shared_inputs()
-        results = _map(results, recorder.view)
+        results = map_leaves(results, Tensor, recorder.view)
         made = {slot for step in steps if isinstance(step, Operation) for slot in step.results if slot is not None}
-        as_tensors, returned = [view for step in steps for view in _tensor_views(step)], _leaves(results)
+        as_tensors, returned = [view for step in steps for view in _tensor_views(step)], leaves(results, View)
         if any(view.slot < num_inputs for view in returned):
             raise NotRecordable("a result is an input")
         touched = {view.slot for step in steps for view in (*_address_views(step), *_tensor_views(step))} | made
@@ -56,7 +57,7 @@ class Plan:
         self._workspace_bytes, self._workspace = _place(in_workspace, slots, steps)
         self._shapes, self._missing = shapes, [None] * (len(slots) - num_inputs)
         self._steps, self._first_fill = self._compile(steps, made)
-        self._results = _map(results, self._getter)
+        self._results = map_leaves(results, View, self._getter)
 
     def fits(self, addresses: Sequence[int]) -> bool:
         """Return whether inputs that shared their memory in the record have the same distance at these addresses."""
@@ -131,7 +132,7 @@ class Plan:
             zero = isinstance(step, Zero)
             function, options, results = Tensor.zero_ if zero else step.call, {}, ()
             arguments = (step.view,) if zero else step.arguments
-        arguments, options = _map(arguments, self._getter), _map(options, self._getter)
+        arguments, options = map_leaves((arguments, options), View, self._getter)
         fills = [(i, slot, table.fill(slot)) for i, slot in enumerate(results) if slot is not None]
         if not options and len(arguments) == 2 and all(isinstance(x, _Getter) for x in arguments) and len(fills) == 1:
             _, slot, fill = fills[0]
@@ -274,10 +275,7 @@ def _place(slots: list[int], views: list[View], steps: list[Any]) -> tuple[int, 
 
 
 def _num_bytes(view: View) -> int:
-    count = 1
-    for n in view.size:
-        count *= n
-    return count * view.dtype.itemsize
+    return math.prod(view.size) * view.dtype.itemsize
 
 
 def _is_whole(view: View, slot: View) -> bool:
@@ -293,26 +291,10 @@ def _is_whole(view: View, slot: View) -> bool:
 def _address_views(step: Any) -> list[View]:
     """Return the places of a step that may be part of the workspace."""
     if isinstance(step, Launch):
-        return _leaves(step.arguments if step.function is None else step.function.arguments)
+        return leaves(step.arguments if step.function is None else step.function.arguments, View)
     return [step.view] if isinstance(step, Zero) else []
 
 
 def _tensor_views(step: Any) -> list[View]:
     """Return the places that a step takes as tensors and that cannot be part of the workspace."""
-    return _leaves((step.arguments, step.options)) if isinstance(step, Operation) else []
-
-
-def _leaves(value: Any) -> list[View]:
-    if isinstance(value, View):
-        return [value]
-    values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return [view for x in values for view in _leaves(x)]
-
-
-def _map(value: Any, function: Callable[[Any], Any]) -> Any:
-    """Return nested lists and tuples with the function applied to every View or Tensor."""
-    if isinstance(value, (View, Tensor)):
-        return function(value)
-    if isinstance(value, (list, tuple)):
-        return type(value)([_map(x, function) for x in value])
-    return {name: _map(x, function) for name, x in value.items()} if isinstance(value, dict) else value
+    return leaves((step.arguments, step.options), View) if isinstance(step, Operation) else []

@@ -102,7 +102,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a PyTorch operation and note it, unless it only makes views."""
         kwargs = kwargs or {}
-        before = self._views((args, kwargs))
+        arguments, options = self._views((args, kwargs))
         out = func(*args, **kwargs)
         results = out if isinstance(out, (list, tuple)) else (out,)
         if func in _EMPTY:
@@ -113,10 +113,9 @@ class Recorder(TorchDispatchMode):
         elif not all(isinstance(x, Tensor) for x in results):
             self.reason = f"{func} returns what is no tensor"
         else:
-            given = {x.untyped_storage()._cdata for x in _tensors((args, kwargs))}
+            given = {x.untyped_storage()._cdata for x in leaves((args, kwargs), Tensor)}
             new = [x.untyped_storage()._cdata not in given for x in results]
             if func._schema.is_mutable or any(new):
-                arguments, options = before
                 slots = tuple(self._add_slot(x) if is_new else None for x, is_new in zip(results, new, strict=True))
                 self.steps.append(Operation(func, arguments, options, slots))
         return out
@@ -129,11 +128,12 @@ class Recorder(TorchDispatchMode):
 
     def view(self, x: Tensor) -> View:
         """Return the place of a tensor. Raises NotRecordable for one that is neither an input nor was allocated meanwhile."""
-        address = x.data_ptr()
-        for slot in self._slot_of_storage.get(x.untyped_storage()._cdata, ()):
-            # inputs that share their storage: any of them will do, because a plan checks their distance
-            return View(slot, address - self._first_address[slot] if x.numel() else 0, tuple(x.shape), x.stride(), x.dtype)
-        raise NotRecordable(f"a tensor of shape {tuple(x.shape)} is neither an input nor allocated by the operator")
+        slots = self._slot_of_storage.get(x.untyped_storage()._cdata)
+        if slots is None:
+            raise NotRecordable(f"a tensor of shape {tuple(x.shape)} is neither an input nor allocated by the operator")
+        slot = slots[0]  # of inputs that share their storage any will do, because a plan checks their distance
+        offset = x.data_ptr() - self._first_address[slot] if x.numel() else 0
+        return View(slot, offset, tuple(x.shape), x.stride(), x.dtype)
 
     def shared_inputs(self) -> list[tuple[int, int, int]]:
         """Return (i, j, address of j minus address of i) for inputs i and j that share their storage."""
@@ -152,18 +152,24 @@ class Recorder(TorchDispatchMode):
 
     def _views(self, value: Any) -> Any:
         """Return nested arguments with a View for each tensor."""
-        if isinstance(value, Tensor):
-            return self.view(value)
-        if isinstance(value, (list, tuple)):
-            return tuple(self._views(x) for x in value)
-        return {name: self._views(x) for name, x in value.items()} if isinstance(value, dict) else value
+        return map_leaves(value, Tensor, self.view)
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
+def leaves(value: Any, kind: type) -> list[Any]:
+    """Return all that is of a `kind` in nested lists, tuples and dictionaries."""
+    if isinstance(value, kind):
         return [value]
     values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return [x for y in values for x in _tensors(y)]
+    return [x for y in values for x in leaves(y, kind)]
+
+
+def map_leaves(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
+    """Return nested lists, tuples and dictionaries with the function applied to all that is of a `kind`."""
+    if isinstance(value, kind):
+        return function(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)([map_leaves(x, kind, function) for x in value])
+    return {name: map_leaves(x, kind, function) for name, x in value.items()} if isinstance(value, dict) else value
 
 
 def launch(call: Callable[..., Any], args: tuple[Argument, ...], describe: Callable[[Any], Function | None]) -> None:

@@ -282,11 +282,12 @@ class Backbone(Pretrained, nn.Module):
 
         Raises BackendError for a backend that cannot run on that device.
         """
-        use_fast_path = (self.config.ssm_cfg or {}).get("use_fast_path", True)
-        if torch.compiler.is_compiling():  # a choice that is kept would be a guard that its own second call does not pass
-            return backends.choose(self.requested_backend, x.device, use_fast_path=use_fast_path)
-        if self._resolved is None or self._resolved[0] != x.device.type:
+        traced = torch.compiler.is_compiling()
+        if traced or self._resolved is None or self._resolved[0] != x.device.type:
+            use_fast_path = (self.config.ssm_cfg or {}).get("use_fast_path", True)
             backend = backends.choose(self.requested_backend, x.device, use_fast_path=use_fast_path)
+            if traced:  # a choice that is kept would be a guard that its own second call does not pass
+                return backend
             if x.device.type == "cuda":
                 autocast = torch.is_autocast_enabled("cuda")
                 stamp.remind(backend, torch.get_autocast_dtype("cuda") if autocast else x.dtype, x.device)

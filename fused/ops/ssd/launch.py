@@ -129,7 +129,7 @@ def forward(
 
 
 class Call(NamedTuple):
-    """What the kernels of one call share."""
+    """The configuration, sizes and tensors that the kernels of one call share."""
 
     config: Config
     sizes: Sizes

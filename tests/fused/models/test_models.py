@@ -405,7 +405,7 @@ def test_upstreams_backends_take_the_whole_mixer(backend):
 
 
 def test_a_traced_forward_stores_no_backend(monkeypatch):
-    """What it stored would be a guard that its own second call does not pass: the model would be compiled twice."""
+    """A backend that it stored would be a guard that its own second call does not pass: the model would be compiled twice."""
     model = fused.VideoMamba(fused.VideoMambaConfig(embed_dim=16, depth=1, img_size=32, num_frames=2, num_classes=3))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert model.resolve_backend(torch.ones(1)) == "torch" and model.backend == "auto"

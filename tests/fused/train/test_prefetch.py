@@ -43,7 +43,7 @@ def test_one_ahead() -> None:
 
 
 def test_an_error_comes_with_its_own_batch() -> None:
-    """What was read before it is not lost."""
+    """Batches that were read before it are not lost."""
 
     def broken() -> Iterator[Batch]:
         yield from made(2, [])
