@@ -77,15 +77,6 @@ def sample(seed, case):
     )
 
 
-@pytest.fixture
-def nan_filled():
-    """torch.empty gives NaN: what a kernel leaves unwritten shows."""
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.usefixtures("nan_filled")
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}-{c[1]}")
 def test_follows_the_formula(case):

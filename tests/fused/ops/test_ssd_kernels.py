@@ -33,15 +33,6 @@ CASES = {
 }
 
 
-@pytest.fixture
-def nan_filled():
-    """torch.empty gives NaN: what a kernel leaves unwritten shows."""
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def set_spans(monkeypatch, spans):
     def chosen(programs, num_chunks, slots):
         each = -(-num_chunks // spans)
