@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 WARMUP = 3  # runs before a recording, in which kernels are compiled and libraries create their handles
+MAX_NOTES = 8  # of one capture in PyTorch's allocator
 
 
 @runtime_checkable
@@ -83,9 +84,11 @@ class CudaRecorder:
         # the default generator goes on counting for the graph
         generator = torch.cuda.default_generators[self.device.index]
         generator.graphsafe_set_state(generator.clone_state())
-        # the allocator frees no memory that several streams used until the capture has ended
-        with suppress(RuntimeError):  # it has
-            torch._C._cuda_endAllocateToPool(self.device.index, self._pool)
+        # Until the capture has ended, the allocator frees no memory that several streams used, and gives the pool to no other
+        # capture. PyTorch 2.11 notes a capture twice.
+        with suppress(RuntimeError):  # it is noted no longer
+            for _ in range(MAX_NOTES):
+                torch._C._cuda_endAllocateToPool(self.device.index, self._pool)
 
     @contextmanager
     def warming(self) -> Iterator[None]:
