@@ -1,4 +1,4 @@
-"""The scan and the mixer at query rows: kernels emulated and interpreted on the CPU, or on a GPU, against those of every row."""
+"""The scan and the mixer at query rows against those of every row: on a GPU, or emulated and interpreted on the CPU."""
 
 import itertools
 from functools import partial
@@ -12,7 +12,7 @@ from rule import assert_rule
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton", reason="the convolution's kernels are Triton's")
 
-import fused.ops.mamba_inner.query_rows  # noqa: E402 (registers the operator)
+import fused.ops.mamba_inner.query_rows  # noqa: E402, F401 (registers the operator)
 from fused import BimbaCompressor, backends  # noqa: E402
 from fused.models.bimba.interleave import places_of  # noqa: E402
 from fused.models.bimba.query_mixer import mix_at_queries  # noqa: E402
