@@ -138,8 +138,13 @@ class BimbaCompressor(nn.Module):
                 break
             t, q = (x.to(q.dtype) for x in layer(*inputs))
             tokens = t.unflatten(1, (-1, *frame))
-            tokens = tokens[:, ::2] if self.multi_scale else tokens
+            tokens = every_second_frame(tokens) if self.multi_scale else tokens
         return q.view(queries.shape)
+
+
+def every_second_frame(tokens: Float[Tensor, "B F H W C"]) -> Float[Tensor, "B G H W C"]:
+    """Return the tokens (B, G, H, W, C) of every second frame, the first among them."""
+    return tokens[:, ::2]
 
 
 @torch.no_grad()

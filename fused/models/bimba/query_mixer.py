@@ -29,11 +29,11 @@ def mix_at_queries(
     if called or operators == "mamba_ssm":
         return mixer(sequence, backend=backend).index_select(1, places.queries)
     if operators == "native":
-        return _mix_native(mixer, sequence, queries, places)
-    return _mix_eager(mixer, sequence, queries, places)
+        return mix_native(mixer, sequence, queries, places)
+    return mix_eager(mixer, sequence, queries, places)
 
 
-def _mix_native(mixer: Mamba, sequence: Tensor, queries: Tensor, places: Places) -> Tensor:
+def mix_native(mixer: Mamba, sequence: Tensor, queries: Tensor, places: Places) -> Tensor:
     """Run the operator of `ops/mamba_inner/query_rows.py`."""
     from fused.ops.mamba_inner.native import Linear
     from fused.ops.mamba_inner.query_rows import mamba_inner_query_rows
@@ -47,7 +47,7 @@ def _mix_native(mixer: Mamba, sequence: Tensor, queries: Tensor, places: Places)
     )  # fmt: skip
 
 
-def _mix_eager(mixer: Mamba, sequence: Tensor, queries: Tensor, places: Places) -> Tensor:
+def mix_eager(mixer: Mamba, sequence: Tensor, queries: Tensor, places: Places) -> Tensor:
     """Run PyTorch's operators: each scan over all tokens, without its gate, and the rest on query rows."""
     weight_x, weight_z = mixer.in_proj.weight.chunk(2)
     x, z = F.linear(sequence, weight_x), F.linear(queries, weight_z)  # BIMBA's in_proj has no bias
