@@ -9,7 +9,7 @@ from fused.models.bimba import query_mixer
 from fused.models.bimba.interleave import Places
 from fused.modules.mamba import Mamba
 
-WHERE = ("--subject", "bimba", "--impl", "fused:torch", "--case", "B2-F2-*-D16-L*")
+WHERE = ("--subject", "bimba", "--impl", "fused:torch", "--case", "B2-F3-H2-*-D16-L24-*")
 
 
 def plant() -> AbstractContextManager[object]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fused.models.bimba import query_mixer
 
-WHERE = ("--subject", "bimba", "--impl", "fused:torch", "--case", "B2-F2-*-D16-L*")
+WHERE = ("--subject", "bimba", "--impl", "fused:torch", "--case", "B2-F3-H2-*-D16-L24-*")
 
 
 def plant() -> AbstractContextManager[object]:

@@ -1,6 +1,7 @@
 """The compressor of BIMBA: queries interleaved with video tokens, mixed by a bidirectional selective scan, and read out."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 
 from fused import backends
 from fused.models.bimba.attention import Attention
+from fused.models.bimba.checks import check_inputs
+from fused.models.bimba.chunked import compress_chunks
 from fused.models.bimba.interleave import Places, extract, insert, places_of
 from fused.models.bimba.query_mixer import mix_at_queries
 from fused.modules import mamba
@@ -141,6 +144,21 @@ class BimbaCompressor(nn.Module):
             tokens = every_second_frame(tokens) if self.multi_scale else tokens
         return q.view(queries.shape)
 
+    def forward_chunked(
+        self, tokens: Tensor | Iterable[Tensor], queries: Float[Tensor, "B G Q C"], *, chunk_frames: int | None = None,
+        offload: bool = False,
+    ) -> Float[Tensor, "B G Q C"]:  # fmt: skip
+        """Return what `forward` returns, in the memory of a chunk and of the queries; tokens are read twice.
+
+        `tokens` is an iterator of chunks (B, frames, H, W, C), which may lie in the memory of the host, or one tensor, which is
+        cut every `chunk_frames` frames. All chunks are held where they are until the end, with `offload` as copies in host
+        memory. Queries are on the compressor's device. Gradients flow, but then every chunk keeps its intermediate tensors.
+
+        Raises ValueError for chunks that do not fit, and for a compressor of several layers, with attention, with wrapped
+        modules, or on a backend that carries no state.
+        """
+        return compress_chunks(self, tokens, queries, chunk_frames, offload)
+
 
 def every_second_frame(tokens: Float[Tensor, "B F H W C"]) -> Float[Tensor, "B G H W C"]:
     """Return the tokens (B, G, H, W, C) of every second frame, the first among them."""
@@ -157,23 +175,3 @@ def _init_backward_direction(mixer: Mamba, initial_values: str) -> None:
     mixer.dt_proj_b.weight.uniform_(-bound, bound)
     step = torch.empty_like(mixer.dt_proj_b.bias, dtype=torch.float32).uniform_(math.log(1e-3), math.log(0.1)).exp_()
     mixer.dt_proj_b.bias.copy_(step + (-torch.expm1(-step)).log())  # the inverse of softplus
-
-
-def check_inputs(tokens: Tensor, queries: Tensor, d_model: int) -> None:
-    """Raise ValueError for tokens and queries that the compressor cannot take, naming the argument."""
-    shapes = {"tokens": ("B, frames, rows, columns", 5, tokens), "queries": ("B, frames, queries of a frame", 4, queries)}
-    for name, (letters, dimensions, x) in shapes.items():
-        shape = tuple(x.shape)
-        if x.dim() != dimensions or shape[-1] != d_model:
-            raise ValueError(f"BimbaCompressor: {name} must have shape ({letters}, d_model={d_model}), got {shape}")
-        if 0 in shape[1:-1]:
-            raise ValueError(f"BimbaCompressor: {name} must be at least one for every clip, got shape {shape}")
-    if tokens.shape[0] != queries.shape[0]:
-        raise ValueError(
-            f"BimbaCompressor: queries must be of as many clips as tokens, {tokens.shape[0]}, got {queries.shape[0]}"
-        )
-    if (tokens.dtype, tokens.device) != (queries.dtype, queries.device):
-        raise ValueError(
-            f"BimbaCompressor: queries must be {tokens.dtype} on {tokens.device} like tokens, "
-            f"got {queries.dtype} on {queries.device}"
-        )

@@ -39,12 +39,30 @@ class Places(NamedTuple):
 @functools.lru_cache(64)
 def places_of(num_tokens: int, num_queries: int, device: torch.device) -> Places:
     """Return the places of so many tokens and queries; they are computed on the CPU and copied once."""
-    queries, length = interleave(num_tokens, num_queries), num_tokens + num_queries
+    places = interleave(num_tokens, num_queries)
+    return _on_device(places, num_tokens, 0 if num_tokens % num_queries else num_tokens // num_queries, device)
+
+
+def places_between(
+    places: Int[Tensor, " Q"], start: int, end: int, device: torch.device
+) -> tuple[int, int, Places]:
+    """Return the first query behind one of the tokens start to end - 1, the one after the last, and their places there.
+
+    `places` are those of all queries among all tokens, on the CPU. The part's sequence begins with token `start`.
+    """
+    tokens_before = places - torch.arange(len(places))
+    first, last = torch.searchsorted(tokens_before, torch.tensor([start, end]), right=True).tolist()
+    return first, last, _on_device(places[first:last] - (start + first), end - start, 0, device)
+
+
+def _on_device(queries: Tensor, num_tokens: int, ratio: int, device: torch.device) -> Places:
+    """Return the places of a sequence of so many tokens and the queries at `queries`."""
+    length = num_tokens + len(queries)
     is_token = torch.ones(length, dtype=torch.bool)
     is_token[queries] = False
     places = queries, is_token.nonzero().squeeze(1), tile_queries(queries, length)
     at_queries, at_tokens, table = (x.to(device) for x in places)
-    return Places(at_queries, at_tokens, table, 0 if num_tokens % num_queries else num_tokens // num_queries)
+    return Places(at_queries, at_tokens, table, ratio)
 
 
 def insert(

@@ -23,14 +23,19 @@ def mix_at_queries(
     The gate, out_proj and the scan's outputs are computed at query rows only: by one operator on "native", by PyTorch's on
     "torch". On "mamba_ssm", which cannot do this, and where modules of the mixer have to be called, the whole mixer runs.
     """
-    inner = (*_INNER, *(name + "_b" for name in _INNER)) if mixer.bimamba else _INNER
-    called = modules_to_call(mixer._modules, (*_LINEAR, *inner), mixer.layer_idx)
+    called = called_modules(mixer)
     operators = backends.operators_of(backend)
     if called or operators == "mamba_ssm":
         return mixer(sequence, backend=backend).index_select(1, places.queries)
     if operators == "native":
         return mix_native(mixer, sequence, queries, places)
     return mix_eager(mixer, sequence, queries, places)
+
+
+def called_modules(mixer: Mamba) -> tuple[str, ...]:
+    """Return the names of the mixer's modules that have to be called, since they are more than their weight."""
+    inner = (*_INNER, *(name + "_b" for name in _INNER)) if mixer.bimamba else _INNER
+    return modules_to_call(mixer._modules, (*_LINEAR, *inner), mixer.layer_idx)
 
 
 def mix_native(mixer: Mamba, sequence: Tensor, queries: Tensor, places: Places) -> Tensor:

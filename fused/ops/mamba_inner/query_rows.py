@@ -19,7 +19,7 @@ from fused.ops.mamba_inner.kernels import PackedWeights
 from fused.ops.mamba_inner.native import Linear
 from fused.ops.mamba_inner.pipeline import Pipeline, pack, weight_gradient
 from fused.ops.selective_scan import launch as scan
-from fused.ops.selective_scan.launch import ScanInputs
+from fused.ops.selective_scan.launch import ScanInputs, aligned_or_none
 from fused.ops.shapes import DirectionWeights
 from fused.runtime.library import apply_function, below_autograd, none_if_empty, register, wants_gradients
 from fused.runtime.modes import is_batch_invariant
@@ -40,6 +40,25 @@ def mamba_inner_query_rows(
     training = wants_gradients(u, u_queries, first, second, in_proj, out_proj)
     options = dtype, is_batch_invariant(), training
     return _query_rows(u, u_queries, tile_queries, first, second, *in_proj, *out_proj, *options)[0]
+
+
+def one_direction_at_queries(
+    x: Tensor, weights: DirectionWeights, tile_queries: Tensor, num_queries: int, *, reverse: bool,
+    state: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
+    """Return y (B, Q, E) of one direction of x (B, L, E) at the query rows, without a gate, and the state that leaves.
+
+    The weights and the state are those of `mamba_inner_one_direction`, with A_is_log. Nothing here has gradients or is traced.
+    """
+    conv_state, ssm_state = state or (None, None)
+    p = Pipeline(x, None, [weights], (reverse,), is_batch_invariant(), A_is_log=True)
+    packed = pack(*p.weights, dtype=x.dtype)
+    c, conv_states = p.convolve((conv_state,), want_states=True)
+    assert conv_states is not None
+    dt_B_C, delta = p.project(c, packed)
+    s = p.scan_inputs(c, dt_B_C, delta, packed)._replace(tile_queries=tile_queries, num_queries=num_queries)
+    r = scan.forward(s, aligned_or_none(ssm_state), p.schedule, keep=False)
+    return r.y, (conv_states[0], r.final_states[0])
 
 
 def _pipeline(x: Tensor, z: Tensor, first: Weights, second: Weights, batch_invariant: bool) -> Pipeline:

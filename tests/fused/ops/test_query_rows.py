@@ -166,6 +166,24 @@ def test_a_compressor_follows_pytorch(n_layer):
     assert_rule([compressed(seed, n_layer, *kind) for kind in kinds] for seed in range(4 // n_layer))
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_chunks_follow_pytorch(trained):
+    """Without gradients each direction is scanned at query rows, of which a chunk may have none."""
+
+    def run(seed, backend, dtype):
+        torch.manual_seed(seed)
+        compressor = BimbaCompressor(8, 1, 4, backend=backend).to(DEVICE, dtype)
+        tokens, queries, cotangent = torch.randn(1, 4, 2, 3, 8), torch.randn(1, 1, 2, 8), torch.randn(1, 1, 2, 8)
+        leaves = [x.to(DEVICE, dtype).requires_grad_(trained) for x in (tokens, queries)]
+        with torch.set_grad_enabled(trained):
+            out = compressor.forward_chunked(*leaves, chunk_frames=1)
+        grads = torch.autograd.grad(out, [*leaves, *compressor.parameters()], cotangent.to(out)) if trained else ()
+        return {"out": out.detach()} | {f"d{i}": g for i, g in enumerate(grads)}
+
+    kinds = ("native", torch.float32), ("torch", torch.float64), ("torch", torch.float32)
+    assert_rule([run(seed, *kind) for kind in kinds] for seed in range(2 if trained else 4))
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 def test_tuned_kernels_do_not_spill(arch):
     if reason := nvrtc.compiler_unavailable():
