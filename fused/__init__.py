@@ -16,6 +16,7 @@ from fused.errors import BackendError
 from fused.io.checkpoint_file import CheckpointError, read_checkpoint, save_checkpoint
 from fused.models.bimba.compressor import BimbaCompressor
 from fused.models.bimba.interleave import interleave
+from fused.models.bimba.model import Bimba
 from fused.models.bimba.queries import bimba_queries
 from fused.models.videomamba.config import VideoMambaConfig
 from fused.models.videomamba.frame_stream import FrameStream
@@ -37,6 +38,7 @@ from fused.stamp import Validation, validation
 __all__ = [
     "PRETRAINED",
     "BackendError",
+    "Bimba",
     "BimbaCompressor",
     "CheckpointError",
     "DistillOutput",
