@@ -9,7 +9,7 @@ the host or on the device, and are copied chunk by chunk.
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor
 from fused import backends
 from fused.models.bimba.checks import check_inputs
 from fused.models.bimba.interleave import Places, insert, interleave, places_between
+from fused.models.bimba.layer import CompressorLayer
 from fused.models.bimba.query_mixer import called_modules
 from fused.modules import mamba
 from fused.modules.mamba import Mamba
@@ -26,9 +27,6 @@ from fused.modules.wrapped import describe
 from fused.ops.mamba_inner.eager import one_direction_eager
 from fused.runtime.dtypes import accumulation_dtype
 from fused.runtime.library import wants_gradients
-
-if TYPE_CHECKING:
-    from fused.models.bimba.compressor import BimbaCompressor, CompressorLayer
 
 
 class Chunk(NamedTuple):
@@ -40,42 +38,34 @@ class Chunk(NamedTuple):
 
 
 def compress_chunks(
-    compressor: "BimbaCompressor", tokens: Tensor | Iterable[Tensor], queries: Tensor, chunk_frames: int | None, offload: bool
+    layer: CompressorLayer, frames: Sequence[Tensor], queries: Tensor, dtype: torch.dtype, backend: str
 ) -> Tensor:
-    """Return what the compressor returns for all chunks together; see `BimbaCompressor.forward_chunked`."""
-    layer: Any = compressor.layers[0]
-    check_chunkable(compressor)
-    frames = list(_chunks_of_frames(tokens, chunk_frames, offload))
-    _check_frames(frames, queries, compressor.d_model)
-    dtype = accumulation_dtype(queries.dtype) if compressor.fp32 else queries.dtype
-    backend = compressor.resolve_backend(queries)
+    """Return what the layer returns for `queries` (B, G, Q, C) and the chunks of `split_chunks`, computed in `dtype`."""
     chunks = list(_chunks(frames, queries.flatten(1, 2).to(dtype)))
-    del frames
-    mixer: Mamba = layer.mixer
-    states: State | None = None
+    mixer: Any = layer.mixer
+    state: State | None = None
     y_forward = []
     for chunk in chunks:
-        y, states = scan_chunk(layer, chunk, 0, states, backend)
+        y, state = scan_chunk(layer, chunk, 0, state, backend)
         y_forward.append(y)
     out: list[Tensor] = []
-    states = None
-    for i, chunk in reversed(list(enumerate(chunks))):
+    state = None
+    for chunk in reversed(chunks):
         y = y_forward.pop()
         if mixer.bimamba:
-            y_backward, states = scan_chunk(layer, chunk, 1, states if i < len(chunks) - 1 else None, backend)
+            y_backward, state = scan_chunk(layer, chunk, 1, state, backend)
             y = y + y_backward
         out.append(_read(layer, chunk, y, backend))
     return torch.cat(out[::-1], dim=1).to(queries.dtype).view(queries.shape)
 
 
-def check_chunkable(compressor: "BimbaCompressor") -> None:
+def check_chunkable(layers: Sequence[CompressorLayer], backend: str) -> None:
     """Raise ValueError for a compressor that cannot run in chunks."""
-    mixer, count = compressor.layers[0].get_submodule("mixer"), len(compressor.layers)
+    mixer, count = layers[0].mixer, len(layers)
     if count != 1:
         raise ValueError(f"forward_chunked: n_layer must be 1, got {count}: other layers than the last one make tokens too")
     if not isinstance(mixer, Mamba):
         raise ValueError("forward_chunked: mixer_type must be 'mamba': attention has no state to carry from chunk to chunk")
-    backend = compressor.requested_backend
     if backend != "auto" and not backends.declared("BimbaCompressor", mamba.BACKENDS, backend).initial_state:
         raise ValueError(f"forward_chunked: backend {backend!r} carries no state; build it with backend='native' or 'torch'")
     if called := called_modules(mixer):
@@ -85,8 +75,17 @@ def check_chunkable(compressor: "BimbaCompressor") -> None:
         )
 
 
+def split_chunks(
+    tokens: Tensor | Iterable[Tensor], queries: Tensor, d_model: int, chunk_frames: int | None, offload: bool
+) -> list[Tensor]:
+    """Return the chunks (B, frames, H, W, C) of `BimbaCompressor.forward_chunked`. Raises ValueError for what does not fit."""
+    frames = list(_chunks_of_frames(tokens, chunk_frames, offload))
+    _check_frames(frames, queries, d_model)
+    return frames
+
+
 def scan_chunk(
-    layer: "CompressorLayer", chunk: Chunk, direction: int, state: State | None, backend: str
+    layer: CompressorLayer, chunk: Chunk, direction: int, state: State | None, backend: str
 ) -> tuple[Tensor, State]:
     """Return y (B, Q, E) of a direction at the chunk's queries, before the gate, and the state that leaves the chunk."""
     mixer: Any = layer.mixer
@@ -111,7 +110,7 @@ def scan_chunk(
     return y.index_select(1, chunk.places.queries), state
 
 
-def _read(layer: "CompressorLayer", chunk: Chunk, y: Tensor, backend: str) -> Tensor:
+def _read(layer: CompressorLayer, chunk: Chunk, y: Tensor, backend: str) -> Tensor:
     """Return the new queries (B, Q, C) of a chunk, given the sum y (B, Q, E) of both scans."""
     mixer: Any = layer.mixer
     if not y.shape[1]:

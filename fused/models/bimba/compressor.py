@@ -11,49 +11,16 @@ from torch import Tensor, nn
 from fused import backends
 from fused.models.bimba.attention import Attention
 from fused.models.bimba.checks import check_inputs
-from fused.models.bimba.chunked import compress_chunks
-from fused.models.bimba.interleave import Places, extract, insert, places_of
-from fused.models.bimba.query_mixer import mix_at_queries
+from fused.models.bimba.chunked import check_chunkable, compress_chunks, split_chunks
+from fused.models.bimba.interleave import places_of
+from fused.models.bimba.layer import CompressorLayer
 from fused.modules import mamba
 from fused.modules.mamba import Mamba, check_backend
-from fused.modules.norm import Norm
 from fused.runtime.checks import check_choice
 from fused.runtime.dtypes import accumulation_dtype
 
-EPS = 1e-6
 MIXERS = ("mamba", "attention")
 INITIAL_VALUES = ("upstream", "corrected")
-
-
-class CompressorLayer(nn.Module):
-    """A mixer over the interleaved sequence, behind a norm and beside a residual connection, each of which can be off."""
-
-    def __init__(self, d_model: int, mixer: Mamba | Attention, use_norm: bool, use_res: bool) -> None:
-        super().__init__()
-        self.norm = Norm(d_model, EPS) if use_norm else None
-        self.mixer = mixer
-        self.use_res = use_res
-
-    def forward(
-        self, tokens: Float[Tensor, "B T C"], queries: Float[Tensor, "B Q C"], places: Places, backend: str
-    ) -> tuple[Tensor, Tensor]:
-        """Return the new tokens (B, T, C) and queries (B, Q, C)."""
-        sequence = insert(tokens, queries, places)
-        normed = sequence if self.norm is None else self.norm(sequence, backend)
-        mixed = self.mixer(normed, backend=backend) if isinstance(self.mixer, Mamba) else self.mixer(normed)
-        return extract(sequence + mixed if self.use_res else mixed, places)
-
-    def read(
-        self, tokens: Float[Tensor, "B T C"], queries: Float[Tensor, "B Q C"], places: Places, backend: str
-    ) -> Float[Tensor, "B Q C"]:
-        """Return the new queries (B, Q, C) alone, for which less is to be computed."""
-        normed, readers = (x if self.norm is None else self.norm(x, backend) for x in (tokens, queries))
-        sequence = insert(normed, readers, places)
-        if isinstance(self.mixer, Mamba):
-            mixed = mix_at_queries(self.mixer, sequence, readers, places, backend)
-        else:
-            mixed = self.mixer(sequence, readers)
-        return queries + mixed if self.use_res else mixed
 
 
 class BimbaCompressor(nn.Module):
@@ -157,7 +124,11 @@ class BimbaCompressor(nn.Module):
         Raises ValueError for chunks that do not fit, and for a compressor of several layers, with attention, with wrapped
         modules, or on a backend that carries no state.
         """
-        return compress_chunks(self, tokens, queries, chunk_frames, offload)
+        layers: Any = list(self.layers)
+        check_chunkable(layers, self.requested_backend)
+        chunks = split_chunks(tokens, queries, self.d_model, chunk_frames, offload)
+        dtype = accumulation_dtype(queries.dtype) if self.fp32 else queries.dtype
+        return compress_chunks(layers[0], chunks, queries, dtype, self.resolve_backend(queries))
 
 
 def every_second_frame(tokens: Float[Tensor, "B F H W C"]) -> Float[Tensor, "B G H W C"]:
