@@ -14,6 +14,10 @@ from pathlib import Path
 
 from fused.errors import BackendError
 from fused.io.checkpoint_file import CheckpointError, read_checkpoint, save_checkpoint
+from fused.models.bimba.compressor import BimbaCompressor
+from fused.models.bimba.interleave import interleave
+from fused.models.bimba.model import Bimba
+from fused.models.bimba.queries import bimba_queries
 from fused.models.videomamba.config import VideoMambaConfig
 from fused.models.videomamba.frame_stream import FrameStream
 from fused.models.videomamba.load import LoadReport, load_checkpoint
@@ -34,6 +38,8 @@ from fused.stamp import Validation, validation
 __all__ = [
     "PRETRAINED",
     "BackendError",
+    "Bimba",
+    "BimbaCompressor",
     "CheckpointError",
     "DistillOutput",
     "EncoderOutput",
@@ -48,11 +54,13 @@ __all__ = [
     "VideoMambaEncoder",
     "add_norm",
     "bidirectional_scan",
+    "bimba_queries",
     "build_videomamba",
     "causal_conv1d",
     "detach_state",
     "export_onnx",
     "graphed",
+    "interleave",
     "load_checkpoint",
     "read_checkpoint",
     "register_timm",

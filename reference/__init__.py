@@ -1,5 +1,8 @@
 """The specification: VideoMamba in plain PyTorch with a sequential scan, on any device and in any floating-point dtype."""
 
+from reference.models.bimba.compressor import BimbaCompressor
+from reference.models.bimba.interleave import interleave
+from reference.models.bimba.queries import bimba_queries
 from reference.models.videomamba.chunked import approximate, forward_chunked
 from reference.models.videomamba.config import VideoMambaConfig
 from reference.models.videomamba.model import DistillOutput, EncoderOutput, VideoMamba, VideoMambaEncoder, build_videomamba
@@ -12,6 +15,7 @@ from reference.ops.selective_scan import selective_scan
 from reference.ops.ssd import ssd
 
 __all__ = [
+    "BimbaCompressor",
     "DistillOutput",
     "EncoderOutput",
     "Mamba",
@@ -21,10 +25,12 @@ __all__ = [
     "VideoMambaEncoder",
     "add_norm",
     "approximate",
+    "bimba_queries",
     "build_videomamba",
     "causal_conv1d",
     "detach_state",
     "forward_chunked",
+    "interleave",
     "selective_scan",
     "ssd",
     "state_to",
