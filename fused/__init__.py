@@ -1,4 +1,4 @@
-"""VideoMamba on fused kernels for NVIDIA GPUs, and in plain PyTorch on any other device.
+"""VideoMamba and Vamba on fused kernels for NVIDIA GPUs, and in plain PyTorch on any other device.
 
 The names are those of `reference`; no code is shared with it.
 
@@ -14,6 +14,10 @@ from pathlib import Path
 
 from fused.errors import BackendError
 from fused.io.checkpoint_file import CheckpointError, read_checkpoint, save_checkpoint
+from fused.models.vamba.cache import VambaCache
+from fused.models.vamba.config import VambaConfig
+from fused.models.vamba.layer import VambaDecoderLayer
+from fused.models.vamba.model import Vamba, VambaOutput
 from fused.models.videomamba.config import VideoMambaConfig
 from fused.models.videomamba.frame_stream import FrameStream
 from fused.models.videomamba.load import LoadReport, load_checkpoint
@@ -43,6 +47,11 @@ __all__ = [
     "Mamba2",
     "OnnxExport",
     "Validation",
+    "Vamba",
+    "VambaCache",
+    "VambaConfig",
+    "VambaDecoderLayer",
+    "VambaOutput",
     "VideoMamba",
     "VideoMambaConfig",
     "VideoMambaEncoder",

@@ -48,7 +48,7 @@ class VambaConfig:
         _require(_is_count(self.head_dim) and self.channels % 2 == 0, "head_dim", self.head_dim, "a positive even integer")
         for name in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, name)
-            _require(isinstance(value, Real) and not isinstance(value, bool) and 0 < value < float("inf"), name, value,
+            _require(isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < float("inf"), name, value,
                      "a positive number")  # fmt: skip
         given = self.mrope_section
         half = self.channels // 2
@@ -70,7 +70,7 @@ class VambaConfig:
 
     @classmethod
     def qwen2_vl_7b(cls, **overrides: Any) -> "VambaConfig":
-        """Return the configuration of the published Vamba on Qwen2-VL-7B: 28 layers, 11.3 G parameters with its vision tower."""
+        """Return the configuration of the published Vamba on Qwen2-VL-7B, 28 layers."""
         sizes: dict[str, Any] = {
             "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
             "num_attention_heads": 28, "num_key_value_heads": 4,

@@ -121,7 +121,7 @@ class VambaDecoderLayer(nn.Module):
         if not self.config.cross_attn_use_position_embeddings:
             return video, self.cross_attn.project_keys(video, None)
         if inputs.video_angles is None:
-            raise ValueError("encoder_position_ids is None; with cross_attn_use_position_embeddings a video needs its positions")
+            raise ValueError("encoder_position_ids is None; cross_attn_use_position_embeddings needs the video's positions")
         return video, self.cross_attn.project_keys(video, inputs.video_angles)
 
     def update_text(

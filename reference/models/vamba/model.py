@@ -11,7 +11,14 @@ from reference.models.vamba.config import VambaConfig
 from reference.models.vamba.layer import LayerInputs, VambaDecoderLayer
 from reference.models.vamba.loss import next_token_loss
 from reference.models.vamba.masks import (
-    Lengths, causal_mask, cross_mask, default_positions, read_attention_mask, row_lengths, text_samples, video_segments,
+    Lengths,
+    causal_mask,
+    cross_mask,
+    default_positions,
+    read_attention_mask,
+    row_lengths,
+    text_samples,
+    video_segments,
 )  # fmt: skip
 from reference.modules.norm import Norm
 
@@ -84,7 +91,9 @@ class Vamba(nn.Module):
                 raise ValueError("video is given, and the cache holds one; a text reads the cached video: leave video out")
         self.check(text, video, position_ids, encoder_position_ids, labels)
         past = 0 if cache is None else cache.text_length
-        cached = None if cache is None or not past else cache.valid
+        cached = None
+        if cache is not None and past:
+            cached = cache.valid if cache.valid is not None else text.new_ones(B, past, dtype=torch.bool)
         valid, self_mask = read_attention_mask(attention_mask, text, cached)
         if position_ids is None:
             position_ids = default_positions(valid[:, past:], valid[:, :past].sum(1))
@@ -121,9 +130,10 @@ class Vamba(nn.Module):
         return VambaOutput(logits, loss, VambaCache(video_keys, video_values, counts, keys, values, valid))
 
     def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Float[Tensor, "B L D"]:
-        """Return the embedded text. Raise ValueError unless one of both is given, with the right shape; TypeError for floats."""
+        """Return the embedded text. Raise ValueError unless one of both is given, in its shape; TypeError for other dtypes."""
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError(f"input_ids and inputs_embeds: {'both' if inputs_embeds is not None else 'neither'} given, one is due")
+            given = "neither" if input_ids is None else "both"
+            raise ValueError(f"input_ids and inputs_embeds: {given} given; allowed: one of them")
         if input_ids is None:
             assert inputs_embeds is not None
             if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != self.config.hidden_size:
