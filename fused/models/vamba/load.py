@@ -83,8 +83,11 @@ class Pretrained:
             handles = {file: stack.enter_context(_open(file)) for file in sorted(set(files.values()))}
             shapes = {name: tuple(handles[file].get_slice(name).get_shape()) for name, file in files.items()}
             config = read_config(folder, given, shapes)
-            with torch.device("meta"):
-                model: Any = cls(config, backend)  # type: ignore[call-arg]
+            try:
+                with torch.device("meta"):
+                    model: Any = cls(config, backend)  # type: ignore[call-arg]
+            except ValueError as error:
+                raise CheckpointError(f"{folder / CONFIG} is no configuration of a Vamba: {error}") from error
             tower = given.get("vision_config")
             if vision:
                 if not tower or not any(name.startswith(VISION) for name in shapes):
@@ -202,10 +205,10 @@ def read_config(folder: Path, given: Mapping[str, Any], shapes: Mapping[str, tup
         raise CheckpointError(f"{folder} is no Vamba: it lacks {error}, of the first layer's Mamba-2 mixer") from error
     stated = {key: v for key, v in (_find(given, "vision_mamba_mixer_config") or {}).items() if key in MIXER_FIELDS}
     groups = stated.get("ngroups", 1)
-    d_ssm = rows - d_inner - conv - heads + (d_inner if stated.get("d_ssm") is None else stated["d_ssm"])
-    d_ssm = d_inner if stated.get("d_ssm") is None else d_ssm
+    d_ssm = 2 * d_inner + conv + heads - rows  # rows are 2 (d_inner - d_ssm) + d_ssm + conv + heads
     mixer = stated | {
-        "expand": d_inner // width, "headdim": d_ssm // heads, "d_state": (conv - d_ssm) // (2 * groups), "d_conv": d_conv
+        "expand": d_inner // width, "headdim": d_ssm // heads, "d_state": (conv - d_ssm) // (2 * groups), "d_conv": d_conv,
+        "d_ssm": None if d_ssm == d_inner else d_ssm,
     }  # fmt: skip
     rope = _find(given, "rope_scaling") or _find(given, "rope_parameters") or {}
     names = (
