@@ -20,6 +20,7 @@ from fused.io.atomic_write import atomic_write
 from fused.io.checkpoint_file import CheckpointError, save_checkpoint
 from fused.models.vamba.config import MIXER_FIELDS, VambaConfig
 from fused.models.vamba.vision import vision_tower
+from fused.modules.mamba import check_backend
 
 T = TypeVar("T", bound="Pretrained")
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -78,6 +79,7 @@ class Pretrained:
         that do not fit, ImportError without safetensors, or with `vision` without transformers.
         """
         folder = Path(os.path.expanduser(folder))
+        check_backend(backend)
         given, files = read_json(folder / CONFIG), weight_files(folder)
         with ExitStack() as stack:
             handles = {file: stack.enter_context(_open(file)) for file in sorted(set(files.values()))}
