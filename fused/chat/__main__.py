@@ -19,7 +19,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Answer as the command line says (None: sys.argv), and return the exit code."""
-    options = parse(arguments)
+    options = parser().parse_args(arguments)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = DTYPES[options.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
     try:
@@ -39,22 +39,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return DONE
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Return the options of the command line."""
-    parser = argparse.ArgumentParser(prog="python -m fused.chat", description="Ask a Vamba about a video.")
-    parser.add_argument("--model", required=True, metavar="FOLDER", help="config.json, weights in safetensors, tokenizer.json")
-    parser.add_argument("--video", metavar="FILE", help="a video file, or a folder of images; without it text only")
-    parser.add_argument("--question", action="append", metavar="TEXT", help="may be given several times; default: read lines")
-    parser.add_argument("--frames", type=int, default=128, metavar="N", help="middle frames of N equal parts (128)")
-    parser.add_argument("--longest", type=int, default=640, metavar="PIXELS", help="longest side of a frame (640)")
-    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="of an answer (512)")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest with probability P (1)")
-    parser.add_argument("--offload", action="store_true", help="keep keys and values of the video in host memory")
-    parser.add_argument("--device", metavar="NAME", help="cuda if there is one, else cpu")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights: bfloat16 on a GPU, else float32")
-    parser.add_argument("--backend", default="auto", metavar="NAME", help="see fused.backends (auto)")
-    return parser.parse_args(arguments)
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    words = argparse.ArgumentParser(prog="python -m fused.chat", description="Ask a Vamba about a video.")
+    words.add_argument("--model", required=True, metavar="FOLDER", help="config.json, weights in safetensors, tokenizer.json")
+    words.add_argument("--video", metavar="FILE", help="a video file, or a folder of images; without it text only")
+    words.add_argument("--question", action="append", metavar="TEXT", help="may be given several times; default: read lines")
+    words.add_argument("--frames", type=int, default=128, metavar="N", help="middle frames of N equal parts (128)")
+    words.add_argument("--longest", type=int, default=640, metavar="PIXELS", help="longest side of a frame (640)")
+    words.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="of an answer (512)")
+    words.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
+    words.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest with probability P (1)")
+    words.add_argument("--offload", action="store_true", help="keep keys and values of the video in host memory")
+    words.add_argument("--device", metavar="NAME", help="cuda if there is one, else cpu")
+    words.add_argument("--dtype", choices=DTYPES, help="of the weights: bfloat16 on a GPU, else float32")
+    words.add_argument("--backend", default="auto", metavar="NAME", help="see fused.backends (auto)")
+    return words
 
 
 def questions() -> Iterable[str]:
