@@ -16,7 +16,7 @@ from fused.models.vamba.rotary import Angles, rotate
 class RepeatingAttention(Attention):
     """An attention that repeats keys and values for every head before PyTorch's kernels."""
 
-    def forward(self, x: Tensor, pair: Pair, angles: Angles | None, pattern: Pattern) -> Tensor:
+    def forward(self, x: Tensor, pair: Pair, angles: Angles | None, pattern: Pattern, backend: str) -> Tensor:
         """Return what the tokens x (B, L, D) read from keys and values."""
         q = split_heads(self.q_proj(x), self.heads)
         q = q if angles is None else rotate(q, angles)

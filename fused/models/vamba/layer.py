@@ -177,11 +177,11 @@ class VambaDecoderLayer(nn.Module):
         """Return the text stream (B, L, D) after the layer."""
         h = self.input_layernorm(text, shared.backend)
         pair = memory.extend(*self.self_attn.project_keys(h, shared.angles))
-        s = self.self_attn(h, pair, shared.angles, shared.text_pattern)
+        s = self.self_attn(h, pair, shared.angles, shared.text_pattern, shared.backend)
         c = None
         if memory.video is not None:
             angles = shared.angles if self.config.cross_attn_use_position_embeddings else None
-            c = self.cross_attn(h, memory.video, angles, shared.cross_pattern)
+            c = self.cross_attn(h, memory.video, angles, shared.cross_pattern, shared.backend)
         if self.config.use_alpha_balancing:
             text = self._balance(text, s, c)
         else:
