@@ -19,7 +19,7 @@ class RepeatingAttention(Attention):
     def forward(self, x: Tensor, pair: Pair, angles: Angles | None, pattern: Pattern, backend: str) -> Tensor:
         """Return what the tokens x (B, L, D) read from keys and values."""
         q = split_heads(self.q_proj(x), self.heads)
-        q = q if angles is None else rotate(q, angles)
+        q = q if angles is None else rotate(q, angles, backend)
         k, v = (t.repeat_interleave(self.heads // self.key_heads, dim=1) for t in pair)
         if not k.shape[2]:
             return self.o_proj(torch.zeros_like(q).transpose(1, 2).flatten(2))

@@ -21,7 +21,7 @@ def plant() -> AbstractContextManager[object]:
         after = original(self, video, shared, memory)
         k, v = memory.video
         places = torch.arange(k.shape[2], device=k.device).expand(3, k.shape[0], -1)
-        memory.video = rotate(k, self.angles(places, video.dtype)), v
+        memory.video = rotate(k, self.angles(places, video.dtype), shared.backend), v
         return after
 
     return mock.patch.object(VambaDecoderLayer, "read_video", planted)

@@ -15,7 +15,7 @@ def plant() -> AbstractContextManager[object]:
     """Return the context in which the bug is there."""
     original = VambaDecoderLayer._balance
 
-    def planted(self: Any, text: Tensor, s: Tensor, c: Tensor | None) -> Tensor:
-        return original(self, text, s, c) if c is None else original(self, text, c, s)
+    def planted(self: Any, s: Tensor, c: Tensor | None) -> Tensor:
+        return original(self, s, c) if c is None else original(self, c, s)
 
     return mock.patch.object(VambaDecoderLayer, "_balance", planted)

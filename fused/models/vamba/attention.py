@@ -27,10 +27,10 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(D, self.key_heads * C)
         self.o_proj = nn.Linear(self.heads * C, D, bias=False)
 
-    def project_keys(self, x: Float[Tensor, "B L D"], angles: Angles | None) -> Pair:
+    def project_keys(self, x: Float[Tensor, "B L D"], angles: Angles | None, backend: str) -> Pair:
         """Return keys and values (B, key heads, L, C) of tokens, keys rotated if there are angles."""
         k, v = (split_heads(project(x), self.key_heads) for project in (self.k_proj, self.v_proj))
-        return (k if angles is None else rotate(k, angles)), v
+        return (k if angles is None else rotate(k, angles, backend)), v
 
     def forward(
         self, x: Float[Tensor, "B L D"], pair: Pair, angles: Angles | None, pattern: Pattern, backend: str
@@ -38,7 +38,7 @@ class Attention(nn.Module):
         """Return what the tokens x read from keys and values, by the pattern; queries are rotated if there are angles."""
         q = split_heads(self.q_proj(x), self.heads)
         if angles is not None:
-            q = rotate(q, angles)
+            q = rotate(q, angles, backend)
         k, v = (t.to(q.device, non_blocking=True) for t in pair)  # of a video in host memory
         return self.o_proj(attend(q, k, v, pattern, backend))
 

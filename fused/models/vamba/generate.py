@@ -17,6 +17,7 @@ from fused.rules import check_integer, check_number
 from fused.runtime.graphs import WARMUP, CudaRecorder
 
 GRAPH_FROM = 8  # new tokens; recording a graph takes as long as a few steps
+SLOTS = 16  # the size of a memory is a multiple of it: PyTorch's kernels copy a mask whose rows do not lie so
 
 _log = logging.getLogger("fused")
 
@@ -103,12 +104,12 @@ class _Step:
         self.token = torch.zeros(B, 1, dtype=torch.long, device=device)
         self.positions = cache.valid.sum(1)[None, :, None].repeat(3, 1, 1)
         self.slot = torch.full((1,), L, device=device)
-        dtype = cache.keys[0].dtype
-        self.mask = torch.full((B, 1, 1, L + room), -torch.inf, dtype=dtype, device=device)
+        dtype, size = cache.keys[0].dtype, -(-(L + room) // SLOTS) * SLOTS
+        self.mask = torch.full((B, 1, 1, size), -torch.inf, dtype=dtype, device=device)
         self.mask[..., :L].masked_fill_(cache.valid[:, None, None], 0)
         video = layer_pairs(cache.video_keys, cache.video_values, len(cache.keys))
         text = zip(cache.keys, cache.values, strict=True)
-        self.memories = [SlotMemory(v, t, L + room, self.slot) for v, t in zip(video, text, strict=True)]
+        self.memories = [SlotMemory(v, t, size, self.slot) for v, t in zip(video, text, strict=True)]
         self.backend = backends.choose(model.backend, device)
         lengths = None if cache.video_lengths is None else [[n] for n in cache.video_lengths]
         self.cross = cross_pattern([[slice(0, 1)]] * B, lengths, 1, cache.video_length)

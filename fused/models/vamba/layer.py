@@ -170,26 +170,27 @@ class VambaDecoderLayer(nn.Module):
             angles = shared.video_angles
             if angles is None:
                 raise ValueError("encoder_position_ids is None; cross_attn_use_position_embeddings needs the video's positions")
-        memory.video = self.cross_attn.project_keys(video, angles)
+        memory.video = self.cross_attn.project_keys(video, angles, shared.backend)
         return video
 
     def _update_text(self, text: Tensor, shared: Shared, memory: LayerMemory) -> Tensor:
         """Return the text stream (B, L, D) after the layer."""
         h = self.input_layernorm(text, shared.backend)
-        pair = memory.extend(*self.self_attn.project_keys(h, shared.angles))
+        pair = memory.extend(*self.self_attn.project_keys(h, shared.angles, shared.backend))
         s = self.self_attn(h, pair, shared.angles, shared.text_pattern, shared.backend)
         c = None
         if memory.video is not None:
             angles = shared.angles if self.config.cross_attn_use_position_embeddings else None
             c = self.cross_attn(h, memory.video, angles, shared.cross_pattern, shared.backend)
         if self.config.use_alpha_balancing:
-            text = self._balance(text, s, c)
+            update = self._balance(s, c)
         else:
-            text = text + s if c is None else text + s + c
-        return text + self.mlp(self.post_attention_layernorm(text, shared.backend))
+            update = s if c is None else s + c
+        h, text = self.post_attention_layernorm(update, shared.backend, text, prenorm=True, residual_in_fp32=False)
+        return text + self.mlp(h)
 
-    def _balance(self, text: Tensor, s: Tensor, c: Tensor | None) -> Tensor:
-        """Return text + alpha s + (1 - alpha) c, with alpha clamped."""
+    def _balance(self, s: Tensor, c: Tensor | None) -> Tensor:
+        """Return alpha s + (1 - alpha) c, with alpha clamped."""
         alpha: Tensor = self.alpha
         if self.training or torch.is_grad_enabled():
             alpha.data.clamp_(0, 1)  # not seen by autograd, so that several forwards may precede a backward
@@ -197,7 +198,7 @@ class VambaDecoderLayer(nn.Module):
         else:
             alpha = alpha.clamp(0, 1)
         if c is None:
-            return text + alpha * s
+            return alpha * s
         if s.dtype == alpha.dtype and not torch.is_grad_enabled():
-            return text + torch.lerp(c, s, alpha)
-        return text + alpha * s + (1 - alpha) * c
+            return torch.lerp(c, s, alpha)
+        return alpha * s + (1 - alpha) * c

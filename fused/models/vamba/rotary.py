@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fused import backends
 from fused.runtime.dtypes import accumulation_dtype
 
 Angles = tuple[Tensor, Tensor]
@@ -20,7 +21,7 @@ def rotary_angles(
     """
     frequencies, axis = _frequencies(section, theta, position_ids.device)
     angles = (position_ids[axis].movedim(0, -1) * frequencies)[:, None]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    return angles.cos().to(dtype).contiguous(), angles.sin().to(dtype).contiguous()
 
 
 @cache
@@ -32,8 +33,13 @@ def _frequencies(section: tuple[int, ...], theta: int | float, device: torch.dev
     return torch.pow(float(theta), powers), torch.tensor(axis, device=device)
 
 
-def rotate(x: Float[Tensor, "B H L C"], angles: Angles) -> Float[Tensor, "B H L C"]:
+def rotate(x: Float[Tensor, "B H L C"], angles: Angles, backend: str) -> Float[Tensor, "B H L C"]:
     """Return x with the pairs of channels (c, c + C/2) rotated, computed in at least float32 and rounded once."""
+    if backends.operators_of(backend) == "native":
+        from fused.ops.rotary.native import rotary, takes
+
+        if takes(x, *angles):
+            return rotary(x, *angles)
     precise = accumulation_dtype(x.dtype)
     cos, sin = (t.to(precise) for t in angles)
     first, second = x.to(precise).chunk(2, dim=-1)
