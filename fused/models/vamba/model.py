@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fused import backends
 from fused.models.vamba.cache import LayerMemory, VambaCache, layer_pairs
@@ -64,6 +65,7 @@ class Vamba(EncodesVideo, Generates, Pretrained, nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.visual: nn.Module | None = None  # a vision tower of transformers, see `fused.models.vamba.vision`
         self.stop_tokens: tuple[int, ...] = ()  # after which `generate` ends
+        self.recompute_layers = False  # in a backward, so that a training keeps the streams between layers only
 
     def forward(
         self,
@@ -131,7 +133,7 @@ class Vamba(EncodesVideo, Generates, Pretrained, nn.Module):
             None if video is None or lengths is None else video_segments(lengths, tokens, text.device),
         )
         memories = self._memories(cache)
-        hidden = self._run_layers(text, video, shared, memories)
+        hidden = self._run_layers(text, video, shared, memories, self.recompute_layers and not use_cache)
         logits = self.lm_head(self.model.norm(hidden, shared.backend))
         loss = None if labels is None else next_token_loss(logits, labels)
         return VambaOutput(logits, loss, self._collect(memories, lengths, valid, B, past + L) if use_cache else None)
@@ -230,12 +232,22 @@ class Vamba(EncodesVideo, Generates, Pretrained, nn.Module):
         return [LayerMemory(v, t) for v, t in zip(video, text, strict=True)]
 
     def _run_layers(
-        self, text: Tensor, video: Tensor | None, shared: Shared, memories: list[LayerMemory]
+        self, text: Tensor, video: Tensor | None, shared: Shared, memories: list[LayerMemory], recompute: bool
     ) -> Float[Tensor, "B L D"]:
-        """Return the text stream after all layers."""
+        """Return the text stream after all layers; with `recompute` a backward runs each layer again."""
         last = len(self.model.layers) - 1
         for i, (layer, memory) in enumerate(zip(self.model.layers, memories, strict=True)):
-            text, video = layer(text, video, shared=shared, memory=memory, run_mixer=i < last)
+
+            def run(
+                text: Tensor, video: Tensor | None, layer: nn.Module = layer, memory: LayerMemory = memory, i: int = i
+            ) -> tuple[Tensor, Tensor | None]:
+                copied = LayerMemory(memory.video, memory.text) if recompute else memory  # a second run adds nothing twice
+                return layer(text, video, shared=shared, memory=copied, run_mixer=i < last)
+
+            if recompute and torch.is_grad_enabled():
+                text, video = checkpoint(run, text, video, use_reentrant=False)
+            else:
+                text, video = run(text, video)
         return text
 
     @staticmethod
