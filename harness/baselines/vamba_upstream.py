@@ -48,7 +48,7 @@ class UpstreamVamba(fused.Vamba):
             if type(module) is Attention:
                 module.__class__ = RepeatingAttention
 
-    def _run_layers(
+    def run_layers(
         self, text: Tensor, video: Tensor | None, shared: Shared, memories: list[LayerMemory], recompute: bool
     ) -> Tensor:
         for layer, memory in zip(self.model.layers, memories, strict=True):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import fused
-from fused.models.vamba.generate import _Step
+from fused.models.vamba.generate import DecodeStep
 from harness.baselines.vamba_upstream import UpstreamVamba
 from harness.bench.clock import Call
 from harness.bench.workloads import OnDevice
@@ -56,7 +56,7 @@ def make(point: Point, entry: Entry, device: str) -> Call:
         return Call(torch.no_grad()(lambda: _prefill(model, text, video, whole=is_upstream)))
     with torch.no_grad():
         cache = model(ids, cache=model.encode_video(video), use_cache=True).cache
-        step = _Step(model, cache, ROOM, graph=point.way == "graph")
+        step = DecodeStep(model, cache, ROOM, graph=point.way == "graph")
         step(ids[:, 0])
     return Call(torch.no_grad()(step.work))
 

@@ -13,9 +13,9 @@ WHERE = ("--subject", "vamba", "--impl", "fused:torch", "--case", "*-layers=2-fl
 
 def plant() -> AbstractContextManager[object]:
     """Return the context in which the bug is there."""
-    original = VambaDecoderLayer._balance
+    original = VambaDecoderLayer.balance
 
     def planted(self: Any, s: Tensor, c: Tensor | None) -> Tensor:
         return original(self, s, c) if c is None else original(self, c, s)
 
-    return mock.patch.object(VambaDecoderLayer, "_balance", planted)
+    return mock.patch.object(VambaDecoderLayer, "balance", planted)

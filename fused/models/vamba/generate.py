@@ -59,9 +59,9 @@ class Generates:
         """Yield the next token of each row, until all have stopped or `max_new_tokens` are out.
 
         `video` is what `encode_video` returned, merged vision tokens, or None; one video serves all rows. A cache with text
-        goes on from it. `attention_mask` (B, L) is 0 at padding. `temperature` 0 takes the likeliest token; above, one is
-        drawn among the likeliest that together have the probability `top_p`, from `generator`. A row ends with a token of
-        `stop_tokens` (None: the model's). `cuda_graph` replays each step as a CUDA graph where it can.
+        goes on from it. `attention_mask` (B, M) is 0 at padding; M counts cached text too. `temperature` 0 takes the likeliest
+        token; above, one is drawn among the likeliest that together have the probability `top_p`, from `generator`. A row ends
+        with a token of `stop_tokens` (None: the model's). `cuda_graph` replays each step as a CUDA graph where it can.
 
         Raises what `forward` raises, and TypeError or ValueError for options out of range.
         """
@@ -76,7 +76,7 @@ class Generates:
         last = (new * torch.arange(1, new.shape[1] + 1, device=new.device)).argmax(1)
         logits = out.logits[torch.arange(len(last), device=new.device), last]
         stopped: list[int | None] = [None] * len(logits)
-        step: _Step | None = None
+        step: DecodeStep | None = None
         for count in range(max_new_tokens):
             token = pick(logits, temperature, top_p, generator)
             if stops:
@@ -90,11 +90,11 @@ class Generates:
                 return
             if step is None:
                 graph = cuda_graph and max_new_tokens >= GRAPH_FROM
-                step = _Step(self, after, max_new_tokens, graph)
+                step = DecodeStep(self, after, max_new_tokens, graph)
             logits = step(token)
 
 
-class _Step:
+class DecodeStep:
     """The forward of one token a row, over keys and values in memory of a fixed size."""
 
     def __init__(self, model: Any, cache: VambaCache, room: int, graph: bool) -> None:

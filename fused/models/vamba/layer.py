@@ -148,12 +148,12 @@ class VambaDecoderLayer(nn.Module):
     def _share(self, text: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None) -> Shared:
         """Return what a call without a video shares."""
         valid, mask = read_attention_mask(attention_mask, text, None)
+        backend = backends.choose(self.backend, text.device)
         if position_ids is None:
             some = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device) if valid is None else valid
             position_ids = default_positions(some, some.new_zeros(len(some), dtype=torch.long))
         pattern = Pattern(mask=mask) if mask is not None else None
         pattern = pattern or causal_pattern(text_spans(position_ids, valid), text.shape[1], valid)
-        backend = backends.choose(self.backend, text.device)
         return Shared(backend, self.angles(position_ids, text.dtype), None, pattern, Pattern(), None)
 
     def angles(self, position_ids: Int[Tensor, "3 B L"], dtype: torch.dtype) -> Angles:
@@ -183,13 +183,13 @@ class VambaDecoderLayer(nn.Module):
             angles = shared.angles if self.config.cross_attn_use_position_embeddings else None
             c = self.cross_attn(h, memory.video, angles, shared.cross_pattern, shared.backend)
         if self.config.use_alpha_balancing:
-            update = self._balance(s, c)
+            update = self.balance(s, c)
         else:
             update = s if c is None else s + c
         h, text = self.post_attention_layernorm(update, shared.backend, text, prenorm=True, residual_in_fp32=False)
         return text + self.mlp(h)
 
-    def _balance(self, s: Tensor, c: Tensor | None) -> Tensor:
+    def balance(self, s: Tensor, c: Tensor | None) -> Tensor:
         """Return alpha s + (1 - alpha) c, with alpha clamped."""
         alpha: Tensor = self.alpha
         if self.training or torch.is_grad_enabled():

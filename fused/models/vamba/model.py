@@ -106,6 +106,7 @@ class Vamba(EncodesVideo, Generates, Pretrained, nn.Module):
         self._check_shapes(text, video, position_ids, encoder_position_ids, labels)
         valid, mask = read_attention_mask(attention_mask, text, self._cached_valid(cache))
         (B, L), past = text.shape[:2], 0 if cache is None else cache.text_length
+        is_plain = position_ids is None and valid is None  # each row is one sample, without a look at the positions
         if position_ids is None:
             some = torch.ones(B, past + L, dtype=torch.bool, device=text.device) if valid is None else valid
             position_ids = default_positions(some[:, past:], some[:, :past].sum(1))
@@ -113,7 +114,7 @@ class Vamba(EncodesVideo, Generates, Pretrained, nn.Module):
         lengths = self._lengths(encoder_seq_lens, video, cache)
         tokens = video.shape[1] if video is not None else 0 if cache is None else cache.video_length
         samples: list[list[slice]] = [[slice(0, L)]] * B
-        if not past:
+        if not past and not is_plain:
             samples = text_spans(position_ids, valid)
         packed = any(len(row) > 1 for row in samples) or any(len(row) > 1 for row in lengths or ())
         if use_cache and packed:
@@ -133,7 +134,7 @@ class Vamba(EncodesVideo, Generates, Pretrained, nn.Module):
             None if video is None or lengths is None else video_segments(lengths, tokens, text.device),
         )
         memories = self._memories(cache)
-        hidden = self._run_layers(text, video, shared, memories, self.recompute_layers and not use_cache)
+        hidden = self.run_layers(text, video, shared, memories, self.recompute_layers and not use_cache)
         logits = self.lm_head(self.model.norm(hidden, shared.backend))
         loss = None if labels is None else next_token_loss(logits, labels)
         return VambaOutput(logits, loss, self._collect(memories, lengths, valid, B, past + L) if use_cache else None)
@@ -231,7 +232,7 @@ class Vamba(EncodesVideo, Generates, Pretrained, nn.Module):
         text = layer_pairs(cache.keys, cache.values, count)
         return [LayerMemory(v, t) for v, t in zip(video, text, strict=True)]
 
-    def _run_layers(
+    def run_layers(
         self, text: Tensor, video: Tensor | None, shared: Shared, memories: list[LayerMemory], recompute: bool
     ) -> Float[Tensor, "B L D"]:
         """Return the text stream after all layers; with `recompute` a backward runs each layer again."""

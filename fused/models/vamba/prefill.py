@@ -48,12 +48,12 @@ class EncodesVideo:
         """
         check_integer("encode_video", "chunk", chunk, 1)
         total = video.shape[1] if isinstance(video, Tensor) and video.dim() == 3 else None
-        store: _Store | None = None
+        store: PairStore | None = None
         states: list[State | None] = [None] * len(self.model.layers)
         start = 0
         for part in _regroup(self._token_parts(video), chunk):
             self._check_part(part)
-            store = store or _Store(len(self.model.layers), total, offload)
+            store = store or PairStore(len(self.model.layers), total, offload)
             positions = encoder_position_ids
             if positions is not None:
                 positions = positions[:, :, start : start + part.shape[1]]
@@ -69,7 +69,7 @@ class EncodesVideo:
         return VambaCache(keys, values, None if rows is None else tuple(row[0] for row in rows))
 
     def _encode_chunk(
-        self, video: Tensor, states: list[State | None], positions: Tensor | None, store: "_Store", is_last: bool
+        self, video: Tensor, states: list[State | None], positions: Tensor | None, store: "PairStore", is_last: bool
     ) -> None:
         """Store keys and values of a chunk (B, n, D) of all layers, and replace the mixers' states by those after it."""
         backend = backends.choose(self.backend, video.device)
@@ -120,7 +120,7 @@ class EncodesVideo:
             raise ValueError(f"video is on {part.device}; allowed: {device}, where the model is")
 
 
-class _Store:
+class PairStore:
     """Keys and values of all layers, filled chunk by chunk; `total` is the number of tokens where it is known."""
 
     def __init__(self, layers: int, total: int | None, offload: bool) -> None:
