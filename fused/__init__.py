@@ -1,4 +1,4 @@
-"""VideoMamba on fused kernels for NVIDIA GPUs, and in plain PyTorch on any other device.
+"""VideoMamba and Vamba on fused kernels for NVIDIA GPUs, and in plain PyTorch on any other device.
 
 The names are those of `reference`; no code is shared with it.
 
@@ -18,6 +18,10 @@ from fused.models.bimba.compressor import BimbaCompressor
 from fused.models.bimba.interleave import interleave
 from fused.models.bimba.model import Bimba
 from fused.models.bimba.queries import bimba_queries
+from fused.models.vamba.cache import VambaCache
+from fused.models.vamba.config import VambaConfig
+from fused.models.vamba.layer import VambaDecoderLayer
+from fused.models.vamba.model import Vamba, VambaOutput
 from fused.models.videomamba.config import VideoMambaConfig
 from fused.models.videomamba.frame_stream import FrameStream
 from fused.models.videomamba.load import LoadReport, load_checkpoint
@@ -49,6 +53,11 @@ __all__ = [
     "Mamba2",
     "OnnxExport",
     "Validation",
+    "Vamba",
+    "VambaCache",
+    "VambaConfig",
+    "VambaDecoderLayer",
+    "VambaOutput",
     "VideoMamba",
     "VideoMambaConfig",
     "VideoMambaEncoder",
