@@ -1,4 +1,4 @@
-"""The specification: VideoMamba, Vamba and BIMBA in plain PyTorch, scans token by token, on any device and in any floating dtype."""
+"""The specification: VideoMamba, Vamba and BIMBA in plain PyTorch, token by token, on any device and in any floating dtype."""
 
 from reference.models.bimba.compressor import BimbaCompressor
 from reference.models.bimba.interleave import interleave
