@@ -80,7 +80,8 @@ def test_a_session_that_was_killed_is_told_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["gpu", "multiprocessors", "driver", "cuda", "cpu", "cores", "python"])
 def test_whatever_differs_between_boxes_is_said(key: str) -> None:
     assert sessions.differences({key: "a"}, {key: "b"}) == [f"{key} a, then b"]
-    assert sessions.differences({key: "a"}, {}) == [f"{key} a, then none"] and sessions.differences({key: "a"}, {key: "a"}) == []
+    assert sessions.differences({key: "a"}, {}) == [f"{key} a, then none"]
+    assert sessions.differences({key: "a"}, {key: "a"}) == []
     packages = sessions.differences({"packages": {"torch": "1"}}, {"packages": {"torch": "1", "triton": "3"}})
     assert packages == ["packages of triton none, then 3"]
     assert sessions.differences({"threads": 1}, {"threads": 2}) == [], "the plan holds them"
