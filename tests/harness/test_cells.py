@@ -1,5 +1,6 @@
 """The cells of reports, literally: of batches of several clips, so that no unit, ratio or choice can be another's."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import sweeps
 
+from harness.bench import benchmark_json
 from harness.records.finding import Finding
 from harness.records.record import Record
 from harness.records.speed import Entry, Point, Speed
@@ -34,8 +36,8 @@ def rows(text: str) -> list[list[str]]:
 
 
 def test_a_model() -> None:
-    speeds = [at(OURS, clip(), 0.5), at(VIT, clip(), 0.2, 1.5), at(NAIVE, clip(), 0.8, wrong=2.5)]
-    _, ours, vit, naive = rows(speed_tables.models(speeds))
+    speeds = [at(OURS, clip(), 0.5), at(VIT, clip(), 0.2, 1.5), at(NAIVE, clip(), 0.8, wrong=2.5), at(UPSTREAM, clip(), 0.1)]
+    _, ours, vit, naive, _ = rows(speed_tables.models(speeds))
     assert ours[:4] == ["4 x 8 x 224 px", "1,569", "eager", "videomamba tiny fused:native"]
     assert ours[4:] == ["500 [500, 500]", "8", "12,600", "3", "2.5", ""]
     assert vit[3:9] == ["vit tiny sdpa (rival)", "200 [200, 200]", "20", "31,400", "1.5", "1"]
@@ -129,6 +131,8 @@ def test_the_papers_factors() -> None:
     factors = [(p.against, p.mamba.point["B"], p.throughput, p.memory) for p in found]
     assert factors == [("naive", 64, 5.0, 4.0), ("best SDPA", 64, 2.5, 1.5)]
     assert rows(paper.factors(found))[1][:6] == ["8", "64", "fused:native", "naive (reference)", "5x", "4x"]
+    fast = paper.pairs([*large[:2], at(NAIVE, clip(B=64), 0.25)])
+    assert [(p.against, p.throughput) for p in fast] == [("naive", 1.25), ("best SDPA", 2.5)]
     lost = paper.pairs([*large[:2], Speed(NAIVE, clip(B=64), "oom", reason="x")])
     assert rows(paper.factors(lost))[1][4:6] == ["oom", "oom"]
 
@@ -142,8 +146,10 @@ def test_the_overview() -> None:
     cells = rows(overview.overview([*speeds, at(OURS, clip(), 1.0)]))[-1]
     assert cells[1:5] == ["10", "20 (2.00x)", "4 (0.40x)", "-"]
     assert cells[5:] == ["40", "30 (0.75x)", "100 (2.50x)*", "20 (0.50x)", "-"]
-    eager = [at(OURS, clip("train", T=T, L=1 + 196 * T), 0.1, gib) for T, gib in ((8, 2.0), (16, 5.0))]
-    eager += [at(VIT, clip("train"), 0.1, 1.0), at(UPSTREAM, clip("train"), 0.1, 9.0), at(kept, clip("train"), 0.1, 8.0)]
+    longer, longest = clip("train", T=8, L=1569), clip("train", T=16, L=3137)
+    eager = [at(OURS, longer, 0.1, 2.0), at(OURS, longest, 0.1, 5.0), at(VIT, longer, 0.1, 1.0), at(kept, longer, 0.1, 8.0)]
+    eager += [at(UPSTREAM, longer, 0.1, 9.0)]
+    eager += [at(entry, clip("train", T=1, L=197), 0.1, 0.1) for entry in (OURS, VIT, UPSTREAM, kept)]
     [said] = overview.most_memory(eager)
     assert said.startswith("- Peak memory of an eager training step, tiny B4 T8 S224 L1569: ") and "fused:native 2 GiB" in said
     assert "native_kept 8 GiB" in said and "mamba_ssm 9 GiB" in said and "vit tiny sdpa 1 GiB" in said
@@ -177,6 +183,15 @@ def test_ceilings_in_their_units(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_speeds_for_another_tool(tmp_path: Path) -> None:
+    """Samples in seconds; what was not timed is left out."""
+    point = clip()
+    run = sweeps.made(tmp_path, [Speed(OURS, point, "ok", (0.5, 1.5)), Speed(VIT, point, "oom", reason="x")])
+    [found] = json.loads(benchmark_json.write(run).read_text())["benchmarks"]
+    assert found["stats"]["data"] == [0.5, 1.5] and found["stats"]["median"] == 1.0 and found["group"] == point.name
+    assert found["params"]["B"] == 4 and found["name"] == "videomamba tiny fused:native"
+
+
 def parity(folder: Path, *records: Record, status: str = "finished", **about: object) -> Run:
     run = Run.create(folder, {"kind": "parity", "plan": {"grid": "full"}, "box": sweeps.BOX, "filtered": False} | about)
     for record in records:
@@ -187,7 +202,7 @@ def parity(folder: Path, *records: Record, status: str = "finished", **about: ob
 
 def answer(status: str, check: str = "forward", case: str = "c", ratio: float = 0.5, theirs: bool = False) -> Record:
     who = ("theirs", "rival") if theirs else ("fused:native", "ours")
-    found = (Finding("y", "l2", ratio * 4.0, 4.0), Finding("final_state", "max", ratio * 1.0, 2.0))
+    found = (Finding("y", "l2", ratio * 4.0, 4.0), Finding("final_state", "max", ratio * 50.0, 100.0))
     given = () if status not in ("pass", "fail") else found
     return Record("scan", *who, check, case, "float32", status, 90.0, "" if given else "why", given, "again")
 

@@ -11,7 +11,7 @@ import test_bench_run as bench
 from harness.bench import ceilings, clock, grids, interleave
 from harness.bench.clock import Call, Clock
 from harness.bench.run import fits_together, refusal, time_points
-from harness.bench.worker import Batch, EntryFailed, LoadedCall
+from harness.bench.worker import Batch, EntryFailed, LoadedCall, Worker
 from harness.judge.registry import subjects
 from harness.records import interval
 from harness.records.ceilings import Ceilings, element_bytes
@@ -204,6 +204,10 @@ def test_memory_that_ran_out_implies_longer_points_of_the_same_curve_only(tmp_pa
     time_points(run, wanted, lambda p: [greedy], None, 0.001, 10.0, "cpu", 1, lambda speed: None)
     assert [s.status for s in run.speeds[2:]] == ["ok", "implied", "implied", "ok", "oom"], "another mode or dtype is tried"
     assert run.speeds[3].reason == "timeout at fake-B1-L900-train-eager-float32 already"
+    other = replace(greedy, implementation="other")
+    run.add(replace(passed[0], implementation="other"))
+    time_points(run, [bench.point(2500)], lambda p: [other], None, 0.001, 10.0, "cpu", 1, lambda speed: None)
+    assert run.speeds[-1].status == "oom", "another implementation is tried"
 
 
 def test_room_for_all_is_of_tokens_and_of_memory(tmp_path: Path) -> None:
@@ -284,6 +288,23 @@ MIXER = 32 * 128 + 64 * 32 + 2 * (64 * 34 + 2 * 64)  # multiply-adds a token of 
 def test_bounds_by_hand(subject: str, point: Point, only: str, seconds: float) -> None:
     one = replace(FREE, **{only: getattr(RATES, only)})
     assert subjects()[subject].bound(point, "", one) == pytest.approx(seconds, rel=1e-12)
+
+
+def test_what_overlaps_costs_the_longest_of_its_parts() -> None:
+    scan, point = subjects()["scan"], at("scan", B=2, L=50, E=10, N=16)
+    parts = [scan.bound(point, "", replace(FREE, **{name: getattr(RATES, name)})) for name in ("copy", "exp", "issue")]
+    assert scan.bound(point, "", RATES) == max(parts) < sum(parts)
+
+
+def test_an_error_of_an_entry_is_no_lack_of_memory() -> None:
+    worker = Worker(Entry("raiser", "fake", "ours", "fakes:raiser"), "cpu", 1)
+    try:
+        for words, status in (("shapes do not fit", "error"), ("CUDA error: out of memory", "oom")):
+            with pytest.raises(EntryFailed) as failure:
+                worker.ask("load", Point("fake", (("B", 1), ("L", len(words))), "infer", dtype="float32"), timeout=60.0)
+            assert failure.value.status == status and words in failure.value.reason
+    finally:
+        worker.end()
 
 
 def test_bounds_of_models_by_hand() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import reference
-from harness.checks import batch, chunks, determinism, gradcheck, layout, strides
+from harness.checks import batch, chunks, determinism, gradcheck, layout, strides, writes
 from harness.judge.case import Case
 from harness.judge.implementation import Implementation
 from harness.judge.request import ParityRequest
@@ -313,3 +313,40 @@ def test_gradcheck_finds_a_slope_that_is_not_the_gradient(name: str) -> None:
 
     assert not failing(gradcheck.run(trial, mine(reference.selective_scan)))
     assert failing(gradcheck.run(trial, mine(call))) == {f"grad {name}"}
+
+
+def test_gradcheck_sees_a_missing_gradient_and_every_seed() -> None:
+    trial = scan_trial("float64", sizes=(("B", 1), ("L", 3), ("E", 2), ("N", 3)))
+    wrong_at = trial.leaves(2)["u"]
+
+    def without(u, *args, **options):
+        return reference.selective_scan(u.detach(), *args, **options)
+
+    def wrong_once(u, *args, **options):
+        steep = u + 0.1 * (u - u.detach()) * torch.equal(u.detach(), wrong_at)
+        return reference.selective_scan(steep, *args, **options)
+
+    assert failing(gradcheck.run(trial, mine(without))) == failing(gradcheck.run(trial, mine(wrong_once))) == {"grad u"}
+
+
+def test_a_neighbour_is_another_clip() -> None:
+    """A fault that copies of the same clip do not show."""
+
+    def call(u, *args, **options):
+        y, state = reference.selective_scan(u, *args, **options)
+        return y + 1e-3 * (y.roll(1, 0) - y).nan_to_num().detach(), state
+
+    assert failing(batch.run(scan_trial(), mine(call)))
+
+
+def test_unwritten_memory_is_found_by_nan_where_large_numbers_are_cut_off() -> None:
+    def call(*args, **options):
+        y, state = reference.selective_scan(*args, **options)
+        hole = torch.zeros_like(y, dtype=torch.bool)
+        hole.view(-1)[-1] = True
+        left = torch.empty_like(y)
+        return torch.where(hole, torch.where(left > 1000, 0.0, left), y), state
+
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    assert "y" in failing(writes.run(scan_trial(), mine(call)))
+    assert torch.utils.deterministic.fill_uninitialized_memory == before

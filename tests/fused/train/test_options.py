@@ -2,6 +2,7 @@
 its position."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from videos import write_video
 from fused import VideoMamba, VideoMambaConfig
 from fused.train import loop, tasks
 from fused.train.config_file import read_config
+from fused.train.evaluation import evaluate
+from fused.train.interrupt import Interrupt
 from fused.train.loop import Trainer
 from fused.train.parallel import World
 from fused.train.seed import derive_seed
@@ -205,6 +208,31 @@ def test_a_student_trains_in_train_mode_and_is_asked_in_eval_mode(videos: Path, 
     found.task.eval()  # as an evaluation leaves it
     found.train_step.add(0, clips, found.task.encode(labels), seed=1)
     assert modes == [True]
+
+
+def test_a_resumed_epoch_skips_the_micro_batches_of_its_steps(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unchecked: None
+) -> None:
+    found = trainer(videos, tmp_path, "steps=4", "accumulate=2", "batch_size=2")
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(found, "_epoch_batches", lambda epoch, skip: asked.append((epoch, skip)) or iter(()))
+    found.step = 2  # of three in an epoch
+    with pytest.raises(StopIteration):
+        found._train_epoch(None, Interrupt())
+    assert asked == [(0, 4)]
+
+
+def test_validation_has_the_classes_of_the_training_and_no_dropout(videos: Path, tmp_path: Path) -> None:
+    """A folder with fewer classes, whose numbers are those of the training."""
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / "c").symlink_to(videos / "c")
+    found = trainer(videos, tmp_path / "run", "steps=1", f"data.val={tmp_path / 'val'}", "model.fc_drop_rate=0.5")
+    assert found.val is not None and found.val.classes == CLASSES and set(found.val.labels) == {2}
+    modes: list[bool] = []
+    found.task.student.register_forward_pre_hook(lambda module, given: modes.append(module.training))
+    found.task.train()
+    results = evaluate(found.task, found.val, 4, World(CPU), nullcontext())
+    assert results is not None and results.results["val_listed"] == 2 and modes == [False]
 
 
 def test_random_numbers_follow_from_the_position_and_the_rank(
