@@ -16,7 +16,6 @@ ROOMS = {  # what runs beside the narrow tests, for all survivors of a room toge
     "judge": ("tests/harness",), "bench": ("tests/harness",), "pages": ("tests/harness",),
     "training": ("tests/fused/train",), "io": ("tests/fused/io", "tests/fused/train/test_data.py"),
     "models": ("tests/fused/models", "tests/fused/chunked", "tests/test_streaming.py", "tests/test_golden.py"),
-    "operators": ("tests/fused/ops",), "runtime": ("tests/fused/runtime", "tests/fused/test_backends.py"),
 }  # fmt: skip
 
 

@@ -1,6 +1,9 @@
 """Who is asked what, how each answer ends, and what a run of questions keeps: in a subject of its own, which is cheap."""
 
+import errno
 import json
+import os
+import signal
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -23,7 +26,7 @@ from harness.judge.second_process import SecondProcess
 from harness.judge.trial import Trial
 from harness.records.finding import Finding
 from harness.records.record import Record
-from harness.runs import workers
+from harness.runs import store, workers
 from harness.runs.conclude import FAILED, NOTHING, PASSED, exit_code
 from harness.runs.store import Run, StoreError
 
@@ -241,6 +244,43 @@ def test_a_question_without_an_answer_is_no_success(tmp_path: Path, monkeypatch:
     words = ("--case", "B1-L1-D32-kind=rms-float32", "--check", "forward", "--check", "backward", "--impl", "fused:torch")
     done = CliRunner().invoke(app, [*NORM, *words, "--out", str(tmp_path)])
     assert done.exit_code == FAILED and "1 questions have no answer" in done.output
+
+
+def deadly(*args, **options):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_is_killed_ends_the_run_and_its_answers_stay(tmp_path: Path) -> None:
+    """The command fails; when it is resumed, what was answered is not asked again."""
+    words = ("--case", "B1-L1-D32-kind=*-float32", "--check", "forward", "--impl", "fused:torch", "--impl", "mine")
+    added = ("--with", "norm:mine=test_questions:deadly", "--out", str(tmp_path))
+    done = CliRunner().invoke(app, [*(w for w in NORM if w not in ("--jobs", "1")), "--jobs", "2", *words, *added])
+    assert done.exit_code != PASSED and isinstance(done.exception, BrokenProcessPool)
+    run = Run.open(tmp_path)
+    assert run.about["status"] == "running" and {r.implementation for r in run.records} == {"fused:torch"}
+    assert {r.status for r in run.records} == {"pass"}
+
+
+def test_a_full_disk_ends_the_run_and_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [*NORM, "--case", "B1-L1-D32-kind=*-float32", "--check", "forward", "--check", "backward", "--impl", "fused:torch",
+             "--out", str(tmp_path)]  # fmt: skip
+    fsync, left = os.fsync, [3]
+
+    def full(file: int) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.os, "fsync", full)
+        done = CliRunner().invoke(app, words)
+        assert isinstance(done.exception, OSError) and done.exit_code != PASSED
+    kept = len(Run.open(tmp_path).records)
+    assert kept >= 1
+    assert CliRunner().invoke(app, [*words, "--resume"]).exit_code == PASSED
+    run = Run.open(tmp_path)
+    assert len({r.key for r in run.records}) == len(run.records) > kept and run.about["status"] == "finished"
 
 
 def test_the_other_process_is_asked_of_each_case() -> None:

@@ -350,3 +350,22 @@ def test_unwritten_memory_is_found_by_nan_where_large_numbers_are_cut_off() -> N
     before = torch.utils.deterministic.fill_uninitialized_memory
     assert "y" in failing(writes.run(scan_trial(), mine(call)))
     assert torch.utils.deterministic.fill_uninitialized_memory == before
+
+
+def test_outputs_are_judged_in_training_and_against_the_truth() -> None:
+    trial = scan_trial()
+
+    def beside(*args, **options):
+        y, state = reference.selective_scan(*args, **options)
+        return y + 1, state
+
+    assert failing(trial.judge(mine(beside), grad=True)) == {"y"}
+    own = {f.tensor: f.error for f in trial.judge(mine(reference.selective_scan), grad=True)}
+    assert all(error > 0 for error in own.values()), "plain itself is not the truth"
+
+
+def test_a_chunk_is_held_to_its_own_size() -> None:
+    """An error of two and a half roundings in a single token is lost in the norms of the whole."""
+    trial = scan_trial(sizes=(("B", 1), ("L", 40), ("E", 6), ("N", 4)))
+    wrong = chunked_with(lambda y, length: y * (1 + 2.5 * 9 * 2.0**-24 * (length == 1)), "y")
+    assert any(name.startswith("y[") for name in failing(chunks.run(trial, wrong)))
