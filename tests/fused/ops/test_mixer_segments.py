@@ -15,7 +15,7 @@ from fused.ops.mamba_inner import segments
 from fused.ops.selective_scan import recurrence
 
 D_MODEL, STATES = 8, 3
-TOKENS = 6  # of a segment without gradients; with gradients it has half as many
+TOKENS = 6  # of a segment
 ROW = 2 * 2 * D_MODEL * STATES
 
 
@@ -61,21 +61,20 @@ def sample(seed, clips, length, dtype=torch.float32, **options):
     )
 
 
-@pytest.fixture(params=["steps", "splits", "all kept"])
+@pytest.fixture(params=["steps", "splits", "inputs kept"])
 def small_segments(request, monkeypatch):
     """A segment has TOKENS tokens of one clip, a group two segments; with "splits" some advance together.
 
-    Nothing is kept but in the last case.
+    The inputs of the recurrence are kept in the last case only.
     """
     monkeypatch.setattr(recurrence, "CPU_STEP", 10**6 if request.param == "splits" else 0)
     monkeypatch.setattr(recurrence, "MAX_STEPS", 2)
     monkeypatch.setattr(segments, "GROUP", 2)
-    if request.param != "all kept":
-        monkeypatch.setattr(recurrence, "CPU_BLOCK", TOKENS * ROW)
-        monkeypatch.setattr(segments, "KEPT_STATES", 0)
+    monkeypatch.setattr(recurrence, "CPU_BLOCK", TOKENS * ROW)
+    monkeypatch.setattr(segments, "KEPT_STATES", 10**6 if request.param == "inputs kept" else 0)
 
 
-@pytest.mark.parametrize("length", [1, 2, TOKENS - 1, TOKENS, TOKENS + 1, 2 * TOKENS + 1])
+@pytest.mark.parametrize("length", [1, 2, TOKENS - 1, TOKENS, TOKENS + 1, 2 * TOKENS + 1, 4 * TOKENS + 1])
 def test_follows_the_loops_at_the_edges_of_segments(small_segments, length):
     assert_rule(sample(seed, 2, length) for seed in range(4))
 
