@@ -17,23 +17,19 @@ _kept = threading.local()
 
 
 class Scratch:
-    """Contiguous tensors by name, each with memory behind it up to a whole number of vectors."""
+    """Contiguous tensors by name, each with memory behind it up to a whole number of vectors.
 
-    def __init__(self, like: Tensor, keep: bool = True) -> None:
-        """Make tensors of the dtype and device of `like`; with `keep`, on a CPU, in memory that stays with the thread.
+    The next call of the same thread that asks for a name overwrites its tensor.
+    """
 
-        The next call of the thread that asks for the same name overwrites it.
-        """
+    def __init__(self, like: Tensor) -> None:
+        """Make tensors of the dtype and device of `like`, on a CPU in memory that stays with the thread."""
         self.like = like
-        keep = keep and type(like) is Tensor and like.device.type == "cpu"
+        keep = type(like) is Tensor and like.device.type == "cpu"
         self.memory: dict[str, _Memory] = _kept.__dict__.setdefault(str(like.dtype), {}) if keep else {}
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Return the tensor of a name in this shape, with whatever values it had."""
-        return self.tensor_and_steps(name, shape)[0]
-
-    def tensor_and_steps(self, name: str, shape: tuple[int, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return the tensor of a name in this shape, and its views along the first axis."""
         key = torch.get_num_threads(), *shape
         memory = self.memory.get(name)
         if memory is not None and (found := memory.views.get(key)) is not None:
@@ -44,9 +40,17 @@ class Scratch:
                 memory = self.memory[name] = _Memory(self.like.new_empty(size))
             if len(memory.views) == SHAPES:
                 memory.views.clear()
-            x = memory.flat[: prod(shape)].view(shape)
-            memory.views[key] = x, x.unbind()
+                memory.steps.clear()
+            memory.views[key] = memory.flat[: prod(shape)].view(shape)
         return memory.views[key]
+
+    def tensor_and_steps(self, name: str, shape: tuple[int, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the tensor of a name in this shape, and its views along the first axis."""
+        x, steps = self.tensor(name, shape), self.memory[name].steps
+        if shape not in steps:
+            with torch.inference_mode(False):
+                steps[shape] = x.unbind()
+        return x, steps[shape]
 
 
 class _Memory:
@@ -54,4 +58,5 @@ class _Memory:
 
     def __init__(self, flat: Tensor) -> None:
         self.flat = flat
-        self.views: dict[tuple[int, ...], tuple[Tensor, tuple[Tensor, ...]]] = {}
+        self.views: dict[tuple[int, ...], Tensor] = {}
+        self.steps: dict[tuple[int, ...], tuple[Tensor, ...]] = {}

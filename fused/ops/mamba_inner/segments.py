@@ -5,7 +5,7 @@ the cache, and few operations are called. In a training this holds for the state
 segments, because operations on the tokens of one are too short for several threads.
 
 Kept for the backward are x, z, the sum y of the scans before the gate, the results of x_proj, and the state that enters every
-segment. It computes the rest again; of short sequences only the states.
+segment. It computes the rest again, which also for short sequences takes no longer than to keep it.
 
 Tensors of a segment are (T, K, b, E): T tokens, K = 2 directions, each in the order of its scan, b clips. W is the width of the
 convolution. `Recurrence` runs the states.
@@ -29,8 +29,6 @@ from fused.runtime.library import wants_gradients
 from fused.runtime.memory import keep_freed_memory
 from fused.runtime.scratch import Scratch
 
-KEPT_STATES = 2**19
-"""States (clips x tokens x directions x channels x states) up to which all but they is kept, at most 1 MiB a layer."""
 GROUP = 4
 """Segments of a training whose inputs are computed together: operations on tokens are then long enough for several threads."""
 
@@ -87,7 +85,7 @@ class _Inputs(NamedTuple):
 
     projected: Tensor  # dt, B and C, (K, T*b, R+2N)
     padded: Tensor  # x behind the W-1 tokens before it, (W-1+T, K, b, E)
-    pre: Tensor  # the convolution before its SiLU; c itself if it was not to be kept
+    pre: Tensor  # the convolution before its SiLU; c itself in a forward
     c: Tensor
     raw: Tensor  # delta before its softplus
     delta: Tensor
@@ -105,12 +103,11 @@ class _Pass:
         self.clips, self.segments = make_segments(batch, length, weights.A.numel(), False)
         group = GROUP if keep else 1
         self.groups = [self.segments[i : i + group] for i in range(0, len(self.segments), group)]
-        self.keep_inputs = keep and batch * length * weights.A.numel() <= KEPT_STATES
         self.order = scan_order(weights.A, length)
         self.scratch = Scratch(weights.A)
 
     def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Return gated y and y (B, L, E), one tensor unless something is kept, and as many kept tensors for every group."""
+        """Return gated y and y (B, L, E), one tensor unless something is kept, and two kept tensors for every group."""
         y_all, kept = self.total(x), []
         run = Recurrence(self.weights.A)
         for clips in self.clips:
@@ -127,7 +124,7 @@ class _Pass:
                     h, state = run.forward(delta, w, state, group[i])
                     sum_states(h, C, out=y)
                 if self.keep:
-                    kept += [entering, *(inputs if self.keep_inputs else inputs[:1])]
+                    kept += [entering, inputs.projected]
                 self.scatter(ys.addcmul_(self.weights.D, inputs.c), whole, y_out)
         gate = silu_in_place(self.copy(z))
         return torch.mul(y_all, gate, out=gate if self.keep else y_all), y_all, kept
@@ -139,14 +136,13 @@ class _Pass:
         dy_all = silu_in_place(z).mul_(dout)
         dx_all, grads = self.total(x), None
         run, groups = Recurrence(self.weights.A), len(self.groups)
-        number = len(kept) // max(1, len(self.clips) * groups)
         for i, clips in enumerate(self.clips):
             x_in, dx, dy_in = (t[clips].transpose(0, 1) for t in (x, dx_all, dy_all))
             carry = None
             for j in reversed(range(groups)):
-                group, (entering, *rest) = self.groups[j], kept[(i * groups + j) * number :][:number]
+                group, (entering, projected) = self.groups[j], kept[2 * (i * groups + j) :][:2]
                 whole = span_of(group)
-                inputs = _Inputs(*rest) if self.keep_inputs else self.inputs(x_in, whole, rest[0])
+                inputs = self.inputs(x_in, whole, projected)
                 dy = self.scratch.tensor("dy", tuple(inputs.c.shape))
                 self.gather(dy_in, whole, dy)
                 *dscan, carry = self.scan_backward(run, group, inputs, dy, entering, carry)
@@ -180,11 +176,10 @@ class _Pass:
     def inputs(self, x: Tensor, segment: Segment, projected: Tensor | None) -> _Inputs:
         """Return a segment's inputs from x (L, b, E), with `projected` if that is known."""
         weights, (_, clips, E), T = self.weights, x.shape, segment.stop - segment.start
-        scratch = Scratch(weights.A, keep=False) if self.keep_inputs else self.scratch
         shape = T, DIRECTIONS, clips, E
-        padded = scratch.tensor("padded", (self.beyond + T, *shape[1:]))
-        pre, raw, delta = (scratch.tensor(name, shape) for name in ("pre", "raw", "delta"))
-        c = scratch.tensor("c", shape) if self.keep else pre
+        padded = self.scratch.tensor("padded", (self.beyond + T, *shape[1:]))
+        pre, raw, delta = (self.scratch.tensor(name, shape) for name in ("pre", "raw", "delta"))
+        c = pre if projected is None else self.scratch.tensor("c", shape)
         self.gather(x, segment, padded, self.beyond)
         self.convolve(padded, pre)
         by_vectors(_silu, pre, c)
@@ -223,7 +218,7 @@ class _Pass:
         dc, product = dw.mul_(delta).addcmul_(weights.D, dy), self.scratch.tensor("product", (*draw_rows.shape,))
         dc += tokens(torch.bmm(dprojected, weights.x_proj, out=product), c.shape[2])
         dpre = by_vectors(_silu_backward, dc, pre)
-        dconv, dconv_bias = self.convolve_backward(dpre, padded, whole, dx, product.view(dpre.shape))
+        dconv, dconv_bias = self.convolve_backward(dpre, padded, whole, dx)
         return StackedWeights(
             dconv,
             dconv_bias,
@@ -244,17 +239,16 @@ class _Pass:
         for k, weight in enumerate(others, 1):
             out.addcmul_(padded[k : k + T], weight)
 
-    def convolve_backward(
-        self, dpre: Tensor, padded: Tensor, segment: Segment, dx: Tensor, scratch: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Add the gradient of the convolution's input to dx (L, b, E); return those of its weights and bias.
-
-        `scratch` is like dpre.
-        """
-        T, dpadded, dconv = len(dpre), self.scratch.tensor("dpadded", tuple(padded.shape)).zero_(), []
-        for k, weight in enumerate(self.weights.conv):
+    def convolve_backward(self, dpre: Tensor, padded: Tensor, segment: Segment, dx: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Add the gradient of the convolution's input to dx (L, b, E); return those of its weights and bias."""
+        T, dpadded = len(dpre), self.scratch.tensor("dpadded", tuple(padded.shape))
+        first, *others = self.weights.conv.unbind()
+        torch.mul(first, dpre, out=dpadded[:T])
+        dpadded[T:].zero_()
+        for k, weight in enumerate(others, 1):
             dpadded[k : k + T].addcmul_(weight, dpre)
-            dconv.append(_sum(torch.mul(padded[k : k + T], dpre, out=scratch)))
+        product = self.scratch.tensor("product", tuple(dpre.shape))  # of one weight at a time, which stays in the cache
+        dconv = [_sum(torch.mul(padded[k : k + T], dpre, out=product)) for k in range(1 + self.beyond)]
         outside = max(0, self.beyond - segment.start)  # tokens before the first
         self.scatter(dpadded[outside:], segment, dx, self.beyond)
         return torch.stack(dconv), None if self.weights.conv_bias is None else _sum(dpre)

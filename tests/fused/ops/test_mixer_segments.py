@@ -61,17 +61,13 @@ def sample(seed, clips, length, dtype=torch.float32, **options):
     )
 
 
-@pytest.fixture(params=["steps", "splits", "inputs kept"])
+@pytest.fixture(params=["steps", "splits"])
 def small_segments(request, monkeypatch):
-    """A segment has TOKENS tokens of one clip, a group two segments; with "splits" some advance together.
-
-    The inputs of the recurrence are kept in the last case only.
-    """
+    """A segment has TOKENS tokens of one clip, a group two segments; with "splits" some advance together."""
     monkeypatch.setattr(recurrence, "CPU_STEP", 10**6 if request.param == "splits" else 0)
     monkeypatch.setattr(recurrence, "MAX_STEPS", 2)
     monkeypatch.setattr(segments, "GROUP", 2)
     monkeypatch.setattr(recurrence, "CPU_BLOCK", TOKENS * ROW)
-    monkeypatch.setattr(segments, "KEPT_STATES", 10**6 if request.param == "inputs kept" else 0)
 
 
 @pytest.mark.parametrize("length", [1, 2, TOKENS - 1, TOKENS, TOKENS + 1, 2 * TOKENS + 1, 4 * TOKENS + 1])
