@@ -116,15 +116,15 @@ class _Pass:
             for group in self.groups:
                 whole = span_of(group)
                 inputs = self.inputs(x_in, whole, None)
-                entering = torch.empty((len(group), DIRECTIONS, x_in.shape[1], *self.weights.A.shape[2:]), **self.options)
+                if self.keep:
+                    entering = torch.empty((len(group), DIRECTIONS, x_in.shape[1], *self.weights.A.shape[2:]), **self.options)
+                    kept += [entering, inputs.projected]
                 ys = self.scratch.tensor("y", tuple(inputs.c.shape))
                 for i, ((delta, w, C), y) in enumerate(zip(self.operands(inputs, group), steps(ys, group), strict=True)):
                     if self.keep:
                         state = entering[i].zero_() if state is None else entering[i].copy_(state)
                     h, state = run.forward(delta, w, state, group[i])
                     sum_states(h, C, out=y)
-                if self.keep:
-                    kept += [entering, inputs.projected]
                 self.scatter(ys.addcmul_(self.weights.D, inputs.c), whole, y_out)
         gate = silu_in_place(self.copy(z))
         return torch.mul(y_all, gate, out=gate if self.keep else y_all), y_all, kept

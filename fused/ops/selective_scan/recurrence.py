@@ -198,9 +198,10 @@ def _multiply_rows(rows: Tensor, matrices: Tensor, shape: Sequence[int], out: Te
 
 def sum_tokens(x: Tensor) -> Tensor:
     """Return the sum (K, G, N, F) over all tokens of x (T, c, K, b, G, N, F)."""
-    if _multiplies_exactly(x):
-        x = torch.mm(x.new_ones(1, x.shape[0] * x.shape[1]), x.flatten(0, 1).flatten(1)).view(1, 1, *x.shape[2:])
-    return x.sum((0, 1, 3))
+    if not _multiplies_exactly(x):
+        return x.sum((0, 1, 3))
+    clips = torch.mm(x.new_ones(1, x.shape[0] * x.shape[1]), x.flatten(0, 1).flatten(1)).view(x.shape[2:])
+    return clips.sum(1) if clips.shape[1] > 1 else clips[:, 0]
 
 
 def _multiplies_exactly(x: Tensor) -> bool:
