@@ -17,7 +17,7 @@ def scan_order(x: Tensor, length: int) -> Tensor:
 
 
 def _new_scan_order(length: int) -> Tensor:
-    first = torch.arange(length)
+    first = torch.arange(length, device="cpu")
     return torch.stack((first, first.flip(0)), 1).flatten()
 
 

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from fused.modules.mamba import Mamba
 from fused.ops.mamba_inner import segments
 from fused.ops.selective_scan import recurrence
+from fused.runtime.scratch import Scratch
 
 D_MODEL, STATES = 8, 3
 TOKENS = 6  # of a segment
@@ -154,6 +155,20 @@ def test_memory_kept_for_the_backward_is_bounded():
     lengths = [4096, 8192]
     more = kept_bytes(lengths[1]) - kept_bytes(lengths[0])
     assert more <= 6 * 4 * 64 * (lengths[1] - lengths[0])
+
+
+def test_memory_that_a_thread_keeps_does_not_grow_with_the_sequence(small_segments):
+    sizes = []
+
+    def note():
+        for length in (8 * TOKENS, 32 * TOKENS):
+            mixer, tokens, cotangent = draw(0, 1, length)
+            mixer(tokens).backward(cotangent)
+            sizes.append({name: kept.flat.numel() for name, kept in Scratch(tokens).memory.items()})
+
+    with ThreadPoolExecutor(1) as pool:  # a new thread has no memory yet
+        pool.submit(note).result()
+    assert sizes[0] == sizes[1] and sizes[0].keys() >= {"states", "c", "dw"}
 
 
 def test_recomputation_in_the_backward_gives_the_same_bits():
