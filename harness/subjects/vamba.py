@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused
@@ -14,14 +15,18 @@ from fused.modules import mamba2
 from harness.baselines.vamba_upstream import UpstreamVamba
 from harness.fixtures import functional_modules as modules
 from harness.fixtures.chains import chain
+from harness.instruments import short_training
 from harness.judge.case import Case
 from harness.judge.implementation import Implementation, fused_implementations
 from harness.judge.race import Race, timed_precision
 from harness.records.ceilings import Ceilings, element_bytes
 from harness.records.speed import Entry, Point
 from harness.subjects import ssd
+from reference.ops.dtypes import accumulation_dtype
 
 VOCABULARY = 31
+KEY_BIAS = "cross_attn.k_proj.bias"
+PATCH = 16  # pixels of a side, of a token in a training
 
 
 def cases(grid: str) -> list[Case]:
@@ -87,8 +92,12 @@ def _make(package: Any, case: Case, **options: Any) -> nn.Module:
 
 
 def build(call: Callable[..., Any], case: Case) -> nn.Module:
-    """Return the module of a case."""
-    return call(case)
+    """Return the module of a case; in a training the biases of the video's keys are fixed, see `without_key_slopes`."""
+    module = call(case)
+    if case.only_check == "convergence":
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(not name.endswith(KEY_BIAS))
+    return module
 
 
 def draw(case: Case, seed: int) -> dict[str, Tensor]:
@@ -96,6 +105,8 @@ def draw(case: Case, seed: int) -> dict[str, Tensor]:
     module = modules.on_meta(build, implementations()[0].call, case)
     leaves = modules.parameters(module, case, seed)
     leaves |= {k: (0.5 + 0.5 * v).clamp(0.05, 0.95) for k, v in leaves.items() if k.endswith("alpha")}
+    if case.only_check == "convergence":
+        return leaves | {"clip": short_training.clips(case)}
     if case.has("layer"):
         leaves["text"] = case.normal(seed, "text", case["B"], case["L"], case["D"])
     if not case.has("text-only"):
@@ -196,7 +207,7 @@ def without_key_slopes(case: Case, leaves: dict[str, Tensor]) -> dict[str, Tenso
     """
     if case.has("rotated"):
         return leaves
-    return leaves | {k: v.detach() for k, v in leaves.items() if k.endswith("cross_attn.k_proj.bias")}
+    return leaves | {k: v.detach() for k, v in leaves.items() if k.endswith(KEY_BIAS)}
 
 
 def chunked(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor], cuts: tuple[int, ...]) -> dict[str, Tensor]:
@@ -247,6 +258,49 @@ def costly_checks(case: Case) -> set[str]:
 def licence(dtype: str) -> tuple[str, ...]:
     """Return one case."""
     return (f"B2-L7-V11-*-layers=2-{timed_precision(dtype)}",)
+
+
+def special_cases(check: str, grid: str) -> list[Case]:
+    """Return the training of the check `convergence`: four clips of a batch are packed into one row."""
+    if check != "convergence":
+        return []
+    shape = {"B": 12, "T": 2, "S": 32, "L": 5, "V": 8, "D": 32, "H": 4, "G": 2}
+    options = "layers=2", "video", "steps=30", "for=convergence"
+    found = modules.in_precisions([(shape, options)], "vamba", half=False)
+    return found[:1] if grid == "smoke" else found
+
+
+def training_title() -> str:
+    """Return the task in a few words, for plots."""
+    return "packed captions"
+
+
+def learning_rate() -> float:
+    """Return the rate of SGD with momentum."""
+    return 0.01
+
+
+def training_target(call: Callable[..., Any], case: Case, clip: Tensor) -> Tensor:
+    """Return a caption of every clip, int64 (B, L): random tokens, of which the first is the same for all."""
+    captions = torch.randint(1, VOCABULARY, (case["B"], case["L"]), generator=case.generator(0, "captions"))
+    captions[:, 0] = 0
+    return captions
+
+
+def training_losses(model: nn.Module, case: Case, clip: Tensor, rows: list[int], target: Tensor) -> Tensor:
+    """Return the loss of every caption, all clips and captions packed into one row of video and one of text."""
+    count, L = target.shape
+    patches = clip.unflatten(4, (-1, PATCH)).unflatten(3, (-1, PATCH)).permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3)
+    project = case.generator(0, "patches")
+    weight = torch.randn(patches.shape[2], case["D"], generator=project, dtype=torch.float64) / patches.shape[2] ** 0.5
+    video = patches.flatten(0, 1)[None] @ weight.to(clip)
+    positions = torch.arange(L, device=clip.device).repeat(count).expand(3, 1, -1)
+    with modules.precision(case, {"clip": clip}):
+        lengths = [[patches.shape[1]] * count]
+        out = model(target.reshape(1, -1), video=video, position_ids=positions, encoder_seq_lens=lengths)
+    logits = out.logits.unflatten(1, (count, L))[0, :, :-1]
+    loss = F.cross_entropy(logits.to(accumulation_dtype(logits.dtype)).flatten(0, 1), target[:, 1:].flatten(), reduction="none")
+    return loss.view(count, -1).mean(1)
 
 
 PAIR_TOKENS = 299  # of two frames of 640 x 360 pixels
