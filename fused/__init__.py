@@ -14,6 +14,10 @@ from pathlib import Path
 
 from fused.errors import BackendError
 from fused.io.checkpoint_file import CheckpointError, read_checkpoint, save_checkpoint
+from fused.models.bimba.compressor import BimbaCompressor
+from fused.models.bimba.interleave import interleave
+from fused.models.bimba.model import Bimba
+from fused.models.bimba.queries import bimba_queries
 from fused.models.vamba.cache import VambaCache
 from fused.models.vamba.config import VambaConfig
 from fused.models.vamba.layer import VambaDecoderLayer
@@ -38,6 +42,8 @@ from fused.stamp import Validation, validation
 __all__ = [
     "PRETRAINED",
     "BackendError",
+    "Bimba",
+    "BimbaCompressor",
     "CheckpointError",
     "DistillOutput",
     "EncoderOutput",
@@ -57,11 +63,13 @@ __all__ = [
     "VideoMambaEncoder",
     "add_norm",
     "bidirectional_scan",
+    "bimba_queries",
     "build_videomamba",
     "causal_conv1d",
     "detach_state",
     "export_onnx",
     "graphed",
+    "interleave",
     "load_checkpoint",
     "read_checkpoint",
     "register_timm",

@@ -1,5 +1,8 @@
-"""The specification: VideoMamba and Vamba in plain PyTorch, scans token by token, on any device and in any floating dtype."""
+"""The specification: VideoMamba, Vamba and BIMBA in plain PyTorch, token by token, on any device and in any floating dtype."""
 
+from reference.models.bimba.compressor import BimbaCompressor
+from reference.models.bimba.interleave import interleave
+from reference.models.bimba.queries import bimba_queries
 from reference.models.vamba.cache import VambaCache
 from reference.models.vamba.config import VambaConfig
 from reference.models.vamba.layer import VambaDecoderLayer
@@ -16,6 +19,7 @@ from reference.ops.selective_scan import selective_scan
 from reference.ops.ssd import ssd
 
 __all__ = [
+    "BimbaCompressor",
     "DistillOutput",
     "EncoderOutput",
     "Mamba",
@@ -30,10 +34,12 @@ __all__ = [
     "VideoMambaEncoder",
     "add_norm",
     "approximate",
+    "bimba_queries",
     "build_videomamba",
     "causal_conv1d",
     "detach_state",
     "forward_chunked",
+    "interleave",
     "selective_scan",
     "ssd",
     "state_to",
