@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused
@@ -18,15 +17,17 @@ from harness.fixtures.chains import chain
 from harness.instruments import short_training
 from harness.judge.case import Case
 from harness.judge.implementation import Implementation, fused_implementations
-from harness.judge.race import Race, timed_precision
-from harness.records.ceilings import Ceilings, element_bytes
-from harness.records.speed import Entry, Point
-from harness.subjects import ssd
-from reference.ops.dtypes import accumulation_dtype
+from harness.subjects.vamba.timing import bound as bound
+from harness.subjects.vamba.timing import licence as licence
+from harness.subjects.vamba.timing import races as races
+from harness.subjects.vamba.training import VOCABULARY
+from harness.subjects.vamba.training import learning_rate as learning_rate
+from harness.subjects.vamba.training import special_cases as special_cases
+from harness.subjects.vamba.training import training_losses as training_losses
+from harness.subjects.vamba.training import training_target as training_target
+from harness.subjects.vamba.training import training_title as training_title
 
-VOCABULARY = 31
 KEY_BIAS = "cross_attn.k_proj.bias"
-PATCH = 16  # pixels of a side, of a token in a training
 
 
 def cases(grid: str) -> list[Case]:
@@ -253,104 +254,3 @@ def costly_checks(case: Case) -> set[str]:
     if case.has("packed"):
         return {"writes"}
     return {("layers=2", "autocast"): {"compile"}, ("layers=2",): {"device"}}.get(case.options, set())
-
-
-def licence(dtype: str) -> tuple[str, ...]:
-    """Return one case."""
-    return (f"B2-L7-V11-*-layers=2-{timed_precision(dtype)}",)
-
-
-def special_cases(check: str, grid: str) -> list[Case]:
-    """Return the training of the check `convergence`: four clips of a batch are packed into one row."""
-    if check != "convergence":
-        return []
-    shape = {"B": 12, "T": 2, "S": 32, "L": 5, "V": 8, "D": 32, "H": 4, "G": 2}
-    options = "layers=2", "video", "steps=30", "for=convergence"
-    found = modules.in_precisions([(shape, options)], "vamba", half=False)
-    return found[:1] if grid == "smoke" else found
-
-
-def training_title() -> str:
-    """Return the task in a few words, for plots."""
-    return "packed captions"
-
-
-def learning_rate() -> float:
-    """Return the rate of SGD with momentum."""
-    return 0.01
-
-
-def training_target(call: Callable[..., Any], case: Case, clip: Tensor) -> Tensor:
-    """Return a caption of every clip, int64 (B, L): random tokens, of which the first is the same for all."""
-    captions = torch.randint(1, VOCABULARY, (case["B"], case["L"]), generator=case.generator(0, "captions"))
-    captions[:, 0] = 0
-    return captions
-
-
-def training_losses(model: nn.Module, case: Case, clip: Tensor, rows: list[int], target: Tensor) -> Tensor:
-    """Return the loss of every caption, all clips and captions packed into one row of video and one of text."""
-    count, L = target.shape
-    patches = clip.unflatten(4, (-1, PATCH)).unflatten(3, (-1, PATCH)).permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3)
-    project = case.generator(0, "patches")
-    weight = torch.randn(patches.shape[2], case["D"], generator=project, dtype=torch.float64) / patches.shape[2] ** 0.5
-    video = patches.flatten(0, 1)[None] @ weight.to(clip)
-    positions = torch.arange(L, device=clip.device).repeat(count).expand(3, 1, -1)
-    with modules.precision(case, {"clip": clip}):
-        lengths = [[patches.shape[1]] * count]
-        out = model(target.reshape(1, -1), video=video, position_ids=positions, encoder_seq_lens=lengths)
-    logits = out.logits.unflatten(1, (count, L))[0, :, :-1]
-    loss = F.cross_entropy(logits.to(accumulation_dtype(logits.dtype)).flatten(0, 1), target[:, 1:].flatten(), reduction="none")
-    return loss.view(count, -1).mean(1)
-
-
-PAIR_TOKENS = 299  # of two frames of 640 x 360 pixels
-
-
-def races() -> list[Race]:
-    """Return the race at the published sizes: prefill of 28 layers, a decoded token, a training step of two layers."""
-
-    def points(grid: str) -> list[Point]:
-        if grid == "cpu":
-            size = {"B": 1, "L": 16, "V": 197, "K": 2, "D": 64}
-            dims = [(size, "infer"), (size | {"L": 1}, "infer"), (size, "train")]
-            return [Point("vamba", tuple(d.items()), mode, dtype="float32") for d, mode in dims]
-        if grid != "full":
-            return []
-        found = []
-        for frames in (128, 256, 512, 1024):
-            size = {"B": 1, "L": 64, "V": frames // 2 * PAIR_TOKENS, "K": 28, "D": 3584}
-            found.append(Point("vamba", tuple(size.items()), "infer"))
-            found.append(Point("vamba", tuple((size | {"L": 1}).items()), "infer", "graph"))
-            if frames < 512:
-                found.append(Point("vamba", tuple((size | {"K": 2, "L": 512}).items()), "train"))
-        return found
-
-    def runs(entry: Entry, point: Point, grid: str) -> bool:
-        if entry.subject == "qwen2":
-            return point["L"] > 1
-        return entry.implementation in ("fused:native", "upstream") or (grid == "cpu" and entry.implementation == "fused:torch")
-
-    contenders = (("vamba", ""), ("qwen2", ""))
-    return [Race("vamba", order=8, points=points, contenders=contenders, runs=runs, maker="harness.bench.vamba:make")]
-
-
-def bound(point: Point, variant: str, ceilings: Ceilings) -> float:
-    """Return the least seconds: products and weights of the layers, the scans, and keys and values of the video.
-
-    A decoded token reads all weights of the text, and keys and values, once.
-    """
-    D, K, size, train = point["D"], point["K"], element_bytes(point.dtype), point.mode == "train"
-    E, keys, vocabulary = (18944, 1024, 152064) if D == 3584 else (2 * D, D, 64)
-    P, N = (64, 128) if D == 3584 else (16, 16)
-    inner, passes = 2 * D, 3 if train else 1
-    text = K * (3 * D * E + 2 * (2 * D * D + D * keys)) + D * vocabulary
-    tokens, words = point["B"] * point["V"], point["B"] * point["L"]
-    cached = K * keys * tokens
-    pairs = 2.0 * 2 * K * words * point["V"] * D  # queries and keys of the cross-attention, twice
-    if point["L"] == 1:
-        return (text + cached) * size / ceilings.copy + (2.0 * text * words + pairs) / ceilings.matmul
-    mixer = D * (3 * inner + 2 * N + inner // P)
-    products = 2.0 * tokens * ((K - 1) * mixer + K * D * keys) + 2.0 * words * text + pairs
-    moved = passes * size * (text + (K - 1) * mixer + 2 * cached + (K - 1) * tokens * 7 * inner)
-    scans = (K - 1) * ssd.seconds(tokens, inner // P, P, N, size, train, ceilings)
-    return passes * products / ceilings.matmul + moved / ceilings.copy + scans
