@@ -24,6 +24,8 @@ from fused.modules.norm import Norm
 from fused.modules.state import State
 from fused.runtime.dtypes import accumulation_dtype
 
+NO_POSITIONS = "encoder_position_ids is None; cross_attn_use_position_embeddings needs the video's positions (3, B, Lv)"
+
 
 @dataclass(frozen=True)
 class Shared:
@@ -172,7 +174,7 @@ class VambaDecoderLayer(nn.Module):
         if self.config.cross_attn_use_position_embeddings:
             angles = shared.video_angles
             if angles is None:
-                raise ValueError("encoder_position_ids is None; cross_attn_use_position_embeddings needs the video's positions")
+                raise ValueError(NO_POSITIONS)
         memory.video = self.cross_attn.project_keys(video, angles, shared.backend)
         return video
 
