@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fused.errors import BackendError
 from fused.io.checkpoint_file import CheckpointError, read_checkpoint, save_checkpoint
+from fused.models.videomamba.classify import classify
 from fused.models.videomamba.config import VideoMambaConfig
 from fused.models.videomamba.frame_stream import FrameStream
 from fused.models.videomamba.load import LoadReport, load_checkpoint
@@ -50,6 +51,7 @@ __all__ = [
     "bidirectional_scan",
     "build_videomamba",
     "causal_conv1d",
+    "classify",
     "detach_state",
     "export_onnx",
     "graphed",

@@ -1,0 +1,1 @@
+"""Evaluation of a trained model on a list of videos: `python -m fused.evaluate`."""
