@@ -8,7 +8,7 @@ from fused.io.views import RESIZES, Views, Windows
 from fused.rules import COUNT, invalid, one_of
 
 LVU_CLASSES = ("relation", "speak", "scene", "director", "genre", "writer", "year")
-LVU_TARGETS = ("like", "view")  # one output each, tested by the mean squared error
+TARGET_PROTOCOLS = ("lvu-like", "lvu-view")  # of models with one output, tested by the mean squared error
 
 PROTOCOLS: Mapping[str, Views] = MappingProxyType(
     {
@@ -18,7 +18,8 @@ PROTOCOLS: Mapping[str, Views] = MappingProxyType(
         "breakfast": Views(4, 3, "sparse", "upstream"),
         "coin": Views(10, 3, "sparse", "upstream"),
     }
-    | {f"lvu-{name}": Views(4, 3, "sparse", "upstream") for name in (*LVU_CLASSES, *LVU_TARGETS)}
+    | {f"lvu-{name}": Views(4, 3, "sparse", "upstream") for name in LVU_CLASSES}
+    | {name: Views(4, 3, "sparse", "upstream") for name in TARGET_PROTOCOLS}
 )
 """The views of each protocol: clips, crops, frames and resize are upstream's."""
 

@@ -78,7 +78,7 @@ def nearest(key: str, known: Sequence[str]) -> str:
     if same:
         return difflib.get_close_matches(key, same, 1, 0.0)[0]
     synonym = SYNONYMS.get(last.lower().replace("-", "").replace("_", ""))
-    if synonym is not None:
+    if synonym is not None and synonym in known:
         return synonym
     whole = difflib.get_close_matches(key, known, 1, 0.0)[0]
     part = difflib.get_close_matches(last, [one.rpartition(".")[2] for one in known], 1, 0.0)[0]

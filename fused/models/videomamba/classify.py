@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fused.io.picture import height_width
 from fused.io.preprocessing import Preprocessing
 from fused.io.views import Views
+from fused.models.videomamba.config import VideoMambaConfig
 from fused.models.videomamba.model import DistillOutput, VideoMamba
 from fused.rules import check_integer
 
@@ -65,11 +66,15 @@ def preprocessing_of(model: VideoMamba) -> Preprocessing:
     config = model.config
     if model.preprocessing is None:
         return Preprocessing(config.num_frames, config.img_size)
-    given, wanted = model.preprocessing, (config.num_frames, config.sides)
-    if (given.frames, height_width(given.size)) != wanted:
-        found = f"model.preprocessing has {given.frames} frames of size {given.size}"
-        raise ValueError(f"{found}; allowed: {wanted[0]} of {wanted[1]}, which the model takes")
-    return given
+    check_fits(model.preprocessing, config)
+    return model.preprocessing
+
+
+def check_fits(preprocessing: Preprocessing, config: VideoMambaConfig) -> None:
+    """Raise ValueError unless a model takes the clips of a preprocessing."""
+    if (preprocessing.frames, height_width(preprocessing.size)) != (config.num_frames, config.sides):
+        found = f"preprocessing has {preprocessing.frames} frames of size {preprocessing.size}"
+        raise ValueError(f"{found}; allowed: {config.num_frames} of {config.sides}, which the model takes")
 
 
 def class_names(model: VideoMamba) -> tuple[str, ...]:

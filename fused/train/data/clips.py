@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -53,7 +53,8 @@ class BadFile(NamedTuple):
 class Batch:
     """Clips of `batches`. In evaluation there may be fewer than the batch size, or none."""
 
-    clips: Float[Tensor, "B 3 T H W"] | UInt8[Tensor, "B 3 T H W"]  # normalised float32, or bytes: see `ClipFolder`
+    # normalised float32, or bytes: see `ClipFolder`; in an evaluation of several views (B, V, 3, T, H, W), of images without T
+    clips: Float[Tensor, "B ..."] | UInt8[Tensor, "B ..."]
     labels: Int[Tensor, " B"]  # int64; -1 for every clip of a dataset without classes
     indices: Int[Tensor, " B"]  # int64, into the dataset's files
     bad_files: tuple[BadFile, ...]  # the files that gave no clip for this batch
@@ -69,10 +70,27 @@ class Batch:
 
 
 class Sample(NamedTuple):
-    """One clip of a `ClipFolder`."""
+    """One clip of a `ClipSource`."""
 
     clip: Tensor  # (3, T, height, width) float32, normalised by ImageNet's mean and standard deviation; or uint8
     label: int  # -1 in a dataset without classes
+
+
+@runtime_checkable
+class ClipSource(Protocol):
+    """What `batches` takes clips from. Worker processes hold copies of it."""
+
+    files: tuple[Path, ...]
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of a clip, by which an empty batch is made."""
+
+    def __len__(self) -> int: ...
+
+    def sample(self, index: int, epoch: int) -> Sample:
+        """Return the clip of file `index` in an epoch. Raise VideoError for a file that gives none."""
 
 
 class ClipFolder:
@@ -129,6 +147,11 @@ class ClipFolder:
     def __len__(self) -> int:
         return len(self.files)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of a clip, (3, T, height, width)."""
+        return (3, self.frames, *self.size)
+
     def sample(self, index: int, epoch: int) -> Sample:
         """Return the clip of file `index` in an epoch: the same bits for the same (seed, epoch, index), in any process.
 
@@ -156,7 +179,7 @@ class ClipFolder:
 
 
 def batches(
-    dataset: ClipFolder, batch_size: int, *, epoch: int, seed: int, workers: int = 0, rank: int = 0, world: int = 1,
+    dataset: ClipSource, batch_size: int, *, epoch: int, seed: int, workers: int = 0, rank: int = 0, world: int = 1,
     skip: int = 0, shuffle: bool = True, drop_last: bool = True,
 ) -> "Batches":  # fmt: skip
     """Return the batches of an epoch for process `rank` of `world`, without the first `skip`, whose files are not read.
@@ -225,7 +248,7 @@ class Batches:
 class _RankSteps(Dataset):
     """A map from step to batch, for one rank and one epoch; worker processes hold copies of it."""
 
-    dataset: ClipFolder
+    dataset: ClipSource
     epoch: int
     order: Tensor  # file indices; workers share a tensor's memory, but copy a list as its reference counts change
     files_per_step: int  # over all ranks
@@ -257,7 +280,7 @@ class _RankSteps(Dataset):
             else:
                 indices.append(index)
                 failures = 0
-        empty = torch.empty(0, 3, self.dataset.frames, *self.dataset.size, dtype=self.dataset.dtype)
+        empty = torch.empty(0, *self.dataset.shape, dtype=self.dataset.dtype)
         clips = torch.stack([s.clip for s in samples]) if samples else empty
         labels = torch.tensor([s.label for s in samples], dtype=torch.int64)
         return Batch(clips, labels, torch.tensor(indices, dtype=torch.int64), tuple(bad.values()))

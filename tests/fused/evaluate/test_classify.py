@@ -87,7 +87,7 @@ def test_wrong_arguments(model: VideoMamba, files: Path) -> None:
         fused.classify(small_model().train(), path)
     other = small_model()
     other.preprocessing = Preprocessing(4, 32)
-    with pytest.raises(ValueError, match=r"model.preprocessing has 4 frames of size 32; allowed: 2 of \(32, 32\)"):
+    with pytest.raises(ValueError, match=r"preprocessing has 4 frames of size 32; allowed: 2 of \(32, 32\)"):
         fused.classify(other, path)
 
 
