@@ -24,20 +24,25 @@ DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 SETUP_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError)  # of wrong input, before the first video
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Evaluate as the command line says (None: sys.argv), and return the exit code."""
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     keys = ", ".join(f"{f.name}={f.default}" for f in fields(Settings))
-    parser = argparse.ArgumentParser(
+    words = argparse.ArgumentParser(
         prog="python -m fused.evaluate",
         description="Test a VideoMamba on a folder or list of videos. What was stopped goes on with the same command.",
         epilog=f"Keys and their defaults: {keys}. Several GPUs: torchrun --nproc-per-node N -m fused.evaluate ...",
     )
-    parser.add_argument("--model", required=True, help="a folder of save_pretrained, or a name in fused.PRETRAINED")
-    parser.add_argument("--data", required=True, help="a folder of class folders, or a list with path,label in each line")
-    parser.add_argument("--out", default="evaluation", help="the folder of predictions and results (evaluation)")
-    add_view_options(parser)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as batch_size=16 precision=bfloat16")
-    options = parser.parse_intermixed_args(arguments)
+    words.add_argument("--model", required=True, help="a folder of save_pretrained, or a name in fused.PRETRAINED")
+    words.add_argument("--data", required=True, help="a folder of class folders, or a list with path,label in each line")
+    words.add_argument("--out", default="evaluation", help="the folder of predictions and results (evaluation)")
+    add_view_options(words)
+    words.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as batch_size=16 precision=bfloat16")
+    return words
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Evaluate as the command line says (None: sys.argv), and return the exit code."""
+    options = parser().parse_intermixed_args(arguments)
     is_main = os.environ.get("RANK", "0") == "0"
     escape_what_cannot_be_printed(sys.stdout)
     logging.basicConfig(format="%(message)s", level=logging.INFO if is_main else logging.ERROR)

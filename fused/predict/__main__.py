@@ -19,18 +19,23 @@ DONE, FAILED, USAGE = 0, 1, 2
 SETUP_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError)  # of wrong input, before the first file
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the most likely classes of files as the command line says (None: sys.argv), and return the exit code."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    words = argparse.ArgumentParser(
         prog="python -m fused.predict", description="Print the most likely classes of video files, or of folders of images."
     )
-    parser.add_argument("files", nargs="+", metavar="FILE", help="a video file, or a folder of images")
-    parser.add_argument("--model", required=True, help="a folder of save_pretrained, or a name in fused.PRETRAINED")
-    parser.add_argument("--top", type=int, default=5, help="classes of a file (5)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a file: video, top, or error")
-    add_view_options(parser)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    options = parser.parse_args(arguments)
+    words.add_argument("files", nargs="+", metavar="FILE", help="a video file, or a folder of images")
+    words.add_argument("--model", required=True, help="a folder of save_pretrained, or a name in fused.PRETRAINED")
+    words.add_argument("--top", type=int, default=5, help="classes of a file (5)")
+    words.add_argument("--json", action="store_true", help="print one JSON object a file: video, top, or error")
+    add_view_options(words)
+    words.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    return words
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the most likely classes of files as the command line says (None: sys.argv), and return the exit code."""
+    options = parser().parse_intermixed_args(arguments)
     escape_what_cannot_be_printed(sys.stdout)
     try:
         if options.top < 1:
