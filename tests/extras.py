@@ -89,7 +89,7 @@ def evaluate() -> None:
     commands = [line for line in shell.text.splitlines() if line.startswith("python -m fused.")]
     for line in commands:
         run_command(line)
-    assert len(commands) == 2 and Path("runs/first/test/confusion.png").exists()
+    assert len(commands) == 3 and Path("runs/first/test/confusion.png").exists() and Path("features.safetensors").exists()
     assert run_python(GUIDE, "evaluate")["results"].numbers["read"] == 2
 
 

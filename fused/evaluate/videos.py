@@ -62,6 +62,15 @@ def list_targets(
     return _each_once(videos), tuple(notes)
 
 
+def list_unlabelled(
+    data: str | Path, separator: str | None, prefix: str | None, columns: Sequence[str] | None
+) -> list[Labelled]:
+    """Return the videos of a folder or list, each once, with -1 as label. Raises ValueError for what does not fit."""
+    listing = list_videos(data, (), separator, prefix, columns)
+    rows = zip(listing.files, listing.stated_frames, strict=True)
+    return _each_once([Labelled(Path(os.path.abspath(path)), -1, stated) for path, stated in rows])
+
+
 class VideoViews:
     """The views of videos, for `fused.train.data.clips.batches`: a sample is (V, 3, T, height, width), T left out for images.
 

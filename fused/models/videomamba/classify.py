@@ -9,7 +9,7 @@ from fused.io.picture import height_width
 from fused.io.preprocessing import Preprocessing
 from fused.io.views import Views
 from fused.models.videomamba.config import VideoMambaConfig
-from fused.models.videomamba.model import DistillOutput, VideoMamba
+from fused.models.videomamba.model import DistillOutput, VideoMamba, VideoMambaEncoder
 from fused.rules import check_integer
 
 
@@ -58,7 +58,7 @@ def view_logits(model: VideoMamba, clips: Tensor) -> Tensor:
     return output.logits if isinstance(output, DistillOutput) else output
 
 
-def preprocessing_of(model: VideoMamba) -> Preprocessing:
+def preprocessing_of(model: VideoMamba | VideoMambaEncoder) -> Preprocessing:
     """Return the model's preprocessing; for one that has none, the defaults with its number and size of frames.
 
     Raises ValueError for a preprocessing whose clips the model does not take.
