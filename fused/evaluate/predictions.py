@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fused.io.atomic_write import atomic_write
+from fused.io.atomic_write import NotWritten, atomic_write
 
 PREDICTIONS, DESCRIPTION = "predictions.jsonl", "evaluation.json"
 
@@ -41,9 +41,12 @@ class PredictionFile:
         self._file = open(folder / PREDICTIONS, "a", encoding="utf-8")
 
     def add(self, lines: Iterable[Line]) -> None:
-        """Add lines to the file at once: a process that is killed later loses none."""
-        self._file.write("".join(json.dumps(line) + "\n" for line in lines))
-        self._file.flush()
+        """Add lines to the file at once: a process that is killed later loses none. Raises NotWritten, an OSError."""
+        try:
+            self._file.write("".join(json.dumps(line) + "\n" for line in lines))
+            self._file.flush()
+        except OSError as error:
+            raise NotWritten(f"{self.folder / PREDICTIONS}: not written, what was there before stays: {error}") from error
 
     def finish(self, lines: Sequence[Line]) -> None:
         """Replace the file by these lines, atomically, and close it."""

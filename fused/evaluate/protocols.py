@@ -1,4 +1,4 @@
-"""The protocols by which VideoMamba's authors tested, by name (video_sm of OpenGVLab/VideoMamba)."""
+"""The protocols by which VideoMamba's authors tested, by name (image_sm and video_sm of OpenGVLab/VideoMamba)."""
 
 import argparse
 from collections.abc import Mapping
@@ -20,6 +20,7 @@ PROTOCOLS: Mapping[str, Views] = MappingProxyType(
     }
     | {f"lvu-{name}": Views(4, 3, "sparse", "upstream") for name in LVU_CLASSES}
     | {name: Views(4, 3, "sparse", "upstream") for name in TARGET_PROTOCOLS}
+    | {"in1k": Views(1, 1, "model", "imagenet")}  # of images
 )
 """The views of each protocol: clips, crops, frames and resize are upstream's."""
 
@@ -49,4 +50,4 @@ def add_view_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--crops", type=int, metavar="N", help="crops of each clip, along the long side")
     names = ", ".join(PROTOCOLS)
     parser.add_argument("--protocol", metavar="NAME", help=f"the views of VideoMamba's authors: {names}")
-    parser.add_argument("--resize", choices=RESIZES, help="as in training, or as the authors did")
+    parser.add_argument("--resize", choices=RESIZES, help="as in training, or as the authors did with videos or images")

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +47,9 @@ class Evaluation:
     """The evaluation of a model, from what its folder `out` holds already to its results. Without `out` nothing is written.
 
     `model` is a `VideoMamba`, a folder that `save_pretrained` wrote, or a name in `fused.PRETRAINED`. Every process of `world`
-    makes one. Raises ValueError or TypeError for a model, data or settings that do not go together, and what loading raises.
+    makes one. A model that is passed goes to the world's device and to eval mode.
+
+    Raises ValueError or TypeError for a model, data or settings that do not go together, and what loading raises.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Evaluation:
             raise invalid("protocol", settings.protocol, f"for a model of one output; this one has {outputs} classes")
         self.videos, self.notes = self._list(data)
         self.out = Path(out) if out is not None else None
-        self.file = PredictionFile(self.out, self._description()) if self.out is not None and self.world.is_main else None
+        self.file = self._open()
 
     def run(self, interrupt: Interrupt | None = None, terminal: Terminal | None = None) -> Results | None:
         """Return the results, the same in all processes, or None if any process was interrupted before the end.
@@ -164,11 +165,24 @@ class Evaluation:
         if self.is_regression:
             return list_targets(data, settings.target_mean, settings.target_std, **settings.listing())
         try:
-            return list_classified(data, class_names(self.model), **settings.listing())
+            images = self.preprocessing.frames is None
+            return list_classified(data, class_names(self.model), images, **settings.listing())
         except ValueError as error:
             if self.model.labels is None and "class" in str(error):
                 raise ValueError(f"{error}; the model's folder has no class names, so that its classes are numbers") from error
             raise
+
+    def _open(self) -> PredictionFile | None:
+        """Return the file of the main process. Raises ValueError in all processes if it cannot be opened."""
+        file, error = None, None
+        if self.out is not None and self.world.is_main:
+            try:
+                file = PredictionFile(self.out, self._description())
+            except (ValueError, OSError) as problem:
+                error = problem
+        if errors := [text for text in self.world.all_gather(str(error) if error else "") if text]:
+            raise ValueError(errors[0]) from error
+        return file
 
     def _description(self) -> Line:
         """Return what the predictions depend on."""
@@ -219,9 +233,7 @@ class Progress:
 
 def load_model(source: str | Path, settings: Settings) -> VideoMamba:
     """Return the classifier of a folder or a published name, for the settings' frames and size. Raises what loading raises."""
-    overrides = {"num_frames": settings.frames, "img_size": settings.size}
-    given: dict[str, Any] = {key: value for key, value in overrides.items() if value is not None}
-    return check_one_answer(VideoMamba.from_pretrained(source, backend=settings.backend, **given))
+    return check_one_answer(VideoMamba.from_pretrained(source, backend=settings.backend, **settings.model_fields()))
 
 
 def evaluate(

@@ -67,6 +67,11 @@ class Settings:
         names = ("frames", "size", "sampling", "stride", "fps", "short")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
+    def model_fields(self) -> dict[str, Any]:
+        """Return the fields of `VideoMambaConfig` that are set, with which weights are loaded."""
+        fields_of_model = {"num_frames": self.frames, "img_size": self.size}
+        return {name: value for name, value in fields_of_model.items() if value is not None}
+
     def listing(self) -> dict[str, Any]:
         """Return the options of a list of videos."""
         return {name: getattr(self, name) for name in ("separator", "prefix", "columns")}

@@ -26,13 +26,16 @@ class Labelled:
 
 
 def list_classified(
-    data: str | Path, names: Sequence[str], separator: str | None, prefix: str | None, columns: Sequence[str] | None
-) -> tuple[list[Labelled], tuple[str, ...]]:
+    data: str | Path, names: Sequence[str], images: bool, separator: str | None, prefix: str | None,
+    columns: Sequence[str] | None,
+) -> tuple[list[Labelled], tuple[str, ...]]:  # fmt: skip
     """Return the videos of a folder or list, each once, whose classes are among `names`, and notes. See `list_videos`.
+
+    With `images`, for an image model, every image of a folder is one, and no video is.
 
     The class of a video is its place in `names`, whatever other classes the list has. Raises ValueError for what does not fit.
     """
-    listing = list_videos(data, names, separator, prefix, columns)
+    listing = list_videos(data, names, separator, prefix, columns, images)
     rows = zip(listing.files, listing.labels, listing.stated_frames, strict=True)
     return _each_once([Labelled(Path(os.path.abspath(path)), label, stated) for path, label, stated in rows]), listing.notes
 
@@ -63,10 +66,10 @@ def list_targets(
 
 
 def list_unlabelled(
-    data: str | Path, separator: str | None, prefix: str | None, columns: Sequence[str] | None
+    data: str | Path, images: bool, separator: str | None, prefix: str | None, columns: Sequence[str] | None
 ) -> list[Labelled]:
-    """Return the videos of a folder or list, each once, with -1 as label. Raises ValueError for what does not fit."""
-    listing = list_videos(data, (), separator, prefix, columns)
+    """Return the videos, or `images`, of a folder or list, each once, with label -1. Raises ValueError for others."""
+    listing = list_videos(data, (), separator, prefix, columns, images)
     rows = zip(listing.files, listing.stated_frames, strict=True)
     return _each_once([Labelled(Path(os.path.abspath(path)), -1, stated) for path, stated in rows])
 
@@ -83,7 +86,7 @@ class VideoViews:
         self.videos, self.preprocessing, self.views, self.frame_pattern = tuple(videos), preprocessing, views, frame_pattern
         self.files = tuple(video.path for video in videos)
         usual = (preprocessing.mean, preprocessing.std) == (MEAN, STD) and preprocessing.frames is not None
-        self.dtype = torch.uint8 if views.resize == "upstream" and usual else torch.float32
+        self.dtype = torch.uint8 if views.resize != "antialiased" and usual else torch.float32
 
     def __len__(self) -> int:
         return len(self.files)

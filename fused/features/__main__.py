@@ -44,9 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given = {name: getattr(options, name) for name in ("protocol", "views", "crops", "resize")}
         settings = read_settings(options.overrides, given)
         kind = VideoMambaEncoder if options.encoder else VideoMamba
-        fields = {"num_frames": settings.frames, "img_size": settings.size}
-        overrides = {name: value for name, value in fields.items() if value is not None}
         with joined_world(settings.device) as world:
+            overrides = settings.model_fields()
             model = kind.from_pretrained(options.model, backend=settings.backend, **overrides).to(world.device)
             chunk_frames, is_main = options.chunk_frames, world.is_main
             features = extract(model, options.data, settings, tokens=options.tokens, chunk_frames=chunk_frames, world=world)

@@ -75,7 +75,7 @@ def extract(
     preprocessing = replace(preprocessing_of(model), **settings.preprocessing())
     check_fits(preprocessing, model.config)
     views.check(preprocessing)
-    videos = list_unlabelled(data, **settings.listing())
+    videos = list_unlabelled(data, preprocessing.frames is None, **settings.listing())
     dataset = VideoViews(videos, preprocessing, views, settings.frame_pattern)
     world, training = world or World(model.cls_token.device), model.training
     together = 1 if views.windows else max(1, settings.batch_size // each)
@@ -118,8 +118,9 @@ def _forward(
     clips, precision = clips.to(model.cls_token.dtype), getattr(torch, settings.precision)
     with nullcontext() if precision == torch.float32 else torch.autocast(clips.device.type, precision):
         if isinstance(model, VideoMambaEncoder) and model.config.add_pool_norm and not tokens:
-            output = model.forward_chunked(clips, chunk_frames=chunk_frames) if chunk_frames else model(clips)
-            return output.pooled.flatten(1).float().cpu()
+            pooled = (model.forward_chunked(clips, chunk_frames=chunk_frames) if chunk_frames else model(clips)).pooled
+            assert pooled is not None
+            return pooled.flatten(1).float().cpu()
         if chunk_frames:
             out = run_layers(model, clips, chunk_frames, None, None, False)
             normed = model.apply_final_norm(out.hidden, out.residual, out.backend, chunks=out.chunks)

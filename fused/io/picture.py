@@ -63,6 +63,12 @@ def resize_bytes(image: UInt8[Tensor, "H W 3"], height: int, width: int) -> UInt
     return ((total + 2) >> 2).clamp_(0, 255).to(torch.uint8)
 
 
+def resize_bicubic(image: UInt8[Tensor, "H W 3"], height: int, width: int) -> UInt8[Tensor, "3 height width"]:
+    """Return the image resized bicubically with antialiasing, in bytes: as Pillow does, but for 1 in 0.5 % of the values."""
+    x = image.permute(2, 0, 1)[None]
+    return F.interpolate(x, size=(height, width), mode="bicubic", antialias=True, align_corners=False)[0]
+
+
 def _taps(before: int, after: int, whole_at_border: bool) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Return the two pixels, int64 (after,) each, that make a resized one, and their weights in 1/2048, int32 (after,).
 

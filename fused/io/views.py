@@ -19,13 +19,14 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from fused.io.picture import height_width, normalise, resize_bytes, resize_to_cover
+from fused.io.picture import height_width, normalise, resize_bicubic, resize_bytes, resize_to_cover
 from fused.io.preprocessing import Preprocessing
 from fused.io.sampling import Times
 from fused.io.video import VideoError, decode_frames
 from fused.rules import COUNT, POSITIVE, POSITIVE_OR_0, invalid, one_of
 
-RESIZES = ("antialiased", "upstream")
+RESIZES = ("antialiased", "upstream", "imagenet")
+CROP_RATIO = 0.875  # of "imagenet": the side of the crop, in short sides of the resized frame
 TICK = 1e-6  # seconds; times are rounded in the file's units
 
 
@@ -93,8 +94,10 @@ class Views:
     """The views of a video: `clips` in time times `crops` of the frame, of every window.
 
     `frames` names the rule for the frames of a clip: "model" spreads clips by the model's `Preprocessing`, the others are
-    upstream's, which use frames of a short video several times. `resize` is "antialiased", as training resizes frames, or
-    "upstream", as upstream does: bytes, by OpenCV's bilinear rule without antialiasing, the long side rounded down.
+    upstream's, which use frames of a short video several times. `resize` is "antialiased", as training resizes frames;
+    "upstream", as upstream does with videos: bytes, by OpenCV's bilinear rule without antialiasing; or "imagenet", as upstream
+    does with images: bytes, bicubic with antialiasing, the short side 8/7 of the crop's. The latter two round the long side
+    down.
 
     Raises ValueError at construction; the message names the field, its value and the allowed values.
     """
@@ -115,8 +118,8 @@ class Views:
     def check(self, preprocessing: Preprocessing) -> None:
         """Raise ValueError for a preprocessing that upstream's rules do not go with."""
         height, width = height_width(preprocessing.size)
-        if self.resize == "upstream" and height != width:
-            raise invalid("views.resize", "upstream", f"'antialiased' for frames of {height}x{width}; upstream's are squares")
+        if self.resize != "antialiased" and height != width:
+            raise invalid("views.resize", self.resize, f"'antialiased' for frames of {height}x{width}; upstream's are squares")
         if self.frames != "model" and preprocessing.fps is not None:
             raise invalid("views.frames", self.frames, f"'model' where frames are taken at a rate (fps {preprocessing.fps})")
 
@@ -127,7 +130,7 @@ class Views:
         """Return the views of a video: (windows * clips * crops, 3, T, height, width) float32, normalised; crops vary fastest.
 
         Every frame is decoded and resized once. Without `preprocessing.frames`, for an image model, T is left out. With
-        `as_bytes`, for "upstream" alone, they are bytes that are not normalised. Further arguments and errors are those of
+        `as_bytes`, for any but "antialiased", they are bytes that are not normalised. Further arguments and errors are those of
         `Preprocessing.read`; VideoError is also raised for windows of a folder of images, which states no times.
         """
         path, clips = Path(path), list[list[int]]()
@@ -161,15 +164,18 @@ class Views:
     def crops_of(self, image: UInt8[Tensor, "H W 3"], preprocessing: Preprocessing, as_bytes: bool = False) -> Tensor:
         """Return the crops (crops, 3, height, width) of a frame, as `read` returns them."""
         height, width = height_width(preprocessing.size)
-        if self.resize == "upstream":
-            H, W = image.shape[:2]
-            resized = (height, int(height * W / H)) if H <= W else (int(height * H / W), height)
-            x = resize_bytes(image, *resized)
-        else:
+        H, W = image.shape[:2]
+        short = int(height / CROP_RATIO) if self.resize == "imagenet" else height
+        resized = (short, int(short * W / H)) if H <= W else (int(short * H / W), short)
+        if self.resize == "antialiased":
             x = resize_to_cover(image, preprocessing.size)
+        else:
+            x = (resize_bicubic if self.resize == "imagenet" else resize_bytes)(image, *resized)
         free = x.shape[1] - height, x.shape[2] - width
         places = [(p, self.crops - 1) for p in range(self.crops)] if self.crops > 1 else [(1, 2)]
         corners = [(p * free[0] // gaps, p * free[1] // gaps) for p, gaps in places]
+        if self.resize == "imagenet" and self.crops == 1:
+            corners = [(round(free[0] / 2), round(free[1] / 2))]  # as torchvision: halves to even
         crops = torch.stack([x[:, top : top + height, left : left + width] for top, left in corners])
         if as_bytes:
             return crops

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from videos import write_video
+from videos import write_images, write_video
 
 import fused
 from fused import VideoMamba, VideoMambaConfig
@@ -144,6 +144,26 @@ def test_a_video_with_another_label_is_read_again(model: VideoMamba, data: Path,
     (tmp_path / "list").write_text(f"{path},light\n")
     path.write_bytes(b"no video any more")
     assert evaluate(model, tmp_path / "list", tmp_path / "out", FAST).numbers["unreadable"] == 1
+
+
+def test_images(tmp_path: Path) -> None:
+    """Every image of a class folder counts, and the protocol has the crop of 7/8."""
+    model = small_model(num_frames=None)
+    model.labels = NAMES
+    for name in GREYS:
+        write_images(tmp_path / "data" / name, ["img_1.png", "img_2.png"])
+    write_video(tmp_path / "data/dark/a.avi", frames=4)
+    results = evaluate(model, tmp_path / "data", settings=Settings(workers=0, protocol="in1k"))
+    assert [line["video"] for line in results.lines] == [str(path) for path in sorted(tmp_path.glob("data/*/*.png"))]
+    path = results.lines[1]["video"]
+    clip = Views(resize="imagenet").read(model.preprocessing, path)
+    due = model(clip).softmax(1)[0]
+    found = dict(map(tuple, results.lines[1]["top"]))
+    torch.testing.assert_close(torch.tensor([found[name] for name in NAMES]), due.detach(), rtol=0, atol=1e-6)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ValueError, match="root must hold images, files with the suffixes .bmp"):
+        evaluate(model, empty, settings=FAST)
 
 
 def test_files_that_give_no_clip(

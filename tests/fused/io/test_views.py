@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from videos import encode, full_decode, write_images
 
@@ -105,6 +106,18 @@ def test_crops(height: int, width: int, crops: int, corners: list[tuple[int, int
     assert torch.equal(found, torch.stack([x[:, top : top + 32, left : left + 32] for top, left in corners]))
 
 
+def test_pixels_of_imagenet() -> None:
+    """A crop of 28 from a short side of 32: Pillow's pixels, but for 1 in few of them, of columns 8 on, for 43 - 28 = 15."""
+    frame = image(60, 81)
+    [found] = Views(resize="imagenet").crops_of(frame, Preprocessing(8, 28), as_bytes=True)
+    pillow = Image.fromarray(frame.numpy()).resize((43, 32), Image.Resampling.BICUBIC)
+    due = torch.from_numpy(np.array(pillow)).permute(2, 0, 1)[:, 2:30, 8:36]
+    difference = (found.int() - due.int()).abs()
+    assert difference.max() <= 1 and (difference > 0).float().mean() < 0.02
+    shifted = torch.from_numpy(np.array(pillow)).permute(2, 0, 1)[:, 2:30, 7:35]
+    assert (found.int() - shifted.int()).abs().max() > 1
+
+
 def test_upstreams_long_side_is_rounded_down() -> None:
     """Of 45 x 80 pixels, 32 x 56.9 is resized to 32 x 56: the right crop begins at column 24."""
     right = Views(crops=3, resize="upstream").crops_of(image(45, 80), RULED, as_bytes=True)[2]
@@ -181,7 +194,7 @@ def test_a_short_video(videos: Path) -> None:
         ({"clips": 0}, "views.clips is 0; allowed: a positive integer"),
         ({"crops": True}, "views.crops is True"),
         ({"frames": "uniform"}, "views.frames is 'uniform'; allowed: one of 'model', 'sparse', 'raw', 'raw-middle'"),
-        ({"resize": "bicubic"}, "views.resize is 'bicubic'; allowed: one of 'antialiased', 'upstream'"),
+        ({"resize": "bicubic"}, "views.resize is 'bicubic'; allowed: one of 'antialiased', 'upstream', 'imagenet'"),
         ({"clips": 2, "frames": "raw-middle"}, "views.clips is 2; allowed: 1"),
     ],
 )
