@@ -1,7 +1,7 @@
 """python -m fused.evaluate --model FOLDER_OR_NAME --data FOLDER_OR_LIST [--views N --crops N] [key=value ...]
 
-Exit codes: 0 done; 1 no video could be read, or the disk is full; 2 a wrong option, model or data; 130 interrupted by Ctrl-C
-or SIGTERM, and the same command goes on.
+Exit codes: 0 done; 1 no video could be read, the disk is full, or the model's outputs are not finite; 2 a wrong option, model
+or data; 130 interrupted by Ctrl-C or SIGTERM, and the same command goes on.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from fused.evaluate.protocols import add_view_options
-from fused.evaluate.run import Evaluation
+from fused.evaluate.run import Evaluation, NotFinite
 from fused.evaluate.settings import Settings, read_settings
 from fused.io.atomic_write import NotWritten
 from fused.train.interrupt import Interrupt
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     terminal.print_line(note)
             running = True
             results = evaluation.run(interrupt, terminal)
-    except NotWritten as error:
+    except (NotWritten, NotFinite) as error:
         return _fail(error, FAILED)
     except SETUP_ERRORS as error:
         if running:  # an unexpected error, whose traceback is needed

@@ -43,6 +43,10 @@ PROGRESS_EVERY = 10.0  # seconds between lines of progress where none can be ove
 _log = logging.getLogger("fused")
 
 
+class NotFinite(RuntimeError):
+    """The error for outputs of a model that are NaN or infinite; the message names the video."""
+
+
 class Evaluation:
     """The evaluation of a model, from what its folder `out` holds already to its results. Without `out` nothing is written.
 
@@ -76,7 +80,8 @@ class Evaluation:
         """Return the results, the same in all processes, or None if any process was interrupted before the end.
 
         Videos that were finished before are not read again; files that could not be read are tried again. With `terminal`, of
-        the main process, the progress and every file that gives no clip are printed. Raises OSError for a full disk.
+        the main process, the progress and every file that gives no clip are printed. Raises NotWritten, an OSError, for a full
+        disk, and NotFinite.
         """
         done: dict[str, Line] = self.world.all_gather(self.file.done if self.file is not None else {})[0]
         lines = {str(v.path): done[str(v.path)] for v in self.videos if self._is_of(done.get(str(v.path)), v)}
@@ -137,7 +142,10 @@ class Evaluation:
         return list(torch.cat(parts).float().cpu().unflatten(0, clips.shape[:2]))
 
     def _line(self, video: Labelled, outputs: Tensor) -> Line:
-        """Return the line of a video, for the outputs (V, num_classes) of its views."""
+        """Return the line of a video, for the outputs (V, num_classes) of its views. Raises NotFinite."""
+        if not outputs.isfinite().all():
+            wrong = f"{video.path}: the model's outputs are not finite in {self.settings.precision}"
+            raise NotFinite(f"{wrong}; allowed: other weights, or precision=float32")
         if self.is_regression:
             return {**self._known(video), "output": float(outputs.mean()), "views": len(outputs)}
         probabilities, names = merge_views(outputs), class_names(self.model)

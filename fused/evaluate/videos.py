@@ -1,5 +1,6 @@
 """The videos of an evaluation: what a list or folder says of them, and the views of each."""
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from fused.io.picture import MEAN, STD, height_width
 from fused.io.preprocessing import Preprocessing
 from fused.io.views import Views
 from fused.train.data.clips import Sample
+from fused.train.data.list_columns import NUMBER
 from fused.train.data.list_file import check_repeats, read_list
 from fused.train.data.listing import list_videos
 
@@ -55,11 +57,9 @@ def list_targets(
     notes += check_repeats(file, listed, True)
     videos = []
     for path, label, frames, line in sorted(listed):
-        try:
-            target = (float(label) - mean) / std
-        except ValueError as error:
-            raise ValueError(f"{file}, line {line}: {path} has the target {label!r}; allowed: a number") from error
-        videos.append(Labelled(Path(os.path.abspath(path)), target, frames))
+        if not NUMBER.fullmatch(label) or not math.isfinite(float(label)):
+            raise ValueError(f"{file}, line {line}: {path} has the target {label!r}; allowed: a number")
+        videos.append(Labelled(Path(os.path.abspath(path)), (float(label) - mean) / std, frames))
     if not videos:
         raise ValueError(f"data is {str(data)!r}, a list without a video; allowed: path,number in each line")
     return _each_once(videos), tuple(notes)

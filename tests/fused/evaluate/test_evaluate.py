@@ -286,9 +286,19 @@ def test_wrong_targets(data: Path, tmp_path: Path) -> None:
     one = small_model(num_classes=1)
     with pytest.raises(ValueError, match="allowed for a model of one output: a list, with path,number in each line"):
         evaluate(one, data, settings=FAST)
-    (tmp_path / "list").write_text("a.avi,0.5\nb.avi,much\n")
-    with pytest.raises(ValueError, match="line 2: .*b.avi has the target 'much'; allowed: a number"):
-        evaluate(one, tmp_path / "list", settings=FAST)
+    for target in ("much", "nan", "1e999"):
+        (tmp_path / "list").write_text(f"a.avi,0.5\nb.avi,{target}\n")
+        with pytest.raises(ValueError, match=f"line 2: .*b.avi has the target '{target}'; allowed: a number"):
+            evaluate(one, tmp_path / "list", settings=FAST)
+
+
+def test_outputs_that_are_not_finite(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = small_model()
+    nn.init.constant_(broken.head.bias, float("nan"))
+    broken.labels = NAMES
+    folder = str(broken.save_pretrained(tmp_path / "model"))
+    assert main(["--model", folder, "--data", str(data), "--out", str(tmp_path / "out"), "workers=0", "device=cpu"]) == 1
+    assert f"{data}/dark/a.avi: the model's outputs are not finite in float32" in capsys.readouterr().err
 
 
 def test_another_evaluation_in_the_same_folder(model: VideoMamba, data: Path, tmp_path: Path) -> None:
