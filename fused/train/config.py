@@ -9,6 +9,7 @@ from fused.io.picture import Size, height_width
 from fused.io.preprocessing import RULES as PREPROCESSING_RULES
 from fused.io.preprocessing import Preprocessing
 from fused.models.videomamba.config import VideoMambaConfig
+from fused.models.videomamba.resize import INFLATIONS
 from fused.rules import (
     COUNT,
     COUNT_OR_0,
@@ -140,6 +141,7 @@ class TrainConfig:
     out: str | None = None  # the run folder: configuration, log, checkpoints, model
     model: Mapping[str, Any] = field(default_factory=dict)  # fields of VideoMambaConfig, and `size`
     start: str | None = None  # initial weights: a name in fused.PRETRAINED, a folder of save_pretrained, a file
+    inflate: str = "centre"  # how an image model's patches in `start` become those of clips: centre or mean
     teacher: str | None = None  # a name or folder likewise; for pretraining also a CLIP folder of transformers
     data: DataConfig = field(default_factory=DataConfig)
     batch_size: int = 8  # clips of one step, over all processes and micro-batches
@@ -295,6 +297,7 @@ RULES = (
         "data.val": _FOLDER.optional(),
         "data.scale": _pair(lambda low, high: 0 < low <= high <= 1, "two shares of the frame's area, 0 < low <= high <= 1"),
         "model": Rule(lambda value: isinstance(value, Mapping), "a section of VideoMambaConfig's fields, and size"),
+        "inflate": one_of(INFLATIONS),
         "optim.lr": POSITIVE,
         "optim.betas": _pair(lambda a, b: 0 <= a < 1 and 0 <= b < 1, "two rates from 0 up to, not including, 1"),
         "optim.layer_decay": Rule(lambda value: is_number(value, lambda x: 0 < x <= 1), "a number above 0, up to 1"),
