@@ -64,14 +64,15 @@ def preprocessing_of(model: VideoMamba | VideoMambaEncoder) -> Preprocessing:
     Raises ValueError for a preprocessing whose clips the model does not take.
     """
     config = model.config
-    if model.preprocessing is None:
-        return Preprocessing(config.num_frames, config.img_size)
-    check_fits(model.preprocessing, config)
-    return model.preprocessing
+    preprocessing = model.preprocessing or Preprocessing(config.num_frames, config.img_size)
+    check_fits(preprocessing, config)
+    return preprocessing
 
 
 def check_fits(preprocessing: Preprocessing, config: VideoMambaConfig) -> None:
-    """Raise ValueError unless a model takes the clips of a preprocessing."""
+    """Raise ValueError unless a model takes the clips of a preprocessing, which are RGB."""
+    if config.channels != 3:
+        raise ValueError(f"model takes {config.channels} channels; allowed: 3, which are read from a video")
     if (preprocessing.frames, height_width(preprocessing.size)) != (config.num_frames, config.sides):
         found = f"preprocessing has {preprocessing.frames} frames of size {preprocessing.size}"
         raise ValueError(f"{found}; allowed: {config.num_frames} of {config.sides}, which the model takes")

@@ -85,6 +85,8 @@ def test_wrong_arguments(model: VideoMamba, files: Path) -> None:
         fused.classify(small_model(num_classes=1), path)
     with pytest.raises(ValueError, match="training mode"):
         fused.classify(small_model().train(), path)
+    with pytest.raises(ValueError, match="model takes 1 channels; allowed: 3"):
+        fused.classify(small_model(channels=1), path)
     other = small_model()
     other.preprocessing = Preprocessing(4, 32)
     with pytest.raises(ValueError, match=r"preprocessing has 4 frames of size 32; allowed: 2 of \(32, 32\)"):
