@@ -95,7 +95,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, backend: str, mask: Tensor | None =
             mask = mask | ~readable  # a row without keys would be 0/0, forward and backward
         mask = mask.repeat(1, 1, H // G, 1) if mask.shape[2] > 1 else mask
     out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
-    out = out.view(B, H, L, C)
+    out = out.reshape(B, H, L, C)  # on a GPU heads lie behind rows
     if readable is not None:
         out = out * readable
     return out.transpose(1, 2).flatten(2)
