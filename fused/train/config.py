@@ -71,7 +71,7 @@ class DataConfig:
     val_prefix: str | None = None
     val_columns: tuple[str, ...] | None = None
     val_frame_pattern: str | None = None
-    frames: int = 8
+    frames: int | None = 8  # of a clip; None: images, for an image model
     size: Size = 224  # pixels of a side, or [height, width]
     sampling: str = "segments"
     stride: int = 4  # frames from one to the next, for "dense" sampling
@@ -179,6 +179,8 @@ class TrainConfig:
             )
         if complete and self.task != "finetune" and self.teacher is None:
             raise invalid("teacher", None, f"for task {self.task!r} a folder or a name in fused.PRETRAINED")
+        if self.task == "pretrain" and self.data.frames is None:
+            raise invalid("data.frames", None, "a number for task 'pretrain', which masks clips")
         for name in VAL_KEYS:
             value = getattr(self.data, f"val_{name}")
             if value is not None and self.data.val is None:
@@ -285,8 +287,8 @@ RULES = (
     | dict.fromkeys(("start", "teacher"), _NAME.optional())
     | {f"data.{name}": PREPROCESSING_RULES[name] for name in ("size", "sampling", "stride", "fps", "short")}
     | {f"data.{val}{name}": rule for val in ("", "val_") for name, rule in _VIDEO_RULES.items()}
-    | dict.fromkeys(("data.frames", "batch_size", "accumulate", "log_every", "keep"), COUNT)
-    | dict.fromkeys(("steps", "epochs", "evaluate_every", "save_every"), COUNT.optional())
+    | dict.fromkeys(("batch_size", "accumulate", "log_every", "keep"), COUNT)
+    | dict.fromkeys(("data.frames", "steps", "epochs", "evaluate_every", "save_every"), COUNT.optional())
     | dict.fromkeys(("data.workers", "optim.warmup_steps"), COUNT_OR_0)
     | dict.fromkeys(("data.flip", "optim.warmup_start", "optim.floor", "loss.label_smoothing"), FRACTION)
     | dict.fromkeys(("mix.probability", "mix.switch"), FRACTION)

@@ -97,7 +97,8 @@ class ClipFolder:
     """The clips of a folder of video files, or of a list of them; `listing.list_videos` describes `root`, `classes`,
     `separator`, `prefix` and `columns`.
 
-    A clip has `frames` frames; `size` is the side of a square, or (height, width), in pixels. With `train`, "segments" takes a
+    A clip has `frames` frames; None is for an image model: every image below the folder, or on the list, is one. `size` is the
+    side of a square, or (height, width), in pixels. With `train`, "segments" takes a
     random frame of each of `frames` equal segments of the video, and "dense" takes frames `stride` apart from a random start.
     All frames of a clip share one random crop (`scale`: lowest and highest fraction of the area; aspect 3:4 to 4:3 of the
     size's), mirrored with probability `flip`. Without `train`, a clip is what `Preprocessing.read` returns. `fps` and `short`
@@ -118,13 +119,14 @@ class ClipFolder:
     notes: tuple[str, ...]
 
     def __init__(
-        self, root: str | Path, frames: int, size: Size, *, train: bool, sampling: str = "segments", stride: int = 4,
+        self, root: str | Path, frames: int | None, size: Size, *, train: bool, sampling: str = "segments", stride: int = 4,
         scale: tuple[int | float, int | float] = (0.5, 1.0), flip: int | float = 0.5, seed: int = 0,
         classes: Sequence[str] | None = None, separator: str | None = None, prefix: str | Path | None = None,
         columns: Sequence[str] | None = None, fps: int | float | None = None, short: str = "drop",
         frame_pattern: str | None = None, dtype: torch.dtype = torch.float32,
     ) -> None:  # fmt: skip
-        check_integer("ClipFolder", "frames", frames, 1)
+        if frames is not None:
+            check_integer("ClipFolder", "frames", frames, 1)
         check_integer("ClipFolder", "seed", seed, 0)
         check_number("ClipFolder", "flip", flip, 0, 1)
         if len(scale) != 2:
@@ -137,7 +139,7 @@ class ClipFolder:
         self.preprocessing = Preprocessing(frames, size, sampling, stride, fps, short)
         self.frames, self.size, self.train, self.dtype = frames, height_width(size), train, dtype
         self.scale, self.flip, self.seed, self.frame_pattern = (scale[0], scale[1]), flip, seed, frame_pattern
-        listing = list_videos(root, classes, separator, prefix, columns)
+        listing = list_videos(root, classes, separator, prefix, columns, images=frames is None)
         self.files, self.labels, self.classes, self.stated_frames, self.notes = listing
         folder = next((path for path in self.files if not is_video_name(path) and path.is_dir()), None) if fps else None
         if folder is not None:
@@ -149,8 +151,8 @@ class ClipFolder:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of a clip, (3, T, height, width)."""
-        return (3, self.frames, *self.size)
+        """The shape of a clip, (3, T, height, width), or of an image, (3, height, width)."""
+        return (3, *self.size) if self.frames is None else (3, self.frames, *self.size)
 
     def sample(self, index: int, epoch: int) -> Sample:
         """Return the clip of file `index` in an epoch: the same bits for the same (seed, epoch, index), in any process.
@@ -175,7 +177,8 @@ class ClipFolder:
                 return crop.cut(image, self.size).mul_(255).round_().to(torch.uint8)
             return crop.apply(image, self.size)
 
-        return Sample(decode_clip(path, choose, prepare, pattern=self.frame_pattern, stated=stated), label)
+        clip = decode_clip(path, choose, prepare, pattern=self.frame_pattern, stated=stated)
+        return Sample(clip[:, 0] if self.frames is None else clip, label)
 
 
 def batches(
