@@ -28,6 +28,7 @@ from fused.models.videomamba.classify import (
     class_names,
     merge_views,
     preprocessing_of,
+    read_class_names,
     view_logits,
 )
 from fused.models.videomamba.model import VideoMamba
@@ -51,7 +52,7 @@ class Evaluation:
     """The evaluation of a model, from what its folder `out` holds already to its results. Without `out` nothing is written.
 
     `model` is a `VideoMamba`, a folder that `save_pretrained` wrote, or a name in `fused.PRETRAINED`. Every process of `world`
-    makes one. A model that is passed goes to the world's device and to eval mode.
+    makes one. A model that is passed goes to the world's device and to eval mode, and gets `settings.labels`.
 
     Raises ValueError or TypeError for a model, data or settings that do not go together, and what loading raises.
     """
@@ -62,6 +63,8 @@ class Evaluation:
     ) -> None:  # fmt: skip
         self.settings = settings = settings or Settings()
         self.model = load_model(model, settings) if isinstance(model, str | Path) else check_one_answer(model)
+        if settings.labels is not None:
+            self.model.labels = tuple(read_class_names(settings.labels))
         self.world = world or World(self.model.cls_token.device)
         self.model.to(self.world.device).eval()
         self.views = settings.chosen_views()
@@ -177,7 +180,7 @@ class Evaluation:
             return list_classified(data, class_names(self.model), images, **settings.listing())
         except ValueError as error:
             if self.model.labels is None and "class" in str(error):
-                raise ValueError(f"{error}; the model's folder has no class names, so that its classes are numbers") from error
+                raise ValueError(f"{error}; the model has no class names, labels=FILE gives some") from error
             raise
 
     def _open(self) -> PredictionFile | None:

@@ -37,6 +37,7 @@ class Settings:
     prefix: str | None = None
     columns: tuple[str, ...] | None = None
     frame_pattern: str | None = None
+    labels: str | None = None  # a text file with a class name in each line; None: the names of the model's folder
     target_mean: int | float = 0  # of regression targets, subtracted
     target_std: int | float = 1  # by which the difference is divided
     batch_size: int = 8  # views in one forward of a process
@@ -105,6 +106,7 @@ _RULES = (
         "window": POSITIVE.optional(),
         "window_every": POSITIVE.optional(),
         "window_least": POSITIVE_OR_0.optional(),
+        "labels": Rule(lambda value: isinstance(value, str) and bool(value), "a text file").optional(),
         "target_mean": Rule(lambda value: is_number(value, lambda x: abs(x) < float("inf")), "a number"),
         "target_std": POSITIVE,
         "batch_size": COUNT,

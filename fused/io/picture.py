@@ -54,13 +54,15 @@ def resize_bytes(image: UInt8[Tensor, "H W 3"], height: int, width: int) -> UInt
     """
     columns, column_weights = _taps(image.shape[1], width, True)
     rows, row_weights = _taps(image.shape[0], height, False)
-    x = image.permute(2, 0, 1).to(torch.int32)
-    total = torch.zeros(3, height, width, dtype=torch.int32)
+    total = torch.zeros(height, width, 3, dtype=torch.int32)
     for row, weight in zip(rows, row_weights, strict=True):
-        line = x[:, row]
-        line = (line[:, :, columns[0]] * column_weights[0] + line[:, :, columns[1]] * column_weights[1]) >> 4
-        total += (line * weight[:, None]) >> 16
-    return ((total + 2) >> 2).clamp_(0, 255).to(torch.uint8)
+        line = image.index_select(0, row)  # (height, W, 3)
+        left, right = (
+            line.index_select(1, column).to(torch.int32) * w[:, None]
+            for column, w in zip(columns, column_weights, strict=True)
+        )
+        total += (((left + right) >> 4) * weight[:, None, None]) >> 16
+    return ((total + 2) >> 2).clamp_(0, 255).to(torch.uint8).permute(2, 0, 1)
 
 
 def resize_bicubic(image: UInt8[Tensor, "H W 3"], height: int, width: int) -> UInt8[Tensor, "3 height width"]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from fused.evaluate.protocols import add_view_options, choose_views
 from fused.io.video import VideoError
-from fused.models.videomamba.classify import check_classes, classify, preprocessing_of
+from fused.models.videomamba.classify import check_classes, classify, preprocessing_of, read_class_names
 from fused.models.videomamba.model import VideoMamba
 from fused.train.parallel import joined_world
 from fused.train.terminal import escape_what_cannot_be_printed
@@ -28,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
     words.add_argument("--model", required=True, help="a folder of save_pretrained, or a name in fused.PRETRAINED")
     words.add_argument("--top", type=int, default=5, help="classes of a file (5)")
     words.add_argument("--json", action="store_true", help="print one JSON object a file: video, top, or error")
+    words.add_argument("--labels", metavar="FILE", help="a class name in each line, for a model whose folder has none")
     add_view_options(words)
     words.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return words
@@ -44,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with joined_world(options.device) as world:
             model = VideoMamba.from_pretrained(options.model).to(world.device)
         check_classes(model)
+        if options.labels is not None:
+            model.labels = tuple(read_class_names(options.labels))
         views.check(preprocessing_of(model))
     except SETUP_ERRORS as error:
         print("fused.predict:", *str(error).splitlines(), file=sys.stderr)

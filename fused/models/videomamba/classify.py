@@ -83,6 +83,18 @@ def class_names(model: VideoMamba) -> tuple[str, ...]:
     return model.labels or tuple(map(str, range(model.config.num_classes)))
 
 
+def read_class_names(path: str | Path) -> list[str]:
+    """Return the class names of a UTF-8 text file, one a line in the order of the logits. Empty lines are left out.
+
+    Raises ValueError, which names the file, for one that is not there or no text.
+    """
+    try:
+        return [name for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if (name := line.strip())]
+    except (OSError, UnicodeDecodeError) as error:
+        allowed = "a text file with a class name in each line"
+        raise ValueError(f"labels is {str(path)!r}, which cannot be read ({error}); allowed: {allowed}") from error
+
+
 def check_classes(model: nn.Module) -> VideoMamba:
     """Return the model. Raise TypeError and ValueError as `check_one_answer`, ValueError for one of fewer than two classes."""
     model = check_one_answer(model)

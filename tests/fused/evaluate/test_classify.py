@@ -99,6 +99,9 @@ def test_command(model: VideoMamba, files: Path, tmp_path: Path, capsys: pytest.
     assert main(["--model", folder, path, "--top", "2", "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines == [f"{path}:", *(f"  {share:7.2%}  {name}" for name, share in due)]
+    (tmp_path / "names.txt").write_text("a\nb\nc\n")
+    assert main(["--model", folder, path, "--top", "1", "--device", "cpu", "--labels", str(tmp_path / "names.txt")]) == 0
+    assert capsys.readouterr().out.split()[-1] == "abc"[NAMES.index(due[0][0])]
     command = ["--model", folder, "--json", "--protocol", "k400", "--views", "2", "--device", "cpu", path]
     assert main([*command, str(files / "broken.mp4")]) == 1  # the other file has its prediction
     out, err = capsys.readouterr()

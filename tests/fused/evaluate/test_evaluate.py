@@ -298,7 +298,7 @@ def test_wrong_command(
     ("labels", "text", "message"),
     [
         (NAMES, "a.avi,7\n", "a.avi has the class '7'; allowed are 'light', 'dark', 'grey'"),
-        (None, "a.avi,dark\n", "allowed are '0', '1', '2'; the model's folder has no class names"),
+        (None, "a.avi,dark\n", "allowed are '0', '1', '2'; the model has no class names, labels=FILE"),
         (NAMES, "a.avi,dark\na.avi,grey\n", "lines 1 and 2"),
         (NAMES, "# nothing\n", "there is none in"),
     ],
@@ -310,6 +310,18 @@ def test_wrong_lists(labels: list[str] | None, text: str, message: str, tmp_path
     with pytest.raises(ValueError) as error:
         evaluate(given, tmp_path / "list", settings=FAST)
     assert message in str(error.value)
+
+
+def test_names_from_a_file(model: VideoMamba, data: Path, tmp_path: Path) -> None:
+    unnamed = small_model()
+    (tmp_path / "names.txt").write_text("\n".join(NAMES) + "\n\n")
+    results = evaluate(unnamed, data, settings=Settings(workers=0, labels=str(tmp_path / "names.txt")))
+    assert results.lines == evaluate(model, data, settings=FAST).lines
+    (tmp_path / "names.txt").write_text("light\ndark\n")
+    with pytest.raises(ValueError, match="labels has the length 2"):
+        evaluate(unnamed, data, settings=Settings(workers=0, labels=str(tmp_path / "names.txt")))
+    with pytest.raises(ValueError, match="labels is 'nowhere', which cannot be read"):
+        evaluate(unnamed, data, settings=Settings(workers=0, labels="nowhere"))
 
 
 def test_wrong_targets(data: Path, tmp_path: Path) -> None:
