@@ -79,6 +79,7 @@ class DataConfig:
     short: str = "drop"  # what becomes of a video that is too short: drop, loop or last
     scale: tuple[int | float, int | float] = (0.5, 1.0)
     flip: int | float = 0.5
+    erased: int | float = 0.0  # probability that a box of the clip is replaced by noise (random erasing)
     workers: int = 2  # decoding processes for each training process
 
     @property
@@ -290,7 +291,7 @@ RULES = (
     | dict.fromkeys(("batch_size", "accumulate", "log_every", "keep"), COUNT)
     | dict.fromkeys(("data.frames", "steps", "epochs", "evaluate_every", "save_every"), COUNT.optional())
     | dict.fromkeys(("data.workers", "optim.warmup_steps"), COUNT_OR_0)
-    | dict.fromkeys(("data.flip", "optim.warmup_start", "optim.floor", "loss.label_smoothing"), FRACTION)
+    | dict.fromkeys(("data.flip", "data.erased", "optim.warmup_start", "optim.floor", "loss.label_smoothing"), FRACTION)
     | dict.fromkeys(("mix.probability", "mix.switch"), FRACTION)
     | dict.fromkeys(("optim.weight_decay", "loss.distillation", "mix.mixup", "mix.cutmix"), POSITIVE_OR_0)
     | dict.fromkeys(("deterministic", "tensorboard"), FLAG)

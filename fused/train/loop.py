@@ -250,7 +250,7 @@ class Trainer:
         data = self.config.data
         options: dict[str, Any] = {
             "sampling": data.sampling, "stride": data.stride, "fps": data.fps, "short": data.short, "scale": data.scale,
-            "flip": data.flip, "seed": self.config.seed, "frame_pattern": data.frame_pattern,
+            "flip": data.flip, "erased": data.erased, "seed": self.config.seed, "frame_pattern": data.frame_pattern,
             "dtype": torch.uint8 if key == "train" else torch.float32,
         }  # fmt: skip
         root = str(getattr(data, key))

@@ -22,6 +22,7 @@ SYNONYMS = {
         "data.val": "valdir valdata valpath validation evaldata testdata",
         "data.flip": "hflip horizontalflip",
         "data.scale": "rrcscale cropscale",
+        "data.erased": "reprob randomerasing erase erasing randomerasingprob",
         "data.fps": "targetfps samplingfps framerate",
         "data.prefix": "videoprefix dataroot rootdir",
         "data.separator": "split sep delimiter",

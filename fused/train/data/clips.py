@@ -24,7 +24,7 @@ from fused.io.picture import Size, height_width
 from fused.io.preprocessing import Preprocessing
 from fused.io.video import Times, VideoError, VideoTooShort, decode_clip
 from fused.rules import check_integer, check_number
-from fused.train.data.augment import Crop
+from fused.train.data.augment import Crop, erase
 from fused.train.data.folder_scan import is_video_name
 from fused.train.data.listing import list_videos
 from fused.train.interrupt import blocked_signals, leave_signals_to_parent
@@ -101,8 +101,9 @@ class ClipFolder:
     side of a square, or (height, width), in pixels. With `train`, "segments" takes a
     random frame of each of `frames` equal segments of the video, and "dense" takes frames `stride` apart from a random start.
     All frames of a clip share one random crop (`scale`: lowest and highest fraction of the area; aspect 3:4 to 4:3 of the
-    size's), mirrored with probability `flip`. Without `train`, a clip is what `Preprocessing.read` returns. `fps` and `short`
-    are explained at `Preprocessing`; `frame_pattern`, such as "img_*.jpg", selects the images of folders of frames.
+    size's), mirrored with probability `flip`; with probability `erased` one box of all frames is noise (`erase`). Without
+    `train`, a clip is what `Preprocessing.read` returns. `fps` and `short` are explained at `Preprocessing`; `frame_pattern`,
+    such as "img_*.jpg", selects the images of folders of frames.
 
     With `train`, `dtype` may be torch.uint8: pixels from 0 to 255, rounded after they are resized, and not normalised, which
     take a quarter of the memory.
@@ -120,7 +121,7 @@ class ClipFolder:
 
     def __init__(
         self, root: str | Path, frames: int | None, size: Size, *, train: bool, sampling: str = "segments", stride: int = 4,
-        scale: tuple[int | float, int | float] = (0.5, 1.0), flip: int | float = 0.5, seed: int = 0,
+        scale: tuple[int | float, int | float] = (0.5, 1.0), flip: int | float = 0.5, erased: int | float = 0.0, seed: int = 0,
         classes: Sequence[str] | None = None, separator: str | None = None, prefix: str | Path | None = None,
         columns: Sequence[str] | None = None, fps: int | float | None = None, short: str = "drop",
         frame_pattern: str | None = None, dtype: torch.dtype = torch.float32,
@@ -129,6 +130,7 @@ class ClipFolder:
             check_integer("ClipFolder", "frames", frames, 1)
         check_integer("ClipFolder", "seed", seed, 0)
         check_number("ClipFolder", "flip", flip, 0, 1)
+        check_number("ClipFolder", "erased", erased, 0, 1)
         if len(scale) != 2:
             raise ValueError(f"ClipFolder: scale must be (least, most), shares of the area, got {scale!r}")
         check_number("ClipFolder", "scale's least", scale[0], 0, 1, "(]")
@@ -138,6 +140,7 @@ class ClipFolder:
         size = tuple(size) if isinstance(size, list) else size
         self.preprocessing = Preprocessing(frames, size, sampling, stride, fps, short)
         self.frames, self.size, self.train, self.dtype = frames, height_width(size), train, dtype
+        self.erased = erased
         self.scale, self.flip, self.seed, self.frame_pattern = (scale[0], scale[1]), flip, seed, frame_pattern
         listing = list_videos(root, classes, separator, prefix, columns, images=frames is None)
         self.files, self.labels, self.classes, self.stated_frames, self.notes = listing
@@ -178,6 +181,8 @@ class ClipFolder:
             return crop.apply(image, self.size)
 
         clip = decode_clip(path, choose, prepare, pattern=self.frame_pattern, stated=stated)
+        if self.erased and rng.random() < self.erased:
+            clip = erase(clip, rng)
         return Sample(clip[:, 0] if self.frames is None else clip, label)
 
 
