@@ -33,7 +33,7 @@ def sentence(speeds: Sequence[Speed], families: Sequence[Family]) -> str:
     family = main_family(families)
     if family is None:
         found = numbers(speeds, families)[:1]
-        return "".join(f"{n.value} {n.unit}: {n.label}." for n in found)
+        return "".join(" ".join(f"{n.value} {n.unit} {n.label}.".split()) for n in found)
     said, ratios = [], _ratios(family)
     if ratios:
         said.append(
@@ -162,6 +162,6 @@ def _data(speeds: Sequence[Speed]) -> list[Number]:
     if not mine:
         return []
     s = min(mine, key=seconds)
-    label = f"clips of {s.point['T']} frames that one core reads and resizes, a key frame every {s.point['G']}"
+    label = f"of clips of {s.point['T']} frames that one core reads and resizes, a key frame every {s.point['G']}"
     return [Number(number(1 / seconds(s)), "clips/s", label)]
 

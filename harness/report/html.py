@@ -49,18 +49,22 @@ class Page:
     sections: Sequence[Section] = ()
 
 
-def write(folder: Path, page: Page, stem: str = "report") -> Path:
-    """Write STEM.md and STEM.html into the folder, where the pictures are; return the path of the former."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=jinja2.select_autoescape(["html"]), keep_trailing_newline=True
-    )
-    environment.filters |= {"slug": slug, "md": markdown.escape, "html": lambda text: Markup(html(text, folder))}
+def write(folder: Path, page: Page) -> Path:
+    """Write report.md and report.html into the folder, where the pictures are; return the path of the former."""
+    write_html(folder, page, "report")
+    environment = _environment(folder)
     numbers = markdown.table([n.label for n in page.numbers], [[f"{n.value} {n.unit}".strip() for n in page.numbers]])
-    path = folder / f"{stem}.md"
+    path = folder / "report.md"
     path.write_text(environment.get_template("page.md").render(page=page, numbers=numbers), encoding="utf-8")
+    return path
+
+
+def write_html(folder: Path, page: Page, stem: str) -> Path:
+    """Write STEM.html into the folder, where the pictures are; return its path."""
     style, script = (Markup((TEMPLATES / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))
-    text = environment.get_template("page.html").render(page=page, style=style, script=script)
-    (folder / f"{stem}.html").write_text(text, encoding="utf-8")
+    text = _environment(folder).get_template("page.html").render(page=page, style=style, script=script)
+    path = folder / f"{stem}.html"
+    path.write_text(text, encoding="utf-8")
     return path
 
 
@@ -69,6 +73,15 @@ def write_both(folder: Path, text: str, title: str) -> Path:
     head, *parts = re.split(r"^## ", text.partition("\n")[2], flags=re.M)
     sections = [Section(name.strip(), body.strip()) for name, _, body in (part.partition("\n") for part in parts)]
     return write(folder, Page(title, head.strip(), sections=sections))
+
+
+def _environment(folder: Path) -> jinja2.Environment:
+    """Return the templates, which read pictures from a folder."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=jinja2.select_autoescape(["html"]), keep_trailing_newline=True
+    )
+    environment.filters |= {"slug": slug, "md": markdown.escape, "html": lambda text: Markup(html(text, folder))}
+    return environment
 
 
 def slug(title: str) -> str:
@@ -98,7 +111,7 @@ def _adapted(tokens: Sequence[Token], folder: Path) -> Iterator[Token]:
                     yield Token("html_block", "", 0, content=opened + _figure(inline, folder) + closed)
                 continue
         if token.type == "inline":
-            token.children = list(_links_within(token.children or []))
+            token.children = list(_links_within(token.children or [], folder))
         elif token.type == "heading_open":
             name = slug(unescape(tokens[i + 1].content))
             seen[name] += 1
@@ -116,12 +129,13 @@ def _adapted(tokens: Sequence[Token], folder: Path) -> Iterator[Token]:
             yield Token("scroll_close", "div", -1, block=True)
 
 
-def _links_within(children: Sequence[Token]) -> Iterator[Token]:
-    """Yield a paragraph's tokens; links that lead out of the page are plain text."""
+def _links_within(children: Sequence[Token], folder: Path) -> Iterator[Token]:
+    """Yield a paragraph's tokens; links are plain text, but those within the page and to other pages below its folder."""
     inside = False
     for child in children:
         if child.type == "link_open":
-            inside = str(child.attrs.get("href", "")).startswith("#")
+            link = str(child.attrs.get("href", ""))
+            inside = link.startswith("#") or (link.endswith(".html") and ":" not in link and (folder / link).is_file())
         if child.type not in ("link_open", "link_close") or inside:
             yield child
 
@@ -143,6 +157,7 @@ def _figure(inline: Token, folder: Path) -> str:
     text = re.sub(r"<metadata>.*?</metadata>|<\?xml.*?\?>|<!DOCTYPE.*?>", "", path.read_text(encoding="utf-8"), flags=re.S)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1), count=1)
     text = re.sub(r'\bid="|url\(#|<use xlink:href="#', lambda m: m[0] + slug(path.stem) + "-", text)
+    text = text.replace(' target="_blank"', "")  # matplotlib's links would open another tab
     for colour, name in ((INK, "ink"), (PAPER, "paper"), (GRID, "grid")):
         text = text.replace(colour, f"var(--{name})")
     caption = Markup("<figcaption>{}</figcaption>").format(image.content)

@@ -165,6 +165,7 @@ def test_cells_of_the_map_lead_to_their_worst_cases(run):
     assert links == {"forward-fusedtorch", "backward-fusedtorch", "forward-other"}
     assert all(f'id="{link}"' in page_ for link in links) and all(f'href="#{link}"' in page_ for link in links)
     assert "2/2" in svg and "1/2" in svg and "0/1" in svg
+    assert svg.count(f"fill: {margins.COLOURS[-1][1].lower()}") == 2  # what crashed has failed too, without a number
 
 
 def test_video_and_box(run):
