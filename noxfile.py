@@ -50,7 +50,7 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def pages(session: nox.Session) -> None:
     """The rendered pages in the system's Chromium, on a screen and on a phone (on Debian: apt-get install chromium)."""
-    install(session, "-e", ".[harness,train]", *TEST, *PAGES)
+    install(session, "-e", ".[harness,train]", *PAGES)
     python(session, "-m", "pytest", "tests/browser", *session.posargs)
 
 

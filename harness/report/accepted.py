@@ -8,6 +8,7 @@ from harness.records.speed import Speed
 from harness.report import curves, faults, loop, overview, reading
 from harness.report.bench import split_videos
 from harness.report.markdown import escape
+from harness.runs import freshness
 from harness.runs.store import Run
 
 MARKERS = ("<!-- newest accepted bench -->", "<!-- end of newest accepted bench -->")
@@ -99,4 +100,6 @@ def _source(folder: Path, run: Run, newest: Mapping[str, Path]) -> str:
     """Return a line that names the races of a run, its box, its day and its folder."""
     here, races = run.about["box"], [race for race in grids.races() if newest.get(race) == folder]
     day = run.about["started"][:10]
-    return f"- {', '.join(races)}: on one {escape(here.get('gpu') or here.get('cpu'))}, {day} ([report]({folder}/report.md))."
+    code = f"its code, {str(run.about.get('commit', '?'))[:7]}, is {freshness.in_words(freshness.changed_since(run))}"
+    box = escape(here.get("gpu") or here.get("cpu"))
+    return f"- {', '.join(races)}: on one {box}, {day} ([report]({folder}/report.md)); {code}."

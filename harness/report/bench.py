@@ -78,7 +78,7 @@ def write(run: Run) -> Path:
     pairs = paper.pairs(speeds)
     asked = [r for r in run.records if r.status != "skip"]
     sections = [
-        Section("How fast", "\n\n".join([overview.overview(speeds), *overview.crossings(families), shown(times[1:])])),
+        Section("How fast", "\n\n".join([*_overview(speeds, families), shown(times[1:])])),
         *([Section("Loops, the host's time included", loop.section(speeds))] if _has(speeds, loop.RACE) else []),
         *([Section("Streams and chunks", "\n\n".join(split))] if (split := split_videos(speeds)) else []),
         *([Section("Video files", _data(run, speeds))] if _has(speeds, reading.RACE) else []),
@@ -100,6 +100,12 @@ def write(run: Run) -> Path:
     large = headlines.numbers(speeds, families)
     said = "\n\n".join([verdict(run), *_warnings(run)])
     return html.write(folder, Page(title, said, large, shown(times[:1]) or "Nothing to draw.", sections))
+
+
+def _overview(speeds: list[Speed], families: list[curves.Family]) -> list[str]:
+    """Return the table of operators and models, and where these meet the ViT; nothing where none was timed."""
+    timed = {s.point.race for s in speeds} & {*grids.races("operators"), *grids.races("models")}
+    return [overview.overview(speeds), *overview.crossings(families)] if timed else []
 
 
 def _has(speeds: list[Speed], race: str) -> bool:

@@ -81,7 +81,7 @@ def legend(axes: Axes, looks: Iterable[Look], columns: int = 2, **line: Any) -> 
     """Draw a legend below the panel."""
     handles = [Line2D([], [], label=look.label, **line_look(look) | line) for look in dict.fromkeys(looks)]
     if handles:
-        axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=columns, fontsize=8)
+        axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=columns, fontsize=8, borderaxespad=4.2)
 
 
 def logarithmic(axis: Axis) -> None:

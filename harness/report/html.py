@@ -13,7 +13,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from markupsafe import Markup
 
-from harness.report import markdown
+from harness.report import markdown, things
 from harness.report.figures import GRID, INK, PAPER
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -158,8 +158,8 @@ def _figure(inline: Token, folder: Path) -> str:
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1), count=1)
     text = re.sub(r'\bid="|url\(#|<use xlink:href="#', lambda m: m[0] + slug(path.stem) + "-", text)
     text = text.replace(' target="_blank"', "")  # matplotlib's links would open another tab
-    for colour, name in ((INK, "ink"), (PAPER, "paper"), (GRID, "grid")):
-        text = text.replace(colour, f"var(--{name})")
+    for colour, name in ((INK, "ink"), (PAPER, "paper"), (GRID, "grid"), (things.LOOKS["fused:native"].colour, "ours")):
+        text = text.replace(colour.lower(), f"var(--{name})")
     caption = Markup("<figcaption>{}</figcaption>").format(image.content)
     width = re.search(r'viewBox="0 0 ([\d.]+)', text)
     label = Markup('<svg role="img" aria-label="{}" style="max-width: {:.0f}px"').format(
