@@ -14,7 +14,7 @@ from harness.source_mutants.tree import Answer, Tree
 
 CHECK = "mutants"  # the check that the records name
 NARROW, WIDE = 180.0, 1800.0  # seconds that the narrow tests of one bug, and those of a room, may take
-TOGETHER = 20  # bugs between two looks at whether the tests that found them pass without
+TOGETHER = 8  # bugs between two looks at whether the tests that found them pass without
 RAN = (0, 1, 2)  # pytest's exit codes where tests ran: all passed, one failed, a file could not be imported
 
 
