@@ -13,9 +13,11 @@ from harness.records.finding import Finding
 from harness.records.record import Record
 from harness.records.speed import Entry, Point, Speed
 from harness.report import (
+    accepted,
     bench,
     chunking,
     curves,
+    learning,
     loop,
     margins,
     overview,
@@ -194,6 +196,28 @@ def test_ceilings_in_their_units(tmp_path: Path) -> None:
         ["memory, 1 MiB moved again and again", "300 GB/s"], ["memory, 256 MiB moved again and again", "25 GB/s"],
         ["matrix product in float32", "1.5 TFLOP/s"], ["exponentials, float32", "7 G/s"],
     ]  # fmt: skip
+
+
+def test_a_bench_counts_what_failed(tmp_path: Path) -> None:
+    statuses = ("error", "timeout", "gated", "oom", "implied")
+    lost = [Speed(OURS, clip(B=n), status, reason="x") for n, status in enumerate(statuses, 1)]
+    said = bench._verdict(sweeps.made(tmp_path, [at(OURS, clip(B=9), 1.0), *lost]))
+    assert said.startswith("**GATED OR FAILED.** ours: 1 timed, 1 gated, 2 failed, 2 out of memory or not tried")
+
+
+def test_the_newest_accepted_numbers_are_shown(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("\n".join(accepted.MARKERS))
+    times = {"old": (0.5, "2026-01-01"), "new": (0.25, "2026-02-01"), "older": (0.75, "2025-01-01")}
+    runs = {Path(name): sweeps.made(tmp_path / name, [at(OURS, clip(), s)], started=when) for name, (s, when) in times.items()}
+    accepted.write(tmp_path / "README.md", runs)
+    text = (tmp_path / "README.md").read_text()
+    assert "| 250 |" in text and "| 500 |" not in text and "| 750 |" not in text and "(new/report.md)" in text
+
+
+def test_a_share_of_right_answers() -> None:
+    found = Finding("held out", "wrong", 3.0, 5.0, 10.0, note="bar 50 %")
+    record = Record("digits", "fused:torch", "ours", "learn", "steps1", "", "pass", 2.0, findings=(found,))
+    assert "70.0 % of 10 right, bar 50 %" in learning.one_line(record)
 
 
 def test_speeds_for_another_tool(tmp_path: Path) -> None:
