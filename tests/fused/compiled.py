@@ -99,12 +99,11 @@ def launches_of_ssd():
         arguments = x, dt, A, B, B, A, z if full and not backward else None, A, True, 0.0, 1.0, state, ids, full
         ssd_backward.backward(x, state, *arguments) if backward else ssd.forward(*arguments)
 
-    kernels = ("steps_kernel", "span_state_kernel", "pass_kernel", "scan_kernel")
-    gradients = ("span_gradient_kernel", "gradient_forward_kernel", "gradient_reverse_kernel", "steps_backward_kernel")
-    vars(ssd)["choose_spans"] = lambda programs, num_chunks, slots: (2, -(-num_chunks // 2))
+    kernels = ("steps_kernel", "states_kernel", "scan_kernel")
+    gradients = ("state_gradient_kernel", "input_gradient_kernel", "steps_backward_kernel", "reduce_kernel")
     vars(ssd)["NATIVE"] = True  # as on a GPU, also where tests import this
-    large, small = (112, 64, 1, 128, BF16), (4, 16, 2, 16, FP32)
-    for capability, (H, P, G, N, dtype) in ((90, large), (100, large), (0, small)):
+    large, largest, small = (112, 64, 1, 128, BF16), (8, 128, 1, 256, BF16), (4, 16, 2, 16, FP32)
+    for capability, (H, P, G, N, dtype) in ((90, large), (100, large), (90, largest), (0, (8, 128, 1, 256, FP32)), (0, small)):
         triton_launch.compile_for(capability)
         triton_launch.capability.cache_clear()
         only = {90: " sm_80 sm_90", 100: " sm_100", 0: ""}[capability]
@@ -113,7 +112,7 @@ def launches_of_ssd():
         for kernel in kernels:  # they would run on the CPU
             vars(ssd)[kernel] = Recorder(vars(ssd)[kernel])
         call = lambda a=(H, P, G, N, dtype, True, True): launch(*a)  # noqa: E731
-        yield name, ssd_backward, (*gradients, "reduce_kernel"), call
+        yield name, ssd_backward, gradients, call
         for kernel in kernels:
             vars(ssd)[kernel] = vars(ssd)[kernel].kernel
 

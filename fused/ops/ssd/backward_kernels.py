@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 
 from fused.ops.ssd.kernels import (
-    LN2,
     LOG2E,
     LOWEST,
     chunk_and_heads,
@@ -35,11 +34,11 @@ def state_gradient_kernel(
     B_clip_stride: tl.tensor, B_token_stride: tl.tensor, B_group_stride: tl.tensor,
     x_clip_stride: tl.tensor, x_token_stride: tl.tensor, x_head_stride: tl.tensor,
     REVERSE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, COMPUTE: tl.constexpr,
-    EVEN: tl.constexpr,
+    DIAGONAL: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Compute the part of dB that comes from the gradients of the states that leave the chunks, summed over the program's heads,
-    (blocks of P, head blocks, B, chunks, G, tokens, N). For dC, B is C, x is dy, `weight` is `from_state`, d is None, and
-    `gradients` are the states that enter. The blocks of N are the third axis of programs.
+    """Compute the part of dB that comes from the gradients of the states that leave the chunks, summed over the program's
+    heads, (blocks of P, head blocks, B, chunks, G, tokens, N). For dC, B is C, x is dy, `weight` is `from_state`, d is None,
+    and `gradients` are the states that enter. The blocks of N are the third axis of programs.
 
     Further, for the gradients of decays, unless they are None: by token (blocks, B, H, tokens) <weighted x, gradients B>, what
     it has to do with the state; by chunk (blocks, B, H, chunks) <state that enters, gradient that leaves> times its decay.
@@ -73,9 +72,12 @@ def state_gradient_kernel(
         dB = dot(scaled.to(COMPUTE), tl.trans(gradient), dB)
         if through_ptr is not None:
             state = load_state(states_ptr + place + j * state_size, n, p, N, P, COMPUTE, EVEN)
-            # the diagonal of a product of matrices takes fewer instructions than products of numbers
-            matrix = dot(tl.trans(state), gradient, tl.zeros((BLOCK_P, BLOCK_P), tl.float32))
-            through = tl.sum(tl.sum(tl.where(p[:, None] == p[None, :], matrix, 0.0), axis=1), axis=0)
+            if DIAGONAL:  # of a product of matrices, which takes fewer instructions than products of numbers
+                matrix = dot(tl.trans(state), gradient, tl.zeros((BLOCK_P, BLOCK_P), tl.float32))
+                matrix = tl.where(p[:, None] == p[None, :], matrix, 0.0)
+            else:
+                matrix = state.to(tl.float32) * gradient.to(tl.float32)
+            through = tl.sum(tl.sum(matrix, axis=1), axis=0)
             chunk_row = (first_row + j) * num_chunks + chunk
             tl.store(through_ptr + block * chunks * H + chunk_row, through * tl.load(decay_ptr + chunk_row))
     part = (tl.program_id(1) * head_blocks + tl.program_id(0) % head_blocks).to(tl.int64)
@@ -198,8 +200,8 @@ def reduce_kernel(
     C_clip_stride: tl.tensor, C_token_stride: tl.tensor, C_group_stride: tl.tensor,
     REVERSE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, COMPUTE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Compute dB and dC (B, L, G, N) of a chunk and a group: the sums of their parts, in order, and the products of the gradient
-    of C B^T, (parts, B, chunks, G, tokens, tokens), with C and B.
+    """Compute dB and dC (B, L, G, N) of a chunk and a group: the sums of their parts, in order, and the products of the
+    gradient of C B^T, (parts, B, chunks, G, tokens, tokens), with C and B.
     """
     group, chunk = tl.program_id(0) % G, (tl.program_id(0) // G) % num_chunks
     clip = (tl.program_id(0) // G // num_chunks).to(tl.int64)

@@ -5,8 +5,8 @@ With decays a_t = exp(d_t A), a chunk of tokens that the state S enters gives, b
     y_i = sum over j <= i of (C_i . B_j) a_(j+1) ... a_i d_j x_j  +  a_1 ... a_i S C_i
     S'  = a_1 ... a_Q S  +  sum over j of a_(j+1) ... a_Q d_j x_j B_j^T
 
-Forward, three kernels: `steps` (d and the decays within chunks), `states` (from chunk to chunk, a tile of the state of a head in
-registers, in float32; it stores the state that enters each chunk in the dtype of the products that read it), `scan` (y, all
+Forward, three kernels: `steps` (d and the decays within chunks), `states` (from chunk to chunk, a tile of the state of a head
+in registers, in float32; it stores the state that enters each chunk in the dtype of the products that read it), `scan` (y, all
 chunks at once; a program takes several heads of a group, which share C and C B^T). A sequence is never cut for `states`: the
 order of its sums depends on nothing but the chunk. No result is summed by atomics: everything is repeatable bit by bit. In
 bfloat16 a state is updated by products of three terms, which keep float32's precision; for y one term is enough.
@@ -25,7 +25,7 @@ from fused.runtime.triton_launch import FUSED_MULTIPLY_ADD, NATIVE, blocks, capa
 
 MAX_CHANNELS, MAX_STATES = 128, 256  # P and N
 MULTIPROCESSORS = 132  # of an H200; a constant, because the heads of a program decide the order of sums
-STEPS = {"BLOCK_HEADS": 16, "num_warps": 4, **FUSED_MULTIPLY_ADD}
+STEPS = {"BLOCK_HEADS": 16, "num_warps": 8, **FUSED_MULTIPLY_ADD}
 
 
 class Options(NamedTuple):
@@ -58,6 +58,7 @@ class Config(NamedTuple):
     state_gradient: Options = Options(4, 2)
     pairs: Options = Options(4, 2)
     input_gradient: Options = Options(4, 2)
+    diagonal: bool = True  # whether <state, gradient> is the diagonal of a product of matrices
     together: bool = False  # whether one kernel computes pairs and dx
 
 
@@ -81,13 +82,17 @@ def choose_config(sizes: Sizes, dtype: torch.dtype, capability: int = 0, backwar
     """Return the configuration for these sizes and the dtype of products, on a GPU of a compute capability (90 for 9.0)."""
     block_n = max(16, min(128, power_of_2(sizes.N)))
     block_p = max(16, min(64, power_of_2(sizes.P)))
+    # Triton 3.6 fails to compile for sm_100 where sums are taken of a product of 64 rows, which is in tensor memory
+    tensor_memory = capability >= 100
     if dtype != torch.bfloat16 or not NATIVE:
         chunk, one = 16 if not NATIVE else 32, Options(4, 1)
-        tile = max(16, min(block_p, 32)), min(block_n, 64)
-        return Config(chunk, block_p, block_n, *tile, tl.float32, 1, True, 8, one, one, one, one, one)
-    chunk = 64 if backward else 128
-    scan = Options(8, 2) if chunk == 128 else Options(4, 2)
-    return Config(chunk, block_p, block_n, min(32, block_p), block_n, tl.bfloat16, 3, False, 8, Options(4, 3), scan)
+        tile = min(block_p, 32), min(block_n, 64)
+        config = Config(chunk, block_p, block_n, *tile, tl.float32, 1, True, 8, one, one, one, one, one)
+    else:
+        chunk = 128 if not backward else 32 if tensor_memory else 64
+        tile, scan = (min(block_p, 32), block_n), Options(8, 2) if chunk == 128 else Options(4, 2)
+        config = Config(chunk, block_p, block_n, *tile, tl.bfloat16, 3, False, 8, Options(4, 3), scan)
+    return config._replace(diagonal=not tensor_memory)
 
 
 def choose_heads(sizes: Sizes, num_chunks: int, most: int) -> int:
@@ -221,12 +226,13 @@ def _steps(
     num_chunks: int, CHUNK: int,
 ) -> Steps:  # fmt: skip
     clips, L, H = dt.shape
-    by_token = torch.empty((5, clips, H, num_chunks * CHUNK), dtype=torch.float32, device=dt.device).unbind(0)
+    d, *others = torch.empty((5, clips, H, num_chunks * CHUNK), dtype=torch.float32, device=dt.device).unbind(0)
     decay = torch.empty((clips, H, num_chunks), dtype=torch.float32, device=dt.device)
     bias = None if dt_bias is None else dt_bias.contiguous()
     triton_launch.launch(
         steps_kernel, dt.device, (clips * num_chunks, blocks(H, STEPS["BLOCK_HEADS"])),
-        dt, A.contiguous(), bias, ids, *by_token, decay, L, H, num_chunks, *dt.stride()[:2], low, high,
+        dt, A.contiguous(), bias, ids, d, *others, decay, L, H, num_chunks, *dt.stride()[:2], low, high,
         SOFTPLUS=softplus, REVERSE=reverse, CHUNK=CHUNK, **STEPS,
     )  # fmt: skip
-    return Steps(*by_token, decay)
+    prefix, prefix_low, from_state, to_end = others
+    return Steps(d, prefix, prefix_low, from_state, to_end, decay)

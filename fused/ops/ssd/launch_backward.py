@@ -14,8 +14,8 @@ numbers by row and by column. Those that go through the chunk from state to stat
 
 Kernels: `steps` and `states` again, for the states that enter the chunks; `states` from the last chunk on, for the gradients of
 the states that leave them; `state_gradient` twice, for the parts of dC and dB that these give, each summed over several heads;
-`input_gradient` (dx, and the gradient of C B^T, summed over several heads, in one launch or two); `steps_backward` (dt, A and the
-bias, from numbers that the others have stored for every token); `reduce` (dB and dC). All sums are in a fixed order.
+`input_gradient` (dx, and the gradient of C B^T, summed over several heads, in one launch or two); `steps_backward` (dt, A and
+the bias, from numbers that the others have stored for every token); `reduce` (dB and dC). All sums are in a fixed order.
 """
 
 from typing import NamedTuple
@@ -116,18 +116,19 @@ def _backward(
     read = empty(p_blocks * n_blocks, clips, H, num_chunks * CHUNK)
     through = empty(p_blocks * n_blocks, clips, H, num_chunks)
     D_CHANNELS = D is not None and D.dim() == 2
-    dD_parts = None if D is None else empty(clips, num_chunks, H, P) if D_CHANNELS else empty(p_blocks, clips, H, num_chunks * CHUNK)
+    dD_shape = (clips, num_chunks, H, P) if D_CHANNELS else (p_blocks, clips, H, num_chunks * CHUNK)
+    dD_parts = None if D is None else empty(*dD_shape)
     shape = (*call.shape, call.heads)
     x_strides, B_strides, C_strides, dy_strides = (t.stride()[:3] for t in (x, B, C, dy))
     triton_launch.launch(
         state_gradient_kernel, x.device, (*grid, n_blocks),
         C, dy, None, steps.from_state, steps.decay, states, gradients, dC_parts, read, through, *shape, *C_strides, *dy_strides,
-        **call.options, **config.state_gradient.launch(),
+        DIAGONAL=config.diagonal, **call.options, **config.state_gradient.launch(),
     )  # fmt: skip
     triton_launch.launch(
         state_gradient_kernel, x.device, (*grid, n_blocks),
         B, x, steps.d, steps.to_end, steps.decay, gradients, None, dB_parts, None, None, *shape, *B_strides, *x_strides,
-        **call.options, **config.state_gradient.launch(),
+        DIAGONAL=config.diagonal, **call.options, **config.state_gradient.launch(),
     )  # fmt: skip
     outputs = (dx, pairs), (None, pairs), (dx, None)
     for dx_out, pairs_out in outputs[:1] if config.together else outputs[1:]:
