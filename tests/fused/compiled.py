@@ -102,8 +102,9 @@ def launches_of_ssd():
     kernels = ("steps_kernel", "states_kernel", "scan_kernel")
     gradients = ("state_gradient_kernel", "input_gradient_kernel", "steps_backward_kernel", "reduce_kernel")
     vars(ssd)["NATIVE"] = True  # as on a GPU, also where tests import this
-    large, largest, small = (112, 64, 1, 128, BF16), (8, 128, 1, 256, BF16), (4, 16, 2, 16, FP32)
-    for capability, (H, P, G, N, dtype) in ((90, large), (100, large), (90, largest), (0, (8, 128, 1, 256, FP32)), (0, small)):
+    large, largest, precise = (112, 64, 1, 128, BF16), (8, 128, 1, 256, BF16), (8, 128, 1, 256, FP32)
+    sizes = [(90, large), (100, large), (90, largest), (90, precise), (100, precise), (0, (4, 16, 2, 16, FP32))]
+    for capability, (H, P, G, N, dtype) in sizes:
         triton_launch.compile_for(capability)
         triton_launch.capability.cache_clear()
         only = {90: " sm_80 sm_90", 100: " sm_100", 0: ""}[capability]
