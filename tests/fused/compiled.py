@@ -182,14 +182,15 @@ def main(op, *capabilities):
         vars(module).update(kernels)
         for name, recorder in recorders.items():
             for call in recorder.calls:
-                if (name, arguments := compiler_arguments(recorder.kernel, *call)) in seen:
-                    continue
-                seen.append((name, arguments))
+                arguments = compiler_arguments(recorder.kernel, *call)
                 *types, options = arguments
                 assert options.get("enable_fp_fusion") is True, f"{name}: the launch leaves a * b + c to Triton's default"
                 for capability in map(int, capabilities):
                     if "sm_" in case and f"sm_{capability}" not in case.split():
                         continue  # this configuration is for others
+                    if (seen_here := (name, capability, arguments)) in seen:
+                        continue
+                    seen.append(seen_here)
                     tuned = getattr(module, "CAPABILITY_OPTIONS", {}).get(capability, {}) if "bf16" in case else {}
                     found = resources(recorder.kernel, *types, options | tuned, capability)
                     print(json.dumps({"case": case, "kernel": name, "sm": capability} | found), flush=True)

@@ -34,7 +34,7 @@ def state_gradient_kernel(
     B_clip_stride: tl.tensor, B_token_stride: tl.tensor, B_group_stride: tl.tensor,
     x_clip_stride: tl.tensor, x_token_stride: tl.tensor, x_head_stride: tl.tensor,
     REVERSE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, COMPUTE: tl.constexpr,
-    DIAGONAL: tl.constexpr, EVEN: tl.constexpr,
+    DIAGONAL: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Compute the part of dB that comes from the gradients of the states that leave the chunks, summed over the program's
     heads, (blocks of P, head blocks, B, chunks, G, tokens, N). For dC, B is C, x is dy, `weight` is `from_state`, d is None,
@@ -59,7 +59,7 @@ def state_gradient_kernel(
     place = ((clip * num_chunks + chunk) * H + first_head) * P * N
     B = load_rows(B_ptr, tokens, n, N, B_token_stride, COMPUTE, EVEN)
     dB = tl.zeros((CHUNK, BLOCK_N), tl.float32)
-    for j in range(0, count):
+    for j in tl.range(0, count, num_stages=STAGES):
         x = load_rows(x_ptr + j * x_head_stride, tokens, p, P, x_token_stride, COMPUTE, EVEN)
         gradient = load_state(gradients_ptr + place + j * state_size, n, p, N, P, COMPUTE, EVEN)
         weight = tl.load(weight_ptr + row + j * head_tokens)
@@ -98,7 +98,7 @@ def input_gradient_kernel(
     C_clip_stride: tl.tensor, C_token_stride: tl.tensor, C_group_stride: tl.tensor,
     dy_clip_stride: tl.tensor, dy_token_stride: tl.tensor, dy_head_stride: tl.tensor,
     REVERSE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
-    COMPUTE: tl.constexpr, EXACT: tl.constexpr, D_CHANNELS: tl.constexpr, EVEN: tl.constexpr,
+    COMPUTE: tl.constexpr, EXACT: tl.constexpr, D_CHANNELS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Compute dx; summed over the program's heads, the gradient of B C^T, (blocks of P, head blocks, B, chunks, G, tokens,
     tokens); and dD by token, or, with D_CHANNELS, that of the chunk by channel, (B, chunks, H, P).
@@ -139,7 +139,7 @@ def input_gradient_kernel(
         used = used & (ids[:, None] == ids[None, :])
     products = tl.where(used, products, 0.0)
     all_pairs = tl.zeros((CHUNK, CHUNK), tl.float32)
-    for k in range(0, count):
+    for k in tl.range(0, count, num_stages=STAGES):
         x = load_rows(x_ptr + k * x_head_stride, tokens, p, P, x_token_stride, COMPUTE, EVEN)
         dy = load_rows(dy_ptr + k * dy_head_stride, tokens, p, P, dy_token_stride, COMPUTE, EVEN, inside)
         base = row + k * head_tokens

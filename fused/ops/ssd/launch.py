@@ -34,17 +34,21 @@ class Options(NamedTuple):
     num_warps: int
     num_stages: int
     maxnreg: int | None = None
+    all_loads: bool = True
 
     def launch(self) -> dict[str, Any]:
         """Return them as Triton takes them."""
         limit = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit, **FUSED_MULTIPLY_ADD}
+        # as the stages of a loop too: else Triton fetches ahead only what products are taken of
+        stages = {"num_stages": self.num_stages, "STAGES": self.num_stages if self.all_loads else None}
+        return {"num_warps": self.num_warps, **stages, **limit, **FUSED_MULTIPLY_ADD}
 
 
 class Config(NamedTuple):
     """The compile-time choices of the kernels for one set of sizes."""
 
     CHUNK: int
+    ROWS: int  # tokens of a chunk whose y a program of `scan` computes
     BLOCK_P: int
     BLOCK_N: int
     STATE_P: int  # the tile of the state that a program of `states` has
@@ -87,11 +91,11 @@ def choose_config(sizes: Sizes, dtype: torch.dtype, capability: int = 0, backwar
     if dtype != torch.bfloat16 or not NATIVE:
         chunk, one = 16 if not NATIVE else 32, Options(4, 1)
         tile = min(block_p, 32), min(block_n, 64)
-        config = Config(chunk, block_p, block_n, *tile, tl.float32, 1, True, 8, one, one, one, one, one)
+        config = Config(chunk, chunk, block_p, block_n, *tile, tl.float32, 1, True, 8, one, one, one, one, one)
     else:
         chunk = 128 if not backward else 32 if tensor_memory else 64
         tile, scan = (min(block_p, 32), block_n), Options(8, 2) if chunk == 128 else Options(4, 2)
-        config = Config(chunk, block_p, block_n, *tile, tl.bfloat16, 3, False, 8, Options(4, 3), scan)
+        config = Config(chunk, chunk, block_p, block_n, *tile, tl.bfloat16, 3, False, 8, Options(4, 3), scan)
     return config._replace(diagonal=not tensor_memory)
 
 
@@ -127,13 +131,14 @@ def forward(
     config, steps = call.config, call.steps
     entering = run_states(call, x, B, steps.to_end, steps.d, initial_state, final)
     z_strides = (0, 0, 0) if z is None else z.stride()[:3]
-    triton_launch.launch(
-        scan_kernel, x.device, call.grid,
-        x, B, C, None if D is None else D.contiguous(), z, call.ids, steps.d, steps.prefix, steps.prefix_low, steps.from_state,
-        entering, y, *call.shape, call.heads, *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *z_strides,
-        TILES=blocks(call.sizes.N, config.BLOCK_N), D_CHANNELS=D is not None and D.dim() == 2, **call.options,
-        **config.scan.launch(),
-    )  # fmt: skip
+    for first in range(0, config.CHUNK, config.ROWS):
+        triton_launch.launch(
+            scan_kernel, x.device, call.grid,
+            x, B, C, None if D is None else D.contiguous(), z, call.ids, steps.d, steps.prefix, steps.prefix_low,
+            steps.from_state, entering, y, *call.shape, call.heads, *x.stride()[:3], *B.stride()[:3], *C.stride()[:3],
+            *z_strides, FIRST=first, ROWS=config.ROWS, TILES=blocks(call.sizes.N, config.BLOCK_N),
+            D_CHANNELS=D is not None and D.dim() == 2, **call.options, **config.scan.launch(),
+        )  # fmt: skip
     return y, final
 
 
