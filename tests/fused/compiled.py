@@ -99,7 +99,7 @@ def launches_of_ssd():
         ssd_backward.backward(x, state, *arguments) if backward else ssd.forward(*arguments)
 
     kernels = ("steps_kernel", "states_kernel", "scan_kernel")
-    gradients = ("state_gradient_kernel", "input_gradient_kernel", "steps_backward_kernel", "reduce_kernel")
+    gradients = "both_states_kernel", "state_gradient_kernel", "input_gradient_kernel", "steps_backward_kernel", "reduce_kernel"
     vars(ssd)["NATIVE"] = True  # as on a GPU, also where tests import this
     large, largest, precise = (112, 64, 1, 128, BF16), (8, 128, 1, 256, BF16), (8, 128, 1, 256, FP32)
     sizes = [(90, large), (100, large), (90, largest), (90, precise), (100, precise), (0, (4, 16, 2, 16, FP32))]

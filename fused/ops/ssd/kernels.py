@@ -5,8 +5,7 @@ into a token. In kernels states are transposed, (N, P). In names, `prefix` is th
 from the chunk's first token to the token in question, as two float32 whose sum is exact to float64.
 
 EVEN says that P and N fill their blocks. COMPUTE is the dtype of matrix products: that of bfloat16 inputs, which are exact in
-it, else float32, by three TF32 products. What is not exact in bfloat16, where it decides about states that are returned, is
-split into TERMS bfloat16 numbers.
+it, else float32, by three TF32 products.
 """
 
 # mypy: disable-error-code="assignment"
@@ -41,18 +40,6 @@ def softplus(x: tl.tensor):
 def dot(a: tl.tensor, b: tl.tensor, c: tl.tensor):
     """Return a b + c in float32; a and b are bfloat16, or float32 with almost its precision."""
     return tl.dot(a, b, c, input_precision="tf32x3")
-
-
-@triton.jit
-def dot_split(a: tl.tensor, b: tl.tensor, c: tl.tensor, COMPUTE: tl.constexpr, TERMS: tl.constexpr):
-    """Return a b + c, where b is float32 and a in COMPUTE."""
-    if COMPUTE == tl.float32:
-        return dot(a, b, c)
-    for _ in tl.static_range(TERMS - 1):  # cut off, not rounded: a conversion back takes four times as long
-        part = (b.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
-        c = dot(a, part.to(COMPUTE), c)
-        b = b - part
-    return dot(a, b.to(COMPUTE), c)
 
 
 @triton.jit
@@ -182,54 +169,6 @@ def steps_kernel(
     tl.store(decay_ptr + (clip * H + heads) * num_chunks + chunk, decay, mask=heads < H)
 
 
-@triton.jit(do_not_specialize=["L", "num_chunks"])
-def states_kernel(
-    x_ptr: tl.tensor, B_ptr: tl.tensor, d_ptr: tl.tensor, weight_ptr: tl.tensor, decay_ptr: tl.tensor,
-    initial_ptr: tl.tensor, states_ptr: tl.tensor, final_ptr: tl.tensor,
-    L: tl.tensor, H: tl.tensor, P: tl.tensor, N: tl.tensor, heads_per_group: tl.tensor, num_chunks: tl.tensor,
-    x_clip_stride: tl.tensor, x_token_stride: tl.tensor, x_head_stride: tl.tensor,
-    B_clip_stride: tl.tensor, B_token_stride: tl.tensor, B_group_stride: tl.tensor,
-    REVERSE: tl.constexpr, BACKWARD: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    COMPUTE: tl.constexpr, TERMS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Go through a sequence with a tile of the state of one head in registers, in float32, from the initial state (B, H, P, N)
-    or zeros on: store the state that enters each chunk, (B, chunks, H, N, P), and the final state (B, H, P, N), unless None.
-
-    BACKWARD goes through it from the last chunk on, for gradients of states: x is dy, B is C, `weight` is `from_state`; what is
-    stored for a chunk is the gradient of the state that leaves it. Forward, `weight` is `to_end`, to be multiplied by d.
-    """
-    head, clip = tl.program_id(0) % H, (tl.program_id(0) // H).to(tl.int64)
-    p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    n = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
-    x_ptr += clip * x_clip_stride + head.to(tl.int64) * x_head_stride
-    B_ptr += clip * B_clip_stride + (head // heads_per_group).to(tl.int64) * B_group_stride
-    row = (clip * H + head) * (num_chunks * CHUNK)
-    decay_ptr += (clip * H + head) * num_chunks
-    in_state = (n < N)[:, None] & (p < P)[None, :]
-    transposed = (clip * H + head) * P * N + p[None, :] * N + n[:, None]
-    if initial_ptr is not None:
-        state = tl.load(initial_ptr + transposed, mask=in_state, other=0.0).to(tl.float32)
-    else:
-        state = tl.zeros((BLOCK_N, BLOCK_P), tl.float32)
-    for k in tl.range(0, num_chunks, num_stages=STAGES):
-        chunk = num_chunks - 1 - k if BACKWARD else k
-        position = chunk * CHUNK + tl.arange(0, CHUNK)
-        tokens = to_tokens(position, L, REVERSE)
-        B = load_rows(B_ptr, tokens, n, N, B_token_stride, COMPUTE, EVEN)
-        x = load_rows(x_ptr, tokens, p, P, x_token_stride, COMPUTE, EVEN)
-        weight = tl.load(weight_ptr + row + position)
-        if not BACKWARD:
-            weight *= tl.load(d_ptr + row + position)
-        decay = tl.load(decay_ptr + chunk)
-        place = (clip * num_chunks + chunk) * H + head
-        ptrs = states_ptr + place * P * N + n[:, None] * P + p[None, :]
-        tl.store(ptrs, state.to(states_ptr.dtype.element_ty), mask=None if EVEN else in_state)
-        scaled = x.to(tl.float32) * weight[:, None]
-        state = dot_split(tl.trans(B), scaled, state * decay, COMPUTE, TERMS)
-    if final_ptr is not None:
-        tl.store(final_ptr + transposed, state, mask=in_state)
-
-
 @triton.jit(do_not_specialize=["L", "num_chunks", "heads_per_program"])
 def scan_kernel(
     x_ptr: tl.tensor, B_ptr: tl.tensor, C_ptr: tl.tensor, D_ptr: tl.tensor, z_ptr: tl.tensor, ids_ptr: tl.tensor,
@@ -245,8 +184,8 @@ def scan_kernel(
     BLOCK_N: tl.constexpr, TILES: tl.constexpr, COMPUTE: tl.constexpr, D_CHANNELS: tl.constexpr, EVEN: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Compute y (B, L, H, P) of ROWS tokens of a chunk, from its FIRST on, from the states that enter the chunks, (B, chunks, H,
-    N, P), for several heads of a group in turn, which share C and C B^T. D, z and ids may be None.
+    """Compute y (B, L, H, P) of ROWS tokens of a chunk, from its FIRST on, from the states that enter the chunks, (B, chunks,
+    H, N, P), for several heads of a group in turn, which share C and C B^T. D, z and ids may be None.
     """
     COLUMNS: tl.constexpr = FIRST + ROWS  # tokens that these read
     clip, chunk, group, first_head, count = chunk_and_heads(num_chunks, H, heads_per_group, heads_per_program)

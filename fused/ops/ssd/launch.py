@@ -18,7 +18,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from fused.ops.ssd.kernels import scan_kernel, states_kernel, steps_kernel
+from fused.ops.ssd.kernels import scan_kernel, steps_kernel
+from fused.ops.ssd.state_kernels import states_kernel
 from fused.runtime import triton_launch
 from fused.runtime.modes import is_batch_invariant
 from fused.runtime.triton_launch import FUSED_MULTIPLY_ADD, NATIVE, blocks, capability, power_of_2
@@ -94,8 +95,11 @@ def choose_config(sizes: Sizes, dtype: torch.dtype, capability: int = 0, backwar
         config = Config(chunk, chunk, block_p, block_n, *tile, tl.float32, 1, True, 8, one, one, one, one, one)
     else:
         chunk = 128 if not backward else 32 if tensor_memory else 64
-        tile, scan = (min(block_p, 32), block_n), Options(8, 2) if chunk == 128 else Options(4, 2)
-        config = Config(chunk, chunk, block_p, block_n, *tile, tl.bfloat16, 3, False, 8, Options(4, 3), scan)
+        over_heads = Options(4, 3 if sizes.N <= 128 else 2)
+        tile = block_p, min(block_n, 64)
+        config = Config(
+            chunk, min(chunk, 64), block_p, block_n, *tile, tl.bfloat16, 3, False, 16, Options(4, 3), *(over_heads,) * 4
+        )
     return config._replace(diagonal=not tensor_memory)
 
 
@@ -129,7 +133,12 @@ def forward(
         return y, final
     call = prepare(x, dt, A, B, C, dt_bias, softplus, low, high, seq_idx, reverse, config)
     config, steps = call.config, call.steps
-    entering = run_states(call, x, B, steps.to_end, steps.d, initial_state, final)
+    entering, initial = new_states(call, x), None if initial_state is None else initial_state.contiguous()
+    triton_launch.launch(
+        states_kernel, x.device, call.states_grid,
+        x, B, steps.d, steps.to_end, steps.decay, initial, entering, final,
+        *call.shape, *x.stride()[:3], *B.stride()[:3], TERMS=config.TERMS, **call.states_options,
+    )  # fmt: skip
     z_strides = (0, 0, 0) if z is None else z.stride()[:3]
     for first in range(0, config.CHUNK, config.ROWS):
         triton_launch.launch(
@@ -176,6 +185,20 @@ class Call(NamedTuple):
         return blocks(self.sizes.H // self.sizes.G, self.heads)
 
     @property
+    def states_grid(self) -> tuple[int, int, int]:
+        """Return the programs that go through sequences: all heads of all clips; the tiles of P; those of N."""
+        clips, _, H, P, _, N = self.sizes
+        return clips * H, blocks(P, self.config.STATE_P), blocks(N, self.config.STATE_N)
+
+    @property
+    def states_options(self) -> dict[str, Any]:
+        """Return their constants and options."""
+        config, (P, N) = self.config, (self.sizes.P, self.sizes.N)
+        even = P % config.STATE_P == 0 and N % config.STATE_N == 0
+        tile = {"BLOCK_P": config.STATE_P, "BLOCK_N": config.STATE_N, "EVEN": even}
+        return self.options | tile | config.states.launch()
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Return the programs of a kernel: all chunks of all clips, groups and blocks of heads; and the blocks of P."""
         programs = self.sizes.clips * self.num_chunks * self.sizes.G * self.head_blocks
@@ -199,26 +222,11 @@ def prepare(
     return Call(config, sizes, num_chunks, choose_heads(sizes, num_chunks, config.heads), options, ids, steps, reverse)
 
 
-def run_states(
-    call: Call, x: Tensor, B: Tensor, weight: Tensor, d: Tensor | None, initial: Tensor | None, final: Tensor | None,
-    terms: int | None = None,
-) -> Tensor:  # fmt: skip
-    """Return the states that enter the chunks, (B, chunks, H, N, P), and write the last one to `final` (B, H, P, N).
-
-    Without d it goes backwards: x is dy, B is C, `weight` is `from_state`, and the result is the gradients of the states that
-    leave the chunks.
-    """
-    config, (clips, _, H, P, _, N) = call.config, call.sizes
-    dtype = torch.bfloat16 if config.COMPUTE == tl.bfloat16 else torch.float32
-    states = torch.empty((clips, call.num_chunks, H, N, P), dtype=dtype, device=x.device)
-    triton_launch.launch(
-        states_kernel, x.device, (clips * H, blocks(P, config.STATE_P), blocks(N, config.STATE_N)),
-        x, B, d, weight, call.steps.decay, None if initial is None else initial.contiguous(), states, final, *call.shape,
-        *x.stride()[:3], *B.stride()[:3], REVERSE=call.reverse, BACKWARD=d is None, CHUNK=config.CHUNK, BLOCK_P=config.STATE_P,
-        BLOCK_N=config.STATE_N, COMPUTE=config.COMPUTE, TERMS=terms or config.TERMS,
-        EVEN=P % config.STATE_P == 0 and N % config.STATE_N == 0, **config.states.launch(),
-    )  # fmt: skip
-    return states
+def new_states(call: Call, x: Tensor) -> Tensor:
+    """Return an empty tensor for a state for every chunk, (B, chunks, H, N, P)."""
+    clips, _, H, P, _, N = call.sizes
+    dtype = torch.bfloat16 if call.config.COMPUTE == tl.bfloat16 else torch.float32
+    return torch.empty((clips, call.num_chunks, H, N, P), dtype=dtype, device=x.device)
 
 
 def rows(t: Any) -> Any:

@@ -12,8 +12,8 @@ The gradient of log a_t is the sum of all terms of y . dy and of G . S' whose de
 token's output or the leaving state, and of a token's input or the entering state: those within a chunk are summed from the same
 numbers by row and by column. Those that go through the chunk from state to state are a_1 ... a_Q G . S.
 
-Kernels: `steps` and `states` again, for the states that enter the chunks; `states` from the last chunk on, for the gradients of
-the states that leave them; `state_gradient` twice, for the parts of dC and dB that these give, each summed over several heads;
+Kernels: `steps` again; `both_states`, the states that enter the chunks and the gradients of those that leave them, both ways at
+a time; `state_gradient` twice, for the parts of dC and dB that these give, each summed over several heads;
 `input_gradient` (dx, and the gradient of C B^T, summed over several heads, in one launch or two); `steps_backward` (dt, A and
 the bias, from numbers that the others have stored for every token); `reduce` (dB and dC). All sums are in a fixed order.
 """
@@ -31,7 +31,8 @@ from fused.ops.ssd.backward_kernels import (
     state_gradient_kernel,
     steps_backward_kernel,
 )
-from fused.ops.ssd.launch import STEPS, Config, prepare, rows, run_states
+from fused.ops.ssd.launch import STEPS, Config, new_states, prepare, rows
+from fused.ops.ssd.state_kernels import both_states_kernel
 from fused.runtime import triton_launch
 from fused.runtime.triton_launch import FUSED_MULTIPLY_ADD, blocks
 
@@ -104,10 +105,16 @@ def _backward(
         return Gradients(dx, ddt, torch.zeros_like(A, dtype=torch.float32), dB, dC, dD, None, dbias, dinitial)
     call = prepare(x, dt, A, B, C, dt_bias, softplus, low, high, seq_idx, reverse, config, True)
     config, steps, num_chunks, CHUNK = call.config, call.steps, call.num_chunks, call.config.CHUNK
-    states = run_states(call, x, B, steps.to_end, steps.d, initial_state, None, terms=1)
-    dfinal = None if dfinal is None else dfinal.float()
-    terms = 1 if dinitial is None else config.TERMS  # that gradient alone is returned in float32
-    gradients = run_states(call, dy, C, steps.from_state, None, dfinal, dinitial, terms=terms)
+    states, gradients = new_states(call, x), new_states(call, x)
+    initial, dfinal = (None if t is None else t.contiguous().float() for t in (initial_state, dfinal))
+    x_strides, B_strides, C_strides, dy_strides = (t.stride()[:3] for t in (x, B, C, dy))
+    programs, *tiles = call.states_grid
+    triton_launch.launch(
+        both_states_kernel, x.device, (2 * programs, *tiles),
+        x, B, steps.d, steps.to_end, dy, C, steps.from_state, steps.decay, initial, states, dfinal, gradients, dinitial,
+        *call.shape, *x_strides, *B_strides, *dy_strides, *C_strides, TERMS=1 if dinitial is None else config.TERMS,
+        **call.states_options,
+    )  # fmt: skip
     grid, p_blocks, n_blocks = call.grid, call.grid[1], blocks(N, config.BLOCK_N)
     parts = p_blocks * call.head_blocks
     dB_parts, dC_parts = empty(2, parts, clips, num_chunks, G, CHUNK, N).unbind(0)
@@ -119,7 +126,6 @@ def _backward(
     dD_shape = (clips, num_chunks, H, P) if D_CHANNELS else (p_blocks, clips, H, num_chunks * CHUNK)
     dD_parts = None if D is None else empty(*dD_shape)
     shape = (*call.shape, call.heads)
-    x_strides, B_strides, C_strides, dy_strides = (t.stride()[:3] for t in (x, B, C, dy))
     triton_launch.launch(
         state_gradient_kernel, x.device, (*grid, n_blocks),
         C, dy, None, steps.from_state, steps.decay, states, gradients, dC_parts, read, through, *shape, *C_strides, *dy_strides,

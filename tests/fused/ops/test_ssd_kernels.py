@@ -163,7 +163,7 @@ def test_compiles_and_prints_its_resources(capsys):
     with capsys.disabled():
         print("", *lines, sep="\n")
     names = {
-        "steps_kernel", "states_kernel", "scan_kernel", "state_gradient_kernel", "input_gradient_kernel",
+        "steps_kernel", "states_kernel", "scan_kernel", "both_states_kernel", "state_gradient_kernel", "input_gradient_kernel",
         "steps_backward_kernel", "reduce_kernel",
     }  # fmt: skip
     assert {(line["kernel"], line["sm"]) for line in lines} == {(name, sm) for name in names for sm in (80, 90, 100)}
