@@ -129,6 +129,13 @@ def learn(session: nox.Session) -> None:
 
 
 @nox.session
+def mutants(session: nox.Session) -> None:
+    """Plant bugs in a copy of the sources, one at a time, for the tests to find: `nox -s mutants -- --room judge`."""
+    install(session, "-e", ".[harness,train]", *TEST)
+    python(session, "-m", "harness", "mutants", *session.posargs)
+
+
+@nox.session
 def compare(session: nox.Session) -> None:
     """Whether one bench is faster than another: `nox -s compare -- BASE RUN`."""
     install(session, "-e", ".[harness]")

@@ -7,6 +7,7 @@ import typer
 from harness.cli.bench import bench
 from harness.cli.inspect import doctor, list_all
 from harness.cli.learn import learn
+from harness.cli.mutants import mutants
 from harness.cli.parity import parity
 from harness.cli.runs import accept, compare, report
 from harness.judge.request import UsageError
@@ -15,7 +16,7 @@ from harness.runs.store import StoreError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 app.command("list")(list_all)
-for command in (doctor, parity, bench, compare, learn, report, accept):
+for command in (doctor, parity, bench, compare, learn, mutants, report, accept):
     app.command()(command)
 
 

@@ -10,13 +10,14 @@ import torch
 import typer
 
 from harness.cli.inspect import require_fit
+from harness.judge import stamps
 from harness.judge.case import Case
-from harness.judge.parity import absent_implementations, cost, describe, memory, run_parity, write_stamps
+from harness.judge.parity import absent_implementations, cost, describe, memory, run_parity
 from harness.judge.request import ParityRequest, default_device, require_device
 from harness.records.record import Record
 from harness.report import page
 from harness.runs import environment, workers
-from harness.runs.conclude import INTERRUPTED, NOTHING, PASSED, conclude, exit_code, nothing_ran
+from harness.runs.conclude import FAILED, INTERRUPTED, NOTHING, PASSED, conclude, exit_code, nothing_ran
 from harness.runs.progress import Progress
 from harness.runs.store import Run, begin, require_writable, unfinished
 
@@ -94,9 +95,13 @@ def judge(plan: ParityRequest, run: Run, save_failing: bool, jobs: int) -> int:
     if not done:
         print(run.last_line())
         return INTERRUPTED
-    for backend, dtype in write_stamps(plan, run):
+    for backend, dtype in stamps.write_stamps(run):
         print(f"validated: {backend}, {dtype}")
-    code = exit_code(run)
+    if not plan.filtered and (why := stamps.refusal(run)):
+        print(f"validates nothing: {why}")
+    if left := stamps.unanswered(run):
+        print(f"{left} questions have no answer in {run.folder / 'records.jsonl'}")
+    code = FAILED if left else exit_code(run)
     if code == NOTHING:
         nothing_ran(sorted(f"{r.implementation}: {r.reason}" for r in run.records if r.reason))
     print(run.last_line())

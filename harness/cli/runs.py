@@ -36,12 +36,16 @@ def compare(base: Path, new: Path) -> None:
 
 
 def accept(folder: Path) -> None:
-    """Copy a finished run under reports/accepted/DEVICE/ as evidence, if it was made by the code of this commit."""
+    """Copy a finished run under reports/accepted/DEVICE/ as evidence, if it was made by the code of this commit.
+
+    Prints the copy, and what the run covers where that is less than everything or another machine. Exits 2 with the reason for
+    a run that is unfinished or planted, in which one of ours failed, or whose sources changed or were not committed.
+    """
     run = Run.open(folder)
     run.about["commit"] = acceptance.commit_of(run)
     run.save()
     write(run)
     target = acceptance.keep(run)
-    print(target)
+    print(target, *acceptance.coverage(run), sep="\n")
     if run.about["kind"] == "bench":
         accepted.refresh(environment.ROOT / "reports" / "README.md", target.parent)

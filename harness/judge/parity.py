@@ -12,9 +12,7 @@ from pathlib import Path
 
 import torch
 
-from fused import stamp
-from fused.backends import operators_of
-from harness.judge.case import DTYPES, Case
+from harness.judge.case import Case
 from harness.judge.check import CannotAsk, Check, HasCost, checks
 from harness.judge.implementation import Implementation
 from harness.judge.locate import locate
@@ -253,22 +251,3 @@ def memory(case: Case) -> float:
     width = sizes.get("E", 2 * sizes.get("D", 1))
     tokens = sizes.get("B", 1) * sizes.get("L", 1) * width
     return 8 * (len(seeds(case)) * 16 * tokens + 64 * 8 * sizes.get("B", 1) * width * sizes.get("N", 16)) / 2**20
-
-
-def write_stamps(request: ParityRequest, run: Run) -> list[tuple[str, str]]:
-    """Write a stamp for each of our backends and dtypes that passed every check of an unfiltered run; return them."""
-    if request.filtered or request.added:
-        return []
-    written = []
-    judged = sorted({(r.implementation, r.dtype) for r in run.records if r.role == "ours" and r.dtype})
-    for name, dtype in judged:
-        backend = name.removeprefix("fused:")
-        names = {name, f"fused:{operators_of(backend)}"}
-        mine = [r for r in run.records if r.implementation in names and r.dtype == dtype]
-        if backend == name or any(r.failed for r in mine) or not any(r.status == "pass" for r in mine):
-            continue
-        values = stamp.key(backend, DTYPES[dtype], request.device)
-        checked = tuple(sorted({r.check for r in mine if r.status == "pass"}))
-        stamp.write_validation(stamp.Validation(**values, run=run.folder.name, date=run.about["ended"], checks=checked))
-        written.append((backend, dtype))
-    return written

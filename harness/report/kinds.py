@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from harness.report import bench, learning, page
+from harness.report import bench, learning, mutants, page
 from harness.runs.store import Run
 
 
 def write(run: Run) -> Path:
     """Write report.md, its figures and report.html into the run's folder; return the path of report.md."""
-    return {"bench": bench, "learn": learning}.get(run.about["kind"], page).write(run)
+    return {"bench": bench, "learn": learning, "mutants": mutants}.get(run.about["kind"], page).write(run)

@@ -148,6 +148,7 @@ def box(run: Run) -> str:
         rows.append((group, ", ".join(f"{k} {'none' if v is None else v}" for k, v in found.get(group, {}).items())))
     rows += [(k, about.get(k, "?")) for k in ("started", "ended")]
     rows += [("sessions", said)] if (said := _sessions(run)) else []
+    rows += [("SOURCES CHANGED DURING THE RUN", "; ".join(found))] if (found := sessions.changed_sources(about)) else []
     rows.append(("wall time", _wall(run)))
     rows += [(f"plan: {k}", ", ".join(v) if isinstance(v, list | tuple) else v) for k, v in about.get("plan", {}).items() if v]
     return table(["what", "is"], [(k, "none" if v is None else v) for k, v in rows])

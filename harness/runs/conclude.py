@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from harness.runs import environment, sessions
 from harness.runs.progress import Progress
 from harness.runs.store import Run
 
@@ -37,8 +38,11 @@ def conclude(run: Run, progress: Progress, work: Callable[[], None], write: Call
             raise
     for s in heard:
         signal.signal(s, signal.SIG_IGN)  # a second Ctrl-C must not cost the report of what was done
-    run.finish(status)
+    changed = sessions.edited(run.about, environment.fingerprints())
+    run.finish(status, changed)
     print(f"report: {write(run)}", flush=True)
+    if changed:
+        print(f"sources changed during the run, which therefore stands for no code: {'; '.join(changed)}", flush=True)
     _restore(before)
     if status == "interrupted":
         print(f"interrupted; {run.how_to_continue}", flush=True)

@@ -31,7 +31,7 @@ def describe(device: str) -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "fingerprints": {name: stamp.fingerprint(name) for name in ("reference", "fused", "harness")},
+        "fingerprints": fingerprints(),
         "git": git(),
         "settings": settings(),
     }
@@ -70,6 +70,11 @@ def unfit() -> list[str]:
         if imported_from(name) != ROOT / name:
             reasons.append(f"`import {name}` finds {imported_from(name)}, not {ROOT / name}; uninstall the other package")
     return reasons
+
+
+def fingerprints() -> dict[str, str | None]:
+    """Return the hash of the sources of each of the three packages, as they are on the disk now."""
+    return {name: stamp.fingerprint(name) for name in ("reference", "fused", "harness")}
 
 
 def imported_from(package: str) -> Path | None:

@@ -33,6 +33,17 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     return found
 
 
+def edited(about: dict[str, Any], fingerprints: dict[str, str | None]) -> list[str]:
+    """Return a phrase for every package whose fingerprint is another than the one that a run recorded at its start."""
+    before = about.get("box", {}).get("fingerprints")
+    return differences({"fingerprints": before}, {"fingerprints": fingerprints}) if before else []
+
+
+def changed_sources(about: dict[str, Any]) -> list[str]:
+    """Return a phrase for every package that a session found changed at its end, with the session's number."""
+    return [f"{phrase} (session {number})" for number, s in enumerate(of(about), 1) for phrase in s.get("changed", [])]
+
+
 def now() -> str:
     """Return the time in UTC, to the second, in ISO format."""
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -5,7 +5,7 @@ import json
 import os
 import shlex
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -106,12 +106,15 @@ class Run:
         self.speeds.append(speed)
         self._append("speeds.jsonl", speed.to_line())
 
-    def finish(self, status: str) -> None:
-        """Write how the session, and so far the run, ended: "finished" or "interrupted"."""
+    def finish(self, status: str, changed: Sequence[str] = ()) -> None:
+        """Write how the session, and so far the run, ended: "finished" or "interrupted".
+
+        `changed` are phrases on sources that are others by now than those that run.json recorded at the start.
+        """
         end = {"status": status, "ended": sessions.now()}
         self.about |= end
         if "sessions" in self.about:
-            self.about["sessions"][-1] |= end
+            self.about["sessions"][-1] |= end | ({"changed": list(changed)} if changed else {})
         self.save()
 
     def save(self) -> None:

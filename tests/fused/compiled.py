@@ -123,6 +123,19 @@ def launch_for(capability, launch, *arguments):
         launch(*arguments)
 
 
+def launches_of_split_attention():
+    """Yield the same for Vamba's heads, one token and several, and for float32."""
+    from fused.ops.split_attention import launch
+
+    def call(R, C, dtype):
+        q, k = torch.empty(1, 4, R, C, dtype=dtype), torch.empty(1, 4, 2000, C, dtype=dtype)
+        launch.forward(q, k, k)
+
+    for R, C, dtype in ((7, 128, BF16), (56, 128, BF16), (7, 128, FP32)):
+        name = f"R{R} C{C} {DTYPE_NAMES[dtype]}"
+        yield name, launch, ("split_kernel", "join_kernel"), lambda R=R, C=C, dtype=dtype: call(R, C, dtype)
+
+
 class Recorder:
     """Replaces a kernel and records the arguments of each launch."""
 

@@ -3,6 +3,7 @@
 import json
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,6 +77,12 @@ def test_fingerprint_follows_names_and_bytes(tmp_path, monkeypatch):
     prints.append(fingerprint("sample_package"))
     assert len(set(prints)) == 3
     assert fingerprint("no_such_package") is None
+
+
+def test_fingerprint_does_not_follow_the_order_of_the_file_system(monkeypatch):
+    expected, listed = fingerprint("fused"), Path.rglob
+    monkeypatch.setattr(Path, "rglob", lambda self, pattern: reversed(list(listed(self, pattern))))
+    assert fingerprint("fused") == expected
 
 
 def test_reminds_once_and_only_on_cuda(caplog, monkeypatch):

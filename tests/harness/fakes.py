@@ -24,6 +24,11 @@ def greedy(point, entry, device):
     return Call(lambda: time.sleep(1e-4))
 
 
+def raiser(point, entry, device):
+    """Raises an error of so many characters."""
+    raise RuntimeError({17: "shapes do not fit", 25: "CUDA error: out of memory"}[point["L"]])
+
+
 def mortal(point, entry, device):
     """Takes its process with it beyond 5 tokens."""
 

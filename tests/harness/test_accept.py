@@ -1,6 +1,7 @@
 """Runs in several sessions: however each ends, `--resume` goes on, from another copy of the checkout too, and the whole is
 accepted as one run, unless a session was of other code or of another box."""
 
+import contextlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,9 @@ from typer.testing import CliRunner
 
 from fused import stamp
 from harness.cli.app import app
+from harness.records.finding import Finding
+from harness.records.record import Record
+from harness.records.speed import Entry, Point, Speed
 from harness.report.accepted import MARKERS
 from harness.runs import acceptance, environment, sessions
 from harness.runs.conclude import INTERRUPTED, PASSED, USAGE
@@ -113,7 +118,8 @@ def test_a_parity_run_in_sessions_of_two_checkouts_is_accepted_as_one(checkouts:
     assert "| sessions | 3: " in (page := (run / "report.md").read_text()) and "INTERRUPTED" not in page
     code, said = Command(one, "accept", str(run)).end()
     kept = one / "reports" / "accepted" / "cpu" / "in-parts"
-    assert code == 0 and said.strip() == str(kept), said
+    assert code == 0 and said.splitlines()[0] == str(kept), said
+    assert "covers parity of grid smoke; subjects scan; checks forward, backward, chunks; names fused:torch; cases B3" in said
     assert {"run.json", "records.jsonl", "report.md", "report.html"} <= {f.name for f in kept.iterdir()}
     assert len(json.loads((kept / "run.json").read_text())["commit"]) == 40
 
@@ -157,7 +163,7 @@ def test_a_bench_in_sessions_of_two_checkouts_is_accepted_as_one(checkouts: tupl
     assert "norm: on one" in (page := (other / "reports" / "README.md").read_text()) and "accepted/cpu/timed/report.md" in page
 
 
-def finished(folder: Path, boxes: list[dict], status: str = "finished", **plan: str) -> Run:
+def finished(folder: Path, boxes: list[dict], status: str = "finished", **plan: object) -> Run:
     """A run with a session on each box."""
     about = {"kind": "parity", "plan": {"grid": "smoke", "mutant": ""} | plan, "box": boxes[0]}
     run = begin(about, ["parity"], folder)
@@ -207,9 +213,69 @@ def test_what_may_be_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     ):
         with pytest.raises(StoreError, match=said):
             acceptance.commit_of(run)
-    monkeypatch.setattr(environment, "git", lambda: {"commit": "c" * 40, "dirty": True})
-    with pytest.raises(StoreError, match="commit first"):
-        acceptance.commit_of(whole)
+    for git in ({"commit": "c" * 40, "dirty": True}, {"commit": None, "dirty": None}):
+        monkeypatch.setattr(environment, "git", lambda git=git: git)
+        with pytest.raises(StoreError, match="must stand in git as they are here: commit first"):
+            acceptance.commit_of(whole)
+
+
+def a_record(role: str) -> Record:
+    return Record("scan", "x", role, "forward", "c", "float32", "fail", findings=(Finding("y", "l2", 3.0, 2.0),))
+
+
+def a_speed(role: str, status: str) -> Speed:
+    return Speed(Entry("norm", "x", role), Point("norm", (("B", 1), ("L", 2)), "infer"), status, reason="planted")
+
+
+@pytest.mark.parametrize("package", ["reference", "fused", "harness"])
+@pytest.mark.usefixtures("committed")
+def test_a_run_of_other_code_is_refused(package: str, tmp_path: Path) -> None:
+    other = finished(tmp_path / "other", [BOX | {"fingerprints": BOX["fingerprints"] | {package: "9" * 64}}])
+    with pytest.raises(StoreError, match=f"made by other code than commit cccccccccc .{package} differ"):
+        acceptance.commit_of(other)
+
+
+@pytest.mark.parametrize("status", ["fail", "error", "oom", "timeout"])
+@pytest.mark.usefixtures("committed")
+def test_a_run_in_which_ours_failed_is_refused(status: str, tmp_path: Path) -> None:
+    run = finished(tmp_path / "run", [BOX])
+    run.add(a_record("rival"))
+    assert acceptance.commit_of(run) == "c" * 40
+    run.add(replace(a_record("ours"), status=status, reason="planted"))
+    with pytest.raises(StoreError, match="is no evidence: 1 of ours failed, see .*report.md"):
+        acceptance.commit_of(run)
+
+
+@pytest.mark.parametrize(("status", "allowed"), [("gated", False), ("error", False), ("timeout", False), ("oom", True)])
+@pytest.mark.usefixtures("committed")
+def test_a_bench_in_which_ours_was_not_timed_is_refused(status: str, allowed: bool, tmp_path: Path) -> None:
+    run = finished(tmp_path / "run", [BOX])
+    run.add_speed(a_speed("rival", status))
+    assert acceptance.commit_of(run) == "c" * 40
+    run.add_speed(a_speed("ours", status))
+    with contextlib.nullcontext() if allowed else pytest.raises(StoreError, match="1 of ours failed"):
+        acceptance.commit_of(run)
+
+
+@pytest.mark.usefixtures("committed")
+def test_sources_that_changed_or_were_in_no_commit_are_refused(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run", [BOX, BOX])
+    run.about["sessions"][0]["changed"] = ["fingerprints of fused 1, then 2"]
+    with pytest.raises(StoreError, match=r"changed during the run: fingerprints of fused 1, then 2 .session 1.; run it anew"):
+        acceptance.commit_of(run)
+    dirty = finished(tmp_path / "dirty", [BOX, BOX | {"git": {"commit": "d" * 40, "dirty": True}}])
+    with pytest.raises(StoreError, match="made by sources that differed from their commit; commit first"):
+        acceptance.commit_of(dirty)
+    unknown = finished(tmp_path / "unknown", [BOX | {"git": {"commit": None, "dirty": None}}])  # without git the hashes tell
+    assert acceptance.commit_of(unknown) == "c" * 40
+
+
+def test_what_an_accepted_run_covers_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "describe", lambda device: BOX)
+    narrowed = finished(tmp_path / "here", [BOX], subjects=["scan", "conv"], video="")
+    assert acceptance.coverage(narrowed) == ["covers parity of grid smoke; subjects scan, conv"]
+    [_, said] = acceptance.coverage(finished(tmp_path / "there", [BOX | {"driver": "580.2"}]))
+    assert said == "covers another box than this, NVIDIA H200: driver 570.1, then 580.2"
 
 
 def test_a_run_from_before_sessions_had_one(tmp_path: Path) -> None:

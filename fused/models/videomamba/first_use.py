@@ -43,12 +43,12 @@ def run_on_cpu(
 ) -> None:
     """Run layers and the final norm on few tokens on the CPU, and backward with `gradients`; results are not looked at."""
     config, rate = replace(config, use_checkpoint=False), config.drop_path_rate if gradients else 0.0
-    with torch.device("meta"):  # values do not matter
+    with torch.device("cpu"):
         # the first layer has no residual, only the last has stochastic depth
         layers = [Block(config, i, rate) for i, rate in enumerate((0.0, 0.0, DROP_PATH_RATE if rate is None else rate))]
         norm = Norm(config.embed_dim, config.norm_epsilon, "rms" if config.rms_norm else "layer")
     for module in (*layers, norm):
-        module.to_empty(device="cpu").to(dtype)
+        module.to(dtype)
     hidden = torch.zeros(CLIPS, TOKENS, config.embed_dim, dtype=tokens_dtype, device="cpu", requires_grad=gradients)
     residual = None
     with torch.set_grad_enabled(gradients):

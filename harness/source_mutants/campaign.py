@@ -1,0 +1,134 @@
+"""The verdicts on planted bugs: narrow tests for each, then all survivors of a room together, bisected."""
+
+import contextlib
+import queue
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from harness.records.finding import Finding
+from harness.records.record import Record
+from harness.source_mutants.catalogue import NotPlanted, SourceMutant
+from harness.source_mutants.tree import Answer, Tree
+
+CHECK = "mutants"  # the check that the records name
+NARROW, WIDE = 180.0, 1800.0  # seconds that the narrow tests of one bug, and those of a room, may take
+TOGETHER = 20  # bugs between two looks at whether the tests that found them pass without
+RAN = (0, 1, 2)  # pytest's exit codes where tests ran: all passed, one failed, a file could not be imported
+
+
+class Campaign:
+    """Trees of a checkout at `root` and the verdicts in them; `tell` gets every record.
+
+    `wide` are the tests of each room; of a room without, what survives the narrow tests has survived.
+    """
+
+    def __init__(self, root: Path, jobs: int, tell: Callable[[Record], None], wide: Mapping[str, tuple[str, ...]]) -> None:
+        self._root, self._tell, self._wide = root, tell, wide
+        self._jobs = jobs
+        self._sound: dict[str, bool] = {}  # of a test or a bug's tests, whether they pass without a bug
+        self._trees: queue.SimpleQueue[Tree] = queue.SimpleQueue()
+        self._made: list[Tree] = []
+
+    def run(self, mutants: Iterable[SourceMutant]) -> None:
+        """Give a verdict on each bug."""
+        asked = []
+        for mutant in mutants:
+            if mutant.equivalent or mutant.needs_gpu:
+                reason = f"equivalent: {mutant.equivalent}" if mutant.equivalent else f"needs a GPU: {mutant.needs_gpu}"
+                self._tell(self._record(mutant, "skip", reason=reason))
+            else:
+                asked.append(mutant)
+        batches = [asked[i : i + TOGETHER] for i in range(0, len(asked), TOGETHER)]
+        self._made = [Tree(self._root) for _ in range(max(1, min(self._jobs, len(batches))))]
+        for tree in self._made:
+            self._trees.put(tree)
+        pool = ThreadPoolExecutor(len(self._made))
+        try:
+            survivors = [m for found in pool.map(self._narrow, batches) for m in found]
+            for mutant in survivors:
+                if mutant.room not in self._wide:
+                    self._tell(self._survived(mutant))
+            rooms = [[m for m in survivors if m.room == room] for room in self._wide]
+            list(pool.map(self._wide_of, filter(None, rooms)))
+        finally:
+            for tree in self._made:
+                tree.close()  # ends what a thread waits for
+            pool.shutdown(cancel_futures=True)
+
+    def _narrow(self, batch: Sequence[SourceMutant]) -> list[SourceMutant]:
+        """Ask the narrow tests of each; return those that survive."""
+        tree, caught, survivors = self._trees.get(), [], []
+        for mutant in batch:
+            start = time.monotonic()
+            killer = [mutant.killer] if mutant.killer else []
+            with tree.planted([mutant]):
+                answer = tree.test([*killer, *mutant.tests], NARROW)
+            if answer.code == 0:
+                survivors.append(mutant)
+            else:
+                caught.append((mutant, answer, time.monotonic() - start))
+        self._check(tree, [answer for _, answer, _ in caught])
+        for mutant, answer, _ in caught:
+            if answer.code is None:  # tests that take as long without the bug have found nothing
+                self._sound[mutant.name] = tree.test(mutant.tests, NARROW).code == 0
+        for mutant, answer, seconds in caught:
+            self._tell(self._caught(mutant, answer, seconds))
+        self._trees.put(tree)
+        return survivors
+
+    def _wide_of(self, survivors: Sequence[SourceMutant]) -> None:
+        """Ask all tests of a room of its survivors together; where one fails, of either half of them."""
+        tree, start = self._trees.get(), time.monotonic()
+        answer = None
+        with contextlib.suppress(NotPlanted), tree.planted(survivors):  # two at one place are not planted together
+            answer = tree.test(self._wide[survivors[0].room], WIDE)
+        self._check(tree, [answer] if answer else [])
+        self._trees.put(tree)
+        if answer and answer.code == 0:
+            for mutant in survivors:
+                self._tell(self._survived(mutant))
+        elif answer and len(survivors) == 1:
+            self._tell(self._caught(survivors[0], answer, time.monotonic() - start))
+        else:
+            for half in (survivors[: len(survivors) // 2], survivors[len(survivors) // 2 :]):
+                self._wide_of(half)
+
+    def _check(self, tree: Tree, answers: Iterable[Answer]) -> None:
+        """Find out whether the tests that failed pass in the tree without a bug."""
+        new = [test for test in dict.fromkeys(t for a in answers for t in a.failed) if test not in self._sound]
+        if new:
+            answer = tree.test(new, WIDE, stop=False)
+            for test in new:
+                self._sound[test] = answer.code in RAN and test not in answer.failed
+
+    def _caught(self, mutant: SourceMutant, answer: Answer, seconds: float) -> Record:
+        """Return the record of a bug on which the tests did not pass."""
+        if answer.code is None and self._sound.get(mutant.name):
+            return self._record(mutant, "pass", 0.0, f"the tests did not end within {NARROW:.0f} s", seconds=seconds)
+        if answer.code is None:
+            return self._record(mutant, "error", reason=f"the tests do not end in time without the bug either: {mutant.tests}")
+        if answer.code not in RAN and answer.code > 0 or not answer.failed and answer.code >= 0:
+            return self._record(mutant, "error", reason=f"pytest exits with {answer.code}: {answer.output[-400:]}")
+        if unsound := [test for test in answer.failed if not self._sound[test]]:
+            return self._record(mutant, "error", reason=f"it fails without the bug too: {', '.join(unsound)}")
+        note = answer.failed[0] if answer.failed else f"the tests' process ended by signal {-answer.code}"
+        return self._record(mutant, "pass", 0.0, note, seconds=seconds)
+
+    def _survived(self, mutant: SourceMutant) -> Record:
+        """Return the record of a bug that no test found."""
+        if mutant.survives:
+            return self._record(mutant, "skip", reason=f"known to survive: {mutant.survives}")
+        note = f"{mutant.file}:{mutant.line(self._root)}: {mutant.before!r} became {mutant.after!r}"
+        return self._record(mutant, "fail", 1.0, note)
+
+    def _record(
+        self, mutant: SourceMutant, status: str, survived: float = 0.0, note: str = "", reason: str = "", seconds: float = 0.0
+    ) -> Record:
+        """Return the record of a verdict; a finding says that it survived, or which test failed."""
+        findings = (Finding("bug", "survived", survived, 0.0, note=note),) if note else ()
+        command = f'python -m harness mutants --case "{mutant.name}"'
+        return Record(
+            mutant.room, "tests", "ours", CHECK, mutant.name, "", status, round(seconds, 2), reason, findings, command
+        )

@@ -1,0 +1,97 @@
+"""A process that has imported libraries, and forks a child for every run of tests.
+
+It is started in a tree, as `python fork_server.py LIBRARY ...`. It reads JSON lines {"arguments": of pytest, "seconds": limit,
+"log": file} and answers each with {"code": pytest's exit code or null after the limit, "failed": node ids of tests and files
+that failed}. It imports nothing of the tree itself.
+"""
+
+import contextlib
+import ctypes
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LIBRARIES = ("torch", "numpy", "jaxtyping", "beartype", "hypothesis", "typer.testing", "rich.progress", "pandas",
+             "matplotlib.figure", "matplotlib.backends.backend_agg", "yaml", "av", "markdown_it")  # fmt: skip
+
+PR_SET_CHILD_SUBREAPER = 36  # of Linux's prctl
+
+
+class Failures:
+    """A plugin of pytest that writes the node ids of what failed to a file, as they come."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """Note a test that failed, in its set-up or end too."""
+        self._note(report)
+
+    def pytest_collectreport(self, report: Any) -> None:
+        """Note a file that could not be imported."""
+        self._note(report)
+
+    def _note(self, report: Any) -> None:
+        if report.failed:
+            with open(self._path, "a") as file:
+                file.write(report.nodeid + "\n")
+
+
+def run(arguments: list[str], seconds: float, log: str) -> dict[str, Any]:
+    """Run pytest in a forked child with its output in the file `log`; end it and its own children after so many seconds."""
+    failures = log + ".failed"
+    open(failures, "w").close()
+    child = os.fork()
+    if child == 0:
+        exit_code = 3
+        try:
+            os.setsid()
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            for stream in (1, 2):
+                os.dup2(out, stream)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            exit_code = int(pytest.main(arguments, plugins=[Failures(failures)]))
+        finally:
+            os._exit(exit_code)
+    code: int | None = None
+    end, parent = time.monotonic() + seconds, os.getppid()
+    try:
+        while code is None and time.monotonic() < end and os.getppid() == parent:
+            done, status = os.waitpid(child, os.WNOHANG)
+            code = os.waitstatus_to_exitcode(status) if done else None
+            time.sleep(0.0 if done else 0.02)
+    finally:
+        end_children()
+    with open(failures) as file:
+        return {"code": code, "failed": file.read().splitlines()}
+
+
+def end_children() -> None:
+    """Kill all children, and theirs, which this process inherits as their parents end."""
+    while children := Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+        for child in map(int, children):
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+
+def main() -> None:
+    """Serve until the standard input ends, or SIGTERM comes."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # a test's own processes come here when the test is killed
+    for library in sys.argv[1:]:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(library)
+    for line in sys.stdin:
+        print(json.dumps(run(**json.loads(line))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""Bugs planted in the sources of a small project: which tests count, what survives, what a run keeps and says."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from harness.cli.app import app
+from harness.cli.mutants import choose
+from harness.runs import environment
+from harness.runs.conclude import FAILED, NOTHING, PASSED
+from harness.runs.store import Run
+from harness.source_mutants import campaign, catalogue, fork_server
+from harness.source_mutants.catalogue import NotPlanted, SourceMutant
+from harness.source_mutants.tree import Tree
+
+CODE = "def twice(x):\n    return 2 * x\n\n\ndef next_of(x):\n    return x + 1\n"
+TESTS = """\
+import os, subprocess, sys, time
+import pytest
+import numbers_of_mine as m
+
+def test_twice(): assert m.twice(3) == 6
+def test_slow():
+    if m.twice(1) != 2: time.sleep(600)
+def test_never(): assert False
+def test_leaves_a_process():
+    if m.twice(1) == 2: return
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)  # left behind"], start_new_session=True)
+    time.sleep(600)
+def test_dies():
+    if m.twice(1) != 2: os.abort()
+"""
+WIDE = "import numbers_of_mine as m\n\ndef test_next(): assert m.next_of(1) == 2\n"
+
+
+def bug(name: str, test: str, after: str = "return 3 * x", before: str = "return 2 * x", **more: str) -> dict:
+    tests = [f"tests/test_narrow.py::{test}"] if test else []
+    return {"file": "numbers_of_mine.py", "bug": name, "kind": "rule", "before": before, "after": after, "tests": tests} | more
+
+
+BUGS = [
+    bug("caught", "test_twice"), bug("hangs", "test_slow"), bug("always fails", "test_never"), bug("dies", "test_dies"),
+    bug("caught by the room", "test_twice", "return x + 2", "return x + 1"), bug("no such test", "test_none"),
+    bug("the same product", "test_twice", "return x * 2", equivalent="numbers commute"),
+    bug("larger numbers", "test_twice", "return 2 * x + 0 * len(str(x))", survives="no test of the cost"),
+    bug("unseen", "test_twice", "return 2 * x + 0"), bug("on a device", "", needs_gpu="it is about CUDA graphs"),
+]  # fmt: skip
+DUE = {
+    "caught": "pass", "hangs": "pass", "always fails": "error", "dies": "pass", "caught by the room": "pass",
+    "no such test": "error", "the same product": "skip", "larger numbers": "skip", "unseen": "fail", "on a device": "skip",
+}  # fmt: skip
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project with two files of tests, and its bugs, in place of this one."""
+    root = tmp_path / "project"
+    (root / "tests").mkdir(parents=True)
+    (root / "numbers_of_mine.py").write_text(CODE)
+    (root / "tests" / "test_narrow.py").write_text(TESTS)
+    (root / "tests" / "test_wide.py").write_text(WIDE)
+    (root / "data").mkdir()
+    (root / "data" / "judge.jsonl").write_text("".join(json.dumps(b) + "\n" for b in BUGS))
+    every = catalogue.read(root / "data")
+    monkeypatch.setattr(catalogue, "read", lambda: every)
+    monkeypatch.setattr(catalogue, "ROOMS", {"judge": ("tests/test_wide.py",)})
+    monkeypatch.setattr(environment, "ROOT", root)
+    monkeypatch.setattr(campaign, "NARROW", 8.0)
+    monkeypatch.setattr(fork_server, "LIBRARIES", ())
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    return root
+
+
+def mutants(*words: str) -> Result:
+    return CliRunner().invoke(app, ["mutants", "--jobs", "1", *words])
+
+
+def processes(words: str) -> int:
+    found = 0
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found += words.encode() in path.read_bytes()
+        except OSError:
+            continue
+    return found
+
+
+def test_every_verdict_and_the_page(project: Path, tmp_path: Path) -> None:
+    done = mutants("--out", str(tmp_path / "run"))
+    run = Run.open(tmp_path / "run")
+    assert {r.case.partition(": ")[2]: r.status for r in run.records} == DUE, done.output
+    assert done.exit_code == FAILED and "judge        67 %  4 of 6 caught" in done.output, done.output
+    assert "SURVIVED numbers_of_mine.py: unseen: numbers_of_mine.py:2: 'return 2 * x' became 'return 2 * x + 0'" in done.output
+    said = {r.case.partition(": ")[2]: r.reason or r.findings[0].note for r in run.records}
+    assert said["always fails"] == "it fails without the bug too: tests/test_narrow.py::test_never"
+    assert said["caught by the room"] == "tests/test_wide.py::test_next" and "within 8 s" in said["hangs"]
+    page = (tmp_path / "run" / "report.md").read_text()
+    assert "| judge | 4 | 1 | 1 | 67 % | 1 | 1 | 2 |" in page and "numbers commute" in page and "no test of the cost" in page
+    assert not list(tmp_path.glob("source-mutants-*")) and (project / "numbers_of_mine.py").read_text() == CODE
+
+
+def test_a_run_goes_on_and_narrow_tests_can_be_all(project: Path, tmp_path: Path) -> None:
+    words = ["--case", "*caught*", "--narrow", "--out", str(tmp_path / "run")]
+    assert mutants(*words).exit_code == FAILED
+    path = tmp_path / "run" / "records.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    assert [json.loads(line)["status"] for line in lines] == ["pass", "fail"]
+    path.write_text(lines[0])
+    assert mutants(*words, "--resume").exit_code == FAILED
+    assert [json.loads(line)["case"] for line in path.read_text().splitlines()] == [json.loads(x)["case"] for x in lines]
+    assert mutants("--case", "*: caught", "--out", str(tmp_path / "other")).exit_code == PASSED
+    assert mutants("--case", "*none of these*").exit_code == NOTHING
+
+
+def test_what_a_test_started_ends_with_it(project: Path, tmp_path: Path) -> None:
+    with Tree(project) as tree, tree.planted([SourceMutant("judge", **bug("x", "test_leaves_a_process"))]):
+        answer = tree.test(["tests/test_narrow.py::test_leaves_a_process"], 3.0)
+        assert answer.code is None and processes("# left behind") == 0
+    assert not list(tmp_path.glob("source-mutants-*"))
+
+
+def test_files_of_one_size_planted_within_a_second_are_told_apart(project: Path) -> None:
+    """Compiled files are known by size and second."""
+    with Tree(project) as tree:
+        for digit in "3456":
+            with tree.planted([SourceMutant("judge", **bug(digit, "test_twice", f"return {digit} * x"))]):
+                assert tree.test(["tests/test_narrow.py::test_twice"], 20.0).code == 1
+            assert tree.test(["tests/test_narrow.py::test_twice"], 20.0).code == 0
+
+
+def test_bugs_of_one_place_are_not_planted_together(project: Path) -> None:
+    one, other = (SourceMutant("judge", **bug(digit, "test_twice", f"return {digit}")) for digit in "78")
+    with Tree(project) as tree:
+        with pytest.raises(NotPlanted, match="occurs 0 times"), tree.planted([one, other]):
+            pass
+        assert (tree.root / one.file).read_text() == CODE
+
+
+def test_a_sample_is_drawn_by_the_commit(project: Path) -> None:
+    every = catalogue.read()
+    drawn = [tuple(m.bug for m in choose(every, (), (), 3, commit)) for commit in ("a", "a", "b", "c", "d")]
+    assert drawn[0] == drawn[1] and len(set(drawn)) > 2 and all(len(names) == 3 for names in drawn)
+    assert choose(every, (), (), 99, "a") == choose(every, (), (), 0, "a") == every
+    assert re.search(r"^10 bugs$", mutants("--dry-run").output, re.M)
+    assert mutants("--room", "nowhere").exception is not None
