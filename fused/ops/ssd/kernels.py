@@ -180,55 +180,53 @@ def scan_kernel(
     B_clip_stride: tl.tensor, B_token_stride: tl.tensor, B_group_stride: tl.tensor,
     C_clip_stride: tl.tensor, C_token_stride: tl.tensor, C_group_stride: tl.tensor,
     z_clip_stride: tl.tensor, z_token_stride: tl.tensor, z_head_stride: tl.tensor,
-    REVERSE: tl.constexpr, CHUNK: tl.constexpr, FIRST: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr, TILES: tl.constexpr, COMPUTE: tl.constexpr, D_CHANNELS: tl.constexpr, EVEN: tl.constexpr,
-    STAGES: tl.constexpr,
+    REVERSE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
+    COMPUTE: tl.constexpr, D_CHANNELS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Compute y (B, L, H, P) of ROWS tokens of a chunk, from its FIRST on, from the states that enter the chunks, (B, chunks,
-    H, N, P), for several heads of a group in turn, which share C and C B^T. D, z and ids may be None.
+    """Compute y (B, L, H, P) of a chunk from the states that enter the chunks, (B, chunks, H, N, P), for several heads of a
+    group in turn, which share C and C B^T. D, z and ids may be None.
     """
-    COLUMNS: tl.constexpr = FIRST + ROWS  # tokens that these read
     clip, chunk, group, first_head, count = chunk_and_heads(num_chunks, H, heads_per_group, heads_per_program)
     p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    i, j = FIRST + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    i = tl.arange(0, CHUNK)
     position = chunk * CHUNK + i
-    inside, tokens, inputs = position < L, to_tokens(position, L, REVERSE), to_tokens(chunk * CHUNK + j, L, REVERSE)
+    inside, tokens = position < L, to_tokens(position, L, REVERSE)
     x_ptr += clip * x_clip_stride + first_head.to(tl.int64) * x_head_stride
     B_ptr += clip * B_clip_stride + group.to(tl.int64) * B_group_stride
     C_ptr += clip * C_clip_stride + group.to(tl.int64) * C_group_stride
     y_ptr += (clip * L * H + first_head) * P
-    row = (clip * H + first_head) * (num_chunks * CHUNK) + chunk * CHUNK
+    row = (clip * H + first_head) * (num_chunks * CHUNK) + position
     head_tokens, state_size = (num_chunks * CHUNK).to(tl.int64), tl.cast(P, tl.int64) * N
     states_ptr += ((clip * num_chunks + chunk) * H + first_head) * P * N
     if z_ptr is not None:
         z_ptr += clip * z_clip_stride + first_head.to(tl.int64) * z_head_stride
     C_tiles = load_tiles(C_ptr, tokens, N, C_token_stride, BLOCK_N, TILES, COMPUTE, EVEN)
-    B_tiles = load_tiles(B_ptr, inputs, N, B_token_stride, BLOCK_N, TILES, COMPUTE, EVEN)
-    products = tl.zeros((ROWS, COLUMNS), tl.float32)
+    B_tiles = load_tiles(B_ptr, tokens, N, B_token_stride, BLOCK_N, TILES, COMPUTE, EVEN)
+    products = tl.zeros((CHUNK, CHUNK), tl.float32)
     for t in tl.static_range(TILES):
         products = dot(C_tiles[t], tl.trans(B_tiles[t]), products)
-    used = i[:, None] >= j[None, :]
+    used = i[:, None] >= i[None, :]
     if ids_ptr is not None:
-        ids_ptr += clip * L
-        used = used & (tl.load(ids_ptr + tokens)[:, None] == tl.load(ids_ptr + inputs)[None, :])
+        ids, _, _ = load_ids(ids_ptr + clip * L, chunk, L, REVERSE, CHUNK)
+        used = used & (ids[:, None] == ids[None, :])
     products = tl.where(used, products, 0.0)
     for k in tl.range(0, count, num_stages=STAGES):
-        x = load_rows(x_ptr + k * x_head_stride, inputs, p, P, x_token_stride, COMPUTE, EVEN)
+        x = load_rows(x_ptr + k * x_head_stride, tokens, p, P, x_token_stride, COMPUTE, EVEN)
         base = row + k * head_tokens
-        between = tl.load(prefix_ptr + base + i)[:, None] - tl.load(prefix_ptr + base + j)[None, :]
+        prefix = tl.load(prefix_ptr + base)
+        between = prefix[:, None] - prefix[None, :]
         if COMPUTE == tl.float32:
-            between += tl.load(prefix_low_ptr + base + i)[:, None] - tl.load(prefix_low_ptr + base + j)[None, :]
-        y = tl.zeros((ROWS, BLOCK_P), tl.float32)
+            prefix_low = tl.load(prefix_low_ptr + base)
+            between += prefix_low[:, None] - prefix_low[None, :]
+        y = tl.zeros((CHUNK, BLOCK_P), tl.float32)
         for t in tl.static_range(TILES):
             n = t * BLOCK_N + tl.arange(0, BLOCK_N)
             state = load_state(states_ptr + k * state_size, n, p, N, P, COMPUTE, EVEN)
             y = dot(C_tiles[t], state, y)
         # not of pairs i < j, whose products are 0: their exponents are positive
-        mixing = (products * tl.exp2(tl.minimum(between, 0.0)) * tl.load(d_ptr + base + j)[None, :]).to(COMPUTE)
-        y = dot(mixing, x, y * tl.load(from_state_ptr + base + i)[:, None])
+        mixing = (products * tl.exp2(tl.minimum(between, 0.0)) * tl.load(d_ptr + base)[None, :]).to(COMPUTE)
+        y = dot(mixing, x, y * tl.load(from_state_ptr + base)[:, None])
         if D_ptr is not None:
-            if FIRST:
-                x = load_rows(x_ptr + k * x_head_stride, tokens, p, P, x_token_stride, COMPUTE, EVEN)
             if D_CHANNELS:
                 D = tl.load(D_ptr + (first_head + k) * P + p, mask=p < P, other=0.0).to(tl.float32)
                 y += x.to(tl.float32) * D[None, :]

@@ -14,7 +14,7 @@ numbers by row and by column. Those that go through the chunk from state to stat
 
 Kernels: `steps` again; `both_states`, the states that enter the chunks and the gradients of those that leave them, both ways at
 a time; `state_gradient` twice, for the parts of dC and dB that these give, each summed over several heads;
-`input_gradient` (dx, and the gradient of C B^T, summed over several heads, in one launch or two); `steps_backward` (dt, A and
+`input_gradient` (dx, and the gradient of C B^T, summed over several heads, in a launch each); `steps_backward` (dt, A and
 the bias, from numbers that the others have stored for every token); `reduce` (dB and dC). All sums are in a fixed order.
 """
 
@@ -136,8 +136,7 @@ def _backward(
         B, x, steps.d, steps.to_end, steps.decay, gradients, None, dB_parts, None, None, *shape, *B_strides, *x_strides,
         DIAGONAL=config.diagonal, **call.options, **config.state_gradient.launch(),
     )  # fmt: skip
-    outputs = (dx, pairs), (None, pairs), (dx, None)
-    for dx_out, pairs_out in outputs[:1] if config.together else outputs[1:]:
+    for dx_out, pairs_out in ((None, pairs), (dx, None)):
         triton_launch.launch(
             input_gradient_kernel, x.device, grid,
             x, B, C, dy, D, call.ids, steps.d, steps.prefix, steps.prefix_low, steps.to_end, gradients,

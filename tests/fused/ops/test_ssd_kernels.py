@@ -1,5 +1,7 @@
 """The native SSD scan against the loop: through Triton's interpreter, or on a GPU where there is one."""
 
+import math
+
 import naive
 import pytest
 import torch
@@ -25,7 +27,8 @@ CASES = {
     "one token": ((1, 1, 1, 1, 1, 1), "everything"),
     "one chunk": ((2, 7, 3, 3, 3, 5), "bare"),
     "chunks": ((1, 35, 4, 5, 2, 6), "everything"),
-    "spans": ((1, 50, 2, 3, 1, 4), "no gate"),
+    "spans": ((2, 90, 2, 3, 1, 4), "no gate"),
+    "spans with segments": ((1, 90, 2, 3, 1, 4), "reverse segments"),
     "reverse": ((1, 35, 2, 3, 1, 4), "reverse"),
     "segments": ((2, 35, 2, 3, 1, 4), "segments"),
     "reverse segments": ((2, 20, 2, 3, 1, 4), "reverse segments"),
@@ -56,7 +59,23 @@ def sample(seed, shape, kind):
 @pytest.mark.parametrize("case", CASES)
 def test_follows_the_loop(case, monkeypatch):
     shape, kind = CASES[case]
+    if "spans" in case:
+        monkeypatch.setattr(launch, "SPAN_CHUNKS", 2)
+        spans = []
+        choose = launch.choose_spans
+        monkeypatch.setattr(launch, "choose_spans", lambda *sizes: spans.append(choose(*sizes)) or spans[-1])
     assert_rule(sample(seed, shape, kind) for seed in SEEDS)
+
+
+@pytest.mark.usefixtures("nan_filled")
+def test_what_is_not_a_number_passes_from_span_to_span(monkeypatch):
+    monkeypatch.setattr(launch, "SPAN_CHUNKS", 1)
+    tensors, _, _ = inputs(0, (1, 90, 1, 3, 1, 4), "bare")
+    tensors |= {"A": torch.tensor([-1e6], device=DEVICE), "dt": tensors["dt"].abs() + 1.0}  # all decays are 0
+    tensors["x"][:, 3] = math.nan
+    y, final = ssd_native(**tensors, softplus=False)
+    want_y, want_final = ssd_eager(**tensors, softplus=False)
+    assert y[:, 16:].isnan().all() and final.isnan().all()
 
 
 @pytest.mark.usefixtures("nan_filled")
