@@ -1,5 +1,6 @@
 """The native SSD scan against the loop: through Triton's interpreter, or on a GPU where there is one."""
 
+import itertools
 import math
 
 import naive
@@ -61,9 +62,7 @@ def test_follows_the_loop(case, monkeypatch):
     shape, kind = CASES[case]
     if "spans" in case:
         monkeypatch.setattr(launch, "SPAN_CHUNKS", 2)
-        spans = []
-        choose = launch.choose_spans
-        monkeypatch.setattr(launch, "choose_spans", lambda *sizes: spans.append(choose(*sizes)) or spans[-1])
+        assert launch.choose_spans(launch.Sizes(*shape), -(-shape[1] // 16), 1) == 3
     assert_rule(sample(seed, shape, kind) for seed in SEEDS)
 
 
@@ -74,8 +73,7 @@ def test_what_is_not_a_number_passes_from_span_to_span(monkeypatch):
     tensors |= {"A": torch.tensor([-1e6], device=DEVICE), "dt": tensors["dt"].abs() + 1.0}  # all decays are 0
     tensors["x"][:, 3] = math.nan
     y, final = ssd_native(**tensors, softplus=False)
-    want_y, want_final = ssd_eager(**tensors, softplus=False)
-    assert y[:, 16:].isnan().all() and final.isnan().all()
+    assert y[:, 3:].isnan().all() and final.isnan().all()
 
 
 @pytest.mark.usefixtures("nan_filled")
@@ -177,12 +175,30 @@ def test_is_an_op_that_compiles_and_recomputes():
     assert all(map(torch.equal, want, torch.autograd.grad(compiled_op(*leaves), leaves)))
 
 
+def test_no_block_of_16_bit_products_is_below_64(monkeypatch):
+    monkeypatch.setattr(launch, "NATIVE", True)
+    for P in range(1, 129):
+        for N in (1, 40, 64, 65, 128, 129, 256):
+            for capability, backward in itertools.product((80, 90, 100), (False, True)):
+                config = launch.choose_config(launch.Sizes(1, 99, 2, P, 1, N), LOW, capability, backward)
+                sizes = {config.BLOCK_P, config.BLOCK_N, config.STATE_P, config.STATE_N}
+                assert sizes <= {64, 128}, (P, N)
+
+
+def test_spans_fill_the_gpu_and_ignore_clips_where_asked():
+    sizes = launch.Sizes(1, 38272, 112, 64, 1, 128)
+    assert launch.choose_spans(sizes, 299, 1) == 2 and launch.choose_spans(sizes._replace(clips=2), 299, 1) == 1
+    assert launch.choose_spans(sizes, 7, 1) == 1 and launch.choose_spans(sizes._replace(H=1), 299, 1) == launch.SPANS
+    with backends.batch_invariant(True):
+        assert launch.choose_spans(sizes._replace(clips=2), 299, 1) == 2
+
+
 def test_compiles_and_prints_its_resources(capsys):
     lines = compiled.compile_in_subprocess("ssd")
     with capsys.disabled():
         print("", *lines, sep="\n")
     names = {
-        "steps_kernel", "states_kernel", "scan_kernel", "both_states_kernel", "state_gradient_kernel", "input_gradient_kernel",
+        "steps_kernel", "states_kernel", "carry_kernel", "scan_kernel", "both_states_kernel", "state_gradient_kernel", "input_gradient_kernel",
         "steps_backward_kernel", "reduce_kernel",
     }  # fmt: skip
     assert {(line["kernel"], line["sm"]) for line in lines} == {(name, sm) for name in names for sm in (80, 90, 100)}
