@@ -17,8 +17,8 @@ from torch import Tensor
 
 from fused import backends
 from fused.models.bimba.checks import check_inputs
-from fused.models.bimba.interleave import Places, insert, interleave, places_between
-from fused.models.bimba.layer import CompressorLayer
+from fused.models.bimba.interleave import Places, interleave, places_between
+from fused.models.bimba.layer import CompressorLayer, norm_and_insert
 from fused.models.bimba.query_mixer import called_modules
 from fused.modules import mamba
 from fused.modules.mamba import Mamba
@@ -90,10 +90,8 @@ def scan_chunk(
     """Return y (B, Q, E) of a direction at the chunk's queries, before the gate, and the state that leaves the chunk."""
     mixer: Any = layer.mixer
     tokens = chunk.tokens.to(chunk.queries.device, chunk.queries.dtype, non_blocking=True)
-    normed, readers = (
-        x if layer.norm is None or not x.numel() else layer.norm(x, backend) for x in (tokens, chunk.queries)
-    )
-    x = F.linear(insert(normed, readers, chunk.places), mixer.in_proj.weight.chunk(2)[0])
+    sequence, _ = norm_and_insert(layer.norm, tokens, chunk.queries, chunk.places, backend)
+    x = F.linear(sequence, mixer.in_proj.weight.chunk(2)[0])
     weights, reverse = mixer.directions()[direction], direction == 1
     if backends.operators_of(backend) != "native":
         A = -weights.A.to(accumulation_dtype(weights.A.dtype)).exp()

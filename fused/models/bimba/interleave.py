@@ -33,6 +33,7 @@ class Places(NamedTuple):
     queries: Tensor  # (Q,) int64
     tokens: Tensor  # (T,) int64
     tile_queries: Tensor  # (tiles, 2) int32, the table of `selective_scan.query_rows`
+    sources: Tensor  # (T + Q,) int32: the number of the token at each place, or -1 minus the number of the query
     ratio: int  # tokens of every query; 0 where they differ
 
 
@@ -60,9 +61,11 @@ def _on_device(queries: Tensor, num_tokens: int, ratio: int, device: torch.devic
     length = num_tokens + len(queries)
     is_token = torch.ones(length, dtype=torch.bool)
     is_token[queries] = False
-    places = queries, is_token.nonzero().squeeze(1), tile_queries(queries, length)
-    at_queries, at_tokens, table = (x.to(device) for x in places)
-    return Places(at_queries, at_tokens, table, ratio)
+    tokens, sources = is_token.nonzero().squeeze(1), torch.empty(length, dtype=torch.int32)
+    sources[tokens] = torch.arange(len(tokens), dtype=torch.int32)
+    sources[queries] = -1 - torch.arange(len(queries), dtype=torch.int32)
+    at_queries, at_tokens, table, sources = (x.to(device) for x in (queries, tokens, tile_queries(queries, length), sources))
+    return Places(at_queries, at_tokens, table, sources, ratio)
 
 
 def insert(

@@ -1,13 +1,16 @@
 """A layer of the compressor: over the whole sequence, or for its queries alone."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fused import backends
 from fused.models.bimba.attention import Attention
 from fused.models.bimba.interleave import Places, extract, insert
 from fused.models.bimba.query_mixer import mix_at_queries
 from fused.modules.mamba import Mamba
 from fused.modules.norm import Norm
+from fused.runtime.library import wants_gradients
 
 EPS = 1e-6
 
@@ -34,10 +37,26 @@ class CompressorLayer(nn.Module):
         self, tokens: Float[Tensor, "B T C"], queries: Float[Tensor, "B Q C"], places: Places, backend: str
     ) -> Float[Tensor, "B Q C"]:
         """Return the new queries (B, Q, C) alone, for which less is to be computed."""
-        normed, readers = (x if self.norm is None else self.norm(x, backend) for x in (tokens, queries))
-        sequence = insert(normed, readers, places)
+        sequence, readers = norm_and_insert(self.norm, tokens, queries, places, backend)
         if isinstance(self.mixer, Mamba):
             mixed = mix_at_queries(self.mixer, sequence, readers, places, backend)
         else:
             mixed = self.mixer(sequence, readers)
         return queries + mixed if self.use_res else mixed
+
+
+def norm_and_insert(
+    norm: Norm | None, tokens: Float[Tensor, "B T C"], queries: Float[Tensor, "B Q C"], places: Places, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Return the normalised sequence (B, T + Q, C) and its queries (B, Q, C)."""
+    if norm is None:
+        return insert(tokens, queries, places), queries
+    readers = norm(queries, backend) if queries.numel() else queries  # a chunk may have no query
+    plain = type(norm) is Norm and not (norm._forward_hooks or norm._forward_pre_hooks)
+    inference = not (torch.compiler.is_compiling() or wants_gradients(tokens, queries, norm.weight))
+    if plain and inference and backends.operators_of(backend) == "native" and queries.numel() and tokens.numel():
+        from fused.ops.add_norm.interleaved import interleaved_norm
+
+        return interleaved_norm(tokens, queries, places.sources, norm.weight, norm.eps), readers
+    normed = norm(tokens, backend) if tokens.numel() else tokens
+    return insert(normed, readers, places), readers

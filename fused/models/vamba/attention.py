@@ -10,6 +10,7 @@ from fused.models.vamba.cache import Pair
 from fused.models.vamba.config import VambaConfig
 from fused.models.vamba.pattern import Pattern
 from fused.models.vamba.rotary import Angles, rotate
+from fused.runtime.library import wants_gradients
 
 
 class Attention(nn.Module):
@@ -77,7 +78,11 @@ def _attend_causally(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, backend: str, mask: Tensor | None = None) -> Tensor:
-    """Return the attention (B, L, H C). The heads of a group are rows of queries, (B, G, H/G L, C), to one head of keys."""
+    """Return the attention (B, L, H C). The heads of a group are rows of queries, (B, G, H/G L, C), to one head of keys.
+
+    In inference on a GPU in 16 bits PyTorch's kernel for grouped heads is taken, which splits many keys among programs: with
+    heads as rows 4 heads of keys occupy few multiprocessors (H200, one query to 76,544 keys: 0.94 ms, the former 0.08 ms).
+    """
     B, H, L, C = q.shape
     if not k.shape[2] or not L:
         return q.new_zeros(B, L, H * C)
@@ -88,6 +93,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, backend: str, mask: Tensor | None =
 
         if takes(rows, k, v):
             return split_attention(rows, k, v).view(B, H, L, C).transpose(1, 2).flatten(2)
+    if mask is None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and not wants_gradients(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=H != G).transpose(1, 2).flatten(2)
     readable = None
     if mask is not None:
         if mask.dtype == torch.bool:

@@ -1,6 +1,6 @@
 """One decoder layer: text reads itself and the video, then the video passes a Mamba-2 mixer."""
 
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +24,15 @@ from fused.modules.norm import Norm
 from fused.modules.state import State
 from fused.runtime.dtypes import accumulation_dtype
 
+NO_POSITIONS = "encoder_position_ids is None; cross_attn_use_position_embeddings needs the video's positions (3, B, Lv)"
 
-class Shared(NamedTuple):
-    """What is the same for all layers of one call."""
+
+@dataclass(frozen=True)
+class Shared:
+    """What is the same for all layers of one call.
+
+    It is no tuple: FSDP, which rounds the tensors in tuples to the dtype of its parameters, would round the angles.
+    """
 
     backend: str
     angles: Angles | None  # of the text
@@ -126,24 +132,23 @@ class VambaDecoderLayer(nn.Module):
 
         Arguments are those of `Vamba`. `seq_idx` numbers the videos of a row, ascending. Without a `cross_attention_mask`
         every text token reads all of them. A model gives `shared`, which says the same once for all layers, a `memory`, which
-        holds what is cached and takes what is new, and leaves out the last mixer.
+        holds what is cached and takes what is new, and leaves out the last mixer: then there is no video after the layer.
         """
         if shared is None:
             if text is None:
                 raise ValueError("text is None; allowed: the tokens (B, L, D)")
             video_angles = None if encoder_position_ids is None else self.angles(encoder_position_ids, text.dtype)
             cross = Pattern(mask=None if cross_attention_mask is None else cross_attention_mask[:, None])
-            shared = self._share(text, position_ids, attention_mask)._replace(
-                video_angles=video_angles, cross_pattern=cross, seq_idx=seq_idx
-            )
+            plain = self._share(text, position_ids, attention_mask)
+            shared = replace(plain, video_angles=video_angles, cross_pattern=cross, seq_idx=seq_idx)
         memory = memory or LayerMemory()
         if video is not None:
             video = self.read_video(video, shared, memory)
         if text is not None:
             text = self._update_text(text, shared, memory)
-        if video is not None and run_mixer:
-            video, _ = self.vision_mixer(video, shared.seq_idx, shared.backend)
-        return text, video
+        if video is None or not run_mixer:
+            return text, None
+        return text, self.vision_mixer(video, shared.seq_idx, shared.backend)[0]
 
     def _share(self, text: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None) -> Shared:
         """Return what a call without a video shares."""
@@ -169,7 +174,7 @@ class VambaDecoderLayer(nn.Module):
         if self.config.cross_attn_use_position_embeddings:
             angles = shared.video_angles
             if angles is None:
-                raise ValueError("encoder_position_ids is None; cross_attn_use_position_embeddings needs the video's positions")
+                raise ValueError(NO_POSITIONS)
         memory.video = self.cross_attn.project_keys(video, angles, shared.backend)
         return video
 

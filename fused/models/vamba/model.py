@@ -11,7 +11,7 @@ from fused import backends
 from fused.models.vamba.cache import LayerMemory, VambaCache, layer_pairs
 from fused.models.vamba.config import VambaConfig
 from fused.models.vamba.generate import Generates
-from fused.models.vamba.layer import Shared, VambaDecoderLayer
+from fused.models.vamba.layer import NO_POSITIONS, Shared, VambaDecoderLayer
 from fused.models.vamba.load import Pretrained
 from fused.models.vamba.loss import next_token_loss
 from fused.models.vamba.pattern import (
@@ -173,6 +173,8 @@ class Vamba(EncodesVideo, Generates, Pretrained, nn.Module):
                 raise ValueError(f"video has shape {tuple(video.shape)}; allowed: ({B}, Lv, {D}), a row for each row of text")
             if video.device != text.device:
                 raise ValueError(f"video is on {video.device}; allowed: {text.device}, where the text is")
+            if self.config.cross_attn_use_position_embeddings and video_positions is None:
+                raise ValueError(NO_POSITIONS)
         tokens = 0 if video is None else video.shape[1]
         for name, value, due in (
             ("position_ids", position_ids, (3, B, L)),

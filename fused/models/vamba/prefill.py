@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fused import backends
 from fused.models.vamba.cache import LayerMemory, Pair, VambaCache
 from fused.models.vamba.config import VambaConfig
-from fused.models.vamba.layer import Shared, VambaDecoderLayer
+from fused.models.vamba.layer import NO_POSITIONS, Shared, VambaDecoderLayer
 from fused.models.vamba.pattern import Pattern, row_lengths
 from fused.models.vamba.vision import frame_features
 from fused.modules.state import State
@@ -47,6 +47,8 @@ class EncodesVideo:
         Raises ValueError or TypeError for what does not fit, ValueError for frames without a vision tower.
         """
         check_integer("encode_video", "chunk", chunk, 1)
+        if self.config.cross_attn_use_position_embeddings and encoder_position_ids is None:
+            raise ValueError(NO_POSITIONS)
         total = video.shape[1] if isinstance(video, Tensor) and video.dim() == 3 else None
         store: PairStore | None = None
         states: list[State | None] = [None] * len(self.model.layers)

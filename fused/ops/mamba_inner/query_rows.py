@@ -3,9 +3,12 @@
     x = in_proj_x(u)        z = in_proj_z(u at query rows)        c = silu(conv(x))        dt, B, C = x_proj(c)
     y = sum of both scans at query rows * silu(z)                 out = out_proj(y)
 
-Kernels are those of `mamba_inner`. The scan computes its states at every token, and C h + D u, the gate and y at query rows
-only. The gate's half of in_proj, and out_proj, are products of query rows. C is computed for every token: its N columns of
-x_proj cost less than a copy of c at query rows.
+Kernels are those of `mamba_inner`. The scan computes its states and C h + D u at every token, since a branch at each token
+costs more than the sum over states, and reads z and writes y at query rows only. The gate's half of in_proj, and out_proj, are
+products of query rows. C is computed for every token: its N columns of x_proj cost less than a copy of c at query rows.
+
+For training the forward keeps y, y before the gate and the state before every tile: the peak of memory is in the backward,
+which needs them at once. The backward recomputes c and delta.
 """
 
 from collections.abc import Sequence
@@ -20,6 +23,7 @@ from fused.ops.mamba_inner.native import Linear
 from fused.ops.mamba_inner.pipeline import Pipeline, pack, weight_gradient
 from fused.ops.selective_scan import launch as scan
 from fused.ops.selective_scan.launch import ScanInputs, aligned_or_none
+from fused.ops.selective_scan.schedule import TILE
 from fused.ops.shapes import DirectionWeights
 from fused.runtime.library import apply_function, below_autograd, none_if_empty, register, wants_gradients
 from fused.runtime.modes import is_batch_invariant
@@ -97,9 +101,10 @@ def _forward(
     p = _pipeline(x, z, first, second, batch_invariant)
     c, _ = p.convolve()
     dt_B_C, delta = p.project(c, packed)
-    r = scan.forward(_scan_inputs(p, c, dt_B_C, delta, packed, tile_queries), None, p.schedule, keep=False)
+    r = scan.forward(_scan_inputs(p, c, dt_B_C, delta, packed, tile_queries), None, p.schedule, keep=training)
     out = F.linear(r.y, out_proj_cast, None if out_proj_bias is None else out_proj_bias.to(dtype))
-    return out, *((x, z, packed.packed, packed.A_D, dt_B_C, r.split_initial_states) if training else (None,) * 6)
+    kept = x, z, packed.packed, packed.A_D, dt_B_C, r.y, r.y_pre_gate, r.tile_states
+    return out, *(kept if training else (None,) * len(kept))
 
 
 def _forward_shapes(
@@ -110,7 +115,7 @@ def _forward_shapes(
     (B, L, _), Q, E = u.shape, u_queries.shape[1], out_proj.shape[1]
     out = u.new_empty((B, Q, out_proj.shape[0]), dtype=dtype)
     if not training:
-        return out, *(u.new_empty(0) for _ in range(6))
+        return out, *(u.new_empty(0) for _ in range(8))
     x, z = out.new_empty((B, L, E)), out.new_empty((B, Q, E))
     p = _pipeline(x, z, first, second, batch_invariant)
     d, N = len(p.reverses), p.N
@@ -118,17 +123,16 @@ def _forward_shapes(
     packed = out.new_empty((d * (p.width + p.padded_R) + linear_rows, E))
     copies_A_D = any(w.dtype != torch.float32 for w in (*p.weights.A, *p.weights.D))
     A_D = out.new_empty((d, (N + 1) * E) if copies_A_D else 0, dtype=torch.float32 if copies_A_D else dtype)
-    splits, states = p.schedule.fwd_schedule, out.new_empty(0)
-    if splits.num_unsplit < splits.num_sequences:
-        states = out.new_empty((d, B, splits.num_splits, E, N), dtype=torch.float32)
-    return out, x, z, packed, A_D, out.new_empty((d, B, L, p.width)), states
+    tile_states = out.new_empty((d, B, -(-L // TILE), E, N), dtype=torch.float32)
+    y, y_pre_gate = out.new_empty(z.shape), out.new_empty(z.shape)
+    return out, x, z, packed, A_D, out.new_empty((d, B, L, p.width)), y, y_pre_gate, tile_states
 
 
 def _backward(
     u: Tensor, u_queries: Tensor, tile_queries: Tensor, first: Weights, second: Weights, in_proj: Tensor,
     in_proj_bias: Tensor | None, out_proj: Tensor, out_proj_bias: Tensor | None, dtype: torch.dtype, batch_invariant: bool,
-    x: Tensor, z: Tensor, packed_matrices: Tensor, A_D: Tensor | None, dt_B_C: Tensor, split_initial_states: Tensor | None,
-    dout: Tensor,
+    x: Tensor, z: Tensor, packed_matrices: Tensor, A_D: Tensor | None, dt_B_C: Tensor, y: Tensor, y_pre_gate: Tensor,
+    tile_states: Tensor, dout: Tensor,
 ) -> tuple[Any, ...]:  # fmt: skip
     """Return the gradients of u, u_queries, both directions' weights, in_proj and out_proj; None for None."""
     packed = _pack(first, second, in_proj, out_proj, dtype, packed_matrices, none_if_empty(A_D))
@@ -138,11 +142,9 @@ def _backward(
     s = _scan_inputs(p, c, dt_B_C, p.delta(dt_B_C, packed), packed, tile_queries)
     rows = dout.flatten(0, 1)
     dy = (rows @ out_proj_cast).view(z.shape)
-    r = scan.forward(s, None, p.schedule, keep=True, split_initial_states=none_if_empty(split_initial_states))
-    assert r.tile_states is not None
     dx, dz = torch.empty_like(x), torch.empty_like(z)
-    _, _, grads = p.backward(s, c, dt_B_C, packed, dy, r.tile_states, r.y_pre_gate, dx=dx, dz=dz)
-    d_out_proj = weight_gradient(rows, r.y.flatten(0, 1), out_proj.dtype).to(out_proj.dtype)
+    _, _, grads = p.backward(s, c, dt_B_C, packed, dy, tile_states, y_pre_gate, dx=dx, dz=dz)
+    d_out_proj = weight_gradient(rows, y.flatten(0, 1), out_proj.dtype).to(out_proj.dtype)
     d_out_bias = None if out_proj_bias is None else rows.sum(0, dtype=out_proj_bias.dtype)
     pairs = ((dx, u, weight_x), (dz, u_queries, weight_z))
     d_in_proj = torch.cat([weight_gradient(g.flatten(0, 1), t.to(dtype).flatten(0, 1), in_proj.dtype) for g, t, _ in pairs])
@@ -157,8 +159,8 @@ def _backward(
 def _backward_shapes(
     u: Tensor, u_queries: Tensor, tile_queries: Tensor, first: Weights, second: Weights, in_proj: Tensor,
     in_proj_bias: Tensor | None, out_proj: Tensor, out_proj_bias: Tensor | None, dtype: torch.dtype, batch_invariant: bool,
-    x: Tensor, z: Tensor, packed_matrices: Tensor, A_D: Tensor | None, dt_B_C: Tensor, split_initial_states: Tensor | None,
-    dout: Tensor,
+    x: Tensor, z: Tensor, packed_matrices: Tensor, A_D: Tensor | None, dt_B_C: Tensor, y: Tensor, y_pre_gate: Tensor,
+    tile_states: Tensor, dout: Tensor,
 ) -> tuple[Any, ...]:  # fmt: skip
     def like(t: Tensor | None) -> Tensor:
         return u.new_empty(0) if t is None else t.new_empty(t.shape)
@@ -212,8 +214,8 @@ _INPUTS = (
     "Tensor u, Tensor u_queries, Tensor tile_queries, Tensor?[] first, Tensor?[] second, Tensor in_proj, Tensor? in_proj_bias, "
     "Tensor out_proj, Tensor? out_proj_bias, ScalarType dtype, bool batch_invariant"
 )
-_KEPT = "Tensor x, Tensor z, Tensor packed, Tensor A_D, Tensor dt_B_C, Tensor split_initial_states"
-_KEPT_OR_NONE = "Tensor x, Tensor z, Tensor packed, Tensor? A_D, Tensor dt_B_C, Tensor? split_initial_states"
+_KEPT = "Tensor x, Tensor z, Tensor packed, Tensor A_D, Tensor dt_B_C, Tensor y, Tensor y_pre_gate, Tensor tile_states"
+_KEPT_OR_NONE = _KEPT.replace("Tensor A_D", "Tensor? A_D")
 _query_rows_backward = register(
     f"mamba_inner_query_rows_backward({_INPUTS}, {_KEPT_OR_NONE}, Tensor dout) -> "
     "(Tensor du, Tensor du_queries, Tensor[] dfirst, Tensor[] dsecond, Tensor d_in_proj, Tensor d_in_proj_bias, "

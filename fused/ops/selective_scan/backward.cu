@@ -212,7 +212,6 @@ template <bool COMPUTE_GRADIENTS> DEVICE void scan_backward_item(
     }
     __syncthreads();
     if (step > 0) prefetch_tile(step - 1);
-    const unsigned query_rows = queries.row_mask(reverse);
 
     auto read_B_or_C = [&](float* v, int t, bool is_C) {
       #pragma unroll
@@ -289,13 +288,6 @@ template <bool COMPUTE_GRADIENTS> DEVICE void scan_backward_item(
           smem_dBC[((token * BWD_WARPS + warp) * 2 + is_C) * PADDED_STATES + n] = sums[0];
         }
       };
-      auto store_no_dC = [&](int t) {
-        #pragma unroll
-        for (int g = 0; g < STATE_VECTORS; g++) {
-          const int token = t + ((lane.channel & 4) != 0), n = g * 16 + lane.quarter * 4 + (lane.channel & 3);
-          smem_dBC[((token * BWD_WARPS + warp) * 2 + 1) * PADDED_STATES + n] = 0.f;
-        }
-      };
       float two_tokens[2 * STATES_PER_THREAD];  // dB or dC of two tokens
       #pragma unroll
       for (int t = 0; t < SUBTILE; t++) {
@@ -312,8 +304,7 @@ template <bool COMPUTE_GRADIENTS> DEVICE void scan_backward_item(
             dC[i] = k ? fmaf(dy, h[k][i], dC[i]) : dy * h[k][i];
           }
         }
-        if (t % 2 && QUERY_ROWS && !(query_rows >> (t0 + t - 1) & 3)) store_no_dC(t0 + t - 1);
-        else if (t % 2) store_dB_or_dC(two_tokens, t0 + t - 1, 1);
+        if (t % 2) store_dB_or_dC(two_tokens, t0 + t - 1, 1);
       }
       float sums_gB[4], sums_wA[4];  // of a lane's states, for TOKENS_PER_REDUCTION tokens and THREAD_CHANNELS channels
       #pragma unroll

@@ -12,10 +12,9 @@
 // Shared memory, for each direction:
 //     smem_delta  [TILE][CHANNELS]               float2 {delta, delta u}
 //     smem_BC     [TILE][B | C][PADDED_STATES]   float
-//     smem_y      [TILE][Y_ROW]                  float: D u, then D u + sum_n C h; with QUERY_ROWS, of query rows
+//     smem_y      [TILE][Y_ROW]                  float: D u, then D u + sum_n C h
 
 #define THREAD_CHANNELS FWD_CHANNELS_PER_THREAD
-#define COMPUTE_EVERY_Y (COMPUTE_OUTPUTS && !QUERY_ROWS)
 #define CHANNELS (8 * THREAD_CHANNELS * FWD_WARPS)  // of a block
 #define THREADS (32 * FWD_WARPS)                    // of a direction
 #define Y_ROW (CHANNELS + 8)                        // four rows lie in different banks
@@ -95,7 +94,6 @@ template <bool COMPUTE_OUTPUTS> DEVICE void scan_forward_item(
 
   IoVec4 next_u[THREAD_CHANNELS], next_delta[THREAD_CHANNELS], next_BC[BC_LOADS];
   auto load_next_tile = [&](int step, int tokens_left) {
-    const TileQueries queries = TileQueries::of(tile_queries, tiles, step);
     #pragma unroll
     for (int k = 0; k < THREAD_CHANNELS; k++) {
       const int count = tiles.row_exists(row + k * STAGE_ROW_STRIDE, tokens_left) ? valid_channels : 0;
@@ -107,10 +105,7 @@ template <bool COMPUTE_OUTPUTS> DEVICE void scan_forward_item(
       const int r = BC_row + m * BC_ROW_STRIDE;
       next_BC[m] = load_vec4<VECTORIZED_BC>(
           BC_ptr + (i64)(m * BC_ROW_STRIDE) * BC_step,
-          (COMPUTE_OUTPUTS || !is_C) && r < TILE && tiles.row_exists(r, tokens_left) &&
-                  (!QUERY_ROWS || !is_C || queries.has(tiles, r))
-              ? valid_states
-              : 0);
+          (COMPUTE_OUTPUTS || !is_C) && r < TILE && tiles.row_exists(r, tokens_left) ? valid_states : 0);
     }
     BC_ptr += (i64)TILE * BC_step;
   };
@@ -120,11 +115,13 @@ template <bool COMPUTE_OUTPUTS> DEVICE void scan_forward_item(
   auto tokens_left_at = [&](int step) {
     return COMPUTE_OUTPUTS || step < tiles.num_tiles() ? L - tiles.tile(step) * TILE : 0;
   };
+  TileQueries next_queries = TileQueries::of(tile_queries, tiles, 0);
   load_next_tile(0, tokens_left_at(0));
   for (int step = 0; step < steps; step++) {
     const int tokens_left = tokens_left_at(step);
     const int other_step = steps - 1 - step;  // at which the other direction comes to this tile
-    const TileQueries queries = TileQueries::of(tile_queries, tiles, step);
+    const TileQueries queries = next_queries;
+    next_queries = TileQueries::of(tile_queries, tiles, step + 1);
     auto is_output = [&](int r) { return !QUERY_ROWS || queries.has(tiles, r); };
     const bool completes_y = DIRECTIONS == 1 || other_step <= step;
 
@@ -142,7 +139,7 @@ template <bool COMPUTE_OUTPUTS> DEVICE void scan_forward_item(
       float4* to = (float4*)(smem_delta + r * CHANNELS + column);
       to[0] = make_float4(delta[0], delta[0] * u[0], delta[1], delta[1] * u[1]);
       to[1] = make_float4(delta[2], delta[2] * u[2], delta[3], delta[3] * u[3]);
-      if (COMPUTE_OUTPUTS && is_output(r))
+      if (COMPUTE_OUTPUTS)
         *(float4*)(smem_y + r * Y_ROW + column) =
             make_float4(D_column[0] * u[0], D_column[1] * u[1], D_column[2] * u[2], D_column[3] * u[3]);
     }
@@ -182,25 +179,6 @@ template <bool COMPUTE_OUTPUTS> DEVICE void scan_forward_item(
     // them has the sums of one token. These stay in registers until the end of the tile: without writes to shared memory in
     // between, the compiler can move reads forward.
     float y_sums[TILE / 4][THREAD_CHANNELS];
-    // With QUERY_ROWS the lanes of a channel reduce their sums token by token, in the same order.
-    const unsigned query_rows = queries.row_mask(reverse);
-    auto add_query_row = [&](int t) {
-      float C[STATES_PER_THREAD], sums[THREAD_CHANNELS];
-      #pragma unroll
-      for (int g = 0; g < STATE_VECTORS; g++)
-        unpack(C + 4 * g, ((const float4*)smem_BC)[t * BC_ROW_VECTORS + PADDED_STATES / 4 + g * 4 + lane.quarter]);
-      #pragma unroll
-      for (int k = 0; k < THREAD_CHANNELS; k++) {
-        sums[k] = 0.f;
-        #pragma unroll
-        for (int i = 0; i < STATES_PER_THREAD; i++) sums[k] = fmaf(h[k][i], C[i], sums[k]);
-      }
-      if (THREAD_CHANNELS == 2) reduce_scatter<THREAD_CHANNELS>(sums, LANE_QUARTER_BIT1, lane.quarter_bit1);
-      else sums[0] += __shfl_xor_sync(0xffffffffu, sums[0], LANE_QUARTER_BIT1);
-      sums[0] += __shfl_xor_sync(0xffffffffu, sums[0], LANE_QUARTER_BIT0);
-      const bool writes = !lane.quarter_bit0 && (THREAD_CHANNELS == 2 || !lane.quarter_bit1);
-      if (writes) smem_y[t * Y_ROW + slot[0] + (THREAD_CHANNELS == 2 && lane.quarter_bit1 ? 8 : 0)] += sums[0];
-    };
     #pragma unroll
     for (int t0 = 0; t0 < TILE; t0 += 4) {
       float lane_sums[4 * THREAD_CHANNELS];
@@ -211,7 +189,7 @@ template <bool COMPUTE_OUTPUTS> DEVICE void scan_forward_item(
         for (int g = 0; g < STATE_VECTORS; g++) {
           const float4* from = (const float4*)smem_BC + (t0 + t) * BC_ROW_VECTORS + g * 4 + lane.quarter;
           unpack(B + 4 * g, from[0]);
-          if (COMPUTE_EVERY_Y) unpack(C + 4 * g, from[PADDED_STATES / 4]);
+          if (COMPUTE_OUTPUTS) unpack(C + 4 * g, from[PADDED_STATES / 4]);
         }
         #pragma unroll
         for (int k = 0; k < THREAD_CHANNELS; k++) {
@@ -221,20 +199,19 @@ template <bool COMPUTE_OUTPUTS> DEVICE void scan_forward_item(
           #pragma unroll
           for (int i = 0; i < STATES_PER_THREAD; i++) {
             h[k][i] = fmaf(exp_delta_A(delta, A_log2e[k][i]), h[k][i], delta_u * B[i]);
-            if (COMPUTE_EVERY_Y) sum = fmaf(h[k][i], C[i], sum);
+            if (COMPUTE_OUTPUTS) sum = fmaf(h[k][i], C[i], sum);
           }
           lane_sums[t * THREAD_CHANNELS + k] = sum;
         }
-        if (COMPUTE_OUTPUTS && QUERY_ROWS && query_rows >> (t0 + t) & 1) add_query_row(t0 + t);
       }
-      if (COMPUTE_EVERY_Y) {
+      if (COMPUTE_OUTPUTS) {
         reduce_scatter<4 * THREAD_CHANNELS>(lane_sums, LANE_QUARTER_BIT1, lane.quarter_bit1);
         reduce_scatter<2 * THREAD_CHANNELS>(lane_sums, LANE_QUARTER_BIT0, lane.quarter_bit0);
         #pragma unroll
         for (int k = 0; k < THREAD_CHANNELS; k++) y_sums[t0 / 4][k] = lane_sums[k];
       }
     }
-    if (COMPUTE_EVERY_Y) {
+    if (COMPUTE_OUTPUTS) {
       #pragma unroll
       for (int i = 0; i < TILE / 4 * THREAD_CHANNELS; i++) {
         const int t0 = i / THREAD_CHANNELS * 4, k = i % THREAD_CHANNELS;

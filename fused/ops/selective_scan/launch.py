@@ -47,8 +47,8 @@ class ScanInputs(NamedTuple):
     z: Tensor | None
     softplus: int = SOFTPLUS_IN_KERNEL  # of delta; SOFTPLUS_BY_CALLER: the gradient is that of softplus's input
     A_is_log: bool = False  # A holds log(-A)
-    tile_queries: Tensor | None = None  # of `query_rows`: z, y and their gradients are then (B, num_queries, E), and C is
-    num_queries: int = 0  # read, and its gradient not zero, at query rows only
+    tile_queries: Tensor | None = None  # of `query_rows`: z, y and their gradients are then (B, num_queries, E), and the
+    num_queries: int = 0  # gradient of C is zero at other rows
 
     @property
     def y_shape(self) -> tuple[int, int, int]:

@@ -41,7 +41,6 @@ struct alignas(8) TileQueries {
   DEVICE int query(const TileIterator& tiles, int row) const {
     return first + __popc(mask & ((1u << (row ^ tiles.row_xor)) - 1));
   }
-  DEVICE unsigned row_mask(bool reverse) const { return reverse ? __brev(mask) >> (32 - TILE) : mask; }  // bit i: of row i
   // Those of the tile of a step; where the step does not exist, none.
   DEVICE static TileQueries of(const TileQueries* tile_queries, const TileIterator& tiles, int step) {
     const bool exists = QUERY_ROWS && step >= 0 && step < tiles.num_tiles();

@@ -115,3 +115,38 @@ def test_a_short_pretraining_learns():
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
     assert torch.equal(net.lm_head.weight, frozen)
+
+
+@pytest.fixture
+def world():
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_sharded_layers_give_the_same_loss_and_gradients(world):
+    """FSDP2, a layer at a time, in bfloat16: angles stay in float32 at positions that bfloat16 cannot tell apart."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    given = batch()
+    given["position_ids"] = torch.where(given["position_ids"] > 0, given["position_ids"] + 1000, 0)
+    plain = model().bfloat16()
+    for module in plain.modules():
+        for name, p in module.named_parameters(recurse=False):
+            if name in ("A_log", "D"):
+                p.data = p.data.float()
+    due = plain(**given | {"video": given["video"].bfloat16()}).loss
+    sharded, mesh = model(), init_device_mesh("cpu", (1,))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    for layer in sharded.model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(sharded, mesh=mesh, mp_policy=policy)
+    for recompute in (False, True):
+        sharded.recompute_layers = recompute
+        loss = sharded(**given).loss
+        torch.testing.assert_close(loss, due, rtol=2e-3, atol=0)
+        loss.backward()
+        assert sharded.model.layers[0].alpha.grad is not None
+        sharded.zero_grad()

@@ -14,14 +14,20 @@ from fused.modules import mamba2
 from harness.baselines.vamba_upstream import UpstreamVamba
 from harness.fixtures import functional_modules as modules
 from harness.fixtures.chains import chain
+from harness.instruments import short_training
 from harness.judge.case import Case
 from harness.judge.implementation import Implementation, fused_implementations
-from harness.judge.race import Race, timed_precision
-from harness.records.ceilings import Ceilings, element_bytes
-from harness.records.speed import Entry, Point
-from harness.subjects import ssd
+from harness.subjects.vamba.timing import bound as bound
+from harness.subjects.vamba.timing import licence as licence
+from harness.subjects.vamba.timing import races as races
+from harness.subjects.vamba.training import VOCABULARY
+from harness.subjects.vamba.training import learning_rate as learning_rate
+from harness.subjects.vamba.training import special_cases as special_cases
+from harness.subjects.vamba.training import training_losses as training_losses
+from harness.subjects.vamba.training import training_target as training_target
+from harness.subjects.vamba.training import training_title as training_title
 
-VOCABULARY = 31
+KEY_BIAS = "cross_attn.k_proj.bias"
 
 
 def cases(grid: str) -> list[Case]:
@@ -87,8 +93,12 @@ def _make(package: Any, case: Case, **options: Any) -> nn.Module:
 
 
 def build(call: Callable[..., Any], case: Case) -> nn.Module:
-    """Return the module of a case."""
-    return call(case)
+    """Return the module of a case; in a training the biases of the video's keys are fixed, see `without_key_slopes`."""
+    module = call(case)
+    if case.only_check == "convergence":
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(not name.endswith(KEY_BIAS))
+    return module
 
 
 def draw(case: Case, seed: int) -> dict[str, Tensor]:
@@ -96,6 +106,8 @@ def draw(case: Case, seed: int) -> dict[str, Tensor]:
     module = modules.on_meta(build, implementations()[0].call, case)
     leaves = modules.parameters(module, case, seed)
     leaves |= {k: (0.5 + 0.5 * v).clamp(0.05, 0.95) for k, v in leaves.items() if k.endswith("alpha")}
+    if case.only_check == "convergence":
+        return leaves | {"clip": short_training.clips(case)}
     if case.has("layer"):
         leaves["text"] = case.normal(seed, "text", case["B"], case["L"], case["D"])
     if not case.has("text-only"):
@@ -196,7 +208,7 @@ def without_key_slopes(case: Case, leaves: dict[str, Tensor]) -> dict[str, Tenso
     """
     if case.has("rotated"):
         return leaves
-    return leaves | {k: v.detach() for k, v in leaves.items() if k.endswith("cross_attn.k_proj.bias")}
+    return leaves | {k: v.detach() for k, v in leaves.items() if k.endswith(KEY_BIAS)}
 
 
 def chunked(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor], cuts: tuple[int, ...]) -> dict[str, Tensor]:
@@ -242,61 +254,3 @@ def costly_checks(case: Case) -> set[str]:
     if case.has("packed"):
         return {"writes"}
     return {("layers=2", "autocast"): {"compile"}, ("layers=2",): {"device"}}.get(case.options, set())
-
-
-def licence(dtype: str) -> tuple[str, ...]:
-    """Return one case."""
-    return (f"B2-L7-V11-*-layers=2-{timed_precision(dtype)}",)
-
-
-PAIR_TOKENS = 299  # of two frames of 640 x 360 pixels
-
-
-def races() -> list[Race]:
-    """Return the race at the published sizes: prefill of 28 layers, a decoded token, a training step of two layers."""
-
-    def points(grid: str) -> list[Point]:
-        if grid == "cpu":
-            size = {"B": 1, "L": 16, "V": 197, "K": 2, "D": 64}
-            dims = [(size, "infer"), (size | {"L": 1}, "infer"), (size, "train")]
-            return [Point("vamba", tuple(d.items()), mode, dtype="float32") for d, mode in dims]
-        if grid != "full":
-            return []
-        found = []
-        for frames in (128, 256, 512, 1024):
-            size = {"B": 1, "L": 64, "V": frames // 2 * PAIR_TOKENS, "K": 28, "D": 3584}
-            found.append(Point("vamba", tuple(size.items()), "infer"))
-            found.append(Point("vamba", tuple((size | {"L": 1}).items()), "infer", "graph"))
-            if frames < 512:
-                found.append(Point("vamba", tuple((size | {"K": 2, "L": 512}).items()), "train"))
-        return found
-
-    def runs(entry: Entry, point: Point, grid: str) -> bool:
-        if entry.subject == "qwen2":
-            return point["L"] > 1
-        return entry.implementation in ("fused:native", "upstream") or (grid == "cpu" and entry.implementation == "fused:torch")
-
-    contenders = (("vamba", ""), ("qwen2", ""))
-    return [Race("vamba", order=8, points=points, contenders=contenders, runs=runs, maker="harness.bench.vamba:make")]
-
-
-def bound(point: Point, variant: str, ceilings: Ceilings) -> float:
-    """Return the least seconds: products and weights of the layers, the scans, and keys and values of the video.
-
-    A decoded token reads all weights of the text, and keys and values, once.
-    """
-    D, K, size, train = point["D"], point["K"], element_bytes(point.dtype), point.mode == "train"
-    E, keys, vocabulary = (18944, 1024, 152064) if D == 3584 else (2 * D, D, 64)
-    P, N = (64, 128) if D == 3584 else (16, 16)
-    inner, passes = 2 * D, 3 if train else 1
-    text = K * (3 * D * E + 2 * (2 * D * D + D * keys)) + D * vocabulary
-    tokens, words = point["B"] * point["V"], point["B"] * point["L"]
-    cached = K * keys * tokens
-    pairs = 2.0 * 2 * K * words * point["V"] * D  # queries and keys of the cross-attention, twice
-    if point["L"] == 1:
-        return (text + cached) * size / ceilings.copy + (2.0 * text * words + pairs) / ceilings.matmul
-    mixer = D * (3 * inner + 2 * N + inner // P)
-    products = 2.0 * tokens * ((K - 1) * mixer + K * D * keys) + 2.0 * words * text + pairs
-    moved = passes * size * (text + (K - 1) * mixer + 2 * cached + (K - 1) * tokens * 7 * inner)
-    scans = (K - 1) * ssd.seconds(tokens, inner // P, P, N, size, train, ceilings)
-    return passes * products / ceilings.matmul + moved / ceilings.copy + scans
