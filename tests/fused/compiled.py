@@ -98,7 +98,7 @@ def launches_of_ssd():
         arguments = x, dt, A, B, B, A, z if full and not backward else None, A, True, 0.0, 1.0, state, ids, full
         ssd_backward.backward(x, state, *arguments) if backward else ssd.forward(*arguments)
 
-    kernels = ("steps_kernel", "states_kernel", "carry_kernel", "scan_kernel")
+    kernels = ("steps_kernel", "states_kernel", "scan_kernel")
     gradients = "both_states_kernel", "state_gradient_kernel", "input_gradient_kernel", "steps_backward_kernel", "reduce_kernel"
     vars(ssd)["NATIVE"] = True  # as on a GPU, also where tests import this
     large, largest, precise = (112, 64, 1, 128, BF16), (8, 128, 1, 256, BF16), (8, 128, 1, 256, FP32)

@@ -188,14 +188,14 @@ def scan_kernel(
     """
     clip, chunk, group, first_head, count = chunk_and_heads(num_chunks, H, heads_per_group, heads_per_program)
     p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    i = tl.arange(0, CHUNK)
+    i, j = tl.arange(0, CHUNK), tl.arange(0, CHUNK)
     position = chunk * CHUNK + i
     inside, tokens = position < L, to_tokens(position, L, REVERSE)
     x_ptr += clip * x_clip_stride + first_head.to(tl.int64) * x_head_stride
     B_ptr += clip * B_clip_stride + group.to(tl.int64) * B_group_stride
     C_ptr += clip * C_clip_stride + group.to(tl.int64) * C_group_stride
     y_ptr += (clip * L * H + first_head) * P
-    row = (clip * H + first_head) * (num_chunks * CHUNK) + position
+    row = (clip * H + first_head) * (num_chunks * CHUNK) + chunk * CHUNK
     head_tokens, state_size = (num_chunks * CHUNK).to(tl.int64), tl.cast(P, tl.int64) * N
     states_ptr += ((clip * num_chunks + chunk) * H + first_head) * P * N
     if z_ptr is not None:
@@ -205,7 +205,7 @@ def scan_kernel(
     products = tl.zeros((CHUNK, CHUNK), tl.float32)
     for t in tl.static_range(TILES):
         products = dot(C_tiles[t], tl.trans(B_tiles[t]), products)
-    used = i[:, None] >= i[None, :]
+    used = i[:, None] >= j[None, :]
     if ids_ptr is not None:
         ids, _, _ = load_ids(ids_ptr + clip * L, chunk, L, REVERSE, CHUNK)
         used = used & (ids[:, None] == ids[None, :])
@@ -213,19 +213,18 @@ def scan_kernel(
     for k in tl.range(0, count, num_stages=STAGES):
         x = load_rows(x_ptr + k * x_head_stride, tokens, p, P, x_token_stride, COMPUTE, EVEN)
         base = row + k * head_tokens
-        prefix = tl.load(prefix_ptr + base)
-        between = prefix[:, None] - prefix[None, :]
+        # `base` is a number: offsets as a tensor of int64 take so many registers that some spill
+        between = tl.load(prefix_ptr + base + i)[:, None] - tl.load(prefix_ptr + base + j)[None, :]
         if COMPUTE == tl.float32:
-            prefix_low = tl.load(prefix_low_ptr + base)
-            between += prefix_low[:, None] - prefix_low[None, :]
+            between += tl.load(prefix_low_ptr + base + i)[:, None] - tl.load(prefix_low_ptr + base + j)[None, :]
         y = tl.zeros((CHUNK, BLOCK_P), tl.float32)
         for t in tl.static_range(TILES):
             n = t * BLOCK_N + tl.arange(0, BLOCK_N)
             state = load_state(states_ptr + k * state_size, n, p, N, P, COMPUTE, EVEN)
             y = dot(C_tiles[t], state, y)
         # not of pairs i < j, whose products are 0: their exponents are positive
-        mixing = (products * tl.exp2(tl.minimum(between, 0.0)) * tl.load(d_ptr + base)[None, :]).to(COMPUTE)
-        y = dot(mixing, x, y * tl.load(from_state_ptr + base)[:, None])
+        mixing = (products * tl.exp2(tl.minimum(between, 0.0)) * tl.load(d_ptr + base + j)[None, :]).to(COMPUTE)
+        y = dot(mixing, x, y * tl.load(from_state_ptr + base + i)[:, None])
         if D_ptr is not None:
             if D_CHANNELS:
                 D = tl.load(D_ptr + (first_head + k) * P + p, mask=p < P, other=0.0).to(tl.float32)

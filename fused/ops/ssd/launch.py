@@ -5,12 +5,11 @@ With decays a_t = exp(d_t A), a chunk of tokens that the state S enters gives, b
     y_i = sum over j <= i of (C_i . B_j) a_(j+1) ... a_i d_j x_j  +  a_1 ... a_i S C_i
     S'  = a_1 ... a_Q S  +  sum over j of a_(j+1) ... a_Q d_j x_j B_j^T
 
-Forward, four kernels: `steps` (d and the decays within chunks), `states` (from chunk to chunk, a tile of the state of a head
-in registers, in float32; it stores the state that enters each chunk in the dtype of the products that read it), `carry`, `scan`
-(y, all chunks at once; a program takes several heads of a group, which share C and C B^T). Where heads are fewer than the GPU
-can take at a time, a sequence is divided into spans of chunks, all but the first of which start from zeros, and `carry` adds
-to their states what enters the span. No result is summed by atomics: everything is repeatable bit by bit. In bfloat16 a state
-is updated by products of three terms, which keep float32's precision; for y one term is enough.
+Forward, three kernels: `steps` (d and the decays within chunks), `states` (from chunk to chunk, a tile of the state of a head
+in registers, in float32; it stores the state that enters each chunk in the dtype of the products that read it), `scan` (y, all
+chunks at once; a program takes several heads of a group, which share C and C B^T). A sequence is never cut for `states`: the
+order of its sums depends on nothing but the chunk. No result is summed by atomics: everything is repeatable bit by bit. In
+bfloat16 a state is updated by products of three terms, which keep float32's precision; for y one term is enough.
 """
 
 from typing import Any, NamedTuple
@@ -20,15 +19,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fused.ops.ssd.kernels import scan_kernel, steps_kernel
-from fused.ops.ssd.state_kernels import carry_kernel, states_kernel
+from fused.ops.ssd.state_kernels import states_kernel
 from fused.runtime import triton_launch
 from fused.runtime.modes import is_batch_invariant
 from fused.runtime.triton_launch import FUSED_MULTIPLY_ADD, NATIVE, blocks, capability, power_of_2
 
 MAX_CHANNELS, MAX_STATES = 128, 256  # P and N
 MULTIPROCESSORS = 132  # of an H200; a constant, because the heads of a program decide the order of sums
-SPANS, SPAN_CHUNKS = 8, 4  # the most spans of a sequence, the fewest chunks of a span
-CARRY = {"BLOCK_P": 64, "BLOCK_N": 64, "num_warps": 4, **FUSED_MULTIPLY_ADD}
 STEPS = {"BLOCK_HEADS": 16, "num_warps": 8, **FUSED_MULTIPLY_ADD}
 
 
@@ -37,14 +34,12 @@ class Options(NamedTuple):
 
     num_warps: int
     num_stages: int
-    maxnreg: int | None = None
 
     def launch(self) -> dict[str, Any]:
         """Return them as Triton takes them."""
-        limit = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
         # STAGES are the stages of a loop: without it Triton fetches ahead only what products are taken of
         stages = {"num_stages": self.num_stages, "STAGES": self.num_stages}
-        return {"num_warps": self.num_warps, **stages, **limit, **FUSED_MULTIPLY_ADD}
+        return {"num_warps": self.num_warps, **stages, **FUSED_MULTIPLY_ADD}
 
 
 class Config(NamedTuple):
@@ -96,11 +91,10 @@ def choose_config(sizes: Sizes, dtype: torch.dtype, capability: int = 0, backwar
         # on an H200, Triton 3.6 built kernels that were wrong for blocks of 32 channels: there are none below 64
         block_p, block_n = 64, 64 if sizes.N <= 64 else 128
         if not backward and sizes.N <= 128:
-            # 128 registers: two programs fit on a multiprocessor, as `choose_spans` counts
-            chunk, states, over_heads = 128, Options(8, 2, 128), Options(8, 3)
+            chunk, over_heads = 128, Options(8, 3)
         else:
             chunk, over_heads = 32 if tensor_memory and backward else 64, Options(4, 3 if sizes.N <= 128 else 2)
-            states = Options(8 if block_n == 128 else 4, 3)
+        states = Options(8 if block_n == 128 else 4, 3)
         config = Config(chunk, block_p, block_n, block_p, block_n, tl.bfloat16, 3, False, 16, states, *(over_heads,) * 4)
     return config._replace(diagonal=not tensor_memory)
 
@@ -119,15 +113,6 @@ def choose_heads(sizes: Sizes, num_chunks: int, most: int) -> int:
     return min(heads, per_group)
 
 
-def choose_spans(sizes: Sizes, num_chunks: int, tiles: int) -> int:
-    """Return the spans of a sequence: as many as give two programs to every multiprocessor, each head having `tiles`.
-
-    In the batch-invariant mode they do not depend on the number of clips.
-    """
-    clips = 1 if is_batch_invariant() else sizes.clips
-    return max(1, min(SPANS, 2 * MULTIPROCESSORS // (clips * sizes.H * tiles), num_chunks // SPAN_CHUNKS))
-
-
 def forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
     softplus: bool, low: float, high: float, initial_state: Tensor | None, seq_idx: Tensor | None, reverse: bool,
@@ -144,7 +129,12 @@ def forward(
         return y, final
     call = prepare(x, dt, A, B, C, dt_bias, softplus, low, high, seq_idx, reverse, config)
     config, steps = call.config, call.steps
-    entering = _states(call, x, B, None if initial_state is None else initial_state.contiguous(), final)
+    entering, initial = new_states(call, x), None if initial_state is None else initial_state.contiguous()
+    triton_launch.launch(
+        states_kernel, x.device, call.states_grid,
+        x, B, steps.d, steps.to_end, steps.decay, initial, entering, final,
+        *call.shape, *x.stride()[:3], *B.stride()[:3], TERMS=config.TERMS, **call.states_options,
+    )  # fmt: skip
     z_strides = (0, 0, 0) if z is None else z.stride()[:3]
     triton_launch.launch(
         scan_kernel, x.device, call.grid,
@@ -154,32 +144,6 @@ def forward(
         **call.options, **config.scan.launch(),
     )  # fmt: skip
     return y, final
-
-
-def _states(call: "Call", x: Tensor, B: Tensor, initial: Tensor | None, final: Tensor) -> Tensor:
-    """Return the states that enter the chunks, (B, chunks, H, N, P), and write the final state."""
-    entering, num_chunks, steps = new_states(call, x), call.num_chunks, call.steps
-    programs, *tiles = call.states_grid
-    spans = choose_spans(call.sizes, num_chunks, tiles[0] * tiles[1])
-    span_chunks = blocks(num_chunks, spans)
-    spans = blocks(num_chunks, span_chunks)
-    leaving, factor = final, None
-    if spans > 1:
-        leaving = torch.empty((spans, *final.shape), dtype=final.dtype, device=x.device)
-        factor = torch.empty_like(steps.decay)
-    triton_launch.launch(
-        states_kernel, x.device, (spans * programs, *tiles),
-        x, B, steps.d, steps.to_end, steps.decay, initial, entering, factor, leaving, *call.shape, span_chunks,
-        *x.stride()[:3], *B.stride()[:3], TERMS=call.config.TERMS, **call.states_options,
-    )  # fmt: skip
-    if spans > 1:
-        _, _, H, P, _, N = call.sizes
-        triton_launch.launch(
-            carry_kernel, x.device,
-            ((num_chunks - span_chunks) * programs, blocks(P, CARRY["BLOCK_P"]), blocks(N, CARRY["BLOCK_N"])),
-            entering, leaving, factor, steps.decay, final, H, P, N, num_chunks, span_chunks, **CARRY,
-        )  # fmt: skip
-    return entering
 
 
 class Steps(NamedTuple):

@@ -24,25 +24,22 @@ def dot_split(a: tl.tensor, b: tl.tensor, c: tl.tensor, COMPUTE: tl.constexpr, T
 
 @triton.jit
 def go_through_chunks(
-    program: tl.tensor, programs: tl.tensor, span_chunks: tl.tensor,
+    program: tl.tensor,
     x_ptr: tl.tensor, B_ptr: tl.tensor, d_ptr: tl.tensor, weight_ptr: tl.tensor, decay_ptr: tl.tensor,
-    initial_ptr: tl.tensor, states_ptr: tl.tensor, factor_ptr: tl.tensor, final_ptr: tl.tensor,
+    initial_ptr: tl.tensor, states_ptr: tl.tensor, final_ptr: tl.tensor,
     L: tl.tensor, H: tl.tensor, P: tl.tensor, N: tl.tensor, heads_per_group: tl.tensor, num_chunks: tl.tensor,
     x_clip_stride: tl.tensor, x_token_stride: tl.tensor, x_head_stride: tl.tensor,
     B_clip_stride: tl.tensor, B_token_stride: tl.tensor, B_group_stride: tl.tensor,
     REVERSE: tl.constexpr, BACKWARD: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     COMPUTE: tl.constexpr, TERMS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Go through a span of `span_chunks` chunks with a tile of the state of one head in registers, in float32: the first span
-    from the initial state (B, H, P, N) or zeros on, the others from zeros on. Store the state that enters each chunk, (B,
-    chunks, H, N, P), and, unless None, the state that leaves the span, (spans, B, H, P, N), and the decays from the span's
-    begin to each chunk, (B, H, chunks).
+    """Go through a sequence with a tile of the state of one head in registers, in float32, from the initial state (B, H, P, N)
+    or zeros on: store the state that enters each chunk, (B, chunks, H, N, P), and the final state (B, H, P, N), unless None.
 
     BACKWARD goes through it from the last chunk on, for gradients of states: x is dy, B is C, `weight` is `from_state`; what is
     stored for a chunk is the gradient of the state that leaves it. Forward, `weight` is `to_end`, to be multiplied by d.
-    `programs` is the number of heads of all clips.
     """
-    span, head, clip = program // programs, program % H, (program % programs // H).to(tl.int64)
+    head, clip = program % H, (program // H).to(tl.int64)
     p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     n = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
     x_ptr += clip * x_clip_stride + head.to(tl.int64) * x_head_stride
@@ -52,11 +49,10 @@ def go_through_chunks(
     in_state = (n < N)[:, None] & (p < P)[None, :]
     transposed = (clip * H + head) * P * N + p[None, :] * N + n[:, None]
     if initial_ptr is not None:
-        state = tl.load(initial_ptr + transposed, mask=in_state & (span == 0), other=0.0).to(tl.float32)
+        state = tl.load(initial_ptr + transposed, mask=in_state, other=0.0).to(tl.float32)
     else:
         state = tl.zeros((BLOCK_N, BLOCK_P), tl.float32)
-    factor = 1.0
-    for k in tl.range(span * span_chunks, tl.minimum(span * span_chunks + span_chunks, num_chunks), num_stages=STAGES):
+    for k in tl.range(0, num_chunks, num_stages=STAGES):
         chunk = num_chunks - 1 - k if BACKWARD else k
         position = chunk * CHUNK + tl.arange(0, CHUNK)
         tokens = to_tokens(position, L, REVERSE)
@@ -71,71 +67,27 @@ def go_through_chunks(
         tl.store(ptrs, state.to(states_ptr.dtype.element_ty), mask=None if EVEN else in_state)
         scaled = x.to(tl.float32) * weight[:, None]
         state = dot_split(tl.trans(B), scaled, state * decay, COMPUTE, TERMS)
-        if factor_ptr is not None:
-            tl.store(factor_ptr + (clip * H + head) * num_chunks + chunk, factor)
-            factor *= decay
     if final_ptr is not None:
-        tl.store(final_ptr + span.to(tl.int64) * programs * P * N + transposed, state, mask=in_state)
+        tl.store(final_ptr + transposed, state, mask=in_state)
 
 
-@triton.jit(do_not_specialize=["L", "num_chunks", "span_chunks"])
+@triton.jit(do_not_specialize=["L", "num_chunks"])
 def states_kernel(
     x_ptr: tl.tensor, B_ptr: tl.tensor, d_ptr: tl.tensor, weight_ptr: tl.tensor, decay_ptr: tl.tensor,
-    initial_ptr: tl.tensor, states_ptr: tl.tensor, factor_ptr: tl.tensor, final_ptr: tl.tensor,
+    initial_ptr: tl.tensor, states_ptr: tl.tensor, final_ptr: tl.tensor,
     L: tl.tensor, H: tl.tensor, P: tl.tensor, N: tl.tensor, heads_per_group: tl.tensor, num_chunks: tl.tensor,
-    span_chunks: tl.tensor,
     x_clip_stride: tl.tensor, x_token_stride: tl.tensor, x_head_stride: tl.tensor,
     B_clip_stride: tl.tensor, B_token_stride: tl.tensor, B_group_stride: tl.tensor,
     REVERSE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     COMPUTE: tl.constexpr, TERMS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Go through spans from their first chunk on; see `go_through_chunks`."""
-    programs = tl.num_programs(0) // tl.cdiv(num_chunks, span_chunks)
+    """Go through sequences from the first chunk on; see `go_through_chunks`."""
     go_through_chunks(
-        tl.program_id(0), programs, span_chunks,
-        x_ptr, B_ptr, d_ptr, weight_ptr, decay_ptr, initial_ptr, states_ptr, factor_ptr, final_ptr,
+        tl.program_id(0), x_ptr, B_ptr, d_ptr, weight_ptr, decay_ptr, initial_ptr, states_ptr, final_ptr,
         L, H, P, N, heads_per_group, num_chunks, x_clip_stride, x_token_stride, x_head_stride,
         B_clip_stride, B_token_stride, B_group_stride,
         REVERSE, False, CHUNK, BLOCK_P, BLOCK_N, COMPUTE, TERMS, EVEN, STAGES,
     )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["num_chunks", "span_chunks"])
-def carry_kernel(
-    states_ptr: tl.tensor, leaving_ptr: tl.tensor, factor_ptr: tl.tensor, decay_ptr: tl.tensor, final_ptr: tl.tensor,
-    H: tl.tensor, P: tl.tensor, N: tl.tensor, num_chunks: tl.tensor, span_chunks: tl.tensor,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Add what enters a span to the states that enter its chunks, (B, chunks, H, N, P), from the second span on, and compute
-    the final state (B, H, P, N). `leaving` and `factor` are those of `go_through_chunks`.
-    """
-    later = num_chunks - span_chunks  # chunks of these spans
-    programs = tl.num_programs(0) // later
-    program = tl.program_id(0) % programs
-    chunk = span_chunks + tl.program_id(0) // programs
-    head, clip = program % H, (program // H).to(tl.int64)
-    p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    n = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = (n < N)[:, None] & (p < P)[None, :]
-    row = clip * H + head
-    transposed = row * P * N + p[None, :] * N + n[:, None]
-    factor_ptr += row * num_chunks
-    decay_ptr += row * num_chunks
-    leaving_stride = tl.cast(programs, tl.int64) * P * N
-    entering = tl.load(leaving_ptr + transposed, mask=mask, other=0.0)
-    for span in range(1, chunk // span_chunks):
-        last = span * span_chunks + span_chunks - 1
-        decay = tl.load(factor_ptr + last) * tl.load(decay_ptr + last)
-        entering = entering * decay + tl.load(leaving_ptr + span * leaving_stride + transposed, mask=mask, other=0.0)
-    factor = tl.load(factor_ptr + chunk)
-    ptrs = states_ptr + ((clip * num_chunks + chunk) * H + head) * P * N + n[:, None] * P + p[None, :]
-    not_finite = tl.max(tl.max((entering * 0.0 != 0.0).to(tl.int32), axis=1), axis=0)  # times 0 they are NaN
-    if (factor != 0.0) | (not_finite != 0):
-        state = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32) + entering * factor
-        tl.store(ptrs, state.to(states_ptr.dtype.element_ty), mask=mask)
-    if chunk == num_chunks - 1:
-        leaving = tl.load(leaving_ptr + (chunk // span_chunks) * leaving_stride + transposed, mask=mask, other=0.0)
-        tl.store(final_ptr + transposed, entering * (factor * tl.load(decay_ptr + chunk)) + leaving, mask=mask)
 
 
 @triton.jit(do_not_specialize=["L", "num_chunks"])
@@ -157,16 +109,15 @@ def both_states_kernel(
     programs = tl.num_programs(0) // 2
     if tl.program_id(0) < programs:
         go_through_chunks(
-            tl.program_id(0), programs, num_chunks,
-            x_ptr, B_ptr, d_ptr, to_end_ptr, decay_ptr, initial_ptr, states_ptr, None, None,
+            tl.program_id(0), x_ptr, B_ptr, d_ptr, to_end_ptr, decay_ptr, initial_ptr, states_ptr, None,
             L, H, P, N, heads_per_group, num_chunks, x_clip_stride, x_token_stride, x_head_stride,
             B_clip_stride, B_token_stride, B_group_stride,
             REVERSE, False, CHUNK, BLOCK_P, BLOCK_N, COMPUTE, 1, EVEN, STAGES,
         )  # fmt: skip
     else:
         go_through_chunks(
-            tl.program_id(0) - programs, programs, num_chunks,
-            dy_ptr, C_ptr, None, from_state_ptr, decay_ptr, dfinal_ptr, gradients_ptr, None, dinitial_ptr,
+            tl.program_id(0) - programs, dy_ptr, C_ptr, None, from_state_ptr, decay_ptr,
+            dfinal_ptr, gradients_ptr, dinitial_ptr,
             L, H, P, N, heads_per_group, num_chunks, dy_clip_stride, dy_token_stride, dy_head_stride,
             C_clip_stride, C_token_stride, C_group_stride,
             REVERSE, True, CHUNK, BLOCK_P, BLOCK_N, COMPUTE, TERMS, EVEN, STAGES,

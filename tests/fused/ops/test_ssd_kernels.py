@@ -1,7 +1,6 @@
 """The native SSD scan against the loop: through Triton's interpreter, or on a GPU where there is one."""
 
 import itertools
-import math
 
 import naive
 import pytest
@@ -28,8 +27,6 @@ CASES = {
     "one token": ((1, 1, 1, 1, 1, 1), "everything"),
     "one chunk": ((2, 7, 3, 3, 3, 5), "bare"),
     "chunks": ((1, 35, 4, 5, 2, 6), "everything"),
-    "spans": ((2, 90, 2, 3, 1, 4), "no gate"),
-    "spans with segments": ((1, 90, 2, 3, 1, 4), "reverse segments"),
     "reverse": ((1, 35, 2, 3, 1, 4), "reverse"),
     "segments": ((2, 35, 2, 3, 1, 4), "segments"),
     "reverse segments": ((2, 20, 2, 3, 1, 4), "reverse segments"),
@@ -58,22 +55,9 @@ def sample(seed, shape, kind):
 
 @pytest.mark.usefixtures("nan_filled")
 @pytest.mark.parametrize("case", CASES)
-def test_follows_the_loop(case, monkeypatch):
+def test_follows_the_loop(case):
     shape, kind = CASES[case]
-    if "spans" in case:
-        monkeypatch.setattr(launch, "SPAN_CHUNKS", 2)
-        assert launch.choose_spans(launch.Sizes(*shape), -(-shape[1] // 16), 1) == 3
     assert_rule(sample(seed, shape, kind) for seed in SEEDS)
-
-
-@pytest.mark.usefixtures("nan_filled")
-def test_what_is_not_a_number_passes_from_span_to_span(monkeypatch):
-    monkeypatch.setattr(launch, "SPAN_CHUNKS", 1)
-    tensors, _, _ = inputs(0, (1, 90, 1, 3, 1, 4), "bare")
-    tensors |= {"A": torch.tensor([-1e6], device=DEVICE), "dt": tensors["dt"].abs() + 1.0}  # all decays are 0
-    tensors["x"][:, 3] = math.nan
-    y, final = ssd_native(**tensors, softplus=False)
-    assert y[:, 3:].isnan().all() and final.isnan().all()
 
 
 @pytest.mark.usefixtures("nan_filled")
@@ -185,20 +169,12 @@ def test_no_block_of_16_bit_products_is_below_64(monkeypatch):
                 assert sizes <= {64, 128}, (P, N)
 
 
-def test_spans_fill_the_gpu_and_ignore_clips_where_asked():
-    sizes = launch.Sizes(1, 38272, 112, 64, 1, 128)
-    assert launch.choose_spans(sizes, 299, 1) == 2 and launch.choose_spans(sizes._replace(clips=2), 299, 1) == 1
-    assert launch.choose_spans(sizes, 7, 1) == 1 and launch.choose_spans(sizes._replace(H=1), 299, 1) == launch.SPANS
-    with backends.batch_invariant(True):
-        assert launch.choose_spans(sizes._replace(clips=2), 299, 1) == 2
-
-
 def test_compiles_and_prints_its_resources(capsys):
     lines = compiled.compile_in_subprocess("ssd")
     with capsys.disabled():
         print("", *lines, sep="\n")
     names = {
-        "steps_kernel", "states_kernel", "carry_kernel", "scan_kernel", "both_states_kernel", "state_gradient_kernel", "input_gradient_kernel",
+        "steps_kernel", "states_kernel", "scan_kernel", "both_states_kernel", "state_gradient_kernel", "input_gradient_kernel",
         "steps_backward_kernel", "reduce_kernel",
     }  # fmt: skip
     assert {(line["kernel"], line["sm"]) for line in lines} == {(name, sm) for name in names for sm in (80, 90, 100)}
