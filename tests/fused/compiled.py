@@ -102,10 +102,11 @@ def launches_of_ssd():
     gradients = "both_states_kernel", "state_gradient_kernel", "input_gradient_kernel", "steps_backward_kernel", "reduce_kernel"
     vars(ssd)["NATIVE"] = True  # as on a GPU, also where tests import this
     large, largest, precise = (112, 64, 1, 128, BF16), (8, 128, 1, 256, BF16), (8, 128, 1, 256, FP32)
-    sizes = [(90, large), (100, large), (90, largest), (90, precise), (100, precise), (0, (4, 16, 2, 16, FP32))]
+    older = [(capability, size) for capability in (80, 90) for size in (large, largest, precise)]
+    sizes = [*older, (100, large), (100, precise), (0, (4, 16, 2, 16, FP32))]
+    yield "plain bf16 sm_90", ssd, kernels, lambda: launch_for(90, launch, *large, False, False)
     for capability, (H, P, G, N, dtype) in sizes:
-        only = {90: " sm_80 sm_90", 100: " sm_100", 0: ""}[capability]
-        name = f"H{H} P{P} G{G} N{N} {DTYPE_NAMES[dtype]}{only}"
+        name = f"H{H} P{P} G{G} N{N} {DTYPE_NAMES[dtype]}" + f" sm_{capability}" * bool(capability)
         yield name, ssd, kernels, lambda a=(H, P, G, N, dtype, True, False), c=capability: launch_for(c, launch, *a)
         for kernel in kernels:  # they would run on the CPU
             vars(ssd)[kernel] = Recorder(vars(ssd)[kernel])

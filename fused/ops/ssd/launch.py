@@ -91,7 +91,7 @@ def choose_config(sizes: Sizes, dtype: torch.dtype, capability: int = 0, backwar
         # on an H200, Triton 3.6 built kernels that were wrong for blocks of 32 channels: there are none below 64
         block_p, block_n = 64, 64 if sizes.N <= 64 else 128
         if not backward and sizes.N <= 128:
-            chunk, over_heads = 128, Options(8, 3)
+            chunk, over_heads = 128, Options(8, 3 if capability >= 90 else 2)  # with a gate, 3 are too many for an A100
         else:
             chunk, over_heads = 32 if tensor_memory and backward else 64, Options(4, 3 if sizes.N <= 128 else 2)
         states = Options(8 if block_n == 128 else 4, 3)

@@ -178,3 +178,6 @@ def test_compiles_and_prints_its_resources(capsys):
         "steps_backward_kernel", "reduce_kernel",
     }  # fmt: skip
     assert {(line["kernel"], line["sm"]) for line in lines} == {(name, sm) for name in names for sm in (80, 90, 100)}
+    kib = {80: 163, 90: 227, 100: 227}  # of shared memory that a block may have
+    assert all(line["shared"] <= kib[line["sm"]] << 10 for line in lines)
+    compiled.assert_no_spills(line for line in lines if line["sm"] == 90 and line["case"].startswith(("H112", "plain")))
