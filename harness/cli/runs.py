@@ -8,7 +8,7 @@ import typer
 
 from harness.bench.compare import compare as compare_runs
 from harness.records import interval
-from harness.report import accepted
+from harness.report import accepted, front
 from harness.report.kinds import write
 from harness.runs import acceptance, environment
 from harness.runs.conclude import FAILED, NOTHING, PASSED
@@ -49,3 +49,4 @@ def accept(folder: Path) -> None:
     print(target, *acceptance.coverage(run), sep="\n")
     if run.about["kind"] == "bench":
         accepted.refresh(environment.ROOT / "reports" / "README.md", target.parent)
+    front.write(environment.ROOT / "reports")

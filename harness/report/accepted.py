@@ -5,7 +5,7 @@ from pathlib import Path
 
 from harness.bench import grids
 from harness.records.speed import Speed
-from harness.report import curves, loop, overview, reading
+from harness.report import curves, faults, loop, overview, reading
 from harness.report.bench import split_videos
 from harness.report.markdown import escape
 from harness.runs.store import Run
@@ -29,15 +29,13 @@ def write(page: Path, runs: Mapping[Path, Run]) -> None:
     if not all(marker in text for marker in MARKERS):
         return
     before, _, rest = text.partition(MARKERS[0])
-    newest: dict[str, Path] = {}
-    for folder, run in sorted(runs.items(), key=lambda item: item[1].about["started"]):
-        newest |= dict.fromkeys(_complete_races(run), folder)
-    speeds = [s for folder, run in runs.items() for s in run.speeds if newest.get(s.point.race) == folder]
+    newest = newest_races(runs)
+    speeds = [s for folder, run in runs.items() for s in faults.marked(run) if newest.get(s.point.race) == folder]
     families = curves.families(speeds)
     parts = [
         "\n".join(_source(folder, run, newest) for folder, run in runs.items() if folder in newest.values()),
         "\n".join([*overview.crossings(families), *overview.most_memory(speeds)]),
-        *[f"![{f.title}]({newest[f.race]}/{f.stem}.png)" for f in families if f.mode == "infer"][-1:],
+        *[f"![{f.title}]({newest[f.race]}/{f.stem}.svg)" for f in families if f.mode == "infer"][-1:],
         _from(newest, [*grids.races("operators"), *grids.races("models")]),
         overview.overview(speeds),
         *_loops(speeds, newest),
@@ -46,6 +44,15 @@ def write(page: Path, runs: Mapping[Path, Run]) -> None:
     ]
     inside = "\n\n".join([MARKERS[0], *parts, MARKERS[1]])
     page.write_text(before + inside + rest.partition(MARKERS[1])[2], encoding="utf-8")
+
+
+def newest_races(runs: Mapping[Path, Run]) -> dict[str, Path]:
+    """Return of every race the newest run that timed ours in it, at all points and with all rivals."""
+    newest: dict[str, Path] = {}
+    for folder, run in sorted(runs.items(), key=lambda item: item[1].about["started"]):
+        if run.about["kind"] == "bench":
+            newest |= dict.fromkeys(_complete_races(run), folder)
+    return newest
 
 
 def _complete_races(run: Run) -> list[str]:
