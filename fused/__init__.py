@@ -1,4 +1,4 @@
-"""VideoMamba on fused kernels for NVIDIA GPUs, and in plain PyTorch on any other device.
+"""VideoMamba and Vamba on fused kernels for NVIDIA GPUs, and in plain PyTorch on any other device.
 
 The names are those of `reference`; no code is shared with it.
 
@@ -14,6 +14,15 @@ from pathlib import Path
 
 from fused.errors import BackendError
 from fused.io.checkpoint_file import CheckpointError, read_checkpoint, save_checkpoint
+from fused.models.bimba.compressor import BimbaCompressor
+from fused.models.bimba.interleave import interleave
+from fused.models.bimba.model import Bimba
+from fused.models.bimba.queries import bimba_queries
+from fused.models.vamba.cache import VambaCache
+from fused.models.vamba.config import VambaConfig
+from fused.models.vamba.layer import VambaDecoderLayer
+from fused.models.vamba.model import Vamba, VambaOutput
+from fused.models.videomamba.classify import classify
 from fused.models.videomamba.config import VideoMambaConfig
 from fused.models.videomamba.frame_stream import FrameStream
 from fused.models.videomamba.load import LoadReport, load_checkpoint
@@ -34,6 +43,8 @@ from fused.stamp import Validation, validation
 __all__ = [
     "PRETRAINED",
     "BackendError",
+    "Bimba",
+    "BimbaCompressor",
     "CheckpointError",
     "DistillOutput",
     "EncoderOutput",
@@ -43,16 +54,24 @@ __all__ = [
     "Mamba2",
     "OnnxExport",
     "Validation",
+    "Vamba",
+    "VambaCache",
+    "VambaConfig",
+    "VambaDecoderLayer",
+    "VambaOutput",
     "VideoMamba",
     "VideoMambaConfig",
     "VideoMambaEncoder",
     "add_norm",
     "bidirectional_scan",
+    "bimba_queries",
     "build_videomamba",
     "causal_conv1d",
+    "classify",
     "detach_state",
     "export_onnx",
     "graphed",
+    "interleave",
     "load_checkpoint",
     "read_checkpoint",
     "register_timm",

@@ -1,5 +1,12 @@
-"""The specification: VideoMamba in plain PyTorch with a sequential scan, on any device and in any floating-point dtype."""
+"""The specification: VideoMamba, Vamba and BIMBA in plain PyTorch, token by token, on any device and in any floating dtype."""
 
+from reference.models.bimba.compressor import BimbaCompressor
+from reference.models.bimba.interleave import interleave
+from reference.models.bimba.queries import bimba_queries
+from reference.models.vamba.cache import VambaCache
+from reference.models.vamba.config import VambaConfig
+from reference.models.vamba.layer import VambaDecoderLayer
+from reference.models.vamba.model import Vamba, VambaOutput
 from reference.models.videomamba.chunked import approximate, forward_chunked
 from reference.models.videomamba.config import VideoMambaConfig
 from reference.models.videomamba.model import DistillOutput, EncoderOutput, VideoMamba, VideoMambaEncoder, build_videomamba
@@ -12,19 +19,27 @@ from reference.ops.selective_scan import selective_scan
 from reference.ops.ssd import ssd
 
 __all__ = [
+    "BimbaCompressor",
     "DistillOutput",
     "EncoderOutput",
     "Mamba",
     "Mamba2",
+    "Vamba",
+    "VambaCache",
+    "VambaConfig",
+    "VambaDecoderLayer",
+    "VambaOutput",
     "VideoMamba",
     "VideoMambaConfig",
     "VideoMambaEncoder",
     "add_norm",
     "approximate",
+    "bimba_queries",
     "build_videomamba",
     "causal_conv1d",
     "detach_state",
     "forward_chunked",
+    "interleave",
     "selective_scan",
     "ssd",
     "state_to",

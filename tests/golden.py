@@ -19,6 +19,8 @@ def golden_value(name: str, like: Tensor) -> Tensor:
     leaf = name.rsplit(".", 1)[-1]
     if leaf == "A_log" and like.dim() == 1:  # Mamba-2
         return torch.log(1 + torch.arange(len(like)) % 16) + 0.1 * w
+    if leaf == "alpha":  # Vamba
+        return 0.5 + 0.3 * w
     if leaf == "dt_bias":
         return w - 2
     if leaf in ("A_log", "A_b_log"):

@@ -16,17 +16,12 @@ import torch
 
 from fused.compile.programs import Compiled
 from fused.models.videomamba.config import VideoMambaConfig
+from fused.models.videomamba.first_use import run_on_cpu
 from fused.models.videomamba.model import VideoMamba
+from fused.runtime import ahead
 
-# of three layers, the second has no stochastic depth and the third has; no kernel depends on the other sizes
-TINY: dict[str, Any] = {"depth": 3, "img_size": 32, "num_frames": 2, "num_classes": 10}
-
-
-class _NoModule:
-    """Stands in for the scan's kernels, which NVRTC compiles elsewhere."""
-
-    def launch(self, *arguments: Any) -> None:
-        """Launch nothing."""
+# no kernel depends on these sizes
+TINY: dict[str, Any] = {"depth": 1, "img_size": 32, "num_frames": 2, "num_classes": 10}
 
 
 class _StandInDriver:
@@ -36,7 +31,6 @@ class _StandInDriver:
         from triton.backends.compiler import GPUTarget
 
         self._target = GPUTarget("cuda", capability, 32)
-        self.utils = self
 
     def get_current_target(self) -> Any:
         """Return the architecture to compile for."""
@@ -50,18 +44,6 @@ class _StandInDriver:
         """Return the default stream."""
         return 0
 
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        """Return a limit that no kernel reaches: whether a kernel fits shows at its launch on the GPU."""
-        return {"max_shared_mem": 1 << 30}
-
-    def load_binary(self, *arguments: Any) -> tuple[Any, ...]:
-        """Return what Triton reads of a loaded kernel: module, function, registers, spills, threads of a block at most."""
-        return None, None, 0, 0, 1024
-
-    def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        """Return a launcher that launches nothing."""
-        return lambda *arguments: None
-
 
 def compile_triton_kernels(capability: int, dtype: torch.dtype, configs: Sequence[VideoMambaConfig]) -> list[Compiled]:
     """Compile the kernels of the models in `dtype`, and under autocast to it, for a compute capability (90 for 9.0).
@@ -72,11 +54,7 @@ def compile_triton_kernels(capability: int, dtype: torch.dtype, configs: Sequenc
     import triton
     from triton.runtime import driver
 
-    from fused.runtime import nvrtc, triton_launch
-
-    triton_launch.compile_for(capability)
     driver.set_active(_StandInDriver(capability))
-    vars(nvrtc)["module"] = lambda *arguments: _NoModule()
     kernels = []
 
     def listen(*, src: Any, times: Any, cache_hit: bool, **_: Any) -> None:
@@ -84,26 +62,19 @@ def compile_triton_kernels(capability: int, dtype: torch.dtype, configs: Sequenc
         kernels.append(Compiled(f"{operator} {src.name} (Triton)", cache_hit, times.total / 1e6))
 
     triton.knobs.compilation.listener = listen
-    for config in configs:
-        model = VideoMamba(replace(config, **TINY))
-        if dtype != torch.float32:
-            with torch.autocast("cpu", dtype=dtype):
-                _run(model, torch.float32)
-        _run(model.to(dtype), dtype)
+    with ahead.compiling(capability, ahead.compile_now):
+        for config in configs:
+            if dtype != torch.float32:
+                with torch.autocast("cpu", dtype=dtype):
+                    _run(config, torch.float32)
+            _run(config, dtype)
     return kernels
 
 
-def _run(model: VideoMamba, dtype: torch.dtype) -> None:
-    """Run a model as on a GPU, without gradients, then forward and backward of either native backend."""
-    sides, frames = model.config.sides, model.config.num_frames
-    clip = torch.zeros(2, model.config.channels, frames or 1, *sides, dtype=dtype)
+def _run(config: VideoMambaConfig, dtype: torch.dtype) -> None:
+    """Run layers with weights of `dtype` without gradients, then forward and backward of either native backend."""
+    model = VideoMamba(replace(config, **TINY)).to(dtype)
+    clip = torch.zeros(2, config.channels, model.config.num_frames or 1, *model.config.sides, dtype=dtype)
+    tokens_dtype = model.embed(clip).dtype
     for gradients, backend in ((False, "native"), (True, "native"), (True, "native_kept")):
-        with torch.set_grad_enabled(gradients):
-            first, *layers = model.layers
-            hidden, residual, _ = first(model.embed(clip), backend=backend)
-            for layer in layers:
-                hidden, residual, _ = layer(hidden, residual, backend=backend)
-            tokens = model.apply_final_norm(hidden, residual, backend, part=slice(0, 1))
-            logits = model.head(tokens[:, 0])
-        if gradients:
-            logits.float().sum().backward()
+        run_on_cpu(config, tokens_dtype, dtype, backend, gradients)

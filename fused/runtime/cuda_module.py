@@ -35,9 +35,12 @@ def bindings(name: str) -> Any:
 class Module:
     """Kernels loaded on one device."""
 
-    def __init__(self, cubin: bytes, index: int) -> None:
-        """Load machine code into PyTorch's context of device `index`. Raises KernelError with the driver's message."""
-        self.index = index
+    def __init__(self, cubin: bytes, index: int, int32: bool = False) -> None:
+        """Load machine code into PyTorch's context of device `index`. Raises KernelError with the driver's message.
+
+        With `int32`, parameters of four bytes may be integers, as Triton's kernels have them.
+        """
+        self.index, self._int32 = index, int32
         self._driver = bindings("driver")
         self._launch_kernel = self._driver.cuLaunchKernel
         self._kernels: dict[str, _Kernel] = {}
@@ -55,7 +58,7 @@ class Module:
             threads: of a block.
             shared: bytes of dynamic shared memory of a block.
             args: tensors on the device (passed as the address of the first element), None (a null pointer), int (`long long`)
-                and float (`float`, rounded).
+                and float (`float`, rounded); where the module has them, int for a parameter of four bytes too.
 
         Raises TypeError if number or kinds of `args` are not those of the kernel, KernelError if the driver refuses.
         """
@@ -84,6 +87,11 @@ class Module:
         kernel = self._kernels[name]
         return Function(kernel.function, grid, threads, shared, args, kernel.parameter_sizes)
 
+    def parameter_sizes(self, name: str) -> list[int]:
+        """Return the bytes of each parameter of a kernel; nothing from a driver before 12.4."""
+        function = self._kernels[name].function if name in self._kernels else self._get_function(name)
+        return _parameter_sizes(function)
+
     def _pack_arguments(self, name: str, kernel: "_Kernel", args: tuple[Argument, ...]) -> list[int]:
         """Return each argument as eight bytes. Raises TypeError for arguments that cannot be those of the kernel."""
         sizes, index, words = kernel.parameter_sizes, self.index, []
@@ -92,7 +100,7 @@ class Module:
         for arg, size in zip(args, sizes, strict=True):  # frequent types first: a launch has dozens of arguments
             if size == 4 and isinstance(arg, float):
                 words.append(_WORD.unpack(_FLOAT.pack(arg))[0])
-            elif size == 8 and type(arg) is int:
+            elif type(arg) is int and (size == 8 or self._int32):
                 words.append(arg)
             elif size == 8 and arg is None:
                 words.append(0)
@@ -105,15 +113,19 @@ class Module:
                 raise TypeError(f"{name}: argument {len(words)} must be {expected}, got {type(arg).__name__}")
         return words
 
-    def _load_kernel(self, name: str, args: tuple[Argument, ...]) -> "_Kernel":
+    def _get_function(self, name: str) -> Any:
         driver = self._driver
         with _lock, self._context_current():
             function = self._check(driver.cuModuleGetFunction(self._module, name.encode()), f"there is no kernel {name!r}")
             # Reading an attribute loads the function. Otherwise its first launch would, which fails while a graph is captured.
             registers = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NUM_REGS
             self._check(driver.cuFuncGetAttribute(registers, function), name)
-            # a driver before 12.4 does not know: trust the arguments of the first launch
-            sizes = parameter_sizes(function) or [4 if isinstance(arg, float) else 8 for arg in args]
+        return function
+
+    def _load_kernel(self, name: str, args: tuple[Argument, ...]) -> "_Kernel":
+        function = self._get_function(name)
+        # a driver before 12.4 does not know: trust the arguments of the first launch
+        sizes = _parameter_sizes(function) or [4 if isinstance(arg, float) else 8 for arg in args]
         return self._kernels.setdefault(name, _Kernel(function, sizes))
 
     def _raise_max_dynamic_smem(self, name: str, kernel: "_Kernel", shared: int) -> None:
@@ -164,7 +176,7 @@ class _ArgumentBuffer(threading.local):
         self.pointers = ctypes.addressof(self._addresses)
 
 
-def parameter_sizes(function: Any) -> list[int]:
+def _parameter_sizes(function: Any) -> list[int]:
     """Return the bytes of each parameter of a kernel; nothing from a driver before 12.4."""
     sizes: list[int] = []
     while True:

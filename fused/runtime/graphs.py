@@ -57,7 +57,7 @@ class CudaRecorder:
             # Work is warmed up on the stream that it is captured on: autograd's nodes, and the libraries' workspaces, belong
             # to the stream that first used them.
             self._stream = torch.cuda.Stream()
-            self._pool = torch.cuda.graph_pool_handle()
+            self._pools = [torch.cuda.graph_pool_handle()]  # the last is in use, others belong to captures before a failed one
             self._last_use = torch.cuda.Event()
 
     def record(self, work: Callable[[], Any]) -> Recording:
@@ -67,7 +67,7 @@ class CudaRecorder:
             stream = torch.cuda.current_stream()
             try:
                 # thread_local: other threads, which load data, may allocate during the capture
-                with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                with torch.cuda.graph(graph, self._pools[-1], self._stream, capture_error_mode="thread_local"):
                     output = work()
             except RuntimeError as error:
                 torch.cuda.set_stream(stream)  # which the context does not where the end of the capture fails
@@ -85,7 +85,8 @@ class CudaRecorder:
         generator.graphsafe_set_state(generator.clone_state())
         # the allocator frees no memory that several streams used until the capture has ended
         with suppress(RuntimeError):  # it has
-            torch._C._cuda_endAllocateToPool(self.device.index, self._pool)
+            torch._C._cuda_endAllocateToPool(self.device.index, self._pools[-1])
+        self._pools.append(torch.cuda.graph_pool_handle())  # PyTorch 2.11 gives the pool to no other capture
 
     @contextmanager
     def warming(self) -> Iterator[None]:
@@ -108,6 +109,6 @@ class CudaRecorder:
 
     @property
     def memory_bytes(self) -> int:
-        """The size of the pool, which holds the scratch memory and the output of all graphs."""
-        segments = torch.cuda.memory_snapshot()
-        return sum(s["total_size"] for s in segments if tuple(s.get("segment_pool_id", ())) == tuple(self._pool))
+        """The size of the pools, which hold the scratch memory and the output of all graphs."""
+        segments, pools = torch.cuda.memory_snapshot(), [tuple(pool) for pool in self._pools]
+        return sum(s["total_size"] for s in segments if tuple(s.get("segment_pool_id", ())) in pools)

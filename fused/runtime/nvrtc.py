@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fused.errors import BackendError
-from fused.runtime import background, cubin_cache, cuda_module
+from fused.runtime import ahead, background, cubin_cache, cuda_module
 from fused.runtime.cuda_module import KernelError, Module
 
 MIN_COMPUTE_CAPABILITY = (8, 0)  # for bfloat16 and asynchronous copies
@@ -114,11 +114,15 @@ def resources(source: str, defines: Defines, arch: str) -> dict[str, Resources]:
     return found
 
 
-def module(source: str, defines: Defines, device: torch.device) -> Module:
+def module(source: str, defines: Defines, device: torch.device) -> Module | ahead.NoModule:
     """Return the kernels of `source`, compiled with the macros `defines` and loaded on `device`; once a process.
+
+    In a thread that compiles ahead there is no module.
 
     Raises BackendError if kernels cannot run on `device`, KernelError if the source does not compile or load.
     """
+    if ahead.capability():
+        return ahead.NoModule()
     index = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index
     key = (source, defines, device.type, index)
     found = _modules.get(key)

@@ -219,7 +219,8 @@ def lived(trial: Trial, implementation: Implementation) -> list[Finding]:
 
 
 def lived_compiled(trial: Trial, implementation: Implementation) -> list[Finding]:
-    """Apply the rule to the calls in the life of a module by `mode="reduce-overhead"`."""
+    """Apply the rule to the calls in the life of a module by `mode="reduce-overhead"`, each repeated on the inputs of all
+    seeds: the rule pools them."""
     require_module(trial)
     require_fullgraph(implementation)
     require_gpu(trial)
@@ -228,11 +229,12 @@ def lived_compiled(trial: Trial, implementation: Implementation) -> list[Finding
     with quietly():
         real = RealModule(trial, implementation, real_module.compiled(mode="reduce-overhead"))
         for call in real_module.life(real):
-            leaves = {k: v.detach().clone() for k, v in real.leaves(call.trial, call.seed).items()}
-            exact = {k: v.double() for k, v in leaves.items()}
-            got = real.run(call.trial, call.seed, call.grad)
-            plain, truth = (call.trial.run(trial.reference, call.seed, call.grad, given) for given in (leaves, exact))
-            add(tally, got, plain, truth, call.label("reduce-overhead", event=False))
+            for seed in call.trial.seeds:
+                leaves = {k: v.detach().clone() for k, v in real.leaves(call.trial, seed).items()}
+                exact = {k: v.double() for k, v in leaves.items()}
+                got = real.run(call.trial, seed, call.grad)
+                plain, truth = (call.trial.run(trial.reference, seed, call.grad, given) for given in (leaves, exact))
+                add(tally, got, plain, truth, call.label("reduce-overhead", event=False))
     return tally.findings()
 
 

@@ -1,7 +1,8 @@
 """Bugs planted in `fused` to prove that the checks catch them.
 
 One file each: `plant()` is a context in which the bug is there, `WHERE` the parity filters (options of the command line) under
-which every run must fail. `scan_with` and `ssd_with` plant in the function through which backends and callers scan.
+which every run must fail. `scan_with` and `ssd_with` plant in the function through which backends and callers scan,
+`places_with` where the queries of BIMBA stand.
 """
 
 import contextlib
@@ -9,8 +10,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
+import torch
 from torch import Tensor
 
+import fused.models.bimba.compressor
+import fused.models.bimba.interleave
 import fused.ops.mamba_inner.eager
 import fused.ops.mamba_inner.segments
 import fused.ops.selective_scan.api
@@ -58,4 +62,19 @@ def ssd_with(bug: Callable[..., tuple[Tensor, Tensor]]) -> Iterator[None]:
         return bug(original, x, dt, A, B, C, **rest)
 
     with mock.patch.object(fused.ops.ssd.api, "ssd", planted):
+        yield
+
+
+@contextlib.contextmanager
+def places_with(bug: Callable[[Tensor, int], Tensor]) -> Iterator[None]:
+    """Let the queries of BIMBA stand at bug(places, number of tokens), ascending and distinct, for the time within."""
+    module = fused.models.bimba.interleave
+    original = module.interleave
+
+    def planted(num_tokens: int, num_queries: int, device: torch.device) -> module.Places:
+        moved = bug(original(num_tokens, num_queries), num_tokens)
+        with mock.patch.object(module, "interleave", lambda *_: moved):
+            return module.places_of.__wrapped__(num_tokens, num_queries, device)._replace(ratio=0)
+
+    with mock.patch.object(fused.models.bimba.compressor, "places_of", planted):
         yield

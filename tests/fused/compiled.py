@@ -89,7 +89,6 @@ def launches_of_ssd():
     """Yield the same for Vamba's sizes, with all that the scan has, and for small ones in float32, forward and backward."""
     from fused.ops.ssd import launch as ssd
     from fused.ops.ssd import launch_backward as ssd_backward
-    from fused.runtime import triton_launch
 
     def launch(H, P, G, N, dtype, full, backward):
         x, z = torch.empty(2, 1, 2000, H, P, dtype=dtype).unbind(0)
@@ -105,17 +104,36 @@ def launches_of_ssd():
     vars(ssd)["NATIVE"] = True  # as on a GPU, also where tests import this
     large, small = (112, 64, 1, 128, BF16), (4, 16, 2, 16, FP32)
     for capability, (H, P, G, N, dtype) in ((90, large), (100, large), (0, small)):
-        triton_launch.compile_for(capability)
-        triton_launch.capability.cache_clear()
         only = {90: " sm_80 sm_90", 100: " sm_100", 0: ""}[capability]
         name = f"H{H} P{P} G{G} N{N} {DTYPE_NAMES[dtype]}{only}"
-        yield name, ssd, kernels, lambda a=(H, P, G, N, dtype, True, False): launch(*a)
+        yield name, ssd, kernels, lambda a=(H, P, G, N, dtype, True, False), c=capability: launch_for(c, launch, *a)
         for kernel in kernels:  # they would run on the CPU
             vars(ssd)[kernel] = Recorder(vars(ssd)[kernel])
-        call = lambda a=(H, P, G, N, dtype, True, True): launch(*a)  # noqa: E731
+        call = lambda a=(H, P, G, N, dtype, True, True), c=capability: launch_for(c, launch, *a)  # noqa: E731
         yield name, ssd_backward, (*gradients, "reduce_kernel"), call
         for kernel in kernels:
             vars(ssd)[kernel] = vars(ssd)[kernel].kernel
+
+
+def launch_for(capability, launch, *arguments):
+    """Launch kernels with the options that they have on a compute capability."""
+    from fused.runtime import ahead
+
+    with ahead.compiling(capability, lambda kernel, args, constants: kernel[(1, 1, 1)](*args, **constants)):
+        launch(*arguments)
+
+
+def launches_of_split_attention():
+    """Yield the same for Vamba's heads, one token and several, and for float32."""
+    from fused.ops.split_attention import launch
+
+    def call(R, C, dtype):
+        q, k = torch.empty(1, 4, R, C, dtype=dtype), torch.empty(1, 4, 2000, C, dtype=dtype)
+        launch.forward(q, k, k)
+
+    for R, C, dtype in ((7, 128, BF16), (56, 128, BF16), (7, 128, FP32)):
+        name = f"R{R} C{C} {DTYPE_NAMES[dtype]}"
+        yield name, launch, ("split_kernel", "join_kernel"), lambda R=R, C=C, dtype=dtype: call(R, C, dtype)
 
 
 class Recorder:

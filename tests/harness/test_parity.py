@@ -184,7 +184,7 @@ def test_wrong_wishes_say_what_is_allowed(options: tuple[str, ...], allowed: str
         ("scan:=fused:selective_scan", "is not SUBJECT"), (":x=fused:selective_scan", "is not SUBJECT"),
         ("scan:x=fused", "is not SUBJECT"), ("scan:x=:f", "is not SUBJECT"), ("scan:x=fused:", "is not SUBJECT"),
         ("scan:x=fused:@mamba_ssm", "is not SUBJECT"),
-        ("scam:x=fused:selective_scan", "subject 'scam' is unknown; allowed are clips, conv, "),
+        ("scam:x=fused:selective_scan", "subject 'scam' is unknown; allowed are bimba, clips, conv, "),
         ("scan:a*=fused:selective_scan", "the name 'a*' is not a letter or digit, then"),
         ("scan:a b=fused:selective_scan", "the name 'a b' is not a letter or digit, then"),
         ("scan:-x=fused:selective_scan", "the name '-x' is not"), ("scan:_=fused:selective_scan", "the name '_' is not"),

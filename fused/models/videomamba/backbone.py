@@ -291,5 +291,9 @@ class Backbone(Pretrained, nn.Module):
             if x.device.type == "cuda":
                 autocast = torch.is_autocast_enabled("cuda")
                 stamp.remind(backend, torch.get_autocast_dtype("cuda") if autocast else x.dtype, x.device)
+                if backend in ("native", "native_kept"):
+                    from fused.models.videomamba.first_use import start_compiling
+
+                    start_compiling(self.config, x, next(self.layers.parameters()).dtype, backend)
             self._resolved = x.device.type, backend
         return self._resolved[1]

@@ -61,14 +61,15 @@ class _AddNorm(torch.autograd.Function):
             if dy is not None:
                 v = _add(v_or_x, residual)
                 dy = dy.to(v.dtype)
-                unit = (v if mean is None else v - mean) * scale
-                dweight = (dy * unit).reshape(-1, v.shape[-1]).sum(0).to(weight.dtype)
+                unit = v * scale if mean is None else (v - mean).mul_(scale)
+                dweighted = dy * unit
+                dweight = dweighted.reshape(-1, v.shape[-1]).sum(0).to(weight.dtype)
                 dbias = None if bias is None else dy.reshape(-1, v.shape[-1]).sum(0).to(bias.dtype)
-                dunit = dy * weight
-                dv = dunit - unit * (dunit * unit).mean(-1, keepdim=True)
+                dv = dy * weight
+                shares = dweighted.mul_(weight).mean(-1, keepdim=True).neg_()
                 if ctx.centre:
-                    dv -= dunit.mean(-1, keepdim=True)
-                dv *= scale
+                    dv -= dv.mean(-1, keepdim=True)
+                dv.addcmul_(unit, shares).mul_(scale)  # Dynamo would round it twice with value=-1
             if dout is not None:
                 dv = dout if dv is None else dv + dout
             dx, dresidual = (None if dv is None or dtype is None else dv.to(dtype) for dtype in ctx.dtypes)

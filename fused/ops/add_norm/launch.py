@@ -41,7 +41,7 @@ def forward(
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     mean = torch.empty_like(rstd) if centre else None
     if M:
-        config = _tile(D, 64 // x.element_size(), 4)
+        config = tile_of_rows(D, 64 // x.element_size(), 4)
         (x_rows, x_row_stride), (residual_rows, residual_row_stride) = _readable_rows(x, D), _readable_rows(residual, D)
         launch(
             forward_kernel, x.device, (blocks(M, config["BLOCK_ROWS"]),),
@@ -83,7 +83,7 @@ def backward(
     if not M:
         return dx, dresidual, dweight.zero_(), None if dbias is None else dbias.zero_()
     (dy, dout, rows, residual_rows), strides = zip(*(_readable_rows(t, D) for t in (dy, dout, v_or_x, residual)), strict=True)
-    config = _tile(D, 8, 8)
+    config = tile_of_rows(D, 8, 8)
     tiles = blocks(M, config["BLOCK_ROWS"])
     tiles_per_program = blocks(tiles, PROGRAMS)
     programs = blocks(tiles, tiles_per_program)
@@ -100,7 +100,7 @@ def backward(
 
 
 @cache
-def _tile(D: int, elements_per_thread: int, warps: int) -> dict[str, int]:
+def tile_of_rows(D: int, elements_per_thread: int, warps: int) -> dict[str, int]:
     """Return the shape of a tile with about that many elements per thread; `warps` is a minimum, wide rows take more."""
     columns = power_of_2(D)
     warps = min(max(columns // (32 * elements_per_thread), warps), 16)

@@ -144,10 +144,16 @@ class Pipeline:
 
 
 def weight_gradient(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return x^T y (M, N) of x (tokens, M) and y (tokens, N), in `dtype` where the product can be rounded to it at once."""
-    if dtype == torch.float32 != x.dtype and x.is_cuda:
-        return torch.mm(x.t(), y, out_dtype=torch.float32)  # float32 weights under autocast: no second kernel for a cast
-    return torch.mm(x.t(), y)
+    """Return x^T y (..., M, N) of x (..., tokens, M) and y (..., tokens, N), in `dtype` where one rounding does that.
+
+    Under autocast that is float32, the dtype of the weights, so that no second kernel casts the result.
+    """
+    x, multiply = x.mT, torch.mm if x.dim() == 2 else torch.bmm
+    if dtype != torch.float32 or x.dtype == torch.float32:
+        return multiply(x, y)
+    if x.is_cuda:
+        return multiply(x, y, out_dtype=torch.float32)
+    return multiply(x.float(), y.float())
 
 
 def _weight_gradients(x: Tensor, y: Tensor, dtype: torch.dtype) -> list[Tensor]:
@@ -158,9 +164,7 @@ def _weight_gradients(x: Tensor, y: Tensor, dtype: torch.dtype) -> list[Tensor]:
     """
     if x.dtype == torch.float32 or x.shape[1] > BATCHED_TOKENS or len(x) == 1:
         return [weight_gradient(a, b, dtype) for a, b in zip(x, y, strict=True)]
-    if dtype == torch.float32 and x.is_cuda:
-        return list(torch.bmm(x.mT, y, out_dtype=torch.float32).unbind())
-    return list(torch.bmm(x.mT, y).unbind())
+    return list(weight_gradient(x, y, dtype).unbind())
 
 
 def _like(grads: DirectionWeights, weights: DirectionWeights) -> DirectionWeights:

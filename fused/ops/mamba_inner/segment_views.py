@@ -1,5 +1,6 @@
 """Tokens of a group of segments, and of one segment of it, as the operations of a mixer and the recurrence take them."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -8,9 +9,22 @@ from torch import Tensor
 from fused.ops.selective_scan.recurrence import Segment
 
 
-def unflip(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both directions of x (K, T, ...), tokens in their own order."""
-    return x[0], x[1].flip(0)
+def scan_order(x: Tensor, length: int) -> Tensor:
+    """Return the tokens (2 * length,) that both directions meet, of one and the other in turn: 0, L-1, 1, L-2, ..."""
+    if type(x) is Tensor:
+        return _scan_order(length)
+    return _new_scan_order(length)
+
+
+def _new_scan_order(length: int) -> Tensor:
+    first = torch.arange(length, device="cpu")
+    return torch.stack((first, first.flip(0)), 1).flatten()
+
+
+@functools.lru_cache(16)
+def _scan_order(length: int) -> Tensor:
+    with torch.inference_mode(False):
+        return _new_scan_order(length)
 
 
 def span_of(group: Sequence[Segment]) -> Segment:
@@ -18,22 +32,18 @@ def span_of(group: Sequence[Segment]) -> Segment:
     return group[0] if len(group) == 1 else Segment(group[0].start, group[-1].stop, 1, False)
 
 
-def join(parts: Sequence[Tensor]) -> Tensor:
-    """Return parts (K, t, b, E) of a group one after the other, (K, T, b, E)."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
+def steps(x: Tensor, group: Sequence[Segment]) -> list[Tensor]:
+    """Return the segments of x (T, K, b, X), the tokens of a group, each as (t / c, c, K, b, 1, X), a view."""
+    _, K, b, X = x.shape
+    parts = x.split_with_sizes([segment.stop - segment.start for segment in group])
+    return [part.view(s.num_splits, -1, K, b, 1, X).transpose(0, 1) for part, s in zip(parts, group, strict=True)]
 
 
-def segment_of(x: Tensor, segment: Segment, whole: Segment) -> Tensor:
-    """Return a segment (K, t, ...) of x (K, T, ...), whose tokens are those of `whole`, a view."""
-    return x if segment is whole else x[:, segment.start - whole.start : segment.stop - whole.start]
+def rows(x: Tensor) -> Tensor:
+    """Return x (T, K, b, X) as rows of a matrix for each direction, (K, T*b, X); a view if b is 1."""
+    return x.transpose(0, 1).flatten(1, 2)
 
 
-def steps(x: Tensor, segment: Segment, whole: Segment) -> Tensor:
-    """Return a segment of x (K, T, b, X), whose tokens are those of `whole`, as (T / c, c, K, b, 1, X), a view."""
-    K, length, b, X = (part := segment_of(x, segment, whole)).shape
-    return part.view(K, segment.num_splits, length // segment.num_splits, b, 1, X).permute(2, 1, 0, 3, 4, 5)
-
-
-def tokens(x: Tensor) -> Tensor:
-    """Return x (T, c, K, b, 1, X) as (K, c * T, b, X)."""
-    return x.permute(2, 1, 0, 3, 4, 5).flatten(4).flatten(1, 2)
+def tokens(x: Tensor, clips: int) -> Tensor:
+    """Return rows x (K, T*b, X) as (T, K, b, X), a view."""
+    return x.unflatten(1, (-1, clips)).transpose(0, 1)

@@ -50,8 +50,8 @@ struct BackwardStreams {
 template <bool COMPUTE_GRADIENTS> DEVICE void scan_backward_item(
     char* smem, BackwardStreams in, const float* A, const float* D, const float* delta_bias, const float* tile_states,
     const float* dfinal_state, float* split_adjoints, float* delta_sums, io_t* du, io_t* ddelta, float* dBC_partial,
-    float* param_grads_partial, float* dinitial_state, int clips, int L, int E, int N, int num_splits, int flags, WorkItem item,
-    int direction, int clip, int first_channel, bool reverse) {
+    float* param_grads_partial, float* dinitial_state, const TileQueries* tile_queries, int num_queries, int clips, int L, int E,
+    int N, int num_splits, int flags, WorkItem item, int direction, int clip, int first_channel, bool reverse) {
   float2* smem_delta = (float2*)smem;
   float* smem_dy = (float*)(smem_delta + TILE * CHANNELS);
   float* smem_u = smem_dy + TILE * CHANNELS;
@@ -79,6 +79,8 @@ template <bool COMPUTE_GRADIENTS> DEVICE void scan_backward_item(
   const int BC_stride_t = is_C ? in.C_stride_t : in.B_stride_t, BC_step = (reverse ? -1 : 1) * BC_stride_t;
   const io_t* BC_ptr = (is_C ? in.C : in.B) + state + (i64)tiles.token(steps - 1, BC_row) * BC_stride_t;
   i64 read_offset = (i64)last_token * E, write_offset = read_offset;  // in the contiguous (L, E)
+
+  // With QUERY_ROWS, z, y and their gradients have no rows but those of queries, so that their addresses depend on the tile.
 
   float A_log2e[THREAD_CHANNELS][STATES_PER_THREAD], adjoint[THREAD_CHANNELS][STATES_PER_THREAD];
   float dA[THREAD_CHANNELS][STATES_PER_THREAD], delta_sum[THREAD_CHANNELS], dD = 0.f, ddelta_bias = 0.f;
@@ -109,15 +111,22 @@ template <bool COMPUTE_GRADIENTS> DEVICE void scan_backward_item(
       (IoVec4*)(smem + SMEM_STAGED_BYTES + SMEM_SUBTILE_STATES_BYTES + SMEM_DU_DDELTA_BYTES + SMEM_DBC_BYTES) + thread;
   float4* tile_state_prefetch = (float4*)(prefetch - thread + PREFETCH_VECTORS * THREADS) + thread;
   auto prefetch_tile = [&](int step) {
+    const TileQueries queries = TileQueries::of(tile_queries, tiles, step);
     const int tokens_left = L - tiles.tile(step) * TILE;
     IoVec4* to = prefetch;
     #pragma unroll
     for (int k = THREAD_CHANNELS - 1; k >= 0; k--, to += 5 * THREADS) {
       const int count = tiles.row_exists(row + k * STAGE_ROW_STRIDE, tokens_left) ? valid_channels : 0;
       if (COMPUTE_GRADIENTS) load_vec4_async<VECTORIZED>(to, u_ptr, count);
-      load_vec4_async<VECTORIZED>(to + THREADS, delta_ptr, count), load_vec4_async<VECTORIZED>(to + 2 * THREADS, dy_ptr, count);
-      if (HAS_Z) load_vec4_async<VECTORIZED>(to + 3 * THREADS, z_ptr, count);
-      if (writes_dz) load_vec4_async<VECTORIZED>(to + 4 * THREADS, in.y_pre_gate + read_offset, count);
+      int y_count = count;
+      if (QUERY_ROWS) {
+        const i64 query = queries.query(tiles, row + k * STAGE_ROW_STRIDE);
+        if (!queries.has(tiles, row + k * STAGE_ROW_STRIDE)) y_count = 0;
+        dy_ptr = in.dy + query * in.dy_stride_t, z_ptr = in.z + query * in.z_stride_t, read_offset = query * E;
+      }
+      load_vec4_async<VECTORIZED>(to + THREADS, delta_ptr, count), load_vec4_async<VECTORIZED>(to + 2 * THREADS, dy_ptr, y_count);
+      if (HAS_Z) load_vec4_async<VECTORIZED>(to + 3 * THREADS, z_ptr, y_count);
+      if (writes_dz) load_vec4_async<VECTORIZED>(to + 4 * THREADS, in.y_pre_gate + read_offset, y_count);
       u_ptr += (i64)row_step * in.u_stride_t, delta_ptr += (i64)row_step * in.delta_stride_t;
       dy_ptr += (i64)row_step * in.dy_stride_t, z_ptr += (i64)row_step * in.z_stride_t;
       read_offset += (i64)row_step * E;
@@ -127,7 +136,10 @@ template <bool COMPUTE_GRADIENTS> DEVICE void scan_backward_item(
       const int r = BC_row + m * BC_ROW_STRIDE;
       load_vec4_async<VECTORIZED_BC>(
           to + m * THREADS, BC_ptr + (i64)(m * BC_ROW_STRIDE) * BC_step,
-          (COMPUTE_GRADIENTS || is_C) && r < TILE && tiles.row_exists(r, tokens_left) ? valid_states : 0);
+          (COMPUTE_GRADIENTS || is_C) && r < TILE && tiles.row_exists(r, tokens_left) &&
+                  (!QUERY_ROWS || !is_C || queries.has(tiles, r))
+              ? valid_states
+              : 0);
     }
     BC_ptr -= (i64)TILE * BC_step;
     if (COMPUTE_GRADIENTS && (NO_PADDING || N % 4 == 0)) {
@@ -144,6 +156,7 @@ template <bool COMPUTE_GRADIENTS> DEVICE void scan_backward_item(
   prefetch_tile(steps - 1);
   for (int step = steps - 1; step >= 0; step--) {
     const int tokens_left = L - tiles.tile(step) * TILE;
+    const TileQueries queries = TileQueries::of(tile_queries, tiles, step);
 
     // Stage the tile.
     copy_wait<0>();
@@ -172,7 +185,8 @@ template <bool COMPUTE_GRADIENTS> DEVICE void scan_backward_item(
       to[1] = make_float4(delta[2], delta[2] * u[2], delta[3], delta[3] * u[3]);
       *(float4*)(smem_dy + r * CHANNELS + column) = pack(dy);
       if (COMPUTE_GRADIENTS) *(float4*)(smem_u + r * CHANNELS + column) = pack(u);
-      if (writes_dz) store_vec4(dz_ptr, dz, count);
+      if (QUERY_ROWS) dz_ptr = in.dz + (i64)queries.query(tiles, r) * in.dz_stride_t;
+      if (writes_dz) store_vec4(dz_ptr, dz, !QUERY_ROWS || queries.has(tiles, r) ? count : 0);
       dz_ptr += (i64)row_step * in.dz_stride_t;
     }
     #pragma unroll
@@ -382,7 +396,7 @@ template <bool COMPUTE_GRADIENTS> DEVICE void scan_backward_item(
         smem, in, d ? A1 : A0, d ? D1 : D0, d ? delta_bias1 : delta_bias0, tile_states, dfinal_state, split_adjoints, \
         delta_sums, (d ? du1 : du0) + clip * L * E + column, (d ? ddelta1 : ddelta0) + clip * L * E + column, \
         dBC_partial + ((d * clips + clip) * L * channel_blocks + channel_block) * 2 * PADDED_STATES, param_grads_partial, \
-        dinitial_state, (int)clips, (int)L, (int)E, (int)N, (int)num_splits, (int)flags, item, d, (int)clip, \
+        dinitial_state, QUERY_ARGUMENTS (int)clips, (int)L, (int)E, (int)N, (int)num_splits, (int)flags, item, d, (int)clip, \
         channel_block * CHANNELS, reverse)
 
 // Inputs beside the streams
@@ -390,6 +404,7 @@ template <bool COMPUTE_GRADIENTS> DEVICE void scan_backward_item(
 //   y_pre_gate            (clip, L, E), if HAS_Z
 //   tile_states           (direction, clip, tile, E, N)
 //   dfinal_state          (direction, clip, E, N) the gradient of final_state, or null for zeros
+//   tile_queries          (tile) and num_queries, if QUERY_ROWS; z, dy, y_pre_gate and dz are then (clip, num_queries, E)
 // Outputs
 //   du, ddelta            (clip, L, E) of direction 0 and 1
 //   dz                    (clip, L, E), if HAS_Z
@@ -404,7 +419,7 @@ KERNEL(scan_backward, THREADS, BWD_MIN_BLOCKS_PER_SM)(
     STREAM_PARAMS, const io_t *dy, i64 dy_stride_b, i64 dy_stride_t, const io_t *y_pre_gate, const float *tile_states,
     const float *dfinal_state, float *split_adjoints, float *delta_sums, io_t *du0, io_t *du1, io_t *ddelta0, io_t *ddelta1,
     io_t *dz, i64 dz_stride_b, i64 dz_stride_t, float *dBC_partial, float *param_grads_partial, float *dinitial_state,
-    int *work_counters, i64 num_state_passes, i64 unsplit_per_scheduler, SIZE_PARAMS) {
+    int *work_counters, i64 num_state_passes, i64 unsplit_per_scheduler, QUERY_PARAMS SIZE_PARAMS) {
   SHARED(smem);
   const WorkQueue work(smem, work_counters, (int)num_unsplit, (int)num_state_passes, (int)unsplit_per_scheduler);
   WorkItem item(work.index, (int)num_unsplit, (int)num_splits - work.is_state_pass, (int)tiles_per_split, (int)L);
@@ -416,7 +431,7 @@ KERNEL(scan_backward, THREADS, BWD_MIN_BLOCKS_PER_SM)(
   const BackwardStreams in = {
     (d ? u1 : u0) + clip * u_stride_b + column, (d ? delta1 : delta0) + clip * delta_stride_b + column,
     z ? z + clip * z_stride_b + column : 0, (d ? B1 : B0) + clip * B_stride_b, (d ? C1 : C0) + clip * C_stride_b,
-    dy + clip * dy_stride_b + column, y_pre_gate ? y_pre_gate + clip * L * E + column : 0,
+    dy + clip * dy_stride_b + column, y_pre_gate ? y_pre_gate + clip * Y_ROWS * E + column : 0,
     (int)u_stride_t, (int)delta_stride_t, (int)z_stride_t, (int)B_stride_t, (int)C_stride_t, (int)dy_stride_t, (int)dz_stride_t,
     dz ? dz + clip * dz_stride_b + column : 0};
   if (work.is_state_pass) {

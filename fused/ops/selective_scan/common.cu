@@ -22,6 +22,7 @@
 //   SOFTPLUS            SOFTPLUS_NONE, SOFTPLUS_IN_KERNEL or SOFTPLUS_BY_CALLER
 //   HAS_Z               1: y is multiplied by silu(z)
 //   STORE_TILE_STATES   1: the forward stores what the backward needs
+//   QUERY_ROWS          1: y is wanted at some tokens only, the query rows (work.cu); z, y and their gradients have no others
 //   SCHEDULER_COUNTERS  counters of WorkQueue for the schedulers of the multiprocessors
 //   FWD_, BWD_          CHANNELS_PER_THREAD, WARPS (of one direction), MIN_BLOCKS_PER_SM
 //   SUBTILE             tokens, a divisor of TILE
@@ -33,6 +34,9 @@
 #endif
 #define DEVICE __device__ __forceinline__
 typedef long long i64;
+#ifndef QUERY_ROWS
+#define QUERY_ROWS 0
+#endif
 
 #define TILE 16
 #define STATES_PER_THREAD (PADDED_STATES / 4)
@@ -209,7 +213,7 @@ DEVICE void load_A_log2e(float* v, const float* A, int channel, int E, int N, in
 
 // ---------------------------------------------------------------- inputs of both kernels
 
-// u, delta, z (clip, L, E), B, C (clip, L, N), A (E, N), D and delta_bias (E,) of direction 0 and 1, which share z. Strides
+// u, delta, z (clip, L, E; with QUERY_ROWS z is (clip, num_queries, E)), B, C (clip, L, N), A (E, N), D and delta_bias (E,) of direction 0 and 1, which share z. Strides
 // over clips (_b) and tokens (_t) are in elements and the same in both directions. The last axis has unit stride.
 
 #define STREAM_PARAMS \
@@ -220,4 +224,13 @@ DEVICE void load_A_log2e(float* v, const float* A, int channel, int E, int N, in
     const io_t *C0, const io_t *C1, i64 C_stride_b, i64 C_stride_t, \
     const float *A0, const float *A1, const float *D0, const float *D1, const float *delta_bias0, const float *delta_bias1
 // Addresses are 64-bit products of 32-bit numbers, one instruction each: L, E and the strides over tokens are below 2^31.
+#if QUERY_ROWS
+#define QUERY_PARAMS const TileQueries *tile_queries, i64 num_queries,
+#define QUERY_ARGUMENTS tile_queries, (int)num_queries,
+#define Y_ROWS num_queries  // tokens of a clip in z, y and their gradients
+#else
+#define QUERY_PARAMS
+#define QUERY_ARGUMENTS 0, 0,
+#define Y_ROWS L
+#endif
 #define SIZE_PARAMS i64 clips, i64 L, i64 E, i64 N, i64 tiles_per_split, i64 num_splits, i64 num_unsplit, i64 flags

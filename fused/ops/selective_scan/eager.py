@@ -143,9 +143,6 @@ class _Scan:
             return self.rows(x).unsqueeze(0)
         return torch.zeros(len(self.u), self.u.shape[1], *self.A.shape[2:], **self.options)
 
-    def recurrence(self, buffers: int) -> Recurrence:
-        return Recurrence(self.A, max((c.stop - c.start for c in self.clips), default=0), self.segments, buffers)
-
     def span(self, segment: Segment, reverse: bool) -> slice:
         """Return the tokens of a segment, of whose scan the direction is `reverse`."""
         length = self.u.shape[2]
@@ -192,7 +189,7 @@ class _Scan:
         """
         y_out, final = torch.zeros(self.u.shape[1:], **self.options), self.states(self.initial_state)
         initial_states = torch.empty((len(self.segments), *final.shape), **self.options) if keep else None
-        run = self.recurrence(2)
+        run = Recurrence(self.A)
         for clips in self.clips:
             state = final[:, clips]
             for i, segment in enumerate(self.segments):
@@ -201,10 +198,10 @@ class _Scan:
                 u, B, C = (self.load(x, clips, segment) for x in (self.u, self.B, self.C))
                 _, delta = self.deltas(clips, segment)
                 d_, x_, B_, C_ = (run.view(v, segment) for v in (delta, delta * u, B, C))
-                _, _, after, state = run.forward(d_, (x_, B_), state, segment)
+                after, leaving = run.forward(d_, (x_, B_), state, segment)
+                state.copy_(leaving)
                 y = run.tokens(sum_states(after, C_, scratch=after)).flatten(3)
                 self.add(y_out[clips], segment, y if self.D is None else y.addcmul_(self.D, u))
-            final[:, clips] = state
             if (z := self.load_gate(clips)) is not None:
                 y_out[clips] *= silu_in_place(z)
         return y_out.to(self.u.dtype), final[0].transpose(-1, -2).flatten(1, 2).contiguous(), initial_states
@@ -216,7 +213,7 @@ class _Scan:
         dB_out, dC_out = torch.empty(self.B.shape, **self.options), torch.empty(self.C.shape, **self.options)
         dA, dD, dbias = torch.zeros_like(self.A[:, 0]), *torch.zeros((2, len(self.u), self.u.shape[3]), **self.options)
         dstate = self.states(dfinal)
-        run = self.recurrence(3)
+        run = Recurrence(self.A)
         for clips in self.clips:
             if dy_out is None:
                 dgated = torch.zeros(self.u[0, clips].shape, **self.options)
@@ -230,11 +227,11 @@ class _Scan:
                 raw, delta = self.deltas(clips, segment)
                 dy = self.take(dgated if z is None else dy_all, segment)
                 d_, x_, B_, C_, dy_ = (run.view(v, segment) for v in (delta, delta * u, B, C, dy))
-                *kept, _ = run.forward(d_, (x_, B_), initial_states[i, :, clips], segment)
+                after, _ = run.forward(d_, (x_, B_), initial_states[i, :, clips], segment)
                 if z is not None:
-                    y = run.tokens(sum_states(kept[2], C_, scratch=run.buffer(2, *kept[2].shape))).flatten(3)
+                    y = run.tokens(sum_states(after, C_, scratch=run.scratch.tensor("adjoints", tuple(after.shape)))).flatten(3)
                     self.add(y_all, segment, y if self.D is None else y.addcmul_(self.D, u))
-                *grads, dA_, carry = run.gradients((kept[0], kept[1], kept[2]), d_, (x_, B_), C_, dy_, carry, segment)
+                *grads, dA_, carry = run.gradients(d_, (x_, B_), C_, dy_, carry, segment)
                 ddelta, gB, dB, dC = (run.tokens(x) for x in grads)
                 dA += dA_
                 ddelta, gB = empty_vectors(u.shape, **self.options).copy_(ddelta.flatten(3)), gB.flatten(3)

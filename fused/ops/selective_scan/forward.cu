@@ -30,8 +30,8 @@ template <bool COMPUTE_OUTPUTS> DEVICE void scan_forward_item(
     const io_t* B_base, i64 B_stride_b, int B_stride_t, const io_t* C_base, i64 C_stride_b, int C_stride_t,
     const float* A, const float* D, const float* delta_bias, const float* initial_state, float* split_initial_states,
     float* split_final_states, float* delta_sums, float* final_state, float* tile_states, io_t* y_out, io_t* y_pre_gate,
-    const io_t* y_other_direction, int clips, int L, int E, int N, int num_splits, int flags, WorkItem item, int direction,
-    bool reverse) {
+    const io_t* y_other_direction, const TileQueries* tile_queries, int num_queries, int clips, int L, int E, int N,
+    int num_splits, int flags, WorkItem item, int direction, bool reverse) {
   char* smem_direction = smem + direction * SMEM_DIRECTION_BYTES;
   float2* smem_delta = (float2*)smem_direction;
   float* smem_BC = (float*)(smem_direction + TILE * CHANNELS * 8);
@@ -61,6 +61,9 @@ template <bool COMPUTE_OUTPUTS> DEVICE void scan_forward_item(
   const io_t* BC_ptr = (is_C ? C_base + clip * C_stride_b : B_base + clip * B_stride_b) + state +
                        (i64)tiles.token(0, BC_row) * BC_stride_t;
   i64 y_offset = ((i64)clip * L + first_token) * E + first_channel + column;  // in the contiguous (clip, L, E)
+  // With QUERY_ROWS, z and y have no rows but those of queries, so that their addresses depend on the tile.
+  const io_t* z_of_clip = z_base + clip * z_stride_b + first_channel + column;
+  const i64 y_of_clip = (i64)clip * num_queries * E + first_channel + column;
   io_t* y_partial = STORE_TILE_STATES && HAS_Z ? y_pre_gate : y_out;
 
   float A_log2e[THREAD_CHANNELS][STATES_PER_THREAD], h[THREAD_CHANNELS][STATES_PER_THREAD], delta_sum[THREAD_CHANNELS];
@@ -90,7 +93,7 @@ template <bool COMPUTE_OUTPUTS> DEVICE void scan_forward_item(
   }
 
   IoVec4 next_u[THREAD_CHANNELS], next_delta[THREAD_CHANNELS], next_BC[BC_LOADS];
-  auto load_next_tile = [&](int tokens_left) {
+  auto load_next_tile = [&](int step, int tokens_left) {
     #pragma unroll
     for (int k = 0; k < THREAD_CHANNELS; k++) {
       const int count = tiles.row_exists(row + k * STAGE_ROW_STRIDE, tokens_left) ? valid_channels : 0;
@@ -112,10 +115,14 @@ template <bool COMPUTE_OUTPUTS> DEVICE void scan_forward_item(
   auto tokens_left_at = [&](int step) {
     return COMPUTE_OUTPUTS || step < tiles.num_tiles() ? L - tiles.tile(step) * TILE : 0;
   };
-  load_next_tile(tokens_left_at(0));
+  TileQueries next_queries = TileQueries::of(tile_queries, tiles, 0);
+  load_next_tile(0, tokens_left_at(0));
   for (int step = 0; step < steps; step++) {
     const int tokens_left = tokens_left_at(step);
     const int other_step = steps - 1 - step;  // at which the other direction comes to this tile
+    const TileQueries queries = next_queries;
+    next_queries = TileQueries::of(tile_queries, tiles, step + 1);
+    auto is_output = [&](int r) { return !QUERY_ROWS || queries.has(tiles, r); };
     const bool completes_y = DIRECTIONS == 1 || other_step <= step;
 
     // Stage the tile.
@@ -146,16 +153,20 @@ template <bool COMPUTE_OUTPUTS> DEVICE void scan_forward_item(
     SYNC_DIRECTION(COMPUTE_OUTPUTS && other_step == step - 1);
 
     // Load what the next tile and the output of this one need, while this one is scanned.
-    if (step + 1 < steps) load_next_tile(tokens_left_at(step + 1));
+    if (step + 1 < steps) load_next_tile(step + 1, tokens_left_at(step + 1));
     IoVec4 z[THREAD_CHANNELS], y_other[THREAD_CHANNELS];  // y_other: y of the direction that came to the token before
     if (COMPUTE_OUTPUTS) {
       #pragma unroll
       for (int k = 0; k < THREAD_CHANNELS; k++) {
-        const int count = completes_y && tiles.row_exists(row + k * STAGE_ROW_STRIDE, tokens_left) ? valid_channels : 0;
+        const int r = row + k * STAGE_ROW_STRIDE;
+        const int count = completes_y && tiles.row_exists(r, tokens_left) && is_output(r) ? valid_channels : 0;
+        if (QUERY_ROWS) z_ptr = z_of_clip + (i64)queries.query(tiles, r) * z_stride_t;
         if (HAS_Z) z[k] = load_vec4<VECTORIZED>(z_ptr, count), z_ptr += (i64)row_step * z_stride_t;
         const io_t* from = DIRECTIONS == 2 ? y_partial : y_other_direction;
         const bool load = DIRECTIONS == 2 ? other_step < step : y_other_direction != 0;
-        y_other[k] = load_vec4<VECTORIZED>(from + y_offset + (i64)(k * row_step) * E, load ? count : 0);
+        y_other[k] = load_vec4<VECTORIZED>(
+            QUERY_ROWS ? from + y_of_clip + (i64)queries.query(tiles, r) * E : from + y_offset + (i64)(k * row_step) * E,
+            load ? count : 0);
       }
     }
     if (COMPUTE_OUTPUTS && STORE_TILE_STATES) {
@@ -214,8 +225,10 @@ template <bool COMPUTE_OUTPUTS> DEVICE void scan_forward_item(
     #pragma unroll
     for (int k = 0; k < THREAD_CHANNELS; k++, y_offset += (i64)row_step * E) {
       const int r = row + k * STAGE_ROW_STRIDE;
-      if (!tiles.row_exists(r, tokens_left) || (DIRECTIONS == 2 && other_step == step && direction == 1)) continue;
+      const bool skip = !is_output(r) || (DIRECTIONS == 2 && other_step == step && direction == 1);
+      if (!tiles.row_exists(r, tokens_left) || skip) continue;
       const float* smem_y_other = (const float*)(smem + SMEM_DIRECTION_BYTES + SMEM_Y_OFFSET) + (TILE - 1 - r) * Y_ROW;
+      if (QUERY_ROWS) y_offset = y_of_clip + (i64)queries.query(tiles, r) * E;
       float y[4];
       unpack(y, *(const float4*)(smem_y + r * Y_ROW + column));
       if (completes_y) {
@@ -253,12 +266,14 @@ template <bool COMPUTE_OUTPUTS> DEVICE void scan_forward_item(
         smem, d ? u1 : u0, u_stride_b, (int)u_stride_t, d ? delta1 : delta0, delta_stride_b, (int)delta_stride_t, \
         z, z_stride_b, (int)z_stride_t, d ? B1 : B0, B_stride_b, (int)B_stride_t, d ? C1 : C0, C_stride_b, (int)C_stride_t, \
         d ? A1 : A0, d ? D1 : D0, d ? delta_bias1 : delta_bias0, initial_state, split_initial_states, split_final_states, \
-        delta_sums, final_state, tile_states, y_out, y_pre_gate, y_other_direction, (int)clips, (int)L, (int)E, (int)N, \
-        (int)num_splits, (int)flags, item, d, reverse)
+        delta_sums, final_state, tile_states, y_out, y_pre_gate, y_other_direction, QUERY_ARGUMENTS (int)clips, (int)L, \
+        (int)E, (int)N, (int)num_splits, (int)flags, item, d, reverse)
 
 // Inputs beside the streams
 //   initial_state         (direction, clip, E, N) the state before a sequence, or null for zeros
 //   y_other_direction     (clip, L, E) or null, only if DIRECTIONS is 1
+//   tile_queries          (tile) and num_queries, if QUERY_ROWS; z, y_other_direction, y_out and y_pre_gate are then
+//                         (clip, num_queries, E)
 // Outputs
 //   y_out                 (clip, L, E)
 //   final_state           (direction, clip, E, N), or null
@@ -274,7 +289,7 @@ template <bool COMPUTE_OUTPUTS> DEVICE void scan_forward_item(
 KERNEL(scan_forward, DIRECTIONS * THREADS, FWD_MIN_BLOCKS_PER_SM)(
     STREAM_PARAMS, const float *initial_state, float *split_initial_states, float *split_final_states, float *delta_sums,
     float *final_state, float *tile_states, io_t *y_out, io_t *y_pre_gate, const io_t *y_other_direction, int *work_counters,
-    i64 num_state_passes, i64 unsplit_per_scheduler, SIZE_PARAMS) {
+    i64 num_state_passes, i64 unsplit_per_scheduler, QUERY_PARAMS SIZE_PARAMS) {
   SHARED(smem);
   const int d = DIRECTIONS == 2 && threadIdx.x >= THREADS;
   const bool reverse = DIRECTIONS == 2 ? d : flags & REVERSE;

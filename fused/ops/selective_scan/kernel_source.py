@@ -39,6 +39,7 @@ def defines(
     softplus: int,
     has_z: bool,
     store_tile_states: bool,
+    query_rows: bool = False,
 ) -> Defines:
     """Return the macros of `source`; common.cu says what each means.
 
@@ -46,6 +47,7 @@ def defines(
     kernels do not have.
     """
     fwd, bwd = schedule.fwd_config, schedule.bwd_config
+    rows = (("QUERY_ROWS", 1),) if query_rows else ()
     return (
         ("IO_DTYPE", IO_DTYPES[io_dtype]),
         ("PADDED_STATES", schedule.padded_states),
@@ -64,6 +66,7 @@ def defines(
         ("BWD_MIN_BLOCKS_PER_SM", bwd.min_blocks_per_sm),
         ("SUBTILE", bwd.subtile),
         ("SCHEDULER_COUNTERS", SCHEDULER_COUNTERS),
+        *rows,
     )
 
 

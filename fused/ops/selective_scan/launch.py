@@ -47,6 +47,14 @@ class ScanInputs(NamedTuple):
     z: Tensor | None
     softplus: int = SOFTPLUS_IN_KERNEL  # of delta; SOFTPLUS_BY_CALLER: the gradient is that of softplus's input
     A_is_log: bool = False  # A holds log(-A)
+    tile_queries: Tensor | None = None  # of `query_rows`: z, y and their gradients are then (B, num_queries, E), and the
+    num_queries: int = 0  # gradient of C is zero at other rows
+
+    @property
+    def y_shape(self) -> tuple[int, int, int]:
+        """Return the shape of y."""
+        B, L, E = self.u[0].shape
+        return B, L if self.tile_queries is None else self.num_queries, E
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -142,7 +150,7 @@ def forward(
     """
     u, d, splits = s.u[0], len(s.reverses), plan.fwd_schedule
     (B, L, E), N = u.shape, s.A[0].shape[1]
-    y = torch.empty((B, L, E), dtype=u.dtype, device=u.device)
+    y = torch.empty(s.y_shape, dtype=u.dtype, device=u.device)
     final_states = torch.empty((d, B, E, N), dtype=torch.float32, device=u.device)
     y_pre_gate = torch.empty_like(y) if keep and s.z is not None else None
     tile_states = _float32(u, d, B, -(-L // TILE), E, N) if keep else None
@@ -157,7 +165,7 @@ def forward(
     arguments = (
         initial_states, split_initial_states, passing.split_final_states, passing.delta_sums, final_states, tile_states,
         y, y_pre_gate, y_other_direction, passing.work_counters, passing.num_state_passes, passing.unsplit_per_scheduler,
-        B, L, E, N, splits.tiles_per_split, splits.num_splits, splits.num_unsplit, _flags(s),
+        *_query_arguments(s), B, L, E, N, splits.tiles_per_split, splits.num_splits, splits.num_unsplit, _flags(s),
     )  # fmt: skip
     blocks = splits.num_blocks + passing.num_state_passes
     _launch_forward(s, plan, blocks, arguments, keep, y_other_direction)
@@ -181,7 +189,7 @@ def state_pass(
     arguments = (
         initial_states, split_initial_states, _float32(u, d, B, n, E, N), _float32(u, d, B, n, E), final_states, None,
         u, None, None, _work_counters(u, splits.num_sequences), passes, 0,
-        B, L, E, N, splits.tiles_per_split, n, 0, _flags(s) | STATES_ONLY,
+        *_query_arguments(s), B, L, E, N, splits.tiles_per_split, n, 0, _flags(s) | STATES_ONLY,
     )  # fmt: skip
     _launch_forward(s, plan, passes + splits.num_sequences * (n + 1), arguments)
     return split_initial_states, final_states
@@ -192,7 +200,7 @@ def backward(
     plan: ScanSchedule, dB: Sequence[Tensor], dC: Sequence[Tensor],
     du: Sequence[Tensor] | None = None, ddelta: Sequence[Tensor] | None = None, dz: Tensor | None = None,
 ) -> ScanGradients:  # fmt: skip
-    """Return the gradients, given dy (B, L, E) with unit stride along E and dfinal_states (d, B, E, N) or None.
+    """Return the gradients, given dy, like y, with unit stride along E and dfinal_states (d, B, E, N) or None.
 
     Those of B and C are written into `dB` and `dC`, (B, L, N) each, of unit stride along N; where they are given, those of u
     and delta into contiguous `du` and `ddelta` and that of z into a `dz` of unit stride along E.
@@ -202,7 +210,7 @@ def backward(
     du = [u.new_empty((B, L, E)) for _ in range(d)] if du is None else du
     ddelta = [u.new_empty((B, L, E)) for _ in range(d)] if ddelta is None else ddelta
     if s.z is not None and dz is None:
-        dz = u.new_empty((B, L, E))
+        dz = u.new_empty(s.y_shape)
     dinitial_states = _float32(u, d, B, E, N)
     dA, dD, dbias = ([_float32(u, *shape) for _ in range(d)] for shape in ((E, N), (E,), (E,)))
     if 0 in (B, L, E):
@@ -221,7 +229,7 @@ def backward(
         dy, dy.stride(0), dy.stride(1), y_pre_gate, tile_states, dfinal_states,
         passing.split_final_states, passing.delta_sums, du[0], du[-1], ddelta[0], ddelta[-1],
         *((None, 0, 0) if dz is None else (dz, dz.stride(0), dz.stride(1))), dBC_parts, dA_dD_dbias_parts, dinitial_states,
-        passing.work_counters, passing.num_state_passes, passing.unsplit_per_scheduler,
+        passing.work_counters, passing.num_state_passes, passing.unsplit_per_scheduler, *_query_arguments(s),
     )  # fmt: skip
     threads, shared = 32 * config.warps, _shared_bytes_backward(plan, u.element_size())
     grid = splits.num_blocks + passing.num_state_passes
@@ -293,6 +301,11 @@ def _flags(s: ScanInputs) -> int:
     return A_LOG * s.A_is_log + REVERSE * s.reverses[0]
 
 
+def _query_arguments(s: ScanInputs) -> tuple[Any, ...]:
+    """Return the arguments of QUERY_PARAMS in common.cu."""
+    return () if s.tile_queries is None else (s.tile_queries, s.num_queries)
+
+
 def _input_arguments(s: ScanInputs) -> tuple[Any, ...]:
     """Return the kernels' first arguments, in the order of STREAM_PARAMS in common.cu."""
     u, delta, B, C, z = s.u, s.delta, s.B, s.C, s.z
@@ -314,6 +327,7 @@ def _module(name: str, s: ScanInputs, plan: ScanSchedule, keep: bool, *others: T
         io_dtype=s.u[0].dtype, schedule=plan, directions=len(s.reverses),
         vectorized=vectorized, vectorized_bc=vectorized_bc, no_padding=no_padding,
         softplus=int(s.softplus), has_z=s.z is not None, store_tile_states=keep,
+        query_rows=s.tile_queries is not None,
     )  # fmt: skip
     return nvrtc.module(source(name), macros, s.u[0].device)
 

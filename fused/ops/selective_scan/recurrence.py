@@ -15,14 +15,15 @@ Decays are powers of 2: PyTorch's exp2 is in vectors on every CPU, while its exp
 """
 
 import math
-import threading
-from math import isqrt, prod
+from collections.abc import Sequence
+from math import isqrt
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused.runtime.elementwise import by_vectors, empty_vectors, whole_vectors
+from fused.runtime.elementwise import by_vectors, empty_vectors
+from fused.runtime.scratch import Scratch
 
 # Elements (tokens x directions x clips x channels x states) of one scratch tensor: on a CPU it stays in cache (fastest between
 # 2**19 and 2**21), on a GPU it is large enough that kernel launches do not dominate.
@@ -31,12 +32,7 @@ GPU_BLOCK = 2**25
 # With this many elements in a token a CPU is busy; with fewer, starting the operation takes longer than the step.
 CPU_STEP = 4096
 MAX_STEPS = 32
-
-
-_kept = threading.local()
 Carry = tuple[Tensor, Tensor]
-States = tuple[Tensor, Tensor, Tensor]
-"""Decays, and the states before and after each token, of a segment, (T, c, K, b, G, N, F)."""
 
 
 class Segment(NamedTuple):
@@ -48,12 +44,9 @@ class Segment(NamedTuple):
     state_passing: bool
 
 
-def make_segments(batch: int, length: int, row: int, gpu: bool, divisor: int = 1) -> tuple[list[slice], list[Segment]]:
-    """Return the clips that are scanned together, and the segments in the order of the scan; `row` is K * E * N.
-
-    `divisor` divides the number of elements of a segment.
-    """
-    block = (GPU_BLOCK if gpu else CPU_BLOCK) // divisor
+def make_segments(batch: int, length: int, row: int, gpu: bool) -> tuple[list[slice], list[Segment]]:
+    """Return the clips that are scanned together, and the segments in the order of the scan; `row` is K * E * N."""
+    block = GPU_BLOCK if gpu else CPU_BLOCK
     steps = min(MAX_STEPS, isqrt(length // 2)) if gpu or row < CPU_STEP else 0
     clips = max(1, min(batch, block // (max(steps, 8) * row)))
     tokens = max(1, block // (clips * row))
@@ -74,16 +67,11 @@ def make_segments(batch: int, length: int, row: int, gpu: bool, divisor: int = 1
 class Recurrence:
     """The segments of a scan in scratch memory, which the next call overwrites."""
 
-    def __init__(self, A: Tensor, clips: int, segments: list[Segment], buffers: int, keep: bool = False) -> None:
-        """Take A (K, 1, G, N, F); at most `clips` are scanned together; `buffers` is 2, or 3 for a backward.
-
-        With `keep`, for one segment of all clips, the memory is new and nothing overwrites it.
-        """
+    def __init__(self, A: Tensor) -> None:
+        """Take A (K, 1, G, N, F)."""
         self.A, self.log2_decay, self.channels = A, A * math.log2(math.e), A.shape[2::2]
-        tokens = max((p.stop - p.start + p.num_splits for p in segments), default=0)
         self.options: dict[str, Any] = {"dtype": A.dtype, "device": A.device}
-        self.buffers = (_new_scratch if keep else _scratch)(A, whole_vectors(clips * tokens * A.numel()), buffers)
-        self.steps: dict[tuple[int, ...], tuple[Tensor, tuple[Tensor, ...]]] = {}
+        self.scratch = Scratch(A)
 
     def view(self, x: Tensor, segment: Segment) -> Tensor:
         """Return x (K, b, c * T, E) as (T, c, K, b, G, 1, F), or x (K, b, c * T, G, N) as (T, c, K, b, G, N, 1), a view."""
@@ -96,87 +84,81 @@ class Recurrence:
         """Return x (T, c, K, b, G, X) as (K, b, c * T, G, X)."""
         return x.permute(2, 3, 1, 0, 4, 5).flatten(2, 3)
 
-    def buffer(self, i: int, *shape: int) -> Tensor:
-        """Return scratch memory number `i` in this shape."""
-        return self.buffers[i][: prod(shape)].view(shape)
+    def forward(self, delta: Tensor, w: tuple[Tensor, Tensor], state: Tensor | None, segment: Segment) -> tuple[Tensor, Tensor]:
+        """Run a segment from `state` (K, b, G, N, F), zero without it, with w_t the product of the two factors `w`.
 
-    def buffer_and_steps(self, i: int, *shape: int) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return scratch memory number `i` in this shape, and its steps, views along the first axis."""
-        key = i, *shape
-        if key not in self.steps:
-            x = self.buffer(*key)
-            self.steps[key] = x, x.unbind()
-        return self.steps[key]
-
-    def states(self, like: Tensor) -> Tensor:
-        """Return the states of the last segment, (T+1, c, K, b, G, N, F), for `like`, its decays (T, c, K, b, G, N, F)."""
-        return self.buffer(1, len(like) + 1, *like.shape[1:])
-
-    def forward(self, delta: Tensor, w: tuple[Tensor, Tensor], state: Tensor, segment: Segment) -> tuple[Tensor, ...]:
-        """Run a segment from `state` (K, b, G, N, F), with w_t the product of the two factors `w`.
-
-        Returns the decays (T, c, K, b, G, N, F), the states before and after each token (overlapping views of that shape), and
-        the state (K, b, G, N, F) that leaves.
+        Returns the states after each token (T, c, K, b, G, N, F), and the one that leaves (K, b, G, N, F), which may be a view
+        of them.
         """
         steps, *rest = *delta.shape[:-2], *self.log2_decay.shape[-2:]
-        a, decay = self.buffer_and_steps(0, steps, *rest)
-        h, states = self.buffer_and_steps(1, steps + 1, *rest)
+        a, decay = self.scratch.tensor_and_steps("decays", (steps, *rest))
+        h, states = self.scratch.tensor_and_steps("states", (steps + 1, *rest))
+        start, after = states[0], h[1:]
+        if state is None:
+            start.zero_()
+        else:
+            start[0].copy_(state)  # first: it may be the state that left the segment before, in the same memory
         torch.mul(delta, self.log2_decay, out=a)
         by_vectors(torch.exp2_, a)
-        torch.mul(*w, out=h[1:])
-        start = states[0]
+        torch.mul(*w, out=after)
         if segment.state_passing:
             local = states[1].clone()
             for t in range(1, steps):
                 torch.addcmul(states[t + 1], decay[t], local, out=local)
-            state = _pass_states(start, self.split_decay(delta), local, state, False).clone()
-        else:
-            start[0].copy_(state)
-        for before, factor, after in zip(states, decay, states[1:], strict=False):
-            after.addcmul_(factor, before)
-        return a, h[:-1], h[1:], state if segment.state_passing else states[-1][0].clone()
+            leaving = _pass_states(start, self.split_decay(delta), local, start[0].clone(), False)
+        for before, factor, next_ in zip(states, decay, states[1:], strict=False):
+            next_.addcmul_(factor, before)
+        return after, leaving if segment.state_passing else states[-1][0]
 
     def gradients(
-        self, kept: States, delta: Tensor, w: tuple[Tensor, Tensor], C: Tensor, dy: Tensor, carry: Carry,
-        segment: Segment,
+        self, delta: Tensor, w: tuple[Tensor, Tensor], C: Tensor, dy: Tensor, carry: Carry | None, segment: Segment,
+        out: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Carry]:  # fmt: skip
         """Return the gradients of delta, x, B and C of a segment, as (T, c, K, b, G, F) and (T, c, K, b, G, N), and of A,
-        (K, G, N, F), and the `carry` of the segment before.
+        (K, G, N, F), and the `carry` of the segment before; without `carry` no gradient enters.
 
-        `kept` is what `forward` returned of this segment; `w` is (x, B); dy is the gradient of y_t = sum_n C_t h_t. With g_t
-        the gradient of h_t, q_t = g_t a_t h_{t-1} is the gradient of delta_t * A.
+        `forward` has run this segment last; its decays and states are overwritten. `w` is (x, B); dy is the gradient of
+        y_t = sum_n C_t h_t. With g_t the gradient of h_t, q_t = g_t a_t h_{t-1} is the gradient of delta_t * A. The first four
+        are written into `out` if it is given.
         """
-        (a, before, after), (x, B) = kept, w
-        # kept in scratch memory they are in buffers 0 and 1, and overwritten where they are not read again
-        g, free, scratch = self.buffer(2, *a.shape), self.buffer(0, *a.shape), self.states(a)[1:]
-        carry = self.backward(a, torch.mul(C, dy, out=g), delta, carry, segment)
-        q = torch.mul(a, before, out=free).mul_(g)
-        dC = sum_channels(after, dy, scratch=scratch)
-        dx = sum_states(g, B, scratch=scratch)
-        ddelta = torch.mul(q, self.A, out=scratch).sum(-2)
-        dB = sum_channels(g, x, scratch=g)
+        x, B = w
+        shape = *delta.shape[:-2], *self.A.shape[-2:]
+        a, g = (self.scratch.tensor(name, shape) for name in ("decays", "adjoints"))
+        h = self.scratch.tensor("states", (shape[0] + 1, *shape[1:]))
+        before, after = h[:-1], h[1:]
+        ddelta, dx, dB, dC = out or (None,) * 4
+        torch.mul(C, dy, out=g)
+        carry = self.backward(delta, carry, segment)
+        q = a.mul_(before).mul_(g)
+        dC = sum_channels(after, dy, scratch=after, out=dC)
+        dx = sum_states(g, B, scratch=after, out=dx)
+        ddelta = torch.sum(torch.mul(q, self.A, out=after), -2, out=ddelta)
+        dB = sum_channels(g, x, scratch=g, out=dB)
         return ddelta, dx, dB, dC, sum_tokens(q.mul_(delta)), carry
 
-    def backward(self, a: Tensor, g: Tensor, delta: Tensor, carry: Carry, segment: Segment) -> Carry:
-        """Turn v_t in `g` into g_t in place; the product of `carry` is the gradient of the state that left the segment.
+    def backward(self, delta: Tensor, carry: Carry | None, segment: Segment) -> Carry:
+        """Turn v_t in the adjoints into g_t in place; the product of `carry` is the gradient of the state that leaves.
 
-        `g` is scratch memory 2. Returns the gradient of the state that entered the segment, again as (a_t, g_t)
-        of the nearest token. One multiply-add then takes it across the edge, as inside a segment, so that the edges do not show
-        in the last bit.
+        Returns the gradient of the state that entered the segment, again as (a_t, g_t) of the nearest token. One multiply-add
+        then takes it across the edge, as inside a segment, so that the edges do not show in the last bit.
         """
-        decay, (_, adjoints) = a.unbind(), self.buffer_and_steps(2, *g.shape)
+        shape = *delta.shape[:-2], *self.A.shape[-2:]
+        _, decay = self.scratch.tensor_and_steps("decays", shape)
+        _, adjoints = self.scratch.tensor_and_steps("adjoints", shape)
         last = len(adjoints) - 1
         if segment.state_passing:
-            local, start = adjoints[last].clone(), torch.empty_like(g[0])
+            local, start = adjoints[last].clone(), torch.empty_like(adjoints[0])
             for t in range(last, 0, -1):
                 torch.addcmul(adjoints[t - 1], decay[t], local, out=local)
             local.mul_(decay[0])
-            entered = _pass_states(start, self.split_decay(delta), local, carry[0] * carry[1], True)
+            entering = torch.zeros_like(local[0]) if carry is None else carry[0] * carry[1]
+            entered = _pass_states(start, self.split_decay(delta), local, entering, True)
             carry = torch.ones_like(entered), start
-        adjoints[last].addcmul_(*carry)
+        if carry is not None:
+            adjoints[last].addcmul_(*carry)
         for after, factor, before in zip(adjoints[:0:-1], decay[:0:-1], adjoints[-2::-1], strict=True):
             before.addcmul_(factor, after)
-        return (carry[0], entered) if segment.state_passing else (decay[0][0].clone(), adjoints[0][0].clone())
+        return (torch.ones_like(entered), entered) if segment.state_passing else (decay[0][0].clone(), adjoints[0][0].clone())
 
     def split_decay(self, delta: Tensor) -> Tensor:
         """Return exp(A * sum_t delta_t) of every split, (c, K, b, G, N, F)."""
@@ -185,25 +167,41 @@ class Recurrence:
         return by_vectors(torch.exp2, decay)
 
 
-def sum_states(h: Tensor, C: Tensor, scratch: Tensor) -> Tensor:
-    """Return sum_n C h (..., F) of h (..., N, F) and C (..., N, 1); `scratch` is like h, or h itself."""
+def sum_states(h: Tensor, C: Tensor, scratch: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """Return sum_n C h (..., F) of h (..., N, F) and C (..., N, 1), in `out` if it is given.
+
+    `scratch`, if it is given, is like h, or h itself.
+    """
     if _multiplies_exactly(h):
-        return torch.bmm(C.reshape(-1, 1, C.shape[-2]), h.flatten(0, -3)).view(*h.shape[:-2], h.shape[-1])
-    return torch.mul(h, C, out=scratch).sum(-2)
+        return _multiply_rows(C.reshape(-1, 1, C.shape[-2]), h.flatten(0, -3), (*h.shape[:-2], h.shape[-1]), out)
+    return torch.sum(torch.mul(h, C, out=scratch), -2, out=out)
 
 
-def sum_channels(h: Tensor, x: Tensor, scratch: Tensor) -> Tensor:
-    """Return sum_f x h (..., N) of h (..., N, F) and x (..., 1, F); `scratch` is like h, or h itself."""
+def sum_channels(h: Tensor, x: Tensor, scratch: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return sum_f x h (..., N) of h (..., N, F) and x (..., 1, F), in `out` if it is given.
+
+    `scratch` is like h, or h itself.
+    """
     if _multiplies_exactly(h):  # as a row times a matrix: a matrix times a column takes MKL 8 times as long
-        return torch.bmm(x.reshape(-1, 1, x.shape[-1]), h.flatten(0, -3).mT).view(h.shape[:-1])
-    return torch.mul(h, x, out=scratch).sum(-1)
+        return _multiply_rows(x.reshape(-1, 1, x.shape[-1]), h.flatten(0, -3).mT, h.shape[:-1], out)
+    return torch.sum(torch.mul(h, x, out=scratch), -1, out=out)
+
+
+def _multiply_rows(rows: Tensor, matrices: Tensor, shape: Sequence[int], out: Tensor | None) -> Tensor:
+    """Return the products of rows (m, 1, i) and matrices (m, i, o) in this shape, in `out` if it is given."""
+    if out is None or not out.is_contiguous():
+        product = torch.bmm(rows, matrices).view(shape)
+        return product if out is None else out.copy_(product)
+    torch.bmm(rows, matrices, out=out.view(len(rows), 1, -1))
+    return out
 
 
 def sum_tokens(x: Tensor) -> Tensor:
     """Return the sum (K, G, N, F) over all tokens of x (T, c, K, b, G, N, F)."""
-    if _multiplies_exactly(x):
-        x = torch.mm(x.new_ones(1, x.shape[0] * x.shape[1]), x.flatten(0, 1).flatten(1)).view(1, 1, *x.shape[2:])
-    return x.sum((0, 1, 3))
+    if not _multiplies_exactly(x):
+        return x.sum((0, 1, 3))
+    clips = torch.mm(x.new_ones(1, x.shape[0] * x.shape[1]), x.flatten(0, 1).flatten(1)).view(x.shape[2:])
+    return clips.sum(1) if clips.shape[1] > 1 else clips[:, 0]
 
 
 def _multiplies_exactly(x: Tensor) -> bool:
@@ -214,25 +212,6 @@ def _multiplies_exactly(x: Tensor) -> bool:
         return torch.get_float32_matmul_precision() == "highest"
     except RuntimeError:  # it was set by the newer settings, one for each library, which this one does not know
         return False
-
-
-def _scratch(like: Tensor, elements: int, buffers: int) -> list[Tensor]:
-    """Return flat tensors of at least so many elements, like `like`.
-
-    On a CPU a thread uses the same memory in every scan: the first use of new memory costs as much as a short scan.
-    """
-    if type(like) is not Tensor or like.device.type != "cpu":
-        return _new_scratch(like, elements, buffers)
-    kept = _kept.__dict__.setdefault(str(like.dtype), [])
-    with torch.inference_mode(False):
-        for i in range(buffers):
-            if i == len(kept) or kept[i].numel() < elements:
-                kept[i : i + 1] = [torch.empty(elements, dtype=like.dtype)]
-    return kept[:buffers]
-
-
-def _new_scratch(like: Tensor, elements: int, buffers: int) -> list[Tensor]:
-    return [like.new_empty(elements) for _ in range(buffers)]
 
 
 def _pass_states(start: Tensor, decay: Tensor, local: Tensor, state: Tensor, reverse: bool) -> Tensor:

@@ -33,6 +33,21 @@ struct TileIterator {
   DEVICE bool row_exists(int row, int tokens_left) const { return (row ^ row_xor) < tokens_left; }
 };
 
+// The query rows of a tile, if y is wanted at these only. Queries of a clip are counted in the order of its tokens.
+struct alignas(8) TileQueries {
+  int first;      // queries before the tile
+  unsigned mask;  // bit i: token i of the tile is a query row
+  DEVICE bool has(const TileIterator& tiles, int row) const { return mask >> (row ^ tiles.row_xor) & 1; }
+  DEVICE int query(const TileIterator& tiles, int row) const {
+    return first + __popc(mask & ((1u << (row ^ tiles.row_xor)) - 1));
+  }
+  // Those of the tile of a step; where the step does not exist, none.
+  DEVICE static TileQueries of(const TileQueries* tile_queries, const TileIterator& tiles, int step) {
+    const bool exists = QUERY_ROWS && step >= 0 && step < tiles.num_tiles();
+    return exists ? tile_queries[tiles.tile(step)] : TileQueries{0, 0};
+  }
+};
+
 // Advance `h` from the state before split `from` to the state before split `to`, in the order of the scan:
 //     h <- exp(A delta_sum) h + split_final_state
 // split_final_states (split, E, N) are the final states of splits that start from zero. delta_sums (split, E) are their sums of

@@ -185,3 +185,26 @@ def test_a_gpu_finds_its_triton_kernels(tmp_path):
     names, _ = in_a_process(FILL.format(capability=10 * major + minor), TRITON_CACHE_DIR=str(tmp_path))
     found = in_a_process(USE, TRITON_CACHE_DIR=str(tmp_path))
     assert found and [name for name, hit in found if not hit] == [] and len(found) <= len(names)
+
+
+FIRST_USE = """
+import json, threading, torch, triton
+from fused import VideoMamba, VideoMambaConfig
+config = VideoMambaConfig.tiny(embed_dim=64, num_frames=8, img_size=64, drop_path_rate=0.1)
+model, found = VideoMamba(config, backend="native").cuda(), []
+triton.knobs.compilation.listener = lambda *, src, cache_hit, **_: cache_hit or found.append(
+    [src.hash(), threading.current_thread() is threading.main_thread()])
+state = torch.get_rng_state()
+with torch.autocast("cuda", torch.bfloat16):
+    model(torch.randn(4, 3, 8, 64, 64, device="cuda")).float().sum().backward()
+print(json.dumps([found, torch.equal(state, torch.get_rng_state())]))
+"""
+
+
+@pytest.mark.skipif(not (has_triton and torch.cuda.is_available()), reason="needs a GPU")
+def test_a_gpu_compiles_in_parallel_at_first_use(tmp_path):
+    """No kernel is compiled twice, most of them beside the thread that launches them, and no random numbers are drawn."""
+    found, same_random_numbers = in_a_process(FIRST_USE, TRITON_CACHE_DIR=str(tmp_path))
+    names = [name for name, _ in found]
+    assert len(names) >= 12 and len(set(names)) == len(names) and same_random_numbers
+    assert sum(in_main_thread for _, in_main_thread in found) <= len(names) / 2

@@ -96,7 +96,7 @@ def test_low_precision_is_near(case):  # no more than near: the interpreter trun
 def test_more_rows_than_programs(monkeypatch):  # each program then has several tiles
     monkeypatch.setattr(launch, "PROGRAMS", 3)
     case = ((5, 27, 33), "layer", FULL, FULL, True, True)
-    assert launch._tile(33, 8, 8)["BLOCK_ROWS"] * 3 < 5 * 27
+    assert launch.tile_of_rows(33, 8, 8)["BLOCK_ROWS"] * 3 < 5 * 27
     assert_rule(sample(seed, case) for seed in SEEDS)
 
 

@@ -18,7 +18,8 @@ from fused.ops.selective_scan import recurrence
 TOKENS = 6  # of a segment in `small_segments`
 SHARED = ("A", "D", "delta_bias")
 VIEWS = ("view", "select", "slice", "unbind", "permute", "transpose", "expand", "unsqueeze", "alias", "detach", "as_strided",
-         "squeeze", "t.default", "split", "promote_types")  # fmt: skip
+         "squeeze", "t.default", "split", "promote_types", "flatten", "unflatten", "reshape", "chunk", "mT", "empty",
+         "new_empty")  # fmt: skip
 
 
 def draw_pair(seed, shape, dtype=torch.float32, everything=True):
@@ -136,7 +137,7 @@ class Count(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = str(function).removeprefix("aten.")
-        if not name.startswith((*VIEWS, "empty")):
+        if not name.startswith(VIEWS):
             self.calls[name] += 1
         if name.startswith("exp.") or name.startswith("exp_."):
             self.largest_exp = max(self.largest_exp, args[0].numel())
@@ -150,8 +151,10 @@ def counts(length):
     torch.manual_seed(0)
     layer = Block(VideoMambaConfig.tiny(), 1, 0.0, backend="torch").eval()
     tokens, residual = torch.randn(2, 1, length, 192)
-    with torch.no_grad(), Count() as forward:
-        layer(tokens, residual)
+    with torch.no_grad():
+        layer(tokens, residual)  # what depends on the length alone is made once
+        with Count() as forward:
+            layer(tokens, residual)
     hidden, residual, _ = layer(tokens.requires_grad_(), residual)
     with Count() as backward:
         torch.autograd.backward([hidden, residual], [torch.ones_like(hidden), torch.ones_like(residual)])
@@ -161,8 +164,8 @@ def counts(length):
 def test_a_layer_takes_few_operations():
     """Short clips wait for the start of operations; longer ones for exponentials and for strided memory."""
     (short, short_backward), (long, long_backward) = counts(17), counts(34)
-    assert short.calls.total() <= 75, short.calls
-    assert short_backward.calls.total() <= 125, short_backward.calls
+    assert short.calls.total() <= 62, short.calls
+    assert short_backward.calls.total() <= 121, short_backward.calls
     assert long.calls.total() - short.calls.total() <= 17
     assert long_backward.calls.total() - short_backward.calls.total() <= 2 * 17
     assert max(x.largest_exp for x in (long, long_backward)) <= 2 * 384 * 16  # of A alone, not of every token
@@ -170,9 +173,9 @@ def test_a_layer_takes_few_operations():
 
 
 def test_a_training_computes_the_inputs_of_several_segments_at_once():
-    """84 tokens are two segments."""
-    _, backward = counts(84)
-    assert backward.calls["softplus.default"] == 1 and backward.calls["exp2_.default"] == 2, backward.calls
+    """170 tokens are two segments."""
+    _, backward = counts(170)
+    assert backward.calls["softplus.out"] == 1 and backward.calls["exp2_.default"] == 2, backward.calls
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])

@@ -13,9 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from fused.modules.mamba import Mamba
 from fused.ops.mamba_inner import segments
 from fused.ops.selective_scan import recurrence
+from fused.runtime.scratch import Scratch
 
 D_MODEL, STATES = 8, 3
-TOKENS = 6  # of a segment without gradients; with gradients it has half as many
+TOKENS = 6  # of a segment
 ROW = 2 * 2 * D_MODEL * STATES
 
 
@@ -61,21 +62,16 @@ def sample(seed, clips, length, dtype=torch.float32, **options):
     )
 
 
-@pytest.fixture(params=["steps", "splits", "all kept"])
+@pytest.fixture(params=["steps", "splits"])
 def small_segments(request, monkeypatch):
-    """A segment has TOKENS tokens of one clip, a group two segments; with "splits" some advance together.
-
-    Nothing is kept but in the last case.
-    """
+    """A segment has TOKENS tokens of one clip, a group two segments; with "splits" some advance together."""
     monkeypatch.setattr(recurrence, "CPU_STEP", 10**6 if request.param == "splits" else 0)
     monkeypatch.setattr(recurrence, "MAX_STEPS", 2)
     monkeypatch.setattr(segments, "GROUP", 2)
-    if request.param != "all kept":
-        monkeypatch.setattr(recurrence, "CPU_BLOCK", TOKENS * ROW)
-        monkeypatch.setattr(segments, "KEPT_STATES", 0)
+    monkeypatch.setattr(recurrence, "CPU_BLOCK", TOKENS * ROW)
 
 
-@pytest.mark.parametrize("length", [1, 2, TOKENS - 1, TOKENS, TOKENS + 1, 2 * TOKENS + 1])
+@pytest.mark.parametrize("length", [1, 2, TOKENS - 1, TOKENS, TOKENS + 1, 2 * TOKENS + 1, 4 * TOKENS + 1])
 def test_follows_the_loops_at_the_edges_of_segments(small_segments, length):
     assert_rule(sample(seed, 2, length) for seed in range(4))
 
@@ -159,6 +155,20 @@ def test_memory_kept_for_the_backward_is_bounded():
     lengths = [4096, 8192]
     more = kept_bytes(lengths[1]) - kept_bytes(lengths[0])
     assert more <= 6 * 4 * 64 * (lengths[1] - lengths[0])
+
+
+def test_memory_that_a_thread_keeps_does_not_grow_with_the_sequence(small_segments):
+    sizes = []
+
+    def note():
+        for length in (8 * TOKENS, 32 * TOKENS):
+            mixer, tokens, cotangent = draw(0, 1, length)
+            mixer(tokens).backward(cotangent)
+            sizes.append({name: kept.flat.numel() for name, kept in Scratch(tokens).memory.items()})
+
+    with ThreadPoolExecutor(1) as pool:  # a new thread has no memory yet
+        pool.submit(note).result()
+    assert sizes[0] == sizes[1] and sizes[0].keys() >= {"states", "c", "dw"}
 
 
 def test_recomputation_in_the_backward_gives_the_same_bits():

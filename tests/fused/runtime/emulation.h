@@ -75,6 +75,12 @@ inline int __all_sync(unsigned mask, int vote, int line = __builtin_LINE()) { re
 template <class T> inline T __ldg(const T* at) { return *at; }
 inline float __uint_as_float(unsigned x) { float y; memcpy(&y, &x, 4); return y; }
 inline unsigned __float_as_uint(float x) { unsigned y; memcpy(&y, &x, 4); return y; }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline unsigned __brev(unsigned x) {
+  unsigned y = 0;
+  for (int i = 0; i < 32; i++) y = y << 1 | (x >> i & 1);
+  return y;
+}
 inline int min(int a, int b) { return b < a ? b : a; }
 
 // ---------------------------------------------------------------- the functions of fused/runtime/device.cuh

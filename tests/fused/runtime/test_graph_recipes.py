@@ -58,6 +58,12 @@ def test_graphed_callables(accumulate: int, dtype: torch.dtype | None) -> None:
 
 
 def test_compiled_with_reduce_overhead() -> None:
+    """In a process without the tests' check of signatures, which cannot be compiled."""
+    with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
+        pool.apply(train_compiled)
+
+
+def train_compiled() -> None:
     """Loss and gradients keep to the rule at every step of a training, so the graphs see new data and new weights."""
     model, optimizer = make(drop_path_rate=0.0)
     fast = torch.compile(model, mode="reduce-overhead", fullgraph=True)

@@ -1,6 +1,5 @@
 """CUDA C++ through NVRTC: compilation for every architecture, the cache on disk, launches on a mock driver."""
 
-import ctypes
 import logging
 import os
 import signal
@@ -13,6 +12,7 @@ from types import SimpleNamespace
 import emulation
 import pytest
 import torch
+from mock_driver import MockDriver
 
 import fused
 from fused.errors import BackendError
@@ -220,57 +220,6 @@ def test_a_forked_child_compiles(pretended):
 def test_nothing_is_started_where_kernels_cannot_run(monkeypatch):
     monkeypatch.setattr(nvrtc.background, "start", lambda *arguments: pytest.fail("started"))
     nvrtc.start("source", THREADS, torch.device("cpu"))
-
-
-class MockDriver:
-    """The driver's calls as in cuda-bindings, for one kernel with parameters (pointer, long long, float, pointer)."""
-
-    CUresult = SimpleNamespace(CUDA_ERROR_INVALID_CONTEXT=201)
-    CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_NUM_REGS=4, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8)
-    CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED=2)
-
-    class Error(int):
-        name = "CUDA_ERROR"
-
-    def __init__(self):
-        self.launches, self.limits, self.contexts, self.results = [], [], ["PyTorch's own"], []
-
-    def __getattr__(self, name):  # all other calls succeed
-        if not name.startswith("cu"):
-            raise AttributeError(name)
-        return lambda *args: (0, name)
-
-    def cuCtxPushCurrent(self, context):
-        self.contexts.append(context)
-        return (0,)
-
-    def cuCtxPopCurrent(self):
-        return 0, self.contexts.pop()
-
-    def cuModuleGetFunction(self, module, name):
-        return (0, "function") if name == b"k" else (self.Error(500), None)
-
-    def cuFuncGetParamInfo(self, function, index):
-        return (0, 8 * index, (8, 8, 4, 8)[index]) if index < 4 else (self.Error(1), 0, 0)
-
-    def cuFuncSetAttribute(self, function, attribute, value):
-        self.limits.append(value)
-        return (self.Error(1) if value > 232448 else 0,)
-
-    def cuCtxSetCurrent(self, context):
-        self.contexts[-1] = context
-        return (0,)
-
-    def cuGetErrorString(self, error):
-        return 0, b"the driver's message"
-
-    def cuLaunchKernel(self, function, *numbers):
-        *shape, stream, pointers, extra = numbers
-        addresses = (ctypes.c_void_p * 4).from_address(pointers)
-        kinds = (ctypes.c_uint64, ctypes.c_int64, ctypes.c_float, ctypes.c_uint64)
-        values = [kind.from_address(address).value for kind, address in zip(kinds, addresses, strict=True)]
-        self.launches.append((shape, stream, values))
-        return (self.results.pop() if self.results else 0,)
 
 
 @pytest.fixture

@@ -1,0 +1,96 @@
+"""python -m fused.chat --model FOLDER --video FILE --question TEXT [--question TEXT ...] [--frames N]
+
+Prints the answers as they come. Without --question, questions are read line by line. Exit codes: 0 done, 2 a wrong option,
+folder or video, 130 interrupted.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from fused.chat.session import Conversation
+
+DONE, USAGE, INTERRUPTED = 0, 2, 130
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Answer as the command line says (None: sys.argv), and return the exit code."""
+    options = parser().parse_args(arguments)
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = DTYPES[options.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    try:
+        talk = Conversation.open(options.model, device=device, dtype=dtype, backend=options.backend)
+        if options.video:
+            start = time.perf_counter()
+            video = talk.watch(options.video, frames=options.frames, longest=options.longest, offload=options.offload)
+            spent = time.perf_counter() - start
+            note(f"{options.video}: {video.video_length} video tokens in {spent:.1f} s; {memory(device, video.nbytes)}")
+        for question in options.question or questions():
+            answer(talk, question, options, device)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        print(f"fused.chat: {error}", file=sys.stderr)
+        return USAGE
+    return DONE
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    words = argparse.ArgumentParser(prog="python -m fused.chat", description="Ask a Vamba about a video.")
+    words.add_argument("--model", required=True, metavar="FOLDER", help="config.json, weights in safetensors, tokenizer.json")
+    words.add_argument("--video", metavar="FILE", help="a video file, or a folder of images; without it text only")
+    words.add_argument("--question", action="append", metavar="TEXT", help="may be given several times; default: read lines")
+    words.add_argument("--frames", type=int, default=128, metavar="N", help="middle frames of N equal parts (128)")
+    words.add_argument("--longest", type=int, default=640, metavar="PIXELS", help="longest side of a frame (640)")
+    words.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="of an answer (512)")
+    words.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
+    words.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest with probability P (1)")
+    words.add_argument("--offload", action="store_true", help="keep keys and values of the video in host memory")
+    words.add_argument("--device", metavar="NAME", help="cuda if there is one, else cpu")
+    words.add_argument("--dtype", choices=DTYPES, help="of the weights: bfloat16 on a GPU, else float32")
+    words.add_argument("--backend", default="auto", metavar="NAME", help="see fused.backends (auto)")
+    return words
+
+
+def questions() -> Iterable[str]:
+    """Yield the questions that are typed, a line each, until the end of the input."""
+    for line in sys.stdin:
+        if line.strip():
+            yield line.strip()
+
+
+def answer(talk: Conversation, question: str, options: argparse.Namespace, device: torch.device) -> None:
+    """Print the answer to a question as it comes, and its speed."""
+    start, pieces, first = time.perf_counter(), 0, 0.0
+    sampling = {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature, "top_p": options.top_p}
+    for piece in talk.ask(question, **sampling):
+        print(piece, end="", flush=True)
+        pieces += 1
+        first = first or time.perf_counter()
+    print(flush=True)
+    end = time.perf_counter()
+    speed = f"{(pieces - 1) / (end - first):.1f} a second" if pieces > 1 else "no more"
+    note(f"the first token after {(first or end) - start:.2f} s, then {speed}; {memory(device)}")
+
+
+def memory(device: torch.device, cached: int = 0) -> str:
+    """Return the memory in use in words."""
+    words = f"keys and values {cached / 2**30:.2f} GiB" if cached else ""
+    if device.type != "cuda":
+        return words or "memory is not counted on a CPU"
+    peak = f"peak {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB"
+    return f"{words}, {peak}" if words else peak
+
+
+def note(text: str) -> None:
+    """Print a remark beside the answers."""
+    print(f"[{text}]", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

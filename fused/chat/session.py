@@ -1,0 +1,160 @@
+"""A model, its tokenizer, and one video that is read once for any number of questions."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from fused.io.sampling import Times
+from fused.io.video import decode_frames
+from fused.models.vamba.cache import VambaCache
+from fused.models.vamba.config import VambaConfig
+from fused.models.vamba.model import Vamba
+from fused.models.vamba.prefill import CHUNK
+from fused.models.vamba.vision import SIDE, frame_size, prepare_frame
+from fused.rules import check_integer
+
+PROMPT = (  # of Qwen2-VL; the video has no place among the tokens
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\n<|vision_start|><|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"
+)
+END = "<|im_end|>"
+FRAMES_AT_ONCE = 32  # that are decoded before they pass the vision tower
+UNFINISHED = "\ufffd"  # what a tokenizer shows for a character of which a token is missing
+
+
+class Conversation:
+    """Questions about videos. Each question stands by itself: no answer is read by the next one.
+
+        >>> talk = Conversation.open("vamba-7b", device="cuda")
+        >>> talk.watch("film.mp4", frames=512)
+        >>> print("".join(talk.ask("Who enters the room?")))
+    """
+
+    def __init__(self, model: Vamba, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.video: VambaCache | None = None
+        self.device = model.model.embed_tokens.weight.device
+
+    @classmethod
+    def open(
+        cls, folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, backend: str = "auto"
+    ) -> "Conversation":
+        """Return the conversation with the model of a folder that also holds a tokenizer and a vision tower.
+
+        Raises what `Vamba.from_pretrained` raises, and ImportError without transformers.
+        """
+        try:
+            from transformers import AutoTokenizer
+        except ImportError as error:
+            raise ImportError("a conversation needs transformers: pip install 'videomamba-bench[teachers,train]'") from error
+        model = Vamba.from_pretrained(folder, vision=True, device=device, dtype=dtype, backend=backend)
+        return cls(model, AutoTokenizer.from_pretrained(str(Path(os.path.expanduser(folder)))))
+
+    def watch(
+        self, path: str | Path, *, frames: int = 128, longest: int | None = 640, chunk: int = CHUNK, offload: bool = False
+    ) -> VambaCache:
+        """Read a video file in place of the one before, and return its cache.
+
+        `frames` are the middles of equal parts of the video; a shorter one repeats its last frame. A frame with a side above
+        `longest` pixels is scaled to it, see `vision.frame_size`. `chunk` and `offload` are those of `encode_video`.
+
+        Raises VideoError for a file that cannot be read; ValueError for frames that need more memory than is free, before any
+        passes the model; TypeError or ValueError for options out of range.
+        """
+        check_integer("watch", "frames", frames, 2)
+        if longest is not None:
+            check_integer("watch", "longest", longest, SIDE)
+        self.video = None  # frees its memory
+        self.video = self.model.encode_video(self._frames(Path(path), frames, longest, offload), chunk=chunk, offload=offload)
+        return self.video
+
+    def ask(
+        self, question: str, *, max_new_tokens: int = 512, temperature: int | float = 0.0, top_p: int | float = 1.0
+    ) -> Iterator[str]:
+        """Yield the answer to a question piece by piece; options are those of `Vamba.stream`."""
+        ids = self.tokenizer(PROMPT.format(question=question), return_tensors="pt", add_special_tokens=False)["input_ids"]
+        end = self.tokenizer.convert_tokens_to_ids(END)
+        stops = {*self.model.stop_tokens, *([end] if isinstance(end, int) else [])}
+        tokens: list[int] = []
+        shown = ""
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+        for token in self.model.stream(self.video, ids.to(self.device), stop_tokens=stops, **options):
+            if int(token[0]) in stops:
+                break
+            tokens.append(int(token[0]))
+            text = self.tokenizer.decode(tokens)
+            if not text.endswith(UNFINISHED):
+                yield text[len(shown) :]
+                shown = text
+        if tokens and (rest := self.tokenizer.decode(tokens)[len(shown) :]):
+            yield rest
+
+    def _frames(self, path: Path, frames: int, longest: int | None, offload: bool) -> Iterator[UInt8[Tensor, "n 3 H W"]]:
+        """Yield the prepared frames in parts; at the first, check the memory."""
+        wanted: list[int] = []
+
+        def choose(total: int, times: Times) -> list[int]:
+            wanted[:] = middle_places(total, frames)
+            return sorted(set(wanted))
+
+        waiting: list[Tensor] = []
+        size: tuple[int, int] | None = None
+        for number, image in decode_frames(path, choose):
+            if size is None:
+                size = frame_size(image.shape[0], image.shape[1], longest)
+                self._check_memory(frames // 2 * (size[0] // SIDE) * (size[1] // SIDE), frames, offload)
+            waiting += [prepare_frame(image, size)] * wanted.count(number)
+            if len(waiting) >= FRAMES_AT_ONCE:
+                yield torch.stack(waiting)
+                waiting.clear()
+        if waiting:
+            yield torch.stack(waiting)
+
+    def _check_memory(self, tokens: int, frames: int, offload: bool) -> None:
+        """Raise ValueError if keys and values of so many video tokens, and one chunk, do not fit into the free memory."""
+        dtype = self.model.model.embed_tokens.weight.dtype
+        cached, scratch = video_bytes(self.model.config, tokens, dtype)
+        for device, needed in ((self.device, scratch + (0 if offload else cached)), (torch.device("cpu"), cached * offload)):
+            free = free_bytes(device)
+            if free is not None and needed > free:
+                gib = 2**30
+                raise ValueError(
+                    f"{frames} frames are {tokens} video tokens, which need {needed / gib:.1f} GiB on {device}, where "
+                    f"{free / gib:.1f} GiB are free; allowed: about {max(int(frames * free / needed), 0)} frames, smaller "
+                    "ones (longest), or keys and values in host memory (offload)"
+                )
+
+
+def middle_places(total: int, frames: int) -> list[int]:
+    """Return the numbers of the middle frames of equal parts of a video; one with fewer frames repeats its last frame.
+
+    Part i lies between the integer borders i total / frames and (i + 1) total / frames, whose mean is taken, as upstream does.
+    """
+    if total < frames:
+        return [min(i, total - 1) for i in range(frames)]
+    borders = [i * total // frames for i in range(frames + 1)]
+    return [min((a + b) // 2, total - 1) for a, b in zip(borders, borders[1:], strict=False)]
+
+
+def video_bytes(config: VambaConfig, tokens: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Return the bytes of keys and values of a video, and of one chunk on its way through a layer, about."""
+    size = dtype.itemsize
+    widest = config.hidden_size * (2 * int(config.mixer.get("expand", 2)) + 1)
+    return config.cached_values * tokens * size, 3 * widest * min(tokens, CHUNK) * size
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Return the free memory of a device, None where it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type != "cpu":
+        return None
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):  # not on this system
+        return None

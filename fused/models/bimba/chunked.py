@@ -1,0 +1,155 @@
+"""A compressor of one layer over a video in chunks: exact, in the memory of one chunk and of the queries.
+
+    first to last chunk:   y_forward = forward scan at query rows, its state carried from chunk to chunk
+    last to first chunk:   y_backward likewise;  queries + out_proj((y_forward + y_backward) * silu(z))
+
+with x = in_proj_x(norm(sequence)), computed in both passes, and z = in_proj_z(norm(queries)). Tokens stay where they are, on
+the host or on the device, and are copied chunk by chunk.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused import backends
+from fused.models.bimba.checks import check_inputs
+from fused.models.bimba.interleave import Places, interleave, places_between
+from fused.models.bimba.layer import CompressorLayer, norm_and_insert
+from fused.models.bimba.query_mixer import called_modules
+from fused.modules import mamba
+from fused.modules.mamba import Mamba
+from fused.modules.state import State
+from fused.modules.wrapped import describe
+from fused.ops.mamba_inner.eager import one_direction_eager
+from fused.runtime.dtypes import accumulation_dtype
+from fused.runtime.library import wants_gradients
+
+
+class Chunk(NamedTuple):
+    """Some frames of a video with the queries that stand among them or behind the last of them."""
+
+    tokens: Tensor  # (B, T, C), on any device
+    queries: Tensor  # (B, Q, C), on the compressor's device; Q may be 0
+    places: Places
+
+
+def compress_chunks(
+    layer: CompressorLayer, frames: Sequence[Tensor], queries: Tensor, dtype: torch.dtype, backend: str
+) -> Tensor:
+    """Return what the layer returns for `queries` (B, G, Q, C) and the chunks of `split_chunks`, computed in `dtype`."""
+    chunks = list(_chunks(frames, queries.flatten(1, 2).to(dtype)))
+    mixer: Any = layer.mixer
+    state: State | None = None
+    y_forward = []
+    for chunk in chunks:
+        y, state = scan_chunk(layer, chunk, 0, state, backend)
+        y_forward.append(y)
+    out: list[Tensor] = []
+    state = None
+    for chunk in reversed(chunks):
+        y = y_forward.pop()
+        if mixer.bimamba:
+            y_backward, state = scan_chunk(layer, chunk, 1, state, backend)
+            y = y + y_backward
+        out.append(_read(layer, chunk, y, backend))
+    return torch.cat(out[::-1], dim=1).to(queries.dtype).view(queries.shape)
+
+
+def check_chunkable(layers: Sequence[CompressorLayer], backend: str) -> None:
+    """Raise ValueError for a compressor that cannot run in chunks."""
+    mixer, count = layers[0].mixer, len(layers)
+    if count != 1:
+        raise ValueError(f"forward_chunked: n_layer must be 1, got {count}: other layers than the last one make tokens too")
+    if not isinstance(mixer, Mamba):
+        raise ValueError("forward_chunked: mixer_type must be 'mamba': attention has no state to carry from chunk to chunk")
+    if backend != "auto" and not backends.declared("BimbaCompressor", mamba.BACKENDS, backend).initial_state:
+        raise ValueError(f"forward_chunked: backend {backend!r} carries no state; build it with backend='native' or 'torch'")
+    if called := called_modules(mixer):
+        raise ValueError(
+            f"forward_chunked: {called[0]} of the mixer {describe(mixer.get_submodule(called[0]))}, and a run in chunks reads "
+            "weights: merge the adapter or remove the hook, or call the compressor itself"
+        )
+
+
+def split_chunks(
+    tokens: Tensor | Iterable[Tensor], queries: Tensor, d_model: int, chunk_frames: int | None, offload: bool
+) -> list[Tensor]:
+    """Return the chunks (B, frames, H, W, C) of `BimbaCompressor.forward_chunked`. Raises ValueError for what does not fit."""
+    frames = list(_chunks_of_frames(tokens, chunk_frames, offload))
+    _check_frames(frames, queries, d_model)
+    return frames
+
+
+def scan_chunk(
+    layer: CompressorLayer, chunk: Chunk, direction: int, state: State | None, backend: str
+) -> tuple[Tensor, State]:
+    """Return y (B, Q, E) of a direction at the chunk's queries, before the gate, and the state that leaves the chunk."""
+    mixer: Any = layer.mixer
+    tokens = chunk.tokens.to(chunk.queries.device, chunk.queries.dtype, non_blocking=True)
+    sequence, _ = norm_and_insert(layer.norm, tokens, chunk.queries, chunk.places, backend)
+    x = F.linear(sequence, mixer.in_proj.weight.chunk(2)[0])
+    weights, reverse = mixer.directions()[direction], direction == 1
+    if backends.operators_of(backend) != "native":
+        A = -weights.A.to(accumulation_dtype(weights.A.dtype)).exp()
+        y, state = one_direction_eager(x, weights._replace(A=A), reverse=reverse, backend="torch", state=state)
+    elif wants_gradients(x, *weights):
+        from fused.ops.mamba_inner.one_direction import mamba_inner_one_direction
+
+        y, state = mamba_inner_one_direction(x, weights, reverse=reverse, A_is_log=True, state=state)
+    else:
+        from fused.ops.mamba_inner.query_rows import one_direction_at_queries
+
+        table, count = chunk.places.tile_queries, len(chunk.places.queries)
+        return one_direction_at_queries(x, weights, table, count, reverse=reverse, state=state)
+    return y.index_select(1, chunk.places.queries), state
+
+
+def _read(layer: CompressorLayer, chunk: Chunk, y: Tensor, backend: str) -> Tensor:
+    """Return the new queries (B, Q, C) of a chunk, given the sum y (B, Q, E) of both scans."""
+    mixer: Any = layer.mixer
+    if not y.shape[1]:
+        return chunk.queries
+    readers = chunk.queries if layer.norm is None else layer.norm(chunk.queries, backend)
+    z, precise = F.linear(readers, mixer.in_proj.weight.chunk(2)[1]), accumulation_dtype(y.dtype)
+    mixed = mixer.out_proj((y.to(precise) * F.silu(z.to(precise))).to(y.dtype))
+    return chunk.queries + mixed if layer.use_res else mixed
+
+
+def _chunks_of_frames(tokens: Tensor | Iterable[Tensor], chunk_frames: int | None, offload: bool) -> Iterator[Tensor]:
+    """Yield chunks of at most `chunk_frames` frames; with `offload` copies in the memory of the host."""
+    if chunk_frames is not None and (not isinstance(chunk_frames, int) or isinstance(chunk_frames, bool) or chunk_frames < 1):
+        raise ValueError(f"forward_chunked: chunk_frames must be a number of frames from 1 up, got {chunk_frames!r}")
+    if isinstance(tokens, Tensor) and chunk_frames is None:
+        raise ValueError("forward_chunked: chunk_frames must be given for a tensor of tokens; an iterator yields chunks")
+    for part in [tokens] if isinstance(tokens, Tensor) else tokens:
+        if part.dim() != 5:
+            raise ValueError(f"forward_chunked: tokens must be (B, frames, rows, columns, C), got {tuple(part.shape)}")
+        for chunk in part.split(chunk_frames, dim=1) if chunk_frames else (part,):
+            yield chunk.to("cpu", non_blocking=True) if offload else chunk
+
+
+def _check_frames(frames: Sequence[Tensor], queries: Tensor, d_model: int) -> None:
+    """Raise ValueError for chunks that do not fit each other, the queries or the compressor."""
+    if not frames:
+        raise ValueError("forward_chunked: tokens must be at least one chunk, got an empty iterator")
+    for i, chunk in enumerate(frames):
+        if chunk.shape[:1] + chunk.shape[2:] != frames[0].shape[:1] + frames[0].shape[2:] or chunk.dtype != frames[0].dtype:
+            raise ValueError(
+                f"forward_chunked: chunk {i} of tokens is {tuple(chunk.shape)} of {chunk.dtype}; but for its frames it must "
+                f"be like the first, {tuple(frames[0].shape)} of {frames[0].dtype}"
+            )
+    first = torch.empty(frames[0].shape, dtype=frames[0].dtype, device="meta")
+    check_inputs(first, torch.empty(queries.shape, dtype=queries.dtype, device="meta"), d_model)
+
+
+def _chunks(frames: Sequence[Tensor], queries: Tensor) -> Iterator[Chunk]:
+    """Yield each chunk with its queries of all `queries` (B, Q, C)."""
+    ends = list(itertools.accumulate(x.shape[1:4].numel() for x in frames))
+    places = interleave(ends[-1], queries.shape[1])
+    for x, start, end in zip(frames, [0, *ends], ends, strict=False):
+        first, last, local = places_between(places, start, end, queries.device)
+        yield Chunk(x.flatten(1, 3), queries[:, first:last], local)

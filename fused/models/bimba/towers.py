@@ -1,0 +1,46 @@
+"""The parts of a BIMBA that are models of the library transformers: SigLIP's vision tower and the language model Qwen2."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+SIGLIP = {  # google/siglip-so400m-patch14-384, whose last layer LLaVA leaves out
+    "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 26, "num_attention_heads": 16, "image_size": 384,
+    "patch_size": 14,
+}  # fmt: skip
+
+
+def vision_tower(sizes: Mapping[str, Any]) -> nn.Module:
+    """Return a `SiglipVisionModel` with random weights and without its pooling head; `sizes` override those of `SIGLIP`.
+
+    Raises ImportError without transformers.
+    """
+    library = _transformers()
+    return library.SiglipVisionModel(library.SiglipVisionConfig(**{**SIGLIP, **sizes, "vision_use_head": False}))
+
+
+def language_model(config: Mapping[str, Any]) -> Any:
+    """Return a `Qwen2ForCausalLM` with random weights; of `config`, a published config.json, Qwen2's own fields are read.
+
+    Raises ImportError without transformers.
+    """
+    library = _transformers()
+    fields = {k: v for k, v in config.items() if k not in ("model_type", "architectures", "auto_map", "_name_or_path")}
+    return library.Qwen2ForCausalLM(library.Qwen2Config(**fields))
+
+
+def patch_features(tower: nn.Module, frames: Tensor) -> Tensor:
+    """Return the patches (F, rows, columns, width) of frames (F, 3, S, S) behind the last layer, before the last norm."""
+    model: Any = getattr(tower, "vision_model", tower)
+    encoded = model.encoder(inputs_embeds=model.embeddings(frames)).last_hidden_state
+    side = frames.shape[-1] // model.embeddings.patch_size
+    return encoded.unflatten(1, (-1, side))
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("Bimba needs the package transformers: pip install -e '.[teachers]'") from error
+    return transformers

@@ -1,0 +1,1 @@
+"""Vamba: configuration, decoder, video cache, generation, vision tower and published weights."""

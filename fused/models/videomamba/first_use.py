@@ -1,0 +1,60 @@
+"""Compilation of the Triton kernels of a model's layers in parallel, when the first layer is about to be run on a GPU.
+
+Otherwise each would be compiled at its first launch, one after the other, those of the backward last.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from fused.models.videomamba.block import Block
+from fused.models.videomamba.config import VideoMambaConfig
+from fused.modules.norm import Norm
+from fused.modules.residual import final_norm
+from fused.runtime import ahead, triton_launch
+
+CLIPS, TOKENS, DROP_PATH_RATE = 2, 9, 0.1  # no kernel depends on these values
+
+
+def start_compiling(config: VideoMambaConfig, tokens: Tensor, dtype: torch.dtype, backend: str) -> None:
+    """Start to compile what layers with weights of `dtype` launch for tokens (B, L, D) on a GPU, and their backward.
+
+    The backward is left out where no gradient is recorded. It takes a tenth of a second; kernels are compiled in background
+    threads, and each waits for its own at its first launch.
+    """
+    device = tokens.device
+    autocast = torch.is_autocast_enabled("cuda")
+    with (
+        ahead.compiling(triton_launch.capability(device), ahead.compile_in_background(device)),
+        torch.random.fork_rng(devices=()),
+        torch.inference_mode(False),
+        torch.autograd.set_detect_anomaly(False),
+        _disable_current_modes(),  # which might count operations
+        torch.autocast("cuda", enabled=False),
+        torch.autocast("cpu", torch.get_autocast_dtype("cuda"), autocast),
+    ):
+        run_on_cpu(config, tokens.dtype, dtype, backend, torch.is_grad_enabled())
+
+
+def run_on_cpu(
+    config: VideoMambaConfig, tokens_dtype: torch.dtype, dtype: torch.dtype, backend: str, gradients: bool
+) -> None:
+    """Run layers and the final norm on few tokens on the CPU, and backward with `gradients`; results are not looked at."""
+    config, rate = replace(config, use_checkpoint=False), config.drop_path_rate if gradients else 0.0
+    with torch.device("cpu"):
+        # the first layer has no residual, only the last has stochastic depth
+        layers = [Block(config, i, rate) for i, rate in enumerate((0.0, 0.0, DROP_PATH_RATE if rate is None else rate))]
+        norm = Norm(config.embed_dim, config.norm_epsilon, "rms" if config.rms_norm else "layer")
+    for module in (*layers, norm):
+        module.to(dtype)
+    hidden = torch.zeros(CLIPS, TOKENS, config.embed_dim, dtype=tokens_dtype, device="cpu", requires_grad=gradients)
+    residual = None
+    with torch.set_grad_enabled(gradients):
+        for layer in layers:
+            hidden, residual, _ = layer(hidden, residual, backend=backend)
+        assert residual is not None
+        y = final_norm(norm, hidden[:, :1], residual[:, :1], fused_add_norm=config.fused_add_norm, backend=backend)
+    if gradients:
+        y.float().sum().backward()

@@ -1,0 +1,228 @@
+"""A mixer whose output is wanted at some tokens only, the query rows, as one operator, `videomamba::mamba_inner_query_rows`.
+
+    x = in_proj_x(u)        z = in_proj_z(u at query rows)        c = silu(conv(x))        dt, B, C = x_proj(c)
+    y = sum of both scans at query rows * silu(z)                 out = out_proj(y)
+
+Kernels are those of `mamba_inner`. The scan computes its states and C h + D u at every token, since a branch at each token
+costs more than the sum over states, and reads z and writes y at query rows only. The gate's half of in_proj, and out_proj, are
+products of query rows. C is computed for every token: its N columns of x_proj cost less than a copy of c at query rows.
+
+For training the forward keeps y, y before the gate and the state before every tile: the peak of memory is in the backward,
+which needs them at once. The backward recomputes c and delta.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused.ops.mamba_inner.kernels import PackedWeights
+from fused.ops.mamba_inner.native import Linear
+from fused.ops.mamba_inner.pipeline import Pipeline, pack, weight_gradient
+from fused.ops.selective_scan import launch as scan
+from fused.ops.selective_scan.launch import ScanInputs, aligned_or_none
+from fused.ops.selective_scan.schedule import TILE
+from fused.ops.shapes import DirectionWeights
+from fused.runtime.library import apply_function, below_autograd, none_if_empty, register, wants_gradients
+from fused.runtime.modes import is_batch_invariant
+
+Weights = Sequence[Tensor | None]  # a DirectionWeights as the operator takes it; empty for an absent direction
+
+
+def mamba_inner_query_rows(
+    u: Tensor, u_queries: Tensor, tile_queries: Tensor, in_proj: Linear, directions: Sequence[DirectionWeights],
+    out_proj: Linear, *, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Return out (B, Q, D) in `dtype` at the query rows of u (B, L, D), of which u_queries (B, Q, D) is a copy.
+
+    `tile_queries` is `selective_scan.query_rows.tile_queries` of their places. The other arguments are those of `mamba_inner`,
+    which gives the same at these rows.
+    """
+    first, second = list(directions[0]), list(directions[1]) if len(directions) > 1 else []
+    training = wants_gradients(u, u_queries, first, second, in_proj, out_proj)
+    options = dtype, is_batch_invariant(), training
+    return _query_rows(u, u_queries, tile_queries, first, second, *in_proj, *out_proj, *options)[0]
+
+
+def one_direction_at_queries(
+    x: Tensor, weights: DirectionWeights, tile_queries: Tensor, num_queries: int, *, reverse: bool,
+    state: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
+    """Return y (B, Q, E) of one direction of x (B, L, E) at the query rows, without a gate, and the state that leaves.
+
+    The weights and the state are those of `mamba_inner_one_direction`, with A_is_log. Nothing here has gradients or is traced.
+    """
+    conv_state, ssm_state = state or (None, None)
+    p = Pipeline(x, None, [weights], (reverse,), is_batch_invariant(), A_is_log=True)
+    packed = pack(*p.weights, dtype=x.dtype)
+    c, conv_states = p.convolve((conv_state,), want_states=True)
+    assert conv_states is not None
+    dt_B_C, delta = p.project(c, packed)
+    s = p.scan_inputs(c, dt_B_C, delta, packed)._replace(tile_queries=tile_queries, num_queries=num_queries)
+    r = scan.forward(s, aligned_or_none(ssm_state), p.schedule, keep=False)
+    return r.y, (conv_states[0], r.final_states[0])
+
+
+def _pipeline(x: Tensor, z: Tensor, first: Weights, second: Weights, batch_invariant: bool) -> Pipeline:
+    directions: Any = (first, second) if second else (first,)
+    return Pipeline(x, z, directions, (False, True)[: len(directions)], batch_invariant, A_is_log=True)
+
+
+def _pack(
+    first: Weights, second: Weights, in_proj: Tensor, out_proj: Tensor, dtype: torch.dtype, *memory: Tensor | None
+) -> PackedWeights:
+    """Return the packed weights, with those of in_proj and out_proj as `linears`."""
+    directions: Any = zip(first, second, strict=True) if second else ((w,) for w in first)
+    return pack(*directions, dtype=dtype, linears=[in_proj, out_proj], memory=memory or (None, None))
+
+
+def _scan_inputs(p: Pipeline, c: Tensor, dt_B_C: Tensor, delta: Tensor, packed: PackedWeights, table: Tensor) -> ScanInputs:
+    assert p.z is not None
+    return p.scan_inputs(c, dt_B_C, delta, packed)._replace(tile_queries=table, num_queries=p.z.shape[1])
+
+
+def _halves(bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, ...] | tuple[None, None]:
+    """Return the halves of in_proj's bias (2E,) for x and z, in `dtype`; None for None."""
+    return (None, None) if bias is None else bias.to(dtype).chunk(2)
+
+
+def _forward(
+    u: Tensor, u_queries: Tensor, tile_queries: Tensor, first: Weights, second: Weights, in_proj: Tensor,
+    in_proj_bias: Tensor | None, out_proj: Tensor, out_proj_bias: Tensor | None, dtype: torch.dtype, batch_invariant: bool,
+    training: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Return out (B, Q, D), and with `training` what the backward reads, in the order of _KEPT."""
+    packed = _pack(first, second, in_proj, out_proj, dtype)
+    (weight_x, weight_z), out_proj_cast = packed.linears[0].chunk(2), packed.linears[1]
+    bias_x, bias_z = _halves(in_proj_bias, dtype)
+    x, z = F.linear(u.to(dtype), weight_x, bias_x), F.linear(u_queries.to(dtype), weight_z, bias_z)
+    p = _pipeline(x, z, first, second, batch_invariant)
+    c, _ = p.convolve()
+    dt_B_C, delta = p.project(c, packed)
+    r = scan.forward(_scan_inputs(p, c, dt_B_C, delta, packed, tile_queries), None, p.schedule, keep=training)
+    out = F.linear(r.y, out_proj_cast, None if out_proj_bias is None else out_proj_bias.to(dtype))
+    kept = x, z, packed.packed, packed.A_D, dt_B_C, r.y, r.y_pre_gate, r.tile_states
+    return out, *(kept if training else (None,) * len(kept))
+
+
+def _forward_shapes(
+    u: Tensor, u_queries: Tensor, tile_queries: Tensor, first: Weights, second: Weights, in_proj: Tensor,
+    in_proj_bias: Tensor | None, out_proj: Tensor, out_proj_bias: Tensor | None, dtype: torch.dtype, batch_invariant: bool,
+    training: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    (B, L, _), Q, E = u.shape, u_queries.shape[1], out_proj.shape[1]
+    out = u.new_empty((B, Q, out_proj.shape[0]), dtype=dtype)
+    if not training:
+        return out, *(u.new_empty(0) for _ in range(8))
+    x, z = out.new_empty((B, L, E)), out.new_empty((B, Q, E))
+    p = _pipeline(x, z, first, second, batch_invariant)
+    d, N = len(p.reverses), p.N
+    linear_rows = sum(w.numel() // E for w in (in_proj, out_proj) if w.dtype != dtype)
+    packed = out.new_empty((d * (p.width + p.padded_R) + linear_rows, E))
+    copies_A_D = any(w.dtype != torch.float32 for w in (*p.weights.A, *p.weights.D))
+    A_D = out.new_empty((d, (N + 1) * E) if copies_A_D else 0, dtype=torch.float32 if copies_A_D else dtype)
+    tile_states = out.new_empty((d, B, -(-L // TILE), E, N), dtype=torch.float32)
+    y, y_pre_gate = out.new_empty(z.shape), out.new_empty(z.shape)
+    return out, x, z, packed, A_D, out.new_empty((d, B, L, p.width)), y, y_pre_gate, tile_states
+
+
+def _backward(
+    u: Tensor, u_queries: Tensor, tile_queries: Tensor, first: Weights, second: Weights, in_proj: Tensor,
+    in_proj_bias: Tensor | None, out_proj: Tensor, out_proj_bias: Tensor | None, dtype: torch.dtype, batch_invariant: bool,
+    x: Tensor, z: Tensor, packed_matrices: Tensor, A_D: Tensor | None, dt_B_C: Tensor, y: Tensor, y_pre_gate: Tensor,
+    tile_states: Tensor, dout: Tensor,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Return the gradients of u, u_queries, both directions' weights, in_proj and out_proj; None for None."""
+    packed = _pack(first, second, in_proj, out_proj, dtype, packed_matrices, none_if_empty(A_D))
+    (weight_x, weight_z), out_proj_cast = packed.linears[0].chunk(2), packed.linears[1]
+    p = _pipeline(x, z, first, second, batch_invariant)
+    c, _ = p.convolve()
+    s = _scan_inputs(p, c, dt_B_C, p.delta(dt_B_C, packed), packed, tile_queries)
+    rows = dout.flatten(0, 1)
+    dy = (rows @ out_proj_cast).view(z.shape)
+    dx, dz = torch.empty_like(x), torch.empty_like(z)
+    _, _, grads = p.backward(s, c, dt_B_C, packed, dy, tile_states, y_pre_gate, dx=dx, dz=dz)
+    d_out_proj = weight_gradient(rows, y.flatten(0, 1), out_proj.dtype).to(out_proj.dtype)
+    d_out_bias = None if out_proj_bias is None else rows.sum(0, dtype=out_proj_bias.dtype)
+    pairs = ((dx, u, weight_x), (dz, u_queries, weight_z))
+    d_in_proj = torch.cat([weight_gradient(g.flatten(0, 1), t.to(dtype).flatten(0, 1), in_proj.dtype) for g, t, _ in pairs])
+    d_in_bias = None
+    if in_proj_bias is not None:
+        d_in_bias = torch.cat([g.sum((0, 1), dtype=in_proj_bias.dtype) for g in (dx, dz)])
+    du, du_queries = ((g.flatten(0, 1) @ w).view(t.shape).to(t.dtype) for g, t, w in pairs)
+    grads_second = list(grads[1]) if second else []
+    return du, du_queries, list(grads[0]), grads_second, d_in_proj.to(in_proj.dtype), d_in_bias, d_out_proj, d_out_bias
+
+
+def _backward_shapes(
+    u: Tensor, u_queries: Tensor, tile_queries: Tensor, first: Weights, second: Weights, in_proj: Tensor,
+    in_proj_bias: Tensor | None, out_proj: Tensor, out_proj_bias: Tensor | None, dtype: torch.dtype, batch_invariant: bool,
+    x: Tensor, z: Tensor, packed_matrices: Tensor, A_D: Tensor | None, dt_B_C: Tensor, y: Tensor, y_pre_gate: Tensor,
+    tile_states: Tensor, dout: Tensor,
+) -> tuple[Any, ...]:  # fmt: skip
+    def like(t: Tensor | None) -> Tensor:
+        return u.new_empty(0) if t is None else t.new_empty(t.shape)
+
+    linear = (in_proj, in_proj_bias, out_proj, out_proj_bias)
+    return like(u), like(u_queries), [like(t) for t in first], [like(t) for t in second], *(like(t) for t in linear)
+
+
+class _QueryRows(torch.autograd.Function):
+    """Autograd of the operator. It saves its tensors and what _KEPT names."""
+
+    @classmethod
+    def call(
+        cls, u: Tensor, u_queries: Tensor, tile_queries: Tensor, first: Weights, second: Weights, *linear_and_options: Any
+    ) -> Any:
+        """Apply to the tensors one by one, so that autograd sees each of them."""
+        linear, options = linear_and_options[:4], linear_and_options[4:]
+        return apply_function(cls, options, len(first), tile_queries, u, u_queries, *linear, *first, *second)
+
+    @staticmethod
+    def forward(
+        ctx: Any, options: tuple[Any, ...], num_first: int, tile_queries: Tensor, u: Tensor, u_queries: Tensor,
+        *parameters: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        ctx.options, ctx.num_first = options[:-1], num_first
+        linear, weights = parameters[:4], parameters[4:]
+        operator = torch.ops.videomamba.mamba_inner_query_rows.default
+        first, second = list(weights[:num_first]), list(weights[num_first:])
+        out, *kept = below_autograd(operator, u, u_queries, tile_queries, first, second, *linear, *options)
+        ctx.mark_non_differentiable(*(x for x in kept if x is not None))
+        ctx.set_materialize_grads(False)
+        ctx.num_kept = len(kept)
+        ctx.save_for_backward(*kept, tile_queries, u, u_queries, *parameters)
+        return out, *kept
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dout is None:
+            return (None,) * len(ctx.needs_input_grad)
+        saved = ctx.saved_tensors  # read once: activation checkpointing recomputes them at every access
+        kept, (tile_queries, u, u_queries, *parameters) = saved[: ctx.num_kept], saved[ctx.num_kept :]
+        linear, first, second = parameters[:4], parameters[4 : 4 + ctx.num_first], parameters[4 + ctx.num_first :]
+        du, du_queries, dfirst, dsecond, *dlinear = _query_rows_backward(
+            u, u_queries, tile_queries, first, second, *linear, *ctx.options, *kept, dout.contiguous()
+        )  # fmt: skip
+        pairs = zip((u, u_queries, *parameters), (du, du_queries, *dlinear, *dfirst, *dsecond), strict=True)
+        return None, None, None, *(None if x is None else grad for x, grad in pairs)
+
+
+_INPUTS = (
+    "Tensor u, Tensor u_queries, Tensor tile_queries, Tensor?[] first, Tensor?[] second, Tensor in_proj, Tensor? in_proj_bias, "
+    "Tensor out_proj, Tensor? out_proj_bias, ScalarType dtype, bool batch_invariant"
+)
+_KEPT = "Tensor x, Tensor z, Tensor packed, Tensor A_D, Tensor dt_B_C, Tensor y, Tensor y_pre_gate, Tensor tile_states"
+_KEPT_OR_NONE = _KEPT.replace("Tensor A_D", "Tensor? A_D")
+_query_rows_backward = register(
+    f"mamba_inner_query_rows_backward({_INPUTS}, {_KEPT_OR_NONE}, Tensor dout) -> "
+    "(Tensor du, Tensor du_queries, Tensor[] dfirst, Tensor[] dsecond, Tensor d_in_proj, Tensor d_in_proj_bias, "
+    "Tensor d_out_proj, Tensor d_out_proj_bias)",
+    _backward,
+    _backward_shapes,
+)
+_query_rows = register(
+    f"mamba_inner_query_rows({_INPUTS}, bool training) -> (Tensor out, {_KEPT})", _forward, _forward_shapes, _QueryRows.call
+)

@@ -1,0 +1,128 @@
+"""Questions about a video file, by the command, with a random tiny model."""
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+
+from fused import Vamba, VambaConfig
+from fused.chat import session
+from fused.chat.__main__ import main
+from fused.models.vamba.vision import vision_tower
+
+pytest.importorskip("transformers")
+pytest.importorskip("av")
+
+VIDEO = Path(__file__).resolve().parents[2] / "data/bigbuckbunny.mp4"
+TOWER = {"depth": 1, "embed_dim": 32, "hidden_size": 16, "num_heads": 2, "mlp_ratio": 2}
+SPECIAL = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model of random weights with a tokenizer of bytes, as published folders have them."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    path = tmp_path_factory.mktemp("vamba")
+    letters = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    fast.add_special_tokens({"additional_special_tokens": SPECIAL})
+    fast.save_pretrained(path)
+    torch.manual_seed(0)
+    net = Vamba(
+        VambaConfig(
+            vocab_size=len(fast), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, mrope_section=(2, 1, 1), mixer={"headdim": 8, "d_state": 4},
+        )
+    )  # fmt: skip
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+        net.lm_head.weight[letters["a"]] += 0.5
+    net.vision_config, net.visual = TOWER, vision_tower(TOWER)
+    net.save_pretrained(path)
+    return path
+
+
+def run(folder, *words):
+    options = ["--model", str(folder), "--frames", "4", "--longest", "112", "--max-new-tokens", "5", "--device", "cpu"]
+    return main([*options, *words])
+
+
+def test_the_command_answers_questions_and_reads_the_video_once(folder, capsys, monkeypatch):
+    reads = []
+    original = Vamba.encode_video
+    monkeypatch.setattr(Vamba, "encode_video", lambda self, *a, **b: reads.append(1) or original(self, *a, **b))
+    assert run(folder, "--video", str(VIDEO), "--question", "Who?", "--question", "Where is it?") == 0
+    out, err = capsys.readouterr()
+    assert len(reads) == 1 and len(out.splitlines()) >= 2
+    assert "video tokens in" in err and "keys and values" in err and err.count("the first token after") == 2
+
+
+def test_answers_are_those_of_the_model(folder):
+    talk = session.Conversation.open(folder)
+    cache = talk.watch(VIDEO, frames=4, longest=112)
+    assert cache.video_length == 2 * 9 * 9  # both sides are raised to 256 pixels
+    first, other = ("".join(talk.ask(q, max_new_tokens=6)) for q in ("Who?", "Where is it?"))
+    ids = talk.tokenizer(session.PROMPT.format(question="Who?"), return_tensors="pt")["input_ids"]
+    stop = talk.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    tokens = talk.model.generate(cache, ids, max_new_tokens=6, stop_tokens=[stop])[0].tolist()
+    assert first == talk.tokenizer.decode([t for t in tokens if t != stop])
+    assert "".join(talk.ask("Who?", max_new_tokens=6)) == first  # the question between left nothing behind
+
+
+def test_questions_are_read_line_by_line(folder, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("Who?\n\nWhere?\n"))
+    assert run(folder) == 0
+    assert capsys.readouterr().err.count("the first token after") == 2
+
+
+def test_letters_of_several_tokens_come_whole(folder):
+    talk = session.Conversation.open(folder)
+    tokens = talk.tokenizer("é!", add_special_tokens=False)["input_ids"]
+    assert len(tokens) == 3
+    talk.model.stream = lambda *a, **b: iter(torch.tensor([[t] for t in tokens]))
+    assert list(talk.ask("?")) == ["é", "!"]
+    talk.model.stream = lambda *a, **b: iter(torch.tensor([[tokens[0]]]))
+    assert list(talk.ask("?")) == ["\ufffd"]  # an answer that was cut within a letter is not lost
+
+
+def test_wrong_input_is_said_and_ends_with_2(folder, tmp_path, capsys):
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video")
+    for words, said in (
+        (("--video", str(tmp_path / "none.mp4")), "no such file"),
+        (("--video", str(broken)), "broken.mp4"),
+        (("--video", str(VIDEO), "--frames", "1"), "frames"),
+        (("--video", str(VIDEO), "--longest", "3"), "longest"),
+        (("--question", "?", "--temperature", "-1"), "temperature"),
+        (("--model", str(tmp_path)), "config.json"),
+    ):
+        assert run(folder, *words, "--question", "?") == 2
+        assert said in capsys.readouterr().err
+
+
+def test_too_many_frames_are_refused_before_any_is_read_by_the_model(folder, monkeypatch):
+    talk = session.Conversation.open(folder)
+    monkeypatch.setattr(session, "free_bytes", lambda device: 30_000)
+    monkeypatch.setattr("fused.models.vamba.prefill.frame_features", lambda *a: pytest.fail("frames passed the tower"))
+    with pytest.raises(ValueError, match=r"64 frames are 2592 video tokens.* GiB.*offload"):
+        talk.watch(VIDEO, frames=64, longest=112)
+
+
+def test_memory_of_the_published_model():
+    cached, scratch = session.video_bytes(VambaConfig.qwen2_vl_7b(), 153_088, torch.bfloat16)
+    assert cached == 56 * 1024 * 153_088 and scratch < 3 * 2**30
+    assert session.free_bytes(torch.device("cpu")) > 0
+    assert session.free_bytes(torch.device("meta")) is None
+
+
+def test_places_are_upstreams():
+    assert session.middle_places(8, 4) == [1, 3, 5, 7]
+    assert session.middle_places(10, 4) == [1, 3, 6, 8]
+    assert session.middle_places(3, 5) == [0, 1, 2, 2, 2]
+    assert session.middle_places(4, 4) == [0, 1, 2, 3]

@@ -1,0 +1,124 @@
+"""The fused compressor: sequences of tokens and queries, runs in chunks, wrapped modules, autocast."""
+
+import pytest
+import torch
+from golden import golden
+from torch import nn
+
+import reference
+from fused import BimbaCompressor
+from fused.models.bimba.interleave import extract, insert, interleave, places_between, places_of
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("sizes", [(12, 4), (13, 4), (1, 1), (3, 7), (1, 9), (29, 22)])
+def test_a_sequence_and_its_parts(sizes):
+    places = places_of(*sizes, CPU)
+    tokens, queries = torch.randn(2, sizes[0], 3, requires_grad=True), torch.randn(2, sizes[1], 3, requires_grad=True)
+    sequence = insert(tokens, queries, places)
+    assert torch.equal(sequence[:, places.queries], queries) and torch.equal(sequence[:, places.tokens], tokens)
+    weights = torch.randn_like(sequence)
+    found = torch.autograd.grad((sequence * weights).sum(), (tokens, queries))
+    assert torch.equal(found[0], weights[:, places.tokens]) and torch.equal(found[1], weights[:, places.queries])
+    assert all(map(torch.equal, extract(sequence, places), (tokens, queries)))
+
+
+@pytest.mark.parametrize("sizes", [(12, 4), (13, 4), (3, 7), (30, 2)])
+def test_the_places_of_a_part(sizes):
+    """Every query comes in the part of the token before it; parts joined are the whole sequence."""
+    places, joined = interleave(*sizes), []
+    tokens, queries = (torch.arange(float(size)).view(1, -1, 1) for size in sizes)
+    for start in range(0, sizes[0], 5):
+        end = min(start + 5, sizes[0])
+        first, last, local = places_between(places, start, end, CPU)
+        joined.append(insert(tokens[:, start:end], -queries[:, first:last], local))
+    assert torch.equal(torch.cat(joined, 1), insert(tokens, -queries, places_of(*sizes, CPU)))
+
+
+def compressor_and_inputs(frames=7, queries=9, **options):
+    torch.manual_seed(0)
+    compressor = golden(BimbaCompressor(8, d_state=4, **options))
+    return compressor, torch.randn(2, frames, 2, 3, 8), torch.randn(2, 1, queries, 8)
+
+
+@pytest.mark.parametrize("queries", [1, 9, 14, 60])
+@pytest.mark.parametrize("options", [{}, {"bimamba": False}, {"use_norm": False, "use_res": False}, {"fp32": True}], ids=str)
+def test_chunks_give_what_the_whole_gives(queries, options):
+    compressor, tokens, queries = compressor_and_inputs(queries=queries, **options)
+    due = compressor(tokens, queries)
+    for given in (
+        compressor.forward_chunked(tokens, queries, chunk_frames=2),
+        compressor.forward_chunked(iter(tokens.split([1, 4, 2], 1)), queries, offload=True),
+        compressor.forward_chunked([tokens], queries),
+        compressor.forward_chunked(iter([tokens]), queries, chunk_frames=3),
+    ):
+        assert given.shape == due.shape
+        torch.testing.assert_close(given, due, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_flow_through_chunks():
+    compressor, tokens, queries = compressor_and_inputs()
+    leaves = [tokens.requires_grad_(), queries.requires_grad_(), *compressor.parameters()]
+    due = torch.autograd.grad(compressor(tokens, queries).square().sum(), leaves)
+    got = torch.autograd.grad(compressor.forward_chunked(tokens, queries, chunk_frames=3).square().sum(), leaves)
+    for x, y in zip(got, due, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"n_layer": 2}, "n_layer must be 1, got 2"),
+        ({"mixer_type": "attention"}, "attention has no state"),
+        ({"backend": "mamba_ssm"}, "'mamba_ssm' carries no state"),
+    ],
+    ids=str,
+)
+def test_compressors_without_chunks_raise(options, words):
+    with pytest.raises(ValueError, match=words):
+        BimbaCompressor(8, **options).forward_chunked(torch.randn(1, 2, 2, 2, 8), torch.randn(1, 1, 1, 8), chunk_frames=1)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_chunks_that_do_not_fit_raise():
+    compressor, tokens, queries = compressor_and_inputs()
+    run = compressor.forward_chunked
+    for words, given, options in (
+        ("chunk_frames must be given", tokens, {}),
+        ("chunk_frames must be .* got 0", tokens, {"chunk_frames": 0}),
+        ("at least one chunk", iter([]), {}),
+        (r"\(7, 2, 3, 8\)", [tokens[0]], {}),
+        ("chunk 1 of tokens", [tokens, tokens[:, :, :1]], {}),
+        ("tokens must have shape", [tokens[..., :6]], {}),
+    ):
+        with pytest.raises(ValueError, match=words):
+            run(given, queries, **options)
+    compressor.layers[0].mixer.x_proj.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="x_proj of the mixer has 1 forward hook"):
+        run(tokens, queries, chunk_frames=1)
+
+
+def test_wrapped_modules_are_called():
+    """An adapter around in_proj changes the result as it does in the reference."""
+    compressor, tokens, queries = compressor_and_inputs()
+    other = reference.BimbaCompressor(8, d_state=4)
+    other.load_state_dict(compressor.state_dict())
+
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    for module in (compressor, other):
+        plain = module.layers[0].mixer.in_proj
+        module.layers[0].mixer.in_proj = Doubled(8, 32, bias=False)
+        module.layers[0].mixer.in_proj.weight = plain.weight
+    torch.testing.assert_close(compressor(tokens, queries), other(tokens, queries), rtol=1e-5, atol=1e-5)
+
+
+def test_autocast():
+    compressor, tokens, queries = compressor_and_inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        low = compressor(tokens, queries)
+    due = compressor(tokens, queries)
+    assert low.dtype == torch.float32 and (low - due).norm() < 0.02 * due.norm()
