@@ -17,8 +17,8 @@ nox.options.reuse_venv = "yes"
 NVIDIA = shutil.which("nvidia-smi")
 PROJECT = nox.project.load_toml("pyproject.toml")
 UPSTREAM = PROJECT["project"]["optional-dependencies"]["upstream"]
-EXTRAS = ("base", "train", "hub", "onnx", "teachers", "timm", "harness")  # those that need no GPU
-TEST, LINT, TYPES = (nox.project.dependency_groups(PROJECT, group) for group in ("test", "lint", "types"))
+EXTRAS = ("base", "train", "evaluate", "hub", "onnx", "teachers", "timm", "harness")  # those that need no GPU
+TEST, LINT, TYPES, PAGES = (nox.project.dependency_groups(PROJECT, group) for group in ("test", "lint", "types", "pages"))
 
 
 def install(session: nox.Session, *requirements: str, **options) -> None:
@@ -45,6 +45,13 @@ def tests(session: nox.Session) -> None:
     install(session, "-e", ".[harness,train]", *TEST)
     shared = ("-n", "auto", "--dist", "worksteal") if session.venv_backend != "none" else ()
     python(session, "-m", "pytest", *shared, *session.posargs)
+
+
+@nox.session
+def pages(session: nox.Session) -> None:
+    """The rendered pages in the system's Chromium, on a screen and on a phone (on Debian: apt-get install chromium)."""
+    install(session, "-e", ".[harness,train]", *PAGES)
+    python(session, "-m", "pytest", "tests/browser", *session.posargs)
 
 
 @nox.session

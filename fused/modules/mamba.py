@@ -38,6 +38,11 @@ def check_backend(name: str) -> str:
     return name
 
 
+def inverse_softplus(x: Tensor) -> Tensor:
+    """Return log(exp(x) - 1), of positive x, to the last digits of small x too."""
+    return x + (-torch.expm1(-x)).log()
+
+
 class Mamba(nn.Module):
     """Bidirectional Mamba mixer of VideoMamba; with `bimamba=False` the causal one, which can carry a state.
 
@@ -121,7 +126,7 @@ class Mamba(nn.Module):
         weight.fill_(bound) if dt_init == "constant" else weight.uniform_(-bound, bound)
         step = torch.empty_like(bias, dtype=torch.float32).uniform_(math.log(dt_min), math.log(dt_max)).exp_()
         step.clamp_(min=step_floor)
-        bias.copy_(step + (-torch.expm1(-step)).log())  # the inverse of softplus
+        bias.copy_(inverse_softplus(step))
 
     def init_state(self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> State:
         """Return the state before a sequence: zeros (B, E, K-1) in `dtype`, the stream's, and (B, E, N) in at least float32.

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from fused import backends
 from fused.backends import NATIVE, TORCH, Abilities
-from fused.modules.mamba import check_backend
+from fused.modules.mamba import check_backend, inverse_softplus
 from fused.modules.state import State, check_mixer_state, linear_dtype, zero_state
 from fused.modules.wrapped import describe, modules_to_call, weight_of
 from fused.ops.causal_conv1d import api as conv_api
 from fused.ops.causal_conv1d.segmented import causal_conv1d_segmented
+from fused.ops.gated_norm import MAX_WIDTH
 from fused.ops.gated_norm.eager import gated_norm_eager
 from fused.ops.segments import check_seq_idx
 from fused.ops.ssd import api as ssd_api
@@ -50,7 +51,8 @@ class Mamba2(nn.Module):
     There are d_ssm / headdim heads; ngroups groups of heads share B and C and the statistics of the norm. `dt_limit` clamps dt
     after its softplus. `D_has_hdim` gives every channel a D of its own. Parameter names, shapes and initial values are
     upstream's; those of the backward direction are conv1d_b, dt_bias_b, A_b_log and D_b. `chunk_size` and `use_mem_eff_path`
-    are accepted and change nothing: the kernels choose. `backend` is a name of `fused.backends`, or "auto".
+    are accepted and change nothing: the kernels choose. `backend` is a name of `fused.backends`, or "auto"; with
+    any, norms of more than 8192 channels are PyTorch operations.
     """
 
     conv1d: nn.Conv1d
@@ -139,8 +141,8 @@ class Mamba2(nn.Module):
         float32_kwargs = {"device": factory_kwargs["device"], "dtype": torch.float32}
         low, high, floor = steps
         step = torch.empty(self.nheads, **float32_kwargs).uniform_(math.log(low), math.log(high)).exp_().clamp_(min=floor)
-        inverse = step + (-torch.expm1(-step)).log()
-        self.register_parameter("dt_bias" + suffix, nn.Parameter(inverse.to(factory_kwargs["dtype"] or inverse.dtype)))
+        bias = inverse_softplus(step).to(factory_kwargs["dtype"] or step.dtype)
+        self.register_parameter("dt_bias" + suffix, nn.Parameter(bias))
         A_log = torch.empty(self.nheads, **float32_kwargs).uniform_(*A_range).log_()
         self.register_parameter("A_b_log" if suffix else "A_log", nn.Parameter(A_log))
         D = torch.ones(self.d_ssm if self.D_has_hdim else self.nheads, **float32_kwargs)
@@ -248,7 +250,7 @@ class Mamba2(nn.Module):
         norm = self.norm
         options: dict[str, Any] = {"groups": norm.groups, "norm_before_gate": norm.norm_before_gate, "eps": norm.eps}
         operators = backends.operators_of(backend)
-        if operators == "native" and self.d_ssm // norm.groups <= 8192:
+        if operators == "native" and self.d_ssm // norm.groups <= MAX_WIDTH:
             from fused.ops.gated_norm.native import gated_norm_native
 
             return gated_norm_native(y, z, norm.weight, **options)

@@ -10,8 +10,9 @@ from fused import backends
 from harness.judge import registry
 from harness.judge.check import checks
 from harness.judge.request import GRIDS, default_device
-from harness.runs import environment, tested
+from harness.runs import acceptance, environment, freshness, tested
 from harness.runs.conclude import UNFIT
+from harness.runs.store import Run
 
 
 def list_all() -> None:
@@ -29,7 +30,10 @@ def list_all() -> None:
 
 
 def doctor() -> None:
-    """Say what this box can judge, and whether its packages are tested versions; exits 4 if it cannot judge at all."""
+    """Say what this box can judge, whether its packages are tested versions, and which accepted runs are of older code.
+
+    Exits 4 if it cannot judge at all.
+    """
     environment.prepare()
     box = environment.describe(default_device())
     for key, value in box.items():
@@ -41,6 +45,8 @@ def doctor() -> None:
         print(f"{'validated':16} {dtype}: {fused.validation(dtype=dtype) or 'no (run: nox -s parity)'}")
     for package, verdict in tested.judge_installed(tested.read()).items():
         print(f"{'tested':16} {package} {verdict}")
+    for path in sorted(acceptance.ACCEPTED.glob("*/*/run.json")):
+        print(f"{'accepted':16} {path.parent.name} {freshness.in_words(freshness.changed_since(Run.open(path.parent)))}")
     require_fit()
 
 

@@ -24,11 +24,12 @@ from harness.source_mutants.catalogue import SourceMutant
 def mutants(
     room: Annotated[list[str] | None, typer.Option(help=f"{', '.join(catalogue.ROOMS)}; all by default")] = None,
     case: Annotated[list[str] | None, typer.Option(help="name of a bug, shell patterns allowed (--dry-run lists them)")] = None,
-    sample: Annotated[int, typer.Option(min=0, help="how many, drawn by the commit; 0 takes all")] = 0,
+    sample: Annotated[int, typer.Option(min=0, help="how many of those with a killer, drawn by the commit; 0 takes all")] = 0,
     narrow: Annotated[bool, typer.Option("--narrow", help="only the tests that a bug names; what they miss survives")] = False,
     out: Annotated[Path | None, typer.Option(help="folder of the run")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue the newest unfinished run, or that in --out")] = False,
     jobs: Annotated[int, typer.Option(min=0, help="copies of the tree that are tested at once; 0 takes one a core")] = 0,
+    note: Annotated[bool, typer.Option("--note-killers", help="write into the data which test found each bug")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list the bugs")] = False,
 ) -> None:
     """Plant bugs in a copy of the sources, one at a time; exits 0 if the tests find all, 1 if one survives, 3 if nothing ran.
@@ -64,6 +65,8 @@ def mutants(
     wide = {} if narrow else catalogue.ROOMS
     campaign = Campaign(environment.ROOT, jobs or workers.processes_for("cpu"), tell, wide)
     done = conclude(run, progress, lambda: campaign.run(left), page.write)
+    if note:
+        catalogue.note_killers({r.case: r.findings[0].note for r in run.records if r.status == "pass"})
     print(*page.scores(run.records), run.last_line(), sep="\n")
     raise typer.Exit(exit_code(run) if done else INTERRUPTED)
 
@@ -71,7 +74,11 @@ def mutants(
 def choose(
     every: Sequence[SourceMutant], rooms: tuple[str, ...], cases: tuple[str, ...], sample: int, seed: str
 ) -> list[SourceMutant]:
-    """Return the bugs that the options leave, in order; of a sample those that `seed`, a commit, draws."""
+    """Return the bugs that the options leave, in order; of a sample those that `seed`, a commit, draws.
+
+    A sample is of bugs with a killer: what no run has found yet cannot be lost.
+    """
     asked = [m for m in every if (not rooms or m.room in rooms) and (not cases or any(fnmatchcase(m.name, c) for c in cases))]
+    asked = [m for m in asked if m.killer] if sample else asked
     drawn = {m.name for m in random.Random(seed).sample(asked, min(sample, len(asked)) or len(asked))}
     return [m for m in asked if m.name in drawn]

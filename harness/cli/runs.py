@@ -8,17 +8,25 @@ import typer
 
 from harness.bench.compare import compare as compare_runs
 from harness.records import interval
-from harness.report import accepted
+from harness.report import accepted, front, sides
 from harness.report.kinds import write
 from harness.runs import acceptance, environment
 from harness.runs.conclude import FAILED, NOTHING, PASSED
-from harness.runs.store import Run
+from harness.runs.store import RUNS, Run
 
 
-def report(folder: Annotated[Path | None, typer.Argument(help="a run's folder; the newest by default")] = None) -> None:
-    """Write a run's report again from its records."""
+def report(
+    folder: Annotated[Path | None, typer.Argument(help="a run's folder; the newest by default")] = None,
+    new: Annotated[Path | None, typer.Argument(help="another of its kind, to be held against it")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder of the page on two; by default reports/runs/NEW-beside-BASE")] = None,
+) -> None:
+    """Write a run's report again from its records; of two runs, a page that has them side by side."""
     run = Run.open(folder) if folder else Run.latest()
-    print(write(run))
+    if new is None:
+        print(write(run))
+        return
+    other = Run.open(new)
+    print(sides.write(run, other, out or RUNS / f"{other.folder.name}-beside-{run.folder.name}"))
 
 
 def compare(base: Path, new: Path) -> None:
@@ -49,3 +57,4 @@ def accept(folder: Path) -> None:
     print(target, *acceptance.coverage(run), sep="\n")
     if run.about["kind"] == "bench":
         accepted.refresh(environment.ROOT / "reports" / "README.md", target.parent)
+    front.write(environment.ROOT / "reports")

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from harness.bench import grids
 from harness.records.speed import Speed
-from harness.report import curves, loop, overview, reading
+from harness.report import curves, faults, loop, overview, reading
 from harness.report.bench import split_videos
 from harness.report.markdown import escape
+from harness.runs import freshness
 from harness.runs.store import Run
 
 MARKERS = ("<!-- newest accepted bench -->", "<!-- end of newest accepted bench -->")
@@ -29,15 +30,13 @@ def write(page: Path, runs: Mapping[Path, Run]) -> None:
     if not all(marker in text for marker in MARKERS):
         return
     before, _, rest = text.partition(MARKERS[0])
-    newest: dict[str, Path] = {}
-    for folder, run in sorted(runs.items(), key=lambda item: item[1].about["started"]):
-        newest |= dict.fromkeys(_complete_races(run), folder)
-    speeds = [s for folder, run in runs.items() for s in run.speeds if newest.get(s.point.race) == folder]
+    newest = newest_races(runs)
+    speeds = [s for folder, run in runs.items() for s in faults.marked(run) if newest.get(s.point.race) == folder]
     families = curves.families(speeds)
     parts = [
         "\n".join(_source(folder, run, newest) for folder, run in runs.items() if folder in newest.values()),
         "\n".join([*overview.crossings(families), *overview.most_memory(speeds)]),
-        *[f"![{f.title}]({newest[f.race]}/{f.stem}.png)" for f in families if f.mode == "infer"][-1:],
+        *[f"![{f.title}]({newest[f.race]}/{f.stem}.svg)" for f in families if f.mode == "infer"][-1:],
         _from(newest, [*grids.races("operators"), *grids.races("models")]),
         overview.overview(speeds),
         *_loops(speeds, newest),
@@ -46,6 +45,15 @@ def write(page: Path, runs: Mapping[Path, Run]) -> None:
     ]
     inside = "\n\n".join([MARKERS[0], *parts, MARKERS[1]])
     page.write_text(before + inside + rest.partition(MARKERS[1])[2], encoding="utf-8")
+
+
+def newest_races(runs: Mapping[Path, Run]) -> dict[str, Path]:
+    """Return of every race the newest run that timed ours in it, at all points and with all rivals."""
+    newest: dict[str, Path] = {}
+    for folder, run in sorted(runs.items(), key=lambda item: item[1].about["started"]):
+        if run.about["kind"] == "bench":
+            newest |= dict.fromkeys(_complete_races(run), folder)
+    return newest
 
 
 def _complete_races(run: Run) -> list[str]:
@@ -92,4 +100,6 @@ def _source(folder: Path, run: Run, newest: Mapping[str, Path]) -> str:
     """Return a line that names the races of a run, its box, its day and its folder."""
     here, races = run.about["box"], [race for race in grids.races() if newest.get(race) == folder]
     day = run.about["started"][:10]
-    return f"- {', '.join(races)}: on one {escape(here.get('gpu') or here.get('cpu'))}, {day} ([report]({folder}/report.md))."
+    code = f"its code, {str(run.about.get('commit', '?'))[:7]}, is {freshness.in_words(freshness.changed_since(run))}"
+    box = escape(here.get("gpu") or here.get("cpu"))
+    return f"- {', '.join(races)}: on one {box}, {day} ([report]({folder}/report.md)); {code}."

@@ -1,4 +1,4 @@
-"""The page of a benchmark run: the licences, then the speeds, then how they were measured."""
+"""The page of a benchmark run: what was found, one chart, then how fast, how right, how measured."""
 
 import textwrap
 from pathlib import Path
@@ -9,17 +9,33 @@ from harness.bench.interleave import FEWEST, GOAL, MOST
 from harness.bench.worker import WARM
 from harness.records.ceilings import BoxCeilings
 from harness.records.interval import RESAMPLES
-from harness.records.speed import MODES, WAYS, Speed, is_failure, last_line
-from harness.report import chunking, curves, loop, paper, reading, speed_figures, speed_tables, streaming, tables
-from harness.report.html import write_both
+from harness.records.record import Record
+from harness.records.speed import MODES, WAYS, Speed, is_failure
+from harness.report import (
+    chunking,
+    curves,
+    faults,
+    glossary,
+    headlines,
+    html,
+    loop,
+    overview,
+    paper,
+    reading,
+    speed_figures,
+    speed_tables,
+    streaming,
+    tables,
+)  # fmt: skip
+from harness.report.figures import Drawing, shown
+from harness.report.html import Page, Section
 from harness.report.markdown import bold, escape, table
 from harness.report.page import again, box
 from harness.runs import environment
 from harness.runs.store import Run
 
 UNTIMED = (
-    ("gated", "GATED. Parity failed, so these have no speed:"), ("error", "FAILED while being timed:"),
-    ("timeout", "OUT OF TIME while being timed:"),
+    ("gated", "Not timed, because parity failed:"), ("error", "Failed while being timed:"), ("timeout", "Out of time:"),
 )  # fmt: skip
 OLD_DTYPE = "the points' dtype"  # which older runs did not name
 CPU = "This is the CPU grid: it shows that the bench works; its numbers say nothing of a GPU."
@@ -40,44 +56,64 @@ scratch, and inputs, of an operator all the sets that take turns. A replayed gra
 its peak is that of its capture."""
 CPU_MEMORY = "Memory is the most that the process held resident during one call, PyTorch itself included."
 READ = """\
-A figure of an entry of ours exists only if parity passed in this run: `GATED` is what failed, and has no speed. A rival that
-failed is timed, with "wrong by N budgets" beside its figure and wherever that figure is used; a budget is what its error may
-be. `[low, high]` is the 95 % interval of the median; two entries whose intervals overlap are not told apart. Time over
-another's is below 1 where the row is faster. `out of memory` is the entry's own doing; longer points of the same curve are
-`not tried`. The share of the roofline is the least time that this box needs for the point, by the ceilings above, over the
-time taken: 100 % cannot be beaten. What was faster shows that a ceiling was measured too low, or holds for DRAM and not for a
-cache: it has `no bound`, with the reason, and no share. Where curves meet is read off straight lines in
-logarithms between neighbouring points, against the fastest ViT of the same way; it is as good as the points are close. Every
-sample of a stream is the next frame, CLS's not among them: its median and 99th percentile are of what a caller waits. On a GPU
-the memory of a stream is the peak of its capture and what the frames before have left. Chunks are held against the pass over
-the whole video, in training one that runs every mixer again in the backward."""
+An entry of ours has a time only if parity passed in this run. A rival is timed in any case; its time has a mark, with the
+factor, if its error was more than a tenth over its budget. `[low, high]` is the 95 % interval of the median; two entries whose
+intervals overlap are not told apart. Time over another's is below 1 where the row is faster. `out of memory` is the entry's own
+doing; longer points of the same curve are `not tried`. The share of the roofline is the least time that this box needs for the
+point, by the ceilings above, over the time taken: 100 % cannot be beaten. What was faster shows that a ceiling was measured too
+low, or holds for DRAM and not for a cache: it has `no bound`, with the reason, and no share. Where curves meet is read off
+straight lines in logarithms between neighbouring points, against the fastest ViT of the same way; it is as good as the points
+are close. Every sample of a stream is the next frame, CLS's not among them: its median and 99th percentile are of what a caller
+waits. On a GPU the memory of a stream is the peak of its capture and what the frames before have left. Chunks are held against
+the pass over the whole video, in training one that runs every mixer again in the backward."""
 
 
 def write(run: Run) -> Path:
     """Write report.md, its figures and report.html into the run's folder; return the path of report.md."""
     plan, here = run.about.get("plan", {}), run.about.get("box", {})
     title = f"Bench: grid {plan.get('grid', '?')} on {(here.get('gpu') if _gpu(run) else '') or here.get('cpu') or '?'}"
-    families = curves.families(run.speeds)
-    parts = [
-        f"# {escape(title)}",
-        _verdict(run),
-        *_warnings(run),
-        "## Licences: parity in this run", *_licences(run),
-        "## Where VideoMamba meets the ViT", *_meetings(families),
-        "## Plots", *_plots(run, families),
-        "## Operators", *_operators(run.speeds),
-        "## Models", *_models(run.speeds),
-        *_loops(run),
-        "## Streams and chunks", *split_videos(run.speeds),
-        *_data(run),
-        "## Ceilings of this box, measured in this run", _ceilings(run),
-        "## How it was measured", _how(run),
-        "## How to read this", READ,
-        "\n".join(f"- `{word}`: {what}" for word, what in (MODES | WAYS).items()),
-        "## The box", box(run),
-        "## Again", again(run),
+    speeds, folder = faults.marked(run), run.folder
+    families = curves.families(speeds)
+    times, held, derived = _figures(run, speeds, families)
+    pairs = paper.pairs(speeds)
+    asked = [r for r in run.records if r.status != "skip"]
+    sections = [
+        Section("How fast", "\n\n".join([*_overview(speeds, families), shown(times[1:])])),
+        *([Section("Loops, the host's time included", loop.section(speeds))] if _has(speeds, loop.RACE) else []),
+        *([Section("Streams and chunks", "\n\n".join(split))] if (split := split_videos(speeds)) else []),
+        *([Section("Video files", _data(run, speeds))] if _has(speeds, reading.RACE) else []),
+        *([Section("How much memory", "\n\n".join(["\n".join(overview.most_memory(speeds)), shown(held)]))] if held else []),
+        Section("How right", _parity(run)),
+        Section("What failed or was not timed", _missing(run, speeds)),
+        *([Section("Derived figures, and other ways to run", shown(derived), folded=True)] if derived else []),
+        *([Section("Where every VideoMamba meets the ViT", _meetings(families), folded=True)] if families else []),
+        *([Section("The paper's comparison, redone", paper.factors(pairs), folded=True)] if pairs else []),
+        *([Section("Operators, all times", "\n\n".join(tables_), folded=True)] if (tables_ := _operators(speeds)) else []),
+        *([Section("Models, all times", "\n\n".join(tables_), folded=True)] if (tables_ := _models(speeds)) else []),
+        *([Section("Parity, all answers", _answers(asked), folded=True)] if asked else []),
+        Section("Ceilings of this box", _ceilings(run), folded=True),
+        Section("How it was measured", "\n\n".join([_how(run), READ, _words()]), folded=True),
+        Section("The box", box(run), folded=True),
+        Section("How to repeat it", again(run)),
+        Section("Glossary", glossary.terms(), folded=True),
     ]  # fmt: skip
-    return write_both(run.folder, "\n\n".join(parts) + "\n", title)
+    large = headlines.numbers(speeds, families)
+    said = "\n\n".join([verdict(run), *_warnings(run)])
+    return html.write(folder, Page(title, said, large, shown(times[:1]) or "Nothing to draw.", sections))
+
+
+def _overview(speeds: list[Speed], families: list[curves.Family]) -> list[str]:
+    """Return the table of operators and models, and where these meet the ViT; nothing where none was timed."""
+    timed = {s.point.race for s in speeds} & {*grids.races("operators"), *grids.races("models")}
+    return [overview.overview(speeds), *overview.crossings(families)] if timed else []
+
+
+def _has(speeds: list[Speed], race: str) -> bool:
+    return any(s.point.race == race for s in speeds)
+
+
+def _words() -> str:
+    return "\n".join(f"- `{word}`: {what}" for word, what in (MODES | WAYS).items())
 
 
 def _gpu(run: Run) -> bool:
@@ -85,90 +121,108 @@ def _gpu(run: Run) -> bool:
     return str(run.about.get("plan", {}).get("device", "")).startswith("cuda")
 
 
-def _verdict(run: Run) -> str:
-    """Return the verdict in bold, with counts."""
-    ours = [s for s in run.speeds if s.entry.role == "ours"]
-    timed, gated = (sum(s.status == status for s in ours) for status in ("ok", "gated"))
-    failed = sum(map(is_failure, ours)) - gated
-    lost = len(ours) - timed - gated - failed
-    word = "GATED OR FAILED" if gated + failed else "TIMED" if timed else "NOTHING OF OURS WAS TIMED"
-    word += f" SO FAR ({run.about.get('status')})" * (run.about.get("status") != "finished")
-    said = f"ours: {timed} timed, {gated} gated, {failed} failed, {lost} out of memory or not tried"
-    return f"**{word}.** {said}\n\n`{last_line(run.speeds)}`"
+def verdict(run: Run) -> str:
+    """Return the verdict in a sentence or two: what was found, then how many points of ours failed or have no time."""
+    speeds = faults.marked(run)
+    ours = [s for s in speeds if s.entry.role == "ours"]
+    timed, failed = sum(s.status == "ok" for s in ours), sum(map(is_failure, ours))
+    said = [headlines.sentence(speeds, curves.families(speeds)) if timed else "Nothing of ours was timed."]
+    if failed:
+        said.append(f"{failed} of {len(ours)} points of ours failed.")
+    elif timed < len(ours):
+        said.append(f"{len(ours) - timed} of {len(ours)} points of ours had no room in memory.")
+    if (status := run.about.get("status")) != "finished":
+        said.append(f"So far: the run is {escape(status)}.")
+    return " ".join(filter(None, said)) or f"{timed} points of ours were timed."
 
 
 def _warnings(run: Run) -> list[str]:
     """Return the limits of the numbers, a paragraph each."""
     plan, said = run.about.get("plan", {}), []
     if run.about.get("status") == "interrupted":
-        said.append("> **INTERRUPTED.** Points are missing; nothing below is the whole answer.")
+        said.append("> **Interrupted.** Points are missing; nothing below is the whole answer.")
     elif run.about.get("status") != "finished":
-        said.append(f"> **NOT FINISHED** (status: {escape(run.about.get('status'))}). Points are missing.")
+        said.append(f"> **Not finished** (status: {escape(run.about.get('status'))}). Points are missing.")
     if narrowed := [
         escape(f"{what} {', '.join(plan[k])}")
         for k, what in (("races", "races"), ("names", "only"), ("points", "points"))
         if plan.get(k)
     ]:
-        said.append(f"> **FILTERED** ({'; '.join(narrowed)}). Others were not timed: nobody here is the fastest of all.")
+        said.append(f"> **A part of the points** ({'; '.join(narrowed)}). It compares those that were timed, and no others.")
     if not _gpu(run) and not (run.speeds and all(s.point.race == reading.RACE for s in run.speeds)):
-        said.append(f"> **ON A CPU.** {CPU}")
+        said.append(f"> **On a CPU.** {CPU}")
+    return said
+
+
+def _missing(run: Run, speeds: list[Speed]) -> str:
+    """Return what has no time, and whose times have a mark, with the reasons."""
+    said = []
     for status, head in UNTIMED:
-        if lines := speed_tables.missing(run.speeds, status):
-            said.append("\n".join([f"> **{head}**", ">", *(f"> - {line}" for line in lines)]))
-    if lines := _wrong(run.speeds):
-        said.append("\n".join(["> **WRONG RIVALS.** Timed, but their answers failed parity:", ">", *lines]))
+        if lines := speed_tables.missing(speeds, status):
+            said.append("\n".join([head, "", *(f"- {line}" for line in lines)]))
+    if lines := _wrong(speeds):
+        said.append("\n".join(["Timed, with errors that are more than a tenth over their budget, or not judged:", "", *lines]))
     if absent := run.about.get("absent", []):
         whose = [f"{escape(a['subject'])}: {bold(a['implementation'])}" + " (rival)" * (a["role"] == "rival") for a in absent]
-        lines = [f"> - {name}: {escape(a['reason'])}" for name, a in zip(whose, absent, strict=True)]
-        said.append("\n".join(["> **NOT RUN HERE.** These were not timed at all:", ">", *lines]))
-    return ["## Before the numbers", *(said or ["Nothing is missing: everybody was timed, unfiltered, to the end."])]
+        lines = [f"- {name}: {escape(a['reason'])}" for name, a in zip(whose, absent, strict=True)]
+        said.append("\n".join(["Not on this machine:", "", *lines]))
+    lost = [s for s in speeds if s.status in ("oom", "implied")]
+    if lost:
+        names = dict.fromkeys(speed_tables.entry_name(s.entry) for s in lost)
+        said.append(f"Out of memory, or not tried after that: {len(lost)} points of {escape(', '.join(names))}.")
+    return "\n\n".join(said) or "Nothing: every entry was timed at every point."
 
 
 def _wrong(speeds: list[Speed]) -> list[str]:
-    """Return a line for each entry that was timed although its answers failed parity."""
+    """Return a line for each entry whose times have a mark."""
     wrong = [s for s in speeds if s.seconds and curves.fault_note(s)]
     found = {escape(speed_tables.entry_name(s.entry)): escape(curves.fault_note(s)) for s in wrong}
-    return [f"> - {name}: {fault}" for name, fault in found.items()]
+    return [f"- {name}: {fault}" for name, fault in found.items()]
 
 
-def _licences(run: Run) -> list[str]:
-    """Return a table of checks and implementations for each subject, then the failures."""
-    subjects = dict.fromkeys(r.subject for r in run.records)
-    parts = [f"### {escape(s)}\n\n{tables.matrix([r for r in run.records if r.subject == s])}" for s in subjects]
-    if any(r.failed for r in run.records):
-        parts += ["### What failed", tables.failures(run.records)]
-    return parts or ["No question was asked: nothing here is licensed."]
+def _parity(run: Run) -> str:
+    """Return in words what parity found in this run, for each implementation, then the failures of ours."""
+    rows = []
+    for name, role in dict.fromkeys((r.implementation, r.role) for r in run.records if r.status != "skip"):
+        mine = [r for r in run.records if r.implementation == name and r.status != "skip"]
+        passed = sum(r.status == "pass" for r in mine)
+        rows.append([name + " (rival)" * (role == "rival"), f"{passed} of {len(mine)}", faults.in_words(mine) or "-"])
+    if not rows:
+        return "No question was asked in this run."
+    said = "Before it is timed, every entry answers questions of parity, on smaller sizes, in this same run:"
+    parts = [said, table(["implementation", "passed", "failures by kind"], rows)]
+    if any(r.failed and r.role == "ours" for r in run.records):
+        parts += ["### What failed", tables.failures([r for r in run.records if r.role == "ours"])]
+    return "\n\n".join(parts)
 
 
-def _meetings(families: list[curves.Family]) -> list[str]:
+def _answers(records: list[Record]) -> str:
+    """Return a table of checks and implementations for each subject, and the failures of rivals."""
+    subjects = dict.fromkeys(r.subject for r in records)
+    parts = [f"### {escape(s)}\n\n{tables.matrix([r for r in records if r.subject == s])}" for s in subjects]
+    return "\n\n".join([*parts, "### Failures of rivals", tables.failures(r for r in records if r.role == "rival")])
+
+
+def _meetings(families: list[curves.Family]) -> str:
     """Return, for each family of models, where VideoMamba meets the ViT."""
-    parts = [f"{f.title}:\n\n{speed_tables.meetings(f)}" for f in families]
-    return parts or ["No model has times at two lengths of the same batch, so no curve can meet another."]
+    return "\n\n".join(f"{f.title}:\n\n{speed_tables.meetings(f)}" for f in families)
 
 
-def _plots(run: Run, families: list[curves.Family]) -> list[str]:
-    """Draw the plots; return them, or why there are none."""
-    parts = []
-
-    def show(title: str, paths: list[Path], why: str) -> None:
-        plot = f"![{title}]({paths[0].name})\n\nIn vectors: [{paths[1].name}]({paths[1].name})" if paths else why
-        parts.append(f"### {title}\n\n{plot}")
-
-    memory = "allocated" if _gpu(run) else "resident"
-    for family in families:
-        show(family.title, speed_figures.models(family, run.folder, memory), "")
-    if not families:
-        show("Models", [], "Not drawn: no model has times at two lengths of the same batch.")
-    none = "Not drawn: no operator has both a time and a bound."
-    show("Operators against the roofline", speed_figures.roofline(run.speeds, run.folder), none)
-    pairs = paper.pairs(run.speeds)
-    none = "Not drawn: race `stream` has no time."
-    show("A stream, frame by frame", streaming.draw(run.speeds, run.folder), none)
-    none = "Not drawn: race `chunks` has no time."
-    show("Videos in chunks", chunking.draw(run.speeds, run.folder), none)
-    none = f"Not drawn: it needs race `{paper.RACE}` at {paper.SIDE} px and 8 to 64 frames, a VideoMamba and a ViT both timed."
-    show("The paper's comparison, redone", paper.draw(pairs, run.folder), none)
-    return [*parts, paper.factors(pairs)] if pairs else parts
+def _figures(
+    run: Run, speeds: list[Speed], families: list[curves.Family]
+) -> tuple[list[Drawing], list[Drawing], list[Drawing]]:
+    """Draw all figures; return those of times, the main one first, those of memory, and those that are folded."""
+    kind, folder = "allocated" if _gpu(run) else "resident", run.folder
+    main = headlines.main_family(families)
+    times, held, folded = [], [], []
+    for family in sorted(families, key=lambda f: f is not main):
+        (time, memory), rest = speed_figures.models(family, folder, kind)
+        times.append(time)
+        held.append(memory)
+        folded += rest
+    for draw in (loop.draw, streaming.draw, chunking.draw, reading.draw, speed_figures.roofline):
+        times += draw(speeds, folder)
+    return times, held, folded + paper.draw(paper.pairs(speeds), folder)
 
 
 def _operators(speeds: list[Speed]) -> list[str]:
@@ -177,7 +231,7 @@ def _operators(speeds: list[Speed]) -> list[str]:
     for s in speeds:
         if s.point.race in grids.races("operators"):
             groups.setdefault(f"{s.point.race}, {s.point.dtype}", []).append(s)
-    return [f"### {title}\n\n{speed_tables.operators(mine)}" for title, mine in groups.items()] or ["None was asked."]
+    return [f"### {title}\n\n{speed_tables.operators(mine)}" for title, mine in groups.items()]
 
 
 def _models(speeds: list[Speed]) -> list[str]:
@@ -186,7 +240,7 @@ def _models(speeds: list[Speed]) -> list[str]:
     for s in speeds:
         if s.point.race in grids.races("models"):
             groups.setdefault(f"{curves.race_title(s.point.race)}, {s.point.mode}, {s.point.dtype}", []).append(s)
-    return [f"### {title}\n\n{speed_tables.models(mine)}" for title, mine in groups.items()] or ["None was asked."]
+    return [f"### {title}\n\n{speed_tables.models(mine)}" for title, mine in groups.items()]
 
 
 def split_videos(speeds: list[Speed]) -> list[str]:
@@ -198,25 +252,15 @@ def split_videos(speeds: list[Speed]) -> list[str]:
     ):
         if mine := [s for s in speeds if s.point.race == race]:
             parts.append(f"### {head}\n\n{made(mine)}")
-    return parts or ["None was asked."]
+    return parts
 
 
-def _data(run: Run) -> list[str]:
-    """Return how fast videos are read, with its plot; nothing where that was not asked."""
-    mine = [s for s in run.speeds if s.point.race == reading.RACE]
-    if not mine:
-        return []
-    steps = reading.trained([run, *reading.accepted_runs(environment.ROOT / "reports" / "accepted")], mine)
-    plot = [f"![Clips read by one core]({path.name})" for path in reading.draw(run.speeds, run.folder)[:1]]
-    return ["## Data", reading.section(mine, steps), *plot]
-
-
-def _loops(run: Run) -> list[str]:
-    """Return the loops of a user, with their plot; nothing where they were not asked."""
-    if not any(s.point.race == loop.RACE for s in run.speeds):
-        return []
-    plot = [f"![A user's loop]({path.name})" for path in loop.draw(run.speeds, run.folder)[:1]]
-    return ["## Loops", loop.section(run.speeds), *plot]
+def _data(run: Run, speeds: list[Speed]) -> str:
+    """Return how fast videos are read."""
+    mine = [s for s in speeds if s.point.race == reading.RACE]
+    return reading.section(
+        mine, reading.trained([run, *reading.accepted_runs(environment.ROOT / "reports" / "accepted")], mine)
+    )
 
 
 def _ceilings(run: Run) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from harness.bench import grids
 from harness.records import interval
 from harness.records.speed import Entry, Speed
+from harness.report.faults import MARKED
 
 MAMBA, VIT = "videomamba", "vit"
 ENDED = ("oom", "timeout")
@@ -58,6 +59,11 @@ class Family:
     def ways(self) -> list[str]:
         """Return the ways in which its models are run."""
         return list(dict.fromkeys(c.way for c in self.curves))
+
+    @property
+    def main_way(self) -> str:
+        """Return the way in which they are compared first: CUDA graphs where they were timed so."""
+        return "graph" if "graph" in self.ways else self.ways[0]
 
     def of(self, subject: str) -> list[Curve]:
         """Return the curves of a subject that have a speed somewhere."""
@@ -149,7 +155,7 @@ def race_title(race: str) -> str:
 
 
 def fault_note(speed: Speed) -> str:
-    """Return the note on the speed of an entry that failed parity; "" for one that passed."""
-    if speed.wrong:
-        return f"wrong by {speed.wrong:.2g} budgets"
-    return f"not licensed: {speed.reason}" if speed.seconds and speed.reason else ""
+    """Return the mark on the time of an entry whose answers were outside the budget, or were not judged; "" for others."""
+    if speed.wrong > MARKED:
+        return f"error {speed.wrong:.3g} times its budget"
+    return f"not judged: {speed.reason}" if speed.seconds and speed.reason and not speed.wrong else ""

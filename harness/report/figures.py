@@ -1,145 +1,121 @@
-"""The plot of a run: how the error of the scan grows with the sequence, and its budget."""
+"""What all figures share: their size and style, axes, labels at the ends of lines, and files that are the same each time."""
 
-import math
-import re
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from harness.judge.case import DTYPES
-from harness.records.record import Record
+from harness.report.things import Look
 
-CHECKS = ("forward", "backward")
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")  # Okabe and Ito, for colour blindness
-MARKERS = dict(zip(DTYPES, "osD^", strict=True))
-DASHES = dict(zip(DTYPES, ((6, 3), (2, 2), (6, 2, 1, 2), (1, 3)), strict=True))
-# The same records give the same file.
-STYLE: dict[Any, Any] = {"svg.hashsalt": "parity", "svg.fonttype": "none", "font.size": 9, "text.parse_math": False}
-
-
-def _panel_of(record: Record) -> str | None:
-    """Return the panel of a record of the scan: `extremes` asks both questions, at its lengths."""
-    if record.check == "extremes" and "-length-" in record.case:
-        return "forward" if "-infer-" in record.case else "backward"
-    return record.check if record.check in CHECKS else None
+INK, PAPER, GRID = "#1a1a1a", "#ffffff", "#e0e0e0"  # a page replaces them by its own, light or dark
+FINE = (1, 1.5, 2, 3, 4, 5, 6, 8)  # ticks within a decade
+# The same records give the same file; text stays text. The width is that of a phone's screen at its own scale.
+STYLE: dict[Any, Any] = {
+    "svg.hashsalt": "parity", "svg.fonttype": "none", "font.size": 9, "text.parse_math": False, "text.color": INK,
+    "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.facecolor": PAPER,
+    "figure.facecolor": PAPER, "savefig.facecolor": PAPER, "grid.color": GRID, "axes.grid": True, "axes.axisbelow": True,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": "medium", "legend.frameon": False,
+    "lines.linewidth": 1.6, "lines.markersize": 5,
+}  # fmt: skip
+WIDTH, HEIGHT = 4.9, 3.4  # inches
 
 
-class _Point(NamedTuple):
-    """A record's worst error and its budget at a length."""
-    check: str
-    implementation: str
-    dtype: str
-    length: int
-    error: float  # as fractions of the truth's norm
-    budget: float
-    passed: bool
+class Drawing(NamedTuple):
+    """A figure's file, and what it shows in words."""
+
+    path: Path
+    caption: str
 
 
-def error_against_length(records: Iterable[Record], folder: Path) -> list[Path]:
-    """Draw error-vs-length.png and .svg in the folder. Return their paths; none if no record can be drawn."""
-    drawable = [(r, _point(r)) for r in records]
-    points = [p for _, p in drawable if p]
-    if not points:
-        return []
-    names = list(dict.fromkeys(p.implementation for p in points))
-    dtypes = [d for d in DTYPES if any(p.dtype == d for p in points)]
+class End(NamedTuple):
+    """The last point of a line, and its look."""
+
+    x: float
+    y: float
+    look: Look
+
+
+@contextmanager
+def chart(folder: Path, stem: str, width: float = WIDTH, height: float = HEIGHT) -> Iterator[Axes]:
+    """Draw one panel and write it to STEM.svg in the folder."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10, 5.6), layout="constrained")
-        lost = sum(r.failed and p is None and r.subject == "scan" and bool(_panel_of(r)) for r, p in drawable)
-        figure.suptitle(
-            "Selective scan: L2 error of the worst tensor against the float64 reference, RMS over the seeds"
-            + f"\nNOT DRAWN, without a finite number: {lost} FAILED" * bool(lost)
-        )
-        panels = figure.subplots(1, len(CHECKS), sharex=True, sharey=True)
-        for axes, check in zip(panels, CHECKS, strict=True):
-            _panel(axes, [p for p in points if p.check == check], names, dtypes)
-            axes.set(title=check, xlabel="sequence length L (tokens; implementations side by side)")
-        panels[0].set_ylabel("error / norm of the truth (dimensionless)")
-        failed = any(not p.passed for p in points)
-        figure.legend(handles=_legend(names, dtypes, failed), loc="outside lower center", ncols=4, frameon=False)
-        return save(figure, folder, "error-vs-length")
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure.subplots()
+        nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
+        figure.savefig(folder / f"{stem}.svg", dpi=150, metadata=nothing)
 
 
-def save(figure: Figure, folder: Path, stem: str) -> list[Path]:
-    """Write STEM.png and STEM.svg into the folder and return their paths; call it within STYLE."""
-    paths = [folder / f"{stem}.{ending}" for ending in ("png", "svg")]
-    for path in paths:
-        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else {})
-    return paths
+def shown(drawings: Iterable[Drawing]) -> str:
+    """Return drawings as Markdown, a paragraph each."""
+    return "\n\n".join(f"![{d.caption}]({d.path.name})" for d in drawings)
 
 
-def legend_below(figure: Figure, handles: Sequence[Artist], most: int = 2) -> None:
-    """Draw a legend under the panels, in as many columns as its longest label leaves room for."""
-    lines = [line for handle in handles for line in str(handle.get_label()).splitlines()]
-    columns = max(1, min(most, 125 // (max(map(len, lines)) + 12)))
-    figure.set_figheight(figure.get_figheight() + 0.2 * math.ceil(len(lines) / columns))
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, handlelength=4)
+def line_look(look: Look) -> dict[str, Any]:
+    """Return the options of a line."""
+    return {"color": look.colour, "marker": look.marker, "markeredgecolor": PAPER, "markeredgewidth": 0.4}
 
 
-def colour(place: int) -> str:
-    """Return the colour of the entry at an index."""
-    return COLOURS[place % len(COLOURS)]
+def label_ends(axes: Axes, ends: Sequence[End], inches: float = HEIGHT) -> None:
+    """Write every line's name at the right of the panel, beside its end, none over another; call it last."""
+    lines = [textwrap.wrap(e.look.label, 17) for e in ends]
+    places = [float(axes.transAxes.inverted().transform(axes.transData.transform((e.x, e.y)))[1]) for e in ends]
+    unit = 0.17 / (0.76 * inches)  # a line of text as a share of the panel's height
+    top = 1.05
+    for i in sorted(range(len(ends)), key=lambda i: -places[i]):
+        tall = unit * len(lines[i])
+        middle = min(places[i], top - tall / 2)
+        top = middle - tall / 2
+        axes.text(1.02, middle, "\n".join(lines[i]), transform=axes.transAxes, va="center", color=ends[i].look.colour,
+                  fontsize=8, linespacing=1.05)  # fmt: skip
 
 
-def _point(record: Record) -> _Point | None:
-    """Return the worst tensor in l2: if any failed, the one with the most budgets spent, else the one with the largest error.
-
-    The latter is returned in the case's dtype (a bfloat16 case also returns float32 gradients, whose budget is another).
-    A log scale has no place for errors that are 0 or infinite: None.
-    """
-    length = re.search(r"(?:^|-)L(\d+)(?:-|$)", record.case)
-    check = _panel_of(record)
-    if record.subject != "scan" or check is None or not length or int(length[1]) == 0:
-        return None
-    found = [f for f in record.findings if f.norm == "l2" and f.scale > 0 and f.budget > 0 and f.error > 0]
-    found = [f for f in found if math.isfinite(f.error / f.scale)]
-    if not found or record.dtype not in DTYPES:
-        return None
-    worst = max(found, key=lambda f: (not f.passed, f.error / f.scale if f.passed else f.ratio))
-    error, budget = worst.error / worst.scale, worst.budget / worst.scale
-    return _Point(check, record.implementation, record.dtype, int(length[1]), error, budget, not record.failed)
+def legend(axes: Axes, looks: Iterable[Look], columns: int = 2, **line: Any) -> None:
+    """Draw a legend below the panel."""
+    handles = [Line2D([], [], label=look.label, **line_look(look) | line) for look in dict.fromkeys(looks)]
+    if handles:
+        axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=columns, fontsize=8, borderaxespad=4.2)
 
 
-def _panel(axes: Axes, points: list[_Point], names: list[str], dtypes: list[str]) -> None:
-    """Draw a check's errors over the length, and the least budget of each dtype."""
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.grid(True, which="major", color="0.9")
-    axes.set_axisbelow(True)
-    for p in points:
-        place = names.index(p.implementation)
-        x = p.length * 1.07 ** (place - (len(names) - 1) / 2)  # side by side, or the last would hide the others
-        look: dict[str, Any] = {"color": colour(place), "markersize": 5, "markeredgecolor": "white", "markeredgewidth": 0.4}
-        axes.plot(x, p.error, MARKERS[p.dtype], **look)
-        if not p.passed:
-            axes.plot(x, p.error, "o", markersize=12, markerfacecolor="none", markeredgecolor="black")
-    for dtype in dtypes:
-        budgets: dict[int, float] = {}
-        for p in points:
-            if p.dtype == dtype and p.passed:  # what failed may be a tensor of another dtype; a ring says that it failed
-                budgets[p.length] = min(p.budget, budgets.get(p.length, math.inf))
-        if budgets:
-            lengths = sorted(budgets)
-            axes.plot(lengths, [budgets[n] for n in lengths], color="0.3", linewidth=1, dashes=DASHES[dtype])
-    if not points:
-        axes.text(0.5, 0.5, "nothing to draw", ha="center", transform=axes.transAxes)
+def logarithmic(axis: Axis) -> None:
+    """Put ticks with short numbers on a logarithmic axis."""
+    low, high = axis.get_view_interval()
+    subs = (1,) if high / low > 1e4 else (1, 3) if high / low > 200 else (1, 2, 5) if high / low > 8 else FINE
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(FuncFormatter(short))
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())
 
 
-def _legend(names: list[str], dtypes: list[str], failed: bool) -> list[Line2D]:
-    """Return the legend of implementations, dtypes and failures."""
-    lines = [Line2D([], [], color=colour(i), linewidth=5, label=name) for i, name in enumerate(names)]
-    for d in dtypes:
-        lines.append(Line2D([], [], color="0.3", marker=MARKERS[d], linewidth=0, label=d))
-    for d in dtypes:
-        lines.append(Line2D([], [], color="0.3", linewidth=1, dashes=DASHES[d], label=f"least budget, {d}"))
-    if failed:
-        ring = Line2D([], [], marker="o", linewidth=0, markersize=10, markerfacecolor="none", markeredgecolor="black")
-        ring.set_label("FAILED")
-        lines.append(ring)
-    return lines
+def ticks(axis: Axis, values: Iterable[float]) -> None:
+    """Put ticks at these values and nowhere else."""
+    every = sorted(set(values))
+    axis.set_major_locator(FixedLocator(every))
+    axis.set_major_formatter(FixedFormatter([short(v) for v in every]))
+    axis.set_minor_locator(NullLocator())
+
+
+def short(x: float, _: object = None) -> str:
+    """Return a number with k, M or G."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if x >= size:
+            return f"{x / size:.4g}{letter}"
+    return f"{x:g}"
+
+
+def hidden(lines: Iterable[tuple[str, dict[float, float]]]) -> list[str]:
+    """Return a sentence for each two named lines that lie on each other, within 3 % wherever both have a point."""
+    every, said = list(lines), []
+    for i, (name, line) in enumerate(every):
+        for other, points in every[:i]:
+            both = line.keys() & points.keys()
+            if len(both) > 1 and all(abs(line[x] / points[x] - 1) < 0.03 for x in both):
+                said.append(f"{name} lies on {other}")
+    return said

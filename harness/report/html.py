@@ -1,75 +1,143 @@
-"""A report as one HTML file that needs no other: plots are inside it, nothing is fetched."""
+"""The frame of every page: report.md, and report.html, which is one file that fetches nothing."""
 
-import base64
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from html import escape
+from dataclasses import dataclass
+from html import unescape
 from pathlib import Path
+from typing import NamedTuple
 
+import jinja2
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+from markupsafe import Markup
 
-KINDS = {".svg": "image/svg+xml", ".png": "image/png"}
-CSS = """\
-:root { color-scheme: light; }
-body { margin: 0 auto; padding: 1rem; max-width: 80rem; background: #fff; color: #1a1a1a;
-  font: 16px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-h1 { font-size: 1.6rem; line-height: 1.25; } h2 { margin-top: 2.2rem; border-bottom: 1px solid #ccc; font-size: 1.3rem; }
-h3 { margin-top: 1.6rem; font-size: 1.1rem; }
-h1, h2, h3, p, li { max-width: 72ch; overflow-wrap: break-word; }
-blockquote { margin: 1rem 0; padding: .1rem 1rem; border-left: .4rem solid #d55e00; background: #fff4ec; max-width: 72ch; }
-code { font: .875em/1.4 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
-pre, .scroll { overflow-x: auto; } pre { padding: .6rem .8rem; background: #f4f4f4; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .2rem .6rem; border: 1px solid #ccc; text-align: left; vertical-align: top; }
-th { background: #f4f4f4; } td { white-space: nowrap; } td.long { min-width: 18rem; white-space: normal; }
-.scroll.picture img { max-width: 100%; height: auto; }
-@media (max-width: 40rem) { .scroll.picture img { width: 48rem; max-width: none; } }"""
+from harness.report import markdown, things
+from harness.report.figures import GRID, INK, PAPER
+
+TEMPLATES = Path(__file__).parent / "templates"
+LARGEST = 1.75  # pixels of a figure's point at most
 LONG = 60  # characters above which a table's cell is broken into lines
+NUMBER = re.compile(r"[-+]?[\d,.]+(e[-+]?\d+)?( ?[%x])?$")
 
 
-def html(markdown: str, folder: Path, title: str) -> str:
-    """Return the page.
+class Number(NamedTuple):
+    """A large number of the first screen; `label` says of what it is, and beside whom."""
 
-    Pictures are read from the folder, as vectors where an SVG of the same name stands there. Links lead nowhere outside the
-    page, so they become plain text.
-    """
-    reader = MarkdownIt("commonmark", {"html": False}).enable("table")
-    tokens = list(_adapted(reader.parse(markdown), folder))
-    body = reader.renderer.render(tokens, reader.options, {})
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{CSS}\n</style>\n</head>\n<body>\n{body}</body>\n</html>\n"
-    )
+    value: str
+    unit: str
+    label: str
 
 
-def write_both(folder: Path, markdown: str, title: str) -> Path:
-    """Write report.md and report.html into the folder; return the path of the former."""
+class Section(NamedTuple):
+    """A section; `body` is Markdown. What is folded is one click away."""
+
+    title: str
+    body: str
+    folded: bool = False
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page: the first screen (a sentence, some numbers, a chart), then the sections. All text but titles is Markdown."""
+
+    title: str
+    verdict: str
+    numbers: Sequence[Number] = ()
+    chart: str = ""
+    sections: Sequence[Section] = ()
+
+
+def write(folder: Path, page: Page) -> Path:
+    """Write report.md and report.html into the folder, where the pictures are; return the path of the former."""
+    write_html(folder, page, "report")
+    environment = _environment(folder)
+    numbers = markdown.table([n.label for n in page.numbers], [[f"{n.value} {n.unit}".strip() for n in page.numbers]])
     path = folder / "report.md"
-    path.write_text(markdown, encoding="utf-8")
-    (folder / "report.html").write_text(html(markdown, folder, title), encoding="utf-8")
+    path.write_text(environment.get_template("page.md").render(page=page, numbers=numbers), encoding="utf-8")
     return path
 
 
+def write_html(folder: Path, page: Page, stem: str) -> Path:
+    """Write STEM.html into the folder, where the pictures are; return its path."""
+    style, script = (Markup((TEMPLATES / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))
+    text = _environment(folder).get_template("page.html").render(page=page, style=style, script=script)
+    path = folder / f"{stem}.html"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def write_both(folder: Path, text: str, title: str) -> Path:
+    """Write a page that is one text of Markdown: a title, a verdict, and sections."""
+    head, *parts = re.split(r"^## ", text.partition("\n")[2], flags=re.M)
+    sections = [Section(name.strip(), body.strip()) for name, _, body in (part.partition("\n") for part in parts)]
+    return write(folder, Page(title, head.strip(), sections=sections))
+
+
+def _environment(folder: Path) -> jinja2.Environment:
+    """Return the templates, which read pictures from a folder."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=jinja2.select_autoescape(["html"]), keep_trailing_newline=True
+    )
+    environment.filters |= {"slug": slug, "md": markdown.escape, "html": lambda text: Markup(html(text, folder))}
+    return environment
+
+
+def slug(title: str) -> str:
+    """Return the anchor of a title, as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+def html(text: str, folder: Path) -> str:
+    """Return Markdown as HTML. Pictures are read from the folder; of links only those within the page stay links."""
+    reader = MarkdownIt("commonmark", {"html": False}).enable("table")
+    tokens = list(_adapted(reader.parse(text), folder))
+    return str(reader.renderer.render(tokens, reader.options, {}))
+
+
 def _adapted(tokens: Sequence[Token], folder: Path) -> Iterator[Token]:
-    """Yield the tokens with wide things in boxes that scroll by themselves, pictures inside and links undone."""
+    """Yield the tokens with tables in boxes that scroll by themselves, pictures inside, and anchors at headings."""
+    pictures, seen = False, Counter[str]()
     for i, token in enumerate(tokens):
+        if token.type in ("paragraph_open", "inline", "paragraph_close"):
+            inline = tokens[i + {"paragraph_open": 1, "inline": 0, "paragraph_close": -1}[token.type]]
+            if _is_picture(inline):
+                if token.type == "inline":
+                    opened = "" if pictures else '<div class="figures">\n'
+                    pictures = True
+                    closed = "" if _is_picture_at(tokens, i + 2) else "</div>\n"
+                    pictures = not closed
+                    yield Token("html_block", "", 0, content=opened + _figure(inline, folder) + closed)
+                continue
         if token.type == "inline":
-            token.children = [c for c in token.children or [] if c.type not in ("link_open", "link_close")]
-            for child in token.children:
-                if child.type == "image":
-                    child.attrs["src"] = _inside(folder / str(child.attrs["src"]))
-        elif token.type == "td_open" and len(tokens[i + 1].content) > LONG:
-            token.attrJoin("class", "long")
-        elif token.type == "paragraph_open" and _is_picture(tokens[i + 1]):
-            token.tag, token.attrs = "div", {"class": "scroll picture"}
-        elif token.type == "paragraph_close" and _is_picture(tokens[i - 1]):
-            token.tag = "div"
+            token.children = list(_links_within(token.children or [], folder))
+        elif token.type == "heading_open":
+            name = slug(unescape(tokens[i + 1].content))
+            seen[name] += 1
+            token.attrSet("id", name + f"-{seen[name] - 1}" * (seen[name] > 1))
+        elif token.type == "td_open":
+            content = tokens[i + 1].content
+            if len(content) > LONG:
+                token.attrJoin("class", "long")
+            elif NUMBER.match(content.strip("*")):
+                token.attrJoin("class", "number")
         if token.type == "table_open":
-            yield Token("scroll_open", "div", 1, attrs={"class": "scroll"}, block=True)
+            yield Token("scroll_open", "div", 1, attrs={"class": "scroll", "tabindex": "0"}, block=True)
         yield token
         if token.type == "table_close":
             yield Token("scroll_close", "div", -1, block=True)
+
+
+def _links_within(children: Sequence[Token], folder: Path) -> Iterator[Token]:
+    """Yield a paragraph's tokens; links are plain text, but those within the page and to other pages below its folder."""
+    inside = False
+    for child in children:
+        if child.type == "link_open":
+            link = str(child.attrs.get("href", ""))
+            inside = link.startswith("#") or (link.endswith(".html") and ":" not in link and (folder / link).is_file())
+        if child.type not in ("link_open", "link_close") or inside:
+            yield child
 
 
 def _is_picture(token: Token) -> bool:
@@ -77,8 +145,24 @@ def _is_picture(token: Token) -> bool:
     return [c.type for c in token.children or []] == ["image"]
 
 
-def _inside(path: Path) -> str:
-    """Return the picture as a data URI."""
-    vectors = path.with_suffix(".svg")
-    path = vectors if vectors.exists() else path
-    return f"data:{KINDS[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
+def _is_picture_at(tokens: Sequence[Token], i: int) -> bool:
+    """Return whether the paragraph that opens at an index is a picture alone."""
+    return i + 1 < len(tokens) and tokens[i].type == "paragraph_open" and _is_picture(tokens[i + 1])
+
+
+def _figure(inline: Token, folder: Path) -> str:
+    """Return a picture's SVG as an element with its caption; its colours follow the page, its names are its own."""
+    [image] = inline.children or []
+    path = folder / str(image.attrs["src"])
+    text = re.sub(r"<metadata>.*?</metadata>|<\?xml.*?\?>|<!DOCTYPE.*?>", "", path.read_text(encoding="utf-8"), flags=re.S)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1), count=1)
+    text = re.sub(r'\bid="|url\(#|<use xlink:href="#', lambda m: m[0] + slug(path.stem) + "-", text)
+    text = text.replace(' target="_blank"', "")  # matplotlib's links would open another tab
+    for colour, name in ((INK, "ink"), (PAPER, "paper"), (GRID, "grid"), (things.LOOKS["fused:native"].colour, "ours")):
+        text = text.replace(colour.lower(), f"var(--{name})")
+    caption = Markup("<figcaption>{}</figcaption>").format(image.content)
+    width = re.search(r'viewBox="0 0 ([\d.]+)', text)
+    label = Markup('<svg role="img" aria-label="{}" style="max-width: {:.0f}px"').format(
+        image.content, LARGEST * float(width[1] if width else 350)
+    )
+    return f"<figure>\n{text.strip().replace('<svg', label, 1)}\n{caption}\n</figure>\n"

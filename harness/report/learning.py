@@ -3,20 +3,15 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
 from harness.learning.tasks import TASKS
 from harness.records.finding import Finding
 from harness.records.record import Record
-from harness.report import markdown, tables
-from harness.report.figures import STYLE, colour, legend_below, save
-from harness.report.html import write_both
+from harness.report import glossary, html, markdown, tables, things
+from harness.report.figures import INK, Drawing, chart, legend, line_look, shown
+from harness.report.html import Number, Page, Section
 from harness.report.markdown import bold, escape
 from harness.report.page import again, box
 from harness.runs.store import Run
@@ -31,27 +26,34 @@ evaluated ten times; the last evaluation counts, not the best. Chance is the sha
 
 
 def write(run: Run) -> Path:
-    """Write report.md, its figure and report.html into the run's folder; return the path of report.md."""
+    """Write report.md, its figures and report.html into the run's folder; return the path of report.md."""
     here = run.about.get("box", {})
     title = f"Learning: {', '.join(run.about.get('plan', {}).get('tasks', []))} on {here.get('gpu') or here.get('cpu') or '?'}"
     drawn = draw(run.records, run.folder)
-    plot = "Nothing to draw: no training was evaluated."
-    if drawn:
-        png, svg = (path.name for path in drawn)
-        plot = f"![Loss and accuracy over the steps]({png})\n\nIn vectors: [{svg}]({svg})"
-    parts = [
-        f"# {escape(title)}",
-        _verdict(run),
-        *_warnings(run),
-        "## What was learnt", table(run.records),
-        "## Step by step", plot,
-        "## Failures", tables.failures(run.records),
-        "## How to read this", HOW,
-        "\n".join(f"- `{task.name}`: {task.title}" for task in TASKS.values()),
-        "## The box", box(run),
-        "## Again", again(run),
+    tasks = (f"- `{task.name}`: {task.title}" for task in TASKS.values())
+    sections = [
+        Section("What was learnt", table(run.records)),
+        Section("Step by step", shown(drawn[1:]) or "Nothing more to draw."),
+        Section("What failed", tables.failures(run.records)),
+        Section("How it was measured", "\n".join([HOW, "", *tasks]), folded=True),
+        Section("The box", box(run), folded=True),
+        Section("How to repeat it", again(run)),
+        Section("Glossary", glossary.terms(), folded=True),
     ]  # fmt: skip
-    return write_both(run.folder, "\n\n".join(parts) + "\n", title)
+    chart = shown(drawn[:1]) or "Nothing to draw: no training was evaluated."
+    return html.write(run.folder, Page(title, "\n\n".join([_verdict(run), *_warnings(run)]), _numbers(run), chart, sections))
+
+
+def _numbers(run: Run) -> list[Number]:
+    """Return the share of right answers of each training of ours, up to five."""
+    found = []
+    for r in run.records:
+        if (result := _held_out(r)) and r.role == "ours":
+            right = f"{100 * (1 - result.error / result.scale):.3g}"
+            found.append(
+                Number(right, "%", f"right of {result.scale:.0f} held out: {r.subject}, {r.implementation}; {result.note}")
+            )
+    return found[:5]
 
 
 def one_line(record: Record) -> str:
@@ -77,25 +79,11 @@ def table(records: Sequence[Record]) -> str:
     return markdown.table(head, rows)
 
 
-def draw(records: Sequence[Record], folder: Path) -> list[Path]:
-    """Draw learning.png and .svg in the folder: a column a task, loss above accuracy. Return their paths."""
+def draw(records: Sequence[Record], folder: Path) -> list[Drawing]:
+    """Draw for each task the share of right answers, then the losses, over the steps."""
     mine = [r for r in records if curve(r, "loss")]
-    if not mine:
-        return []
-    columns = list(dict.fromkeys(r.subject for r in mine))
-    names = list(dict.fromkeys(r.implementation for r in mine))
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(max(6.0, 3.6 * len(columns)), 5.6), layout="constrained")
-        figure.suptitle("Loss and share of held-out answers that are right, a line a seed")
-        panels = figure.subplots(2, len(columns), sharex="col", squeeze=False)
-        for (above, under), task in zip(panels.T, columns, strict=True):
-            _panels(above, under, [r for r in mine if r.subject == task], names)
-        panels[0][0].set_ylabel("loss (mean since the evaluation before)")
-        panels[1][0].set_ylabel("right, of held-out answers")
-        bar = Line2D([], [], color="0.3", linestyle="--", label="bar")
-        chance = Line2D([], [], color="0.3", linestyle=":", label="chance")
-        legend_below(figure, [*(Line2D([], [], color=colour(i), label=n) for i, n in enumerate(names)), bar, chance], most=4)
-        return save(figure, folder, STEM)
+    tasks = list(dict.fromkeys(r.subject for r in mine))
+    return [_draw([r for r in mine if r.subject == task], what, folder) for what in ("right", "loss") for task in tasks]
 
 
 def curve(record: Record, what: str) -> dict[int, Finding]:
@@ -103,25 +91,26 @@ def curve(record: Record, what: str) -> dict[int, Finding]:
     return {int(f.tensor.split()[1]): f for f in record.findings if f.norm == what and f.tensor.startswith("step ")}
 
 
-def _panels(above: Axes, under: Axes, records: list[Record], names: list[str]) -> None:
-    """Draw a task's losses and shares of right answers over the steps."""
-    for r in records:
-        look: dict[str, Any] = {"color": colour(names.index(r.implementation)), "marker": ".", "linewidth": 1.0}
-        loss, missed = curve(r, "loss"), curve(r, "wrong")
-        above.plot(list(loss), [f.error for f in loss.values()], **look)
-        under.plot(list(missed), [1 - f.error / f.scale for f in missed.values()], **look)
-        result = _held_out(r)
-        found = re.search(r"bar (\d+)", result.note) if result else None
-        if found:
-            under.axhline(int(found[1]) / 100, color="0.3", linestyle="--", linewidth=1)
+def _draw(records: Sequence[Record], what: str, folder: Path) -> Drawing:
+    """Draw a line for each training of a task."""
     task = TASKS[records[0].subject]
-    under.axhline(1 / task.config["num_classes"], color="0.3", linestyle=":", linewidth=1)
-    above.set(title=task.title, ylim=(0, None))
-    under.set(xlabel="step", ylim=(0, 1.02))
-    under.yaxis.set_major_formatter(PercentFormatter(1))
-    for axes in (above, under):
-        axes.grid(True, color="0.9")
-        axes.set_axisbelow(True)
+    stem = f"{STEM}-{task.name}-{what}"
+    with chart(folder, stem) as axes:
+        for r in records:
+            points = curve(r, "loss" if what == "loss" else "wrong")
+            values = [f.error if what == "loss" else 1 - f.error / f.scale for f in points.values()]
+            axes.plot(list(points), values, **line_look(things.look(r.implementation)))
+            result = _held_out(r)
+            if what == "right" and result and (bar := re.search(r"bar (\d+)", result.note)):
+                axes.axhline(int(bar[1]) / 100, color=INK, linestyle="--", linewidth=1)
+        axes.set(xlabel="step", ylabel="loss" if what == "loss" else "right, of held-out answers", ylim=(0, None))
+        if what == "right":
+            axes.axhline(1 / task.config["num_classes"], color=INK, linestyle=":", linewidth=1)
+            axes.set_ylim(0, 1.02)
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
+        legend(axes, [things.look(r.implementation) for r in records])
+    said = {"loss": "mean loss since the evaluation before", "right": "dashes: the bar; dots: chance"}[what]
+    return Drawing(folder / f"{stem}.svg", f"{task.title}: {said}. A line a seed.")
 
 
 def _held_out(record: Record) -> Finding | None:
@@ -135,22 +124,26 @@ def _share(result: Finding) -> str:
 
 
 def _verdict(run: Run) -> str:
-    """Return the verdict in bold, with counts."""
-    counts = run.counts()
-    word = "FAILED" if counts["failed"] else "PASSED" if counts["passed"] else "NOTHING RAN"
-    word += f" SO FAR ({run.about.get('status')})" * (run.about.get("status") != "finished")
-    return f"**{word}.**\n\n`{run.last_line()}`"
+    """Return the verdict as a sentence."""
+    counts, status = run.counts(), run.about.get("status")
+    asked = counts["passed"] + counts["failed"]
+    said = (
+        f"{counts['passed']} of {asked} trainings of ours reached what their tasks demand."
+        if asked
+        else "No training of ours ran."
+    )
+    return said + f" So far: the run is {escape(status)}." * (status != "finished")
 
 
 def _warnings(run: Run) -> list[str]:
     """Return the limits of the verdict, a paragraph each."""
     plan, said = run.about.get("plan", {}), []
     if run.about.get("status") != "finished":
-        said.append(f"> **NOT FINISHED** (status: {escape(run.about.get('status'))}). Trainings are missing.")
+        said.append(f"> **Not finished** (status: {escape(run.about.get('status'))}). Trainings are missing.")
     if plan.get("short"):
-        said.append("> **SHORT.** Fewer steps and lower bars than the tasks' own.")
+        said.append("> **Short.** Fewer steps and lower bars than the tasks' own.")
     if plan.get("steps"):
-        said.append(f"> **{plan['steps']} STEPS**, not the tasks' own; fewer than those are not held to a bar.")
+        said.append(f"> **{plan['steps']} steps**, not the tasks' own; fewer than those are not held to a bar.")
     if missing := [name for name in TASKS if name not in plan.get("tasks", [])]:
-        said.append(f"> **FILTERED.** Not asked: {', '.join(missing)}.")
+        said.append(f"> **A part of the tasks.** Not asked: {', '.join(missing)}.")
     return said

@@ -4,23 +4,17 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
 from harness.records.speed import GPU_WAYS, Point, Speed
+from harness.report import things
 from harness.report.curves import VIT, fault_note, memory, seconds
-from harness.report.figures import STYLE, colour, legend_below, save
+from harness.report.figures import Drawing, chart, legend, line_look, logarithmic
 from harness.report.markdown import Markdown, table
-from harness.report.speed_figures import FINE, short
 from harness.report.speed_tables import entry_name, milliseconds, notes, number
 
 RACE = "loop"
 WHOLE = "graph"  # the way in which the whole step is one graph: the time of the kernels
 SIZES = {192: "Ti", 384: "S", 576: "M"}
-MARKERS = {"eager": "o", "graphed": "s", "compiled": "^", "reduce-overhead": "D", WHOLE: "|"}
+FORMS = ("eager", "graphed", "compiled", "reduce-overhead", WHOLE)
 Place = tuple[Any, ...]
 KINDS: dict[str, Callable[[Speed], bool]] = {
     "ours": lambda s: s.entry.role == "ours",
@@ -80,7 +74,7 @@ def section(speeds: Sequence[Speed]) -> str:
     there = grouped(speeds)
     parts = [READ, _best_forms(there), "All forms:", _forms(there)]
     asked = {s.point.way for mine in there.values() for s in mine}
-    if missing := [way for way in MARKERS if way not in asked]:
+    if missing := [way for way in FORMS if way not in asked]:
         why = " (they need a GPU)" if asked.isdisjoint(GPU_WAYS) else ""
         parts.append(f"Not timed in this run: {', '.join(missing)}{why}.")
     return "\n\n".join(parts)
@@ -112,7 +106,7 @@ def _forms(there: dict[Place, list[Speed]]) -> Markdown:
     rows = []
     for where, mine in there.items():
         graphs = {s.entry: s for s in mine if s.seconds and s.point.way == WHOLE}
-        for s in sorted(mine, key=lambda s: (list(KINDS).index(_kind(s)), s.entry.name, list(MARKERS).index(s.point.way))):
+        for s in sorted(mine, key=lambda s: (list(KINDS).index(_kind(s)), s.entry.name, FORMS.index(s.point.way))):
             graph = graphs.get(s.entry)
             over = f"{seconds(s) / seconds(graph):.3g}" if graph and s.seconds else "-"
             rate = number(s.point["B"] / seconds(s)) if s.seconds else "-"
@@ -127,53 +121,25 @@ def _kind(speed: Speed) -> str:
     return next(kind for kind, holds in KINDS.items() if holds(speed))
 
 
-def draw(speeds: Iterable[Speed], folder: Path) -> list[Path]:
-    """Draw loop.png and .svg in the folder: the time of every form at every place. Return their paths."""
+def draw(speeds: Iterable[Speed], folder: Path) -> list[Drawing]:
+    """Draw for each model and loop the time of a step in every form, a row a form."""
     there = {where: [s for s in mine if s.seconds] for where, mine in grouped(speeds).items()}
-    there = {where: mine for where, mine in there.items() if mine}
-    if not there:
-        return []
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10.5, 1.6 + 0.55 * len(there)), layout="constrained")
-        figure.suptitle("A user's loop, the host included: medians of every form; a stroke is the kernels' time")
-        axes = figure.subplots()
-        for row, mine in enumerate(there.values()):
-            _row(axes, row, mine)
-        axes.set_yticks(range(len(there)), [title(where) for where in there])
-        axes.set_ylim(len(there) - 0.5, -0.5)
-        axes.set_xscale("log")
-        axes.set_xlabel("ms a step")
-        low, high = axes.xaxis.get_view_interval()
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low > 8 else FINE))
-        axes.xaxis.set_major_formatter(FuncFormatter(short))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.grid(True, axis="x", color="0.9")
-        axes.set_axisbelow(True)
-        legend_below(figure, _handles([s for mine in there.values() for s in mine]), most=4)
-        return save(figure, folder, RACE)
+    return [_draw(where, mine, folder) for where, mine in there.items() if mine]
 
 
-def _row(axes: Axes, row: int, mine: list[Speed]) -> None:
-    for number_of, kind in enumerate(KINDS):
-        height = row + 0.26 * (number_of - 1)
-        for s in (s for s in mine if KINDS[kind](s)):
-            look: dict[str, Any] = {"color": colour(number_of), "markersize": 11 if s.point.way == WHOLE else 5}
-            look |= {"markeredgewidth": 2.0} if s.point.way == WHOLE else {"markerfacecolor": "white"}
-            if s is best(mine, kind):
-                look["markerfacecolor"] = colour(number_of)
-            axes.plot(1e3 * seconds(s), height, MARKERS[s.point.way], **look)
-
-
-def _handles(timed: list[Speed]) -> list[Line2D]:
-    """Return a line for each kind with the faults of its entries, then a marker for each form; the best is filled."""
-    handles = []
-    for number_of, (kind, holds) in enumerate(KINDS.items()):
-        if mine := [s for s in timed if holds(s)]:
-            doubts = sorted({fault_note(s)[:60].upper() for s in mine} - {""})
-            label = ", ".join([kind, *doubts])
-            handles.append(Line2D([], [], color=colour(number_of), linewidth=5, label=label))
-    for way in [way for way in MARKERS if any(s.point.way == way for s in timed)]:
-        look: dict[str, Any] = {"color": "0.3", "linewidth": 0, "markerfacecolor": "white"}
-        label = "whole step as one graph" if way == WHOLE else way
-        handles.append(Line2D([], [], marker=MARKERS[way], label=label, **look))
-    return handles
+def _draw(where: Place, mine: list[Speed], folder: Path) -> Drawing:
+    sizes = "".join(f"{letter}{size}" for letter, size in where[0] if letter != "L")
+    stem, forms = f"{RACE}-{sizes}-{where[1]}-{where[2]}", [way for way in FORMS if any(s.point.way == way for s in mine)]
+    chosen = [
+        s for s in mine if any(s is best([t for t in mine if t.point.way == w], k, w == WHOLE) for w in forms for k in KINDS)
+    ]
+    with chart(folder, stem, height=1.3 + 0.32 * len(forms)) as axes:
+        for s in sorted(chosen, key=lambda s: -things.rank(s.entry.implementation)):
+            axes.plot(1e3 * seconds(s), forms.index(s.point.way), **line_look(things.of(s.entry)) | {"markersize": 7})
+        axes.set_yticks(range(len(forms)), ["kernels alone" if way == WHOLE else way for way in forms])
+        axes.set_ylim(len(forms) - 0.5, -0.5)
+        axes.set(xscale="log", xlabel="ms a step")
+        logarithmic(axes.xaxis)
+        legend(axes, sorted({things.of(s.entry) for s in chosen}, key=lambda look: look.label), columns=3, linewidth=0)
+    notes = sorted({fault_note(s)[:60] for s in chosen} - {""})
+    return Drawing(folder / f"{stem}.svg", "; ".join([f"{title(where)}: medians, the host's time included", *notes]) + ".")

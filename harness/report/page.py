@@ -1,4 +1,4 @@
-"""The page of a parity run: the verdict and what it does not cover first, the evidence below."""
+"""The page of a parity run: the verdict and its map first, the evidence below, the raw answers folded."""
 
 import math
 from datetime import datetime
@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from harness.fixtures.video import SHIPPED
-from harness.report import deviation, figures, tables, training
-from harness.report.html import write_both
+from harness.records.record import Record
+from harness.report import deviation, errors, faults, glossary, html, margins, tables, training
+from harness.report.figures import shown
+from harness.report.html import Number, Page, Section
 from harness.report.markdown import bold, code, escape, fence, table
 from harness.runs import sessions
 from harness.runs.store import Run
@@ -42,87 +44,144 @@ NaN or infinity never passes. `inf` budgets means an error where none is allowed
 Rivals are judged by the same rule and shown as plainly, but do not decide the exit code."""
 
 
+TIGHTEST = """\
+The ten answers of ours that come nearest to their limit. A budget is what the error may be; 1 is the limit. The element
+named is where the error is largest."""
+
+ERRORS = """\
+The scan's error against its length: of each case the worst tensor in L2, as a share of the truth's norm, pooled over the seeds.
+The grey line is the least budget at a length.
+
+"""
+
 APPROXIMATE = """\
 What `forward_approximate` gives differs from the exact result, by its nature: the backward direction does not know what comes.
 Measured on weights that were drawn, not trained; it is not held to any budget.
 
-![Deviation against chunk and look-ahead]({0})
-
-In vectors: [{1}]({1})"""
+"""
 
 TRAININGS = """\
 The same short training, started from the same numbers: by the reference in float64 (truth), by the reference in the case's own
-precision (plain), and by each implementation. On the left the loss, on the right how far the parameters are from those of the
-truth, as a share of their norm. Plain was run four times, from parameters moved by one unit in the last place of float32 and
-with clips moved by one rounding: the grey lines are what rounding alone makes of a training. An implementation may be twice as
-far off as the farthest of them, after every step; one that leaves the grey area fails. `convergence` also judges single steps,
-by the rule: see the tables.
+precision (plain), and by each implementation: the loss, and how far the parameters are from those of the truth, as a share of
+their norm. Plain was run four times, from parameters moved by one unit in the last place of float32 and with clips moved by
+one rounding: the grey lines are what rounding alone makes of a training. An implementation may be twice as far off as the
+farthest of them, after every step; one that leaves the grey area fails. `convergence` also judges single steps, by the rule.
 
-![Losses and distances of short trainings]({0})
-
-In vectors: [{1}]({1})"""
+"""
 
 
 def write(run: Run) -> Path:
     """Write report.md, its figures and report.html into the run's folder; return the path of report.md."""
     plan, here = run.about.get("plan", {}), run.about.get("box", {})
-    subjects = list(dict.fromkeys(r.subject for r in run.records))
-    drawn = figures.error_against_length(run.records, run.folder)
-    plot = "Nothing to draw: no numbers of the scan's forward or backward."
-    if drawn:
-        png, svg = (path.name for path in drawn)
-        plot = f"![Error against sequence length]({png})\n\nIn vectors: [{svg}]({svg})"
-    near, trained = deviation.approximate(run.records, run.folder), training.trainings(run.records, run.folder)
     title = f"Parity: grid {plan.get('grid', '?')} on {here.get('gpu') or here.get('cpu') or '?'}"
-    parts = [
-        f"# {escape(title)}",
-        _verdict(run),
-        *_warnings(run),
-        "## Checks and implementations",
-        *(f"### {escape(s)}\n\n{tables.matrix([r for r in run.records if r.subject == s])}" for s in subjects),
-        _video(run),
-        "## Failures", tables.failures(run.records),
-        "## Worst errors", "In budgets; above 1 fails.", tables.worst_errors(run.records),
-        "## Error against length", plot,
-        *(["## The approximate online mode", APPROXIMATE.format(*(path.name for path in near))] if near else []),
-        *(["## Trainings", TRAININGS.format(*(path.name for path in trained))] if trained else []),
-        "## Skipped questions", tables.skips(run.records),
-        "## How to read this", HOW,
-        "## The box", box(run),
-        "## Again", again(run),
+    records, folder = run.records, run.folder
+    ours, rivals = ([r for r in records if r.role == role] for role in ("ours", "rival"))
+    drawn = errors.against_length(records, folder)
+    near, trained = deviation.approximate(records, folder), training.trainings(records, folder)
+    missing = [r for r in records if r.status == "skip"]
+    sections = [
+        Section("How tight", "\n\n".join([shown(margins.margins(records, folder)), TIGHTEST, margins.tightest(ours)])),
+        Section("What failed", "\n\n".join([_by_kind(ours, rivals), tables.failures(ours)])),
+        *([Section("Failures of rivals", tables.failures(rivals), folded=True)] if any(r.failed for r in rivals) else []),
+        Section("What was not run", "\n\n".join([_not_run(run), tables.skips(records), _video(run)]), folded=not missing),
+        *([Section("Error against length", ERRORS + shown(drawn), folded=True)] if drawn else []),
+        *([Section("The approximate online mode", APPROXIMATE + shown(near), folded=True)] if near else []),
+        *([Section("Trainings", TRAININGS + shown(trained), folded=True)] if trained else []),
+        Section("Worst cases of every check and implementation", margins.worst_of_cells(records), folded=True),
+        Section("All answers, by subject", _matrices(records), folded=True),
+        Section("How it was judged", HOW, folded=True),
+        Section("The box", box(run), folded=True),
+        Section("How to repeat it", again(run)),
+        Section("Glossary", glossary.terms(), folded=True),
     ]  # fmt: skip
-    return write_both(run.folder, "\n\n".join(parts) + "\n", title)
+    chart = shown(margins.heat_map(records, folder)) or "No question was answered."
+    return html.write(folder, Page(title, "\n\n".join([verdict(run), *_warnings(run)]), numbers(run), chart, sections))
 
 
-def _verdict(run: Run) -> str:
-    """Return the verdict in bold, with counts."""
+def verdict(run: Run) -> str:
+    """Return the verdict as a sentence."""
+    ours = run.counts()
+    asked, found = ours["passed"] + ours["failed"], margins.spent(r for r in run.records if r.role == "ours")
+    if not asked:
+        return "Nothing of ours was judged." + _so_far(run)
+    if ours["failed"]:
+        said = f"{ours['failed']:,} of {asked:,} answers of our implementations failed"
+        said += f": {faults.in_words([r for r in run.records if r.role == 'ours'])}."
+    else:
+        which = "The one answer" if asked == 1 else f"All {asked:,} answers"
+        said = (
+            f"{which} of our implementations {'is' if asked == 1 else 'are'} as close to the reference as the tolerance demands"
+        )
+        share = found[0].finding.ratio if found else 0.0
+        said += f"; the tightest uses {100 * share:.3g} % of its budget." if share else "; all are exact."
+    return said + _so_far(run)
+
+
+def numbers(run: Run) -> list[Number]:
+    """Return the large numbers: passed, the tightest, rivals by kind, and what was not asked."""
     ours, rivals = run.counts(), run.counts("rival")
-    word = "FAILED" if ours["failed"] else "PASSED" if ours["passed"] else "NOTHING OF OURS RAN"
-    word += f" SO FAR ({run.about.get('status')})" * (run.about.get("status") != "finished")
-    ours_said, rivals_said = (", ".join(f"{n} {k}" for k, n in counts.items()) for counts in (ours, rivals))
-    return f"**{word}.** ours: {ours_said}; rivals: {rivals_said}\n\n`{run.last_line()}`"
+    found = [Number(f"{ours['passed']:,}", f"of {ours['passed'] + ours['failed']:,}", "answers of ours passed")]
+    if spent := margins.spent(r for r in run.records if r.role == "ours")[:1]:
+        f, r = spent[0]
+        who = f"largest error of ours: {f.tensor}, {r.check}, {r.implementation}"
+        found.append(Number(tables.number(f.ratio), "budgets", who))
+    for name in dict.fromkeys(r.implementation for r in run.records if r.role == "rival" and r.status != "skip"):
+        mine = [r for r in run.records if r.implementation == name and r.status != "skip"]
+        why = ", ".join(f"{n} {kind}" for kind, n in faults.counted(mine).items())
+        label = f"answers of {name} (rival) passed" + f"; {why}" * bool(why)
+        found.append(Number(f"{sum(r.status == 'pass' for r in mine):,}", f"of {len(mine):,}", label))
+    skipped = ours["skipped"] + rivals["skipped"]
+    return [*found, Number(f"{skipped:,}", "", "questions not asked here; the reasons are below")]
+
+
+def _so_far(run: Run) -> str:
+    status = run.about.get("status")
+    return f" So far: the run is {escape(status)}." * (status != "finished")
+
+
+def _by_kind(ours: list[Record], rivals: list[Record]) -> str:
+    """Return how many answers of each implementation failed in which way, as a table."""
+    rows = []
+    for r in dict.fromkeys((r.implementation, r.role) for r in [*ours, *rivals] if r.failed):
+        mine = [m for m in [*ours, *rivals] if (m.implementation, m.role) == r and m.status != "skip"]
+        outside = [f for m in mine if m.failed and (f := faults.of(m)).kind == faults.OUTSIDE]
+        factor, relative = (f"{max(values):.3g}" if (values := [f[i] for f in outside]) else "-" for i in (1, 2))
+        counts = faults.counted(mine)
+        rows.append([r[0] + " (rival)" * (r[1] == "rival"), len(mine), sum(m.failed for m in mine),
+                     *(counts.get(k, 0) for k in faults.KINDS), factor, relative])  # fmt: skip
+    head = ["implementation", "asked", "failed", *faults.KINDS, "largest error in budgets", "its relative error"]
+    return table(head, rows) if rows else ""
+
+
+def _matrices(records: list[Record]) -> str:
+    subjects = dict.fromkeys(r.subject for r in records)
+    return (
+        "\n\n".join(f"### {escape(s)}\n\n{tables.matrix([r for r in records if r.subject == s])}" for s in subjects) or "None."
+    )
+
+
+def _not_run(run: Run) -> str:
+    """Return the implementations that were not judged at all, with the reasons."""
+    absent = [r for r in run.records if r.check == "all" and r.status == "skip"]
+    lines = [f"- {escape(r.subject)}: {bold(r.implementation)}{tables.mark(r)}: {escape(r.reason)}" for r in absent]
+    return "\n".join(["These implementations were not judged at all:", "", *lines]) if lines else "Every implementation ran."
 
 
 def _warnings(run: Run) -> list[str]:
     """Return the limits of the verdict, a paragraph each."""
     plan, said = run.about.get("plan", {}), []
     if mutant := plan.get("mutant"):
-        caught = "it was caught" if run.counts()["failed"] else "IT WAS NOT CAUGHT"
-        said.append(f"> {bold(f'A BUG WAS PLANTED in fused: {mutant}')} ({caught}). This run says nothing of the product.")
+        caught = "it was caught" if run.counts()["failed"] else "it was not caught"
+        said.append(f"> {bold(f'A bug was planted in fused: {mutant}')} ({caught}). This run says nothing of the product.")
     if run.about.get("status") == "interrupted":
-        said.append("> **INTERRUPTED.** Questions are missing; nothing below is the whole answer.")
+        said.append("> **Interrupted.** Questions are missing; nothing below is the whole answer.")
     elif run.about.get("status") != "finished":
-        said.append(f"> **NOT FINISHED** (status: {escape(run.about.get('status'))}). Questions are missing.")
+        said.append(f"> **Not finished** (status: {escape(run.about.get('status'))}). Questions are missing.")
     if run.about.get("filtered"):
         narrowed = [f"{k} {', '.join(plan[k])}" for k in ("subjects", "checks", "names", "dtypes", "cases") if plan.get(k)]
         what = "; ".join([f"grid {plan.get('grid', '?')}", *narrowed])
-        said.append(f"> **FILTERED** ({escape(what)}). Less was asked than a licence needs; this run validates nothing.")
-    absent = [r for r in run.records if r.check == "all" and r.status == "skip"]
-    if absent:
-        lines = ["> **NOT RUN HERE.** These were not judged at all:", ">"]
-        lines += [f"> - {escape(r.subject)}: {bold(r.implementation)}{tables.mark(r)}: {escape(r.reason)}" for r in absent]
-        said.append("\n".join(lines))
-    return ["## Not run here", *(said or ["Nothing is missing: every implementation ran, unfiltered, to the end."])]
+        said.append(f"> **A part of the questions** ({escape(what)}). It speaks for these alone; the rest is not judged here.")
+    return said
 
 
 def _video(run: Run) -> str:

@@ -7,32 +7,25 @@ The paper compares with a ViT that writes its attention matrix out (here `refere
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FixedFormatter
 
 from harness.records.speed import Speed
+from harness.report import things
 from harness.report.curves import MAMBA, VIT, fault_note, memory, seconds
-from harness.report.figures import STYLE, colour, legend_below, save
+from harness.report.figures import INK, Drawing, End, chart, label_ends, logarithmic, ticks
 from harness.report.markdown import table
-from harness.report.speed_figures import MARKERS
 
 NAIVE = "reference"
 RACE, SIDE, FRAMES = "tiny", 224, range(8, 65)
+FILLS: dict[str, Literal["full", "none"]] = {"naive": "full", "best SDPA": "none"}
 CLAIMED = ({32: 2.0, 64: 6.0}, {32: 20.0, 64: 40.0})  # by frames; Figure 1 of arXiv 2403.06977
-LOOKS: dict[str, dict[str, Any]] = {
-    "naive": {"linestyle": "solid"},
-    "best SDPA": {"linestyle": (0, (5, 2)), "markerfacecolor": "white"},
-}
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A VideoMamba and a ViT on the same clips; `against` is a key of LOOKS."""
+    """A VideoMamba and a ViT on the same clips; `against` is "naive" or "best SDPA"."""
 
     mamba: Speed
     vit: Speed
@@ -76,57 +69,42 @@ def pairs(speeds: Iterable[Speed]) -> list[Pair]:
     return found
 
 
-def draw(found: list[Pair], folder: Path) -> list[Path]:
-    """Draw paper.png and .svg: factors of throughput and memory over frames. Return their paths; none without a time."""
+def draw(found: list[Pair], folder: Path) -> list[Drawing]:
+    """Draw the factors of throughput and of memory over frames; nothing without a time."""
     if not any(p.vit.seconds for p in found):
         return []
-    names = list(dict.fromkeys(p.mamba.entry.implementation for p in found))
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10.5, 4.4), layout="constrained")
-        figure.suptitle(f"VideoMamba-Ti over ViT-Ti with joint attention: {SIDE} px, inference, eager; above 1 VideoMamba wins")
-        titles = "throughput: ViT's time / VideoMamba's", "memory: ViT's peak / VideoMamba's"
-        for axes, title, claimed, what in zip(figure.subplots(1, 2), titles, CLAIMED, ("throughput", "memory"), strict=True):
-            for place, name in enumerate(names):
-                for kind, look in LOOKS.items():
-                    mine = [p for p in found if (p.mamba.entry.implementation, p.against) == (name, kind)]
-                    line = [(p.mamba.point["T"], r) for p in mine if (r := getattr(p, what))]
-                    xs, ys = zip(*line, strict=True) if line else ((), ())
-                    axes.plot(xs, ys, color=colour(place), marker=MARKERS[place % len(MARKERS)], **look)
-            axes.plot(list(claimed), list(claimed.values()), "D", color="black", markerfacecolor="white", markersize=8)
-            _axes(axes, found)
-            axes.set_ylabel(title)
-        handles = [
-            Line2D([], [], color=colour(i), marker=MARKERS[i % len(MARKERS)], label=_label(found, name, kind), **look)
-            for i, name in enumerate(names)
-            for kind, look in LOOKS.items()
-        ]
-        handles.append(Line2D([], [], marker="D", color="black", markerfacecolor="white", linewidth=0, markersize=8))
-        handles[-1].set_label("the paper, A100, batch 128, over naive attention")
-        legend_below(figure, handles)
-        return save(figure, folder, "paper")
+    return [_draw(found, what, claimed, folder) for what, claimed in zip(("throughput", "memory"), CLAIMED, strict=True)]
 
 
-def _label(found: list[Pair], name: str, kind: str) -> str:
-    """Return the legend's entry of an implementation against a kind of ViT."""
-    doubts = max((p.doubts for p in found if (p.mamba.entry.implementation, p.against) == (name, kind)), default="")
-    return f"{name} over {kind} attention" + f" ({doubts[:70]})" * bool(doubts)
-
-
-def _axes(axes: Axes, found: list[Pair]) -> None:
-    """Set logarithmic axes with frames and batches below."""
-    axes.set(xscale="log", yscale="log", xlim=(7, 73))
-    axes.axhline(1, color="black", linewidth=1)
-    axes.grid(True, which="major", color="0.9")
-    axes.set_axisbelow(True)
-    batches = {p.mamba.point["T"]: p.mamba.point["B"] for p in found}
-    ticks = sorted(batches.keys() | {8, 16, 32, 64})
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_major_formatter(FixedFormatter([f"{T}\nbatch {batches[T]}" if T in batches else str(T) for T in ticks]))
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}x"))
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("frames (T), and the largest batch timed")
+def _draw(found: list[Pair], what: str, claimed: dict[int, float], folder: Path) -> Drawing:
+    """Draw the lines of the first two implementations over both kinds of ViT, and the paper's factors."""
+    names = sorted({p.mamba.entry.implementation for p in found}, key=things.rank)[:2]
+    with chart(folder, f"paper-{what}") as axes:
+        ends, doubts = [], []
+        for name in names:
+            for kind, fill in FILLS.items():
+                mine = [p for p in found if (p.mamba.entry.implementation, p.against) == (name, kind)]
+                line = {p.mamba.point["T"]: r for p in mine if (r := getattr(p, what))}
+                look = things.look(name)
+                if line:
+                    axes.plot(list(line), list(line.values()), color=look.colour, marker=look.marker, fillstyle=fill)
+                    ends.append(End(*list(line.items())[-1], look._replace(label=f"{look.label} over {kind} ViT")))
+                doubts += [p.doubts for p in mine if p.doubts]
+        axes.plot(list(claimed), list(claimed.values()), "D", color=INK, fillstyle="none", markersize=8)
+        axes.set(xscale="log", yscale="log", xlabel="frames, and the largest batch timed")
+        axes.axhline(1, color=INK, linewidth=1)
+        batches = {p.mamba.point["T"]: p.mamba.point["B"] for p in found}
+        places = sorted(batches.keys() | {8, 16, 32, 64})
+        ticks(axes.xaxis, places)
+        axes.xaxis.set_major_formatter(FixedFormatter([f"{T}\nbatch {batches[T]}" if T in batches else str(T) for T in places]))
+        logarithmic(axes.yaxis)
+        axes.set_ylabel(f"times the ViT's {what}" if what == "throughput" else "times less memory than the ViT")
+        label_ends(axes, ends)
+    said = (
+        f"The paper's comparison, redone: {what} of VideoMamba-Ti over ViT-Ti, {SIDE} px, inference, eager. Above 1 VideoMamba "
+    )
+    said += "wins. Diamonds: the paper, A100, batch 128, over naive attention."
+    return Drawing(folder / f"paper-{what}.svg", said + (f" {doubts[0][:90]}." if doubts else ""))
 
 
 def factors(found: list[Pair]) -> str:

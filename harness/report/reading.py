@@ -1,20 +1,17 @@
 """Clips read from video files: how many one core reads, and how many cores feed a GPU that trains."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
-
 from harness.bench import grids
 from harness.fixtures import encoded_film as film
-from harness.records.speed import Entry, Speed
+from harness.records.speed import Speed
+from harness.report import things
 from harness.report.curves import fault_note, memory, seconds
-from harness.report.figures import STYLE, colour, legend_below, save
+from harness.report.figures import Drawing, chart, legend
 from harness.report.markdown import table
+from harness.report.speed_figures import WORDS
 from harness.report.speed_tables import entry_name, milliseconds, notes, number, ratio
 from harness.runs.store import Run
 
@@ -116,49 +113,30 @@ def section(speeds: Sequence[Speed], steps: Sequence[Trained]) -> str:
     return "\n\n".join(parts)
 
 
-def draw(speeds: Iterable[Speed], folder: Path) -> list[Path]:
-    """Draw data.png and .svg in the folder: clips/s of a core by key frames' distance, a panel for each length of a clip.
-
-    Return the paths, none without a time.
-    """
+def draw(speeds: Iterable[Speed], folder: Path) -> list[Drawing]:
+    """Draw for each length of a clip the clips/s of a core by key frames' distance."""
     mine = [s for s in speeds if s.point.race == RACE]
-    if not any(s.seconds for s in mine):
-        return []
-    entries = list(dict.fromkeys(s.entry for s in mine))
-    lengths = list(dict.fromkeys(s.point["T"] for s in mine))
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10.5, 4.4), layout="constrained")
-        figure.suptitle("Clips read from a file by one core: medians of CPU time")
-        panels = figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0]
-        for axes, T in zip(panels, lengths, strict=True):
-            _panel(axes, {(s.point["G"], s.entry): s for s in mine if s.point["T"] == T}, entries)
-            axes.set(title=f"{T} frames", xlabel="frames from key frame to key frame (GOP)")
-        panels[0].set_ylabel("clips/s a core")
-        handles = [Patch(facecolor=colour(i), label=_label(entry, mine)) for i, entry in enumerate(entries)]
-        legend_below(figure, handles, most=len(entries))
-        return save(figure, folder, RACE)
+    lengths = dict.fromkeys(s.point["T"] for s in mine)
+    return [_draw([s for s in mine if s.point["T"] == T], T, folder) for T in lengths] if any(s.seconds for s in mine) else []
 
 
-def _panel(axes: Axes, by_bar: Mapping[tuple[int, Entry], Speed], entries: Sequence[Entry]) -> None:
+def _draw(speeds: Sequence[Speed], T: int, folder: Path) -> Drawing:
     """Draw a group of bars for every distance, each with its number above or the word for why there is none."""
-    gops = sorted({gop for gop, _ in by_bar})
-    width = 0.85 / len(entries)
-    for group, gop in enumerate(gops):
-        for place, entry in enumerate(entries):
-            if (speed := by_bar.get((gop, entry))) is None:
-                continue
-            x, rate = group + (place - (len(entries) - 1) / 2) * width, 1 / seconds(speed) if speed.seconds else 0.0
-            axes.bar(x, rate, 0.94 * width, color=colour(place))
-            text = f"{rate:.3g}" if rate else speed.status.upper()
+    gops, entries = sorted({s.point["G"] for s in speeds}), list(dict.fromkeys(s.entry for s in speeds))
+    width, stem = 0.85 / len(entries), f"{RACE}-T{T}"
+    with chart(folder, stem) as axes:
+        for s in speeds:
+            x = gops.index(s.point["G"]) + (entries.index(s.entry) - (len(entries) - 1) / 2) * width
+            rate = 1 / seconds(s) if s.seconds else 0.0
+            axes.bar(x, rate, 0.94 * width, color=things.of(s.entry).colour)
+            text = f"{rate:.3g}" if rate else WORDS.get(s.status, s.status)
             axes.annotate(text, (x, rate), (0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=7,
                           rotation=0 if rate else 90)  # fmt: skip
-    axes.set_xticks(range(len(gops)), [str(gop) for gop in gops])
-    axes.margins(y=0.12)
-    axes.grid(True, axis="y", color="0.9")
-    axes.set_axisbelow(True)
-
-
-def _label(entry: Entry, speeds: Iterable[Speed]) -> str:
-    """Return an entry's words in the legend, with its faults."""
-    doubts = sorted({fault_note(s)[:60].upper() for s in speeds if s.entry == entry} - {""})
-    return ", ".join([entry.implementation + " (rival)" * (entry.role == "rival"), *doubts])
+        axes.set_xticks(range(len(gops)), [str(gop) for gop in gops])
+        axes.margins(y=0.12)
+        axes.grid(False, axis="x")
+        axes.set(xlabel="frames from key frame to key frame (GOP)", ylabel="clips/s a core")
+        legend(axes, [things.of(entry) for entry in entries], columns=3, linewidth=4, marker="")
+    notes = sorted({fault_note(s)[:60] for s in speeds} - {""})
+    said = "; ".join([f"Clips of {T} frames read by one core: medians of CPU time", *notes])
+    return Drawing(folder / f"{stem}.svg", said + ".")

@@ -8,7 +8,7 @@ from harness.report.curves import MAMBA, VIT, Family, fault_note, median, meetin
 from harness.report.markdown import Markdown, bold, escape, join, table
 from harness.report.speed_figures import sizes, tokens
 
-PLAIN = {"oom": "out of memory", "timeout": "out of time", "error": "FAILED", "gated": "GATED"}
+PLAIN = {"oom": "out of memory", "timeout": "out of time", "error": "failed", "gated": "not timed"}
 
 
 def number(x: float) -> str:

@@ -4,7 +4,9 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from harness.records.finding import Finding
 from harness.records.record import Record
+from harness.report import faults
 from harness.report.markdown import Markdown, bold, escape, fence, join, table
 
 SHOWN = 30  # failures in full; records.jsonl has all
@@ -41,42 +43,34 @@ def _cell(records: list[Record]) -> str:
     return join([*parts, *[f"{skipped} skip"] * bool(skipped)]) or "-"
 
 
-def worst_errors(records: Iterable[Record]) -> str:
-    """Return the finding with the most budgets spent, per subject, check, implementation and dtype."""
-    groups: dict[tuple[str, str, str, str], list[Record]] = {}
-    for r in records:
-        if r.findings:
-            groups.setdefault((r.subject, r.check, r.implementation + mark(r), r.dtype), []).append(r)
-    rows = []
-    for key, group in sorted(groups.items()):
-        found = [(f, r.case) for r in group for f in r.findings]
-        worst, case = max(found, key=lambda pair: (not pair[0].passed, pair[0].ratio))
-        ratio = number(worst.ratio) if worst.passed else bold(number(worst.ratio))
-        rows.append([*key, ratio, f"{worst.tensor} ({worst.norm})", case])
-    if not rows:
-        return "No finding."
-    return table(["subject", "check", "implementation", "dtype", "worst, in budgets", "tensor (norm)", "case"], rows)
-
-
 def failures(records: Iterable[Record]) -> str:
-    """Return the first failures, ours before rivals', each with the command that asks it again."""
-    failed = sorted((r for r in records if r.failed), key=lambda r: r.role == "rival")
+    """Return the first failures, each with the command that asks it again."""
+    failed = [r for r in records if r.failed]
     if not failed:
         return "None."
     parts = [f"The first {SHOWN} of {len(failed)}; records.jsonl has all."] if len(failed) > SHOWN else []
     for i, r in enumerate(failed[:SHOWN], 1):
-        lines = [f"{i}. **{r.status.upper()}** ({r.role}) {join((r.check, r.subject, r.implementation, r.case))}"]
+        lines = [f"{i}. {bold(faults.of(r).kind)} ({r.role}) {join((r.check, r.subject, r.implementation, r.case))}"]
         if f := r.worst:
             index = f", worst at {tuple(f.worst)}" if f.worst else ""
             count = sum(not g.passed for g in r.findings)
-            size = f"error {number(f.error)}, may be {number(f.budget)} ({number(f.ratio)} budgets)"
             note = f"; {escape(f.note)}" * bool(f.note)
             what = join((f.tensor, f.norm))
-            lines.append(f"   {what}: {size}{index}{note}; {count} of {len(r.findings)} findings fail")
+            lines.append(f"   {what}: {size(f)}{index}{note}; {count} of {len(r.findings)} findings fail")
         lines += [f"   - {escape(line)}" for line in (r.location.lines() if r.location else [])]
         lines += [f"   reason: {escape(r.reason)}"] * bool(r.reason)
         parts.append("\n\n".join([*lines, fence(r.command, "   ")]))
     return "\n\n".join(parts)
+
+
+def size(finding: Finding) -> str:
+    """Return the size of an error, beside what it may be."""
+    kind = faults.of_finding(finding)
+    if kind == faults.NOT_REPEATABLE:
+        return f"{finding.error:,.0f} elements differ"
+    if finding.budget == 0:
+        return f"{number(finding.error)} where exactly 0 is due"
+    return f"error {number(finding.error)}, may be {number(finding.budget)} ({number(finding.ratio)} budgets)"
 
 
 def skips(records: Iterable[Record]) -> str:

@@ -3,39 +3,45 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 
 from harness.checks.convergence import FREE, GOT, LOSS, NAME, PLAIN, TRUTH
 from harness.judge.protocols import Trainable
 from harness.judge.registry import subjects
 from harness.records.record import Record
-from harness.report.figures import STYLE, colour, legend_below, save
+from harness.report import things
+from harness.report.figures import INK, Drawing, chart, legend
+from harness.report.things import Look
 
-GREY = "0.55"
+GREY = "#8c8c8c"
+PLAIN_LOOK = Look("reference, same precision", GREY, "")
+STANDARDS = {
+    "loss": (Look("reference, float64", INK, ""), PLAIN_LOOK),
+    "distance": (PLAIN_LOOK, Look("shaded: allowed", "#d1d1d1", "")),
+}
 Curves = dict[str, tuple[float, ...]]
 
 
-def trainings(records: Iterable[Record], folder: Path) -> list[Path]:
-    """Draw NAME.png and .svg in the folder: two panels a case, all implementations in them. Return their paths."""
+def trainings(records: Iterable[Record], folder: Path) -> list[Drawing]:
+    """Draw two figures for each case: the losses, and the distances from the training in float64."""
     drawable = [(r, curves(r)) for r in records if r.check == NAME]
     drawable = [(r, lines) for r, lines in drawable if lines]
-    if not drawable:
-        return []
-    cases = list(dict.fromkeys((r.subject, r.case) for r, _ in drawable))
-    names = list(dict.fromkeys(r.implementation for r, _ in drawable))
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10, 3.1 * len(cases) + 0.4), layout="constrained")
-        panels = figure.subplots(len(cases), 2, squeeze=False)
-        for (losses, distances), case in zip(panels, cases, strict=True):
-            mine = [(r, lines) for r, lines in drawable if (r.subject, r.case) == case]
-            _losses(losses, mine, names)
-            _distances(distances, mine, names)
-        legend_below(figure, _legend([r for r, _ in drawable], names), most=3)
-        return save(figure, folder, NAME)
+    found = []
+    for place, (subject, case) in enumerate(dict.fromkeys((r.subject, r.case) for r, _ in drawable), 1):
+        mine = [(r, lines) for r, lines in drawable if (r.subject, r.case) == (subject, case)]
+        judged = subjects().get(subject)
+        task = judged.training_title() if isinstance(judged, Trainable) else "training"
+        lost = sum(r.failed for r, _ in mine)
+        for what, draw in (("loss", _losses), ("distance", _distances)):
+            stem = f"{NAME}-{place}-{what}"
+            with chart(folder, stem) as axes:
+                draw(axes, mine)
+                axes.set_xlim(left=0)
+                axes.set_xlabel("step")
+                legend(axes, [*STANDARDS[what], *(things.look(r.implementation) for r, _ in mine)], columns=2, marker="")
+            said = f"{subject}, {task}, {mine[0][0].dtype}: {what}" + f"; {lost} failed" * bool(lost)
+            found.append(Drawing(folder / f"{stem}.svg", said))
+    return found
 
 
 def curves(record: Record) -> Curves:
@@ -43,21 +49,20 @@ def curves(record: Record) -> Curves:
     return {f.tensor: f.curve for f in record.findings if f.curve}
 
 
-def _losses(axes: Axes, mine: Sequence[tuple[Record, Curves]], names: list[str]) -> None:
-    """Draw the losses, the truth in black above the others."""
-    record, common = mine[0]
+def _losses(axes: Axes, mine: Sequence[tuple[Record, Curves]]) -> None:
+    """Draw the losses, the truth above the others."""
+    _, common = mine[0]
     axes.plot(common[f"{LOSS}, {PLAIN}"], color=GREY, linewidth=3)
     for r, lines in mine:
-        axes.plot(lines[f"{LOSS}, {GOT}"], color=colour(names.index(r.implementation)), linewidth=1.6)
-    axes.plot(common[f"{LOSS}, {TRUTH}"], color="black", linewidth=0.9, dashes=(4, 2))
-    axes.set(ylabel="loss of the step's batch", xlabel="step")
+        axes.plot(lines[f"{LOSS}, {GOT}"], color=things.look(r.implementation).colour)
+    axes.plot(common[f"{LOSS}, {TRUTH}"], color=INK, linewidth=0.9)
+    axes.set_ylabel("loss of the step's batch")
     axes.set_ylim(bottom=0)
-    _finish(axes, record)
 
 
-def _distances(axes: Axes, mine: Sequence[tuple[Record, Curves]], names: list[str]) -> None:
+def _distances(axes: Axes, mine: Sequence[tuple[Record, Curves]]) -> None:
     """Draw the distance of every implementation, over the area in which it has to stay."""
-    record, common = mine[0]
+    _, common = mine[0]
     plain = [line for name, line in common.items() if name.startswith(f"{PLAIN} run")]
     allowed = [2 * max(at) for at in zip(*plain, strict=True)]
     axes.set_yscale("log")
@@ -65,34 +70,8 @@ def _distances(axes: Axes, mine: Sequence[tuple[Record, Curves]], names: list[st
         axes.plot(line, color=GREY, linewidth=0.8)
     for r, lines in mine:
         line = lines[FREE]
-        axes.plot(range(1, len(line)), line[1:], color=colour(names.index(r.implementation)), linewidth=1.6)
+        axes.plot(range(1, len(line)), line[1:], color=things.look(r.implementation).colour)
     floor = axes.get_ylim()[0]
-    axes.fill_between(range(len(allowed)), floor, allowed, color="0.92", zorder=0)
-    axes.plot(allowed, color="black", linewidth=0.9, linestyle=":")
+    axes.fill_between(range(len(allowed)), floor, allowed, color=GREY, alpha=0.2, linewidth=0, zorder=0)
     axes.set_ylim(bottom=floor)
-    axes.set(ylabel="distance from float64 / norm", xlabel="step")
-    _finish(axes, record)
-
-
-def _finish(axes: Axes, record: Record) -> None:
-    """Set the title and grid of a panel."""
-    subject = subjects().get(record.subject)
-    task = subject.training_title() if isinstance(subject, Trainable) else "training"
-    axes.set_title(f"{record.subject}, {task}, {record.dtype}", fontsize="medium")
-    axes.set_xlim(left=0)
-    axes.grid(True, color="0.9")
-    axes.set_axisbelow(True)
-
-
-def _legend(records: Sequence[Record], names: list[str]) -> list[Line2D | Patch]:
-    """Return the legend, with the failures of each implementation."""
-    def label(name: str) -> str:
-        lost = sum(r.failed for r in records if r.implementation == name)
-        return name + f" ({lost} FAILED)" * bool(lost)
-
-    return [
-        Line2D([], [], color="black", linewidth=0.9, dashes=(4, 2), label="truth: the reference in float64"),
-        Line2D([], [], color=GREY, label="plain: the reference in the case's precision"),
-        Patch(facecolor="0.92", edgecolor="black", linestyle=":", label="allowed: twice the farthest of 4 plain runs"),
-        *(Line2D([], [], color=colour(i), linewidth=1.6, label=label(name)) for i, name in enumerate(names)),
-    ]
+    axes.set_ylabel("distance from float64 / norm")

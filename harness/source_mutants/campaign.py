@@ -14,7 +14,7 @@ from harness.source_mutants.tree import Answer, Tree
 
 CHECK = "mutants"  # the check that the records name
 NARROW, WIDE = 180.0, 1800.0  # seconds that the narrow tests of one bug, and those of a room, may take
-TOGETHER = 20  # bugs between two looks at whether the tests that found them pass without
+TOGETHER = 8  # bugs between two looks at whether the tests that found them pass without
 RAN = (0, 1, 2)  # pytest's exit codes where tests ran: all passed, one failed, a file could not be imported
 
 
@@ -71,7 +71,7 @@ class Campaign:
                 caught.append((mutant, answer, time.monotonic() - start))
         self._check(tree, [answer for _, answer, _ in caught])
         for mutant, answer, _ in caught:
-            if answer.code is None:  # tests that take as long without the bug have found nothing
+            if answer.died:  # tests that take as long, or crash, without the bug have found nothing
                 self._sound[mutant.name] = tree.test(mutant.tests, NARROW).code == 0
         for mutant, answer, seconds in caught:
             self._tell(self._caught(mutant, answer, seconds))
@@ -105,16 +105,16 @@ class Campaign:
 
     def _caught(self, mutant: SourceMutant, answer: Answer, seconds: float) -> Record:
         """Return the record of a bug on which the tests did not pass."""
-        if answer.code is None and self._sound.get(mutant.name):
-            return self._record(mutant, "pass", 0.0, f"the tests did not end within {NARROW:.0f} s", seconds=seconds)
-        if answer.code is None:
-            return self._record(mutant, "error", reason=f"the tests do not end in time without the bug either: {mutant.tests}")
-        if answer.code not in RAN and answer.code > 0 or not answer.failed and answer.code >= 0:
+        if answer.died:
+            how = f"did not end within {NARROW:.0f} s" if answer.code is None else f"died by signal {-answer.code}"
+            if self._sound.get(mutant.name):
+                return self._record(mutant, "pass", 0.0, f"the tests {how}", seconds=seconds)
+            return self._record(mutant, "error", reason=f"the tests {how}, or do not pass without the bug: {mutant.tests}")
+        if answer.code not in RAN or not answer.failed:
             return self._record(mutant, "error", reason=f"pytest exits with {answer.code}: {answer.output[-400:]}")
         if unsound := [test for test in answer.failed if not self._sound[test]]:
             return self._record(mutant, "error", reason=f"it fails without the bug too: {', '.join(unsound)}")
-        note = answer.failed[0] if answer.failed else f"the tests' process ended by signal {-answer.code}"
-        return self._record(mutant, "pass", 0.0, note, seconds=seconds)
+        return self._record(mutant, "pass", 0.0, answer.failed[0], seconds=seconds)
 
     def _survived(self, mutant: SourceMutant) -> Record:
         """Return the record of a bug that no test found."""

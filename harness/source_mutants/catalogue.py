@@ -1,6 +1,7 @@
 """The planted bugs as data: a JSON line each, in a file for each room of the project."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,9 +28,9 @@ class NotPlanted(ValueError):
 class SourceMutant:
     """A bug: in `file` the text `before`, which occurs once, is `after`.
 
-    `tests` are the narrow tests, as pytest's arguments. `killer` begins the node id of the test that is expected to fail.
-    `equivalent` argues why nothing can show the bug, `survives` says which test is missing, `needs_gpu` why a CPU cannot
-    show it; all three are empty for a bug that the tests must find.
+    `tests` are the narrow tests, as pytest's arguments. `killer` is the test that is expected to fail, noted by a run; what
+    no run has found yet has none. `equivalent` argues why nothing can show the bug, `survives` says which test is missing,
+    `needs_gpu` why a CPU cannot show it; all three are empty for a bug that the tests must find.
     """
 
     room: str
@@ -64,12 +65,26 @@ class SourceMutant:
 
 def read(folder: Path = HERE) -> list[SourceMutant]:
     """Return all bugs, by room and in the order of the files. Raises ValueError that names file and line of a wrong entry."""
+    return [mutant for path in sorted(folder.glob("*.jsonl")) for mutant in read_file(path)]
+
+
+def read_file(path: Path) -> list[SourceMutant]:
+    """Return the bugs of one room, in order. Raises ValueError as `read` does."""
     found = []
-    for path in sorted(folder.glob("*.jsonl")):
-        for number, line in enumerate(path.read_text().splitlines(), 1):
-            try:
-                raw = json.loads(line)
-                found.append(SourceMutant(path.stem, **raw | {"tests": tuple(raw.get("tests", ()))}))
-            except (AttributeError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}, line {number} is no planted bug: {error}") from error
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            raw = json.loads(line)
+            found.append(SourceMutant(path.stem, **raw | {"tests": tuple(raw.get("tests", ()))}))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}, line {number} is no planted bug: {error}") from error
     return found
+
+
+def note_killers(killers: Mapping[str, str], folder: Path = HERE) -> None:
+    """Write into the data which test found each bug, by the bugs' names; parameters of the tests are left out."""
+    for path in sorted(folder.glob("*.jsonl")):
+        lines = []
+        for mutant, line in zip(read_file(path), path.read_text().splitlines(), strict=True):
+            killer = killers.get(mutant.name, "").partition("[")[0]
+            lines.append(json.dumps(json.loads(line) | {"killer": killer}, ensure_ascii=False) if "::" in killer else line)
+        path.write_text("\n".join(lines) + "\n")

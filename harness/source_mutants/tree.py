@@ -21,11 +21,16 @@ PYTEST = ("-q", "-x", "--tb=short", "-p", "no:cacheprovider", "--ignore=tests/ha
 
 
 class Answer(NamedTuple):
-    """The end of a run of tests: pytest's exit code, None after the time limit; node ids that failed; the end of the output."""
+    """The end of a run of tests: pytest's exit code, None after the limit; node ids that failed; the end of the output."""
 
     code: int | None
     failed: tuple[str, ...]
     output: str
+
+    @property
+    def died(self) -> bool:
+        """Return whether no test failed, and yet the tests did not end: after the limit, or by a signal."""
+        return not self.failed and (self.code is None or self.code < 0)
 
 
 class Tree:

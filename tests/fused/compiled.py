@@ -98,19 +98,20 @@ def launches_of_ssd():
         arguments = x, dt, A, B, B, A, z if full and not backward else None, A, True, 0.0, 1.0, state, ids, full
         ssd_backward.backward(x, state, *arguments) if backward else ssd.forward(*arguments)
 
-    kernels = ("steps_kernel", "span_state_kernel", "pass_kernel", "scan_kernel")
-    gradients = ("span_gradient_kernel", "gradient_forward_kernel", "gradient_reverse_kernel", "steps_backward_kernel")
-    vars(ssd)["choose_spans"] = lambda programs, num_chunks, slots: (2, -(-num_chunks // 2))
+    kernels = ("steps_kernel", "states_kernel", "scan_kernel")
+    gradients = "both_states_kernel", "state_gradient_kernel", "input_gradient_kernel", "steps_backward_kernel", "reduce_kernel"
     vars(ssd)["NATIVE"] = True  # as on a GPU, also where tests import this
-    large, small = (112, 64, 1, 128, BF16), (4, 16, 2, 16, FP32)
-    for capability, (H, P, G, N, dtype) in ((90, large), (100, large), (0, small)):
-        only = {90: " sm_80 sm_90", 100: " sm_100", 0: ""}[capability]
-        name = f"H{H} P{P} G{G} N{N} {DTYPE_NAMES[dtype]}{only}"
+    large, largest, precise = (112, 64, 1, 128, BF16), (8, 128, 1, 256, BF16), (8, 128, 1, 256, FP32)
+    older = [(capability, size) for capability in (80, 90) for size in (large, largest, precise)]
+    sizes = [*older, (100, large), (100, precise), (0, (4, 16, 2, 16, FP32))]
+    yield "plain bf16 sm_90", ssd, kernels, lambda: launch_for(90, launch, *large, False, False)
+    for capability, (H, P, G, N, dtype) in sizes:
+        name = f"H{H} P{P} G{G} N{N} {DTYPE_NAMES[dtype]}" + f" sm_{capability}" * bool(capability)
         yield name, ssd, kernels, lambda a=(H, P, G, N, dtype, True, False), c=capability: launch_for(c, launch, *a)
         for kernel in kernels:  # they would run on the CPU
             vars(ssd)[kernel] = Recorder(vars(ssd)[kernel])
         call = lambda a=(H, P, G, N, dtype, True, True), c=capability: launch_for(c, launch, *a)  # noqa: E731
-        yield name, ssd_backward, (*gradients, "reduce_kernel"), call
+        yield name, ssd_backward, gradients, call
         for kernel in kernels:
             vars(ssd)[kernel] = vars(ssd)[kernel].kernel
 
@@ -195,14 +196,15 @@ def main(op, *capabilities):
         vars(module).update(kernels)
         for name, recorder in recorders.items():
             for call in recorder.calls:
-                if (name, arguments := compiler_arguments(recorder.kernel, *call)) in seen:
-                    continue
-                seen.append((name, arguments))
+                arguments = compiler_arguments(recorder.kernel, *call)
                 *types, options = arguments
                 assert options.get("enable_fp_fusion") is True, f"{name}: the launch leaves a * b + c to Triton's default"
                 for capability in map(int, capabilities):
                     if "sm_" in case and f"sm_{capability}" not in case.split():
                         continue  # this configuration is for others
+                    if (seen_here := (name, capability, arguments)) in seen:
+                        continue
+                    seen.append(seen_here)
                     tuned = getattr(module, "CAPABILITY_OPTIONS", {}).get(capability, {}) if "bf16" in case else {}
                     found = resources(recorder.kernel, *types, options | tuned, capability)
                     print(json.dumps({"case": case, "kernel": name, "sm": capability} | found), flush=True)

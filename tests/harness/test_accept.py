@@ -94,7 +94,7 @@ def test_a_parity_run_in_sessions_of_two_checkouts_is_accepted_as_one(checkouts:
     words = [*PARITY, "--out", str(run)]
     code, said = Command(one, *words, "--jobs", "2").wait_for(lambda: lines(run) > 0).terminate()
     assert code == INTERRUPTED and f"--resume --out {run}" in said, said
-    assert "INTERRUPTED" in (run / "report.md").read_text()
+    assert "Interrupted" in (run / "report.md").read_text()
     code, said = Command(one, "accept", str(run)).end()
     assert code == USAGE and "is not a finished run (status: interrupted); continue with: " in said, said
 
@@ -115,7 +115,7 @@ def test_a_parity_run_in_sessions_of_two_checkouts_is_accepted_as_one(checkouts:
     assert [s["status"] for s in found.about["sessions"]] == ["interrupted", "killed", "finished"]
     assert ["--resume" in s["command"] for s in found.about["sessions"]] == [False, True, True]
     assert len({r.key for r in found.records}) == len(found.records) == lines(run)
-    assert "| sessions | 3: " in (page := (run / "report.md").read_text()) and "INTERRUPTED" not in page
+    assert "| sessions | 3: " in (page := (run / "report.md").read_text()) and "Interrupted" not in page
     code, said = Command(one, "accept", str(run)).end()
     kept = one / "reports" / "accepted" / "cpu" / "in-parts"
     assert code == 0 and said.splitlines()[0] == str(kept), said
@@ -150,7 +150,7 @@ def test_a_bench_in_sessions_of_two_checkouts_is_accepted_as_one(checkouts: tupl
     first = Command(one, *words).wait_for(lambda: (run / "run.json").exists())
     time.sleep(1)  # the box is being measured
     code, said = first.terminate()
-    assert code == INTERRUPTED and f"--resume --out {run}" in said and "INTERRUPTED" in (run / "report.md").read_text(), said
+    assert code == INTERRUPTED and f"--resume --out {run}" in said and "Interrupted" in (run / "report.md").read_text(), said
     code, said = Command(other, *words, "--resume").wait_for(lambda: lines(run, "speeds.jsonl") > 0).terminate()
     assert code == INTERRUPTED, said
     timed = (run / "speeds.jsonl").read_text()

@@ -8,9 +8,23 @@ from pathlib import Path
 import pytest
 import sweeps
 
-from harness.records.speed import Entry, Point, Speed, last_line
-from harness.report import accepted, bench, curves, overview, page, paper, speed_figures, speed_tables
-from harness.report.html import html
+from harness.records.finding import Finding
+from harness.records.record import Record
+from harness.records.speed import Entry, Point, Speed
+from harness.report import (
+    accepted,
+    bench,
+    curves,
+    faults,
+    figures,
+    overview,
+    page,
+    paper,
+    speed_figures,
+    speed_tables,
+    things,
+)  # fmt: skip
+from harness.report.html import html, write_both
 from harness.runs.store import Run
 
 NATIVE, SDPA = Entry("videomamba", "fused:native", "ours", variant="tiny"), Entry("vit", "sdpa", "rival", variant="tiny")
@@ -37,75 +51,108 @@ def made(tmp_path, speeds=(), *rest, **about) -> str:
 
 def test_the_same_run_gives_the_same_bytes(whole) -> None:
     first = {f.name: f.read_bytes() for f in whole.folder.iterdir()}
-    stems = {"models-infer-tiny-B1-S224-bfloat16", "roofline", "paper", "report"}
+    stems = {"models-infer-tiny-B1-S224-bfloat16", "roofline-infer", "paper-throughput", "report"}
     assert {name.partition(".")[0] for name in first} >= stems
     bench.write(Run.open(whole.folder))
     assert {f.name: f.read_bytes() for f in whole.folder.iterdir()} == first
 
 
-def test_verdict_and_licences_stand_above_the_speeds(whole) -> None:
+def test_the_first_screen_says_what_was_found_then_sections_in_a_readers_order(whole) -> None:
     text, lines = said(whole), said(whole).splitlines()
     assert lines[0] == "# Bench: grid full on NVIDIA H200"
-    assert lines[2] == "**GATED OR FAILED.** ours: 30 timed, 6 gated, 0 failed, 0 out of memory or not tried"
-    assert lines[4] == f"`{last_line(whole.speeds)}`" == "`30 timed, 6 gated (rivals: 42 timed, 2 oom, 4 implied)`"
-    heads = [
-        "## Before",
-        "## Licences",
-        "## Where",
-        "## Plots",
-        "## Operators",
-        "## Models",
-        "## Ceilings",
-        "## How",
-        "## The box",
-    ]
+    assert lines[2] == (
+        "VideoMamba-Ti is 4 to 10 times as fast as upstream in inference and faster than a ViT of similar size from 7,740 "
+        "tokens on. 6 of 36 points of ours failed."
+    )
+    assert "as fast as upstream: VideoMamba-Ti, inference, batch 1" in text and "| 4 to 10x | 7,740 tokens |" in text
+    assert text.index("](models-infer-tiny-B1-S224-bfloat16.svg)") < text.index("- [How fast](#how-fast)")
+    heads = ["## How fast", "## How much memory", "## How right", "## What failed", "## Derived", "## How it was", "## The box"]
+    heads += ["## How to repeat", "## Glossary"]
     assert [text.index(h) for h in heads] == sorted(text.index(h) for h in heads)
     assert "| backward | 1 pass | **1 FAILED** of 1 | - |" in text
-    assert text.endswith("## Again\n\n```\npython -m harness bench\n```\n")
+    assert "## How to repeat it\n\n```\npython -m harness bench\n```\n" in text
     assert (
         "| copy, read plus written | 4,230 GB/s |" in text and "| matrix product in the points' dtype | 795 TFLOP/s |" in text
     )
+    assert not any(word in text.lower() for word in ("gated", "licence", "implied", "budgets wrong"))
 
 
-def test_gated_is_loud_and_has_no_figure(whole) -> None:
+def test_what_failed_parity_is_said_and_has_no_time(whole) -> None:
     text = said(whole)
     why = "parity backward failed in B2-L197-E384-N16-bfloat16: u.grad is wrong by 3 budgets"
-    assert f"> - scan fused:native, 6 points: {why}" in text
+    assert f"Not timed, because parity failed:\n\n- scan fused:native, 6 points: {why}" in text
     rows = [line for line in text.splitlines() if "| train | scan fused:native |" in line]
     assert len(rows) == 6
     for row in rows:
-        assert row.endswith(f"| train | scan fused:native | **GATED**: {why} | - | - | - |  |")
-    assert "GATED" in (whole.folder / "roofline.svg").read_text()
+        assert row.endswith(f"| train | scan fused:native | **not timed**: {why} | - | - | - |  |")
+    assert "ours not timed: failed parity" in (whole.folder / "roofline-train.svg").read_text()
 
 
-def test_a_wrong_rival_is_marked_wherever_its_figure_is_used(whole) -> None:
+def test_a_rival_outside_the_budget_is_marked_wherever_its_figure_is_used(whole) -> None:
     text = said(whole)
-    assert "> - scan fused:mamba_ssm (rival): wrong by 2.6 budgets" in text
+    assert "- scan fused:mamba_ssm (rival): error 3 times its budget" in text
+    assert "| fused:mamba_ssm (rival) | 0 of 1 | 1 outside the budget (at most 3 budgets, a relative error of 0.06) |" in text
     rows = [line for line in text.splitlines() if line.startswith("| scan B8 L1569 E384 N16 | infer |")]
-    assert [row.split(" | ")[6] for row in rows] == [
-        "40 (wrong by 2.6 budgets)",
-        "0.3 (wrong by 2.6 budgets)",
-        "1 (wrong by 2.6 budgets)",
-    ]
-    assert rows[2].endswith("| **wrong by 2.6 budgets** |")
-    for stem in ("roofline", "paper"):
-        assert "wrong by 2.6 budgets" in (whole.folder / f"{stem}.svg").read_text()
-    assert "WRONG BY 2.6 BUDGETS" in (whole.folder / "models-infer-tiny-B1-S224-bfloat16.svg").read_text()
+    mark = "error 3 times its budget"
+    assert [row.split(" | ")[6] for row in rows] == [f"40 ({mark})", f"0.3 ({mark})", f"1 ({mark})"]
+    assert rows[2].endswith(f"| **{mark}** |")
+    assert "upstream: error 3 times its budget" in text and "upstream: error 2.6 times its budget" in text  # of two figures
+
+
+def test_a_rivals_time_has_a_mark_only_for_more_than_a_tenth_outside_the_budget(tmp_path) -> None:
+    """Values of 1e-8 where exactly 0 is due, answers that differ from call to call, and a budget missed by 1 % are no mark."""
+    entry, point = Entry("conv", "fused:mamba_ssm", "rival"), Point("conv", (("B", 1), ("L", 1), ("E", 8), ("K", 4)), "train")
+    zero, bits = Finding("w.grad", "zero", 1e-8, 0.0), Finding("y", "bitwise", 5.0, 0.0)
+    for ratio, mode, expected in ((1.01, "train", 0.0), (1.2, "train", 1.2), (1.2, "infer", 0.0)):
+        run = sweeps.made(tmp_path / f"{ratio}{mode}", [])
+        bad = (zero, bits, Finding("x.grad", "max", ratio, 1.0, 10.0))
+        run.add(Record("conv", "fused:mamba_ssm", "rival", "backward", "B1-bfloat16", "bfloat16", "fail", findings=bad))
+        here = dataclasses.replace(point, mode=mode)
+        run.speeds = [sweeps.speed(entry, here, 1.0, wrong=math.inf, reason="parity backward failed")]
+        [marked] = faults.marked(run)
+        assert marked.wrong == pytest.approx(expected) and bool(curves.fault_note(marked)) == bool(expected)
 
 
 def test_a_rival_that_raised_is_marked_too(tmp_path) -> None:
     [family] = curves.families(_line(SDPA, (1, 2), reason="parity forward failed in X: RuntimeError: <no>"))
-    assert "**not licensed: parity forward failed in X: RuntimeError: &lt;no>**" in speed_tables.models(family.curves[0].timed)
+    assert "**not judged: parity forward failed in X: RuntimeError: &lt;no>**" in speed_tables.models(family.curves[0].timed)
 
 
 def test_running_out_of_memory_is_shown(whole) -> None:
-    text, svg = said(whole), (whole.folder / "models-infer-tiny-B1-S224-bfloat16.svg").read_text()
+    text = said(whole)
     assert "| 1 x 128 x 224 px | 25,089 | eager | vit tiny naive (rival) | **out of memory** | - |" in text
     assert "| vit tiny naive (rival) | not tried: oom at tiny-B1-T128-S224-L25089-infer-eager-bfloat16 already |" in text
-    assert "ran out of memory" in svg
+    assert "x: out of memory (ViT, attention written out)" in text
     [family] = curves.families(whole.speeds)
     ends = {c.entry.name: c.ended.point["T"] for c in family.curves if c.ended}
     assert ends == {"vit tiny naive": 128}
+
+
+def test_a_thing_has_one_colour_in_all_figures_and_no_panel_more_than_five_lines(whole) -> None:
+    looks = list(things.LOOKS.values())
+    assert things.look("fused:native") != things.look("fused:mamba_ssm") and things.look("x") == things.look("x")
+    assert things.look("reference", "vit") == things.look("naive") != things.look("reference")
+    for path in whole.folder.glob("*.svg"):
+        text = path.read_text()
+        for look in (things.look("fused:native"), things.look("fused:mamba_ssm")):
+            for label in re.findall(rf">({re.escape(look.label)})</text>", text):
+                assert look.colour.lower() in text.lower(), (path, label)
+    models = (whole.folder / "models-infer-tiny-B1-S224-bfloat16.svg").read_text()
+    assert sum(f">{look.label.split(',')[0]}" in models for look in looks[:5]) >= 2
+    [family] = curves.families(whole.speeds)
+    main, rest = speed_figures.models(family, whole.folder, "allocated")
+    assert [d.path.stem for d in (*main, *rest)] == [family.stem + end for end in ("", "-memory", "-tokens", "-eager")]
+
+
+def test_lines_that_lie_on_each_other_are_told() -> None:
+    assert figures.hidden([("a", {1: 1.0, 2: 2.0}), ("b", {1: 1.01, 2: 2.02}), ("c", {1: 1.5, 2: 3.0})]) == ["b lies on a"]
+
+
+def test_what_finds_no_room_in_a_panel_is_named(tmp_path) -> None:
+    names = ("cudnn", "flash", "efficient", "sdpa", "fused:torch")
+    entries = [NATIVE, *(dataclasses.replace(SDPA, implementation=name) for name in names)]
+    [family] = curves.families([s for i, entry in enumerate(entries) for s in _line(entry, (1 + i, 2 + i))])
+    assert "in the tables alone: ours in plain PyTorch" in speed_figures.models(family, tmp_path, "allocated")[0][0].caption
 
 
 def _line(entry: Entry, times, way="eager", **rest) -> list[Speed]:
@@ -136,15 +183,9 @@ def test_meetings_in_words() -> None:
     [family] = curves.families(_line(NATIVE, (4, 4, 4)) + _line(SDPA, (1, 2, 3), wrong=7.0))
     text = speed_tables.meetings(family)
     assert "does not meet the fastest ViT; slower everywhere from 100 to 400 tokens" in text
-    assert text.endswith("**wrong by 7 budgets**.")
+    assert text.endswith("**error 7 times its budget**.")
     [family] = curves.families(_line(NATIVE, (4, 4)) + _line(SDPA, (1, 2), way="graph"))
     assert "no ViT has a time where it has one (eager)" in speed_tables.meetings(family)  # ways do not mix
-
-
-def test_where_no_curves_meet_the_plot_says_so(tmp_path) -> None:
-    [family] = curves.families(_line(NATIVE, (4, 4, 4)) + _line(SDPA, (1, 2, 3)))
-    png, svg = speed_figures.models(family, tmp_path, "allocated")
-    assert "meets no ViT in this range" in svg.read_text() and png.read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_fastest_vit_is_taken_at_each_length() -> None:
@@ -187,7 +228,7 @@ def test_the_overview_sets_ours_beside_the_fastest_of_either_kind() -> None:
     wrong = dataclasses.replace(upstream, wrong=2.0)
     assert "1,500 (3.00x)* |" in overview.overview([scan, wrong])
     gated = dataclasses.replace(scan, status="gated", seconds=(), reason="parity failed")
-    assert "GATED" in overview.overview([gated, upstream]) and "1,500 |" in overview.overview([gated, upstream])
+    assert "not timed" in overview.overview([gated, upstream]) and "1,500 |" in overview.overview([gated, upstream])
     graph, eager = _line(NATIVE, (8, 2), way="graph") + _line(SDPA, (2, 8), way="graph"), _line(NATIVE, (99, 99))
     assert overview.overview([*graph, *eager]).count("99") == 0
     [said] = overview.crossings(curves.families([*graph, *eager]))
@@ -230,8 +271,7 @@ def test_the_papers_comparison(whole) -> None:
 
 def test_nothing_timed_and_nothing_drawn(tmp_path) -> None:
     text = made(tmp_path)
-    assert "**NOTHING OF OURS WAS TIMED.**" in text and "`0 timed (rivals: 0 timed)`" in text
-    assert text.count("Not drawn:") == 5 and "![" not in text
+    assert "Nothing of ours was timed." in text and "Nothing to draw." in text and "![" not in text
     assert {f.suffix for f in (tmp_path / "run").iterdir()} == {".json", ".jsonl", ".md", ".html"}
 
 
@@ -239,10 +279,10 @@ def test_a_cpu_a_filter_and_an_interruption_are_loud(tmp_path) -> None:
     plan = {"grid": "cpu", "device": "cpu", "races": ["scan"], "names": ["fused:torch"]}
     text = made(tmp_path, [], "interrupted", plan=plan, box=sweeps.BOX | {"gpu": None})
     assert text.startswith("# Bench: grid cpu on a CPU\n")
-    assert "SO FAR (interrupted)" in text and "> **INTERRUPTED.**" in text
-    assert "> **FILTERED** (races scan; only fused:torch)." in text
+    assert "So far: the run is interrupted." in text and "> **Interrupted.**" in text
+    assert "> **A part of the points** (races scan; only fused:torch). It compares those that were timed" in text
     assert "This is the CPU grid: it shows that the bench works; its numbers say nothing of a GPU." in text
-    assert "> - vit: **flash** (rival): no &lt;flash> here" in text
+    assert "- vit: **flash** (rival): no &lt;flash> here" in text
     assert "resident" in text and "allocator" not in text
 
 
@@ -252,29 +292,41 @@ def test_few_samples_are_owned_up_to() -> None:
 
 
 def alone(text: str) -> None:
-    """Nothing is fetched and nothing leads elsewhere."""
-    assert not re.search(r"<(script|link|iframe|object|embed)\b|@import|url\(|\shref=|srcset=", text)
-    assert all(source.startswith("data:image/") for source in re.findall(r"\ssrc=[\"']?([^\"'>]*)", text))
+    """Nothing is fetched, and links lead to places of the page itself."""
+    assert not re.search(r"<(link|iframe|object|embed)\b|<script[^>]|@import|srcset=|\ssrc=", text)
+    assert all(place.startswith("#") for place in re.findall(r"url\(([^)]*)", text))
+    links = re.findall(r"\shref=[\"']?([^\"'>]*)", text)
+    names = re.findall(r'\sid="([^"]*)"', text)
+    assert all(link.startswith("#") and link[1:] in names for link in links if link), links
+    assert len(names) == len(set(names)), [name for name in names if names.count(name) > 1]
 
 
 def test_the_html_holds_all_and_needs_nothing(whole) -> None:
     text, markdown = (whole.folder / "report.html").read_text(), said(whole)
     alone(text)
-    assert text.count('src="data:image/svg+xml;base64,') == markdown.count("![") == 3
-    for level in (1, 2, 3):
-        assert text.count(f"<h{level}>") == len(re.findall(f"^{'#' * level} ", markdown, re.M))
-    assert text.count("<table>") == text.count('<div class="scroll">') == len(re.findall("^[|] ---", markdown, re.M))
+    assert text.count("<figure>") == text.count('<svg role="img"') == markdown.count("![") == 8
+    assert text.count("<h2>") == len(re.findall("^## ", markdown, re.M))
+    tables = len(re.findall("^[|] ---", markdown, re.M))
+    assert text.count("<table>") == text.count('<div class="scroll" tabindex="0">') == tables - 1  # the large numbers
     assert "<title>Bench: grid full on NVIDIA H200</title>" in text and 'name="viewport"' in text
-    assert "no &lt;flash&gt; here" in text
+    assert "no &lt;flash&gt; here" in text and len(text) < 3e6
+    assert text.index('class="verdict"') < text.index('class="numbers"') < text.index("<figure>") < text.index("<nav")
 
 
 def test_html_of_hostile_markdown(tmp_path) -> None:
     text = html(
-        "# <b>\n\n<script>x</script> [away](https://example.org) `<i>`\n\n| a |\n| --- |\n| b \\| c |\n", tmp_path, "<t>"
+        "# <b>\n\n<script>x</script> [away](https://example.org) `<i>` [here](#b)\n\n| a |\n| --- |\n| b \\| c |\n", tmp_path
     )
+    assert "<script>" not in text and "away" in text and "example.org" not in text and '<a href="#b">' in text
+    assert '<div class="scroll" tabindex="0"><table>' in text.replace("\n", "") and "b | c" in text
+
+
+def test_a_page_of_one_text_has_the_frame(tmp_path) -> None:
+    write_both(tmp_path, "# <t>\n\n**Said.**\n\n## One\n\ntext\n\n## Two\n\n### Three\n\n- more\n", "<t>")
+    text = (tmp_path / "report.html").read_text()
     alone(text)
-    assert "<title>&lt;t&gt;</title>" in text and "away" in text and "example.org" not in text
-    assert '<div class="scroll"><table>' in text.replace("\n", "") and "b | c" in text
+    assert "<title>&lt;t&gt;</title>" in text and '<section id="one">' in text and '<h3 id="three">' in text
+    assert "[Two](#two)" in (tmp_path / "report.md").read_text()
 
 
 def test_the_parity_page_is_html_too(tmp_path) -> None:

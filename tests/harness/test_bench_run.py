@@ -99,7 +99,7 @@ def test_compare(factor: float, code: int, said: str, tmp_path: Path) -> None:
         run.add_speed(Speed(entry("greedy"), point(2), "gated", reason="wrong"))
     done = CliRunner().invoke(app, ["compare", str(tmp_path / "base"), str(tmp_path / "new")])
     assert done.exit_code == code and f"1 {said}" in done.output
-    assert "greedy fake fake-B1-L2-infer-eager-float32: gated" in done.output
+    assert "greedy fake fake-B1-L2-infer-eager-float32: gated, it has no speed" in done.output
 
 
 def test_two_boxes_do_not_compare(tmp_path: Path) -> None:

@@ -12,7 +12,22 @@ from harness.bench import benchmark_json
 from harness.records.finding import Finding
 from harness.records.record import Record
 from harness.records.speed import Entry, Point, Speed
-from harness.report import bench, chunking, curves, loop, overview, page, paper, reading, speed_tables, streaming, tables
+from harness.report import (
+    accepted,
+    bench,
+    chunking,
+    curves,
+    learning,
+    loop,
+    margins,
+    overview,
+    page,
+    paper,
+    reading,
+    speed_tables,
+    streaming,
+    tables,
+)
 from harness.runs.store import Run
 
 GIB, MIB = 2**30, 2**20
@@ -41,7 +56,7 @@ def test_a_model() -> None:
     assert ours[:4] == ["4 x 8 x 224 px", "1,569", "eager", "videomamba tiny fused:native"]
     assert ours[4:] == ["500 [500, 500]", "8", "12,600", "3", "2.5", ""]
     assert vit[3:9] == ["vit tiny sdpa (rival)", "200 [200, 200]", "20", "31,400", "1.5", "1"]
-    assert naive[8:] == ["4", "**wrong by 2.5 budgets**"], "against the fastest ViT"
+    assert naive[8:] == ["4", "**error 2.5 times its budget**"], "against the fastest ViT"
     lost = Speed(OURS, clip(), "oom", reason="CUDA out of memory")
     assert rows(speed_tables.models([lost]))[1][4:] == ["**out of memory**", "-", "-", "-", "-", ""]
 
@@ -183,6 +198,28 @@ def test_ceilings_in_their_units(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_bench_counts_what_failed(tmp_path: Path) -> None:
+    statuses = ("error", "timeout", "gated", "oom", "implied")
+    lost = [Speed(OURS, clip(B=n), status, reason="x") for n, status in enumerate(statuses, 1)]
+    said = bench._verdict(sweeps.made(tmp_path, [at(OURS, clip(B=9), 1.0), *lost]))
+    assert said.startswith("**GATED OR FAILED.** ours: 1 timed, 1 gated, 2 failed, 2 out of memory or not tried")
+
+
+def test_the_newest_accepted_numbers_are_shown(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("\n".join(accepted.MARKERS))
+    times = {"old": (0.5, "2026-01-01"), "new": (0.25, "2026-02-01"), "older": (0.75, "2025-01-01")}
+    runs = {Path(name): sweeps.made(tmp_path / name, [at(OURS, clip(), s)], started=when) for name, (s, when) in times.items()}
+    accepted.write(tmp_path / "README.md", runs)
+    text = (tmp_path / "README.md").read_text()
+    assert "| 250 |" in text and "| 500 |" not in text and "| 750 |" not in text and "(new/report.md)" in text
+
+
+def test_a_share_of_right_answers() -> None:
+    found = Finding("held out", "wrong", 3.0, 5.0, 10.0, note="bar 50 %")
+    record = Record("digits", "fused:torch", "ours", "learn", "steps1", "", "pass", 2.0, findings=(found,))
+    assert "70.0 % of 10 right, bar 50 %" in learning.one_line(record)
+
+
 def test_speeds_for_another_tool(tmp_path: Path) -> None:
     """Samples in seconds; what was not timed is left out."""
     point = clip()
@@ -212,33 +249,35 @@ def test_a_page_of_parity(tmp_path: Path) -> None:
     records += [answer("skip", "chunks"), answer("error", "chunks", case="e"), answer("fail", ratio=5.0, theirs=True)]
     run = parity(tmp_path, *records)
     text = page.write(run).read_text()
-    assert "**FAILED.** ours: 2 passed, 2 failed, 1 skipped; rivals: 0 passed, 1 failed, 0 skipped" in text
+    assert "2 of 4 answers of our implementations failed: 1 outside the budget (at most 3 budgets, " in text
+    assert "| 2 of 4 | 3 budgets | 0 of 1 | 1 |" in text
     matrix = rows(tables.matrix(records))
     assert matrix == [
         ["check", "fused:native", "theirs (rival)"], ["forward", "2 pass", "**1 FAILED** of 1"],
         ["backward", "**1 FAILED** of 1", "-"],
         ["chunks", "**1 FAILED** of 1, 1 skip", "-"],
     ]  # fmt: skip
-    worst = rows(tables.worst_errors(records))
-    assert worst[1:] == [
-        ["scan", "backward", "fused:native", "float32", "**3**", "y (l2)", "c"],
-        ["scan", "forward", "fused:native", "float32", "0.75", "y (l2)", "d"],
-        ["scan", "forward", "theirs (rival)", "float32", "**5**", "y (l2)", "c"],
+    tight = rows(margins.tightest(records))
+    assert [line[:6] for line in tight[1:4]] == [
+        ["5", "y (l2)", "-", "forward", "theirs (rival)", "scan c"],
+        ["3", "y (l2)", "-", "backward", "fused:native", "scan c"],
+        ["2.5", "final_state (max)", "-", "forward", "theirs (rival)", "scan c"],
     ]  # fmt: skip
-    assert "**FAILED SO FAR (interrupted).**" in page.write(parity(tmp_path / "a", *records, status="interrupted")).read_text()
-    assert "**NOTHING OF OURS RAN.**" in page.write(parity(tmp_path / "b", records[-1])).read_text()
+    assert tight[2][6:9] == ["12", "4", "-"]
+    assert "So far: the run is interrupted." in page.verdict(parity(tmp_path / "a", *records, status="interrupted"))
+    assert page.verdict(parity(tmp_path / "b", records[-1])) == "Nothing of ours was judged."
 
 
 def test_what_a_page_owns_up_to(tmp_path: Path) -> None:
     plan = {"grid": "full", "checks": ["forward", "chunks"], "cases": ["B3*"]}
     filtered = page.write(parity(tmp_path / "a", answer("pass"), plan=plan, filtered=True)).read_text()
-    assert "**FILTERED** (grid full; checks forward, chunks; cases B3\\*)" in filtered and "validates nothing" in filtered
+    assert "**A part of the questions** (grid full; checks forward, chunks; cases B3\\*). It speaks for these alone" in filtered
     whole = page.write(parity(tmp_path / "b", answer("pass"))).read_text()
-    assert "FILTERED" not in whole and "Nothing is missing: every implementation ran, unfiltered, to the end." in whole
-    for status, said in (("pass", "IT WAS NOT CAUGHT"), ("fail", "(it was caught)")):
+    assert "A part of" not in whole and "Every implementation ran." in whole
+    for status, said in (("pass", "it was not caught"), ("fail", "(it was caught)")):
         record = answer(status, ratio=3.0 if status == "fail" else 0.5)
         planted = page.write(parity(tmp_path / status, record, plan={"grid": "full", "mutant": "drop_skip"})).read_text()
-        assert "A BUG WAS PLANTED in fused: drop_skip" in re.sub(r"\\", "", planted) and said in planted
+        assert "A bug was planted in fused: drop_skip" in re.sub(r"\\", "", planted) and said in planted
     dirty = parity(tmp_path / "c", answer("pass"), box=sweeps.BOX | {"git": {"commit": "f00d", "dirty": True}})
     assert "| git | f00d, WITH CHANGES |" in page.box(dirty) and "| git | f00d, clean |" in page.box(parity(tmp_path / "d"))
     changed = parity(tmp_path / "e", answer("pass"))

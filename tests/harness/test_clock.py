@@ -10,7 +10,7 @@ import test_bench_run as bench
 
 from harness.bench import ceilings, clock, grids, interleave
 from harness.bench.clock import Call, Clock
-from harness.bench.run import fits_together, refusal, time_points
+from harness.bench.run import fits_together, points_here, refusal, time_points
 from harness.bench.worker import Batch, EntryFailed, LoadedCall, Worker
 from harness.judge.registry import subjects
 from harness.records import interval
@@ -18,7 +18,7 @@ from harness.records.ceilings import Ceilings, element_bytes
 from harness.records.finding import Finding
 from harness.records.interval import Interval
 from harness.records.record import Record
-from harness.records.speed import Entry, Point, Speed, is_failure, last_line
+from harness.records.speed import GPU_WAYS, Entry, Point, Speed, is_failure, last_line
 
 OURS, THEIRS = Entry("norm", "fused:torch", "ours"), Entry("norm", "theirs", "rival")
 POINT = Point("norm", (("B", 2), ("L", 10)), "infer", dtype="float32")
@@ -45,6 +45,7 @@ def test_what_comes_before_a_call_is_not_timed(hands: Hands) -> None:
     call = Call(lambda: hands.pass_by(2.0, 0.5), before=lambda: hands.pass_by(7.0, 7.0))
     assert Clock("cpu").time(call) == 2.0 and Clock("cpu").time(replace(call, cpu_time=True)) == 0.5
     assert Clock("cpu").warm(call, 3) == [2.0] * 3
+    assert hands.wall == 100.0 + 5 * 9.0, "it has come before each of the five"
 
 
 def test_a_loops_time_is_that_of_one_call(hands: Hands) -> None:
@@ -137,10 +138,18 @@ def test_who_fails_ends_alone_and_takes_turns_before() -> None:
 
 
 def test_what_does_not_fit_with_the_others_is_tried_alone() -> None:
-    first, second = Scripted([1e-6] * 9), Scripted("oom", [1e-6] * 9, entry=THEIRS)
-    speeds = timed(first, second)
-    assert [s.status for s in speeds] == ["ok", "ok"] or [(s.status, s.alone) for s in speeds][0] == ("ok", False)
-    assert timed(Scripted("oom"))[0].status == "oom"
+    class Crowded(Scripted):
+        """Has no room when it is loaded first."""
+
+        def ask(self, request: str, *arguments: object, timeout: float) -> object:
+            answer = super().ask(request, *arguments, timeout=timeout)
+            if request == "load" and self.asked.count("load") == 1:
+                raise EntryFailed("oom", "no room")
+            return answer
+
+    speeds = timed(Scripted([1e-6] * 9), Crowded([1e-6] * 9, entry=THEIRS))
+    assert [(s.status, s.alone) for s in speeds] == [("ok", False), ("ok", True)]
+    assert timed(Crowded([1e-6] * 9))[0].status == "oom", "by itself it has no second try"
 
 
 def test_medians_and_ratios_by_numbers() -> None:
@@ -330,6 +339,8 @@ def test_who_is_timed() -> None:
     timed = {e.implementation for name in ("scan", "norm") for e in grids.entries(name, "cpu", "sdpa")}
     assert timed == {"fused:torch"}, "the reference is not, nor what is absent"
     assert grids.entries("norm", "cpu", "sdpa", ("fused:native",)) == []
+    assert not {p.way for p in points_here("full", "cpu", ("tiny", "loop"))} & set(GPU_WAYS)
+    assert {p.way for p in points_here("full", "cuda", ("tiny",))} >= {"eager", "graph"}
     for name, race in races.items():
         points = [p for grid in grids.GRIDS for p in race.points(grid)]
         assert all(p.race == name for p in points)

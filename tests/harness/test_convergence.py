@@ -81,7 +81,9 @@ def test_records_survive_and_are_drawn(tmp_path: Path) -> None:
     assert all(len(line) == SHORT + 1 for line in lines.values())
     assert lines["free run"][0] == 0 < lines["free run"][1] and math.isinf(training.curves(bad)["free run"][1])
     assert [f.passed for f in bad.findings if f.tensor == "free run"] == [False]
-    assert "![Losses and distances of short trainings](convergence.png)" in page.write(run).read_text()
-    svg = (run.folder / "convergence.svg").read_text()
-    assert all(word in svg for word in ("fused:torch", "mine (1 FAILED)", "allowed", "loss of the step", "which quarter"))
+    text = page.write(run).read_text()
+    assert "](convergence-1-loss.svg)" in text and "which quarter" in text and "; 1 failed](" in text
+    loss, distance = ((run.folder / f"convergence-1-{what}.svg").read_text() for what in ("loss", "distance"))
+    assert all(word in loss for word in ("ours in plain PyTorch", ">mine<", "loss of the step", "reference, float64"))
+    assert "shaded: allowed" in distance
     assert training.trainings([replace(good, check="forward")], tmp_path) == []

@@ -69,8 +69,8 @@ def test_digits_and_the_arrow_by_the_command(tmp_path: Path) -> None:
     known, free = Run.open(tmp_path).records
     assert known.findings[0].budget == allowed(digits.TASK.short.bar, 359) and free.findings[0].budget == float("inf")
     said = (tmp_path / "report.md").read_text()
-    assert "no bar" in said and "> **SHORT.**" in said and "Not asked: motion" in said
-    assert "handwritten digits, the image model" in (tmp_path / "learning.svg").read_text()
+    assert "no bar" in said and "> **Short.**" in said and "Not asked: motion" in said
+    assert "handwritten digits, the image model" in said and "held-out" in (tmp_path / "learning-digits-right.svg").read_text()
 
 
 def test_motion_is_learnt_and_it_is_motion() -> None:
@@ -100,7 +100,7 @@ def test_a_miss_is_exit_code_1_and_says_how_to_repeat_it(tmp_path: Path, monkeyp
     done = learn("--task", "digits", "--out", str(tmp_path))
     assert done.exit_code == FAILED and "FAIL (ours) digits fused:torch steps2-" in done.output
     assert "python -m harness learn --task digits --impl fused:torch --seeds 1 --device cpu" in done.output
-    assert "**FAILED.**" in (tmp_path / "report.md").read_text()
+    assert "0 of 1 trainings of ours reached what their tasks demand." in (tmp_path / "report.md").read_text()
 
 
 def test_the_reference_learns_too_and_a_run_goes_on(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_dollars_in_an_error_do_not_end_the_drawing(tmp_path: Path) -> None:
     entry, point = Entry("norm", "rival$\\x$", "rival"), Point("norm", (("B", 1), ("L", 1), ("D", 8)), "infer")
     run = sweeps.made(tmp_path / "run", [sweeps.speed(entry, point, 1.0, bound=5e-4, reason="no $\\such{$ thing")])
     bench.write(run)
-    assert "rival$\\x$" in (run.folder / "roofline.svg").read_text()
+    assert "rival$\\x$" in (run.folder / "roofline-infer.svg").read_text()
 
 
 def test_the_page_of_learn_shows_it(tmp_path: Path) -> None:

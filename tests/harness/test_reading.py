@@ -67,9 +67,9 @@ def test_readers_are_timed_and_reported(tmp_path: Path, monkeypatch: pytest.Monk
     asked = [(r.implementation, r.check, r.status) for r in made.records]
     assert asked == [("read_clip", "frames", "pass"), ("pyav", "frames", "pass")]
     text = (tmp_path / "run" / "report.md").read_text()
-    assert "| 12 | 8 | clips read_clip |" in text and "cores, GOP 12" in text and "ON A CPU" not in text
-    assert (tmp_path / "run" / "data.png").exists()
-    assert "Clips read by one core" in (tmp_path / "run" / "report.html").read_text()
+    assert "| 12 | 8 | clips read_clip |" in text and "cores, GOP 12" in text and "On a CPU" not in text
+    assert (tmp_path / "run" / "data-T8.svg").exists()
+    assert "frames read by one core" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_a_wrong_frame_gates_the_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,10 +190,10 @@ def test_the_page_and_that_of_accepted_runs(tmp_path: Path, monkeypatch: pytest.
     made = sweeps.made(tmp_path / "run", speeds)
     text = bench.write(made).read_text()
     assert "| 12 | 8 | clips read_clip | 25 [24.8, 25.2] | 40 | 2.5 | 1,020 |  |" in text
-    assert "| 60 | 8 | clips decode_frames | **GATED**: parity frames failed | - |" in text
+    assert "| 60 | 8 | clips decode_frames | **not timed**: parity frames failed | - |" in text
     assert "| videomamba middle fused:native | 8 | 8 | eager | 200 | 5 | 10 | run, NVIDIA H200 |" in text  # of the run itself
-    assert "GATED" in (tmp_path / "run" / "data.svg").read_text()
-    assert "## Data" not in bench.write(sweeps.made(tmp_path / "other", [step("middle", 40.0)])).read_text()
+    assert "not timed: failed parity" in (tmp_path / "run" / "data-T8.svg").read_text()
+    assert "## Video files" not in bench.write(sweeps.made(tmp_path / "other", [step("middle", 40.0)])).read_text()
     page = tmp_path / "README.md"
     page.write_text("\n".join(accepted.MARKERS))
     accepted.write(page, {Path("accepted/h200/run"): made})

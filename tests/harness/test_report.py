@@ -1,13 +1,14 @@
 """The page of a run: what must be loud is, the numbers stand where they belong, the figures exist."""
 
 import math
+import re
 
 import pytest
 
 from harness.judge import parity
 from harness.records.finding import Finding
 from harness.records.record import Record
-from harness.report import deviation, figures, page
+from harness.report import deviation, errors, faults, margins, page
 from harness.runs.store import Run
 
 COMMAND = "python -m harness parity --grid full --subject scan --check backward --impl fused:torch --case B1-L63-E4-N2-bfloat16"
@@ -55,19 +56,39 @@ def text(run):
     return path.read_text()
 
 
-def test_verdict_names_rivals_in_the_same_breath(run):
-    lines = text(run).splitlines()
-    assert lines[0] == "# Parity: grid full on NVIDIA H200"
-    assert lines[2] == "**FAILED.** ours: 3 passed, 1 failed, 2 skipped; rivals: 0 passed, 1 failed, 1 skipped"
-    assert lines[4] == "`3 passed, 1 failed, 2 skipped (rivals: 0 passed, 1 failed)`"
-
-
-def test_what_did_not_run_is_said_before_the_tables(run):
+def test_the_verdict_is_a_sentence_and_the_large_numbers_follow(run):
     said = text(run)
-    assert "> **NOT RUN HERE.** These were not judged at all:\n>\n" in said
-    assert "> - scan: **fused:mamba_ssm** (rival): mamba_ssm is not installed\n" in said
-    assert said.index("## Not run here") < said.index("## Checks")
-    assert not any(word in said for word in ("INTERRUPTED", "FILTERED", "PLANTED", "NOT FINISHED"))
+    lines = said.splitlines()
+    assert lines[0] == "# Parity: grid full on NVIDIA H200"
+    assert lines[2].startswith("1 of 4 answers of our implementations failed: 1 outside the budget (at most 3 budgets, ")
+    assert "| 3 of 4 | 3 budgets | 0 of 1 | 3 |" in said
+    assert "largest error of ours: delta.grad, backward, fused:torch" in said
+    assert "answers of other (rival) passed; 1 crashed" in said
+    assert said.index("](heat-map.svg)") < said.index("- [How tight](#how-tight)") < said.index("## How tight")
+    good = [record(case=f"B1-L{n}-float32") for n in (5, 6)]
+    assert text(made(run.folder / "good", good)).splitlines()[2] == (
+        "All 2 answers of our implementations are as close to the reference as the tolerance demands; "
+        "the tightest uses 25 % of its budget."
+    )
+
+
+def test_what_did_not_run_is_said(run):
+    said = text(run)
+    assert "- scan: **fused:mamba_ssm** (rival): mamba_ssm is not installed\n" in said
+    assert "| 2 | scan | fused:torch | no \\| state |" in said
+    assert not any(word in said.lower() for word in ("interrupted", "planted", "not finished", "gated", "licence"))
+
+
+def test_sections_are_in_the_order_of_a_readers_questions_and_raw_answers_are_folded(run):
+    said = text(run)
+    heads = re.findall("^## (.*)", said, re.M)
+    assert heads == [name for name, _ in re.findall(r"^- \[(.*)\]\(#(.*)\)", said, re.M)]
+    assert [h for h in heads if h in ("How tight", "What failed", "What was not run", "The box", "How to repeat it")] == [
+        "How tight", "What failed", "What was not run", "The box", "How to repeat it",
+    ]  # fmt: skip
+    folded = re.findall(r"<details><summary>(.*)</summary>", said)
+    assert {"All answers, by subject", "The box", "Glossary", "Failures of rivals"} <= set(folded)
+    assert "What failed" not in folded and "What was not run" not in folded
 
 
 def test_matrix(run):
@@ -82,19 +103,23 @@ def test_matrix(run):
     ]
 
 
-def test_failures_with_the_command_ours_first(run):
+def test_failures_with_the_command_and_rivals_in_a_section_of_their_own(run):
     said = text(run)
     assert (
         f"""\
-1. **FAIL** (ours) backward, scan, fused:torch, B1-L63-E4-N2-bfloat16
+1. **outside the budget** (ours) backward, scan, fused:torch, B1-L63-E4-N2-bfloat16
 
    delta.grad, max: error 0.03, may be 0.01 (3 budgets), worst at (0, 62, 3); 2 of 3 findings fail
 
    ```
    {COMMAND}
    ```
-
-2. **ERROR** (rival) forward, scan, other, B1-L63-E4-N2-float32
+"""
+        in said
+    )
+    assert (
+        """\
+1. **crashed** (rival) forward, scan, other, B1-L63-E4-N2-float32
 
    reason: RuntimeError: two lines &lt;b>
 
@@ -106,22 +131,64 @@ def test_failures_with_the_command_ours_first(run):
     )
 
 
-def test_worst_errors_skips_video_and_box(run):
+def test_failures_are_told_by_kind(tmp_path):
+    zero = [Finding("A.grad", norm, 1e-8, 0.0) for norm in ("l2", "max", "zero")]
+    near = Finding("u.grad", "max", 1.01, 1.0, 50.0)
+    bits, nan = (Finding("y", norm, 7.0, 0.0) for norm in ("bitwise", "nan"))
+    many = [
+        record("fail", "backward", "rival", f"B1-L{n}-float32", "rival", findings=tuple(bad))
+        for n, bad in enumerate([zero, [near], [*zero, near], [bits], [nan]])
+    ]
+    many += [record("error", case="B9-float32", name="rival", role="rival", reason="NotImplementedError: no reverse")]
+    kinds = [faults.of(r).kind for r in many]
+    assert kinds == [faults.NOT_ZERO, faults.OUTSIDE, faults.OUTSIDE, faults.NOT_REPEATABLE, faults.OTHER, faults.REFUSED]
+    assert faults.of(many[2]) == (faults.OUTSIDE, pytest.approx(1.01), pytest.approx(1.01 / 50))
+    said = text(made(tmp_path, many))
+    assert "| rival (rival) | 6 | 6 | 2 | 1 | 1 | 1 | 1 | 0 | 0 | 0 | 1.01 | 0.0202 |" in said
+    assert "A.grad, l2: 1e-08 where exactly 0 is due" in said and "7 elements differ" in said and "inf budgets" not in said
+
+
+def test_the_tightest_answers_name_the_element_and_the_command(run):
     said = text(run)
-    assert "| scan | backward | fused:torch | bfloat16 | **3** | delta.grad (max) | B1-L63-E4-N2-bfloat16 |" in said
-    assert "| scan | forward | fused:torch | float32 | 0.25 | y (l2) | B1-L63-E4-N2-float32 |" in said
-    assert "| 2 | scan | fused:torch | no \\| state |" in said
+    row = next(line for line in said.splitlines() if line.startswith("| 3 | delta.grad (max) |"))
+    assert "| (0, 62, 3) | backward | fused:torch | scan B1-L63-E4-N2-bfloat16 | 0.03 | 0.01 | 0.015 |" in row
+    assert COMMAND in row
+    table = said[said.index("## How tight") : said.index("## What failed")]
+    ratios = [float(line.split(" | ")[0].strip("| ")) for line in table.splitlines() if re.match(r"[|] \d", line)]
+    assert ratios == sorted(ratios, reverse=True) and len(ratios) <= 10
+
+
+def test_cells_of_the_map_lead_to_their_worst_cases(run):
+    text(run)
+    svg, page_ = (run.folder / "heat-map.svg").read_text(), (run.folder / "report.html").read_text()
+    links = set(re.findall(r'<a xlink:href="#([^"]*)"', svg))
+    assert links == {"forward-fusedtorch", "backward-fusedtorch", "forward-other"}
+    assert all(f'id="{link}"' in page_ for link in links) and all(f'href="#{link}"' in page_ for link in links)
+    assert "2/2" in svg and "1/2" in svg and "0/1" in svg
+    assert svg.count(f"fill: {margins.COLOURS[-1][1].lower()}") == 2  # what crashed has failed too, without a number
+
+
+def test_video_and_box(run):
+    said = text(run)
     assert "1 case used frames of a real video: the shipped clip, `bigbuckbunny.mp4`." in said
     assert "| git | f00d, WITH CHANGES |" in said and "| packages | torch 2.8.0, timm none |" in said
-    assert said.endswith("## Again\n\n```\npython -m harness parity\n```\n")
+    assert "## How to repeat it\n\n```\npython -m harness parity\n```\n" in said
 
 
-def test_figures_are_drawn_and_shown(run):
-    assert "![Error against sequence length](error-vs-length.png)" in text(run)
-    assert (run.folder / "error-vs-length.png").read_bytes().startswith(b"\x89PNG")
-    svg = (run.folder / "error-vs-length.svg").read_text()
-    assert all(word in svg for word in ("fused:torch", "bfloat16", "least budget, float32", "FAILED", "tokens"))
-    assert "NOT DRAWN, without a finite number: 1 FAILED" in svg  # the rival's error
+def test_every_finding_is_in_the_plot_of_margins(run):
+    assert "](margins.svg)" in text(run)
+    svg = (run.folder / "margins.svg").read_text()
+    assert all(word in svg for word in (">backward<", ">forward<", "error in budgets", "0 exact", "ours in plain PyTorch"))
+    assert "The error of each of 6 findings in budgets" in (run.folder / "report.md").read_text()
+    exact = [record(findings=(Finding("y", "bitwise", 0.0, 0.0),))]
+    assert margins.margins(exact, run.folder) == [] and margins.tightest(exact) == "None."
+
+
+def test_error_against_length_is_drawn(run):
+    assert "](error-forward-float32.svg)" in text(run)
+    svg = (run.folder / "error-backward-bfloat16.svg").read_text()
+    assert "ours in plain PyTorch" in svg and "tokens" in svg
+    assert "backward, bfloat16; in a ring: 1 failed" in (run.folder / "report.md").read_text()
 
 
 def test_deviation_of_the_approximate_mode_is_drawn(tmp_path):
@@ -131,27 +198,27 @@ def test_deviation_of_the_approximate_mode_is_drawn(tmp_path):
     ]  # fmt: skip
     one = record(check="forward_approximate", findings=parity.selected_findings([GOOD, *near]))
     run = made(tmp_path / "run", [Record.parse(one.line())])
-    assert "![Deviation against chunk and look-ahead](approximate.png)" in text(run)
+    assert "](approximate.svg)" in text(run)
     svg = (run.folder / "approximate.svg").read_text()
-    assert all(word in svg for word in ("no look-ahead", "4 frames ahead", "chunk (frames)"))
+    assert all(word in svg for word in ("no look-ahead", "4 frames ahead", "frames of a chunk"))
     assert deviation.measured(run.records[0]) == {0: {1: 0.3, 2: 0.15}, 4: {1: 0.3, 2: 0.15}}
     assert deviation.approximate([record()], tmp_path) == []
 
 
-def test_interrupted_filtered_and_planted_are_loud(tmp_path):
+def test_interrupted_filtered_and_planted_are_said(tmp_path):
     plan = {"grid": "smoke", "mutant": "half_decay", "subjects": ["scan"], "video": "my.mp4"}
     said = text(made(tmp_path, [record(case="B1-L7-video-float32")], "interrupted", plan=plan, filtered=True))
-    assert "**PASSED SO FAR (interrupted).**" in said
-    assert "> **INTERRUPTED.**" in said
-    assert "> **FILTERED** (grid smoke; subjects scan)." in said
-    assert "> **A BUG WAS PLANTED in fused: half_decay** (IT WAS NOT CAUGHT)." in said
+    assert "So far: the run is interrupted." in said.splitlines()[2]
+    assert "> **Interrupted.**" in said
+    assert "> **A part of the questions** (grid smoke; subjects scan). It speaks for these alone" in said
+    assert "> **A bug was planted in fused: half_decay** (it was not caught)." in said
     assert "a real video: `my.mp4`." in said
 
 
 def test_nothing_ran(tmp_path):
     run = made(tmp_path, [])
     said = text(run)
-    assert "**NOTHING OF OURS RAN.**" in said and "Nothing to draw" in said
+    assert "Nothing of ours was judged." in said and "No question was answered." in said
     assert text(Run.open(run.folder)) == said
 
 
@@ -159,7 +226,7 @@ def test_only_the_first_failures_are_listed(tmp_path):
     many = [record("oom", case=f"B1-L{n}-float32", reason="out of memory") for n in range(1, 34)]
     said = text(made(tmp_path, many))
     assert "The first 30 of 33; records.jsonl has all." in said
-    assert "\n30. **OOM**" in said and "\n31. " not in said
+    assert "\n30. **out of memory**" in said and "\n31. " not in said
     assert "| forward | **33 FAILED** of 33 |" in said
 
 
@@ -167,10 +234,10 @@ def test_only_the_first_failures_are_listed(tmp_path):
 def test_errors_that_a_log_scale_cannot_hold(tmp_path, error):
     finding = Finding("y", "l2", error, 1e-7, 1.0)
     one = record("pass" if finding.passed else "fail", findings=(finding,))
-    assert figures.error_against_length([one], tmp_path) == []
+    assert errors.against_length([one], tmp_path) == []
 
 
 def test_other_subjects_and_lengths_unknown_are_not_drawn(tmp_path):
-    assert figures.error_against_length([], tmp_path) == []
-    assert figures.error_against_length([record(case="B1-E4-float32"), record(check="chunks")], tmp_path) == []
+    assert errors.against_length([], tmp_path) == []
+    assert errors.against_length([record(case="B1-E4-float32"), record(check="chunks")], tmp_path) == []
     assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -141,9 +142,19 @@ def test_bugs_of_one_place_are_not_planted_together(project: Path) -> None:
 
 
 def test_a_sample_is_drawn_by_the_commit(project: Path) -> None:
-    every = catalogue.read()
+    every = [replace(mutant, killer="tests/test_narrow.py::test_twice") for mutant in catalogue.read()]
+    assert choose(catalogue.read(), (), (), 3, "a") == [], "what no run has found is not drawn"
     drawn = [tuple(m.bug for m in choose(every, (), (), 3, commit)) for commit in ("a", "a", "b", "c", "d")]
     assert drawn[0] == drawn[1] and len(set(drawn)) > 2 and all(len(names) == 3 for names in drawn)
     assert choose(every, (), (), 99, "a") == choose(every, (), (), 0, "a") == every
     assert re.search(r"^10 bugs$", mutants("--dry-run").output, re.M)
     assert mutants("--room", "nowhere").exception is not None
+
+
+def test_the_tests_that_found_bugs_are_noted_in_the_data(project: Path) -> None:
+    name = "numbers_of_mine.py: "
+    found = {name + "caught": "tests/test_narrow.py::test_twice[a-b]", name + "hangs": "the tests did not end within 8 s"}
+    before = catalogue.read_file(project / "data" / "judge.jsonl")
+    catalogue.note_killers(found, project / "data")
+    after = catalogue.read_file(project / "data" / "judge.jsonl")
+    assert after == [replace(m, killer="tests/test_narrow.py::test_twice" * (m.bug == "caught")) for m in before]

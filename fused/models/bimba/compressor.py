@@ -15,7 +15,7 @@ from fused.models.bimba.chunked import check_chunkable, compress_chunks, split_c
 from fused.models.bimba.interleave import places_of
 from fused.models.bimba.layer import CompressorLayer
 from fused.modules import mamba
-from fused.modules.mamba import Mamba, check_backend
+from fused.modules.mamba import Mamba, check_backend, inverse_softplus
 from fused.runtime.checks import check_choice
 from fused.runtime.dtypes import accumulation_dtype
 
@@ -145,4 +145,4 @@ def _init_backward_direction(mixer: Mamba, initial_values: str) -> None:
     bound = 1 / math.sqrt(mixer.dt_rank)
     mixer.dt_proj_b.weight.uniform_(-bound, bound)
     step = torch.empty_like(mixer.dt_proj_b.bias, dtype=torch.float32).uniform_(math.log(1e-3), math.log(0.1)).exp_()
-    mixer.dt_proj_b.bias.copy_(step + (-torch.expm1(-step)).log())  # the inverse of softplus
+    mixer.dt_proj_b.bias.copy_(inverse_softplus(step))

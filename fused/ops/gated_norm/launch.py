@@ -7,7 +7,6 @@ from fused.ops.gated_norm.kernels import backward_kernel, forward_kernel
 from fused.runtime import triton_launch
 from fused.runtime.triton_launch import FUSED_MULTIPLY_ADD, blocks, power_of_2
 
-MAX_WIDTH = 8192  # of a group
 PROGRAMS = 4 * 132  # of the backward, a constant, because it decides the order of sums
 
 

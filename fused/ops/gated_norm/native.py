@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fused.ops.gated_norm import launch
+from fused.ops.gated_norm import MAX_WIDTH, launch
 from fused.runtime.checks import check_native_dtypes
 from fused.runtime.library import apply_function, below_autograd, register
 
@@ -25,9 +25,9 @@ def gated_norm_native(
 
     Raises ValueError for groups of more than 8192 channels, and for a tensor in float64.
     """
-    if y.shape[-1] // groups > launch.MAX_WIDTH:
+    if y.shape[-1] // groups > MAX_WIDTH:
         raise ValueError(
-            f"gated_norm: backend 'native' has groups of at most {launch.MAX_WIDTH} channels, got y of shape {tuple(y.shape)} "
+            f"gated_norm: backend 'native' has groups of at most {MAX_WIDTH} channels, got y of shape {tuple(y.shape)} "
             f"in {groups} groups; use backend='torch'"
         )
     check_native_dtypes("gated_norm", y=y, z=z, weight=weight)

@@ -1,7 +1,8 @@
 """Triton source of the SSD scan's backward; `launch_backward.py` states the equations and launches it.
 
 Words and shapes are those of `kernels.py`. dy is the gradient of y before the gate. The gradient of a state is kept like the
-state, transposed, (N, P), in float32. The gradient that `enters` a span or chunk comes from the tokens after it.
+state, transposed, (N, P). A program takes several heads of a group in turn, and a block of P. Numbers by token that several
+blocks contribute to are stored block by block, (blocks, B, H, tokens), and added up in `steps_backward_kernel`.
 """
 
 # mypy: disable-error-code="assignment"
@@ -10,394 +11,261 @@ state, transposed, (N, P), in float32. The gradient that `enters` a span or chun
 import triton
 import triton.language as tl
 
-from fused.ops.ssd.kernels import LN2, LOG2E, LOWEST, dot, dot_split, load_ids, load_rows, softplus, state_weights, to_tokens
+from fused.ops.ssd.kernels import (
+    LOG2E,
+    LOWEST,
+    chunk_and_heads,
+    dot,
+    load_ids,
+    load_rows,
+    load_state,
+    load_tiles,
+    softplus,
+    to_tokens,
+)
 
 
-@triton.jit
-def _from_state(prefix_ptr: tl.tensor, prefix_low_ptr: tl.tensor, base: tl.tensor, CHUNK: tl.constexpr):
-    """Return the decays (CHUNK,) of the state that enters a chunk, up to each of its tokens, and of the whole chunk."""
-    i = tl.arange(0, CHUNK)
-    decays = tl.exp2(tl.load(prefix_ptr + base + i)) * tl.fma(tl.load(prefix_low_ptr + base + i), LN2, 1.0)
-    total, total_low = tl.load(prefix_ptr + base + (CHUNK - 1)), tl.load(prefix_low_ptr + base + (CHUNK - 1))
-    return decays, tl.exp2(total) * tl.fma(total_low, LN2, 1.0)
-
-
-@triton.jit
-def _to_end(prefix_ptr: tl.tensor, prefix_low_ptr: tl.tensor, base: tl.tensor, CHUNK: tl.constexpr):
-    """Return the decays (CHUNK,) after each token up to the end of the chunk."""
-    i = tl.arange(0, CHUNK)
-    after = tl.load(prefix_ptr + base + (CHUNK - 1)) - tl.load(prefix_ptr + base + i)
-    low = tl.load(prefix_low_ptr + base + (CHUNK - 1)) - tl.load(prefix_low_ptr + base + i)
-    return tl.exp2(after + low)
-
-
-@triton.jit
-def _between(prefix_ptr: tl.tensor, prefix_low_ptr: tl.tensor, base: tl.tensor, TRANSPOSED: tl.constexpr, CHUNK: tl.constexpr):
-    """Return the decay (CHUNK, CHUNK) from token j to token i, at [i, j], or TRANSPOSED at [j, i]; meaningless for i < j."""
-    i = tl.arange(0, CHUNK)
-    prefix, low = tl.load(prefix_ptr + base + i), tl.load(prefix_low_ptr + base + i)
-    if TRANSPOSED:
-        return tl.exp2((prefix[None, :] - prefix[:, None]) + (low[None, :] - low[:, None]))
-    return tl.exp2((prefix[:, None] - prefix[None, :]) + (low[:, None] - low[None, :]))
-
-
-@triton.jit(do_not_specialize=["L", "num_chunks", "num_spans", "chunks_per_span"])
-def span_gradient_kernel(
-    dy_ptr: tl.tensor, C_ptr: tl.tensor, ids_ptr: tl.tensor, prefix_ptr: tl.tensor, prefix_low_ptr: tl.tensor,
-    gradient_ptr: tl.tensor, decay_ptr: tl.tensor,
-    L: tl.tensor, H: tl.tensor, P: tl.tensor, N: tl.tensor, heads_per_group: tl.tensor,
-    num_chunks: tl.tensor, num_spans: tl.tensor, chunks_per_span: tl.tensor,
-    dy_clip_stride: tl.tensor, dy_token_stride: tl.tensor, dy_head_stride: tl.tensor,
-    C_clip_stride: tl.tensor, C_token_stride: tl.tensor, C_group_stride: tl.tensor,
-    REVERSE: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    COMPUTE: tl.constexpr, TERMS: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    """Compute the gradient (B, spans, H, P, N) of the state before each span, by it alone, and its decay."""
-    head_blocks = H // HEADS
-    first_head = (tl.program_id(0) % head_blocks) * HEADS
-    span = (tl.program_id(0) // head_blocks) % num_spans
-    clip = (tl.program_id(0) // head_blocks // num_spans).to(tl.int64)
-    p, n = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
-    dy_ptr += clip * dy_clip_stride + first_head.to(tl.int64) * dy_head_stride
-    C_ptr += clip * C_clip_stride + (first_head // heads_per_group).to(tl.int64) * C_group_stride
-    row = (clip * H + first_head) * (num_chunks * CHUNK)
-    if ids_ptr is not None:
-        ids_ptr += clip * L
-    gradients, decays = (), ()
-    for _ in tl.static_range(HEADS):
-        gradients = gradients + (tl.zeros((BLOCK_N, BLOCK_P), tl.float32),)
-        decays = decays + (1.0,)
-    first = span * chunks_per_span
-    end = tl.minimum(first + chunks_per_span, num_chunks)
-    for k in range(0, end - first):
-        chunk = end - 1 - k
-        position = chunk * CHUNK + tl.arange(0, CHUNK)
-        inside, tokens = position < L, to_tokens(position, L, REVERSE)
-        C = load_rows(C_ptr, tokens, n, inside, N, C_token_stride, COMPUTE, EVEN)
-        if ids_ptr is not None:
-            ids, before, last = load_ids(ids_ptr, chunk, L, REVERSE, CHUNK)
-        new_gradients, new_decays = (), ()
-        for j in tl.static_range(HEADS):
-            dy = load_rows(dy_ptr + j * dy_head_stride, tokens, p, inside, P, dy_token_stride, COMPUTE, EVEN)
-            base = row + j * (num_chunks * CHUNK).to(tl.int64) + chunk * CHUNK
-            weights, decay = _from_state(prefix_ptr, prefix_low_ptr, base, CHUNK)
-            if ids_ptr is not None:
-                weights = tl.where(ids == before, weights, 0.0)
-                decay = tl.where(before == last, decay, 0.0)
-            scaled = dy.to(tl.float32) * weights[:, None]
-            new_gradients = new_gradients + (dot_split(tl.trans(C), scaled, gradients[j] * decay, COMPUTE, TERMS),)
-            new_decays = new_decays + (decays[j] * decay,)
-        gradients, decays = new_gradients, new_decays
-    for j in tl.static_range(HEADS):
-        place = (clip * num_spans + span) * H + first_head + j
-        inside = (n < N)[:, None] & (p < P)[None, :]
-        tl.store(gradient_ptr + place * P * N + p[None, :] * N + n[:, None], gradients[j], mask=inside)
-        tl.store(decay_ptr + place, decays[j])
-
-
-@triton.jit
-def _load_state(
-    state_ptr: tl.tensor, place: tl.tensor, p: tl.tensor, P: tl.tensor, N: tl.tensor, BLOCK_N: tl.constexpr, TILES: tl.constexpr
-):
-    """Return the state (P, N) number `place` as TILES transposed tiles (BLOCK_N, BLOCK_P) in float32; zeros of None."""
-    tiles = ()
-    for t in tl.static_range(TILES):
-        if state_ptr is not None:
-            n = t * BLOCK_N + tl.arange(0, BLOCK_N)
-            ptrs = state_ptr + place * P * N + p[None, :] * N + n[:, None]
-            tiles = tiles + (tl.load(ptrs, mask=(n < N)[:, None] & (p < P)[None, :], other=0.0).to(tl.float32),)
-        else:
-            tiles = tiles + (tl.zeros((BLOCK_N, p.shape[0]), tl.float32),)
-    return tiles
-
-
-@triton.jit
-def _store_state(
-    state_ptr: tl.tensor, tiles: tl.tuple, place: tl.tensor, p: tl.tensor, P: tl.tensor, N: tl.tensor, BLOCK_N: tl.constexpr,
-    TILES: tl.constexpr,
-):  # fmt: skip
-    """Store the tiles of a state (P, N) to number `place`."""
-    for t in tl.static_range(TILES):
-        n = t * BLOCK_N + tl.arange(0, BLOCK_N)
-        ptrs = state_ptr + place * P * N + p[None, :] * N + n[:, None]
-        tl.store(ptrs, tiles[t], mask=(n < N)[:, None] & (p < P)[None, :])
-
-
-@triton.jit
-def _load_tiles(
-    ptr: tl.tensor, tokens: tl.tensor, inside: tl.tensor, N: tl.tensor, stride: tl.tensor, BLOCK_N: tl.constexpr,
-    TILES: tl.constexpr, COMPUTE: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    """Return rows of B or C as TILES tiles (CHUNK, BLOCK_N)."""
-    tiles = ()
-    for t in tl.static_range(TILES):
-        tiles = tiles + (load_rows(ptr, tokens, t * BLOCK_N + tl.arange(0, BLOCK_N), inside, N, stride, COMPUTE, EVEN),)
-    return tiles
-
-
-@triton.jit(do_not_specialize=["L", "num_chunks", "num_spans", "chunks_per_span"])
-def gradient_forward_kernel(
-    x_ptr: tl.tensor, B_ptr: tl.tensor, C_ptr: tl.tensor, dy_ptr: tl.tensor, ids_ptr: tl.tensor,
-    d_ptr: tl.tensor, prefix_ptr: tl.tensor, prefix_low_ptr: tl.tensor,
-    entering_ptr: tl.tensor, final_ptr: tl.tensor, chunk_states_ptr: tl.tensor,
-    dC_ptr: tl.tensor, within_ptr: tl.tensor, output_ptr: tl.tensor, output_sum_ptr: tl.tensor,
-    L: tl.tensor, H: tl.tensor, P: tl.tensor, N: tl.tensor, heads_per_group: tl.tensor,
-    num_chunks: tl.tensor, num_spans: tl.tensor, chunks_per_span: tl.tensor,
-    x_clip_stride: tl.tensor, x_token_stride: tl.tensor, x_head_stride: tl.tensor,
+@triton.jit(do_not_specialize=["L", "num_chunks", "heads_per_program"])
+def state_gradient_kernel(
+    B_ptr: tl.tensor, x_ptr: tl.tensor, d_ptr: tl.tensor, weight_ptr: tl.tensor, decay_ptr: tl.tensor,
+    gradients_ptr: tl.tensor, states_ptr: tl.tensor, dB_ptr: tl.tensor, sum_ptr: tl.tensor, through_ptr: tl.tensor,
+    L: tl.tensor, H: tl.tensor, P: tl.tensor, N: tl.tensor, heads_per_group: tl.tensor, num_chunks: tl.tensor,
+    heads_per_program: tl.tensor,
     B_clip_stride: tl.tensor, B_token_stride: tl.tensor, B_group_stride: tl.tensor,
-    C_clip_stride: tl.tensor, C_token_stride: tl.tensor, C_group_stride: tl.tensor,
-    dy_clip_stride: tl.tensor, dy_token_stride: tl.tensor, dy_head_stride: tl.tensor,
-    REVERSE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
-    COMPUTE: tl.constexpr, TERMS: tl.constexpr, READ_TERMS: tl.constexpr, EXACT: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    """Go through a span of one head forwards, with its state: its part of dC, (P blocks, H, B, L, N), and, unless they are
-    None, the final state of a single span and the states that enter the chunks, (B, chunks, H, P, N).
-
-    Further, for the gradients of decays, by token (P blocks, B, H, tokens): what it reads from the state that enters the chunk
-    (`output`), with its sum by chunk (P blocks, B, H, chunks), and the products of pairs of tokens of the chunk between which
-    its decay lies (`within`). Without EXACT `output` has all that the token reads of earlier ones, and `within` what later
-    ones of the chunk read of it: their difference loses some digits.
-    """
-    head = tl.program_id(0) % H
-    span = (tl.program_id(0) // H) % num_spans
-    clip = (tl.program_id(0) // H // num_spans).to(tl.int64)
-    clips = tl.num_programs(0) // H // num_spans
-    p, i = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, CHUNK)
-    group = (head // heads_per_group).to(tl.int64)
-    x_ptr += clip * x_clip_stride + head.to(tl.int64) * x_head_stride
-    dy_ptr += clip * dy_clip_stride + head.to(tl.int64) * dy_head_stride
-    B_ptr += clip * B_clip_stride + group * B_group_stride
-    C_ptr += clip * C_clip_stride + group * C_group_stride
-    dC_ptr += ((tl.program_id(1).to(tl.int64) * H + head) * clips + clip) * L * N
-    row = (clip * H + head) * (num_chunks * CHUNK)
-    within_ptr += tl.program_id(1).to(tl.int64) * clips * H * (num_chunks * CHUNK) + row
-    output_ptr += tl.program_id(1).to(tl.int64) * clips * H * (num_chunks * CHUNK) + row
-    output_sum_ptr += (tl.program_id(1).to(tl.int64) * clips * H + clip * H + head) * num_chunks
-    if ids_ptr is not None:
-        ids_ptr += clip * L
-    states = _load_state(entering_ptr, (clip * num_spans + span) * H + head, p, P, N, BLOCK_N, TILES)
-    end = tl.minimum(span * chunks_per_span + chunks_per_span, num_chunks)
-    for chunk in range(span * chunks_per_span, end):
-        position = chunk * CHUNK + i
-        inside, tokens = position < L, to_tokens(position, L, REVERSE)
-        base = row + chunk * CHUNK
-        from_state, decay = _from_state(prefix_ptr, prefix_low_ptr, base, CHUNK)
-        weights, _ = state_weights(d_ptr, prefix_ptr, prefix_low_ptr, base, CHUNK)
-        used = i[:, None] >= i[None, :]
-        if ids_ptr is not None:
-            ids, before, last = load_ids(ids_ptr, chunk, L, REVERSE, CHUNK)
-            used = used & (ids[:, None] == ids[None, :])
-            from_state = tl.where(ids == before, from_state, 0.0)
-            weights = tl.where(ids == last, weights, 0.0)
-            decay = tl.where(before == last, decay, 0.0)
-        x = load_rows(x_ptr, tokens, p, inside, P, x_token_stride, COMPUTE, EVEN)
-        dy = load_rows(dy_ptr, tokens, p, inside, P, dy_token_stride, COMPUTE, EVEN)
-        B_tiles = _load_tiles(B_ptr, tokens, inside, N, B_token_stride, BLOCK_N, TILES, COMPUTE, EVEN)
-        C_tiles = _load_tiles(C_ptr, tokens, inside, N, C_token_stride, BLOCK_N, TILES, COMPUTE, EVEN)
-        if chunk_states_ptr is not None:
-            _store_state(chunk_states_ptr, states, (clip * num_chunks + chunk) * H + head, p, P, N, BLOCK_N, TILES)
-        pairs = dot(dy, tl.trans(x), tl.zeros((CHUNK, CHUNK), tl.float32)) * tl.load(d_ptr + base + i)[None, :]
-        pairs *= _between(prefix_ptr, prefix_low_ptr, base, False, CHUNK)
-        pairs = tl.where(used, pairs, 0.0)
-        products = tl.zeros((CHUNK, CHUNK), tl.float32)
-        for t in tl.static_range(TILES):
-            products = dot(C_tiles[t], tl.trans(B_tiles[t]), products)
-        terms = tl.where(i[:, None] > i[None, :], pairs * products, 0.0)
-        if EXACT:
-            spanning = tl.cumsum(terms, axis=0, reverse=True)  # at [t, j]: of all i >= t
-            tl.store(within_ptr + chunk * CHUNK + i, tl.sum(tl.where(i[:, None] > i[None, :], spanning, 0.0), axis=1))
-        else:
-            tl.store(within_ptr + chunk * CHUNK + i, tl.sum(terms, axis=0))
-        pairs = pairs.to(COMPUTE)
-        scaled = x.to(tl.float32) * weights[:, None]
-        read = tl.zeros((CHUNK,), tl.float32) if EXACT else tl.sum(terms, axis=1)
-        from_entering = tl.zeros((CHUNK,), tl.float32)
-        new_states = ()
-        for t in tl.static_range(TILES):
-            n = t * BLOCK_N + tl.arange(0, BLOCK_N)
-            dC = dot_split(dy, tl.trans(states[t]), tl.zeros((CHUNK, BLOCK_N), tl.float32), COMPUTE, READ_TERMS)
-            dC *= from_state[:, None]
-            from_entering += tl.sum(dC * C_tiles[t].to(tl.float32), axis=1)
-            dC = dot(pairs, B_tiles[t], dC)
-            dC_ptrs = dC_ptr + tokens[:, None] * N + n[None, :]
-            mask = inside[:, None] if EVEN else inside[:, None] & (n < N)[None, :]
-            tl.store(dC_ptrs, dC.to(dC_ptr.dtype.element_ty), mask=mask)
-            new_states = new_states + (dot_split(tl.trans(B_tiles[t]), scaled, states[t] * decay, COMPUTE, TERMS),)
-        states = new_states
-        tl.store(output_ptr + chunk * CHUNK + i, read + from_entering)
-        tl.store(output_sum_ptr + chunk, tl.sum(from_entering, axis=0))
-    if final_ptr is not None:
-        _store_state(final_ptr, states, clip * H + head, p, P, N, BLOCK_N, TILES)
-
-
-@triton.jit(do_not_specialize=["L", "num_chunks", "num_spans", "chunks_per_span"])
-def gradient_reverse_kernel(
-    x_ptr: tl.tensor, B_ptr: tl.tensor, C_ptr: tl.tensor, dy_ptr: tl.tensor, D_ptr: tl.tensor, ids_ptr: tl.tensor,
-    d_ptr: tl.tensor, prefix_ptr: tl.tensor, prefix_low_ptr: tl.tensor,
-    leaving_ptr: tl.tensor, final_ptr: tl.tensor, chunk_states_ptr: tl.tensor, entering_ptr: tl.tensor,
-    output_sum_ptr: tl.tensor,
-    dx_ptr: tl.tensor, dB_ptr: tl.tensor, dD_ptr: tl.tensor, dinitial_ptr: tl.tensor,
-    input_ptr: tl.tensor, step_ptr: tl.tensor, through_ptr: tl.tensor,
-    L: tl.tensor, H: tl.tensor, P: tl.tensor, N: tl.tensor, heads_per_group: tl.tensor,
-    num_chunks: tl.tensor, num_spans: tl.tensor, chunks_per_span: tl.tensor,
     x_clip_stride: tl.tensor, x_token_stride: tl.tensor, x_head_stride: tl.tensor,
-    B_clip_stride: tl.tensor, B_token_stride: tl.tensor, B_group_stride: tl.tensor,
-    C_clip_stride: tl.tensor, C_token_stride: tl.tensor, C_group_stride: tl.tensor,
-    dy_clip_stride: tl.tensor, dy_token_stride: tl.tensor, dy_head_stride: tl.tensor,
-    D_head_stride: tl.tensor, D_channel_stride: tl.tensor,
-    REVERSE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
-    COMPUTE: tl.constexpr, TERMS: tl.constexpr, READ_TERMS: tl.constexpr, EXACT: tl.constexpr, EVEN: tl.constexpr,
+    REVERSE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, COMPUTE: tl.constexpr,
+    DIAGONAL: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Go through a span of one head backwards, with the gradient of its state: dx, its part of dB, dD of the span, and, unless
-    that is None, the gradient of the initial state of a single span.
+    """Compute the part of dB that comes from the gradients of the states that leave the chunks, summed over the program's
+    heads, (blocks of P, head blocks, B, chunks, G, tokens, N). For dC, B is C, x is dy, `weight` is `from_state`, d is None,
+    and `gradients` are the states that enter. The blocks of N are the third axis of programs.
 
-    Further, for the gradients of steps and decays, by token (P blocks, B, H, tokens): what it puts into the state that leaves
-    the chunk (`input`), and the gradient of its step as a factor of x (`step`); by chunk (P blocks, B, H, chunks): <gradient,
-    state> of what goes through it from state to state (`through`). With EXACT the latter is computed from `chunk_states`, else
-    from <gradient, state> at the end of the span, less what tokens put into the state, plus what they read of it: that loses
-    some digits.
+    Further, for the gradients of decays, unless they are None: by token (blocks, B, H, tokens) <weighted x, gradients B>, what
+    it has to do with the state; by chunk (blocks, B, H, chunks) <state that enters, gradient that leaves> times its decay.
     """
-    head = tl.program_id(0) % H
-    span = (tl.program_id(0) // H) % num_spans
-    clip = (tl.program_id(0) // H // num_spans).to(tl.int64)
-    clips = tl.num_programs(0) // H // num_spans
+    clip, chunk, group, first_head, count = chunk_and_heads(num_chunks, H, heads_per_group, heads_per_program)
     p, i = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, CHUNK)
-    group = (head // heads_per_group).to(tl.int64)
-    x_ptr += clip * x_clip_stride + head.to(tl.int64) * x_head_stride
-    dy_ptr += clip * dy_clip_stride + head.to(tl.int64) * dy_head_stride
-    B_ptr += clip * B_clip_stride + group * B_group_stride
-    C_ptr += clip * C_clip_stride + group * C_group_stride
-    dx_ptr += (clip * L * H + head) * P
-    dB_ptr += ((tl.program_id(1).to(tl.int64) * H + head) * clips + clip) * L * N
-    row = (clip * H + head) * (num_chunks * CHUNK)
-    block_row = tl.program_id(1).to(tl.int64) * clips * H * (num_chunks * CHUNK) + row
-    input_ptr += block_row
-    step_ptr += block_row
-    chunk_row = (tl.program_id(1).to(tl.int64) * clips * H + clip * H + head) * num_chunks
-    output_sum_ptr += chunk_row
-    through_ptr += chunk_row
-    if ids_ptr is not None:
-        ids_ptr += clip * L
-    place = (clip * num_spans + span) * H + head
-    gradients = _load_state(entering_ptr, place, p, P, N, BLOCK_N, TILES)
-    inner = 0.0
-    if entering_ptr is not None:
-        if not EXACT:
-            if span < num_spans - 1:
-                state = _load_state(leaving_ptr, place + H, p, P, N, BLOCK_N, TILES)
+    n = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
+    position = chunk * CHUNK + i
+    tokens = to_tokens(position, L, REVERSE)
+    B_ptr += clip * B_clip_stride + group.to(tl.int64) * B_group_stride
+    x_ptr += clip * x_clip_stride + first_head.to(tl.int64) * x_head_stride
+    groups, head_blocks = H // heads_per_group, tl.cdiv(heads_per_group, heads_per_program)
+    chunks = tl.num_programs(0) // head_blocks // groups  # of all clips
+    block = (tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)).to(tl.int64)
+    first_row = clip * H + first_head
+    row = first_row * (num_chunks * CHUNK) + position
+    head_tokens, state_size = (num_chunks * CHUNK).to(tl.int64), tl.cast(P, tl.int64) * N
+    place = ((clip * num_chunks + chunk) * H + first_head) * P * N
+    B = load_rows(B_ptr, tokens, n, N, B_token_stride, COMPUTE, EVEN)
+    dB = tl.zeros((CHUNK, BLOCK_N), tl.float32)
+    for j in tl.range(0, count, num_stages=STAGES):
+        x = load_rows(x_ptr + j * x_head_stride, tokens, p, P, x_token_stride, COMPUTE, EVEN)
+        gradient = load_state(gradients_ptr + place + j * state_size, n, p, N, P, COMPUTE, EVEN)
+        weight = tl.load(weight_ptr + row + j * head_tokens)
+        if d_ptr is not None:
+            weight *= tl.load(d_ptr + row + j * head_tokens)
+        scaled = x.to(tl.float32) * weight[:, None]
+        if sum_ptr is not None:
+            total = tl.sum(dot(B, gradient, tl.zeros((CHUNK, BLOCK_P), tl.float32)) * scaled, axis=1)
+            tl.store(sum_ptr + block * chunks * H * CHUNK + row + j * head_tokens, total)
+        dB = dot(scaled.to(COMPUTE), tl.trans(gradient), dB)
+        if through_ptr is not None:
+            state = load_state(states_ptr + place + j * state_size, n, p, N, P, COMPUTE, EVEN)
+            if DIAGONAL:  # of a product of matrices, which takes fewer instructions than products of numbers
+                matrix = dot(tl.trans(state), gradient, tl.zeros((BLOCK_P, BLOCK_P), tl.float32))
+                matrix = tl.where(p[:, None] == p[None, :], matrix, 0.0)
             else:
-                state = _load_state(final_ptr, clip * H + head, p, P, N, BLOCK_N, TILES)
+                matrix = state.to(tl.float32) * gradient.to(tl.float32)
+            through = tl.sum(tl.sum(matrix, axis=1), axis=0)
+            chunk_row = (first_row + j) * num_chunks + chunk
+            tl.store(through_ptr + block * chunks * H + chunk_row, through * tl.load(decay_ptr + chunk_row))
+    part = (tl.program_id(1) * head_blocks + tl.program_id(0) % head_blocks).to(tl.int64)
+    rows = (((part * (chunks // num_chunks) + clip) * num_chunks + chunk) * groups + group) * CHUNK + i
+    tl.store(dB_ptr + rows[:, None] * N + n[None, :], dB, mask=None if EVEN else (n < N)[None, :])
+
+
+@triton.jit(do_not_specialize=["L", "num_chunks", "heads_per_program"])
+def input_gradient_kernel(
+    x_ptr: tl.tensor, B_ptr: tl.tensor, C_ptr: tl.tensor, dy_ptr: tl.tensor, D_ptr: tl.tensor, ids_ptr: tl.tensor,
+    d_ptr: tl.tensor, prefix_ptr: tl.tensor, prefix_low_ptr: tl.tensor, to_end_ptr: tl.tensor, gradients_ptr: tl.tensor,
+    dx_ptr: tl.tensor, pairs_ptr: tl.tensor, dD_ptr: tl.tensor,
+    within_ptr: tl.tensor, into_ptr: tl.tensor, step_ptr: tl.tensor,
+    L: tl.tensor, H: tl.tensor, P: tl.tensor, N: tl.tensor, heads_per_group: tl.tensor, num_chunks: tl.tensor,
+    heads_per_program: tl.tensor,
+    x_clip_stride: tl.tensor, x_token_stride: tl.tensor, x_head_stride: tl.tensor,
+    B_clip_stride: tl.tensor, B_token_stride: tl.tensor, B_group_stride: tl.tensor,
+    C_clip_stride: tl.tensor, C_token_stride: tl.tensor, C_group_stride: tl.tensor,
+    dy_clip_stride: tl.tensor, dy_token_stride: tl.tensor, dy_head_stride: tl.tensor,
+    REVERSE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
+    COMPUTE: tl.constexpr, EXACT: tl.constexpr, D_CHANNELS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Compute dx; summed over the program's heads, the gradient of B C^T, (blocks of P, head blocks, B, chunks, G, tokens,
+    tokens); and dD by token, or, with D_CHANNELS, that of the chunk by channel, (B, chunks, H, P).
+
+    Further, for the gradients of steps and decays, by token: `into`, <what it puts into the state that leaves, gradient>;
+    `step`, the gradient of its step as a factor of x; `within`, what it reads of tokens of the chunk less what they read of it;
+    their sum from t on is the sum of all pairs between which the decay of t lies. That loses digits: with EXACT `within` is the
+    latter sum.
+    """
+    clip, chunk, group, first_head, count = chunk_and_heads(num_chunks, H, heads_per_group, heads_per_program)
+    p, i = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, CHUNK)
+    position = chunk * CHUNK + i
+    inside, tokens = position < L, to_tokens(position, L, REVERSE)
+    x_ptr += clip * x_clip_stride + first_head.to(tl.int64) * x_head_stride
+    dy_ptr += clip * dy_clip_stride + first_head.to(tl.int64) * dy_head_stride
+    B_ptr += clip * B_clip_stride + group.to(tl.int64) * B_group_stride
+    C_ptr += clip * C_clip_stride + group.to(tl.int64) * C_group_stride
+    if dx_ptr is not None:
+        dx_ptr += (clip * L * H + first_head) * P
+    groups = H // heads_per_group
+    blocks = tl.cdiv(heads_per_group, heads_per_program)
+    chunks = tl.num_programs(0) // blocks // groups  # of all clips
+    row = (clip * H + first_head) * (num_chunks * CHUNK) + position
+    block_row = tl.program_id(1).to(tl.int64) * chunks * H * CHUNK + row
+    head_tokens, state_size = (num_chunks * CHUNK).to(tl.int64), tl.cast(P, tl.int64) * N
+    place = (clip * num_chunks + chunk) * H + first_head
+    gradients_ptr += place * P * N
+    if D_CHANNELS:
+        dD_ptr += place * P
+    B_tiles = load_tiles(B_ptr, tokens, N, B_token_stride, BLOCK_N, TILES, COMPUTE, EVEN)
+    C_tiles = load_tiles(C_ptr, tokens, N, C_token_stride, BLOCK_N, TILES, COMPUTE, EVEN)
+    products = tl.zeros((CHUNK, CHUNK), tl.float32)  # at [j, i]: of the input of token j and the output of token i
+    for t in tl.static_range(TILES):
+        products = dot(B_tiles[t], tl.trans(C_tiles[t]), products)
+    used = i[:, None] <= i[None, :]
+    if ids_ptr is not None:
+        ids, _, _ = load_ids(ids_ptr + clip * L, chunk, L, REVERSE, CHUNK)
+        used = used & (ids[:, None] == ids[None, :])
+    products = tl.where(used, products, 0.0)
+    all_pairs = tl.zeros((CHUNK, CHUNK), tl.float32)
+    for k in tl.range(0, count, num_stages=STAGES):
+        x = load_rows(x_ptr + k * x_head_stride, tokens, p, P, x_token_stride, COMPUTE, EVEN)
+        dy = load_rows(dy_ptr + k * dy_head_stride, tokens, p, P, dy_token_stride, COMPUTE, EVEN, inside)
+        base = row + k * head_tokens
+        block_base = block_row + k * head_tokens
+        prefix, d = tl.load(prefix_ptr + base), tl.load(d_ptr + base)
+        between = prefix[None, :] - prefix[:, None]
+        if COMPUTE == tl.float32:
+            prefix_low = tl.load(prefix_low_ptr + base)
+            between += prefix_low[None, :] - prefix_low[:, None]
+        decays = tl.exp2(tl.minimum(between, 0.0))
+        if pairs_ptr is not None:
+            pairs = dot(x, tl.trans(dy), tl.zeros((CHUNK, CHUNK), tl.float32)) * decays * d[:, None]
+            all_pairs += pairs
+            terms = pairs * products
+            if EXACT:
+                # at [j, t]: of all i >= t
+                terms = tl.cumsum(tl.where(i[:, None] < i[None, :], terms, 0.0), axis=1, reverse=True)
+                within = tl.sum(tl.where(i[:, None] < i[None, :], terms, 0.0), axis=0)
+                tl.store(within_ptr + block_base, within)
+            else:
+                tl.store(within_ptr + block_base, tl.sum(terms, axis=0) - tl.sum(terms, axis=1))
+        if dx_ptr is not None:
+            mixing = (products * decays).to(COMPUTE)
+            to_end = tl.load(to_end_ptr + base)
+            dx = tl.zeros((CHUNK, BLOCK_P), tl.float32)
             for t in tl.static_range(TILES):
-                inner += tl.sum(tl.sum(gradients[t] * state[t], axis=1), axis=0)
-    dD = tl.zeros((BLOCK_P,), tl.float32)
-    first = span * chunks_per_span
-    end = tl.minimum(first + chunks_per_span, num_chunks)
-    for k in range(0, end - first):
-        chunk = end - 1 - k
-        position = chunk * CHUNK + i
-        inside, tokens = position < L, to_tokens(position, L, REVERSE)
-        base = row + chunk * CHUNK
-        d = tl.load(d_ptr + base + i)
-        from_state, decay = _from_state(prefix_ptr, prefix_low_ptr, base, CHUNK)
-        to_end = _to_end(prefix_ptr, prefix_low_ptr, base, CHUNK)
-        used = i[:, None] <= i[None, :]  # at [j, i]
-        if ids_ptr is not None:
-            ids, before, last = load_ids(ids_ptr, chunk, L, REVERSE, CHUNK)
-            used = used & (ids[:, None] == ids[None, :])
-            from_state = tl.where(ids == before, from_state, 0.0)
-            to_end = tl.where(ids == last, to_end, 0.0)
-            decay = tl.where(before == last, decay, 0.0)
-        x = load_rows(x_ptr, tokens, p, inside, P, x_token_stride, COMPUTE, EVEN)
-        dy = load_rows(dy_ptr, tokens, p, inside, P, dy_token_stride, COMPUTE, EVEN)
-        B_tiles = _load_tiles(B_ptr, tokens, inside, N, B_token_stride, BLOCK_N, TILES, COMPUTE, EVEN)
-        C_tiles = _load_tiles(C_ptr, tokens, inside, N, C_token_stride, BLOCK_N, TILES, COMPUTE, EVEN)
-        decays = tl.where(used, _between(prefix_ptr, prefix_low_ptr, base, True, CHUNK), 0.0)
-        pairs = dot(x, tl.trans(dy), tl.zeros((CHUNK, CHUNK), tl.float32)) * decays * d[:, None]
-        pairs = pairs.to(COMPUTE)
-        into_state = tl.zeros((CHUNK,), tl.float32)
-        for t in tl.static_range(TILES):
-            n = t * BLOCK_N + tl.arange(0, BLOCK_N)
-            dB = dot_split(x, tl.trans(gradients[t]), tl.zeros((CHUNK, BLOCK_N), tl.float32), COMPUTE, READ_TERMS)
-            dB *= (to_end * d)[:, None]
-            into_state += tl.sum(dB * B_tiles[t].to(tl.float32), axis=1)
-            dB = dot(pairs, C_tiles[t], dB)
-            dB_ptrs = dB_ptr + tokens[:, None] * N + n[None, :]
-            mask = inside[:, None] if EVEN else inside[:, None] & (n < N)[None, :]
-            tl.store(dB_ptrs, dB.to(dB_ptr.dtype.element_ty), mask=mask)
-        tl.store(input_ptr + chunk * CHUNK + i, into_state)
-        dx = tl.zeros((CHUNK, BLOCK_P), tl.float32)
-        for t in tl.static_range(TILES):
-            dx = dot(B_tiles[t], gradients[t].to(COMPUTE), dx)
-        dx *= to_end[:, None]
-        products = tl.zeros((CHUNK, CHUNK), tl.float32)
-        for t in tl.static_range(TILES):
-            products = dot(B_tiles[t], tl.trans(C_tiles[t]), products)
-        dx = dot((products * decays).to(COMPUTE), dy, dx)
-        tl.store(step_ptr + chunk * CHUNK + i, tl.sum(dx * x.to(tl.float32), axis=1))
-        dx *= d[:, None]
-        if D_ptr is not None:
-            D = tl.load(D_ptr + head * D_head_stride + p * D_channel_stride, mask=p < P, other=0.0).to(tl.float32)
-            dx += dy.to(tl.float32) * D[None, :]
-        dx_ptrs = dx_ptr + tokens[:, None] * (H * P) + p[None, :]
-        mask = inside[:, None] if EVEN else inside[:, None] & (p < P)[None, :]
-        tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        dD += tl.sum(dy.to(tl.float32) * x.to(tl.float32), axis=0)
-        if EXACT:
-            state = _load_state(chunk_states_ptr, (clip * num_chunks + chunk) * H + head, p, P, N, BLOCK_N, TILES)
-            through = 0.0
-            for t in tl.static_range(TILES):
-                through += tl.sum(tl.sum(gradients[t] * state[t], axis=1), axis=0)
-            through *= decay
-        else:
-            through = inner - tl.sum(into_state, axis=0)
-            inner = through + tl.load(output_sum_ptr + chunk)
-        tl.store(through_ptr + chunk, through)
-        scaled = dy.to(tl.float32) * from_state[:, None]
-        new_gradients = ()
-        for t in tl.static_range(TILES):
-            new_gradients = new_gradients + (
-                dot_split(tl.trans(C_tiles[t]), scaled, gradients[t] * decay, COMPUTE, TERMS),
-            )
-        gradients = new_gradients
-    tl.store(dD_ptr + place * P + p, dD, mask=p < P)
-    if dinitial_ptr is not None:
-        _store_state(dinitial_ptr, gradients, clip * H + head, p, P, N, BLOCK_N, TILES)
+                n = t * BLOCK_N + tl.arange(0, BLOCK_N)
+                dx = dot(B_tiles[t], load_state(gradients_ptr + k * state_size, n, p, N, P, COMPUTE, EVEN), dx)
+            dx *= to_end[:, None]
+            tl.store(into_ptr + block_base, tl.sum(dx * x.to(tl.float32), axis=1) * d)
+            dx = dot(mixing, dy, dx)
+            tl.store(step_ptr + block_base, tl.sum(dx * x.to(tl.float32), axis=1))
+            dx *= d[:, None]
+            if D_ptr is not None:
+                if D_CHANNELS:
+                    D = tl.load(D_ptr + (first_head + k) * P + p, mask=p < P, other=0.0).to(tl.float32)
+                    dx += dy.to(tl.float32) * D[None, :]
+                    dD = tl.sum(dy.to(tl.float32) * x.to(tl.float32), axis=0)
+                    tl.store(dD_ptr + k * P + p, dD, mask=None if EVEN else p < P)
+                else:
+                    dx += dy.to(tl.float32) * tl.load(D_ptr + first_head + k).to(tl.float32)
+                    tl.store(dD_ptr + block_base, tl.sum(dy.to(tl.float32) * x.to(tl.float32), axis=1))
+            dx_ptrs = dx_ptr + tokens[:, None] * (H * P) + (k * P + p)[None, :]
+            mask = inside[:, None] if EVEN else inside[:, None] & (p < P)[None, :]
+            tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    if pairs_ptr is not None:
+        part = (tl.program_id(1) * blocks + tl.program_id(0) % blocks).to(tl.int64)
+        rows = (((part * (chunks // num_chunks) + clip) * num_chunks + chunk) * groups + group) * CHUNK + i
+        tl.store(pairs_ptr + rows[:, None] * CHUNK + i[None, :], tl.where(used, all_pairs, 0.0))
+
+
+@triton.jit(do_not_specialize=["L", "num_chunks", "parts"])
+def reduce_kernel(
+    B_ptr: tl.tensor, C_ptr: tl.tensor, dB_part_ptr: tl.tensor, dC_part_ptr: tl.tensor, pairs_ptr: tl.tensor,
+    dB_ptr: tl.tensor, dC_ptr: tl.tensor,
+    L: tl.tensor, G: tl.tensor, N: tl.tensor, num_chunks: tl.tensor, parts: tl.tensor,
+    B_clip_stride: tl.tensor, B_token_stride: tl.tensor, B_group_stride: tl.tensor,
+    C_clip_stride: tl.tensor, C_token_stride: tl.tensor, C_group_stride: tl.tensor,
+    REVERSE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, COMPUTE: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Compute dB and dC (B, L, G, N) of a chunk and a group: the sums of their parts, in order, and the products of the
+    gradient of C B^T, (parts, B, chunks, G, tokens, tokens), with C and B.
+    """
+    group, chunk = tl.program_id(0) % G, (tl.program_id(0) // G) % num_chunks
+    clip = (tl.program_id(0) // G // num_chunks).to(tl.int64)
+    n, i = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, CHUNK)
+    position = chunk * CHUNK + i
+    inside, tokens = position < L, to_tokens(position, L, REVERSE)
+    rows = tl.program_id(0).to(tl.int64) * CHUNK + i
+    part_rows = tl.num_programs(0).to(tl.int64) * CHUNK
+    in_N = (i >= 0)[:, None] & (n < N)[None, :]
+    pairs = tl.zeros((CHUNK, CHUNK), tl.float32)
+    dB, dC = tl.zeros((CHUNK, BLOCK_N), tl.float32), tl.zeros((CHUNK, BLOCK_N), tl.float32)
+    for part in range(0, parts):
+        part_row = part * part_rows + rows
+        pairs += tl.load(pairs_ptr + part_row[:, None] * CHUNK + i[None, :])
+        dB += tl.load(dB_part_ptr + part_row[:, None] * N + n[None, :], mask=in_N, other=0.0)
+        dC += tl.load(dC_part_ptr + part_row[:, None] * N + n[None, :], mask=in_N, other=0.0)
+    B_ptr += clip * B_clip_stride + group.to(tl.int64) * B_group_stride
+    C_ptr += clip * C_clip_stride + group.to(tl.int64) * C_group_stride
+    B = load_rows(B_ptr, tokens, n, N, B_token_stride, COMPUTE, EVEN)
+    C = load_rows(C_ptr, tokens, n, N, C_token_stride, COMPUTE, EVEN)
+    pairs = pairs.to(COMPUTE)
+    dB = dot(pairs, C, dB)
+    dC = dot(tl.trans(pairs), B, dC)
+    offsets = ((clip * L + tokens) * G + group)[:, None] * N + n[None, :]
+    tl.store(dB_ptr + offsets, dB.to(dB_ptr.dtype.element_ty), mask=in_N & inside[:, None])
+    tl.store(dC_ptr + offsets, dC.to(dC_ptr.dtype.element_ty), mask=in_N & inside[:, None])
 
 
 @triton.jit(do_not_specialize=["L", "num_chunks"])
 def steps_backward_kernel(
     dt_ptr: tl.tensor, A_ptr: tl.tensor, bias_ptr: tl.tensor, d_ptr: tl.tensor,
-    output_ptr: tl.tensor, within_ptr: tl.tensor, input_ptr: tl.tensor, step_ptr: tl.tensor, through_ptr: tl.tensor,
-    ddt_ptr: tl.tensor, dA_ptr: tl.tensor, dbias_ptr: tl.tensor,
+    read_ptr: tl.tensor, through_ptr: tl.tensor, within_ptr: tl.tensor, into_ptr: tl.tensor, step_ptr: tl.tensor,
+    dots_ptr: tl.tensor, ddt_ptr: tl.tensor, dA_ptr: tl.tensor, dbias_ptr: tl.tensor, dD_ptr: tl.tensor,
     L: tl.tensor, H: tl.tensor, num_chunks: tl.tensor, dt_clip_stride: tl.tensor, dt_token_stride: tl.tensor,
-    part_stride: tl.tensor, chunk_part_stride: tl.tensor, low: tl.tensor, high: tl.tensor,
-    PARTS: tl.constexpr, EXACT: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
+    low: tl.tensor, high: tl.tensor,
+    READ_PARTS: tl.constexpr, PARTS: tl.constexpr, EXACT: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_HEADS: tl.constexpr,
 ):  # fmt: skip
     """Compute ddt (B, L, H) and the chunks' sums for dA and ddt_bias, (B, chunks, H).
 
-    PARTS are the blocks of P, whose numbers are added up.
+    The first two tensors of numbers by token or chunk have READ_PARTS blocks that are added up, the others PARTS.
     """
     clip = (tl.program_id(0) // num_chunks).to(tl.int64)
+    clips = tl.num_programs(0) // num_chunks
     chunk = tl.program_id(0) % num_chunks
     position = chunk * CHUNK + tl.arange(0, CHUNK)
     heads = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     of_head = (heads < H)[None, :] & (position < num_chunks * CHUNK)[:, None]
     offsets = (clip * H + heads)[None, :].to(tl.int64) * (num_chunks * CHUNK) + position[:, None]
-    zeros = tl.zeros((CHUNK, BLOCK_HEADS), tl.float32)
-    read, within, into, step = zeros, zeros, zeros, zeros
-    through = tl.zeros((BLOCK_HEADS,), tl.float32)
-    for part in tl.static_range(PARTS):
-        read += tl.load(output_ptr + part * part_stride + offsets, mask=of_head, other=0.0)
-        within += tl.load(within_ptr + part * part_stride + offsets, mask=of_head, other=0.0)
-        into += tl.load(input_ptr + part * part_stride + offsets, mask=of_head, other=0.0)
-        step += tl.load(step_ptr + part * part_stride + offsets, mask=of_head, other=0.0)
-        ptrs = through_ptr + part * chunk_part_stride + (clip * H + heads) * num_chunks + chunk
+    part_stride = clips.to(tl.int64) * H * num_chunks
+    read, through = tl.zeros((CHUNK, BLOCK_HEADS), tl.float32), tl.zeros((BLOCK_HEADS,), tl.float32)
+    for part in tl.static_range(READ_PARTS):
+        read += tl.load(read_ptr + part * part_stride * CHUNK + offsets, mask=of_head, other=0.0)
+        ptrs = through_ptr + part * part_stride + (clip * H + heads) * num_chunks + chunk
         through += tl.load(ptrs, mask=heads < H, other=0.0)
+    within, into, step = tl.zeros_like(read), tl.zeros_like(read), tl.zeros_like(read)
+    for part in tl.static_range(PARTS):
+        within += tl.load(within_ptr + part * part_stride * CHUNK + offsets, mask=of_head, other=0.0)
+        into += tl.load(into_ptr + part * part_stride * CHUNK + offsets, mask=of_head, other=0.0)
+        step += tl.load(step_ptr + part * part_stride * CHUNK + offsets, mask=of_head, other=0.0)
     if EXACT:
         dlog = within + tl.cumsum(read, axis=0, reverse=True)
     else:
-        dlog = tl.cumsum(read - within, axis=0, reverse=True)
+        dlog = tl.cumsum(read + within, axis=0, reverse=True)
     dlog += (tl.cumsum(into, axis=0) - into) + through[None, :]
     inside = (position < L)[:, None] & (heads < H)[None, :]
     A = tl.load(A_ptr + heads, mask=heads < H, other=0.0).to(tl.float32)
@@ -420,20 +288,8 @@ def steps_backward_kernel(
     ddt_ptrs = ddt_ptr + (clip * L + tokens)[:, None] * H + heads[None, :]
     tl.store(ddt_ptrs, dd.to(ddt_ptr.dtype.element_ty), mask=inside)
     tl.store(dbias_ptr + chunk_offsets, tl.sum(dd, axis=0), mask=heads < H)
-
-
-@triton.jit
-def reduce_kernel(
-    part_ptr: tl.tensor, out_ptr: tl.tensor, size: tl.tensor, G: tl.tensor, N: tl.tensor, H: tl.tensor,
-    P_BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Sum parts (P blocks, H, size) over the heads of every group, to (size / N, G, N); size is B L N."""
-    group = tl.program_id(1)
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    each = H // G
-    for part in range(0, P_BLOCKS * each):
-        block = (part // each) * H + group * each + part % each
-        total += tl.load(part_ptr + block.to(tl.int64) * size + i, mask=i < size, other=0.0).to(tl.float32)
-    out = out_ptr + (i // N) * (G * N) + group * N + i % N
-    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=i < size)
+    if dots_ptr is not None:
+        dots = tl.zeros_like(dd)
+        for part in tl.static_range(PARTS):
+            dots += tl.load(dots_ptr + part * part_stride * CHUNK + offsets, mask=of_head, other=0.0)
+        tl.store(dD_ptr + chunk_offsets, tl.sum(dots, axis=0), mask=heads < H)

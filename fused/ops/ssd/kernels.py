@@ -1,13 +1,11 @@
 """Triton source of the SSD scan's forward; `launch.py` states the equations and launches it.
 
-A chunk is CHUNK consecutive tokens in the order of the scan, a span is consecutive chunks. Positions count tokens in that
-order; `REVERSE` turns a position into a token. A program has HEADS consecutive heads, which share B and C. States are kept
-transposed, (N, P), in float32. In names, `prefix` is the sum of the logarithms (base 2) of the decays from the chunk's first
-token to the token in question, as two float32 whose sum is exact to float64.
+A chunk is CHUNK consecutive tokens in the order of the scan. Positions count tokens in that order; `REVERSE` turns a position
+into a token. In kernels states are transposed, (N, P). In names, `prefix` is the sum of the logarithms (base 2) of the decays
+from the chunk's first token to the token in question, as two float32 whose sum is exact to float64.
 
 EVEN says that P and N fill their blocks. COMPUTE is the dtype of matrix products: that of bfloat16 inputs, which are exact in
-it, else float32, by three TF32 products. What is not exact in bfloat16, where it decides about states, is split into TERMS
-bfloat16 numbers.
+it, else float32, by three TF32 products.
 """
 
 # mypy: disable-error-code="assignment"
@@ -45,48 +43,93 @@ def dot(a: tl.tensor, b: tl.tensor, c: tl.tensor):
 
 
 @triton.jit
-def dot_split(a: tl.tensor, b: tl.tensor, c: tl.tensor, COMPUTE: tl.constexpr, TERMS: tl.constexpr):
-    """Return a b + c, where b is float32 and a in COMPUTE."""
-    if COMPUTE == tl.float32:
-        return dot(a, b, c)
-    for _ in tl.static_range(TERMS - 1):  # cut off, not rounded: a conversion back takes four times as long
-        part = (b.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
-        c = dot(a, part.to(COMPUTE), c)
-        b = b - part
-    return dot(a, b.to(COMPUTE), c)
-
-
-@triton.jit
 def to_tokens(position: tl.tensor, L: tl.tensor, REVERSE: tl.constexpr):
-    """Return the tokens (int64) at positions of the scan."""
+    """Return the tokens (int64) at positions of the scan; the last position's for those beyond it."""
+    position = tl.minimum(position, L - 1)
     return (L - 1 - position if REVERSE else position).to(tl.int64)
 
 
 @triton.jit
 def load_rows(
-    ptr: tl.tensor, tokens: tl.tensor, columns: tl.tensor, inside: tl.tensor, width: tl.tensor, stride: tl.tensor,
-    COMPUTE: tl.constexpr, EVEN: tl.constexpr,
+    ptr: tl.tensor, tokens: tl.tensor, columns: tl.tensor, width: tl.tensor, stride: tl.tensor, COMPUTE: tl.constexpr,
+    EVEN: tl.constexpr, inside: tl.tensor | None = None,
 ):  # fmt: skip
-    """Return (tokens, columns) of rows of `width` that lie `stride` apart, zero where not `inside`, in COMPUTE.
+    """Return (tokens, columns) of rows of `width` that lie `stride` apart, in COMPUTE, zero beyond the width.
 
-    EVEN says that all columns are within the width.
+    EVEN says that all columns are within the width. With `inside` (tokens,), rows that are not inside are zero.
     """
     ptrs = ptr + tokens[:, None] * stride + columns[None, :]
-    mask = inside[:, None] if EVEN else inside[:, None] & (columns < width)[None, :]
-    return tl.load(ptrs, mask=mask, other=0.0).to(COMPUTE)
+    if inside is not None:
+        mask = inside[:, None] & (columns < width)[None, :]
+        return tl.load(ptrs, mask=mask, other=0.0).to(COMPUTE)
+    elif EVEN:
+        return tl.load(ptrs).to(COMPUTE)
+    else:
+        return tl.load(ptrs, mask=(columns < width)[None, :], other=0.0).to(COMPUTE)
+
+
+@triton.jit
+def load_tiles(
+    ptr: tl.tensor, tokens: tl.tensor, N: tl.tensor, stride: tl.tensor, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
+    COMPUTE: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Return rows of B or C as TILES tiles (CHUNK, BLOCK_N)."""
+    tiles = ()
+    for t in tl.static_range(TILES):
+        tiles = tiles + (load_rows(ptr, tokens, t * BLOCK_N + tl.arange(0, BLOCK_N), N, stride, COMPUTE, EVEN),)
+    return tiles
+
+
+@triton.jit
+def load_state(
+    ptr: tl.tensor, n: tl.tensor, p: tl.tensor, N: tl.tensor, P: tl.tensor, COMPUTE: tl.constexpr, EVEN: tl.constexpr
+):
+    """Return a tile of the transposed state (N, P) at `ptr`, in COMPUTE."""
+    ptrs = ptr + n[:, None] * P + p[None, :]
+    if EVEN:
+        return tl.load(ptrs).to(COMPUTE)
+    return tl.load(ptrs, mask=(n < N)[:, None] & (p < P)[None, :], other=0.0).to(COMPUTE)
+
+
+@triton.jit
+def chunk_and_heads(num_chunks: tl.tensor, H: tl.tensor, heads_per_group: tl.tensor, heads_per_program: tl.tensor):
+    """Return (clip, chunk, group, first head, heads) of a program of the first axis; consecutive programs share a chunk."""
+    blocks = tl.cdiv(heads_per_group, heads_per_program)
+    groups = H // heads_per_group
+    program = tl.program_id(0)
+    block, group = program % blocks, (program // blocks) % groups
+    chunk, clip = (program // blocks // groups) % num_chunks, (program // blocks // groups // num_chunks).to(tl.int64)
+    first = block * heads_per_program
+    count = tl.minimum(heads_per_program, heads_per_group - first)
+    return clip, chunk, group, group * heads_per_group + first, count
+
+
+@triton.jit
+def load_ids(ids_ptr: tl.tensor, chunk: tl.tensor, L: tl.tensor, REVERSE: tl.constexpr, CHUNK: tl.constexpr):
+    """Return the segments of a chunk's tokens, of the token before it (its own first for the first chunk), and of its last."""
+    position = chunk * CHUNK + tl.arange(0, CHUNK)
+    ids = tl.load(ids_ptr + to_tokens(position, L, REVERSE))
+    before = tl.load(ids_ptr + to_tokens(tl.maximum(chunk * CHUNK - 1, 0), L, REVERSE))
+    last = tl.load(ids_ptr + to_tokens(tl.minimum(chunk * CHUNK + CHUNK, L) - 1, L, REVERSE))
+    return ids, before, last
 
 
 @triton.jit(do_not_specialize=["L", "num_chunks"])
 def steps_kernel(
-    dt_ptr: tl.tensor, A_ptr: tl.tensor, bias_ptr: tl.tensor,
-    d_ptr: tl.tensor, prefix_ptr: tl.tensor, prefix_low_ptr: tl.tensor,
+    dt_ptr: tl.tensor, A_ptr: tl.tensor, bias_ptr: tl.tensor, ids_ptr: tl.tensor,
+    d_ptr: tl.tensor, prefix_ptr: tl.tensor, prefix_low_ptr: tl.tensor, from_state_ptr: tl.tensor, to_end_ptr: tl.tensor,
+    decay_ptr: tl.tensor,
     L: tl.tensor, H: tl.tensor, num_chunks: tl.tensor, dt_clip_stride: tl.tensor, dt_token_stride: tl.tensor,
     low: tl.tensor, high: tl.tensor,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_HEADS: tl.constexpr,
 ):  # fmt: skip
-    """Compute d = clamp(softplus(dt + bias)) and the prefixes of a chunk, (B, H, num_chunks CHUNK). Beyond L, d is 0."""
+    """Compute what depends on dt and A only, (B, H, num_chunks CHUNK): the step d = clamp(softplus(dt + bias)), 0 beyond L; the
+    prefix; the decays of a state from the chunk's begin to the token (`from_state`) and from the token to the chunk's end
+    (`to_end`), 0 where a segment's edge lies between; and `decay` (B, H, num_chunks), that of the whole chunk.
+    """
     clip = (tl.program_id(0) // num_chunks).to(tl.int64)
-    position = (tl.program_id(0) % num_chunks) * CHUNK + tl.arange(0, CHUNK)
+    chunk = tl.program_id(0) % num_chunks
+    position = chunk * CHUNK + tl.arange(0, CHUNK)
     heads = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     inside = (position < L)[:, None] & (heads < H)[None, :]
     ptrs = dt_ptr + clip * dt_clip_stride + to_tokens(position, L, REVERSE)[:, None] * dt_token_stride + heads[None, :]
@@ -101,206 +144,96 @@ def steps_kernel(
     log_decay = d.to(tl.float64) * A[None, :]
     log_decay = tl.where(log_decay < LOWEST, LOWEST, log_decay)
     prefix = tl.cumsum(log_decay, axis=0)
+    total = tl.sum(log_decay, axis=0)
     rounded = prefix.to(tl.float32)
+    rest = (prefix - rounded.to(tl.float64)).to(tl.float32)
+    after = total[None, :] - prefix
+    after_rounded = after.to(tl.float32)
+    from_state = tl.exp2(rounded) * tl.fma(rest, LN2, 1.0)
+    to_end = tl.exp2(after_rounded) * tl.fma((after - after_rounded.to(tl.float64)).to(tl.float32), LN2, 1.0)
+    total_rounded = total.to(tl.float32)
+    decay = tl.exp2(total_rounded) * tl.fma((total - total_rounded.to(tl.float64)).to(tl.float32), LN2, 1.0)
+    if ids_ptr is not None:
+        ids, before, last = load_ids(ids_ptr + clip * L, chunk, L, REVERSE, CHUNK)
+        from_state = tl.where((ids == before)[:, None], from_state, 0.0)
+        to_end = tl.where((ids == last)[:, None], to_end, 0.0)
+        decay = tl.where(before == last, decay, 0.0)
+    from_state = tl.where(inside, from_state, 0.0)  # rows beyond L are read as those of the last token
     offsets = (clip * H + heads)[None, :].to(tl.int64) * (num_chunks * CHUNK) + position[:, None]
     mask = (heads < H)[None, :] & (position < num_chunks * CHUNK)[:, None]
     tl.store(d_ptr + offsets, d, mask=mask)
     tl.store(prefix_ptr + offsets, rounded, mask=mask)
-    tl.store(prefix_low_ptr + offsets, (prefix - rounded.to(tl.float64)).to(tl.float32), mask=mask)
+    tl.store(prefix_low_ptr + offsets, rest, mask=mask)
+    tl.store(from_state_ptr + offsets, from_state, mask=mask)
+    tl.store(to_end_ptr + offsets, to_end, mask=mask)
+    tl.store(decay_ptr + (clip * H + heads) * num_chunks + chunk, decay, mask=heads < H)
 
 
-@triton.jit
-def load_ids(ids_ptr: tl.tensor, chunk: tl.tensor, L: tl.tensor, REVERSE: tl.constexpr, CHUNK: tl.constexpr):
-    """Return the segments of a chunk's tokens, of the token before it (its own first for the first chunk), and of its last."""
-    position = chunk * CHUNK + tl.arange(0, CHUNK)
-    ids = tl.load(ids_ptr + to_tokens(tl.minimum(position, L - 1), L, REVERSE))
-    before = tl.load(ids_ptr + to_tokens(tl.maximum(chunk * CHUNK - 1, 0), L, REVERSE))
-    last = tl.load(ids_ptr + to_tokens(tl.minimum(chunk * CHUNK + CHUNK, L) - 1, L, REVERSE))
-    return ids, before, last
-
-
-@triton.jit
-def state_weights(
-    d_ptr: tl.tensor, prefix_ptr: tl.tensor, prefix_low_ptr: tl.tensor, base: tl.tensor, CHUNK: tl.constexpr
-):
-    """Return d exp2(sum of log decays after the token) (CHUNK,) and the decay of the whole chunk, of the chunk at `base`."""
-    i = tl.arange(0, CHUNK)
-    total = tl.load(prefix_ptr + base + (CHUNK - 1))
-    total_low = tl.load(prefix_low_ptr + base + (CHUNK - 1))
-    after = (total - tl.load(prefix_ptr + base + i)) + (total_low - tl.load(prefix_low_ptr + base + i))
-    return tl.load(d_ptr + base + i) * tl.exp2(after), tl.exp2(total) * tl.fma(total_low, LN2, 1.0)
-
-
-@triton.jit(do_not_specialize=["L", "num_chunks", "num_spans", "chunks_per_span"])
-def span_state_kernel(
-    x_ptr: tl.tensor, B_ptr: tl.tensor, ids_ptr: tl.tensor, d_ptr: tl.tensor, prefix_ptr: tl.tensor, prefix_low_ptr: tl.tensor,
-    state_ptr: tl.tensor, decay_ptr: tl.tensor,
-    L: tl.tensor, H: tl.tensor, P: tl.tensor, N: tl.tensor, heads_per_group: tl.tensor,
-    num_chunks: tl.tensor, num_spans: tl.tensor, chunks_per_span: tl.tensor,
-    x_clip_stride: tl.tensor, x_token_stride: tl.tensor, x_head_stride: tl.tensor,
-    B_clip_stride: tl.tensor, B_token_stride: tl.tensor, B_group_stride: tl.tensor,
-    REVERSE: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    COMPUTE: tl.constexpr, TERMS: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    """Compute the state (B, spans, H, P, N) that each span leaves, from zero, and its decay (B, spans, H).
-
-    The decay of a span is 0 where it does not end in the segment in which the span before it ended.
-    """
-    head_blocks = H // HEADS
-    first_head = (tl.program_id(0) % head_blocks) * HEADS
-    span = (tl.program_id(0) // head_blocks) % num_spans
-    clip = (tl.program_id(0) // head_blocks // num_spans).to(tl.int64)
-    p, n = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
-    x_ptr += clip * x_clip_stride + first_head.to(tl.int64) * x_head_stride
-    B_ptr += clip * B_clip_stride + (first_head // heads_per_group).to(tl.int64) * B_group_stride
-    row = (clip * H + first_head) * (num_chunks * CHUNK)
-    if ids_ptr is not None:
-        ids_ptr += clip * L
-    states, decays = (), ()
-    for _ in tl.static_range(HEADS):
-        states = states + (tl.zeros((BLOCK_N, BLOCK_P), tl.float32),)
-        decays = decays + (1.0,)
-    end = tl.minimum(span * chunks_per_span + chunks_per_span, num_chunks)
-    for chunk in range(span * chunks_per_span, end):
-        position = chunk * CHUNK + tl.arange(0, CHUNK)
-        inside, tokens = position < L, to_tokens(position, L, REVERSE)
-        B = load_rows(B_ptr, tokens, n, inside, N, B_token_stride, COMPUTE, EVEN)
-        if ids_ptr is not None:
-            ids, before, last = load_ids(ids_ptr, chunk, L, REVERSE, CHUNK)
-        new_states, new_decays = (), ()
-        for j in tl.static_range(HEADS):
-            x = load_rows(x_ptr + j * x_head_stride, tokens, p, inside, P, x_token_stride, COMPUTE, EVEN)
-            base = row + j * (num_chunks * CHUNK).to(tl.int64) + chunk * CHUNK
-            weights, decay = state_weights(d_ptr, prefix_ptr, prefix_low_ptr, base, CHUNK)
-            if ids_ptr is not None:
-                weights = tl.where(ids == last, weights, 0.0)
-                decay = tl.where(before == last, decay, 0.0)
-            scaled = x.to(tl.float32) * weights[:, None]
-            new_states = new_states + (dot_split(tl.trans(B), scaled, states[j] * decay, COMPUTE, TERMS),)
-            new_decays = new_decays + (decays[j] * decay,)
-        states, decays = new_states, new_decays
-    for j in tl.static_range(HEADS):
-        place = (clip * num_spans + span) * H + first_head + j
-        inside = (n < N)[:, None] & (p < P)[None, :]
-        tl.store(state_ptr + place * P * N + p[None, :] * N + n[:, None], states[j], mask=inside)
-        tl.store(decay_ptr + place, decays[j])
-
-
-@triton.jit(do_not_specialize=["num_spans"])
-def pass_kernel(
-    state_ptr: tl.tensor, decay_ptr: tl.tensor, initial_ptr: tl.tensor, final_ptr: tl.tensor,
-    H: tl.tensor, size: tl.tensor, num_spans: tl.tensor,
-    BACKWARD: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Replace the state that each span leaves by the one that enters it, in order, and store the last one; `size` is P N.
-
-    BACKWARD goes from the last span to the first, for gradients.
-    """
-    clip, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    if initial_ptr is not None:
-        state = tl.load(initial_ptr + (clip * H + head) * size + i, mask=i < size, other=0.0).to(tl.float32)
-    else:
-        state = tl.zeros((BLOCK,), tl.float32)
-    for k in range(num_spans):
-        place = (clip * num_spans + (num_spans - 1 - k if BACKWARD else k)) * H + head
-        own = tl.load(state_ptr + place * size + i, mask=i < size, other=0.0)
-        decay = tl.load(decay_ptr + place)
-        tl.store(state_ptr + place * size + i, state, mask=i < size)
-        state = state * decay + own
-    if final_ptr is not None:
-        tl.store(final_ptr + (clip * H + head) * size + i, state, mask=i < size)
-
-
-@triton.jit(do_not_specialize=["L", "num_chunks", "num_spans", "chunks_per_span"])
+@triton.jit(do_not_specialize=["L", "num_chunks", "heads_per_program"])
 def scan_kernel(
     x_ptr: tl.tensor, B_ptr: tl.tensor, C_ptr: tl.tensor, D_ptr: tl.tensor, z_ptr: tl.tensor, ids_ptr: tl.tensor,
-    d_ptr: tl.tensor, prefix_ptr: tl.tensor, prefix_low_ptr: tl.tensor,
-    entering_ptr: tl.tensor, y_ptr: tl.tensor, final_ptr: tl.tensor,
-    L: tl.tensor, H: tl.tensor, P: tl.tensor, N: tl.tensor, heads_per_group: tl.tensor,
-    num_chunks: tl.tensor, num_spans: tl.tensor, chunks_per_span: tl.tensor,
+    d_ptr: tl.tensor, prefix_ptr: tl.tensor, prefix_low_ptr: tl.tensor, from_state_ptr: tl.tensor,
+    states_ptr: tl.tensor, y_ptr: tl.tensor,
+    L: tl.tensor, H: tl.tensor, P: tl.tensor, N: tl.tensor, heads_per_group: tl.tensor, num_chunks: tl.tensor,
+    heads_per_program: tl.tensor,
     x_clip_stride: tl.tensor, x_token_stride: tl.tensor, x_head_stride: tl.tensor,
     B_clip_stride: tl.tensor, B_token_stride: tl.tensor, B_group_stride: tl.tensor,
     C_clip_stride: tl.tensor, C_token_stride: tl.tensor, C_group_stride: tl.tensor,
     z_clip_stride: tl.tensor, z_token_stride: tl.tensor, z_head_stride: tl.tensor,
-    D_head_stride: tl.tensor, D_channel_stride: tl.tensor,
-    REVERSE: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    COMPUTE: tl.constexpr, TERMS: tl.constexpr, EVEN: tl.constexpr,
+    REVERSE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
+    COMPUTE: tl.constexpr, D_CHANNELS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Compute y (B, L, H, P) of a span from the state that enters it, (B, spans, H, P, N), and the final state (B, H, P, N).
-
-    entering may be None for zeros, final where it is known. D, z and ids may be None.
+    """Compute y (B, L, H, P) of a chunk from the states that enter the chunks, (B, chunks, H, N, P), for several heads of a
+    group in turn, which share C and C B^T. D, z and ids may be None.
     """
-    head_blocks = H // HEADS
-    first_head = (tl.program_id(0) % head_blocks) * HEADS
-    span = (tl.program_id(0) // head_blocks) % num_spans
-    clip = (tl.program_id(0) // head_blocks // num_spans).to(tl.int64)
-    p, n, i = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N), tl.arange(0, CHUNK)
-    group = (first_head // heads_per_group).to(tl.int64)
+    clip, chunk, group, first_head, count = chunk_and_heads(num_chunks, H, heads_per_group, heads_per_program)
+    p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    i, j = tl.arange(0, CHUNK), tl.arange(0, CHUNK)
+    position = chunk * CHUNK + i
+    inside, tokens = position < L, to_tokens(position, L, REVERSE)
     x_ptr += clip * x_clip_stride + first_head.to(tl.int64) * x_head_stride
-    B_ptr += clip * B_clip_stride + group * B_group_stride
-    C_ptr += clip * C_clip_stride + group * C_group_stride
+    B_ptr += clip * B_clip_stride + group.to(tl.int64) * B_group_stride
+    C_ptr += clip * C_clip_stride + group.to(tl.int64) * C_group_stride
     y_ptr += (clip * L * H + first_head) * P
-    row = (clip * H + first_head) * (num_chunks * CHUNK)
+    row = (clip * H + first_head) * (num_chunks * CHUNK) + chunk * CHUNK
+    head_tokens, state_size = (num_chunks * CHUNK).to(tl.int64), tl.cast(P, tl.int64) * N
+    states_ptr += ((clip * num_chunks + chunk) * H + first_head) * P * N
     if z_ptr is not None:
         z_ptr += clip * z_clip_stride + first_head.to(tl.int64) * z_head_stride
+    C_tiles = load_tiles(C_ptr, tokens, N, C_token_stride, BLOCK_N, TILES, COMPUTE, EVEN)
+    B_tiles = load_tiles(B_ptr, tokens, N, B_token_stride, BLOCK_N, TILES, COMPUTE, EVEN)
+    products = tl.zeros((CHUNK, CHUNK), tl.float32)
+    for t in tl.static_range(TILES):
+        products = dot(C_tiles[t], tl.trans(B_tiles[t]), products)
+    used = i[:, None] >= j[None, :]
     if ids_ptr is not None:
-        ids_ptr += clip * L
-    in_state = (n < N)[:, None] & (p < P)[None, :]
-    states = ()
-    for j in tl.static_range(HEADS):
-        if entering_ptr is not None:
-            place = (clip * num_spans + span) * H + first_head + j
-            entering = tl.load(entering_ptr + place * P * N + p[None, :] * N + n[:, None], mask=in_state, other=0.0)
-            states = states + (entering.to(tl.float32),)
-        else:
-            states = states + (tl.zeros((BLOCK_N, BLOCK_P), tl.float32),)
-    causal = i[:, None] >= i[None, :]
-    end = tl.minimum(span * chunks_per_span + chunks_per_span, num_chunks)
-    for chunk in range(span * chunks_per_span, end):
-        position = chunk * CHUNK + i
-        inside, tokens = position < L, to_tokens(position, L, REVERSE)
-        B = load_rows(B_ptr, tokens, n, inside, N, B_token_stride, COMPUTE, EVEN)
-        C = load_rows(C_ptr, tokens, n, inside, N, C_token_stride, COMPUTE, EVEN)
-        products = dot(C, tl.trans(B), tl.zeros((CHUNK, CHUNK), tl.float32))
-        used = causal
-        if ids_ptr is not None:
-            ids, before, last = load_ids(ids_ptr, chunk, L, REVERSE, CHUNK)
-            used = used & (ids[:, None] == ids[None, :])
-        new_states = ()
-        for j in tl.static_range(HEADS):
-            x = load_rows(x_ptr + j * x_head_stride, tokens, p, inside, P, x_token_stride, COMPUTE, EVEN)
-            base = row + j * (num_chunks * CHUNK).to(tl.int64) + chunk * CHUNK
-            prefix = tl.load(prefix_ptr + base + i)
-            from_state = tl.exp2(prefix)
-            between = prefix[:, None] - prefix[None, :]
-            if COMPUTE == tl.float32:
-                prefix_low = tl.load(prefix_low_ptr + base + i)
-                from_state *= tl.fma(prefix_low, LN2, 1.0)
-                between += prefix_low[:, None] - prefix_low[None, :]
-            if ids_ptr is not None:
-                from_state = tl.where(ids == before, from_state, 0.0)
-            d = tl.load(d_ptr + base + i)
-            y = dot(C, states[j].to(COMPUTE), tl.zeros((CHUNK, BLOCK_P), tl.float32)) * from_state[:, None]
-            mixing = tl.where(used, products * tl.exp2(between) * d[None, :], 0.0)
-            y = dot(mixing.to(COMPUTE), x, y)
-            if D_ptr is not None:
-                D_ptrs = D_ptr + (first_head + j) * D_head_stride + p * D_channel_stride
-                y += x.to(tl.float32) * tl.load(D_ptrs, mask=p < P, other=0.0).to(tl.float32)[None, :]
-            if z_ptr is not None:
-                z = load_rows(z_ptr + j * z_head_stride, tokens, p, inside, P, z_token_stride, tl.float32, EVEN)
-                y *= z / (1.0 + tl.exp2(z * -LOG2E))
-            y_ptrs = y_ptr + tokens[:, None] * (H * P) + (j * P + p)[None, :]
-            mask = inside[:, None] if EVEN else inside[:, None] & (p < P)[None, :]
-            tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
-            weights, decay = state_weights(d_ptr, prefix_ptr, prefix_low_ptr, base, CHUNK)
-            if ids_ptr is not None:
-                weights = tl.where(ids == last, weights, 0.0)
-                decay = tl.where(before == last, decay, 0.0)
-            scaled = x.to(tl.float32) * weights[:, None]
-            new_states = new_states + (dot_split(tl.trans(B), scaled, states[j] * decay, COMPUTE, TERMS),)
-        states = new_states
-    if final_ptr is not None:
-        for j in tl.static_range(HEADS):
-            place = clip * H + first_head + j
-            tl.store(final_ptr + place * P * N + p[None, :] * N + n[:, None], states[j], mask=in_state)
+        ids, _, _ = load_ids(ids_ptr + clip * L, chunk, L, REVERSE, CHUNK)
+        used = used & (ids[:, None] == ids[None, :])
+    products = tl.where(used, products, 0.0)
+    for k in tl.range(0, count, num_stages=STAGES):
+        x = load_rows(x_ptr + k * x_head_stride, tokens, p, P, x_token_stride, COMPUTE, EVEN)
+        base = row + k * head_tokens
+        # `base` is a number: offsets as a tensor of int64 take so many registers that some spill
+        between = tl.load(prefix_ptr + base + i)[:, None] - tl.load(prefix_ptr + base + j)[None, :]
+        if COMPUTE == tl.float32:
+            between += tl.load(prefix_low_ptr + base + i)[:, None] - tl.load(prefix_low_ptr + base + j)[None, :]
+        y = tl.zeros((CHUNK, BLOCK_P), tl.float32)
+        for t in tl.static_range(TILES):
+            n = t * BLOCK_N + tl.arange(0, BLOCK_N)
+            state = load_state(states_ptr + k * state_size, n, p, N, P, COMPUTE, EVEN)
+            y = dot(C_tiles[t], state, y)
+        # not of pairs i < j, whose products are 0: their exponents are positive
+        mixing = (products * tl.exp2(tl.minimum(between, 0.0)) * tl.load(d_ptr + base + j)[None, :]).to(COMPUTE)
+        y = dot(mixing, x, y * tl.load(from_state_ptr + base + i)[:, None])
+        if D_ptr is not None:
+            if D_CHANNELS:
+                D = tl.load(D_ptr + (first_head + k) * P + p, mask=p < P, other=0.0).to(tl.float32)
+                y += x.to(tl.float32) * D[None, :]
+            else:
+                y += x.to(tl.float32) * tl.load(D_ptr + first_head + k).to(tl.float32)
+        if z_ptr is not None:
+            z = load_rows(z_ptr + k * z_head_stride, tokens, p, P, z_token_stride, tl.float32, EVEN)
+            y *= z / (1.0 + tl.exp2(z * -LOG2E))
+        y_ptrs = y_ptr + tokens[:, None] * (H * P) + (k * P + p)[None, :]
+        mask = inside[:, None] if EVEN else inside[:, None] & (p < P)[None, :]
+        tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)

@@ -5,53 +5,61 @@ With decays a_t = exp(d_t A), a chunk of tokens that the state S enters gives, b
     y_i = sum over j <= i of (C_i . B_j) a_(j+1) ... a_i d_j x_j  +  a_1 ... a_i S C_i
     S'  = a_1 ... a_Q S  +  sum over j of a_(j+1) ... a_Q d_j x_j B_j^T
 
-Forward, four kernels: `steps` (d and the sums of log decays of every chunk), `span_state` (the state that each span of chunks
-leaves, from zero), `pass` (the states that enter the spans, in order, in float32), `scan` (a span, chunk after chunk, its state
-in registers). A sequence of one span needs the first and the last kernel only. No result is summed by atomics: everything is
-repeatable bit by bit. In bfloat16 `span_state`, or `scan` if it alone goes through the sequence, updates a state by products of
-three terms, which keep float32's precision; for y one term is enough.
+Forward, three kernels: `steps` (d and the decays within chunks), `states` (from chunk to chunk, a tile of the state of a head
+in registers, in float32; it stores the state that enters each chunk in the dtype of the products that read it), `scan` (y, all
+chunks at once; a program takes several heads of a group, which share C and C B^T). A sequence is never cut for `states`: the
+order of its sums depends on nothing but the chunk. No result is summed by atomics: everything is repeatable bit by bit. In
+bfloat16 a state is updated by products of three terms, which keep float32's precision; for y one term is enough.
 """
 
-import math
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from fused.ops.ssd.kernels import pass_kernel, scan_kernel, span_state_kernel, steps_kernel
+from fused.ops.ssd.kernels import scan_kernel, steps_kernel
+from fused.ops.ssd.state_kernels import states_kernel
 from fused.runtime import triton_launch
 from fused.runtime.modes import is_batch_invariant
 from fused.runtime.triton_launch import FUSED_MULTIPLY_ADD, NATIVE, blocks, capability, power_of_2
 
-MAX_CHANNELS, MAX_STATES = 64, 128  # P and N; with 128 and 256 the backward reads foreign memory on an H200
-MULTIPROCESSORS = 132  # of an H200; a constant, because the spans decide the order of sums
-STEPS = {"BLOCK_HEADS": 16, "num_warps": 4, **FUSED_MULTIPLY_ADD}
-PASS = {"BLOCK": 1024, "num_warps": 4, **FUSED_MULTIPLY_ADD}
-SPAN_OVERHEAD_CHUNKS = 2  # the time of a program before and after its loop, in chunks
-STATE_SHARE = 0.5  # of a chunk's time in `scan`, which `span_state` takes
+MAX_CHANNELS, MAX_STATES = 128, 256  # P and N
+MULTIPROCESSORS = 132  # of an H200; a constant, because the heads of a program decide the order of sums
+STEPS = {"BLOCK_HEADS": 16, "num_warps": 8, **FUSED_MULTIPLY_ADD}
+
+
+class Options(NamedTuple):
+    """How the compiler builds a kernel."""
+
+    num_warps: int
+    num_stages: int
+
+    def launch(self) -> dict[str, Any]:
+        """Return them as Triton takes them."""
+        # STAGES are the stages of a loop: without it Triton fetches ahead only what products are taken of
+        stages = {"num_stages": self.num_stages, "STAGES": self.num_stages}
+        return {"num_warps": self.num_warps, **stages, **FUSED_MULTIPLY_ADD}
 
 
 class Config(NamedTuple):
     """The compile-time choices of the kernels for one set of sizes."""
 
     CHUNK: int
-    HEADS: int
     BLOCK_P: int
     BLOCK_N: int
+    STATE_P: int  # the tile of the state that a program of `states` has
+    STATE_N: int
     COMPUTE: Any
     TERMS: int
-    READ_TERMS: int
-    EXACT: bool  # whether the backward keeps the states that enter the chunks
-    scan_warps: int
-    scan_stages: int
-    state_warps: int
-    state_stages: int
-    gradient_warps: int
-    gradient_stages: int
-    TILE_N: int  # states of a tile in the kernels of the backward
-    programs_per_multiprocessor: int
+    EXACT: bool
+    heads: int  # of a program, at most
+    states: Options
+    scan: Options
+    state_gradient: Options = Options(4, 2)
+    pairs: Options = Options(4, 2)
+    input_gradient: Options = Options(4, 2)
+    diagonal: bool = True  # whether <state, gradient> is the diagonal of a product of matrices
 
 
 class Sizes(NamedTuple):
@@ -72,31 +80,37 @@ def product_dtype(*tensors: Tensor) -> torch.dtype:
 
 def choose_config(sizes: Sizes, dtype: torch.dtype, capability: int = 0, backward: bool = False) -> Config:
     """Return the configuration for these sizes and the dtype of products, on a GPU of a compute capability (90 for 9.0)."""
-    block_n = max(16, power_of_2(sizes.N))
-    block_p = max(16, min(64, power_of_2(sizes.P), 128 * 64 // block_n))  # a state of at most 64 registers a thread
+    # Triton 3.6 fails to compile for sm_100 where sums are taken of a product of 64 rows, which is in tensor memory
+    tensor_memory = capability >= 100
     if dtype != torch.bfloat16 or not NATIVE:
-        chunk = 16 if not NATIVE else 32
-        return Config(chunk, 1, block_p, block_n, tl.float32, 1, 1, True, 4, 1, 4, 1, 4, 1, min(64, block_n), 1)
-    # Triton 3.6 fails to compile the backward of chunks of 64 for sm_100, at sums of what is in tensor memory
-    chunk = 32 if backward and capability >= 100 else 64
-    return Config(chunk, 1, block_p, block_n, tl.bfloat16, 3, 2, False, 4, 2, 4, 3, 4, 1, min(64, block_n), 2)
+        chunk, one = 16 if not NATIVE else 32, Options(4, 1)
+        block_n, block_p = max(16, min(128, power_of_2(sizes.N))), max(16, min(64, power_of_2(sizes.P)))
+        tile = min(block_p, 32), min(block_n, 64)
+        config = Config(chunk, block_p, block_n, *tile, tl.float32, 1, True, 8, one, one, one, one, one)
+    else:
+        # on an H200, Triton 3.6 built kernels that were wrong for blocks of 32 channels: there are none below 64
+        block_p, block_n = 64, 64 if sizes.N <= 64 else 128
+        if not backward and sizes.N <= 128:
+            chunk, over_heads = 128, Options(8, 3 if capability >= 90 else 2)  # with a gate, 3 are too many for an A100
+        else:
+            chunk, over_heads = 32 if tensor_memory and backward else 64, Options(4, 3 if sizes.N <= 128 else 2)
+        states = Options(8 if block_n == 128 else 4, 3)
+        config = Config(chunk, block_p, block_n, block_p, block_n, tl.bfloat16, 3, False, 16, states, *(over_heads,) * 4)
+    return config._replace(diagonal=not tensor_memory)
 
 
-@lru_cache(maxsize=1024)
-def choose_spans(programs: int, num_chunks: int, slots: int) -> tuple[int, int]:
-    """Return (spans of a sequence, chunks of a span) that take the least time, with `programs` a span and `slots` at once.
+def choose_heads(sizes: Sizes, num_chunks: int, most: int) -> int:
+    """Return the heads of a program: as many as leave two programs for every multiprocessor, at most `most`.
 
-    Unless it is the only one, a span is gone through twice, the first time without outputs.
+    In the batch-invariant mode they do not depend on the number of clips.
     """
-    best: tuple[float, int, int] = (math.inf, 1, num_chunks)
-    for wanted in range(1, min(num_chunks, blocks(4 * slots, programs)) + 1):
-        each = blocks(num_chunks, wanted)
-        spans = blocks(num_chunks, each)
-        time: float = blocks(programs * spans, slots) * (each + SPAN_OVERHEAD_CHUNKS)
-        if spans > 1:
-            time += blocks(programs * spans, slots) * (STATE_SHARE * each + SPAN_OVERHEAD_CHUNKS)
-        best = min(best, (time, spans, each))
-    return best[1:]
+    per_group, heads = sizes.H // sizes.G, 1
+    clips = 1 if is_batch_invariant() else sizes.clips
+    while heads < min(most, per_group):
+        if clips * num_chunks * sizes.G * blocks(per_group, 2 * heads) < 2 * MULTIPROCESSORS:
+            break
+        heads *= 2
+    return min(heads, per_group)
 
 
 def forward(
@@ -108,24 +122,39 @@ def forward(
 
     Shapes are those of `fused.ssd`. Strides are free but over the last axis, where others than 1 cost a copy.
     """
-    x, dt, B, C, z = (rows(t) for t in (x, dt, B, C, z))
+    x, dt, B, C, z, D = (rows(t) for t in (x, dt, B, C, z, D))
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    final_shape = (x.shape[0], *x.shape[2:], B.shape[3])
+    final = torch.empty((x.shape[0], *x.shape[2:], B.shape[3]), dtype=torch.float32, device=x.device)
     if not y.numel():
-        return y, torch.empty(final_shape, dtype=torch.float32, device=x.device)
-    call = prepare(x, dt, A, B, C, dt_bias, softplus, low, high, initial_state, seq_idx, reverse, config)
-    config = call.config
+        return y, final
+    call = prepare(x, dt, A, B, C, dt_bias, softplus, low, high, seq_idx, reverse, config)
+    config, steps = call.config, call.steps
+    entering, initial = new_states(call, x), None if initial_state is None else initial_state.contiguous()
+    triton_launch.launch(
+        states_kernel, x.device, call.states_grid,
+        x, B, steps.d, steps.to_end, steps.decay, initial, entering, final,
+        *call.shape, *x.stride()[:3], *B.stride()[:3], TERMS=config.TERMS, **call.states_options,
+    )  # fmt: skip
     z_strides = (0, 0, 0) if z is None else z.stride()[:3]
-    known = call.final is not None
-    final = torch.empty(final_shape, dtype=torch.float32, device=x.device) if call.final is None else call.final
-    options = call.options | {"TERMS": 1 if known else config.TERMS}  # y is rounded to bfloat16 anyway
     triton_launch.launch(
         scan_kernel, x.device, call.grid,
-        x, B, C, D, z, call.ids, *call.steps, call.entering, y, None if known else final, *call.shape,
-        *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *z_strides, *head_strides(D), **options,
-        num_warps=config.scan_warps, num_stages=config.scan_stages,
+        x, B, C, None if D is None else D.contiguous(), z, call.ids, steps.d, steps.prefix, steps.prefix_low,
+        steps.from_state, entering, y, *call.shape, call.heads, *x.stride()[:3], *B.stride()[:3], *C.stride()[:3],
+        *z_strides, TILES=blocks(call.sizes.N, config.BLOCK_N), D_CHANNELS=D is not None and D.dim() == 2,
+        **call.options, **config.scan.launch(),
     )  # fmt: skip
     return y, final
+
+
+class Steps(NamedTuple):
+    """What depends on dt and A only: by token (B, H, chunks CHUNK), and `decay` by chunk (B, H, chunks); see `steps_kernel`."""
+
+    d: Tensor
+    prefix: Tensor
+    prefix_low: Tensor
+    from_state: Tensor
+    to_end: Tensor
+    decay: Tensor
 
 
 class Call(NamedTuple):
@@ -133,73 +162,66 @@ class Call(NamedTuple):
 
     config: Config
     sizes: Sizes
-    shape: tuple[int, ...]  # L, H, P, N, heads a group, chunks, spans, chunks of a span: arguments of every kernel
+    num_chunks: int
+    heads: int  # of a program
     options: dict[str, Any]
     ids: Tensor | None
-    steps: tuple[Tensor, Tensor, Tensor]  # d and the sums of log decays as two numbers, (B, H, tokens) in float32
-    entering: Tensor | None  # (B, spans, H, P, N) in float32, or an initial state (B, H, P, N), or None for zeros
-    final: Tensor | None  # (B, H, P, N) in float32; None if there is one span, which is not gone through yet
+    steps: Steps
+    reverse: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the sizes that the kernels take: L, H, P, N, heads of a group, chunks."""
+        return (*self.sizes[1:4], self.sizes.N, self.sizes.H // self.sizes.G, self.num_chunks)
+
+    @property
+    def head_blocks(self) -> int:
+        """Return the programs among which the heads of a group are divided."""
+        return blocks(self.sizes.H // self.sizes.G, self.heads)
+
+    @property
+    def states_grid(self) -> tuple[int, int, int]:
+        """Return the programs that go through sequences: all heads of all clips; the tiles of P; those of N."""
+        clips, _, H, P, _, N = self.sizes
+        return clips * H, blocks(P, self.config.STATE_P), blocks(N, self.config.STATE_N)
+
+    @property
+    def states_options(self) -> dict[str, Any]:
+        """Return their constants and options."""
+        config, (P, N) = self.config, (self.sizes.P, self.sizes.N)
+        even = P % config.STATE_P == 0 and N % config.STATE_N == 0
+        tile = {"BLOCK_P": config.STATE_P, "BLOCK_N": config.STATE_N, "EVEN": even}
+        return self.options | tile | config.states.launch()
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Return the programs of a kernel: all spans of all heads, and the blocks of P."""
-        programs = self.sizes.clips * self.shape[6] * (self.sizes.H // self.config.HEADS)
+        """Return the programs of a kernel: all chunks of all clips, groups and blocks of heads; and the blocks of P."""
+        programs = self.sizes.clips * self.num_chunks * self.sizes.G * self.head_blocks
         return programs, blocks(self.sizes.P, self.config.BLOCK_P)
 
 
 def prepare(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, dt_bias: Tensor | None, softplus: bool, low: float, high: float,
-    initial_state: Tensor | None, seq_idx: Tensor | None, reverse: bool, config: Config | None = None, backward: bool = False,
+    seq_idx: Tensor | None, reverse: bool, config: Config | None = None, backward: bool = False,
 ) -> Call:  # fmt: skip
-    """Choose the configuration and the spans, and run all kernels that come before the outputs."""
+    """Choose the configuration and run `steps`."""
     sizes = Sizes(*x.shape, *B.shape[2:])
-    clips, L, H, P, G, N = sizes
     config = config or choose_config(sizes, product_dtype(x, B, C), capability(x.device), backward)
-    num_chunks = blocks(L, config.CHUNK)
-    programs = (H // config.HEADS) * blocks(P, config.BLOCK_P) * (1 if is_batch_invariant() else clips)
-    num_spans, chunks_per_span = choose_spans(programs, num_chunks, MULTIPROCESSORS * config.programs_per_multiprocessor)
-    shape = (L, H, P, N, H // G, num_chunks, num_spans, chunks_per_span)
+    num_chunks = blocks(sizes.L, config.CHUNK)
     options: dict[str, Any] = {
-        "REVERSE": reverse, "CHUNK": config.CHUNK, "HEADS": config.HEADS, "BLOCK_P": config.BLOCK_P,
-        "BLOCK_N": config.BLOCK_N, "COMPUTE": config.COMPUTE, "TERMS": config.TERMS,
-        "EVEN": P % config.BLOCK_P == 0 and N == config.BLOCK_N, **FUSED_MULTIPLY_ADD,
+        "REVERSE": reverse, "CHUNK": config.CHUNK, "BLOCK_P": config.BLOCK_P, "BLOCK_N": config.BLOCK_N,
+        "COMPUTE": config.COMPUTE, "EVEN": sizes.P % config.BLOCK_P == 0 and sizes.N % config.BLOCK_N == 0,
     }  # fmt: skip
     ids = None if seq_idx is None else seq_idx.contiguous()
-    steps = _steps(dt, A, dt_bias, softplus, low, high, reverse, num_chunks, config.CHUNK)
-    entering = None if initial_state is None else initial_state.contiguous()
-    call = Call(config, sizes, shape, options, ids, steps, entering, None)
-    if num_spans > 1:
-        states, decays = empty_span_states(call, x.device)
-        triton_launch.launch(
-            span_state_kernel, x.device, call.grid,
-            x, B, ids, *steps, states, decays, *shape, *x.stride()[:3], *B.stride()[:3], **options,
-            num_warps=config.state_warps, num_stages=config.state_stages,
-        )  # fmt: skip
-        final = torch.empty((clips, H, P, N), dtype=torch.float32, device=x.device)
-        pass_states(call, states, decays, entering, final, backward=False)
-        call = call._replace(entering=states, final=final)
-    return call
+    steps = _steps(dt, A, dt_bias, softplus, low, high, ids, reverse, num_chunks, config.CHUNK)
+    return Call(config, sizes, num_chunks, choose_heads(sizes, num_chunks, config.heads), options, ids, steps, reverse)
 
 
-def empty_span_states(call: Call, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return uninitialised states (B, spans, H, P, N) and decays (B, spans, H) of spans."""
-    clips, spans, H, P, N = call.sizes.clips, call.shape[6], call.sizes.H, call.sizes.P, call.sizes.N
-    states = torch.empty((clips, spans, H, P, N), dtype=torch.float32, device=device)
-    return states, torch.empty((clips, spans, H), dtype=torch.float32, device=device)
-
-
-def pass_states(
-    call: Call, states: Tensor, decays: Tensor, initial: Tensor | None, final: Tensor | None, backward: bool
-) -> None:
-    """Replace what each span leaves by what enters it, from `initial` (B, H, P, N) on, and write the last state to `final`.
-
-    `backward` begins at the last span.
-    """
-    size = call.sizes.P * call.sizes.N
-    triton_launch.launch(
-        pass_kernel, states.device, (call.sizes.clips * call.sizes.H, blocks(size, PASS["BLOCK"])),
-        states, decays, initial, final, call.sizes.H, size, call.shape[6], BACKWARD=backward, **PASS
-    )
+def new_states(call: Call, x: Tensor) -> Tensor:
+    """Return an empty tensor for a state for every chunk, (B, chunks, H, N, P)."""
+    clips, _, H, P, _, N = call.sizes
+    dtype = torch.bfloat16 if call.config.COMPUTE == tl.bfloat16 else torch.float32
+    return torch.empty((clips, call.num_chunks, H, N, P), dtype=dtype, device=x.device)
 
 
 def rows(t: Any) -> Any:
@@ -207,22 +229,18 @@ def rows(t: Any) -> Any:
     return t if t is None or t.stride(-1) == 1 else t.contiguous()
 
 
-def head_strides(D: Tensor | None) -> tuple[int, int]:
-    """Return the strides of D (H,) or (H, P) over heads and channels."""
-    return (0, 0) if D is None else (D.stride(0), D.stride(1) if D.dim() == 2 else 0)
-
-
 def _steps(
-    dt: Tensor, A: Tensor, dt_bias: Tensor | None, softplus: bool, low: float, high: float, reverse: bool, num_chunks: int,
-    CHUNK: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return d, and the chunks' sums of log decays as two numbers, each (B, H, num_chunks CHUNK) in float32."""
+    dt: Tensor, A: Tensor, dt_bias: Tensor | None, softplus: bool, low: float, high: float, ids: Tensor | None, reverse: bool,
+    num_chunks: int, CHUNK: int,
+) -> Steps:  # fmt: skip
     clips, L, H = dt.shape
-    d, prefix, prefix_low = torch.empty((3, clips, H, num_chunks * CHUNK), dtype=torch.float32, device=dt.device).unbind(0)
+    d, *others = torch.empty((5, clips, H, num_chunks * CHUNK), dtype=torch.float32, device=dt.device).unbind(0)
+    decay = torch.empty((clips, H, num_chunks), dtype=torch.float32, device=dt.device)
     bias = None if dt_bias is None else dt_bias.contiguous()
     triton_launch.launch(
         steps_kernel, dt.device, (clips * num_chunks, blocks(H, STEPS["BLOCK_HEADS"])),
-        dt, A.contiguous(), bias, d, prefix, prefix_low, L, H, num_chunks, *dt.stride()[:2], low, high,
+        dt, A.contiguous(), bias, ids, d, *others, decay, L, H, num_chunks, *dt.stride()[:2], low, high,
         SOFTPLUS=softplus, REVERSE=reverse, CHUNK=CHUNK, **STEPS,
     )  # fmt: skip
-    return d, prefix, prefix_low
+    prefix, prefix_low, from_state, to_end = others
+    return Steps(d, prefix, prefix_low, from_state, to_end, decay)

@@ -10,12 +10,12 @@ L_ij = a_(j+1) ... a_i for j <= i, a chunk that the state S enters gives
 
 The gradient of log a_t is the sum of all terms of y . dy and of G . S' whose decays contain a_t. Every term is the product of a
 token's output or the leaving state, and of a token's input or the entering state: those within a chunk are summed from the same
-numbers by row and by column. Those that go through the chunk from state to state are a_1 ... a_Q G . S: in float32 the states
-that enter the chunks are stored for it; in bfloat16 it is G . S' at the end of the span, less the chunk's own terms.
+numbers by row and by column. Those that go through the chunk from state to state are a_1 ... a_Q G . S.
 
-Kernels: those before `scan` again, for the states that enter the spans; the same for the gradients, from the last span on; then
-each span forwards with its state (dC) and backwards with the gradient of its state (dB, dx); then dt, A and the bias from what
-these two have stored for every token; then the sums of dB and dC over the heads of a group. All sums are in a fixed order.
+Kernels: `steps` again; `both_states`, the states that enter the chunks and the gradients of those that leave them, both ways at
+a time; `state_gradient` twice, for the parts of dC and dB that these give, each summed over several heads;
+`input_gradient` (dx, and the gradient of C B^T, summed over several heads, in a launch each); `steps_backward` (dt, A and
+the bias, from numbers that the others have stored for every token); `reduce` (dB and dC). All sums are in a fixed order.
 """
 
 from typing import NamedTuple
@@ -26,17 +26,17 @@ from torch import Tensor
 
 from fused.ops.ssd import launch
 from fused.ops.ssd.backward_kernels import (
-    gradient_forward_kernel,
-    gradient_reverse_kernel,
+    input_gradient_kernel,
     reduce_kernel,
-    span_gradient_kernel,
+    state_gradient_kernel,
     steps_backward_kernel,
 )
-from fused.ops.ssd.launch import STEPS, Config, empty_span_states, head_strides, pass_states, prepare, rows
+from fused.ops.ssd.launch import STEPS, Config, new_states, prepare, rows
+from fused.ops.ssd.state_kernels import both_states_kernel
 from fused.runtime import triton_launch
 from fused.runtime.triton_launch import FUSED_MULTIPLY_ADD, blocks
 
-REDUCE = {"BLOCK": 1024, "num_warps": 4, **FUSED_MULTIPLY_ADD}
+REDUCE_BLOCK = 64  # of N
 
 
 class Gradients(NamedTuple):
@@ -90,7 +90,7 @@ def _backward(
     softplus: bool, low: float, high: float, initial_state: Tensor | None, seq_idx: Tensor | None, reverse: bool,
     config: Config | None,
 ) -> Gradients:  # fmt: skip
-    x, dt, B, C, dy = (rows(t) for t in (x, dt, B, C, dy))
+    x, dt, B, C, dy, D = (rows(t) for t in (x, dt, B, C, dy, D))
     clips, L, H, P = x.shape
     G, N = B.shape[2:]
 
@@ -103,62 +103,62 @@ def _backward(
     if not dx.numel():
         dD, dbias = (None if t is None else torch.zeros_like(t, dtype=torch.float32) for t in (D, dt_bias))
         return Gradients(dx, ddt, torch.zeros_like(A, dtype=torch.float32), dB, dC, dD, None, dbias, dinitial)
-    call = prepare(x, dt, A, B, C, dt_bias, softplus, low, high, initial_state, seq_idx, reverse, config, True)
-    config, shape, ids, (d, prefix, prefix_low) = call.config, call.shape, call.ids, call.steps
-    num_chunks, num_spans = shape[5:7]
-    p_blocks = blocks(P, config.BLOCK_P)
-    grid = (clips * num_spans * H, p_blocks)
-    options = {
-        "REVERSE": reverse, "CHUNK": config.CHUNK, "BLOCK_P": config.BLOCK_P, "BLOCK_N": config.TILE_N,
-        "TILES": blocks(N, config.TILE_N), "COMPUTE": config.COMPUTE, "READ_TERMS": config.READ_TERMS,
-        "TERMS": config.TERMS if call.final is None else config.READ_TERMS, "EXACT": config.EXACT,
-        "EVEN": P % config.BLOCK_P == 0 and N % config.TILE_N == 0,
-        "num_warps": config.gradient_warps, "num_stages": config.gradient_stages,
-        **FUSED_MULTIPLY_ADD,
-    }  # fmt: skip
-    entering = None if dfinal is None else dfinal.float().contiguous()
-    if num_spans > 1:
-        gradients, decays = empty_span_states(call, x.device)
+    call = prepare(x, dt, A, B, C, dt_bias, softplus, low, high, seq_idx, reverse, config, True)
+    config, steps, num_chunks, CHUNK = call.config, call.steps, call.num_chunks, call.config.CHUNK
+    states, gradients = new_states(call, x), new_states(call, x)
+    initial, dfinal = (None if t is None else t.contiguous().float() for t in (initial_state, dfinal))
+    x_strides, B_strides, C_strides, dy_strides = (t.stride()[:3] for t in (x, B, C, dy))
+    programs, *tiles = call.states_grid
+    triton_launch.launch(
+        both_states_kernel, x.device, (2 * programs, *tiles),
+        x, B, steps.d, steps.to_end, dy, C, steps.from_state, steps.decay, initial, states, dfinal, gradients, dinitial,
+        *call.shape, *x_strides, *B_strides, *dy_strides, *C_strides, TERMS=1 if dinitial is None else config.TERMS,
+        **call.states_options,
+    )  # fmt: skip
+    grid, p_blocks, n_blocks = call.grid, call.grid[1], blocks(N, config.BLOCK_N)
+    parts = p_blocks * call.head_blocks
+    dB_parts, dC_parts = empty(2, parts, clips, num_chunks, G, CHUNK, N).unbind(0)
+    pairs = empty(parts, clips, num_chunks, G, CHUNK, CHUNK)
+    within, into, step = empty(3, p_blocks, clips, H, num_chunks * CHUNK).unbind(0)
+    read = empty(p_blocks * n_blocks, clips, H, num_chunks * CHUNK)
+    through = empty(p_blocks * n_blocks, clips, H, num_chunks)
+    D_CHANNELS = D is not None and D.dim() == 2
+    dD_shape = (clips, num_chunks, H, P) if D_CHANNELS else (p_blocks, clips, H, num_chunks * CHUNK)
+    dD_parts = None if D is None else empty(*dD_shape)
+    shape = (*call.shape, call.heads)
+    triton_launch.launch(
+        state_gradient_kernel, x.device, (*grid, n_blocks),
+        C, dy, None, steps.from_state, steps.decay, states, gradients, dC_parts, read, through, *shape, *C_strides, *dy_strides,
+        DIAGONAL=config.diagonal, **call.options, **config.state_gradient.launch(),
+    )  # fmt: skip
+    triton_launch.launch(
+        state_gradient_kernel, x.device, (*grid, n_blocks),
+        B, x, steps.d, steps.to_end, steps.decay, gradients, None, dB_parts, None, None, *shape, *B_strides, *x_strides,
+        DIAGONAL=config.diagonal, **call.options, **config.state_gradient.launch(),
+    )  # fmt: skip
+    for dx_out, pairs_out in ((None, pairs), (dx, None)):
         triton_launch.launch(
-            span_gradient_kernel, x.device, call.grid,
-            dy, C, ids, prefix, prefix_low, gradients, decays, *shape, *dy.stride()[:3], *C.stride()[:3], **call.options,
-            num_warps=config.state_warps, num_stages=config.state_stages,
+            input_gradient_kernel, x.device, grid,
+            x, B, C, dy, D, call.ids, steps.d, steps.prefix, steps.prefix_low, steps.to_end, gradients,
+            dx_out, pairs_out, dD_parts, within, into, step, *shape, *x_strides, *B_strides, *C_strides, *dy_strides,
+            TILES=n_blocks, EXACT=config.EXACT, D_CHANNELS=D_CHANNELS, **call.options,
+            **(config.pairs if dx_out is None else config.input_gradient).launch(),
         )  # fmt: skip
-        pass_states(call, gradients, decays, entering, dinitial, backward=True)
-        entering = gradients
-    strides = (*x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *dy.stride()[:3])
-    dB_parts, dC_parts = empty(2, p_blocks, H, clips, L, N, dtype=launch.product_dtype(x, B, C)).unbind(0)
-    read, within, into, step = empty(4, p_blocks, clips, H, num_chunks * config.CHUNK).unbind(0)
-    output_sum, through = empty(2, p_blocks, clips, H, num_chunks).unbind(0)
-    chunk_states = empty(clips, num_chunks, H, P, N) if config.EXACT else None
-    final = call.final if call.final is not None else empty(clips, H, P, N)
-    dD_parts = empty(clips, num_spans, H, P)
-    triton_launch.launch(
-        gradient_forward_kernel, x.device, grid,
-        x, B, C, dy, ids, d, prefix, prefix_low, call.entering, final if call.final is None else None, chunk_states,
-        dC_parts, within, read, output_sum, *shape, *strides,
-        **options,
-    )  # fmt: skip
-    triton_launch.launch(
-        gradient_reverse_kernel, x.device, grid,
-        x, B, C, dy, D, ids, d, prefix, prefix_low, call.entering, final, chunk_states, entering,
-        output_sum, dx, dB_parts, dD_parts, dinitial if call.final is None else None, into, step, through,
-        *shape, *strides, *head_strides(D), **options,
-    )  # fmt: skip
-    dA_parts, dbias_parts = empty(2, clips * num_chunks, H).unbind(0)
+    sums = empty(3, clips * num_chunks, H)
     bias = None if dt_bias is None else dt_bias.contiguous()
     triton_launch.launch(
         steps_backward_kernel, x.device, (clips * num_chunks, blocks(H, STEPS["BLOCK_HEADS"])),
-        dt, A.contiguous(), bias, d, read, within, into, step, through, ddt, dA_parts, dbias_parts,
-        L, H, num_chunks, *dt.stride()[:2],
-        read.stride(0), through.stride(0), low, high,
-        PARTS=p_blocks, EXACT=config.EXACT, SOFTPLUS=softplus, REVERSE=reverse, CHUNK=config.CHUNK, **STEPS,
+        dt, A.contiguous(), bias, steps.d, read, through, within, into, step, None if D_CHANNELS else dD_parts, ddt,
+        *sums.unbind(0), L, H, num_chunks, *dt.stride()[:2], low, high, READ_PARTS=p_blocks * n_blocks, PARTS=p_blocks,
+        EXACT=config.EXACT, SOFTPLUS=softplus, REVERSE=reverse, CHUNK=CHUNK, **STEPS,
     )  # fmt: skip
-    for parts, out in ((dB_parts, dB), (dC_parts, dC)):
-        triton_launch.launch(
-            reduce_kernel, x.device, (blocks(clips * L * N, REDUCE["BLOCK"]), G),
-            parts, out, clips * L * N, G, N, H, P_BLOCKS=p_blocks, **REDUCE
-        )
-    dD = None if D is None else dD_parts.sum((0, 1, 3) if D.dim() == 1 else (0, 1))
-    dbias = None if dt_bias is None else dbias_parts.sum(0)
-    return Gradients(dx, ddt, dA_parts.sum(0), dB, dC, dD, None, dbias, dinitial)
+    triton_launch.launch(
+        reduce_kernel, x.device, (clips * num_chunks * G, blocks(N, REDUCE_BLOCK)),
+        B, C, dB_parts, dC_parts, pairs, dB, dC, L, G, N, num_chunks, parts, *B_strides, *C_strides,
+        REVERSE=reverse, CHUNK=CHUNK, BLOCK_N=REDUCE_BLOCK, COMPUTE=config.COMPUTE, EVEN=N % REDUCE_BLOCK == 0,
+        num_warps=4, num_stages=1, **FUSED_MULTIPLY_ADD,
+    )  # fmt: skip
+    dA, dbias, dD = (t.sum(0) for t in sums)
+    if D_CHANNELS and dD_parts is not None:
+        dD = dD_parts.sum((0, 1))
+    return Gradients(dx, ddt, dA, dB, dC, None if D is None else dD, None, None if dt_bias is None else dbias, dinitial)

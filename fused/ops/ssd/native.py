@@ -19,7 +19,7 @@ def ssd_native(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Scan as `fused.ssd` says.
 
-    Raises ValueError for more than 64 channels a head or 128 states, and for a tensor in float64.
+    Raises ValueError for more than 128 channels a head or 256 states, and for a tensor in float64.
     """
     P, N = x.shape[3], B.shape[3]
     if P > launch.MAX_CHANNELS or N > launch.MAX_STATES:

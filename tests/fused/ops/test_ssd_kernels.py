@@ -1,5 +1,7 @@
 """The native SSD scan against the loop: through Triton's interpreter, or on a GPU where there is one."""
 
+import itertools
+
 import naive
 import pytest
 import torch
@@ -20,25 +22,16 @@ from fused.ops.ssd.native import ssd_native  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton 3.6's interpreter
 SEEDS = range(2)
 LOW = torch.bfloat16
-# B L H P G N, options, spans
+# B L H P G N, options
 CASES = {
-    "one token": ((1, 1, 1, 1, 1, 1), "everything", 1),
-    "one chunk": ((2, 7, 3, 3, 3, 5), "bare", 1),
-    "chunks": ((1, 35, 4, 5, 2, 6), "everything", 1),
-    "spans": ((1, 50, 2, 3, 1, 4), "no gate", 3),
-    "reverse": ((1, 35, 2, 3, 1, 4), "reverse", 2),
-    "segments": ((2, 35, 2, 3, 1, 4), "segments", 2),
-    "reverse segments": ((2, 20, 2, 3, 1, 4), "reverse segments", 2),
-    "two blocks of channels, two of states": ((1, 20, 1, 70, 1, 70), "no gate", 2),
+    "one token": ((1, 1, 1, 1, 1, 1), "everything"),
+    "one chunk": ((2, 7, 3, 3, 3, 5), "bare"),
+    "chunks": ((1, 35, 4, 5, 2, 6), "everything"),
+    "reverse": ((1, 35, 2, 3, 1, 4), "reverse"),
+    "segments": ((2, 35, 2, 3, 1, 4), "segments"),
+    "reverse segments": ((2, 20, 2, 3, 1, 4), "reverse segments"),
+    "two blocks of channels, two of states": ((1, 20, 1, 70, 1, 70), "no gate"),
 }
-
-
-def set_spans(monkeypatch, spans):
-    def chosen(programs, num_chunks, slots):
-        each = -(-num_chunks // spans)
-        return -(-num_chunks // each), each
-
-    monkeypatch.setattr(launch, "choose_spans", chosen)
 
 
 def inputs(seed, shape, kind, dtype=torch.float32):
@@ -62,17 +55,13 @@ def sample(seed, shape, kind):
 
 @pytest.mark.usefixtures("nan_filled")
 @pytest.mark.parametrize("case", CASES)
-def test_follows_the_loop(case, monkeypatch):
-    shape, kind, spans = CASES[case]
-    set_spans(monkeypatch, spans)
-    if shape[3] > launch.MAX_CHANNELS and DEVICE == "cpu":
-        monkeypatch.setattr(launch, "MAX_CHANNELS", shape[3])  # the interpreter does what a GPU does not yet
+def test_follows_the_loop(case):
+    shape, kind = CASES[case]
     assert_rule(sample(seed, shape, kind) for seed in SEEDS)
 
 
 @pytest.mark.usefixtures("nan_filled")
 def test_without_the_states_of_chunks_it_loses_few_digits(monkeypatch):  # as in bfloat16
-    set_spans(monkeypatch, 2)
     config = launch.choose_config(launch.Sizes(1, 35, 2, 3, 1, 4), torch.float32)
     tensors, cotangents, options = inputs(0, (1, 35, 2, 3, 1, 4), "no gate")
     want = outcome(lambda **x: ssd_native(**x, **options), tensors, cotangents, None)
@@ -83,7 +72,6 @@ def test_without_the_states_of_chunks_it_loses_few_digits(monkeypatch):  # as in
 
 @pytest.mark.usefixtures("nan_filled")
 def test_low_precision_is_near(monkeypatch):  # no more than near: the interpreter truncates where a GPU rounds
-    set_spans(monkeypatch, 2)
     tensors, cotangents, options = inputs(0, (1, 35, 2, 3, 1, 4), "segments", LOW)
     got = outcome(lambda **x: ssd_native(**x, **options), tensors, cotangents, None)
     truth = outcome(lambda **x: naive.ssd(**x, **options), double(tensors), cotangents, torch.float64)
@@ -110,7 +98,6 @@ def test_small_steps_keep_their_digits():
 
 
 def test_repeats_and_ignores_its_neighbours(monkeypatch):
-    set_spans(monkeypatch, 2)
     tensors, cotangents, options = inputs(0, (3, 20, 2, 3, 1, 4), "segments")
     del tensors["z"]  # the gate's gradient is PyTorch's, whose rounding depends on the place on a CPU
     shared = ("A", "D", "dt_bias")
@@ -146,9 +133,9 @@ def test_without_clips():
 @pytest.mark.usefixtures("unchecked")
 def test_what_native_has_not_is_named(monkeypatch):
     monkeypatch.setattr(backends, "choose", lambda *_, **__: "native")
-    x, B = torch.ones(1, 1, 1, 65, device=DEVICE), torch.ones(1, 1, 1, 4, device=DEVICE)
+    x, B = torch.ones(1, 1, 1, 129, device=DEVICE), torch.ones(1, 1, 1, 4, device=DEVICE)
     one = torch.ones(1, device=DEVICE)
-    with pytest.raises(ValueError, match=r"P of at most 64 and N of at most 128, got x of shape \(1, 1, 1, 65\)"):
+    with pytest.raises(ValueError, match=r"P of at most 128 and N of at most 256, got x of shape \(1, 1, 1, 129\)"):
         fused.ssd(x, B[..., 0], one, B, B, backend="native")
     with pytest.raises(ValueError, match="got A in torch.float64; use backend='torch'"):
         fused.ssd(x[..., :4], B[..., 0], one.double(), B, B, backend="native")
@@ -172,12 +159,25 @@ def test_is_an_op_that_compiles_and_recomputes():
     assert all(map(torch.equal, want, torch.autograd.grad(compiled_op(*leaves), leaves)))
 
 
+def test_no_block_of_16_bit_products_is_below_64(monkeypatch):
+    monkeypatch.setattr(launch, "NATIVE", True)
+    for P in range(1, 129):
+        for N in (1, 40, 64, 65, 128, 129, 256):
+            for capability, backward in itertools.product((80, 90, 100), (False, True)):
+                config = launch.choose_config(launch.Sizes(1, 99, 2, P, 1, N), LOW, capability, backward)
+                sizes = {config.BLOCK_P, config.BLOCK_N, config.STATE_P, config.STATE_N}
+                assert sizes <= {64, 128}, (P, N)
+
+
 def test_compiles_and_prints_its_resources(capsys):
     lines = compiled.compile_in_subprocess("ssd")
     with capsys.disabled():
         print("", *lines, sep="\n")
     names = {
-        "steps_kernel", "span_state_kernel", "pass_kernel", "scan_kernel", "span_gradient_kernel", "gradient_forward_kernel",
-        "gradient_reverse_kernel", "steps_backward_kernel", "reduce_kernel",
+        "steps_kernel", "states_kernel", "scan_kernel", "both_states_kernel", "state_gradient_kernel", "input_gradient_kernel",
+        "steps_backward_kernel", "reduce_kernel",
     }  # fmt: skip
     assert {(line["kernel"], line["sm"]) for line in lines} == {(name, sm) for name in names for sm in (80, 90, 100)}
+    kib = {80: 163, 90: 227, 100: 227}  # of shared memory that a block may have
+    assert all(line["shared"] <= kib[line["sm"]] << 10 for line in lines)
+    compiled.assert_no_spills(line for line in lines if line["sm"] == 90 and line["case"].startswith(("H112", "plain")))

@@ -1,0 +1,95 @@
+"""The front page of all accepted runs: the newest numbers, how they moved from run to run, and which are of older code."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from harness.records.speed import Speed
+from harness.report import accepted, bench, curves, faults, glossary, headlines, html, overview, page, things
+from harness.report.figures import Drawing, End, chart, label_ends, line_look, logarithmic, shown
+from harness.report.html import Number, Page, Section
+from harness.report.markdown import Markdown, escape, table
+from harness.runs import freshness
+from harness.runs.store import Run
+
+STEM = "index"
+LINES = 5  # of the trend
+
+
+def write(folder: Path) -> Path:
+    """Write index.html and trend.svg into `reports`, from the runs in its folder `accepted`; return the page's path."""
+    runs = {path.parent: Run.open(path.parent) for path in sorted(folder.glob("accepted/*/*/run.json"))}
+    newest = accepted.newest_races(runs)
+    speeds = [s for where, run in runs.items() for s in faults.marked(run) if newest.get(s.point.race) == where]
+    families = curves.families(speeds)
+    parity = [run for run in _by_day(runs) if run.about["kind"] == "parity" and run.counts()["passed"]]
+    largest = max(parity, key=lambda run: (run.counts()["passed"] > 1000, run.about["started"]), default=None)
+    numbers = headlines.numbers(speeds, families)[:3]
+    said = [headlines.sentence(speeds, families)]
+    if largest:
+        said.append(page.verdict(largest))
+        numbers += page.numbers(largest)[:1]
+    main = headlines.main_family(families)
+    picture = ""
+    if main and (path := newest[main.race] / f"{main.stem}.svg").exists():
+        picture = f"![{main.title}: ms a call](./{path.relative_to(folder)})"
+    ages = {where: freshness.changed_since(run) for where, run in runs.items()}
+    older = sum(age != () for age in ages.values())
+    sections = [
+        Section("Newest numbers", overview.overview(speeds)),
+        Section("Where VideoMamba meets the ViT, and memory",
+                "\n".join([*overview.crossings(families), *overview.most_memory(speeds)])),
+        *([Section("From run to run", shown(drawn))] if (drawn := trend(runs, folder)) else []),
+        Section("Accepted runs", _runs(runs, ages, folder)),
+        Section("How to repeat it", "```\nnox -s parity\nnox -s bench\npython -m harness accept reports/runs/RUN\n```"),
+        Section("Glossary", glossary.terms(), folded=True),
+    ]  # fmt: skip
+    numbers.append(Number(str(older), f"of {len(runs)}", "accepted runs are of older code; below it says what changed"))
+    front = Page("VideoMamba: what was measured", " ".join(filter(None, said)), numbers[:5], picture, sections)
+    return html.write_html(folder, front, STEM)
+
+
+def trend(runs: Mapping[Path, Run], folder: Path) -> list[Drawing]:
+    """Draw trend.svg: our times at the points that most benches share, the newest last; nothing before a second bench."""
+    benches = [run for run in _by_day(runs) if run.about["kind"] == "bench"]
+    names = [{s.point.name for s in run.speeds if s.seconds} for run in benches]
+    benches = [run for run, mine in zip(benches, names, strict=True) if sum(bool(mine & other) for other in names) > 1]
+    times: dict[str, dict[int, Speed]] = {}
+    for place, run in enumerate(benches):
+        for s in run.speeds:
+            if s.seconds and s.entry.implementation == "fused:native":
+                times.setdefault(s.point.name, {})[place] = s
+    shared = sorted((name for name, line in times.items() if len(line) > 1), key=lambda n: (-len(times[n]), -max(times[n])))
+    races: dict[str, str] = {}
+    for name in shared:
+        races.setdefault(next(iter(times[name].values())).point.race + next(iter(times[name].values())).point.mode, name)
+    if not races:
+        return []
+    with chart(folder, "trend", width=6.4) as axes:
+        ends = []
+        for name, spare in zip(list(races.values())[:LINES], things.SPARE, strict=False):
+            line = times[name]
+            look = things.Look(name, *spare)
+            axes.plot(list(line), [1e3 * curves.seconds(s) for s in line.values()], **line_look(look))
+            ends.append(End(max(line), 1e3 * curves.seconds(line[max(line)]), look))
+        axes.set(yscale="log", ylabel="ms a call, ours")
+        days = [f"{run.about['started'][:10]}\n{run.folder.name[9:]}" for run in benches]
+        axes.set_xticks(range(len(benches)), days, fontsize=6.5)
+        logarithmic(axes.yaxis)
+        label_ends(axes, ends)
+    return [Drawing(folder / "trend.svg", "Our medians at points that several accepted benches have timed, oldest run left.")]
+
+
+def _by_day(runs: Mapping[Path, Run]) -> list[Run]:
+    return sorted(runs.values(), key=lambda run: str(run.about["started"]))
+
+
+def _runs(runs: Mapping[Path, Run], ages: Mapping[Path, tuple[str, ...] | None], folder: Path) -> str:
+    """Return all accepted runs as a table, the newest first, each with its verdict and the age of its code."""
+    rows = []
+    for run in reversed(_by_day(runs)):
+        where = next(place for place, other in runs.items() if other is run)
+        link = Markdown(f"[{escape(where.name)}]({where.relative_to(folder)}/report.html)")
+        box, said = run.about["box"], bench.verdict(run) if run.about["kind"] == "bench" else page.verdict(run)
+        day = run.about["started"][:10]
+        rows.append((link, run.about["kind"], day, box.get("gpu") or box.get("cpu"), said, freshness.in_words(ages[where])))
+    return table(["run", "kind", "day", "on", "says", "its code"], rows)

@@ -1,0 +1,56 @@
+"""How a thing looks in every figure of every page: one colour, one marker and one name each."""
+
+from typing import NamedTuple
+
+from harness.records.speed import Entry
+
+
+class Look(NamedTuple):
+    """A thing's name in words, its colour and its marker."""
+
+    label: str
+    colour: str
+    marker: str
+
+
+# By implementation, in the order in which they are preferred where a panel has no room for all. Colours of Okabe and Ito.
+LOOKS = {
+    "fused:native": Look("ours", "#0072B2", "o"),
+    "fused:mamba_ssm": Look("upstream", "#D55E00", "^"),
+    "cudnn": Look("ViT, cuDNN attention", "#009E73", "D"),
+    "fused:native_kept": Look("ours, states kept", "#56B4E9", "s"),
+    "fused:mamba_ssm_inner": Look("upstream, one fused mixer", "#E69F00", "v"),
+    "flash": Look("ViT, flash attention", "#CC79A7", "P"),
+    "efficient": Look("ViT, memory-efficient attention", "#7F7F3F", "p"),
+    "sdpa": Look("ViT, PyTorch's attention", "#3B8C6E", "h"),
+    "naive": Look("ViT, attention written out", "#8C8C8C", "X"),
+    "decode_frames": Look("ours, frames of full size", "#0072B2", "o"),
+    "read_clip": Look("ours, resized", "#56B4E9", "s"),
+    "pyav": Look("a loop over PyAV", "#D55E00", "^"),
+    "decord": Look("decord", "#009E73", "D"),
+    "torchcodec": Look("torchcodec", "#CC79A7", "P"),
+    "fused:torch": Look("ours in plain PyTorch", "#7B52AB", "*"),
+    "reference": Look("the reference", "#5B4636", "d"),
+}
+SPARE = (("#A6761D", "<"), ("#C44E8A", ">"), ("#4C8C2B", "8"), ("#B03A2E", "H"), ("#2E86AB", "1"))
+
+
+def look(implementation: str, subject: str = "") -> Look:
+    """Return the look of an implementation; one without a look of its own gets one by its name."""
+    if implementation == "reference" and subject == "vit":
+        implementation = "naive"
+    if implementation in LOOKS:
+        return LOOKS[implementation]
+    return Look(implementation, *SPARE[sum(map(ord, implementation)) % len(SPARE)])
+
+
+def of(entry: Entry) -> Look:
+    """Return the look of an entry of a benchmark."""
+    return look(entry.implementation, entry.subject)
+
+
+def rank(implementation: str, subject: str = "") -> int:
+    """Return the place of an implementation in the order of preference."""
+    names = list(LOOKS)
+    name = "naive" if implementation == "reference" and subject == "vit" else implementation
+    return names.index(name) if name in names else len(names)

@@ -1,0 +1,102 @@
+"""The pages in a browser, as `nox -s pages` runs it: on a screen and on a phone, light and dark. Without a browser it fails."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import sweeps
+import test_report
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from harness.records.finding import Finding
+from harness.records.record import Record
+from harness.report import bench, front, learning, page
+
+KINDS = ("parity", "bench", "streams", "learn", "front")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    assert path, f"none of {', '.join(BROWSERS)} is installed; on Debian: apt-get install chromium"
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A page of every kind, by kind."""
+    folder = tmp_path_factory.mktemp("pages")
+    bad = Finding("y", "max", 3.0, 1.0, 10.0, (0, 5))
+    answers = [test_report.record(case=f"B1-L{n}-E4-N2-{d}") for n in (5, 63) for d in ("float32", "bfloat16")]
+    answers += [test_report.record("fail", "backward", "a_rival", role="rival", findings=(bad,), command=test_report.COMMAND)]
+    learnt = Finding("held out", "wrong", 3.0, 9.0, 30.0, note="bar 70 %")
+    curve = [Finding(f"step {n}", what, 20.0 / n, 99.0, 30.0) for n in (1, 5, 9) for what in ("loss", "wrong")]
+    task = Record("digits", "fused:torch", "ours", "learn", "steps9", "float32", "pass", findings=(*curve, learnt))
+    tiny = [s for s in sweeps.models() if s.point.race == "tiny"]
+    accepted = folder / "reports" / "accepted" / "h200"
+    made = {
+        "parity": test_report.made(folder / "parity", answers),
+        "bench": sweeps.made(accepted / "20990101-bench", [*tiny, *sweeps.operators()]),
+        "streams": sweeps.made(folder / "streams", sweeps.pieces()),
+        "learn": test_report.made(folder / "learn", [task], plan={"tasks": ["digits"]}),
+    }
+    writers = {"parity": page, "bench": bench, "streams": bench, "learn": learning}
+    found = {kind: writers[kind].write(run).with_suffix(".html") for kind, run in made.items()}
+    return found | {"front": front.write(folder / "reports")}
+
+
+@pytest.fixture(params=[(1400, "light"), (390, "dark")], ids=["screen", "phone"])
+def tab(request: pytest.FixtureRequest, browser: Browser) -> Iterator[Page]:
+    width, scheme = request.param
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    opened = context.new_page()
+    said: list[str] = []
+    opened.on("console", lambda message: said.append(message.text))
+    opened.on("pageerror", lambda error: said.append(str(error)))
+    yield opened
+    context.close()
+    assert not said
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_page(kind: str, tab: Page, pages: dict[str, Path]) -> None:
+    """Nothing is cut, the first chart is in sight, and every anchor leads somewhere."""
+    assert tab.viewport_size
+    tab.goto(pages[kind].as_uri())
+    assert tab.evaluate("document.querySelector('figure').getBoundingClientRect().top") < 900
+    for opened in (False, True):
+        if opened:
+            tab.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+        assert tab.evaluate("document.documentElement.scrollWidth") <= tab.viewport_size["width"]
+    anchors = "[...document.querySelectorAll('a')].map(a => a.getAttribute('href') || a.getAttribute('xlink:href'))"
+    names = tab.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)")
+    assert not [a for a in tab.evaluate(anchors) if a.startswith("#") and a[1:] not in names]
+    background, ink = (tab.evaluate(f"getComputedStyle(document.body).{what}") for what in ("backgroundColor", "color"))
+    assert background != ink
+    fills = tab.evaluate("[...document.querySelectorAll('figure svg text')].map(t => getComputedStyle(t).fill)")
+    assert background not in fills, "text of a figure has the colour of the page"
+
+
+def test_a_cell_of_the_map_opens_its_worst_cases(tab: Page, pages: dict[str, Path]) -> None:
+    tab.goto(pages["parity"].as_uri())
+    place = tab.locator("#backward-a_rival")
+    assert not place.is_visible()
+    tab.locator("svg a").filter(has_text="0/1").click()
+    place.wait_for(state="visible", timeout=5000)
+    assert place.evaluate("heading => heading.getBoundingClientRect().top") < 900
+
+
+def test_a_click_sorts_a_table_by_numbers(tab: Page, pages: dict[str, Path]) -> None:
+    tab.goto(pages["bench"].as_uri())
+    cells = "[...document.querySelectorAll('#how-fast tbody tr')].map(row => row.cells[1].textContent)"
+    head = tab.locator("#how-fast th").nth(1)
+    for order in (1, -1):
+        head.click()
+        texts = [text.replace(",", "") for text in tab.evaluate(cells)]
+        values = [float(text) for text in texts if text.replace(".", "").isdigit()]
+        assert len(values) > 5 and values == sorted(values, reverse=order < 0)

@@ -1,0 +1,86 @@
+"""The front page: newest numbers, the trend, and which accepted runs are of older code."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import sweeps
+import test_report
+
+from harness.report import front
+from harness.runs import environment, freshness
+from harness.runs.store import Run
+
+
+def git(folder: Path, *words: str) -> str:
+    name = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+    return subprocess.run(["git", *name, *words], cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout with one commit."""
+    for path in ("fused/ops/a.py", "fused/ops/b.py", "harness/report/page.py", "reference/README.md"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("1\n")
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", "-A")
+    git(tmp_path, "commit", "-qm", "one")
+    monkeypatch.setattr(freshness, "ROOT", tmp_path)
+    return tmp_path
+
+
+def run_of(commit: str) -> Run:
+    run = Run(Path("nowhere"))
+    run.about = {"commit": commit}
+    return run
+
+
+def test_a_run_is_older_by_the_sources_that_changed_and_by_no_page(checkout: Path) -> None:
+    run = run_of(git(checkout, "rev-parse", "HEAD"))
+    assert freshness.changed_since(run) == () and freshness.in_words(()) == "of this code"
+    for path in ("harness/report/page.py", "reference/README.md"):
+        (checkout / path).write_text("2\n")
+    assert freshness.changed_since(run) == ()
+    for path in ("fused/ops/a.py", "fused/ops/b.py"):
+        (checkout / path).write_text("2\n")
+    git(checkout, "commit", "-qam", "two")
+    assert (changed := freshness.changed_since(run)) == ("fused/ops/a.py", "fused/ops/b.py")
+    assert freshness.in_words(changed) == "older: 2 files changed since, fused/ops (2)"
+    assert freshness.changed_since(run_of("0" * 40)) is None and freshness.changed_since(run_of("")) is None
+    assert freshness.in_words(None) == "unknown: its commit is not in this checkout"
+
+
+def test_the_front_page(checkout: Path) -> None:
+    folder = checkout / "reports"
+    here = folder / "accepted" / "h200"
+    tiny = [s for s in sweeps.models() if s.point.race == "tiny" and s.point.mode == "infer"]
+    commit = git(checkout, "rev-parse", "HEAD")
+    sweeps.made(here / "20300101-bench", tiny, started="2030-01-01", commit=commit).save()
+    sweeps.made(here / "20300201-bench", tiny, started="2030-02-01", commit="0" * 40).save()
+    test_report.made(here / "20290101-parity", [test_report.record()], commit=commit)
+    text = front.write(folder).read_text()
+    said = re.sub("<[^>]*>", "", text)
+    assert "VideoMamba-Ti is 4 to 10 times as fast as upstream in inference" in said and "The one answer of our" in said
+    assert 'href="accepted/h200/20300201-bench/report.html"' not in text  # there is no such page yet
+    shutil.copy(folder / "index.html", here / "20300201-bench" / "report.html")
+    text = front.write(folder).read_text()
+    assert 'href="accepted/h200/20300201-bench/report.html"' in text
+    assert said.index("20300201-bench") < said.index("20300101-bench")
+    assert "of this code" in said and "unknown: its commit is not in this checkout" in said
+    assert "accepted runs are of older code" in said
+    assert "2030-02-01" in (folder / "trend.svg").read_text() and not re.search(r"https?://(?!www.w3.org)", text)
+
+
+def test_one_bench_has_no_trend(tmp_path: Path) -> None:
+    one = sweeps.made(tmp_path / "a", [s for s in sweeps.operators() if s.point.race == "conv"])
+    assert front.trend({tmp_path / "a": one}, tmp_path) == [] and not (tmp_path / "trend.svg").exists()
+
+
+def test_the_committed_front_page_names_every_accepted_run() -> None:
+    reports = environment.ROOT / "reports"
+    text = (reports / "index.html").read_text()
+    links = {(reports / link).parent for link in re.findall(r'href="(accepted/[^"]*)"', text)}
+    assert links == {path.parent for path in reports.glob("accepted/*/*/run.json")}

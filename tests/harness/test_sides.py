@@ -1,0 +1,54 @@
+"""Two runs on one page: what each says, how they differ, and the verdict."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import sweeps
+import test_report
+from typer.testing import CliRunner
+
+from harness.cli.app import app
+from harness.records.finding import Finding
+from harness.report import sides
+from harness.runs.store import Run, StoreError
+
+
+def test_two_benches(tmp_path: Path) -> None:
+    conv = [s for s in sweeps.operators() if s.point.race == "conv"]
+    slower = [dataclasses.replace(s, seconds=tuple(2 * t for t in s.seconds)) if s.point["L"] == 197 else s for s in conv]
+    base, new = sweeps.made(tmp_path / "base", conv), sweeps.made(tmp_path / "new", [*slower[:-1]])
+    text = sides.write(base, new, tmp_path / "both").read_text()
+    assert text.splitlines()[:3:2] == ["# new beside base", "Of ours: 0 FASTER, 20 SAME, 4 SLOWER, 0 UNSURE."]
+    assert "| conv-B64-L197-E1152-K4-infer-eager-bfloat16 | conv fused:native | 2.000 |" in text
+    assert "only in" in text and "](sides.svg)" in text and "python -m harness report" in text
+    assert text.count("as fast as upstream") == 2  # what each run says of itself
+
+
+def test_two_parity_runs_by_the_command(tmp_path: Path) -> None:
+    good, worse = (Finding("y", "l2", error, 1.0) for error in (0.25, 3.0))
+    cases = [f"B1-L{n}-float32" for n in (1, 2, 3)]
+    before = [test_report.record(case=case, findings=(good,)) for case in cases]
+    tighter = dataclasses.replace(good, error=0.75)
+    after = [
+        test_report.record("fail", case=cases[0], findings=(worse,), command="again"),
+        test_report.record(case=cases[1], findings=(tighter,)),
+        test_report.record("error", case="B9-float32", name="other", role="rival", reason="why"),
+    ]
+    test_report.made(tmp_path / "base", before)
+    test_report.made(tmp_path / "new", after)
+    out = tmp_path / "both"
+    done = CliRunner().invoke(app, ["report", str(tmp_path / "base"), str(tmp_path / "new"), "--out", str(out)])
+    assert done.exit_code == 0 and done.output.strip() == str(out / "report.md"), done.output
+    text = (out / "report.md").read_text()
+    assert "1 answers of ours got worse." in text and "| 1 | 1 of 2 | 1 |" in text
+    assert "| scan | fused:torch | forward | B1-L1-float32 | pass | fail |" in text
+    assert "| scan | fused:torch | forward | B1-L2-float32 | 0.25 | 0.75 |" in text
+    assert Run.open(tmp_path / "new").counts()["failed"] == 1  # the runs stay as they were
+
+
+def test_runs_of_two_kinds_have_no_comparison(tmp_path: Path) -> None:
+    base, new = sweeps.made(tmp_path / "a", []), test_report.made(tmp_path / "b", [])
+    with pytest.raises(StoreError, match="runs of bench and parity have no comparison"):
+        sides.write(base, new, tmp_path / "both")
+    assert not (tmp_path / "both").exists()
