@@ -1,1 +1,1 @@
-"""Questions about a video file, answered by a Vamba: `python -m fused.chat`."""
+"""Questions about a video file, answered by a Vamba or a BIMBA: `python -m fused.chat`."""

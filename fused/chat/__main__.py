@@ -1,17 +1,20 @@
 """python -m fused.chat --model FOLDER --video FILE --question TEXT [--question TEXT ...] [--frames N]
 
-Prints the answers as they come. Without --question, questions are read line by line. Exit codes: 0 done, 2 a wrong option,
-folder or video, 130 interrupted.
+The folder is that of a Vamba or of a BIMBA, which --base-model completes. Answers are printed as they come. Without
+--question, questions are read line by line. Exit codes: 0 done, 2 a wrong option, folder or video, 130 interrupted.
 """
 
 import argparse
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
+from fused.chat.bimba import BimbaConversation
 from fused.chat.session import Conversation
+from fused.models.bimba.load import is_bimba
 
 DONE, USAGE, INTERRUPTED = 0, 2, 130
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -23,12 +26,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = DTYPES[options.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
     try:
-        talk = Conversation.open(options.model, device=device, dtype=dtype, backend=options.backend)
+        talk = open_conversation(options, device, dtype)
         if options.video:
             start = time.perf_counter()
-            video = talk.watch(options.video, frames=options.frames, longest=options.longest, offload=options.offload)
+            video = talk.watch(options.video, **watch_options(options, talk))
             spent = time.perf_counter() - start
-            note(f"{options.video}: {video.video_length} video tokens in {spent:.1f} s; {memory(device, video.nbytes)}")
+            kept = memory(device, video.nbytes, talk.KEEPS)
+            note(f"{options.video}: {video.video_length} video tokens in {spent:.1f} s; {kept}")
         for question in options.question or questions():
             answer(talk, question, options, device)
     except KeyboardInterrupt:
@@ -41,20 +45,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    words = argparse.ArgumentParser(prog="python -m fused.chat", description="Ask a Vamba about a video.")
+    words = argparse.ArgumentParser(prog="python -m fused.chat", description="Ask a Vamba or a BIMBA about a video.")
     words.add_argument("--model", required=True, metavar="FOLDER", help="config.json, weights in safetensors, tokenizer.json")
+    words.add_argument("--base-model", metavar="FOLDER", help="of a BIMBA whose folder holds adapters; default: the named one")
     words.add_argument("--video", metavar="FILE", help="a video file, or a folder of images; without it text only")
     words.add_argument("--question", action="append", metavar="TEXT", help="may be given several times; default: read lines")
-    words.add_argument("--frames", type=int, default=128, metavar="N", help="middle frames of N equal parts (128)")
-    words.add_argument("--longest", type=int, default=640, metavar="PIXELS", help="longest side of a frame (640)")
+    words.add_argument("--frames", type=int, metavar="N", help="that are read: 128 by a Vamba, 64 by a BIMBA")
+    words.add_argument("--longest", type=int, metavar="PIXELS", help="longest side of a Vamba's frame (640)")
     words.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="of an answer (512)")
     words.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
     words.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest with probability P (1)")
-    words.add_argument("--offload", action="store_true", help="keep keys and values of the video in host memory")
+    words.add_argument("--offload", action="store_true", help="keep a Vamba's keys and values of the video in host memory")
     words.add_argument("--device", metavar="NAME", help="cuda if there is one, else cpu")
     words.add_argument("--dtype", choices=DTYPES, help="of the weights: bfloat16 on a GPU, else float32")
     words.add_argument("--backend", default="auto", metavar="NAME", help="see fused.backends (auto)")
     return words
+
+
+def open_conversation(
+    options: argparse.Namespace, device: torch.device, dtype: torch.dtype
+) -> Conversation | BimbaConversation:
+    """Return the conversation with the model of the folder. Raises ValueError for a base model of what is no BIMBA."""
+    given: dict[str, Any] = {"device": device, "dtype": dtype, "backend": options.backend}
+    if is_bimba(options.model):
+        return BimbaConversation.open(options.model, base_model=options.base_model, **given)
+    if options.base_model:
+        raise ValueError(f"--base-model is {options.base_model!r}, but {options.model} is no BIMBA; only a BIMBA may need one")
+    return Conversation.open(options.model, **given)
+
+
+def watch_options(options: argparse.Namespace, talk: Conversation | BimbaConversation) -> dict[str, Any]:
+    """Return the given options of `watch`. Raises ValueError for one that the model does not have."""
+    values = {"frames": options.frames, "longest": options.longest, "offload": options.offload or None}
+    given = {name: value for name, value in values.items() if value is not None}
+    for name in given:
+        if name not in talk.WATCHES:
+            raise ValueError(f"--{name} is an option of a Vamba; of {options.model}, allowed: --{', --'.join(talk.WATCHES)}")
+    return given
 
 
 def questions() -> Iterable[str]:
@@ -64,7 +91,7 @@ def questions() -> Iterable[str]:
             yield line.strip()
 
 
-def answer(talk: Conversation, question: str, options: argparse.Namespace, device: torch.device) -> None:
+def answer(talk: Conversation | BimbaConversation, question: str, options: argparse.Namespace, device: torch.device) -> None:
     """Print the answer to a question as it comes, and its speed."""
     start, pieces, first = time.perf_counter(), 0, 0.0
     sampling = {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature, "top_p": options.top_p}
@@ -78,9 +105,9 @@ def answer(talk: Conversation, question: str, options: argparse.Namespace, devic
     note(f"the first token after {(first or end) - start:.2f} s, then {speed}; {memory(device)}")
 
 
-def memory(device: torch.device, cached: int = 0) -> str:
-    """Return the memory in use in words."""
-    words = f"keys and values {cached / 2**30:.2f} GiB" if cached else ""
+def memory(device: torch.device, kept: int = 0, name: str = "") -> str:
+    """Return the memory in use in words; `kept` are bytes of a video."""
+    words = f"{name} {kept / 2**30:.2f} GiB" if kept else ""
     if device.type != "cuda":
         return words or "memory is not counted on a CPU"
     peak = f"peak {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB"

@@ -1,7 +1,7 @@
 """A model, its tokenizer, and one video that is read once for any number of questions."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,9 @@ class Conversation:
         >>> print("".join(talk.ask("Who enters the room?")))
     """
 
+    WATCHES = ("frames", "longest", "offload")  # options of `watch` that the command knows
+    KEEPS = "keys and values"  # of a video
+
     def __init__(self, model: Vamba, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.video: VambaCache | None = None
@@ -48,12 +51,9 @@ class Conversation:
 
         Raises what `Vamba.from_pretrained` raises, and ImportError without transformers.
         """
-        try:
-            from transformers import AutoTokenizer
-        except ImportError as error:
-            raise ImportError("a conversation needs transformers: pip install 'videomamba-bench[teachers,train]'") from error
+        require_transformers()
         model = Vamba.from_pretrained(folder, vision=True, device=device, dtype=dtype, backend=backend)
-        return cls(model, AutoTokenizer.from_pretrained(str(Path(os.path.expanduser(folder)))))
+        return cls(model, read_tokenizer(folder))
 
     def watch(
         self, path: str | Path, *, frames: int = 128, longest: int | None = 640, chunk: int = CHUNK, offload: bool = False
@@ -76,23 +76,12 @@ class Conversation:
     def ask(
         self, question: str, *, max_new_tokens: int = 512, temperature: int | float = 0.0, top_p: int | float = 1.0
     ) -> Iterator[str]:
-        """Yield the answer to a question piece by piece; options are those of `Vamba.stream`."""
+        """Return an iterator over the answer to a question, piece by piece; options are those of `Vamba.stream`."""
         ids = self.tokenizer(PROMPT.format(question=question), return_tensors="pt", add_special_tokens=False)["input_ids"]
-        end = self.tokenizer.convert_tokens_to_ids(END)
-        stops = {*self.model.stop_tokens, *([end] if isinstance(end, int) else [])}
-        tokens: list[int] = []
-        shown = ""
+        stops = {*self.model.stop_tokens, *end_tokens(self.tokenizer)}
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
-        for token in self.model.stream(self.video, ids.to(self.device), stop_tokens=stops, **options):
-            if int(token[0]) in stops:
-                break
-            tokens.append(int(token[0]))
-            text = self.tokenizer.decode(tokens)
-            if not text.endswith(UNFINISHED):
-                yield text[len(shown) :]
-                shown = text
-        if tokens and (rest := self.tokenizer.decode(tokens)[len(shown) :]):
-            yield rest
+        tokens = self.model.stream(self.video, ids.to(self.device), stop_tokens=stops, **options)
+        return pieces(self.tokenizer, (int(token[0]) for token in tokens), stops)
 
     def _frames(self, path: Path, frames: int, longest: int | None, offload: bool) -> Iterator[UInt8[Tensor, "n 3 H W"]]:
         """Yield the prepared frames in parts; at the first, check the memory."""
@@ -128,6 +117,42 @@ class Conversation:
                     f"{free / gib:.1f} GiB are free; allowed: about {max(int(frames * free / needed), 0)} frames, smaller "
                     "ones (longest), or keys and values in host memory (offload)"
                 )
+
+
+def require_transformers() -> Any:
+    """Return the library transformers. Raises ImportError without it."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("a conversation needs transformers: pip install 'videomamba-bench[teachers,train]'") from error
+    return transformers
+
+
+def read_tokenizer(folder: str | Path) -> Any:
+    """Return the tokenizer of a folder. Raises OSError or ValueError where it has none, ImportError without transformers."""
+    return require_transformers().AutoTokenizer.from_pretrained(str(Path(os.path.expanduser(folder))))
+
+
+def end_tokens(tokenizer: Any) -> list[int]:
+    """Return the token that ends an answer, where the tokenizer has one."""
+    end = tokenizer.convert_tokens_to_ids(END)
+    return [end] if isinstance(end, int) else []
+
+
+def pieces(tokenizer: Any, tokens: Iterable[int], stops: Collection[int]) -> Iterator[str]:
+    """Yield the text of tokens as they come, up to one of `stops`; a character of several tokens comes whole."""
+    read: list[int] = []
+    shown = ""
+    for token in tokens:
+        if token in stops:
+            break
+        read.append(token)
+        text = tokenizer.decode(read)
+        if not text.endswith(UNFINISHED):
+            yield text[len(shown) :]
+            shown = text
+    if read and (rest := tokenizer.decode(read)[len(shown) :]):
+        yield rest
 
 
 def middle_places(total: int, frames: int) -> list[int]:

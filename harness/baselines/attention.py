@@ -97,7 +97,7 @@ def only(kind: str, device: torch.device) -> Iterator[None]:
 
 
 def attend(
-    q: Float[Tensor, "B heads L d"], k: Float[Tensor, "B heads L d"], v: Float[Tensor, "B heads L d"], kind: str = "sdpa"
+    q: Float[Tensor, "B heads L d"], k: Float[Tensor, "B heads M d"], v: Float[Tensor, "B heads M d"], kind: str = "sdpa"
 ) -> Float[Tensor, "B heads L d"]:
     """Return softmax(q k^T / sqrt(d)) v over all tokens, no mask. For a pinned kind call it within `only`.
 

@@ -140,7 +140,7 @@ def costly_checks(case: Case) -> set[str]:
 
 
 def races() -> list[Race]:
-    """Return the race at the sizes of the paper and of the released model."""
+    """Return the race at the sizes of the paper and of the released model, against other ways to as few tokens."""
 
     def points(grid: str) -> list[Point]:
         shapes = [(1, 4, 12, 12, 1, 36, 128), (1, 4, 13, 13, 4, 49, 128)] if grid == "cpu" else []
@@ -151,7 +151,7 @@ def races() -> list[Race]:
             Point("bimba", tuple(sizes(*shape).items()), mode, dtype=dtype) for shape in shapes for mode in ("infer", "train")
         ]
 
-    return [Race("bimba", order=8, points=points, contenders=(("bimba", ""),), options=("cast",))]
+    return [Race("bimba", order=8, points=points, contenders=(("bimba", ""), ("resamplers", "")), options=("cast",))]
 
 
 def licence(dtype: str) -> tuple[str, ...]:

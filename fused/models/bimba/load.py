@@ -69,6 +69,18 @@ class Pretrained:
         return model.eval()
 
 
+def is_bimba(folder: str | Path) -> bool:
+    """Return whether a folder holds adapters, or has a config.json of LLaVA or with a compressor; False if none can be read."""
+    path = Path(os.path.expanduser(folder))
+    if (path / ADAPTER).is_file():
+        return True
+    try:
+        config = _read_json(path / "config.json")
+    except (OSError, CheckpointError):
+        return False
+    return "compressor_type" in config or str(config.get("model_type")).startswith("llava")
+
+
 def _assign(
     model: nn.Module, weights: dict[str, Tensor], folder: Path, device: torch.device, dtype: torch.dtype | None
 ) -> None:

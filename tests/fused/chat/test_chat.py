@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from byte_tokenizers import byte_tokenizer
 
 from fused import Vamba, VambaConfig
 from fused.chat import session
@@ -22,15 +23,8 @@ SPECIAL = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A model of random weights with a tokenizer of bytes, as published folders have them."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     path = tmp_path_factory.mktemp("vamba")
-    letters = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=letters, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    fast.add_special_tokens({"additional_special_tokens": SPECIAL})
+    fast = byte_tokenizer(SPECIAL)
     fast.save_pretrained(path)
     torch.manual_seed(0)
     net = Vamba(
@@ -42,7 +36,7 @@ def folder(tmp_path_factory):
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.3 * torch.randn_like(p))
-        net.lm_head.weight[letters["a"]] += 0.5
+        net.lm_head.weight[fast.convert_tokens_to_ids("a")] += 0.5
     net.vision_config, net.visual = TOWER, vision_tower(TOWER)
     net.save_pretrained(path)
     return path

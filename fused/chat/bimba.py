@@ -1,0 +1,136 @@
+"""A BIMBA, its tokenizer, and one video that is compressed once for any number of questions."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fused.chat.session import end_tokens, pieces, read_tokenizer, require_transformers
+from fused.io.sampling import Times
+from fused.io.video import decode_frames
+from fused.models.bimba.model import FRAMES_AT_ONCE, Bimba
+from fused.models.vamba.generate import pick
+from fused.rules import check_integer, check_number
+
+
+@dataclass(frozen=True)
+class CompressedVideo:
+    """The video tokens (V, C) that the language model reads."""
+
+    tokens: Tensor
+
+    @property
+    def video_length(self) -> int:
+        """Return V."""
+        return len(self.tokens)
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of the tokens."""
+        return self.tokens.nbytes
+
+
+class BimbaConversation:
+    """Questions about videos. Each question stands by itself: no answer is read by the next one.
+
+        >>> talk = BimbaConversation.open("bimba-adapters", base_model="llava-video-7b", device="cuda")
+        >>> talk.watch("film.mp4", frames=64)
+        >>> print("".join(talk.ask("Who enters the room?")))
+    """
+
+    WATCHES = ("frames",)  # options of `watch` that the command knows
+    KEEPS = "compressed tokens"  # of a video
+
+    def __init__(self, model: Bimba, tokenizer: object) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.video: CompressedVideo | None = None
+
+    @classmethod
+    def open(
+        cls, folder: str | Path, *, base_model: str | Path | None = None, device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None, backend: str = "auto",
+    ) -> "BimbaConversation":  # fmt: skip
+        """Return the conversation with the model of a folder; the tokenizer is that of the base model's folder.
+
+        Raises what `Bimba.from_pretrained` raises, and OSError or ValueError without a tokenizer.
+        """
+        require_transformers()
+        model = Bimba.from_pretrained(folder, base_model=base_model, device=device, dtype=dtype, backend=backend)
+        return cls(model, read_tokenizer(model.base_folder))
+
+    @torch.no_grad()
+    def watch(self, path: str | Path, *, frames: int = 64) -> CompressedVideo:
+        """Read a video file in place of the one before, and return its compressed tokens.
+
+        `frames` are spread evenly from the first frame to the last; a shorter video repeats some.
+
+        Raises VideoError for a file that cannot be read; TypeError or ValueError for `frames` below 1.
+        """
+        check_integer("watch", "frames", frames, 1)
+        self.video = None  # frees its memory
+        places: list[int] = []
+
+        def choose(total: int, times: Times) -> list[int]:
+            places[:] = even_places(total, frames)
+            return sorted(set(places))
+
+        encoded: list[Tensor] = []
+        waiting: list[Tensor] = []
+        numbers: list[int] = []
+        for number, image in decode_frames(Path(path), choose):
+            numbers.append(number)
+            waiting.append(image)
+            if len(waiting) == FRAMES_AT_ONCE:
+                encoded.append(self._encode(waiting))
+                waiting.clear()
+        if waiting:
+            encoded.append(self._encode(waiting))
+        features = torch.cat(encoded)
+        if len(numbers) < len(places):
+            features = features[[numbers.index(place) for place in places]]
+        self.video = CompressedVideo(self.model.compress(features))
+        return self.video
+
+    def ask(
+        self, question: str, *, max_new_tokens: int = 512, temperature: int | float = 0.0, top_p: int | float = 1.0
+    ) -> Iterator[str]:
+        """Return an iterator over the answer to a question, piece by piece.
+
+        `temperature` 0 takes the likeliest token; above, one is drawn among the likeliest that together have the probability
+        `top_p`. Without a video the question alone is read.
+
+        Raises TypeError or ValueError for options out of range.
+        """
+        check_integer("ask", "max_new_tokens", max_new_tokens, 1)
+        check_number("ask", "temperature", temperature, 0, float("inf"), "[)")
+        check_number("ask", "top_p", top_p, 0, 1, "(]")
+        ids = self.model.tokenize(self.tokenizer, question)
+        if self.video is None:
+            ids = ids[:, ids[0] >= 0]
+        ends = self.model.language_model.config.eos_token_id
+        stops = {*end_tokens(self.tokenizer), *(ends if isinstance(ends, list) else [ends])}
+        return pieces(self.tokenizer, self._tokens(ids, max_new_tokens, temperature, top_p), stops)
+
+    @torch.no_grad()
+    def _tokens(self, ids: Int[Tensor, "1 L"], count: int, temperature: int | float, top_p: int | float) -> Iterator[int]:
+        """Yield the tokens that continue a prompt; keys and values are kept while they come."""
+        model = self.model.language_model
+        inputs, memory = self.model.embed(ids, None if self.video is None else self.video.tokens), None
+        for _ in range(count):
+            out = model(inputs_embeds=inputs, past_key_values=memory, use_cache=True, logits_to_keep=1)
+            memory = out.past_key_values
+            token = pick(out.logits[:, -1], temperature, top_p, None)
+            yield int(token)
+            inputs = model.get_input_embeddings()(token[:, None])
+
+    def _encode(self, images: list[Tensor]) -> Float[Tensor, "F rows columns C"]:
+        """Return the features of frames (H, W, 3)."""
+        return self.model.encode_frames(self.model.prepare_frames(torch.stack(images)))
+
+
+def even_places(total: int, frames: int) -> list[int]:
+    """Return the numbers of `frames` frames from the first to the last of a video, as upstream's linspace gives them."""
+    return [i * (total - 1) // max(frames - 1, 1) for i in range(frames)]

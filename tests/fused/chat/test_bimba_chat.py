@@ -1,0 +1,116 @@
+"""Questions to a BIMBA by the command: folders of adapters and whole ones, with random tiny models."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("av")
+
+from bimba_folders import CONFIG, model, upstream_state, write, write_adapted  # noqa: E402
+from byte_tokenizers import byte_tokenizer  # noqa: E402
+
+from fused import Bimba  # noqa: E402
+from fused.chat.__main__ import main  # noqa: E402
+from fused.chat.bimba import BimbaConversation, even_places  # noqa: E402
+from fused.io.video import decode_frames  # noqa: E402
+
+VIDEO = Path(__file__).resolve().parents[2] / "data/bigbuckbunny.mp4"
+WORDS = {"vocab_size": 258}  # bytes, and the two special tokens
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Adapters whose base model, with the tokenizer, is beside them."""
+    path = tmp_path_factory.mktemp("bimba")
+    adapters = write_adapted(path, **WORDS)[1]
+    byte_tokenizer(["<|im_start|>", "<|im_end|>"]).save_pretrained(path / "base")
+    return adapters
+
+
+def run(folder, *words):
+    return main(["--model", str(folder), "--max-new-tokens", "5", "--device", "cpu", *words])
+
+
+def test_the_command_finds_a_bimba_and_compresses_the_video_once(folder, capsys, monkeypatch):
+    compressed = []
+    original = Bimba.compress
+    monkeypatch.setattr(Bimba, "compress", lambda self, x: compressed.append(len(x)) or original(self, x))
+    assert run(folder, "--video", str(VIDEO), "--frames", "3", "--question", "Who?", "--question", "Where is it?") == 0
+    out, err = capsys.readouterr()
+    assert compressed == [3] and len(out.splitlines()) >= 2
+    assert "36 video tokens in" in err and "compressed tokens" in err and err.count("the first token after") == 2
+
+
+def test_answers_are_those_of_the_model(folder):
+    """Frames at linspace's places, whole prompts, and a cache of keys give what `generate` gives."""
+    talk = BimbaConversation.open(folder)
+    talk.watch(VIDEO, frames=20)  # more than are in the tower at a time
+    images = {n: x for n, x in decode_frames(VIDEO, lambda total, times: sorted(set(even_places(total, 20))))}
+    found = Bimba.from_pretrained(folder)
+    frames = found.prepare_frames(torch.stack([images[n] for n in sorted(images)]))
+    for question in ("Who?", "Where is it?", "Who?"):
+        ids = found.tokenize(talk.tokenizer, question)
+        tokens = found.generate(ids, frames, max_new_tokens=6, eos_token_id=257)[0].tolist()
+        due = talk.tokenizer.decode([t for t in tokens if t != 257])
+        assert "".join(talk.ask(question, max_new_tokens=6)) == due
+
+
+def test_without_a_video_the_question_alone_is_read(folder, capsys):
+    assert run(folder, "--question", "Who?", "--temperature", "1", "--top-p", "0.5") == 0
+    assert capsys.readouterr().err.count("the first token after") == 1
+
+
+def test_the_base_model_is_named_where_the_folder_does_not(folder, tmp_path, capsys):
+    moved = tmp_path / "moved"
+    shutil.copytree(folder, moved)
+    options = json.loads((moved / "adapter_config.json").read_text())
+    (moved / "adapter_config.json").write_text(json.dumps(options | {"base_model_name_or_path": "lmms-lab/elsewhere"}))
+    assert run(moved, "--question", "?") == 2
+    assert "lmms-lab/elsewhere" in capsys.readouterr().err
+    assert run(moved, "--base-model", str(folder.parent / "base"), "--question", "?") == 0
+
+
+def test_a_whole_folder_needs_no_base_model(tmp_path):
+    """Its config.json says what it is, by the compressor or by LLaVA's model type."""
+    for name, config in (("a", {"model_type": "llava_qwen"}), ("b", {"model_type": "qwen2", "compressor_type": "mamba"})):
+        whole = write(tmp_path / name, upstream_state(model(**WORDS)), {**CONFIG, **WORDS, **config})
+        byte_tokenizer(["<|im_start|>", "<|im_end|>"]).save_pretrained(whole)
+        assert run(whole, "--question", "?") == 0
+
+
+def test_wrong_options_are_said_and_end_with_2(folder, tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "vamba"}')
+    for words, said in (
+        (("--frames", "0"), "frames must be an integer from 1 up, got 0"),
+        (("--longest", "640"), "--longest is an option of a Vamba"),
+        (("--offload",), "--offload is an option of a Vamba"),
+        (("--temperature", "-1"), "temperature"),
+        (("--base-model", str(tmp_path / "none")), "base_model"),
+        (("--model", str(tmp_path), "--base-model", "x"), "is no BIMBA"),
+    ):
+        assert run(folder, "--video", str(VIDEO), *words, "--question", "?") == 2
+        assert said in capsys.readouterr().err
+
+
+def test_places_are_linspaces():
+    assert even_places(10, 4) == [0, 3, 6, 9]
+    assert even_places(2, 4) == [0, 0, 0, 1]
+    assert even_places(7, 1) == [0]
+
+
+def test_a_short_video_repeats_frames(folder, tmp_path):
+    from PIL import Image
+
+    for number in range(2):
+        Image.new("RGB", (40, 30), (90 * number, 20, 10)).save(tmp_path / f"{number:03}.png")
+    talk = BimbaConversation.open(folder)
+    found = talk.watch(tmp_path, frames=4)
+    images = torch.stack([x for _, x in decode_frames(tmp_path, lambda total, times: [0, 1])])
+    with torch.no_grad():
+        due = talk.model.compress(talk.model.encode_frames(talk.model.prepare_frames(images))[[0, 0, 0, 1]])
+    assert found.video_length == 4 * 12
+    torch.testing.assert_close(found.tokens, due)
