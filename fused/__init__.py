@@ -22,6 +22,7 @@ from fused.models.vamba.cache import VambaCache
 from fused.models.vamba.config import VambaConfig
 from fused.models.vamba.layer import VambaDecoderLayer
 from fused.models.vamba.model import Vamba, VambaOutput
+from fused.models.videomamba.classify import classify
 from fused.models.videomamba.config import VideoMambaConfig
 from fused.models.videomamba.frame_stream import FrameStream
 from fused.models.videomamba.load import LoadReport, load_checkpoint
@@ -66,6 +67,7 @@ __all__ = [
     "bimba_queries",
     "build_videomamba",
     "causal_conv1d",
+    "classify",
     "detach_state",
     "export_onnx",
     "graphed",

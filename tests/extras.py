@@ -74,6 +74,25 @@ def train() -> None:
     assert run_python(GUIDE, "train")["clip"].shape == (3, 2, 32, 32)
 
 
+def evaluate() -> None:
+    """Test a small model, as the guide does, by its commands and in Python."""
+    from fused import VideoMamba, VideoMambaConfig
+    from harness.fixtures.video import write
+
+    model = VideoMamba(VideoMambaConfig(depth=1, embed_dim=32, img_size=32, num_frames=2, num_classes=2))
+    model.labels = ("dark", "light")
+    model.save_pretrained("runs/first/model")
+    for name, grey in (("dark", 40), ("light", 200)):
+        Path("videos/val", name).mkdir(parents=True)
+        write(Path("videos/val", name, "0.mp4"), torch.full((12, 48, 64, 3), grey, dtype=torch.uint8))
+    [shell] = [block for block in blocks_of(GUIDE) if ".[evaluate]" in block.text]
+    commands = [line for line in shell.text.splitlines() if line.startswith("python -m fused.")]
+    for line in commands:
+        run_command(line)
+    assert len(commands) == 3 and Path("runs/first/test/confusion.png").exists() and Path("features.safetensors").exists()
+    assert run_python(GUIDE, "evaluate")["results"].numbers["read"] == 2
+
+
 def cache_weights() -> None:
     """Put made weights into huggingface_hub's cache for the published name that the guide loads: there may be no network."""
     from fused import PRETRAINED, VideoMamba
@@ -135,7 +154,8 @@ def harness() -> None:
 
 
 RUNS: dict[str, Callable[[], None]] = {
-    "base": base, "train": train, "hub": hub, "onnx": onnx, "teachers": teachers, "timm": timm, "harness": harness
+    "base": base, "train": train, "evaluate": evaluate, "hub": hub, "onnx": onnx, "teachers": teachers, "timm": timm,
+    "harness": harness,
 }  # fmt: skip
 
 

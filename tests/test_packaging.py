@@ -19,7 +19,7 @@ def test_sessions_and_their_docstrings():
     """Read, not run: nox itself may live outside the tests' environment."""
     nodes = ast.parse((ROOT / "noxfile.py").read_text()).body
     sessions = {n.name: ast.get_docstring(n) for n in nodes if isinstance(n, ast.FunctionDef) and n.decorator_list}
-    first = ["tests", "extras", "compat", "fuzz_files", "lint", "types"]
+    first = ["tests", "pages", "extras", "compat", "fuzz_files", "lint", "types"]
     assert list(sessions) == [*first, "parity", "bench", "learn", "mutants", "compare", "report", "upstream"]
     assert all(sessions.values())
 

@@ -10,7 +10,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from fused.io.picture import MEAN, STD, Colour, Size, centre_crop
-from fused.io.sampling import Times, dense_frames, frames_at_rate, middle_frames, segment_frames
+from fused.io.sampling import Times, dense_frames, frames_at_rate, segment_frames, view_frames
 from fused.io.video import VideoError, VideoTooShort, decode_clip
 from fused.rules import COUNT, POSITIVE, Rule, is_integer, is_number, one_of
 
@@ -87,11 +87,15 @@ class Preprocessing:
         """Return the middle of an image, resized so that it just covers `size`, minus the mean, over the standard deviation."""
         return centre_crop(image, self.size, self.mean, self.std)
 
-    def frame_numbers(self, path: Path, total: int, times: Times, rng: random.Random | None = None) -> list[int]:
+    def frame_numbers(
+        self, path: Path, total: int, times: Times, rng: random.Random | None = None, view: int = 0, views: int = 1
+    ) -> list[int]:
         """Return the numbers of a clip's frames in the order of the clip; a short video's occur several times.
 
-        `total` is the number of frames of the video and `times` their seconds. With `rng` every choice is random, without it
-        the middle one. Raises VideoTooShort, with "drop", and VideoError for `fps` where the video states no times.
+        `total` is the number of frames of the video and `times` their seconds. With `rng` every choice is random. Without it,
+        the clip is number `view` of `views` that are spread evenly, a single one in the middle.
+
+        Raises VideoTooShort, with "drop", and VideoError for `fps` where the video states no times.
         """
         frames = self.frames or 1
         if self.fps is None:
@@ -108,7 +112,7 @@ class Preprocessing:
             raise VideoTooShort(path, f"too short: it has {n} frames{rate}", allowed)
         length = max(n, least)
         if self.sampling == "dense":
-            places = dense_frames(length, frames, self.stride, rng)
+            places = dense_frames(length, frames, self.stride, rng, view, views)
         else:
-            places = segment_frames(length, frames, rng) if rng else middle_frames(length, frames)
+            places = segment_frames(length, frames, rng) if rng else view_frames(length, frames, view, views)
         return [shown[place % n if self.short == "loop" else min(place, n - 1)] for place in places]

@@ -4,6 +4,8 @@ Frames are numbered from 0 in the order in which they are shown. The part from `
 holds the n frames round(start N) ... round(stop N) - 1. It is cut into T equal segments, and the middle frame of each is taken:
 
     index_i = round(start N) + floor((i + 1/2) n / T),   i = 0 ... T-1
+
+Of several clips v = 0 ... V-1, each takes the frame at (v + 1) / (V + 1) of every segment; a single one takes the middle.
 """
 
 import random
@@ -23,8 +25,16 @@ def middle_frames(total: int, frames: int, start: int | float = 0.0, stop: int |
     `total` is the number of frames of the video, `frames` that of the clip.
     """
     first, end = round(start * total), round(stop * total)
-    n = end - first
-    return [first + (2 * i + 1) * n // (2 * frames) for i in range(frames)] if n >= frames else []
+    return [first + index for index in view_frames(end - first, frames, 0, 1)]
+
+
+def view_frames(total: int, frames: int, view: int, views: int) -> list[int]:
+    """Return the numbers of the frames of clip `view` of `views`, at (view + 1) / (views + 1) of each of `frames` segments.
+
+    `total` is the number of frames of the video; with fewer than `frames` there is no clip, and the list is empty.
+    """
+    parts = views + 1
+    return [(i * parts + view + 1) * total // (frames * parts) for i in range(frames)] if total >= frames else []
 
 
 def segment_frames(total: int, frames: int, rng: random.Random) -> list[int]:
@@ -38,15 +48,18 @@ def segment_frames(total: int, frames: int, rng: random.Random) -> list[int]:
     return [rng.randrange(first, end) for first, end in zip(edges, edges[1:], strict=False)]
 
 
-def dense_frames(total: int, frames: int, stride: int, rng: random.Random | None) -> list[int]:
+def dense_frames(
+    total: int, frames: int, stride: int, rng: random.Random | None, view: int = 0, views: int = 1
+) -> list[int]:
     """Return the numbers of `frames` frames that are `stride` apart; none if the video has fewer than that takes.
 
-    Every possible start is equally likely; without `rng` it is the middle one. `total` is the number of frames of the video.
+    Every possible start is equally likely. Without `rng`, clip `view` of `views` starts at (view + 1) / (views + 1) of the
+    possible starts, a single one in the middle. `total` is the number of frames of the video.
     """
     starts = total - (frames - 1) * stride
     if starts < 1:
         return []
-    first = rng.randrange(starts) if rng else (starts - 1) // 2
+    first = rng.randrange(starts) if rng else (starts - 1) * (view + 1) // (views + 1)
     return [first + i * stride for i in range(frames)]
 
 

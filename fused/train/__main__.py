@@ -14,11 +14,11 @@ from pathlib import Path
 from fused.io.atomic_write import NotWritten
 from fused.train.config_file import read_config, to_yaml
 from fused.train.data.clips import UnreadableFiles
-from fused.train.log import escape_what_cannot_be_printed
 from fused.train.loop import Diverged, Trainer
 from fused.train.parallel import joined_world
 from fused.train.run_folder import check_writable
 from fused.train.seed import setup_seed
+from fused.train.terminal import escape_what_cannot_be_printed
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 NOTHING_GIVEN = """task, out, data.train and a number of steps or epochs are needed, in a file or as key=value. For example:

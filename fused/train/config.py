@@ -9,6 +9,7 @@ from fused.io.picture import Size, height_width
 from fused.io.preprocessing import RULES as PREPROCESSING_RULES
 from fused.io.preprocessing import Preprocessing
 from fused.models.videomamba.config import VideoMambaConfig
+from fused.models.videomamba.resize import INFLATIONS
 from fused.rules import (
     COUNT,
     COUNT_OR_0,
@@ -70,7 +71,7 @@ class DataConfig:
     val_prefix: str | None = None
     val_columns: tuple[str, ...] | None = None
     val_frame_pattern: str | None = None
-    frames: int = 8
+    frames: int | None = 8  # of a clip; None: images, for an image model
     size: Size = 224  # pixels of a side, or [height, width]
     sampling: str = "segments"
     stride: int = 4  # frames from one to the next, for "dense" sampling
@@ -78,6 +79,7 @@ class DataConfig:
     short: str = "drop"  # what becomes of a video that is too short: drop, loop or last
     scale: tuple[int | float, int | float] = (0.5, 1.0)
     flip: int | float = 0.5
+    erased: int | float = 0.0  # probability that a box of the clip is replaced by noise (random erasing)
     workers: int = 2  # decoding processes for each training process
 
     @property
@@ -140,6 +142,7 @@ class TrainConfig:
     out: str | None = None  # the run folder: configuration, log, checkpoints, model
     model: Mapping[str, Any] = field(default_factory=dict)  # fields of VideoMambaConfig, and `size`
     start: str | None = None  # initial weights: a name in fused.PRETRAINED, a folder of save_pretrained, a file
+    inflate: str = "centre"  # how an image model's patches in `start` become those of clips: centre or mean
     teacher: str | None = None  # a name or folder likewise; for pretraining also a CLIP folder of transformers
     data: DataConfig = field(default_factory=DataConfig)
     batch_size: int = 8  # clips of one step, over all processes and micro-batches
@@ -177,6 +180,8 @@ class TrainConfig:
             )
         if complete and self.task != "finetune" and self.teacher is None:
             raise invalid("teacher", None, f"for task {self.task!r} a folder or a name in fused.PRETRAINED")
+        if self.task == "pretrain" and self.data.frames is None:
+            raise invalid("data.frames", None, "a number for task 'pretrain', which masks clips")
         for name in VAL_KEYS:
             value = getattr(self.data, f"val_{name}")
             if value is not None and self.data.val is None:
@@ -283,10 +288,10 @@ RULES = (
     | dict.fromkeys(("start", "teacher"), _NAME.optional())
     | {f"data.{name}": PREPROCESSING_RULES[name] for name in ("size", "sampling", "stride", "fps", "short")}
     | {f"data.{val}{name}": rule for val in ("", "val_") for name, rule in _VIDEO_RULES.items()}
-    | dict.fromkeys(("data.frames", "batch_size", "accumulate", "log_every", "keep"), COUNT)
-    | dict.fromkeys(("steps", "epochs", "evaluate_every", "save_every"), COUNT.optional())
+    | dict.fromkeys(("batch_size", "accumulate", "log_every", "keep"), COUNT)
+    | dict.fromkeys(("data.frames", "steps", "epochs", "evaluate_every", "save_every"), COUNT.optional())
     | dict.fromkeys(("data.workers", "optim.warmup_steps"), COUNT_OR_0)
-    | dict.fromkeys(("data.flip", "optim.warmup_start", "optim.floor", "loss.label_smoothing"), FRACTION)
+    | dict.fromkeys(("data.flip", "data.erased", "optim.warmup_start", "optim.floor", "loss.label_smoothing"), FRACTION)
     | dict.fromkeys(("mix.probability", "mix.switch"), FRACTION)
     | dict.fromkeys(("optim.weight_decay", "loss.distillation", "mix.mixup", "mix.cutmix"), POSITIVE_OR_0)
     | dict.fromkeys(("deterministic", "tensorboard"), FLAG)
@@ -295,6 +300,7 @@ RULES = (
         "data.val": _FOLDER.optional(),
         "data.scale": _pair(lambda low, high: 0 < low <= high <= 1, "two shares of the frame's area, 0 < low <= high <= 1"),
         "model": Rule(lambda value: isinstance(value, Mapping), "a section of VideoMambaConfig's fields, and size"),
+        "inflate": one_of(INFLATIONS),
         "optim.lr": POSITIVE,
         "optim.betas": _pair(lambda a, b: 0 <= a < 1 and 0 <= b < 1, "two rates from 0 up to, not including, 1"),
         "optim.layer_decay": Rule(lambda value: is_number(value, lambda x: 0 < x <= 1), "a number above 0, up to 1"),

@@ -1,10 +1,8 @@
 """The log of a training: JSON lines in log.jsonl, optionally TensorBoard, and progress on the terminal."""
 
-import io
 import json
 import math
 import resource
-import sys
 import time
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -14,12 +12,13 @@ import torch
 
 from fused.io.atomic_write import atomic_write
 from fused.train.data.clips import BadFile
+from fused.train.terminal import Terminal, bad_file_reasons, clock
 
 LOG_FILE = "log.jsonl"
 SHOWN_WAIT = 0.05  # share of the time for which steps waited for data, from which on the progress says so
 
 
-class Log:
+class Log(Terminal):
     """The log of one run, written by one process.
 
     A line is a step (step, epoch, loss, lr, ...), an evaluation (step, epoch, val: data.val, val_...) or a file that gave no
@@ -33,14 +32,12 @@ class Log:
         Raises ImportError for `tensorboard` where it is not installed, OSError for a folder that cannot be written to.
         """
         self.total, self.start_step, self.start_time = total, step, time.perf_counter()
-        self.stream = sys.stdout
-        escape_what_cannot_be_printed(self.stream)
+        super().__init__()
         lines = _truncate(folder / LOG_FILE, step)
         self.evaluated = {line.get("val") for line in lines if "val_top1" in line and line["step"] == step}  # videos, at `step`
         self._bad_files = {line["file"]: line for line in lines if "file" in line}
         self._file = open(folder / LOG_FILE, "a", encoding="utf-8")
         self._board = import_summary_writer()(str(folder / "tensorboard"), purge_step=step + 1) if tensorboard else None
-        self._line_open = False  # whether the terminal's last line has no end yet
 
     def close(self) -> None:
         """Close the files; the object cannot be used afterwards."""
@@ -48,11 +45,6 @@ class Log:
         self._file.close()
         if self._board is not None:
             self._board.close()
-
-    def print_line(self, text: str) -> None:
-        """Print a line on the terminal."""
-        self.end_line()
-        print(text, file=self.stream, flush=True)
 
     def write(self, line: dict[str, Any]) -> None:
         """Write a line to the log, and its numbers to TensorBoard. It begins with `step` and `epoch`."""
@@ -77,7 +69,7 @@ class Log:
         top5 = f", top-5 {_accuracy(line, 'top5')}" if "val_top5" in line else ""
         text = f"step {line['step']}: top-1 {_accuracy(line, 'top1')}{top5} of {line['val_read']} videos"
         if line["val_read"] < line["val_listed"]:
-            reasons = _reasons(line["val_unreadable"], line["val_too_short"], line["val_listed"])
+            reasons = bad_file_reasons(line["val_unreadable"], line["val_too_short"], line["val_listed"])
             text += f" that were read; top-1 {_accuracy(line, 'top1_all')} of all {line['val_listed']}: {reasons}"
         self.print_line(text)
 
@@ -97,22 +89,17 @@ class Log:
 
     def progress(self, line: dict[str, Any], logged: bool) -> None:
         """Print the progress: on a terminal one line that is overwritten, otherwise a line for each `logged` step."""
-        terminal = self.stream.isatty()
-        if not (logged or terminal):
+        if not (logged or self.overwrites):
             return
         step = line["step"]
         seconds_left = (time.perf_counter() - self.start_time) / (step - self.start_step) * (self.total - step)
         text = (
             f"step {step}/{self.total}, epoch {line['epoch']}: loss {line['loss']:.4f}, lr {line['lr']:.3g}, "
-            f"{line['clips_per_s']:.3g} clips/s, {_clock(seconds_left)} left"
+            f"{line['clips_per_s']:.3g} clips/s, {clock(seconds_left)} left"
         )
         if line.get("data_wait", 0) >= SHOWN_WAIT:
             text += f", {line['data_wait']:.0%} of the time waiting for data"
-        if terminal:
-            print(f"\r\x1b[2K{text}", end="", file=self.stream, flush=True)
-            self._line_open = True
-        else:
-            self.print_line(text)
+        self.print_progress(text)
 
     def print_done(self, step: int, models: Sequence[Path], paths: Collection[Path]) -> None:
         """Print where the model and its EMA are, and how many files of the training, which are `paths`, gave no clip."""
@@ -125,22 +112,7 @@ class Log:
         if not self._bad_files:
             return ""
         reasons = [self._bad_files[name]["too_short"] for name in map(str, paths) if name in self._bad_files]
-        return _reasons(reasons.count(False), reasons.count(True), len(paths))
-
-    def end_line(self) -> None:
-        """End the terminal's line if it is open."""
-        if self._line_open:
-            print(file=self.stream, flush=True)
-            self._line_open = False
-
-
-def escape_what_cannot_be_printed(stream: object) -> None:
-    """Make a stream print a character that its encoding lacks as an escape, such as \\xe9, instead of raising an error.
-
-    File names on Linux may hold any bytes, and a stream may be ASCII.
-    """
-    if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
-        stream.reconfigure(errors="backslashreplace")
+        return bad_file_reasons(reasons.count(False), reasons.count(True), len(paths))
 
 
 def import_summary_writer() -> Any:
@@ -187,20 +159,3 @@ def _accuracy(line: dict[str, Any], name: str) -> str:
     """Return an accuracy of an evaluation's line, with the EMA's if there is one."""
     ema = f" (EMA {line[f'val_ema_{name}']:.2%})" if f"val_ema_{name}" in line else ""
     return f"{line[f'val_{name}']:.2%}{ema}"
-
-
-def _reasons(unreadable: int, too_short: int, total: int) -> str:
-    """Return how many of `total` files gave no clip, and why; nothing if both numbers are 0."""
-    parts = []
-    if unreadable:
-        parts.append(f"{unreadable} of {total} files could not be read")
-    if too_short:
-        parts.append(f"{too_short} of {total} files {'are' if too_short > 1 else 'is'} too short")
-    return " and ".join(parts)
-
-
-def _clock(seconds: float) -> str:
-    """Return a duration as h:mm:ss, or m:ss below an hour."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -103,9 +103,10 @@ class Trainer:
         name = "VideoMambaEncoder" if config.task == "pretrain" else "VideoMamba"
         processes = f"{world.size} processes" if world.size > 1 else "1 process"
         classes = f" in {len(self.data.classes)} classes" if self.data.classes else ""
+        kind = "videos" if config.data.frames else "images"
         lines = [
             f"{config.task}: {name}, {parameters:.3g} M parameters, on {world.device.type}, {processes}",
-            f"{len(self.data)} videos{classes}, {self.steps_per_epoch} steps an epoch, {self.total} steps",
+            f"{len(self.data)} {kind}{classes}, {self.steps_per_epoch} steps an epoch, {self.total} steps",
             self.graph_line,
         ]
         for key, dataset in (("train", self.data), ("val", self.val)):
@@ -249,7 +250,7 @@ class Trainer:
         data = self.config.data
         options: dict[str, Any] = {
             "sampling": data.sampling, "stride": data.stride, "fps": data.fps, "short": data.short, "scale": data.scale,
-            "flip": data.flip, "seed": self.config.seed, "frame_pattern": data.frame_pattern,
+            "flip": data.flip, "erased": data.erased, "seed": self.config.seed, "frame_pattern": data.frame_pattern,
             "dtype": torch.uint8 if key == "train" else torch.float32,
         }  # fmt: skip
         root = str(getattr(data, key))

@@ -54,10 +54,10 @@ def make_student(kind: Any, config: TrainConfig, required: dict[str, Any]) -> An
             model_config = getattr(VideoMambaConfig, config.model.get("size") or "tiny")(**model_fields)
             model = kind(model_config, backend=config.backend)
             if start is not None:
-                load_checkpoint(model, start)
+                load_checkpoint(model, start, inflate=config.inflate)
         else:
             _check_source("start", start, f"{SOURCES}, or a file of weights")
-            model = kind.from_pretrained(start, backend=config.backend, **model_fields)
+            model = kind.from_pretrained(start, backend=config.backend, inflate=config.inflate, **model_fields)
     model.preprocessing = config.data.preprocessing
     return model
 

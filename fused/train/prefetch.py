@@ -23,8 +23,9 @@ from fused.train.data.clips import BadFile, Batch
 class DeviceBatch:
     """A batch on the device."""
 
-    clips: Tensor  # (B, 3, T, H, W) float32, normalised
+    clips: Tensor  # (B, 3, T, H, W) float32, normalised; images (B, 3, H, W); with views (B, V, 3, T, H, W)
     targets: Tensor  # as the prefetcher's `encode` returns them
+    indices: Tensor  # int64 (B,) into the dataset's files, on the CPU
     bad_files: tuple[BadFile, ...]
 
 
@@ -109,12 +110,17 @@ class Prefetcher:
             if self._copies is not None:
                 self._copied = torch.cuda.Event()
                 self._copied.record(self._copies)
-        self._next = DeviceBatch(clips, targets, batch.bad_files)
+        self._next = DeviceBatch(clips, targets, batch.indices, batch.bad_files)
 
 
-def from_bytes(clips: UInt8[Tensor, "B 3 T H W"]) -> Float[Tensor, "B 3 T H W"]:
-    """Return clips normalised by ImageNet's mean and standard deviation, float32, with the same bits on every device."""
+def from_bytes(clips: UInt8[Tensor, "B ..."]) -> Float[Tensor, "B ..."]:
+    """Return clips (..., 3, T, H, W) or images (B, 3, H, W) of bytes, normalised, float32, with the same bits on every device.
+
+    The mean and the standard deviation are ImageNet's.
+    """
     scale, mean, std = _constants(clips.device)
+    if clips.dim() == 4:
+        scale, mean, std = scale[..., 0], mean[..., 0], std[..., 0]
     return clips.to(torch.float32).div_(scale).sub_(mean).div_(std)
 
 

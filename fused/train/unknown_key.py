@@ -22,6 +22,7 @@ SYNONYMS = {
         "data.val": "valdir valdata valpath validation evaldata testdata",
         "data.flip": "hflip horizontalflip",
         "data.scale": "rrcscale cropscale",
+        "data.erased": "reprob randomerasing erase erasing randomerasingprob",
         "data.fps": "targetfps samplingfps framerate",
         "data.prefix": "videoprefix dataroot rootdir",
         "data.separator": "split sep delimiter",
@@ -78,7 +79,7 @@ def nearest(key: str, known: Sequence[str]) -> str:
     if same:
         return difflib.get_close_matches(key, same, 1, 0.0)[0]
     synonym = SYNONYMS.get(last.lower().replace("-", "").replace("_", ""))
-    if synonym is not None:
+    if synonym is not None and synonym in known:
         return synonym
     whole = difflib.get_close_matches(key, known, 1, 0.0)[0]
     part = difflib.get_close_matches(last, [one.rpartition(".")[2] for one in known], 1, 0.0)[0]

@@ -1,4 +1,4 @@
-"""Run trainings in processes of their own, as `python -m fused.train` does.
+"""Run trainings in processes of their own, as `python -m fused.train` does, and other modules of `fused` likewise.
 
 The processes are forked from one that has imported PyTorch and not used it: each starts in milliseconds.
 """
@@ -30,18 +30,20 @@ WORKERS_TIMEOUT = 5  # seconds after the end of their training
 Fault = Callable[[], None]  # called in the process before the training
 
 
-def start(*trainings: list[str], fault: Fault | None = None, output: Path | None = None) -> ForkServerProcess:
-    """Start a process that runs one training after another; what it prints is appended to the file `output`."""
+def start(
+    *trainings: list[str], fault: Fault | None = None, output: Path | None = None, module: str = "fused.train"
+) -> ForkServerProcess:
+    """Start a process that runs one training, or other `module`, after another; what it prints is appended to `output`."""
     os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, Path(__file__).parent)))  # of the process that is forked
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trainings", "fused.train.loop", "torch._dynamo", "av", "yaml", "safetensors.torch"])
-    process = context.Process(target=_run, args=(trainings, fault, output))
+    process = context.Process(target=_run, args=(trainings, fault, output, module))
     process.start()
     return process
 
 
-def _run(trainings: tuple[list[str], ...], fault: Fault | None, output: Path | None) -> None:
+def _run(trainings: tuple[list[str], ...], fault: Fault | None, output: Path | None, module: str) -> None:
     if output is not None:
         with open(output, "a") as file:
             os.dup2(file.fileno(), 1)
@@ -51,19 +53,26 @@ def _run(trainings: tuple[list[str], ...], fault: Fault | None, output: Path | N
     if fault is not None:
         fault()
     for arguments in trainings:
-        sys.argv = ["fused.train", *arguments]
+        sys.argv = [module, *arguments]
         try:
-            runpy.run_module("fused.train", run_name="__main__", alter_sys=True)
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
         except SystemExit as exit_:
             sys.stdout.flush()
             if exit_.code:
                 sys.exit(exit_.code)
 
 
-def train(*trainings: list[str], fault: Fault | None = None, folder: Path) -> tuple[int, str]:
+def set_environment(values: dict[str, str]) -> None:
+    """Set environment variables, as the `fault` of a process."""
+    os.environ.update(values)
+
+
+def train(
+    *trainings: list[str], fault: Fault | None = None, folder: Path, module: str = "fused.train"
+) -> tuple[int, str]:
     """Return the exit code of trainings that run one after another, and what they printed."""
     output = folder / f"output-{time.monotonic_ns()}.txt"
-    code = _join(start(*trainings, fault=fault, output=output))
+    code = _join(start(*trainings, fault=fault, output=output, module=module))
     return code, output.read_text()
 
 

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from fused.runtime.dtypes import accumulation_dtype
 
+INFLATIONS = ("centre", "mean")
+
 
 def inflate_kernel(kernel: Float[Tensor, "D C P P"], tubelet: int, how: str = "centre") -> Float[Tensor, "D C t P P"]:
     """Return an image model's patch embedding for tubelets of `tubelet` frames; one frame keeps the values.
@@ -17,7 +19,7 @@ def inflate_kernel(kernel: Float[Tensor, "D C P P"], tubelet: int, how: str = "c
     if how == "mean":
         return (kernel / tubelet).unsqueeze(2).repeat(1, 1, tubelet, 1, 1)
     if how != "centre":
-        raise ValueError(f"inflate is {how!r}; allowed: 'centre', 'mean'")
+        raise ValueError(f"inflate is {how!r}; allowed: {', '.join(map(repr, INFLATIONS))}")
     out = kernel.new_zeros(*kernel.shape[:2], tubelet, *kernel.shape[2:])
     out[:, :, tubelet // 2] = kernel
     return out

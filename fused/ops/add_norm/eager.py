@@ -66,10 +66,10 @@ class _AddNorm(torch.autograd.Function):
                 dweight = dweighted.reshape(-1, v.shape[-1]).sum(0).to(weight.dtype)
                 dbias = None if bias is None else dy.reshape(-1, v.shape[-1]).sum(0).to(bias.dtype)
                 dv = dy * weight
-                shares = dweighted.mul_(weight).mean(-1, keepdim=True)
+                shares = dweighted.mul_(weight).mean(-1, keepdim=True).neg_()
                 if ctx.centre:
                     dv -= dv.mean(-1, keepdim=True)
-                dv.addcmul_(unit, shares, value=-1).mul_(scale)
+                dv.addcmul_(unit, shares).mul_(scale)  # Dynamo would round it twice with value=-1
             if dout is not None:
                 dv = dout if dv is None else dv + dout
             dx, dresidual = (None if dv is None or dtype is None else dv.to(dtype) for dtype in ctx.dtypes)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -24,7 +24,7 @@ from fused.io.picture import Size, height_width
 from fused.io.preprocessing import Preprocessing
 from fused.io.video import Times, VideoError, VideoTooShort, decode_clip
 from fused.rules import check_integer, check_number
-from fused.train.data.augment import Crop
+from fused.train.data.augment import Crop, erase
 from fused.train.data.folder_scan import is_video_name
 from fused.train.data.listing import list_videos
 from fused.train.interrupt import blocked_signals, leave_signals_to_parent
@@ -53,7 +53,8 @@ class BadFile(NamedTuple):
 class Batch:
     """Clips of `batches`. In evaluation there may be fewer than the batch size, or none."""
 
-    clips: Float[Tensor, "B 3 T H W"] | UInt8[Tensor, "B 3 T H W"]  # normalised float32, or bytes: see `ClipFolder`
+    # normalised float32, or bytes: see `ClipFolder`; in an evaluation of several views (B, V, 3, T, H, W), of images without T
+    clips: Float[Tensor, "B ..."] | UInt8[Tensor, "B ..."]
     labels: Int[Tensor, " B"]  # int64; -1 for every clip of a dataset without classes
     indices: Int[Tensor, " B"]  # int64, into the dataset's files
     bad_files: tuple[BadFile, ...]  # the files that gave no clip for this batch
@@ -69,21 +70,40 @@ class Batch:
 
 
 class Sample(NamedTuple):
-    """One clip of a `ClipFolder`."""
+    """One clip of a `ClipSource`."""
 
     clip: Tensor  # (3, T, height, width) float32, normalised by ImageNet's mean and standard deviation; or uint8
     label: int  # -1 in a dataset without classes
+
+
+@runtime_checkable
+class ClipSource(Protocol):
+    """What `batches` takes clips from. Worker processes hold copies of it."""
+
+    files: tuple[Path, ...]
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of a clip, by which an empty batch is made."""
+
+    def __len__(self) -> int: ...
+
+    def sample(self, index: int, epoch: int) -> Sample:
+        """Return the clip of file `index` in an epoch. Raise VideoError for a file that gives none."""
 
 
 class ClipFolder:
     """The clips of a folder of video files, or of a list of them; `listing.list_videos` describes `root`, `classes`,
     `separator`, `prefix` and `columns`.
 
-    A clip has `frames` frames; `size` is the side of a square, or (height, width), in pixels. With `train`, "segments" takes a
+    A clip has `frames` frames; None is for an image model: every image below the folder, or on the list, is one. `size` is the
+    side of a square, or (height, width), in pixels. With `train`, "segments" takes a
     random frame of each of `frames` equal segments of the video, and "dense" takes frames `stride` apart from a random start.
     All frames of a clip share one random crop (`scale`: lowest and highest fraction of the area; aspect 3:4 to 4:3 of the
-    size's), mirrored with probability `flip`. Without `train`, a clip is what `Preprocessing.read` returns. `fps` and `short`
-    are explained at `Preprocessing`; `frame_pattern`, such as "img_*.jpg", selects the images of folders of frames.
+    size's), mirrored with probability `flip`; with probability `erased` one box of all frames is noise (`erase`). Without
+    `train`, a clip is what `Preprocessing.read` returns. `fps` and `short` are explained at `Preprocessing`; `frame_pattern`,
+    such as "img_*.jpg", selects the images of folders of frames.
 
     With `train`, `dtype` may be torch.uint8: pixels from 0 to 255, rounded after they are resized, and not normalised, which
     take a quarter of the memory.
@@ -100,15 +120,17 @@ class ClipFolder:
     notes: tuple[str, ...]
 
     def __init__(
-        self, root: str | Path, frames: int, size: Size, *, train: bool, sampling: str = "segments", stride: int = 4,
-        scale: tuple[int | float, int | float] = (0.5, 1.0), flip: int | float = 0.5, seed: int = 0,
+        self, root: str | Path, frames: int | None, size: Size, *, train: bool, sampling: str = "segments", stride: int = 4,
+        scale: tuple[int | float, int | float] = (0.5, 1.0), flip: int | float = 0.5, erased: int | float = 0.0, seed: int = 0,
         classes: Sequence[str] | None = None, separator: str | None = None, prefix: str | Path | None = None,
         columns: Sequence[str] | None = None, fps: int | float | None = None, short: str = "drop",
         frame_pattern: str | None = None, dtype: torch.dtype = torch.float32,
     ) -> None:  # fmt: skip
-        check_integer("ClipFolder", "frames", frames, 1)
+        if frames is not None:
+            check_integer("ClipFolder", "frames", frames, 1)
         check_integer("ClipFolder", "seed", seed, 0)
         check_number("ClipFolder", "flip", flip, 0, 1)
+        check_number("ClipFolder", "erased", erased, 0, 1)
         if len(scale) != 2:
             raise ValueError(f"ClipFolder: scale must be (least, most), shares of the area, got {scale!r}")
         check_number("ClipFolder", "scale's least", scale[0], 0, 1, "(]")
@@ -118,8 +140,9 @@ class ClipFolder:
         size = tuple(size) if isinstance(size, list) else size
         self.preprocessing = Preprocessing(frames, size, sampling, stride, fps, short)
         self.frames, self.size, self.train, self.dtype = frames, height_width(size), train, dtype
+        self.erased = erased
         self.scale, self.flip, self.seed, self.frame_pattern = (scale[0], scale[1]), flip, seed, frame_pattern
-        listing = list_videos(root, classes, separator, prefix, columns)
+        listing = list_videos(root, classes, separator, prefix, columns, images=frames is None)
         self.files, self.labels, self.classes, self.stated_frames, self.notes = listing
         folder = next((path for path in self.files if not is_video_name(path) and path.is_dir()), None) if fps else None
         if folder is not None:
@@ -128,6 +151,11 @@ class ClipFolder:
 
     def __len__(self) -> int:
         return len(self.files)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of a clip, (3, T, height, width), or of an image, (3, height, width)."""
+        return (3, *self.size) if self.frames is None else (3, self.frames, *self.size)
 
     def sample(self, index: int, epoch: int) -> Sample:
         """Return the clip of file `index` in an epoch: the same bits for the same (seed, epoch, index), in any process.
@@ -152,11 +180,14 @@ class ClipFolder:
                 return crop.cut(image, self.size).mul_(255).round_().to(torch.uint8)
             return crop.apply(image, self.size)
 
-        return Sample(decode_clip(path, choose, prepare, pattern=self.frame_pattern, stated=stated), label)
+        clip = decode_clip(path, choose, prepare, pattern=self.frame_pattern, stated=stated)
+        if self.erased and rng.random() < self.erased:
+            clip = erase(clip, rng)
+        return Sample(clip[:, 0] if self.frames is None else clip, label)
 
 
 def batches(
-    dataset: ClipFolder, batch_size: int, *, epoch: int, seed: int, workers: int = 0, rank: int = 0, world: int = 1,
+    dataset: ClipSource, batch_size: int, *, epoch: int, seed: int, workers: int = 0, rank: int = 0, world: int = 1,
     skip: int = 0, shuffle: bool = True, drop_last: bool = True,
 ) -> "Batches":  # fmt: skip
     """Return the batches of an epoch for process `rank` of `world`, without the first `skip`, whose files are not read.
@@ -225,7 +256,7 @@ class Batches:
 class _RankSteps(Dataset):
     """A map from step to batch, for one rank and one epoch; worker processes hold copies of it."""
 
-    dataset: ClipFolder
+    dataset: ClipSource
     epoch: int
     order: Tensor  # file indices; workers share a tensor's memory, but copy a list as its reference counts change
     files_per_step: int  # over all ranks
@@ -257,7 +288,7 @@ class _RankSteps(Dataset):
             else:
                 indices.append(index)
                 failures = 0
-        empty = torch.empty(0, 3, self.dataset.frames, *self.dataset.size, dtype=self.dataset.dtype)
+        empty = torch.empty(0, *self.dataset.shape, dtype=self.dataset.dtype)
         clips = torch.stack([s.clip for s in samples]) if samples else empty
         labels = torch.tensor([s.label for s in samples], dtype=torch.int64)
         return Batch(clips, labels, torch.tensor(indices, dtype=torch.int64), tuple(bad.values()))

@@ -16,6 +16,23 @@ def is_video_name(path: str | Path) -> bool:
     return os.path.splitext(path)[1].lower() in SUFFIXES
 
 
+def scan_images(root: Path) -> list[Path]:
+    """Return the image files below a folder, sorted. Hidden names are left out, and links to folders are followed, once each.
+
+    Raises OSError, which names the folder, for one that cannot be read.
+    """
+    found, seen = [], set()
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for folder, names, files in os.walk(root, onerror=fail, followlinks=True):
+        seen.add(os.path.realpath(folder))
+        names[:] = [n for n in names if not n.startswith(".") and os.path.realpath(os.path.join(folder, n)) not in seen]
+        found += [Path(folder, n) for n in files if not n.startswith(".") and os.path.splitext(n)[1].lower() in IMAGE_SUFFIXES]
+    return sorted(found)
+
+
 def scan_folder(root: Path) -> tuple[list[Path], list[str]]:
     """Return the videos below a folder, sorted, and notes on images that were left out.
 

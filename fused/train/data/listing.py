@@ -6,7 +6,8 @@ from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
-from fused.train.data.folder_scan import SUFFIXES, scan_folder
+from fused.io.frame_folder import IMAGE_SUFFIXES
+from fused.train.data.folder_scan import SUFFIXES, scan_folder, scan_images
 from fused.train.data.list_columns import NUMBER, check_options
 from fused.train.data.list_file import ListedVideo, check_repeats, read_list
 
@@ -28,9 +29,9 @@ class Listing(NamedTuple):
 
 def list_videos(
     root: str | Path, classes: Sequence[str] | None, separator: str | None = None, prefix: str | Path | None = None,
-    columns: Sequence[str] | None = None,
+    columns: Sequence[str] | None = None, images: bool = False,
 ) -> Listing:  # fmt: skip
-    """Return the videos of a folder, or of a list of them. The files are not opened.
+    """Return the videos of a folder, or of a list of them, or with `images` the image files. The files are not opened.
 
     `root` is one of
     - a folder of class folders, root/class/file.mp4 or root/class/video/img_00001.jpg, nested to any depth: the class is the
@@ -60,15 +61,16 @@ def list_videos(
         for name, value in (("separator", separator), ("prefix", prefix), ("columns", columns)):
             if value is not None:
                 raise ValueError(f"{name} is {value!r}, but {root} is a folder; allowed for a list of videos only")
-        videos, notes = _scan(root, classes != ())
-        wanted = f"files with the suffixes {' '.join(sorted(SUFFIXES))}, or folders of images"
+        videos, notes = _scan(root, classes != (), images)
+        suffixes = " ".join(sorted(IMAGE_SUFFIXES if images else SUFFIXES))
+        wanted = f"files with the suffixes {suffixes}{'' if images else ', or folders of images'}"
     elif root.exists():
         videos, notes = _read(root, classes, separator, columns, prefix)
         wanted = "path,label in each line"
     else:
         raise ValueError(f"root must be a folder of videos, or a list of them (path,label in each line); there is no {root}")
     if not videos:
-        raise ValueError(f"root must hold videos, {wanted}; there is none in {root}")
+        raise ValueError(f"root must hold {'images' if images else 'videos'}, {wanted}; there is none in {root}")
     videos.sort(key=lambda video: video.path)
     paths, names = tuple(video.path for video in videos), [video.label for video in videos]
     frames = tuple(video.frames for video in videos)
@@ -95,9 +97,9 @@ class _Video(NamedTuple):
     place: str  # what an error says of it
 
 
-def _scan(root: Path, with_classes: bool) -> tuple[list[_Video], list[str]]:
-    """Return the videos of a folder, and notes."""
-    paths, notes = scan_folder(root)
+def _scan(root: Path, with_classes: bool, images: bool) -> tuple[list[_Video], list[str]]:
+    """Return the videos, or `images`, of a folder, and notes."""
+    paths, notes = (scan_images(root), []) if images else scan_folder(root)
     videos = []
     for path in paths:
         parts = path.relative_to(root).parts

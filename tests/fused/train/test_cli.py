@@ -14,6 +14,7 @@ from trainings import SMALL, class_folders, train
 from fused import VideoMamba, VideoMambaConfig, VideoMambaEncoder
 from fused.io.preprocessing import Preprocessing
 from fused.io.video import read_clip
+from fused.models.videomamba.resize import inflate_kernel
 from fused.train import checkpoints, parameter_groups
 from fused.train.log import Log
 from fused.train.parallel import World
@@ -73,6 +74,22 @@ def test_finetune(folder: Path) -> None:
     assert name == "side20" and probability > 0.5
     code, output = train(["--config", str(run / "config.yaml"), "--dry-run"], folder=folder)
     assert code == 0 and "goes on behind step 24" in output and "accumulate: 2" in output
+
+
+@pytest.mark.parametrize("inflate", ["centre", "mean"])
+def test_start_from_an_image_model(inflate: str, folder: Path) -> None:
+    """The patches of an image model become those of tubelets of two frames, as `inflate` says."""
+    torch.manual_seed(1)
+    image = VideoMamba(VideoMambaConfig(**TINY | {"num_frames": None}, num_classes=2))
+    image.save_pretrained(folder / "image")
+    words = [word for word in arguments(folder, f"inflated-{inflate}", "task=finetune", "steps=1") if "model." not in word]
+    words += ["optim.lr=1e-9", f"start={folder / 'image'}", "model.kernel_size=2", f"inflate={inflate}"]
+    code, output = train(words, folder=folder)
+    assert code == 0, output
+    found = VideoMamba.from_pretrained(folder / f"inflated-{inflate}/model").patch_embed.proj.weight
+    due = inflate_kernel(image.patch_embed.proj.weight, 2, inflate)
+    torch.testing.assert_close(found, due, rtol=0, atol=1e-7)  # one step moves a weight by its learning rate, 1e-9
+    assert (found[:, :, 0].abs().max() < 1e-7) == (inflate == "centre")
 
 
 def test_classes_of_the_start(folder: Path) -> None:

@@ -1,0 +1,13 @@
+"""Evaluation of a trained model on a list of videos: `python -m fused.evaluate`, in Python `evaluate`.
+
+    from fused.evaluate import Settings, evaluate
+    results = evaluate("runs/first/model", "videos/val", settings=Settings(views=4, crops=3))
+    results.numbers["top1"]
+"""
+
+from fused.evaluate.protocols import PROTOCOLS
+from fused.evaluate.results import ClassResult, Results
+from fused.evaluate.run import Evaluation, evaluate
+from fused.evaluate.settings import Settings
+
+__all__ = ["PROTOCOLS", "ClassResult", "Evaluation", "Results", "Settings", "evaluate"]

@@ -1,0 +1,98 @@
+"""python -m fused.evaluate --model FOLDER_OR_NAME --data FOLDER_OR_LIST [--views N --crops N] [key=value ...]
+
+Exit codes: 0 done; 1 no video could be read, the disk is full, or the model's outputs are not finite; 2 a wrong option, model
+or data; 130 interrupted by Ctrl-C or SIGTERM, and the same command goes on.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from fused.evaluate.protocols import add_view_options
+from fused.evaluate.run import Evaluation, NotFinite
+from fused.evaluate.settings import Settings, read_settings
+from fused.io.atomic_write import NotWritten
+from fused.train.interrupt import Interrupt
+from fused.train.parallel import joined_world
+from fused.train.terminal import Terminal, escape_what_cannot_be_printed
+
+DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+SETUP_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError)  # of wrong input, before the first video
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    keys = ", ".join(f"{f.name}={f.default}" for f in fields(Settings))
+    words = argparse.ArgumentParser(
+        prog="python -m fused.evaluate",
+        description="Test a VideoMamba on a folder or list of videos. What was stopped goes on with the same command.",
+        epilog=f"Keys and their defaults: {keys}. Several GPUs: torchrun --nproc-per-node N -m fused.evaluate ...",
+    )
+    words.add_argument("--model", required=True, help="a folder of save_pretrained, or a name in fused.PRETRAINED")
+    words.add_argument("--data", required=True, help="a folder of class folders, or a list with path,label in each line")
+    words.add_argument("--out", default="evaluation", help="the folder of predictions and results (evaluation)")
+    add_view_options(words)
+    words.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as batch_size=16 precision=bfloat16")
+    return words
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Evaluate as the command line says (None: sys.argv), and return the exit code."""
+    options = parser().parse_intermixed_args(arguments)
+    is_main = os.environ.get("RANK", "0") == "0"
+    escape_what_cannot_be_printed(sys.stdout)
+    logging.basicConfig(format="%(message)s", level=logging.INFO if is_main else logging.ERROR)
+
+    running = False
+    try:
+        given = {name: getattr(options, name) for name in ("protocol", "views", "crops", "resize")}
+        settings = read_settings(options.overrides, given)
+        with joined_world(settings.device) as world, Interrupt() as interrupt:
+            evaluation = Evaluation(options.model, options.data, options.out, settings, world)
+            terminal = Terminal() if is_main else None
+            if terminal is not None:
+                terminal.print_line(describe(evaluation))
+                for note in evaluation.notes:
+                    terminal.print_line(note)
+            running = True
+            results = evaluation.run(interrupt, terminal)
+    except (NotWritten, NotFinite) as error:
+        return _fail(error, FAILED)
+    except SETUP_ERRORS as error:
+        if running:  # an unexpected error, whose traceback is needed
+            raise
+        return _fail(error, USAGE)
+    except KeyboardInterrupt:  # a second Ctrl-C
+        return _fail("stopped at once; the same command goes on", INTERRUPTED)
+    if results is None:
+        if is_main:
+            print(f"stopped; the same command goes on, {options.out} holds the videos that are finished")
+        return INTERRUPTED
+    if is_main:
+        print(results)
+        print(f"{Path(options.out) / 'results.json'} has the numbers, predictions.jsonl beside it every video")
+    return DONE if results.numbers["read"] else FAILED
+
+
+def describe(evaluation: Evaluation) -> str:
+    """Return a line for the terminal: the videos, the views of each, and how their pixels are made."""
+    views, preprocessing = evaluation.views, evaluation.preprocessing
+    of = "images" if preprocessing.frames is None else f"{preprocessing.frames} frames"
+    rule = preprocessing.sampling if views.frames == "model" else views.frames
+    windows = f", of windows of {views.windows.seconds:g} s every {views.windows.every:g} s" if views.windows else ""
+    counts = f"{len(evaluation.videos)} videos, {views.clips} x {views.crops} views of {of} at {preprocessing.size} pixels"
+    return f"{counts} ({rule}, {views.resize}){windows}"
+
+
+def _fail(reason: object, code: int) -> int:
+    """Print in one line why the command failed, and return the exit code."""
+    print("fused.evaluate:", *(line.strip() for line in str(reason).splitlines()), file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

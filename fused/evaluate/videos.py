@@ -1,0 +1,112 @@
+"""The videos of an evaluation: what a list or folder says of them, and the views of each."""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fused.io.picture import MEAN, STD, height_width
+from fused.io.preprocessing import Preprocessing
+from fused.io.views import Views
+from fused.train.data.clips import Sample
+from fused.train.data.list_columns import NUMBER
+from fused.train.data.list_file import check_repeats, read_list
+from fused.train.data.listing import list_videos
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A video of a list: its absolute path, the class number or target (in the model's unit), and the list's frame count."""
+
+    path: Path
+    label: int | float
+    stated_frames: int | None
+
+
+def list_classified(
+    data: str | Path, names: Sequence[str], images: bool, separator: str | None, prefix: str | None,
+    columns: Sequence[str] | None,
+) -> tuple[list[Labelled], tuple[str, ...]]:  # fmt: skip
+    """Return the videos of a folder or list, each once, whose classes are among `names`, and notes. See `list_videos`.
+
+    With `images`, for an image model, every image of a folder is one, and no video is.
+
+    The class of a video is its place in `names`, whatever other classes the list has. Raises ValueError for what does not fit.
+    """
+    listing = list_videos(data, names, separator, prefix, columns, images)
+    rows = zip(listing.files, listing.labels, listing.stated_frames, strict=True)
+    return _each_once([Labelled(Path(os.path.abspath(path)), label, stated) for path, label, stated in rows]), listing.notes
+
+
+def list_targets(
+    data: str | Path, mean: int | float, std: int | float, separator: str | None, prefix: str | None,
+    columns: Sequence[str] | None,
+) -> tuple[list[Labelled], tuple[str, ...]]:  # fmt: skip
+    """Return the videos of a list whose labels are numbers, each once, with (label - mean) / std as target, and notes.
+
+    Raises ValueError for a folder, which holds no numbers, and for a label that is no number.
+    """
+    file = Path(data)
+    if not file.is_file():
+        raise ValueError(f"data is {str(data)!r}; allowed for a model of one output: a list, with path,number in each line")
+    listed, notes = read_list(file, separator, columns, prefix)
+    notes += check_repeats(file, listed, True)
+    videos = []
+    for path, label, frames, line in sorted(listed):
+        if not NUMBER.fullmatch(label) or not math.isfinite(float(label)):
+            raise ValueError(f"{file}, line {line}: {path} has the target {label!r}; allowed: a number")
+        videos.append(Labelled(Path(os.path.abspath(path)), (float(label) - mean) / std, frames))
+    if not videos:
+        raise ValueError(f"data is {str(data)!r}, a list without a video; allowed: path,number in each line")
+    return _each_once(videos), tuple(notes)
+
+
+def list_unlabelled(
+    data: str | Path, images: bool, separator: str | None, prefix: str | None, columns: Sequence[str] | None
+) -> list[Labelled]:
+    """Return the videos, or `images`, of a folder or list, each once, with label -1. Raises ValueError for others."""
+    listing = list_videos(data, (), separator, prefix, columns, images)
+    rows = zip(listing.files, listing.stated_frames, strict=True)
+    return _each_once([Labelled(Path(os.path.abspath(path)), -1, stated) for path, stated in rows])
+
+
+class VideoViews:
+    """The views of videos, for `fused.train.data.clips.batches`: a sample is (V, 3, T, height, width), T left out for images.
+
+    Views of upstream's resize are bytes where that loses nothing, otherwise normalised float32.
+    """
+
+    def __init__(
+        self, videos: Sequence[Labelled], preprocessing: Preprocessing, views: Views, frame_pattern: str | None
+    ) -> None:
+        self.videos, self.preprocessing, self.views, self.frame_pattern = tuple(videos), preprocessing, views, frame_pattern
+        self.files = tuple(video.path for video in videos)
+        usual = (preprocessing.mean, preprocessing.std) == (MEAN, STD) and preprocessing.frames is not None
+        self.dtype = torch.uint8 if views.resize != "antialiased" and usual else torch.float32
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of a sample; with windows, of which a video may have several, that of a video with one."""
+        frames = () if self.preprocessing.frames is None else (self.preprocessing.frames,)
+        return (self.views.clips * self.views.crops, 3, *frames, *height_width(self.preprocessing.size))
+
+    def sample(self, index: int, epoch: int) -> Sample:
+        """Return the views of video `index`, and its index. Raises what `Views.read` raises."""
+        video = self.videos[index]
+        clips: Tensor = self.views.read(
+            self.preprocessing, video.path, frame_pattern=self.frame_pattern, stated_frames=video.stated_frames,
+            as_bytes=self.dtype == torch.uint8,
+        )  # fmt: skip
+        return Sample(clips, index)
+
+
+def _each_once(videos: Sequence[Labelled]) -> list[Labelled]:
+    """Return the videos without repetitions of a path, in order. A list that names one with two labels was refused before."""
+    return list({video.path: video for video in videos}.values())

@@ -1,0 +1,75 @@
+"""python -m fused.features --model FOLDER_OR_NAME --data FOLDER_OR_LIST --out FILE.safetensors [key=value ...]
+
+Exit codes: 0 done; 1 no video could be read, or the disk is full; 2 a wrong option, model or data.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from fused.evaluate.protocols import add_view_options
+from fused.evaluate.settings import read_settings
+from fused.features.extract import check_suffix, extract
+from fused.io.atomic_write import NotWritten
+from fused.models.videomamba.model import VideoMamba, VideoMambaEncoder
+from fused.train.parallel import joined_world
+from fused.train.terminal import bad_file_reasons, escape_what_cannot_be_printed
+
+DONE, FAILED, USAGE = 0, 1, 2
+SETUP_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    words = argparse.ArgumentParser(
+        prog="python -m fused.features", description="Write a vector, or all tokens, of each video to a file, with its name."
+    )
+    words.add_argument("--model", required=True, help="a folder of save_pretrained, or a name in fused.PRETRAINED")
+    words.add_argument("--data", required=True, help="a folder or list of videos")
+    words.add_argument("--out", required=True, help="a file that ends with .safetensors or .npy")
+    words.add_argument("--encoder", action="store_true", help="the model is a VideoMambaEncoder, of a pretraining")
+    words.add_argument("--tokens", action="store_true", help="all tokens of a video, not one vector")
+    words.add_argument("--chunk-frames", type=int, metavar="N", help="run long clips in the memory of N frames")
+    add_view_options(words)
+    words.add_argument("overrides", nargs="*", metavar="key=value", help="keys of python -m fused.evaluate, such as window=60")
+    return words
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write features as the command line says (None: sys.argv), and return the exit code."""
+    options = parser().parse_intermixed_args(arguments)
+    escape_what_cannot_be_printed(sys.stdout)
+    try:
+        check_suffix(options.out)
+        given = {name: getattr(options, name) for name in ("protocol", "views", "crops", "resize")}
+        settings = read_settings(options.overrides, given)
+        kind = VideoMambaEncoder if options.encoder else VideoMamba
+        with joined_world(settings.device) as world:
+            overrides = settings.model_fields()
+            model = kind.from_pretrained(options.model, backend=settings.backend, **overrides).to(world.device)
+            chunk_frames, is_main = options.chunk_frames, world.is_main
+            features = extract(model, options.data, settings, tokens=options.tokens, chunk_frames=chunk_frames, world=world)
+        if not is_main:
+            return DONE if features.names else FAILED
+        for file in features.bad_files:
+            print(f"left out {file.sentence}")
+        if not features.names:
+            print("fused.features: no video could be read", file=sys.stderr)
+            return FAILED
+        features.save(options.out)
+    except NotWritten as error:
+        print(f"fused.features: {error}", file=sys.stderr)
+        return FAILED
+    except SETUP_ERRORS as error:
+        print("fused.features:", *(line.strip() for line in str(error).splitlines()), file=sys.stderr)
+        return USAGE
+    too_short = sum(file.too_short for file in features.bad_files)
+    total = len(features.bad_files) + len({name.rpartition("#")[0] or name for name in features.names})
+    reasons = bad_file_reasons(len(features.bad_files) - too_short, too_short, total)
+    shape = "x".join(map(str, features.values[0].shape))
+    print(f"{len(features.names)} features of {shape} are in {options.out}{'; ' if reasons else ''}{reasons}")
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
