@@ -116,7 +116,7 @@ def test_interrupted_run_is_readable_and_goes_on(jobs: str, cases: str, tmp_path
     said, _ = process.communicate(timeout=60)
     run = Run.open(tmp_path)
     assert process.returncode == INTERRUPTED and run.about["status"] == "interrupted", said
-    assert f"--resume --out {tmp_path}" in said and "INTERRUPTED" in (tmp_path / "report.md").read_text()
+    assert f"--resume --out {tmp_path}" in said and "So far: the run is interrupted." in (tmp_path / "report.md").read_text()
     assert "--out" not in run.about["command"] and "--impl fused:torch" in run.about["command"]
     asked = len(run.records)
     done = CliRunner().invoke(app, ["parity", *options, "--impl", "fused:torch", "--jobs", "1", "--resume"])
