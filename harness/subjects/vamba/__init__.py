@@ -250,7 +250,11 @@ def _streamed(
 
 
 def costly_checks(case: Case) -> set[str]:
-    """Return `writes` for the packed model, and at one size `compile` under autocast and `device` without."""
+    """Return `writes` for the packed model, and `device` at one size.
+
+    Not `compile`: a forward with labels looks at them on the host, so no graph holds it; that of a decoded token is asked by
+    the tests of `generate`.
+    """
     if case.has("packed"):
         return {"writes"}
-    return {("layers=2", "autocast"): {"compile"}, ("layers=2",): {"device"}}.get(case.options, set())
+    return {"device"} if case.options == ("layers=2",) else set()
