@@ -309,20 +309,31 @@ def test_loss_that_is_not_finite(folder: Path) -> None:
         (["task=pretrain", "teacher=openai/clip"], "teacher is 'openai/clip', and there is no such folder or file; allowed"),
         (["task=pretrain", "teacher={folder}/videos/side0/0.avi"], "/side0/0.avi', a file; allowed: a folder that"),
         (["task=pretrain", "teacher={folder}/broken"], "broken', whose config.json cannot be read: Expecting value"),
-        (["data.workers=2", "batch_size=2", "data.flip=0"], None),
-        (["batch_size=2"], "another configuration, which differs in data.flip: 0 -> 0.5. Go on with"),
-        (["batch_size=2", "data.flip=0", "steps=2"], "is at step 3; allowed: as many steps or more, got 2"),
-        (["batch_size=2", "data.flip=0", "data.train={folder}/val"], "data.train"),
     ],
 )  # fmt: skip
-def test_configurations_that_do_not_fit(folder: Path, more: list[str], wanted: str | None) -> None:
-    more = [word.format(teacher=folder / "teacher", folder=folder) for word in more]
+def test_configurations_that_do_not_fit(folder: Path, more: list[str], wanted: str) -> None:
+    assert_refused(folder, [word.format(teacher=folder / "teacher", folder=folder) for word in more], wanted)
+
+
+def assert_refused(folder: Path, more: list[str], wanted: str) -> None:
+    """One line says what is wrong, and a dry run sees it too. An error found while training is not a usage error."""
     code, output = train(arguments(folder, "wrong", "task=finetune", "steps=3", *more), folder=folder)
-    if wanted and "can be read" not in wanted:  # one line is enough, and a dry run sees it too
+    found_while_training = "can be read" in wanted
+    if not found_while_training:
         [line] = [line for line in output.splitlines() if wanted in line]
         code, output = train(arguments(folder, "wrong", "task=finetune", "steps=3", *more, "--dry-run"), folder=folder)
         assert output.splitlines()[-1] == line
-    # an error found while training is not a usage error
-    expected_code = 0 if wanted is None else 1 if "can be read" in wanted else 2
-    assert code == expected_code and "Traceback" not in output, output
-    assert wanted is None or wanted in output, output
+    assert code == (1 if found_while_training else 2) and "Traceback" not in output and wanted in output, output
+
+
+def test_configurations_that_do_not_fit_a_run(folder: Path) -> None:
+    """A folder that holds a run takes no other configuration, and no fewer steps."""
+    right = ["batch_size=2", "data.flip=0"]
+    code, output = train(arguments(folder, "wrong", "task=finetune", "steps=3", "data.workers=2", *right), folder=folder)
+    assert code == 0, output
+    for more, wanted in (
+        (["batch_size=2"], "another configuration, which differs in data.flip: 0 -> 0.5. Go on with"),
+        ([*right, "steps=2"], "is at step 3; allowed: as many steps or more, got 2"),
+        ([*right, f"data.train={folder}/val"], "data.train"),
+    ):
+        assert_refused(folder, more, wanted)
