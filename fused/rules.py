@@ -1,7 +1,8 @@
 """Rules for the fields of a configuration and for arguments: a predicate, and the allowed values in words."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any
 
@@ -50,6 +51,15 @@ FRACTION = Rule(lambda value: is_number(value, lambda share: 0 <= share <= 1), "
 POSITIVE = Rule(lambda value: is_number(value, lambda x: 0 < x < float("inf")), "a positive number")
 POSITIVE_OR_0 = Rule(lambda value: is_number(value, lambda x: 0 <= x < float("inf")), "a number from 0 up")
 FLAG = Rule(lambda value: value in (True, False), "True or False")
+
+
+def check_field_names(cls: type[Any], given: Iterable[str]) -> None:
+    """Raise TypeError, with the nearest field's name, unless all names are fields of a dataclass."""
+    names = [f.name for f in fields(cls)]
+    if unknown := [name for name in given if name not in names]:
+        near = difflib.get_close_matches(unknown[0], names, n=1)
+        hint = f"the nearest is {near[0]}" if near else "the fields are " + ", ".join(names)
+        raise TypeError(f"{unknown[0]} is no field of {cls.__name__}; {hint}")
 
 
 def check_integer(op: str, name: str, value: object, least: int, most: int | None = None) -> None:

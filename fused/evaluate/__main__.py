@@ -18,10 +18,9 @@ from fused.evaluate.settings import Settings, read_settings
 from fused.io.atomic_write import NotWritten
 from fused.train.interrupt import Interrupt
 from fused.train.parallel import joined_world
-from fused.train.terminal import Terminal, escape_what_cannot_be_printed
+from fused.train.terminal import SETUP_ERRORS, Terminal, escape_what_cannot_be_printed, fail
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
-SETUP_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError)  # of wrong input, before the first video
 
 
 def parser() -> argparse.ArgumentParser:
@@ -61,13 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             running = True
             results = evaluation.run(interrupt, terminal)
     except (NotWritten, NotFinite) as error:
-        return _fail(error, FAILED)
+        return fail("fused.evaluate", error, FAILED)
     except SETUP_ERRORS as error:
         if running:  # an unexpected error, whose traceback is needed
             raise
-        return _fail(error, USAGE)
+        return fail("fused.evaluate", error, USAGE)
     except KeyboardInterrupt:  # a second Ctrl-C
-        return _fail("stopped at once; the same command goes on", INTERRUPTED)
+        return fail("fused.evaluate", "stopped at once; the same command goes on", INTERRUPTED)
     if results is None:
         if is_main:
             print(f"stopped; the same command goes on, {options.out} holds the videos that are finished")
@@ -86,12 +85,6 @@ def describe(evaluation: Evaluation) -> str:
     windows = f", of windows of {views.windows.seconds:g} s every {views.windows.every:g} s" if views.windows else ""
     counts = f"{len(evaluation.videos)} videos, {views.clips} x {views.crops} views of {of} at {preprocessing.size} pixels"
     return f"{counts} ({rule}, {views.resize}){windows}"
-
-
-def _fail(reason: object, code: int) -> int:
-    """Print in one line why the command failed, and return the exit code."""
-    print("fused.evaluate:", *(line.strip() for line in str(reason).splitlines()), file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

@@ -13,10 +13,9 @@ from fused.features.extract import check_suffix, extract
 from fused.io.atomic_write import NotWritten
 from fused.models.videomamba.model import VideoMamba, VideoMambaEncoder
 from fused.train.parallel import joined_world
-from fused.train.terminal import bad_file_reasons, escape_what_cannot_be_printed
+from fused.train.terminal import SETUP_ERRORS, bad_file_reasons, escape_what_cannot_be_printed, fail
 
 DONE, FAILED, USAGE = 0, 1, 2
-SETUP_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,15 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for file in features.bad_files:
             print(f"left out {file.sentence}")
         if not features.names:
-            print("fused.features: no video could be read", file=sys.stderr)
-            return FAILED
+            return fail("fused.features", "no video could be read", FAILED)
         features.save(options.out)
     except NotWritten as error:
         print(f"fused.features: {error}", file=sys.stderr)
         return FAILED
     except SETUP_ERRORS as error:
-        print("fused.features:", *(line.strip() for line in str(error).splitlines()), file=sys.stderr)
-        return USAGE
+        return fail("fused.features", error, USAGE)
     too_short = sum(file.too_short for file in features.bad_files)
     total = len(features.bad_files) + len({name.rpartition("#")[0] or name for name in features.names})
     reasons = bad_file_reasons(len(features.bad_files) - too_short, too_short, total)

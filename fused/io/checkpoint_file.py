@@ -1,6 +1,7 @@
 """Weights on disk: PyTorch's files, read without running code in them, and safetensors."""
 
 import argparse
+import json
 import os
 import pickle
 import re
@@ -18,6 +19,17 @@ SAFETENSORS = ".safetensors"
 
 class CheckpointError(RuntimeError):
     """The error for a checkpoint that cannot be read, is not safe to read, or does not fit; the message says what to do."""
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file. Raises CheckpointError for anything else in it, and OSError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}; allowed: an object")
+    return content
 
 
 def read_checkpoint(path: str | Path) -> Mapping[str, Any]:

@@ -18,13 +18,12 @@ from fused.train.loop import Diverged, Trainer
 from fused.train.parallel import joined_world
 from fused.train.run_folder import check_writable
 from fused.train.seed import setup_seed
-from fused.train.terminal import escape_what_cannot_be_printed
+from fused.train.terminal import SETUP_ERRORS, escape_what_cannot_be_printed, fail
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 NOTHING_GIVEN = """task, out, data.train and a number of steps or epochs are needed, in a file or as key=value. For example:
   python -m fused.train task=finetune out=runs/first data.train=videos/train epochs=30 --dry-run
   python -m fused.train --print-config > run.yaml    # every key; complete it for --config run.yaml"""
-SETUP_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError)  # of wrong input, before the first step
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,23 +64,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             training = True
             interrupted = trainer.run()
     except (Diverged, NotWritten, UnreadableFiles) as error:
-        return _fail(error, FAILED)
+        return fail("fused.train", error, FAILED)
     except SETUP_ERRORS as error:
         if training:  # an unexpected error, whose traceback is needed
             raise
-        return _fail(error, USAGE)
+        return fail("fused.train", error, USAGE)
     except KeyboardInterrupt:  # a second Ctrl-C, or one before the first step
-        return _fail("stopped at once; the same command goes on from the last checkpoint", INTERRUPTED)
+        return fail("fused.train", "stopped at once; the same command goes on from the last checkpoint", INTERRUPTED)
     if interrupted and is_main:
         position = f"step {trainer.step} of {trainer.total}"
         print(f"stopped behind {position}, saved as {trainer.checkpoint}; the same command goes on")
     return INTERRUPTED if interrupted else DONE
-
-
-def _fail(reason: object, code: int) -> int:
-    """Print in one line why the command failed, and return the exit code."""
-    print("fused.train:", *(line.strip() for line in str(reason).splitlines()), file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 import io
 import sys
 
+SETUP_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError)  # of wrong input, before the work begins
+
 
 class Terminal:
     """Standard output. On a terminal the progress is one line that is overwritten, elsewhere there are lines alone."""
@@ -61,3 +63,9 @@ def bad_file_reasons(unreadable: int, too_short: int, total: int) -> str:
     if too_short:
         parts.append(f"{too_short} of {total} files {'are' if too_short > 1 else 'is'} too short")
     return " and ".join(parts)
+
+
+def fail(command: str, reason: object, code: int) -> int:
+    """Print in one line of standard error why a command failed, and return the exit code."""
+    print(f"{command}:", *(line.strip() for line in str(reason).splitlines()), file=sys.stderr)
+    return code

@@ -7,7 +7,6 @@ Upstream trains adapters on q_proj and v_proj of the language model, the project
 beside which the base model, a folder in LLaVA's layout, is needed. A folder with weights of its own needs neither.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fused.io.checkpoint_file import CheckpointError, read_checkpoint
+from fused.io.checkpoint_file import CheckpointError, read_checkpoint, read_json_object
 from fused.modules.mamba import check_backend
 
 T = TypeVar("T", bound="Pretrained")
@@ -188,10 +187,4 @@ def _read_json(path: Path) -> Mapping[str, Any]:
     """Return the object in a JSON file. Raises FileNotFoundError, or CheckpointError for what is none."""
     if not path.is_file():
         raise FileNotFoundError(2, "no such file", str(path))
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is no JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}; allowed: an object")
-    return content
+    return read_json_object(path)

@@ -1,13 +1,12 @@
 """The configuration of a Vamba: sizes of Qwen2-VL's decoder, and keywords of the Mamba-2 mixers."""
 
-import difflib
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from fused.modules.mamba2 import Mamba2
-from fused.rules import COUNT, FLAG, POSITIVE, invalid, is_integer
+from fused.rules import COUNT, FLAG, POSITIVE, check_field_names, invalid, is_integer
 
 MIXER_FIELDS = frozenset(inspect.signature(Mamba2).parameters) - {
     "d_model", "layer_idx", "device", "dtype", "bimamba", "backend"
@@ -44,11 +43,7 @@ class VambaConfig:
 
     def __new__(cls, *args: Any, **given: Any) -> "VambaConfig":
         """Return the object that __init__ fills; raise TypeError, with the nearest field's name, for an unknown field."""
-        names = [f.name for f in fields(cls)]
-        if unknown := [name for name in given if name not in names]:
-            near = difflib.get_close_matches(unknown[0], names, n=1)
-            hint = f"the nearest is {near[0]}" if near else "the fields are " + ", ".join(names)
-            raise TypeError(f"{unknown[0]} is no field of VambaConfig; {hint}")
+        check_field_names(cls, given)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fused.io.atomic_write import atomic_write
-from fused.io.checkpoint_file import CheckpointError, save_checkpoint
+from fused.io.checkpoint_file import CheckpointError, read_json_object, save_checkpoint
 from fused.models.vamba.config import MIXER_FIELDS, VambaConfig
 from fused.models.vamba.vision import vision_tower
 from fused.modules.mamba import check_backend
@@ -165,14 +165,9 @@ class Pretrained:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file. Raises FileNotFoundError, and CheckpointError for anything else than an object."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_json_object(path)
     except FileNotFoundError as error:
         raise FileNotFoundError(2, f"the folder holds no {path.name}", str(path)) from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is no JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}; allowed: an object")
-    return content
 
 
 def weight_files(folder: Path) -> dict[str, Path]:

@@ -1,12 +1,11 @@
 """The configuration of VideoMamba: one frozen description for image model, video classifier and pretraining encoder."""
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from fused.models.videomamba.scan_order import SCAN_ORDERS
-from fused.rules import COUNT, COUNT_OR_0, FLAG, POSITIVE, RATE, Rule, invalid, is_integer, one_of
+from fused.rules import COUNT, COUNT_OR_0, FLAG, POSITIVE, RATE, Rule, check_field_names, invalid, is_integer, one_of
 
 POOL_TYPES = ("cls", "avg", "cls+avg", "cls_cat_avg", "last")
 READOUTS = ("cls", "mean", "last", "tokens")
@@ -60,11 +59,7 @@ class VideoMambaConfig:
 
     def __new__(cls, *args: Any, **given: Any) -> "VideoMambaConfig":
         """Return the object that __init__ fills; raise TypeError, with the nearest field's name, for an unknown field."""
-        names = [f.name for f in fields(cls)]
-        if unknown := [name for name in given if name not in names]:
-            near = difflib.get_close_matches(unknown[0], names, n=1)
-            hint = f"the nearest is {near[0]}" if near else "the fields are " + ", ".join(names)
-            raise TypeError(f"{unknown[0]} is no field of VideoMambaConfig; {hint}")
+        check_field_names(cls, given)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
