@@ -18,7 +18,7 @@ Compile = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]  # of a kernel,
 
 
 class _Thread(threading.local):
-    """What a thread compiles for."""
+    """The target of a thread that compiles ahead, and the way it compiles."""
 
     capability = 0  # 90 for compute capability 9.0; 0 where kernels are launched
     compile: Compile | None = None

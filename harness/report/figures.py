@@ -1,4 +1,4 @@
-"""What all figures share: their size and style, axes, labels at the ends of lines, and files that are the same each time."""
+"""The frame of all figures: their size and style, axes, labels at the ends of lines, and files that are the same each time."""
 
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence

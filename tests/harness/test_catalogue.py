@@ -15,7 +15,7 @@ EVERY = catalogue.read()
 
 
 def wrong(mutant: SourceMutant) -> str:
-    """What is wrong with a bug; empty if nothing."""
+    """Return what is wrong with a bug; empty if nothing is."""
     text = (ROOT / mutant.file).read_text()
     if text.count(mutant.before) != 1:
         return f"`before` occurs {text.count(mutant.before)} times"

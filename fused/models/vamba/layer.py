@@ -29,7 +29,7 @@ NO_POSITIONS = "encoder_position_ids is None; cross_attn_use_position_embeddings
 
 @dataclass(frozen=True)
 class Shared:
-    """What is the same for all layers of one call.
+    """The part of a call that is the same for all its layers.
 
     It is no tuple: FSDP, which rounds the tensors in tuples to the dtype of its parameters, would round the angles.
     """

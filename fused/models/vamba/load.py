@@ -35,7 +35,7 @@ _log = logging.getLogger("fused")
 
 @dataclass
 class VambaLoadReport:
-    """What became of every tensor of a folder."""
+    """The report on every tensor of a folder."""
 
     folder: str
     loaded: list[str] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What a training of Vamba begins with: initial weights of what a language model lacks, and the parts that are learnt.
+"""The beginning of a training of Vamba: initial weights of what a language model lacks, and the parts that are learnt.
 
     model = Vamba.from_pretrained(folder)      # or Vamba(config) with a language model's weights loaded
     init_cross_attention(model)

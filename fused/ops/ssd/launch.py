@@ -147,7 +147,7 @@ def forward(
 
 
 class Steps(NamedTuple):
-    """What depends on dt and A only: by token (B, H, chunks CHUNK), and `decay` by chunk (B, H, chunks); see `steps_kernel`."""
+    """Tensors of dt and A alone: by token (B, H, chunks CHUNK), and `decay` by chunk (B, H, chunks); see `steps_kernel`."""
 
     d: Tensor
     prefix: Tensor

@@ -78,7 +78,7 @@ class Sample(NamedTuple):
 
 @runtime_checkable
 class ClipSource(Protocol):
-    """What `batches` takes clips from. Worker processes hold copies of it."""
+    """The source of clips for `batches`. Worker processes hold copies of it."""
 
     files: tuple[Path, ...]
     dtype: torch.dtype

@@ -45,7 +45,7 @@ class VisionMixer(nn.Module):
 
 
 class LayerInputs(NamedTuple):
-    """What all layers share: the angles of text and of rotated video keys, and who may read what."""
+    """The part that all layers share: the angles of text and of rotated video keys, and who may read what."""
 
     angles: Angles
     video_angles: Angles | None
