@@ -1,0 +1,181 @@
+// The causal convolution of one direction or two on a CPU, with SiLU, forward and backward.
+//
+// A vector holds the channels of one cache line, a block. Tokens are numbered as they lie in memory. The token `reach(j)` places
+// after another meets it with weight j: a direction that is not reversed reaches back.
+
+namespace conv {
+
+constexpr Int TILE = 64;  // tokens
+
+template <class T> struct Direction {
+    const T *weight, *bias;  // (E, W) contiguous; bias may be null
+    Int reverse;
+};
+
+// All members have 8 bytes: Python packs them as words.
+template <class T> struct Conv {
+    Int directions, clips, tokens, channels, width, silu, threads;
+    const T* x;  // (B, L, E)
+    Int x_clip, x_token;
+    const T* initial;  // (B, E, W-1) of the only direction, or null
+    T* y;              // (K, B, L, E); not read in the backward
+    Direction<T> direction[2];
+};
+
+template <class T> struct Gradients {
+    const T* dy;  // (K, B, L, E)
+    T* dx;        // (B, L, E)
+    Int dx_clip, dx_token;
+    T *dweight[2], *dbias[2], *dinitial;  // the last three may be null
+    T* by_clip;                           // (B, K, E, W + 1): shares of the gradients of weight and bias
+};
+
+template <class T> struct Block {
+    Int first, count;
+    Block(const Conv<T>& c, Int number)
+        : first(number * LANES<T>), count(c.channels - first < LANES<T> ? c.channels - first : LANES<T>) {}
+};
+
+template <class T> inline Int blocks_of(const Conv<T>& c) { return (c.channels + LANES<T> - 1) / LANES<T>; }
+
+template <class T> inline Int reach(const Conv<T>& c, const Direction<T>& d, Int j) {
+    return d.reverse ? c.width - 1 - j : j + 1 - c.width;
+}
+
+template <class T> inline void load_weights(const Conv<T>& c, const Direction<T>& d, const Block<T>& block, Vector<T>* w) {
+    for (Int j = 0; j < c.width; ++j) {
+        w[j] = Vector<T>{};
+        for (Int i = 0; i < block.count; ++i) w[j][i] = d.weight[(block.first + i) * c.width + j];
+    }
+}
+
+// x of `count` tokens from `first` on, which may lie outside of the sequence
+template <class T> inline void read(const Conv<T>& c, const Block<T>& block, Int clip, Int first, Int count, Vector<T>* x) {
+    for (Int t = 0; t < count; ++t) {
+        const Int token = first + t, beyond = c.width - 1;
+        if (token >= 0 && token < c.tokens)
+            x[t] = load(c.x + clip * c.x_clip + token * c.x_token + block.first, block.count);
+        else {
+            x[t] = Vector<T>{};
+            const Int place = token < 0 ? token + beyond : token - c.tokens;
+            if (c.initial && place >= 0 && place < beyond && (token < 0) == !c.direction[0].reverse)
+                for (Int i = 0; i < block.count; ++i)
+                    x[t][i] = c.initial[(clip * c.channels + block.first + i) * beyond + place];
+        }
+    }
+}
+
+// The convolution before its SiLU of the token at x
+template <class T, Int W>
+inline Vector<T> before_silu(const Conv<T>& c, const Direction<T>& d, const Vector<T>* w, const Vector<T>& bias, const Vector<T>* x) {
+    const Int width = W ? W : c.width;
+    Vector<T> y = bias;
+    for (Int j = 0; j < width; ++j) y += w[j] * x[d.reverse ? width - 1 - j : j + 1 - width];
+    return y;
+}
+
+template <class T, Int W> void forward(const Conv<T>& c) {
+    const Int tiles = (c.tokens + TILE - 1) / TILE, beyond = c.width - 1, blocks = blocks_of(c);
+    for_each_item(c.clips * tiles, c.threads, (TILE + 2 * beyond + c.width) * VECTOR_BYTES, [&](Int item, Scratch scratch) {
+        const Int clip = item / tiles, first = item % tiles * TILE;
+        const Int count = c.tokens - first < TILE ? c.tokens - first : TILE;
+        Vector<T>*x = scratch.take<Vector<T>>(TILE + 2 * beyond), *w = scratch.take<Vector<T>>(c.width);
+        for (Int number = 0; number < blocks; ++number) {
+            const Block<T> block(c, number);
+            read(c, block, clip, first - beyond, count + 2 * beyond, x);
+            for (Int k = 0; k < c.directions; ++k) {
+                const Direction<T>& d = c.direction[k];
+                load_weights(c, d, block, w);
+                const Vector<T> bias = d.bias ? load(d.bias + block.first, block.count) : Vector<T>{};
+                T* y = c.y + ((k * c.clips + clip) * c.tokens + first) * c.channels + block.first;
+                for (Int t = 0; t < count; ++t) {
+                    Vector<T> value = before_silu<T, W>(c, d, w, bias, x + beyond + t);
+                    if (c.silu) value *= sigmoid<T>(value);
+                    store(y + t * c.channels, value, block.count);
+                }
+            }
+        }
+    });
+}
+
+template <class T, Int W> void backward(const Conv<T>& c, const Gradients<T>& g) {
+    const Int L = c.tokens, E = c.channels, beyond = c.width - 1, blocks = blocks_of(c), K = c.directions;
+    const Int bytes = (L + TILE + 4 * beyond + 2 * c.width) * VECTOR_BYTES + (c.width + 1) * LANES<T> * 8;
+    for_each_item(c.clips * blocks, c.threads, bytes, [&](Int item, Scratch scratch) {
+        const Int clip = item / blocks;
+        const Block<T> block(c, item % blocks);
+        Vector<T>*x = scratch.take<Vector<T>>(TILE + 2 * beyond), *w = scratch.take<Vector<T>>(c.width);
+        Vector<T>*dw = scratch.take<Vector<T>>(c.width), *dpre = scratch.take<Vector<T>>(L + 2 * beyond) + beyond;
+        double* sums = scratch.take<double>((c.width + 1) * LANES<T>);
+        for (Int k = 0; k < K; ++k) {
+            const Direction<T>& d = c.direction[k];
+            const Vector<T> bias = d.bias ? load(d.bias + block.first, block.count) : Vector<T>{};
+            const T* dy = g.dy + (k * c.clips + clip) * L * E + block.first;
+            load_weights(c, d, block, w);
+            std::memset(sums, 0, (c.width + 1) * LANES<T> * 8);
+            std::memset(dpre - beyond, 0, (L + 2 * beyond) * VECTOR_BYTES);
+            for (Int first = 0; first < L; first += TILE) {
+                const Int count = L - first < TILE ? L - first : TILE;
+                read(c, block, clip, first - beyond, count + 2 * beyond, x);
+                Vector<T> dbias = {};
+                for (Int j = 0; j < c.width; ++j) dw[j] = Vector<T>{};
+                for (Int t = 0; t < count; ++t) {
+                    Vector<T> grad = load(dy + (first + t) * E, block.count);
+                    if (c.silu) {
+                        const Vector<T> pre = before_silu<T, W>(c, d, w, bias, x + beyond + t);
+                        grad *= silu_slope<T>(pre, sigmoid<T>(pre));
+                    }
+                    dpre[first + t] = grad;
+                    dbias += grad;
+                    for (Int j = 0; j < (W ? W : c.width); ++j) dw[j] += grad * x[beyond + t + reach(c, d, j)];
+                }
+                for (Int lane = 0; lane < LANES<T>; ++lane) {
+                    for (Int j = 0; j < c.width; ++j) sums[j * LANES<T> + lane] += dw[j][lane];
+                    sums[c.width * LANES<T> + lane] += dbias[lane];
+                }
+            }
+            T* dx = g.dx + clip * g.dx_clip + block.first;
+            for (Int t = 0; t < L; ++t) {
+                Vector<T> value = k ? load(dx + t * g.dx_token, block.count) : Vector<T>{};
+                for (Int j = 0; j < (W ? W : c.width); ++j) value += w[j] * dpre[t - reach(c, d, j)];
+                store(dx + t * g.dx_token, value, block.count);
+            }
+            if (g.dinitial)
+                for (Int place = 0; place < beyond; ++place) {
+                    const Int token = d.reverse ? L + place : place - beyond;
+                    Vector<T> value = {};
+                    for (Int j = 0; j < c.width; ++j) {
+                        const Int to = token - reach(c, d, j);
+                        if (to >= 0 && to < L) value += w[j] * dpre[to];
+                    }
+                    for (Int i = 0; i < block.count; ++i) g.dinitial[(clip * E + block.first + i) * beyond + place] = value[i];
+                }
+            for (Int i = 0; i < block.count; ++i) {
+                T* shares = g.by_clip + ((clip * K + k) * E + block.first + i) * (c.width + 1);
+                for (Int j = 0; j <= c.width; ++j) shares[j] = T(sums[j * LANES<T> + i]);
+            }
+        }
+    });
+    for (Int k = 0; k < K; ++k)
+        for (Int e = 0; e < E; ++e)
+            for (Int j = 0; j <= c.width; ++j) {
+                double x = 0;
+                for (Int clip = 0; clip < c.clips; ++clip) x += g.by_clip[((clip * K + k) * E + e) * (c.width + 1) + j];
+                if (j < c.width) g.dweight[k][e * c.width + j] = T(x);
+                else if (g.dbias[k]) g.dbias[k][e] = T(x);
+            }
+}
+
+template <class T> void forward_of(const Conv<T>& c) { c.width == 4 ? forward<T, 4>(c) : forward<T, 0>(c); }
+template <class T> void backward_of(const Conv<T>& c, const Gradients<T>& g) {
+    c.width == 4 ? backward<T, 4>(c, g) : backward<T, 0>(c, g);
+}
+
+}  // namespace conv
+
+extern "C" {
+void conv_forward_float(const conv::Conv<float>* c) { conv::forward_of(*c); }
+void conv_forward_double(const conv::Conv<double>* c) { conv::forward_of(*c); }
+void conv_backward_float(const conv::Conv<float>* c, const conv::Gradients<float>* g) { conv::backward_of(*c, *g); }
+void conv_backward_double(const conv::Conv<double>* c, const conv::Gradients<double>* g) { conv::backward_of(*c, *g); }
+}
