@@ -232,8 +232,8 @@ inline Vector<double> log1p(Vector<double> x) {
 
 // 1 / (1 + e^-x), also where that is subnormal
 template <class T> inline Vector<T> sigmoid(const Vector<T>& x) {
-    const Vector<T> e = exp(x > 0 ? -x : x), upper = T(1) / (T(1) + e);
-    return x > 0 ? upper : e * upper;
+    const Vector<T> e = exp(x > 0 ? -x : x), one = all(T(1));
+    return (x > 0 ? one : e) / (one + e);
 }
 
 // log(1 + e^x); x itself above 20, as PyTorch has it

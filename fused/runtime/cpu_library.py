@@ -28,6 +28,7 @@ import torch
 from fused.errors import BackendError
 from fused.io.atomic_write import atomic_write
 from fused.runtime.cache_folder import cache_folder
+from fused.runtime.memory import keep_freed_memory
 
 COMPILERS = ("g++", "c++", "clang++")
 FLAGS = (
@@ -37,6 +38,7 @@ FLAGS = (
 DTYPES = {torch.float32: "float", torch.float64: "double"}
 """The dtypes that kernels compute in, and their names in those of the functions."""
 _DIGEST_BYTES = 32
+_PLAIN = (int, bool)
 _PACKAGE = Path(__file__).parents[1]
 
 _log = logging.getLogger("fused")
@@ -73,15 +75,21 @@ def call(name: str, dtype: torch.dtype, *structs: tuple[Any, ...]) -> None:
 
     Raises BackendError if the kernels cannot be called.
     """
+    packed = [
+        struct.pack(f"{len(members)}q", *[x if type(x) in _PLAIN else x.data_ptr() if x is not None else 0 for x in members])
+        for members in structs
+    ]
+    _function(name, dtype)(*packed)
+
+
+@functools.cache
+def _function(name: str, dtype: torch.dtype) -> Any:
     loaded = _load()
     if isinstance(loaded, str):
         raise BackendError(f"kernels for the CPU cannot run here. {loaded}")
-    words = ([_word(x) for x in members] for members in structs)
-    getattr(loaded, f"{name}_{DTYPES[dtype]}")(*(struct.pack(f"{len(w)}q", *w) for w in words))
-
-
-def _word(x: Any) -> int:
-    return x.data_ptr() if isinstance(x, torch.Tensor) else x or 0
+    function = getattr(loaded, f"{name}_{DTYPES[dtype]}")
+    function.restype = None
+    return function
 
 
 def _load() -> ctypes.CDLL | str:
@@ -104,6 +112,7 @@ def _load_once() -> ctypes.CDLL | str:
     except (OSError, RuntimeError) as error:
         return f"{error}: install a C++ compiler such as g++, or use backend='torch'."
     library.set_parallel_region(threads)
+    keep_freed_memory()
     return library
 
 

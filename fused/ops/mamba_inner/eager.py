@@ -85,6 +85,8 @@ def both_directions_eager(x: Tensor, directions: Sequence[DirectionWeights], z: 
 
 def _both_directions_cpu(x: Tensor, directions: Sequence[DirectionWeights], z: Tensor) -> Tensor:
     """Return what `both_directions_eager` returns, operator by operator, by the kernels for CPUs."""
+    from fused.ops.selective_scan.cpu import bidirectional_scan_cpu
+
     inputs = []
     for w, reverse in zip(directions, (False, True), strict=True):
         c, _ = conv.causal_conv1d(x, w.conv, w.conv_bias, reverse=reverse, backend="cpu")
@@ -92,5 +94,5 @@ def _both_directions_cpu(x: Tensor, directions: Sequence[DirectionWeights], z: T
         A = -w.A.to(accumulation_dtype(w.A.dtype)).exp()
         inputs.append((c, F.linear(dt, w.dt_proj), A, B, C, w.D, w.dt_bias))
     pairs: Any = zip(*inputs, strict=True)
-    u, delta, A_pair, B_pair, C_pair, D, dt_bias = pairs
-    return scan.bidirectional_scan(u, delta, A_pair, B_pair, C_pair, D, z, dt_bias, backend="cpu")
+    *others, D, dt_bias = pairs
+    return bidirectional_scan_cpu(*others, D, z, dt_bias, softplus=True)

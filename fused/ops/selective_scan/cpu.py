@@ -15,6 +15,7 @@ from fused.runtime.library import apply_function, below_autograd, register, want
 
 Pair = Sequence[Tensor]
 OptionalPair = Sequence[Tensor | None]
+Size = int | torch.SymInt
 CHUNK, PART = 32, 4  # as in cpu.cpp
 
 
@@ -93,7 +94,7 @@ def _inputs(
     return *tokens, [x.contiguous() for x in A], *mixing, *others, z, initial_state
 
 
-def kept_shape(clips: int, L: int, E: int, N: int, K: int, G: int, dtype: torch.dtype) -> tuple[int, ...]:
+def kept_shape(clips: Size, L: Size, E: Size, N: Size, K: int, G: Size, dtype: torch.dtype) -> tuple[Size, ...]:
     """Return the shape of the states that enter the chunks of every block of channels."""
     lanes = 64 // dtype.itemsize
     return K, clips, G * -(-(E // G) // lanes), -(-L // CHUNK), N, lanes
