@@ -229,7 +229,7 @@ class Mamba(nn.Module):
         from fused.ops.mamba_inner.cpu import mamba_inner_cpu, takes
 
         in_proj, out_proj = ((m.weight, m.bias) for m in (self.in_proj, self.out_proj))
-        arguments = hidden, in_proj, self.directions(), out_proj
+        arguments = hidden, in_proj, self.directions(squeeze=False), out_proj
         return mamba_inner_cpu(*arguments) if takes(*arguments) else None
 
     def _scan_native(self, x: Tensor, z: Tensor, state: State | None) -> tuple[Tensor, State]:

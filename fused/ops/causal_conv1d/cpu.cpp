@@ -1,20 +1,23 @@
 // The causal convolution of one direction or two on a CPU, with SiLU, forward and backward.
 //
 // A vector holds the channels of one cache line, a block. Tokens are numbered as they lie in memory. The token `reach(j)` places
-// after another meets it with weight j: a direction that is not reversed reaches back.
+// after another meets it with weight j: a direction that is not reversed reaches back. The forward also multiplies its results
+// with a matrix, tile by tile, while they are in the cache.
 
 namespace conv {
 
-constexpr Int TILE = 64;  // tokens
+constexpr Int TILE = 16;  // tokens
 
 template <class T> struct Direction {
     const T *weight, *bias;  // (E, W) contiguous; bias may be null
+    const T* project;        // (rows, E) contiguous, or null
+    T* rows;                 // (B, L, rows): the products of y and the transpose of `project`
     Int reverse;
 };
 
 // All members have 8 bytes: Python packs them as words.
 template <class T> struct Conv {
-    Int directions, clips, tokens, channels, width, silu, threads;
+    Int directions, clips, tokens, channels, width, rows, silu, threads;
     const T* x;  // (B, L, E)
     Int x_clip, x_token;
     const T* initial;  // (B, E, W-1) of the only direction, or null
@@ -74,6 +77,29 @@ inline Vector<T> before_silu(const Conv<T>& c, const Direction<T>& d, const Vect
     return y;
 }
 
+// Write the products of y (count, E) and the transpose of a matrix (rows, E): 4 by 4 sums over E at a time, each in the lanes of
+// a vector. A row beyond the last is the last.
+template <class T> inline void project(const T* y, Int count, const T* matrix, Int rows, Int E, T* out) {
+    constexpr Int M = LANES<T> / 4;
+    for (Int first = 0; first < count; first += M)
+        for (Int row = 0; row < rows; row += 4) {
+            Vector<T> products[M * 4] = {};
+            const T *left[M], *right[4];
+            for (Int i = 0; i < M; ++i) left[i] = y + (first + i < count ? first + i : count - 1) * E;
+            for (Int j = 0; j < 4; ++j) right[j] = matrix + (row + j < rows ? row + j : rows - 1) * E;
+            Int e = 0;
+            for (; e + LANES<T> <= E; e += LANES<T>)
+                for (Int i = 0; i < M; ++i)
+                    for (Int j = 0; j < 4; ++j) products[i * 4 + j] += load(left[i] + e) * load(right[j] + e);
+            if (e < E)
+                for (Int i = 0; i < M; ++i)
+                    for (Int j = 0; j < 4; ++j) products[i * 4 + j] += load(left[i] + e, E - e) * load(right[j] + e, E - e);
+            const Vector<T> values = sums<T>(products);
+            for (Int i = 0; i < M && first + i < count; ++i)
+                for (Int j = 0; j < 4 && row + j < rows; ++j) out[(first + i) * rows + row + j] = values[i * 4 + j];
+        }
+}
+
 template <class T, Int W> void forward(const Conv<T>& c) {
     const Int tiles = (c.tokens + TILE - 1) / TILE, beyond = c.width - 1, blocks = blocks_of(c);
     for_each_item(c.clips * tiles, c.threads, (TILE + 2 * beyond + c.width) * VECTOR_BYTES, [&](Int item, Scratch scratch) {
@@ -94,6 +120,11 @@ template <class T, Int W> void forward(const Conv<T>& c) {
                     store(y + t * c.channels, value, block.count);
                 }
             }
+        }
+        for (Int k = 0; c.rows && k < c.directions; ++k) {
+            const Int token = clip * c.tokens + first;
+            const T* y = c.y + (k * c.clips * c.tokens + token) * c.channels;
+            project(y, count, c.direction[k].project, c.rows, c.channels, c.direction[k].rows + token * c.rows);
         }
     });
 }

@@ -41,14 +41,18 @@ def causal_conv1d_cpu(
 
 def conv_struct(
     x: Tensor, weight: Pair, bias: OptionalPair, initial_state: Tensor | None, silu: bool, reverses: Sequence[bool],
-    y: Tensor | None,
+    y: Tensor | None, project: OptionalPair = (None, None), rows: OptionalPair = (None, None),
 ) -> tuple[Any, ...]:  # fmt: skip
-    """Return the members of the kernel's `Conv`; channels of x are contiguous, and so are all others."""
-    (clips, L, E), K, W = x.shape, len(reverses), weight[0].shape[1]
-    members = [K, clips, L, E, W, silu, torch.get_num_threads(), x, *x.stride()[:2], initial_state, y]
+    """Return the members of the kernel's `Conv`; channels of x are contiguous, and so are all others.
+
+    The products of y and `project` (rows, E), transposed, are written into `rows` (B, L, rows).
+    """
+    (clips, L, E), K, W = x.shape, len(reverses), weight[0].shape[-1]
+    num_rows = 0 if rows[0] is None else rows[0].shape[2]
+    members = [K, clips, L, E, W, num_rows, silu, torch.get_num_threads(), x, *x.stride()[:2], initial_state, y]
     for k in range(K):
-        members += weight[k], bias[k], reverses[k]
-    return (*members, *(0,) * (3 * (2 - K)))
+        members += weight[k], bias[k], project[k], rows[k], reverses[k]
+    return (*members, *(0,) * (5 * (2 - K)))
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -96,7 +100,7 @@ def gradients_struct(
     dy: Tensor, dx: Tensor, dweight: Pair, dbias: OptionalPair, dinitial: Tensor | None
 ) -> tuple[Any, ...]:
     """Return the members of the kernel's `Gradients`; dy is (K, B, L, E), contiguous, and channels of dx are."""
-    (K, clips, _, E), W = dy.shape, dweight[0].shape[1]
+    (K, clips, _, E), W = dy.shape, dweight[0].shape[-1]
     by_clip = dy.new_empty(clips * K * E * (W + 1))
     return dy, dx, *dx.stride()[:2], *(*dweight, None)[:2], *(*dbias, None)[:2], dinitial, by_clip
 

@@ -51,28 +51,22 @@ class _Directions:
         self.reverses = [False, True] if second else [False]
         self.N, self.R = self.weights.A[0].shape[1], self.weights.dt_proj[0].shape[1]
 
-    def inputs(self, xz: Tensor, rows: Sequence[Tensor] | None) -> tuple[Tensor, Sequence[Tensor], list[Tensor]]:
-        """Return c (K, B, L, E), and of every direction x_proj's result (B, L, R+2N), computed unless known, and delta."""
-        (B, L, E2), K, weights = xz.shape, len(self.reverses), self.weights
-        c = xz.new_empty((K, B, L, E2 // 2))
-        struct = conv.conv_struct(xz.chunk(2, -1)[0], weights.conv, weights.conv_bias, None, True, self.reverses, c)
+    def convolve(self, xz: Tensor, rows: Sequence[Tensor | None]) -> Tensor:
+        """Return c (K, B, L, E), and write x_proj's results into `rows` (B, L, R+2N), if they are not None."""
+        (B, L, E2), w = xz.shape, self.weights
+        c, x = xz.new_empty((len(self.reverses), B, L, E2 // 2)), xz[..., : E2 // 2]
+        struct = conv.conv_struct(x, w.conv, w.conv_bias, None, True, self.reverses, c, w.x_proj, rows)
         cpu_library.call("conv_forward", xz.dtype, struct)
-        if rows is None:
-            rows = [_linear(tokens, w) for tokens, w in zip(c, weights.x_proj, strict=True)]
-        delta = [_linear(row[..., : self.R], w) for row, w in zip(rows, weights.dt_proj, strict=True)]
-        return c, rows, delta
+        return c
 
     def scan_struct(
-        self, xz: Tensor, c: Tensor, rows: Sequence[Tensor], delta: Sequence[Tensor], y: Tensor, pre_gate: Tensor | None,
-        final: Tensor, chunks: Tensor | None,
+        self, xz: Tensor, c: Tensor, rows: Sequence[Tensor], y: Tensor, pre_gate: Tensor | None, final: Tensor,
+        chunks: Tensor | None,
     ) -> tuple[Any, ...]:  # fmt: skip
         """Return the members of the scan's struct."""
-        B, C = self.mixing(rows)
-        w = self.weights
-        z = xz.chunk(2, -1)[1]
-        return scan.scan_struct(
-            c.unbind(), delta, w.A, B, C, w.D, w.dt_bias, z, None, True, True, self.reverses, y, pre_gate, final, chunks
-        )  # fmt: skip
+        w, z, (B, C) = self.weights, xz[..., xz.shape[2] // 2 :], self.mixing(rows)
+        options = True, True, self.reverses, y, pre_gate, final, chunks, w.dt_proj
+        return scan.scan_struct(c.unbind(), rows, w.A, B, C, w.D, w.dt_bias, z, None, *options)
 
     def mixing(self, rows: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Return B and C (B, L, N) of every direction, views of the rows."""
@@ -86,12 +80,13 @@ def _forward(
     """Return out (B, L, D) and, if `keep`, what the backward reads."""
     d = _Directions(first, second)
     xz = _linear(u, in_proj, in_proj_bias)
-    c, rows, delta = d.inputs(xz, None)
     y, pre_gate, final, chunks = _outputs(u, first, second, keep)
-    struct = d.scan_struct(xz, c, rows, delta, y, pre_gate if keep else None, final, chunks if keep else None)
+    rows = [y.new_empty((*y.shape[:2], d.R + 2 * d.N)) for _ in d.reverses]
+    c = d.convolve(xz, rows)
+    struct = d.scan_struct(xz, c, rows, y, pre_gate if keep else None, final, chunks if keep else None)
     cpu_library.call("scan_forward", u.dtype, struct)
     out = _linear(y, out_proj, out_proj_bias)
-    return (out, xz, list(rows), y, pre_gate, chunks) if keep else (out, None, [], None, None, None)
+    return (out, xz, rows, y, pre_gate, chunks) if keep else (out, None, [], None, None, None)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -132,14 +127,14 @@ def _backward(
     dout = dout.flatten(0, 1)
     dy, dxz = product(dout, out_proj).view(y.shape), torch.empty_like(xz)
     d_out_proj = product(dout.t(), y.flatten(0, 1))
-    c, _, delta = d.inputs(xz, rows)
+    c = d.convolve(xz, (None, None))
     du, ddelta = y.new_empty((2, *c.shape)).unbind()
     drows, (dx, dz) = [torch.empty_like(row) for row in rows], dxz.chunk(2, -1)
     dB, dC = ([x.unsqueeze(2) for x in pair] for pair in d.mixing(drows))
     fields = (w.A, w.D, w.dt_bias, w.conv, w.conv_bias)
     empty: Any = ([None if x is None else torch.empty_like(x) for x in field] for field in fields)
     dA, dD, dbias, dconv, dconv_bias = empty
-    struct = d.scan_struct(xz, c, rows, delta, y, pre_gate, y, chunks)
+    struct = d.scan_struct(xz, c, rows, y, pre_gate, y, chunks)
     grads = scan.gradients_struct(dy, None, du.unbind(), ddelta.unbind(), dB, dC, dA, dD, dbias, dz, None)
     cpu_library.call("scan_backward", y.dtype, struct, grads)
     d_x_proj, d_dt_proj = [], []
@@ -149,7 +144,7 @@ def _backward(
         d_dt_proj.append(product(flat_ddelta.t(), row[:, : d.R]))
         d_x_proj.append(product(drow.t(), flat_c))
         du[k].flatten(0, 1).addmm_(drow, w.x_proj[k])
-    conv_struct = conv.conv_struct(xz.chunk(2, -1)[0], w.conv, w.conv_bias, None, True, d.reverses, None)
+    conv_struct = conv.conv_struct(xz[..., : xz.shape[2] // 2], w.conv, w.conv_bias, None, True, d.reverses, None)
     conv_grads = conv.gradients_struct(du, dx, dconv, dconv_bias, None)
     cpu_library.call("conv_backward", y.dtype, conv_struct, conv_grads)
     dxz, tokens = dxz.flatten(0, 1), u.flatten(0, 1)

@@ -94,5 +94,5 @@ def _both_directions_cpu(x: Tensor, directions: Sequence[DirectionWeights], z: T
         A = -w.A.to(accumulation_dtype(w.A.dtype)).exp()
         inputs.append((c, F.linear(dt, w.dt_proj), A, B, C, w.D, w.dt_bias))
     pairs: Any = zip(*inputs, strict=True)
-    *others, D, dt_bias = pairs
-    return bidirectional_scan_cpu(*others, D, z, dt_bias, softplus=True)
+    u, delta, As, Bs, Cs, Ds, biases = pairs
+    return bidirectional_scan_cpu(u, delta, As, Bs, Cs, Ds, z, biases, softplus=True)

@@ -11,13 +11,15 @@ constexpr Int NB = 8;      // states of a channel that are in registers together
 
 // All members of these structs have 8 bytes: Python packs them as words. Strides are in elements; those of channels and states
 // are 1.
+//
+// delta is (B, L, E) or, with dt_rank R, the product of dt (B, L, R), which has its place and strides, and dt_proj.
 template <class T> struct Direction {
-    const T *u, *delta, *A, *B, *C, *D, *bias;  // A (E, N) contiguous; D and bias may be null
+    const T *u, *delta, *A, *B, *C, *D, *bias, *dt_proj;  // A (E, N) and dt_proj (E, R) contiguous; D and bias may be null
     Int u_clip, u_token, delta_clip, delta_token, B_clip, B_token, B_group, C_clip, C_token, C_group, reverse;
 };
 
 template <class T> struct Scan {
-    Int directions, clips, tokens, channels, states, groups, softplus, A_is_log, threads;
+    Int directions, clips, tokens, channels, states, groups, dt_rank, softplus, A_is_log, threads;
     const T* z;
     Int z_clip, z_token;
     const T* initial;   // (B, E, N) of the only direction, or null
@@ -78,6 +80,16 @@ template <class T> inline void store_states(T* to, const Block<T>& block, Int N,
         for (Int i = 0; i < block.count; ++i) to[(block.first + i) * N + n] = h[n][i];
 }
 
+// dt_proj of a block, a vector for each of the R columns
+template <class T> inline void load_dt_proj(const Scan<T>& s, const Direction<T>& d, const Block<T>& block, Vector<T>* dt_proj) {
+    const Int R = s.dt_rank;
+    for (Int r = 0; r < R; ++r) {
+        Vector<T> x = {};
+        for (Int i = 0; i < block.count; ++i) x[i] = d.dt_proj[(block.first + i) * R + r];
+        dt_proj[r] = x;
+    }
+}
+
 // A chunk of one block: its tokens, and what has a value for each of them
 template <class T> struct Chunk {
     Vector<T> *u, *raw, *delta, *du, *y;
@@ -88,7 +100,7 @@ template <class T> struct Chunk {
           du(scratch.take<Vector<T>>(CHUNK)), y(scratch.take<Vector<T>>(CHUNK)) {}
     static constexpr Int BYTES = 5 * CHUNK * VECTOR_BYTES;
 
-    void read(const Scan<T>& s, const Direction<T>& d, const Block<T>& block, Int clip, Int number) {
+    void read(const Scan<T>& s, const Direction<T>& d, const Block<T>& block, const Vector<T>* dt_proj, Int clip, Int number) {
         first = number * CHUNK;
         count = s.tokens - first < CHUNK ? s.tokens - first : CHUNK;
         const Int token = d.reverse ? s.tokens - 1 - first : first, sign = d.reverse ? -1 : 1;
@@ -96,12 +108,15 @@ template <class T> struct Chunk {
         C = d.C + clip * d.C_clip + token * d.C_token + block.group * d.C_group;
         step_B = sign * d.B_token, step_C = sign * d.C_token;
         const T* u_in = d.u + clip * d.u_clip + token * d.u_token + block.first;
-        const T* delta_in = d.delta + clip * d.delta_clip + token * d.delta_token + block.first;
+        const T* delta_in = d.delta + clip * d.delta_clip + token * d.delta_token + (s.dt_rank ? 0 : block.first);
         const Vector<T> D = d.D ? load(d.D + block.first, block.count) : Vector<T>{};
         const Vector<T> bias = d.bias ? load(d.bias + block.first, block.count) : Vector<T>{};
         for (Int t = 0; t < count; ++t) {
             u[t] = load(u_in + sign * t * d.u_token, block.count);
-            raw[t] = load(delta_in + sign * t * d.delta_token, block.count) + bias;
+            raw[t] = bias;
+            const T* delta_or_dt = delta_in + sign * t * d.delta_token;
+            if (!s.dt_rank) raw[t] += load(delta_or_dt, block.count);
+            for (Int r = 0; r < s.dt_rank; ++r) raw[t] += dt_proj[r] * delta_or_dt[r];
             delta[t] = s.softplus ? softplus(raw[t]) : raw[t];
             du[t] = delta[t] * u[t];
             y[t] = d.D ? D * u[t] : Vector<T>{};
@@ -140,24 +155,25 @@ template <class T> void forward(const Scan<T>& s) {
     const Int N = s.states, E = s.channels, L = s.tokens, chunks = (L + CHUNK - 1) / CHUNK;
     const Blocks blocks(E, s.groups, LANES<T>);
     const Int of_clip = blocks.of_group * s.groups;
-    const Int bytes = Chunk<T>::BYTES + 2 * N * VECTOR_BYTES;
+    const Int bytes = Chunk<T>::BYTES + (2 * N + s.dt_rank) * VECTOR_BYTES;
     for_each_item(s.clips * of_clip, s.threads, bytes, [&](Int item, Scratch scratch) {
         const Int clip = item / of_clip, number = item % of_clip;
         const Block<T> block(blocks, number / blocks.of_group, number % blocks.of_group);
         Chunk<T> c(scratch);
-        Vector<T>*A = scratch.take<Vector<T>>(N), *h = scratch.take<Vector<T>>(N);
+        Vector<T>*A = scratch.take<Vector<T>>(N), *h = scratch.take<Vector<T>>(N), *dt_proj = scratch.take<Vector<T>>(s.dt_rank);
         T* y = s.y + clip * L * E + block.first;
         for (Int k = 0; k < s.directions; ++k) {
             const Direction<T>& d = s.direction[k];
             const bool last = k + 1 == s.directions;
             load_A(s, d, block, A);
+            load_dt_proj(s, d, block, dt_proj);
             load_states(s.initial ? s.initial + clip * E * N : nullptr, block, N, h);
             for (Int number_of_chunk = 0; number_of_chunk < chunks; ++number_of_chunk) {
                 if (s.chunks) {
                     T* kept = s.chunks + (((k * s.clips * of_clip + item) * chunks + number_of_chunk) * N) * LANES<T>;
                     for (Int n = 0; n < N; ++n) store(kept + n * LANES<T>, h[n]);
                 }
-                c.read(s, d, block, clip, number_of_chunk);
+                c.read(s, d, block, dt_proj, clip, number_of_chunk);
                 advance_all(c, A, h, N);
                 for (Int t = 0; t < c.count; ++t) {
                     const Int token = d.reverse ? L - 1 - c.first - t : c.first + t;
@@ -178,7 +194,7 @@ template <class T> void forward(const Scan<T>& s) {
 
 // What the backward of a block goes through the chunks with
 template <class T> struct Carry {
-    Vector<T> *A, *h, *g;   // g: the gradient of the state before the chunk
+    Vector<T> *A, *dt_proj, *h, *g;  // g: the gradient of the state before the chunk
     double *dA, *dD, *dbias;  // sums over chunks, in float64: (N, lanes), (lanes), (lanes)
 };
 
@@ -288,7 +304,7 @@ template <class T> void backward_parts(const Scan<T>& s, const Gradients<T>& g) 
     const Int N = s.states, E = s.channels, L = s.tokens, K = s.directions, chunks = (L + CHUNK - 1) / CHUNK;
     const Blocks blocks(E, s.groups, LANES<T>);
     const Int of_clip = blocks.of_group * s.groups, parts = blocks.parts_of_group * s.groups;
-    const Int bytes = Chunk<T>::BYTES + ChunkGradients<T>::bytes(N) + PART * (3 * N * VECTOR_BYTES + (N + 2) * LANES<T> * 8);
+    const Int bytes = Chunk<T>::BYTES + ChunkGradients<T>::bytes(N) + PART * ((3 * N + s.dt_rank) * VECTOR_BYTES + (N + 2) * LANES<T> * 8);
     for_each_item(s.clips * parts * K, s.threads, bytes, [&](Int item, Scratch scratch) {
         const Int k = item % K, part = item / K % parts, clip = item / K / parts;
         const Direction<T>& d = s.direction[k];
@@ -301,10 +317,12 @@ template <class T> void backward_parts(const Scan<T>& s, const Gradients<T>& g) 
             Carry<T>& carry = carries[i];
             const Block<T> block(blocks, group, first_block + i);
             carry.A = scratch.take<Vector<T>>(N), carry.h = scratch.take<Vector<T>>(N), carry.g = scratch.take<Vector<T>>(N);
+            carry.dt_proj = scratch.take<Vector<T>>(s.dt_rank);
             carry.dA = scratch.take<double>((N + 2) * LANES<T>);
             carry.dD = carry.dA + N * LANES<T>, carry.dbias = carry.dD + LANES<T>;
             std::memset(carry.dA, 0, (N + 2) * LANES<T> * 8);
             load_A(s, d, block, carry.A);
+            load_dt_proj(s, d, block, carry.dt_proj);
             load_states(g.dfinal ? g.dfinal + (k * s.clips + clip) * E * N : nullptr, block, N, carry.g);
         }
         for (Int number = chunks - 1; number >= 0; --number) {
@@ -314,7 +332,7 @@ template <class T> void backward_parts(const Scan<T>& s, const Gradients<T>& g) 
                 const Carry<T>& carry = carries[i];
                 const Int kept = (k * s.clips + clip) * of_clip + group * blocks.of_group + first_block + i;
                 std::memcpy(carry.h, s.chunks + (kept * chunks + number) * N * LANES<T>, N * VECTOR_BYTES);
-                c.read(s, d, block, clip, number);
+                c.read(s, d, block, carry.dt_proj, clip, number);
                 read_dy(s, g, c, d, block, clip, k == 0, cg.dy);
                 std::memset(cg.ddelta, 0, CHUNK * VECTOR_BYTES), std::memset(cg.ddu, 0, CHUNK * VECTOR_BYTES);
                 retreat_all(c, cg, carry, N);

@@ -62,18 +62,22 @@ def rows_of(x: Tensor) -> Tensor:
 def scan_struct(
     u: Pair, delta: Pair, A: Pair, B: Pair, C: Pair, D: OptionalPair, delta_bias: OptionalPair, z: Tensor | None,
     initial_state: Tensor | None, softplus: bool, A_is_log: bool, reverses: Sequence[bool], y: Tensor, pre_gate: Tensor | None,
-    final: Tensor, chunks: Tensor | None,
+    final: Tensor, chunks: Tensor | None, dt_proj: OptionalPair = (None, None),
 ) -> tuple[Any, ...]:  # fmt: skip
-    """Return the members of the kernel's `Scan`; all tensors of the tokens are `rows_of`, the others contiguous."""
+    """Return the members of the kernel's `Scan`; all tensors of the tokens are `rows_of`, the others contiguous.
+
+    With `dt_proj` (E, R) `delta` are rows that begin with dt (B, L, R).
+    """
     (clips, L, E), N, K = y.shape, A[0].shape[1], len(reverses)
     G = max((x.shape[2] for x in (B[0], C[0]) if x.dim() == 4), default=1)
-    head = K, clips, L, E, N, G, softplus, A_is_log, torch.get_num_threads()
+    R = 0 if dt_proj[0] is None else dt_proj[0].shape[1]
+    head = K, clips, L, E, N, G, R, softplus, A_is_log, torch.get_num_threads()
     z_strides = (0, 0) if z is None else z.stride()[:2]
     members = [*head, z, *z_strides, initial_state, y, pre_gate, final, chunks]
     for k in range(K):
-        members += u[k], delta[k], A[k], B[k], C[k], D[k], delta_bias[k], *u[k].stride()[:2], *delta[k].stride()[:2]
+        members += u[k], delta[k], A[k], B[k], C[k], D[k], delta_bias[k], dt_proj[k], *u[k].stride()[:2], *delta[k].stride()[:2]
         members += *_strides(B[k]), *_strides(C[k]), reverses[k]
-    return (*members, *(0,) * (18 * (2 - K)))
+    return (*members, *(0,) * (19 * (2 - K)))
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:
