@@ -251,6 +251,12 @@ template <class T> inline Vector<T> softplus_slope(const Vector<T>& x) {
 // The derivative of x * sigmoid(x), for s = sigmoid(x)
 template <class T> inline Vector<T> silu_slope(const Vector<T>& x, const Vector<T>& s) { return s * (T(1) + x * (T(1) - s)); }
 
+// Add vectors to sums over many tokens, in float64.
+template <class T> inline void add_up(double* sums, const Vector<T>* x, Int count) {
+    for (Int i = 0; i < count; ++i)
+        for (Int lane = 0; lane < LANES<T>; ++lane) sums[i * LANES<T> + lane] += x[i][lane];
+}
+
 // Memory of one thread, handed out in pieces.
 struct Scratch {
     char* next;

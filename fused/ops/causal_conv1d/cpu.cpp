@@ -6,7 +6,7 @@
 
 namespace conv {
 
-constexpr Int TILE = 16;  // tokens
+constexpr Int TILE = 16, BACKWARD_TILE = 64;  // tokens
 
 template <class T> struct Direction {
     const T *weight, *bias;  // (E, W) contiguous; bias may be null
@@ -26,11 +26,11 @@ template <class T> struct Conv {
 };
 
 template <class T> struct Gradients {
-    const T* dy;  // (K, B, L, E)
-    T* dx;        // (B, L, E)
+    const T *dy[2], *drows[2];  // (B, L, E), without what comes through the rows; (B, L, rows)
+    T* dx;                      // (B, L, E)
     Int dx_clip, dx_token;
-    T *dweight[2], *dbias[2], *dinitial;  // the last three may be null
-    T* by_clip;                           // (B, K, E, W + 1): shares of the gradients of weight and bias
+    T *dweight[2], *dbias[2], *dproject[2], *dinitial;  // (E, W), (E), (rows, E), (B, E, W-1); dbias and dinitial may be null
+    T *by_clip, *rows_by_clip;  // (B, K, E, W + 1), (B, K, rows, E): sums of a clip
 };
 
 template <class T> struct Block {
@@ -129,72 +129,120 @@ template <class T, Int W> void forward(const Conv<T>& c) {
     });
 }
 
+// Write the sums of a channel over its tokens: of the W weights, and of bias.
+template <class T> inline void write_sums(const Conv<T>& c, const Gradients<T>& g, Int k, Int channel, const T* sums) {
+    std::memcpy(g.dweight[k] + channel * c.width, sums, c.width * sizeof(T));
+    if (g.dbias[k]) g.dbias[k][channel] = sums[c.width];
+}
+
+// What goes through the tokens of a block in the backward
+template <class T> struct Backward {
+    Vector<T> *x, *w, *project;  // x of a tile and beyond; weights
+    Vector<T> *dpre;             // for all tokens, with zeros beyond
+    Vector<T> *sums;             // over a tile: of the W weights, bias, and the rows of `project`
+    double* totals;              // over all tiles
+    Backward(Scratch& scratch, const Conv<T>& c)
+        : x(scratch.take<Vector<T>>(BACKWARD_TILE + 2 * (c.width - 1))), w(scratch.take<Vector<T>>(c.width)),
+          project(scratch.take<Vector<T>>(c.rows)), dpre(scratch.take<Vector<T>>(c.tokens + 2 * (c.width - 1)) + c.width - 1),
+          sums(scratch.take<Vector<T>>(num_sums(c))), totals(scratch.take<double>(num_sums(c) * LANES<T>)) {}
+    static Int num_sums(const Conv<T>& c) { return c.width + 1 + c.rows; }
+    static Int bytes(const Conv<T>& c) {
+        const Int vectors = BACKWARD_TILE + c.tokens + 5 * c.width + 2 * c.rows + 1;
+        return vectors * VECTOR_BYTES + num_sums(c) * LANES<T> * 8;
+    }
+};
+
+// The gradients before SiLU of n tokens of one direction of a block, from token `t` of a tile on, whose first is `first`
+template <class T, Int W, Int n>
+inline void backward_tokens(const Conv<T>& c, const Gradients<T>& g, Int k, const Block<T>& block, Int clip, Int first, Int t,
+                            const Vector<T>& bias, const Backward<T>& b) {
+    const Int width = W ? W : c.width, token = clip * c.tokens + first + t;
+    const Direction<T>& d = c.direction[k];
+    const T *dy = g.dy[k] + token * c.channels + block.first, *drows = c.rows ? g.drows[k] + token * c.rows : nullptr;
+    const Vector<T>* x = b.x + c.width - 1 + t;
+    Vector<T>*dw = b.sums, *dproject = b.sums + width + 1, grads[n], y[n];
+    for (Int i = 0; i < n; ++i) grads[i] = load(dy + i * c.channels, block.count);
+    for (Int j = 0; j < c.rows; ++j)
+        for (Int i = 0; i < n; ++i) grads[i] += b.project[j] * drows[i * c.rows + j];
+    for (Int i = 0; i < n; ++i) {
+        if (c.silu) {
+            const Vector<T> pre = before_silu<T, W>(c, d, b.w, bias, x + i), gate = sigmoid<T>(pre);
+            y[i] = pre * gate;
+            grads[i] *= silu_slope<T>(pre, gate);
+        }
+        b.dpre[first + t + i] = grads[i];
+        dw[width] += grads[i];
+        for (Int j = 0; j < width; ++j) dw[j] += grads[i] * x[i + reach(c, d, j)];
+    }
+    for (Int j = 0; j < c.rows; ++j)
+        for (Int i = 0; i < n; ++i) dproject[j] += y[i] * drows[i * c.rows + j];
+}
+
 template <class T, Int W> void backward(const Conv<T>& c, const Gradients<T>& g) {
     const Int L = c.tokens, E = c.channels, beyond = c.width - 1, blocks = blocks_of(c), K = c.directions;
-    const Int bytes = (L + TILE + 4 * beyond + 2 * c.width) * VECTOR_BYTES + (c.width + 1) * LANES<T> * 8;
-    for_each_item(c.clips * blocks, c.threads, bytes, [&](Int item, Scratch scratch) {
+    const Int width = W ? W : c.width, num_sums = Backward<T>::num_sums(c);
+    for_each_item(c.clips * blocks, c.threads, Backward<T>::bytes(c), [&](Int item, Scratch scratch) {
         const Int clip = item / blocks;
         const Block<T> block(c, item % blocks);
-        Vector<T>*x = scratch.take<Vector<T>>(TILE + 2 * beyond), *w = scratch.take<Vector<T>>(c.width);
-        Vector<T>*dw = scratch.take<Vector<T>>(c.width), *dpre = scratch.take<Vector<T>>(L + 2 * beyond) + beyond;
-        double* sums = scratch.take<double>((c.width + 1) * LANES<T>);
+        const Backward<T> b(scratch, c);
         for (Int k = 0; k < K; ++k) {
             const Direction<T>& d = c.direction[k];
             const Vector<T> bias = d.bias ? load(d.bias + block.first, block.count) : Vector<T>{};
-            const T* dy = g.dy + (k * c.clips + clip) * L * E + block.first;
-            load_weights(c, d, block, w);
-            std::memset(sums, 0, (c.width + 1) * LANES<T> * 8);
-            std::memset(dpre - beyond, 0, (L + 2 * beyond) * VECTOR_BYTES);
-            for (Int first = 0; first < L; first += TILE) {
-                const Int count = L - first < TILE ? L - first : TILE;
-                read(c, block, clip, first - beyond, count + 2 * beyond, x);
-                Vector<T> dbias = {};
-                for (Int j = 0; j < c.width; ++j) dw[j] = Vector<T>{};
-                for (Int t = 0; t < count; ++t) {
-                    Vector<T> grad = load(dy + (first + t) * E, block.count);
-                    if (c.silu) {
-                        const Vector<T> pre = before_silu<T, W>(c, d, w, bias, x + beyond + t);
-                        grad *= silu_slope<T>(pre, sigmoid<T>(pre));
-                    }
-                    dpre[first + t] = grad;
-                    dbias += grad;
-                    for (Int j = 0; j < (W ? W : c.width); ++j) dw[j] += grad * x[beyond + t + reach(c, d, j)];
-                }
-                for (Int lane = 0; lane < LANES<T>; ++lane) {
-                    for (Int j = 0; j < c.width; ++j) sums[j * LANES<T> + lane] += dw[j][lane];
-                    sums[c.width * LANES<T> + lane] += dbias[lane];
-                }
+            load_weights(c, d, block, b.w);
+            for (Int j = 0; j < c.rows; ++j) b.project[j] = load(d.project + j * E + block.first, block.count);
+            std::memset(b.totals, 0, num_sums * LANES<T> * 8);
+            std::memset(b.dpre - beyond, 0, beyond * VECTOR_BYTES), std::memset(b.dpre + L, 0, beyond * VECTOR_BYTES);
+            for (Int first = 0; first < L; first += BACKWARD_TILE) {
+                const Int count = L - first < BACKWARD_TILE ? L - first : BACKWARD_TILE;
+                read(c, block, clip, first - beyond, count + 2 * beyond, b.x);
+                std::memset(b.sums, 0, num_sums * VECTOR_BYTES);
+                Int t = 0;
+                for (; t + 4 <= count; t += 4) backward_tokens<T, W, 4>(c, g, k, block, clip, first, t, bias, b);
+                for (; t < count; ++t) backward_tokens<T, W, 1>(c, g, k, block, clip, first, t, bias, b);
+                add_up<T>(b.totals, b.sums, num_sums);
             }
             T* dx = g.dx + clip * g.dx_clip + block.first;
             for (Int t = 0; t < L; ++t) {
                 Vector<T> value = k ? load(dx + t * g.dx_token, block.count) : Vector<T>{};
-                for (Int j = 0; j < (W ? W : c.width); ++j) value += w[j] * dpre[t - reach(c, d, j)];
+                for (Int j = 0; j < width; ++j) value += b.w[j] * b.dpre[t - reach(c, d, j)];
                 store(dx + t * g.dx_token, value, block.count);
             }
-            if (g.dinitial)
-                for (Int place = 0; place < beyond; ++place) {
-                    const Int token = d.reverse ? L + place : place - beyond;
-                    Vector<T> value = {};
-                    for (Int j = 0; j < c.width; ++j) {
-                        const Int to = token - reach(c, d, j);
-                        if (to >= 0 && to < L) value += w[j] * dpre[to];
-                    }
-                    for (Int i = 0; i < block.count; ++i) g.dinitial[(clip * E + block.first + i) * beyond + place] = value[i];
+            for (Int place = 0; g.dinitial && place < beyond; ++place) {
+                const Int token = d.reverse ? L + place : place - beyond;
+                Vector<T> value = {};
+                for (Int j = 0; j < width; ++j) {
+                    const Int to = token - reach(c, d, j);
+                    if (to >= 0 && to < L) value += b.w[j] * b.dpre[to];
                 }
+                for (Int i = 0; i < block.count; ++i) g.dinitial[(clip * E + block.first + i) * beyond + place] = value[i];
+            }
             for (Int i = 0; i < block.count; ++i) {
-                T* shares = g.by_clip + ((clip * K + k) * E + block.first + i) * (c.width + 1);
-                for (Int j = 0; j <= c.width; ++j) shares[j] = T(sums[j * LANES<T> + i]);
+                T* sums = g.by_clip + ((clip * K + k) * E + block.first + i) * (width + 1);
+                for (Int j = 0; j <= width; ++j) sums[j] = T(b.totals[j * LANES<T> + i]);
+                if (c.clips == 1) write_sums(c, g, k, block.first + i, sums);
+            }
+            for (Int j = 0; j < c.rows; ++j) {
+                T* sums = (c.clips == 1 ? g.dproject[k] : g.rows_by_clip + (clip * K + k) * c.rows * E) + j * E + block.first;
+                for (Int i = 0; i < block.count; ++i) sums[i] = T(b.totals[(width + 1 + j) * LANES<T> + i]);
             }
         }
     });
-    for (Int k = 0; k < K; ++k)
-        for (Int e = 0; e < E; ++e)
-            for (Int j = 0; j <= c.width; ++j) {
-                double x = 0;
-                for (Int clip = 0; clip < c.clips; ++clip) x += g.by_clip[((clip * K + k) * E + e) * (c.width + 1) + j];
-                if (j < c.width) g.dweight[k][e * c.width + j] = T(x);
-                else if (g.dbias[k]) g.dbias[k][e] = T(x);
-            }
+    if (c.clips == 1) return;
+    for_each_item(K * E, c.threads, (width + 1) * sizeof(T), [&](Int item, Scratch scratch) {
+        T* sums = scratch.take<T>(width + 1);
+        for (Int j = 0; j <= width; ++j) {
+            double x = 0;
+            for (Int clip = 0; clip < c.clips; ++clip) x += g.by_clip[(clip * K * E + item) * (width + 1) + j];
+            sums[j] = T(x);
+        }
+        write_sums(c, g, item / E, item % E, sums);
+    });
+    for_each_item(K * c.rows, c.threads, 0, [&](Int item, Scratch) {
+        T* sums = g.dproject[item / c.rows] + item % c.rows * E;
+        std::memset(sums, 0, E * sizeof(T));
+        for (Int clip = 0; clip < c.clips; ++clip)
+            for (Int e = 0; e < E; ++e) sums[e] += g.rows_by_clip[(clip * K * c.rows + item) * E + e];
+    });
 }
 
 template <class T> void forward_of(const Conv<T>& c) { c.width == 4 ? forward<T, 4>(c) : forward<T, 0>(c); }

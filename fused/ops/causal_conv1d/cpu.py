@@ -91,18 +91,25 @@ def _backward(
     dbias = [None if b is None else b.new_empty(b.shape) for b in bias]
     dinitial = None if state is None else state.new_empty(state.shape)
     cpu_library.call(
-        "conv_backward", x.dtype, struct, gradients_struct(dy.contiguous(), dx, dweight, dbias, dinitial)
+        "conv_backward", x.dtype, struct, gradients_struct(dy.contiguous().unbind(), dx, dweight, dbias, dinitial)
     )  # fmt: skip
     return dx, dweight, dbias, dinitial
 
 
 def gradients_struct(
-    dy: Tensor, dx: Tensor, dweight: Pair, dbias: OptionalPair, dinitial: Tensor | None
-) -> tuple[Any, ...]:
-    """Return the members of the kernel's `Gradients`; dy is (K, B, L, E), contiguous, and channels of dx are."""
-    (K, clips, _, E), W = dy.shape, dweight[0].shape[-1]
-    by_clip = dy.new_empty(clips * K * E * (W + 1))
-    return dy, dx, *dx.stride()[:2], *(*dweight, None)[:2], *(*dbias, None)[:2], dinitial, by_clip
+    dy: Pair, dx: Tensor, dweight: Pair, dbias: OptionalPair, dinitial: Tensor | None = None,
+    drows: OptionalPair = (None, None), dproject: OptionalPair = (None, None),
+) -> tuple[Any, ...]:  # fmt: skip
+    """Return the members of the kernel's `Gradients`; channels of dx are contiguous, and so are all others.
+
+    `drows` and `dproject` are the gradients of the rows and the matrix of `conv_struct`.
+    """
+    K, (clips, _, E), W = len(dy), dy[0].shape, dweight[0].shape[-1]
+    by_clip = dx.new_empty(clips * K * E * (W + 1))
+    rows_by_clip = None if dproject[0] is None or clips == 1 else dx.new_empty((clips, K, *dproject[0].shape))
+    pairs = [(*pair, None)[:2] for pair in (dweight, dbias, dproject)]
+    members = (x for pair in pairs for x in pair)
+    return *(*dy, None)[:2], *(*drows, None)[:2], dx, *dx.stride()[:2], *members, dinitial, by_clip, rows_by_clip
 
 
 def _backward_shapes(

@@ -123,32 +123,28 @@ def _backward(
 ) -> tuple[Any, ...]:  # fmt: skip
     """Return the gradients of all tensors, None for None."""
     d = _Directions(first, second)
-    w, K = d.weights, len(d.reverses)
+    w = d.weights
     dout = dout.flatten(0, 1)
     dy, dxz = product(dout, out_proj).view(y.shape), torch.empty_like(xz)
     d_out_proj = product(dout.t(), y.flatten(0, 1))
     c = d.convolve(xz, (None, None))
-    du, ddelta = y.new_empty((2, *c.shape)).unbind()
-    drows, (dx, dz) = [torch.empty_like(row) for row in rows], dxz.chunk(2, -1)
+    du, ddelta = c.new_empty((2, *c.shape)).unbind()
+    drows, half = [torch.empty_like(row) for row in rows], xz.shape[2] // 2
     dB, dC = ([x.unsqueeze(2) for x in pair] for pair in d.mixing(drows))
-    fields = (w.A, w.D, w.dt_bias, w.conv, w.conv_bias)
-    empty: Any = ([None if x is None else torch.empty_like(x) for x in field] for field in fields)
-    dA, dD, dbias, dconv, dconv_bias = empty
+    empty: Any = ([None if x is None else torch.empty_like(x) for x in field] for field in w)
+    dconv, dconv_bias, d_x_proj, d_dt_proj, dbias, dA, dD = gradients = list(empty)
     struct = d.scan_struct(xz, c, rows, y, pre_gate, y, chunks)
-    grads = scan.gradients_struct(dy, None, du.unbind(), ddelta.unbind(), dB, dC, dA, dD, dbias, dz, None)
-    cpu_library.call("scan_backward", y.dtype, struct, grads)
-    d_x_proj, d_dt_proj = [], []
-    for k in range(K):
-        row, drow, flat_ddelta, flat_c = (x[k].flatten(0, 1) for x in (rows, drows, ddelta, c))
-        torch.mm(flat_ddelta, w.dt_proj[k], out=drow[:, : d.R])
-        d_dt_proj.append(product(flat_ddelta.t(), row[:, : d.R]))
-        d_x_proj.append(product(drow.t(), flat_c))
-        du[k].flatten(0, 1).addmm_(drow, w.x_proj[k])
-    conv_struct = conv.conv_struct(xz[..., : xz.shape[2] // 2], w.conv, w.conv_bias, None, True, d.reverses, None)
-    conv_grads = conv.gradients_struct(du, dx, dconv, dconv_bias, None)
+    scan_grads = scan.gradients_struct(
+        dy, None, du.unbind(), ddelta.unbind(), dB, dC, dA, dD, dbias, dxz[..., half:], None, drows, d_dt_proj
+    )  # fmt: skip
+    cpu_library.call("scan_backward", y.dtype, struct, scan_grads)
+    conv_struct = conv.conv_struct(
+        xz[..., :half], w.conv, w.conv_bias, None, True, d.reverses, None, w.x_proj, rows
+    )  # fmt: skip
+    conv_grads = conv.gradients_struct(du.unbind(), dxz[..., :half], dconv, dconv_bias, None, drows, d_x_proj)
     cpu_library.call("conv_backward", y.dtype, conv_struct, conv_grads)
     dxz, tokens = dxz.flatten(0, 1), u.flatten(0, 1)
-    by_direction = [list(grads) for grads in zip(dconv, dconv_bias, d_x_proj, d_dt_proj, dbias, dA, dD, strict=True)]
+    by_direction = [list(grads) for grads in zip(*gradients, strict=True)]
     return (
         product(dxz, in_proj).view(u.shape), by_direction[0], by_direction[1] if second else [],
         product(dxz.t(), tokens), None if in_proj_bias is None else dxz.sum(0),

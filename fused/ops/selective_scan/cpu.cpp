@@ -36,8 +36,9 @@ template <class T> struct Gradients {
     Int B_clip, B_token, B_group;
     T *dA[2], *dD[2], *dbias[2], *dz, *dinitial;  // all but dA may be null
     Int dz_clip, dz_token;
-    T* parts;    // (parts, K, B, L, 2N): shares of the gradients of B and C
-    T* by_clip;  // (B, K, E, N + 2): shares of the gradients of A, D and bias
+    T *ddt[2], *d_dt_proj[2];  // with dt_rank: (B, L, R), of the strides of dt, and (E, R)
+    T* parts;                  // (parts, K, B, L, 2N): shares of the gradients of B and C
+    T* by_clip;                // (B, K, E, N + 2 + R): sums of a clip for the gradients of A, D, bias and dt_proj
 };
 
 // The blocks of the channels: none crosses a group.
@@ -195,7 +196,7 @@ template <class T> void forward(const Scan<T>& s) {
 // What the backward of a block goes through the chunks with
 template <class T> struct Carry {
     Vector<T> *A, *dt_proj, *h, *g;  // g: the gradient of the state before the chunk
-    double *dA, *dD, *dbias;  // sums over chunks, in float64: (N, lanes), (lanes), (lanes)
+    double *dA, *dD, *dbias, *d_dt_proj;  // sums over chunks: (N, lanes), (lanes), (lanes), (R, lanes)
 };
 
 // What a chunk of a block needs beside its inputs
@@ -203,11 +204,12 @@ template <class T> struct ChunkGradients {
     Vector<T> *dy, *ddelta, *ddu;   // for each token; ddu of delta * u
     Vector<T> *decays, *states;     // (CHUNK, NB), (1 + CHUNK, NB)
     Vector<T>* dB_dC;               // (CHUNK, 2N), sums over the blocks of a part
-    explicit ChunkGradients(Scratch& scratch, Int N)
+    Vector<T>* d_dt_proj;           // (R), sums over the tokens
+    ChunkGradients(Scratch& scratch, Int N, Int R)
         : dy(scratch.take<Vector<T>>(CHUNK)), ddelta(scratch.take<Vector<T>>(CHUNK)), ddu(scratch.take<Vector<T>>(CHUNK)),
           decays(scratch.take<Vector<T>>(CHUNK * NB)), states(scratch.take<Vector<T>>((1 + CHUNK) * NB)),
-          dB_dC(scratch.take<Vector<T>>(CHUNK * 2 * N)) {}
-    static Int bytes(Int N) { return (3 * CHUNK + (1 + 2 * CHUNK) * NB + 2 * CHUNK * N) * VECTOR_BYTES; }
+          dB_dC(scratch.take<Vector<T>>(CHUNK * 2 * N)), d_dt_proj(scratch.take<Vector<T>>(R)) {}
+    static Int bytes(Int N, Int R) { return (3 * CHUNK + (1 + 2 * CHUNK) * NB + 2 * CHUNK * N + R) * VECTOR_BYTES; }
 };
 
 // Compute the states of a chunk again, and take the gradients of n of them back through its tokens.
@@ -243,8 +245,8 @@ inline void retreat(const Chunk<T>& c, const ChunkGradients<T>& g, const Carry<T
     }
     for (Int i = 0; i < n; ++i) {
         carry.g[first + i] = h[i];
-        for (Int lane = 0; lane < LANES<T>; ++lane) carry.dA[(first + i) * LANES<T> + lane] += dA[i][lane];
     }
+    add_up<T>(carry.dA + first * LANES<T>, dA, n);
 }
 
 template <class T>
@@ -276,18 +278,22 @@ inline void read_dy(const Scan<T>& s, const Gradients<T>& g, const Chunk<T>& c, 
     }
 }
 
-// Write the gradients of u and delta of a chunk, and add up those of D and bias.
+// Write the gradients of u and delta of a chunk, and add up those of D, bias and dt_proj.
 template <class T>
 inline void write_tokens(const Scan<T>& s, const Gradients<T>& g, const Chunk<T>& c, const ChunkGradients<T>& cg,
                          const Direction<T>& d, Int k, const Block<T>& block, Int clip, const Carry<T>& carry) {
     const Vector<T> D = d.D ? load(d.D + block.first, block.count) : Vector<T>{};
+    const Int R = s.dt_rank;
     Vector<T> dD = {}, dbias = {};
+    std::memset(cg.d_dt_proj, 0, R * VECTOR_BYTES);
     for (Int t = 0; t < c.count; ++t) {
         const Int token = d.reverse ? s.tokens - 1 - c.first - t : c.first + t;
+        const T* dt = d.delta + clip * d.delta_clip + token * d.delta_token;
         const Int place = (clip * s.tokens + token) * s.channels + block.first;
         Vector<T> ddelta = cg.ddelta[t] * T(0x1.62e42fefa39efp-1) + cg.ddu[t] * c.u[t];
         if (s.softplus) ddelta *= softplus_slope<T>(c.raw[t]);
         dbias += ddelta;
+        for (Int r = 0; r < R; ++r) cg.d_dt_proj[r] += ddelta * dt[r];
         Vector<T> du = cg.ddu[t] * c.delta[t];
         if (d.D) {
             du += D * cg.dy[t];
@@ -296,7 +302,20 @@ inline void write_tokens(const Scan<T>& s, const Gradients<T>& g, const Chunk<T>
         store(g.du[k] + place, du, block.count);
         store(g.ddelta[k] + place, ddelta, block.count);
     }
-    for (Int lane = 0; lane < LANES<T>; ++lane) carry.dD[lane] += dD[lane], carry.dbias[lane] += dbias[lane];
+    add_up<T>(carry.dD, &dD, 1);
+    add_up<T>(carry.dbias, &dbias, 1);
+    add_up<T>(carry.d_dt_proj, cg.d_dt_proj, R);
+}
+
+// Write the sums of a channel over its tokens: of A, D, bias and dt_proj.
+template <class T> inline void write_sums(const Scan<T>& s, const Gradients<T>& g, Int k, Int channel, const T* sums) {
+    const Int N = s.states, R = s.dt_rank;
+    T* dA = g.dA[k] + channel * N;
+    const T* A = s.direction[k].A + channel * N;
+    for (Int n = 0; n < N; ++n) dA[n] = s.A_is_log ? -sums[n] * std::exp(A[n]) : sums[n];
+    if (g.dD[k]) g.dD[k][channel] = sums[N];
+    if (g.dbias[k]) g.dbias[k][channel] = sums[N + 1];
+    if (R) std::memcpy(g.d_dt_proj[k] + channel * R, sums + N + 2, R * sizeof(T));
 }
 
 // The shares of the parts of the channels: gradients of all tokens, and sums over them for every part and clip.
@@ -304,23 +323,25 @@ template <class T> void backward_parts(const Scan<T>& s, const Gradients<T>& g) 
     const Int N = s.states, E = s.channels, L = s.tokens, K = s.directions, chunks = (L + CHUNK - 1) / CHUNK;
     const Blocks blocks(E, s.groups, LANES<T>);
     const Int of_clip = blocks.of_group * s.groups, parts = blocks.parts_of_group * s.groups;
-    const Int bytes = Chunk<T>::BYTES + ChunkGradients<T>::bytes(N) + PART * ((3 * N + s.dt_rank) * VECTOR_BYTES + (N + 2) * LANES<T> * 8);
+    const Int R = s.dt_rank, num_sums = N + 2 + R;
+    const Int of_block = (3 * N + R) * VECTOR_BYTES + num_sums * LANES<T> * 8;
+    const Int bytes = Chunk<T>::BYTES + ChunkGradients<T>::bytes(N, R) + PART * of_block;
     for_each_item(s.clips * parts * K, s.threads, bytes, [&](Int item, Scratch scratch) {
         const Int k = item % K, part = item / K % parts, clip = item / K / parts;
         const Direction<T>& d = s.direction[k];
         const Int group = part / blocks.parts_of_group, first_block = part % blocks.parts_of_group * PART;
         const Int num_blocks = blocks.of_group - first_block < PART ? blocks.of_group - first_block : PART;
         Chunk<T> c(scratch);
-        ChunkGradients<T> cg(scratch, N);
+        ChunkGradients<T> cg(scratch, N, R);
         Carry<T> carries[PART];
         for (Int i = 0; i < num_blocks; ++i) {
             Carry<T>& carry = carries[i];
             const Block<T> block(blocks, group, first_block + i);
             carry.A = scratch.take<Vector<T>>(N), carry.h = scratch.take<Vector<T>>(N), carry.g = scratch.take<Vector<T>>(N);
-            carry.dt_proj = scratch.take<Vector<T>>(s.dt_rank);
-            carry.dA = scratch.take<double>((N + 2) * LANES<T>);
-            carry.dD = carry.dA + N * LANES<T>, carry.dbias = carry.dD + LANES<T>;
-            std::memset(carry.dA, 0, (N + 2) * LANES<T> * 8);
+            carry.dt_proj = scratch.take<Vector<T>>(R);
+            carry.dA = scratch.take<double>(num_sums * LANES<T>);
+            carry.dD = carry.dA + N * LANES<T>, carry.dbias = carry.dD + LANES<T>, carry.d_dt_proj = carry.dbias + LANES<T>;
+            std::memset(carry.dA, 0, num_sums * LANES<T> * 8);
             load_A(s, d, block, carry.A);
             load_dt_proj(s, d, block, carry.dt_proj);
             load_states(g.dfinal ? g.dfinal + (k * s.clips + clip) * E * N : nullptr, block, N, carry.g);
@@ -346,42 +367,76 @@ template <class T> void backward_parts(const Scan<T>& s, const Gradients<T>& g) 
             const Block<T> block(blocks, group, first_block + i);
             const Carry<T>& carry = carries[i];
             for (Int lane = 0; lane < block.count; ++lane) {
-                T* shares = g.by_clip + ((clip * K + k) * E + block.first + lane) * (N + 2);
-                for (Int n = 0; n < N + 2; ++n) shares[n] = T(carry.dA[n * LANES<T> + lane]);
+                T* sums = g.by_clip + ((clip * K + k) * E + block.first + lane) * num_sums;
+                for (Int i = 0; i < num_sums; ++i) sums[i] = T(carry.dA[i * LANES<T> + lane]);
+                if (s.clips == 1) write_sums(s, g, k, block.first + lane, sums);
             }
             if (g.dinitial) store_states(g.dinitial + clip * E * N, block, N, carry.g);
         }
     });
 }
 
+// The gradients of B and C of tokens from `first` to `last`, in memory's order: the sums of all parts
+template <class T> inline void sum_parts(const Scan<T>& s, const Gradients<T>& g, Int k, Int clip, Int first, Int last) {
+    const Int N = s.states, L = s.tokens, parts = Blocks(s.channels, s.groups, LANES<T>).parts_of_group;
+    const Int of_part = s.directions * s.clips * L * 2 * N;
+    for (Int token = first; token < last; ++token)
+        for (Int group = 0; group < s.groups; ++group) {
+            const Int t = s.direction[k].reverse ? L - 1 - token : token;
+            const T* shares = g.parts + group * parts * of_part + ((k * s.clips + clip) * L + t) * 2 * N;
+            const Int place = clip * g.B_clip + token * g.B_token + group * g.B_group;
+            for (Int n = 0; n < 2 * N; ++n) {
+                T x = 0;
+                for (Int part = 0; part < parts; ++part) x += shares[part * of_part + n];
+                (n < N ? g.dB[k] + place : g.dC[k] + place - N)[n] = x;
+            }
+        }
+}
+
+// The gradients of dt of tokens from `first` to `last`: those of delta times dt_proj, for four tokens and one vector of R at a time
+template <class T>
+inline void project_back(const Scan<T>& s, const Gradients<T>& g, Int k, Int clip, Int first, Int last, const Vector<T>* dt_proj) {
+    const Int R = s.dt_rank, E = s.channels, vectors = (R + LANES<T> - 1) / LANES<T>;
+    const T* ddelta = g.ddelta[k] + clip * s.tokens * E;
+    T* ddt = g.ddt[k] + clip * s.direction[k].delta_clip;
+    for (Int token = first; token < last; token += 4)
+        for (Int v = 0; v < vectors; ++v) {
+            Vector<T> x[4] = {};
+            const T* rows[4];
+            for (Int i = 0; i < 4; ++i) rows[i] = ddelta + (token + i < last ? token + i : last - 1) * E;
+            for (Int e = 0; e < E; ++e)
+                for (Int i = 0; i < 4; ++i) x[i] += dt_proj[e * vectors + v] * rows[i][e];
+            const Int count = R - v * LANES<T> < LANES<T> ? R - v * LANES<T> : LANES<T>;
+            for (Int i = 0; i < 4 && token + i < last; ++i)
+                store(ddt + (token + i) * s.direction[k].delta_token + v * LANES<T>, x[i], count);
+        }
+}
+
 template <class T> void backward(const Scan<T>& s, const Gradients<T>& g) {
-    const Int N = s.states, E = s.channels, L = s.tokens, K = s.directions, G = s.groups;
+    const Int E = s.channels, L = s.tokens, K = s.directions, R = s.dt_rank, num_sums = s.states + 2 + R;
     backward_parts(s, g);
-    const Blocks blocks(E, G, LANES<T>);
-    const Int stride = K * s.clips * L * 2 * N;  // of parts
-    for_each_item(K * s.clips, s.threads, 0, [&](Int item, Scratch) {
-        const Int k = item / s.clips, clip = item % s.clips;
-        for (Int t = 0; t < L; ++t)
-            for (Int group = 0; group < G; ++group) {
-                const Int token = s.direction[k].reverse ? L - 1 - t : t;
-                const T* shares = g.parts + group * blocks.parts_of_group * stride + (item * L + t) * 2 * N;
-                const Int place = clip * g.B_clip + token * g.B_token + group * g.B_group;
-                for (Int n = 0; n < 2 * N; ++n) {
-                    T x = 0;
-                    for (Int part = 0; part < blocks.parts_of_group; ++part) x += shares[part * stride + n];
-                    (n < N ? g.dB[k] + place : g.dC[k] + place - N)[n] = x;
-                }
-            }
-    });
-    for_each_item(K, s.threads, 0, [&](Int k, Scratch) {
+    const Int tiles = (L + CHUNK - 1) / CHUNK, vectors = (R + LANES<T> - 1) / LANES<T>;
+    for_each_item(K * s.clips * tiles, s.threads, E * vectors * VECTOR_BYTES, [&](Int item, Scratch scratch) {
+        const Int k = item / tiles / s.clips, clip = item / tiles % s.clips, first = item % tiles * CHUNK;
+        const Int last = first + CHUNK < L ? first + CHUNK : L;
+        sum_parts(s, g, k, clip, first, last);
+        Vector<T>* dt_proj = scratch.take<Vector<T>>(E * vectors);
         for (Int e = 0; e < E; ++e)
-            for (Int n = 0; n < N + 2; ++n) {
-                double x = 0;
-                for (Int clip = 0; clip < s.clips; ++clip) x += g.by_clip[((clip * K + k) * E + e) * (N + 2) + n];
-                if (n < N) g.dA[k][e * N + n] = T(s.A_is_log ? -x * std::exp(double(s.direction[k].A[e * N + n])) : x);
-                else if (n == N && g.dD[k]) g.dD[k][e] = T(x);
-                else if (n > N && g.dbias[k]) g.dbias[k][e] = T(x);
+            for (Int v = 0; v < vectors; ++v) {
+                const Int count = R - v * LANES<T> < LANES<T> ? R - v * LANES<T> : LANES<T>;
+                dt_proj[e * vectors + v] = load(s.direction[k].dt_proj + e * R + v * LANES<T>, count);
             }
+        if (R) project_back(s, g, k, clip, first, last, dt_proj);
+    });
+    if (s.clips == 1) return;
+    for_each_item(K * E, s.threads, num_sums * sizeof(T), [&](Int item, Scratch scratch) {
+        T* sums = scratch.take<T>(num_sums);
+        for (Int i = 0; i < num_sums; ++i) {
+            double x = 0;
+            for (Int clip = 0; clip < s.clips; ++clip) x += g.by_clip[(clip * K * E + item) * num_sums + i];
+            sums[i] = T(x);
+        }
+        write_sums(s, g, item / E, item % E, sums);
     });
 }
 

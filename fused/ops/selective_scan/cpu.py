@@ -162,14 +162,18 @@ def _of_groups(grad: Tensor, x: Tensor) -> Tensor:
 
 def gradients_struct(
     dy: Tensor | None, dfinal: Tensor | None, du: Pair, ddelta: Pair, dB: Pair, dC: Pair, dA: Pair, dD: OptionalPair,
-    dbias: OptionalPair, dz: Tensor | None, dinitial: Tensor | None,
+    dbias: OptionalPair, dz: Tensor | None, dinitial: Tensor | None, ddt: OptionalPair = (None, None),
+    d_dt_proj: OptionalPair = (None, None),
 ) -> tuple[Any, ...]:  # fmt: skip
-    """Return the members of the kernel's `Gradients`; dB and dC are (B, L, G, N), of the same strides."""
+    """Return the members of the kernel's `Gradients`; dB and dC are (B, L, G, N), of the same strides.
+
+    `ddt` (B, L, R), of dt's strides, and `d_dt_proj` (E, R) are the gradients of the rows and of dt_proj of `scan_struct`.
+    """
     K, (clips, L, G, N), E = len(du), dB[0].shape, du[0].shape[2]
     blocks = -(-(E // G) * du[0].element_size() // 64)
     parts = G * -(-blocks // PART)
-    shares = du[0].new_empty(parts * K * clips * L * 2 * N + clips * K * E * (N + 2))
-    by_clip = shares[parts * K * clips * L * 2 * N :]
+    num_sums = N + 2 + (0 if d_dt_proj[0] is None else d_dt_proj[0].shape[1])
+    shares, by_clip = du[0].new_empty((parts, K, clips, L, 2 * N)), du[0].new_empty((clips, K, E, num_sums))
 
     def both(pair: Sequence[Any]) -> tuple[Any, ...]:
         return (*pair, None)[:2]
@@ -177,7 +181,7 @@ def gradients_struct(
     return (
         *((0, 0) if dy is None else dy.stride()[:2]), dy, dfinal, *both(du), *both(ddelta), *both(dB), *both(dC),
         *dB[0].stride()[:3], *both(dA), *both(dD), *both(dbias), dz, dinitial, *((0, 0) if dz is None else dz.stride()[:2]),
-        shares, by_clip,
+        *both(ddt), *both(d_dt_proj), shares, by_clip,
     )  # fmt: skip
 
 
