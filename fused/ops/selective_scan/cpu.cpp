@@ -6,7 +6,7 @@
 namespace scan {
 
 constexpr Int CHUNK = 32;  // tokens whose states the backward holds at once
-constexpr Int PART = 4;    // blocks whose shares of the gradients of B and C are summed lane by lane before they are stored
+constexpr Int PART = 6;    // blocks whose shares of the gradients of B and C are summed lane by lane before they are stored
 constexpr Int NB = 8;      // states of a channel that are in registers together
 
 // All members of these structs have 8 bytes: Python packs them as words. Strides are in elements; those of channels and states

@@ -16,7 +16,7 @@ from fused.runtime.library import apply_function, below_autograd, register, want
 Pair = Sequence[Tensor]
 OptionalPair = Sequence[Tensor | None]
 Size = int | torch.SymInt
-CHUNK, PART = 32, 4  # as in cpu.cpp
+CHUNK, PART = 32, 6  # as in cpu.cpp
 
 
 def selective_scan_cpu(
