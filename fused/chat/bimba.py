@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fused.chat.session import end_tokens, pieces, read_tokenizer, require_transformers
-from fused.io.sampling import Times
-from fused.io.video import decode_frames
+from fused.chat.session import pieces
+from fused.io.repeated_frames import RepeatedFrames, even_places
 from fused.models.bimba.model import FRAMES_AT_ONCE, Bimba
+from fused.models.conversation.tokenizer import end_tokens, read_tokenizer, require_transformers
 from fused.models.vamba.generate import pick
 from fused.rules import check_integer, check_number
 
@@ -71,17 +71,11 @@ class BimbaConversation:
         """
         check_integer("watch", "frames", frames, 1)
         self.video = None  # frees its memory
-        places: list[int] = []
-
-        def choose(total: int, times: Times) -> list[int]:
-            places[:] = even_places(total, frames)
-            return sorted(set(places))
-
         encoded: list[Tensor] = []
         waiting: list[Tensor] = []
-        numbers: list[int] = []
-        for number, image in decode_frames(Path(path), choose):
-            numbers.append(number)
+        taken: list[int] = []
+        for image, times in RepeatedFrames(path, frames, even_places):
+            taken.append(times)
             waiting.append(image)
             if len(waiting) == FRAMES_AT_ONCE:
                 encoded.append(self._encode(waiting))
@@ -89,8 +83,8 @@ class BimbaConversation:
         if waiting:
             encoded.append(self._encode(waiting))
         features = torch.cat(encoded)
-        if len(numbers) < len(places):
-            features = features[[numbers.index(place) for place in places]]
+        if sum(taken) > len(taken):  # a frame that is repeated passes the tower once
+            features = features.repeat_interleave(torch.tensor(taken, device=features.device), dim=0)
         self.video = CompressedVideo(self.model.compress(features))
         return self.video
 
@@ -129,8 +123,3 @@ class BimbaConversation:
     def _encode(self, images: list[Tensor]) -> Float[Tensor, "F rows columns C"]:
         """Return the features of frames (H, W, 3)."""
         return self.model.encode_frames(self.model.prepare_frames(torch.stack(images)))
-
-
-def even_places(total: int, frames: int) -> list[int]:
-    """Return the numbers of `frames` frames from the first to the last of a video, as upstream's linspace gives them."""
-    return [i * (total - 1) // max(frames - 1, 1) for i in range(frames)]

@@ -25,11 +25,13 @@ from fused.rules import (
     one_of,
 )
 from fused.train.data.list_columns import COLUMNS, SEPARATORS, are_columns
+from fused.train.language.options import LANGUAGE_RULES, LANGUAGE_TASKS, UNUSED_LANGUAGE_KEYS, LanguageConfig
 from fused.train.objectives.losses import ALIGNMENTS
 from fused.train.optim import DECAY_RULES
 from fused.train.unknown_key import unknown_key
 
-TASKS = ("finetune", "pretrain", "distill")
+CLIP_TASKS = ("finetune", "pretrain", "distill")  # on videos, of a VideoMamba
+TASKS = (*CLIP_TASKS, *LANGUAGE_TASKS)
 MASKS = ("attention", "random", "tube", "clip-row", "frame-row")
 PRECISIONS = ("float32", "bfloat16", "float16")
 SIZES = ("tiny", "small", "middle", "base")
@@ -37,12 +39,12 @@ SIZES = ("tiny", "small", "middle", "base")
 VAL_KEYS = ("separator", "prefix", "columns", "frame_pattern")
 # Keys that a task does not read. Setting one is an error, and they are not printed.
 UNUSED_KEYS = {
-    "finetune": ("mask", "teacher", "loss.alignment", "loss.distillation"),
+    "finetune": ("mask", "teacher", "loss.alignment", "loss.distillation", "language"),
     "pretrain": (
         "mix", "loss.label_smoothing", "loss.distillation", "data.val", *(f"data.val_{name}" for name in VAL_KEYS),
-        "evaluate_every",
+        "evaluate_every", "language",
     ),
-    "distill": ("mask", "loss.alignment"),
+    "distill": ("mask", "loss.alignment", "language"),
 }
 # Keys without a default. `teacher`, for tasks that read it, and one of `steps` and `epochs` are needed too.
 REQUIRED_KEYS = ("task", "out", "data.train")
@@ -86,6 +88,16 @@ class DataConfig:
     def preprocessing(self) -> Preprocessing:
         """How clips are made, as it is kept with the model."""
         return Preprocessing(self.frames, self.size, self.sampling, self.stride, self.fps, self.short)
+
+
+UNUSED_KEYS |= {
+    task: (
+        "model", "inflate", "teacher", "loss", "mix", "mask", "ema", "accumulate", "graph", "evaluate_every",
+        *(f"data.{f.name}" for f in fields(DataConfig) if f.name not in ("train", "prefix", "workers")), "optim.layer_decay",
+        *unused,
+    )
+    for task, unused in UNUSED_LANGUAGE_KEYS.items()
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -153,6 +165,7 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     mix: MixConfig = field(default_factory=MixConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
+    language: LanguageConfig = field(default_factory=LanguageConfig)
     ema: float | None = None  # rate of an exponential moving average of the weights, such as 0.9999
     precision: str = "float32"  # bfloat16, float16: autocast over float32 parameters; float16 with loss scaling
     backend: str = "auto"  # of the model, see fused.backends
@@ -178,7 +191,9 @@ class TrainConfig:
             raise ValueError(
                 f"steps is {self.steps} and epochs is {self.epochs}; allowed: a number for one, none for the other"
             )
-        if complete and self.task != "finetune" and self.teacher is None:
+        if complete and self.task in LANGUAGE_TASKS and self.start is None:
+            raise invalid("start", None, f"for task {self.task!r} the folder of a model")
+        if complete and self.task in ("pretrain", "distill") and self.teacher is None:
             raise invalid("teacher", None, f"for task {self.task!r} a folder or a name in fused.PRETRAINED")
         if self.task == "pretrain" and self.data.frames is None:
             raise invalid("data.frames", None, "a number for task 'pretrain', which masks clips")
@@ -282,9 +297,13 @@ _VIDEO_RULES = {
 }
 _NAME = Rule(lambda value: isinstance(value, str) and bool(value), "a name in fused.PRETRAINED, a folder or a file")
 
-SECTIONS = {"data": DataConfig, "optim": OptimConfig, "loss": LossConfig, "mix": MixConfig, "mask": MaskConfig}
+SECTIONS = {
+    "data": DataConfig, "optim": OptimConfig, "loss": LossConfig, "mix": MixConfig, "mask": MaskConfig,
+    "language": LanguageConfig,
+}  # fmt: skip
 RULES = (
-    dict.fromkeys(("out", "data.train"), _FOLDER)
+    LANGUAGE_RULES
+    | dict.fromkeys(("out", "data.train"), _FOLDER)
     | dict.fromkeys(("start", "teacher"), _NAME.optional())
     | {f"data.{name}": PREPROCESSING_RULES[name] for name in ("size", "sampling", "stride", "fps", "short")}
     | {f"data.{val}{name}": rule for val in ("", "val_") for name, rule in _VIDEO_RULES.items()}

@@ -93,9 +93,10 @@ class Log(Terminal):
             return
         step = line["step"]
         seconds_left = (time.perf_counter() - self.start_time) / (step - self.start_step) * (self.total - step)
+        speed = next(f"{value:.3g} {name.removesuffix('_per_s')}/s" for name, value in line.items() if name.endswith("_per_s"))
         text = (
             f"step {step}/{self.total}, epoch {line['epoch']}: loss {line['loss']:.4f}, lr {line['lr']:.3g}, "
-            f"{line['clips_per_s']:.3g} clips/s, {clock(seconds_left)} left"
+            f"{speed}, {clock(seconds_left)} left"
         )
         if line.get("data_wait", 0) >= SHOWN_WAIT:
             text += f", {line['data_wait']:.0%} of the time waiting for data"

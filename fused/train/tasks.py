@@ -34,6 +34,13 @@ class Task(nn.Module):
     """A student and its training objective. `forward` returns the loss () and further metrics."""
 
     student: VideoMamba | VideoMambaEncoder
+    unit = "clips"  # that are counted
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The modules whose parameters are gathered one after another where processes share them."""
+        return list(self.student.layers)
+
     def encode(self, labels: Tensor) -> Tensor:
         """Return labels, int64 (B,) on the CPU, as `prepare` takes them: what has to look at them is done before the GPU."""
         return labels

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -91,6 +91,14 @@ class ClipSource(Protocol):
 
     def sample(self, index: int, epoch: int) -> Sample:
         """Return the clip of file `index` in an epoch. Raise VideoError for a file that gives none."""
+
+
+@runtime_checkable
+class Collates(Protocol):
+    """A source whose samples are no clips of one shape: it makes batches of them itself."""
+
+    def collate(self, samples: Sequence[Any], indices: Sequence[int], bad: Sequence[BadFile]) -> Any:
+        """Return the batch of these samples."""
 
 
 class ClipFolder:
@@ -288,6 +296,8 @@ class _RankSteps(Dataset):
             else:
                 indices.append(index)
                 failures = 0
+        if isinstance(self.dataset, Collates):
+            return self.dataset.collate(samples, indices, tuple(bad.values()))
         empty = torch.empty(0, *self.dataset.shape, dtype=self.dataset.dtype)
         clips = torch.stack([s.clip for s in samples]) if samples else empty
         labels = torch.tensor([s.label for s in samples], dtype=torch.int64)

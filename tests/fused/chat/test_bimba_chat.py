@@ -15,7 +15,8 @@ from byte_tokenizers import byte_tokenizer  # noqa: E402
 
 from fused import Bimba  # noqa: E402
 from fused.chat.__main__ import main  # noqa: E402
-from fused.chat.bimba import BimbaConversation, even_places  # noqa: E402
+from fused.chat.bimba import BimbaConversation  # noqa: E402
+from fused.io.repeated_frames import even_places  # noqa: E402
 from fused.io.video import decode_frames  # noqa: E402
 
 VIDEO = Path(__file__).resolve().parents[2] / "data/bigbuckbunny.mp4"
