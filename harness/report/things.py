@@ -29,6 +29,12 @@ LOOKS = {
     "pyav": Look("a loop over PyAV", "#D55E00", "^"),
     "decord": Look("decord", "#009E73", "D"),
     "torchcodec": Look("torchcodec", "#CC79A7", "P"),
+    "qwen2": Look("stock Qwen2-VL layers", "#3B8C6E", "D"),
+    "upstream": Look("upstream's way on the same kernels", "#A0522D", "<"),
+    "pooling": Look("pooling", "#B8A800", "H"),
+    "perceiver": Look("a perceiver resampler", "#117A65", "8"),
+    "attention-sdpa": Look("self-attention, PyTorch's", "#4B4BB7", ">"),
+    "attention-naive": Look("self-attention, written out", "#B03060", "1"),
     "fused:torch": Look("ours in plain PyTorch", "#7B52AB", "*"),
     "reference": Look("the reference", "#5B4636", "d"),
 }
@@ -39,6 +45,8 @@ def look(implementation: str, subject: str = "") -> Look:
     """Return the look of an implementation; one without a look of its own gets one by its name."""
     if implementation == "reference" and subject == "vit":
         implementation = "naive"
+    if subject == "qwen2" and implementation == "sdpa":
+        implementation = "qwen2"
     if implementation in LOOKS:
         return LOOKS[implementation]
     return Look(implementation, *SPARE[sum(map(ord, implementation)) % len(SPARE)])
