@@ -81,6 +81,8 @@ class Pretrained:
         if (folder / ADAPTER).is_file():
             raise CheckpointError(f"{folder} holds adapters; allowed: a base model, on which adapters are trained anew")
         config, weights = read_settings(folder / "config.json"), {_name(key): x for key, x in _read_weights(folder).items()}
+        if not any(name.startswith("mm_projector.") for name in weights):
+            raise CheckpointError(f"{folder} holds no projector, whose keys begin with model.mm_projector.: it is no LLaVA")
         with torch.device("meta"):
             model: Any = cls(config, backend)  # type: ignore[call-arg]
         if not any(name.startswith("compressor.") for name in weights):

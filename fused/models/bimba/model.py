@@ -104,13 +104,13 @@ class Bimba(Pretrained, nn.Module):
         video = None if frames is None else self.compress(self.encode_frames(frames))
         inputs = self.embed(input_ids, video)
         if labels is None:
-            return self.language_model(inputs_embeds=inputs)
+            return self.language_model(inputs_embeds=inputs, use_cache=False)
         ids, targets = input_ids.flatten(), labels.flatten()
         if video is not None:
             place = int((ids == VIDEO_TOKEN).nonzero())
             silent = targets.new_full((len(video),), -100)
             targets = torch.cat((targets[:place], silent, targets[place + 1 :]))
-        return self.language_model(inputs_embeds=inputs, labels=targets[None])
+        return self.language_model(inputs_embeds=inputs, labels=targets[None], use_cache=False)
 
     @torch.no_grad()
     def generate(

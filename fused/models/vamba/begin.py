@@ -50,8 +50,8 @@ def begin(folder: str | Path, *, backend: str = "auto", mixer: Mapping[str, Any]
             raise ValueError(f"mixer is {dict(mixer)!r}, and {folder} is a Vamba; allowed: nothing, its weights say it")
         return Vamba.from_pretrained(folder, backend=backend, vision=True, dtype=torch.float32)
     tower = given.get("vision_config")
-    if not isinstance(tower, dict):
-        raise CheckpointError(f"{folder} is neither a Vamba nor a Qwen2-VL: its {CONFIG} lacks vision_config")
+    if not isinstance(tower, dict) or not any(_name(key).startswith(VISION) for key in files):
+        raise CheckpointError(f"{folder} is neither a Vamba nor a Qwen2-VL: it holds no vision tower, whose keys are visual.*")
     config = decoder_config(folder, given, True, mixer or {})
     with torch.device("meta"):
         model = Vamba(config, backend)

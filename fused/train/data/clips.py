@@ -41,12 +41,17 @@ class UnreadableFiles(RuntimeError):
         super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
 
 
+class SampleTooLong(VideoError):
+    """The error for a sample of more tokens than a row may have."""
+
+
 class BadFile(NamedTuple):
     """A file that gave no clip."""
 
     path: str  # as the dataset lists it
     sentence: str  # names the file and says what is wrong with it
     too_short: bool  # whether the file is intact and has too few frames
+    too_long: bool = False  # whether it is intact and gives more tokens than a row may have
 
 
 @dataclass(frozen=True)
@@ -272,8 +277,11 @@ class _RankSteps(Dataset):
     world: int
     replace: bool  # whether other files replace unreadable ones
 
-    def __getitem__(self, step: int) -> Batch:
-        """Return this rank's batch of a step. Raise UnreadableFiles after too many consecutive failures."""
+    def __getitem__(self, step: int) -> Any:
+        """Return this rank's batch of a step, a `Batch` unless the dataset makes batches itself.
+
+        Raise UnreadableFiles after too many consecutive failures.
+        """
         files = self._rank_files(step)
         samples: list[Sample] = []
         indices: list[int] = []
@@ -292,7 +300,7 @@ class _RankSteps(Dataset):
                 samples.append(self.dataset.sample(index, self.epoch))
             except VideoError as error:
                 path = str(self.dataset.files[index])
-                bad[index] = BadFile(path, str(error), isinstance(error, VideoTooShort))
+                bad[index] = BadFile(path, str(error), isinstance(error, VideoTooShort), isinstance(error, SampleTooLong))
             else:
                 indices.append(index)
                 failures = 0

@@ -21,17 +21,8 @@ from fused.models.bimba.model import VIDEO_TOKEN, VIDEO_WORD, time_instruction, 
 from fused.models.bimba.towers import prepare_frames
 from fused.models.conversation.turns import Turn, pieces_of, tokenize
 from fused.models.vamba.vision import SIDE, VIDEO_START, VIDEO_WORDS, frame_size, prepare_frame
-from fused.train.data.clips import BadFile
+from fused.train.data.clips import BadFile, SampleTooLong
 from fused.train.language.entries import VIDEO_TAG, Entry, read_entries
-
-
-class SampleTooLong(VideoError):
-    """The error for a sample with more tokens than a row may have."""
-
-    def __init__(self, entry: Entry, words: int, video: int, length: int) -> None:
-        path = entry.file or Path(entry.name)
-        wrong = f"{words + video} tokens ({words} of text, {video} of video) are more than language.length {length}"
-        super().__init__(path, wrong, "a larger language.length, fewer or smaller frames, a shorter text")
 
 
 class Sample(NamedTuple):
@@ -137,8 +128,11 @@ def _asks(entry: Entry, turn: Turn) -> bool:
 
 
 def _check_length(entry: Entry, words: int, video: int, length: int) -> None:
+    """Raise SampleTooLong for more tokens of text and video than a row may have."""
     if words + video > length:
-        raise SampleTooLong(entry, words, video, length)
+        wrong = f"{words + video} tokens ({words} of text, {video} of video) are more than language.length {length}"
+        allowed = "a larger language.length, fewer or smaller frames, a shorter text"
+        raise SampleTooLong(entry.file or Path(entry.name), wrong, allowed)
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,11 @@ class VambaStudent(nn.Module):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The modules that are gathered one at a time where parameters are sharded."""
-        tower: Any = self.model.visual
-        return [*self.model.model.layers, *tower.blocks]
+        """The modules that are gathered one at a time where parameters are sharded.
+
+        The vision tower is not among them: its calls differ in number between processes, whose gathering would then not meet.
+        """
+        return list(self.model.model.layers)
 
     def forward(
         self, tokens: Int[Tensor, "1 L"], labels: Int[Tensor, "1 L"], layout: Int[Tensor, "samples 6"],
@@ -77,13 +79,12 @@ class BimbaStudent(nn.Module):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" in name or name.startswith(("mm_projector.", "compressor.")))
         if options.recompute:
-            model.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            recompute(model.language_model)
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The modules that are gathered one at a time where parameters are sharded."""
-        tower: Any = self.model.vision_tower
-        return [*self.model.language_model.model.layers, *getattr(tower, "vision_model", tower).encoder.layers]
+        """The modules that are gathered one at a time where parameters are sharded; see `VambaStudent.blocks`."""
+        return list(self.model.language_model.model.layers)
 
     def forward(
         self, tokens: Int[Tensor, "1 L"], labels: Int[Tensor, "1 L"], layout: Tensor, weights: Float[Tensor, "2"],
@@ -98,6 +99,15 @@ class BimbaStudent(nn.Module):
             inputs = model.embed(tokens, None) + 0 * unread.sum()
             loss = model.language_model(inputs_embeds=inputs, labels=labels, use_cache=False).loss
         return loss * learnt * weights[0], {}
+
+
+def recompute(model: Any) -> None:
+    """Let a model of the library transformers compute its layers again in the backward."""
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # the name in newer versions
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def import_peft() -> Any:

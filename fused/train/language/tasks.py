@@ -80,7 +80,11 @@ class LanguageTask(Task):
         named = dict(self.student.model.named_parameters())
         learnt = [name for name, parameter in named.items() if parameter.requires_grad]
         count, every = sum(named[name].numel() for name in learnt), sum(p.numel() for p in named.values())
-        return f"learns {count / 1e6:.4g} of {every / 1e6:.4g} M parameters: {', '.join(groups(learnt))}"
+        return f"learns {count / 1e6:.4g} of {every / 1e6:.4g} M parameters: {', '.join(self.groups(learnt))}"
+
+    def groups(self, names: Sequence[str]) -> list[str]:
+        """Return the parts of the model that hold these parameters."""
+        return groups(names)
 
 
 class VambaTask(LanguageTask):
@@ -133,6 +137,11 @@ class BimbaTask(LanguageTask):
         super().__init__(config)
         model = Bimba.from_base(str(config.start), backend=config.backend, dtype=torch.float32)
         self.student = BimbaStudent(model, config.language)
+
+    def groups(self, names: Sequence[str]) -> list[str]:
+        adapted = dict.fromkeys(name.partition(".lora_")[0].rpartition(".")[2] for name in names if "lora_" in name)
+        others = dict.fromkeys(name.partition(".")[0] for name in names if "lora_" not in name)
+        return [f"adapters of rank {self.config.language.lora_rank} of {' and '.join(adapted)}", *others]
 
     def unread(self) -> Sample:
         side = self.student.model.image_size
