@@ -18,9 +18,11 @@ from fused.rules import check_integer, check_number
 
 @dataclass(frozen=True)
 class CompressedVideo:
-    """The video tokens (V, C) that the language model reads."""
+    """The video tokens (V, C) that the language model reads, and the times of its frames if questions are to tell them."""
 
     tokens: Tensor
+    seconds: list[float] | None = None
+    duration: float | None = None
 
     @property
     def video_length(self) -> int:
@@ -41,7 +43,7 @@ class BimbaConversation:
         >>> print("".join(talk.ask("Who enters the room?")))
     """
 
-    WATCHES = ("frames",)  # options of `watch` that the command knows
+    WATCHES = ("frames", "times")  # options of `watch` that the command knows
     KEEPS = "compressed tokens"  # of a video
 
     def __init__(self, model: Bimba, tokenizer: object) -> None:
@@ -62,20 +64,25 @@ class BimbaConversation:
         return cls(model, read_tokenizer(model.base_folder))
 
     @torch.no_grad()
-    def watch(self, path: str | Path, *, frames: int = 64) -> CompressedVideo:
+    def watch(self, path: str | Path, *, frames: int = 64, times: bool = False) -> CompressedVideo:
         """Read a video file in place of the one before, and return its compressed tokens.
 
-        `frames` are spread evenly from the first frame to the last; a shorter video repeats some.
+        `frames` are spread evenly from the first frame to the last; a shorter video repeats some. With `times` questions begin
+        with the instruction about their times that upstream trains with, and does not give in its evaluation.
 
-        Raises VideoError for a file that cannot be read; TypeError or ValueError for `frames` below 1.
+        Raises VideoError for a file that cannot be read; TypeError or ValueError for `frames` below 1; ValueError for `times`
+        of a folder of images, which has none.
         """
         check_integer("watch", "frames", frames, 1)
         self.video = None  # frees its memory
         encoded: list[Tensor] = []
         waiting: list[Tensor] = []
         taken: list[int] = []
-        for image, times in RepeatedFrames(path, frames, even_places):
-            taken.append(times)
+        found = RepeatedFrames(path, frames, even_places)
+        if times and found.seconds is None:
+            raise ValueError(f"times are to be told, and {path} is a folder of images, which has none; allowed: a video file")
+        for image, count in found:
+            taken.append(count)
             waiting.append(image)
             if len(waiting) == FRAMES_AT_ONCE:
                 encoded.append(self._encode(waiting))
@@ -85,7 +92,8 @@ class BimbaConversation:
         features = torch.cat(encoded)
         if sum(taken) > len(taken):  # a frame that is repeated passes the tower once
             features = features.repeat_interleave(torch.tensor(taken, device=features.device), dim=0)
-        self.video = CompressedVideo(self.model.compress(features))
+        told = (found.seconds, found.duration) if times else (None, None)
+        self.video = CompressedVideo(self.model.compress(features), *told)
         return self.video
 
     def ask(
@@ -101,7 +109,8 @@ class BimbaConversation:
         check_integer("ask", "max_new_tokens", max_new_tokens, 1)
         check_number("ask", "temperature", temperature, 0, float("inf"), "[)")
         check_number("ask", "top_p", top_p, 0, 1, "(]")
-        ids = self.model.tokenize(self.tokenizer, question)
+        told = (None, None) if self.video is None else (self.video.seconds, self.video.duration)
+        ids = self.model.tokenize(self.tokenizer, question, *told)
         if self.video is None:
             ids = ids[:, ids[0] >= 0]
         ends = self.model.language_model.config.eos_token_id

@@ -98,6 +98,7 @@ def test_wrong_input_is_said_and_ends_with_2(folder, tmp_path, capsys):
         (("--video", str(broken)), "broken.mp4"),
         (("--video", str(VIDEO), "--frames", "1"), "frames"),
         (("--video", str(VIDEO), "--longest", "3"), "longest"),
+        (("--video", str(VIDEO), "--times"), "--times is an option of a BIMBA"),
         (("--question", "?", "--temperature", "-1"), "temperature"),
         (("--model", str(tmp_path)), "config.json"),
     ):
