@@ -55,6 +55,8 @@ class Trainer:
     FileNotFoundError, CheckpointError, ImportError, and BackendError for a backend that cannot run here.
     """
 
+    entries = "videos"  # of data.train
+
     def __init__(self, config: TrainConfig, world: World) -> None:
         self.config, self.world, self.folder = config, world, Path(str(config.out))
         if config.backend != "auto":
@@ -67,7 +69,7 @@ class Trainer:
             raise ValueError(f"batch_size is {config.batch_size}; allowed: a multiple of {product}")
         if len(self.data) < config.batch_size:
             raise ValueError(
-                f"batch_size is {config.batch_size}; allowed: up to the {len(self.data)} videos of {config.data.train}"
+                f"batch_size is {config.batch_size}; allowed: up to the {len(self.data)} {self.entries} of {config.data.train}"
             )
         self.steps_per_epoch = len(self._epoch_batches(0, 0)) // config.accumulate
         self.total = config.steps or self.steps_per_epoch * int(config.epochs or 0)
@@ -320,7 +322,7 @@ class Trainer:
                 f"the run in {self.folder} is at step {self.step}; allowed: as many steps or more, got {self.total}"
             )
         if state["videos"] != len(self.data):
-            counts = f"{self.config.data.train} holds {len(self.data)} videos, and held {state['videos']}"
+            counts = f"{self.config.data.train} holds {len(self.data)} {self.entries}, and held {state['videos']}"
             raise ValueError(f"{counts} when {self.folder} began; allowed: the same, or another out")
         if state["processes"] != self.world.size:
             effect = "a step takes the same videos, and draws otherwise"

@@ -1,5 +1,7 @@
 """The models of language training: each takes a row of samples and returns its loss."""
 
+from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -42,7 +44,7 @@ class VambaStudent(nn.Module):
         """
         places = [Place(words, video, before, (t, h, w)) for words, video, before, t, h, w in layout.tolist()]
         assert self.model.visual is not None
-        video = torch.cat([frame_features(self.model.visual, part) for part in frames])[None]
+        video = torch.cat([frame_features(self.model.visual, part) for part in joined(frames)])[None]
         at = torch.cat([torch.arange(place.words, device=tokens.device) for place in places]).expand(3, 1, -1)
         lengths = [[place.video for place in places]]
         logits = self.model(tokens, video=video, position_ids=at, encoder_seq_lens=lengths).logits
@@ -99,6 +101,12 @@ class BimbaStudent(nn.Module):
             inputs = model.embed(tokens, None) + 0 * unread.sum()
             loss = model.language_model(inputs_embeds=inputs, labels=labels, use_cache=False).loss
         return loss * learnt * weights[0], {}
+
+
+def joined(frames: Sequence[Tensor]) -> list[Tensor]:
+    """Return frames (T, 3, h, w) of samples with those of neighbours joined that have one size, for fewer passes."""
+    runs = groupby(frames, key=lambda part: part.shape[1:])
+    return [torch.cat(list(run)) for _, run in runs]
 
 
 def recompute(model: Any) -> None:

@@ -67,6 +67,7 @@ class RowFeed:
 class LanguageTrainer(Trainer):
     """A run of a task on conversations. See `Trainer`."""
 
+    entries = "conversations"
     data: ConversationData
     task: LanguageTask
 
