@@ -19,6 +19,7 @@ import torch
 from fused import backends
 from fused.train import checkpoints, parallel, run_folder, tasks
 from fused.train.config import VAL_KEYS, TrainConfig
+from fused.train.data.captioned import AlternatingBatches, CaptionData
 from fused.train.data.clips import BadFile, Batches, ClipFolder, batches
 from fused.train.data.first_look import try_videos
 from fused.train.ema import WeightAverage
@@ -59,7 +60,7 @@ class Trainer:
         self.config, self.world, self.folder = config, world, Path(str(config.out))
         if config.backend != "auto":
             backends.choose(config.backend, world.device)  # raises now rather than in the first step
-        self.data = self._clip_folder("train", () if config.task == "pretrain" else None)
+        self.data = self._training_data()
         self.val = val = self._clip_folder("val", self.data.classes) if config.data.val is not None else None
         self.micro_batch_size, remainder = divmod(config.batch_size, world.size * config.accumulate)
         if remainder:
@@ -73,7 +74,8 @@ class Trainer:
         self.total = config.steps or self.steps_per_epoch * int(config.epochs or 0)
         self.changes = run_folder.check_run(self.folder, config)
 
-        self.task = tasks.build_task(config, self.data.classes, world.device)
+        captions = self.data if isinstance(self.data, CaptionData) else None
+        self.task = tasks.build_task(config, self.data.classes, world.device, captions)
         recorder, self.graph_line = choose_recorder(config, world.device)
         parallel.parallelize(self.task, config.parallel, world)
         self.average = WeightAverage(self.task.student, config.ema) if config.ema is not None else None
@@ -100,7 +102,8 @@ class Trainer:
         """Return lines for the terminal: the model, the data, the number of steps, and the step to resume from."""
         config, student, world = self.config, self.task.student, self.world
         parameters = sum(p.numel() for p in student.parameters()) / 1e6
-        name = "VideoMambaEncoder" if config.task == "pretrain" else "VideoMamba"
+        names = {"pretrain": "VideoMambaEncoder", "retrieval": "VideoTextRetrieval"}
+        name = names.get(str(config.task), "VideoMamba")
         processes = f"{world.size} processes" if world.size > 1 else "1 process"
         classes = f" in {len(self.data.classes)} classes" if self.data.classes else ""
         kind = "videos" if config.data.frames else "images"
@@ -245,6 +248,12 @@ class Trainer:
         """Evaluate the model; return False if an interrupt ended that."""
         return self.validation is None or self.validation.run(self.step, epoch, log, self.train_step.autocast(), interrupt)
 
+    def _training_data(self) -> ClipFolder | CaptionData:
+        """Return the videos of data.train, for retrieval with captions. Raise ValueError that names the key."""
+        if self.config.task == "retrieval":
+            return CaptionData(self.config)
+        return self._clip_folder("train", () if self.config.task == "pretrain" else None)
+
     def _clip_folder(self, key: str, classes: Sequence[str] | None) -> ClipFolder:
         """Return the videos of data.train or data.val. Raise ValueError that names the key."""
         data = self.config.data
@@ -267,8 +276,10 @@ class Trainer:
         except (ValueError, OSError) as error:
             raise ValueError(f"data.{key}: {error}") from error
 
-    def _epoch_batches(self, epoch: int, skip: int) -> Batches:
+    def _epoch_batches(self, epoch: int, skip: int) -> Batches | AlternatingBatches:
         """Return this process's micro-batches of an epoch without the first `skip`."""
+        if isinstance(self.data, CaptionData):
+            return self.data.batches(self.config, epoch, skip, self.world.rank, self.world.size)
         world, config = self.world, self.config
         return batches(
             self.data, self.micro_batch_size, epoch=epoch, seed=config.seed, workers=config.data.workers, rank=world.rank,

@@ -91,6 +91,20 @@ class Pretrained:
         return Tokenizer(self.vocabulary)
 
 
+def is_video_text(source: str | Path) -> bool:
+    """Return whether a path is a folder of `save_pretrained`, or a file that holds a text encoder."""
+    path = Path(os.path.expanduser(source))
+    try:
+        if path.is_dir():
+            return read_json_object(path / CONFIG).get("model_type") == KIND
+        if path.is_file():
+            read_weights(path)
+            return True
+    except (CheckpointError, OSError):
+        return False
+    return str(source) in PUBLISHED
+
+
 def _read_config(path: Path, overrides: dict[str, Any]) -> tuple[RetrievalConfig, Preprocessing | None, int]:
     """Return configuration, preprocessing and text length of a folder. Raises CheckpointError, FileNotFoundError."""
     if not path.is_file():
