@@ -5,7 +5,6 @@ higher number is ranked first, as upstream's evaluation does: a constant score i
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,22 +57,19 @@ def recalls(ranks: Int[Tensor, " N"], most: Sequence[int] = RECALLS) -> Float[Te
     return torch.stack([100 * (ranks < k).double().mean() for k in most])
 
 
-def summary(scores: Float[Tensor, "N M"], right: Bool[Tensor, "N M"]) -> dict[str, float]:
+def summary(scores: Float[Tensor, "N M"], right: Bool[Tensor, "N M"], lost: int = 0) -> dict[str, float]:
     """Return r1, r5, r10 (percent), their mean, and the median rank, from 1.
 
-    With no more candidates than k, every answer is among the first k: that number is left out.
+    A query without a right candidate, and `lost` further ones, count as never found: their rank is behind all candidates. With
+    no more candidates than k, every answer is among the first k: that number is left out.
     """
-    found = ranks(scores, right)
+    answered, behind = right.any(dim=1), scores.shape[1]
+    found = torch.full((len(scores) + lost,), behind)
+    if bool(answered.any()):
+        found[: len(scores)][answered] = ranks(scores[answered], right[answered])
     known = [k for k in RECALLS if k < scores.shape[1]]
     numbers = {f"r{k}": round(x, 2) for k, x in zip(known, recalls(found, known).tolist() if known else [], strict=True)}
     if len(known) == len(RECALLS):
         numbers["r_mean"] = round(sum(numbers.values()) / len(known), 2)
     return numbers | {"median_rank": float((found + 1).double().quantile(0.5))}
 
-
-@torch.no_grad()
-def matching_scores(
-    model: Any, video: Float[Tensor, "B V D"], text: Float[Tensor, "B N C"], visible: Bool[Tensor, "B N"]
-) -> Float[Tensor, " B"]:
-    """Return the matching score of each pair: the logit of "match", as upstream ranks by; float32."""
-    return model.match(video, text, visible)[:, 1].float()
