@@ -53,6 +53,8 @@ class Retrieval(Task):
         if config.text.length > self.student.config.max_position_embeddings:
             most = self.student.config.max_position_embeddings
             raise invalid("text.length", config.text.length, f"at most BERT's {most} positions")
+        if config.data.images is not None and self.student.config.video.kernel_size > 1:
+            raise invalid("data.images", config.data.images, "null with model.kernel_size above 1, whose patches are of clips")
         if config.loss.mlm and not self.student.config.mlm:
             raise invalid("loss.mlm", config.loss.mlm, "0 with text.bert.mlm false, a model without a head for masked words")
 

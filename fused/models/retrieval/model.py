@@ -94,13 +94,14 @@ class VideoTextRetrieval(Pretrained, VideoTextHeads):
     ) -> EncoderOutput:
         """Return tokens (B, V, D) without CLS and pooled (B, T, D), a vector for each frame, of clips (B, 3, T, H, W).
 
-        A clip of one frame, or an image (B, 3, H, W), has no temporal position. `visible` are the encoder's, for masked
+        In a model of more, a clip of one tubelet, such as an image (B, 3, H, W), has no temporal position. `visible` are the encoder's, for masked
         pretraining; unless each frame then has as many tokens, `keep_temporal` is False and pooled is (B, 1, D).
         """
         if clips.dim() == 4:
             clips = clips[:, :, None]
         clips = clips.to(self.vision_encoder.cls_token.dtype)
-        is_image = clips.shape[2] == self.config.video.kernel_size
+        video = self.config.video
+        is_image = clips.shape[2] == video.kernel_size != video.num_frames
         return self.vision_encoder(clips, use_image=is_image, keep_temporal=keep_temporal, visible=visible)
 
     def encode_text(self, ids: Int[Tensor, "N L"], visible: Bool[Tensor, "N L"]) -> Float[Tensor, "N L C"]:
