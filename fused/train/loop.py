@@ -19,6 +19,7 @@ import torch
 from fused import backends
 from fused.train import checkpoints, parallel, run_folder, tasks
 from fused.train.config import VAL_KEYS, TrainConfig
+from fused.train.data.captioned import AlternatingBatches, CaptionData
 from fused.train.data.clips import BadFile, Batches, ClipFolder, batches
 from fused.train.data.first_look import try_videos
 from fused.train.ema import WeightAverage
@@ -102,7 +103,8 @@ class Trainer:
         """Return lines for the terminal: the model, the data, the number of steps, and the step to resume from."""
         config, student, world = self.config, self.task.student, self.world
         parameters = sum(p.numel() for p in student.parameters()) / 1e6
-        name = "VideoMambaEncoder" if config.task == "pretrain" else "VideoMamba"
+        names = {"pretrain": "VideoMambaEncoder", "retrieval": "VideoTextRetrieval"}
+        name = names.get(str(config.task), "VideoMamba")
         processes = f"{world.size} processes" if world.size > 1 else "1 process"
         classes = f" in {len(self.data.classes)} classes" if self.data.classes else ""
         kind = "videos" if config.data.frames else "images"
@@ -257,12 +259,15 @@ class Trainer:
         return self.validation is None or self.validation.run(self.step, epoch, log, self.train_step.autocast(), interrupt)
 
     def _training_data(self) -> Any:
-        """Return the data of data.train."""
+        """Return the videos of data.train, for retrieval with captions. Raise ValueError that names the key."""
+        if self.config.task == "retrieval":
+            return CaptionData(self.config)
         return self._clip_folder("train", () if self.config.task == "pretrain" else None)
 
     def _build_task(self) -> Any:
         """Return the task with its models."""
-        return tasks.build_task(self.config, self.data.classes, self.world.device)
+        captions = self.data if isinstance(self.data, CaptionData) else None
+        return tasks.build_task(self.config, self.data.classes, self.world.device, captions)
 
     def _feed(self, micro_batches: Any) -> Any:
         """Return the micro-batches as `_forward_backward` takes them."""
@@ -294,8 +299,10 @@ class Trainer:
         except (ValueError, OSError) as error:
             raise ValueError(f"data.{key}: {error}") from error
 
-    def _epoch_batches(self, epoch: int, skip: int) -> Batches:
+    def _epoch_batches(self, epoch: int, skip: int) -> Batches | AlternatingBatches:
         """Return this process's micro-batches of an epoch without the first `skip`."""
+        if isinstance(self.data, CaptionData):
+            return self.data.batches(self.config, epoch, skip, self.world.rank, self.world.size)
         world, config = self.world, self.config
         return batches(
             self.data, self.micro_batch_size, epoch=epoch, seed=config.seed, workers=config.data.workers, rank=world.rank,

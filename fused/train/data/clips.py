@@ -26,7 +26,7 @@ from fused.io.video import Times, VideoError, VideoTooShort, decode_clip
 from fused.rules import check_integer, check_number
 from fused.train.data.augment import Crop, erase
 from fused.train.data.folder_scan import is_video_name
-from fused.train.data.listing import list_videos
+from fused.train.data.listing import Listing, list_videos
 from fused.train.interrupt import blocked_signals, leave_signals_to_parent
 
 MAX_CONSECUTIVE_FAILURES = 32  # more than single bad files explain: the path is wrong, or the disk is gone
@@ -155,12 +155,16 @@ class ClipFolder:
         self.frames, self.size, self.train, self.dtype = frames, height_width(size), train, dtype
         self.erased = erased
         self.scale, self.flip, self.seed, self.frame_pattern = (scale[0], scale[1]), flip, seed, frame_pattern
-        listing = list_videos(root, classes, separator, prefix, columns, images=frames is None)
+        listing = self.list_files(root, classes, separator, prefix, columns, images=frames is None)
         self.files, self.labels, self.classes, self.stated_frames, self.notes = listing
         folder = next((path for path in self.files if not is_video_name(path) and path.is_dir()), None) if fps else None
         if folder is not None:
             wrong = f"fps is {fps}, but {folder} is a folder of images, which states no times"
             raise ValueError(f"ClipFolder: {wrong}; allowed: fps=None, or video files only")
+
+    def list_files(self, *where: Any, **options: Any) -> Listing:
+        """Return the videos for arguments of `list_videos`."""
+        return list_videos(*where, **options)
 
     def __len__(self) -> int:
         return len(self.files)
