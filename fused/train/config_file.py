@@ -31,8 +31,8 @@ def read_config(path: str | Path | None = None, overrides: Sequence[str] = (), *
     Keys in sections have a dot: `data.frames=16`. Values of overrides are YAML too. A section that is null sets nothing. In
     paths, ~ in front is the home folder. With `complete=False` keys that a training needs may be missing.
 
-    Raises ValueError for an unknown key or recipe (the message names the nearest one), a key that a section has twice, a wrong value
-    and invalid YAML, FileNotFoundError for a missing file, ImportError without pyyaml.
+    Raises ValueError for an unknown key or recipe (the message names the nearest one), a key that a section has twice, a wrong
+    value and invalid YAML, FileNotFoundError for a missing file, ImportError without pyyaml.
     """
     tree: dict[str, Any] = {}
     if path is not None:

@@ -194,7 +194,7 @@ class Trainer:
         minutes = math.inf if config.save_minutes is None else config.save_minutes
         minutes_over = world.is_main and time.monotonic() - self.saved_at >= 60 * minutes  # by one clock for all processes
         # one collective for all numbers
-        total = world.start_sum(numbers, [len(bad_files), interrupt.requested, minutes_over])
+        total = world.start_sum(numbers, [float(x) for x in (len(bad_files), interrupt.requested, minutes_over)])
         feed.advance()
         waits, feed.waits = feed.waits, []
         self.step += 1

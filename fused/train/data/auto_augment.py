@@ -23,7 +23,7 @@ from torch import Tensor
 
 Colour = tuple[int, int, int]
 GREY: Colour = (128, 128, 128)  # of what a shifted frame leaves free
-MAX_LEVEL = 10
+MAX_LEVEL = 10.0
 PROBABILITY = 0.5  # of RandAugment's operations
 
 RAND = (
@@ -75,7 +75,7 @@ class AugmentPolicy:
             pairs = [pair.split(",") for line in V0.strip().splitlines() for pair in line.split(";")]
             return cls(tuple(tuple(_layer(*words.split()) for words in pair) for pair in pairs), 1, False)
         kind, *parts = text.split("-")
-        options = {"m": float(MAX_LEVEL), "n": 2.0, "mstd": 0.0, "inc": 0.0}
+        options = {"m": MAX_LEVEL, "n": 2.0, "mstd": 0.0, "inc": 0.0}
         given = [re.fullmatch(r"(mstd|inc|m|n)(\d+(?:\.\d+)?)", part) for part in parts]
         names = [match[1] for match in given if match]
         if kind != "rand" or len(names) < len(parts) or len(set(names)) < len(names):
@@ -106,7 +106,7 @@ class AugmentPolicy:
             return _signed(SIGNED[name] * share, rng)
         most = {"Posterize": 4, "Solarize": 256, "SolarizeAdd": 110}.get(name, 0)
         value = int(share * most)
-        return most - value if grows else value
+        return float(most - value if grows else value)
 
 
 ALLOWED = "v0, or rand with any of m (level, 0 to 10), n (operations), mstd, inc1, such as rand-m7-n4-mstd0.5-inc1"

@@ -203,8 +203,8 @@ def batches(
 
     With `drop_last`, for training, every batch is full. The files left over at the end of the epoch are dropped. A file that
     cannot be read is replaced by the next readable one after this step's files in the order; the ranks take replacements in
-    turn. After 32 consecutive failures UnreadableFiles, a RuntimeError, is raised. A `ClipFolder` with `repeats` gives that many
-    times more clips: first one of each file, then the second of each.
+    turn. After 32 consecutive failures UnreadableFiles, a RuntimeError, is raised. A `ClipFolder` with `repeats` gives that
+    many times more clips: first one of each file, then the second of each.
 
     Without `drop_last`, for evaluation, every readable file occurs exactly once over all ranks. All ranks have equally many
     steps, and the last batch is divided evenly, so that it may be empty on some ranks.

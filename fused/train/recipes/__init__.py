@@ -21,11 +21,12 @@ def recipe_path(name: str) -> Path:
     names = recipe_names()
     if name not in names:
         near = ", ".join(difflib.get_close_matches(name, names, 5, 0.0))
-        raise ValueError(f"config is '{PREFIX}{name}'; allowed: {PREFIX} and a name that --recipes lists; the nearest are {near}")
+        allowed = f"{PREFIX} and a name that --recipes lists; the nearest are {near}"
+        raise ValueError(f"config is '{PREFIX}{name}'; allowed: {allowed}")
     return FOLDER / f"{name}.yaml"
 
 
 def describe_recipe(name: str) -> str:
-    """Return what a recipe trains: the first sentence of its head, "VideoMamba-Ti on Kinetics-400, ...: published top-1 76.9"."""
+    """Return the first sentence of a recipe's head: "VideoMamba-Ti on Kinetics-400, ...: published top-1 76.9" for one."""
     head = recipe_path(name).read_text(encoding="utf-8").partition("\ntask:")[0].replace("\n#", "")
     return head.removeprefix("# ").partition(". ")[0].removesuffix(".")
