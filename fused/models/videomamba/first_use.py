@@ -13,7 +13,7 @@ from fused.models.videomamba.block import Block
 from fused.models.videomamba.config import VideoMambaConfig
 from fused.modules.norm import Norm
 from fused.modules.residual import final_norm
-from fused.runtime import ahead, triton_launch
+from fused.runtime import ahead, triton_code, triton_launch
 
 CLIPS, TOKENS, DROP_PATH_RATE = 2, 9, 0.1  # no kernel depends on these values
 
@@ -27,7 +27,7 @@ def start_compiling(config: VideoMambaConfig, tokens: Tensor, dtype: torch.dtype
     device = tokens.device
     autocast = torch.is_autocast_enabled("cuda")
     with (
-        ahead.compiling(triton_launch.capability(device), ahead.compile_in_background(device)),
+        ahead.compiling(triton_launch.capability(device), ahead.compile_in_background(device, triton_code.of)),
         torch.random.fork_rng(devices=()),
         torch.inference_mode(False),
         torch.autograd.set_detect_anomaly(False),
