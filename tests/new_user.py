@@ -45,8 +45,8 @@ SHORT = Form(
     "optim.lr=3e-3 mix.probability=0 log_every=1",
 )  # fmt: skip
 LONG = Form(
-    60, 128, 170,
-    "data.frames=8 data.size=64 model.depth=4 model.embed_dim=96 batch_size=12 epochs=40 optim.lr=1e-3 log_every=5",
+    40, 96, 128,
+    "data.frames=4 data.size=64 model.depth=2 model.embed_dim=64 batch_size=12 epochs=20 optim.lr=2e-3 log_every=5",
 )  # fmt: skip
 Run = Callable[[list[str]], tuple[int, str]]  # a command after `python -m`; its exit code and what it printed
 

@@ -141,7 +141,7 @@ def views_of(film: Tensor, T: int, side: int) -> list[Tensor]:
 def by_fused(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return what `fused.evaluate` reports."""
     head = leaves["head.weight"]
-    model = build(call, case).to(head.device)
+    model: Any = build(call, case).to(head.device)
     model.load_state_dict(leaves)
     model.labels = LABELS
     list_file, paths = videos()
