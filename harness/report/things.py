@@ -30,7 +30,7 @@ LOOKS = {
     "decord": Look("decord", "#009E73", "D"),
     "torchcodec": Look("torchcodec", "#CC79A7", "P"),
     "pooling": Look("pooling", "#8C8C8C", "X"),
-    "perceiver": Look("perceiver resampler", "#E69F00", "v"),
+    "perceiver": Look("perceiver resampler", "#7F7F3F", "p"),
     "attention-sdpa": Look("self-attention, PyTorch's", "#009E73", "D"),
     "attention-naive": Look("self-attention written out", "#CC79A7", "P"),
     "timm": Look("ViT of timm", "#C44E8A", ">"),
@@ -40,7 +40,7 @@ LOOKS = {
 # By subject and implementation, where an implementation's name means another thing.
 OWN = {
     ("vit", "reference"): LOOKS["naive"],
-    ("vamba", "upstream"): Look("upstream's layers", "#D55E00", "^"),
+    ("vamba", "upstream"): Look("upstream's layers", "#A6761D", "<"),
     ("qwen2", "sdpa"): Look("Qwen2, the video as tokens", "#009E73", "D"),
 }
 SPARE = (("#A6761D", "<"), ("#C44E8A", ">"), ("#4C8C2B", "8"), ("#B03A2E", "H"), ("#2E86AB", "1"))
