@@ -25,6 +25,7 @@ from fused.rules import (
     is_number,
     one_of,
 )
+from fused.train.data.auto_augment import ALLOWED, AugmentPolicy
 from fused.train.data.list_columns import COLUMNS, SEPARATORS, are_columns
 from fused.train.language.options import LANGUAGE_RULES, LANGUAGE_TASKS, UNUSED_LANGUAGE_KEYS, LanguageConfig
 from fused.train.objectives.losses import ALIGNMENTS
@@ -95,6 +96,8 @@ class DataConfig:
     scale: tuple[int | float, int | float] = (0.5, 1.0)
     flip: int | float = 0.5
     erased: int | float = 0.0  # probability that a box of the clip is replaced by noise (random erasing)
+    augment: str | None = None  # RandAugment such as rand-m7-n4-mstd0.5-inc1, or v0, for whole clips (`AugmentPolicy`)
+    repeats: int = 1  # clips of each video in a step (repeated sampling); batch_size counts all of them
     workers: int = 2  # decoding processes for each training process
     images: str | None = None  # a file of images with captions, whose batches alternate with those of the videos
     images_prefix: str | None = None  # the folder of its paths; None: that of the file
@@ -131,6 +134,7 @@ class OptimConfig:
     layer_decay: int | float = 1.0
     rule: str = "corrected"
     warmup_steps: int = 0
+    warmup_epochs: int | float | None = None  # instead of warmup_steps
     warmup_start: int | float = 0.0  # warmup_start and floor are fractions of lr
     floor: int | float = 0.01
     clip_grad: int | float | None = None  # upper limit of the norm of all gradients
@@ -245,6 +249,12 @@ class TrainConfig:
                 raise invalid(f"data.val_{name}", value, "null without data.val")
         if self.batch_size % self.accumulate:
             raise invalid("accumulate", self.accumulate, f"a divisor of batch_size ({self.batch_size})")
+        if self.batch_size % (self.accumulate * self.data.repeats):
+            micro_batch = self.batch_size // self.accumulate
+            raise invalid("data.repeats", self.data.repeats, f"a divisor of batch_size / accumulate ({micro_batch})")
+        if self.optim.warmup_epochs is not None and self.optim.warmup_steps:
+            allowed = f"null with optim.warmup_steps {self.optim.warmup_steps}"
+            raise invalid("optim.warmup_epochs", self.optim.warmup_epochs, allowed)
         known = [f.name for f in fields(VideoMambaConfig)] + ["size"]
         for key, owner in OWNERS.items():
             if key in self.model:
@@ -342,6 +352,15 @@ def _pair(holds: Callable[[Any, Any], bool], allowed: str) -> Rule:
     return Rule(is_pair, allowed)
 
 
+def _is_policy(value: Any) -> bool:
+    """Return whether `value` is text that `AugmentPolicy` reads."""
+    try:
+        AugmentPolicy.parse(value)
+    except (ValueError, AttributeError):  # the latter for what is no text
+        return False
+    return True
+
+
 _FOLDER = Rule(lambda value: isinstance(value, str) and bool(value), "a folder")
 _FILE = Rule(lambda value: isinstance(value, str) and bool(value), "a path")
 _PATTERN = Rule(lambda value: isinstance(value, str) and bool(value), "a pattern of file names, such as img_*.jpg")
@@ -376,7 +395,7 @@ RULES = (
         "text.bert": Rule(lambda value: isinstance(value, Mapping), "a section of RetrievalConfig's fields"),
     }
     | {f"data.{val}{name}": rule for val in ("", "val_") for name, rule in _VIDEO_RULES.items()}
-    | dict.fromkeys(("batch_size", "accumulate", "log_every", "keep"), COUNT)
+    | dict.fromkeys(("batch_size", "accumulate", "log_every", "keep", "data.repeats"), COUNT)
     | dict.fromkeys(("data.frames", "steps", "epochs", "evaluate_every", "save_every"), COUNT.optional())
     | dict.fromkeys(("data.workers", "optim.warmup_steps"), COUNT_OR_0)
     | dict.fromkeys(("data.flip", "data.erased", "optim.warmup_start", "optim.floor", "loss.label_smoothing"), FRACTION)
@@ -386,6 +405,8 @@ RULES = (
     | {
         "task": one_of(TASKS),
         "data.val": _FOLDER.optional(),
+        "data.augment": Rule(_is_policy, ALLOWED).optional(),
+        "optim.warmup_epochs": POSITIVE_OR_0.optional(),
         "data.scale": _pair(lambda low, high: 0 < low <= high <= 1, "two shares of the frame's area, 0 < low <= high <= 1"),
         "model": Rule(lambda value: isinstance(value, Mapping), "a section of VideoMambaConfig's fields, and size"),
         "inflate": one_of(INFLATIONS),
