@@ -21,12 +21,15 @@ RAN = (0, 1, 2)  # pytest's exit codes where tests ran: all passed, one failed, 
 class Campaign:
     """Trees of a checkout at `root` and the verdicts in them; `tell` gets every record.
 
-    `wide` are the tests of each room; of a room without, what survives the narrow tests has survived.
+    `wide` are the tests of each room; of a room without, what survives the narrow tests has survived. With a `gpu` bugs that
+    need one are planted too.
     """
 
-    def __init__(self, root: Path, jobs: int, tell: Callable[[Record], None], wide: Mapping[str, tuple[str, ...]]) -> None:
+    def __init__(
+        self, root: Path, jobs: int, tell: Callable[[Record], None], wide: Mapping[str, tuple[str, ...]], gpu: bool = False
+    ) -> None:
         self._root, self._tell, self._wide = root, tell, wide
-        self._jobs = jobs
+        self._jobs, self._gpu = jobs, gpu
         self._sound: dict[str, bool] = {}  # of a test or a bug's tests, whether they pass without a bug
         self._trees: queue.SimpleQueue[Tree] = queue.SimpleQueue()
         self._made: list[Tree] = []
@@ -35,7 +38,7 @@ class Campaign:
         """Give a verdict on each bug."""
         asked = []
         for mutant in mutants:
-            if mutant.equivalent or mutant.needs_gpu:
+            if mutant.equivalent or (mutant.needs_gpu and not self._gpu):
                 reason = f"equivalent: {mutant.equivalent}" if mutant.equivalent else f"needs a GPU: {mutant.needs_gpu}"
                 self._tell(self._record(mutant, "skip", reason=reason))
             else:
