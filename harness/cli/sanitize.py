@@ -2,7 +2,7 @@
 
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Annotated
 
@@ -56,7 +56,8 @@ def sanitize(
 
     def work() -> None:
         with ThreadPoolExecutor(jobs or workers.processes_for("cuda")) as pool:
-            for record in pool.map(lambda pair: ask(*pair), left):
+            for future in as_completed([pool.submit(ask, *pair) for pair in left]):
+                record = future.result()
                 run.add(record)
                 if record.failed:
                     progress.say(f"{record.status.upper()} {record.check} {record.subject}: {page.said(record)}")
