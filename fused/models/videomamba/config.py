@@ -92,7 +92,7 @@ class VideoMambaConfig:
         if self.clip_decoder_embed_dim not in (None, self.embed_dim):
             allowed = f"embed_dim ({self.embed_dim}), whose tokens enter the decoder, or None for the same"
             raise invalid("clip_decoder_embed_dim", self.clip_decoder_embed_dim, allowed)
-        layers = self.student_layers()
+        layers = self.student_layers() if self.clip_return_layer <= self.depth else (-1,)
         if any(layer < 0 for layer in layers) or len(set(layers)) < len(layers):
             allowed = (
                 f"as many distinct layers as depth ({self.depth}) and clip_student_return_interval "
