@@ -16,8 +16,8 @@ from fused.models.videomamba.hub import read_description
 from fused.train.config_file import read_config, to_yaml
 
 VAMBA = {
-    "vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "mrope_section": (1, 1, 0),
+    "vocab_size": 16, "hidden_size": 12, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "mrope_section": (1, 1, 1),
 }  # fmt: skip
 KINDS = {"VideoMamba": (VideoMambaConfig, {}), "Vamba": (VambaConfig, VAMBA), "evaluation": (Settings, {})}
 TRAINING = ("task=finetune", "out=run", "data.train=videos", "steps=3")

@@ -67,7 +67,7 @@ class VideoMambaConfig:
             object.__setattr__(self, "img_size", tuple(self.img_size))  # a list has no hash
         if isinstance(self.ssm_cfg, Mapping):
             object.__setattr__(self, "ssm_cfg", dict(self.ssm_cfg))  # the caller's mapping may change, or not pickle
-        if self.ckpt_num_frame == -1:
+        if isinstance(self.ckpt_num_frame, int) and self.ckpt_num_frame == -1:
             object.__setattr__(self, "ckpt_num_frame", None)
         for f in fields(self):
             if f.name in _RULES:
