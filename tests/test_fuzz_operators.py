@@ -54,8 +54,8 @@ def scans(draw: st.DrawFn) -> Drawn:
     if G:
         E *= G
     mixing = (B, L, G, N) if G else (B, L, N)
-    shapes = dict.fromkeys(("u", "delta", "z"), (B, L, E)) | dict.fromkeys("BC", mixing) | dict.fromkeys(("D", "delta_bias"), (E,))
-    made = normal(draw(SEEDS), **shapes, A=(E, N), initial_state=(B, E, N))
+    shapes = dict.fromkeys(("u", "delta", "z"), (B, L, E)) | dict.fromkeys("BC", mixing)
+    made = normal(draw(SEEDS), **shapes, A=(E, N), D=(E,), delta_bias=(E,), initial_state=(B, E, N))
     made["A"] = -made["A"].exp()
     options = {"softplus": draw(st.booleans()), "reverse": draw(st.booleans())}
     if not options["softplus"]:
@@ -79,8 +79,8 @@ def norms(draw: st.DrawFn) -> Drawn:
     lead, D = tuple(draw(st.lists(st.integers(0, 4), max_size=3))), draw(st.integers(1, 9))
     made = some(draw, normal(draw(SEEDS), x=(*lead, D), weight=(D,), bias=(D,), residual=(*lead, D)), "bias", "residual")
     options = {
-        "kind": draw(st.sampled_from(["rms", "layer"])), "prenorm": draw(st.booleans()), "eps": draw(st.sampled_from([1e-5, 0.3])),
-        "residual_in_fp32": draw(st.booleans()),
+        "kind": draw(st.sampled_from(["rms", "layer"])), "prenorm": draw(st.booleans()),
+        "residual_in_fp32": draw(st.booleans()), "eps": draw(st.sampled_from([1e-5, 0.3])),
     }  # fmt: skip
     return Drawn("add_norm", made, ("weight", "bias"), options)
 

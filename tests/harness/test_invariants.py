@@ -81,7 +81,8 @@ def sees_its_neighbour(scan, u, delta, state, options):
 @pytest.mark.parametrize(
     ("change", "found"),
     [
-        (bends, "homogeneity"), (mixes_tokens, "superposition"), (favours_the_first_token, "shift"), (forgets_while_it_stands_still, "identity"),
+        (bends, "homogeneity"), (mixes_tokens, "superposition"), (favours_the_first_token, "shift"),
+        (forgets_while_it_stands_still, "identity"),
         (sees_one_direction_better, "reversal"), (loses_the_state, "concatenation"), (sees_its_neighbour, "permutation"),
     ],
 )  # fmt: skip
