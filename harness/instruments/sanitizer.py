@@ -33,14 +33,16 @@ def program() -> str | None:
 def watch(tool: str, subject: str, seconds: float, words: Sequence[str] = ()) -> Verdict:
     """Run the kernels of a subject under a tool, in at most so many seconds.
 
-    Memory is allocated anew for every tensor, so that one that runs over its end is seen. `words` go to the program.
+    For those that look at memory it is allocated anew for every tensor, so that what runs over its end is seen. `words` go to
+    the program.
     """
     sanitizer = program()
     if sanitizer is None:
         return Verdict(-1, "compute-sanitizer is not there: it comes with CUDA's toolkit")
     own = [sys.executable, "-m", "harness.instruments.sanitized", subject, *words]
     command = [sanitizer, "--tool", tool, *TOOLS[tool], "--error-exitcode", "9", "--print-limit", "20", *own]
-    variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(environment.ROOT)}
+    variables = {"PYTHONPATH": os.pathsep.join(filter(None, [str(environment.ROOT), os.environ.get("PYTHONPATH", "")]))}
+    variables |= {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool in ("memcheck", "initcheck") else {}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
         env=os.environ | variables,

@@ -15,8 +15,10 @@ from torch import Tensor
 import fused
 from fused.runtime import plans
 from harness.bench.clock import Call, Clock
+from harness.judge import trial
 from harness.judge.parity import Judge
 from harness.judge.request import ParityRequest
+from harness.runs import environment
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 BOTH = ("forward", "backward")
@@ -30,8 +32,17 @@ SIMPLE = [  # subject, checks, cases
     ("ssd", BOTH, "B2-L65-H5-P24-N40-*"), ("mixer", BOTH, "B2-L9-D32-*"), ("mamba2", BOTH, "B2-L9-D16-P8-N16-state-*"),
 ]  # fmt: skip
 HUGE = [
-    ("scan", "*clips=*-for=strides-*"), ("scan", "*periods=*"), ("conv", "*clips=*"), ("norm", "*clips=*"), ("ssd", "*clips=*"),
+    ("scan", "*clips=125384-for=strides-*"), ("scan", "*periods=*"), ("conv", "*clips=*"), ("norm", "*clips=*"),
+    ("ssd", "*clips=*"),
 ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def prepared() -> Iterator[None]:
+    """The settings under which parity judges."""
+    environment.prepare()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def ask(subject: str, checks: tuple[str, ...], cases: str) -> None:
@@ -58,7 +69,9 @@ def alone() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("subject", "cases"), HUGE)
-def test_more_than_two_to_the_31st_elements(subject: str, cases: str) -> None:
+def test_more_than_two_to_the_31st_elements(subject: str, cases: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one draw: a wrong address is wrong by more than rounding."""
+    monkeypatch.setattr(trial, "seeds", lambda case: range(1))
     with alone():
         ask(subject, ("strides",), cases)
 
