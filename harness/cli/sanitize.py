@@ -55,13 +55,17 @@ def sanitize(
     progress = Progress({" ".join(pair): 1.0 for pair in left})
 
     def work() -> None:
-        with ThreadPoolExecutor(jobs or workers.processes_for("cuda")) as pool:
+        pool = ThreadPoolExecutor(jobs or workers.processes_for("cuda"))
+        try:
             for future in as_completed([pool.submit(ask, *pair) for pair in left]):
                 record = future.result()
                 run.add(record)
                 if record.failed:
                     progress.say(f"{record.status.upper()} {record.check} {record.subject}: {page.said(record)}")
                 progress.done(f"{record.check} {record.subject}", f"{record.check} {record.subject}")
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            sanitizer.end()
 
     done = conclude(run, progress, work, page.write)
     print(run.last_line())

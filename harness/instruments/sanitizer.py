@@ -1,5 +1,6 @@
 """NVIDIA's compute-sanitizer over the native kernels: accesses outside of memory, races in shared memory, barriers."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -47,14 +48,25 @@ def watch(tool: str, subject: str, seconds: float, words: Sequence[str] = ()) ->
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
         env=os.environ | variables,
     ) as process:  # fmt: skip
+        _watched.add(process.pid)
         try:
             output, _ = process.communicate(timeout=seconds)
-        except BaseException as error:
+        except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)  # the program too, which is a child of the sanitizer
-            if not isinstance(error, subprocess.TimeoutExpired):
-                raise
             return Verdict(-1, f"no end after {seconds:.0f} s")
+        finally:
+            _watched.discard(process.pid)
     return read(output, process.returncode)
+
+
+_watched: set[int] = set()  # the sanitizers that run, each the leader of its program's group
+
+
+def end() -> None:
+    """End all that is watched, in whichever thread."""
+    for leader in list(_watched):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(leader, signal.SIGKILL)
 
 
 def read(output: str, code: int) -> Verdict:

@@ -27,9 +27,9 @@ def write(run: Run) -> Path:
     counts = run.counts()
     word = "FAILED" if counts["failed"] else "PASSED" if counts["passed"] else "NOTHING RAN"
     word += f" SO FAR ({run.about.get('status')})" * (run.about.get("status") != "finished")
-    tools = list(dict.fromkeys(r.check for r in run.records))
+    tools, subjects = (sorted({getattr(r, name) for r in run.records}) for name in ("check", "subject"))
     found = {(r.subject, r.check): r for r in run.records}
-    rows = [[s, *(_cell(found.get((s, t))) for t in tools)] for s in dict.fromkeys(r.subject for r in run.records)]
+    rows = [[s, *(_cell(found.get((s, t))) for t in tools)] for s in subjects]
     parts = [f"# {TITLE}", bold(word + "."), f"`{run.last_line()}`", markdown.table(["subject", *tools], rows)]
     for record in (r for r in run.records if r.failed):
         parts += [f"## {record.check} of {record.subject}", f"```text\n{said(record)}\n```", f"`{record.command}`"]

@@ -1,6 +1,9 @@
 """The command `sanitize` by a stand-in for NVIDIA's compute-sanitizer: what it says becomes the verdict."""
 
 import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ from typer.testing import CliRunner
 from harness.cli import sanitize as command
 from harness.cli.app import app
 from harness.instruments import sanitized, sanitizer
-from harness.runs.conclude import FAILED, PASSED, UNFIT
+from harness.runs.conclude import FAILED, INTERRUPTED, PASSED, UNFIT
 from harness.runs.store import Run
 
 CLEAN = "B2-L9-float32\n========= ERROR SUMMARY: 0 errors\n"
@@ -70,6 +73,20 @@ def test_a_run_and_its_page(stand_in: Path, tmp_path: Path) -> None:
     assert "| scan | 3 errors" in page and "Invalid __global__ write" in page and "not judged" in page
     again = [*words[:3], "--jobs", "1", "--tool", "synccheck", "--out", str(tmp_path / "b")]
     assert CliRunner().invoke(app, again).exit_code == PASSED
+
+
+def test_what_is_watched_ends_with_an_interrupt(stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the verdicts that came before are kept."""
+    monkeypatch.setattr(command, "SECONDS", 60.0)
+    begun = time.monotonic()
+    timer = threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    words = ["--subject", "norm", "--tool", "memcheck", "--tool", "racecheck", "--jobs", "2", "--out", str(tmp_path / "run")]
+    done = CliRunner().invoke(app, ["sanitize", *words])
+    run = Run.open(tmp_path / "run")
+    assert done.exit_code == INTERRUPTED and run.about["status"] == "interrupted" and time.monotonic() - begun < 30
+    assert [(r.check, r.status) for r in run.records] == [("memcheck", "pass")]
+    assert not any(b"sanitized norm" in p.read_bytes() for p in Path("/proc").glob("[0-9]*/cmdline") if p.exists())
 
 
 def test_without_the_tool_or_with_a_wrong_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
