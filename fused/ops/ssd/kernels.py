@@ -28,6 +28,13 @@ def _exp(x: tl.tensor):
 
 
 @triton.jit
+def _exp2_double(x: tl.tensor):
+    """Return 2^x in float32, without the error of a rounded x, which is float64."""
+    rounded = x.to(tl.float32)
+    return tl.exp2(rounded) * tl.fma((x - rounded.to(tl.float64)).to(tl.float32), LN2, 1.0)
+
+
+@triton.jit
 def softplus(x: tl.tensor):
     """Return log(1 + exp(x)), to the last digits of small results too, and x above 20."""
     e = _exp(tl.minimum(x, 20.0))
@@ -50,6 +57,16 @@ def to_tokens(position: tl.tensor, L: tl.tensor, REVERSE: tl.constexpr):
 
 
 @triton.jit
+def steps_from(first: tl.tensor, i: tl.tensor, L: tl.tensor, REVERSE: tl.constexpr):
+    """Return how many tokens the positions first + i lie after the one at `first` (int32, negative with REVERSE).
+
+    Offsets within a chunk are int32, which takes half the registers. Positions beyond the last are read as the last.
+    """
+    steps = tl.minimum(first + i, L - 1) - first
+    return -steps if REVERSE else steps
+
+
+@triton.jit
 def load_rows(
     ptr: tl.tensor, tokens: tl.tensor, columns: tl.tensor, width: tl.tensor, stride: tl.tensor, COMPUTE: tl.constexpr,
     EVEN: tl.constexpr, inside: tl.tensor | None = None,
@@ -69,6 +86,18 @@ def load_rows(
 
 
 @triton.jit
+def load_columns(
+    ptr: tl.tensor, tokens: tl.tensor, columns: tl.tensor, width: tl.tensor, stride: tl.tensor, COMPUTE: tl.constexpr,
+    EVEN: tl.constexpr,
+):  # fmt: skip
+    """Return what `load_rows` does, transposed, (columns, tokens): a first factor that a product takes from registers."""
+    ptrs = ptr + columns[:, None] + tokens[None, :] * stride
+    if EVEN:
+        return tl.load(ptrs).to(COMPUTE)
+    return tl.load(ptrs, mask=(columns < width)[:, None], other=0.0).to(COMPUTE)
+
+
+@triton.jit
 def load_tiles(
     ptr: tl.tensor, tokens: tl.tensor, N: tl.tensor, stride: tl.tensor, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
     COMPUTE: tl.constexpr, EVEN: tl.constexpr,
@@ -84,11 +113,11 @@ def load_tiles(
 def load_state(
     ptr: tl.tensor, n: tl.tensor, p: tl.tensor, N: tl.tensor, P: tl.tensor, COMPUTE: tl.constexpr, EVEN: tl.constexpr
 ):
-    """Return a tile of the transposed state (N, P) at `ptr`, in COMPUTE."""
-    ptrs = ptr + n[:, None] * P + p[None, :]
+    """Return a tile of the state (P, N) at `ptr`, transposed, in COMPUTE."""
+    ptrs = ptr + p[:, None] * N + n[None, :]
     if EVEN:
-        return tl.load(ptrs).to(COMPUTE)
-    return tl.load(ptrs, mask=(n < N)[:, None] & (p < P)[None, :], other=0.0).to(COMPUTE)
+        return tl.trans(tl.load(ptrs)).to(COMPUTE)
+    return tl.trans(tl.load(ptrs, mask=(p < P)[:, None] & (n < N)[None, :], other=0.0)).to(COMPUTE)
 
 
 @triton.jit
@@ -118,14 +147,16 @@ def load_ids(ids_ptr: tl.tensor, chunk: tl.tensor, L: tl.tensor, REVERSE: tl.con
 def steps_kernel(
     dt_ptr: tl.tensor, A_ptr: tl.tensor, bias_ptr: tl.tensor, ids_ptr: tl.tensor,
     d_ptr: tl.tensor, prefix_ptr: tl.tensor, prefix_low_ptr: tl.tensor, from_state_ptr: tl.tensor, to_end_ptr: tl.tensor,
-    decay_ptr: tl.tensor,
+    into_ptr: tl.tensor, column_ptr: tl.tensor, middle_ptr: tl.tensor, decay_ptr: tl.tensor,
     L: tl.tensor, H: tl.tensor, num_chunks: tl.tensor, dt_clip_stride: tl.tensor, dt_token_stride: tl.tensor,
     low: tl.tensor, high: tl.tensor,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_HEADS: tl.constexpr,
 ):  # fmt: skip
     """Compute what depends on dt and A only, (B, H, num_chunks CHUNK): the step d = clamp(softplus(dt + bias)), 0 beyond L; the
     prefix; the decays of a state from the chunk's begin to the token (`from_state`) and from the token to the chunk's end
-    (`to_end`), 0 where a segment's edge lies between; and `decay` (B, H, num_chunks), that of the whole chunk.
+    (`to_end`), 0 where a segment's edge lies between; `into`, to_end d; `column`, log2(d) - prefix; `middle`, the decay between
+    the token and the chunk's middle, times d in the first half; and `decay` (B, H, num_chunks), that of the whole chunk. All
+    but the prefix, from_state and decay may be None.
     """
     clip = (tl.program_id(0) // num_chunks).to(tl.int64)
     chunk = tl.program_id(0) % num_chunks
@@ -145,14 +176,7 @@ def steps_kernel(
     log_decay = tl.where(log_decay < LOWEST, LOWEST, log_decay)
     prefix = tl.cumsum(log_decay, axis=0)
     total = tl.sum(log_decay, axis=0)
-    rounded = prefix.to(tl.float32)
-    rest = (prefix - rounded.to(tl.float64)).to(tl.float32)
-    after = total[None, :] - prefix
-    after_rounded = after.to(tl.float32)
-    from_state = tl.exp2(rounded) * tl.fma(rest, LN2, 1.0)
-    to_end = tl.exp2(after_rounded) * tl.fma((after - after_rounded.to(tl.float64)).to(tl.float32), LN2, 1.0)
-    total_rounded = total.to(tl.float32)
-    decay = tl.exp2(total_rounded) * tl.fma((total - total_rounded.to(tl.float64)).to(tl.float32), LN2, 1.0)
+    from_state, to_end, decay = _exp2_double(prefix), _exp2_double(total[None, :] - prefix), _exp2_double(total)
     if ids_ptr is not None:
         ids, before, last = load_ids(ids_ptr + clip * L, chunk, L, REVERSE, CHUNK)
         from_state = tl.where((ids == before)[:, None], from_state, 0.0)
@@ -161,79 +185,116 @@ def steps_kernel(
     from_state = tl.where(inside, from_state, 0.0)  # rows beyond L are read as those of the last token
     offsets = (clip * H + heads)[None, :].to(tl.int64) * (num_chunks * CHUNK) + position[:, None]
     mask = (heads < H)[None, :] & (position < num_chunks * CHUNK)[:, None]
-    tl.store(d_ptr + offsets, d, mask=mask)
+    rounded = prefix.to(tl.float32)
     tl.store(prefix_ptr + offsets, rounded, mask=mask)
-    tl.store(prefix_low_ptr + offsets, rest, mask=mask)
     tl.store(from_state_ptr + offsets, from_state, mask=mask)
-    tl.store(to_end_ptr + offsets, to_end, mask=mask)
+    if d_ptr is not None:
+        tl.store(d_ptr + offsets, d, mask=mask)
+    if prefix_low_ptr is not None:
+        tl.store(prefix_low_ptr + offsets, (prefix - rounded.to(tl.float64)).to(tl.float32), mask=mask)
+    if to_end_ptr is not None:
+        tl.store(to_end_ptr + offsets, to_end, mask=mask)
+    if into_ptr is not None:
+        tl.store(into_ptr + offsets, to_end * d, mask=mask)
+    if column_ptr is not None:
+        tl.store(column_ptr + offsets, (tl.log2(d).to(tl.float64) - prefix).to(tl.float32), mask=mask)
+    if middle_ptr is not None:
+        first = (tl.arange(0, CHUNK) < CHUNK // 2)[:, None]
+        from_middle = prefix - tl.sum(tl.where(first, log_decay, 0.0), axis=0)[None, :]
+        middle = _exp2_double(tl.where(first, -from_middle, from_middle))
+        tl.store(middle_ptr + offsets, tl.where(first, middle * d, middle), mask=mask)
     tl.store(decay_ptr + (clip * H + heads) * num_chunks + chunk, decay, mask=heads < H)
 
 
 @triton.jit(do_not_specialize=["L", "num_chunks", "heads_per_program"])
 def scan_kernel(
     x_ptr: tl.tensor, B_ptr: tl.tensor, C_ptr: tl.tensor, D_ptr: tl.tensor, z_ptr: tl.tensor, ids_ptr: tl.tensor,
-    d_ptr: tl.tensor, prefix_ptr: tl.tensor, prefix_low_ptr: tl.tensor, from_state_ptr: tl.tensor,
-    states_ptr: tl.tensor, y_ptr: tl.tensor,
+    d_ptr: tl.tensor, prefix_ptr: tl.tensor, prefix_low_ptr: tl.tensor, from_state_ptr: tl.tensor, column_ptr: tl.tensor,
+    middle_ptr: tl.tensor, states_ptr: tl.tensor, y_ptr: tl.tensor,
     L: tl.tensor, H: tl.tensor, P: tl.tensor, N: tl.tensor, heads_per_group: tl.tensor, num_chunks: tl.tensor,
     heads_per_program: tl.tensor,
     x_clip_stride: tl.tensor, x_token_stride: tl.tensor, x_head_stride: tl.tensor,
     B_clip_stride: tl.tensor, B_token_stride: tl.tensor, B_group_stride: tl.tensor,
     C_clip_stride: tl.tensor, C_token_stride: tl.tensor, C_group_stride: tl.tensor,
     z_clip_stride: tl.tensor, z_token_stride: tl.tensor, z_head_stride: tl.tensor,
-    REVERSE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
-    COMPUTE: tl.constexpr, D_CHANNELS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+    REVERSE: tl.constexpr, CHUNK: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    TILES: tl.constexpr, COMPUTE: tl.constexpr, D_CHANNELS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Compute y (B, L, H, P) of a chunk from the states that enter the chunks, (B, chunks, H, N, P), for several heads of a
+    """Compute y (B, L, H, P) of a chunk from the states that enter the chunks, (B, chunks, H, P, N), for several heads of a
     group in turn, which share C and C B^T. D, z and ids may be None.
+
+    The chunk is one block of rows or two (BLOCKS). The decay from a token of the first to one of the second is a product of two
+    factors, so that only pairs of the same block have an exponential each.
     """
     clip, chunk, group, first_head, count = chunk_and_heads(num_chunks, H, heads_per_group, heads_per_program)
     p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    i, j = tl.arange(0, CHUNK), tl.arange(0, CHUNK)
-    position = chunk * CHUNK + i
-    inside, tokens = position < L, to_tokens(position, L, REVERSE)
-    x_ptr += clip * x_clip_stride + first_head.to(tl.int64) * x_head_stride
-    B_ptr += clip * B_clip_stride + group.to(tl.int64) * B_group_stride
-    C_ptr += clip * C_clip_stride + group.to(tl.int64) * C_group_stride
-    y_ptr += (clip * L * H + first_head) * P
+    ROWS: tl.constexpr = CHUNK // BLOCKS
+    i, first = tl.arange(0, ROWS), chunk * CHUNK
+    token = to_tokens(first, L, REVERSE)
+    x_ptr += clip * x_clip_stride + token * x_token_stride + first_head.to(tl.int64) * x_head_stride
+    B_ptr += clip * B_clip_stride + token * B_token_stride + group.to(tl.int64) * B_group_stride
+    C_ptr += clip * C_clip_stride + token * C_token_stride + group.to(tl.int64) * C_group_stride
+    y_ptr += ((clip * L + token) * H + first_head) * P
     row = (clip * H + first_head) * (num_chunks * CHUNK) + chunk * CHUNK
     head_tokens, state_size = (num_chunks * CHUNK).to(tl.int64), tl.cast(P, tl.int64) * N
     states_ptr += ((clip * num_chunks + chunk) * H + first_head) * P * N
     if z_ptr is not None:
-        z_ptr += clip * z_clip_stride + first_head.to(tl.int64) * z_head_stride
-    C_tiles = load_tiles(C_ptr, tokens, N, C_token_stride, BLOCK_N, TILES, COMPUTE, EVEN)
-    B_tiles = load_tiles(B_ptr, tokens, N, B_token_stride, BLOCK_N, TILES, COMPUTE, EVEN)
-    products = tl.zeros((CHUNK, CHUNK), tl.float32)
-    for t in tl.static_range(TILES):
-        products = dot(C_tiles[t], tl.trans(B_tiles[t]), products)
-    used = i[:, None] >= j[None, :]
-    if ids_ptr is not None:
-        ids, _, _ = load_ids(ids_ptr + clip * L, chunk, L, REVERSE, CHUNK)
-        used = used & (ids[:, None] == ids[None, :])
-    products = tl.where(used, products, 0.0)
+        z_ptr += clip * z_clip_stride + token * z_token_stride + first_head.to(tl.int64) * z_head_stride
+    C_tiles, products = (), ()
+    for r in tl.static_range(BLOCKS):
+        rows = steps_from(first, r * ROWS + i, L, REVERSE)
+        C_tiles = C_tiles + load_tiles(C_ptr, rows, N, C_token_stride, BLOCK_N, TILES, COMPUTE, EVEN)
+    for c in tl.static_range(BLOCKS):
+        columns = steps_from(first, c * ROWS + i, L, REVERSE)
+        B_tiles = load_tiles(B_ptr, columns, N, B_token_stride, BLOCK_N, TILES, COMPUTE, EVEN)
+        for r in tl.static_range(c, BLOCKS):
+            product = tl.zeros((ROWS, ROWS), tl.float32)
+            for t in tl.static_range(TILES):
+                product = dot(C_tiles[r * TILES + t], tl.trans(B_tiles[t]), product)
+            used = i[:, None] + (r - c) * ROWS >= i[None, :]
+            if ids_ptr is not None:
+                ids = tl.load(ids_ptr + clip * L + token + steps_from(first, r * ROWS + i, L, REVERSE))
+                column_ids = tl.load(ids_ptr + clip * L + token + columns)
+                used = used & (ids[:, None] == column_ids[None, :])
+            products = products + (tl.where(used, product, 0.0),)
     for k in tl.range(0, count, num_stages=STAGES):
-        x = load_rows(x_ptr + k * x_head_stride, tokens, p, P, x_token_stride, COMPUTE, EVEN)
-        base = row + k * head_tokens
-        # `base` is a number: offsets as a tensor of int64 take so many registers that some spill
-        between = tl.load(prefix_ptr + base + i)[:, None] - tl.load(prefix_ptr + base + j)[None, :]
-        if COMPUTE == tl.float32:
-            between += tl.load(prefix_low_ptr + base + i)[:, None] - tl.load(prefix_low_ptr + base + j)[None, :]
-        y = tl.zeros((CHUNK, BLOCK_P), tl.float32)
+        x_tiles, states = (), ()
+        for r in tl.static_range(BLOCKS):
+            tokens = steps_from(first, r * ROWS + i, L, REVERSE)
+            x_tiles = x_tiles + (load_rows(x_ptr + k * x_head_stride, tokens, p, P, x_token_stride, COMPUTE, EVEN),)
         for t in tl.static_range(TILES):
             n = t * BLOCK_N + tl.arange(0, BLOCK_N)
-            state = load_state(states_ptr + k * state_size, n, p, N, P, COMPUTE, EVEN)
-            y = dot(C_tiles[t], state, y)
-        # not of pairs i < j, whose products are 0: their exponents are positive
-        mixing = (products * tl.exp2(tl.minimum(between, 0.0)) * tl.load(d_ptr + base + j)[None, :]).to(COMPUTE)
-        y = dot(mixing, x, y * tl.load(from_state_ptr + base + i)[:, None])
-        if D_ptr is not None:
-            if D_CHANNELS:
-                D = tl.load(D_ptr + (first_head + k) * P + p, mask=p < P, other=0.0).to(tl.float32)
-                y += x.to(tl.float32) * D[None, :]
+            states = states + (load_state(states_ptr + k * state_size, n, p, N, P, COMPUTE, EVEN),)
+        for r in tl.static_range(BLOCKS):
+            # `base` is a number: offsets as a tensor of int64 take so many registers that some spill
+            base = row + r * ROWS + k * head_tokens
+            y = tl.zeros((ROWS, BLOCK_P), tl.float32)
+            for t in tl.static_range(TILES):
+                y = dot(C_tiles[r * TILES + t], states[t], y)
+            y *= tl.load(from_state_ptr + base + i)[:, None]
+            if D_ptr is not None:
+                if D_CHANNELS:
+                    D = tl.load(D_ptr + (first_head + k) * P + p, mask=p < P, other=0.0).to(tl.float32)
+                    y += x_tiles[r].to(tl.float32) * D[None, :]
+                else:
+                    y += x_tiles[r].to(tl.float32) * tl.load(D_ptr + first_head + k).to(tl.float32)
+            if r == 1:
+                factors = tl.load(middle_ptr + base + i)[:, None] * tl.load(middle_ptr + base - ROWS + i)[None, :]
+                y = dot((products[1] * factors).to(COMPUTE), x_tiles[0], y)
+            # pairs i < j, whose products are 0, have positive exponents: they are bounded
+            prefix = tl.load(prefix_ptr + base + i)[:, None]
+            if COMPUTE == tl.float32:
+                prefix_low = tl.load(prefix_low_ptr + base + i)
+                between = prefix - tl.load(prefix_ptr + base + i)[None, :] + (prefix_low[:, None] - prefix_low[None, :])
+                mixing = products[2 * r] * tl.exp2(tl.minimum(between, 0.0)) * tl.load(d_ptr + base + i)[None, :]
             else:
-                y += x.to(tl.float32) * tl.load(D_ptr + first_head + k).to(tl.float32)
-        if z_ptr is not None:
-            z = load_rows(z_ptr + k * z_head_stride, tokens, p, P, z_token_stride, tl.float32, EVEN)
-            y *= z / (1.0 + tl.exp2(z * -LOG2E))
-        y_ptrs = y_ptr + tokens[:, None] * (H * P) + (k * P + p)[None, :]
-        mask = inside[:, None] if EVEN else inside[:, None] & (p < P)[None, :]
-        tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
+                mixing = products[2 * r] * tl.exp2(tl.minimum(prefix + tl.load(column_ptr + base + i)[None, :], 126.0))
+            y = dot(mixing.to(COMPUTE), x_tiles[r], y)
+            position = first + r * ROWS + i
+            tokens = steps_from(first, r * ROWS + i, L, REVERSE)
+            if z_ptr is not None:
+                z = load_rows(z_ptr + k * z_head_stride, tokens, p, P, z_token_stride, tl.float32, EVEN)
+                y *= z / (1.0 + tl.exp2(z * -LOG2E))
+            y_ptrs = y_ptr + tokens[:, None] * (H * P) + (k * P + p)[None, :]
+            mask = (position < L)[:, None] if EVEN else (position < L)[:, None] & (p < P)[None, :]
+            tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)

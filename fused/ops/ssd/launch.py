@@ -46,6 +46,7 @@ class Config(NamedTuple):
     """The compile-time choices of the kernels for one set of sizes."""
 
     CHUNK: int
+    BLOCKS: int  # of rows of a chunk in `scan`, 1 or 2
     BLOCK_P: int
     BLOCK_N: int
     STATE_P: int  # the tile of the state that a program of `states` has
@@ -83,10 +84,10 @@ def choose_config(sizes: Sizes, dtype: torch.dtype, capability: int = 0, backwar
     # Triton 3.6 fails to compile for sm_100 where sums are taken of a product of 64 rows, which is in tensor memory
     tensor_memory = capability >= 100
     if dtype != torch.bfloat16 or not NATIVE:
-        chunk, one = 16 if not NATIVE else 32, Options(4, 1)
+        chunk, one = 32 if NATIVE or not backward else 16, Options(4, 1)
         block_n, block_p = max(16, min(128, power_of_2(sizes.N))), max(16, min(64, power_of_2(sizes.P)))
         tile = min(block_p, 32), min(block_n, 64)
-        config = Config(chunk, block_p, block_n, *tile, tl.float32, 1, True, 8, one, one, one, one, one)
+        config = Config(chunk, 1 if NATIVE or backward else 2, block_p, block_n, *tile, tl.float32, 1, True, 8, one, one, one, one, one)
     else:
         # on an H200, Triton 3.6 built kernels that were wrong for blocks of 32 channels: there are none below 64
         block_p, block_n = 64, 64 if sizes.N <= 64 else 128
@@ -95,7 +96,7 @@ def choose_config(sizes: Sizes, dtype: torch.dtype, capability: int = 0, backwar
         else:
             chunk, over_heads = 32 if tensor_memory and backward else 64, Options(4, 3 if sizes.N <= 128 else 2)
         states = Options(8 if block_n == 128 else 4, 3)
-        config = Config(chunk, block_p, block_n, block_p, block_n, tl.bfloat16, 3, False, 16, states, *(over_heads,) * 4)
+        config = Config(chunk, 1 if backward or chunk < 128 else 2, block_p, block_n, block_p, block_n, tl.bfloat16, 3, False, 16, states, *(over_heads,) * 4)
     return config._replace(diagonal=not tensor_memory)
 
 
@@ -132,16 +133,16 @@ def forward(
     entering, initial = new_states(call, x), None if initial_state is None else initial_state.contiguous()
     triton_launch.launch(
         states_kernel, x.device, call.states_grid,
-        x, B, steps.d, steps.to_end, steps.decay, initial, entering, final,
+        x, B, None, steps.into, steps.decay, initial, entering, final,
         *call.shape, *x.stride()[:3], *B.stride()[:3], TERMS=config.TERMS, **call.states_options,
     )  # fmt: skip
     z_strides = (0, 0, 0) if z is None else z.stride()[:3]
     triton_launch.launch(
         scan_kernel, x.device, call.grid,
         x, B, C, None if D is None else D.contiguous(), z, call.ids, steps.d, steps.prefix, steps.prefix_low,
-        steps.from_state, entering, y, *call.shape, call.heads, *x.stride()[:3], *B.stride()[:3], *C.stride()[:3],
+        steps.from_state, steps.column, steps.middle, entering, y, *call.shape, call.heads, *x.stride()[:3], *B.stride()[:3], *C.stride()[:3],
         *z_strides, TILES=blocks(call.sizes.N, config.BLOCK_N), D_CHANNELS=D is not None and D.dim() == 2,
-        **call.options, **config.scan.launch(),
+        BLOCKS=config.BLOCKS, **call.options, **config.scan.launch(),
     )  # fmt: skip
     return y, final
 
@@ -149,11 +150,14 @@ def forward(
 class Steps(NamedTuple):
     """Tensors of dt and A alone: by token (B, H, chunks CHUNK), and `decay` by chunk (B, H, chunks); see `steps_kernel`."""
 
-    d: Tensor
+    d: Any
     prefix: Tensor
-    prefix_low: Tensor
+    prefix_low: Tensor | None
     from_state: Tensor
-    to_end: Tensor
+    to_end: Any
+    into: Any
+    column: Tensor | None
+    middle: Tensor | None
     decay: Tensor
 
 
@@ -213,15 +217,15 @@ def prepare(
         "COMPUTE": config.COMPUTE, "EVEN": sizes.P % config.BLOCK_P == 0 and sizes.N % config.BLOCK_N == 0,
     }  # fmt: skip
     ids = None if seq_idx is None else seq_idx.contiguous()
-    steps = _steps(dt, A, dt_bias, softplus, low, high, ids, reverse, num_chunks, config.CHUNK)
+    steps = _steps(dt, A, dt_bias, softplus, low, high, ids, reverse, num_chunks, config, backward)
     return Call(config, sizes, num_chunks, choose_heads(sizes, num_chunks, config.heads), options, ids, steps, reverse)
 
 
 def new_states(call: Call, x: Tensor) -> Tensor:
-    """Return an empty tensor for a state for every chunk, (B, chunks, H, N, P)."""
+    """Return an empty tensor for a state for every chunk, (B, chunks, H, P, N)."""
     clips, _, H, P, _, N = call.sizes
     dtype = torch.bfloat16 if call.config.COMPUTE == tl.bfloat16 else torch.float32
-    return torch.empty((clips, call.num_chunks, H, N, P), dtype=dtype, device=x.device)
+    return torch.empty((clips, call.num_chunks, H, P, N), dtype=dtype, device=x.device)
 
 
 def rows(t: Any) -> Any:
@@ -231,16 +235,20 @@ def rows(t: Any) -> Any:
 
 def _steps(
     dt: Tensor, A: Tensor, dt_bias: Tensor | None, softplus: bool, low: float, high: float, ids: Tensor | None, reverse: bool,
-    num_chunks: int, CHUNK: int,
+    num_chunks: int, config: Config, backward: bool,
 ) -> Steps:  # fmt: skip
     clips, L, H = dt.shape
-    d, *others = torch.empty((5, clips, H, num_chunks * CHUNK), dtype=torch.float32, device=dt.device).unbind(0)
-    decay = torch.empty((clips, H, num_chunks), dtype=torch.float32, device=dt.device)
+    float32, two = config.COMPUTE == tl.float32, config.BLOCKS == 2
+    wanted = (backward or float32, True, float32, True, backward, not backward, not (backward or float32), two)
+    tensors = iter(torch.empty((sum(wanted), clips, H, num_chunks * config.CHUNK), dtype=torch.float32, device=dt.device).unbind(0))
+    steps = Steps(
+        *(next(tensors) if want else None for want in wanted),
+        torch.empty((clips, H, num_chunks), dtype=torch.float32, device=dt.device),
+    )  # fmt: skip
     bias = None if dt_bias is None else dt_bias.contiguous()
     triton_launch.launch(
         steps_kernel, dt.device, (clips * num_chunks, blocks(H, STEPS["BLOCK_HEADS"])),
-        dt, A.contiguous(), bias, ids, d, *others, decay, L, H, num_chunks, *dt.stride()[:2], low, high,
-        SOFTPLUS=softplus, REVERSE=reverse, CHUNK=CHUNK, **STEPS,
+        dt, A.contiguous(), bias, ids, *steps, L, H, num_chunks, *dt.stride()[:2], low, high,
+        SOFTPLUS=softplus, REVERSE=reverse, CHUNK=config.CHUNK, **STEPS,
     )  # fmt: skip
-    prefix, prefix_low, from_state, to_end = others
-    return Steps(d, prefix, prefix_low, from_state, to_end, decay)
+    return steps
