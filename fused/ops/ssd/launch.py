@@ -60,6 +60,7 @@ class Config(NamedTuple):
     state_gradient: Options = Options(4, 2)
     pairs: Options = Options(4, 2)
     input_gradient: Options = Options(4, 2)
+    fused: bool = True
     diagonal: bool = True  # whether <state, gradient> is the diagonal of a product of matrices
 
 
@@ -91,12 +92,12 @@ def choose_config(sizes: Sizes, dtype: torch.dtype, capability: int = 0, backwar
     else:
         # on an H200, Triton 3.6 built kernels that were wrong for blocks of 32 channels: there are none below 64
         block_p, block_n = 64, 64 if sizes.N <= 64 else 128
-        if not backward and sizes.N <= 128:
-            chunk, over_heads = 128, Options(8, 3 if capability >= 90 else 2)  # with a gate, 3 are too many for an A100
-        else:
-            chunk, over_heads = 32 if tensor_memory and backward else 64, Options(4, 3 if sizes.N <= 128 else 2)
-        states = Options(8 if block_n == 128 else 4, 3)
-        config = Config(chunk, 1 if backward or chunk < 128 else 2, block_p, block_n, block_p, block_n, tl.bfloat16, 3, False, 16, states, *(over_heads,) * 4)
+        chunk = 128 if not backward and sizes.N <= 128 else 32 if tensor_memory and backward else 64
+        over_heads, both = Options(4, 3 if sizes.N <= 128 else 2), Options(4 if sizes.N <= 128 else 8, 2)
+        config = Config(
+            chunk, chunk // 64 or 1, block_p, block_n, block_p, 64, tl.bfloat16, 3, False, 16, Options(4, 3), Options(4, 2),
+            over_heads, over_heads, both,
+        )  # fmt: skip
     return config._replace(diagonal=not tensor_memory)
 
 

@@ -131,7 +131,7 @@ def _backward(
         C, dy, None, steps.from_state, steps.decay, states, gradients, dC_parts, read, through, *shape, *C_strides, *dy_strides,
         DIAGONAL=config.diagonal, **call.options, **config.state_gradient.launch(),
     )  # fmt: skip
-    triton_launch.launch(
+    if not config.fused: triton_launch.launch(
         state_gradient_kernel, x.device, (*grid, n_blocks),
         B, x, steps.d, steps.to_end, steps.decay, gradients, None, dB_parts, None, None, *shape, *B_strides, *x_strides,
         DIAGONAL=config.diagonal, **call.options, **config.state_gradient.launch(),
@@ -140,7 +140,7 @@ def _backward(
         triton_launch.launch(
             input_gradient_kernel, x.device, grid,
             x, B, C, dy, D, call.ids, steps.d, steps.prefix, steps.prefix_low, steps.to_end, gradients,
-            dx_out, pairs_out, dD_parts, within, into, step, *shape, *x_strides, *B_strides, *C_strides, *dy_strides,
+            dx_out, dB_parts if dx_out is not None and config.fused else None, pairs_out, dD_parts, within, into, step, *shape, *x_strides, *B_strides, *C_strides, *dy_strides,
             TILES=n_blocks, EXACT=config.EXACT, D_CHANNELS=D_CHANNELS, **call.options,
             **(config.pairs if dx_out is None else config.input_gradient).launch(),
         )  # fmt: skip
