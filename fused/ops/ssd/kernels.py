@@ -57,16 +57,6 @@ def to_tokens(position: tl.tensor, L: tl.tensor, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def steps_from(first: tl.tensor, i: tl.tensor, L: tl.tensor, REVERSE: tl.constexpr):
-    """Return how many tokens the positions first + i lie after the one at `first` (int32, negative with REVERSE).
-
-    Offsets within a chunk are int32, which takes half the registers. Positions beyond the last are read as the last.
-    """
-    steps = tl.minimum(first + i, L - 1) - first
-    return -steps if REVERSE else steps
-
-
-@triton.jit
 def load_rows(
     ptr: tl.tensor, tokens: tl.tensor, columns: tl.tensor, width: tl.tensor, stride: tl.tensor, COMPUTE: tl.constexpr,
     EVEN: tl.constexpr, inside: tl.tensor | None = None,
@@ -121,11 +111,12 @@ def load_state(
 
 
 @triton.jit
-def chunk_and_heads(num_chunks: tl.tensor, H: tl.tensor, heads_per_group: tl.tensor, heads_per_program: tl.tensor):
-    """Return (clip, chunk, group, first head, heads) of a program of the first axis; consecutive programs share a chunk."""
+def chunk_and_heads(
+    program: tl.tensor, num_chunks: tl.tensor, H: tl.tensor, heads_per_group: tl.tensor, heads_per_program: tl.tensor
+):
+    """Return (clip, chunk, group, first head, heads) of a program; consecutive programs share a chunk."""
     blocks = tl.cdiv(heads_per_group, heads_per_program)
     groups = H // heads_per_group
-    program = tl.program_id(0)
     block, group = program % blocks, (program // blocks) % groups
     chunk, clip = (program // blocks // groups) % num_chunks, (program // blocks // groups // num_chunks).to(tl.int64)
     first = block * heads_per_program
@@ -206,6 +197,90 @@ def steps_kernel(
     tl.store(decay_ptr + (clip * H + heads) * num_chunks + chunk, decay, mask=heads < H)
 
 
+@triton.jit
+def scan_rows(
+    program: tl.tensor,
+    x_ptr: tl.tensor, B_ptr: tl.tensor, C_ptr: tl.tensor, D_ptr: tl.tensor, z_ptr: tl.tensor, ids_ptr: tl.tensor,
+    d_ptr: tl.tensor, prefix_ptr: tl.tensor, prefix_low_ptr: tl.tensor, from_state_ptr: tl.tensor, column_ptr: tl.tensor,
+    middle_ptr: tl.tensor, states_ptr: tl.tensor, y_ptr: tl.tensor,
+    L: tl.tensor, H: tl.tensor, P: tl.tensor, N: tl.tensor, heads_per_group: tl.tensor, num_chunks: tl.tensor,
+    heads_per_program: tl.tensor,
+    x_clip_stride: tl.tensor, x_token_stride: tl.tensor, x_head_stride: tl.tensor,
+    B_clip_stride: tl.tensor, B_token_stride: tl.tensor, B_group_stride: tl.tensor,
+    C_clip_stride: tl.tensor, C_token_stride: tl.tensor, C_group_stride: tl.tensor,
+    z_clip_stride: tl.tensor, z_token_stride: tl.tensor, z_head_stride: tl.tensor,
+    SECOND: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr, TILES: tl.constexpr, COMPUTE: tl.constexpr, D_CHANNELS: tl.constexpr, EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Compute y of the first ROWS tokens of a chunk, or of those after them (SECOND); see `scan_kernel`."""
+    clip, chunk, group, first_head, count = chunk_and_heads(program, num_chunks, H, heads_per_group, heads_per_program)
+    p, i = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, ROWS)
+    begin = chunk * CHUNK  # positions of the chunk and of the rows
+    first = begin + ROWS if SECOND else begin
+    inside, tokens = first + i < L, to_tokens(first + i, L, REVERSE)
+    x_ptr += clip * x_clip_stride + first_head.to(tl.int64) * x_head_stride
+    B_ptr += clip * B_clip_stride + group.to(tl.int64) * B_group_stride
+    C_ptr += clip * C_clip_stride + group.to(tl.int64) * C_group_stride
+    y_ptr += (clip * L * H + first_head) * P
+    row = (clip * H + first_head) * (num_chunks * CHUNK) + first
+    head_tokens, state_size = (num_chunks * CHUNK).to(tl.int64), tl.cast(P, tl.int64) * N
+    states_ptr += ((clip * num_chunks + chunk) * H + first_head) * P * N
+    if z_ptr is not None:
+        z_ptr += clip * z_clip_stride + first_head.to(tl.int64) * z_head_stride
+    C_tiles = load_tiles(C_ptr, tokens, N, C_token_stride, BLOCK_N, TILES, COMPUTE, EVEN)
+    B_tiles = load_tiles(B_ptr, tokens, N, B_token_stride, BLOCK_N, TILES, COMPUTE, EVEN)
+    products, before = tl.zeros((ROWS, ROWS), tl.float32), tl.zeros((ROWS, ROWS), tl.float32)
+    used = i[:, None] >= i[None, :]
+    for t in tl.static_range(TILES):
+        products = dot(C_tiles[t], tl.trans(B_tiles[t]), products)
+    if ids_ptr is not None:
+        ids = tl.load(ids_ptr + clip * L + tokens)
+        used = used & (ids[:, None] == ids[None, :])
+    products = tl.where(used, products, 0.0)
+    if SECOND:
+        tokens_before = to_tokens(begin + i, L, REVERSE)
+        B_tiles = load_tiles(B_ptr, tokens_before, N, B_token_stride, BLOCK_N, TILES, COMPUTE, EVEN)
+        for t in tl.static_range(TILES):
+            before = dot(C_tiles[t], tl.trans(B_tiles[t]), before)
+        if ids_ptr is not None:
+            before = tl.where(ids[:, None] == tl.load(ids_ptr + clip * L + tokens_before)[None, :], before, 0.0)
+    for k in tl.range(0, count, num_stages=STAGES):
+        x = load_rows(x_ptr + k * x_head_stride, tokens, p, P, x_token_stride, COMPUTE, EVEN)
+        # `base` is a number: offsets as a tensor of int64 take so many registers that some spill
+        base = row + k * head_tokens
+        y = tl.zeros((ROWS, BLOCK_P), tl.float32)
+        for t in tl.static_range(TILES):
+            n = t * BLOCK_N + tl.arange(0, BLOCK_N)
+            y = dot(C_tiles[t], load_state(states_ptr + k * state_size, n, p, N, P, COMPUTE, EVEN), y)
+        y *= tl.load(from_state_ptr + base + i)[:, None]
+        if SECOND:
+            x_before = load_rows(x_ptr + k * x_head_stride, tokens_before, p, P, x_token_stride, COMPUTE, EVEN)
+            factors = tl.load(middle_ptr + base + i)[:, None] * tl.load(middle_ptr + base - ROWS + i)[None, :]
+            y = dot((before * factors).to(COMPUTE), x_before, y)
+        # pairs i < j, whose products are 0, have positive exponents: they are bounded
+        prefix = tl.load(prefix_ptr + base + i)
+        if COMPUTE == tl.float32:
+            prefix_low = tl.load(prefix_low_ptr + base + i)
+            between = prefix[:, None] - prefix[None, :] + (prefix_low[:, None] - prefix_low[None, :])
+            mixing = products * tl.exp2(tl.minimum(between, 0.0)) * tl.load(d_ptr + base + i)[None, :]
+        else:
+            mixing = products * tl.exp2(tl.minimum(prefix[:, None] + tl.load(column_ptr + base + i)[None, :], 126.0))
+        y = dot(mixing.to(COMPUTE), x, y)
+        if D_ptr is not None:
+            if D_CHANNELS:
+                D = tl.load(D_ptr + (first_head + k) * P + p, mask=p < P, other=0.0).to(tl.float32)
+                y += x.to(tl.float32) * D[None, :]
+            else:
+                y += x.to(tl.float32) * tl.load(D_ptr + first_head + k).to(tl.float32)
+        if z_ptr is not None:
+            z = load_rows(z_ptr + k * z_head_stride, tokens, p, P, z_token_stride, tl.float32, EVEN)
+            y *= z / (1.0 + tl.exp2(z * -LOG2E))
+        y_ptrs = y_ptr + tokens[:, None] * (H * P) + (k * P + p)[None, :]
+        mask = inside[:, None] if EVEN else inside[:, None] & (p < P)[None, :]
+        tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["L", "num_chunks", "heads_per_program"])
 def scan_kernel(
     x_ptr: tl.tensor, B_ptr: tl.tensor, C_ptr: tl.tensor, D_ptr: tl.tensor, z_ptr: tl.tensor, ids_ptr: tl.tensor,
@@ -223,78 +298,25 @@ def scan_kernel(
     """Compute y (B, L, H, P) of a chunk from the states that enter the chunks, (B, chunks, H, P, N), for several heads of a
     group in turn, which share C and C B^T. D, z and ids may be None.
 
-    The chunk is one block of rows or two (BLOCKS). The decay from a token of the first to one of the second is a product of two
-    factors, so that only pairs of the same block have an exponential each.
+    A chunk is one block of rows or two (BLOCKS), each a program. The decay from a token of the first to one of the second is a
+    product of two factors, so that only pairs of the same block have an exponential each.
     """
-    clip, chunk, group, first_head, count = chunk_and_heads(num_chunks, H, heads_per_group, heads_per_program)
-    p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     ROWS: tl.constexpr = CHUNK // BLOCKS
-    i, first = tl.arange(0, ROWS), chunk * CHUNK
-    token = to_tokens(first, L, REVERSE)
-    x_ptr += clip * x_clip_stride + token * x_token_stride + first_head.to(tl.int64) * x_head_stride
-    B_ptr += clip * B_clip_stride + token * B_token_stride + group.to(tl.int64) * B_group_stride
-    C_ptr += clip * C_clip_stride + token * C_token_stride + group.to(tl.int64) * C_group_stride
-    y_ptr += ((clip * L + token) * H + first_head) * P
-    row = (clip * H + first_head) * (num_chunks * CHUNK) + chunk * CHUNK
-    head_tokens, state_size = (num_chunks * CHUNK).to(tl.int64), tl.cast(P, tl.int64) * N
-    states_ptr += ((clip * num_chunks + chunk) * H + first_head) * P * N
-    if z_ptr is not None:
-        z_ptr += clip * z_clip_stride + token * z_token_stride + first_head.to(tl.int64) * z_head_stride
-    C_tiles, products = (), ()
-    for r in tl.static_range(BLOCKS):
-        rows = steps_from(first, r * ROWS + i, L, REVERSE)
-        C_tiles = C_tiles + load_tiles(C_ptr, rows, N, C_token_stride, BLOCK_N, TILES, COMPUTE, EVEN)
-    for c in tl.static_range(BLOCKS):
-        columns = steps_from(first, c * ROWS + i, L, REVERSE)
-        B_tiles = load_tiles(B_ptr, columns, N, B_token_stride, BLOCK_N, TILES, COMPUTE, EVEN)
-        for r in tl.static_range(c, BLOCKS):
-            product = tl.zeros((ROWS, ROWS), tl.float32)
-            for t in tl.static_range(TILES):
-                product = dot(C_tiles[r * TILES + t], tl.trans(B_tiles[t]), product)
-            used = i[:, None] + (r - c) * ROWS >= i[None, :]
-            if ids_ptr is not None:
-                ids = tl.load(ids_ptr + clip * L + token + steps_from(first, r * ROWS + i, L, REVERSE))
-                column_ids = tl.load(ids_ptr + clip * L + token + columns)
-                used = used & (ids[:, None] == column_ids[None, :])
-            products = products + (tl.where(used, product, 0.0),)
-    for k in tl.range(0, count, num_stages=STAGES):
-        x_tiles, states = (), ()
-        for r in tl.static_range(BLOCKS):
-            tokens = steps_from(first, r * ROWS + i, L, REVERSE)
-            x_tiles = x_tiles + (load_rows(x_ptr + k * x_head_stride, tokens, p, P, x_token_stride, COMPUTE, EVEN),)
-        for t in tl.static_range(TILES):
-            n = t * BLOCK_N + tl.arange(0, BLOCK_N)
-            states = states + (load_state(states_ptr + k * state_size, n, p, N, P, COMPUTE, EVEN),)
-        for r in tl.static_range(BLOCKS):
-            # `base` is a number: offsets as a tensor of int64 take so many registers that some spill
-            base = row + r * ROWS + k * head_tokens
-            y = tl.zeros((ROWS, BLOCK_P), tl.float32)
-            for t in tl.static_range(TILES):
-                y = dot(C_tiles[r * TILES + t], states[t], y)
-            y *= tl.load(from_state_ptr + base + i)[:, None]
-            if D_ptr is not None:
-                if D_CHANNELS:
-                    D = tl.load(D_ptr + (first_head + k) * P + p, mask=p < P, other=0.0).to(tl.float32)
-                    y += x_tiles[r].to(tl.float32) * D[None, :]
-                else:
-                    y += x_tiles[r].to(tl.float32) * tl.load(D_ptr + first_head + k).to(tl.float32)
-            if r == 1:
-                factors = tl.load(middle_ptr + base + i)[:, None] * tl.load(middle_ptr + base - ROWS + i)[None, :]
-                y = dot((products[1] * factors).to(COMPUTE), x_tiles[0], y)
-            # pairs i < j, whose products are 0, have positive exponents: they are bounded
-            prefix = tl.load(prefix_ptr + base + i)[:, None]
-            if COMPUTE == tl.float32:
-                prefix_low = tl.load(prefix_low_ptr + base + i)
-                between = prefix - tl.load(prefix_ptr + base + i)[None, :] + (prefix_low[:, None] - prefix_low[None, :])
-                mixing = products[2 * r] * tl.exp2(tl.minimum(between, 0.0)) * tl.load(d_ptr + base + i)[None, :]
-            else:
-                mixing = products[2 * r] * tl.exp2(tl.minimum(prefix + tl.load(column_ptr + base + i)[None, :], 126.0))
-            y = dot(mixing.to(COMPUTE), x_tiles[r], y)
-            position = first + r * ROWS + i
-            tokens = steps_from(first, r * ROWS + i, L, REVERSE)
-            if z_ptr is not None:
-                z = load_rows(z_ptr + k * z_head_stride, tokens, p, P, z_token_stride, tl.float32, EVEN)
-                y *= z / (1.0 + tl.exp2(z * -LOG2E))
-            y_ptrs = y_ptr + tokens[:, None] * (H * P) + (k * P + p)[None, :]
-            mask = (position < L)[:, None] if EVEN else (position < L)[:, None] & (p < P)[None, :]
-            tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
+    if BLOCKS == 2 and tl.program_id(0) % BLOCKS == 1:
+        scan_rows(
+            tl.program_id(0) // BLOCKS, x_ptr, B_ptr, C_ptr, D_ptr, z_ptr, ids_ptr,
+            d_ptr, prefix_ptr, prefix_low_ptr, from_state_ptr, column_ptr, middle_ptr, states_ptr, y_ptr,
+            L, H, P, N, heads_per_group, num_chunks, heads_per_program,
+            x_clip_stride, x_token_stride, x_head_stride, B_clip_stride, B_token_stride, B_group_stride,
+            C_clip_stride, C_token_stride, C_group_stride, z_clip_stride, z_token_stride, z_head_stride,
+            True, REVERSE, CHUNK, ROWS, BLOCK_P, BLOCK_N, TILES, COMPUTE, D_CHANNELS, EVEN, STAGES,
+        )  # fmt: skip
+    else:
+        scan_rows(
+            tl.program_id(0) // BLOCKS, x_ptr, B_ptr, C_ptr, D_ptr, z_ptr, ids_ptr,
+            d_ptr, prefix_ptr, prefix_low_ptr, from_state_ptr, column_ptr, middle_ptr, states_ptr, y_ptr,
+            L, H, P, N, heads_per_group, num_chunks, heads_per_program,
+            x_clip_stride, x_token_stride, x_head_stride, B_clip_stride, B_token_stride, B_group_stride,
+            C_clip_stride, C_token_stride, C_group_stride, z_clip_stride, z_token_stride, z_head_stride,
+            False, REVERSE, CHUNK, ROWS, BLOCK_P, BLOCK_N, TILES, COMPUTE, D_CHANNELS, EVEN, STAGES,
+        )  # fmt: skip

@@ -61,6 +61,7 @@ class Config(NamedTuple):
     pairs: Options = Options(4, 2)
     input_gradient: Options = Options(4, 2)
     fused: bool = True
+    apart: bool = False  # whether the products of a chunk are summed before they are added to the state
     diagonal: bool = True  # whether <state, gradient> is the diagonal of a product of matrices
 
 
@@ -139,7 +140,7 @@ def forward(
     )  # fmt: skip
     z_strides = (0, 0, 0) if z is None else z.stride()[:3]
     triton_launch.launch(
-        scan_kernel, x.device, call.grid,
+        scan_kernel, x.device, (call.grid[0] * config.BLOCKS, call.grid[1]),
         x, B, C, None if D is None else D.contiguous(), z, call.ids, steps.d, steps.prefix, steps.prefix_low,
         steps.from_state, steps.column, steps.middle, entering, y, *call.shape, call.heads, *x.stride()[:3], *B.stride()[:3], *C.stride()[:3],
         *z_strides, TILES=blocks(call.sizes.N, config.BLOCK_N), D_CHANNELS=D is not None and D.dim() == 2,
@@ -195,7 +196,7 @@ class Call(NamedTuple):
         """Return their constants and options."""
         config, (P, N) = self.config, (self.sizes.P, self.sizes.N)
         even = P % config.STATE_P == 0 and N % config.STATE_N == 0
-        tile = {"BLOCK_P": config.STATE_P, "BLOCK_N": config.STATE_N, "EVEN": even}
+        tile = {"BLOCK_P": config.STATE_P, "BLOCK_N": config.STATE_N, "APART": config.apart, "EVEN": even}
         return self.options | tile | config.states.launch()
 
     @property

@@ -31,7 +31,7 @@ def go_through_chunks(
     x_clip_stride: tl.tensor, x_token_stride: tl.tensor, x_head_stride: tl.tensor,
     B_clip_stride: tl.tensor, B_token_stride: tl.tensor, B_group_stride: tl.tensor,
     REVERSE: tl.constexpr, BACKWARD: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    COMPUTE: tl.constexpr, TERMS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+    COMPUTE: tl.constexpr, TERMS: tl.constexpr, APART: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Go through a sequence with a tile of the state of one head in registers, in float32, from the initial state (B, H, P, N)
     or zeros on: store the state that enters each chunk, (B, chunks, H, P, N), and the final state (B, H, P, N), unless None.
@@ -67,7 +67,11 @@ def go_through_chunks(
         ptrs = states_ptr + place * P * N + p[:, None] * N + n[None, :]
         tl.store(ptrs, state.to(states_ptr.dtype.element_ty), mask=None if EVEN else in_state)
         scaled = x.to(tl.float32) * weight[None, :]
-        state = dot_split(scaled, B, state * decay, COMPUTE, TERMS)
+        if APART:  # the hardware cuts off what of a product is small beside the sum that it is added to
+            own = dot_split(scaled, B, tl.zeros((BLOCK_P, BLOCK_N), tl.float32), COMPUTE, TERMS)
+            state = state * decay + own
+        else:
+            state = dot_split(scaled, B, state * decay, COMPUTE, TERMS)
     if final_ptr is not None:
         tl.store(final_ptr + whole, state, mask=in_state)
 
@@ -80,14 +84,14 @@ def states_kernel(
     x_clip_stride: tl.tensor, x_token_stride: tl.tensor, x_head_stride: tl.tensor,
     B_clip_stride: tl.tensor, B_token_stride: tl.tensor, B_group_stride: tl.tensor,
     REVERSE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    COMPUTE: tl.constexpr, TERMS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+    COMPUTE: tl.constexpr, TERMS: tl.constexpr, APART: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Go through sequences from the first chunk on; see `go_through_chunks`."""
     go_through_chunks(
         tl.program_id(0), x_ptr, B_ptr, d_ptr, weight_ptr, decay_ptr, initial_ptr, states_ptr, final_ptr,
         L, H, P, N, heads_per_group, num_chunks, x_clip_stride, x_token_stride, x_head_stride,
         B_clip_stride, B_token_stride, B_group_stride,
-        REVERSE, False, CHUNK, BLOCK_P, BLOCK_N, COMPUTE, TERMS, EVEN, STAGES,
+        REVERSE, False, CHUNK, BLOCK_P, BLOCK_N, COMPUTE, TERMS, APART, EVEN, STAGES,
     )  # fmt: skip
 
 
@@ -102,7 +106,7 @@ def both_states_kernel(
     dy_clip_stride: tl.tensor, dy_token_stride: tl.tensor, dy_head_stride: tl.tensor,
     C_clip_stride: tl.tensor, C_token_stride: tl.tensor, C_group_stride: tl.tensor,
     REVERSE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    COMPUTE: tl.constexpr, TERMS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+    COMPUTE: tl.constexpr, TERMS: tl.constexpr, APART: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Compute the states that enter the chunks, and, in the second half of the programs, the gradients of the states that leave
     them, from the last chunk on; see `go_through_chunks`. TERMS is for the gradients: that of the initial state is returned.
@@ -113,7 +117,7 @@ def both_states_kernel(
             tl.program_id(0), x_ptr, B_ptr, d_ptr, to_end_ptr, decay_ptr, initial_ptr, states_ptr, None,
             L, H, P, N, heads_per_group, num_chunks, x_clip_stride, x_token_stride, x_head_stride,
             B_clip_stride, B_token_stride, B_group_stride,
-            REVERSE, False, CHUNK, BLOCK_P, BLOCK_N, COMPUTE, 1, EVEN, STAGES,
+            REVERSE, False, CHUNK, BLOCK_P, BLOCK_N, COMPUTE, 1, APART, EVEN, STAGES,
         )  # fmt: skip
     else:
         go_through_chunks(
@@ -121,5 +125,5 @@ def both_states_kernel(
             dfinal_ptr, gradients_ptr, dinitial_ptr,
             L, H, P, N, heads_per_group, num_chunks, dy_clip_stride, dy_token_stride, dy_head_stride,
             C_clip_stride, C_token_stride, C_group_stride,
-            REVERSE, True, CHUNK, BLOCK_P, BLOCK_N, COMPUTE, TERMS, EVEN, STAGES,
+            REVERSE, True, CHUNK, BLOCK_P, BLOCK_N, COMPUTE, TERMS, APART, EVEN, STAGES,
         )  # fmt: skip
