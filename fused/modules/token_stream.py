@@ -7,8 +7,6 @@
 The time and the memory of a token do not depend on the number of tokens before it.
 """
 
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -22,7 +20,7 @@ from fused.runtime.graphs import WARMUP, CudaRecorder, Recorder, Recording
 class TokenStream:
     """A causal `Mamba` or `Mamba2`, with the state of `batch_size` sequences, which is written in place.
 
-    Outputs are those of `mixer(u, state=state, return_state=True)`, without gradients. `state` holds (conv_state, ssm_state) after
+    Outputs are those of `mixer(u, state=state, return_state=True)`, without gradients. `state` is (conv_state, ssm_state) after
     the last token; copy a state into them to go on from it, as after a prompt that was run at once.
 
     `graph` says whether to replay a CUDA graph; None means on CUDA. The constructor records the graph, under the autocast that

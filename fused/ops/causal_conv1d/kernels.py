@@ -4,8 +4,8 @@ A segment is a range of consecutive tokens of one sequence. A program computes a
 BLOCK_CHANNELS channels: it goes through the tokens of all its segments at once, in order, and keeps the last K-1 inputs in
 registers. In names, `fwd` is the direction forward in time and `rev` the reverse one; `forward` and `backward` are the passes
 of autograd. Shapes: S is BLOCK_SEGMENTS, C is BLOCK_CHANNELS, B the clips, L the tokens, E the channels, K the width.
-`ids` (B, L) number the sequences that a row of tokens consists of (`seq_idx`); in kernels they are a tuple of (S,), one for each
-token of a window, and an empty tuple where there are none.
+`ids` (B, L) number the sequences that a row of tokens consists of (`seq_idx`); within a kernel they are a tuple of (S,), one
+for each token of a window, and an empty tuple where there are none.
 """
 
 # mypy: disable-error-code="assignment"

@@ -37,8 +37,9 @@ def causal_conv1d_native(
 
 
 def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, seq_idx: Tensor | None, silu: bool, reverse: bool
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, seq_idx: Tensor | None, silu: bool,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return y (B, L, E) and the final state (B, E, K-1) of x (B, L, E), weight (E, K) and bias (E,)."""
     y, finals = launch.forward(x, (weight,), (bias,), (initial_state,), (reverse,), silu, seq_idx=seq_idx)
     (final,) = finals or ()
@@ -46,8 +47,9 @@ def _forward(
 
 
 def _forward_shapes(
-    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, seq_idx: Tensor | None, silu: bool, reverse: bool
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, seq_idx: Tensor | None, silu: bool,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     return x.new_empty(x.shape), x.new_empty((x.shape[0], x.shape[2], weight.shape[1] - 1))
 
 

@@ -89,7 +89,7 @@ def state_gradient_kernel(
 def input_gradient_kernel(
     x_ptr: tl.tensor, B_ptr: tl.tensor, C_ptr: tl.tensor, dy_ptr: tl.tensor, D_ptr: tl.tensor, ids_ptr: tl.tensor,
     d_ptr: tl.tensor, prefix_ptr: tl.tensor, prefix_low_ptr: tl.tensor, to_end_ptr: tl.tensor, gradients_ptr: tl.tensor,
-    dx_ptr: tl.tensor, dB_ptr: tl.tensor, pairs_ptr: tl.tensor, dD_ptr: tl.tensor,
+    dx_ptr: tl.tensor, pairs_ptr: tl.tensor, dD_ptr: tl.tensor,
     within_ptr: tl.tensor, into_ptr: tl.tensor, step_ptr: tl.tensor,
     L: tl.tensor, H: tl.tensor, P: tl.tensor, N: tl.tensor, heads_per_group: tl.tensor, num_chunks: tl.tensor,
     heads_per_program: tl.tensor,
@@ -139,10 +139,6 @@ def input_gradient_kernel(
         used = used & (ids[:, None] == ids[None, :])
     products = tl.where(used, products, 0.0)
     all_pairs = tl.zeros((CHUNK, CHUNK), tl.float32)
-    dB = ()
-    if dB_ptr is not None:
-        for t in tl.static_range(TILES):
-            dB = dB + (tl.zeros((CHUNK, BLOCK_N), tl.float32),)
     for k in tl.range(0, count, num_stages=STAGES):
         x = load_rows(x_ptr + k * x_head_stride, tokens, p, P, x_token_stride, COMPUTE, EVEN)
         dy = load_rows(dy_ptr + k * dy_head_stride, tokens, p, P, dy_token_stride, COMPUTE, EVEN, inside)
@@ -169,14 +165,9 @@ def input_gradient_kernel(
             mixing = (products * decays).to(COMPUTE)
             to_end = tl.load(to_end_ptr + base)
             dx = tl.zeros((CHUNK, BLOCK_P), tl.float32)
-            new_dB, weighted = (), (x.to(tl.float32) * (to_end * d)[:, None]).to(COMPUTE)
             for t in tl.static_range(TILES):
                 n = t * BLOCK_N + tl.arange(0, BLOCK_N)
-                gradient = load_state(gradients_ptr + k * state_size, n, p, N, P, COMPUTE, EVEN)
-                dx = dot(B_tiles[t], gradient, dx)
-                if dB_ptr is not None:
-                    new_dB = new_dB + (dot(weighted, tl.trans(gradient), dB[t]),)
-            dB = new_dB
+                dx = dot(B_tiles[t], load_state(gradients_ptr + k * state_size, n, p, N, P, COMPUTE, EVEN), dx)
             dx *= to_end[:, None]
             tl.store(into_ptr + block_base, tl.sum(dx * x.to(tl.float32), axis=1) * d)
             dx = dot(mixing, dy, dx)
@@ -194,13 +185,9 @@ def input_gradient_kernel(
             dx_ptrs = dx_ptr + tokens[:, None] * (H * P) + (k * P + p)[None, :]
             mask = inside[:, None] if EVEN else inside[:, None] & (p < P)[None, :]
             tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-    part = (tl.program_id(1) * blocks + tl.program_id(0) % blocks).to(tl.int64)
-    rows = (((part * (chunks // num_chunks) + clip) * num_chunks + chunk) * groups + group) * CHUNK + i
-    if dB_ptr is not None:
-        for t in tl.static_range(TILES):
-            n = t * BLOCK_N + tl.arange(0, BLOCK_N)
-            tl.store(dB_ptr + rows[:, None] * N + n[None, :], dB[t], mask=None if EVEN else (n < N)[None, :])
     if pairs_ptr is not None:
+        part = (tl.program_id(1) * blocks + tl.program_id(0) % blocks).to(tl.int64)
+        rows = (((part * (chunks // num_chunks) + clip) * num_chunks + chunk) * groups + group) * CHUNK + i
         tl.store(pairs_ptr + rows[:, None] * CHUNK + i[None, :], tl.where(used, all_pairs, 0.0))
 
 

@@ -19,13 +19,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fused.ops.ssd.kernels import scan_kernel, steps_kernel
-from fused.ops.ssd.state_kernels import states_kernel
+from fused.ops.ssd.state_kernels import carry_kernel, states_kernel
 from fused.runtime import triton_launch
 from fused.runtime.modes import is_batch_invariant
 from fused.runtime.triton_launch import FUSED_MULTIPLY_ADD, NATIVE, blocks, capability, power_of_2
 
 MAX_CHANNELS, MAX_STATES = 128, 256  # P and N
 MULTIPROCESSORS = 132  # of an H200; a constant, because the heads of a program decide the order of sums
+PIECE = 16  # chunks of a program that adds what a span began with
 STEPS = {"BLOCK_HEADS": 16, "num_warps": 8, **FUSED_MULTIPLY_ADD}
 
 
@@ -60,7 +61,8 @@ class Config(NamedTuple):
     state_gradient: Options = Options(4, 2)
     pairs: Options = Options(4, 2)
     input_gradient: Options = Options(4, 2)
-    fused: bool = True
+    tile: int = 0  # tokens of a step of `states`; 0: those of a chunk
+    spans: int = 1
     apart: bool = False  # whether the products of a chunk are summed before they are added to the state
     diagonal: bool = True  # whether <state, gradient> is the diagonal of a product of matrices
 
@@ -89,16 +91,20 @@ def choose_config(sizes: Sizes, dtype: torch.dtype, capability: int = 0, backwar
         chunk, one = 32 if NATIVE or not backward else 16, Options(4, 1)
         block_n, block_p = max(16, min(128, power_of_2(sizes.N))), max(16, min(64, power_of_2(sizes.P)))
         tile = min(block_p, 32), min(block_n, 64)
-        config = Config(chunk, 1 if NATIVE or backward else 2, block_p, block_n, *tile, tl.float32, 1, True, 8, one, one, one, one, one)
+        config = Config(chunk, 1, block_p, block_n, *tile, tl.float32, 1, True, 8, one, one, one, one, one)
+        if not NATIVE and not backward:
+            config = config._replace(BLOCKS=2, tile=16, spans=2)
     else:
         # on an H200, Triton 3.6 built kernels that were wrong for blocks of 32 channels: there are none below 64
         block_p, block_n = 64, 64 if sizes.N <= 64 else 128
-        chunk = 128 if not backward and sizes.N <= 128 else 32 if tensor_memory and backward else 64
-        over_heads, both = Options(4, 3 if sizes.N <= 128 else 2), Options(4 if sizes.N <= 128 else 8, 2)
+        if not backward and sizes.N <= 128:
+            chunk, over_heads = 128, Options(8, 3 if capability >= 90 else 2)  # with a gate, 3 are too many for an A100
+        else:
+            chunk, over_heads = 32 if tensor_memory and backward else 64, Options(4, 3 if sizes.N <= 128 else 2)
+        state_n = block_n if backward else 64
         config = Config(
-            chunk, chunk // 64 or 1, block_p, block_n, block_p, 64, tl.bfloat16, 3, False, 16, Options(4, 3), Options(4, 2),
-            over_heads, over_heads, both,
-        )  # fmt: skip
+            chunk, 1, block_p, block_n, block_p, state_n, tl.bfloat16, 3, False, 16, Options(4, 3), *(over_heads,) * 4
+        )
     return config._replace(diagonal=not tensor_memory)
 
 
@@ -133,17 +139,29 @@ def forward(
     call = prepare(x, dt, A, B, C, dt_bias, softplus, low, high, seq_idx, reverse, config)
     config, steps = call.config, call.steps
     entering, initial = new_states(call, x), None if initial_state is None else initial_state.contiguous()
+    per_span = blocks(call.num_chunks, config.spans)
+    spans = blocks(call.num_chunks, per_span)
+    ends = final if spans == 1 else torch.empty((spans, *final.shape), dtype=torch.float32, device=x.device)
+    programs, *tiles = call.states_grid
     triton_launch.launch(
-        states_kernel, x.device, call.states_grid,
-        x, B, None, steps.into, steps.decay, initial, entering, final,
-        *call.shape, *x.stride()[:3], *B.stride()[:3], TERMS=config.TERMS, **call.states_options,
+        states_kernel, x.device, (spans * programs, *tiles),
+        x, B, None, steps.into, steps.decay, initial, entering, ends,
+        *call.shape, *x.stride()[:3], *B.stride()[:3], per_span, TERMS=config.TERMS, **call.states_options,
     )  # fmt: skip
+    if spans > 1:
+        pieces, (_, _, H, P, _, N) = blocks(per_span, PIECE), call.sizes
+        triton_launch.launch(
+            carry_kernel, x.device, (programs * (spans - 1) * pieces, blocks(P, 64), blocks(N, 64)),
+            ends, steps.decay, entering, final, H, P, N, call.num_chunks, per_span, pieces,
+            PIECE=PIECE, MOST=power_of_2(per_span), BLOCK_P=64, BLOCK_N=64, EVEN=False, num_warps=4, num_stages=1,
+            **FUSED_MULTIPLY_ADD,
+        )  # fmt: skip
     z_strides = (0, 0, 0) if z is None else z.stride()[:3]
     triton_launch.launch(
         scan_kernel, x.device, (call.grid[0] * config.BLOCKS, call.grid[1]),
         x, B, C, None if D is None else D.contiguous(), z, call.ids, steps.d, steps.prefix, steps.prefix_low,
-        steps.from_state, steps.column, steps.middle, entering, y, *call.shape, call.heads, *x.stride()[:3], *B.stride()[:3], *C.stride()[:3],
-        *z_strides, TILES=blocks(call.sizes.N, config.BLOCK_N), D_CHANNELS=D is not None and D.dim() == 2,
+        steps.from_state, steps.column, steps.middle, entering, y, *call.shape, call.heads,
+        *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *z_strides, TILES=blocks(call.sizes.N, config.BLOCK_N), D_CHANNELS=D is not None and D.dim() == 2,
         BLOCKS=config.BLOCKS, **call.options, **config.scan.launch(),
     )  # fmt: skip
     return y, final
@@ -197,6 +215,7 @@ class Call(NamedTuple):
         config, (P, N) = self.config, (self.sizes.P, self.sizes.N)
         even = P % config.STATE_P == 0 and N % config.STATE_N == 0
         tile = {"BLOCK_P": config.STATE_P, "BLOCK_N": config.STATE_N, "APART": config.apart, "EVEN": even}
+        tile["TILE"] = config.tile or config.CHUNK
         return self.options | tile | config.states.launch()
 
     @property
@@ -242,11 +261,9 @@ def _steps(
     clips, L, H = dt.shape
     float32, two = config.COMPUTE == tl.float32, config.BLOCKS == 2
     wanted = (backward or float32, True, float32, True, backward, not backward, not (backward or float32), two)
-    tensors = iter(torch.empty((sum(wanted), clips, H, num_chunks * config.CHUNK), dtype=torch.float32, device=dt.device).unbind(0))
-    steps = Steps(
-        *(next(tensors) if want else None for want in wanted),
-        torch.empty((clips, H, num_chunks), dtype=torch.float32, device=dt.device),
-    )  # fmt: skip
+    shape, kind = (clips, H, num_chunks), {"dtype": torch.float32, "device": dt.device}
+    tensors = iter(torch.empty((sum(wanted), *shape[:2], num_chunks * config.CHUNK), **kind).unbind(0))
+    steps = Steps(*(next(tensors) if want else None for want in wanted), torch.empty(shape, **kind))
     bias = None if dt_bias is None else dt_bias.contiguous()
     triton_launch.launch(
         steps_kernel, dt.device, (clips * num_chunks, blocks(H, STEPS["BLOCK_HEADS"])),

@@ -131,7 +131,7 @@ def _backward(
         C, dy, None, steps.from_state, steps.decay, states, gradients, dC_parts, read, through, *shape, *C_strides, *dy_strides,
         DIAGONAL=config.diagonal, **call.options, **config.state_gradient.launch(),
     )  # fmt: skip
-    if not config.fused: triton_launch.launch(
+    triton_launch.launch(
         state_gradient_kernel, x.device, (*grid, n_blocks),
         B, x, steps.d, steps.to_end, steps.decay, gradients, None, dB_parts, None, None, *shape, *B_strides, *x_strides,
         DIAGONAL=config.diagonal, **call.options, **config.state_gradient.launch(),
@@ -140,7 +140,7 @@ def _backward(
         triton_launch.launch(
             input_gradient_kernel, x.device, grid,
             x, B, C, dy, D, call.ids, steps.d, steps.prefix, steps.prefix_low, steps.to_end, gradients,
-            dx_out, dB_parts if dx_out is not None and config.fused else None, pairs_out, dD_parts, within, into, step, *shape, *x_strides, *B_strides, *C_strides, *dy_strides,
+            dx_out, pairs_out, dD_parts, within, into, step, *shape, *x_strides, *B_strides, *C_strides, *dy_strides,
             TILES=n_blocks, EXACT=config.EXACT, D_CHANNELS=D_CHANNELS, **call.options,
             **(config.pairs if dx_out is None else config.input_gradient).launch(),
         )  # fmt: skip
@@ -158,7 +158,7 @@ def _backward(
         REVERSE=reverse, CHUNK=CHUNK, BLOCK_N=REDUCE_BLOCK, COMPUTE=config.COMPUTE, EVEN=N % REDUCE_BLOCK == 0,
         num_warps=4, num_stages=1, **FUSED_MULTIPLY_ADD,
     )  # fmt: skip
-    dA, dbias, dD = (t.sum(0) for t in sums)
+    dA, dbias, dD = sums.sum(1)
     if D_CHANNELS and dD_parts is not None:
         dD = dD_parts.sum((0, 1))
     return Gradients(dx, ddt, dA, dB, dC, None if D is None else dD, None, None if dt_bias is None else dbias, dinitial)
