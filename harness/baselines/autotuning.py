@@ -1,7 +1,7 @@
 """Rivals' Triton kernels that are tuned at their first call: all their configurations are compiled at once.
 
-Triton's autotuner compiles them one after another, which takes mamba-ssm's SSD backward 100 seconds. What is timed, and what the
-autotuner chooses, is the same.
+Triton's autotuner compiles them one after another, which takes mamba-ssm's SSD backward 100 seconds. What is timed, and what
+the autotuner chooses, is the same.
 """
 
 import contextlib

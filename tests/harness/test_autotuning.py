@@ -35,7 +35,8 @@ def test_configurations_are_compiled_at_once_and_then_tried(monkeypatch):
     autotuning.compile_in_threads()
     autotuning.compile_in_threads()  # no second time
     kernel, configs = Kernel(), [triton.Config({"BLOCK": 32}), triton.Config({"BLOCK": 64})]
-    tuner = tuners.Autotuner(kernel, ["x"], configs, [], None, None, do_bench=lambda call, quantiles: call() or [len(kernel.runs)] * 3)
+    times = lambda call, quantiles: call() or [len(kernel.runs)] * 3  # noqa: E731
+    tuner = tuners.Autotuner(kernel, ["x"], configs, [], None, None, do_bench=times)
     tuner.run("x", grid=(1,), warmup=False)
     assert kernel.compiled == [(("x",), 32)] and kernel.runs == [32, 64, 32]
     tuner.run("x", grid=(1,), warmup=False)

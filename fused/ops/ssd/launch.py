@@ -161,8 +161,8 @@ def forward(
         scan_kernel, x.device, (call.grid[0] * config.BLOCKS, call.grid[1]),
         x, B, C, None if D is None else D.contiguous(), z, call.ids, steps.d, steps.prefix, steps.prefix_low,
         steps.from_state, steps.column, steps.middle, entering, y, *call.shape, call.heads,
-        *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *z_strides, TILES=blocks(call.sizes.N, config.BLOCK_N), D_CHANNELS=D is not None and D.dim() == 2,
-        BLOCKS=config.BLOCKS, **call.options, **config.scan.launch(),
+        *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *z_strides, TILES=blocks(call.sizes.N, config.BLOCK_N),
+        D_CHANNELS=D is not None and D.dim() == 2, BLOCKS=config.BLOCKS, **call.options, **config.scan.launch(),
     )  # fmt: skip
     return y, final
 
@@ -261,9 +261,13 @@ def _steps(
     clips, L, H = dt.shape
     float32, two = config.COMPUTE == tl.float32, config.BLOCKS == 2
     wanted = (backward or float32, True, float32, True, backward, not backward, not (backward or float32), two)
-    shape, kind = (clips, H, num_chunks), {"dtype": torch.float32, "device": dt.device}
-    tensors = iter(torch.empty((sum(wanted), *shape[:2], num_chunks * config.CHUNK), **kind).unbind(0))
-    steps = Steps(*(next(tensors) if want else None for want in wanted), torch.empty(shape, **kind))
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=dt.device)
+
+    tensors = iter(empty(sum(wanted), clips, H, num_chunks * config.CHUNK).unbind(0))
+    by_token: list[Any] = [next(tensors) if want else None for want in wanted]
+    steps = Steps(*by_token, decay=empty(clips, H, num_chunks))
     bias = None if dt_bias is None else dt_bias.contiguous()
     triton_launch.launch(
         steps_kernel, dt.device, (clips * num_chunks, blocks(H, STEPS["BLOCK_HEADS"])),

@@ -31,7 +31,8 @@ def go_through_chunks(
     x_clip_stride: tl.tensor, x_token_stride: tl.tensor, x_head_stride: tl.tensor,
     B_clip_stride: tl.tensor, B_token_stride: tl.tensor, B_group_stride: tl.tensor,
     REVERSE: tl.constexpr, BACKWARD: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr, COMPUTE: tl.constexpr, TERMS: tl.constexpr, APART: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_N: tl.constexpr, COMPUTE: tl.constexpr, TERMS: tl.constexpr, APART: tl.constexpr, EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Go through chunks of a sequence, first_chunk to last_chunk - 1, in steps of TILE tokens, with a tile of the state of one
     head in registers, in float32, from the initial state (B, H, P, N) or zeros on: store the state that enters each chunk, (B,
@@ -94,8 +95,8 @@ def states_kernel(
     REVERSE: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     COMPUTE: tl.constexpr, TERMS: tl.constexpr, APART: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Go through spans of `chunks_per_span` chunks, each a program; see `go_through_chunks`. All but the first of a sequence begin
-    with zeros. `final` is (spans, B, H, P, N), the states with which they end.
+    """Go through spans of `chunks_per_span` chunks, each a program; see `go_through_chunks`. All but the first of a sequence
+    begin with zeros. `final` is (spans, B, H, P, N), the states with which they end.
     """
     spans = tl.cdiv(num_chunks, chunks_per_span)
     span, program = tl.program_id(0) % spans, tl.program_id(0) // spans
