@@ -258,12 +258,12 @@ def scan_rows(
             x_before = load_rows(x_ptr + k * x_head_stride, tokens_before, p, P, x_token_stride, COMPUTE, EVEN)
             factors = tl.load(middle_ptr + base + i)[:, None] * tl.load(middle_ptr + base - ROWS + i)[None, :]
             y = dot((before * factors).to(COMPUTE), x_before, y)
-        # pairs i < j, whose products are 0, have positive exponents: they are bounded
+        # pairs i < j have exponents without a bound, and products of 0: neither may make an infinity
         prefix = tl.load(prefix_ptr + base + i)
         if COMPUTE == tl.float32:
             prefix_low = tl.load(prefix_low_ptr + base + i)
             between = prefix[:, None] - prefix[None, :] + (prefix_low[:, None] - prefix_low[None, :])
-            mixing = products * tl.exp2(tl.minimum(between, 0.0)) * tl.load(d_ptr + base + i)[None, :]
+            mixing = products * tl.exp2(tl.minimum(between, 126.0)) * tl.load(d_ptr + base + i)[None, :]
         else:
             mixing = products * tl.exp2(tl.minimum(prefix[:, None] + tl.load(column_ptr + base + i)[None, :], 126.0))
         y = dot(mixing.to(COMPUTE), x, y)

@@ -267,7 +267,7 @@ def _steps(
 
     tensors = iter(empty(sum(wanted), clips, H, num_chunks * config.CHUNK).unbind(0))
     by_token: list[Any] = [next(tensors) if want else None for want in wanted]
-    steps = Steps(*by_token, decay=empty(clips, H, num_chunks))
+    steps = Steps(*(*by_token, empty(clips, H, num_chunks)))
     bias = None if dt_bias is None else dt_bias.contiguous()
     triton_launch.launch(
         steps_kernel, dt.device, (clips * num_chunks, blocks(H, STEPS["BLOCK_HEADS"])),
