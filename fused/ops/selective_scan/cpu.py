@@ -62,7 +62,7 @@ def rows_of(x: Tensor) -> Tensor:
 def scan_struct(
     u: Pair, delta: Pair, A: Pair, B: Pair, C: Pair, D: OptionalPair, delta_bias: OptionalPair, z: Tensor | None,
     initial_state: Tensor | None, softplus: bool, A_is_log: bool, reverses: Sequence[bool], y: Tensor, pre_gate: Tensor | None,
-    final: Tensor, chunks: Tensor | None, dt_proj: OptionalPair = (None, None),
+    final: Tensor | None, chunks: Tensor | None, dt_proj: OptionalPair = (None, None),
 ) -> tuple[Any, ...]:  # fmt: skip
     """Return the members of the kernel's `Scan`; all tensors of the tokens are `rows_of`, the others contiguous.
 
