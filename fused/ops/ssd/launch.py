@@ -125,15 +125,16 @@ def choose_heads(sizes: Sizes, num_chunks: int, most: int) -> int:
 def forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
     softplus: bool, low: float, high: float, initial_state: Tensor | None, seq_idx: Tensor | None, reverse: bool,
-    config: Config | None = None,
+    want_final: bool = True, config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Scan: return y (B, L, H, P) in x's dtype and the final state (B, H, P, N) in float32.
+    """Scan: return y (B, L, H, P) in x's dtype and the final state (B, H, P, N) in float32, empty unless wanted.
 
     Shapes are those of `fused.ssd`. Strides are free but over the last axis, where others than 1 cost a copy.
     """
     x, dt, B, C, z, D = (rows(t) for t in (x, dt, B, C, z, D))
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    final = torch.empty((x.shape[0], *x.shape[2:], B.shape[3]), dtype=torch.float32, device=x.device)
+    state = x.shape[0], *x.shape[2:], B.shape[3]
+    final = torch.empty(state if want_final else 0, dtype=torch.float32, device=x.device)
     if not y.numel():
         return y, final
     call = prepare(x, dt, A, B, C, dt_bias, softplus, low, high, seq_idx, reverse, config)
@@ -141,18 +142,20 @@ def forward(
     entering, initial = new_states(call, x), None if initial_state is None else initial_state.contiguous()
     per_span = blocks(call.num_chunks, config.spans)
     spans = blocks(call.num_chunks, per_span)
-    ends = final if spans == 1 else torch.empty((spans, *final.shape), dtype=torch.float32, device=x.device)
+    ends: Tensor | None = final if want_final else None
+    if spans > 1:
+        ends = torch.empty((spans, *state), dtype=torch.float32, device=x.device)
     programs, *tiles = call.states_grid
     triton_launch.launch(
         states_kernel, x.device, (spans * programs, *tiles),
         x, B, None, steps.into, steps.decay, initial, entering, ends,
-        *call.shape, *x.stride()[:3], *B.stride()[:3], per_span, TERMS=config.TERMS, **call.states_options,
+        *call.shape, *x.stride()[:3], *B.stride()[:3], per_span, TERMS=config.TERMS if want_final else 1, **call.states_options,
     )  # fmt: skip
     if spans > 1:
         pieces, (_, _, H, P, _, N) = blocks(per_span, PIECE), call.sizes
         triton_launch.launch(
             carry_kernel, x.device, (programs * (spans - 1) * pieces, blocks(P, 64), blocks(N, 64)),
-            ends, steps.decay, entering, final, H, P, N, call.num_chunks, per_span, pieces,
+            ends, steps.decay, entering, final if want_final else None, H, P, N, call.num_chunks, per_span, pieces,
             PIECE=PIECE, MOST=power_of_2(per_span), BLOCK_P=64, BLOCK_N=64, EVEN=False, num_warps=4, num_stages=1,
             **FUSED_MULTIPLY_ADD,
         )  # fmt: skip

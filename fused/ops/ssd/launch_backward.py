@@ -66,7 +66,7 @@ def backward(
     dz = None
     if z is not None:
         dy, dz = _gate_backward(dy, z, launch.forward(
-            x.float(), dt, A, B, C, D, None, dt_bias, softplus, low, high, initial_state, seq_idx, reverse
+            x.float(), dt, A, B, C, D, None, dt_bias, softplus, low, high, initial_state, seq_idx, reverse, False
         )[0])  # fmt: skip
         gradients = _backward(
             dy, dfinal, x.float(), dt, A, B, C, D, dt_bias, softplus, low, high, initial_state, seq_idx, reverse, None

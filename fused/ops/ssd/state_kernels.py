@@ -101,7 +101,8 @@ def states_kernel(
     spans = tl.cdiv(num_chunks, chunks_per_span)
     span, program = tl.program_id(0) % spans, tl.program_id(0) // spans
     first_chunk = span * chunks_per_span
-    final_ptr += (span * (tl.num_programs(0) // spans)).to(tl.int64) * P * N
+    if final_ptr is not None:
+        final_ptr += (span * (tl.num_programs(0) // spans)).to(tl.int64) * P * N
     go_through_chunks(
         program, first_chunk, tl.minimum(first_chunk + chunks_per_span, num_chunks),
         x_ptr, B_ptr, d_ptr, weight_ptr, decay_ptr, initial_ptr, states_ptr, final_ptr,
@@ -157,7 +158,7 @@ def carry_kernel(
     PIECE: tl.constexpr, MOST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Add to the states of all spans but the first what is left of the state that entered the span, and compute the final state
-    (B, H, P, N). `ends` (spans, B, H, P, N) are the states with which spans end that began with zeros.
+    (B, H, P, N), unless None. `ends` (spans, B, H, P, N) are the states with which spans end that began with zeros.
 
     A program takes PIECE chunks of a span, of at most MOST, of one head. What has decayed to nothing is not touched.
     """
@@ -189,6 +190,7 @@ def carry_kernel(
             entering = tl.load(ptrs, mask=inside, other=0.0).to(tl.float32) + state * decay
             tl.store(ptrs, entering.to(states_ptr.dtype.element_ty), mask=inside)
         decay *= tl.load(decay_ptr + k)
-    if (begin < end) & (begin + PIECE >= num_chunks):
-        last = tl.load(ends_ptr + (span * rows + row) * P * N + tile, mask=inside, other=0.0)
-        tl.store(final_ptr + row * P * N + tile, last + state * decay, mask=inside)
+    if final_ptr is not None:
+        if (begin < end) & (begin + PIECE >= num_chunks):
+            last = tl.load(ends_ptr + (span * rows + row) * P * N + tile, mask=inside, other=0.0)
+            tl.store(final_ptr + row * P * N + tile, last + state * decay, mask=inside)
