@@ -18,6 +18,8 @@ from fused.models.bimba.compressor import BimbaCompressor
 from fused.models.bimba.interleave import interleave
 from fused.models.bimba.model import Bimba
 from fused.models.bimba.queries import bimba_queries
+from fused.models.retrieval.config import RetrievalConfig
+from fused.models.retrieval.model import RetrievalOutput, VideoTextRetrieval
 from fused.models.vamba.cache import VambaCache
 from fused.models.vamba.config import VambaConfig
 from fused.models.vamba.layer import VambaDecoderLayer
@@ -54,6 +56,8 @@ __all__ = [
     "Mamba",
     "Mamba2",
     "OnnxExport",
+    "RetrievalConfig",
+    "RetrievalOutput",
     "TokenStream",
     "Validation",
     "Vamba",
@@ -64,6 +68,7 @@ __all__ = [
     "VideoMamba",
     "VideoMambaConfig",
     "VideoMambaEncoder",
+    "VideoTextRetrieval",
     "add_norm",
     "bidirectional_scan",
     "bimba_queries",

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fused import backends
-from fused.backends import NATIVE, TORCH, Abilities
+from fused.backends import CPU, NATIVE, TORCH, Abilities
 from fused.ops import mamba_ssm
 from fused.ops.causal_conv1d.eager import causal_conv1d_eager
 from fused.ops.causal_conv1d.segmented import causal_conv1d_segmented
@@ -24,6 +24,7 @@ from fused.runtime.dtypes import KERNEL_DTYPES
 ACTIVATIONS = ("silu", "swish", None)
 BACKENDS = {
     "native": NATIVE,
+    "cpu": CPU,
     "mamba_ssm": Abilities(False, True, True, False, KERNEL_DTYPES, ("cuda",)),
     "torch": TORCH,
 }
@@ -81,6 +82,10 @@ def implementation(backend: str, segments: bool = False) -> Callable[..., Any]:
         return causal_conv1d_native
     if segments:
         return causal_conv1d_segmented
+    if operator_backend == "cpu":
+        from fused.ops.causal_conv1d.cpu import causal_conv1d_cpu
+
+        return causal_conv1d_cpu
     return mamba_ssm.causal_conv1d if operator_backend == "mamba_ssm" else causal_conv1d_eager
 
 
