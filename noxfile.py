@@ -143,6 +143,13 @@ def mutants(session: nox.Session) -> None:
 
 
 @nox.session
+def sanitize(session: nox.Session) -> None:
+    """Run the native kernels under CUDA's compute-sanitizer: memory, races, barriers."""
+    install(session, "-e", ".[harness]")
+    python(session, "-m", "harness", "sanitize", *session.posargs)
+
+
+@nox.session
 def compare(session: nox.Session) -> None:
     """Whether one bench is faster than another: `nox -s compare -- BASE RUN`."""
     install(session, "-e", ".[harness]")

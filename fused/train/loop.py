@@ -19,6 +19,7 @@ import torch
 from fused import backends
 from fused.train import checkpoints, parallel, run_folder, tasks
 from fused.train.config import VAL_KEYS, TrainConfig
+from fused.train.data.captioned import AlternatingBatches, CaptionData
 from fused.train.data.clips import BadFile, Batches, ClipFolder, batches
 from fused.train.data.first_look import try_videos
 from fused.train.ema import WeightAverage
@@ -63,13 +64,18 @@ class Trainer:
             backends.choose(config.backend, world.device)  # raises now rather than in the first step
         self.data = self.training_data()
         self.val = val = self._clip_folder("val", self.data.classes) if config.data.val is not None else None
-        self.micro_batch_size, remainder = divmod(config.batch_size, world.size * config.accumulate)
+        repeats = config.data.repeats
+        self.micro_batch_videos, remainder = divmod(config.batch_size, world.size * config.accumulate * repeats)
         if remainder:
-            product = f"processes * accumulate ({world.size} * {config.accumulate})"
-            raise ValueError(f"batch_size is {config.batch_size}; allowed: a multiple of {product}")
-        if len(self.data) < config.batch_size:
+            product, values = "processes * accumulate", f"{world.size} * {config.accumulate}"
+            if repeats > 1:
+                product, values = f"{product} * data.repeats", f"{values} * {repeats}"
+            raise ValueError(f"batch_size is {config.batch_size}; allowed: a multiple of {product} ({values})")
+        if len(self.data) * repeats < config.batch_size:
+            times = f"{repeats} times " if repeats > 1 else ""
             raise ValueError(
-                f"batch_size is {config.batch_size}; allowed: up to the {len(self.data)} {self.entries} of {config.data.train}"
+                f"batch_size is {config.batch_size}; allowed: up to {times}the {len(self.data)} {self.entries} of "
+                f"{config.data.train}"
             )
         self.steps_per_epoch = len(self._epoch_batches(0, 0)) // config.accumulate
         self.total = config.steps or self.steps_per_epoch * int(config.epochs or 0)
@@ -85,7 +91,7 @@ class Trainer:
         # the form that reads its learning rates and counts its steps on the GPU, in eager steps too: another rounds otherwise
         capturable = world.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=True, capturable=capturable)
-        factor = cosine_factor(self.total, optim.warmup_steps, optim.warmup_start, optim.floor)
+        factor = cosine_factor(self.total, self._warmup_steps(), optim.warmup_start, optim.floor)
         self.rates = LearningRates(self.optimizer, factor, world.device)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "float16")
         self.train_step = TrainStep(config, self.task, world, self.optimizer, self.scaler, self.average, recorder)
@@ -102,7 +108,8 @@ class Trainer:
         """Return lines for the terminal: the model, the data, the number of steps, and the step to resume from."""
         config, student, world = self.config, self.task.student, self.world
         parameters = sum(p.numel() for p in student.parameters()) / 1e6
-        name = "VideoMambaEncoder" if config.task == "pretrain" else "VideoMamba"
+        names = {"pretrain": "VideoMambaEncoder", "retrieval": "VideoTextRetrieval"}
+        name = names.get(str(config.task), "VideoMamba")
         processes = f"{world.size} processes" if world.size > 1 else "1 process"
         classes = f" in {len(self.data.classes)} classes" if self.data.classes else ""
         kind = "videos" if config.data.frames else "images"
@@ -257,12 +264,15 @@ class Trainer:
         return self.validation is None or self.validation.run(self.step, epoch, log, self.train_step.autocast(), interrupt)
 
     def training_data(self) -> Any:
-        """Return the data of data.train."""
+        """Return the videos of data.train, for retrieval with captions. Raise ValueError that names the key."""
+        if self.config.task == "retrieval":
+            return CaptionData(self.config)
         return self._clip_folder("train", () if self.config.task == "pretrain" else None)
 
     def build_task(self) -> Any:
         """Return the task with its models."""
-        return tasks.build_task(self.config, self.data.classes, self.world.device)
+        captions = self.data if isinstance(self.data, CaptionData) else None
+        return tasks.build_task(self.config, self.data.classes, self.world.device, captions)
 
     def make_feed(self, micro_batches: Any) -> Any:
         """Return the micro-batches as `forward_backward` takes them."""
@@ -277,7 +287,8 @@ class Trainer:
         data = self.config.data
         options: dict[str, Any] = {
             "sampling": data.sampling, "stride": data.stride, "fps": data.fps, "short": data.short, "scale": data.scale,
-            "flip": data.flip, "erased": data.erased, "seed": self.config.seed, "frame_pattern": data.frame_pattern,
+            "flip": data.flip, "erased": data.erased, "augment": data.augment, "repeats": data.repeats,
+            "seed": self.config.seed, "frame_pattern": data.frame_pattern,
             "dtype": torch.uint8 if key == "train" else torch.float32,
         }  # fmt: skip
         root = str(getattr(data, key))
@@ -294,13 +305,25 @@ class Trainer:
         except (ValueError, OSError) as error:
             raise ValueError(f"data.{key}: {error}") from error
 
-    def _epoch_batches(self, epoch: int, skip: int) -> Batches:
+    def _epoch_batches(self, epoch: int, skip: int) -> Batches | AlternatingBatches:
         """Return this process's micro-batches of an epoch without the first `skip`."""
+        if isinstance(self.data, CaptionData):
+            return self.data.batches(self.config, epoch, skip, self.world.rank, self.world.size)
         world, config = self.world, self.config
         return batches(
-            self.data, self.micro_batch_size, epoch=epoch, seed=config.seed, workers=config.data.workers, rank=world.rank,
+            self.data, self.micro_batch_videos, epoch=epoch, seed=config.seed, workers=config.data.workers, rank=world.rank,
             world=world.size, skip=skip,
         )  # fmt: skip
+
+    def _warmup_steps(self) -> int:
+        """Return the steps of the warm-up. Raise ValueError, with the key, for as many as the training has, or more."""
+        optim = self.config.optim
+        epochs = optim.warmup_epochs
+        steps = optim.warmup_steps if epochs is None else round(epochs * self.steps_per_epoch)
+        if steps >= self.total:
+            key, value = ("warmup_steps", steps) if epochs is None else ("warmup_epochs", f"{epochs}, {steps} steps")
+            raise ValueError(f"optim.{key} is {value}; allowed: fewer than the {self.total} steps of the training")
+        return steps
 
     def _save(self) -> None:
         """Write a checkpoint of the current step."""

@@ -31,6 +31,8 @@ _log = logging.getLogger("fused")
 
 def eager_reason(config: TrainConfig, device: torch.device) -> str | None:
     """Return why the steps of a training cannot be CUDA graphs, None if they can."""
+    if config.task == "retrieval":
+        return "hard negatives are chosen on the host"
     if device.type != "cuda":
         return f"the model is on the {device.type.upper()}"
     return "FSDP gathers parameters by code on the host" if config.parallel == "fsdp" else None

@@ -63,6 +63,12 @@ def test_answers_are_those_of_the_model(folder):
 def test_without_a_video_the_question_alone_is_read(folder, capsys):
     assert run(folder, "--question", "Who?", "--temperature", "1", "--top-p", "0.5") == 0
     assert capsys.readouterr().err.count("the first token after") == 1
+    talk, read = BimbaConversation.open(folder), []
+    embed = talk.model.embed
+    talk.model.embed = lambda ids, video: read.append(ids) or embed(ids, video)
+    list(talk.ask("Who?", max_new_tokens=1))
+    whole = talk.model.tokenize(talk.tokenizer, "Who?")[0]
+    assert read[0][0].tolist() == whole[whole >= 0].tolist() != whole.tolist()
 
 
 def test_the_base_model_is_named_where_the_folder_does_not(folder, tmp_path, capsys):

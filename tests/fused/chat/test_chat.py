@@ -90,6 +90,21 @@ def test_letters_of_several_tokens_come_whole(folder):
     assert list(talk.ask("?")) == ["\ufffd"]  # an answer that was cut within a letter is not lost
 
 
+def test_the_token_that_ends_an_answer_is_not_shown(folder):
+    talk = session.Conversation.open(folder)
+    stop = talk.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert list(session.pieces(talk.tokenizer, [*talk.tokenizer("ab")["input_ids"], stop, 97], {stop})) == ["a", "b"]
+
+
+def test_a_short_video_repeats_its_last_frame(folder, tmp_path):
+    from PIL import Image
+
+    for number in range(2):
+        Image.new("RGB", (40, 30), (90 * number, 20, 10)).save(tmp_path / f"{number:03}.png")
+    talk = session.Conversation.open(folder)
+    assert talk.watch(tmp_path, frames=6).video_length == 3 * talk.watch(tmp_path, frames=2).video_length
+
+
 def test_wrong_input_is_said_and_ends_with_2(folder, tmp_path, capsys):
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"no video")
