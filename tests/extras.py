@@ -125,6 +125,22 @@ def teachers() -> None:
     run_python(GUIDE, "teachers")
 
 
+def language() -> None:
+    """Train a BIMBA of random weights on a list of conversations, and ask it, by the guide's commands."""
+    sys.path += [str(ROOT / "tests/fused"), str(ROOT / "tests/fused/models")]
+    from language_lists import write_bimba_base, write_data
+
+    write_bimba_base(Path("llava-video-7b"))
+    write_data(Path("data"))
+    shutil.copy("data/dark.avi", "film.mp4")
+    shutil.copy("data/list.json", "chats.json")
+    [shell] = [block for block in blocks_of(GUIDE) if ".[language]" in block.text]
+    train_line, chat_line = [line for line in shell.text.splitlines() if "bimba" in line]
+    small = "data.prefix=data data.workers=0 language.frames=2 language.lora_rank=2 batch_size=4 device=cpu"
+    run_command(train_line, *small.split())
+    run_command(chat_line, "--frames", "2", "--max-new-tokens", "3", "--device", "cpu")
+
+
 def timm() -> None:
     """Build a model by timm's registry; where timm cannot be imported, see that `register_timm` says so."""
     try:
@@ -154,8 +170,8 @@ def harness() -> None:
 
 
 RUNS: dict[str, Callable[[], None]] = {
-    "base": base, "train": train, "evaluate": evaluate, "hub": hub, "onnx": onnx, "teachers": teachers, "timm": timm,
-    "harness": harness,
+    "base": base, "train": train, "evaluate": evaluate, "hub": hub, "onnx": onnx, "teachers": teachers,
+    "language": language, "timm": timm, "harness": harness,
 }  # fmt: skip
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from fused.io.atomic_write import NotWritten
 from fused.train.config_file import read_config, to_yaml
 from fused.train.data.clips import UnreadableFiles
+from fused.train.language.options import LANGUAGE_TASKS
+from fused.train.language.trainer import LanguageTrainer
 from fused.train.loop import Diverged, Trainer
 from fused.train.parallel import joined_world
 from fused.train.recipes import describe_recipe, recipe_names
@@ -31,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train as the command line says (None: sys.argv), and return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m fused.train",
-        description="Fine-tune, pretrain or distil a VideoMamba on a folder of videos. A run that was stopped, in any way, "
+        description="Train a VideoMamba on a folder of videos, or a Vamba or BIMBA on conversations. A run that was stopped "
         "goes on with the same command.",
         epilog="Keys and their defaults: --print-config. Several GPUs: torchrun --nproc-per-node N -m fused.train ...",
     )
@@ -62,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check_writable(Path(str(config.out)))
         setup_seed(config.seed, config.deterministic)
         with joined_world(config.device) as world:
-            trainer = Trainer(config, world)
+            trainer = (LanguageTrainer if config.task in LANGUAGE_TASKS else Trainer)(config, world)
             if options.dry_run:
                 print(*(trainer.describe() if is_main else ()), sep="\n")
                 return DONE

@@ -11,6 +11,7 @@ from typing import Any
 
 from fused.rules import invalid
 from fused.train.config import PATH_KEYS, SECTIONS, SIZES, TASKS, TrainConfig, all_keys, flatten, is_read
+from fused.train.language.options import LANGUAGE_TASKS
 from fused.train.recipes import PREFIX, recipe_path
 from fused.train.unknown_key import unknown_key
 
@@ -18,10 +19,10 @@ from fused.train.unknown_key import unknown_key
 MISSING = {
     "task": f"required: {', '.join(TASKS)}",
     "out": "required: the folder of the run",
-    "data.train": "required: a folder of videos, or a list of them",
+    "data.train": "required: a folder of videos, or a list of them; for retrieval a file of captions",
     "steps": "required: this or epochs",
     "epochs": "required: this or steps",
-    "teacher": "required: a folder, or a name in fused.PRETRAINED",
+    "teacher": "required: a folder, or a name in fused.PRETRAINED; for retrieval with loss.uta only",
 }
 
 
@@ -83,13 +84,18 @@ def to_yaml(config: TrainConfig) -> str:
 
 def _entry(config: TrainConfig, key: str, value: Any) -> str:
     """Return the YAML of a dotted key without its section, with its comment, behind a # if only some tasks read it."""
-    text = _import_yaml().safe_dump({key.rpartition(".")[2]: value}, sort_keys=False, width=math.inf)
     readers = [task for task in TASKS if is_read(key, task)]
     hidden = config.task is None and len(readers) < len(TASKS)
+    yaml, name = _import_yaml(), key.rpartition(".")[2]
+    text = yaml.safe_dump({name: value}, sort_keys=False, width=math.inf)
+    if hidden and isinstance(value, list):  # in one line, behind one #
+        text = f"{name}: {yaml.safe_dump(value, width=math.inf, default_flow_style=True)}"
     comments = [", ".join(readers)] if hidden else []
     given = {"steps": config.steps, "epochs": config.epochs}
     if value is None and key in MISSING and (key not in given or not any(given.values())):
         comments.append(MISSING[key])
+    if key == "start" and value is None and config.task in LANGUAGE_TASKS:
+        comments.append("required: the folder of a model")
     if key == "model" and not value:
         comments.append(f"size: {', '.join(SIZES)}; any field of VideoMambaConfig")
     if comments:

@@ -64,3 +64,14 @@ def test_the_page_of_planted_bugs(tmp_path: Path) -> None:
     assert "in the weakest room, pages" in text and "b.py: known | no test of it" in text
     assert mutants.scores(bugs) == ["judge       100 %  3 of 3 caught", "pages         0 %  0 of 2 caught"]
     assert "No bug was planted" in mutants.write(test_report.made(tmp_path / "none", [], kind="mutants")).read_text()
+
+
+def test_slow_points_of_a_race_are_not_timed_out() -> None:
+    """A prefill of 28 stock layers takes some 10 s, more than the 2 s that a call may usually take."""
+    assert grids.races()["vamba"].slowest >= 20
+    points = grids.races()["vamba"].points("full")
+    assert {grids.race_of(p).fewest(p) for p in points if p["V"] == 153_088} == {2}
+    points = grids.races()["bimba"].points("full")
+    timed = {e.implementation: sum(grids.runs(e, p, "full") for p in points) for e in grids.entries("bimba", "cpu", "sdpa")}
+    assert timed["fused:torch"] == 0 and timed["pooling"] == timed["attention-sdpa"] == len(points) == 10
+    assert timed["attention-naive"] == 6  # inference and training at three sizes

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -27,7 +27,7 @@ from fused.rules import check_integer, check_number
 from fused.train.data.augment import Changes, erase
 from fused.train.data.auto_augment import AugmentPolicy, pillow
 from fused.train.data.folder_scan import is_video_name
-from fused.train.data.listing import list_videos
+from fused.train.data.listing import Listing, list_videos
 from fused.train.interrupt import blocked_signals, leave_signals_to_parent
 
 MAX_CONSECUTIVE_FAILURES = 32  # more than single bad files explain: the path is wrong, or the disk is gone
@@ -42,12 +42,17 @@ class UnreadableFiles(RuntimeError):
         super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
 
 
+class SampleTooLong(VideoError):
+    """The error for a sample of more tokens than a row may have."""
+
+
 class BadFile(NamedTuple):
     """A file that gave no clip."""
 
     path: str  # as the dataset lists it
     sentence: str  # names the file and says what is wrong with it
     too_short: bool  # whether the file is intact and has too few frames
+    too_long: bool = False  # whether it is intact and gives more tokens than a row may have
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,14 @@ class ClipSource(Protocol):
 
     def sample(self, index: int, epoch: int) -> Sample:
         """Return the clip of file `index` in an epoch. Raise VideoError for a file that gives none."""
+
+
+@runtime_checkable
+class Collates(Protocol):
+    """A source whose samples are no clips of one shape: it makes batches of them itself."""
+
+    def collate(self, samples: Sequence[Any], indices: Sequence[int], bad: Sequence[BadFile]) -> Any:
+        """Return the batch of these samples."""
 
 
 class ClipFolder:
@@ -149,12 +162,16 @@ class ClipFolder:
         if self.policy is not None:
             pillow()  # raises now rather than in a worker, at the first clip that it changes
         self.scale, self.flip, self.seed, self.frame_pattern = (scale[0], scale[1]), flip, seed, frame_pattern
-        listing = list_videos(root, classes, separator, prefix, columns, images=frames is None)
+        listing = self.list_files(root, classes, separator, prefix, columns, images=frames is None)
         self.files, self.labels, self.classes, self.stated_frames, self.notes = listing
         folder = next((path for path in self.files if not is_video_name(path) and path.is_dir()), None) if fps else None
         if folder is not None:
             wrong = f"fps is {fps}, but {folder} is a folder of images, which states no times"
             raise ValueError(f"ClipFolder: {wrong}; allowed: fps=None, or video files only")
+
+    def list_files(self, *where: Any, **options: Any) -> Listing:
+        """Return the videos for arguments of `list_videos`."""
+        return list_videos(*where, **options)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -273,8 +290,11 @@ class _RankSteps(Dataset):
     world: int
     replace: bool  # whether other files replace unreadable ones
 
-    def __getitem__(self, step: int) -> Batch:
-        """Return this rank's batch of a step. Raise UnreadableFiles after too many consecutive failures."""
+    def __getitem__(self, step: int) -> Any:
+        """Return this rank's batch of a step, a `Batch` unless the dataset makes batches itself.
+
+        Raise UnreadableFiles after too many consecutive failures.
+        """
         files = self._rank_files(step)
         samples: list[Sample] = []
         indices: list[int] = []
@@ -293,10 +313,12 @@ class _RankSteps(Dataset):
                 samples.append(self.dataset.sample(index, self.epoch))
             except VideoError as error:
                 path = str(self.dataset.files[index])
-                bad[index] = BadFile(path, str(error), isinstance(error, VideoTooShort))
+                bad[index] = BadFile(path, str(error), isinstance(error, VideoTooShort), isinstance(error, SampleTooLong))
             else:
                 indices.append(index)
                 failures = 0
+        if isinstance(self.dataset, Collates):
+            return self.dataset.collate(samples, indices, tuple(bad.values()))
         empty = torch.empty(0, *self.dataset.shape, dtype=self.dataset.dtype)
         clips = torch.stack([s.clip for s in samples]) if samples else empty
         labels = torch.tensor([s.label for s in samples], dtype=torch.int64)
