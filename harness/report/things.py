@@ -29,6 +29,7 @@ LOOKS = {
     "pyav": Look("a loop over PyAV", "#D55E00", "^"),
     "decord": Look("decord", "#009E73", "D"),
     "torchcodec": Look("torchcodec", "#CC79A7", "P"),
+    "whole-bert": Look("all layers of BERT for every pair", "#A0522D", "<"),
     "fused:torch": Look("ours in plain PyTorch", "#7B52AB", "*"),
     "reference": Look("the reference", "#5B4636", "d"),
 }
