@@ -35,6 +35,7 @@ from fused.models.videomamba.timm_registry import register_timm
 from fused.modules.mamba import Mamba
 from fused.modules.mamba2 import Mamba2
 from fused.modules.state import detach_state, state_to
+from fused.modules.token_stream import TokenStream
 from fused.ops.add_norm.api import add_norm
 from fused.ops.causal_conv1d.api import causal_conv1d
 from fused.ops.selective_scan.api import bidirectional_scan, selective_scan
@@ -57,6 +58,7 @@ __all__ = [
     "OnnxExport",
     "RetrievalConfig",
     "RetrievalOutput",
+    "TokenStream",
     "Validation",
     "Vamba",
     "VambaCache",

@@ -50,7 +50,7 @@ def of(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], capability
     `capability` is 90 for 9.0.
     """
     if hasattr(kernel, "cache_key") and not triton.knobs.compilation.always_compile:
-        head, _, cubin = (cubin_cache.read(_path(kernel, args, constants, capability)) or b"").partition(b"\n")
+        head, _, cubin = (cubin_cache.read(path_of(kernel, args, constants, capability)) or b"").partition(b"\n")
         if cubin:
             name, threads, shared, taken = json.loads(head)
             return Code(cubin, name, threads, shared, tuple(taken))
@@ -66,12 +66,13 @@ def compile(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], capab
     taken = tuple(kind != "constexpr" for kind in compiled.src.signature.values())
     code = Code(compiled.asm["cubin"], metadata.name, 32 * metadata.num_warps, metadata.shared, taken)
     if hasattr(kernel, "cache_key"):
-        path = _path(kernel, args, constants, capability)
+        path = path_of(kernel, args, constants, capability)
         cubin_cache.keep(path, json.dumps(code[1:]).encode() + b"\n" + code.cubin)
     return code
 
 
-def _path(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], capability: int) -> Path:
+def path_of(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], capability: int) -> Path:
+    """Return the file in which a kernel's code is kept."""
     key = key_of(kernel, args, constants)
     return cubin_cache.path_of(("triton", triton.__version__, _environment(), kernel.cache_key, key, capability))
 

@@ -25,12 +25,15 @@ from fused.rules import (
     is_number,
     one_of,
 )
+from fused.train.data.auto_augment import ALLOWED, AugmentPolicy
 from fused.train.data.list_columns import COLUMNS, SEPARATORS, are_columns
+from fused.train.language.options import LANGUAGE_RULES, LANGUAGE_TASKS, UNUSED_LANGUAGE_KEYS, LanguageConfig
 from fused.train.objectives.losses import ALIGNMENTS
 from fused.train.optim import DECAY_RULES
 from fused.train.unknown_key import unknown_key
 
-TASKS = ("finetune", "pretrain", "distill", "retrieval")
+CLIP_TASKS = ("finetune", "pretrain", "distill", "retrieval")  # on videos, of a VideoMamba
+TASKS = (*CLIP_TASKS, *LANGUAGE_TASKS)
 MASKS = ("attention", "random", "tube", "clip-row", "frame-row")
 GATHERS = ("exact", "upstream")
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -45,13 +48,13 @@ RETRIEVAL_KEYS = (
 VALIDATION_KEYS = ("data.val", *(f"data.val_{name}" for name in VAL_KEYS), "evaluate_every")
 # Keys that a task does not read. Setting one is an error, and they are not printed.
 UNUSED_KEYS = {
-    "finetune": ("mask", "teacher", "loss.alignment", "loss.distillation", *RETRIEVAL_KEYS),
+    "finetune": ("mask", "teacher", "loss.alignment", "loss.distillation", "language", *RETRIEVAL_KEYS),
     "pretrain": (
-        "mix", "mask.image_ratio", "loss.label_smoothing", "loss.distillation", *VALIDATION_KEYS, *RETRIEVAL_KEYS,
+        "mix", "mask.image_ratio", "loss.label_smoothing", "loss.distillation", "language", *VALIDATION_KEYS, *RETRIEVAL_KEYS,
     ),
-    "distill": ("mask", "loss.alignment", *RETRIEVAL_KEYS),
+    "distill": ("mask", "loss.alignment", "language", *RETRIEVAL_KEYS),
     "retrieval": (
-        "mix", "loss.label_smoothing", "loss.distillation", "data.separator", "data.columns", *VALIDATION_KEYS,
+        "mix", "loss.label_smoothing", "loss.distillation", "language", "data.separator", "data.columns", *VALIDATION_KEYS,
     ),
 }  # fmt: skip
 # Keys without a default. `teacher`, for tasks that read it, and one of `steps` and `epochs` are needed too.
@@ -93,6 +96,8 @@ class DataConfig:
     scale: tuple[int | float, int | float] = (0.5, 1.0)
     flip: int | float = 0.5
     erased: int | float = 0.0  # probability that a box of the clip is replaced by noise (random erasing)
+    augment: str | None = None  # RandAugment such as rand-m7-n4-mstd0.5-inc1, or v0, for whole clips (`AugmentPolicy`)
+    repeats: int = 1  # clips of each video in a step (repeated sampling); batch_size counts all of them
     workers: int = 2  # decoding processes for each training process
     images: str | None = None  # a file of images with captions, whose batches alternate with those of the videos
     images_prefix: str | None = None  # the folder of its paths; None: that of the file
@@ -109,6 +114,16 @@ class DataConfig:
         )  # fmt: skip
 
 
+UNUSED_KEYS |= {
+    task: (
+        "model", "inflate", "teacher", "loss", "mix", "mask", "text", "ema", "accumulate", "graph", "evaluate_every",
+        *(f"data.{f.name}" for f in fields(DataConfig) if f.name not in ("train", "prefix", "workers")), "optim.layer_decay",
+        *unused,
+    )
+    for task, unused in UNUSED_LANGUAGE_KEYS.items()
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class OptimConfig:
     """AdamW, its groups (`parameter_groups`) and its schedule (`cosine_schedule`)."""
@@ -119,6 +134,7 @@ class OptimConfig:
     layer_decay: int | float = 1.0
     rule: str = "corrected"
     warmup_steps: int = 0
+    warmup_epochs: int | float | None = None  # instead of warmup_steps
     warmup_start: int | float = 0.0  # warmup_start and floor are fractions of lr
     floor: int | float = 0.01
     clip_grad: int | float | None = None  # upper limit of the norm of all gradients
@@ -193,6 +209,7 @@ class TrainConfig:
     mix: MixConfig = field(default_factory=MixConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     text: TextConfig = field(default_factory=TextConfig)
+    language: LanguageConfig = field(default_factory=LanguageConfig)
     ema: float | None = None  # rate of an exponential moving average of the weights, such as 0.9999
     precision: str = "float32"  # bfloat16, float16: autocast over float32 parameters; float16 with loss scaling
     backend: str = "auto"  # of the model, see fused.backends
@@ -218,8 +235,10 @@ class TrainConfig:
             raise ValueError(
                 f"steps is {self.steps} and epochs is {self.epochs}; allowed: a number for one, none for the other"
             )
+        if complete and self.task in LANGUAGE_TASKS and self.start is None:
+            raise invalid("start", None, f"for task {self.task!r} the folder of a model")
         self._check_retrieval()
-        needs_teacher = self.loss.uta > 0 if self.task == "retrieval" else self.task != "finetune"
+        needs_teacher = self.loss.uta > 0 if self.task == "retrieval" else self.task in ("pretrain", "distill")
         if complete and needs_teacher and self.teacher is None:
             raise invalid("teacher", None, f"for task {self.task!r} a folder or a name in fused.PRETRAINED")
         if self.task in ("pretrain", "retrieval") and self.data.frames is None:
@@ -230,6 +249,12 @@ class TrainConfig:
                 raise invalid(f"data.val_{name}", value, "null without data.val")
         if self.batch_size % self.accumulate:
             raise invalid("accumulate", self.accumulate, f"a divisor of batch_size ({self.batch_size})")
+        if self.batch_size % (self.accumulate * self.data.repeats):
+            micro_batch = self.batch_size // self.accumulate
+            raise invalid("data.repeats", self.data.repeats, f"a divisor of batch_size / accumulate ({micro_batch})")
+        if self.optim.warmup_epochs is not None and self.optim.warmup_steps:
+            allowed = f"null with optim.warmup_steps {self.optim.warmup_steps}"
+            raise invalid("optim.warmup_epochs", self.optim.warmup_epochs, allowed)
         known = [f.name for f in fields(VideoMambaConfig)] + ["size"]
         for key, owner in OWNERS.items():
             if key in self.model:
@@ -327,6 +352,15 @@ def _pair(holds: Callable[[Any, Any], bool], allowed: str) -> Rule:
     return Rule(is_pair, allowed)
 
 
+def _is_policy(value: Any) -> bool:
+    """Return whether `value` is text that `AugmentPolicy` reads."""
+    try:
+        AugmentPolicy.parse(value)
+    except (ValueError, AttributeError):  # the latter for what is no text
+        return False
+    return True
+
+
 _FOLDER = Rule(lambda value: isinstance(value, str) and bool(value), "a folder")
 _FILE = Rule(lambda value: isinstance(value, str) and bool(value), "a path")
 _PATTERN = Rule(lambda value: isinstance(value, str) and bool(value), "a pattern of file names, such as img_*.jpg")
@@ -340,9 +374,11 @@ _NAME = Rule(lambda value: isinstance(value, str) and bool(value), "a name in fu
 
 SECTIONS = {
     "data": DataConfig, "optim": OptimConfig, "loss": LossConfig, "mix": MixConfig, "mask": MaskConfig, "text": TextConfig,
+    "language": LanguageConfig,
 }  # fmt: skip
 RULES = (
-    dict.fromkeys(("out", "data.train"), _FOLDER)
+    LANGUAGE_RULES
+    | dict.fromkeys(("out", "data.train"), _FOLDER)
     | dict.fromkeys(("start", "teacher"), _NAME.optional())
     | {
         f"data.{name}": PREPROCESSING_RULES[name]
@@ -359,7 +395,7 @@ RULES = (
         "text.bert": Rule(lambda value: isinstance(value, Mapping), "a section of RetrievalConfig's fields"),
     }
     | {f"data.{val}{name}": rule for val in ("", "val_") for name, rule in _VIDEO_RULES.items()}
-    | dict.fromkeys(("batch_size", "accumulate", "log_every", "keep"), COUNT)
+    | dict.fromkeys(("batch_size", "accumulate", "log_every", "keep", "data.repeats"), COUNT)
     | dict.fromkeys(("data.frames", "steps", "epochs", "evaluate_every", "save_every"), COUNT.optional())
     | dict.fromkeys(("data.workers", "optim.warmup_steps"), COUNT_OR_0)
     | dict.fromkeys(("data.flip", "data.erased", "optim.warmup_start", "optim.floor", "loss.label_smoothing"), FRACTION)
@@ -369,6 +405,8 @@ RULES = (
     | {
         "task": one_of(TASKS),
         "data.val": _FOLDER.optional(),
+        "data.augment": Rule(_is_policy, ALLOWED).optional(),
+        "optim.warmup_epochs": POSITIVE_OR_0.optional(),
         "data.scale": _pair(lambda low, high: 0 < low <= high <= 1, "two shares of the frame's area, 0 < low <= high <= 1"),
         "model": Rule(lambda value: isinstance(value, Mapping), "a section of VideoMambaConfig's fields, and size"),
         "inflate": one_of(INFLATIONS),

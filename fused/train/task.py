@@ -4,6 +4,9 @@
 and everything with a gradient happens in it, so that a CUDA graph can hold it.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +21,13 @@ class Task(nn.Module):
     """A student and its training objective. `forward` returns the loss () and further metrics."""
 
     student: Student
+    unit = "clips"  # that are counted
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The modules whose parameters are gathered one after another where processes share them."""
+        student: Any = self.student
+        return list(student.layers)
 
     def encode(self, labels: Tensor) -> Tensor:
         """Return labels, int64 (B,) on the CPU, as `prepare` takes them: what has to look at them is done before the GPU."""

@@ -47,7 +47,7 @@ def test_what_it_fills_is_what_a_launch_finds(compiled, capsys):
     assert sum("sm_80 float16 scan forward for training (CUDA C++): compiled in" in line for line in lines) == 1
     assert lines[6].startswith("6 compiled, 0 from the cache, 0 failed, in ")
     assert lines[7:] == [
-        f"kernels are in {cubin_cache.folder()}", "no Triton here: its kernels wait for their first use",
+        f"kernels are in {cubin_cache.folder()}", "no Triton here: its kernels wait for first use",
     ]  # fmt: skip
 
     assert cli.main(["--arch", "sm_90", "--dtype", "float16", "bfloat16", "--model", "middle"]) == 0
