@@ -25,7 +25,7 @@ def make(point: Point, entry: Entry, device: str) -> Call:
     "whole-bert" runs all layers for every pair.
     """
     dtype, model = getattr(torch, point.dtype), _model(point, device)
-    N, M, K, L, V, D = (point[letter] for letter in "NMKLVD")
+    N, M, K, L, V, D = (point[letter] for letter in "BMKLVD")
     with torch.device(device):
         videos = torch.randn(N, V, D, dtype=dtype)
         words = torch.randint(5, VOCABULARY, (M, L))

@@ -268,12 +268,12 @@ def _run(
 
 
 def races() -> list[Race]:
-    """Return the race: the best 128 of 1,000 videos and of 1,000 texts are matched, with features of the texts kept."""
+    """Return the race: of B videos and M texts of L words, the best K candidates of either side are matched."""
 
     def points(grid: str) -> list[Point]:
-        small = {"N": 8, "M": 8, "K": 4, "L": 8, "V": 16, "C": 64, "D": 32}
-        full = {"N": 1000, "M": 1000, "K": 128, "L": 32, "V": 1568, "C": 768, "D": 576}
-        sizes = {"cpu": [small], "full": [full | {"N": 100, "M": 100}, full]}.get(grid, [])
+        small = {"B": 8, "M": 8, "K": 4, "L": 8, "V": 16, "C": 64, "D": 32}
+        full = {"B": 1000, "M": 1000, "K": 128, "L": 32, "V": 1568, "C": 768, "D": 576}
+        sizes = {"cpu": [small], "full": [full | {"B": 100, "M": 100}, full]}.get(grid, [])
         dtype = "float32" if grid == "cpu" else "bfloat16"
         return [Point("retrieval", tuple(size.items()), "infer", dtype=dtype) for size in sizes]
 
@@ -292,7 +292,7 @@ def licence(dtype: str) -> tuple[str, ...]:
 def bound(point: Point, variant: str, ceilings: Ceilings) -> float:
     """Return the least seconds: the products of the texts' layers once, of the videos' keys and values once, of three layers a
     pair; and the videos read once."""
-    N, M, K, L, V, C, D = (point[letter] for letter in "NMKLVCD")
+    N, M, K, L, V, C, D = (point[letter] for letter in "BMKLVCD")
     pairs = min(2 * K * max(N, M), N * M)
     words = 12 * C * C  # of a layer: attention and an MLP of four times the width
     layer = L * (words + 2 * C * C) + 2 * L * (V + L) * C
