@@ -103,7 +103,8 @@ class Tree:
         if self._server is None:
             caches = {"XDG_CACHE_HOME": "cache", "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
             variables = {name: str(self._home / folder) for name, folder in caches.items()}
-            variables |= {"HYPOTHESIS_STORAGE_DIRECTORY": str(self._home), "PYTHONPATH": str(self.root)}
+            path = os.pathsep.join(filter(None, [str(self.root), os.environ.get("PYTHONPATH")]))
+            variables |= {"HYPOTHESIS_STORAGE_DIRECTORY": str(self._home), "PYTHONPATH": path}
             variables |= {"PYTHONDONTWRITEBYTECODE": "", "OMP_NUM_THREADS": "1"}  # the unchanged files are compiled once
             self._server = subprocess.Popen(
                 [sys.executable, fork_server.__file__, *fork_server.LIBRARIES], cwd=self.root, env=os.environ | variables,
