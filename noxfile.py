@@ -17,7 +17,7 @@ nox.options.reuse_venv = "yes"
 NVIDIA = shutil.which("nvidia-smi")
 PROJECT = nox.project.load_toml("pyproject.toml")
 UPSTREAM = PROJECT["project"]["optional-dependencies"]["upstream"]
-EXTRAS = ("base", "train", "evaluate", "hub", "onnx", "teachers", "timm", "harness")  # those that need no GPU
+EXTRAS = ("base", "train", "evaluate", "hub", "onnx", "teachers", "language", "timm", "harness")  # those that need no GPU
 TEST, LINT, TYPES, PAGES = (nox.project.dependency_groups(PROJECT, group) for group in ("test", "lint", "types", "pages"))
 
 

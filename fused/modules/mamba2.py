@@ -16,7 +16,6 @@ from fused.modules.mamba import check_backend, inverse_softplus
 from fused.modules.state import State, check_mixer_state, linear_dtype, zero_state
 from fused.modules.wrapped import describe, modules_to_call, weight_of
 from fused.ops.causal_conv1d import api as conv_api
-from fused.ops.causal_conv1d.segmented import causal_conv1d_segmented
 from fused.ops.gated_norm import MAX_WIDTH
 from fused.ops.gated_norm.eager import gated_norm_eager
 from fused.ops.segments import check_seq_idx
@@ -232,7 +231,7 @@ class Mamba2(nn.Module):
         elif backends.operators_of(backend) == "mamba_ssm":
             c = mamba_ssm.convolve_segments(xBC, weight, conv.bias, seq_idx)
         else:
-            c, conv_state = causal_conv1d_segmented(xBC, weight, conv.bias, seq_idx=seq_idx, **options)
+            c, conv_state = conv_api.implementation(backend, segments=True)(xBC, weight, conv.bias, seq_idx=seq_idx, **options)
         GN = self.ngroups * self.d_state
         x, B, C = c.split((self.d_ssm, GN, GN), dim=-1)
         B, C = (m.unflatten(2, (self.ngroups, -1)) for m in (B, C))

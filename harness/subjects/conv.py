@@ -59,7 +59,8 @@ def implementations() -> list[Implementation]:
 def samples(case: Case, leaves: dict[str, Tensor]) -> list[Sample]:
     """Return the op that native registers."""
     importlib.import_module("fused.ops.causal_conv1d.native")
-    args = (*(leaves.get(k) for k in ("x", "weight", "bias", "initial_state")), not case.has("bare"), case.has("reverse"))
+    tensors = (leaves.get(k) for k in ("x", "weight", "bias", "initial_state"))
+    args = (*tensors, None, not case.has("bare"), case.has("reverse"))
     return [(torch.ops.videomamba.causal_conv1d.default, args, {})]
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import reference
 from fused.ops.ssd import api, eager
+from harness.baselines import autotuning
 from harness.fixtures.chains import chain
 from harness.fixtures.functional_modules import delta_bias
 from harness.instruments import symmetries
@@ -67,6 +68,8 @@ def implementations() -> list[Implementation]:
     """Return the reference, and `fused.ssd` by backend, looked up at the call so that a planted bug takes effect."""
 
     def call_with(backend: str) -> Callable[..., Any]:
+        if backend.startswith("mamba_ssm"):
+            autotuning.compile_in_threads()
         return lambda *args, **options: api.ssd(*args, **options, backend=backend)
 
     return [Implementation("reference", reference.ssd), *fused_implementations(api.BACKENDS, call_with, samples)]

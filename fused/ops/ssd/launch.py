@@ -19,13 +19,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fused.ops.ssd.kernels import scan_kernel, steps_kernel
-from fused.ops.ssd.state_kernels import states_kernel
+from fused.ops.ssd.state_kernels import carry_kernel, states_kernel
 from fused.runtime import triton_launch
 from fused.runtime.modes import is_batch_invariant
 from fused.runtime.triton_launch import FUSED_MULTIPLY_ADD, NATIVE, blocks, capability, power_of_2
 
 MAX_CHANNELS, MAX_STATES = 128, 256  # P and N
 MULTIPROCESSORS = 132  # of an H200; a constant, because the heads of a program decide the order of sums
+PIECE = 16  # chunks of a program that adds what a span began with
 STEPS = {"BLOCK_HEADS": 16, "num_warps": 8, **FUSED_MULTIPLY_ADD}
 
 
@@ -46,6 +47,7 @@ class Config(NamedTuple):
     """The compile-time choices of the kernels for one set of sizes."""
 
     CHUNK: int
+    BLOCKS: int  # of rows of a chunk in `scan`, 1 or 2
     BLOCK_P: int
     BLOCK_N: int
     STATE_P: int  # the tile of the state that a program of `states` has
@@ -59,6 +61,9 @@ class Config(NamedTuple):
     state_gradient: Options = Options(4, 2)
     pairs: Options = Options(4, 2)
     input_gradient: Options = Options(4, 2)
+    tile: int = 0  # tokens of a step of `states`; 0: those of a chunk
+    spans: int = 1
+    apart: bool = False  # whether the products of a chunk are summed before they are added to the state
     diagonal: bool = True  # whether <state, gradient> is the diagonal of a product of matrices
 
 
@@ -83,10 +88,12 @@ def choose_config(sizes: Sizes, dtype: torch.dtype, capability: int = 0, backwar
     # Triton 3.6 fails to compile for sm_100 where sums are taken of a product of 64 rows, which is in tensor memory
     tensor_memory = capability >= 100
     if dtype != torch.bfloat16 or not NATIVE:
-        chunk, one = 16 if not NATIVE else 32, Options(4, 1)
+        chunk, one = 32 if NATIVE or not backward else 16, Options(4, 1)
         block_n, block_p = max(16, min(128, power_of_2(sizes.N))), max(16, min(64, power_of_2(sizes.P)))
         tile = min(block_p, 32), min(block_n, 64)
-        config = Config(chunk, block_p, block_n, *tile, tl.float32, 1, True, 8, one, one, one, one, one)
+        config = Config(chunk, 1, block_p, block_n, *tile, tl.float32, 1, True, 8, one, one, one, one, one)
+        if not NATIVE and not backward:
+            config = config._replace(BLOCKS=2, tile=16, spans=2)
     else:
         # on an H200, Triton 3.6 built kernels that were wrong for blocks of 32 channels: there are none below 64
         block_p, block_n = 64, 64 if sizes.N <= 64 else 128
@@ -94,8 +101,10 @@ def choose_config(sizes: Sizes, dtype: torch.dtype, capability: int = 0, backwar
             chunk, over_heads = 128, Options(8, 3 if capability >= 90 else 2)  # with a gate, 3 are too many for an A100
         else:
             chunk, over_heads = 32 if tensor_memory and backward else 64, Options(4, 3 if sizes.N <= 128 else 2)
-        states = Options(8 if block_n == 128 else 4, 3)
-        config = Config(chunk, block_p, block_n, block_p, block_n, tl.bfloat16, 3, False, 16, states, *(over_heads,) * 4)
+        state_n = block_n if backward else 64
+        config = Config(
+            chunk, 1, block_p, block_n, block_p, state_n, tl.bfloat16, 3, False, 16, Options(4, 3), *(over_heads,) * 4
+        )
     return config._replace(diagonal=not tensor_memory)
 
 
@@ -130,18 +139,30 @@ def forward(
     call = prepare(x, dt, A, B, C, dt_bias, softplus, low, high, seq_idx, reverse, config)
     config, steps = call.config, call.steps
     entering, initial = new_states(call, x), None if initial_state is None else initial_state.contiguous()
+    per_span = blocks(call.num_chunks, config.spans)
+    spans = blocks(call.num_chunks, per_span)
+    ends = final if spans == 1 else torch.empty((spans, *final.shape), dtype=torch.float32, device=x.device)
+    programs, *tiles = call.states_grid
     triton_launch.launch(
-        states_kernel, x.device, call.states_grid,
-        x, B, steps.d, steps.to_end, steps.decay, initial, entering, final,
-        *call.shape, *x.stride()[:3], *B.stride()[:3], TERMS=config.TERMS, **call.states_options,
+        states_kernel, x.device, (spans * programs, *tiles),
+        x, B, None, steps.into, steps.decay, initial, entering, ends,
+        *call.shape, *x.stride()[:3], *B.stride()[:3], per_span, TERMS=config.TERMS, **call.states_options,
     )  # fmt: skip
+    if spans > 1:
+        pieces, (_, _, H, P, _, N) = blocks(per_span, PIECE), call.sizes
+        triton_launch.launch(
+            carry_kernel, x.device, (programs * (spans - 1) * pieces, blocks(P, 64), blocks(N, 64)),
+            ends, steps.decay, entering, final, H, P, N, call.num_chunks, per_span, pieces,
+            PIECE=PIECE, MOST=power_of_2(per_span), BLOCK_P=64, BLOCK_N=64, EVEN=False, num_warps=4, num_stages=1,
+            **FUSED_MULTIPLY_ADD,
+        )  # fmt: skip
     z_strides = (0, 0, 0) if z is None else z.stride()[:3]
     triton_launch.launch(
-        scan_kernel, x.device, call.grid,
+        scan_kernel, x.device, (call.grid[0] * config.BLOCKS, call.grid[1]),
         x, B, C, None if D is None else D.contiguous(), z, call.ids, steps.d, steps.prefix, steps.prefix_low,
-        steps.from_state, entering, y, *call.shape, call.heads, *x.stride()[:3], *B.stride()[:3], *C.stride()[:3],
-        *z_strides, TILES=blocks(call.sizes.N, config.BLOCK_N), D_CHANNELS=D is not None and D.dim() == 2,
-        **call.options, **config.scan.launch(),
+        steps.from_state, steps.column, steps.middle, entering, y, *call.shape, call.heads,
+        *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *z_strides, TILES=blocks(call.sizes.N, config.BLOCK_N),
+        D_CHANNELS=D is not None and D.dim() == 2, BLOCKS=config.BLOCKS, **call.options, **config.scan.launch(),
     )  # fmt: skip
     return y, final
 
@@ -149,11 +170,14 @@ def forward(
 class Steps(NamedTuple):
     """Tensors of dt and A alone: by token (B, H, chunks CHUNK), and `decay` by chunk (B, H, chunks); see `steps_kernel`."""
 
-    d: Tensor
+    d: Any
     prefix: Tensor
-    prefix_low: Tensor
+    prefix_low: Tensor | None
     from_state: Tensor
-    to_end: Tensor
+    to_end: Any
+    into: Any
+    column: Tensor | None
+    middle: Tensor | None
     decay: Tensor
 
 
@@ -190,7 +214,8 @@ class Call(NamedTuple):
         """Return their constants and options."""
         config, (P, N) = self.config, (self.sizes.P, self.sizes.N)
         even = P % config.STATE_P == 0 and N % config.STATE_N == 0
-        tile = {"BLOCK_P": config.STATE_P, "BLOCK_N": config.STATE_N, "EVEN": even}
+        tile = {"BLOCK_P": config.STATE_P, "BLOCK_N": config.STATE_N, "APART": config.apart, "EVEN": even}
+        tile["TILE"] = config.tile or config.CHUNK
         return self.options | tile | config.states.launch()
 
     @property
@@ -213,15 +238,15 @@ def prepare(
         "COMPUTE": config.COMPUTE, "EVEN": sizes.P % config.BLOCK_P == 0 and sizes.N % config.BLOCK_N == 0,
     }  # fmt: skip
     ids = None if seq_idx is None else seq_idx.contiguous()
-    steps = _steps(dt, A, dt_bias, softplus, low, high, ids, reverse, num_chunks, config.CHUNK)
+    steps = _steps(dt, A, dt_bias, softplus, low, high, ids, reverse, num_chunks, config, backward)
     return Call(config, sizes, num_chunks, choose_heads(sizes, num_chunks, config.heads), options, ids, steps, reverse)
 
 
 def new_states(call: Call, x: Tensor) -> Tensor:
-    """Return an empty tensor for a state for every chunk, (B, chunks, H, N, P)."""
+    """Return an empty tensor for a state for every chunk, (B, chunks, H, P, N)."""
     clips, _, H, P, _, N = call.sizes
     dtype = torch.bfloat16 if call.config.COMPUTE == tl.bfloat16 else torch.float32
-    return torch.empty((clips, call.num_chunks, H, N, P), dtype=dtype, device=x.device)
+    return torch.empty((clips, call.num_chunks, H, P, N), dtype=dtype, device=x.device)
 
 
 def rows(t: Any) -> Any:
@@ -231,16 +256,22 @@ def rows(t: Any) -> Any:
 
 def _steps(
     dt: Tensor, A: Tensor, dt_bias: Tensor | None, softplus: bool, low: float, high: float, ids: Tensor | None, reverse: bool,
-    num_chunks: int, CHUNK: int,
+    num_chunks: int, config: Config, backward: bool,
 ) -> Steps:  # fmt: skip
     clips, L, H = dt.shape
-    d, *others = torch.empty((5, clips, H, num_chunks * CHUNK), dtype=torch.float32, device=dt.device).unbind(0)
-    decay = torch.empty((clips, H, num_chunks), dtype=torch.float32, device=dt.device)
+    float32, two = config.COMPUTE == tl.float32, config.BLOCKS == 2
+    wanted = (backward or float32, True, float32, True, backward, not backward, not (backward or float32), two)
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=dt.device)
+
+    tensors = iter(empty(sum(wanted), clips, H, num_chunks * config.CHUNK).unbind(0))
+    by_token: list[Any] = [next(tensors) if want else None for want in wanted]
+    steps = Steps(*(*by_token, empty(clips, H, num_chunks)))
     bias = None if dt_bias is None else dt_bias.contiguous()
     triton_launch.launch(
         steps_kernel, dt.device, (clips * num_chunks, blocks(H, STEPS["BLOCK_HEADS"])),
-        dt, A.contiguous(), bias, ids, d, *others, decay, L, H, num_chunks, *dt.stride()[:2], low, high,
-        SOFTPLUS=softplus, REVERSE=reverse, CHUNK=CHUNK, **STEPS,
+        dt, A.contiguous(), bias, ids, *steps, L, H, num_chunks, *dt.stride()[:2], low, high,
+        SOFTPLUS=softplus, REVERSE=reverse, CHUNK=config.CHUNK, **STEPS,
     )  # fmt: skip
-    prefix, prefix_low, from_state, to_end = others
-    return Steps(d, prefix, prefix_low, from_state, to_end, decay)
+    return steps

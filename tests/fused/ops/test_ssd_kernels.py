@@ -89,6 +89,16 @@ def test_a_decay_that_underflows_a_chunk():
         assert (got[name] - exact).abs().max() <= 1e-5 * exact.abs().max(), name
 
 
+def test_states_may_grow():  # A above 0, and steps below
+    tensors, cotangents, _ = inputs(0, (1, 35, 2, 3, 1, 4), "bare")
+    tensors |= {"dt": tensors["dt"].clamp(-0.3, 0.3), "A": torch.tensor([0.7, -0.9], device=DEVICE)}
+    options = {"softplus": False, "dt_limit": (-1.0, 1.0)}
+    got = outcome(lambda **x: ssd_native(**x, **options), tensors, cotangents, None)
+    want = outcome(lambda **x: naive.ssd(**x, **options), double(tensors), cotangents, torch.float64)
+    for name, exact in want.items():
+        assert (got[name] - exact).abs().max() <= 1e-5 * exact.abs().max(), name
+
+
 def test_small_steps_keep_their_digits():
     x, A = torch.ones(1, 1, 1, 1, device=DEVICE), -torch.ones(1, device=DEVICE)
     for raw in (-80.0, -30.0, -17.0, -5.0, 0.0, 5.0, 19.9, 20.1, 500.0):
