@@ -7,7 +7,8 @@
 // direction alone adds y_other_direction.
 //
 // A sequence that is split is scanned twice: first by state passes, which compute the final states of its splits only
-// (COMPUTE_OUTPUTS false), then split by split from the state before each.
+// (COMPUTE_OUTPUTS false), then split by split from the state before each. A state pass walks from the last token of its split
+// to the first, sums exp(A S) delta u B with S the sum of delta behind a token, and may exit early (work.cu).
 //
 // Shared memory, for each direction:
 //     smem_delta  [TILE][CHANNELS]               float2 {delta, delta u}
@@ -29,9 +30,10 @@ template <bool COMPUTE_OUTPUTS> DEVICE void scan_forward_item(
     const io_t* delta_base, i64 delta_stride_b, int delta_stride_t, const io_t* z_base, i64 z_stride_b, int z_stride_t,
     const io_t* B_base, i64 B_stride_b, int B_stride_t, const io_t* C_base, i64 C_stride_b, int C_stride_t,
     const float* A, const float* D, const float* delta_bias, const float* initial_state, float* split_initial_states,
-    float* split_final_states, float* delta_sums, float* final_state, float* tile_states, io_t* y_out, io_t* y_pre_gate,
-    const io_t* y_other_direction, const TileQueries* tile_queries, int num_queries, int clips, int L, int E, int N,
-    int num_splits, int flags, WorkItem item, int direction, bool reverse) {
+    float* split_final_states, float* delta_sums, int* unvisited_tiles, float* exit_states, float* final_state,
+    float* tile_states, io_t* y_out, io_t* y_pre_gate, const io_t* y_other_direction, const TileQueries* tile_queries,
+    int num_queries, int clips, int L, int E, int N, int num_splits, int flags, WorkItem item, int direction, bool reverse,
+    bool& exit_is_right) {
   char* smem_direction = smem + direction * SMEM_DIRECTION_BYTES;
   float2* smem_delta = (float2*)smem_direction;
   float* smem_BC = (float*)(smem_direction + TILE * CHANNELS * 8);
@@ -40,8 +42,10 @@ template <bool COMPUTE_OUTPUTS> DEVICE void scan_forward_item(
   const LanePosition lane(thread % 32);
   const int channel_blocks = (E + CHANNELS - 1) / CHANNELS;
   const int clip = item.sequence / channel_blocks, first_channel = item.sequence % channel_blocks * CHANNELS;
-  const TileIterator tiles(item, reverse);
+  const bool walks_back = COMPUTE_OUTPUTS ? reverse : !reverse;  // from the last token to the first
+  const TileIterator tiles(item, walks_back);
   const i64 direction_clip = (i64)direction * clips + clip, direction_clip_split = direction_clip * num_splits + item.split;
+  int* unvisited = unvisited_tiles + direction_clip * num_splits * channel_blocks + item.sequence % channel_blocks;
   const float* state_before = !COMPUTE_OUTPUTS                      ? 0
                               : item.is_split && !split_final_states ? split_initial_states + direction_clip_split * E * N
                               : initial_state                        ? initial_state + direction_clip * E * N
@@ -50,14 +54,14 @@ template <bool COMPUTE_OUTPUTS> DEVICE void scan_forward_item(
   // What a thread stages (see STAGE_ROW_STRIDE). Pointers advance from each of its rows to the next, in the order of the scan.
   const int column = thread % (CHANNELS / 4) * 4, valid_channels = VALID_OF_FOUR(E, first_channel + column);
   const int row = thread / (CHANNELS / 4);
-  const int row_step = reverse ? -STAGE_ROW_STRIDE : STAGE_ROW_STRIDE, first_token = tiles.token(0, row);
+  const int row_step = walks_back ? -STAGE_ROW_STRIDE : STAGE_ROW_STRIDE, first_token = tiles.token(0, row);
   const io_t* u_ptr = u_base + clip * u_stride_b + first_channel + column + (i64)first_token * u_stride_t;
   const io_t* delta_ptr = delta_base + clip * delta_stride_b + first_channel + column + (i64)first_token * delta_stride_t;
   const io_t* z_ptr = z_base + clip * z_stride_b + first_channel + column + (i64)first_token * z_stride_t;
   const int state = thread % (PADDED_STATES / 4) * 4, BC_row = thread / BC_ROW_VECTORS;
   const int valid_states = NO_PADDING ? 4 : N - state;
   const bool is_C = thread % BC_ROW_VECTORS >= PADDED_STATES / 4;
-  const int BC_stride_t = is_C ? C_stride_t : B_stride_t, BC_step = (reverse ? -1 : 1) * BC_stride_t;
+  const int BC_stride_t = is_C ? C_stride_t : B_stride_t, BC_step = (walks_back ? -1 : 1) * BC_stride_t;
   const io_t* BC_ptr = (is_C ? C_base + clip * C_stride_b : B_base + clip * B_stride_b) + state +
                        (i64)tiles.token(0, BC_row) * BC_stride_t;
   i64 y_offset = ((i64)clip * L + first_token) * E + first_channel + column;  // in the contiguous (clip, L, E)
@@ -78,7 +82,8 @@ template <bool COMPUTE_OUTPUTS> DEVICE void scan_forward_item(
     const int to = reverse && flags & STATES_ONLY ? item.split - 1 : item.split;
     combine_splits<THREAD_CHANNELS>(
         h, A_log2e, slot, split_final_states + direction_clip * num_splits * E * N,
-        delta_sums + direction_clip * num_splits * E, reverse ? num_splits - 1 : 0, to, first_channel, E, N, lane.quarter);
+        delta_sums + direction_clip * num_splits * E, unvisited_tiles ? unvisited : 0, channel_blocks,
+        reverse ? num_splits - 1 : 0, to, first_channel, E, N, lane.quarter);
     float* combined = to >= 0 && to < num_splits ? split_initial_states + (direction_clip * num_splits + to) * E * N
                                                  : final_state + direction_clip * E * N;
     #pragma unroll
@@ -110,11 +115,19 @@ template <bool COMPUTE_OUTPUTS> DEVICE void scan_forward_item(
     BC_ptr += (i64)TILE * BC_step;
   };
 
-  // In a state pass the two directions of a block scan different splits. One of them may be shorter; it then runs empty steps.
-  const int steps = COMPUTE_OUTPUTS ? tiles.num_tiles() : item.tiles_per_split;
+  // In a state pass the two directions of a block scan different splits. Where they share barriers and one of them is shorter,
+  // it runs empty steps.
+  const int steps = COMPUTE_OUTPUTS || FWD_WARPS == 1 ? tiles.num_tiles() : item.tiles_per_split;
   auto tokens_left_at = [&](int step) {
     return COMPUTE_OUTPUTS || step < tiles.num_tiles() ? L - tiles.tile(step) * TILE : 0;
   };
+  int last_visited = tiles.num_tiles() - 1;  // of a state pass
+  // The state before this step is stored: where the state pass of the split has stopped, or in a rescan before every split.
+  int save_step = item.is_rescan ? 0 : -1;
+  if (COMPUTE_OUTPUTS && item.is_split && unvisited_tiles && item.split != (reverse ? 0 : num_splits - 1)) {
+    const int left_out = unvisited[item.split * channel_blocks];
+    if (left_out) save_step = left_out;
+  }
   TileQueries next_queries = TileQueries::of(tile_queries, tiles, 0);
   load_next_tile(0, tokens_left_at(0));
   for (int step = 0; step < steps; step++) {
@@ -169,6 +182,14 @@ template <bool COMPUTE_OUTPUTS> DEVICE void scan_forward_item(
             load ? count : 0);
       }
     }
+    if (COMPUTE_OUTPUTS && step == save_step) {
+      const int split = tiles.tile(step) / item.tiles_per_split;
+      float* to = item.is_rescan ? split_initial_states : exit_states;
+      #pragma unroll
+      for (int k = 0; k < THREAD_CHANNELS; k++)
+        store_states(to + (direction_clip * num_splits + split) * E * N, h[k], first_channel + slot[k], E, N, lane.quarter);
+      if (item.is_rescan) save_step += min(item.tiles_per_split, steps - split * item.tiles_per_split);
+    }
     if (COMPUTE_OUTPUTS && STORE_TILE_STATES) {
       float* tile_state = tile_states + (direction_clip * ((L + TILE - 1) / TILE) + tiles.tile(step)) * E * N;
       #pragma unroll
@@ -195,12 +216,16 @@ template <bool COMPUTE_OUTPUTS> DEVICE void scan_forward_item(
         for (int k = 0; k < THREAD_CHANNELS; k++) {
           const auto [delta, delta_u] = smem_delta[(t0 + t) * CHANNELS + slot[k]];
           float sum = 0.f;
-          if (!COMPUTE_OUTPUTS) delta_sum[k] += delta;
           #pragma unroll
           for (int i = 0; i < STATES_PER_THREAD; i++) {
-            h[k][i] = fmaf(exp_delta_A(delta, A_log2e[k][i]), h[k][i], delta_u * B[i]);
-            if (COMPUTE_OUTPUTS) sum = fmaf(h[k][i], C[i], sum);
+            if (COMPUTE_OUTPUTS) {
+              h[k][i] = fmaf(exp_delta_A(delta, A_log2e[k][i]), h[k][i], delta_u * B[i]);
+              sum = fmaf(h[k][i], C[i], sum);
+            } else {
+              h[k][i] = fmaf(exp_delta_A(delta_sum[k], A_log2e[k][i]), delta_u * B[i], h[k][i]);
+            }
           }
+          if (!COMPUTE_OUTPUTS) delta_sum[k] += delta;
           lane_sums[t * THREAD_CHANNELS + k] = sum;
         }
       }
@@ -218,8 +243,25 @@ template <bool COMPUTE_OUTPUTS> DEVICE void scan_forward_item(
         smem_y[(t0 + 2 * lane.quarter_bit1 + lane.quarter_bit0) * Y_ROW + slot[k]] += y_sums[i / THREAD_CHANNELS][k];
       }
     }
+    bool goes_on = false;  // of a state pass
+    if (!COMPUTE_OUTPUTS) {
+      #pragma unroll
+      for (int k = 0; k < THREAD_CHANNELS; k++)
+        goes_on |= CHANNEL_EXISTS(first_channel + slot[k]) && remembers(h[k], A_log2e[k], delta_sum[k], N, lane.quarter);
+      goes_on = !unvisited_tiles || (step + 1 < tiles.num_tiles() && __any_sync(0xffffffffu, goes_on));
+      if (FWD_WARPS > 1 && thread % 32 == 0) ((int*)smem_y)[warp] = goes_on;
+    }
     SYNC_DIRECTION(COMPUTE_OUTPUTS && other_step == step);
-    if (!COMPUTE_OUTPUTS) continue;
+    if (!COMPUTE_OUTPUTS) {
+      if (FWD_WARPS > 1) {  // all warps of the block exit together
+        goes_on = false;
+        for (int w = 0; w < DIRECTIONS * FWD_WARPS; w++)
+          goes_on |= ((const int*)(smem + w / FWD_WARPS * SMEM_DIRECTION_BYTES + SMEM_Y_OFFSET))[w % FWD_WARPS];
+      }
+      last_visited = step;
+      if (!goes_on) break;
+      continue;
+    }
 
     // Store y. Where the directions meet in one tile, direction 0 reads the y of direction 1 from shared memory.
     #pragma unroll
@@ -250,10 +292,16 @@ template <bool COMPUTE_OUTPUTS> DEVICE void scan_forward_item(
     if (DIRECTIONS == 2 && other_step == step) __syncthreads();  // direction 1 may overwrite its y from here on
   }
 
+  if (COMPUTE_OUTPUTS && item.is_split && save_step >= 0)
+    exit_is_right = exit_was_right<THREAD_CHANNELS>(
+        exit_states + direction_clip_split * E * N, split_final_states + direction_clip_split * E * N,
+        delta_sums + direction_clip_split * E, A_log2e, slot, first_channel, E, N, lane.quarter);
   #pragma unroll
   for (int k = 0; k < THREAD_CHANNELS; k++) {
     const int channel = first_channel + slot[k];
     if (!COMPUTE_OUTPUTS) store_states(split_final_states + direction_clip_split * E * N, h[k], channel, E, N, lane.quarter);
+    if (!COMPUTE_OUTPUTS && unvisited_tiles && thread == 0)
+      unvisited[item.split * channel_blocks] = max(tiles.num_tiles() - 1 - last_visited, 0);
     if (!COMPUTE_OUTPUTS && lane.quarter == 0 && CHANNEL_EXISTS(channel))
       delta_sums[direction_clip_split * E + channel] = delta_sum[k];
     if (COMPUTE_OUTPUTS && final_state && (reverse ? item.first_tile == 0 : item.end_tile * TILE >= L))
@@ -266,8 +314,8 @@ template <bool COMPUTE_OUTPUTS> DEVICE void scan_forward_item(
         smem, d ? u1 : u0, u_stride_b, (int)u_stride_t, d ? delta1 : delta0, delta_stride_b, (int)delta_stride_t, \
         z, z_stride_b, (int)z_stride_t, d ? B1 : B0, B_stride_b, (int)B_stride_t, d ? C1 : C0, C_stride_b, (int)C_stride_t, \
         d ? A1 : A0, d ? D1 : D0, d ? delta_bias1 : delta_bias0, initial_state, split_initial_states, split_final_states, \
-        delta_sums, final_state, tile_states, y_out, y_pre_gate, y_other_direction, QUERY_ARGUMENTS (int)clips, (int)L, \
-        (int)E, (int)N, (int)num_splits, (int)flags, item, d, reverse)
+        delta_sums, unvisited_tiles, exit_states, final_state, tile_states, y_out, y_pre_gate, y_other_direction, \
+        QUERY_ARGUMENTS (int)clips, (int)L, (int)E, (int)N, (int)num_splits, (int)flags, item, d, reverse, exit_is_right)
 
 // Inputs beside the streams
 //   initial_state         (direction, clip, E, N) the state before a sequence, or null for zeros
@@ -283,26 +331,37 @@ template <bool COMPUTE_OUTPUTS> DEVICE void scan_forward_item(
 //   split_initial_states  (direction, clip, split, E, N) the state before every split; an input if num_state_passes is 0
 //   split_final_states    (direction, clip, split, E, N) the final state of every split but the last one, if the state before
 //                         the split is zero; null if num_state_passes is 0
-//   delta_sums            (direction, clip, split, E) the sum of delta over the same splits, or null
+//   delta_sums            (direction, clip, split, E) the sum of delta over what their state passes have read, or null
+//   unvisited_tiles       (direction, clip, split, block of channels) the tiles that a state pass has not read; null if state
+//                         passes read every tile
+//   exit_states           (direction, clip, split, E, N) the true states where the state passes have stopped, or null
 // With STATES_ONLY every split has a state pass, the last one too, and num_splits + 1 blocks of every sequence combine them:
 // one for the state before each split and one for final_state.
 KERNEL(scan_forward, DIRECTIONS * THREADS, FWD_MIN_BLOCKS_PER_SM)(
     STREAM_PARAMS, const float *initial_state, float *split_initial_states, float *split_final_states, float *delta_sums,
-    float *final_state, float *tile_states, io_t *y_out, io_t *y_pre_gate, const io_t *y_other_direction, int *work_counters,
+    int *unvisited_tiles, float *exit_states, float *final_state, float *tile_states, io_t *y_out, io_t *y_pre_gate, const io_t *y_other_direction, int *work_counters,
     i64 num_state_passes, i64 unsplit_per_scheduler, QUERY_PARAMS SIZE_PARAMS) {
   SHARED(smem);
   const int d = DIRECTIONS == 2 && threadIdx.x >= THREADS;
   const bool reverse = DIRECTIONS == 2 ? d : flags & REVERSE;
-  const WorkQueue work(smem, work_counters, (int)num_unsplit, (int)num_state_passes, (int)unsplit_per_scheduler);
+  const WorkQueue work(
+      smem, work_counters, (int)num_unsplit, (int)num_state_passes, (int)unsplit_per_scheduler, (int)num_splits, unvisited_tiles);
   const int blocks_per_sequence = (int)num_splits + (flags & STATES_ONLY ? 1 : 0);  // state passes: one fewer
-  WorkItem item(work.index, (int)num_unsplit, blocks_per_sequence - work.is_state_pass, (int)tiles_per_split, (int)L);
+  WorkItem item(
+      work.index, (int)num_unsplit, work.is_rescan ? 1 : blocks_per_sequence - work.is_state_pass, (int)tiles_per_split, (int)L);
+  bool exit_is_right = true;
   if (work.is_state_pass) {
     if (reverse && blocks_per_sequence == num_splits) item.next_split((int)L);
     SCAN_FORWARD_ITEM(false);
     work.finish_state_pass(work_counters, item, (int)num_unsplit);
     return;
   }
-  if (num_state_passes && item.is_split)
+  if (work.is_rescan) {
+    if (!work.wait_for_splits(smem, work_counters, item, (int)num_unsplit, (int)num_splits)) return;
+    item.rescan((int)L);
+  } else if (num_state_passes && item.is_split) {
     work.wait_for_state_passes(work_counters, item, (int)num_unsplit, blocks_per_sequence);
+  }
   SCAN_FORWARD_ITEM(true);
+  if (unvisited_tiles && item.is_split) work.finish_split(work_counters, item, (int)num_unsplit, exit_is_right);
 }

@@ -104,4 +104,4 @@ def mixer_programs(
 
 def num_work_counters(num_split_sequences: int) -> int:
     """Return how many int32 counters, zeros, the WorkQueue of a launch needs (work.cu)."""
-    return 3 + SCHEDULER_COUNTERS + num_split_sequences
+    return 4 + SCHEDULER_COUNTERS + 3 * num_split_sequences

@@ -5,6 +5,7 @@ Inputs have one entry a direction: a scan from the first token, one from the las
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from fused.ops.selective_scan.kernel_source import (
     num_work_counters,
     source,
 )
-from fused.ops.selective_scan.schedule import TILE, ScanSchedule, SplitSchedule
+from fused.ops.selective_scan.schedule import TILE, KernelConfig, ScanSchedule, SplitSchedule
 from fused.runtime import nvrtc
 from fused.runtime.recording import launch_cuda
 
@@ -70,6 +71,37 @@ class ScanInputs(NamedTuple):
         return ScanInputs(*one, *settings)
 
 
+class Exits(NamedTuple):
+    """What state passes of a launch have left out."""
+
+    state_passes: int
+    exited: int  # state passes, each direction of a block by itself, that have not read every tile
+    rescanned: int  # sequences that were scanned again, since an exit was wrong
+
+
+class StatePassing(NamedTuple):
+    """The buffers of a launch that pass states from split to split, float32, and the work queue's counters."""
+
+    split_final_states: Tensor | None  # (d, B, splits, E, N): the state that leaves a split if zero enters it
+    delta_sums: Tensor | None  # (d, B, splits, E): over the tiles that the split's state pass has read
+    unvisited_tiles: Tensor | None  # int32 (d, B, splits, blocks of channels): the tiles that it has not read; 0 without a pass
+    exit_states: Tensor | None  # (d, B, splits, E, N): the true state where it has stopped
+    work_counters: Tensor | None  # None where every sequence is alike
+    num_state_passes: int  # 0 where the splits' initial states are known
+    num_rescans: int
+    unsplit_per_scheduler: int  # unsplit sequences for a multiprocessor's schedulers, as many of the four as a block has warps
+
+    def exits(self) -> Exits:
+        """Return how often a finished launch's state passes have exited. It waits for the GPU."""
+        if self.unvisited_tiles is None or self.work_counters is None:
+            return Exits(self.num_state_passes, 0, 0)
+        failed_checks = self.work_counters[-3 * self.num_rescans :].view(-1, 3)[:, 2]
+        return Exits(self.num_state_passes, int((self.unvisited_tiles > 0).sum()), int((failed_checks > 0).sum()))
+
+
+NO_STATE_PASSING = StatePassing(None, None, None, None, None, 0, 0, 0)
+
+
 class ScanOutputs(NamedTuple):
     """The results of `forward` over d directions; None for a result that was not asked for."""
 
@@ -78,6 +110,7 @@ class ScanOutputs(NamedTuple):
     split_initial_states: Tensor | None  # (d, B, splits, E, N) float32: the state that enters every split of a split sequence
     y_pre_gate: Tensor | None  # (B, L, E): y before the gate; y itself without one
     tile_states: Tensor | None  # (d, B, tiles, E, N) float32: the state before every tile
+    state_passing: StatePassing
 
 
 class ScanGradients(NamedTuple):
@@ -90,19 +123,7 @@ class ScanGradients(NamedTuple):
     D: Sequence[Tensor]  # (E,)
     delta_bias: Sequence[Tensor]  # (E,)
     initial_states: Tensor  # (d, B, E, N)
-
-
-class StatePassing(NamedTuple):
-    """The buffers of a launch that pass states from split to split, float32, and the work queue's counters."""
-
-    split_final_states: Tensor | None  # (d, B, splits, E, N): the state that leaves a split if zero enters it
-    delta_sums: Tensor | None  # (d, B, splits, E)
-    work_counters: Tensor | None  # None where every sequence is alike
-    num_state_passes: int  # 0 where the splits' initial states are known
-    unsplit_per_scheduler: int  # unsplit sequences for a multiprocessor's schedulers, as many of the four as a block has warps
-
-
-NO_STATE_PASSING = StatePassing(None, None, None, 0, 0)
+    state_passing: StatePassing
 
 
 def schedule_for(u: Tensor, N: int | torch.SymInt, directions: int, batch_invariant: bool) -> ScanSchedule:
@@ -156,22 +177,22 @@ def forward(
     tile_states = _float32(u, d, B, -(-L // TILE), E, N) if keep else None
     if 0 in (B, L, E):
         final_states = final_states.zero_() if initial_states is None else final_states.copy_(initial_states)
-        return ScanOutputs(y, final_states, split_initial_states, y_pre_gate, tile_states)
+        return ScanOutputs(y, final_states, split_initial_states, y_pre_gate, tile_states, NO_STATE_PASSING)
     passing = NO_STATE_PASSING
     if splits.num_unsplit < splits.num_sequences:
-        passing = _state_passing(splits, u, d, N, d * plan.fwd_config.warps, split_initial_states is None)
+        passing = _state_passing(splits, u, d, N, plan.fwd_config, d * plan.fwd_config.warps, split_initial_states is None)
     if passing.num_state_passes:
         split_initial_states = _float32(u, d, B, splits.num_splits, E, N)
     arguments = (
-        initial_states, split_initial_states, passing.split_final_states, passing.delta_sums, final_states, tile_states,
-        y, y_pre_gate, y_other_direction, passing.work_counters, passing.num_state_passes, passing.unsplit_per_scheduler,
+        initial_states, split_initial_states, *passing[:4], final_states, tile_states, y, y_pre_gate, y_other_direction,
+        passing.work_counters, passing.num_state_passes, passing.unsplit_per_scheduler,
         *_query_arguments(s), B, L, E, N, splits.tiles_per_split, splits.num_splits, splits.num_unsplit, _flags(s),
     )  # fmt: skip
-    blocks = splits.num_blocks + passing.num_state_passes
+    blocks = splits.num_blocks + passing.num_state_passes + passing.num_rescans
     _launch_forward(s, plan, blocks, arguments, keep, y_other_direction)
     if keep and s.z is None:
         y_pre_gate = y
-    return ScanOutputs(y, final_states, split_initial_states, y_pre_gate, tile_states)
+    return ScanOutputs(y, final_states, split_initial_states, y_pre_gate, tile_states, passing)
 
 
 def state_pass(
@@ -187,8 +208,8 @@ def state_pass(
     split_initial_states, final_states = _float32(u, d, B, n, E, N), _float32(u, d, B, E, N)
     passes = splits.num_sequences * n
     arguments = (
-        initial_states, split_initial_states, _float32(u, d, B, n, E, N), _float32(u, d, B, n, E), final_states, None,
-        u, None, None, _work_counters(u, splits.num_sequences), passes, 0,
+        initial_states, split_initial_states, _float32(u, d, B, n, E, N), _float32(u, d, B, n, E), None, None,
+        final_states, None, u, None, None, _work_counters(u, splits.num_sequences), passes, 0,
         *_query_arguments(s), B, L, E, N, splits.tiles_per_split, n, 0, _flags(s) | STATES_ONLY,
     )  # fmt: skip
     _launch_forward(s, plan, passes + splits.num_sequences * (n + 1), arguments)
@@ -217,22 +238,22 @@ def backward(
         dinitial_states = dinitial_states.zero_() if dfinal_states is None else dinitial_states.copy_(dfinal_states)
         for x in (*dB, *dC, *dA, *dD, *dbias):
             x.zero_()
-        return ScanGradients(du, ddelta, dz, dA, dD, dbias, dinitial_states)
+        return ScanGradients(du, ddelta, dz, dA, dD, dbias, dinitial_states, NO_STATE_PASSING)
     module, inputs = _module("backward", s, plan, True, dy, dz), _input_arguments(s)
     blocks, row_width = -(-E // config.channels), -(-E * (N + 2) // 4) * 4
     dBC_parts = _float32(u, d, B, L, blocks, 2, plan.padded_states)  # of each block of channels
     dA_dD_dbias_parts = _float32(u, d, B * splits.num_splits, row_width)  # of each clip and split
     is_split = splits.num_unsplit < splits.num_sequences
-    passing = _state_passing(splits, u, d, N, config.warps, True) if is_split else NO_STATE_PASSING
+    passing = _state_passing(splits, u, d, N, config, config.warps, True) if is_split else NO_STATE_PASSING
     sizes = (B, L, E, N, splits.tiles_per_split, splits.num_splits, splits.num_unsplit, _flags(s))
     arguments = (
-        dy, dy.stride(0), dy.stride(1), y_pre_gate, tile_states, dfinal_states,
-        passing.split_final_states, passing.delta_sums, du[0], du[-1], ddelta[0], ddelta[-1],
+        dy, dy.stride(0), dy.stride(1), y_pre_gate, tile_states, dfinal_states, *passing[:4],
+        du[0], du[-1], ddelta[0], ddelta[-1],
         *((None, 0, 0) if dz is None else (dz, dz.stride(0), dz.stride(1))), dBC_parts, dA_dD_dbias_parts, dinitial_states,
         passing.work_counters, passing.num_state_passes, passing.unsplit_per_scheduler, *_query_arguments(s),
     )  # fmt: skip
     threads, shared = 32 * config.warps, _shared_bytes_backward(plan, u.element_size())
-    grid = splits.num_blocks + passing.num_state_passes
+    grid = splits.num_blocks + passing.num_state_passes + passing.num_rescans
     launch_cuda(module, "scan_backward", (grid, 1, 1), threads, shared, *inputs, *arguments, *sizes)
     outputs = (
         dBC_parts, dB[0], dB[-1], dB[0].stride(0), dB[0].stride(1), dC[0], dC[-1], dC[0].stride(0), dC[0].stride(1),
@@ -240,7 +261,7 @@ def backward(
     )  # fmt: skip
     grid = -(-L * 2 * plan.padded_states // 256) * B + -(-E * (N + 2) // 256)
     launch_cuda(module, "scan_backward_reduce", (grid, d, 1), 256, 0, *outputs, *sizes)
-    return ScanGradients(du, ddelta, dz, dA, dD, dbias, dinitial_states)
+    return ScanGradients(du, ddelta, dz, dA, dD, dbias, dinitial_states, passing)
 
 
 def _launch_forward(
@@ -260,24 +281,32 @@ def _forward_block(plan: ScanSchedule, directions: int) -> tuple[int, int]:
     return directions * 32 * plan.fwd_config.warps, shared
 
 
-def _work_counters(u: Tensor, num_split: int) -> Tensor:
-    """Return the counters of a launch with so many split sequences, as WorkQueue in work.cu reads them."""
-    return torch.zeros(num_work_counters(num_split), dtype=torch.int32, device=u.device)
+def _work_counters(u: Tensor, num_split: int, more: int = 0) -> Tensor:
+    """Return the counters of a launch with so many split sequences, as WorkQueue in work.cu reads them, and `more` zeros."""
+    return torch.zeros(num_work_counters(num_split) + more, dtype=torch.int32, device=u.device)
 
 
-def _state_passing(splits: SplitSchedule, u: Tensor, d: int, N: int, warps: int, wanted: bool) -> StatePassing:
+def _state_passing(
+    splits: SplitSchedule, u: Tensor, d: int, N: int, config: KernelConfig, warps: int, wanted: bool
+) -> StatePassing:
     """Return the buffers of a launch with split sequences; without those of a state-only pass unless it is `wanted`."""
     num_split = splits.num_sequences - splits.num_unsplit
     if not wanted and not splits.num_unsplit:
         return NO_STATE_PASSING
     B, _, E = u.shape
     schedulers = schedule.multiprocessors(u.device) * max(1, 4 // warps)
-    counters, unsplit_per_scheduler = _work_counters(u, num_split), -(-splits.num_unsplit // schedulers)
+    unsplit_per_scheduler = -(-splits.num_unsplit // schedulers)
     if not wanted:
-        return StatePassing(None, None, counters, 0, unsplit_per_scheduler)
-    split_final_states = _float32(u, d, B, splits.num_splits, E, N)
+        return StatePassing(None, None, None, None, _work_counters(u, num_split), 0, 0, unsplit_per_scheduler)
+    unvisited_shape = d, B, splits.num_splits, -(-E // config.channels)
+    zeros = _work_counters(u, num_split, math.prod(unvisited_shape))
+    counters, unvisited = zeros.split((num_work_counters(num_split), math.prod(unvisited_shape)))
+    split_final_states, exit_states = (_float32(u, d, B, splits.num_splits, E, N) for _ in range(2))
     delta_sums = _float32(u, d, B, splits.num_splits, E)
-    return StatePassing(split_final_states, delta_sums, counters, splits.num_state_passes, unsplit_per_scheduler)
+    return StatePassing(
+        split_final_states, delta_sums, unvisited.view(unvisited_shape), exit_states, counters, splits.num_state_passes,
+        num_split, unsplit_per_scheduler,
+    )  # fmt: skip
 
 
 def _shared_bytes_backward(plan: ScanSchedule, element_size: int) -> int:

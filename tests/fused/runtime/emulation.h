@@ -82,6 +82,7 @@ inline unsigned __brev(unsigned x) {
   return y;
 }
 inline int min(int a, int b) { return b < a ? b : a; }
+inline int max(int a, int b) { return a < b ? b : a; }
 
 // ---------------------------------------------------------------- the functions of fused/runtime/device.cuh
 
