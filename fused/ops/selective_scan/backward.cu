@@ -104,11 +104,21 @@ template <bool COMPUTE_GRADIENTS> DEVICE void scan_backward_item(
         adjoint, A_log2e, slot, split_adjoints + direction_clip * num_splits * E * N,
         delta_sums + direction_clip * num_splits * E, unvisited, channel_blocks, reverse ? 0 : num_splits - 1, item.split,
         first_channel, E, N, lane.quarter);
-  int save_step = -1;  // the last one that the state pass of the split has read; the adjoint of what follows is stored
+  // The loop stops before the last step that the state pass of the split has read, to store the adjoint of what follows.
+  int stop = -1;
   if (COMPUTE_GRADIENTS && item.is_split && item.split != (reverse ? num_splits - 1 : 0)) {
     const int left_out = unvisited[item.split * channel_blocks];
-    if (left_out) save_step = steps - 1 - left_out;
+    if (left_out) stop = steps - 1 - left_out;
   }
+  const bool exits = stop >= 0;
+  auto store_at_stop = [&] {  // returns whether there are steps left
+    if (stop < 0) return false;
+    #pragma unroll
+    for (int k = 0; k < THREAD_CHANNELS; k++)
+      store_states(exit_adjoints + direction_clip_split * E * N, adjoint[k], first_channel + slot[k], E, N, lane.quarter);
+    stop = -1;
+    return true;
+  };
   int last_visited = 0;  // of a state pass
   // After a reduction over the lanes of a channel a lane has the sums of one token and one channel: own_token and own_slot.
   const int own_token = THREAD_CHANNELS == 1 ? 2 * lane.quarter_bit1 + lane.quarter_bit0 : lane.quarter_bit1;
@@ -164,14 +174,9 @@ template <bool COMPUTE_GRADIENTS> DEVICE void scan_backward_item(
     copy_commit();
   };
   prefetch_tile(steps - 1);
-  for (int step = steps - 1; step >= 0; step--) {
+  for (int step = steps - 1; step > stop || (COMPUTE_GRADIENTS && store_at_stop()); step--) {
     const int tokens_left = L - tiles.tile(step) * TILE;
     const TileQueries queries = TileQueries::of(tile_queries, tiles, step);
-    if (COMPUTE_GRADIENTS && step == save_step) {
-      #pragma unroll
-      for (int k = 0; k < THREAD_CHANNELS; k++)
-        store_states(exit_adjoints + direction_clip_split * E * N, adjoint[k], first_channel + slot[k], E, N, lane.quarter);
-    }
 
     // Stage the tile.
     copy_wait<0>();
@@ -390,7 +395,7 @@ template <bool COMPUTE_GRADIENTS> DEVICE void scan_backward_item(
     }
   }
 
-  if (COMPUTE_GRADIENTS && save_step >= 0)
+  if (exits)
     exit_is_right = exit_was_right<THREAD_CHANNELS>(
         exit_adjoints + direction_clip_split * E * N, split_adjoints + direction_clip_split * E * N,
         delta_sums + direction_clip_split * E, A_log2e, slot, first_channel, E, N, lane.quarter);

@@ -122,177 +122,184 @@ template <bool COMPUTE_OUTPUTS> DEVICE void scan_forward_item(
     return COMPUTE_OUTPUTS || step < tiles.num_tiles() ? L - tiles.tile(step) * TILE : 0;
   };
   int last_visited = tiles.num_tiles() - 1;  // of a state pass
-  // The state before this step is stored: where the state pass of the split has stopped, or in a rescan before every split.
-  int save_step = item.is_rescan ? 0 : -1;
-  if (COMPUTE_OUTPUTS && item.is_split && unvisited_tiles && item.split != (reverse ? 0 : num_splits - 1)) {
-    const int left_out = unvisited[item.split * channel_blocks];
-    if (left_out) save_step = left_out;
-  }
-  TileQueries next_queries = TileQueries::of(tile_queries, tiles, 0);
-  load_next_tile(0, tokens_left_at(0));
-  for (int step = 0; step < steps; step++) {
-    const int tokens_left = tokens_left_at(step);
-    const int other_step = steps - 1 - step;  // at which the other direction comes to this tile
-    const TileQueries queries = next_queries;
-    next_queries = TileQueries::of(tile_queries, tiles, step + 1);
-    auto is_output = [&](int r) { return !QUERY_ROWS || queries.has(tiles, r); };
-    const bool completes_y = DIRECTIONS == 1 || other_step <= step;
+  // Steps from `begin` to `end`. (Ending this loop and starting it again where a state must be stored spares a branch in it.)
+  auto scan_steps = [&](int begin, int end) {
+    TileQueries next_queries = TileQueries::of(tile_queries, tiles, begin);
+    load_next_tile(begin, tokens_left_at(begin));
+    for (int step = begin; step < end; step++) {
+      const int tokens_left = tokens_left_at(step);
+      const int other_step = steps - 1 - step;  // at which the other direction comes to this tile
+      const TileQueries queries = next_queries;
+      next_queries = TileQueries::of(tile_queries, tiles, step + 1);
+      auto is_output = [&](int r) { return !QUERY_ROWS || queries.has(tiles, r); };
+      const bool completes_y = DIRECTIONS == 1 || other_step <= step;
 
-    // Stage the tile.
-    #pragma unroll
-    for (int k = 0; k < THREAD_CHANNELS; k++) {
-      const int r = row + k * STAGE_ROW_STRIDE;
-      float u[4], delta[4];
-      #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const float x = to_float(next_delta[k], i);
-        u[i] = to_float(next_u[k], i);
-        delta[i] = SOFTPLUS == SOFTPLUS_BY_CALLER ? x : tiles.row_exists(r, tokens_left) ? activate_delta(x + bias[i]) : 0.f;
-      }
-      float4* to = (float4*)(smem_delta + r * CHANNELS + column);
-      to[0] = make_float4(delta[0], delta[0] * u[0], delta[1], delta[1] * u[1]);
-      to[1] = make_float4(delta[2], delta[2] * u[2], delta[3], delta[3] * u[3]);
-      if (COMPUTE_OUTPUTS)
-        *(float4*)(smem_y + r * Y_ROW + column) =
-            make_float4(D_column[0] * u[0], D_column[1] * u[1], D_column[2] * u[2], D_column[3] * u[3]);
-    }
-    #pragma unroll
-    for (int m = 0; m < BC_LOADS; m++) {
-      const IoVec4 BC = next_BC[m];
-      if (TILE % BC_ROW_STRIDE == 0 || BC_row + m * BC_ROW_STRIDE < TILE)
-        ((float4*)smem_BC)[BC_VECTOR_INDEX(m, BC_row, thread)] =
-            make_float4(to_float(BC, 0), to_float(BC, 1), to_float(BC, 2), to_float(BC, 3));
-    }
-    SYNC_DIRECTION(COMPUTE_OUTPUTS && other_step == step - 1);
-
-    // Load what the next tile and the output of this one need, while this one is scanned.
-    if (step + 1 < steps) load_next_tile(step + 1, tokens_left_at(step + 1));
-    IoVec4 z[THREAD_CHANNELS], y_other[THREAD_CHANNELS];  // y_other: y of the direction that came to the token before
-    if (COMPUTE_OUTPUTS) {
+      // Stage the tile.
       #pragma unroll
       for (int k = 0; k < THREAD_CHANNELS; k++) {
         const int r = row + k * STAGE_ROW_STRIDE;
-        const int count = completes_y && tiles.row_exists(r, tokens_left) && is_output(r) ? valid_channels : 0;
-        if (QUERY_ROWS) z_ptr = z_of_clip + (i64)queries.query(tiles, r) * z_stride_t;
-        if (HAS_Z) z[k] = load_vec4<VECTORIZED>(z_ptr, count), z_ptr += (i64)row_step * z_stride_t;
-        const io_t* from = DIRECTIONS == 2 ? y_partial : y_other_direction;
-        const bool load = DIRECTIONS == 2 ? other_step < step : y_other_direction != 0;
-        y_other[k] = load_vec4<VECTORIZED>(
-            QUERY_ROWS ? from + y_of_clip + (i64)queries.query(tiles, r) * E : from + y_offset + (i64)(k * row_step) * E,
-            load ? count : 0);
-      }
-    }
-    if (COMPUTE_OUTPUTS && step == save_step) {
-      const int split = tiles.tile(step) / item.tiles_per_split;
-      float* to = item.is_rescan ? split_initial_states : exit_states;
-      #pragma unroll
-      for (int k = 0; k < THREAD_CHANNELS; k++)
-        store_states(to + (direction_clip * num_splits + split) * E * N, h[k], first_channel + slot[k], E, N, lane.quarter);
-      if (item.is_rescan) save_step += min(item.tiles_per_split, steps - split * item.tiles_per_split);
-    }
-    if (COMPUTE_OUTPUTS && STORE_TILE_STATES) {
-      float* tile_state = tile_states + (direction_clip * ((L + TILE - 1) / TILE) + tiles.tile(step)) * E * N;
-      #pragma unroll
-      for (int k = 0; k < THREAD_CHANNELS; k++) store_states(tile_state, h[k], first_channel + slot[k], E, N, lane.quarter);
-    }
-
-    // Scan the tile. The four lanes of a channel reduce their sums over states for four tokens at a time. Afterwards each of
-    // them has the sums of one token. These stay in registers until the end of the tile: without writes to shared memory in
-    // between, the compiler can move reads forward.
-    float y_sums[TILE / 4][THREAD_CHANNELS];
-    #pragma unroll
-    for (int t0 = 0; t0 < TILE; t0 += 4) {
-      float lane_sums[4 * THREAD_CHANNELS];
-      #pragma unroll
-      for (int t = 0; t < 4; t++) {
-        float B[STATES_PER_THREAD], C[STATES_PER_THREAD];
+        float u[4], delta[4];
         #pragma unroll
-        for (int g = 0; g < STATE_VECTORS; g++) {
-          const float4* from = (const float4*)smem_BC + (t0 + t) * BC_ROW_VECTORS + g * 4 + lane.quarter;
-          unpack(B + 4 * g, from[0]);
-          if (COMPUTE_OUTPUTS) unpack(C + 4 * g, from[PADDED_STATES / 4]);
+        for (int i = 0; i < 4; i++) {
+          const float x = to_float(next_delta[k], i);
+          u[i] = to_float(next_u[k], i);
+          delta[i] = SOFTPLUS == SOFTPLUS_BY_CALLER ? x : tiles.row_exists(r, tokens_left) ? activate_delta(x + bias[i]) : 0.f;
         }
+        float4* to = (float4*)(smem_delta + r * CHANNELS + column);
+        to[0] = make_float4(delta[0], delta[0] * u[0], delta[1], delta[1] * u[1]);
+        to[1] = make_float4(delta[2], delta[2] * u[2], delta[3], delta[3] * u[3]);
+        if (COMPUTE_OUTPUTS)
+          *(float4*)(smem_y + r * Y_ROW + column) =
+              make_float4(D_column[0] * u[0], D_column[1] * u[1], D_column[2] * u[2], D_column[3] * u[3]);
+      }
+      #pragma unroll
+      for (int m = 0; m < BC_LOADS; m++) {
+        const IoVec4 BC = next_BC[m];
+        if (TILE % BC_ROW_STRIDE == 0 || BC_row + m * BC_ROW_STRIDE < TILE)
+          ((float4*)smem_BC)[BC_VECTOR_INDEX(m, BC_row, thread)] =
+              make_float4(to_float(BC, 0), to_float(BC, 1), to_float(BC, 2), to_float(BC, 3));
+      }
+      SYNC_DIRECTION(COMPUTE_OUTPUTS && other_step == step - 1);
+
+      // Load what the next tile and the output of this one need, while this one is scanned.
+      if (step + 1 < end) load_next_tile(step + 1, tokens_left_at(step + 1));
+      IoVec4 z[THREAD_CHANNELS], y_other[THREAD_CHANNELS];  // y_other: y of the direction that came to the token before
+      if (COMPUTE_OUTPUTS) {
         #pragma unroll
         for (int k = 0; k < THREAD_CHANNELS; k++) {
-          const auto [delta, delta_u] = smem_delta[(t0 + t) * CHANNELS + slot[k]];
-          float sum = 0.f;
+          const int r = row + k * STAGE_ROW_STRIDE;
+          const int count = completes_y && tiles.row_exists(r, tokens_left) && is_output(r) ? valid_channels : 0;
+          if (QUERY_ROWS) z_ptr = z_of_clip + (i64)queries.query(tiles, r) * z_stride_t;
+          if (HAS_Z) z[k] = load_vec4<VECTORIZED>(z_ptr, count), z_ptr += (i64)row_step * z_stride_t;
+          const io_t* from = DIRECTIONS == 2 ? y_partial : y_other_direction;
+          const bool load = DIRECTIONS == 2 ? other_step < step : y_other_direction != 0;
+          y_other[k] = load_vec4<VECTORIZED>(
+              QUERY_ROWS ? from + y_of_clip + (i64)queries.query(tiles, r) * E : from + y_offset + (i64)(k * row_step) * E,
+              load ? count : 0);
+        }
+      }
+      if (COMPUTE_OUTPUTS && STORE_TILE_STATES) {
+        float* tile_state = tile_states + (direction_clip * ((L + TILE - 1) / TILE) + tiles.tile(step)) * E * N;
+        #pragma unroll
+        for (int k = 0; k < THREAD_CHANNELS; k++) store_states(tile_state, h[k], first_channel + slot[k], E, N, lane.quarter);
+      }
+
+      // Scan the tile. The four lanes of a channel reduce their sums over states for four tokens at a time. Afterwards each of
+      // them has the sums of one token. These stay in registers until the end of the tile: without writes to shared memory in
+      // between, the compiler can move reads forward.
+      float y_sums[TILE / 4][THREAD_CHANNELS];
+      #pragma unroll
+      for (int t0 = 0; t0 < TILE; t0 += 4) {
+        float lane_sums[4 * THREAD_CHANNELS];
+        #pragma unroll
+        for (int t = 0; t < 4; t++) {
+          float B[STATES_PER_THREAD], C[STATES_PER_THREAD];
           #pragma unroll
-          for (int i = 0; i < STATES_PER_THREAD; i++) {
-            if (COMPUTE_OUTPUTS) {
-              h[k][i] = fmaf(exp_delta_A(delta, A_log2e[k][i]), h[k][i], delta_u * B[i]);
-              sum = fmaf(h[k][i], C[i], sum);
-            } else {
-              h[k][i] = fmaf(exp_delta_A(delta_sum[k], A_log2e[k][i]), delta_u * B[i], h[k][i]);
-            }
+          for (int g = 0; g < STATE_VECTORS; g++) {
+            const float4* from = (const float4*)smem_BC + (t0 + t) * BC_ROW_VECTORS + g * 4 + lane.quarter;
+            unpack(B + 4 * g, from[0]);
+            if (COMPUTE_OUTPUTS) unpack(C + 4 * g, from[PADDED_STATES / 4]);
           }
-          if (!COMPUTE_OUTPUTS) delta_sum[k] += delta;
-          lane_sums[t * THREAD_CHANNELS + k] = sum;
+          #pragma unroll
+          for (int k = 0; k < THREAD_CHANNELS; k++) {
+            const auto [delta, delta_u] = smem_delta[(t0 + t) * CHANNELS + slot[k]];
+            float sum = 0.f;
+            #pragma unroll
+            for (int i = 0; i < STATES_PER_THREAD; i++) {
+              if (COMPUTE_OUTPUTS) {
+                h[k][i] = fmaf(exp_delta_A(delta, A_log2e[k][i]), h[k][i], delta_u * B[i]);
+                sum = fmaf(h[k][i], C[i], sum);
+              } else {
+                h[k][i] = fmaf(exp_delta_A(delta_sum[k], A_log2e[k][i]), delta_u * B[i], h[k][i]);
+              }
+            }
+            if (!COMPUTE_OUTPUTS) delta_sum[k] += delta;
+            lane_sums[t * THREAD_CHANNELS + k] = sum;
+          }
+        }
+        if (COMPUTE_OUTPUTS) {
+          reduce_scatter<4 * THREAD_CHANNELS>(lane_sums, LANE_QUARTER_BIT1, lane.quarter_bit1);
+          reduce_scatter<2 * THREAD_CHANNELS>(lane_sums, LANE_QUARTER_BIT0, lane.quarter_bit0);
+          #pragma unroll
+          for (int k = 0; k < THREAD_CHANNELS; k++) y_sums[t0 / 4][k] = lane_sums[k];
         }
       }
       if (COMPUTE_OUTPUTS) {
-        reduce_scatter<4 * THREAD_CHANNELS>(lane_sums, LANE_QUARTER_BIT1, lane.quarter_bit1);
-        reduce_scatter<2 * THREAD_CHANNELS>(lane_sums, LANE_QUARTER_BIT0, lane.quarter_bit0);
         #pragma unroll
-        for (int k = 0; k < THREAD_CHANNELS; k++) y_sums[t0 / 4][k] = lane_sums[k];
-      }
-    }
-    if (COMPUTE_OUTPUTS) {
-      #pragma unroll
-      for (int i = 0; i < TILE / 4 * THREAD_CHANNELS; i++) {
-        const int t0 = i / THREAD_CHANNELS * 4, k = i % THREAD_CHANNELS;
-        smem_y[(t0 + 2 * lane.quarter_bit1 + lane.quarter_bit0) * Y_ROW + slot[k]] += y_sums[i / THREAD_CHANNELS][k];
-      }
-    }
-    bool goes_on = false;  // of a state pass
-    if (!COMPUTE_OUTPUTS) {
-      #pragma unroll
-      for (int k = 0; k < THREAD_CHANNELS; k++)
-        goes_on |= CHANNEL_EXISTS(first_channel + slot[k]) && remembers(h[k], A_log2e[k], delta_sum[k], N, lane.quarter);
-      goes_on = !unvisited_tiles || (step + 1 < tiles.num_tiles() && __any_sync(0xffffffffu, goes_on));
-      if (FWD_WARPS > 1 && thread % 32 == 0) ((int*)smem_y)[warp] = goes_on;
-    }
-    SYNC_DIRECTION(COMPUTE_OUTPUTS && other_step == step);
-    if (!COMPUTE_OUTPUTS) {
-      if (FWD_WARPS > 1) {  // all warps of the block exit together
-        goes_on = false;
-        for (int w = 0; w < DIRECTIONS * FWD_WARPS; w++)
-          goes_on |= ((const int*)(smem + w / FWD_WARPS * SMEM_DIRECTION_BYTES + SMEM_Y_OFFSET))[w % FWD_WARPS];
-      }
-      last_visited = step;
-      if (!goes_on) break;
-      continue;
-    }
-
-    // Store y. Where the directions meet in one tile, direction 0 reads the y of direction 1 from shared memory.
-    #pragma unroll
-    for (int k = 0; k < THREAD_CHANNELS; k++, y_offset += (i64)row_step * E) {
-      const int r = row + k * STAGE_ROW_STRIDE;
-      const bool skip = !is_output(r) || (DIRECTIONS == 2 && other_step == step && direction == 1);
-      if (!tiles.row_exists(r, tokens_left) || skip) continue;
-      const float* smem_y_other = (const float*)(smem + SMEM_DIRECTION_BYTES + SMEM_Y_OFFSET) + (TILE - 1 - r) * Y_ROW;
-      if (QUERY_ROWS) y_offset = y_of_clip + (i64)queries.query(tiles, r) * E;
-      float y[4];
-      unpack(y, *(const float4*)(smem_y + r * Y_ROW + column));
-      if (completes_y) {
-        #pragma unroll
-        for (int i = 0; i < 4; i++)
-          y[i] += DIRECTIONS == 2 && other_step == step ? smem_y_other[column + i] : to_float(y_other[k], i);
-      }
-      if ((STORE_TILE_STATES && HAS_Z) || !completes_y) store_vec4(y_partial + y_offset, y, valid_channels);
-      if (!completes_y) continue;
-      #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        if (HAS_Z) {
-          const float x = to_float(z[k], i);
-          y[i] *= x * sigmoid(x);
+        for (int i = 0; i < TILE / 4 * THREAD_CHANNELS; i++) {
+          const int t0 = i / THREAD_CHANNELS * 4, k = i % THREAD_CHANNELS;
+          smem_y[(t0 + 2 * lane.quarter_bit1 + lane.quarter_bit0) * Y_ROW + slot[k]] += y_sums[i / THREAD_CHANNELS][k];
         }
       }
-      store_vec4(y_out + y_offset, y, valid_channels);
-    }
-    if (DIRECTIONS == 2 && other_step == step) __syncthreads();  // direction 1 may overwrite its y from here on
-  }
+      bool goes_on = false;  // of a state pass
+      if (!COMPUTE_OUTPUTS) {
+        #pragma unroll
+        for (int k = 0; k < THREAD_CHANNELS; k++)
+          goes_on |= CHANNEL_EXISTS(first_channel + slot[k]) && remembers(h[k], A_log2e[k], delta_sum[k], N, lane.quarter);
+        goes_on = !unvisited_tiles || (step + 1 < tiles.num_tiles() && __any_sync(0xffffffffu, goes_on));
+        if (FWD_WARPS > 1 && thread % 32 == 0) ((int*)smem_y)[warp] = goes_on;
+      }
+      SYNC_DIRECTION(COMPUTE_OUTPUTS && other_step == step);
+      if (!COMPUTE_OUTPUTS) {
+        if (FWD_WARPS > 1) {  // all warps of the block exit together
+          goes_on = false;
+          for (int w = 0; w < DIRECTIONS * FWD_WARPS; w++)
+            goes_on |= ((const int*)(smem + w / FWD_WARPS * SMEM_DIRECTION_BYTES + SMEM_Y_OFFSET))[w % FWD_WARPS];
+        }
+        last_visited = step;
+        if (!goes_on) break;
+        continue;
+      }
 
-  if (COMPUTE_OUTPUTS && item.is_split && save_step >= 0)
+      // Store y. Where the directions meet in one tile, direction 0 reads the y of direction 1 from shared memory.
+      #pragma unroll
+      for (int k = 0; k < THREAD_CHANNELS; k++, y_offset += (i64)row_step * E) {
+        const int r = row + k * STAGE_ROW_STRIDE;
+        const bool skip = !is_output(r) || (DIRECTIONS == 2 && other_step == step && direction == 1);
+        if (!tiles.row_exists(r, tokens_left) || skip) continue;
+        const float* smem_y_other = (const float*)(smem + SMEM_DIRECTION_BYTES + SMEM_Y_OFFSET) + (TILE - 1 - r) * Y_ROW;
+        if (QUERY_ROWS) y_offset = y_of_clip + (i64)queries.query(tiles, r) * E;
+        float y[4];
+        unpack(y, *(const float4*)(smem_y + r * Y_ROW + column));
+        if (completes_y) {
+          #pragma unroll
+          for (int i = 0; i < 4; i++)
+            y[i] += DIRECTIONS == 2 && other_step == step ? smem_y_other[column + i] : to_float(y_other[k], i);
+        }
+        if ((STORE_TILE_STATES && HAS_Z) || !completes_y) store_vec4(y_partial + y_offset, y, valid_channels);
+        if (!completes_y) continue;
+        #pragma unroll
+        for (int i = 0; i < 4; i++) {
+          if (HAS_Z) {
+            const float x = to_float(z[k], i);
+            y[i] *= x * sigmoid(x);
+          }
+        }
+        store_vec4(y_out + y_offset, y, valid_channels);
+      }
+      if (DIRECTIONS == 2 && other_step == step) __syncthreads();  // direction 1 may overwrite its y from here on
+    }
+  };
+  // A state is stored in a split where its state pass has stopped, and in a rescan before every split.
+  int begin = 0, end = steps;
+  bool exits = false;
+  if (COMPUTE_OUTPUTS && item.is_split && unvisited_tiles && item.split != (reverse ? 0 : num_splits - 1)) {
+    const int left_out = unvisited[item.split * channel_blocks];
+    if (left_out) end = left_out, exits = true;
+  }
+  if (COMPUTE_OUTPUTS && item.is_rescan) end = 0;
+  #pragma unroll 1
+  for (;;) {
+    scan_steps(begin, end);
+    if (!COMPUTE_OUTPUTS || end == steps) break;
+    const int split = tiles.tile(end) / item.tiles_per_split;
+    float* to = item.is_rescan ? split_initial_states : exit_states;
+    #pragma unroll
+    for (int k = 0; k < THREAD_CHANNELS; k++)
+      store_states(to + (direction_clip * num_splits + split) * E * N, h[k], first_channel + slot[k], E, N, lane.quarter);
+    begin = end, end = item.is_rescan ? begin + min(item.tiles_per_split, steps - split * item.tiles_per_split) : steps;
+  }
+  if (exits)
     exit_is_right = exit_was_right<THREAD_CHANNELS>(
         exit_states + direction_clip_split * E * N, split_final_states + direction_clip_split * E * N,
         delta_sums + direction_clip_split * E, A_log2e, slot, first_channel, E, N, lane.quarter);
@@ -307,61 +314,4 @@ template <bool COMPUTE_OUTPUTS> DEVICE void scan_forward_item(
     if (COMPUTE_OUTPUTS && final_state && (reverse ? item.first_tile == 0 : item.end_tile * TILE >= L))
       store_states(final_state + direction_clip * E * N, h[k], channel, E, N, lane.quarter);
   }
-}
-
-#define SCAN_FORWARD_ITEM(COMPUTE_OUTPUTS) \
-    scan_forward_item<COMPUTE_OUTPUTS>( \
-        smem, d ? u1 : u0, u_stride_b, (int)u_stride_t, d ? delta1 : delta0, delta_stride_b, (int)delta_stride_t, \
-        z, z_stride_b, (int)z_stride_t, d ? B1 : B0, B_stride_b, (int)B_stride_t, d ? C1 : C0, C_stride_b, (int)C_stride_t, \
-        d ? A1 : A0, d ? D1 : D0, d ? delta_bias1 : delta_bias0, initial_state, split_initial_states, split_final_states, \
-        delta_sums, unvisited_tiles, exit_states, final_state, tile_states, y_out, y_pre_gate, y_other_direction, \
-        QUERY_ARGUMENTS (int)clips, (int)L, (int)E, (int)N, (int)num_splits, (int)flags, item, d, reverse, exit_is_right)
-
-// Inputs beside the streams
-//   initial_state         (direction, clip, E, N) the state before a sequence, or null for zeros
-//   y_other_direction     (clip, L, E) or null, only if DIRECTIONS is 1
-//   tile_queries          (tile) and num_queries, if QUERY_ROWS; z, y_other_direction, y_out and y_pre_gate are then
-//                         (clip, num_queries, E)
-// Outputs
-//   y_out                 (clip, L, E)
-//   final_state           (direction, clip, E, N), or null
-//   tile_states           (direction, clip, tile, E, N) the state before every tile, if STORE_TILE_STATES
-//   y_pre_gate            (clip, L, E) the sum of both directions before the gate, if STORE_TILE_STATES and HAS_Z
-// Split-L
-//   split_initial_states  (direction, clip, split, E, N) the state before every split; an input if num_state_passes is 0
-//   split_final_states    (direction, clip, split, E, N) the final state of every split but the last one, if the state before
-//                         the split is zero; null if num_state_passes is 0
-//   delta_sums            (direction, clip, split, E) the sum of delta over what their state passes have read, or null
-//   unvisited_tiles       (direction, clip, split, block of channels) the tiles that a state pass has not read; null if state
-//                         passes read every tile
-//   exit_states           (direction, clip, split, E, N) the true states where the state passes have stopped, or null
-// With STATES_ONLY every split has a state pass, the last one too, and num_splits + 1 blocks of every sequence combine them:
-// one for the state before each split and one for final_state.
-KERNEL(scan_forward, DIRECTIONS * THREADS, FWD_MIN_BLOCKS_PER_SM)(
-    STREAM_PARAMS, const float *initial_state, float *split_initial_states, float *split_final_states, float *delta_sums,
-    int *unvisited_tiles, float *exit_states, float *final_state, float *tile_states, io_t *y_out, io_t *y_pre_gate, const io_t *y_other_direction, int *work_counters,
-    i64 num_state_passes, i64 unsplit_per_scheduler, QUERY_PARAMS SIZE_PARAMS) {
-  SHARED(smem);
-  const int d = DIRECTIONS == 2 && threadIdx.x >= THREADS;
-  const bool reverse = DIRECTIONS == 2 ? d : flags & REVERSE;
-  const WorkQueue work(
-      smem, work_counters, (int)num_unsplit, (int)num_state_passes, (int)unsplit_per_scheduler, (int)num_splits, unvisited_tiles);
-  const int blocks_per_sequence = (int)num_splits + (flags & STATES_ONLY ? 1 : 0);  // state passes: one fewer
-  WorkItem item(
-      work.index, (int)num_unsplit, work.is_rescan ? 1 : blocks_per_sequence - work.is_state_pass, (int)tiles_per_split, (int)L);
-  bool exit_is_right = true;
-  if (work.is_state_pass) {
-    if (reverse && blocks_per_sequence == num_splits) item.next_split((int)L);
-    SCAN_FORWARD_ITEM(false);
-    work.finish_state_pass(work_counters, item, (int)num_unsplit);
-    return;
-  }
-  if (work.is_rescan) {
-    if (!work.wait_for_splits(smem, work_counters, item, (int)num_unsplit, (int)num_splits)) return;
-    item.rescan((int)L);
-  } else if (num_state_passes && item.is_split) {
-    work.wait_for_state_passes(work_counters, item, (int)num_unsplit, blocks_per_sequence);
-  }
-  SCAN_FORWARD_ITEM(true);
-  if (unvisited_tiles && item.is_split) work.finish_split(work_counters, item, (int)num_unsplit, exit_is_right);
 }

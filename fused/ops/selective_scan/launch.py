@@ -15,7 +15,9 @@ from torch import Tensor
 from fused.ops.selective_scan import schedule
 from fused.ops.selective_scan.kernel_source import (
     A_LOG,
+    BY_MOMENTS,
     REVERSE,
+    SOFTPLUS_BY_CALLER,
     SOFTPLUS_IN_KERNEL,
     STATES_ONLY,
     defines,
@@ -111,6 +113,7 @@ class ScanOutputs(NamedTuple):
     y_pre_gate: Tensor | None  # (B, L, E): y before the gate; y itself without one
     tile_states: Tensor | None  # (d, B, tiles, E, N) float32: the state before every tile
     state_passing: StatePassing
+    by_moments: bool  # whether state passes summed by moments
 
 
 class ScanGradients(NamedTuple):
@@ -162,10 +165,11 @@ def aligned_or_none(x: Tensor | None) -> Tensor | None:
 
 def forward(
     s: ScanInputs, initial_states: Tensor | None, plan: ScanSchedule, *, keep: bool,
-    split_initial_states: Tensor | None = None, y_other_direction: Tensor | None = None,
+    split_initial_states: Tensor | None = None, y_other_direction: Tensor | None = None, only_y: bool = False,
 ) -> ScanOutputs:  # fmt: skip
     """Scan from `initial_states` (d, B, E, N), of one direction (B, E, N), or from zero, and `keep` what the backward reads.
 
+    With `only_y` states need not be more exact than y: bfloat16 state passes sum by moments where the kernel can (moments.cu).
     `split_initial_states` of an earlier call or of `state_pass` spares the state-only pass. `y_other_direction` (B, L, E),
     contiguous, is another direction's y, which one direction adds to its own before the gate.
     """
@@ -177,22 +181,24 @@ def forward(
     tile_states = _float32(u, d, B, -(-L // TILE), E, N) if keep else None
     if 0 in (B, L, E):
         final_states = final_states.zero_() if initial_states is None else final_states.copy_(initial_states)
-        return ScanOutputs(y, final_states, split_initial_states, y_pre_gate, tile_states, NO_STATE_PASSING)
+        return ScanOutputs(y, final_states, split_initial_states, y_pre_gate, tile_states, NO_STATE_PASSING, False)
     passing = NO_STATE_PASSING
     if splits.num_unsplit < splits.num_sequences:
         passing = _state_passing(splits, u, d, N, plan.fwd_config, d * plan.fwd_config.warps, split_initial_states is None)
+    by_moments = only_y and not keep and passing.num_state_passes > 0 and y_other_direction is None and _has_moments(s, plan)
     if passing.num_state_passes:
         split_initial_states = _float32(u, d, B, splits.num_splits, E, N)
     arguments = (
         initial_states, split_initial_states, *passing[:4], final_states, tile_states, y, y_pre_gate, y_other_direction,
         passing.work_counters, passing.num_state_passes, passing.unsplit_per_scheduler,
-        *_query_arguments(s), B, L, E, N, splits.tiles_per_split, splits.num_splits, splits.num_unsplit, _flags(s),
+        *_query_arguments(s), B, L, E, N, splits.tiles_per_split, splits.num_splits, splits.num_unsplit,
+        _flags(s) | BY_MOMENTS * by_moments,
     )  # fmt: skip
     blocks = splits.num_blocks + passing.num_state_passes + passing.num_rescans
     _launch_forward(s, plan, blocks, arguments, keep, y_other_direction)
     if keep and s.z is None:
         y_pre_gate = y
-    return ScanOutputs(y, final_states, split_initial_states, y_pre_gate, tile_states, passing)
+    return ScanOutputs(y, final_states, split_initial_states, y_pre_gate, tile_states, passing, by_moments)
 
 
 def state_pass(
@@ -349,8 +355,8 @@ def _input_arguments(s: ScanInputs) -> tuple[Any, ...]:
 def _module(name: str, s: ScanInputs, plan: ScanSchedule, keep: bool, *others: Tensor | None) -> Any:
     """Return the compiled kernels of `source(name)` for these inputs; `others` (B, L, E) are also read or written."""
     E, N = s.u[0].shape[2], s.A[0].shape[1]
-    vectorized = E % 4 == 0 and _readable_by_four((*s.u, *s.delta, s.z, *others))
-    vectorized_bc = N % 4 == 0 and _readable_by_four((*s.B, *s.C))
+    vectorized = E % 4 == 0 and _readable(4, (*s.u, *s.delta, s.z, *others))
+    vectorized_bc = N % 4 == 0 and _readable(4, (*s.B, *s.C))
     no_padding = vectorized and vectorized_bc and N == plan.padded_states and E % plan.widest_block == 0
     macros = defines(
         io_dtype=s.u[0].dtype, schedule=plan, directions=len(s.reverses),
@@ -361,9 +367,18 @@ def _module(name: str, s: ScanInputs, plan: ScanSchedule, keep: bool, *others: T
     return nvrtc.module(source(name), macros, s.u[0].device)
 
 
-def _readable_by_four(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Return whether groups of four elements can be read at once from each of the tensors (B, L, ...)."""
+def _readable(count: int, tensors: tuple[Tensor | None, ...]) -> bool:
+    """Return whether groups of `count` elements can be read at once from each of the tensors (B, L, ...)."""
     for x in tensors:
-        if x is not None and (x.stride(0) % 4 or x.stride(1) % 4 or x.data_ptr() % (4 * x.element_size())):
+        if x is not None and (x.stride(0) % count or x.stride(1) % count or x.data_ptr() % (count * x.element_size())):
             return False
     return True
+
+
+def _has_moments(s: ScanInputs, plan: ScanSchedule) -> bool:
+    """Return whether the forward's program for these inputs has state passes by moments, HAS_MOMENTS in moments.cu."""
+    E, N, config = s.u[0].shape[2], s.A[0].shape[1], plan.fwd_config
+    fits = N == 16 and E % plan.widest_block == 0 and config.warps == 1 and config.channels_per_thread == 2
+    if not fits or s.u[0].dtype != torch.bfloat16 or s.softplus != SOFTPLUS_BY_CALLER:
+        return False
+    return _readable(4, (s.z, *s.C)) and _readable(8, (*s.u, *s.delta, *s.B))

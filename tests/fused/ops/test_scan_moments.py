@@ -1,0 +1,153 @@
+"""State passes by moments: the kernels, emulated on the CPU, against the loop and the exact state passes."""
+
+import math
+
+import emulation
+import naive
+import pytest
+import torch
+from rule import assert_rule
+
+from fused.ops.selective_scan import launch as scan
+from fused.ops.selective_scan import schedule
+from fused.ops.selective_scan.kernel_source import SOFTPLUS_BY_CALLER, SOFTPLUS_NONE
+from fused.runtime import nvrtc
+
+TILES, SPLITS, E, N = 4, 3, 64, 16  # tiles of a split, splits of a sequence
+LENGTH = 16 * TILES * SPLITS - 5
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch):
+    """The kernels run on the CPU."""
+    if reason := emulation.unavailable():
+        pytest.skip(reason)
+    monkeypatch.setattr(nvrtc, "module", emulation.module)
+
+
+def drawn(seed=0, steps=(1e-3, 1e-1), directions=2, dtype=torch.bfloat16, clips=1):
+    """Inputs as a mixer's, with steps log-uniform over channels and A of -1 to -16; C of long sequences has z."""
+    g = torch.Generator().manual_seed(seed)
+
+    def pair(*size, to=dtype):
+        return [torch.randn(*size, generator=g).to(to) for _ in range(directions)]
+
+    low, high = (math.log(x) for x in steps)
+    delta = []
+    for _ in range(directions):
+        size = (low + (high - low) * torch.rand(E, generator=g)).exp()
+        delta.append((size * (0.8 + 0.4 * torch.rand(clips, LENGTH, E, generator=g))).to(dtype))
+    A = [-torch.arange(1.0, N + 1).repeat(E, 1) for _ in range(directions)]
+    rows = [x.split((N, N), dim=2) for x in pair(clips, LENGTH, 2 * N)]
+    return scan.ScanInputs(
+        (False, True)[:directions], pair(clips, LENGTH, E), delta, A, *map(list, zip(*rows, strict=True)),
+        pair(E, to=torch.float32), [None] * directions, pair(clips, LENGTH, E)[0], SOFTPLUS_BY_CALLER,
+    )  # fmt: skip
+
+
+def plan_of(s):
+    B, L, E, N = s.sizes
+    plan = schedule.make_schedule.__wrapped__(B, L, E, N, len(s.reverses), 2)
+    return plan._replace(fwd_schedule=schedule.SplitSchedule(B * E // plan.fwd_config.channels, 0, SPLITS, TILES))
+
+
+def scanned(s, only_y=True, **options):
+    return scan.forward(s, None, plan_of(s), keep=False, only_y=only_y, **options)
+
+
+def loop(s, precision):
+    parts = []
+    for i, reverse in enumerate(s.reverses):
+        own = {name: getattr(s, name)[i].to(precision) for name in ("u", "delta", "A", "B", "C", "D")}
+        parts.append(naive.scan(**own, softplus=False, reverse=reverse)[0])
+    return {"y": sum(parts) * torch.nn.functional.silu(s.z.to(precision))}
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize(
+    "steps", [(1e-3, 1e-1), (1e-3, 1e-2), (0.05, 2.0), (0.69, 0.7), (1e-5, 1e-4)], ids=str
+)
+def test_y_follows_the_loop(steps, directions):
+    samples = []
+    for seed in range(4):
+        s = drawn(seed, steps, directions)
+        got = scanned(s)
+        assert got.by_moments
+        samples.append(({"y": got.y}, loop(s, torch.float64), loop(s, torch.float32)))
+    assert_rule(samples)
+
+
+def test_states_have_the_error_of_bfloat16_products_and_no_more():
+    errors = []
+    for seed in range(4):
+        got, exact = (scanned(drawn(seed, (1e-3, 1e-2)), only_y).split_initial_states for only_y in (True, False))
+        errors.append(((got - exact).norm() / exact.norm()).item())
+    assert 2e-4 < min(errors) and max(errors) < 2**-8, errors
+
+
+@pytest.mark.parametrize("steps", [(0.4, 2.0), (1.0, 1.1)], ids=str)
+def test_tiles_that_forget_fast_are_walked_token_by_token(steps):
+    """|A| G is above 5 in every tile, or the tile is forgotten: states are those of the exact state pass to float32's rounding."""
+    got, exact = (scanned(drawn(0, steps), only_y).split_initial_states for only_y in (True, False))
+    assert (got - exact).norm() < 1e-5 * exact.norm()
+
+
+def test_they_exit_where_the_exact_ones_do():
+    s = drawn(steps=(2.0, 3.0))
+    got, exact = (scanned(s, only_y).state_passing for only_y in (True, False))
+    assert got.exits() == exact.exits() and got.exits().exited > 0 and got.exits().rescanned == 0
+    assert torch.equal(got.unvisited_tiles, exact.unvisited_tiles)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("name", ["u", "delta", "B"])
+def test_what_is_not_finite_goes_on(name, value):
+    for steps in ((1e-3, 1e-1), (2.0, 3.0)):
+        s = drawn(steps=steps)
+        for x in getattr(s, name):
+            x[0, 20, 1] = float(value)
+        got, exact = (scanned(s, only_y) for only_y in (True, False))
+        assert torch.equal(got.y.isfinite(), exact.y.isfinite())
+        assert torch.equal(got.final_states.isfinite(), exact.final_states.isfinite())
+
+
+@pytest.mark.parametrize("which", ["spike", "delta 0", "u 0"])
+def test_extremes_follow_the_loop(which):
+    samples = []
+    for seed in range(4):
+        s = drawn(seed)
+        for i in range(2):
+            middle = slice(16 * TILES, 32 * TILES)
+            if which == "spike":
+                s.u[i][:, [50, 130], 3] = 1e4
+            else:
+                (s.u if which == "u 0" else s.delta)[i][:, middle] = 0
+        got = scanned(s)
+        assert got.by_moments
+        samples.append(({"y": got.y}, loop(s, torch.float64), loop(s, torch.float32)))
+    assert_rule(samples)
+
+
+def test_only_calls_whose_states_nobody_reads_sum_by_moments():
+    s = drawn()
+    half, narrow = drawn(dtype=torch.float16), drawn()
+    narrow = narrow._replace(
+        **{name: [x[..., :24].contiguous() for x in getattr(s, name)] for name in ("u", "delta")},
+        A=[x[:24].contiguous() for x in s.A], D=[x[:24].contiguous() for x in s.D], z=s.z[..., :24].contiguous(),
+    )  # fmt: skip
+    shifted = s._replace(B=[torch.nn.functional.pad(x, (4, 4))[..., 4:20] for x in s.B])
+    assert scanned(s).by_moments
+    given = scanned(s).split_initial_states
+    others = [
+        scanned(s, only_y=False), scan.forward(s, None, plan_of(s), keep=True, only_y=True), scanned(half),
+        scanned(narrow), scanned(shifted), scanned(s._replace(softplus=SOFTPLUS_NONE)), scanned(s, split_initial_states=given),
+        scan.forward(s, None, schedule.make_schedule(1, LENGTH, E, N, 2, 1), keep=False, only_y=True),
+    ]  # fmt: skip
+    assert not any(other.by_moments for other in others)
+
+
+@pytest.mark.parametrize("order", ["reverse", "random:1"])
+def test_order_of_threads_changes_nothing(order, monkeypatch):
+    first = scanned(drawn(steps=(1e-2, 1.0))).y
+    monkeypatch.setenv("EMULATION_ORDER", order)
+    assert torch.equal(scanned(drawn(steps=(1e-2, 1.0))).y, first)
