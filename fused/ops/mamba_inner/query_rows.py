@@ -101,7 +101,8 @@ def _forward(
     p = _pipeline(x, z, first, second, batch_invariant)
     c, _ = p.convolve()
     dt_B_C, delta = p.project(c, packed)
-    r = scan.forward(_scan_inputs(p, c, dt_B_C, delta, packed, tile_queries), None, p.schedule, keep=training)
+    s = _scan_inputs(p, c, dt_B_C, delta, packed, tile_queries)
+    r = scan.forward(s, None, p.schedule, keep=training, only_y=not training)
     out = F.linear(r.y, out_proj_cast, None if out_proj_bias is None else out_proj_bias.to(dtype))
     kept = x, z, packed.packed, packed.A_D, dt_B_C, r.y, r.y_pre_gate, r.tile_states
     return out, *(kept if training else (None,) * len(kept))

@@ -48,7 +48,7 @@ struct BackwardStreams {
   io_t* dz;
 };
 
-template <bool COMPUTE_GRADIENTS> DEVICE void scan_backward_item(
+template <bool COMPUTE_GRADIENTS, bool CHECK_EXIT> DEVICE void scan_backward_item(
     char* smem, BackwardStreams in, const float* A, const float* D, const float* delta_bias, const float* tile_states,
     const float* dfinal_state, float* split_adjoints, float* delta_sums, int* unvisited_tiles, float* exit_adjoints, io_t* du,
     io_t* ddelta, float* dBC_partial, float* param_grads_partial, float* dinitial_state, const TileQueries* tile_queries,
@@ -104,21 +104,11 @@ template <bool COMPUTE_GRADIENTS> DEVICE void scan_backward_item(
         adjoint, A_log2e, slot, split_adjoints + direction_clip * num_splits * E * N,
         delta_sums + direction_clip * num_splits * E, unvisited, channel_blocks, reverse ? 0 : num_splits - 1, item.split,
         first_channel, E, N, lane.quarter);
-  // The loop stops before the last step that the state pass of the split has read, to store the adjoint of what follows.
-  int stop = -1;
-  if (COMPUTE_GRADIENTS && item.is_split && item.split != (reverse ? num_splits - 1 : 0)) {
+  int save_step = -1;  // the last one that the state pass of the split has read; the adjoint of what follows is stored
+  if (CHECK_EXIT && item.is_split && item.split != (reverse ? num_splits - 1 : 0)) {
     const int left_out = unvisited[item.split * channel_blocks];
-    if (left_out) stop = steps - 1 - left_out;
+    if (left_out) save_step = steps - 1 - left_out;
   }
-  const bool exits = stop >= 0;
-  auto store_at_stop = [&] {  // returns whether there are steps left
-    if (stop < 0) return false;
-    #pragma unroll
-    for (int k = 0; k < THREAD_CHANNELS; k++)
-      store_states(exit_adjoints + direction_clip_split * E * N, adjoint[k], first_channel + slot[k], E, N, lane.quarter);
-    stop = -1;
-    return true;
-  };
   int last_visited = 0;  // of a state pass
   // After a reduction over the lanes of a channel a lane has the sums of one token and one channel: own_token and own_slot.
   const int own_token = THREAD_CHANNELS == 1 ? 2 * lane.quarter_bit1 + lane.quarter_bit0 : lane.quarter_bit1;
@@ -174,9 +164,14 @@ template <bool COMPUTE_GRADIENTS> DEVICE void scan_backward_item(
     copy_commit();
   };
   prefetch_tile(steps - 1);
-  for (int step = steps - 1; step > stop || (COMPUTE_GRADIENTS && store_at_stop()); step--) {
+  for (int step = steps - 1; step >= 0; step--) {
     const int tokens_left = L - tiles.tile(step) * TILE;
     const TileQueries queries = TileQueries::of(tile_queries, tiles, step);
+    if (CHECK_EXIT && step == save_step) {
+      #pragma unroll
+      for (int k = 0; k < THREAD_CHANNELS; k++)
+        store_states(exit_adjoints + direction_clip_split * E * N, adjoint[k], first_channel + slot[k], E, N, lane.quarter);
+    }
 
     // Stage the tile.
     copy_wait<0>();
@@ -395,7 +390,7 @@ template <bool COMPUTE_GRADIENTS> DEVICE void scan_backward_item(
     }
   }
 
-  if (exits)
+  if (CHECK_EXIT && save_step >= 0)
     exit_is_right = exit_was_right<THREAD_CHANNELS>(
         exit_adjoints + direction_clip_split * E * N, split_adjoints + direction_clip_split * E * N,
         delta_sums + direction_clip_split * E, A_log2e, slot, first_channel, E, N, lane.quarter);
@@ -436,8 +431,8 @@ template <bool COMPUTE_GRADIENTS> DEVICE void scan_backward_item(
   }
 }
 
-#define SCAN_BACKWARD_ITEM(COMPUTE_GRADIENTS) \
-    scan_backward_item<COMPUTE_GRADIENTS>( \
+#define SCAN_BACKWARD_ITEM(COMPUTE_GRADIENTS, CHECK_EXIT) \
+    scan_backward_item<COMPUTE_GRADIENTS, CHECK_EXIT>( \
         smem, in, d ? A1 : A0, d ? D1 : D0, d ? delta_bias1 : delta_bias0, tile_states, dfinal_state, split_adjoints, \
         delta_sums, unvisited_tiles, exit_adjoints, (d ? du1 : du0) + clip * L * E + column, \
         (d ? ddelta1 : ddelta0) + clip * L * E + column, \
@@ -487,7 +482,7 @@ KERNEL(scan_backward, THREADS, BWD_MIN_BLOCKS_PER_SM)(
     dz ? dz + clip * dz_stride_b + column : 0};
   if (work.is_state_pass) {
     if (!reverse) item.next_split((int)L);
-    SCAN_BACKWARD_ITEM(false);
+    SCAN_BACKWARD_ITEM(false, false);
     work.finish_state_pass(work_counters, item, (int)num_unsplit);
     return;
   }
@@ -497,6 +492,10 @@ KERNEL(scan_backward, THREADS, BWD_MIN_BLOCKS_PER_SM)(
   } else if (item.is_split) {
     work.wait_for_state_passes(work_counters, item, (int)num_unsplit, (int)num_splits);
   }
-  SCAN_BACKWARD_ITEM(true);
+  if (!item.is_split && !item.is_rescan) {
+    SCAN_BACKWARD_ITEM(true, false);
+    return;
+  }
+  SCAN_BACKWARD_ITEM(true, true);
   if (item.is_split) work.finish_split(work_counters, item, (int)num_unsplit, exit_is_right);
 }

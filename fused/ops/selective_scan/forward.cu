@@ -7,7 +7,8 @@
 // direction alone adds y_other_direction.
 //
 // A sequence that is split is scanned twice: first by state passes, which compute the final states of its splits only
-// (COMPUTE_OUTPUTS false), then split by split from the state before each. A state pass walks from the last token of its split
+// (COMPUTE_OUTPUTS false), then split by split from the state before each (CHECK_EXIT if state passes may exit; as code of its own,
+// since the branch costs a scan without it 7 %). A state pass walks from the last token of its split
 // to the first, sums exp(A S) delta u B with S the sum of delta behind a token, and may exit early (work.cu).
 //
 // Shared memory, for each direction:
@@ -25,7 +26,7 @@
 #define SYNC_DIRECTION(meet) \
     do { if (FWD_WARPS > 1 || (DIRECTIONS == 2 && (meet))) __syncthreads(); else __syncwarp(); } while (0)
 
-template <bool COMPUTE_OUTPUTS> DEVICE void scan_forward_item(
+template <bool COMPUTE_OUTPUTS, bool CHECK_EXIT> DEVICE void scan_forward_item(
     char* smem, const io_t* u_base, i64 u_stride_b, int u_stride_t,
     const io_t* delta_base, i64 delta_stride_b, int delta_stride_t, const io_t* z_base, i64 z_stride_b, int z_stride_t,
     const io_t* B_base, i64 B_stride_b, int B_stride_t, const io_t* C_base, i64 C_stride_b, int C_stride_t,
@@ -122,184 +123,177 @@ template <bool COMPUTE_OUTPUTS> DEVICE void scan_forward_item(
     return COMPUTE_OUTPUTS || step < tiles.num_tiles() ? L - tiles.tile(step) * TILE : 0;
   };
   int last_visited = tiles.num_tiles() - 1;  // of a state pass
-  // Steps from `begin` to `end`. (Ending this loop and starting it again where a state must be stored spares a branch in it.)
-  auto scan_steps = [&](int begin, int end) {
-    TileQueries next_queries = TileQueries::of(tile_queries, tiles, begin);
-    load_next_tile(begin, tokens_left_at(begin));
-    for (int step = begin; step < end; step++) {
-      const int tokens_left = tokens_left_at(step);
-      const int other_step = steps - 1 - step;  // at which the other direction comes to this tile
-      const TileQueries queries = next_queries;
-      next_queries = TileQueries::of(tile_queries, tiles, step + 1);
-      auto is_output = [&](int r) { return !QUERY_ROWS || queries.has(tiles, r); };
-      const bool completes_y = DIRECTIONS == 1 || other_step <= step;
+  // The state before this step is stored: where the state pass of the split has stopped, or in a rescan before every split.
+  int save_step = item.is_rescan ? 0 : -1;
+  if (CHECK_EXIT && item.is_split && item.split != (reverse ? 0 : num_splits - 1)) {
+    const int left_out = unvisited[item.split * channel_blocks];
+    if (left_out) save_step = left_out;
+  }
+  TileQueries next_queries = TileQueries::of(tile_queries, tiles, 0);
+  load_next_tile(0, tokens_left_at(0));
+  for (int step = 0; step < steps; step++) {
+    const int tokens_left = tokens_left_at(step);
+    const int other_step = steps - 1 - step;  // at which the other direction comes to this tile
+    const TileQueries queries = next_queries;
+    next_queries = TileQueries::of(tile_queries, tiles, step + 1);
+    auto is_output = [&](int r) { return !QUERY_ROWS || queries.has(tiles, r); };
+    const bool completes_y = DIRECTIONS == 1 || other_step <= step;
 
-      // Stage the tile.
+    // Stage the tile.
+    #pragma unroll
+    for (int k = 0; k < THREAD_CHANNELS; k++) {
+      const int r = row + k * STAGE_ROW_STRIDE;
+      float u[4], delta[4];
+      #pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const float x = to_float(next_delta[k], i);
+        u[i] = to_float(next_u[k], i);
+        delta[i] = SOFTPLUS == SOFTPLUS_BY_CALLER ? x : tiles.row_exists(r, tokens_left) ? activate_delta(x + bias[i]) : 0.f;
+      }
+      float4* to = (float4*)(smem_delta + r * CHANNELS + column);
+      to[0] = make_float4(delta[0], delta[0] * u[0], delta[1], delta[1] * u[1]);
+      to[1] = make_float4(delta[2], delta[2] * u[2], delta[3], delta[3] * u[3]);
+      if (COMPUTE_OUTPUTS)
+        *(float4*)(smem_y + r * Y_ROW + column) =
+            make_float4(D_column[0] * u[0], D_column[1] * u[1], D_column[2] * u[2], D_column[3] * u[3]);
+    }
+    #pragma unroll
+    for (int m = 0; m < BC_LOADS; m++) {
+      const IoVec4 BC = next_BC[m];
+      if (TILE % BC_ROW_STRIDE == 0 || BC_row + m * BC_ROW_STRIDE < TILE)
+        ((float4*)smem_BC)[BC_VECTOR_INDEX(m, BC_row, thread)] =
+            make_float4(to_float(BC, 0), to_float(BC, 1), to_float(BC, 2), to_float(BC, 3));
+    }
+    SYNC_DIRECTION(COMPUTE_OUTPUTS && other_step == step - 1);
+
+    // Load what the next tile and the output of this one need, while this one is scanned.
+    if (step + 1 < steps) load_next_tile(step + 1, tokens_left_at(step + 1));
+    IoVec4 z[THREAD_CHANNELS], y_other[THREAD_CHANNELS];  // y_other: y of the direction that came to the token before
+    if (COMPUTE_OUTPUTS) {
       #pragma unroll
       for (int k = 0; k < THREAD_CHANNELS; k++) {
         const int r = row + k * STAGE_ROW_STRIDE;
-        float u[4], delta[4];
-        #pragma unroll
-        for (int i = 0; i < 4; i++) {
-          const float x = to_float(next_delta[k], i);
-          u[i] = to_float(next_u[k], i);
-          delta[i] = SOFTPLUS == SOFTPLUS_BY_CALLER ? x : tiles.row_exists(r, tokens_left) ? activate_delta(x + bias[i]) : 0.f;
-        }
-        float4* to = (float4*)(smem_delta + r * CHANNELS + column);
-        to[0] = make_float4(delta[0], delta[0] * u[0], delta[1], delta[1] * u[1]);
-        to[1] = make_float4(delta[2], delta[2] * u[2], delta[3], delta[3] * u[3]);
-        if (COMPUTE_OUTPUTS)
-          *(float4*)(smem_y + r * Y_ROW + column) =
-              make_float4(D_column[0] * u[0], D_column[1] * u[1], D_column[2] * u[2], D_column[3] * u[3]);
+        const int count = completes_y && tiles.row_exists(r, tokens_left) && is_output(r) ? valid_channels : 0;
+        if (QUERY_ROWS) z_ptr = z_of_clip + (i64)queries.query(tiles, r) * z_stride_t;
+        if (HAS_Z) z[k] = load_vec4<VECTORIZED>(z_ptr, count), z_ptr += (i64)row_step * z_stride_t;
+        const io_t* from = DIRECTIONS == 2 ? y_partial : y_other_direction;
+        const bool load = DIRECTIONS == 2 ? other_step < step : y_other_direction != 0;
+        y_other[k] = load_vec4<VECTORIZED>(
+            QUERY_ROWS ? from + y_of_clip + (i64)queries.query(tiles, r) * E : from + y_offset + (i64)(k * row_step) * E,
+            load ? count : 0);
       }
+    }
+    if (CHECK_EXIT && step == save_step) {
+      const int split = tiles.tile(step) / item.tiles_per_split;
+      float* to = item.is_rescan ? split_initial_states : exit_states;
       #pragma unroll
-      for (int m = 0; m < BC_LOADS; m++) {
-        const IoVec4 BC = next_BC[m];
-        if (TILE % BC_ROW_STRIDE == 0 || BC_row + m * BC_ROW_STRIDE < TILE)
-          ((float4*)smem_BC)[BC_VECTOR_INDEX(m, BC_row, thread)] =
-              make_float4(to_float(BC, 0), to_float(BC, 1), to_float(BC, 2), to_float(BC, 3));
-      }
-      SYNC_DIRECTION(COMPUTE_OUTPUTS && other_step == step - 1);
+      for (int k = 0; k < THREAD_CHANNELS; k++)
+        store_states(to + (direction_clip * num_splits + split) * E * N, h[k], first_channel + slot[k], E, N, lane.quarter);
+      if (item.is_rescan) save_step += min(item.tiles_per_split, steps - split * item.tiles_per_split);
+    }
+    if (COMPUTE_OUTPUTS && STORE_TILE_STATES) {
+      float* tile_state = tile_states + (direction_clip * ((L + TILE - 1) / TILE) + tiles.tile(step)) * E * N;
+      #pragma unroll
+      for (int k = 0; k < THREAD_CHANNELS; k++) store_states(tile_state, h[k], first_channel + slot[k], E, N, lane.quarter);
+    }
 
-      // Load what the next tile and the output of this one need, while this one is scanned.
-      if (step + 1 < end) load_next_tile(step + 1, tokens_left_at(step + 1));
-      IoVec4 z[THREAD_CHANNELS], y_other[THREAD_CHANNELS];  // y_other: y of the direction that came to the token before
-      if (COMPUTE_OUTPUTS) {
+    // Scan the tile. The four lanes of a channel reduce their sums over states for four tokens at a time. Afterwards each of
+    // them has the sums of one token. These stay in registers until the end of the tile: without writes to shared memory in
+    // between, the compiler can move reads forward.
+    float y_sums[TILE / 4][THREAD_CHANNELS];
+    #pragma unroll
+    for (int t0 = 0; t0 < TILE; t0 += 4) {
+      float lane_sums[4 * THREAD_CHANNELS];
+      #pragma unroll
+      for (int t = 0; t < 4; t++) {
+        float B[STATES_PER_THREAD], C[STATES_PER_THREAD];
+        #pragma unroll
+        for (int g = 0; g < STATE_VECTORS; g++) {
+          const float4* from = (const float4*)smem_BC + (t0 + t) * BC_ROW_VECTORS + g * 4 + lane.quarter;
+          unpack(B + 4 * g, from[0]);
+          if (COMPUTE_OUTPUTS) unpack(C + 4 * g, from[PADDED_STATES / 4]);
+        }
         #pragma unroll
         for (int k = 0; k < THREAD_CHANNELS; k++) {
-          const int r = row + k * STAGE_ROW_STRIDE;
-          const int count = completes_y && tiles.row_exists(r, tokens_left) && is_output(r) ? valid_channels : 0;
-          if (QUERY_ROWS) z_ptr = z_of_clip + (i64)queries.query(tiles, r) * z_stride_t;
-          if (HAS_Z) z[k] = load_vec4<VECTORIZED>(z_ptr, count), z_ptr += (i64)row_step * z_stride_t;
-          const io_t* from = DIRECTIONS == 2 ? y_partial : y_other_direction;
-          const bool load = DIRECTIONS == 2 ? other_step < step : y_other_direction != 0;
-          y_other[k] = load_vec4<VECTORIZED>(
-              QUERY_ROWS ? from + y_of_clip + (i64)queries.query(tiles, r) * E : from + y_offset + (i64)(k * row_step) * E,
-              load ? count : 0);
-        }
-      }
-      if (COMPUTE_OUTPUTS && STORE_TILE_STATES) {
-        float* tile_state = tile_states + (direction_clip * ((L + TILE - 1) / TILE) + tiles.tile(step)) * E * N;
-        #pragma unroll
-        for (int k = 0; k < THREAD_CHANNELS; k++) store_states(tile_state, h[k], first_channel + slot[k], E, N, lane.quarter);
-      }
-
-      // Scan the tile. The four lanes of a channel reduce their sums over states for four tokens at a time. Afterwards each of
-      // them has the sums of one token. These stay in registers until the end of the tile: without writes to shared memory in
-      // between, the compiler can move reads forward.
-      float y_sums[TILE / 4][THREAD_CHANNELS];
-      #pragma unroll
-      for (int t0 = 0; t0 < TILE; t0 += 4) {
-        float lane_sums[4 * THREAD_CHANNELS];
-        #pragma unroll
-        for (int t = 0; t < 4; t++) {
-          float B[STATES_PER_THREAD], C[STATES_PER_THREAD];
+          const auto [delta, delta_u] = smem_delta[(t0 + t) * CHANNELS + slot[k]];
+          float sum = 0.f;
           #pragma unroll
-          for (int g = 0; g < STATE_VECTORS; g++) {
-            const float4* from = (const float4*)smem_BC + (t0 + t) * BC_ROW_VECTORS + g * 4 + lane.quarter;
-            unpack(B + 4 * g, from[0]);
-            if (COMPUTE_OUTPUTS) unpack(C + 4 * g, from[PADDED_STATES / 4]);
-          }
-          #pragma unroll
-          for (int k = 0; k < THREAD_CHANNELS; k++) {
-            const auto [delta, delta_u] = smem_delta[(t0 + t) * CHANNELS + slot[k]];
-            float sum = 0.f;
-            #pragma unroll
-            for (int i = 0; i < STATES_PER_THREAD; i++) {
-              if (COMPUTE_OUTPUTS) {
-                h[k][i] = fmaf(exp_delta_A(delta, A_log2e[k][i]), h[k][i], delta_u * B[i]);
-                sum = fmaf(h[k][i], C[i], sum);
-              } else {
-                h[k][i] = fmaf(exp_delta_A(delta_sum[k], A_log2e[k][i]), delta_u * B[i], h[k][i]);
-              }
+          for (int i = 0; i < STATES_PER_THREAD; i++) {
+            if (COMPUTE_OUTPUTS) {
+              h[k][i] = fmaf(exp_delta_A(delta, A_log2e[k][i]), h[k][i], delta_u * B[i]);
+              sum = fmaf(h[k][i], C[i], sum);
+            } else {
+              h[k][i] = fmaf(exp_delta_A(delta_sum[k], A_log2e[k][i]), delta_u * B[i], h[k][i]);
             }
-            if (!COMPUTE_OUTPUTS) delta_sum[k] += delta;
-            lane_sums[t * THREAD_CHANNELS + k] = sum;
           }
-        }
-        if (COMPUTE_OUTPUTS) {
-          reduce_scatter<4 * THREAD_CHANNELS>(lane_sums, LANE_QUARTER_BIT1, lane.quarter_bit1);
-          reduce_scatter<2 * THREAD_CHANNELS>(lane_sums, LANE_QUARTER_BIT0, lane.quarter_bit0);
-          #pragma unroll
-          for (int k = 0; k < THREAD_CHANNELS; k++) y_sums[t0 / 4][k] = lane_sums[k];
+          if (!COMPUTE_OUTPUTS) delta_sum[k] += delta;
+          lane_sums[t * THREAD_CHANNELS + k] = sum;
         }
       }
       if (COMPUTE_OUTPUTS) {
+        reduce_scatter<4 * THREAD_CHANNELS>(lane_sums, LANE_QUARTER_BIT1, lane.quarter_bit1);
+        reduce_scatter<2 * THREAD_CHANNELS>(lane_sums, LANE_QUARTER_BIT0, lane.quarter_bit0);
         #pragma unroll
-        for (int i = 0; i < TILE / 4 * THREAD_CHANNELS; i++) {
-          const int t0 = i / THREAD_CHANNELS * 4, k = i % THREAD_CHANNELS;
-          smem_y[(t0 + 2 * lane.quarter_bit1 + lane.quarter_bit0) * Y_ROW + slot[k]] += y_sums[i / THREAD_CHANNELS][k];
-        }
+        for (int k = 0; k < THREAD_CHANNELS; k++) y_sums[t0 / 4][k] = lane_sums[k];
       }
-      bool goes_on = false;  // of a state pass
-      if (!COMPUTE_OUTPUTS) {
-        #pragma unroll
-        for (int k = 0; k < THREAD_CHANNELS; k++)
-          goes_on |= CHANNEL_EXISTS(first_channel + slot[k]) && remembers(h[k], A_log2e[k], delta_sum[k], N, lane.quarter);
-        goes_on = !unvisited_tiles || (step + 1 < tiles.num_tiles() && __any_sync(0xffffffffu, goes_on));
-        if (FWD_WARPS > 1 && thread % 32 == 0) ((int*)smem_y)[warp] = goes_on;
-      }
-      SYNC_DIRECTION(COMPUTE_OUTPUTS && other_step == step);
-      if (!COMPUTE_OUTPUTS) {
-        if (FWD_WARPS > 1) {  // all warps of the block exit together
-          goes_on = false;
-          for (int w = 0; w < DIRECTIONS * FWD_WARPS; w++)
-            goes_on |= ((const int*)(smem + w / FWD_WARPS * SMEM_DIRECTION_BYTES + SMEM_Y_OFFSET))[w % FWD_WARPS];
-        }
-        last_visited = step;
-        if (!goes_on) break;
-        continue;
-      }
-
-      // Store y. Where the directions meet in one tile, direction 0 reads the y of direction 1 from shared memory.
-      #pragma unroll
-      for (int k = 0; k < THREAD_CHANNELS; k++, y_offset += (i64)row_step * E) {
-        const int r = row + k * STAGE_ROW_STRIDE;
-        const bool skip = !is_output(r) || (DIRECTIONS == 2 && other_step == step && direction == 1);
-        if (!tiles.row_exists(r, tokens_left) || skip) continue;
-        const float* smem_y_other = (const float*)(smem + SMEM_DIRECTION_BYTES + SMEM_Y_OFFSET) + (TILE - 1 - r) * Y_ROW;
-        if (QUERY_ROWS) y_offset = y_of_clip + (i64)queries.query(tiles, r) * E;
-        float y[4];
-        unpack(y, *(const float4*)(smem_y + r * Y_ROW + column));
-        if (completes_y) {
-          #pragma unroll
-          for (int i = 0; i < 4; i++)
-            y[i] += DIRECTIONS == 2 && other_step == step ? smem_y_other[column + i] : to_float(y_other[k], i);
-        }
-        if ((STORE_TILE_STATES && HAS_Z) || !completes_y) store_vec4(y_partial + y_offset, y, valid_channels);
-        if (!completes_y) continue;
-        #pragma unroll
-        for (int i = 0; i < 4; i++) {
-          if (HAS_Z) {
-            const float x = to_float(z[k], i);
-            y[i] *= x * sigmoid(x);
-          }
-        }
-        store_vec4(y_out + y_offset, y, valid_channels);
-      }
-      if (DIRECTIONS == 2 && other_step == step) __syncthreads();  // direction 1 may overwrite its y from here on
     }
-  };
-  // A state is stored in a split where its state pass has stopped, and in a rescan before every split.
-  int begin = 0, end = steps;
-  bool exits = false;
-  if (COMPUTE_OUTPUTS && item.is_split && unvisited_tiles && item.split != (reverse ? 0 : num_splits - 1)) {
-    const int left_out = unvisited[item.split * channel_blocks];
-    if (left_out) end = left_out, exits = true;
-  }
-  if (COMPUTE_OUTPUTS && item.is_rescan) end = 0;
-  #pragma unroll 1
-  for (;;) {
-    scan_steps(begin, end);
-    if (!COMPUTE_OUTPUTS || end == steps) break;
-    const int split = tiles.tile(end) / item.tiles_per_split;
-    float* to = item.is_rescan ? split_initial_states : exit_states;
+    if (COMPUTE_OUTPUTS) {
+      #pragma unroll
+      for (int i = 0; i < TILE / 4 * THREAD_CHANNELS; i++) {
+        const int t0 = i / THREAD_CHANNELS * 4, k = i % THREAD_CHANNELS;
+        smem_y[(t0 + 2 * lane.quarter_bit1 + lane.quarter_bit0) * Y_ROW + slot[k]] += y_sums[i / THREAD_CHANNELS][k];
+      }
+    }
+    bool goes_on = false;  // of a state pass
+    if (!COMPUTE_OUTPUTS) {
+      #pragma unroll
+      for (int k = 0; k < THREAD_CHANNELS; k++)
+        goes_on |= CHANNEL_EXISTS(first_channel + slot[k]) && remembers(h[k], A_log2e[k], delta_sum[k], N, lane.quarter);
+      goes_on = !unvisited_tiles || (step + 1 < tiles.num_tiles() && __any_sync(0xffffffffu, goes_on));
+      if (FWD_WARPS > 1 && thread % 32 == 0) ((int*)smem_y)[warp] = goes_on;
+    }
+    SYNC_DIRECTION(COMPUTE_OUTPUTS && other_step == step);
+    if (!COMPUTE_OUTPUTS) {
+      if (FWD_WARPS > 1) {  // all warps of the block exit together
+        goes_on = false;
+        for (int w = 0; w < DIRECTIONS * FWD_WARPS; w++)
+          goes_on |= ((const int*)(smem + w / FWD_WARPS * SMEM_DIRECTION_BYTES + SMEM_Y_OFFSET))[w % FWD_WARPS];
+      }
+      last_visited = step;
+      if (!goes_on) break;
+      continue;
+    }
+
+    // Store y. Where the directions meet in one tile, direction 0 reads the y of direction 1 from shared memory.
     #pragma unroll
-    for (int k = 0; k < THREAD_CHANNELS; k++)
-      store_states(to + (direction_clip * num_splits + split) * E * N, h[k], first_channel + slot[k], E, N, lane.quarter);
-    begin = end, end = item.is_rescan ? begin + min(item.tiles_per_split, steps - split * item.tiles_per_split) : steps;
+    for (int k = 0; k < THREAD_CHANNELS; k++, y_offset += (i64)row_step * E) {
+      const int r = row + k * STAGE_ROW_STRIDE;
+      const bool skip = !is_output(r) || (DIRECTIONS == 2 && other_step == step && direction == 1);
+      if (!tiles.row_exists(r, tokens_left) || skip) continue;
+      const float* smem_y_other = (const float*)(smem + SMEM_DIRECTION_BYTES + SMEM_Y_OFFSET) + (TILE - 1 - r) * Y_ROW;
+      if (QUERY_ROWS) y_offset = y_of_clip + (i64)queries.query(tiles, r) * E;
+      float y[4];
+      unpack(y, *(const float4*)(smem_y + r * Y_ROW + column));
+      if (completes_y) {
+        #pragma unroll
+        for (int i = 0; i < 4; i++)
+          y[i] += DIRECTIONS == 2 && other_step == step ? smem_y_other[column + i] : to_float(y_other[k], i);
+      }
+      if ((STORE_TILE_STATES && HAS_Z) || !completes_y) store_vec4(y_partial + y_offset, y, valid_channels);
+      if (!completes_y) continue;
+      #pragma unroll
+      for (int i = 0; i < 4; i++) {
+        if (HAS_Z) {
+          const float x = to_float(z[k], i);
+          y[i] *= x * sigmoid(x);
+        }
+      }
+      store_vec4(y_out + y_offset, y, valid_channels);
+    }
+    if (DIRECTIONS == 2 && other_step == step) __syncthreads();  // direction 1 may overwrite its y from here on
   }
-  if (exits)
+
+  if (CHECK_EXIT && item.is_split && save_step >= 0)
     exit_is_right = exit_was_right<THREAD_CHANNELS>(
         exit_states + direction_clip_split * E * N, split_final_states + direction_clip_split * E * N,
         delta_sums + direction_clip_split * E, A_log2e, slot, first_channel, E, N, lane.quarter);

@@ -1,7 +1,7 @@
 // The kernel of the forward. forward.cu says what it computes.
 
-#define SCAN_FORWARD_ITEM(COMPUTE_OUTPUTS) \
-    scan_forward_item<COMPUTE_OUTPUTS>( \
+#define SCAN_FORWARD_ITEM(COMPUTE_OUTPUTS, CHECK_EXIT) \
+    scan_forward_item<COMPUTE_OUTPUTS, CHECK_EXIT>( \
         smem, d ? u1 : u0, u_stride_b, (int)u_stride_t, d ? delta1 : delta0, delta_stride_b, (int)delta_stride_t, \
         z, z_stride_b, (int)z_stride_t, d ? B1 : B0, B_stride_b, (int)B_stride_t, d ? C1 : C0, C_stride_b, (int)C_stride_t, \
         d ? A1 : A0, d ? D1 : D0, d ? delta_bias1 : delta_bias0, initial_state, split_initial_states, split_final_states, \
@@ -51,7 +51,7 @@ KERNEL(scan_forward, DIRECTIONS * THREADS, FWD_MIN_BLOCKS_PER_SM)(
           (int)L, (int)E, (int)num_splits, (int)flags, item, d, reverse);
     else
 #endif
-      SCAN_FORWARD_ITEM(false);
+      SCAN_FORWARD_ITEM(false, false);
     work.finish_state_pass(work_counters, item, (int)num_unsplit);
     return;
   }
@@ -61,6 +61,10 @@ KERNEL(scan_forward, DIRECTIONS * THREADS, FWD_MIN_BLOCKS_PER_SM)(
   } else if (num_state_passes && item.is_split) {
     work.wait_for_state_passes(work_counters, item, (int)num_unsplit, blocks_per_sequence);
   }
-  SCAN_FORWARD_ITEM(true);
-  if (unvisited_tiles && item.is_split) work.finish_split(work_counters, item, (int)num_unsplit, exit_is_right);
+  if (!unvisited_tiles || !(item.is_split || item.is_rescan)) {
+    SCAN_FORWARD_ITEM(true, false);
+    return;
+  }
+  SCAN_FORWARD_ITEM(true, true);
+  if (item.is_split) work.finish_split(work_counters, item, (int)num_unsplit, exit_is_right);
 }

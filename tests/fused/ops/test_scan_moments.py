@@ -1,6 +1,7 @@
 """State passes by moments: the kernels, emulated on the CPU, against the loop and the exact state passes."""
 
 import math
+from functools import partial
 
 import emulation
 import naive
@@ -8,10 +9,16 @@ import pytest
 import torch
 from rule import assert_rule
 
+from fused import backends
+from fused.models.bimba.interleave import places_of
+from fused.models.bimba.query_mixer import mix_at_queries
+from fused.modules.mamba import Mamba
 from fused.ops.selective_scan import launch as scan
 from fused.ops.selective_scan import schedule
 from fused.ops.selective_scan.kernel_source import SOFTPLUS_BY_CALLER, SOFTPLUS_NONE
 from fused.runtime import nvrtc
+
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton 3.6's interpreter
 
 TILES, SPLITS, E, N = 4, 3, 64, 16  # tiles of a split, splits of a sequence
 LENGTH = 16 * TILES * SPLITS - 5
@@ -151,3 +158,29 @@ def test_order_of_threads_changes_nothing(order, monkeypatch):
     first = scanned(drawn(steps=(1e-2, 1.0))).y
     monkeypatch.setenv("EMULATION_ORDER", order)
     assert torch.equal(scanned(drawn(steps=(1e-2, 1.0))).y, first)
+
+
+def test_a_mixer_sums_by_moments_where_no_gradient_is_wanted(monkeypatch):
+    """The whole mixer and one at query rows; what comes out is hardly different."""
+    pytest.importorskip("triton", reason="the convolution's kernels are Triton's")
+    monkeypatch.setattr(backends, "unavailable", lambda backend, device: None)
+    monkeypatch.setattr(schedule, "make_schedule", partial(schedule.make_schedule.__wrapped__, num_splits=2))
+    by_moments, forward = [], scan.forward
+
+    def spied(*arguments, **options):
+        result = forward(*arguments, **options)
+        by_moments.append(result.by_moments)
+        return result
+
+    monkeypatch.setattr(scan, "forward", spied)
+    torch.manual_seed(0)
+    mixer = Mamba(32, d_state=N).bfloat16()
+    tokens, places = torch.randn(1, 260, 32).bfloat16(), places_of(250, 10, torch.device("cpu"))
+    outs = {}
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            rows = mix_at_queries(mixer, tokens, tokens[:, places.queries], places, "native")
+            outs[grad] = rows, mixer(tokens, backend="native")
+    assert by_moments == [True, True, False, False]
+    for got, exact in zip(*outs.values(), strict=True):
+        assert (got.double() - exact.double()).norm() < 2**-8 * exact.double().norm()
