@@ -203,7 +203,8 @@ def test_a_mixer_is_an_operator_as_torch_wants_it():
     for weight, width in ((in_proj, 8), (None, 32)):
         u = torch.randn(1, 5, width, device=DEVICE).requires_grad_()
         for keep in (False, True):
-            torch.library.opcheck(operator, (u, first, second, weight, None, out_proj, None, u.dtype, False, not keep, keep, False))
+            options = u.dtype, False, not keep, keep, False
+            torch.library.opcheck(operator, (u, first, second, weight, None, out_proj, None, *options))
 
 
 def test_a_compiled_mixer_takes_another_batch():
