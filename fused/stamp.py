@@ -106,7 +106,8 @@ def write_validation(stamp: Validation) -> Path:
 @cache
 def remind(backend: str, dtype: torch.dtype, device: torch.device | str) -> None:
     """On CUDA, log once per process at INFO level that no stamp validates this backend and dtype on this machine."""
-    if torch.device(device).type == "cuda" and validation(backend, dtype, device) is None:
+    listened = _log.isEnabledFor(logging.INFO)  # else a first forward need not wait for sources and driver to be read
+    if listened and torch.device(device).type == "cuda" and validation(backend, dtype, device) is None:
         _log.info("backend %r in %s is not validated on this machine: run `nox -s parity`", backend, dtype)
 
 

@@ -100,8 +100,8 @@ def _fill(archs: list[str], dtypes: list[torch.dtype], configs: list[VideoMambaC
         threads.shutdown(cancel_futures=True)
     results = ", ".join(f"{counts[outcome]} {outcome}" for outcome in ("compiled", "from the cache", "failed"))
     print(f"{results}, in {time.perf_counter() - begun:.1f} s")
-    print(f"CUDA C++ kernels are in {cubin_cache.folder()}")
-    print(f"Triton kernels are in {_triton_folder()}" if has_triton else "no Triton here: its kernels wait for their first use")
+    print(f"kernels are in {cubin_cache.folder()}")
+    print(f"Triton keeps its own in {_triton_folder()}" if has_triton else "no Triton here: its kernels wait for first use")
     return FAILED if counts["failed"] else DONE
 
 

@@ -54,6 +54,8 @@ def compile_triton_kernels(capability: int, dtype: torch.dtype, configs: Sequenc
     import triton
     from triton.runtime import driver
 
+    from fused.runtime import triton_code
+
     driver.set_active(_StandInDriver(capability))
     kernels = []
 
@@ -61,8 +63,11 @@ def compile_triton_kernels(capability: int, dtype: torch.dtype, configs: Sequenc
         operator = src.fn.__module__.split(".")[-2]
         kernels.append(Compiled(f"{operator} {src.name} (Triton)", cache_hit, times.total / 1e6))
 
+    def compile_now(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        triton_code.compile(kernel, args, constants, capability)
+
     triton.knobs.compilation.listener = listen
-    with ahead.compiling(capability, ahead.compile_now):
+    with ahead.compiling(capability, compile_now):
         for config in configs:
             if dtype != torch.float32:
                 with torch.autocast("cpu", dtype=dtype):

@@ -48,26 +48,22 @@ def compiler() -> Compile | None:
     return _thread.compile
 
 
-def compile_now(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
-    """Compile a kernel for the current device, unless Triton has it."""
-    kernel.warmup(*args, grid=(1, 1, 1), **constants)
-
-
-def compile_in_background(device: torch.device) -> Compile:
-    """Return a function that starts to compile a kernel for `device` in a background thread, once for its arguments."""
+def compile_in_background(device: torch.device, compile: Callable[..., object]) -> Compile:
+    """Return a function that starts, once for a kernel and its arguments, `compile(kernel, args, constants, capability)` in a
+    background thread on which `device` is current."""
 
     def start(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
-        key = _key(kernel, args, constants)
+        key, target = _key(kernel, args, constants), capability()
         if key not in _started:
             _started.add(key)
-            background.start(key, lambda: _compile_on(device, kernel, args, constants))
+            background.start(key, lambda: _on(device, lambda: compile(kernel, args, constants, target)))
 
     return start
 
 
-def _compile_on(device: torch.device, *arguments: Any) -> None:
+def _on(device: torch.device, work: Callable[[], object]) -> None:
     with torch.cuda.device(device):
-        compile_now(*arguments)
+        work()
 
 
 def wait(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> None:

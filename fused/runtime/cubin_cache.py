@@ -33,11 +33,16 @@ def cached(key: tuple[object, ...], compile_cubin: Callable[[], bytes]) -> bytes
     cubin = read(path)
     if cubin is None:
         cubin = compile_cubin()
-        try:
-            write(path, cubin)
-        except OSError as error:
-            _warn_once(str(path.parent), str(error))
+        keep(path, cubin)
     return cubin
+
+
+def keep(path: Path, cubin: bytes) -> None:
+    """Write machine code and its digest; a folder that cannot be written is only warned of."""
+    try:
+        write(path, cubin)
+    except OSError as error:
+        _warn_once(str(path.parent), str(error))
 
 
 def read(path: Path) -> bytes | None:

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 import triton
 
-from fused.runtime import ahead, cuda_module, recording
+from fused.runtime import ahead, cuda_module, recording, triton_code
 from fused.runtime.recording import Argument, Function
 
 NATIVE = not triton.knobs.runtime.interpret  # Triton's interpreter knows no PTX
 FUSED_MULTIPLY_ADD = {"enable_fp_fusion": True}  # for every launch: Triton 3.9 warns where it is not said and will change it
 _NO_CONTEXT: AbstractContextManager[object] = nullcontext()
+_loaded: "dict[tuple[Any, ...], _Loaded | None]" = {}  # by kernel, device and key
 
 
 def launching_on(device: torch.device) -> AbstractContextManager[object]:
@@ -36,9 +37,7 @@ def launch(kernel: Any, device: torch.device, grid: tuple[int, ...], *args: Argu
     def call(*tensors: Argument) -> Any:
         with launching_on(device):
             if device.type == "cuda":
-                ahead.wait(kernel, tensors, constants)
-                compiled = kernel.warmup(*tensors, grid=grid, **constants)
-                loaded = _load(compiled, device.index)
+                loaded = _load(kernel, device, tensors, constants)
                 if loaded is not None:
                     loaded.launch(grid, tensors)
                     return loaded
@@ -54,32 +53,38 @@ class _Loaded:
     Triton's kernels take the arguments that were not compiled into them, and then up to two pointers to scratch memory.
     """
 
-    def __init__(self, module: cuda_module.Module, metadata: Any, taken: list[bool], scratch: int) -> None:
-        self._module, self._name, self._taken, self._scratch = module, metadata.name, taken, (None,) * scratch
-        self._threads, self._shared = 32 * metadata.num_warps, metadata.shared
+    def __init__(self, code: triton_code.Code, module: cuda_module.Module, scratch: int) -> None:
+        self._code, self._module, self._scratch = code, module, (None,) * scratch
 
     def launch(self, grid: tuple[int, ...], args: tuple[Argument, ...]) -> None:
         """Queue the kernel; `args` are all positional parameters."""
-        self._module.launch(self._name, _three(grid), self._threads, self._shared, *self._arguments(args))
+        code = self._code
+        self._module.launch(code.name, _three(grid), code.threads, code.shared, *self._arguments(args))
 
     def function(self, grid: tuple[int, ...], args: tuple[Argument, ...]) -> Function:
         """Return what the driver is told at such a launch, which has been made before."""
-        return self._module.function(self._name, _three(grid), self._threads, self._shared, self._arguments(args))
+        code = self._code
+        return self._module.function(code.name, _three(grid), code.threads, code.shared, self._arguments(args))
 
     def _arguments(self, args: tuple[Argument, ...]) -> tuple[Argument, ...]:
-        return *(arg for arg, taken in zip(args, self._taken, strict=False) if taken), *self._scratch
+        return *(arg for arg, taken in zip(args, self._code.taken, strict=False) if taken), *self._scratch
 
 
-@functools.cache
-def _load(compiled: Any, index: int) -> _Loaded | None:
-    """Return a compiled kernel on a device. None for one whose launch needs more than blocks, threads and arguments."""
-    needs_more = ("num_ctas", 1), ("launch_cooperative_grid", False), ("launch_pdl", False), ("global_scratch_size", 0)
-    if any((getattr(compiled.metadata, name, usual) or usual) != usual for name, usual in needs_more):
-        return None
-    module = cuda_module.Module(compiled.asm["cubin"], index, int32=True)
-    taken = [kind != "constexpr" for kind in compiled.src.signature.values()]
-    scratch = len(module.parameter_sizes(compiled.metadata.name)) - sum(taken)
-    return _Loaded(module, compiled.metadata, taken, scratch) if 0 <= scratch <= 2 else None
+def _load(kernel: Any, device: torch.device, args: tuple[Argument, ...], constants: dict[str, Any]) -> _Loaded | None:
+    """Return a kernel for such arguments on a device. None for one whose launch needs more than blocks, threads, arguments."""
+    key = triton_code.key_of(kernel, args, constants)
+    place = kernel, device.index, key
+    if place not in _loaded:
+        ahead.wait(kernel, args, constants)
+        code = triton_code.of(kernel, args, constants, capability(device))
+        _loaded[place] = None if code is None else _load_code(code, device.index)
+    return _loaded[place]
+
+
+def _load_code(code: triton_code.Code, index: int) -> _Loaded | None:
+    module = cuda_module.Module(code.cubin, index, int32=True)
+    scratch = len(module.parameter_sizes(code.name)) - sum(code.taken)
+    return _Loaded(code, module, scratch) if 0 <= scratch <= 2 else None
 
 
 def _three(grid: tuple[int, ...]) -> tuple[int, int, int]:

@@ -19,7 +19,7 @@ from reference.ops.dtypes import accumulation_dtype
 T = TypeVar("T")
 Named = dict[str, Tensor]
 Cotangent = Callable[[str, Tensor], Tensor]  # of an output, by its name
-MAX_REFERENCE_TOKENS = 1000  # beyond, the reference skips questions that take several of its loops
+MAX_REFERENCE_TOKENS = 1000  # beyond, the reference runs on the device, and skips questions that take several of its loops
 
 
 @dataclass
@@ -53,7 +53,8 @@ class Trial:
         return seeds(self.case)
 
     def truth(self, seed: int, grad: bool) -> Result:
-        """Return the result of the reference in float64."""
+        """Return the result of the reference in float64. That of few tokens comes from the CPU: on a GPU that several processes
+        share, the reference's loop waits."""
         return self._by_reference(seed, "truth", grad)
 
     def plain(self, seed: int, grad: bool) -> Result:
@@ -136,7 +137,10 @@ class Trial:
         for key in ((seed, precision, True), (seed, precision, grad)):
             if key in self._reference_results:
                 return self._reference_results[key]
-        result = self.run(self.reference, seed, grad, self.leaves(seed, exact=precision == "truth"))
+        leaves, cotangent = self.leaves(seed, exact=precision == "truth"), functools.partial(self.cotangent, seed)
+        if precision == "truth" and dict(self.case.dims).get("L", 0) <= MAX_REFERENCE_TOKENS:
+            leaves = to_device(leaves, "cpu")
+        result = self.run(self.reference, seed, grad, leaves, cotangent=cotangent)
         self._reference_results[seed, precision, grad] = result
         return result
 

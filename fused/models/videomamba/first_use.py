@@ -4,16 +4,19 @@ Otherwise each would be compiled at its first launch, one after the other, those
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from fused import stamp
 from fused.models.videomamba.block import Block
 from fused.models.videomamba.config import VideoMambaConfig
 from fused.modules.norm import Norm
 from fused.modules.residual import final_norm
-from fused.runtime import ahead, triton_launch
+from fused.runtime import ahead, cubin_cache, triton_code, triton_launch
 
 CLIPS, TOKENS, DROP_PATH_RATE = 2, 9, 0.1  # no kernel depends on these values
 
@@ -22,20 +25,34 @@ def start_compiling(config: VideoMambaConfig, tokens: Tensor, dtype: torch.dtype
     """Start to compile what layers with weights of `dtype` launch for tokens (B, L, D) on a GPU, and their backward.
 
     The backward is left out where no gradient is recorded. It takes a tenth of a second; kernels are compiled in background
-    threads, and each waits for its own at its first launch.
+    threads, and each waits for its own at its first launch. The names of their files are kept, so that a process that finds
+    these files has nothing to do.
     """
-    device = tokens.device
-    autocast = torch.is_autocast_enabled("cuda")
+    device, gradients = tokens.device, torch.is_grad_enabled()
+    autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    capability = triton_launch.capability(device)
+    layers = config, tokens.dtype, dtype, autocast, backend, gradients, capability
+    listed = cubin_cache.path_of(("layers", stamp.fingerprint("fused"), torch.__version__, triton.__version__, *layers))
+    names = (cubin_cache.read(listed) or b"").decode().split()
+    if names and all((listed.parent / name).exists() for name in names):
+        return
+    found, start = dict[str, None](), ahead.compile_in_background(device, triton_code.of)
+
+    def compile(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        found[triton_code.path_of(kernel, args, constants, capability).name] = None
+        start(kernel, args, constants)
+
     with (
-        ahead.compiling(triton_launch.capability(device), ahead.compile_in_background(device)),
+        ahead.compiling(capability, compile),
         torch.random.fork_rng(devices=()),
         torch.inference_mode(False),
         torch.autograd.set_detect_anomaly(False),
         _disable_current_modes(),  # which might count operations
         torch.autocast("cuda", enabled=False),
-        torch.autocast("cpu", torch.get_autocast_dtype("cuda"), autocast),
+        torch.autocast("cpu", autocast[1], autocast[0]),
     ):
-        run_on_cpu(config, tokens.dtype, dtype, backend, torch.is_grad_enabled())
+        run_on_cpu(config, tokens.dtype, dtype, backend, gradients)
+    cubin_cache.keep(listed, "\n".join(found).encode())
 
 
 def run_on_cpu(

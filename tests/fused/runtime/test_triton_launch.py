@@ -8,7 +8,7 @@ import pytest
 import torch
 from mock_driver import MockDriver
 
-from fused.runtime import ahead, cuda_module, recording, triton_launch
+from fused.runtime import ahead, cuda_module, recording, triton_code, triton_launch
 from fused.runtime.recording import Recorder
 
 DEVICE = torch.device("cuda", 3)
@@ -44,6 +44,7 @@ def driver(monkeypatch):
     monkeypatch.setattr(cuda_module, "bindings", lambda name: driver)
     monkeypatch.setattr(cuda_module, "current_stream", lambda index: 77)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
+    monkeypatch.setattr(triton_launch, "_capability", lambda device: 90)
     return driver
 
 
@@ -88,7 +89,7 @@ def test_kernels_are_compiled_ahead(driver, monkeypatch):
         return warmup(*args, **options)
 
     slow.warmup = wait
-    with ahead.compiling(90, ahead.compile_in_background(DEVICE)):
+    with ahead.compiling(90, ahead.compile_in_background(DEVICE, triton_code.of)):
         assert triton_launch.capability(torch.device("cpu")) == 90
         for kernel, n in ((slow, 5), (fast, 5), (slow, 5), (fast, 7)):
             triton_launch.launch(kernel, GPU, (1,), x, n, 1, BLOCK=16)
@@ -111,7 +112,41 @@ def test_an_error_ahead_is_raised_where_the_kernel_is_needed(driver, monkeypatch
         raise RuntimeError("no registers left")
 
     kernel.warmup = fail
-    with ahead.compiling(90, ahead.compile_in_background(DEVICE)):
+    with ahead.compiling(90, ahead.compile_in_background(DEVICE, triton_code.of)):
         triton_launch.launch(kernel, GPU, (1,), torch.zeros(4), 5, 1, BLOCK=16)
     with pytest.raises(RuntimeError, match="no registers left"):
         triton_launch.launch(kernel, GPU, (1,), torch.zeros(4), 5, 1, BLOCK=16)
+
+
+class Kept(Kernel):
+    """A kernel k(x, n, one, BLOCK) whose code can be kept: its n is free of specialisation."""
+
+    params = (SimpleNamespace(num=0, do_not_specialize=False), SimpleNamespace(num=1, do_not_specialize=True),
+              SimpleNamespace(num=2, do_not_specialize=False))  # fmt: skip
+    cache_key = "source"
+
+
+def test_code_is_found_without_triton_in_another_process(driver, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    x = torch.zeros(8)
+
+    def asked(*args, kernel=None, **constants):
+        kernel = kernel or Kept()
+        monkeypatch.setattr(triton_launch, "_loaded", {})  # another process
+        triton_launch.launch(kernel, GPU, (3,), *args, **(constants or {"BLOCK": 16}))
+        return len(kernel.asked)
+
+    assert asked(x, 5, 1) == 1 and asked(x, 5, 1) == 0 and asked(x, 7, 1) == 0
+    assert driver.launches[-1] == ([3, 1, 1, 64, 1, 1, 60_000], 77, [x.data_ptr(), 7, 0, 0])
+    thirds = (2, 16, 1.0, None, True)
+    for other in ((x.double(), 5, 1), (x[1:], 5, 1), (x, 2**31, 1), *((x, 5, third) for third in thirds)):
+        assert asked(*other) == 1 and asked(*other) == 0
+    assert asked(x, 5, 1, BLOCK=32) == 1 and asked(x, 5, 1, num_warps=4) == 1
+    changed = Kept()
+    changed.cache_key = "other source"
+    assert asked(x, 5, 1, kernel=changed) == 1
+    monkeypatch.setattr(triton_launch, "_capability", lambda device: 100)
+    assert asked(x, 5, 1) == 1
+    for file in tmp_path.rglob("*.cubin"):
+        file.write_bytes(file.read_bytes()[:-1])
+    assert asked(x, 5, 1) == 1 and asked(x, 5, 1) == 0
