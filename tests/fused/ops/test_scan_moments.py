@@ -95,7 +95,7 @@ def test_states_have_the_error_of_bfloat16_products_and_no_more():
 
 @pytest.mark.parametrize("steps", [(0.4, 2.0), (1.0, 1.1)], ids=str)
 def test_tiles_that_forget_fast_are_walked_token_by_token(steps):
-    """|A| G is above 5 in every tile, or the tile is forgotten: states are those of the exact state pass to float32's rounding."""
+    """|A| G is above 5 in every tile, or the tile is forgotten: states are exact to float32's rounding."""
     got, exact = (scanned(drawn(0, steps), only_y).split_initial_states for only_y in (True, False))
     assert (got - exact).norm() < 1e-5 * exact.norm()
 
