@@ -77,7 +77,7 @@ def _forward(
     always = None if in_proj is None else xz, packed.packed, packed.A_D, dt_B_C
     if keep:
         return out, *always, None, r.y, r.y_pre_gate, r.tile_states
-    return out, *always, r.split_initial_states if keep_splits else None, None, None, None
+    return out, *always, r.split_initial_states if keep_splits and not only_y else None, None, None, None
 
 
 def _pack(
@@ -107,7 +107,7 @@ def _forward_shapes(
     if keep:
         tile_states = xz.new_empty((d, B, -(-L // TILE), E, N), dtype=torch.float32)
         return out, *always, empty, xz.new_empty((B, L, E)), xz.new_empty((B, L, E)), tile_states
-    splits = p.schedule.fwd_schedule if keep_splits else None
+    splits = p.schedule.fwd_schedule if keep_splits and not only_y else None
     if splits is not None and splits.num_unsplit < splits.num_sequences:
         empty = xz.new_empty((d, B, splits.num_splits, E, N), dtype=torch.float32)
     return out, *always, empty, *(xz.new_empty(0) for _ in range(3))

@@ -33,7 +33,7 @@ from fused.runtime.library import apply_function, below_autograd, none_if_empty,
 from fused.runtime.modes import is_batch_invariant
 
 Weights = Sequence[Tensor | None]  # a DirectionWeights as the operator takes it; empty for an absent direction
-BLOCK_ELEMENTS = 2**28  # of delta, both directions, that an inference has in memory
+BLOCK_ELEMENTS = 2**29  # of delta, both directions, that an inference has in memory
 CHANNELS_OF_BLOCKS = 64  # blocks of channels are multiples of this, so that the kernels' own blocks are full
 
 
@@ -50,7 +50,8 @@ def mamba_inner_query_rows(
     training = wants_gradients(u, u_queries, first, second, in_proj, out_proj)
     options = dtype, is_batch_invariant(), training
     arguments = u, u_queries, tile_queries, first, second, *in_proj, *out_proj, *options
-    if training or torch.compiler.is_compiling() or u.shape[0] * u.shape[1] * out_proj.weight.shape[1] < BLOCK_ELEMENTS:
+    elements = len(directions) * u.shape[0] * u.shape[1] * out_proj.weight.shape[1]
+    if training or torch.compiler.is_compiling() or elements <= BLOCK_ELEMENTS:
         return _query_rows(*arguments)[0]
     with plans.enabled(False):  # a plan holds the results of PyTorch's operations, x here, to its end
         return _query_rows(*arguments)[0]

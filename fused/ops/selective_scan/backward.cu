@@ -13,8 +13,7 @@
 //     2. For every subtile from the last to the first it scans the subtile again and keeps a_t and a_t h_{t-1} in registers.
 //        Then it goes back through the tokens of the subtile.
 // A sequence that is split is scanned twice, as in the forward: first by state passes, which compute the adjoint only
-// (COMPUTE_GRADIENTS false), then split by split. A state pass walks from the first token of its split to the last, sums
-// exp(A S) C dy with S the sum of delta up to a token, that token included, and may exit early (work.cu).
+// (COMPUTE_GRADIENTS false), then split by split.
 //
 // Shared memory:
 //     smem_delta           [TILE][CHANNELS]                                   float2 {delta, delta u}
@@ -48,12 +47,11 @@ struct BackwardStreams {
   io_t* dz;
 };
 
-template <bool COMPUTE_GRADIENTS, bool CHECK_EXIT> DEVICE void scan_backward_item(
+template <bool COMPUTE_GRADIENTS> DEVICE void scan_backward_item(
     char* smem, BackwardStreams in, const float* A, const float* D, const float* delta_bias, const float* tile_states,
-    const float* dfinal_state, float* split_adjoints, float* delta_sums, int* unvisited_tiles, float* exit_adjoints, io_t* du,
-    io_t* ddelta, float* dBC_partial, float* param_grads_partial, float* dinitial_state, const TileQueries* tile_queries,
-    int num_queries, int clips, int L, int E, int N, int num_splits, int flags, WorkItem item, int direction, int clip,
-    int first_channel, bool reverse, bool& exit_is_right) {
+    const float* dfinal_state, float* split_adjoints, float* delta_sums, io_t* du, io_t* ddelta, float* dBC_partial,
+    float* param_grads_partial, float* dinitial_state, const TileQueries* tile_queries, int num_queries, int clips, int L, int E,
+    int N, int num_splits, int flags, WorkItem item, int direction, int clip, int first_channel, bool reverse) {
   float2* smem_delta = (float2*)smem;
   float* smem_dy = (float*)(smem_delta + TILE * CHANNELS);
   float* smem_u = smem_dy + TILE * CHANNELS;
@@ -65,14 +63,12 @@ template <bool COMPUTE_GRADIENTS, bool CHECK_EXIT> DEVICE void scan_backward_ite
   const LanePosition lane(thread % 32);
   const int channel_blocks = (E + CHANNELS - 1) / CHANNELS, tiles_of_clip = (L + TILE - 1) / TILE;
   const i64 direction_clip = (i64)direction * clips + clip, direction_clip_split = direction_clip * num_splits + item.split;
-  const bool walks_back = COMPUTE_GRADIENTS ? reverse : !reverse;  // steps count down: a state pass begins at the first token
-  const TileIterator tiles(item, walks_back);
-  int* unvisited = unvisited_tiles + direction_clip * num_splits * channel_blocks + first_channel / CHANNELS;
+  const TileIterator tiles(item, reverse);
 
   // What a thread stages (see STAGE_ROW_STRIDE), the last row first. Pointers advance from the last token to the first.
   const int column = thread % (CHANNELS / 4) * 4, valid_channels = VALID_OF_FOUR(E, first_channel + column);
   const int row = thread / (CHANNELS / 4);
-  const int steps = tiles.num_tiles(), row_step = walks_back ? STAGE_ROW_STRIDE : -STAGE_ROW_STRIDE;
+  const int steps = tiles.num_tiles(), row_step = reverse ? STAGE_ROW_STRIDE : -STAGE_ROW_STRIDE;
   const int last_token = tiles.token(steps - 1, (THREAD_CHANNELS - 1) * STAGE_ROW_STRIDE + row);
   const io_t *u_ptr = in.u + (i64)last_token * in.u_stride_t, *delta_ptr = in.delta + (i64)last_token * in.delta_stride_t;
   const io_t *z_ptr = in.z + (i64)last_token * in.z_stride_t, *dy_ptr = in.dy + (i64)last_token * in.dy_stride_t;
@@ -80,7 +76,7 @@ template <bool COMPUTE_GRADIENTS, bool CHECK_EXIT> DEVICE void scan_backward_ite
   const int state = thread % (PADDED_STATES / 4) * 4, BC_row = thread / BC_ROW_VECTORS;
   const int valid_states = NO_PADDING ? 4 : N - state;
   const bool is_C = thread % BC_ROW_VECTORS >= PADDED_STATES / 4;
-  const int BC_stride_t = is_C ? in.C_stride_t : in.B_stride_t, BC_step = (walks_back ? -1 : 1) * BC_stride_t;
+  const int BC_stride_t = is_C ? in.C_stride_t : in.B_stride_t, BC_step = (reverse ? -1 : 1) * BC_stride_t;
   const io_t* BC_ptr = (is_C ? in.C : in.B) + state + (i64)tiles.token(steps - 1, BC_row) * BC_stride_t;
   i64 read_offset = (i64)last_token * E, write_offset = read_offset;  // in the contiguous (L, E)
 
@@ -102,14 +98,8 @@ template <bool COMPUTE_GRADIENTS, bool CHECK_EXIT> DEVICE void scan_backward_ite
   if (COMPUTE_GRADIENTS && item.is_split)
     combine_splits<THREAD_CHANNELS>(
         adjoint, A_log2e, slot, split_adjoints + direction_clip * num_splits * E * N,
-        delta_sums + direction_clip * num_splits * E, unvisited, channel_blocks, reverse ? 0 : num_splits - 1, item.split,
-        first_channel, E, N, lane.quarter);
-  int save_step = -1;  // the last one that the state pass of the split has read; the adjoint of what follows is stored
-  if (CHECK_EXIT && item.is_split && item.split != (reverse ? num_splits - 1 : 0)) {
-    const int left_out = unvisited[item.split * channel_blocks];
-    if (left_out) save_step = steps - 1 - left_out;
-  }
-  int last_visited = 0;  // of a state pass
+        delta_sums + direction_clip * num_splits * E, reverse ? 0 : num_splits - 1, item.split, first_channel, E, N,
+        lane.quarter);
   // After a reduction over the lanes of a channel a lane has the sums of one token and one channel: own_token and own_slot.
   const int own_token = THREAD_CHANNELS == 1 ? 2 * lane.quarter_bit1 + lane.quarter_bit0 : lane.quarter_bit1;
   const int own_slot = slot[THREAD_CHANNELS == 1 ? 0 : lane.quarter_bit0];
@@ -167,11 +157,6 @@ template <bool COMPUTE_GRADIENTS, bool CHECK_EXIT> DEVICE void scan_backward_ite
   for (int step = steps - 1; step >= 0; step--) {
     const int tokens_left = L - tiles.tile(step) * TILE;
     const TileQueries queries = TileQueries::of(tile_queries, tiles, step);
-    if (CHECK_EXIT && step == save_step) {
-      #pragma unroll
-      for (int k = 0; k < THREAD_CHANNELS; k++)
-        store_states(exit_adjoints + direction_clip_split * E * N, adjoint[k], first_channel + slot[k], E, N, lane.quarter);
-    }
 
     // Stage the tile.
     copy_wait<0>();
@@ -247,20 +232,10 @@ template <bool COMPUTE_GRADIENTS, bool CHECK_EXIT> DEVICE void scan_backward_ite
           delta_sum[k] += delta;
           #pragma unroll
           for (int i = 0; i < STATES_PER_THREAD; i++)
-            adjoint[k][i] = fmaf(exp_delta_A(delta_sum[k], A_log2e[k][i]), C[i] * dy, adjoint[k][i]);
+            adjoint[k][i] = exp_delta_A(delta, A_log2e[k][i]) * fmaf(C[i], dy, adjoint[k][i]);
         }
       }
-      bool goes_on = false;
-      #pragma unroll
-      for (int k = 0; k < THREAD_CHANNELS; k++)
-        goes_on |= CHANNEL_EXISTS(first_channel + slot[k]) && remembers(adjoint[k], A_log2e[k], delta_sum[k], N, lane.quarter);
-      goes_on = __any_sync(0xffffffffu, goes_on);
-      if (thread % 32 == 0) ((int*)smem_du_ddelta)[warp] = goes_on;
       __syncthreads();
-      goes_on = false;
-      for (int w = 0; w < BWD_WARPS; w++) goes_on |= ((const int*)smem_du_ddelta)[w];
-      last_visited = step;
-      if (!goes_on) break;
       continue;
     }
 
@@ -390,12 +365,6 @@ template <bool COMPUTE_GRADIENTS, bool CHECK_EXIT> DEVICE void scan_backward_ite
     }
   }
 
-  if (CHECK_EXIT && save_step >= 0)
-    exit_is_right = exit_was_right<THREAD_CHANNELS>(
-        exit_adjoints + direction_clip_split * E * N, split_adjoints + direction_clip_split * E * N,
-        delta_sums + direction_clip_split * E, A_log2e, slot, first_channel, E, N, lane.quarter);
-  if (!COMPUTE_GRADIENTS) copy_wait<0>();
-  if (!COMPUTE_GRADIENTS && thread == 0) unvisited[item.split * channel_blocks] = last_visited;
   #pragma unroll
   for (int k = 0; k < THREAD_CHANNELS; k++) {
     const int channel = first_channel + slot[k];
@@ -420,25 +389,15 @@ template <bool COMPUTE_GRADIENTS, bool CHECK_EXIT> DEVICE void scan_backward_ite
     float* row = param_grads_partial + direction_clip_split * PARAM_GRADS_ROW(E, N) + E * N + first_channel + own_slot;
     row[0] = dD, row[E] = ddelta_bias;
   }
-  if (!item.is_rescan) return;
-  // The sums above are of the whole sequence and stand in the place of its first split.
-  for (int split = 1; split < num_splits; split++) {
-    float* row = param_grads_partial + (direction_clip_split + split) * PARAM_GRADS_ROW(E, N);
-    for (i64 i = thread; i < CHANNELS * (N + 2); i += THREADS) {
-      const int channel = first_channel + i / (N + 2), n = i % (N + 2);
-      if (CHANNEL_EXISTS(channel)) row[n < N ? (i64)channel * N + n : (i64)E * n + channel] = 0.f;
-    }
-  }
 }
 
-#define SCAN_BACKWARD_ITEM(COMPUTE_GRADIENTS, CHECK_EXIT) \
-    scan_backward_item<COMPUTE_GRADIENTS, CHECK_EXIT>( \
+#define SCAN_BACKWARD_ITEM(COMPUTE_GRADIENTS) \
+    scan_backward_item<COMPUTE_GRADIENTS>( \
         smem, in, d ? A1 : A0, d ? D1 : D0, d ? delta_bias1 : delta_bias0, tile_states, dfinal_state, split_adjoints, \
-        delta_sums, unvisited_tiles, exit_adjoints, (d ? du1 : du0) + clip * L * E + column, \
-        (d ? ddelta1 : ddelta0) + clip * L * E + column, \
+        delta_sums, (d ? du1 : du0) + clip * L * E + column, (d ? ddelta1 : ddelta0) + clip * L * E + column, \
         dBC_partial + ((d * clips + clip) * L * channel_blocks + channel_block) * 2 * PADDED_STATES, param_grads_partial, \
         dinitial_state, QUERY_ARGUMENTS (int)clips, (int)L, (int)E, (int)N, (int)num_splits, (int)flags, item, d, (int)clip, \
-        channel_block * CHANNELS, reverse, exit_is_right)
+        channel_block * CHANNELS, reverse)
 
 // Inputs beside the streams
 //   dy                    (clip, L, E) the gradient of the forward's output
@@ -455,20 +414,15 @@ template <bool COMPUTE_GRADIENTS, bool CHECK_EXIT> DEVICE void scan_backward_ite
 // Split-L, null if no sequence is split
 //   split_adjoints        (direction, clip, split, E, N) the adjoint that every split but the first one of a sequence hands to
 //                         the split before it, if it gets zero from the split after it
-//   delta_sums            (direction, clip, split, E) the sum of delta over what their state passes have read
-//   unvisited_tiles       (direction, clip, split, block of channels) the tiles that a state pass has not read
-//   exit_adjoints         (direction, clip, split, E, N) the true adjoints where the state passes have stopped
+//   delta_sums            (direction, clip, split, E) the sum of delta over the same splits
 KERNEL(scan_backward, THREADS, BWD_MIN_BLOCKS_PER_SM)(
     STREAM_PARAMS, const io_t *dy, i64 dy_stride_b, i64 dy_stride_t, const io_t *y_pre_gate, const float *tile_states,
-    const float *dfinal_state, float *split_adjoints, float *delta_sums, int *unvisited_tiles, float *exit_adjoints,
-    io_t *du0, io_t *du1, io_t *ddelta0, io_t *ddelta1, io_t *dz, i64 dz_stride_b, i64 dz_stride_t, float *dBC_partial, float *param_grads_partial, float *dinitial_state,
+    const float *dfinal_state, float *split_adjoints, float *delta_sums, io_t *du0, io_t *du1, io_t *ddelta0, io_t *ddelta1,
+    io_t *dz, i64 dz_stride_b, i64 dz_stride_t, float *dBC_partial, float *param_grads_partial, float *dinitial_state,
     int *work_counters, i64 num_state_passes, i64 unsplit_per_scheduler, QUERY_PARAMS SIZE_PARAMS) {
   SHARED(smem);
-  const WorkQueue work(
-      smem, work_counters, (int)num_unsplit, (int)num_state_passes, (int)unsplit_per_scheduler, (int)num_splits, unvisited_tiles);
-  WorkItem item(
-      work.index, (int)num_unsplit, work.is_rescan ? 1 : (int)num_splits - work.is_state_pass, (int)tiles_per_split, (int)L);
-  bool exit_is_right = true;
+  const WorkQueue work(smem, work_counters, (int)num_unsplit, (int)num_state_passes, (int)unsplit_per_scheduler);
+  WorkItem item(work.index, (int)num_unsplit, (int)num_splits - work.is_state_pass, (int)tiles_per_split, (int)L);
   const int d = item.sequence % DIRECTIONS, channel_blocks = ((int)E + CHANNELS - 1) / CHANNELS;
   const int channel_block = item.sequence / DIRECTIONS % channel_blocks;
   const bool reverse = DIRECTIONS == 2 ? d : flags & REVERSE;
@@ -482,20 +436,10 @@ KERNEL(scan_backward, THREADS, BWD_MIN_BLOCKS_PER_SM)(
     dz ? dz + clip * dz_stride_b + column : 0};
   if (work.is_state_pass) {
     if (!reverse) item.next_split((int)L);
-    SCAN_BACKWARD_ITEM(false, false);
+    SCAN_BACKWARD_ITEM(false);
     work.finish_state_pass(work_counters, item, (int)num_unsplit);
     return;
   }
-  if (work.is_rescan) {
-    if (!work.wait_for_splits(smem, work_counters, item, (int)num_unsplit, (int)num_splits)) return;
-    item.rescan((int)L);
-  } else if (item.is_split) {
-    work.wait_for_state_passes(work_counters, item, (int)num_unsplit, (int)num_splits);
-  }
-  if (!item.is_split && !item.is_rescan) {
-    SCAN_BACKWARD_ITEM(true, false);
-    return;
-  }
-  SCAN_BACKWARD_ITEM(true, true);
-  if (item.is_split) work.finish_split(work_counters, item, (int)num_unsplit, exit_is_right);
+  if (item.is_split) work.wait_for_state_passes(work_counters, item, (int)num_unsplit, (int)num_splits);
+  SCAN_BACKWARD_ITEM(true);
 }

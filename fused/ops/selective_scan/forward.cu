@@ -7,9 +7,8 @@
 // direction alone adds y_other_direction.
 //
 // A sequence that is split is scanned twice: first by state passes, which compute the final states of its splits only
-// (COMPUTE_OUTPUTS false), then split by split from the state before each (CHECK_EXIT if state passes may exit; as code of its own,
-// since the branch costs a scan without it 7 %). A state pass walks from the last token of its split
-// to the first, sums exp(A S) delta u B with S the sum of delta behind a token, and may exit early (work.cu).
+// (COMPUTE_OUTPUTS false), then split by split from the state before each. Where state passes may exit (moments.cu), a split checks
+// its state pass (CHECK_EXIT). That is code of its own, since a branch in the loop costs every other scan 7 %.
 //
 // Shared memory, for each direction:
 //     smem_delta  [TILE][CHANNELS]               float2 {delta, delta u}
@@ -43,10 +42,9 @@ template <bool COMPUTE_OUTPUTS, bool CHECK_EXIT> DEVICE void scan_forward_item(
   const LanePosition lane(thread % 32);
   const int channel_blocks = (E + CHANNELS - 1) / CHANNELS;
   const int clip = item.sequence / channel_blocks, first_channel = item.sequence % channel_blocks * CHANNELS;
-  const bool walks_back = COMPUTE_OUTPUTS ? reverse : !reverse;  // from the last token to the first
-  const TileIterator tiles(item, walks_back);
+  const TileIterator tiles(item, reverse);
   const i64 direction_clip = (i64)direction * clips + clip, direction_clip_split = direction_clip * num_splits + item.split;
-  int* unvisited = unvisited_tiles + direction_clip * num_splits * channel_blocks + item.sequence % channel_blocks;
+  const int* unvisited = unvisited_tiles + direction_clip * num_splits * channel_blocks + item.sequence % channel_blocks;
   const float* state_before = !COMPUTE_OUTPUTS                      ? 0
                               : item.is_split && !split_final_states ? split_initial_states + direction_clip_split * E * N
                               : initial_state                        ? initial_state + direction_clip * E * N
@@ -55,14 +53,14 @@ template <bool COMPUTE_OUTPUTS, bool CHECK_EXIT> DEVICE void scan_forward_item(
   // What a thread stages (see STAGE_ROW_STRIDE). Pointers advance from each of its rows to the next, in the order of the scan.
   const int column = thread % (CHANNELS / 4) * 4, valid_channels = VALID_OF_FOUR(E, first_channel + column);
   const int row = thread / (CHANNELS / 4);
-  const int row_step = walks_back ? -STAGE_ROW_STRIDE : STAGE_ROW_STRIDE, first_token = tiles.token(0, row);
+  const int row_step = reverse ? -STAGE_ROW_STRIDE : STAGE_ROW_STRIDE, first_token = tiles.token(0, row);
   const io_t* u_ptr = u_base + clip * u_stride_b + first_channel + column + (i64)first_token * u_stride_t;
   const io_t* delta_ptr = delta_base + clip * delta_stride_b + first_channel + column + (i64)first_token * delta_stride_t;
   const io_t* z_ptr = z_base + clip * z_stride_b + first_channel + column + (i64)first_token * z_stride_t;
   const int state = thread % (PADDED_STATES / 4) * 4, BC_row = thread / BC_ROW_VECTORS;
   const int valid_states = NO_PADDING ? 4 : N - state;
   const bool is_C = thread % BC_ROW_VECTORS >= PADDED_STATES / 4;
-  const int BC_stride_t = is_C ? C_stride_t : B_stride_t, BC_step = (walks_back ? -1 : 1) * BC_stride_t;
+  const int BC_stride_t = is_C ? C_stride_t : B_stride_t, BC_step = (reverse ? -1 : 1) * BC_stride_t;
   const io_t* BC_ptr = (is_C ? C_base + clip * C_stride_b : B_base + clip * B_stride_b) + state +
                        (i64)tiles.token(0, BC_row) * BC_stride_t;
   i64 y_offset = ((i64)clip * L + first_token) * E + first_channel + column;  // in the contiguous (clip, L, E)
@@ -83,8 +81,8 @@ template <bool COMPUTE_OUTPUTS, bool CHECK_EXIT> DEVICE void scan_forward_item(
     const int to = reverse && flags & STATES_ONLY ? item.split - 1 : item.split;
     combine_splits<THREAD_CHANNELS>(
         h, A_log2e, slot, split_final_states + direction_clip * num_splits * E * N,
-        delta_sums + direction_clip * num_splits * E, unvisited_tiles ? unvisited : 0, channel_blocks,
-        reverse ? num_splits - 1 : 0, to, first_channel, E, N, lane.quarter);
+        delta_sums + direction_clip * num_splits * E, reverse ? num_splits - 1 : 0, to, first_channel, E, N, lane.quarter,
+        CHECK_EXIT ? unvisited : 0, channel_blocks);
     float* combined = to >= 0 && to < num_splits ? split_initial_states + (direction_clip * num_splits + to) * E * N
                                                  : final_state + direction_clip * E * N;
     #pragma unroll
@@ -116,13 +114,11 @@ template <bool COMPUTE_OUTPUTS, bool CHECK_EXIT> DEVICE void scan_forward_item(
     BC_ptr += (i64)TILE * BC_step;
   };
 
-  // In a state pass the two directions of a block scan different splits. Where they share barriers and one of them is shorter,
-  // it runs empty steps.
-  const int steps = COMPUTE_OUTPUTS || FWD_WARPS == 1 ? tiles.num_tiles() : item.tiles_per_split;
+  // In a state pass the two directions of a block scan different splits. One of them may be shorter; it then runs empty steps.
+  const int steps = COMPUTE_OUTPUTS ? tiles.num_tiles() : item.tiles_per_split;
   auto tokens_left_at = [&](int step) {
     return COMPUTE_OUTPUTS || step < tiles.num_tiles() ? L - tiles.tile(step) * TILE : 0;
   };
-  int last_visited = tiles.num_tiles() - 1;  // of a state pass
   // The state before this step is stored: where the state pass of the split has stopped, or in a rescan before every split.
   int save_step = item.is_rescan ? 0 : -1;
   if (CHECK_EXIT && item.is_split && item.split != (reverse ? 0 : num_splits - 1)) {
@@ -217,16 +213,12 @@ template <bool COMPUTE_OUTPUTS, bool CHECK_EXIT> DEVICE void scan_forward_item(
         for (int k = 0; k < THREAD_CHANNELS; k++) {
           const auto [delta, delta_u] = smem_delta[(t0 + t) * CHANNELS + slot[k]];
           float sum = 0.f;
+          if (!COMPUTE_OUTPUTS) delta_sum[k] += delta;
           #pragma unroll
           for (int i = 0; i < STATES_PER_THREAD; i++) {
-            if (COMPUTE_OUTPUTS) {
-              h[k][i] = fmaf(exp_delta_A(delta, A_log2e[k][i]), h[k][i], delta_u * B[i]);
-              sum = fmaf(h[k][i], C[i], sum);
-            } else {
-              h[k][i] = fmaf(exp_delta_A(delta_sum[k], A_log2e[k][i]), delta_u * B[i], h[k][i]);
-            }
+            h[k][i] = fmaf(exp_delta_A(delta, A_log2e[k][i]), h[k][i], delta_u * B[i]);
+            if (COMPUTE_OUTPUTS) sum = fmaf(h[k][i], C[i], sum);
           }
-          if (!COMPUTE_OUTPUTS) delta_sum[k] += delta;
           lane_sums[t * THREAD_CHANNELS + k] = sum;
         }
       }
@@ -244,25 +236,8 @@ template <bool COMPUTE_OUTPUTS, bool CHECK_EXIT> DEVICE void scan_forward_item(
         smem_y[(t0 + 2 * lane.quarter_bit1 + lane.quarter_bit0) * Y_ROW + slot[k]] += y_sums[i / THREAD_CHANNELS][k];
       }
     }
-    bool goes_on = false;  // of a state pass
-    if (!COMPUTE_OUTPUTS) {
-      #pragma unroll
-      for (int k = 0; k < THREAD_CHANNELS; k++)
-        goes_on |= CHANNEL_EXISTS(first_channel + slot[k]) && remembers(h[k], A_log2e[k], delta_sum[k], N, lane.quarter);
-      goes_on = !unvisited_tiles || (step + 1 < tiles.num_tiles() && __any_sync(0xffffffffu, goes_on));
-      if (FWD_WARPS > 1 && thread % 32 == 0) ((int*)smem_y)[warp] = goes_on;
-    }
     SYNC_DIRECTION(COMPUTE_OUTPUTS && other_step == step);
-    if (!COMPUTE_OUTPUTS) {
-      if (FWD_WARPS > 1) {  // all warps of the block exit together
-        goes_on = false;
-        for (int w = 0; w < DIRECTIONS * FWD_WARPS; w++)
-          goes_on |= ((const int*)(smem + w / FWD_WARPS * SMEM_DIRECTION_BYTES + SMEM_Y_OFFSET))[w % FWD_WARPS];
-      }
-      last_visited = step;
-      if (!goes_on) break;
-      continue;
-    }
+    if (!COMPUTE_OUTPUTS) continue;
 
     // Store y. Where the directions meet in one tile, direction 0 reads the y of direction 1 from shared memory.
     #pragma unroll
@@ -301,8 +276,6 @@ template <bool COMPUTE_OUTPUTS, bool CHECK_EXIT> DEVICE void scan_forward_item(
   for (int k = 0; k < THREAD_CHANNELS; k++) {
     const int channel = first_channel + slot[k];
     if (!COMPUTE_OUTPUTS) store_states(split_final_states + direction_clip_split * E * N, h[k], channel, E, N, lane.quarter);
-    if (!COMPUTE_OUTPUTS && unvisited_tiles && thread == 0)
-      unvisited[item.split * channel_blocks] = max(tiles.num_tiles() - 1 - last_visited, 0);
     if (!COMPUTE_OUTPUTS && lane.quarter == 0 && CHANNEL_EXISTS(channel))
       delta_sums[direction_clip_split * E + channel] = delta_sum[k];
     if (COMPUTE_OUTPUTS && final_state && (reverse ? item.first_tile == 0 : item.end_tile * TILE >= L))

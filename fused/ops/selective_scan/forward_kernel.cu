@@ -22,9 +22,10 @@
 //   split_initial_states  (direction, clip, split, E, N) the state before every split; an input if num_state_passes is 0
 //   split_final_states    (direction, clip, split, E, N) the final state of every split but the last one, if the state before
 //                         the split is zero; null if num_state_passes is 0
-//   delta_sums            (direction, clip, split, E) the sum of delta over what their state passes have read, or null
+//   delta_sums            (direction, clip, split, E) the sum of delta over the same splits, or what state passes have read of
+//                         them, or null
 //   unvisited_tiles       (direction, clip, split, block of channels) the tiles that a state pass has not read; null if state
-//                         passes read every tile
+//                         passes read every tile, as without BY_MOMENTS
 //   exit_states           (direction, clip, split, E, N) the true states where the state passes have stopped, or null
 // With STATES_ONLY every split has a state pass, the last one too, and num_splits + 1 blocks of every sequence combine them:
 // one for the state before each split and one for final_state.
@@ -35,11 +36,11 @@ KERNEL(scan_forward, DIRECTIONS * THREADS, FWD_MIN_BLOCKS_PER_SM)(
   SHARED(smem);
   const int d = DIRECTIONS == 2 && threadIdx.x >= THREADS;
   const bool reverse = DIRECTIONS == 2 ? d : flags & REVERSE;
-  const WorkQueue work(
-      smem, work_counters, (int)num_unsplit, (int)num_state_passes, (int)unsplit_per_scheduler, (int)num_splits, unvisited_tiles);
+  const int num_rescans = HAS_MOMENTS && unvisited_tiles ? (int)(num_state_passes / (num_splits - 1)) : 0;
+  const WorkQueue work(smem, work_counters, (int)num_unsplit, (int)num_state_passes, (int)unsplit_per_scheduler, num_rescans);
   const int blocks_per_sequence = (int)num_splits + (flags & STATES_ONLY ? 1 : 0);  // state passes: one fewer
-  WorkItem item(
-      work.index, (int)num_unsplit, work.is_rescan ? 1 : blocks_per_sequence - work.is_state_pass, (int)tiles_per_split, (int)L);
+  const int blocks_of_kind = HAS_MOMENTS && work.is_rescan ? 1 : blocks_per_sequence - work.is_state_pass;
+  WorkItem item(work.index, (int)num_unsplit, blocks_of_kind, (int)tiles_per_split, (int)L);
   bool exit_is_right = true;
   if (work.is_state_pass) {
     if (reverse && blocks_per_sequence == num_splits) item.next_split((int)L);
@@ -55,16 +56,20 @@ KERNEL(scan_forward, DIRECTIONS * THREADS, FWD_MIN_BLOCKS_PER_SM)(
     work.finish_state_pass(work_counters, item, (int)num_unsplit);
     return;
   }
-  if (work.is_rescan) {
-    if (!work.wait_for_splits(smem, work_counters, item, (int)num_unsplit, (int)num_splits)) return;
-    item.rescan((int)L);
-  } else if (num_state_passes && item.is_split) {
-    work.wait_for_state_passes(work_counters, item, (int)num_unsplit, blocks_per_sequence);
-  }
-  if (!unvisited_tiles || !(item.is_split || item.is_rescan)) {
-    SCAN_FORWARD_ITEM(true, false);
+#if HAS_MOMENTS
+  if (unvisited_tiles && (work.is_rescan || item.is_split)) {
+    if (!work.is_rescan) {
+      work.wait_for_state_passes(work_counters, item, (int)num_unsplit, blocks_per_sequence);
+    } else {
+      if (!work.wait_for_splits(smem, work_counters, item, (int)num_unsplit, (int)num_splits)) return;
+      item.rescan((int)L);
+    }
+    SCAN_FORWARD_ITEM(true, true);
+    if (item.is_split) work.finish_split(work_counters, item, (int)num_unsplit, exit_is_right);
     return;
   }
-  SCAN_FORWARD_ITEM(true, true);
-  if (item.is_split) work.finish_split(work_counters, item, (int)num_unsplit, exit_is_right);
+#endif
+  if (num_state_passes && item.is_split)
+    work.wait_for_state_passes(work_counters, item, (int)num_unsplit, blocks_per_sequence);
+  SCAN_FORWARD_ITEM(true, false);
 }

@@ -102,6 +102,6 @@ def mixer_programs(
     return (*plain, program("forward", True), program("backward", True)) if training else plain
 
 
-def num_work_counters(num_split_sequences: int) -> int:
+def num_work_counters(num_split_sequences: int, may_exit: bool = False) -> int:
     """Return how many int32 counters, zeros, the WorkQueue of a launch needs (work.cu)."""
-    return 4 + SCHEDULER_COUNTERS + 3 * num_split_sequences
+    return 3 + SCHEDULER_COUNTERS + (3 * num_split_sequences + 1 if may_exit else num_split_sequences)

@@ -25,7 +25,7 @@ from fused.ops.selective_scan.kernel_source import (
     num_work_counters,
     source,
 )
-from fused.ops.selective_scan.schedule import TILE, KernelConfig, ScanSchedule, SplitSchedule
+from fused.ops.selective_scan.schedule import TILE, ScanSchedule, SplitSchedule
 from fused.runtime import nvrtc
 from fused.runtime.recording import launch_cuda
 
@@ -86,7 +86,7 @@ class StatePassing(NamedTuple):
 
     split_final_states: Tensor | None  # (d, B, splits, E, N): the state that leaves a split if zero enters it
     delta_sums: Tensor | None  # (d, B, splits, E): over the tiles that the split's state pass has read
-    unvisited_tiles: Tensor | None  # int32 (d, B, splits, blocks of channels): the tiles that it has not read; 0 without a pass
+    unvisited_tiles: Tensor | None  # int32 (d, B, splits, blocks of channels): the tiles that it has not read, if it may exit
     exit_states: Tensor | None  # (d, B, splits, E, N): the true state where it has stopped
     work_counters: Tensor | None  # None where every sequence is alike
     num_state_passes: int  # 0 where the splits' initial states are known
@@ -97,8 +97,8 @@ class StatePassing(NamedTuple):
         """Return how often a finished launch's state passes have exited. It waits for the GPU."""
         if self.unvisited_tiles is None or self.work_counters is None:
             return Exits(self.num_state_passes, 0, 0)
-        failed_checks = self.work_counters[-3 * self.num_rescans :].view(-1, 3)[:, 2]
-        return Exits(self.num_state_passes, int((self.unvisited_tiles > 0).sum()), int((failed_checks > 0).sum()))
+        wrong_exits = self.work_counters[-1 - self.num_rescans : -1]
+        return Exits(self.num_state_passes, int((self.unvisited_tiles > 0).sum()), int((wrong_exits > 0).sum()))
 
 
 NO_STATE_PASSING = StatePassing(None, None, None, None, None, 0, 0, 0)
@@ -126,7 +126,6 @@ class ScanGradients(NamedTuple):
     D: Sequence[Tensor]  # (E,)
     delta_bias: Sequence[Tensor]  # (E,)
     initial_states: Tensor  # (d, B, E, N)
-    state_passing: StatePassing
 
 
 def schedule_for(u: Tensor, N: int | torch.SymInt, directions: int, batch_invariant: bool) -> ScanSchedule:
@@ -175,6 +174,11 @@ def forward(
     """
     u, d, splits = s.u[0], len(s.reverses), plan.fwd_schedule
     (B, L, E), N = u.shape, s.A[0].shape[1]
+    by_moments = False
+    if only_y and not keep and split_initial_states is None and y_other_direction is None:
+        by_moments = _has_moments(s, plan)
+        if by_moments and plan.moments_schedule is not None:
+            splits = plan.moments_schedule
     y = torch.empty(s.y_shape, dtype=u.dtype, device=u.device)
     final_states = torch.empty((d, B, E, N), dtype=torch.float32, device=u.device)
     y_pre_gate = torch.empty_like(y) if keep and s.z is not None else None
@@ -184,8 +188,8 @@ def forward(
         return ScanOutputs(y, final_states, split_initial_states, y_pre_gate, tile_states, NO_STATE_PASSING, False)
     passing = NO_STATE_PASSING
     if splits.num_unsplit < splits.num_sequences:
-        passing = _state_passing(splits, u, d, N, plan.fwd_config, d * plan.fwd_config.warps, split_initial_states is None)
-    by_moments = only_y and not keep and passing.num_state_passes > 0 and y_other_direction is None and _has_moments(s, plan)
+        wanted, exit_channels = split_initial_states is None, plan.fwd_config.channels * by_moments
+        passing = _state_passing(splits, u, d, N, d * plan.fwd_config.warps, wanted, exit_channels)
     if passing.num_state_passes:
         split_initial_states = _float32(u, d, B, splits.num_splits, E, N)
     arguments = (
@@ -244,22 +248,22 @@ def backward(
         dinitial_states = dinitial_states.zero_() if dfinal_states is None else dinitial_states.copy_(dfinal_states)
         for x in (*dB, *dC, *dA, *dD, *dbias):
             x.zero_()
-        return ScanGradients(du, ddelta, dz, dA, dD, dbias, dinitial_states, NO_STATE_PASSING)
+        return ScanGradients(du, ddelta, dz, dA, dD, dbias, dinitial_states)
     module, inputs = _module("backward", s, plan, True, dy, dz), _input_arguments(s)
     blocks, row_width = -(-E // config.channels), -(-E * (N + 2) // 4) * 4
     dBC_parts = _float32(u, d, B, L, blocks, 2, plan.padded_states)  # of each block of channels
     dA_dD_dbias_parts = _float32(u, d, B * splits.num_splits, row_width)  # of each clip and split
     is_split = splits.num_unsplit < splits.num_sequences
-    passing = _state_passing(splits, u, d, N, config, config.warps, True) if is_split else NO_STATE_PASSING
+    passing = _state_passing(splits, u, d, N, config.warps, True) if is_split else NO_STATE_PASSING
     sizes = (B, L, E, N, splits.tiles_per_split, splits.num_splits, splits.num_unsplit, _flags(s))
     arguments = (
-        dy, dy.stride(0), dy.stride(1), y_pre_gate, tile_states, dfinal_states, *passing[:4],
-        du[0], du[-1], ddelta[0], ddelta[-1],
+        dy, dy.stride(0), dy.stride(1), y_pre_gate, tile_states, dfinal_states,
+        passing.split_final_states, passing.delta_sums, du[0], du[-1], ddelta[0], ddelta[-1],
         *((None, 0, 0) if dz is None else (dz, dz.stride(0), dz.stride(1))), dBC_parts, dA_dD_dbias_parts, dinitial_states,
         passing.work_counters, passing.num_state_passes, passing.unsplit_per_scheduler, *_query_arguments(s),
     )  # fmt: skip
     threads, shared = 32 * config.warps, _shared_bytes_backward(plan, u.element_size())
-    grid = splits.num_blocks + passing.num_state_passes + passing.num_rescans
+    grid = splits.num_blocks + passing.num_state_passes
     launch_cuda(module, "scan_backward", (grid, 1, 1), threads, shared, *inputs, *arguments, *sizes)
     outputs = (
         dBC_parts, dB[0], dB[-1], dB[0].stride(0), dB[0].stride(1), dC[0], dC[-1], dC[0].stride(0), dC[0].stride(1),
@@ -267,7 +271,7 @@ def backward(
     )  # fmt: skip
     grid = -(-L * 2 * plan.padded_states // 256) * B + -(-E * (N + 2) // 256)
     launch_cuda(module, "scan_backward_reduce", (grid, d, 1), 256, 0, *outputs, *sizes)
-    return ScanGradients(du, ddelta, dz, dA, dD, dbias, dinitial_states, passing)
+    return ScanGradients(du, ddelta, dz, dA, dD, dbias, dinitial_states)
 
 
 def _launch_forward(
@@ -287,15 +291,18 @@ def _forward_block(plan: ScanSchedule, directions: int) -> tuple[int, int]:
     return directions * 32 * plan.fwd_config.warps, shared
 
 
-def _work_counters(u: Tensor, num_split: int, more: int = 0) -> Tensor:
-    """Return the counters of a launch with so many split sequences, as WorkQueue in work.cu reads them, and `more` zeros."""
-    return torch.zeros(num_work_counters(num_split) + more, dtype=torch.int32, device=u.device)
+def _work_counters(u: Tensor, num_split: int) -> Tensor:
+    """Return the counters of a launch with so many split sequences, as WorkQueue in work.cu reads them."""
+    return torch.zeros(num_work_counters(num_split), dtype=torch.int32, device=u.device)
 
 
 def _state_passing(
-    splits: SplitSchedule, u: Tensor, d: int, N: int, config: KernelConfig, warps: int, wanted: bool
+    splits: SplitSchedule, u: Tensor, d: int, N: int, warps: int, wanted: bool, exit_channels: int = 0
 ) -> StatePassing:
-    """Return the buffers of a launch with split sequences; without those of a state-only pass unless it is `wanted`."""
+    """Return the buffers of a launch with split sequences; without those of a state-only pass unless it is `wanted`.
+
+    `exit_channels` are the channels of a block whose state passes may exit; 0 if they may not.
+    """
     num_split = splits.num_sequences - splits.num_unsplit
     if not wanted and not splits.num_unsplit:
         return NO_STATE_PASSING
@@ -304,15 +311,16 @@ def _state_passing(
     unsplit_per_scheduler = -(-splits.num_unsplit // schedulers)
     if not wanted:
         return StatePassing(None, None, None, None, _work_counters(u, num_split), 0, 0, unsplit_per_scheduler)
-    unvisited_shape = d, B, splits.num_splits, -(-E // config.channels)
-    zeros = _work_counters(u, num_split, math.prod(unvisited_shape))
-    counters, unvisited = zeros.split((num_work_counters(num_split), math.prod(unvisited_shape)))
-    split_final_states, exit_states = (_float32(u, d, B, splits.num_splits, E, N) for _ in range(2))
+    split_final_states = _float32(u, d, B, splits.num_splits, E, N)
     delta_sums = _float32(u, d, B, splits.num_splits, E)
-    return StatePassing(
-        split_final_states, delta_sums, unvisited.view(unvisited_shape), exit_states, counters, splits.num_state_passes,
-        num_split, unsplit_per_scheduler,
-    )  # fmt: skip
+    if not exit_channels:
+        buffers = split_final_states, delta_sums, None, None, _work_counters(u, num_split)
+        return StatePassing(*buffers, splits.num_state_passes, 0, unsplit_per_scheduler)
+    num_counters, shape = num_work_counters(num_split, True), (d, B, splits.num_splits, E // exit_channels)
+    zeros = torch.zeros(num_counters + math.prod(shape), dtype=torch.int32, device=u.device)
+    counters, unvisited = zeros.split((num_counters, math.prod(shape)))
+    buffers = split_final_states, delta_sums, unvisited.view(shape), _float32(u, d, B, splits.num_splits, E, N), counters
+    return StatePassing(*buffers, splits.num_state_passes, num_split, unsplit_per_scheduler)
 
 
 def _shared_bytes_backward(plan: ScanSchedule, element_size: int) -> int:
@@ -376,8 +384,10 @@ def _readable(count: int, tensors: tuple[Tensor | None, ...]) -> bool:
 
 
 def _has_moments(s: ScanInputs, plan: ScanSchedule) -> bool:
-    """Return whether the forward's program for these inputs has state passes by moments, HAS_MOMENTS in moments.cu."""
-    E, N, config = s.u[0].shape[2], s.A[0].shape[1], plan.fwd_config
+    """Return whether the schedule and the forward's program for these inputs have state passes by moments (HAS_MOMENTS)."""
+    E, N, config, splits = s.u[0].shape[2], s.A[0].shape[1], plan.fwd_config, plan.moments_schedule
+    if splits is None or splits.num_splits == 1 or 0 in s.u[0].shape:
+        return False
     fits = N == 16 and E % plan.widest_block == 0 and config.warps == 1 and config.channels_per_thread == 2
     if not fits or s.u[0].dtype != torch.bfloat16 or s.softplus != SOFTPLUS_BY_CALLER:
         return False

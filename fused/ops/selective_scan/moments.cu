@@ -1,6 +1,13 @@
 // The state pass of the forward on tensor cores, without an exponential for every token and state. It gives what the state pass of
-// forward.cu gives, with the error of bfloat16 products (2^-9 of a token's share), and exits in the same way (work.cu).
+// forward.cu gives, with the error of bfloat16 products (2^-9 of a token's share), and may exit.
 //
+// Exit. A state pass computes sum_t exp(A S_t) delta_t u_t B_t, S_t the sum of delta between token t and the end of the split. It
+// begins with the last tile, and stops at a tile from which on exp(A S) is so small that what lies behind cannot matter. What lies
+// behind is not read, so this is a guess. The block that scans the split later has the true state h where the state pass stopped,
+// and checks the guess: exp(A S) h, which is all that was left out, must be below a rounding of the result. NaN and infinity fail.
+// If a check fails, another block then scans the whole sequence again as if it were not split, the rescan (work.cu).
+//
+// Moments.//
 // A state pass computes sum_t exp(A S_t) delta_t u_t B_t, S_t the sum of delta behind token t. For the tokens of a tile let S be the
 // sum behind the tile, g_t that behind token t within the tile, and G that of the whole tile. With
 //
@@ -19,15 +26,15 @@
 //     u, delta  [half of the channels][TILE][8]   io_t
 //     B         [TILE][MOMENT_B_ROW]              io_t: rows lie in different banks
 
-#define HAS_MOMENTS \
-    (IO_DTYPE == 0 && PADDED_STATES == 16 && NO_PADDING && SOFTPLUS == SOFTPLUS_BY_CALLER && !STORE_TILE_STATES && \
-     FWD_WARPS == 1 && FWD_CHANNELS_PER_THREAD == 2)
 #if HAS_MOMENTS
 #define MOMENT_SLOTS 3
 #define MOMENT_B_ROW 24
 #define MOMENT_SLOT_BYTES (2 * TILE * 16 * 2 + TILE * MOMENT_B_ROW * 2)
 #define LARGEST_DECAY 7.2f    // |A| G log2(e) up to which a tile is summed by moments
 #define FORGOTTEN_LOG2 -29.f  // exp(A S) below which a tile is summed by moments whatever G is
+#define EXIT_LOG2 -60.f       // a state pass stops where every exp(A S) is below 2^EXIT_LOG2, if no state is almost 0 there
+#define EXIT_LOG2_ANY -255.f  // the same for any state: the largest float32 times this is flushed to 0
+#define EXIT_LEAST_STATE 0x1p-80f
 static_assert(MOMENT_SLOTS * MOMENT_SLOT_BYTES <= SMEM_DIRECTION_BYTES);
 
 DEVICE void state_pass_by_moments(
@@ -147,9 +154,13 @@ DEVICE void state_pass_by_moments(
         S[c] += G[c];
       }
     }
-    bool goes_on = !unvisited_tiles;
+    bool goes_on = false;  // written so that NaN goes on
     #pragma unroll
-    for (int c = 0; c < 2; c++) goes_on |= remembers(h[c], A_log2e[c], S[c], 16, 0);
+    for (int c = 0; c < 2; c++) {
+      const float slowest = fmaxf(fmaxf(A_log2e[c][0], A_log2e[c][1]), fmaxf(A_log2e[c][2], A_log2e[c][3]));
+      const float least = fminf(fminf(fabsf(h[c][0]), fabsf(h[c][1])), fminf(fabsf(h[c][2]), fabsf(h[c][3])));
+      goes_on |= !(slowest * S[c] < (least > EXIT_LEAST_STATE ? EXIT_LOG2 : EXIT_LOG2_ANY));
+    }
     unvisited = step;
     if (!__any_sync(0xffffffffu, goes_on)) break;
   }
@@ -161,7 +172,7 @@ DEVICE void state_pass_by_moments(
     *(float2*)to = float2{h[c][0], h[c][1]}, *(float2*)(to + 8) = float2{h[c][2], h[c][3]};
     if (q == 0) delta_sums[direction_clip_split * E + channel] = S[c];
   }
-  if (lane == 0 && unvisited_tiles)
+  if (lane == 0)
     unvisited_tiles[direction_clip_split * channel_blocks + item.sequence % channel_blocks] = unvisited;
 }
 #endif
