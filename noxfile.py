@@ -17,7 +17,7 @@ nox.options.reuse_venv = "yes"
 NVIDIA = shutil.which("nvidia-smi")
 PROJECT = nox.project.load_toml("pyproject.toml")
 UPSTREAM = PROJECT["project"]["optional-dependencies"]["upstream"]
-EXTRAS = ("base", "train", "evaluate", "hub", "onnx", "teachers", "timm", "harness")  # those that need no GPU
+EXTRAS = ("base", "train", "evaluate", "hub", "onnx", "teachers", "language", "timm", "harness")  # those that need no GPU
 TEST, LINT, TYPES, PAGES = (nox.project.dependency_groups(PROJECT, group) for group in ("test", "lint", "types", "pages"))
 
 
@@ -93,6 +93,14 @@ def compat(session: nox.Session, stack: str) -> None:
 
 
 @nox.session
+def fuzz(session: nox.Session) -> None:
+    """Ask operators, configurations and readers 10,000 random things each; the tests ask 200."""
+    install(session, "-e", ".[harness,train]", *TEST)
+    files = sorted(map(str, Path("tests").glob("test_fuzz_*.py")))
+    python(session, "-m", "pytest", *files, *session.posargs, FUZZ="10000")
+
+
+@nox.session
 def fuzz_files(session: nox.Session) -> None:
     """Read 2,000 damaged video files; the tests read 100."""
     install(session, "-e", ".[harness,train]", *TEST)
@@ -140,6 +148,13 @@ def mutants(session: nox.Session) -> None:
     """Plant bugs in a copy of the sources, one at a time, for the tests to find: `nox -s mutants -- --room judge`."""
     install(session, "-e", ".[harness,train]", *TEST)
     python(session, "-m", "harness", "mutants", *session.posargs)
+
+
+@nox.session
+def sanitize(session: nox.Session) -> None:
+    """Run the native kernels under CUDA's compute-sanitizer: memory, races, barriers."""
+    install(session, "-e", ".[harness]")
+    python(session, "-m", "harness", "sanitize", *session.posargs)
 
 
 @nox.session

@@ -18,6 +18,8 @@ from fused.models.bimba.compressor import BimbaCompressor
 from fused.models.bimba.interleave import interleave
 from fused.models.bimba.model import Bimba
 from fused.models.bimba.queries import bimba_queries
+from fused.models.retrieval.config import RetrievalConfig
+from fused.models.retrieval.model import RetrievalOutput, VideoTextRetrieval
 from fused.models.vamba.cache import VambaCache
 from fused.models.vamba.config import VambaConfig
 from fused.models.vamba.layer import VambaDecoderLayer
@@ -33,6 +35,7 @@ from fused.models.videomamba.timm_registry import register_timm
 from fused.modules.mamba import Mamba
 from fused.modules.mamba2 import Mamba2
 from fused.modules.state import detach_state, state_to
+from fused.modules.token_stream import TokenStream
 from fused.ops.add_norm.api import add_norm
 from fused.ops.causal_conv1d.api import causal_conv1d
 from fused.ops.selective_scan.api import bidirectional_scan, selective_scan
@@ -53,6 +56,9 @@ __all__ = [
     "Mamba",
     "Mamba2",
     "OnnxExport",
+    "RetrievalConfig",
+    "RetrievalOutput",
+    "TokenStream",
     "Validation",
     "Vamba",
     "VambaCache",
@@ -62,6 +68,7 @@ __all__ = [
     "VideoMamba",
     "VideoMambaConfig",
     "VideoMambaEncoder",
+    "VideoTextRetrieval",
     "add_norm",
     "bidirectional_scan",
     "bimba_queries",

@@ -3,10 +3,11 @@
 - `native`            kernels of this project: CUDA C++ for the scan, compiled at its first use, and Triton for the rest
 - `native_kept`       the same, and a mixer keeps the states of its scan, so that the backward does not scan again;
                       with states and in chunks it is `native`
+- `cpu`               kernels of this project for CPUs: C++, compiled at its first use; PyTorch operations where there are none
 - `mamba_ssm`         mamba-ssm's CUDA scan, causal-conv1d, mamba-ssm's Triton norm
 - `mamba_ssm_inner`   the same, with mamba-ssm's recomputing `mamba_inner_fn` as the body of a mixer
 - `torch`             PyTorch operations, on any device
-- `auto`              on CUDA native, or torch where native cannot run; elsewhere torch
+- `auto`              on CUDA native, on a CPU cpu, or torch where these cannot run; elsewhere torch
 """
 
 import importlib
@@ -22,7 +23,7 @@ from fused.errors import BackendError
 from fused.runtime.dtypes import KERNEL_DTYPES
 from fused.runtime.modes import batch_invariant as batch_invariant
 
-BACKENDS = ("native", "native_kept", "mamba_ssm", "mamba_ssm_inner", "torch")
+BACKENDS = ("native", "native_kept", "cpu", "mamba_ssm", "mamba_ssm_inner", "torch")
 OPERATOR_BACKEND = {"native_kept": "native", "mamba_ssm_inner": "mamba_ssm"}  # another mixer over the same operators
 SWITCH = "VIDEOMAMBA_DISABLE_FUSED"
 
@@ -47,16 +48,20 @@ class Abilities:
 
 TORCH = Abilities(True, True, True, True, (*KERNEL_DTYPES, torch.float64), ("cpu", "cuda", "mps", "xpu"))
 NATIVE = Abilities(True, True, True, True, KERNEL_DTYPES, ("cuda",))
+CPU = Abilities(True, True, True, True, (*KERNEL_DTYPES, torch.float64), ("cpu",))
 
 
 def declared(op: str, table: Mapping[str, Abilities], backend: str) -> Abilities:
     """Return what `backend` can do for an operator whose `table` maps the backends of operators to their abilities.
 
-    Raises ValueError for an unknown name, and for a backend that does not have the operator.
+    An operator without kernels for CPUs is PyTorch operations on `cpu`. Raises ValueError for an unknown name, and for a
+    backend that does not have the operator.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     operator_backend = operators_of(backend)
+    if operator_backend == "cpu" and "cpu" not in table:
+        operator_backend = "torch"
     if operator_backend not in table:
         raise ValueError(f"{op}: backend {backend!r} does not have it; allowed are {', '.join(table)}")
     return table[operator_backend]
@@ -95,6 +100,12 @@ def unavailable(backend: str, device: torch.device | str) -> str | None:
         return "PyTorch sees no CUDA device: run on the CPU, or install a CUDA build of PyTorch and its driver."
     if backend == "torch":
         return None
+    if backend == "cpu":
+        if kind != "cpu":
+            return f"cpu runs on CPUs only and the input is on {kind}: move model and input to the CPU, or use 'auto'."
+        from fused.runtime import cpu_library
+
+        return cpu_library.unavailable()
     if kind != "cuda":
         return f"{backend} runs on CUDA only and the input is on {kind}: move model and input to a GPU, or use 'torch'."
     if operators_of(backend) == "native":
@@ -126,8 +137,13 @@ def choose(name: str, device: torch.device | str, *, use_fast_path: bool = True)
         return _announce("torch", "use_fast_path is False")
     if os.environ.get(SWITCH, "").strip().lower() in ("1", "true", "yes", "y", "on"):
         return _announce("torch", f"{SWITCH} is set")
-    reason = unavailable("native", device) if kind == "cuda" else f"the input is on {kind}"
-    return _announce("native", "the input is on cuda") if reason is None else _announce("torch", reason)
+    kernels = {"cuda": "native", "cpu": "cpu"}.get(kind)
+    if kernels is None:
+        return _announce("torch", f"the input is on {kind}")
+    reason = unavailable(kernels, device)
+    if reason is None:
+        return _announce(kernels, f"the input is on {kind}")
+    return _announce("torch", reason, logging.WARNING if kind == "cpu" else logging.INFO)
 
 
 # torch.compile calls it and does not trace it. torch.compiler.assume_constant_result sets this too, but imports the compiler.
@@ -146,9 +162,9 @@ def _native_failure(device: torch.device | str) -> str | None:
 
 
 @cache
-def _announce(backend: str, reason: str) -> str:
+def _announce(backend: str, reason: str, level: int = logging.INFO) -> str:
     """Log an automatic choice, once per process and reason."""
-    _log.info("backend 'auto' chose %r: %s", backend, reason)
+    _log.log(level, "backend 'auto' chose %r: %s", backend, reason)
     return backend
 
 

@@ -50,7 +50,7 @@ RATE = Rule(lambda value: is_number(value, lambda rate: 0 <= rate < 1), "a rate 
 FRACTION = Rule(lambda value: is_number(value, lambda share: 0 <= share <= 1), "a number from 0 to 1")
 POSITIVE = Rule(lambda value: is_number(value, lambda x: 0 < x < float("inf")), "a positive number")
 POSITIVE_OR_0 = Rule(lambda value: is_number(value, lambda x: 0 <= x < float("inf")), "a number from 0 up")
-FLAG = Rule(lambda value: value in (True, False), "True or False")
+FLAG = Rule(lambda value: isinstance(value, bool | int | float) and value in (True, False), "True or False")
 
 
 def check_field_names(cls: type[Any], given: Iterable[str]) -> None:

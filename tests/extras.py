@@ -65,11 +65,11 @@ def train() -> None:
     commands = [line for line in shell.text.splitlines() if line.startswith("python -m fused.train")]
     trained = []
     for line in commands:
-        run_command(line, *SMALL.split())
+        run_command(line, *SMALL.split(), "data.augment=rand-m7-n4-mstd0.5-inc1")
         if Path("runs/first/model").exists():
             trained.append(VideoMamba.from_pretrained("runs/first/model"))
         shutil.rmtree("runs", ignore_errors=True)  # the next line has another configuration
-    assert len(commands) == 3 and len(trained) == 1  # the others print the configuration, or look at the data
+    assert len(commands) == 4 and len(trained) == 1  # the others print the configuration or recipes, or look at the data
     trained[0].save_pretrained("runs/first/model")
     assert run_python(GUIDE, "train")["clip"].shape == (3, 2, 32, 32)
 
@@ -125,6 +125,22 @@ def teachers() -> None:
     run_python(GUIDE, "teachers")
 
 
+def language() -> None:
+    """Train a BIMBA of random weights on a list of conversations, and ask it, by the guide's commands."""
+    sys.path += [str(ROOT / "tests/fused"), str(ROOT / "tests/fused/models")]
+    from language_lists import write_bimba_base, write_data
+
+    write_bimba_base(Path("llava-video-7b"))
+    write_data(Path("data"))
+    shutil.copy("data/dark.avi", "film.mp4")
+    shutil.copy("data/list.json", "chats.json")
+    [shell] = [block for block in blocks_of(GUIDE) if ".[language]" in block.text]
+    train_line, chat_line = [line for line in shell.text.splitlines() if "bimba" in line]
+    small = "data.prefix=data data.workers=0 language.frames=2 language.lora_rank=2 batch_size=4 device=cpu"
+    run_command(train_line, *small.split())
+    run_command(chat_line, "--frames", "2", "--max-new-tokens", "3", "--device", "cpu")
+
+
 def timm() -> None:
     """Build a model by timm's registry; where timm cannot be imported, see that `register_timm` says so."""
     try:
@@ -154,8 +170,8 @@ def harness() -> None:
 
 
 RUNS: dict[str, Callable[[], None]] = {
-    "base": base, "train": train, "evaluate": evaluate, "hub": hub, "onnx": onnx, "teachers": teachers, "timm": timm,
-    "harness": harness,
+    "base": base, "train": train, "evaluate": evaluate, "hub": hub, "onnx": onnx, "teachers": teachers,
+    "language": language, "timm": timm, "harness": harness,
 }  # fmt: skip
 
 

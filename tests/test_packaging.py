@@ -58,6 +58,16 @@ def test_annotations_are_published(package):
     assert package in PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
 
 
+def test_recipes_are_packed():
+    """They are files of a package, which git does not ignore."""
+    recipes = sorted(path for path in (ROOT / "fused/train/recipes").iterdir() if path.suffix == ".yaml")
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "fused/train/recipes"]
+    if (ROOT / ".git").exists():
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+        assert {str(path.relative_to(ROOT)) for path in recipes} <= set(listed)
+    assert len(recipes) == 61 and "exclude" not in PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]
+
+
 def test_cpu_pins():
     lines = (ROOT / "constraints-cpu.txt").read_text().splitlines()
     pins = [line.split("#")[0].strip() for line in lines]

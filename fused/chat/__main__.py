@@ -52,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     words.add_argument("--question", action="append", metavar="TEXT", help="may be given several times; default: read lines")
     words.add_argument("--frames", type=int, metavar="N", help="that are read: 128 by a Vamba, 64 by a BIMBA")
     words.add_argument("--longest", type=int, metavar="PIXELS", help="longest side of a Vamba's frame (640)")
+    words.add_argument("--times", action="store_true", help="tell a BIMBA the times of the frames, as its training did")
     words.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="of an answer (512)")
     words.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
     words.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest with probability P (1)")
@@ -77,10 +78,12 @@ def open_conversation(
 def watch_options(options: argparse.Namespace, talk: Conversation | BimbaConversation) -> dict[str, Any]:
     """Return the given options of `watch`. Raises ValueError for one that the model does not have."""
     values = {"frames": options.frames, "longest": options.longest, "offload": options.offload or None}
+    values["times"] = options.times or None
     given = {name: value for name, value in values.items() if value is not None}
     for name in given:
         if name not in talk.WATCHES:
-            raise ValueError(f"--{name} is an option of a Vamba; of {options.model}, allowed: --{', --'.join(talk.WATCHES)}")
+            other = "BIMBA" if name == "times" else "Vamba"
+            raise ValueError(f"--{name} is an option of a {other}; of {options.model}, allowed: --{', --'.join(talk.WATCHES)}")
     return given
 
 

@@ -8,19 +8,21 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fused.chat.session import end_tokens, pieces, read_tokenizer, require_transformers
-from fused.io.sampling import Times
-from fused.io.video import decode_frames
+from fused.chat.session import pieces
+from fused.io.repeated_frames import RepeatedFrames, even_places
 from fused.models.bimba.model import FRAMES_AT_ONCE, Bimba
+from fused.models.conversation.tokenizer import end_tokens, read_tokenizer, require_transformers
 from fused.models.vamba.generate import pick
 from fused.rules import check_integer, check_number
 
 
 @dataclass(frozen=True)
 class CompressedVideo:
-    """The video tokens (V, C) that the language model reads."""
+    """The video tokens (V, C) that the language model reads, and the times of its frames if questions are to tell them."""
 
     tokens: Tensor
+    seconds: list[float] | None = None
+    duration: float | None = None
 
     @property
     def video_length(self) -> int:
@@ -41,7 +43,7 @@ class BimbaConversation:
         >>> print("".join(talk.ask("Who enters the room?")))
     """
 
-    WATCHES = ("frames",)  # options of `watch` that the command knows
+    WATCHES = ("frames", "times")  # options of `watch` that the command knows
     KEEPS = "compressed tokens"  # of a video
 
     def __init__(self, model: Bimba, tokenizer: object) -> None:
@@ -62,26 +64,25 @@ class BimbaConversation:
         return cls(model, read_tokenizer(model.base_folder))
 
     @torch.no_grad()
-    def watch(self, path: str | Path, *, frames: int = 64) -> CompressedVideo:
+    def watch(self, path: str | Path, *, frames: int = 64, times: bool = False) -> CompressedVideo:
         """Read a video file in place of the one before, and return its compressed tokens.
 
-        `frames` are spread evenly from the first frame to the last; a shorter video repeats some.
+        `frames` are spread evenly from the first frame to the last; a shorter video repeats some. With `times` questions begin
+        with the instruction about their times that upstream trains with, and does not give in its evaluation.
 
-        Raises VideoError for a file that cannot be read; TypeError or ValueError for `frames` below 1.
+        Raises VideoError for a file that cannot be read; TypeError or ValueError for `frames` below 1; ValueError for `times`
+        of a folder of images, which has none.
         """
         check_integer("watch", "frames", frames, 1)
         self.video = None  # frees its memory
-        places: list[int] = []
-
-        def choose(total: int, times: Times) -> list[int]:
-            places[:] = even_places(total, frames)
-            return sorted(set(places))
-
         encoded: list[Tensor] = []
         waiting: list[Tensor] = []
-        numbers: list[int] = []
-        for number, image in decode_frames(Path(path), choose):
-            numbers.append(number)
+        taken: list[int] = []
+        found = RepeatedFrames(path, frames, even_places)
+        if times and found.seconds is None:
+            raise ValueError(f"times are to be told, and {path} is a folder of images, which has none; allowed: a video file")
+        for image, count in found:
+            taken.append(count)
             waiting.append(image)
             if len(waiting) == FRAMES_AT_ONCE:
                 encoded.append(self._encode(waiting))
@@ -89,9 +90,10 @@ class BimbaConversation:
         if waiting:
             encoded.append(self._encode(waiting))
         features = torch.cat(encoded)
-        if len(numbers) < len(places):
-            features = features[[numbers.index(place) for place in places]]
-        self.video = CompressedVideo(self.model.compress(features))
+        if sum(taken) > len(taken):  # a frame that is repeated passes the tower once
+            features = features.repeat_interleave(torch.tensor(taken, device=features.device), dim=0)
+        told = (found.seconds, found.duration) if times else (None, None)
+        self.video = CompressedVideo(self.model.compress(features), *told)
         return self.video
 
     def ask(
@@ -107,7 +109,8 @@ class BimbaConversation:
         check_integer("ask", "max_new_tokens", max_new_tokens, 1)
         check_number("ask", "temperature", temperature, 0, float("inf"), "[)")
         check_number("ask", "top_p", top_p, 0, 1, "(]")
-        ids = self.model.tokenize(self.tokenizer, question)
+        told = (None, None) if self.video is None else (self.video.seconds, self.video.duration)
+        ids = self.model.tokenize(self.tokenizer, question, *told)
         if self.video is None:
             ids = ids[:, ids[0] >= 0]
         ends = self.model.language_model.config.eos_token_id
@@ -129,8 +132,3 @@ class BimbaConversation:
     def _encode(self, images: list[Tensor]) -> Float[Tensor, "F rows columns C"]:
         """Return the features of frames (H, W, 3)."""
         return self.model.encode_frames(self.model.prepare_frames(torch.stack(images)))
-
-
-def even_places(total: int, frames: int) -> list[int]:
-    """Return the numbers of `frames` frames from the first to the last of a video, as upstream's linspace gives them."""
-    return [i * (total - 1) // max(frames - 1, 1) for i in range(frames)]

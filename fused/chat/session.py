@@ -9,20 +9,16 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from fused.io.sampling import Times
-from fused.io.video import decode_frames
+from fused.io.repeated_frames import RepeatedFrames, middle_places
+from fused.models.conversation.tokenizer import end_tokens, read_tokenizer, require_transformers
+from fused.models.conversation.turns import Turn, chat_text
 from fused.models.vamba.cache import VambaCache
 from fused.models.vamba.config import VambaConfig
 from fused.models.vamba.model import Vamba
 from fused.models.vamba.prefill import CHUNK
-from fused.models.vamba.vision import SIDE, frame_size, prepare_frame
+from fused.models.vamba.vision import SIDE, VIDEO_WORDS, frame_size, prepare_frame
 from fused.rules import check_integer
 
-PROMPT = (  # of Qwen2-VL; the video has no place among the tokens
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-    "<|im_start|>user\n<|vision_start|><|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"
-)
-END = "<|im_end|>"
 FRAMES_AT_ONCE = 32  # that are decoded before they pass the vision tower
 UNFINISHED = "\ufffd"  # what a tokenizer shows for a character of which a token is missing
 
@@ -77,7 +73,8 @@ class Conversation:
         self, question: str, *, max_new_tokens: int = 512, temperature: int | float = 0.0, top_p: int | float = 1.0
     ) -> Iterator[str]:
         """Return an iterator over the answer to a question, piece by piece; options are those of `Vamba.stream`."""
-        ids = self.tokenizer(PROMPT.format(question=question), return_tensors="pt", add_special_tokens=False)["input_ids"]
+        prompt = chat_text(self.tokenizer, [Turn("user", VIDEO_WORDS + question)], answer_follows=True)
+        ids = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
         stops = {*self.model.stop_tokens, *end_tokens(self.tokenizer)}
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
         tokens = self.model.stream(self.video, ids.to(self.device), stop_tokens=stops, **options)
@@ -85,19 +82,13 @@ class Conversation:
 
     def _frames(self, path: Path, frames: int, longest: int | None, offload: bool) -> Iterator[UInt8[Tensor, "n 3 H W"]]:
         """Yield the prepared frames in parts; at the first, check the memory."""
-        wanted: list[int] = []
-
-        def choose(total: int, times: Times) -> list[int]:
-            wanted[:] = middle_places(total, frames)
-            return sorted(set(wanted))
-
         waiting: list[Tensor] = []
         size: tuple[int, int] | None = None
-        for number, image in decode_frames(path, choose):
+        for image, times in RepeatedFrames(path, frames, middle_places):
             if size is None:
                 size = frame_size(image.shape[0], image.shape[1], longest)
                 self._check_memory(frames // 2 * (size[0] // SIDE) * (size[1] // SIDE), frames, offload)
-            waiting += [prepare_frame(image, size)] * wanted.count(number)
+            waiting += [prepare_frame(image, size)] * times
             if len(waiting) >= FRAMES_AT_ONCE:
                 yield torch.stack(waiting)
                 waiting.clear()
@@ -119,26 +110,6 @@ class Conversation:
                 )
 
 
-def require_transformers() -> Any:
-    """Return the library transformers. Raises ImportError without it."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError("a conversation needs transformers: pip install 'videomamba-bench[teachers,train]'") from error
-    return transformers
-
-
-def read_tokenizer(folder: str | Path) -> Any:
-    """Return the tokenizer of a folder. Raises OSError or ValueError where it has none, ImportError without transformers."""
-    return require_transformers().AutoTokenizer.from_pretrained(str(Path(os.path.expanduser(folder))))
-
-
-def end_tokens(tokenizer: Any) -> list[int]:
-    """Return the token that ends an answer, where the tokenizer has one."""
-    end = tokenizer.convert_tokens_to_ids(END)
-    return [end] if isinstance(end, int) else []
-
-
 def pieces(tokenizer: Any, tokens: Iterable[int], stops: Collection[int]) -> Iterator[str]:
     """Yield the text of tokens as they come, up to one of `stops`; a character of several tokens comes whole."""
     read: list[int] = []
@@ -153,17 +124,6 @@ def pieces(tokenizer: Any, tokens: Iterable[int], stops: Collection[int]) -> Ite
             shown = text
     if read and (rest := tokenizer.decode(read)[len(shown) :]):
         yield rest
-
-
-def middle_places(total: int, frames: int) -> list[int]:
-    """Return the numbers of the middle frames of equal parts of a video; one with fewer frames repeats its last frame.
-
-    Part i lies between the integer borders i total / frames and (i + 1) total / frames, whose mean is taken, as upstream does.
-    """
-    if total < frames:
-        return [min(i, total - 1) for i in range(frames)]
-    borders = [i * total // frames for i in range(frames + 1)]
-    return [min((a + b) // 2, total - 1) for a, b in zip(borders, borders[1:], strict=False)]
 
 
 def video_bytes(config: VambaConfig, tokens: int, dtype: torch.dtype) -> tuple[int, int]:

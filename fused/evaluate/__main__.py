@@ -1,4 +1,5 @@
 """python -m fused.evaluate --model FOLDER_OR_NAME --data FOLDER_OR_LIST [--views N --crops N] [key=value ...]
+   python -m fused.evaluate --task retrieval --model FOLDER --data CAPTIONS.csv [key=value ...]
 
 Exit codes: 0 done; 1 no video could be read, the disk is full, or the model's outputs are not finite; 2 a wrong option, model
 or data; 130 interrupted by Ctrl-C or SIGTERM, and the same command goes on.
@@ -13,9 +14,12 @@ from dataclasses import fields
 from pathlib import Path
 
 from fused.evaluate.protocols import add_view_options
+from fused.evaluate.retrieval import RetrievalEvaluation
+from fused.evaluate.retrieval_settings import RetrievalSettings
 from fused.evaluate.run import Evaluation, NotFinite
 from fused.evaluate.settings import Settings, read_settings
 from fused.io.atomic_write import NotWritten
+from fused.train.data.clips import UnreadableFiles
 from fused.train.interrupt import Interrupt
 from fused.train.parallel import joined_world
 from fused.train.terminal import SETUP_ERRORS, Terminal, escape_what_cannot_be_printed, fail
@@ -34,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     words.add_argument("--model", required=True, help="a folder of save_pretrained, or a name in fused.PRETRAINED")
     words.add_argument("--data", required=True, help="a folder of class folders, or a list with path,label in each line")
     words.add_argument("--out", default="evaluation", help="the folder of predictions and results (evaluation)")
+    words.add_argument("--task", choices=("classify", "retrieval"), default="classify", help="retrieval: of texts and videos")
     add_view_options(words)
     words.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as batch_size=16 precision=bfloat16")
     return words
@@ -49,9 +54,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     running = False
     try:
         given = {name: getattr(options, name) for name in ("protocol", "views", "crops", "resize")}
-        settings = read_settings(options.overrides, given)
+        settings: Settings | RetrievalSettings
+        if options.task == "retrieval":
+            if views := [f"--{name}" for name, value in given.items() if value is not None]:
+                raise ValueError(f"{views[0]} is given; allowed with --task retrieval: key=value words")
+            settings = read_settings(options.overrides, {}, RetrievalSettings)
+        else:
+            settings = read_settings(options.overrides, given)
         with joined_world(settings.device) as world, Interrupt() as interrupt:
-            evaluation = Evaluation(options.model, options.data, options.out, settings, world)
+            evaluation: Evaluation | RetrievalEvaluation
+            if isinstance(settings, RetrievalSettings):
+                evaluation = RetrievalEvaluation(options.model, options.data, options.out, settings, world)
+            else:
+                evaluation = Evaluation(options.model, options.data, options.out, settings, world)
             terminal = Terminal() if is_main else None
             if terminal is not None:
                 terminal.print_line(describe(evaluation))
@@ -59,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     terminal.print_line(note)
             running = True
             results = evaluation.run(interrupt, terminal)
-    except (NotWritten, NotFinite) as error:
+    except (NotWritten, NotFinite, UnreadableFiles) as error:
         return fail("fused.evaluate", error, FAILED)
     except SETUP_ERRORS as error:
         if running:  # an unexpected error, whose traceback is needed
@@ -73,12 +88,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     if is_main:
         print(results)
-        print(f"{Path(options.out) / 'results.json'} has the numbers, predictions.jsonl beside it every video")
+        beside = "queries.jsonl" if options.task == "retrieval" else "predictions.jsonl"
+        every = "text" if options.task == "retrieval" else "video"
+        print(f"{Path(options.out) / 'results.json'} has the numbers, {beside} beside it every {every}")
     return DONE if results.numbers["read"] else FAILED
 
 
-def describe(evaluation: Evaluation) -> str:
+def describe(evaluation: Evaluation | RetrievalEvaluation) -> str:
     """Return a line for the terminal: the videos, the views of each, and how their pixels are made."""
+    if isinstance(evaluation, RetrievalEvaluation):
+        clips, captions = evaluation.engine.preprocessing, sum(len(entry.captions) for entry in evaluation.entries)
+        shown = f"{clips.frames} frames at {clips.size} pixels ({clips.sampling}, {clips.crop})"
+        return f"{len(evaluation.videos)} videos, {captions} captions, {shown}"
     views, preprocessing = evaluation.views, evaluation.preprocessing
     of = "images" if preprocessing.frames is None else f"{preprocessing.frames} frames"
     rule = preprocessing.sampling if views.frames == "model" else views.frames

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from fused.evaluate.protocols import choose_views
 from fused.io.picture import Size
@@ -11,6 +11,8 @@ from fused.rules import COUNT, COUNT_OR_0, POSITIVE, POSITIVE_OR_0, Rule, is_num
 from fused.train.config import RULES as TRAINING_RULES
 from fused.train.config_file import parse_yaml
 from fused.train.unknown_key import unknown_key
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,14 @@ class Settings:
         return {name: getattr(self, name) for name in ("separator", "prefix", "columns")}
 
 
-def read_settings(overrides: Sequence[str], given: dict[str, Any]) -> Settings:
+def read_settings(overrides: Sequence[str], given: dict[str, Any], kind: type[T] = Settings) -> T:  # type: ignore[assignment]
     """Return the settings of `key=value` words, whose values are YAML, and of options that are `given` (None: not given).
+
+    `kind` is their dataclass.
 
     Raises ValueError for an unknown key, one that is given twice, and a wrong value; ImportError without pyyaml.
     """
-    known = [f.name for f in fields(Settings)]
+    known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
     values = {name: value for name, value in given.items() if value is not None}
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -95,7 +99,7 @@ def read_settings(overrides: Sequence[str], given: dict[str, Any]) -> Settings:
             raise ValueError(f"{key} is given twice, {values[key]!r} and {text!r}; allowed: once")
         value = parse_yaml(text, override)
         values[key] = tuple(value) if isinstance(value, list) else value
-    return Settings(**values)
+    return kind(**values)
 
 
 _RULES = (

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from fused.evaluate.protocols import add_view_options
-from fused.evaluate.settings import read_settings
+from fused.evaluate.settings import Settings, read_settings
 from fused.features.extract import check_suffix, extract
 from fused.io.atomic_write import NotWritten
 from fused.models.videomamba.model import VideoMamba, VideoMambaEncoder
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_suffix(options.out)
         given = {name: getattr(options, name) for name in ("protocol", "views", "crops", "resize")}
-        settings = read_settings(options.overrides, given)
+        settings: Settings = read_settings(options.overrides, given)
         kind = VideoMambaEncoder if options.encoder else VideoMamba
         with joined_world(settings.device) as world:
             overrides = settings.model_fields()

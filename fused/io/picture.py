@@ -34,6 +34,13 @@ def centre_crop(
     return normalise(x[:, top : top + height, left : left + width], mean, std)
 
 
+def stretch(
+    image: UInt8[Tensor, "H W 3"], size: Size, mean: Colour = MEAN, std: Colour = STD
+) -> Float[Tensor, "3 height width"]:
+    """Return the whole image, resized bicubically to `size` whatever its aspect is, and normalised, as video_mm tests."""
+    return normalise(resize_bicubic(image, *height_width(size)).float() / 255, mean, std)
+
+
 def resize_to_cover(image: UInt8[Tensor, "H W 3"], size: Size) -> Float[Tensor, "3 height width"]:
     """Return the image, with values from 0 to 1, resized by `resize` so that it just covers `size`."""
     height, width = height_width(size)

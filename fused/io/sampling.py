@@ -48,6 +48,25 @@ def segment_frames(total: int, frames: int, rng: random.Random) -> list[int]:
     return [rng.randrange(first, end) for first, end in zip(edges, edges[1:], strict=False)]
 
 
+def border_frames(total: int, frames: int, rng: random.Random | None, view: int = 0, views: int = 1) -> list[int]:
+    """Return the numbers of `frames` frames by video_mm's rule; the last one is repeated if the video has fewer.
+
+    Borders b_0 ... b_F are the integers below an even division of 0 ... total. Without `rng` it is frame
+    floor((b_i + b_{i+1} - 1) / 2) of every stretch, of several views that at (view + 1) / (views + 1) of it. With `rng` it is a
+    random frame of the stretch but its last; where a stretch has one frame, all are random frames of the video, in order.
+    """
+    count = min(frames, total)
+    edges = [*(int(i * (total / count)) for i in range(count)), total]  # as NumPy divides, in floating point
+    stretches = list(zip(edges, edges[1:], strict=False))
+    if rng is None:
+        found = [first + (end - 1 - first) * (view + 1) // (views + 1) for first, end in stretches]
+    elif any(end - first < 2 for first, end in stretches):
+        found = sorted(rng.sample(range(total), count))
+    else:
+        found = [rng.randrange(first, end - 1) for first, end in stretches]
+    return found + [found[-1]] * (frames - count)
+
+
 def dense_frames(
     total: int, frames: int, stride: int, rng: random.Random | None, view: int = 0, views: int = 1
 ) -> list[int]:

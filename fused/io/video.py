@@ -105,8 +105,8 @@ def decode_frames(
 
 def decode_clip(
     path: Path, choose: Choice, prepare: Callable[[Tensor], Tensor], *, pattern: str | None = None, stated: int | None = None
-) -> Float[Tensor, "3 T height width"] | UInt8[Tensor, "3 T height width"]:
-    """Return the frames that `choose` names, in its order, each as `prepare` makes it of the RGB image (H, W, 3), stacked.
+) -> Float[Tensor, "3 T *frame"] | UInt8[Tensor, "3 T *frame"]:
+    """Return the frames that `choose` names, in its order, each (3, ...) as `prepare` makes it of the RGB image (H, W, 3).
 
     A frame may occur several times; it is decoded and prepared once. The arguments and errors are those of `decode_frames`.
     """

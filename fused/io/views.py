@@ -20,15 +20,13 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from fused.io.picture import height_width, normalise, resize_bicubic, resize_bytes, resize_to_cover
-from fused.io.preprocessing import Preprocessing
+from fused.io.preprocessing import TICK, Preprocessing
 from fused.io.sampling import Times
 from fused.io.video import VideoError, decode_frames
 from fused.rules import COUNT, POSITIVE, POSITIVE_OR_0, invalid, one_of
 
 RESIZES = ("antialiased", "upstream", "imagenet")
 CROP_RATIO = 0.875  # of "imagenet": the side of the crop, in short sides of the resized frame
-TICK = 1e-6  # seconds; times are rounded in the file's units
-
 
 def sparse_frames(total: int, frames: int, view: int, views: int) -> list[int]:
     """Return the frame numbers of clip `view` of `views` by upstream's rule "sparse"; a short video's occur several times."""
@@ -117,6 +115,9 @@ class Views:
 
     def check(self, preprocessing: Preprocessing) -> None:
         """Raise ValueError for a preprocessing that upstream's rules do not go with."""
+        if preprocessing.crop == "stretch" and (self.crops, self.resize) != (1, "antialiased"):
+            allowed = "1, and the resize 'antialiased', of frames that are stretched to their size"
+            raise invalid("views.crops", self.crops, allowed)
         height, width = height_width(preprocessing.size)
         if self.resize != "antialiased" and height != width:
             raise invalid("views.resize", self.resize, f"'antialiased' for frames of {height}x{width}; upstream's are squares")
@@ -163,6 +164,8 @@ class Views:
 
     def crops_of(self, image: UInt8[Tensor, "H W 3"], preprocessing: Preprocessing, as_bytes: bool = False) -> Tensor:
         """Return the crops (crops, 3, height, width) of a frame, as `read` returns them."""
+        if preprocessing.crop == "stretch":
+            return preprocessing.prepare(image)[None]
         height, width = height_width(preprocessing.size)
         H, W = image.shape[:2]
         short = int(height / CROP_RATIO) if self.resize == "imagenet" else height

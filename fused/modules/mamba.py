@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fused import backends
-from fused.backends import NATIVE, TORCH, Abilities
+from fused.backends import CPU, NATIVE, TORCH, Abilities
 from fused.modules.state import State, check_mixer_state, linear_dtype, zero_state
 from fused.modules.wrapped import modules_to_call, note_slow_path, weight_of
 from fused.ops import mamba_ssm
@@ -22,6 +22,7 @@ from fused.runtime.linear import linear
 
 BACKENDS = {
     "native": NATIVE,
+    "cpu": CPU,
     "mamba_ssm": Abilities(False, False, True, False, KERNEL_DTYPES, ("cuda",)),
     "torch": replace(TORCH, fullgraph=False),  # as its scan
 }
@@ -174,18 +175,21 @@ class Mamba(nn.Module):
             return mamba_ssm.mamba_mixer(hidden, self.in_proj, self.out_proj, self.directions(), inner=inner)
         if operators == "native" and not carried and (not called or called == ("in_proj",)):
             return self._run_native(hidden, called, backend)
-        xz = linear(hidden, self.in_proj) if operators == "torch" and "in_proj" not in called else self.in_proj(hidden)
+        if operators == "cpu" and not carried and not called and (out := self._run_cpu(hidden)) is not None:
+            return out
+        on_cpu = operators in ("torch", "cpu")  # `linear` leaves other devices to PyTorch
+        xz = linear(hidden, self.in_proj) if on_cpu and "in_proj" not in called else self.in_proj(hidden)
         x, z = xz.chunk(2, dim=-1)
         if state is not None:
             check_mixer_state(state, x, self.d_conv, (self.d_inner, self.d_state), self.layer_idx)
         calls_inner = any(name not in _OUTER for name in called)
-        if called and operators != "torch" and (calls_inner or not carried):
+        if called and not on_cpu and (calls_inner or not carried):
             note_slow_path(self, called, self.layer_idx)
         if operators == "native" and not calls_inner:
             y, state = self._scan_native(x, z, state)
         else:
             y, state = self._scan_eager(x, z, called, state, backend)
-        out = linear(y, self.out_proj) if operators == "torch" and "out_proj" not in called else self.out_proj(y)
+        out = linear(y, self.out_proj) if on_cpu and "out_proj" not in called else self.out_proj(y)
         return (out, state) if return_state else out
 
     def resolve_backend(self, x: Tensor) -> str:
@@ -220,6 +224,14 @@ class Mamba(nn.Module):
             dtype=dtype or hidden.dtype, keep_states=backend == "native_kept",
         )  # fmt: skip
 
+    def _run_cpu(self, hidden: Tensor) -> Tensor | None:
+        """Return the mixer's output (B, L, D) by one operator for CPUs, None where dtypes differ or are of half precision."""
+        from fused.ops.mamba_inner.cpu import mamba_inner_cpu, takes
+
+        in_proj, out_proj = ((m.weight, m.bias) for m in (self.in_proj, self.out_proj))
+        arguments = hidden, in_proj, self.directions(squeeze=False), out_proj
+        return mamba_inner_cpu(*arguments) if takes(*arguments) else None
+
     def _scan_native(self, x: Tensor, z: Tensor, state: State | None) -> tuple[Tensor, State]:
         """Return what `_scan_eager` returns, by one native operator a direction."""
         from fused.ops.mamba_inner.one_direction import mamba_inner_one_direction
@@ -235,8 +247,8 @@ class Mamba(nn.Module):
 
         Of the modules that are `called` no weight is read.
         """
-        if self.bimamba and backend == "torch" and not called:
-            return both_directions_eager(x, self.directions(), z), None
+        if self.bimamba and backend in ("torch", "cpu") and not called:
+            return both_directions_eager(x, self.directions(), z, backend), None
         suffixes = ("", "_b") if self.bimamba else ("",)
         directions = [self._weights_beside(called, suffix) for suffix in suffixes] if called else self.directions()
         ys, states = [], []

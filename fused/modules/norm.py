@@ -27,7 +27,8 @@ class Norm(nn.Module):
         """Return `add_norm` of x (..., D) and residual with this module's parameters; without a residual, the normalised x.
 
         With `prenorm` the result, which a hook also sees, is a pair with the sum. A model resolves its backend once a forward.
-        The operator of "native" or "torch" is then called directly. `kept` and `scale` are of `DropPath.draw`, for "native".
+        The operator of "native", "cpu" or "torch" is then called directly. `kept` and `scale` are of `DropPath.draw`, for
+        "native".
         """
         options: dict[str, Any] = {
             "residual": residual, "eps": self.eps, "kind": self.kind, "prenorm": prenorm, "residual_in_fp32": residual_in_fp32
@@ -36,6 +37,10 @@ class Norm(nn.Module):
             from fused.ops.add_norm.native import add_norm_native
 
             return add_norm_native(x, self.weight, self.bias, **options, kept=kept, scale=scale)
+        if backend == "cpu":
+            from fused.ops.add_norm.cpu import add_norm_cpu
+
+            return add_norm_cpu(x, self.weight, self.bias, **options)
         if backend == "torch":
             return add_norm_eager(x, self.weight, self.bias, **options)
         return api.add_norm(x, self.weight, self.bias, **options, backend=backend)

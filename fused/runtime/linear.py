@@ -42,6 +42,13 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+def product(x: Tensor, y: Tensor) -> Tensor:
+    """Return x y (m, n) of x (m, k) and y (k, n), of one dtype on a CPU and not traced; both may be views."""
+    if x.dtype == torch.float32 and AVAILABLE and x.shape[0] * y.numel() >= SMALLEST:
+        return multiply(x, y.t())
+    return torch.mm(x, y)
+
+
 class _Linear(torch.autograd.Function):
     """Autograd of `linear`."""
 

@@ -1,4 +1,4 @@
-"""python -m fused.train [--config FILE.yaml] [key=value ...]
+"""python -m fused.train [--config FILE.yaml | --config recipe:NAME] [key=value ...]
 
 Exit codes: 0 done; 1 failed while training; 2 a wrong option, configuration, model or folder; 130 interrupted by Ctrl-C or
 SIGTERM, a checkpoint was saved, and the same command resumes. A second signal, at least a second after the first, ends at once.
@@ -14,8 +14,11 @@ from pathlib import Path
 from fused.io.atomic_write import NotWritten
 from fused.train.config_file import read_config, to_yaml
 from fused.train.data.clips import UnreadableFiles
+from fused.train.language.options import LANGUAGE_TASKS
+from fused.train.language.trainer import LanguageTrainer
 from fused.train.loop import Diverged, Trainer
 from fused.train.parallel import joined_world
+from fused.train.recipes import describe_recipe, recipe_names
 from fused.train.run_folder import check_writable
 from fused.train.seed import setup_seed
 from fused.train.terminal import SETUP_ERRORS, escape_what_cannot_be_printed, fail
@@ -30,11 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train as the command line says (None: sys.argv), and return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m fused.train",
-        description="Fine-tune, pretrain or distil a VideoMamba on a folder of videos. A run that was stopped, in any way, "
+        description="Train a VideoMamba on a folder of videos, or a Vamba or BIMBA on conversations. A run that was stopped "
         "goes on with the same command.",
         epilog="Keys and their defaults: --print-config. Several GPUs: torchrun --nproc-per-node N -m fused.train ...",
     )
-    parser.add_argument("--config", metavar="FILE.yaml", help="the configuration, YAML")
+    parser.add_argument("--config", metavar="FILE.yaml", help="the configuration, YAML; or recipe:NAME, a published training")
+    parser.add_argument("--recipes", action="store_true", help="list the published trainings, and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="over it, such as data.frames=16 optim.lr=1e-4")
     parser.add_argument("--print-config", action="store_true", help="print every key, its value or default, and stop")
     parser.add_argument("--dry-run", action="store_true", help="also make the models and look at the data, but take no step")
@@ -43,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     escape_what_cannot_be_printed(sys.stdout)
     logging.basicConfig(format="%(message)s", level=logging.INFO if is_main else logging.ERROR)
 
+    if options.recipes:
+        print(*(f"{name:25} {describe_recipe(name)}" for name in recipe_names()), sep="\n")
+        return DONE
     training = False
     try:
         if options.config is None and not options.overrides and not options.print_config:
@@ -57,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check_writable(Path(str(config.out)))
         setup_seed(config.seed, config.deterministic)
         with joined_world(config.device) as world:
-            trainer = Trainer(config, world)
+            trainer = (LanguageTrainer if config.task in LANGUAGE_TASKS else Trainer)(config, world)
             if options.dry_run:
                 print(*(trainer.describe() if is_main else ()), sep="\n")
                 return DONE

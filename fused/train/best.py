@@ -12,11 +12,11 @@ from pathlib import Path
 
 from fused.io.atomic_write import NotWritten, atomic_write
 from fused.io.checkpoint_file import CheckpointError
-from fused.models.videomamba.model import VideoMamba, VideoMambaEncoder
 from fused.train import run_folder
 from fused.train.config import TrainConfig
 from fused.train.ema import WeightAverage
 from fused.train.parallel import World
+from fused.train.task import Student
 
 RECORD_FILE = "best.json"
 
@@ -52,7 +52,7 @@ class BestModel:
         return f"best so far, {of}top-1 {record.top1:.2%}, saved as {self.folder / run_folder.BEST}"
 
     def offer(
-        self, step: int, results: dict[str, float], student: VideoMamba | VideoMambaEncoder, average: WeightAverage | None
+        self, step: int, results: dict[str, float], student: Student, average: WeightAverage | None
     ) -> bool:
         """Save the model, or its average, if it is better than the best so far, and return whether it is.
 

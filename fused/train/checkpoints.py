@@ -108,8 +108,11 @@ def load(checkpoint: Path, model: nn.Module, optimizer: Optimizer, ema: Mapping[
 
 
 def _tensors(model: nn.Module, optimizer: Optimizer, ema: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return all tensors of a checkpoint by name. They share memory with the arguments, so that loading is in place."""
-    tensors = {f"model.{name}": value.detach() for name, value in model.named_parameters()}
+    """Return all tensors of a checkpoint by name. They share memory with the arguments, so that loading is in place.
+
+    A parameter that does not learn is what the run began with.
+    """
+    tensors = {f"model.{name}": value.detach() for name, value in model.named_parameters() if value.requires_grad}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{key}.{name}"] = value

@@ -8,6 +8,7 @@ from typing import Any
 from fused.io.picture import Size, height_width
 from fused.io.preprocessing import RULES as PREPROCESSING_RULES
 from fused.io.preprocessing import Preprocessing
+from fused.models.retrieval.config import RetrievalConfig
 from fused.models.videomamba.config import VideoMambaConfig
 from fused.models.videomamba.resize import INFLATIONS
 from fused.rules import (
@@ -24,30 +25,45 @@ from fused.rules import (
     is_number,
     one_of,
 )
+from fused.train.data.auto_augment import ALLOWED, AugmentPolicy
 from fused.train.data.list_columns import COLUMNS, SEPARATORS, are_columns
+from fused.train.language.options import LANGUAGE_RULES, LANGUAGE_TASKS, UNUSED_LANGUAGE_KEYS, LanguageConfig
 from fused.train.objectives.losses import ALIGNMENTS
 from fused.train.optim import DECAY_RULES
 from fused.train.unknown_key import unknown_key
 
-TASKS = ("finetune", "pretrain", "distill")
+CLIP_TASKS = ("finetune", "pretrain", "distill", "retrieval")  # on videos, of a VideoMamba
+TASKS = (*CLIP_TASKS, *LANGUAGE_TASKS)
 MASKS = ("attention", "random", "tube", "clip-row", "frame-row")
+GATHERS = ("exact", "upstream")
 PRECISIONS = ("float32", "bfloat16", "float16")
 SIZES = ("tiny", "small", "middle", "base")
 # Keys of data that validation videos may have of their own, as val_separator.
 VAL_KEYS = ("separator", "prefix", "columns", "frame_pattern")
+# Keys that only the task "retrieval" reads, and those of validation, which needs classes.
+RETRIEVAL_KEYS = (
+    "text", "loss.vtc", "loss.vtm", "loss.mlm", "loss.uta", "loss.gather",
+    *(f"data.{name}" for name in ("images", "images_prefix", "paragraph", "crop", "first_seconds")),
+)  # fmt: skip
+VALIDATION_KEYS = ("data.val", *(f"data.val_{name}" for name in VAL_KEYS), "evaluate_every")
 # Keys that a task does not read. Setting one is an error, and they are not printed.
 UNUSED_KEYS = {
-    "finetune": ("mask", "teacher", "loss.alignment", "loss.distillation"),
+    "finetune": ("mask", "teacher", "loss.alignment", "loss.distillation", "language", *RETRIEVAL_KEYS),
     "pretrain": (
-        "mix", "loss.label_smoothing", "loss.distillation", "data.val", *(f"data.val_{name}" for name in VAL_KEYS),
-        "evaluate_every",
+        "mix", "mask.image_ratio", "loss.label_smoothing", "loss.distillation", "language", *VALIDATION_KEYS, *RETRIEVAL_KEYS,
     ),
-    "distill": ("mask", "loss.alignment"),
-}
+    "distill": ("mask", "loss.alignment", "language", *RETRIEVAL_KEYS),
+    "retrieval": (
+        "mix", "loss.label_smoothing", "loss.distillation", "language", "data.separator", "data.columns", *VALIDATION_KEYS,
+    ),
+}  # fmt: skip
 # Keys without a default. `teacher`, for tasks that read it, and one of `steps` and `epochs` are needed too.
 REQUIRED_KEYS = ("task", "out", "data.train")
 # Keys in whose value ~ in front is the home folder.
-PATH_KEYS = ("out", "start", "teacher", "data.train", "data.val", "data.prefix", "data.val_prefix")
+PATH_KEYS = (
+    "out", "start", "teacher", "data.train", "data.val", "data.prefix", "data.val_prefix", "data.images", "data.images_prefix",
+    "text.vocabulary", "text.start",
+)  # fmt: skip
 # Fields of VideoMambaConfig that have a key of their own.
 OWNERS = {"img_size": "data.size", "num_frames": "data.frames", "pretrained": "start"}
 # Keys that may differ when a run is resumed. All others affect the bits of the weights.
@@ -80,12 +96,32 @@ class DataConfig:
     scale: tuple[int | float, int | float] = (0.5, 1.0)
     flip: int | float = 0.5
     erased: int | float = 0.0  # probability that a box of the clip is replaced by noise (random erasing)
+    augment: str | None = None  # RandAugment such as rand-m7-n4-mstd0.5-inc1, or v0, for whole clips (`AugmentPolicy`)
+    repeats: int = 1  # clips of each video in a step (repeated sampling); batch_size counts all of them
     workers: int = 2  # decoding processes for each training process
+    images: str | None = None  # a file of images with captions, whose batches alternate with those of the videos
+    images_prefix: str | None = None  # the folder of its paths; None: that of the file
+    paragraph: bool = False  # whether a list of captions is one text, its sentences
+    crop: str = "centre"  # crop and first_seconds: how the model's clips are made when it is tested, see `Preprocessing`
+    first_seconds: int | float | None = None
 
     @property
     def preprocessing(self) -> Preprocessing:
         """How clips are made, as it is kept with the model."""
-        return Preprocessing(self.frames, self.size, self.sampling, self.stride, self.fps, self.short)
+        return Preprocessing(
+            self.frames, self.size, self.sampling, self.stride, self.fps, self.short, self.crop,
+            first_seconds=self.first_seconds,
+        )  # fmt: skip
+
+
+UNUSED_KEYS |= {
+    task: (
+        "model", "inflate", "teacher", "loss", "mix", "mask", "text", "ema", "accumulate", "graph", "evaluate_every",
+        *(f"data.{f.name}" for f in fields(DataConfig) if f.name not in ("train", "prefix", "workers")), "optim.layer_decay",
+        *unused,
+    )
+    for task, unused in UNUSED_LANGUAGE_KEYS.items()
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -98,6 +134,7 @@ class OptimConfig:
     layer_decay: int | float = 1.0
     rule: str = "corrected"
     warmup_steps: int = 0
+    warmup_epochs: int | float | None = None  # instead of warmup_steps
     warmup_start: int | float = 0.0  # warmup_start and floor are fractions of lr
     floor: int | float = 0.01
     clip_grad: int | float | None = None  # upper limit of the norm of all gradients
@@ -110,6 +147,11 @@ class LossConfig:
     label_smoothing: int | float = 0.1
     alignment: str = "l2"
     distillation: int | float = 1.0  # weight relative to the cross-entropy
+    vtc: int | float = 1.0  # vtc to uta: weights of contrast, matching, masked words and alignment with a teacher
+    vtm: int | float = 1.0
+    mlm: int | float = 1.0
+    uta: int | float = 0.0
+    gather: str = "exact"  # gradients of the contrast over several processes; "upstream": those divided by their number
 
 
 @dataclass(frozen=True)
@@ -128,6 +170,19 @@ class MaskConfig:
 
     kind: str = "tube"
     ratio: int | float = 0.8
+    image_ratio: int | float = 0.5  # of images, in a training of videos and images
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The texts of a video-text model, and its BERT."""
+
+    vocabulary: str | None = None  # BERT's vocab.txt; None: that of the folder `start`
+    start: str | None = None  # a file or folder of a plain BERT's weights
+    length: int = 32  # word pieces of a text, [CLS] and [SEP] among them; longer ones are cut
+    masked: int | float = 0.5  # share of words that are masked
+    ids: str = "video"  # pairs of which "video" or "caption" are the same are right answers of each other
+    bert: Mapping[str, Any] = field(default_factory=dict)  # fields of `RetrievalConfig`; without any, BERT base
 
 
 @dataclass(frozen=True)
@@ -153,6 +208,8 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     mix: MixConfig = field(default_factory=MixConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    language: LanguageConfig = field(default_factory=LanguageConfig)
     ema: float | None = None  # rate of an exponential moving average of the weights, such as 0.9999
     precision: str = "float32"  # bfloat16, float16: autocast over float32 parameters; float16 with loss scaling
     backend: str = "auto"  # of the model, see fused.backends
@@ -178,16 +235,26 @@ class TrainConfig:
             raise ValueError(
                 f"steps is {self.steps} and epochs is {self.epochs}; allowed: a number for one, none for the other"
             )
-        if complete and self.task != "finetune" and self.teacher is None:
+        if complete and self.task in LANGUAGE_TASKS and self.start is None:
+            raise invalid("start", None, f"for task {self.task!r} the folder of a model")
+        self._check_retrieval()
+        needs_teacher = self.loss.uta > 0 if self.task == "retrieval" else self.task in ("pretrain", "distill")
+        if complete and needs_teacher and self.teacher is None:
             raise invalid("teacher", None, f"for task {self.task!r} a folder or a name in fused.PRETRAINED")
-        if self.task == "pretrain" and self.data.frames is None:
-            raise invalid("data.frames", None, "a number for task 'pretrain', which masks clips")
+        if self.task in ("pretrain", "retrieval") and self.data.frames is None:
+            raise invalid("data.frames", None, f"a number for task {self.task!r}, whose model takes clips")
         for name in VAL_KEYS:
             value = getattr(self.data, f"val_{name}")
             if value is not None and self.data.val is None:
                 raise invalid(f"data.val_{name}", value, "null without data.val")
         if self.batch_size % self.accumulate:
             raise invalid("accumulate", self.accumulate, f"a divisor of batch_size ({self.batch_size})")
+        if self.batch_size % (self.accumulate * self.data.repeats):
+            micro_batch = self.batch_size // self.accumulate
+            raise invalid("data.repeats", self.data.repeats, f"a divisor of batch_size / accumulate ({micro_batch})")
+        if self.optim.warmup_epochs is not None and self.optim.warmup_steps:
+            allowed = f"null with optim.warmup_steps {self.optim.warmup_steps}"
+            raise invalid("optim.warmup_epochs", self.optim.warmup_epochs, allowed)
         known = [f.name for f in fields(VideoMambaConfig)] + ["size"]
         for key, owner in OWNERS.items():
             if key in self.model:
@@ -201,6 +268,19 @@ class TrainConfig:
             raise invalid("model.size", self.model["size"], f"null, since start ({self.start}) says what the model is")
         if not from_folder and self.model.get("stride") is None:  # a folder says itself how large its patches are
             _check_frame_size(self.data.size, self.model.get("patch_size", VideoMambaConfig.patch_size))
+
+    def _check_retrieval(self) -> None:
+        """Raise ValueError for losses and sizes of a video-text model that do not go together."""
+        if self.task != "retrieval":
+            return
+        loss, known = self.loss, [f.name for f in fields(RetrievalConfig) if f.name not in ("video", "vocab_size")]
+        if not loss.vtc + loss.vtm + loss.mlm + loss.uta:
+            raise invalid("loss.vtc", 0, "a positive number for one of vtc, vtm, mlm and uta")
+        if self.parallel == "fsdp":
+            raise invalid("parallel", "fsdp", "'auto' or 'ddp' for task 'retrieval'")
+        for key in self.text.bert:
+            if key not in known:
+                raise unknown_key(f"text.bert.{key}", [f"text.bert.{name}" for name in known], all_keys())
 
     def used_keys(self) -> dict[str, Any]:
         """Return every key that the task reads (all without a task), with its value, as nested dictionaries of plain values."""
@@ -272,7 +352,17 @@ def _pair(holds: Callable[[Any, Any], bool], allowed: str) -> Rule:
     return Rule(is_pair, allowed)
 
 
+def _is_policy(value: Any) -> bool:
+    """Return whether `value` is text that `AugmentPolicy` reads."""
+    try:
+        AugmentPolicy.parse(value)
+    except (ValueError, AttributeError):  # the latter for what is no text
+        return False
+    return True
+
+
 _FOLDER = Rule(lambda value: isinstance(value, str) and bool(value), "a folder")
+_FILE = Rule(lambda value: isinstance(value, str) and bool(value), "a path")
 _PATTERN = Rule(lambda value: isinstance(value, str) and bool(value), "a pattern of file names, such as img_*.jpg")
 _VIDEO_RULES = {
     "separator": one_of((*SEPARATORS, *SEPARATORS.values())).optional(),
@@ -282,13 +372,30 @@ _VIDEO_RULES = {
 }
 _NAME = Rule(lambda value: isinstance(value, str) and bool(value), "a name in fused.PRETRAINED, a folder or a file")
 
-SECTIONS = {"data": DataConfig, "optim": OptimConfig, "loss": LossConfig, "mix": MixConfig, "mask": MaskConfig}
+SECTIONS = {
+    "data": DataConfig, "optim": OptimConfig, "loss": LossConfig, "mix": MixConfig, "mask": MaskConfig, "text": TextConfig,
+    "language": LanguageConfig,
+}  # fmt: skip
 RULES = (
-    dict.fromkeys(("out", "data.train"), _FOLDER)
+    LANGUAGE_RULES
+    | dict.fromkeys(("out", "data.train"), _FOLDER)
     | dict.fromkeys(("start", "teacher"), _NAME.optional())
-    | {f"data.{name}": PREPROCESSING_RULES[name] for name in ("size", "sampling", "stride", "fps", "short")}
+    | {
+        f"data.{name}": PREPROCESSING_RULES[name]
+        for name in ("size", "sampling", "stride", "fps", "short", "crop", "first_seconds")
+    }
+    | dict.fromkeys(("data.images", "data.images_prefix", "text.vocabulary", "text.start"), _FILE.optional())
+    | dict.fromkeys(("loss.vtc", "loss.vtm", "loss.mlm", "loss.uta"), POSITIVE_OR_0)
+    | {
+        "data.paragraph": FLAG,
+        "loss.gather": one_of(GATHERS),
+        "text.length": Rule(lambda value: is_integer(value, 3), "an integer from 3 up: [CLS], a word, [SEP]"),
+        "text.masked": FRACTION,
+        "text.ids": one_of(("video", "caption")),
+        "text.bert": Rule(lambda value: isinstance(value, Mapping), "a section of RetrievalConfig's fields"),
+    }
     | {f"data.{val}{name}": rule for val in ("", "val_") for name, rule in _VIDEO_RULES.items()}
-    | dict.fromkeys(("batch_size", "accumulate", "log_every", "keep"), COUNT)
+    | dict.fromkeys(("batch_size", "accumulate", "log_every", "keep", "data.repeats"), COUNT)
     | dict.fromkeys(("data.frames", "steps", "epochs", "evaluate_every", "save_every"), COUNT.optional())
     | dict.fromkeys(("data.workers", "optim.warmup_steps"), COUNT_OR_0)
     | dict.fromkeys(("data.flip", "data.erased", "optim.warmup_start", "optim.floor", "loss.label_smoothing"), FRACTION)
@@ -298,6 +405,8 @@ RULES = (
     | {
         "task": one_of(TASKS),
         "data.val": _FOLDER.optional(),
+        "data.augment": Rule(_is_policy, ALLOWED).optional(),
+        "optim.warmup_epochs": POSITIVE_OR_0.optional(),
         "data.scale": _pair(lambda low, high: 0 < low <= high <= 1, "two shares of the frame's area, 0 < low <= high <= 1"),
         "model": Rule(lambda value: isinstance(value, Mapping), "a section of VideoMambaConfig's fields, and size"),
         "inflate": one_of(INFLATIONS),
@@ -311,6 +420,7 @@ RULES = (
         "loss.alignment": one_of(ALIGNMENTS),
         "mask.kind": one_of(MASKS),
         "mask.ratio": RATE,
+        "mask.image_ratio": RATE,
         "precision": one_of(PRECISIONS),
         "device": one_of(("auto", "cpu", "cuda")),
         "parallel": one_of(("auto", "ddp", "fsdp")),

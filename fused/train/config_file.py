@@ -11,31 +11,34 @@ from typing import Any
 
 from fused.rules import invalid
 from fused.train.config import PATH_KEYS, SECTIONS, SIZES, TASKS, TrainConfig, all_keys, flatten, is_read
+from fused.train.language.options import LANGUAGE_TASKS
+from fused.train.recipes import PREFIX, recipe_path
 from fused.train.unknown_key import unknown_key
 
 # What stands behind a required key that has no value yet; `teacher` is required by the tasks that read it.
 MISSING = {
     "task": f"required: {', '.join(TASKS)}",
     "out": "required: the folder of the run",
-    "data.train": "required: a folder of videos, or a list of them",
+    "data.train": "required: a folder of videos, or a list of them; for retrieval a file of captions",
     "steps": "required: this or epochs",
     "epochs": "required: this or steps",
-    "teacher": "required: a folder, or a name in fused.PRETRAINED",
+    "teacher": "required: a folder, or a name in fused.PRETRAINED; for retrieval with loss.uta only",
 }
 
 
 def read_config(path: str | Path | None = None, overrides: Sequence[str] = (), *, complete: bool = True) -> TrainConfig:
-    """Return the configuration of a YAML file (None: the defaults), changed by `key=value` overrides.
+    """Return the configuration of a YAML file, or of a recipe as recipe:NAME (None: the defaults), changed by `key=value`.
 
     Keys in sections have a dot: `data.frames=16`. Values of overrides are YAML too. A section that is null sets nothing. In
     paths, ~ in front is the home folder. With `complete=False` keys that a training needs may be missing.
 
-    Raises ValueError for an unknown key (the message names the nearest one), a key that a section has twice, a wrong value
-    and invalid YAML, FileNotFoundError for a missing file, ImportError without pyyaml.
+    Raises ValueError for an unknown key or recipe (the message names the nearest one), a key that a section has twice, a wrong
+    value and invalid YAML, FileNotFoundError for a missing file, ImportError without pyyaml.
     """
     tree: dict[str, Any] = {}
     if path is not None:
-        path = Path(os.path.expanduser(path))
+        name = str(path)
+        path = recipe_path(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else Path(os.path.expanduser(path))
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
@@ -81,13 +84,18 @@ def to_yaml(config: TrainConfig) -> str:
 
 def _entry(config: TrainConfig, key: str, value: Any) -> str:
     """Return the YAML of a dotted key without its section, with its comment, behind a # if only some tasks read it."""
-    text = _import_yaml().safe_dump({key.rpartition(".")[2]: value}, sort_keys=False, width=math.inf)
     readers = [task for task in TASKS if is_read(key, task)]
     hidden = config.task is None and len(readers) < len(TASKS)
+    yaml, name = _import_yaml(), key.rpartition(".")[2]
+    text = yaml.safe_dump({name: value}, sort_keys=False, width=math.inf)
+    if hidden and isinstance(value, list):  # in one line, behind one #
+        text = f"{name}: {yaml.safe_dump(value, width=math.inf, default_flow_style=True)}"
     comments = [", ".join(readers)] if hidden else []
     given = {"steps": config.steps, "epochs": config.epochs}
     if value is None and key in MISSING and (key not in given or not any(given.values())):
         comments.append(MISSING[key])
+    if key == "start" and value is None and config.task in LANGUAGE_TASKS:
+        comments.append("required: the folder of a model")
     if key == "model" and not value:
         comments.append(f"size: {', '.join(SIZES)}; any field of VideoMambaConfig")
     if comments:

@@ -75,9 +75,10 @@ class Log(Terminal):
 
     def write_bad_files(self, line: dict[str, Any], bad_files: Iterable[BadFile]) -> None:
         """Write and print files that gave no clip at the step of `line`, unless that was done before."""
-        for path, sentence, too_short in bad_files:
+        for path, sentence, too_short, too_long in bad_files:
             if path not in self._bad_files:
                 entry = {"step": line["step"], "epoch": line["epoch"], "file": path, "too_short": too_short, "bad": sentence}
+                entry |= {"too_long": True} if too_long else {}
                 self._bad_files[path] = entry
                 self.write(entry)
                 self.print_line(f"step {line['step']}: left out {sentence}")
@@ -93,9 +94,10 @@ class Log(Terminal):
             return
         step = line["step"]
         seconds_left = (time.perf_counter() - self.start_time) / (step - self.start_step) * (self.total - step)
+        speed = next(f"{value:.3g} {name.removesuffix('_per_s')}/s" for name, value in line.items() if name.endswith("_per_s"))
         text = (
             f"step {step}/{self.total}, epoch {line['epoch']}: loss {line['loss']:.4f}, lr {line['lr']:.3g}, "
-            f"{line['clips_per_s']:.3g} clips/s, {clock(seconds_left)} left"
+            f"{speed}, {clock(seconds_left)} left"
         )
         if line.get("data_wait", 0) >= SHOWN_WAIT:
             text += f", {line['data_wait']:.0%} of the time waiting for data"
@@ -111,8 +113,9 @@ class Log(Terminal):
         """Return how many of `paths` gave no clip so far, and why, in words; nothing if all gave one."""
         if not self._bad_files:
             return ""
-        reasons = [self._bad_files[name]["too_short"] for name in map(str, paths) if name in self._bad_files]
-        return bad_file_reasons(reasons.count(False), reasons.count(True), len(paths))
+        found = [self._bad_files[name] for name in map(str, paths) if name in self._bad_files]
+        short, long = (sum(line.get(key, False) for line in found) for key in ("too_short", "too_long"))
+        return bad_file_reasons(len(found) - short - long, short, len(paths), long)
 
 
 def import_summary_writer() -> Any:

@@ -19,6 +19,7 @@ import torch
 from fused import backends
 from fused.train import checkpoints, parallel, run_folder, tasks
 from fused.train.config import VAL_KEYS, TrainConfig
+from fused.train.data.captioned import AlternatingBatches, CaptionData
 from fused.train.data.clips import BadFile, Batches, ClipFolder, batches
 from fused.train.data.first_look import try_videos
 from fused.train.ema import WeightAverage
@@ -55,25 +56,32 @@ class Trainer:
     FileNotFoundError, CheckpointError, ImportError, and BackendError for a backend that cannot run here.
     """
 
+    entries = "videos"  # of data.train
+
     def __init__(self, config: TrainConfig, world: World) -> None:
         self.config, self.world, self.folder = config, world, Path(str(config.out))
         if config.backend != "auto":
             backends.choose(config.backend, world.device)  # raises now rather than in the first step
-        self.data = self._clip_folder("train", () if config.task == "pretrain" else None)
+        self.data = self.training_data()
         self.val = val = self._clip_folder("val", self.data.classes) if config.data.val is not None else None
-        self.micro_batch_size, remainder = divmod(config.batch_size, world.size * config.accumulate)
+        repeats = config.data.repeats
+        self.micro_batch_videos, remainder = divmod(config.batch_size, world.size * config.accumulate * repeats)
         if remainder:
-            product = f"processes * accumulate ({world.size} * {config.accumulate})"
-            raise ValueError(f"batch_size is {config.batch_size}; allowed: a multiple of {product}")
-        if len(self.data) < config.batch_size:
+            product, values = "processes * accumulate", f"{world.size} * {config.accumulate}"
+            if repeats > 1:
+                product, values = f"{product} * data.repeats", f"{values} * {repeats}"
+            raise ValueError(f"batch_size is {config.batch_size}; allowed: a multiple of {product} ({values})")
+        if len(self.data) * repeats < config.batch_size:
+            times = f"{repeats} times " if repeats > 1 else ""
             raise ValueError(
-                f"batch_size is {config.batch_size}; allowed: up to the {len(self.data)} videos of {config.data.train}"
+                f"batch_size is {config.batch_size}; allowed: up to {times}the {len(self.data)} {self.entries} of "
+                f"{config.data.train}"
             )
         self.steps_per_epoch = len(self._epoch_batches(0, 0)) // config.accumulate
         self.total = config.steps or self.steps_per_epoch * int(config.epochs or 0)
         self.changes = run_folder.check_run(self.folder, config)
 
-        self.task = tasks.build_task(config, self.data.classes, world.device)
+        self.task = self.build_task()
         recorder, self.graph_line = choose_recorder(config, world.device)
         parallel.parallelize(self.task, config.parallel, world)
         self.average = WeightAverage(self.task.student, config.ema) if config.ema is not None else None
@@ -83,7 +91,7 @@ class Trainer:
         # the form that reads its learning rates and counts its steps on the GPU, in eager steps too: another rounds otherwise
         capturable = world.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=True, capturable=capturable)
-        factor = cosine_factor(self.total, optim.warmup_steps, optim.warmup_start, optim.floor)
+        factor = cosine_factor(self.total, self._warmup_steps(), optim.warmup_start, optim.floor)
         self.rates = LearningRates(self.optimizer, factor, world.device)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "float16")
         self.train_step = TrainStep(config, self.task, world, self.optimizer, self.scaler, self.average, recorder)
@@ -100,7 +108,8 @@ class Trainer:
         """Return lines for the terminal: the model, the data, the number of steps, and the step to resume from."""
         config, student, world = self.config, self.task.student, self.world
         parameters = sum(p.numel() for p in student.parameters()) / 1e6
-        name = "VideoMambaEncoder" if config.task == "pretrain" else "VideoMamba"
+        names = {"pretrain": "VideoMambaEncoder", "retrieval": "VideoTextRetrieval"}
+        name = names.get(str(config.task), "VideoMamba")
         processes = f"{world.size} processes" if world.size > 1 else "1 process"
         classes = f" in {len(self.data.classes)} classes" if self.data.classes else ""
         kind = "videos" if config.data.frames else "images"
@@ -111,10 +120,14 @@ class Trainer:
         ]
         for key, dataset in (("train", self.data), ("val", self.val)):
             lines += [f"data.{key}: {note}" for note in (dataset.notes if dataset else ())]
-        if self.checkpoint is not None:
-            lines.append(f"goes on behind step {self.step}, from {self.checkpoint}")
-            lines += [f"  {change}" for change in self.changes]
-        return lines
+        return lines + self.resume_lines()
+
+    def resume_lines(self) -> list[str]:
+        """Return lines that say from where the run goes on, and what has changed."""
+        if self.checkpoint is None:
+            return []
+        goes_on = f"goes on behind step {self.step}, from {self.checkpoint}"
+        return [goes_on, *(f"  {change}" for change in self.changes)]
 
     def run(self) -> bool:
         """Train to the last step and write the model; return whether an interrupt came before that.
@@ -137,7 +150,7 @@ class Trainer:
                 while self.step < self.total and not interrupted:
                     interrupted = self._train_epoch(log, interrupt)
                 if not interrupted:
-                    models = run_folder.save_models(self.folder, self.config, self.task.student, self.average, self.world)
+                    models = self.save_models()
                     if log is not None:
                         log.print_done(self.step, models, self.data.files)
         finally:
@@ -150,7 +163,7 @@ class Trainer:
         config, (epoch, done) = self.config, divmod(self.step, self.steps_per_epoch)
         count = min(self.steps_per_epoch - done, self.total - self.step)
         micro_batches = islice(self._epoch_batches(epoch, skip=done * config.accumulate), count * config.accumulate)
-        feed = Prefetcher(micro_batches, self.world.device, self.task.encode)
+        feed = self.make_feed(micro_batches)
         under_way: deque[StepResult] = deque()
         self._start_interval()
         for i in range(count):
@@ -175,26 +188,31 @@ class Trainer:
             log.end_epoch(epoch, self.data.files)
         return False
 
-    def _train_step(self, feed: Prefetcher, interrupt: Interrupt) -> StepResult:
+    def _train_step(self, feed: Any, interrupt: Interrupt) -> StepResult:
         """Begin one step of the optimiser."""
         config, world = self.config, self.world
-        bad_files: list[BadFile] = []
-        for i in range(config.accumulate):
-            batch = feed.take()
-            self.train_step.add(i, batch.clips, batch.targets, derive_seed(config.seed, self.step, i, world.rank))
-            bad_files += batch.bad_files
-            if i + 1 < config.accumulate:
-                feed.advance()
+        bad_files = self.forward_backward(feed)
         rate = self.rates.set(self.step)
         numbers = self.train_step.update()
         minutes = math.inf if config.save_minutes is None else config.save_minutes
         minutes_over = world.is_main and time.monotonic() - self.saved_at >= 60 * minutes  # by one clock for all processes
         # one collective for all numbers
-        total = world.start_sum(numbers, [len(bad_files), interrupt.requested, minutes_over])
+        total = world.start_sum(numbers, [float(n) for n in (len(bad_files), interrupt.requested, minutes_over)])
         feed.advance()
         waits, feed.waits = feed.waits, []
         self.step += 1
         return StepResult(self.step, rate, total, bad_files, waits)
+
+    def forward_backward(self, feed: Any) -> list[BadFile]:
+        """Run forward and backward of a step's micro-batches; return the files that gave no clip."""
+        config, bad_files = self.config, []
+        for i in range(config.accumulate):
+            batch = feed.take()
+            self.train_step.add(i, batch.clips, batch.targets, derive_seed(config.seed, self.step, i, self.world.rank))
+            bad_files += batch.bad_files
+            if i + 1 < config.accumulate:
+                feed.advance()
+        return bad_files
 
     def _finish_step(self, epoch: int, result: StepResult, log: Log | None) -> tuple[bool, bool]:
         """Wait for a step, write its line; return whether any process was interrupted, and whether save_minutes have passed.
@@ -214,7 +232,7 @@ class Trainer:
         self._clips += config.batch_size
         self._waited += sum(wait.seconds() for wait in result.waits)
         seconds = time.perf_counter() - self._start
-        line |= {"clips_per_s": self._clips / seconds, "data_wait": min(self._waited / seconds, 1.0)}
+        line |= {f"{self.task.unit}_per_s": self._clips / seconds, "data_wait": min(self._waited / seconds, 1.0)}
         if log is not None:
             log.write_step(line, bad_files, logged)
         if logged:
@@ -245,12 +263,32 @@ class Trainer:
         """Evaluate the model; return False if an interrupt ended that."""
         return self.validation is None or self.validation.run(self.step, epoch, log, self.train_step.autocast(), interrupt)
 
+    def training_data(self) -> Any:
+        """Return the videos of data.train, for retrieval with captions. Raise ValueError that names the key."""
+        if self.config.task == "retrieval":
+            return CaptionData(self.config)
+        return self._clip_folder("train", () if self.config.task == "pretrain" else None)
+
+    def build_task(self) -> Any:
+        """Return the task with its models."""
+        captions = self.data if isinstance(self.data, CaptionData) else None
+        return tasks.build_task(self.config, self.data.classes, self.world.device, captions)
+
+    def make_feed(self, micro_batches: Any) -> Any:
+        """Return the micro-batches as `forward_backward` takes them."""
+        return Prefetcher(micro_batches, self.world.device, self.task.encode)
+
+    def save_models(self) -> list[Path]:
+        """Write the trained model, and return its folder, with an EMA those of both."""
+        return run_folder.save_models(self.folder, self.config, self.task.student, self.average, self.world)
+
     def _clip_folder(self, key: str, classes: Sequence[str] | None) -> ClipFolder:
         """Return the videos of data.train or data.val. Raise ValueError that names the key."""
         data = self.config.data
         options: dict[str, Any] = {
             "sampling": data.sampling, "stride": data.stride, "fps": data.fps, "short": data.short, "scale": data.scale,
-            "flip": data.flip, "erased": data.erased, "seed": self.config.seed, "frame_pattern": data.frame_pattern,
+            "flip": data.flip, "erased": data.erased, "augment": data.augment, "repeats": data.repeats,
+            "seed": self.config.seed, "frame_pattern": data.frame_pattern,
             "dtype": torch.uint8 if key == "train" else torch.float32,
         }  # fmt: skip
         root = str(getattr(data, key))
@@ -267,13 +305,25 @@ class Trainer:
         except (ValueError, OSError) as error:
             raise ValueError(f"data.{key}: {error}") from error
 
-    def _epoch_batches(self, epoch: int, skip: int) -> Batches:
+    def _epoch_batches(self, epoch: int, skip: int) -> Batches | AlternatingBatches:
         """Return this process's micro-batches of an epoch without the first `skip`."""
+        if isinstance(self.data, CaptionData):
+            return self.data.batches(self.config, epoch, skip, self.world.rank, self.world.size)
         world, config = self.world, self.config
         return batches(
-            self.data, self.micro_batch_size, epoch=epoch, seed=config.seed, workers=config.data.workers, rank=world.rank,
+            self.data, self.micro_batch_videos, epoch=epoch, seed=config.seed, workers=config.data.workers, rank=world.rank,
             world=world.size, skip=skip,
         )  # fmt: skip
+
+    def _warmup_steps(self) -> int:
+        """Return the steps of the warm-up. Raise ValueError, with the key, for as many as the training has, or more."""
+        optim = self.config.optim
+        epochs = optim.warmup_epochs
+        steps = optim.warmup_steps if epochs is None else round(epochs * self.steps_per_epoch)
+        if steps >= self.total:
+            key, value = ("warmup_steps", steps) if epochs is None else ("warmup_epochs", f"{epochs}, {steps} steps")
+            raise ValueError(f"optim.{key} is {value}; allowed: fewer than the {self.total} steps of the training")
+        return steps
 
     def _save(self) -> None:
         """Write a checkpoint of the current step."""
@@ -295,7 +345,7 @@ class Trainer:
                 f"the run in {self.folder} is at step {self.step}; allowed: as many steps or more, got {self.total}"
             )
         if state["videos"] != len(self.data):
-            counts = f"{self.config.data.train} holds {len(self.data)} videos, and held {state['videos']}"
+            counts = f"{self.config.data.train} holds {len(self.data)} {self.entries}, and held {state['videos']}"
             raise ValueError(f"{counts} when {self.folder} began; allowed: the same, or another out")
         if state["processes"] != self.world.size:
             effect = "a step takes the same videos, and draws otherwise"

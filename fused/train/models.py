@@ -10,11 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused.models.retrieval.config import RetrievalConfig
+from fused.models.retrieval.hub import VOCABULARY, is_video_text
+from fused.models.retrieval.load import load_bert
+from fused.models.retrieval.model import VideoTextRetrieval
+from fused.models.retrieval.words import Tokenizer
 from fused.models.videomamba.config import VideoMambaConfig
 from fused.models.videomamba.hub import NotDownloaded, near_names
 from fused.models.videomamba.load import load_checkpoint
 from fused.models.videomamba.model import VideoMambaEncoder
 from fused.models.videomamba.published import PRETRAINED
+from fused.rules import invalid
 from fused.runtime.graphed import graphed
 from fused.train.config import OWNERS, TrainConfig
 from fused.train.objectives.teachers import ClipTeacher
@@ -59,6 +65,37 @@ def make_student(kind: Any, config: TrainConfig, required: dict[str, Any]) -> An
             _check_source("start", start, f"{SOURCES}, or a file of weights")
             model = kind.from_pretrained(start, backend=config.backend, inflate=config.inflate, **model_fields)
     model.preprocessing = config.data.preprocessing
+    return model
+
+
+def make_video_text(config: TrainConfig, required: dict[str, Any]) -> VideoTextRetrieval:
+    """Return the video-text model with its initial weights.
+
+    `start` may be a whole one, a folder or a file of video_mm; or as for `make_student` its video encoder, beside which
+    `text.start` is a plain BERT. `required` holds the fields of VideoMambaConfig that data and teacher determine. Raises
+    ValueError, FileNotFoundError and the errors of loading weights.
+    """
+    start, text = config.start, config.text
+    whole = start is not None and is_video_text(start)
+    if text.vocabulary is None and not (whole and (Path(str(start)) / VOCABULARY).is_file()):
+        raise invalid("text.vocabulary", None, "BERT's vocab.txt, or a start that is a folder with one")
+    if whole:
+        for key, value in (("text.start", text.start), ("model.size", config.model.get("size"))):
+            if value is not None:
+                raise invalid(key, value, f"null, since start ({start}) is a whole video-text model")
+        video = {**_model_fields(config), **required, **text.bert}
+        with _errors_with_keys("start"):
+            model = VideoTextRetrieval.from_pretrained(
+                str(start), vocabulary=text.vocabulary, backend=config.backend, **video
+            )  # fmt: skip
+    else:
+        encoder = make_student(VideoMambaEncoder, config, {**required, "add_pool_norm": True})
+        size = Tokenizer(str(text.vocabulary)).size
+        model = VideoTextRetrieval(RetrievalConfig(video=encoder.config, vocab_size=size, **text.bert), config.backend)
+        model.vision_encoder, model.vocabulary = encoder, Path(str(text.vocabulary))
+        if text.start is not None:
+            load_bert(model, text.start)
+    model.preprocessing, model.text_length = config.data.preprocessing, text.length
     return model
 
 

@@ -134,7 +134,7 @@ def parallelize(task: Task, parallel: str, world: World) -> None:
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
         # PyTorch warns of outputs that are views, which must not be written to in place; nothing here does
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
-        for block in task.student.layers:
+        for block in task.blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(task.student, mesh=mesh, mp_policy=policy)
         if world.device.type == "cpu":  # gloo takes a mean for a sum in PyTorch 2.8

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from fused.io.atomic_write import atomic_write
+from fused.models.retrieval.model import VideoTextRetrieval
 from fused.models.videomamba.model import VideoMamba, VideoMambaEncoder
 from fused.train import checkpoints
 from fused.train.config import RESUMABLE_KEYS, TrainConfig, flatten
@@ -16,6 +17,7 @@ from fused.train.config_file import parse_yaml, to_yaml
 from fused.train.ema import WeightAverage
 from fused.train.log import Log, import_summary_writer
 from fused.train.parallel import World
+from fused.train.task import Student
 
 CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"
 MODEL, MODEL_EMA, BEST = "model", "model-ema", "best"  # folders for `from_pretrained`
@@ -80,7 +82,7 @@ def open_run(folder: Path, config: TrainConfig, step: int, total: int, descripti
 
 
 def save_models(
-    folder: Path, config: TrainConfig, student: VideoMamba | VideoMambaEncoder, average: WeightAverage | None, world: World
+    folder: Path, config: TrainConfig, student: Student, average: WeightAverage | None, world: World
 ) -> list[Path]:
     """Write the trained student, and its EMA if there is one, and return the paths. Every process calls this function."""
     written = [save_model(folder, config, student, world)]
@@ -91,12 +93,14 @@ def save_models(
 
 
 def save_model(
-    folder: Path, config: TrainConfig, student: VideoMamba | VideoMambaEncoder, world: World, name: str = MODEL
+    folder: Path, config: TrainConfig, student: Student, world: World, name: str = MODEL
 ) -> Path:
     """Write the student as the folder `name` for `from_pretrained`, and return its path. Every process calls this function.
 
     A student of distillation is written as a classifier, without its distillation head, which only checkpoints keep.
     """
+    if isinstance(student, VideoTextRetrieval):  # which is never sharded
+        return student.save_pretrained(folder / name) if world.is_main else folder / name
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(student, options=options)  # gathers the shards of all processes
     if world.is_main:

@@ -8,6 +8,7 @@ first steps of each shape run eagerly, which compiles kernels; they are steps as
 """
 
 import logging
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,8 @@ _log = logging.getLogger("fused")
 
 def eager_reason(config: TrainConfig, device: torch.device) -> str | None:
     """Return why the steps of a training cannot be CUDA graphs, None if they can."""
+    if config.task == "retrieval":
+        return "hard negatives are chosen on the host"
     if device.type != "cuda":
         return f"the model is on the {device.type.upper()}"
     return "FSDP gathers parameters by code on the host" if config.parallel == "fsdp" else None
@@ -73,6 +76,7 @@ class TrainStep:
     ) -> None:  # fmt: skip
         self.config, self.task, self.world, self.optimizer = config, task, world, optimizer
         self.scaler, self.average, self.recorder = scaler, average, recorder
+        self.micro_batches = config.accumulate  # of this step
         self.names: tuple[str, ...] = ()  # of the loss and the metrics, known after the first micro-batch
         task.train()  # a student that was loaded comes in eval mode
         self._parameters = list(task.student.parameters())
@@ -93,10 +97,15 @@ class TrainStep:
 
         `targets` are as from the task's `encode`; `seed` is that of all random numbers.
         """
+        generator = torch.Generator().manual_seed(seed)
+        self.add_inputs(position, lambda: self.task.prepare(clips, targets, generator), seed)
+
+    def add_inputs(self, position: int, prepare: Callable[[], tuple[Tensor, ...]], seed: int) -> None:
+        """Run forward and backward of a micro-batch whose arguments of the task's `forward` are what `prepare` returns."""
         if not self.task.training:
             self.task.train()
         with self.autocast():
-            inputs = self.task.prepare(clips, targets, torch.Generator().manual_seed(seed))
+            inputs = prepare()
         key = tuple((x.shape, x.dtype) for x in inputs)
         if position == 0:
             self._key, self._current = key, self._find(key)
@@ -178,11 +187,10 @@ class TrainStep:
 
     def _forward_backward(self, inputs: tuple[Tensor, ...], position: int) -> Tensor:
         """Add the gradients of a micro-batch; return the sums of loss and metrics (N,) so far."""
-        count = self.config.accumulate
-        parallel.set_gradient_sync(self.task, last=position + 1 == count)
+        parallel.set_gradient_sync(self.task, last=position + 1 == self.micro_batches)
         with self.autocast():
             loss, metrics = self.task(*inputs)
-        self.scaler.scale(loss / count).backward()
+        self.scaler.scale(loss / self.config.accumulate).backward()
         self.names = ("loss", *metrics)
         values = torch.stack([x.detach().to(loss.dtype) for x in (loss, *metrics.values())])
         self._sums = self._sums.add_(values) if position else values

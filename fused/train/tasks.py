@@ -1,53 +1,25 @@
-"""The three tasks, finetune, distill and pretrain: their models, and the loss of a batch.
-
-A task is a module that holds its student. `prepare` turns a batch into the arguments of `forward`: mixed clips, masks, the
-teacher's output. `forward` returns the loss, and everything with a gradient happens in it, so that a CUDA graph can hold it.
-"""
+"""The tasks finetune, distill and pretrain: their models, and the loss of a batch; and the choice of a task."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused.models.videomamba.embedding import visible_tokens
 from fused.models.videomamba.model import VideoMamba, VideoMambaEncoder
 from fused.rules import invalid
 from fused.runtime.dtypes import accumulation_dtype
 from fused.train.config import TrainConfig
+from fused.train.data.captioned import CaptionData
 from fused.train.data.mixup import mix
 from fused.train.models import make_student, pretraining_teacher, videomamba_teacher
 from fused.train.objectives.losses import alignment_loss, distillation_loss
-from fused.train.objectives.masks import attention_mask, clip_row_mask, frame_row_mask, keep_visible, random_mask, tube_mask
-
-MASKS: dict[str, Callable[..., Tensor]] = {
-    "random": random_mask, "tube": tube_mask, "clip-row": clip_row_mask, "frame-row": frame_row_mask
-}  # fmt: skip
+from fused.train.retrieval import Retrieval
+from fused.train.targets import MASKS, visible_targets
+from fused.train.task import Metrics, Task
 
 _log = logging.getLogger("fused")
-
-Metrics = dict[str, Tensor]  # scalars () for the log
-
-
-class Task(nn.Module):
-    """A student and its training objective. `forward` returns the loss () and further metrics."""
-
-    student: VideoMamba | VideoMambaEncoder
-    def encode(self, labels: Tensor) -> Tensor:
-        """Return labels, int64 (B,) on the CPU, as `prepare` takes them: what has to look at them is done before the GPU."""
-        return labels
-
-    def prepare(self, clips: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Return the arguments of `forward`, none of which requires a gradient.
-
-        `clips` is (B, C, T, H, W), `labels` int64 (B,) or as from `encode`, `generator` a CPU generator for all random choices.
-        """
-        raise NotImplementedError
-
-    def logits(self, clips: Tensor) -> Tensor:
-        """Return class logits (B, classes) for clips (B, C, T, H, W). Only tasks with classes have them."""
-        raise NotImplementedError
 
 
 class Finetune(Task):
@@ -117,6 +89,7 @@ class Distill(Finetune):
 class Pretrain(Task):
     """Masked alignment: the student's features of visible tokens against those of a teacher that sees all tokens."""
 
+    student: VideoMambaEncoder
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
         super().__init__()
@@ -130,26 +103,23 @@ class Pretrain(Task):
 
     def prepare(self, clips: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Return clips (B, C, T, H, W), indices (B, V) of visible tokens, and the teacher's features (K, B, V, C) of them."""
-        features, attention = self.teacher.forward(clips)
-        options, student = self.config.mask, self.student.config
-        if options.kind == "attention":
-            assert attention is not None
-            mask = attention_mask(attention, options.ratio, generator)
-        else:
-            mask = MASKS[options.kind](len(clips), (student.tubelets, *student.grid), options.ratio, generator)
-        visible = visible_tokens(mask, len(clips), features.shape[-2], features.device)
-        return clips, visible, keep_visible(features, mask)
+        options = self.config.mask
+        return clips, *visible_targets(self.teacher, clips, options.kind, options.ratio, generator)
 
     def forward(self, clips: Tensor, visible: Tensor, features: Tensor) -> tuple[Tensor, Metrics]:
         """Return the alignment loss (), for the output of `prepare`."""
         return alignment_loss(self.student(clips, visible=visible).clip, features, self.config.loss.alignment), {}
 
 
-def build_task(config: TrainConfig, classes: Sequence[str], device: torch.device) -> Task:
-    """Return the task with its models on `device`; `classes` are the names of the training data's classes.
+def build_task(
+    config: TrainConfig, classes: Sequence[str], device: torch.device, captions: CaptionData | None = None
+) -> Task:
+    """Return the task with its models on `device`; `classes` are the names of the training data's classes, or it has captions.
 
     Raises ValueError for a model, start or teacher that does not fit, FileNotFoundError, CheckpointError, ImportError.
     """
+    if captions is not None:
+        return Retrieval(config, captions, device).to(device)
     if config.task == "pretrain":
         return Pretrain(config, device).to(device)
     if len(classes) < 2:

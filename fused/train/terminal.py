@@ -55,13 +55,15 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def bad_file_reasons(unreadable: int, too_short: int, total: int) -> str:
-    """Return how many of `total` files gave no clip, and why; nothing if both numbers are 0."""
+def bad_file_reasons(unreadable: int, too_short: int, total: int, too_long: int = 0) -> str:
+    """Return how many of `total` files gave no clip, or samples no row, and why; nothing if all numbers are 0."""
     parts = []
     if unreadable:
         parts.append(f"{unreadable} of {total} files could not be read")
     if too_short:
         parts.append(f"{too_short} of {total} files {'are' if too_short > 1 else 'is'} too short")
+    if too_long:
+        parts.append(f"{too_long} of {total} samples {'are' if too_long > 1 else 'is'} too long")
     return " and ".join(parts)
 
 

@@ -41,7 +41,7 @@ class Clock:
     def warm(self, call: Call, count: int) -> list[float]:
         """Return the seconds of the first calls, which compile, allocate and fill caches."""
         taken = [self.time(call) for _ in range(count)]
-        if self.gpu:
+        if self.gpu and call.queued:
             begin = time.perf_counter()
             call.run()
             call.launch = 2 * (time.perf_counter() - begin)

@@ -97,7 +97,8 @@ def time_points(
                 workers_now, workers_next, racing = workers_next, {}, point.race
                 if device.startswith("cuda"):  # on a CPU that would take from what is timed
                     entries = dict.fromkeys(e for p in points if p.race == after.get(racing) for e in left(p))
-                    workers_next = {entry: Worker(entry, device, threads, slowest) for entry in entries}
+                    allowed = max(slowest, grids.races()[after[racing]].slowest) if entries else slowest
+                    workers_next = {entry: Worker(entry, device, threads, allowed) for entry in entries}
                     for worker in workers_next.values():
                         worker.start()  # and import, while others are timed
             wanted = left(point)
@@ -128,6 +129,7 @@ def _speeds(
     threads: int,
 ) -> Iterator[Speed]:
     racing, wrong = [], {}
+    slowest = max(slowest, grids.race_of(point).slowest)
     for entry in wanted:
         why, budgets = refusal(entry, point, run.records)
         if why and entry.role == "ours":

@@ -10,13 +10,14 @@ from harness.cli.learn import learn
 from harness.cli.mutants import mutants
 from harness.cli.parity import parity
 from harness.cli.runs import accept, compare, report
+from harness.cli.sanitize import sanitize
 from harness.judge.request import UsageError
 from harness.runs.conclude import USAGE
 from harness.runs.store import StoreError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 app.command("list")(list_all)
-for command in (doctor, parity, bench, compare, learn, mutants, report, accept):
+for command in (doctor, parity, bench, compare, learn, mutants, sanitize, report, accept):
     app.command()(command)
 
 

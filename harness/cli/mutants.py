@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from harness.judge.request import UsageError
+from harness.judge.request import UsageError, require_device
 from harness.records.record import Record
 from harness.report import mutants as page
 from harness.runs import environment, workers
@@ -25,6 +25,7 @@ def mutants(
     room: Annotated[list[str] | None, typer.Option(help=f"{', '.join(catalogue.ROOMS)}; all by default")] = None,
     case: Annotated[list[str] | None, typer.Option(help="name of a bug, shell patterns allowed (--dry-run lists them)")] = None,
     sample: Annotated[int, typer.Option(min=0, help="how many of those with a killer, drawn by the commit; 0 takes all")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, or cuda: then only bugs that need a GPU, and their narrow tests")] = "cpu",
     narrow: Annotated[bool, typer.Option("--narrow", help="only the tests that a bug names; what they miss survives")] = False,
     out: Annotated[Path | None, typer.Option(help="folder of the run")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue the newest unfinished run, or that in --out")] = False,
@@ -34,23 +35,29 @@ def mutants(
 ) -> None:
     """Plant bugs in a copy of the sources, one at a time; exits 0 if the tests find all, 1 if one survives, 3 if nothing ran.
 
-    Bugs that are argued to be equivalent, need a GPU, or are known to survive are listed and decide nothing.
+    Bugs that are argued to be equivalent or are known to survive are listed and decide nothing, as those are that need a GPU,
+    unless the device is one.
     """
     if out or not dry_run:
         require_writable(out)
     for name in room or ():
         if name not in catalogue.ROOMS:
             raise UsageError(f"room {name!r} is unknown; allowed are {', '.join(catalogue.ROOMS)}")
+    gpu = device != "cpu"
+    if gpu and not dry_run:
+        require_device(device)
     git = environment.git()
-    chosen = choose(catalogue.read(), tuple(room or ()), tuple(case or ()), sample, str(git["commit"]))
+    every = [m for m in catalogue.read() if not gpu or m.needs_gpu]
+    chosen = choose(every, tuple(room or ()), tuple(case or ()), sample, str(git["commit"]))
     if not chosen:
         raise typer.Exit(nothing_ran(["the options leave no bug; --dry-run lists them"]))
     if dry_run:
         print(*(f"{m.room:9} {m.name}" for m in chosen), f"{len(chosen)} bugs", sep="\n")
         raise typer.Exit(PASSED)
     earlier = unfinished(out, CHECK) if resume else None
-    plan = {"rooms": room or [], "cases": case or [], "sample": sample, "narrow": narrow, "commit": git["commit"]}
-    run = begin({"kind": CHECK, "plan": plan, "box": environment.describe("cpu")}, sys.argv[1:], out, earlier)
+    plan = {"rooms": room or [], "cases": case or [], "sample": sample, "narrow": narrow}
+    plan |= {"commit": git["commit"], "device": device}
+    run = begin({"kind": CHECK, "plan": plan, "box": environment.describe(device)}, sys.argv[1:], out, earlier)
     print(f"{len(chosen)} bugs, into {run.folder}", flush=True)
     answered = {r.case for r in run.records}
     left = [m for m in chosen if m.name not in answered]
@@ -62,8 +69,8 @@ def mutants(
             progress.say(page.one_line(record))
         progress.done(record.case, record.case)
 
-    wide = {} if narrow else catalogue.ROOMS
-    campaign = Campaign(environment.ROOT, jobs or workers.processes_for("cpu"), tell, wide)
+    wide = {} if narrow or gpu else catalogue.ROOMS
+    campaign = Campaign(environment.ROOT, jobs or workers.processes_for(device), tell, wide, gpu)
     done = conclude(run, progress, lambda: campaign.run(left), page.write)
     if note:
         catalogue.note_killers({r.case: r.findings[0].note for r in run.records if r.status == "pass"})

@@ -1,5 +1,6 @@
 """`python -m harness report`, `compare` and `accept`: commands on runs that are there."""
 
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,7 @@ from harness.bench.compare import compare as compare_runs
 from harness.records import interval
 from harness.report import accepted, front, sides
 from harness.report.kinds import write
-from harness.runs import acceptance, environment
+from harness.runs import acceptance, environment, joining
 from harness.runs.conclude import FAILED, NOTHING, PASSED
 from harness.runs.store import RUNS, Run
 
@@ -43,18 +44,26 @@ def compare(base: Path, new: Path) -> None:
     raise typer.Exit(FAILED if any(c.verdict == "SLOWER" and c.new.entry.role == "ours" for c in changes) else PASSED)
 
 
-def accept(folder: Path) -> None:
-    """Copy a finished run under reports/accepted/DEVICE/ as evidence, if it was made by the code of this commit.
+def accept(folders: Annotated[list[Path], typer.Argument(help="runs of this commit; those of one kind become one")]) -> None:
+    """Copy finished runs under reports/accepted/DEVICE/ as evidence, if they were made by the code of this commit.
 
-    Prints the copy, and what the run covers where that is less than everything or another machine. Exits 2 with the reason for
-    a run that is unfinished or planted, in which one of ours failed, or whose sources changed or were not committed.
+    Runs of one kind, of several calls on one box, are accepted together as one, under the name of the first. Prints the copy,
+    and what it covers where that is less than everything or another machine. Exits 2 with the reason for a run that is
+    unfinished or planted, in which one of ours failed, whose sources changed or were not committed, or that is no part of the
+    others.
     """
-    run = Run.open(folder)
-    run.about["commit"] = acceptance.commit_of(run)
-    run.save()
-    write(run)
-    target = acceptance.keep(run)
-    print(target, *acceptance.coverage(run), sep="\n")
-    if run.about["kind"] == "bench":
-        accepted.refresh(environment.ROOT / "reports" / "README.md", target.parent)
+    runs = [Run.open(folder) for folder in dict.fromkeys(folders)]
+    commits = {id(run): acceptance.commit_of(run) for run in runs}  # of all before anything is written
+    kinds = {kind: [run for run in runs if run.about["kind"] == kind] for kind in dict.fromkeys(r.about["kind"] for r in runs)}
+    with tempfile.TemporaryDirectory() as work:
+        folders = [Path(work, some[0].folder.resolve().name) for some in kinds.values()]
+        whole = [joining.join(some, at) if len(some) > 1 else some[0] for some, at in zip(kinds.values(), folders, strict=True)]
+        for run, some in zip(whole, kinds.values(), strict=True):
+            run.about["commit"] = commits[id(some[0])]
+            run.save()
+            write(run)
+            target = acceptance.keep(run)
+            print(target, *acceptance.coverage(run), sep="\n")
+            if run.about["kind"] == "bench":
+                accepted.refresh(environment.ROOT / "reports" / "README.md", target.parent)
     front.write(environment.ROOT / "reports")

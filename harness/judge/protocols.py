@@ -153,6 +153,14 @@ class HasCostlyChecks(Protocol):
 
 
 @runtime_checkable
+class HasInvariants(Protocol):
+    """A subject whose equation has symmetries, which the check `invariants` asks for in cases of its own."""
+
+    def invariants(self, case: Case) -> Mapping[str, Callable[[Call, Case, Named], tuple[Named, Named]]]:
+        """Return the relations of `instruments.symmetries` that hold in a case, by name."""
+
+
+@runtime_checkable
 class HasChannels(Protocol):
     """An operator whose channels do not influence each other, so that `extremes` can judge every other channel by itself."""
 

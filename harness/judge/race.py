@@ -30,10 +30,10 @@ class Race:
 
     `checks` license a timing, on the cases that `licence(dtype)` names; without them these are `forward` and `backward`, and
     the cases are the subject's. `needs` names abilities that a contender must declare. `fewest` is the number of samples
-    below which a spent budget is no reason to stop. `options` are those of an operator's timed case; implementations in
-    `channels_first` get tensors whose memory is (B, E, L), so that they are not timed with a transposition which their own
-    models do not make. `maker` builds the timed call, see `Entry`. A race that is not timed `by_default` is timed where it is
-    named.
+    below which a spent budget is no reason to stop, `slowest` the seconds that a call may take in any case. `options` are
+    those of an operator's timed case; implementations in `channels_first` get tensors whose memory is (B, E, L), so that they
+    are not timed with a transposition which their own models do not make. `maker` builds the timed call, see `Entry`. A
+    race that is not timed `by_default` is timed where it is named.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Race:
     maker: str = "harness.bench.workloads:make"
     needs: tuple[str, ...] = ()
     fewest: Callable[[Point], int] = few_samples
+    slowest: float = 0.0
     options: tuple[str, ...] = ()
     channels_first: tuple[str, ...] = ()
     by_default: bool = True

@@ -7,16 +7,16 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-import fused.modules.mamba2
+import fused.ops.causal_conv1d.api
 
 WHERE = ("--subject", "mamba2", "--impl", "fused:torch", "--case", "B2-L9-*-segments-*")
 
 
 def plant() -> AbstractContextManager[object]:
     """Return the context in which the bug is there."""
-    original = fused.modules.mamba2.causal_conv1d_segmented
+    original = fused.ops.causal_conv1d.api.causal_conv1d_segmented
 
     def planted(*tensors: Any, seq_idx: Tensor, **rest: Any) -> tuple[Tensor, Tensor]:
         return original(*tensors, seq_idx=torch.zeros_like(seq_idx), **rest)
 
-    return mock.patch.object(fused.modules.mamba2, "causal_conv1d_segmented", planted)
+    return mock.patch.object(fused.ops.causal_conv1d.api, "causal_conv1d_segmented", planted)

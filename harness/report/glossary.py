@@ -1,6 +1,11 @@
-"""The words that pages use, explained once."""
+"""The words that pages use, explained once; wherever else a page has one, it is a link to here."""
+
+import re
+from collections.abc import Iterator
 
 from harness.report.markdown import Markdown
+
+TITLE = "Glossary"
 
 TERMS = {
     "answer": "one question (a check) asked of one implementation in one case, and what came of it",
@@ -29,3 +34,26 @@ TERMS = {
 def terms() -> Markdown:
     """Return the terms as a list."""
     return Markdown("\n".join(f"- **{term}**: {what}." for term, what in TERMS.items()))
+
+
+def anchor(term: str) -> str:
+    """Return the anchor of an entry, by its first word or words."""
+    return "term-" + re.sub(r"\W+", "-", term.split(",")[0].lower())
+
+
+# Every spelling and the anchor of its entry; a plural s is no other spelling.
+ANCHORS = {word: anchor(term) for term in TERMS for word in term.split(", ")}
+_TERM = re.compile(r"(?<![\w-])(" + "|".join(sorted(map(re.escape, ANCHORS), key=len, reverse=True)) + r")s?(?![\w-])")
+
+
+def split(text: str, seen: set[str]) -> Iterator[tuple[str, str]]:
+    """Yield the parts of a text, each with the anchor of its entry or ""; terms in `seen` are text, others are added to it."""
+    end = 0
+    for match in _TERM.finditer(text):
+        where = ANCHORS[match[1]]
+        if where not in seen:
+            seen.add(where)
+            yield text[end : match.start()], ""
+            yield match[0], where
+            end = match.end()
+    yield text[end:], ""

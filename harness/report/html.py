@@ -13,12 +13,12 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from markupsafe import Markup
 
-from harness.report import markdown, things
+from harness.report import glossary, markdown, things
 from harness.report.figures import GRID, INK, PAPER
 
 TEMPLATES = Path(__file__).parent / "templates"
 LARGEST = 1.75  # pixels of a figure's point at most
-LONG = 60  # characters above which a table's cell is broken into lines
+LONG = 44  # characters above which a table's cell is broken into lines
 NUMBER = re.compile(r"[-+]?[\d,.]+(e[-+]?\d+)?( ?[%x])?$")
 
 
@@ -62,7 +62,8 @@ def write(folder: Path, page: Page) -> Path:
 def write_html(folder: Path, page: Page, stem: str) -> Path:
     """Write STEM.html into the folder, where the pictures are; return its path."""
     style, script = (Markup((TEMPLATES / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))
-    text = _environment(folder).get_template("page.html").render(page=page, style=style, script=script)
+    environment = _environment(folder, explained=any(s.title == glossary.TITLE for s in page.sections))
+    text = environment.get_template("page.html").render(page=page, style=style, script=script)
     path = folder / f"{stem}.html"
     path.write_text(text, encoding="utf-8")
     return path
@@ -75,12 +76,16 @@ def write_both(folder: Path, text: str, title: str) -> Path:
     return write(folder, Page(title, head.strip(), sections=sections))
 
 
-def _environment(folder: Path) -> jinja2.Environment:
-    """Return the templates, which read pictures from a folder."""
+def _environment(folder: Path, explained: bool = False) -> jinja2.Environment:
+    """Return the templates, which read pictures from a folder; in a page that is `explained` terms link to its glossary."""
+
+    def as_html(text: str, title: str = "") -> Markup:
+        return Markup(html(text, folder, None if not explained else set(), title == glossary.TITLE))
+
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=jinja2.select_autoescape(["html"]), keep_trailing_newline=True
     )
-    environment.filters |= {"slug": slug, "md": markdown.escape, "html": lambda text: Markup(html(text, folder))}
+    environment.filters |= {"slug": slug, "md": markdown.escape, "html": as_html}
     return environment
 
 
@@ -89,10 +94,22 @@ def slug(title: str) -> str:
     return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
 
 
-def html(text: str, folder: Path) -> str:
-    """Return Markdown as HTML. Pictures are read from the folder; of links only those within the page stay links."""
+def html(text: str, folder: Path, seen: set[str] | None = None, entries: bool = False) -> str:
+    """Return Markdown as HTML. Pictures are read from the folder; of links only those within the page stay links.
+
+    The first of each term of the glossary that is not in `seen` becomes a link, unless that is None. With `entries` the text is
+    the glossary itself, whose items get the anchors.
+    """
     reader = MarkdownIt("commonmark", {"html": False}).enable("table")
     tokens = list(_adapted(reader.parse(text), folder))
+    if entries:
+        for i, token in enumerate(tokens):
+            if token.type == "inline" and tokens[i - 2].type == "list_item_open":
+                tokens[i - 2].attrSet("id", glossary.anchor((token.children or [])[2].content))
+    elif seen is not None:
+        for i, token in enumerate(tokens):
+            if token.type == "inline" and tokens[i - 1].type not in ("heading_open", "th_open"):
+                token.children = list(_with_terms(token.children or [], seen))
     return str(reader.renderer.render(tokens, reader.options, {}))
 
 
@@ -138,6 +155,20 @@ def _links_within(children: Sequence[Token], folder: Path) -> Iterator[Token]:
             inside = link.startswith("#") or (link.endswith(".html") and ":" not in link and (folder / link).is_file())
         if child.type not in ("link_open", "link_close") or inside:
             yield child
+
+
+def _with_terms(children: Sequence[Token], seen: set[str]) -> Iterator[Token]:
+    """Yield a paragraph's tokens; terms that are not in `seen` are links to the glossary."""
+    depth = 0
+    for child in children:
+        depth += {"link_open": 1, "link_close": -1}.get(child.type, 0)
+        if child.type != "text" or depth:
+            yield child
+            continue
+        for part, where in glossary.split(child.content, seen):
+            word = Token("text", "", 0, content=part)
+            link = Token("link_open", "a", 1, attrs={"href": f"#{where}", "class": "term"}), Token("link_close", "a", -1)
+            yield from (link[0], word, link[1]) if where else (word,)
 
 
 def _is_picture(token: Token) -> bool:

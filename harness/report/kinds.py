@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from harness.report import bench, learning, mutants, page
+from harness.report import bench, learning, mutants, page, sanitizer
 from harness.runs.store import Run
 
 
 def write(run: Run) -> Path:
     """Write report.md, its figures and report.html into the run's folder; return the path of report.md."""
-    return {"bench": bench, "learn": learning, "mutants": mutants}.get(run.about["kind"], page).write(run)
+    pages = {"bench": bench, "learn": learning, "mutants": mutants, "sanitize": sanitizer}
+    return pages.get(run.about["kind"], page).write(run)

@@ -122,9 +122,10 @@ def _kind(speed: Speed) -> str:
 
 
 def draw(speeds: Iterable[Speed], folder: Path) -> list[Drawing]:
-    """Draw for each model and loop the time of a step in every form, a row a form."""
+    """Draw for each model and loop the time of a step in every form, a row a form; first where ours gains most on upstream."""
     there = {where: [s for s in mine if s.seconds] for where, mine in grouped(speeds).items()}
-    return [_draw(where, mine, folder) for where, mine in there.items() if mine]
+    ordered = sorted(there.items(), key=lambda item: -(advantage(item[1], "upstream") or 0))
+    return [_draw(where, mine, folder) for where, mine in ordered if mine]
 
 
 def _draw(where: Place, mine: list[Speed], folder: Path) -> Drawing:

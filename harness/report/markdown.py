@@ -6,6 +6,8 @@
 import re
 from collections.abc import Iterable, Sequence
 
+import pandas as pd
+
 # What Markdown or GitHub's dialect of it would take for something: emphasis, code, HTML, entities, links, strikethrough,
 # mathematics, escapes. An underscore within a word is none.
 _SIGNS = re.compile(r"[\\`*~$]|(?<![^\W_])_|_(?![^\W_])|\](?=[(\[:])|&(?=#?\w+;)")
@@ -53,6 +55,12 @@ def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> Markdown:
     """Return a table; a bar in a cell does not end it."""
     lines = [head, ["---"] * len(head), *rows]
     return Markdown("\n".join("| " + " | ".join(escape(cell).replace("|", "\\|") for cell in line) + " |" for line in lines))
+
+
+def frame(numbers: pd.DataFrame) -> Markdown:
+    """Return a data frame as a table; its index is the first column."""
+    rows = numbers.reset_index()
+    return table(list(rows.columns), rows.itertuples(index=False))
 
 
 def _longer_than_any(text: str, least: int) -> str:

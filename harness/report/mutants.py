@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+
+import pandas as pd
 
 from harness.records.record import Record
-from harness.report import markdown
-from harness.report.html import write_both
-from harness.report.markdown import bold, escape
+from harness.report import glossary, html, things
+from harness.report.figures import Drawing, chart, shown
+from harness.report.html import Number, Page, Section
+from harness.report.markdown import frame, table
 from harness.report.page import again, box
 from harness.runs.store import Run
 
@@ -17,41 +19,38 @@ the tests that are nearest run until one fails: the bug is caught. Bugs that the
 time, and meet all tests of the room. A test counts only if it passes without the bug. A bug that is *known to survive* names
 the test that is missing; it is no success, and lowers the score. An *equivalent* changes nothing that could be seen, by the
 argument beside it. The score is the share of caught bugs among those that a CPU can show."""
+CAUGHT, SURVIVED, KNOWN, EQUIVALENT, GPU, BROKEN = (
+    "caught", "survived", "known to survive", "equivalent", "on a GPU", "broken"
+)  # fmt: skip
+ASKED = (CAUGHT, SURVIVED, KNOWN)  # what a CPU can show
+SKIPPED = {"known to survive": KNOWN, "equivalent": EQUIVALENT, "needs a GPU": GPU}  # by the first words of the reason
+COLOURS = {CAUGHT: things.LOOKS["fused:native"].colour, KNOWN: "#E69F00", SURVIVED: "#D55E00"}
+ALL = "all"
 
 
-class Score(NamedTuple):
-    """The verdicts on a room's bugs, counted."""
-
-    room: str
-    caught: int
-    survived: int
-    known: int
-    equivalent: int
-    needs_gpu: int
-    broken: int
-
-    @property
-    def asked(self) -> int:
-        """Return how many a CPU can show."""
-        return self.caught + self.survived + self.known
-
-    @property
-    def share(self) -> str:
-        """Return the score in words."""
-        return f"{100 * self.caught / self.asked:.0f} %" if self.asked else "-"
+def verdict_on(record: Record) -> str:
+    """Return what came of a bug."""
+    if record.status == "skip":
+        return SKIPPED[record.reason.partition(":")[0]]
+    return {"pass": CAUGHT, "fail": SURVIVED}.get(record.status, BROKEN)
 
 
-def score(room: str, records: Sequence[Record]) -> Score:
-    """Return the score over records, of a room or of all."""
-    skipped = [r.reason.partition(":")[0] for r in records if r.status == "skip"]
-    caught, survived, broken = (sum(r.status == status for r in records) for status in ("pass", "fail", "error"))
-    known, equivalent, needs_gpu = (skipped.count(kind) for kind in ("known to survive", "equivalent", "needs a GPU"))
-    return Score(room, caught, survived, known, equivalent, needs_gpu, broken)
+def counts(records: Sequence[Record]) -> pd.DataFrame:
+    """Return how many bugs there are of each verdict, a row a room and the sum last, with the score in words."""
+    found = pd.DataFrame([(r.subject, verdict_on(r)) for r in records], columns=["room", "verdict"])
+    rooms = pd.crosstab(found.room, found.verdict).reindex(columns=[*ASKED, EQUIVALENT, GPU, BROKEN], fill_value=0)
+    rooms.loc[ALL] = rooms.sum().astype(int)
+    asked = rooms[list(ASKED)].sum(axis=1)
+    rooms.insert(3, "score", [f"{100 * n / of:.0f} %" if of else "-" for n, of in zip(rooms[CAUGHT], asked, strict=True)])
+    return rooms
 
 
 def scores(records: Sequence[Record]) -> list[str]:
     """Return a line a room."""
-    return [f"{s.room:10} {s.share:>6}  {s.caught} of {s.asked} caught" for s in _rooms(records)]
+    rooms = counts(records).drop(ALL)
+    return [
+        f"{room:10} {line['score']:>6}  {line[CAUGHT]} of {line[list(ASKED)].sum()} caught" for room, line in rooms.iterrows()
+    ]
 
 
 def one_line(record: Record) -> str:
@@ -61,39 +60,79 @@ def one_line(record: Record) -> str:
 
 
 def write(run: Run) -> Path:
-    """Write report.md and report.html into the run's folder; return the path of the former."""
-    records, counts = run.records, run.counts()
-    word = "FAILED" if counts["failed"] else "PASSED" if counts["passed"] else "NOTHING RAN"
-    word += f" SO FAR ({run.about.get('status')})" * (run.about.get("status") != "finished")
+    """Write report.md, its figure and report.html into the run's folder; return the path of report.md."""
+    records = run.records
     title = "Planted bugs"
     if sample := run.about.get("plan", {}).get("sample"):
         title += f", a sample of {sample}"
-    survived = [[r.case, r.findings[0].note] for r in records if r.status == "fail"]
-    broken = [[r.case, r.reason] for r in records if r.status == "error"]
-    parts = [f"# {title}", bold(word + "."), f"`{run.last_line()}`", "## Scores", table(records)]
-    parts += ["## Survivors", _list(["bug", "where and what"], survived)]
-    parts += ["## Tests that do not stand", _list(["bug", "why"], broken)]
-    for heading, kind in (("Known to survive", "known to survive"), ("Equivalent", "equivalent"), ("On a GPU", "needs a GPU")):
-        rows = [[r.case, r.reason.partition(": ")[2]] for r in records if r.status == "skip" and r.reason.startswith(kind)]
-        parts += [f"## {heading}", _list(["bug", "why"], rows)]
-    caught = [[r.case, r.findings[0].note, f"{r.seconds:.1f}"] for r in records if r.status == "pass"]
-    parts += ["## Caught", _list(["bug", "by", "seconds"], caught)]
-    parts += ["## How to read this", HOW, "## The box", box(run), "## Again", again(run)]
-    return write_both(run.folder, "\n\n".join(parts) + "\n", title)
+    rooms = counts(records)
+
+    def listed(verdict: str, head: list[str]) -> str:
+        mine = [r for r in records if verdict_on(r) == verdict]
+        rows = [[r.case, r.findings[0].note if r.findings else r.reason.partition(": ")[2] or r.reason] for r in mine]
+        if verdict == CAUGHT:
+            rows = [[*row, f"{r.seconds:.1f}"] for row, r in zip(rows, mine, strict=True)]
+        return table(head, rows) if rows else "None."
+
+    sections = [
+        Section("Scores", frame(rooms)),
+        Section("Survivors", listed(SURVIVED, ["bug", "where and what"])),
+        Section("Tests that do not stand", listed(BROKEN, ["bug", "why"])),
+        Section("Known to survive", listed(KNOWN, ["bug", "the test that is missing"])),
+        Section("Equivalent", listed(EQUIVALENT, ["bug", "why nothing can show it"]), folded=True),
+        Section("On a GPU", listed(GPU, ["bug", "why a CPU cannot show it"]), folded=True),
+        Section("Caught", listed(CAUGHT, ["bug", "by", "seconds"]), folded=True),
+        Section("How it was judged", HOW, folded=True),
+        Section("The box", box(run), folded=True),
+        Section("How to repeat it", again(run)),
+        Section("Glossary", glossary.terms(), folded=True),
+    ]
+    drawn = shown([_draw(rooms, run.folder)]) if len(rooms) > 1 else "No bug was planted."
+    return html.write(run.folder, Page(title, _sentence(run, rooms), _numbers(rooms), drawn, sections))
 
 
-def table(records: Sequence[Record]) -> str:
-    """Return a table of the rooms' scores, the sum last."""
-    head = ["room", "caught", "survived", "known to survive", "score", "equivalent", "on a GPU", "broken"]
-    every = [*_rooms(records), score("all", records)]
-    rows = [[s.room, s.caught, s.survived, s.known, s.share, s.equivalent, s.needs_gpu, s.broken] for s in every]
-    return markdown.table(head, rows)
+def _sentence(run: Run, rooms: pd.DataFrame) -> str:
+    """Return the verdict."""
+    total = rooms.loc[ALL]
+    asked = total[list(ASKED)].sum()
+    said = f"The tests find {total[CAUGHT]} of {asked} planted bugs." if asked else "No bug was planted that a CPU can show."
+    if total[SURVIVED]:
+        said += f" {total[SURVIVED]} survived that were thought to be found."
+    if total[BROKEN]:
+        said += f" {total[BROKEN]} could not be judged, for their tests do not stand without the bug either."
+    return said + f" So far: the run is {run.about.get('status')}." * (run.about.get("status") != "finished")
 
 
-def _rooms(records: Sequence[Record]) -> list[Score]:
-    rooms = sorted({r.subject for r in records})
-    return [score(room, [r for r in records if r.subject == room]) for room in rooms]
+def _numbers(rooms: pd.DataFrame) -> list[Number]:
+    """Return the large numbers: the score, survivors, what is known to survive, the weakest room."""
+    total = rooms.loc[ALL]
+    found = [Number(str(total["score"]), "", f"of the bugs that a CPU can show are caught: {total[CAUGHT]}")]
+    found += [
+        Number(str(total[SURVIVED]), "", "survived; each is a test that is missing, and fails the run"),
+        Number(str(total[KNOWN]), "", "are known to survive; the test that is missing is named"),
+        Number(str(total[GPU]), "", "need a GPU, and were not asked here"),
+    ]
+    parts = rooms.drop(ALL)
+    asked = parts[list(ASKED)].sum(axis=1)
+    if len(shares := (parts[CAUGHT] / asked)[asked > 0].sort_values()) > 1:
+        found.append(Number(str(parts.loc[shares.index[0], "score"]), "", f"in the weakest room, {shares.index[0]}"))
+    return found
 
 
-def _list(head: list[str], rows: list[list[str]]) -> str:
-    return markdown.table(head, rows) if rows else escape("None.")
+def _draw(rooms: pd.DataFrame, folder: Path) -> Drawing:
+    """Draw a bar a room: the bugs caught, known to survive and survived, with how many of how many are caught."""
+    parts = rooms.drop(ALL)
+    with chart(folder, "rooms", height=0.9 + 0.34 * len(parts)) as axes:
+        left = pd.Series(0, index=parts.index)
+        for verdict, colour in COLOURS.items():
+            axes.barh(parts.index, parts[verdict], left=left, color=colour, label=verdict, height=0.7)
+            left = left + parts[verdict]
+        for room, line in parts.iterrows():
+            said = f"{line[CAUGHT]} of {left[room]}"
+            axes.annotate(said, (left[room], room), (4, 0), textcoords="offset points", va="center")
+        axes.margins(x=0.14)
+        axes.invert_yaxis()
+        axes.grid(False, axis="y")
+        axes.set(xlabel="planted bugs")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=3, fontsize=8, borderaxespad=4.2)
+    return Drawing(folder / "rooms.svg", "Bugs that a CPU can show, by room: found by the tests, or not.")

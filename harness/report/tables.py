@@ -1,13 +1,14 @@
 """Records as Markdown tables and lists."""
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
+
+import pandas as pd
 
 from harness.records.finding import Finding
 from harness.records.record import Record
 from harness.report import faults
-from harness.report.markdown import Markdown, bold, escape, fence, join, table
+from harness.report.markdown import Markdown, bold, escape, fence, frame, join
 
 SHOWN = 30  # failures in full; records.jsonl has all
 
@@ -24,21 +25,20 @@ def mark(record: Record) -> str:
 
 def matrix(records: Sequence[Record]) -> str:
     """Return a table of checks by implementations, of one subject's records."""
-    checks = list(dict.fromkeys(r.check for r in records if r.check != "all"))
-    names = list(dict.fromkeys((r.implementation, r.role) for r in records))
     absent = {r.implementation for r in records if r.check == "all"}
-    head = [n + " (rival)" * (role == "rival") + " (not run)" * (n in absent) for n, role in names]
     rows = [
-        [check, *(_cell([r for r in records if (r.check, r.implementation, r.role) == (check, *who)]) for who in names)]
-        for check in checks
+        (r.check, r.implementation + mark(r) + " (not run)" * (r.implementation in absent), r.status == "pass", r.failed)
+        for r in records
     ]
-    return table(["check", *head], rows)
+    found = pd.DataFrame(rows, columns=["check", "implementation", "passed", "failed"])
+    cells = found.groupby(["check", "implementation"], sort=False).apply(_cell, include_groups=False).unstack(fill_value="-")
+    return frame(cells.reindex(columns=found.implementation.unique()).drop(index="all", errors="ignore"))
 
 
-def _cell(records: list[Record]) -> str:
-    """Return how many of these records passed, failed and were skipped."""
-    failed, skipped = sum(r.failed for r in records), sum(r.status == "skip" for r in records)
-    ran = len(records) - skipped
+def _cell(answers: pd.DataFrame) -> str:
+    """Return how many of these answers passed, failed and were skipped."""
+    failed, passed = int(answers.failed.sum()), int(answers.passed.sum())
+    ran, skipped = failed + passed, len(answers) - failed - passed
     parts = [Markdown(f"{bold(f'{failed} FAILED')} of {ran}")] if failed else [f"{ran} pass"] if ran else []
     return join([*parts, *[f"{skipped} skip"] * bool(skipped)]) or "-"
 
@@ -76,8 +76,9 @@ def size(finding: Finding) -> str:
 def skips(records: Iterable[Record]) -> str:
     """Return the reasons for which single questions were skipped, by count."""
     skipped = [r for r in records if r.status == "skip" and r.check != "all"]
-    reasons = Counter((r.subject, r.implementation + mark(r), r.reason) for r in skipped)
-    if not reasons:
+    if not skipped:
         return "None."
-    rows = [[n, *why] for why, n in sorted(reasons.items(), key=lambda item: (-item[1], item[0]))]
-    return table(["questions", "subject", "implementation", "reason"], rows)
+    rows = [(r.subject, r.implementation + mark(r), r.reason) for r in skipped]
+    found = pd.DataFrame(rows, columns=["subject", "implementation", "reason"]).value_counts(sort=False).rename("questions")
+    ordered = found.reset_index().sort_values("questions", ascending=False, kind="stable")
+    return frame(ordered.set_index("questions"))

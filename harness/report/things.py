@@ -29,18 +29,28 @@ LOOKS = {
     "pyav": Look("a loop over PyAV", "#D55E00", "^"),
     "decord": Look("decord", "#009E73", "D"),
     "torchcodec": Look("torchcodec", "#CC79A7", "P"),
+    "whole-bert": Look("all layers of BERT for every pair", "#A0522D", "<"),
+    "pooling": Look("pooling", "#8C8C8C", "X"),
+    "perceiver": Look("perceiver resampler", "#7F7F3F", "p"),
+    "attention-sdpa": Look("self-attention, PyTorch's", "#009E73", "D"),
+    "attention-naive": Look("self-attention written out", "#CC79A7", "P"),
+    "timm": Look("ViT of timm", "#C44E8A", ">"),
     "fused:torch": Look("ours in plain PyTorch", "#7B52AB", "*"),
     "reference": Look("the reference", "#5B4636", "d"),
+}
+# By subject and implementation, where an implementation's name means another thing.
+OWN = {
+    ("vit", "reference"): LOOKS["naive"],
+    ("vamba", "upstream"): Look("upstream's layers", "#A6761D", "<"),
+    ("qwen2", "sdpa"): Look("Qwen2, the video as tokens", "#009E73", "D"),
 }
 SPARE = (("#A6761D", "<"), ("#C44E8A", ">"), ("#4C8C2B", "8"), ("#B03A2E", "H"), ("#2E86AB", "1"))
 
 
 def look(implementation: str, subject: str = "") -> Look:
     """Return the look of an implementation; one without a look of its own gets one by its name."""
-    if implementation == "reference" and subject == "vit":
-        implementation = "naive"
-    if implementation in LOOKS:
-        return LOOKS[implementation]
+    if found := OWN.get((subject, implementation)) or LOOKS.get(implementation):
+        return found
     return Look(implementation, *SPARE[sum(map(ord, implementation)) % len(SPARE)])
 
 

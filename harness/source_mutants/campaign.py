@@ -14,6 +14,7 @@ from harness.source_mutants.tree import Answer, Tree
 
 CHECK = "mutants"  # the check that the records name
 NARROW, WIDE = 180.0, 1800.0  # seconds that the narrow tests of one bug, and those of a room, may take
+NARROW_ON_GPU = 60.0  # blocks that wait for each other forever use a GPU that others need
 TOGETHER = 8  # bugs between two looks at whether the tests that found them pass without
 RAN = (0, 1, 2)  # pytest's exit codes where tests ran: all passed, one failed, a file could not be imported
 
@@ -21,12 +22,16 @@ RAN = (0, 1, 2)  # pytest's exit codes where tests ran: all passed, one failed, 
 class Campaign:
     """Trees of a checkout at `root` and the verdicts in them; `tell` gets every record.
 
-    `wide` are the tests of each room; of a room without, what survives the narrow tests has survived.
+    `wide` are the tests of each room; of a room without, what survives the narrow tests has survived. With a `gpu` bugs that
+    need one are planted too.
     """
 
-    def __init__(self, root: Path, jobs: int, tell: Callable[[Record], None], wide: Mapping[str, tuple[str, ...]]) -> None:
+    def __init__(
+        self, root: Path, jobs: int, tell: Callable[[Record], None], wide: Mapping[str, tuple[str, ...]], gpu: bool = False
+    ) -> None:
         self._root, self._tell, self._wide = root, tell, wide
-        self._jobs = jobs
+        self._jobs, self._gpu = jobs, gpu
+        self._seconds = NARROW_ON_GPU if gpu else NARROW
         self._sound: dict[str, bool] = {}  # of a test or a bug's tests, whether they pass without a bug
         self._trees: queue.SimpleQueue[Tree] = queue.SimpleQueue()
         self._made: list[Tree] = []
@@ -35,7 +40,7 @@ class Campaign:
         """Give a verdict on each bug."""
         asked = []
         for mutant in mutants:
-            if mutant.equivalent or mutant.needs_gpu:
+            if mutant.equivalent or (mutant.needs_gpu and not self._gpu):
                 reason = f"equivalent: {mutant.equivalent}" if mutant.equivalent else f"needs a GPU: {mutant.needs_gpu}"
                 self._tell(self._record(mutant, "skip", reason=reason))
             else:
@@ -64,7 +69,7 @@ class Campaign:
             start = time.monotonic()
             killer = [mutant.killer] if mutant.killer else []
             with tree.planted([mutant]):
-                answer = tree.test([*killer, *mutant.tests], NARROW)
+                answer = tree.test([*killer, *mutant.tests], self._seconds)
             if answer.code == 0:
                 survivors.append(mutant)
             else:
@@ -72,7 +77,7 @@ class Campaign:
         self._check(tree, [answer for _, answer, _ in caught])
         for mutant, answer, _ in caught:
             if answer.died:  # tests that take as long, or crash, without the bug have found nothing
-                self._sound[mutant.name] = tree.test(mutant.tests, NARROW).code == 0
+                self._sound[mutant.name] = tree.test(mutant.tests, self._seconds).code == 0
         for mutant, answer, seconds in caught:
             self._tell(self._caught(mutant, answer, seconds))
         self._trees.put(tree)
@@ -96,17 +101,20 @@ class Campaign:
                 self._wide_of(half)
 
     def _check(self, tree: Tree, answers: Iterable[Answer]) -> None:
-        """Find out whether the tests that failed pass in the tree without a bug."""
+        """Find out whether the tests that failed pass in the tree without a bug; what does not run has not passed.
+
+        They run file by file: one that cannot be imported keeps all others of its run from running.
+        """
         new = [test for test in dict.fromkeys(t for a in answers for t in a.failed) if test not in self._sound]
-        if new:
-            answer = tree.test(new, WIDE, stop=False)
-            for test in new:
-                self._sound[test] = answer.code in RAN and test not in answer.failed
+        for file in dict.fromkeys(test.partition("::")[0] for test in new):
+            own = [test for test in new if test.partition("::")[0] == file]
+            passed = tree.test(own, WIDE, stop=False).passed
+            self._sound |= {test: any(p == test or p.startswith(test + "::") for p in passed) for test in own}
 
     def _caught(self, mutant: SourceMutant, answer: Answer, seconds: float) -> Record:
         """Return the record of a bug on which the tests did not pass."""
         if answer.died:
-            how = f"did not end within {NARROW:.0f} s" if answer.code is None else f"died by signal {-answer.code}"
+            how = f"did not end within {self._seconds:.0f} s" if answer.code is None else f"died by signal {-answer.code}"
             if self._sound.get(mutant.name):
                 return self._record(mutant, "pass", 0.0, f"the tests {how}", seconds=seconds)
             return self._record(mutant, "error", reason=f"the tests {how}, or do not pass without the bug: {mutant.tests}")

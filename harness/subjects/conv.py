@@ -10,7 +10,9 @@ from torch import Tensor
 import reference
 from fused.ops.causal_conv1d import api
 from harness.fixtures.chains import chain_operator
+from harness.instruments import symmetries
 from harness.instruments.huge_tensors import CLIPS, huge_case
+from harness.instruments.symmetries import Relation
 from harness.judge import race
 from harness.judge.case import LOW_PRECISIONS, Case, cross
 from harness.judge.implementation import Implementation, Sample, fused_implementations
@@ -21,6 +23,7 @@ from harness.records.speed import Point
 
 LAYOUTS = {"mamba_ssm": conv_from_mamba_ssm}
 TIME = {"x": 1, "y": 1}
+STATES = {"initial_state": 2, "final_state": 2}  # tokens in the order of time, whatever the direction
 
 
 def cases(grid: str) -> list[Case]:
@@ -50,14 +53,25 @@ def implementations() -> list[Implementation]:
     def call_with(backend: str) -> Callable[..., Any]:
         return lambda *args, **options: api.causal_conv1d(*args, **options, backend=backend)
 
-    return [Implementation("reference", reference.causal_conv1d), *fused_implementations(api.BACKENDS, call_with, samples)]
+    fused = fused_implementations(api.BACKENDS, call_with, samples, cpu_samples=cpu_samples)
+    return [Implementation("reference", reference.causal_conv1d), *fused]
 
 
 def samples(case: Case, leaves: dict[str, Tensor]) -> list[Sample]:
     """Return the op that native registers."""
     importlib.import_module("fused.ops.causal_conv1d.native")
-    args = (*(leaves.get(k) for k in ("x", "weight", "bias", "initial_state")), not case.has("bare"), case.has("reverse"))
+    tensors = (leaves.get(k) for k in ("x", "weight", "bias", "initial_state"))
+    args = (*tensors, None, not case.has("bare"), case.has("reverse"))
     return [(torch.ops.videomamba.causal_conv1d.default, args, {})]
+
+
+def cpu_samples(case: Case, leaves: dict[str, Tensor]) -> list[Sample]:
+    """Return the op that the kernels for CPUs register, in the dtype that they compute in."""
+    importlib.import_module("fused.ops.causal_conv1d.cpu")
+    precise = {k: x.to(torch.promote_types(x.dtype, torch.float32)) for k, x in leaves.items()}
+    options = not case.has("bare"), [case.has("reverse")]
+    arguments = precise["x"], [precise["weight"]], [precise.get("bias")], precise.get("initial_state"), *options
+    return [(torch.ops.videomamba.causal_conv1d_cpu.default, arguments, {})]
 
 
 def draw(case: Case, seed: int) -> dict[str, Tensor]:
@@ -129,7 +143,7 @@ def costly_checks(case: Case) -> set[str]:
 
 
 def special_cases(check: str, grid: str) -> list[Case]:
-    """Return cases for `strides`, and one NaN for `extremes`."""
+    """Return cases for `strides` and `invariants`, and one NaN for `extremes`."""
     if check == "strides":
         options: list[tuple[str, ...]] = [("for=strides",), ("reverse", "state", "for=strides")]
         small = cross("conv", [{"B": 3, "L": 19, "E": 74, "K": 4}], options, LOW_PRECISIONS[:2])
@@ -139,7 +153,23 @@ def special_cases(check: str, grid: str) -> list[Case]:
         dtypes = LOW_PRECISIONS[:2] if grid == "smoke" else LOW_PRECISIONS
         words: list[tuple[str, ...]] = [("nan", "for=extremes"), ("nan", "reverse", "for=extremes")]
         return cross("conv", [{"B": 2, "L": 9, "E": 6, "K": 4}], words, dtypes)
+    if check == "invariants":
+        sizes = [{"B": 2, "L": 19, "E": 12, "K": 4}] + [{"B": 2, "L": 1569, "E": 384, "K": 4}] * (grid != "smoke")
+        every: list[tuple[str, ...]] = [("state", "for=invariants"), ("bare", "reverse", "state", "for=invariants")]
+        return cross("conv", sizes, every, LOW_PRECISIONS[:2])
     return []
+
+
+def invariants(case: Case) -> dict[str, Relation]:
+    """Return those of a sum over neighbours, which without bias and activation is linear."""
+    found = {
+        "reversal": symmetries.reversal(TIME | STATES), "concatenation": symmetries.concatenation(case["L"]),
+        "permutation": symmetries.permutation(per_clip(case)),
+    }  # fmt: skip
+    if case.has("bare"):
+        found["superposition"] = symmetries.superposition(("x",), TIME)
+        found["homogeneity"] = symmetries.homogeneity(("x", "initial_state"))
+    return found
 
 
 def races() -> list[Race]:

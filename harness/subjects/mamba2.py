@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import fused
 import reference
 from fused.modules import mamba2
+from harness.baselines import autotuning
 from harness.fixtures import functional_modules as modules
 from harness.fixtures.chains import chain
 from harness.judge.case import Case
@@ -45,6 +46,8 @@ def implementations() -> list[Implementation]:
     """Return `Mamba2` of the reference and of `fused`, by backend."""
 
     def call_with(backend: str) -> Callable[..., Any]:
+        if backend.startswith("mamba_ssm"):
+            autotuning.compile_in_threads()
         return lambda *args, **options: fused.Mamba2(*args, **options, backend=backend)
 
     backends = fused_implementations(mamba2.BACKENDS, call_with, every_backend=True)
@@ -151,7 +154,7 @@ def races() -> list[Race]:
         dtype = "float32" if grid == "cpu" else "bfloat16"
         return [Point("mamba2", tuple(s.items()), mode, dtype=dtype) for s in sizes for mode in ("infer", "train")]
 
-    return [Race("mamba2", order=7, points=points, contenders=(("mamba2", ""),), options=("cast",))]
+    return [Race("mamba2", order=7, points=points, contenders=(("mamba2", ""),), options=("cast",), runs=ssd.runs)]
 
 
 def licence(dtype: str) -> tuple[str, ...]:

@@ -12,8 +12,10 @@ import reference
 from fused.modules import mamba
 from harness.fixtures import functional_modules as modules
 from harness.fixtures.chains import chain
+from harness.instruments import symmetries
+from harness.instruments.symmetries import Relation
 from harness.judge import race
-from harness.judge.case import Case
+from harness.judge.case import Case, cross
 from harness.judge.implementation import Implementation, fused_implementations
 from harness.judge.race import Race, timed_precision
 from harness.records.ceilings import Ceilings, element_bytes
@@ -117,6 +119,34 @@ def chunked(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor], cut
     state = leaves["conv_state"], leaves["ssm_state"]
     outputs, state = chain(step, cuts, case["L"], state)
     return {"out": torch.cat(outputs, dim=1), "conv_state": state[0], "ssm_state": state[1]}
+
+
+def special_cases(check: str, grid: str) -> list[Case]:
+    """Return cases for `invariants`, of both kinds."""
+    if check != "invariants":
+        return []
+    sizes = [{"B": 2, "L": 21, "D": 16}] + [{"B": 2, "L": 785, "D": 192}] * (grid != "smoke")
+    kinds: list[tuple[str, ...]] = [("for=invariants",), ("causal", "state", "for=invariants")]
+    return cross("mixer", sizes, kinds, ["float32"])
+
+
+def invariants(case: Case) -> dict[str, Relation]:
+    """Return that clips are independent; of two directions, that they may be exchanged; of one, that it can be cut."""
+    found = {"permutation": symmetries.permutation({"hidden", "conv_state", "ssm_state"})}
+    if case.has("causal"):
+        return found | {"concatenation": symmetries.concatenation(case["L"])}
+    return found | {"reversal": symmetries.reversal(time_axes(case), exchange)}
+
+
+def exchange(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the leaves with the weights of one direction in the places of the other's."""
+    found = dict(leaves)
+    for name in leaves:
+        module, dot, rest = name.partition(".")
+        other = module.replace("_b_log", "_log") if module.endswith("_b_log") else module.removesuffix("_b")
+        if other != module:
+            found |= {name: leaves[other + dot + rest], other + dot + rest: leaves[name]}
+    return found
 
 
 def costly_checks(case: Case) -> set[str]:

@@ -13,7 +13,9 @@ from fused.ops.selective_scan.recurrence import make_segments
 from harness.fixtures import extreme_scan
 from harness.fixtures.chains import chain_operator
 from harness.fixtures.functional_modules import delta_bias
+from harness.instruments import symmetries
 from harness.instruments.huge_tensors import CLIPS, PERIODS, huge_case
+from harness.instruments.symmetries import Relation
 from harness.judge import race
 from harness.judge.case import LOW_PRECISIONS, Case, cross
 from harness.judge.implementation import Implementation, Sample, fused_implementations
@@ -25,6 +27,7 @@ from harness.records.speed import Point
 LAYOUTS = {"mamba_ssm": scan_from_mamba_ssm}
 FORGETTING = 2000  # added to delta, it makes exp(delta A) 0 in float64 too
 TIME = {"u": 1, "delta": 1, "B": 1, "C": 1, "z": 1, "y": 1}
+IDLE = {"delta": -1e4}  # softplus of it is 0 in every precision
 
 
 def cases(grid: str) -> list[Case]:
@@ -64,7 +67,8 @@ def implementations() -> list[Implementation]:
     def call_with(backend: str) -> Callable[..., Any]:
         return lambda *args, **options: api.selective_scan(*args, **options, backend=backend)
 
-    return [Implementation("reference", reference.selective_scan), *fused_implementations(api.BACKENDS, call_with, samples)]
+    fused = fused_implementations(api.BACKENDS, call_with, samples, cpu_samples=cpu_samples)
+    return [Implementation("reference", reference.selective_scan), *fused]
 
 
 def samples(case: Case, leaves: dict[str, Tensor]) -> list[Sample]:
@@ -76,6 +80,16 @@ def samples(case: Case, leaves: dict[str, Tensor]) -> list[Sample]:
     options = not case.has("bare"), [case.has("reverse")], False, True
     arguments = (*pairs, leaves.get("z"), leaves.get("initial_state"), *options)
     return [(torch.ops.videomamba.selective_scan.default, arguments, {})]
+
+
+def cpu_samples(case: Case, leaves: dict[str, Tensor]) -> list[Sample]:
+    """Return the op that the kernels for CPUs register, in the dtype that they compute in."""
+    importlib.import_module("fused.ops.selective_scan.cpu")
+    precise = {k: x.to(torch.promote_types(x.dtype, torch.float32)) for k, x in leaves.items()}
+    pairs = ([precise.get(name)] for name in ("u", "delta", "A", "B", "C", "D", "delta_bias"))
+    options = not case.has("bare"), [case.has("reverse")], True
+    arguments = (*pairs, precise.get("z"), precise.get("initial_state"), *options)
+    return [(torch.ops.videomamba.selective_scan_cpu.default, arguments, {})]
 
 
 def draw(case: Case, seed: int) -> dict[str, Tensor]:
@@ -195,7 +209,7 @@ def costly_checks(case: Case) -> set[str]:
 
 
 def special_cases(check: str, grid: str) -> list[Case]:
-    """Return cases for `strides`, with all that the operator has, and for `extremes`."""
+    """Return cases for `strides`, with all that the operator has, for `invariants`, and for `extremes`."""
     if check == "strides":
         wide = [((), 16), (("reverse", "state"), 16), (("groups=2", "reverse", "state"), 5)]
         small = [
@@ -209,7 +223,21 @@ def special_cases(check: str, grid: str) -> list[Case]:
             huge_case(check, "scan", PERIODS, clip | {"E": 16000}, "infer"),
         ]  # fmt: skip
         return small if grid == "smoke" else small + huge
+    if check == "invariants":
+        sizes = [{"B": 2, "L": 21, "E": 12, "N": 4}] + [{"B": 1, "L": 1569, "E": 384, "N": 16}] * (grid != "smoke")
+        every = [("state",), ("reverse", "state"), ("groups=2", "state")]
+        return cross("scan", sizes, [(*o, "for=invariants") for o in every], LOW_PRECISIONS[:2])
     return extreme_scan.cases(grid) if check == "extremes" else []
+
+
+def invariants(case: Case) -> dict[str, Relation]:
+    """Return those of a recurrence that is linear in u and in the state, and stands still where a step is zero."""
+    return {
+        "superposition": symmetries.superposition(("u",), TIME),
+        "homogeneity": symmetries.homogeneity(("u", "initial_state")), "shift": symmetries.shift(IDLE, TIME),
+        "identity": symmetries.identity(IDLE), "reversal": symmetries.reversal(TIME),
+        "concatenation": symmetries.concatenation(case["L"]), "permutation": symmetries.permutation(per_clip(case)),
+    }  # fmt: skip
 
 
 def races() -> list[Race]:

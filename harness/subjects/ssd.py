@@ -9,16 +9,20 @@ from torch import Tensor
 
 import reference
 from fused.ops.ssd import api, eager
+from harness.baselines import autotuning
 from harness.fixtures.chains import chain
 from harness.fixtures.functional_modules import delta_bias
+from harness.instruments import symmetries
 from harness.instruments.huge_tensors import CLIPS, huge_case
+from harness.instruments.symmetries import Relation
 from harness.judge.case import LOW_PRECISIONS, Case, cross
 from harness.judge.implementation import Implementation, Sample, fused_implementations
 from harness.judge.race import Race
 from harness.records.ceilings import Ceilings, element_bytes
-from harness.records.speed import Point
+from harness.records.speed import Entry, Point
 
 TIME = {"x": 1, "dt": 1, "B": 1, "C": 1, "z": 1, "y": 1}
+IDLE = {"dt": -1e4}  # softplus of it is 0 in every precision
 HEADS = {"x": 2, "dt": 2, "A": 0, "D": 0, "z": 2, "dt_bias": 0, "y": 2, "initial_state": 1, "final_state": 1}
 EXTREMES = ("dt=huge", "dt=tiny", "A=zero", "A=huge", "limits")
 LIMITS = (0.02, 0.3)
@@ -64,6 +68,8 @@ def implementations() -> list[Implementation]:
     """Return the reference, and `fused.ssd` by backend, looked up at the call so that a planted bug takes effect."""
 
     def call_with(backend: str) -> Callable[..., Any]:
+        if backend.startswith("mamba_ssm"):
+            autotuning.compile_in_threads()
         return lambda *args, **options: api.ssd(*args, **options, backend=backend)
 
     return [Implementation("reference", reference.ssd), *fused_implementations(api.BACKENDS, call_with, samples)]
@@ -74,7 +80,7 @@ def samples(case: Case, leaves: dict[str, Tensor]) -> list[Sample]:
     importlib.import_module("fused.ops.ssd.native")
     names = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
     tensors = [leaves.get(name) for name in names]
-    options = (seq_idx(case, leaves["x"]), not case.has("bare"), *limits(case), case.has("reverse"))
+    options = (seq_idx(case, leaves["x"]), not case.has("bare"), *limits(case), case.has("reverse"), True)
     return [(torch.ops.videomamba.ssd.default, (*tensors, *options), {})]
 
 
@@ -214,7 +220,7 @@ def costly_checks(case: Case) -> set[str]:
 
 
 def special_cases(check: str, grid: str) -> list[Case]:
-    """Return cases for `strides`, with all that the operator has, and for `extremes`."""
+    """Return cases for `strides`, with all that the operator has, for `extremes`, and for `invariants`."""
     odd = (("B", 2), ("L", 70), ("H", 4), ("P", 8), ("N", 16))
     if check == "strides":
         options = [(), ("segments", "state"), ("groups=2", "reverse", "state")]
@@ -224,7 +230,21 @@ def special_cases(check: str, grid: str) -> list[Case]:
         return small if grid == "smoke" else [*small, huge_case(check, "ssd", CLIPS, clip | {"E": 63 * 16})]
     if check == "extremes":
         return [Case("ssd", odd, (o, "state", "for=extremes"), d) for o in EXTREMES for d in LOW_PRECISIONS[:2]]
+    if check == "invariants":
+        wide = [{"B": 1, "L": 785, "H": 12, "P": 64, "N": 128}] * (grid != "smoke")
+        words: list[tuple[str, ...]] = [("state", "for=invariants"), ("groups=2", "reverse", "state", "for=invariants")]
+        return cross("ssd", [dict(odd), *wide], words, LOW_PRECISIONS[:2])
     return []
+
+
+def invariants(case: Case) -> dict[str, Relation]:
+    """Return those of a recurrence that is linear in x and in the state, and stands still where a step is zero."""
+    return {
+        "superposition": symmetries.superposition(("x",), TIME),
+        "homogeneity": symmetries.homogeneity(("x", "initial_state")), "shift": symmetries.shift(IDLE, TIME),
+        "identity": symmetries.identity(IDLE), "reversal": symmetries.reversal(TIME),
+        "concatenation": symmetries.concatenation(case["L"]), "permutation": symmetries.permutation(per_clip(case)),
+    }  # fmt: skip
 
 
 def races() -> list[Race]:
@@ -238,7 +258,12 @@ def races() -> list[Race]:
         dtype = "float32" if grid == "cpu" else "bfloat16"
         return [Point("ssd", tuple(s.items()), mode, dtype=dtype) for s in sizes for mode in ("infer", "train")]
 
-    return [Race("ssd", order=6, points=points, contenders=(("ssd", ""),), options=("ungated",))]
+    return [Race("ssd", order=6, points=points, contenders=(("ssd", ""),), options=("ungated",), runs=runs)]
+
+
+def runs(entry: Entry, point: Point, grid: str) -> bool:
+    """Return whether an entry is timed: PyTorch's operations, which take seconds on long rows, only on the shortest ones."""
+    return grid == "cpu" or entry.implementation != "fused:torch" or point["L"] < 10_000
 
 
 def licence(dtype: str) -> tuple[str, ...]:

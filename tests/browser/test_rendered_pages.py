@@ -11,9 +11,9 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from harness.records.finding import Finding
 from harness.records.record import Record
-from harness.report import bench, front, learning, page
+from harness.report import bench, front, learning, mutants, page, sides
 
-KINDS = ("parity", "bench", "streams", "learn", "front")
+KINDS = ("parity", "bench", "streams", "learn", "mutants", "sides", "front")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -45,8 +45,14 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "streams": sweeps.made(folder / "streams", sweeps.pieces()),
         "learn": test_report.made(folder / "learn", [task], plan={"tasks": ["digits"]}),
     }
-    writers = {"parity": page, "bench": bench, "streams": bench, "learn": learning}
+    found_bug, lost = Finding("tests", "survived", 0.0, 0.0, note="tests/a.py::test_a"), Finding("tests", "survived", 1.0, 0.0)
+    bugs = [Record("judge", "bug", "ours", "mutants", f"a.py: {i}", "", "pass", findings=(found_bug,)) for i in range(9)]
+    bugs += [Record("pages", "bug", "ours", "mutants", "b.py: lost", "", "fail", findings=(lost,))]
+    bugs += [Record("pages", "bug", "ours", "mutants", "b.py: known", "", "skip", reason="known to survive: no test of it")]
+    made["mutants"] = test_report.made(folder / "mutants", bugs, kind="mutants", plan={})
+    writers = {"parity": page, "bench": bench, "streams": bench, "learn": learning, "mutants": mutants}
     found = {kind: writers[kind].write(run).with_suffix(".html") for kind, run in made.items()}
+    found["sides"] = sides.write(made["bench"], made["bench"], folder / "sides").with_suffix(".html")
     return found | {"front": front.write(folder / "reports")}
 
 
@@ -89,6 +95,15 @@ def test_a_cell_of_the_map_opens_its_worst_cases(tab: Page, pages: dict[str, Pat
     tab.locator("svg a").filter(has_text="0/1").click()
     place.wait_for(state="visible", timeout=5000)
     assert place.evaluate("heading => heading.getBoundingClientRect().top") < 900
+
+
+def test_a_term_opens_its_explanation(tab: Page, pages: dict[str, Path]) -> None:
+    tab.goto(pages["parity"].as_uri())
+    entry = tab.locator("#term-budget")
+    assert not entry.is_visible()
+    tab.locator("a.term[href='#term-budget']").first.click()
+    entry.wait_for(state="visible", timeout=5000)
+    assert "twice the error of the reference" in entry.inner_text()
 
 
 def test_a_click_sorts_a_table_by_numbers(tab: Page, pages: dict[str, Path]) -> None:

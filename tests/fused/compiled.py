@@ -28,20 +28,23 @@ def launches_of_conv():
     """Yield (case, module, kernel names, launch function): both directions at once, and one direction with a state."""
     from fused.ops.causal_conv1d import launch as conv
 
-    def launch(K, dtype, states, reverses):
+    def launch(K, dtype, states, reverses, ids=None):
         x = torch.empty(1, 70, 2 * 128, dtype=dtype)[..., :128]
         weights = [torch.empty(128, K) for _ in reverses]
         biases = [torch.empty(128) for _ in reverses]
         initial_states = [torch.empty(1, 128, K - 1, dtype=dtype) for _ in reverses] if states else None
         dy = torch.empty(len(reverses), 1, 70, 128, dtype=dtype)
-        conv.forward(x, weights, biases, initial_states, reverses, True)
-        conv.backward(dy, initial_states, x, weights, biases, initial_states, reverses, True, dx=x)
+        conv.forward(x, weights, biases, initial_states, reverses, True, seq_idx=ids)
+        conv.backward(dy, initial_states, x, weights, biases, initial_states, reverses, True, dx=x, seq_idx=ids)
 
     kernels = ("forward_kernel", "backward_kernel", "reduce_kernel")
     yield "both bf16", conv, kernels, lambda: launch(4, BF16, False, (False, True))
     yield "both fp32", conv, kernels, lambda: launch(4, FP32, False, (False, True))
     yield "state bf16", conv, kernels, lambda: launch(4, BF16, True, (False,))
     yield "reverse state bf16", conv, kernels, lambda: launch(4, BF16, True, (True,))
+    ids = torch.zeros(1, 70, dtype=torch.int32)
+    yield "segments bf16", conv, kernels, lambda: launch(4, BF16, False, (False,), ids)
+    yield "segments, reverse state bf16", conv, kernels, lambda: launch(4, BF16, True, (True,), ids)
 
 
 def launches_of_norm():
@@ -97,7 +100,7 @@ def launches_of_ssd():
         dt, A = torch.empty(1, 2000, H, dtype=dtype), torch.empty(H)
         ids, state = (torch.zeros(1, 2000, dtype=torch.int32), torch.empty(1, H, P, N)) if full else (None, None)
         arguments = x, dt, A, B, B, A, z if full and not backward else None, A, True, 0.0, 1.0, state, ids, full
-        ssd_backward.backward(x, state, *arguments) if backward else ssd.forward(*arguments)
+        ssd_backward.backward(x, state, *arguments) if backward else ssd.forward(*arguments, want_final=full)
 
     kernels = ("steps_kernel", "states_kernel", "scan_kernel")
     gradients = "both_states_kernel", "state_gradient_kernel", "input_gradient_kernel", "steps_backward_kernel", "reduce_kernel"

@@ -23,6 +23,7 @@ from fused.ops.causal_conv1d import api as conv_api
 from fused.ops.selective_scan import api as scan
 from fused.ops.selective_scan import api as scan_api
 from fused.ops.shapes import DirectionWeights
+from fused.runtime import cpu_library
 
 SEEDS = range(4)
 
@@ -36,10 +37,27 @@ def chosen(caplog):
     backends._announce.cache_clear()
 
 
-def test_auto_is_torch_on_a_cpu_and_says_so_once(chosen, monkeypatch):
+def test_auto_on_a_cpu_is_cpu_and_says_so_once(chosen, monkeypatch):
     monkeypatch.delenv(backends.SWITCH, raising=False)
+    assert [choose("auto", "cpu") for _ in range(3)] == ["cpu"] * 3
+    assert chosen()[-1] == "backend 'auto' chose 'cpu': the input is on cpu"
+
+
+def test_where_the_cpu_has_no_kernels_auto_is_torch_and_warns_once(chosen, monkeypatch, caplog):
+    monkeypatch.delenv(backends.SWITCH, raising=False)
+    monkeypatch.setattr(cpu_library, "unavailable", lambda: "there is no C++ compiler: install one.")
     assert [choose("auto", "cpu") for _ in range(3)] == ["torch"] * 3
-    assert chosen() == ["backend 'auto' chose 'torch': the input is on cpu"]
+    assert chosen() == ["backend 'auto' chose 'torch': there is no C++ compiler: install one."]
+    assert caplog.records[0].levelno == logging.WARNING
+    with pytest.raises(BackendError, match="backend 'cpu' cannot run here. there is no C.. compiler: install one"):
+        choose("cpu", "cpu")
+
+
+def test_other_devices_have_no_kernels_for_cpus(chosen, monkeypatch):
+    monkeypatch.delenv(backends.SWITCH, raising=False)
+    with pytest.raises(BackendError, match="cpu runs on CPUs only and the input is on meta.*use 'auto'"):
+        choose("cpu", "meta")
+    assert choose("auto", "meta") == "torch" and chosen() == ["backend 'auto' chose 'torch': the input is on meta"]
 
 
 def test_auto_on_cuda_takes_native_where_it_runs(chosen, monkeypatch):
@@ -101,6 +119,7 @@ def test_abilities_are_known_for_every_operator():
         assert all(declared("op", table, name).devices for name in BACKENDS)
     with pytest.raises(ValueError, match="backend must be one of native"):
         declared("scan", scans, "fast")
+    assert declared("attention", {"torch": scans["torch"]}, "cpu") == scans["torch"]  # it has no kernels for CPUs
     with pytest.raises(ValueError, match="attention: backend 'native_kept' does not have it; allowed are torch"):
         declared("attention", {"torch": scans["torch"]}, "native_kept")
 

@@ -126,6 +126,20 @@ def test_sampling_ends_when_the_interval_is_narrow_and_not_before() -> None:
     assert (steady.warm, steady.allocated, steady.reserved, steady.alone) == ((5.0,), 3, 4, False)
 
 
+def test_the_energy_is_that_of_one_call() -> None:
+    class Metered(Scripted):
+        """Uses 6 joules in every batch, for each of whose times four calls are made."""
+
+        def ask(self, request: str, *arguments: object, timeout: float) -> object:
+            answer = super().ask(request, *arguments, timeout=timeout)
+            return answer._replace(joules=6.0, calls=4) if isinstance(answer, Batch) else answer
+
+    [speed] = timed(Metered([0.1, 0.2, 0.3]), budget=2.0)
+    assert speed.joules == 0.5
+    [short] = timed(Metered([1e-6] * 3))
+    assert short.joules is None, "the counter is too slow for it"
+
+
 def test_an_outlier_is_kept_and_asks_for_more() -> None:
     [speed] = timed(Scripted([1e-3] * 6 + [1.0], [1e-3] * 7), budget=10.0)
     assert 1.0 in speed.seconds and speed.median.middle == 1e-3

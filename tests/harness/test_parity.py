@@ -229,8 +229,9 @@ def test_nothing_ran_is_not_green(tmp_path: Path) -> None:
     assert done.exit_code == NOTHING and "nothing ran:\n    fused:native: " in done.output
 
 
-def test_dry_run_runs_nothing() -> None:
-    done = parity(*TINY, "--dry-run")
+def test_dry_run_runs_nothing(tmp_path: Path) -> None:
+    done = parity(*TINY, "--dry-run", "--out", str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists() and "questions, about" in done.output
     assert done.exit_code == PASSED and "B3-L7-E10-N16-float32" in done.output and "1 cases" in done.output
 
 

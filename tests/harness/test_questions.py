@@ -19,12 +19,12 @@ from harness.cli.app import app
 from harness.judge import parity
 from harness.judge.case import Case, cross
 from harness.judge.check import CannotAsk
-from harness.judge.implementation import Implementation
+from harness.judge.implementation import Implementation, needed_abilities
 from harness.judge.registry import subjects
 from harness.judge.request import ParityRequest
 from harness.judge.second_process import SecondProcess
 from harness.judge.trial import Trial
-from harness.records.finding import Finding
+from harness.records.finding import Finding, PlainNotFinite
 from harness.records.record import Record
 from harness.runs import store, workers
 from harness.runs.conclude import FAILED, NOTHING, PASSED, exit_code
@@ -63,6 +63,7 @@ def asked(answer: list[Finding] | BaseException, implementation: Implementation 
         (AssertionError("no"), "error", "AssertionError"), (IndexError("i"), "error", "IndexError"),
         (RuntimeError("CUDA error: an illegal memory access"), "error", "illegal memory access"),
         (NotImplementedError("never"), "skip", "declares it cannot: never"),
+        (PlainNotFinite("plain's y is not finite"), "error", "plain's y is not finite"),
     ],
 )  # fmt: skip
 def test_whatever_happens_is_a_record(answer: list[Finding] | BaseException, status: str, said: str) -> None:
@@ -89,6 +90,8 @@ def test_what_is_not_declared_is_skipped_with_the_reason() -> None:
     said = [theirs.missing(Case("scan", sizes, options)) for options in every]
     assert said == [None] * 3 + ["fused:mamba_ssm does not declare initial_state"]
     assert not any(scan["fused:torch"].missing(Case("scan", sizes, o)) for o in every)
+    needed = [needed_abilities(Case("scan", sizes, options)) for options in (*every, ("groups=1",))]
+    assert needed == [[], ["reverse"], ["groups"], ["initial_state", "final_state_grad"], []]
     assert theirs.missing(Case("scan", sizes, (), "float64")) == "fused:mamba_ssm does not declare dtype float64"
     trial = Trial(Case("scan", sizes, ("state",)), "cpu")
     record = parity.ask(ParityRequest("smoke", "cpu"), trial, "forward", Answering(ValueError("ran")), scan["fused:mamba_ssm"])

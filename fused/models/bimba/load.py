@@ -51,10 +51,10 @@ class Pretrained:
         """
         folder = _folder(folder, "folder")
         check_backend(backend)
-        config, base, adapted = _read_json(folder / "config.json"), folder, (folder / ADAPTER).is_file()
+        config, base, adapted = read_settings(folder / "config.json"), folder, (folder / ADAPTER).is_file()
         if adapted:
             base = _base_folder(folder, base_model)
-            config = {**_read_json(base / "config.json"), **{k: v for k, v in config.items() if k == "compressor_type"}}
+            config = {**read_settings(base / "config.json"), **{k: v for k, v in config.items() if k == "compressor_type"}}
         weights = {_name(key): x for key, x in _read_weights(base).items()}
         if adapted:
             weights |= {_name(key): x for key, x in _read_trained(folder).items()}
@@ -67,6 +67,32 @@ class Pretrained:
         model.base_folder = base
         return model.eval()
 
+    @classmethod
+    def from_base(cls: type[T], folder: str | Path, *, backend: str = "auto", dtype: torch.dtype | None = None) -> T:
+        """Return the model with which a training of BIMBA begins, in eval mode on the CPU.
+
+        `folder` holds a base model in LLaVA's layout. Without a compressor in it, the compressor has its initial values and
+        returns its queries (`BimbaCompressor.zero_out_proj`), as upstream's training begins.
+
+        Raises what `from_pretrained` raises, and CheckpointError for a folder of adapters.
+        """
+        folder = _folder(folder, "folder")
+        check_backend(backend)
+        if (folder / ADAPTER).is_file():
+            raise CheckpointError(f"{folder} holds adapters; allowed: a base model, on which adapters are trained anew")
+        config, weights = read_settings(folder / "config.json"), {_name(key): x for key, x in _read_weights(folder).items()}
+        if not any(name.startswith("mm_projector.") for name in weights):
+            raise CheckpointError(f"{folder} holds no projector, whose keys begin with model.mm_projector.: it is no LLaVA")
+        with torch.device("meta"):
+            model: Any = cls(config, backend)  # type: ignore[call-arg]
+        if not any(name.startswith("compressor.") for name in weights):
+            new = model.new_compressor()
+            new.zero_out_proj()
+            weights |= {f"compressor.{name}": x for name, x in new.state_dict().items()}
+        _assign(model, weights, folder, torch.device("cpu"), dtype)
+        model.base_folder = folder
+        return model.eval()
+
 
 def is_bimba(folder: str | Path) -> bool:
     """Return whether a folder holds adapters, or has a config.json of LLaVA or with a compressor; False if none can be read."""
@@ -74,7 +100,7 @@ def is_bimba(folder: str | Path) -> bool:
     if (path / ADAPTER).is_file():
         return True
     try:
-        config = _read_json(path / "config.json")
+        config = read_settings(path / "config.json")
     except (OSError, CheckpointError):
         return False
     return "compressor_type" in config or str(config.get("model_type")).startswith("llava")
@@ -136,7 +162,7 @@ def _read_trained(folder: Path) -> dict[str, Tensor]:
 
 def _merge_adapters(folder: Path, weights: dict[str, Tensor]) -> None:
     """Add the products of adapters, W + (alpha / r) B A, to their weights. Raises CheckpointError for other kinds."""
-    options = _read_json(folder / ADAPTER)
+    options = read_settings(folder / ADAPTER)
     if options.get("peft_type", "LORA") != "LORA" or options.get("use_dora") or options.get("bias", "none") != "none":
         raise CheckpointError(f"{folder / ADAPTER} is no plain LoRA; allowed: peft_type LORA, without DoRA and bias")
     rank = options["r"]
@@ -159,7 +185,7 @@ def _merge_adapters(folder: Path, weights: dict[str, Tensor]) -> None:
 
 def _base_folder(folder: Path, base_model: str | Path | None) -> Path:
     """Return the base model's folder. Raises FileNotFoundError where there is none."""
-    named = base_model or _read_json(folder / ADAPTER).get("base_model_name_or_path")
+    named = base_model or read_settings(folder / ADAPTER).get("base_model_name_or_path")
     if named and Path(os.path.expanduser(named)).is_dir():
         return Path(os.path.expanduser(named))
     raise FileNotFoundError(
@@ -183,7 +209,7 @@ def _folder(path: str | Path, name: str) -> Path:
     return folder
 
 
-def _read_json(path: Path) -> Mapping[str, Any]:
+def read_settings(path: Path) -> Mapping[str, Any]:
     """Return the object in a JSON file. Raises FileNotFoundError, or CheckpointError for what is none."""
     if not path.is_file():
         raise FileNotFoundError(2, "no such file", str(path))

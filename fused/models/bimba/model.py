@@ -4,23 +4,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from fused.models.bimba.compressor import BimbaCompressor
 from fused.models.bimba.load import Pretrained
 from fused.models.bimba.queries import bimba_queries
-from fused.models.bimba.towers import language_model, patch_features, vision_tower
+from fused.models.bimba.towers import language_model, patch_features, prepare_frames, vision_tower
+from fused.models.conversation.turns import Turn, chat_text
 from fused.runtime.checks import check_choice
 
 VIDEO_TOKEN = -200  # stands for the video among the tokens of a prompt, as in LLaVA
 NEWLINES = ("grid", "frame", "no_token")
 FRAMES_AT_ONCE = 16  # in the vision tower
-PROMPT = (
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n",
-    "\n{instruction}{question}<|im_end|>\n<|im_start|>assistant\n",
-)  # of Qwen2, before and behind the video
+VIDEO_WORD = "<video>"  # its place in a turn's text, as in LLaVA's lists
 
 
 class Bimba(Pretrained, nn.Module):
@@ -38,23 +35,25 @@ class Bimba(Pretrained, nn.Module):
     def __init__(self, config: Mapping[str, Any], backend: str = "auto") -> None:
         super().__init__()
         self.config = dict(config)
-        self.pool = config.get("mm_spatial_pool_mode") or "bilinear"
-        self.temporal_pooling = config.get("temporal_pooling") or 1
-        self.newline = config.get("mm_newline_position") or "grid"
+        self.pool, self.temporal_pooling, self.newline = compression(config)
         check_choice("Bimba", "mm_newline_position", self.newline, NEWLINES)
         self.vision_tower = vision_tower(config.get("vision_config") or {})
         self.language_model = language_model(config)
         vision: Any = self.vision_tower.config
         self.image_size, D = vision.image_size, self.language_model.config.hidden_size
         self.mm_projector = nn.Sequential(nn.Linear(vision.hidden_size, D), nn.GELU(), nn.Linear(D, D))
-        self.compressor = BimbaCompressor(D, mixer_type=config.get("compressor_type") or "mamba", backend=backend)
+        self.backend, self.compressor_kind = backend, config.get("compressor_type") or "mamba"
+        self.compressor = self.new_compressor()
         self.image_newline = nn.Parameter(torch.randn(D) / D**0.5)
+
+    def new_compressor(self) -> BimbaCompressor:
+        """Return a compressor of this model with initial values."""
+        width = self.language_model.config.hidden_size
+        return BimbaCompressor(width, mixer_type=self.compressor_kind, backend=self.backend)
 
     def prepare_frames(self, frames: UInt8[Tensor, "F H W 3"]) -> Float[Tensor, "F 3 S S"]:
         """Return frames (F, H, W, 3) as the vision tower takes them: resized (bicubic) to its square, between -1 and 1."""
-        size = (self.image_size, self.image_size)
-        pixels = F.interpolate(frames.permute(0, 3, 1, 2).float(), size=size, mode="bicubic", antialias=True)
-        return pixels.clamp(0, 255) / 127.5 - 1
+        return prepare_frames(frames, self.image_size)
 
     def encode_frames(self, frames: Float[Tensor, "F 3 S S"]) -> Float[Tensor, "F rows columns C"]:
         """Return the projected features of prepared frames, some of which are in the tower at a time.
@@ -74,7 +73,7 @@ class Bimba(Pretrained, nn.Module):
         tokens = self.compressor(features[None], queries[None])[0]  # (G, Q, C)
         if self.newline == "no_token":
             return tokens.flatten(0, 1)
-        rows = -(-features.shape[1] // 2) if self.pool == "bilinear" else features.shape[1] // 2
+        rows = pooled_rows(features.shape[1], self.pool)
         grid = tokens.unflatten(1, (rows if self.newline == "grid" else 1, -1))
         newline = self.image_newline.to(grid.dtype).expand(*grid.shape[:2], 1, -1)
         return torch.cat((grid, newline), dim=2).flatten(0, 2)
@@ -105,13 +104,13 @@ class Bimba(Pretrained, nn.Module):
         video = None if frames is None else self.compress(self.encode_frames(frames))
         inputs = self.embed(input_ids, video)
         if labels is None:
-            return self.language_model(inputs_embeds=inputs)
+            return self.language_model(inputs_embeds=inputs, use_cache=False)
         ids, targets = input_ids.flatten(), labels.flatten()
         if video is not None:
             place = int((ids == VIDEO_TOKEN).nonzero())
             silent = targets.new_full((len(video),), -100)
             targets = torch.cat((targets[:place], silent, targets[place + 1 :]))
-        return self.language_model(inputs_embeds=inputs, labels=targets[None])
+        return self.language_model(inputs_embeds=inputs, labels=targets[None], use_cache=False)
 
     @torch.no_grad()
     def generate(
@@ -136,10 +135,29 @@ class Bimba(Pretrained, nn.Module):
         trains with, but does not give in its evaluation.
         """
         instruction = "" if seconds is None else time_instruction(seconds, duration)
-        before, after = PROMPT[0], PROMPT[1].format(instruction=instruction, question=question)
+        prompt = chat_text(tokenizer, [Turn("user", f"{VIDEO_WORD}\n{instruction}{question}")], answer_follows=True)
+        before, after = prompt.split(VIDEO_WORD, 1)  # the question may hold the word too
         ids = [*tokenizer.encode(before, add_special_tokens=False), VIDEO_TOKEN]
         ids += tokenizer.encode(after, add_special_tokens=False)
         return torch.tensor([ids], device=self.image_newline.device)
+
+
+def compression(config: Mapping[str, Any]) -> tuple[str, int, str]:
+    """Return the pool of the queries, the frames of a mean, and where newline tokens stand, by a base model's config.json."""
+    pool, newline = config.get("mm_spatial_pool_mode") or "bilinear", config.get("mm_newline_position") or "grid"
+    return pool, config.get("temporal_pooling") or 1, newline
+
+
+def pooled_rows(rows: int, pool: str) -> int:
+    """Return the rows of queries of so many rows of patches."""
+    return -(-rows // 2) if pool == "bilinear" else rows // 2
+
+
+def video_token_count(config: Mapping[str, Any], frames: int, rows: int) -> int:
+    """Return the number of tokens that `Bimba.compress` makes of frames of rows x rows patches."""
+    pool, pooling, newline = compression(config)
+    side = pooled_rows(rows, pool)
+    return frames // pooling * (side * side + {"grid": side, "frame": 1, "no_token": 0}[newline])
 
 
 def time_instruction(seconds: Sequence[float], duration: float | None = None) -> str:

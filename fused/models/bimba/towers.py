@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 SIGLIP = {  # google/siglip-so400m-patch14-384, whose last layer LLaVA leaves out
@@ -28,6 +30,12 @@ def language_model(config: Mapping[str, Any]) -> Any:
     library = _transformers()
     fields = {k: v for k, v in config.items() if k not in ("model_type", "architectures", "auto_map", "_name_or_path")}
     return library.Qwen2ForCausalLM(library.Qwen2Config(**fields))
+
+
+def prepare_frames(frames: UInt8[Tensor, "F H W 3"], side: int) -> Float[Tensor, "F 3 S S"]:
+    """Return frames (F, H, W, 3) as the vision tower takes them: resized (bicubic) to its square, between -1 and 1."""
+    pixels = F.interpolate(frames.permute(0, 3, 1, 2).float(), size=(side, side), mode="bicubic", antialias=True)
+    return pixels.clamp(0, 255) / 127.5 - 1
 
 
 def patch_features(tower: nn.Module, frames: Tensor) -> Tensor:

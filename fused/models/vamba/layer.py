@@ -127,12 +127,14 @@ class VambaDecoderLayer(nn.Module):
         shared: Shared | None = None,
         memory: LayerMemory | None = None,
         run_mixer: bool = True,
+        stock: bool = False,
     ) -> tuple[Float[Tensor, "B L D"] | None, Float[Tensor, "B Lv D"] | None]:
         """Return both streams after the layer.
 
         Arguments are those of `Vamba`. `seq_idx` numbers the videos of a row, ascending. Without a `cross_attention_mask`
         every text token reads all of them. A model gives `shared`, which says the same once for all layers, a `memory`, which
-        holds what is cached and takes what is new, and leaves out the last mixer: then there is no video after the layer.
+        holds what is cached and takes what is new, and leaves out the last mixer: then there is no video after the layer. With
+        `stock` text is updated as by a layer of Qwen2-VL: t = t + s.
         """
         if shared is None:
             if text is None:
@@ -145,7 +147,7 @@ class VambaDecoderLayer(nn.Module):
         if video is not None:
             video = self.read_video(video, shared, memory)
         if text is not None:
-            text = self._update_text(text, shared, memory)
+            text = self._update_text(text, shared, memory, stock)
         if video is None or not run_mixer:
             return text, None
         return text, self.vision_mixer(video, shared.seq_idx, shared.backend)[0]
@@ -178,7 +180,7 @@ class VambaDecoderLayer(nn.Module):
         memory.video = self.cross_attn.project_keys(video, angles, shared.backend)
         return video
 
-    def _update_text(self, text: Tensor, shared: Shared, memory: LayerMemory) -> Tensor:
+    def _update_text(self, text: Tensor, shared: Shared, memory: LayerMemory, stock: bool) -> Tensor:
         """Return the text stream (B, L, D) after the layer."""
         h = self.input_layernorm(text, shared.backend)
         pair = memory.extend(*self.self_attn.project_keys(h, shared.angles, shared.backend))
@@ -187,7 +189,7 @@ class VambaDecoderLayer(nn.Module):
         if memory.video is not None:
             angles = shared.angles if self.config.cross_attn_use_position_embeddings else None
             c = self.cross_attn(h, memory.video, angles, shared.cross_pattern, shared.backend)
-        if self.config.use_alpha_balancing:
+        if self.config.use_alpha_balancing and not stock:
             update = self.balance(s, c)
         else:
             update = s if c is None else s + c

@@ -82,7 +82,7 @@ class Pretrained:
         check_backend(backend)
         given, files = read_json(folder / CONFIG), weight_files(folder)
         with ExitStack() as stack:
-            handles = {file: stack.enter_context(_open(file)) for file in sorted(set(files.values()))}
+            handles = {file: stack.enter_context(open_weights(file)) for file in sorted(set(files.values()))}
             shapes = {name: tuple(handles[file].get_slice(name).get_shape()) for name, file in files.items()}
             config = read_config(folder, given, shapes)
             try:
@@ -101,13 +101,10 @@ class Pretrained:
                 tensor = handles[files[name]].get_tensor(name)
                 keeps = name.rpartition(".")[2] in FLOAT32
                 target = torch.float32 if keeps else dtype or tensor.dtype
-                _assign(model, name, tensor.to(device=device, dtype=target))
+                assign(model, name, tensor.to(device=device, dtype=target))
         if vision:
             model.visual.to(device)  # its buffers
-        stops = given.get("eos_token_id") or []
-        if (folder / "generation_config.json").is_file():
-            stops = read_json(folder / "generation_config.json").get("eos_token_id") or stops
-        model.stop_tokens = tuple(stops) if isinstance(stops, list) else (stops,)
+        model.stop_tokens = read_stops(folder, given)
         _log.info("%s", model.load_report)
         return model.eval()
 
@@ -170,6 +167,14 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(2, f"the folder holds no {path.name}", str(path)) from error
 
 
+def read_stops(folder: Path, given: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the tokens that end an answer: those of generation_config.json, else of `given`, the content of config.json."""
+    stops = given.get("eos_token_id") or []
+    if (folder / "generation_config.json").is_file():
+        stops = read_json(folder / "generation_config.json").get("eos_token_id") or stops
+    return tuple(stops) if isinstance(stops, list) else (stops,)
+
+
 def weight_files(folder: Path) -> dict[str, Path]:
     """Return the file of each tensor. Raises FileNotFoundError for missing files, CheckpointError for a wrong index."""
     if (folder / INDEX).is_file():
@@ -207,6 +212,14 @@ def read_config(folder: Path, given: Mapping[str, Any], shapes: Mapping[str, tup
         "expand": d_inner // width, "headdim": d_ssm // heads, "d_state": (conv - d_ssm) // (2 * groups), "d_conv": d_conv,
         "d_ssm": None if d_ssm == d_inner else d_ssm,
     }  # fmt: skip
+    return decoder_config(folder, given, "model.layers.0.alpha" in shapes, mixer)
+
+
+def decoder_config(folder: Path, given: Mapping[str, Any], balances: bool, mixer: Mapping[str, Any]) -> VambaConfig:
+    """Return the configuration with the decoder of a config.json, with alpha if `balances`, and the keywords of the mixers.
+
+    Raises CheckpointError for values that are wrong or missing.
+    """
     rope = _find(given, "rope_scaling") or _find(given, "rope_parameters") or {}
     names = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"
@@ -222,7 +235,7 @@ def read_config(folder: Path, given: Mapping[str, Any], shapes: Mapping[str, tup
         return VambaConfig(
             **{name: text[name] for name in names},
             **{name: value for name, value in optional.items() if value is not None},
-            use_alpha_balancing="model.layers.0.alpha" in shapes,
+            use_alpha_balancing=balances,
             mixer=mixer,
         )
     except KeyError as error:
@@ -262,7 +275,7 @@ def _check_names(folder: Path, model: Any, shapes: Mapping[str, tuple[int, ...]]
     return VambaLoadReport(str(folder), list(due), [name for name in due if name.startswith(last)], dropped)
 
 
-def _assign(model: nn.Module, name: str, value: Tensor) -> None:
+def assign(model: nn.Module, name: str, value: Tensor) -> None:
     """Put a tensor in the place of a parameter, or of a buffer, of the model."""
     module = model.get_submodule(name.rpartition(".")[0])
     leaf = name.rpartition(".")[2]
@@ -272,7 +285,7 @@ def _assign(model: nn.Module, name: str, value: Tensor) -> None:
         module._buffers[leaf] = value
 
 
-def _open(file: Path) -> Any:
+def open_weights(file: Path) -> Any:
     """Return a safetensors file, open; raise CheckpointError for a damaged one, ImportError without the library."""
     try:
         from safetensors import safe_open
@@ -286,7 +299,7 @@ def _open(file: Path) -> Any:
 
 def _names(file: Path) -> list[str]:
     """Return the names of the tensors in a safetensors file."""
-    with _open(file) as handle:
+    with open_weights(file) as handle:
         return list(handle.keys())
 
 

@@ -127,8 +127,8 @@ class Vamba(EncodesVideo, Generates, Pretrained, nn.Module):
             text_pattern = causal_pattern(samples, L, valid)
         shared = Shared(
             backends.choose(self.backend, text.device),
-            self._first_layer.angles(position_ids, text.dtype),
-            None if encoder_position_ids is None else self._first_layer.angles(encoder_position_ids, text.dtype),
+            self.first_layer.angles(position_ids, text.dtype),
+            None if encoder_position_ids is None else self.first_layer.angles(encoder_position_ids, text.dtype),
             text_pattern,
             self._cross_pattern(cross_attention_mask, samples, lengths, (B, L, tokens)),
             None if video is None or lengths is None else video_segments(lengths, tokens, text.device),
@@ -140,7 +140,8 @@ class Vamba(EncodesVideo, Generates, Pretrained, nn.Module):
         return VambaOutput(logits, loss, self._collect(memories, lengths, valid, B, past + L) if use_cache else None)
 
     @property
-    def _first_layer(self) -> VambaDecoderLayer:
+    def first_layer(self) -> VambaDecoderLayer:
+        """The layer whose rotary angles are those of all."""
         layer = self.model.layers[0]
         assert isinstance(layer, VambaDecoderLayer)
         return layer

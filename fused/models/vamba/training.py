@@ -7,6 +7,7 @@
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from fused.models.vamba.model import Vamba
 from fused.rules import invalid
 
 STAGES = {"pretrain": ("cross_attn", "vision_mixer", "alpha"), "sft": ("model.", "visual.merger.")}
-"""By stage, parts of the names that are learnt: substrings in "pretrain", beginnings in "sft". Source: upstream's scripts."""
+"""By stage, parts of the names of the parameters that are learnt. Source: upstream's scripts."""
 
 
 @torch.no_grad()
@@ -40,22 +41,31 @@ def init_mixers(model: Vamba) -> None:
         nn.init.uniform_(mixer.out_proj.weight, -edge, edge)
 
 
-def select_trainable(model: Vamba, stage: str) -> list[str]:
-    """Let the parameters of a stage require gradients and no others, and return their names.
+def select_trainable(model: Vamba, stage: str | Sequence[str]) -> list[str]:
+    """Let the parameters of a stage, or those with one of some parts in their names, require gradients; return their names.
 
     "pretrain" learns cross-attention, mixers and alpha; "sft" the whole decoder but lm_head, and the merger of the vision
-    tower. The mixer of the last layer, which gets no gradient, is left out. Raises ValueError for another stage.
+    tower. The mixer of the last layer, which gets no gradient, is left out, as are the other parameters. Raises ValueError for
+    another stage, and for a part that no such parameter's name holds.
     """
-    if stage not in STAGES:
+    if isinstance(stage, str) and stage not in STAGES:
         raise invalid("stage", stage, "one of " + ", ".join(map(repr, STAGES)))
+    parts = STAGES[stage] if isinstance(stage, str) else tuple(stage)
     unused = f"model.layers.{len(_layers(model)) - 1}.vision_mixer."
-    learnt = []
+    usable = [name for name, _ in model.named_parameters() if not name.startswith(unused)]
+    if not isinstance(stage, str) and (lacking := [part for part in parts if not any(part in name for name in usable)]):
+        shown = ", ".join(groups(usable))
+        raise ValueError(f"no parameter that can learn has {lacking[0]!r} in its name; allowed: parts of {shown}")
+    learnt = {name for name in usable if any(part in name for part in parts)}
     for name, parameter in model.named_parameters():
-        fits = name.startswith(STAGES[stage]) if stage == "sft" else any(part in name for part in STAGES[stage])
-        parameter.requires_grad_(fits and not name.startswith(unused))
-        if parameter.requires_grad:
-            learnt.append(name)
-    return learnt
+        parameter.requires_grad_(name in learnt)
+    return [name for name in usable if name in learnt]
+
+
+def groups(names: Sequence[str]) -> list[str]:
+    """Return the modules of parameters in order, layers of one kind as one: model.layers.*.cross_attn and so on."""
+    shown = [".".join("*" if part.isdigit() else part for part in name.split(".")[:4]) for name in names]
+    return list(dict.fromkeys(name.removesuffix(".weight").removesuffix(".bias") for name in shown))
 
 
 def _layers(model: Vamba) -> list[VambaDecoderLayer]:

@@ -18,6 +18,8 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 PATCH, MERGE = 14, 2
 SIDE = PATCH * MERGE  # pixels of a merged token's side
 PAIRS_AT_ONCE = 16  # pairs of frames that pass the tower together
+VIDEO_START = "<|vision_start|>"
+VIDEO_WORDS = f"{VIDEO_START}<|vision_end|>"  # stand where the video is among the text, which holds no place for its tokens
 
 
 def vision_tower(config: Mapping[str, Any]) -> nn.Module:
@@ -64,7 +66,6 @@ def prepare_frame(frame: UInt8[Tensor, "H W 3"], size: tuple[int, int]) -> UInt8
     return image[0].round().clamp(0, 255).to(torch.uint8)
 
 
-@torch.no_grad()
 def frame_features(tower: nn.Module, frames: Tensor) -> Float[Tensor, "n D"]:
     """Return the merged tokens, T/2 H/28 W/28 of them in the order of time, rows and columns, of T frames (T, 3, H, W).
 

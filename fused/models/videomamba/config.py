@@ -67,7 +67,7 @@ class VideoMambaConfig:
             object.__setattr__(self, "img_size", tuple(self.img_size))  # a list has no hash
         if isinstance(self.ssm_cfg, Mapping):
             object.__setattr__(self, "ssm_cfg", dict(self.ssm_cfg))  # the caller's mapping may change, or not pickle
-        if self.ckpt_num_frame == -1:
+        if isinstance(self.ckpt_num_frame, int) and self.ckpt_num_frame == -1:
             object.__setattr__(self, "ckpt_num_frame", None)
         for f in fields(self):
             if f.name in _RULES:
@@ -92,7 +92,7 @@ class VideoMambaConfig:
         if self.clip_decoder_embed_dim not in (None, self.embed_dim):
             allowed = f"embed_dim ({self.embed_dim}), whose tokens enter the decoder, or None for the same"
             raise invalid("clip_decoder_embed_dim", self.clip_decoder_embed_dim, allowed)
-        layers = self.student_layers()
+        layers = self.student_layers() if self.clip_return_layer <= self.depth else (-1,)
         if any(layer < 0 for layer in layers) or len(set(layers)) < len(layers):
             allowed = (
                 f"as many distinct layers as depth ({self.depth}) and clip_student_return_interval "

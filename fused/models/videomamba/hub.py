@@ -82,7 +82,7 @@ class Pretrained:
         folder = Path(os.path.expanduser(source))
         if str(source) in PRETRAINED:
             published = PRETRAINED[str(source)]
-            trained, weights = Description(published.config), _download(published.repository, published.file, remote)
+            trained, weights = Description(published.config), download(published.repository, published.file, remote)
         elif folder.is_dir():
             trained, weights = read_description(folder / CONFIG), folder / WEIGHTS
         elif folder.exists():
@@ -92,8 +92,8 @@ class Pretrained:
             raise FileNotFoundError(2, "there is no such folder", str(folder))
         elif _REPOSITORY.fullmatch(source):
             try:
-                trained = read_description(_download(source, CONFIG, remote))
-                weights = _download(source, WEIGHTS, remote)
+                trained = read_description(download(source, CONFIG, remote))
+                weights = download(source, WEIGHTS, remote)
             except NotDownloaded as error:
                 raise NotDownloaded(f"there is no folder {source}; {error}", error.url) from error.__cause__
         else:
@@ -191,11 +191,11 @@ def near_names(source: str) -> str:
     return f"published are {', '.join(near[:8])}" if near else "the published ones are the keys of fused.PRETRAINED"
 
 
-def _download(repository: str, file: str, remote: dict[str, Any]) -> Path:
+def download(repository: str, file: str, remote: dict[str, Any] | None = None) -> Path:
     """Return a file's path in huggingface_hub's cache, downloaded if missing. Raises NotDownloaded if that fails."""
     hub = _hub()
     try:
-        return Path(hub.hf_hub_download(repository, file, **remote))
+        return Path(hub.hf_hub_download(repository, file, **(remote or {})))
     except Exception as error:  # the causes have no common class: offline, no such repository, no such file, proxies
         url = f"https://huggingface.co/{repository}/resolve/main/{file}"
         raise NotDownloaded(

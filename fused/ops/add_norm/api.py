@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fused import backends
-from fused.backends import NATIVE, TORCH, Abilities
+from fused.backends import CPU, NATIVE, TORCH, Abilities
 from fused.ops import mamba_ssm
 from fused.ops.add_norm.eager import add_norm_eager
 from fused.ops.shapes import Rows
@@ -26,6 +26,7 @@ KINDS = ("rms", "layer")
 
 BACKENDS = {
     "native": NATIVE,
+    "cpu": CPU,
     "mamba_ssm": Abilities(False, False, False, False, KERNEL_DTYPES, ("cuda",)),
     "torch": TORCH,
 }
@@ -76,6 +77,10 @@ def implementation(backend: str) -> Callable[..., Any]:
         from fused.ops.add_norm.native import add_norm_native  # Triton is imported where it is used
 
         return add_norm_native
+    if operator_backend == "cpu":
+        from fused.ops.add_norm.cpu import add_norm_cpu
+
+        return add_norm_cpu
     return mamba_ssm.add_norm if operator_backend == "mamba_ssm" else add_norm_eager
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fused import backends
-from fused.backends import NATIVE, TORCH, Abilities
+from fused.backends import CPU, NATIVE, TORCH, Abilities
 from fused.ops import mamba_ssm
 from fused.ops.causal_conv1d.eager import causal_conv1d_eager
 from fused.ops.causal_conv1d.segmented import causal_conv1d_segmented
@@ -24,6 +24,7 @@ from fused.runtime.dtypes import KERNEL_DTYPES
 ACTIVATIONS = ("silu", "swish", None)
 BACKENDS = {
     "native": NATIVE,
+    "cpu": CPU,
     "mamba_ssm": Abilities(False, True, True, False, KERNEL_DTYPES, ("cuda",)),
     "torch": TORCH,
 }
@@ -48,7 +49,7 @@ def causal_conv1d(
 
     `seq_idx` numbers the segments of each row, ascending: inputs of another segment than the token's count as zero, in
     `final_state` those of another than the last token's (reverse: the first's). `initial_state` continues the first segment
-    (reverse: the last). Segments run as PyTorch operations, also with "native"; "mamba_ssm" has none here.
+    (reverse: the last). Backend "mamba_ssm" has no segments here.
 
     Raises TypeError or ValueError for an argument that does not fit, ValueError for what the backend cannot do,
     BackendError for a backend that cannot run here.
@@ -64,20 +65,27 @@ def causal_conv1d(
         check_seq_idx("causal_conv1d", seq_idx, x.shape[0], x.shape[1], x.device)
         if backends.operators_of(backend) == "mamba_ssm":
             raise ValueError(f"causal_conv1d: backend {backend!r} does not support seq_idx; use backend='torch'")
-        return causal_conv1d_segmented(
-            x, weight, bias, seq_idx=seq_idx, activation=activation, initial_state=initial_state, reverse=reverse
-        )
-    run = implementation(backend)
-    return run(x, weight, bias, activation=activation, initial_state=initial_state, reverse=reverse)
+    options: dict[str, Any] = {} if seq_idx is None else {"seq_idx": seq_idx}
+    run = implementation(backend, seq_idx is not None)
+    return run(x, weight, bias, activation=activation, initial_state=initial_state, reverse=reverse, **options)
 
 
-def implementation(backend: str) -> Callable[..., Any]:
-    """Return the operator of a concrete backend, without argument checks; its arguments are those above but for `backend`."""
+def implementation(backend: str, segments: bool = False) -> Callable[..., Any]:
+    """Return the operator of a concrete backend, without argument checks; its arguments are those above but for `backend`.
+
+    It takes `seq_idx` only with `segments`, which "mamba_ssm" has not.
+    """
     operator_backend = backends.operators_of(backend)
     if operator_backend == "native":
         from fused.ops.causal_conv1d.native import causal_conv1d_native  # Triton is imported where it is used
 
         return causal_conv1d_native
+    if segments:
+        return causal_conv1d_segmented
+    if operator_backend == "cpu":
+        from fused.ops.causal_conv1d.cpu import causal_conv1d_cpu
+
+        return causal_conv1d_cpu
     return mamba_ssm.causal_conv1d if operator_backend == "mamba_ssm" else causal_conv1d_eager
 
 

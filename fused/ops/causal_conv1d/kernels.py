@@ -4,6 +4,8 @@ A segment is a range of consecutive tokens of one sequence. A program computes a
 BLOCK_CHANNELS channels: it goes through the tokens of all its segments at once, in order, and keeps the last K-1 inputs in
 registers. In names, `fwd` is the direction forward in time and `rev` the reverse one; `forward` and `backward` are the passes
 of autograd. Shapes: S is BLOCK_SEGMENTS, C is BLOCK_CHANNELS, B the clips, L the tokens, E the channels, K the width.
+`ids` (B, L) number the sequences that a row of tokens consists of (`seq_idx`); within a kernel they are a tuple of (S,), one
+for each token of a window, and an empty tuple where there are none.
 """
 
 # mypy: disable-error-code="assignment"
@@ -77,6 +79,27 @@ def _load_tokens(
 
 
 @triton.jit
+def _load_ids(ids_ptr: tl.tensor, tokens: tl.tensor, L: tl.tensor):
+    """Return the sequences (S,) of `tokens` as a tuple of one; those beyond an end belong to the first or the last."""
+    if ids_ptr is not None:
+        return (tl.load(ids_ptr + tl.minimum(tl.maximum(tokens, 0), L - 1)),)
+    else:
+        return ()
+
+
+@triton.jit
+def _of_sequence(values: tl.tuple, ids: tl.tuple, FIRST: tl.constexpr, TOKEN: tl.constexpr, K: tl.constexpr):
+    """Return the K values (S, C) that begin with values[FIRST], zeros for those of another sequence than token TOKEN."""
+    found = ()
+    for k in tl.static_range(K):
+        if len(ids) > 0:
+            found = found + (tl.where((ids[FIRST + k] == ids[TOKEN])[:, None], values[FIRST + k], 0.0),)
+        else:
+            found = found + (values[FIRST + k],)
+    return found
+
+
+@triton.jit
 def _select_conv_state(
     values: tl.tensor, state_ptr: tl.tensor, tokens: tl.tensor, first_token: tl.tensor, clip: tl.tensor, channels: tl.tensor,
     E: tl.tensor, K: tl.constexpr,
@@ -91,13 +114,11 @@ def _select_conv_state(
 
 
 @triton.jit
-def _convolve(
-    inputs: tl.tuple, FIRST: tl.constexpr, weights: tl.tuple, bias: tl.tensor, REVERSE: tl.constexpr, K: tl.constexpr
-):
-    """Return the convolution (S, C) before its activation, from the K inputs (S, C) that begin with inputs[FIRST]."""
-    total = bias + tl.zeros_like(inputs[FIRST])
+def _convolve(inputs: tl.tuple, weights: tl.tuple, bias: tl.tensor, REVERSE: tl.constexpr, K: tl.constexpr):
+    """Return the convolution (S, C) before its activation, from K inputs (S, C) in the order of time."""
+    total = bias + tl.zeros_like(inputs[0])
     for k in tl.static_range(K):
-        total = tl.fma(inputs[FIRST + (K - 1 - k if REVERSE else k)], weights[k], total)
+        total = tl.fma(inputs[K - 1 - k if REVERSE else k], weights[k], total)
     return total
 
 
@@ -121,12 +142,14 @@ def forward_kernel(
     x_ptr: tl.tensor,
     fwd_weight_ptr: tl.tensor, fwd_bias_ptr: tl.tensor, fwd_initial_state_ptr: tl.tensor, fwd_y_ptr: tl.tensor,
     rev_weight_ptr: tl.tensor, rev_bias_ptr: tl.tensor, rev_initial_state_ptr: tl.tensor, rev_y_ptr: tl.tensor,
+    ids_ptr: tl.tensor,
     L: tl.tensor, E: tl.tensor, x_clip_stride: tl.tensor, x_token_stride: tl.tensor, y_clip_stride: tl.tensor,
+    ids_clip_stride: tl.tensor,
     blocks_per_sequence: tl.tensor, segment_length: tl.tensor,
     K: tl.constexpr, SILU: tl.constexpr, NATIVE: tl.constexpr,
     BLOCK_SEGMENTS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Convolve x (B, L, E) in one direction or both; all arguments of a direction that is not computed are None."""
+    """Convolve x (B, L, E) in one direction or both; all arguments of a direction that is not computed are None, ids may be."""
     clip, _, segments, channels = _tile_of_program(blocks_per_sequence, E, BLOCK_SEGMENTS, BLOCK_CHANNELS)
     first_input = segments * segment_length - (K - 1)
     x_ptr += clip * x_clip_stride
@@ -136,58 +159,67 @@ def forward_kernel(
     if rev_y_ptr is not None:
         rev_weights, rev_bias = _load_weights(rev_weight_ptr, rev_bias_ptr, channels, E, K)
         rev_y_ptr += clip * y_clip_stride
-    window = ()  # the K-1 inputs before the next one
+    if ids_ptr is not None:
+        ids_ptr += clip * ids_clip_stride
+    window, window_ids = (), ()  # the K-1 inputs before the next one
     for j in tl.static_range(K - 1):
         t = first_input + j
         x = _load_tokens(x_ptr, t, channels, L, E, x_token_stride, True)
         x = _select_conv_state(x, fwd_initial_state_ptr, t, 1 - K, clip, channels, E, K)
         window = window + (_select_conv_state(x, rev_initial_state_ptr, t, L, clip, channels, E, K),)
+        window_ids = window_ids + _load_ids(ids_ptr, t, L)
     for i in range(0, segment_length, UNROLL):
-        inputs = window
+        inputs, ids = window, window_ids
         for j in tl.static_range(UNROLL):
             t = first_input + (i + j + K - 1)
             x = _load_tokens(x_ptr, t, channels, L, E, x_token_stride, False)
             inputs = inputs + (_select_conv_state(x, rev_initial_state_ptr, t, L, clip, channels, E, K),)
+            ids = ids + _load_ids(ids_ptr, t, L)
         for j in tl.static_range(UNROLL):
             t = first_input + (i + j)
             if fwd_y_ptr is not None:
-                y = _activate(_convolve(inputs, j, fwd_weights, fwd_bias, False, K), SILU, NATIVE)
+                fwd_inputs = _of_sequence(inputs, ids, j, j + K - 1, K)
+                y = _activate(_convolve(fwd_inputs, fwd_weights, fwd_bias, False, K), SILU, NATIVE)
                 fwd_t = t + (K - 1)
                 offsets = fwd_t.to(tl.int64)[:, None] * E + channels[None, :]
                 inside = (fwd_t < L)[:, None] & (channels < E)[None, :]
                 tl.store(fwd_y_ptr + offsets, y.to(fwd_y_ptr.dtype.element_ty), mask=inside)
             if rev_y_ptr is not None:
-                y = _activate(_convolve(inputs, j, rev_weights, rev_bias, True, K), SILU, NATIVE)
+                rev_inputs = _of_sequence(inputs, ids, j, j, K)
+                y = _activate(_convolve(rev_inputs, rev_weights, rev_bias, True, K), SILU, NATIVE)
                 offsets = t.to(tl.int64)[:, None] * E + channels[None, :]
                 inside = ((t >= 0) & (t < L))[:, None] & (channels < E)[None, :]
                 tl.store(rev_y_ptr + offsets, y.to(rev_y_ptr.dtype.element_ty), mask=inside)
         window = inputs[UNROLL:]
+        if ids_ptr is not None:
+            window_ids = ids[UNROLL:]
 
 
 @triton.jit
 def _add_parameter_gradients(
-    sums: tl.tuple, ds: tl.tensor, in_segment: tl.tensor, inputs: tl.tuple, FIRST: tl.constexpr, REVERSE: tl.constexpr,
-    K: tl.constexpr,
+    sums: tl.tuple, ds: tl.tensor, in_segment: tl.tensor, inputs: tl.tuple, REVERSE: tl.constexpr, K: tl.constexpr
 ):  # fmt: skip
     """Return the sums (S, C) for the K weights and the bias, increased by one token's terms where it is in its segment."""
     ds = tl.where(in_segment[:, None], ds, 0.0)
     new_sums = ()
     for k in tl.static_range(K):
-        new_sums = new_sums + (tl.fma(ds, inputs[FIRST + (K - 1 - k if REVERSE else k)], sums[k]),)
+        new_sums = new_sums + (tl.fma(ds, inputs[K - 1 - k if REVERSE else k], sums[k]),)
     return new_sums + (sums[K] + ds,)
 
 
 @triton.jit
 def _add_input_gradient(
-    dx: tl.tensor, ds_window: tl.tuple, weights: tl.tuple, dfinal_state_ptr: tl.tensor, t: tl.tensor,
-    first_state_token: tl.tensor, clip: tl.tensor, channels: tl.tensor, E: tl.tensor, REVERSE: tl.constexpr, K: tl.constexpr,
+    dx: tl.tensor, ds_window: tl.tuple, weights: tl.tuple, dfinal_state_ptr: tl.tensor, t: tl.tensor, ids: tl.tuple,
+    final_ids: tl.tuple, first_state_token: tl.tensor, clip: tl.tensor, channels: tl.tensor, E: tl.tensor,
+    REVERSE: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """Return dx (S, C) plus one direction's terms: of the K outputs that read token t, in time order in `ds_window`, and of
-    the final state, whose first entry is token `first_state_token`."""
+    the final state, whose first entry is token `first_state_token`, where ids[0], of token t, is the final state's."""
     for k in tl.static_range(K):
         dx = tl.fma(ds_window[k if REVERSE else K - 1 - k], weights[k], dx)
     if dfinal_state_ptr is not None:
-        dx += _select_conv_state(tl.zeros_like(dx), dfinal_state_ptr, t, first_state_token, clip, channels, E, K)
+        dstate = _select_conv_state(tl.zeros_like(dx), dfinal_state_ptr, t, first_state_token, clip, channels, E, K)
+        dx += _of_sequence((dstate,), final_ids + ids, 0, 1, 1)[0]
     return dx
 
 
@@ -219,7 +251,8 @@ def backward_kernel(
     fwd_dfinal_state_ptr: tl.tensor, fwd_dinitial_state_ptr: tl.tensor, fwd_partial_ptr: tl.tensor,
     rev_weight_ptr: tl.tensor, rev_bias_ptr: tl.tensor, rev_initial_state_ptr: tl.tensor, rev_dy_ptr: tl.tensor,
     rev_dfinal_state_ptr: tl.tensor, rev_dinitial_state_ptr: tl.tensor, rev_partial_ptr: tl.tensor,
-    L: tl.tensor, E: tl.tensor, x_clip_stride: tl.tensor, x_token_stride: tl.tensor,
+    ids_ptr: tl.tensor,
+    L: tl.tensor, E: tl.tensor, x_clip_stride: tl.tensor, x_token_stride: tl.tensor, ids_clip_stride: tl.tensor,
     dx_clip_stride: tl.tensor, dx_token_stride: tl.tensor,
     blocks_per_sequence: tl.tensor, segment_length: tl.tensor, steps: tl.tensor,
     K: tl.constexpr, SILU: tl.constexpr, NATIVE: tl.constexpr,
@@ -228,7 +261,7 @@ def backward_kernel(
     """Compute dx, the gradients of initial states, and each program's partial sums of dweight and dbias.
 
     A segment has the tokens [start, end). The loop begins K-1 tokens before it, to fill the windows of x and of ds, the
-    gradient before the activation. All arguments of a direction that is not computed are None.
+    gradient before the activation. All arguments of a direction that is not computed are None; ids may be.
     """
     clip, block, segments, channels = _tile_of_program(blocks_per_sequence, E, BLOCK_SEGMENTS, BLOCK_CHANNELS)
     start = segments * segment_length
@@ -246,18 +279,24 @@ def backward_kernel(
         rev_weights, rev_bias = _load_weights(rev_weight_ptr, rev_bias_ptr, channels, E, K)
         rev_dy_ptr += clip * L * E
         rev_ds_window, rev_sums = _fill_tuple(zero, K - 1), _fill_tuple(zero, K + 1)
-    window = ()  # the K-1 inputs before the next one
+    if ids_ptr is not None:
+        ids_ptr += clip * ids_clip_stride
+    window, window_ids = (), ()  # the K-1 inputs before the next one
     for j in tl.static_range(K - 1):
         t = first_input + j
         x = _load_tokens(x_ptr, t, channels, L, E, x_token_stride, True)
         x = _select_conv_state(x, fwd_initial_state_ptr, t, 1 - K, clip, channels, E, K)
         window = window + (_select_conv_state(x, rev_initial_state_ptr, t, L, clip, channels, E, K),)
+        window_ids = window_ids + _load_ids(ids_ptr, t, L)
+    first_ids, last_ids = _load_ids(ids_ptr, segments * 0, L), _load_ids(ids_ptr, segments * 0 + L, L)
+    rev_ids = window_ids  # of the K-1 tokens before, whose ds are zeros so far
     for i in range(0, steps, UNROLL):
-        inputs, fwd_dy, rev_dy = window, (), ()
+        inputs, ids, fwd_dy, rev_dy = window, window_ids, (), ()
         for j in tl.static_range(UNROLL):  # all loads of an iteration come before its arithmetic
             t = first_input + (i + j)
             x = _load_tokens(x_ptr, t + (K - 1), channels, L, E, x_token_stride, False)
             inputs = inputs + (_select_conv_state(x, rev_initial_state_ptr, t + (K - 1), L, clip, channels, E, K),)
+            ids = ids + _load_ids(ids_ptr, t + (K - 1), L)
             if fwd_dy_ptr is not None:
                 fwd_dy = fwd_dy + (_load_tokens(fwd_dy_ptr, t + (K - 1), channels, L, E, E, False),)
             if rev_dy_ptr is not None:
@@ -266,33 +305,46 @@ def backward_kernel(
             t = first_input + (i + j)
             dx = zero
             if fwd_dy_ptr is not None:
-                s = _convolve(inputs, j, fwd_weights, fwd_bias, False, K)
+                fwd_inputs = _of_sequence(inputs, ids, j, j + K - 1, K)
+                s = _convolve(fwd_inputs, fwd_weights, fwd_bias, False, K)
                 ds = _activation_backward(fwd_dy[j], s, SILU, NATIVE)
-                fwd_sums = _add_parameter_gradients(fwd_sums, ds, t + (K - 1) < end, inputs, j, False, K)
+                fwd_sums = _add_parameter_gradients(fwd_sums, ds, t + (K - 1) < end, fwd_inputs, False, K)
                 fwd_ds_window = fwd_ds_window + (ds,)
+                readers = _of_sequence(fwd_ds_window, ids[j : j + K], 0, 0, K)
                 dx = _add_input_gradient(
-                    dx, fwd_ds_window, fwd_weights, fwd_dfinal_state_ptr, t, L - (K - 1), clip, channels, E, False, K
-                )
+                    dx, readers, fwd_weights, fwd_dfinal_state_ptr, t, ids[j : j + 1], last_ids, L - (K - 1), clip, channels, E,
+                    False, K,
+                )  # fmt: skip
                 if fwd_dinitial_state_ptr is not None:
                     _store_state_gradient(fwd_dinitial_state_ptr, dx, t, start == 0, 1 - K, clip, channels, E, K)
                 fwd_ds_window = fwd_ds_window[1:]
             if rev_dy_ptr is not None:
-                s = _convolve(inputs, j, rev_weights, rev_bias, True, K)
+                rev_inputs = _of_sequence(inputs, ids, j, j, K)
+                s = _convolve(rev_inputs, rev_weights, rev_bias, True, K)
                 ds = _activation_backward(rev_dy[j], s, SILU, NATIVE)
-                rev_sums = _add_parameter_gradients(rev_sums, ds, (t >= start) & (t < end), inputs, j, True, K)
+                rev_sums = _add_parameter_gradients(rev_sums, ds, (t >= start) & (t < end), rev_inputs, True, K)
                 rev_ds_window = rev_ds_window + (ds,)
+                rev_ids = rev_ids + ids[j : j + 1]
+                readers = _of_sequence(rev_ds_window, rev_ids, 0, K - 1, K)
                 if rev_dinitial_state_ptr is not None:
                     rev_dx = _add_input_gradient(
-                        zero, rev_ds_window, rev_weights, rev_dfinal_state_ptr, t, 0, clip, channels, E, True, K
-                    )
+                        zero, readers, rev_weights, rev_dfinal_state_ptr, t, ids[j : j + 1], first_ids, 0, clip, channels, E,
+                        True, K,
+                    )  # fmt: skip
                     has_end = (start < L) & (end == L)
                     _store_state_gradient(rev_dinitial_state_ptr, rev_dx, t, has_end, L, clip, channels, E, K)
-                dx = _add_input_gradient(dx, rev_ds_window, rev_weights, rev_dfinal_state_ptr, t, 0, clip, channels, E, True, K)
+                dx = _add_input_gradient(
+                    dx, readers, rev_weights, rev_dfinal_state_ptr, t, ids[j : j + 1], first_ids, 0, clip, channels, E, True, K
+                )
                 rev_ds_window = rev_ds_window[1:]
+                if ids_ptr is not None:
+                    rev_ids = rev_ids[1:]
             in_segment = ((t >= start) & (t < end))[:, None] & (channels < E)[None, :]
             offsets = t.to(tl.int64)[:, None] * dx_token_stride + channels[None, :]
             tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=in_segment)
         window = inputs[UNROLL:]
+        if ids_ptr is not None:
+            window_ids = ids[UNROLL:]
     program = clip * blocks_per_sequence + block
     if fwd_dy_ptr is not None:
         _store_partial_sums(fwd_partial_ptr, fwd_sums, program, channels, E, K)

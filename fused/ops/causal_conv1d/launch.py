@@ -56,12 +56,14 @@ def forward(
     reverses: Sequence[bool],
     silu: bool,
     want_states: bool = True,
+    seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
     """Convolve x (B, L, E) in every direction: return y (directions, B, L, E), and the final states (B, E, K-1) or None.
 
     weights are (E, K) or (E, 1, K), biases (E,), states (B, E, K-1), each one for a direction, of which there is one a kind at
     most. Weights, biases and states of two directions have one dtype each.
-    x may have any strides over clips and tokens; other channel strides than 1 cost a copy.
+    x may have any strides over clips and tokens; other channel strides than 1 cost a copy. `seq_idx` (B, L) numbers the
+    sequences of each row: a token reads no input of another one.
     """
     x, all_none = x if x.stride(2) == 1 else x.contiguous(), (None,) * len(weights)
     biases, initial_states = biases or all_none, initial_states or all_none
@@ -80,17 +82,20 @@ def forward(
             fwd, rev = (fwd, arguments) if reverse else (arguments, rev)
         weight, bias, state, out = rev
         if state is None or out is None or K == 1:
-            _launch_forward(x, fwd, rev, K, silu)
+            _launch_forward(x, fwd, rev, K, silu, seq_idx)
         else:  # a loop that reads a state needs twice the registers: the K-1 tokens that read it are computed again
-            _launch_forward(x, fwd, (weight, bias, None, out), K, silu)
-            _launch_forward(x[:, 1 - K :], _NO_ARGUMENTS[:4], (weight, bias, state, out[:, 1 - K :]), K, silu)
+            _launch_forward(x, fwd, (weight, bias, None, out), K, silu, seq_idx)
+            ids = None if seq_idx is None else seq_idx[:, 1 - K :]
+            _launch_forward(x[:, 1 - K :], _NO_ARGUMENTS[:4], (weight, bias, state, out[:, 1 - K :]), K, silu, ids)
     if not want_states:
         return y, None
     pairs = zip(initial_states, reverses, strict=True)
-    return y, tuple(_final_state(x, state, K - 1, reverse) for state, reverse in pairs)
+    return y, tuple(_final_state(x, state, K - 1, reverse, seq_idx) for state, reverse in pairs)
 
 
-def _launch_forward(x: Tensor, fwd: tuple[Tensor | None, ...], rev: tuple[Tensor | None, ...], K: int, silu: bool) -> None:
+def _launch_forward(
+    x: Tensor, fwd: tuple[Tensor | None, ...], rev: tuple[Tensor | None, ...], K: int, silu: bool, seq_idx: Tensor | None
+) -> None:
     """Launch with the weight, bias, state and y (B, L, E) of either direction. The rows of y are dense."""
     B, L, E = x.shape
     y = fwd[3] if rev[3] is None else rev[3]
@@ -98,7 +103,8 @@ def _launch_forward(x: Tensor, fwd: tuple[Tensor | None, ...], rev: tuple[Tensor
     segment_length, blocks_per_sequence = _choose_segments("forward", B, L if rev[3] is None else L + K - 1, E, 0)
     launch(
         forward_kernel, x.device, (B * blocks_per_sequence * blocks(E, FORWARD["BLOCK_CHANNELS"]),),
-        x, *fwd, *rev, L, E, x.stride(0), x.stride(1), y.stride(0), blocks_per_sequence, segment_length,
+        x, *fwd, *rev, seq_idx, L, E, x.stride(0), x.stride(1), y.stride(0), 0 if seq_idx is None else seq_idx.stride(0),
+        blocks_per_sequence, segment_length,
         K=K, SILU=silu, NATIVE=NATIVE, **FORWARD,
     )  # fmt: skip
 
@@ -113,6 +119,7 @@ def backward(
     reverses: Sequence[bool],
     silu: bool,
     dx: Tensor | None = None,
+    seq_idx: Tensor | None = None,
 ) -> Gradients:
     """Return the gradients of `forward`.
 
@@ -148,7 +155,8 @@ def backward(
             fwd, rev = (fwd, arguments) if reverse else (arguments, rev)
         launch(
             backward_kernel, x.device, (B * blocks_per_sequence * blocks(E, BACKWARD["BLOCK_CHANNELS"]),),
-            x, dx, *fwd, *rev, L, E, x.stride(0), x.stride(1), dx.stride(0), dx.stride(1),
+            x, dx, *fwd, *rev, seq_idx, L, E, x.stride(0), x.stride(1), 0 if seq_idx is None else seq_idx.stride(0),
+            dx.stride(0), dx.stride(1),
             blocks_per_sequence, segment_length, steps,
             K=K, SILU=silu, NATIVE=NATIVE, **BACKWARD,
         )  # fmt: skip
@@ -189,11 +197,22 @@ def _choose_segments(name: str, clips: int, tokens: int, E: int, halo: int) -> t
     return cheapest[1:]
 
 
-def _final_state(x: Tensor, state: Tensor | None, size: int, reverse: bool) -> Tensor:
-    """Return the last (reverse: first) `size` raw inputs of the sequence and the state beyond it, (B, E, size), a copy."""
+def _final_state(x: Tensor, state: Tensor | None, size: int, reverse: bool, seq_idx: Tensor | None) -> Tensor:
+    """Return the last (reverse: first) `size` raw inputs of the sequence and the state beyond it, (B, E, size), a copy.
+
+    With `seq_idx` those of another sequence than the last (reverse: first) token are zeros.
+    """
     length = x.shape[1]
-    inside = (x[:, :size] if reverse else x[:, max(length - size, 0) :]).transpose(1, 2)
+    tokens = slice(None, size) if reverse else slice(max(length - size, 0), None)
+    inside = x[:, tokens].transpose(1, 2)
+    ends = None
+    if seq_idx is not None and length:
+        ends = seq_idx[:, -1:], seq_idx[:, :1]
+        ends = ends if reverse else ends[::-1]  # of the first token in the order of the convolution, and of the last
+        inside = inside.masked_fill((seq_idx[:, tokens] != ends[1])[:, None], 0)
     if length >= size:
         return inside.clone(memory_format=torch.contiguous_format)
     edge = x.new_zeros((x.shape[0], x.shape[2], size)) if state is None else state.to(x.dtype)
+    if ends is not None:
+        edge = edge.masked_fill((ends[0] != ends[1])[:, None], 0)
     return torch.cat((inside, edge[..., : size - length]) if reverse else (edge[..., length:], inside), dim=2)

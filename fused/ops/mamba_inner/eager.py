@@ -14,6 +14,7 @@ from fused.ops.selective_scan import api as scan
 from fused.ops.selective_scan.eager import scan_both_directions
 from fused.ops.shapes import DirectionWeights
 from fused.runtime.dtypes import accumulation_dtype
+from fused.runtime.exporting import is_exporting
 
 Call = Callable[[Tensor], Tensor]
 
@@ -61,12 +62,14 @@ def _call_conv1d(conv1d: Call, x: Tensor, state: Tensor | None, K: int, reverse:
     return c.flip(1) if reverse else c, last[:, :, last.shape[2] - (K - 1) :]
 
 
-def both_directions_eager(x: Tensor, directions: Sequence[DirectionWeights], z: Tensor) -> Tensor:
-    """Return y (B, L, E) of both directions over x (B, L, E) under one gate z (B, L, E), without states, by backend "torch".
+def both_directions_eager(x: Tensor, directions: Sequence[DirectionWeights], z: Tensor, backend: str = "torch") -> Tensor:
+    """Return y (B, L, E) of both directions over x (B, L, E) under one gate z (B, L, E), without states, by "torch" or "cpu".
 
     A of the weights is log(-A). Between the two ends, tokens of the backward direction are in the order of its scan, so that
     an operation takes both directions.
     """
+    if backend == "cpu" and not is_exporting():
+        return _both_directions_cpu(x, directions, z)
     if segments.takes(x, directions):
         return segments.both_directions_in_segments(x, directions, z)
     others: Any = [(w.conv, w.conv_bias, w.dt_proj, w.dt_bias, w.A, w.D) for w in directions]
@@ -78,3 +81,18 @@ def both_directions_eager(x: Tensor, directions: Sequence[DirectionWeights], z: 
     delta = torch.bmm(dt.flatten(1, 2), dt_proj.mT).unflatten(1, x.shape[:2])  # the scan adds dt_proj's bias, unrounded
     A = -A_log.to(accumulation_dtype(A_log.dtype)).exp()
     return scan_both_directions(c, delta, A, B, C, D, z, dt_bias)
+
+
+def _both_directions_cpu(x: Tensor, directions: Sequence[DirectionWeights], z: Tensor) -> Tensor:
+    """Return what `both_directions_eager` returns, operator by operator, by the kernels for CPUs."""
+    from fused.ops.selective_scan.cpu import bidirectional_scan_cpu
+
+    inputs = []
+    for w, reverse in zip(directions, (False, True), strict=True):
+        c, _ = conv.causal_conv1d(x, w.conv, w.conv_bias, reverse=reverse, backend="cpu")
+        dt, B, C = F.linear(c, w.x_proj).split((w.dt_proj.shape[1], w.A.shape[1], w.A.shape[1]), dim=-1)
+        A = -w.A.to(accumulation_dtype(w.A.dtype)).exp()
+        inputs.append((c, F.linear(dt, w.dt_proj), A, B, C, w.D, w.dt_bias))
+    pairs: Any = zip(*inputs, strict=True)
+    u, delta, As, Bs, Cs, Ds, biases = pairs
+    return bidirectional_scan_cpu(u, delta, As, Bs, Cs, Ds, z, biases, softplus=True)

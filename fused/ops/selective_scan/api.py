@@ -16,12 +16,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fused import backends
-from fused.backends import NATIVE, TORCH, Abilities
+from fused.backends import CPU, NATIVE, TORCH, Abilities
 from fused.ops import mamba_ssm
 from fused.ops.selective_scan.eager import scan_both_directions, selective_scan_eager
 from fused.ops.shapes import Mixing, State, Tokens
 from fused.runtime.checks import check_tensor
 from fused.runtime.dtypes import KERNEL_DTYPES
+from fused.runtime.exporting import is_exporting
 
 Pair = tuple[Tensor, Tensor]
 _PAIRED = ("u", "delta", "A", "B", "C", "D", "delta_bias")
@@ -29,6 +30,7 @@ _PAIRED = ("u", "delta", "A", "B", "C", "D", "delta_bias")
 
 BACKENDS = {
     "native": NATIVE,
+    "cpu": CPU,
     "mamba_ssm": Abilities(False, False, True, True, KERNEL_DTYPES, ("cuda",)),
     "torch": replace(TORCH, fullgraph=False),
 }
@@ -77,6 +79,10 @@ def implementation(backend: str) -> Callable[..., Any]:
         from fused.ops.selective_scan.native import selective_scan_native  # registers the operator, at its first use
 
         return selective_scan_native
+    if operator_backend == "cpu":
+        from fused.ops.selective_scan.cpu import selective_scan_cpu
+
+        return selective_scan_cpu
     return mamba_ssm.selective_scan if operator_backend == "mamba_ssm" else selective_scan_eager
 
 
@@ -97,8 +103,8 @@ def bidirectional_scan(
 
         y = (scan(u[0], delta[0], ...) + scan(u[1], delta[1], ..., reverse=True)) * silu(z)
 
-    Return y (B, L, E) in u's dtype. Shapes, dtypes and errors are those of `selective_scan`, without states. Backend "native"
-    runs both in one kernel, and "torch" both in one loop.
+    Return y (B, L, E) in u's dtype. Shapes, dtypes and errors are those of `selective_scan`, without states. Backends "native"
+    and "cpu" run both in one kernel, and "torch" both in one loop.
 
         >>> u, delta = [(torch.randn(2, 63, 8), torch.randn(2, 63, 8)) for _ in range(2)]
         >>> A, BC = (-torch.rand(8, 4),) * 2, (torch.randn(2, 63, 4),) * 2
@@ -119,6 +125,11 @@ def bidirectional_scan(
 
         backends.check_abilities("selective_scan", BACKENDS, "native", u[0].dtype, {})
         return bidirectional_scan_native(u, delta, A, B, C, D, z, delta_bias, softplus=softplus)
+    if chosen == "cpu" and _alike(B, C) and not is_exporting():
+        from fused.ops.selective_scan.cpu import bidirectional_scan_cpu
+
+        backends.check_abilities("selective_scan", BACKENDS, "cpu", u[0].dtype, {})
+        return bidirectional_scan_cpu(u, delta, A, B, C, D, z, delta_bias, softplus=softplus)
     if chosen == "torch" and _alike(delta, B, C, D, delta_bias):
         backends.check_abilities("selective_scan", BACKENDS, "torch", u[0].dtype, {})
         return _scan_both_eager(directions, z, softplus)

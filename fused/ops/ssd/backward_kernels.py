@@ -149,7 +149,7 @@ def input_gradient_kernel(
         if COMPUTE == tl.float32:
             prefix_low = tl.load(prefix_low_ptr + base)
             between += prefix_low[None, :] - prefix_low[:, None]
-        decays = tl.exp2(tl.minimum(between, 0.0))
+        decays = tl.exp2(tl.where(i[:, None] <= i[None, :], between, LOWEST))
         if pairs_ptr is not None:
             pairs = dot(x, tl.trans(dy), tl.zeros((CHUNK, CHUNK), tl.float32)) * decays * d[:, None]
             all_pairs += pairs

@@ -28,6 +28,13 @@ def _exp(x: tl.tensor):
 
 
 @triton.jit
+def _exp2_double(x: tl.tensor):
+    """Return 2^x in float32, without the error of a rounded x, which is float64."""
+    rounded = x.to(tl.float32)
+    return tl.exp2(rounded) * tl.fma((x - rounded.to(tl.float64)).to(tl.float32), LN2, 1.0)
+
+
+@triton.jit
 def softplus(x: tl.tensor):
     """Return log(1 + exp(x)), to the last digits of small results too, and x above 20."""
     e = _exp(tl.minimum(x, 20.0))
@@ -69,6 +76,18 @@ def load_rows(
 
 
 @triton.jit
+def load_columns(
+    ptr: tl.tensor, tokens: tl.tensor, columns: tl.tensor, width: tl.tensor, stride: tl.tensor, COMPUTE: tl.constexpr,
+    EVEN: tl.constexpr,
+):  # fmt: skip
+    """Return what `load_rows` does, transposed, (columns, tokens): a first factor that a product takes from registers."""
+    ptrs = ptr + columns[:, None] + tokens[None, :] * stride
+    if EVEN:
+        return tl.load(ptrs).to(COMPUTE)
+    return tl.load(ptrs, mask=(columns < width)[:, None], other=0.0).to(COMPUTE)
+
+
+@triton.jit
 def load_tiles(
     ptr: tl.tensor, tokens: tl.tensor, N: tl.tensor, stride: tl.tensor, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
     COMPUTE: tl.constexpr, EVEN: tl.constexpr,
@@ -84,11 +103,11 @@ def load_tiles(
 def load_state(
     ptr: tl.tensor, n: tl.tensor, p: tl.tensor, N: tl.tensor, P: tl.tensor, COMPUTE: tl.constexpr, EVEN: tl.constexpr
 ):
-    """Return a tile of the transposed state (N, P) at `ptr`, in COMPUTE."""
-    ptrs = ptr + n[:, None] * P + p[None, :]
+    """Return a tile of the state (P, N) at `ptr`, transposed, in COMPUTE."""
+    ptrs = ptr + p[:, None] * N + n[None, :]
     if EVEN:
-        return tl.load(ptrs).to(COMPUTE)
-    return tl.load(ptrs, mask=(n < N)[:, None] & (p < P)[None, :], other=0.0).to(COMPUTE)
+        return tl.trans(tl.load(ptrs)).to(COMPUTE)
+    return tl.trans(tl.load(ptrs, mask=(p < P)[:, None] & (n < N)[None, :], other=0.0)).to(COMPUTE)
 
 
 @triton.jit
@@ -118,14 +137,15 @@ def load_ids(ids_ptr: tl.tensor, chunk: tl.tensor, L: tl.tensor, REVERSE: tl.con
 def steps_kernel(
     dt_ptr: tl.tensor, A_ptr: tl.tensor, bias_ptr: tl.tensor, ids_ptr: tl.tensor,
     d_ptr: tl.tensor, prefix_ptr: tl.tensor, prefix_low_ptr: tl.tensor, from_state_ptr: tl.tensor, to_end_ptr: tl.tensor,
-    decay_ptr: tl.tensor,
+    into_ptr: tl.tensor, column_ptr: tl.tensor, decay_ptr: tl.tensor,
     L: tl.tensor, H: tl.tensor, num_chunks: tl.tensor, dt_clip_stride: tl.tensor, dt_token_stride: tl.tensor,
     low: tl.tensor, high: tl.tensor,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_HEADS: tl.constexpr,
 ):  # fmt: skip
     """Compute what depends on dt and A only, (B, H, num_chunks CHUNK): the step d = clamp(softplus(dt + bias)), 0 beyond L; the
     prefix; the decays of a state from the chunk's begin to the token (`from_state`) and from the token to the chunk's end
-    (`to_end`), 0 where a segment's edge lies between; and `decay` (B, H, num_chunks), that of the whole chunk.
+    (`to_end`), 0 where a segment's edge lies between; `into`, to_end d; `column`, log2(d) - prefix; and `decay` (B, H,
+    num_chunks), that of the whole chunk. All but the prefix, from_state and decay may be None.
     """
     clip = (tl.program_id(0) // num_chunks).to(tl.int64)
     chunk = tl.program_id(0) % num_chunks
@@ -145,14 +165,7 @@ def steps_kernel(
     log_decay = tl.where(log_decay < LOWEST, LOWEST, log_decay)
     prefix = tl.cumsum(log_decay, axis=0)
     total = tl.sum(log_decay, axis=0)
-    rounded = prefix.to(tl.float32)
-    rest = (prefix - rounded.to(tl.float64)).to(tl.float32)
-    after = total[None, :] - prefix
-    after_rounded = after.to(tl.float32)
-    from_state = tl.exp2(rounded) * tl.fma(rest, LN2, 1.0)
-    to_end = tl.exp2(after_rounded) * tl.fma((after - after_rounded.to(tl.float64)).to(tl.float32), LN2, 1.0)
-    total_rounded = total.to(tl.float32)
-    decay = tl.exp2(total_rounded) * tl.fma((total - total_rounded.to(tl.float64)).to(tl.float32), LN2, 1.0)
+    from_state, to_end, decay = _exp2_double(prefix), _exp2_double(total[None, :] - prefix), _exp2_double(total)
     if ids_ptr is not None:
         ids, before, last = load_ids(ids_ptr + clip * L, chunk, L, REVERSE, CHUNK)
         from_state = tl.where((ids == before)[:, None], from_state, 0.0)
@@ -161,18 +174,26 @@ def steps_kernel(
     from_state = tl.where(inside, from_state, 0.0)  # rows beyond L are read as those of the last token
     offsets = (clip * H + heads)[None, :].to(tl.int64) * (num_chunks * CHUNK) + position[:, None]
     mask = (heads < H)[None, :] & (position < num_chunks * CHUNK)[:, None]
-    tl.store(d_ptr + offsets, d, mask=mask)
+    rounded = prefix.to(tl.float32)
     tl.store(prefix_ptr + offsets, rounded, mask=mask)
-    tl.store(prefix_low_ptr + offsets, rest, mask=mask)
     tl.store(from_state_ptr + offsets, from_state, mask=mask)
-    tl.store(to_end_ptr + offsets, to_end, mask=mask)
+    if d_ptr is not None:
+        tl.store(d_ptr + offsets, d, mask=mask)
+    if prefix_low_ptr is not None:
+        tl.store(prefix_low_ptr + offsets, (prefix - rounded.to(tl.float64)).to(tl.float32), mask=mask)
+    if to_end_ptr is not None:
+        tl.store(to_end_ptr + offsets, to_end, mask=mask)
+    if into_ptr is not None:
+        tl.store(into_ptr + offsets, to_end * d, mask=mask)
+    if column_ptr is not None:
+        tl.store(column_ptr + offsets, (tl.log2(d).to(tl.float64) - prefix).to(tl.float32), mask=mask)
     tl.store(decay_ptr + (clip * H + heads) * num_chunks + chunk, decay, mask=heads < H)
 
 
 @triton.jit(do_not_specialize=["L", "num_chunks", "heads_per_program"])
 def scan_kernel(
     x_ptr: tl.tensor, B_ptr: tl.tensor, C_ptr: tl.tensor, D_ptr: tl.tensor, z_ptr: tl.tensor, ids_ptr: tl.tensor,
-    d_ptr: tl.tensor, prefix_ptr: tl.tensor, prefix_low_ptr: tl.tensor, from_state_ptr: tl.tensor,
+    d_ptr: tl.tensor, prefix_ptr: tl.tensor, prefix_low_ptr: tl.tensor, from_state_ptr: tl.tensor, column_ptr: tl.tensor,
     states_ptr: tl.tensor, y_ptr: tl.tensor,
     L: tl.tensor, H: tl.tensor, P: tl.tensor, N: tl.tensor, heads_per_group: tl.tensor, num_chunks: tl.tensor,
     heads_per_program: tl.tensor,
@@ -183,12 +204,11 @@ def scan_kernel(
     REVERSE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
     COMPUTE: tl.constexpr, D_CHANNELS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Compute y (B, L, H, P) of a chunk from the states that enter the chunks, (B, chunks, H, N, P), for several heads of a
+    """Compute y (B, L, H, P) of a chunk from the states that enter the chunks, (B, chunks, H, P, N), for several heads of a
     group in turn, which share C and C B^T. D, z and ids may be None.
     """
     clip, chunk, group, first_head, count = chunk_and_heads(num_chunks, H, heads_per_group, heads_per_program)
-    p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    i, j = tl.arange(0, CHUNK), tl.arange(0, CHUNK)
+    p, i = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, CHUNK)
     position = chunk * CHUNK + i
     inside, tokens = position < L, to_tokens(position, L, REVERSE)
     x_ptr += clip * x_clip_stride + first_head.to(tl.int64) * x_head_stride
@@ -203,28 +223,31 @@ def scan_kernel(
     C_tiles = load_tiles(C_ptr, tokens, N, C_token_stride, BLOCK_N, TILES, COMPUTE, EVEN)
     B_tiles = load_tiles(B_ptr, tokens, N, B_token_stride, BLOCK_N, TILES, COMPUTE, EVEN)
     products = tl.zeros((CHUNK, CHUNK), tl.float32)
+    used = i[:, None] >= i[None, :]
     for t in tl.static_range(TILES):
         products = dot(C_tiles[t], tl.trans(B_tiles[t]), products)
-    used = i[:, None] >= j[None, :]
     if ids_ptr is not None:
-        ids, _, _ = load_ids(ids_ptr + clip * L, chunk, L, REVERSE, CHUNK)
+        ids = tl.load(ids_ptr + clip * L + tokens)
         used = used & (ids[:, None] == ids[None, :])
     products = tl.where(used, products, 0.0)
     for k in tl.range(0, count, num_stages=STAGES):
         x = load_rows(x_ptr + k * x_head_stride, tokens, p, P, x_token_stride, COMPUTE, EVEN)
-        base = row + k * head_tokens
         # `base` is a number: offsets as a tensor of int64 take so many registers that some spill
-        between = tl.load(prefix_ptr + base + i)[:, None] - tl.load(prefix_ptr + base + j)[None, :]
-        if COMPUTE == tl.float32:
-            between += tl.load(prefix_low_ptr + base + i)[:, None] - tl.load(prefix_low_ptr + base + j)[None, :]
+        base = row + k * head_tokens
         y = tl.zeros((CHUNK, BLOCK_P), tl.float32)
         for t in tl.static_range(TILES):
             n = t * BLOCK_N + tl.arange(0, BLOCK_N)
-            state = load_state(states_ptr + k * state_size, n, p, N, P, COMPUTE, EVEN)
-            y = dot(C_tiles[t], state, y)
-        # not of pairs i < j, whose products are 0: their exponents are positive
-        mixing = (products * tl.exp2(tl.minimum(between, 0.0)) * tl.load(d_ptr + base + j)[None, :]).to(COMPUTE)
-        y = dot(mixing, x, y * tl.load(from_state_ptr + base + i)[:, None])
+            y = dot(C_tiles[t], load_state(states_ptr + k * state_size, n, p, N, P, COMPUTE, EVEN), y)
+        y *= tl.load(from_state_ptr + base + i)[:, None]
+        # pairs i < j have exponents without a bound, and products of 0: neither may make an infinity
+        prefix = tl.load(prefix_ptr + base + i)
+        if COMPUTE == tl.float32:
+            prefix_low = tl.load(prefix_low_ptr + base + i)
+            between = prefix[:, None] - prefix[None, :] + (prefix_low[:, None] - prefix_low[None, :])
+            mixing = products * tl.exp2(tl.minimum(between, 126.0)) * tl.load(d_ptr + base + i)[None, :]
+        else:
+            mixing = products * tl.exp2(tl.minimum(prefix[:, None] + tl.load(column_ptr + base + i)[None, :], 126.0))
+        y = dot(mixing.to(COMPUTE), x, y)
         if D_ptr is not None:
             if D_CHANNELS:
                 D = tl.load(D_ptr + (first_head + k) * P + p, mask=p < P, other=0.0).to(tl.float32)

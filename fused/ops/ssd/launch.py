@@ -26,7 +26,7 @@ from fused.runtime.triton_launch import FUSED_MULTIPLY_ADD, NATIVE, blocks, capa
 
 MAX_CHANNELS, MAX_STATES = 128, 256  # P and N
 MULTIPROCESSORS = 132  # of an H200; a constant, because the heads of a program decide the order of sums
-STEPS = {"BLOCK_HEADS": 16, "num_warps": 8, **FUSED_MULTIPLY_ADD}
+STEPS = {"BLOCK_HEADS": 4, "num_warps": 4, **FUSED_MULTIPLY_ADD}
 
 
 class Options(NamedTuple):
@@ -94,8 +94,10 @@ def choose_config(sizes: Sizes, dtype: torch.dtype, capability: int = 0, backwar
             chunk, over_heads = 128, Options(8, 3 if capability >= 90 else 2)  # with a gate, 3 are too many for an A100
         else:
             chunk, over_heads = 32 if tensor_memory and backward else 64, Options(4, 3 if sizes.N <= 128 else 2)
-        states = Options(8 if block_n == 128 else 4, 3)
-        config = Config(chunk, block_p, block_n, block_p, block_n, tl.bfloat16, 3, False, 16, states, *(over_heads,) * 4)
+        state_n = block_n if backward else 64
+        config = Config(
+            chunk, block_p, block_n, block_p, state_n, tl.bfloat16, 3, False, 16, Options(4, 3), *(over_heads,) * 4
+        )
     return config._replace(diagonal=not tensor_memory)
 
 
@@ -116,15 +118,16 @@ def choose_heads(sizes: Sizes, num_chunks: int, most: int) -> int:
 def forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
     softplus: bool, low: float, high: float, initial_state: Tensor | None, seq_idx: Tensor | None, reverse: bool,
-    config: Config | None = None,
+    want_final: bool = True, config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Scan: return y (B, L, H, P) in x's dtype and the final state (B, H, P, N) in float32.
+    """Scan: return y (B, L, H, P) in x's dtype and the final state (B, H, P, N) in float32, empty unless wanted.
 
     Shapes are those of `fused.ssd`. Strides are free but over the last axis, where others than 1 cost a copy.
     """
     x, dt, B, C, z, D = (rows(t) for t in (x, dt, B, C, z, D))
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    final = torch.empty((x.shape[0], *x.shape[2:], B.shape[3]), dtype=torch.float32, device=x.device)
+    state = x.shape[0], *x.shape[2:], B.shape[3]
+    final = torch.empty(state if want_final else 0, dtype=torch.float32, device=x.device)
     if not y.numel():
         return y, final
     call = prepare(x, dt, A, B, C, dt_bias, softplus, low, high, seq_idx, reverse, config)
@@ -132,16 +135,16 @@ def forward(
     entering, initial = new_states(call, x), None if initial_state is None else initial_state.contiguous()
     triton_launch.launch(
         states_kernel, x.device, call.states_grid,
-        x, B, steps.d, steps.to_end, steps.decay, initial, entering, final,
-        *call.shape, *x.stride()[:3], *B.stride()[:3], TERMS=config.TERMS, **call.states_options,
+        x, B, None, steps.into, steps.decay, initial, entering, final if want_final else None,
+        *call.shape, *x.stride()[:3], *B.stride()[:3], TERMS=config.TERMS if want_final else 1, **call.states_options,
     )  # fmt: skip
     z_strides = (0, 0, 0) if z is None else z.stride()[:3]
     triton_launch.launch(
         scan_kernel, x.device, call.grid,
         x, B, C, None if D is None else D.contiguous(), z, call.ids, steps.d, steps.prefix, steps.prefix_low,
-        steps.from_state, entering, y, *call.shape, call.heads, *x.stride()[:3], *B.stride()[:3], *C.stride()[:3],
-        *z_strides, TILES=blocks(call.sizes.N, config.BLOCK_N), D_CHANNELS=D is not None and D.dim() == 2,
-        **call.options, **config.scan.launch(),
+        steps.from_state, steps.column, entering, y, *call.shape, call.heads,
+        *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *z_strides, TILES=blocks(call.sizes.N, config.BLOCK_N),
+        D_CHANNELS=D is not None and D.dim() == 2, **call.options, **config.scan.launch(),
     )  # fmt: skip
     return y, final
 
@@ -149,11 +152,13 @@ def forward(
 class Steps(NamedTuple):
     """Tensors of dt and A alone: by token (B, H, chunks CHUNK), and `decay` by chunk (B, H, chunks); see `steps_kernel`."""
 
-    d: Tensor
+    d: Any
     prefix: Tensor
-    prefix_low: Tensor
+    prefix_low: Tensor | None
     from_state: Tensor
-    to_end: Tensor
+    to_end: Any
+    into: Any
+    column: Tensor | None
     decay: Tensor
 
 
@@ -213,15 +218,15 @@ def prepare(
         "COMPUTE": config.COMPUTE, "EVEN": sizes.P % config.BLOCK_P == 0 and sizes.N % config.BLOCK_N == 0,
     }  # fmt: skip
     ids = None if seq_idx is None else seq_idx.contiguous()
-    steps = _steps(dt, A, dt_bias, softplus, low, high, ids, reverse, num_chunks, config.CHUNK)
+    steps = _steps(dt, A, dt_bias, softplus, low, high, ids, reverse, num_chunks, config, backward)
     return Call(config, sizes, num_chunks, choose_heads(sizes, num_chunks, config.heads), options, ids, steps, reverse)
 
 
 def new_states(call: Call, x: Tensor) -> Tensor:
-    """Return an empty tensor for a state for every chunk, (B, chunks, H, N, P)."""
+    """Return an empty tensor for a state for every chunk, (B, chunks, H, P, N)."""
     clips, _, H, P, _, N = call.sizes
     dtype = torch.bfloat16 if call.config.COMPUTE == tl.bfloat16 else torch.float32
-    return torch.empty((clips, call.num_chunks, H, N, P), dtype=dtype, device=x.device)
+    return torch.empty((clips, call.num_chunks, H, P, N), dtype=dtype, device=x.device)
 
 
 def rows(t: Any) -> Any:
@@ -231,16 +236,22 @@ def rows(t: Any) -> Any:
 
 def _steps(
     dt: Tensor, A: Tensor, dt_bias: Tensor | None, softplus: bool, low: float, high: float, ids: Tensor | None, reverse: bool,
-    num_chunks: int, CHUNK: int,
+    num_chunks: int, config: Config, backward: bool,
 ) -> Steps:  # fmt: skip
     clips, L, H = dt.shape
-    d, *others = torch.empty((5, clips, H, num_chunks * CHUNK), dtype=torch.float32, device=dt.device).unbind(0)
-    decay = torch.empty((clips, H, num_chunks), dtype=torch.float32, device=dt.device)
+    float32 = config.COMPUTE == tl.float32
+    wanted = (backward or float32, True, float32, True, backward, not backward, not (backward or float32))
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=dt.device)
+
+    tensors = iter(empty(sum(wanted), clips, H, num_chunks * config.CHUNK).unbind(0))
+    by_token: list[Any] = [next(tensors) if want else None for want in wanted]
+    steps = Steps(*(*by_token, empty(clips, H, num_chunks)))
     bias = None if dt_bias is None else dt_bias.contiguous()
     triton_launch.launch(
         steps_kernel, dt.device, (clips * num_chunks, blocks(H, STEPS["BLOCK_HEADS"])),
-        dt, A.contiguous(), bias, ids, d, *others, decay, L, H, num_chunks, *dt.stride()[:2], low, high,
-        SOFTPLUS=softplus, REVERSE=reverse, CHUNK=CHUNK, **STEPS,
+        dt, A.contiguous(), bias, ids, *steps, L, H, num_chunks, *dt.stride()[:2], low, high,
+        SOFTPLUS=softplus, REVERSE=reverse, CHUNK=config.CHUNK, **STEPS,
     )  # fmt: skip
-    prefix, prefix_low, from_state, to_end = others
-    return Steps(d, prefix, prefix_low, from_state, to_end, decay)
+    return steps

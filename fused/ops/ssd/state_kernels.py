@@ -7,19 +7,19 @@ three where a state is returned in float32.
 import triton
 import triton.language as tl
 
-from fused.ops.ssd.kernels import dot, load_rows, to_tokens
+from fused.ops.ssd.kernels import dot, load_columns, load_rows, to_tokens
 
 
 @triton.jit
 def dot_split(a: tl.tensor, b: tl.tensor, c: tl.tensor, COMPUTE: tl.constexpr, TERMS: tl.constexpr):
-    """Return a b + c, where b is float32 and a in COMPUTE."""
+    """Return a b + c, where a is float32 and b in COMPUTE."""
     if COMPUTE == tl.float32:
         return dot(a, b, c)
     for _ in tl.static_range(TERMS - 1):  # cut off, not rounded: a conversion back takes four times as long
-        part = (b.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
-        c = dot(a, part.to(COMPUTE), c)
-        b = b - part
-    return dot(a, b.to(COMPUTE), c)
+        part = (a.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+        c = dot(part.to(COMPUTE), b, c)
+        a = a - part
+    return dot(a.to(COMPUTE), b, c)
 
 
 @triton.jit
@@ -34,10 +34,11 @@ def go_through_chunks(
     COMPUTE: tl.constexpr, TERMS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Go through a sequence with a tile of the state of one head in registers, in float32, from the initial state (B, H, P, N)
-    or zeros on: store the state that enters each chunk, (B, chunks, H, N, P), and the final state (B, H, P, N), unless None.
+    or zeros on: store the state that enters each chunk, (B, chunks, H, P, N), and the final state (B, H, P, N), unless None.
 
     BACKWARD goes through it from the last chunk on, for gradients of states: x is dy, B is C, `weight` is `from_state`; what is
-    stored for a chunk is the gradient of the state that leaves it. Forward, `weight` is `to_end`, to be multiplied by d.
+    stored for a chunk is the gradient of the state that leaves it. Forward, `weight` is `to_end`, to be multiplied by d
+    unless d is None.
     """
     head, clip = program % H, (program // H).to(tl.int64)
     p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -46,29 +47,29 @@ def go_through_chunks(
     B_ptr += clip * B_clip_stride + (head // heads_per_group).to(tl.int64) * B_group_stride
     row = (clip * H + head) * (num_chunks * CHUNK)
     decay_ptr += (clip * H + head) * num_chunks
-    in_state = (n < N)[:, None] & (p < P)[None, :]
-    transposed = (clip * H + head) * P * N + p[None, :] * N + n[:, None]
+    in_state = (p < P)[:, None] & (n < N)[None, :]
+    whole = (clip * H + head) * P * N + p[:, None] * N + n[None, :]
     if initial_ptr is not None:
-        state = tl.load(initial_ptr + transposed, mask=in_state, other=0.0).to(tl.float32)
+        state = tl.load(initial_ptr + whole, mask=in_state, other=0.0).to(tl.float32)
     else:
-        state = tl.zeros((BLOCK_N, BLOCK_P), tl.float32)
+        state = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     for k in tl.range(0, num_chunks, num_stages=STAGES):
         chunk = num_chunks - 1 - k if BACKWARD else k
         position = chunk * CHUNK + tl.arange(0, CHUNK)
         tokens = to_tokens(position, L, REVERSE)
         B = load_rows(B_ptr, tokens, n, N, B_token_stride, COMPUTE, EVEN)
-        x = load_rows(x_ptr, tokens, p, P, x_token_stride, COMPUTE, EVEN)
+        x = load_columns(x_ptr, tokens, p, P, x_token_stride, COMPUTE, EVEN)
         weight = tl.load(weight_ptr + row + position)
-        if not BACKWARD:
+        if d_ptr is not None:
             weight *= tl.load(d_ptr + row + position)
         decay = tl.load(decay_ptr + chunk)
         place = (clip * num_chunks + chunk) * H + head
-        ptrs = states_ptr + place * P * N + n[:, None] * P + p[None, :]
+        ptrs = states_ptr + place * P * N + p[:, None] * N + n[None, :]
         tl.store(ptrs, state.to(states_ptr.dtype.element_ty), mask=None if EVEN else in_state)
-        scaled = x.to(tl.float32) * weight[:, None]
-        state = dot_split(tl.trans(B), scaled, state * decay, COMPUTE, TERMS)
+        scaled = x.to(tl.float32) * weight[None, :]
+        state = dot_split(scaled, B, state * decay, COMPUTE, TERMS)
     if final_ptr is not None:
-        tl.store(final_ptr + transposed, state, mask=in_state)
+        tl.store(final_ptr + whole, state, mask=in_state)
 
 
 @triton.jit(do_not_specialize=["L", "num_chunks"])

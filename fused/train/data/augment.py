@@ -1,19 +1,22 @@
-"""Random choices for the frames of a training clip: the crop of the image, mirroring, a part that is erased."""
+"""Random choices for the frames of a training clip: operations of a policy, the crop, mirroring, a part that is erased."""
 
 import math
 import random
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from fused.io.picture import MEAN, STD, Size, height_width, normalise, resize
+from fused.train.data.auto_augment import AugmentPolicy, Operation, apply_operations
 
 ASPECTS = (3 / 4, 4 / 3)  # lowest and highest aspect of a crop, width over height
 
 ERASED = (0.02, 1 / 3)  # lowest and highest share of the frame that is erased
 ERASED_ASPECTS = (0.3, 1 / 0.3)  # height over width
+MEAN_BYTES = (round(255 * MEAN[0]), round(255 * MEAN[1]), round(255 * MEAN[2]))
 ATTEMPTS = 10  # to find a box that is smaller than the frame
 
 
@@ -55,6 +58,37 @@ class Crop:
         top, left = int(self.top * (H - height + 1)), int(self.left * (W - width + 1))
         x = resize(image[top : top + height, left : left + width], rows, columns)
         return x.flip(-1) if self.mirrored else x
+
+
+class Changes(NamedTuple):
+    """The random changes of all frames of a clip: operations of a policy, and the crop."""
+
+    crop: Crop
+    operations: list[Operation]
+
+    @classmethod
+    def sample(
+        cls, rng: random.Random, scale: tuple[int | float, int | float], flip: int | float, policy: AugmentPolicy | None
+    ) -> "Changes":
+        """Return random changes; `scale` and `flip` are those of `Crop.sample`."""
+        crop = Crop.sample(rng, scale, flip)
+        return cls(crop, policy.draw(rng) if policy is not None else [])
+
+    def apply(
+        self, image: UInt8[Tensor, "H W 3"], size: Size, dtype: torch.dtype, crop_first: bool
+    ) -> Float[Tensor, "3 height width"] | UInt8[Tensor, "3 height width"]:
+        """Return a frame after the changes: normalised float32, or with `dtype` torch.uint8 rounded bytes.
+
+        Upstream crops images first, and fills with their mean colour what the operations leave free; clips it crops last, and
+        fills with grey.
+        """
+        first, last = ([], self.operations) if crop_first else (self.operations, [])
+        image = apply_operations(image, first)
+        if dtype != torch.uint8 and not last:
+            return self.crop.apply(image, size)
+        cut = self.crop.cut(image, size).mul_(255).round_().to(torch.uint8)
+        cut = apply_operations(cut.permute(1, 2, 0), last, fill=MEAN_BYTES).permute(2, 0, 1)
+        return cut if dtype == torch.uint8 else normalise(cut.float() / 255)
 
 
 def erase(clip: Tensor, rng: random.Random) -> Tensor:

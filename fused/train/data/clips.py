@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -24,9 +24,10 @@ from fused.io.picture import Size, height_width
 from fused.io.preprocessing import Preprocessing
 from fused.io.video import Times, VideoError, VideoTooShort, decode_clip
 from fused.rules import check_integer, check_number
-from fused.train.data.augment import Crop, erase
+from fused.train.data.augment import Changes, erase
+from fused.train.data.auto_augment import AugmentPolicy, pillow
 from fused.train.data.folder_scan import is_video_name
-from fused.train.data.listing import list_videos
+from fused.train.data.listing import Listing, list_videos
 from fused.train.interrupt import blocked_signals, leave_signals_to_parent
 
 MAX_CONSECUTIVE_FAILURES = 32  # more than single bad files explain: the path is wrong, or the disk is gone
@@ -41,12 +42,17 @@ class UnreadableFiles(RuntimeError):
         super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
 
 
+class SampleTooLong(VideoError):
+    """The error for a sample of more tokens than a row may have."""
+
+
 class BadFile(NamedTuple):
     """A file that gave no clip."""
 
     path: str  # as the dataset lists it
     sentence: str  # names the file and says what is wrong with it
     too_short: bool  # whether the file is intact and has too few frames
+    too_long: bool = False  # whether it is intact and gives more tokens than a row may have
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,14 @@ class ClipSource(Protocol):
         """Return the clip of file `index` in an epoch. Raise VideoError for a file that gives none."""
 
 
+@runtime_checkable
+class Collates(Protocol):
+    """A source whose samples are no clips of one shape: it makes batches of them itself."""
+
+    def collate(self, samples: Sequence[Any], indices: Sequence[int], bad: Sequence[BadFile]) -> Any:
+        """Return the batch of these samples."""
+
+
 class ClipFolder:
     """The clips of a folder of video files, or of a list of them; `listing.list_videos` describes `root`, `classes`,
     `separator`, `prefix` and `columns`.
@@ -101,8 +115,10 @@ class ClipFolder:
     side of a square, or (height, width), in pixels. With `train`, "segments" takes a
     random frame of each of `frames` equal segments of the video, and "dense" takes frames `stride` apart from a random start.
     All frames of a clip share one random crop (`scale`: lowest and highest fraction of the area; aspect 3:4 to 4:3 of the
-    size's), mirrored with probability `flip`; with probability `erased` one box of all frames is noise (`erase`). Without
-    `train`, a clip is what `Preprocessing.read` returns. `fps` and `short` are explained at `Preprocessing`; `frame_pattern`,
+    size's), mirrored with probability `flip`; with probability `erased` one box of all frames is noise (`erase`). `augment`
+    names an `AugmentPolicy`, such as "rand-m7-n4-mstd0.5-inc1". With `repeats` above 1 a sample is that many clips of the same
+    frames, (repeats, 3, T, height, width), for which everything else is drawn anew (repeated sampling). Without `train`, a clip
+    is what `Preprocessing.read` returns. `fps` and `short` are explained at `Preprocessing`; `frame_pattern`,
     such as "img_*.jpg", selects the images of folders of frames.
 
     With `train`, `dtype` may be torch.uint8: pixels from 0 to 255, rounded after they are resized, and not normalised, which
@@ -110,7 +126,7 @@ class ClipFolder:
 
     The attributes `files` (sorted), `classes`, `labels`, `stated_frames` and `notes` describe the dataset, `preprocessing` its
     clips; only `sample` opens files. Raises ValueError or TypeError for arguments out of range, for a root without videos, and
-    for `fps` with folders of images, which state no times.
+    for `fps` with folders of images, which state no times; ImportError for `augment` without Pillow.
     """
 
     files: tuple[Path, ...]
@@ -124,7 +140,7 @@ class ClipFolder:
         scale: tuple[int | float, int | float] = (0.5, 1.0), flip: int | float = 0.5, erased: int | float = 0.0, seed: int = 0,
         classes: Sequence[str] | None = None, separator: str | None = None, prefix: str | Path | None = None,
         columns: Sequence[str] | None = None, fps: int | float | None = None, short: str = "drop",
-        frame_pattern: str | None = None, dtype: torch.dtype = torch.float32,
+        frame_pattern: str | None = None, dtype: torch.dtype = torch.float32, augment: str | None = None, repeats: int = 1,
     ) -> None:  # fmt: skip
         if frames is not None:
             check_integer("ClipFolder", "frames", frames, 1)
@@ -140,22 +156,31 @@ class ClipFolder:
         size = tuple(size) if isinstance(size, list) else size
         self.preprocessing = Preprocessing(frames, size, sampling, stride, fps, short)
         self.frames, self.size, self.train, self.dtype = frames, height_width(size), train, dtype
-        self.erased = erased
+        check_integer("ClipFolder", "repeats", repeats, 1)
+        self.erased, self.repeats = erased, repeats if train else 1
+        self.policy = AugmentPolicy.parse(augment) if augment is not None else None
+        if self.policy is not None:
+            pillow()  # raises now rather than in a worker, at the first clip that it changes
         self.scale, self.flip, self.seed, self.frame_pattern = (scale[0], scale[1]), flip, seed, frame_pattern
-        listing = list_videos(root, classes, separator, prefix, columns, images=frames is None)
+        listing = self.list_files(root, classes, separator, prefix, columns, images=frames is None)
         self.files, self.labels, self.classes, self.stated_frames, self.notes = listing
         folder = next((path for path in self.files if not is_video_name(path) and path.is_dir()), None) if fps else None
         if folder is not None:
             wrong = f"fps is {fps}, but {folder} is a folder of images, which states no times"
             raise ValueError(f"ClipFolder: {wrong}; allowed: fps=None, or video files only")
 
+    def list_files(self, *where: Any, **options: Any) -> Listing:
+        """Return the videos for arguments of `list_videos`."""
+        return list_videos(*where, **options)
+
     def __len__(self) -> int:
         return len(self.files)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of a clip, (3, T, height, width), or of an image, (3, height, width)."""
-        return (3, *self.size) if self.frames is None else (3, self.frames, *self.size)
+        """The shape of a clip, (3, T, height, width), or of an image, (3, height, width); with repeats of that many."""
+        repeats = (self.repeats,) if self.repeats > 1 else ()
+        return (*repeats, 3, *self.size) if self.frames is None else (*repeats, 3, self.frames, *self.size)
 
     def sample(self, index: int, epoch: int) -> Sample:
         """Return the clip of file `index` in an epoch: the same bits for the same (seed, epoch, index), in any process.
@@ -167,23 +192,23 @@ class ClipFolder:
         if not self.train:
             return Sample(self.preprocessing.read(path, frame_pattern=self.frame_pattern, stated_frames=stated), label)
         rng = random.Random()
-        crop: Crop | None = None
+        changes: list[Changes] = []
 
         def choose(total: int, times: Times) -> list[int]:
             rng.seed(f"{self.seed} {epoch} {index}")
             return self.preprocessing.frame_numbers(path, total, times, rng)
 
         def prepare(image: Tensor) -> Tensor:
-            nonlocal crop
-            crop = crop or Crop.sample(rng, self.scale, self.flip)
-            if self.dtype == torch.uint8:
-                return crop.cut(image, self.size).mul_(255).round_().to(torch.uint8)
-            return crop.apply(image, self.size)
+            if not changes:
+                changes.extend(Changes.sample(rng, self.scale, self.flip, self.policy) for _ in range(self.repeats))
+            return torch.stack([c.apply(image, self.size, self.dtype, self.frames is None) for c in changes], dim=1)
 
-        clip = decode_clip(path, choose, prepare, pattern=self.frame_pattern, stated=stated)
-        if self.erased and rng.random() < self.erased:
-            clip = erase(clip, rng)
-        return Sample(clip[:, 0] if self.frames is None else clip, label)
+        frames = decode_clip(path, choose, prepare, pattern=self.frame_pattern, stated=stated)  # (3, T, repeats, ...)
+        clips = []
+        for clip in frames.unbind(2):
+            clip = erase(clip, rng) if self.erased and rng.random() < self.erased else clip
+            clips.append(clip[:, 0] if self.frames is None else clip)
+        return Sample(torch.stack(clips) if self.repeats > 1 else clips[0], label)
 
 
 def batches(
@@ -197,7 +222,8 @@ def batches(
 
     With `drop_last`, for training, every batch is full. The files left over at the end of the epoch are dropped. A file that
     cannot be read is replaced by the next readable one after this step's files in the order; the ranks take replacements in
-    turn. After 32 consecutive failures UnreadableFiles, a RuntimeError, is raised.
+    turn. After 32 consecutive failures UnreadableFiles, a RuntimeError, is raised. A `ClipFolder` with `repeats` gives that
+    many times more clips: first one of each file, then the second of each.
 
     Without `drop_last`, for evaluation, every readable file occurs exactly once over all ranks. All ranks have equally many
     steps, and the last batch is divided evenly, so that it may be empty on some ranks.
@@ -264,8 +290,11 @@ class _RankSteps(Dataset):
     world: int
     replace: bool  # whether other files replace unreadable ones
 
-    def __getitem__(self, step: int) -> Batch:
-        """Return this rank's batch of a step. Raise UnreadableFiles after too many consecutive failures."""
+    def __getitem__(self, step: int) -> Any:
+        """Return this rank's batch of a step, a `Batch` unless the dataset makes batches itself.
+
+        Raise UnreadableFiles after too many consecutive failures.
+        """
         files = self._rank_files(step)
         samples: list[Sample] = []
         indices: list[int] = []
@@ -284,14 +313,19 @@ class _RankSteps(Dataset):
                 samples.append(self.dataset.sample(index, self.epoch))
             except VideoError as error:
                 path = str(self.dataset.files[index])
-                bad[index] = BadFile(path, str(error), isinstance(error, VideoTooShort))
+                bad[index] = BadFile(path, str(error), isinstance(error, VideoTooShort), isinstance(error, SampleTooLong))
             else:
                 indices.append(index)
                 failures = 0
+        if isinstance(self.dataset, Collates):
+            return self.dataset.collate(samples, indices, tuple(bad.values()))
         empty = torch.empty(0, *self.dataset.shape, dtype=self.dataset.dtype)
         clips = torch.stack([s.clip for s in samples]) if samples else empty
         labels = torch.tensor([s.label for s in samples], dtype=torch.int64)
-        return Batch(clips, labels, torch.tensor(indices, dtype=torch.int64), tuple(bad.values()))
+        numbers, repeats = torch.tensor(indices, dtype=torch.int64), getattr(self.dataset, "repeats", 1)
+        if repeats > 1:  # clips of the same file stand apart, as neighbours are mixed
+            clips, labels, numbers = clips.transpose(0, 1).flatten(0, 1), labels.repeat(repeats), numbers.repeat(repeats)
+        return Batch(clips, labels, numbers, tuple(bad.values()))
 
     def _rank_files(self, step: int) -> list[int]:
         """Return this rank's file indices of a step; an incomplete last step is divided evenly."""

@@ -1,6 +1,6 @@
 """The race of Vamba: its points, its contenders, and what the hardware needs at least."""
 
-from harness.judge.race import Race, timed_precision
+from harness.judge.race import Race, few_samples, timed_precision
 from harness.records.ceilings import Ceilings, element_bytes
 from harness.records.speed import Entry, Point
 from harness.subjects import ssd
@@ -37,8 +37,11 @@ def races() -> list[Race]:
             return point["L"] > 1
         return entry.implementation in ("fused:native", "upstream") or (grid == "cpu" and entry.implementation == "fused:torch")
 
-    contenders = (("vamba", ""), ("qwen2", ""))
-    return [Race("vamba", order=8, points=points, contenders=contenders, runs=runs, maker="harness.bench.vamba:make")]
+    def fewest(point: Point) -> int:
+        return 2 if point["V"] > 50_000 else few_samples(point)  # a prefill of the stock layers takes seconds
+
+    contenders, maker = (("vamba", ""), ("qwen2", "")), "harness.bench.vamba:make"
+    return [Race("vamba", order=8, points=points, contenders=contenders, runs=runs, maker=maker, fewest=fewest, slowest=30.0)]
 
 
 def bound(point: Point, variant: str, ceilings: Ceilings) -> float:

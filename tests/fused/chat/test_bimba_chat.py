@@ -15,7 +15,8 @@ from byte_tokenizers import byte_tokenizer  # noqa: E402
 
 from fused import Bimba  # noqa: E402
 from fused.chat.__main__ import main  # noqa: E402
-from fused.chat.bimba import BimbaConversation, even_places  # noqa: E402
+from fused.chat.bimba import BimbaConversation  # noqa: E402
+from fused.io.repeated_frames import even_places  # noqa: E402
 from fused.io.video import decode_frames  # noqa: E402
 
 VIDEO = Path(__file__).resolve().parents[2] / "data/bigbuckbunny.mp4"
@@ -62,6 +63,12 @@ def test_answers_are_those_of_the_model(folder):
 def test_without_a_video_the_question_alone_is_read(folder, capsys):
     assert run(folder, "--question", "Who?", "--temperature", "1", "--top-p", "0.5") == 0
     assert capsys.readouterr().err.count("the first token after") == 1
+    talk, read = BimbaConversation.open(folder), []
+    embed = talk.model.embed
+    talk.model.embed = lambda ids, video: read.append(ids) or embed(ids, video)
+    list(talk.ask("Who?", max_new_tokens=1))
+    whole = talk.model.tokenize(talk.tokenizer, "Who?")[0]
+    assert read[0][0].tolist() == whole[whole >= 0].tolist() != whole.tolist()
 
 
 def test_the_base_model_is_named_where_the_folder_does_not(folder, tmp_path, capsys):
@@ -94,6 +101,27 @@ def test_wrong_options_are_said_and_end_with_2(folder, tmp_path, capsys):
     ):
         assert run(folder, "--video", str(VIDEO), *words, "--question", "?") == 2
         assert said in capsys.readouterr().err
+
+
+def test_the_times_of_the_frames_are_told_where_that_is_asked_for(folder, tmp_path, monkeypatch):
+    from PIL import Image
+
+    talk, told = BimbaConversation.open(folder), []
+    original = Bimba.tokenize
+    monkeypatch.setattr(Bimba, "tokenize", lambda self, *a: told.append(a[2:]) or original(self, *a))
+    talk.watch(VIDEO, frames=3, times=True)
+    times = []
+    list(decode_frames(VIDEO, lambda total, given: times.extend(given) or [0]))
+    "".join(talk.ask("Who?", max_new_tokens=1))
+    last = len(times) - 1
+    due = [times[0], times[last // 2], times[last]]
+    assert told == [(due, pytest.approx(2 * times[last] - times[last - 1]))]
+    talk.watch(VIDEO, frames=3)
+    "".join(talk.ask("Who?", max_new_tokens=1))
+    assert told[1] == (None, None)
+    Image.new("RGB", (40, 30)).save(tmp_path / "1.png")
+    with pytest.raises(ValueError, match="is a folder of images, which has none"):
+        talk.watch(tmp_path, frames=2, times=True)
 
 
 def test_places_are_linspaces():

@@ -10,6 +10,7 @@ from byte_tokenizers import byte_tokenizer
 from fused import Vamba, VambaConfig
 from fused.chat import session
 from fused.chat.__main__ import main
+from fused.io.repeated_frames import middle_places
 from fused.models.vamba.vision import vision_tower
 
 pytest.importorskip("transformers")
@@ -62,7 +63,11 @@ def test_answers_are_those_of_the_model(folder):
     cache = talk.watch(VIDEO, frames=4, longest=112)
     assert cache.video_length == 2 * 9 * 9  # both sides are raised to 256 pixels
     first, other = ("".join(talk.ask(q, max_new_tokens=6)) for q in ("Who?", "Where is it?"))
-    ids = talk.tokenizer(session.PROMPT.format(question="Who?"), return_tensors="pt")["input_ids"]
+    prompt = (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n<|vision_start|><|vision_end|>Who?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    ids = talk.tokenizer(prompt, return_tensors="pt")["input_ids"]
     stop = talk.tokenizer.convert_tokens_to_ids("<|im_end|>")
     tokens = talk.model.generate(cache, ids, max_new_tokens=6, stop_tokens=[stop])[0].tolist()
     assert first == talk.tokenizer.decode([t for t in tokens if t != stop])
@@ -85,6 +90,21 @@ def test_letters_of_several_tokens_come_whole(folder):
     assert list(talk.ask("?")) == ["\ufffd"]  # an answer that was cut within a letter is not lost
 
 
+def test_the_token_that_ends_an_answer_is_not_shown(folder):
+    talk = session.Conversation.open(folder)
+    stop = talk.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert list(session.pieces(talk.tokenizer, [*talk.tokenizer("ab")["input_ids"], stop, 97], {stop})) == ["a", "b"]
+
+
+def test_a_short_video_repeats_its_last_frame(folder, tmp_path):
+    from PIL import Image
+
+    for number in range(2):
+        Image.new("RGB", (40, 30), (90 * number, 20, 10)).save(tmp_path / f"{number:03}.png")
+    talk = session.Conversation.open(folder)
+    assert talk.watch(tmp_path, frames=6).video_length == 3 * talk.watch(tmp_path, frames=2).video_length
+
+
 def test_wrong_input_is_said_and_ends_with_2(folder, tmp_path, capsys):
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"no video")
@@ -93,6 +113,7 @@ def test_wrong_input_is_said_and_ends_with_2(folder, tmp_path, capsys):
         (("--video", str(broken)), "broken.mp4"),
         (("--video", str(VIDEO), "--frames", "1"), "frames"),
         (("--video", str(VIDEO), "--longest", "3"), "longest"),
+        (("--video", str(VIDEO), "--times"), "--times is an option of a BIMBA"),
         (("--question", "?", "--temperature", "-1"), "temperature"),
         (("--model", str(tmp_path)), "config.json"),
     ):
@@ -116,7 +137,7 @@ def test_memory_of_the_published_model():
 
 
 def test_places_are_upstreams():
-    assert session.middle_places(8, 4) == [1, 3, 5, 7]
-    assert session.middle_places(10, 4) == [1, 3, 6, 8]
-    assert session.middle_places(3, 5) == [0, 1, 2, 2, 2]
-    assert session.middle_places(4, 4) == [0, 1, 2, 3]
+    assert middle_places(8, 4) == [1, 3, 5, 7]
+    assert middle_places(10, 4) == [1, 3, 6, 8]
+    assert middle_places(3, 5) == [0, 1, 2, 2, 2]
+    assert middle_places(4, 4) == [0, 1, 2, 3]

@@ -168,6 +168,21 @@ def test_finished_videos_are_not_read_again(model: VideoMamba, data: Path, tmp_p
     assert results.lines == whole.lines and predictions(tmp_path / "out") == whole.lines
 
 
+def test_a_model_is_evaluated_in_eval_mode_and_classes_without_videos_have_no_accuracy(data: Path) -> None:
+    model = small_model(num_classes=4, fc_drop_rate=0.9)
+    model.labels = [*NAMES, "absent"]
+    due = evaluate(model, data, settings=FAST)
+    found = evaluate(model.train(), data, settings=FAST)
+    assert found.lines == due.lines and not model.training
+    accuracies = {c.name: c.accuracy for c in found.classes}
+    assert accuracies.pop("absent") is None and found.numbers["class_mean"] == pytest.approx(sum(accuracies.values()) / 3)
+
+
+def test_the_last_window_has_half_of_a_window_at_least() -> None:
+    windows = Settings(window=3).chosen_views().windows
+    assert windows is not None and (windows.seconds, windows.every, windows.least) == (3, 3, 1.5)
+
+
 def test_a_video_with_another_label_is_read_again(model: VideoMamba, data: Path, tmp_path: Path) -> None:
     evaluate(model, data, tmp_path / "out", FAST)
     path = data / "dark/a.avi"

@@ -86,6 +86,13 @@ def test_windows_have_features_of_their_own(videos: Path) -> None:
         close(value, row)
 
 
+def test_a_model_in_training_stays_so(videos: Path) -> None:
+    model = built(VideoMamba, num_classes=3, fc_drop_rate=0.9)
+    due = extract(model, videos, FAST)
+    found = extract(model.train(), videos, FAST)
+    assert model.training and all(torch.equal(a, b) for a, b in zip(found.values, due.values, strict=True))
+
+
 def test_files(videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = built(VideoMamba, num_classes=3)
     folder, due = str(model.save_pretrained(tmp_path / "model")), extract(model, videos, FAST)

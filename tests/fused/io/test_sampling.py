@@ -9,7 +9,7 @@ import torch
 from videos import STEP, encode, write_video
 
 from fused.io.preprocessing import Preprocessing
-from fused.io.sampling import frames_at_rate
+from fused.io.sampling import frames_at_rate, middle_frames, segment_frames
 from fused.io.video import MEAN, STD, VideoTooShort
 from fused.train import ClipFolder
 
@@ -48,6 +48,16 @@ def test_short_videos(options: dict[str, object], total: int, wanted: list[int])
 def test_short_video_is_dropped(options: dict[str, object], total: int, wrong: str) -> None:
     with pytest.raises(VideoTooShort, match=f"a.mp4: too short: {wrong}"):
         indices(total, **options)
+
+
+def test_a_part_of_a_video_begins_and_ends_at_the_nearest_frame() -> None:
+    assert middle_frames(10, 4, 0.0, 0.37) == [0, 1, 2, 3] and middle_frames(10, 4, 0.0, 0.34) == []
+    assert middle_frames(10, 4, 0.26, 0.7) == [3, 4, 5, 6]
+
+
+def test_every_frame_of_a_segment_is_drawn() -> None:
+    drawn = [segment_frames(8, 2, random.Random(seed)) for seed in range(60)]
+    assert {first for first, _ in drawn} == {0, 1, 2, 3} and {second for _, second in drawn} == {4, 5, 6, 7}
 
 
 @pytest.mark.parametrize(

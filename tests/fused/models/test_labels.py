@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fused import VideoMamba, VideoMambaConfig
+from fused.models.videomamba.labels import labels_from_json, labels_to_json
 
 
 def named(*labels: str) -> VideoMamba:
@@ -44,6 +45,14 @@ def test_names_that_do_not_fit(labels: object, error: type[Exception], wanted: s
     with pytest.raises(error, match=wanted):
         model.labels = labels  # type: ignore[assignment]
     assert model.labels == ("cat", "dog")
+
+
+def test_classes_are_counted_as_numbers() -> None:
+    """The keys of a JSON file are text, by which 10 comes before 2."""
+    names = [f"class {i}" for i in range(12)]
+    shuffled = dict(sorted(labels_to_json(names)["id2label"].items()))
+    assert list(shuffled)[1] == "1" and list(shuffled)[2] == "10"
+    assert labels_from_json(shuffled, 12) == tuple(names)
 
 
 def test_answers_that_cannot_be_given() -> None:

@@ -8,6 +8,13 @@ from rule import assert_rule, double, outcome
 from fused.ops.add_norm.api import add_norm
 
 SEEDS = range(4)
+
+
+@pytest.fixture(autouse=True, params=["cpu", "torch"])
+def backend(request, monkeypatch):
+    """The backend that "auto" chooses on a CPU."""
+    monkeypatch.setenv("VIDEOMAMBA_DISABLE_FUSED", "1" if request.param == "torch" else "")
+    return request.param
 LOW, FULL = torch.bfloat16, torch.float32
 
 

@@ -54,6 +54,11 @@ def sample(tensors, cotangents):
     )
 
 
+@pytest.fixture(autouse=True)
+def torch_operations(monkeypatch):
+    monkeypatch.setenv("VIDEOMAMBA_DISABLE_FUSED", "1")
+
+
 @pytest.fixture(params=["steps", "chunks"])
 def small_segments(request, monkeypatch):
     """A segment has TOKENS tokens of one clip of E = 4, N = 3, both directions; with "chunks" splits of 2 advance together."""

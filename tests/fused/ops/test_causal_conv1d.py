@@ -8,6 +8,13 @@ from rule import assert_rule, double, outcome
 from fused.ops.causal_conv1d.api import causal_conv1d
 
 SEEDS = range(4)
+
+
+@pytest.fixture(autouse=True, params=["cpu", "torch"])
+def backend(request, monkeypatch):
+    """The backend that "auto" chooses on a CPU."""
+    monkeypatch.setenv("VIDEOMAMBA_DISABLE_FUSED", "1" if request.param == "torch" else "")
+    return request.param
 SHAPES = [(1, 1, 1, 1), (1, 1, 1, 4), (2, 2, 3, 4), (2, 7, 5, 1), (3, 17, 6, 2), (2, 63, 4, 5)]
 
 

@@ -1,5 +1,7 @@
 """The native convolution against the loop: through Triton's interpreter, or on a GPU where there is one."""
 
+import functools
+
 import naive
 import pytest
 import torch
@@ -17,6 +19,7 @@ from fused.ops.causal_conv1d import launch as conv  # noqa: E402
 from fused.ops.causal_conv1d.api import causal_conv1d  # noqa: E402
 from fused.ops.causal_conv1d.eager import causal_conv1d_eager  # noqa: E402
 from fused.ops.causal_conv1d.native import causal_conv1d_native  # noqa: E402
+from fused.ops.causal_conv1d.segmented import causal_conv1d_segmented  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton 3.6's interpreter
 SEEDS = range(2)  # one finds each planted wrongness; the interpreter takes seconds for each
@@ -56,16 +59,22 @@ def lists(tensors, case):
     return ([tensors.get(f"{name}{i}") for i in range(n)] for name in ("weight", "bias", "state"))
 
 
+def sequences(case):
+    """Numbers (B, L) of ever longer sequences, other ones in every row."""
+    tokens = torch.arange(case[0], device=DEVICE)[:, None] + torch.arange(case[1], device=DEVICE)
+    return 3 + (tokens + 0.5).sqrt().long()
+
+
 class Native(torch.autograd.Function):
     """forward and backward of the kernels, as a mixer calls them."""
 
     @staticmethod
-    def forward(ctx, case, names, x, *rest):
-        ctx.case, ctx.names = case, names
+    def forward(ctx, case, ids, names, x, *rest):
+        ctx.case, ctx.ids, ctx.names = case, ids, names
         ctx.save_for_backward(x, *rest)
         x = x[..., : case[2]]
         weights, biases, states = lists(dict(zip(names, rest, strict=True)), case)
-        y, finals = conv.forward(x, weights, biases, states, case[4], case[7])
+        y, finals = conv.forward(x, weights, biases, states, case[4], case[7], seq_idx=ids)
         return *y.clone().unbind(0), *finals
 
     @staticmethod
@@ -75,42 +84,44 @@ class Native(torch.autograd.Function):
         guarded = torch.full_like(x, torch.nan)
         finals = grads[n:] if case[5] else None
         _, *found = conv.backward(
-            grads[:n], finals, x[..., : case[2]], weights, biases, states, case[4], case[7], dx=guarded[..., : case[2]]
+            grads[:n], finals, x[..., : case[2]], weights, biases, states, case[4], case[7], guarded[..., : case[2]], ctx.ids
         )
         assert guarded[..., case[2] :].isnan().all(), "written beside dx"
         guarded[..., case[2] :] = 0
         lookup = {
             f"{name}{i}": g for name, gs in zip(("weight", "bias", "state"), found, strict=True) for i, g in enumerate(gs)
         }
-        return None, None, guarded, *(lookup[name] for name in ctx.names)
+        return None, None, None, guarded, *(lookup[name] for name in ctx.names)
 
 
-def native(case):
+def native(case, ids=None):
     def op(**tensors):
         names = [k for k in tensors if k != "x"]
-        return Native.apply(case, names, tensors["x"], *(tensors[k] for k in names))
+        return Native.apply(case, ids, names, tensors["x"], *(tensors[k] for k in names))
 
     return op
 
 
-def plain(case):
+def plain(case, ids=None):
+    convolve = naive.conv if ids is None else functools.partial(causal_conv1d_segmented, seq_idx=ids)
+
     def op(**tensors):
         x, ys, finals = tensors["x"][..., : case[2]], [], []
         for weight, bias, state, reverse in zip(*lists(tensors, case), case[4], strict=True):
             activation = "silu" if case[7] else None
-            y, final = naive.conv(x, weight, bias, activation=activation, initial_state=state, reverse=reverse)
+            y, final = convolve(x, weight, bias, activation=activation, initial_state=state, reverse=reverse)
             ys, finals = [*ys, y], [*finals, final]
         return *ys, *finals
 
     return op
 
 
-def sample(seed, case, dtype=torch.float32, op=native):
+def sample(seed, case, dtype=torch.float32, ids=None):
     tensors, cotangents = draw(seed, case, dtype)
     return (
-        outcome(op(case), tensors, cotangents, None),
-        outcome(plain(case), double(tensors), cotangents, torch.float64),
-        outcome(plain(case), tensors, cotangents, torch.float32),
+        outcome(native(case, ids), tensors, cotangents, None),
+        outcome(plain(case, ids), double(tensors), cotangents, torch.float64),
+        outcome(plain(case, ids), tensors, cotangents, torch.float32),
     )
 
 
@@ -118,6 +129,29 @@ def sample(seed, case, dtype=torch.float32, op=native):
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "B{}-L{}-E{}-K{}".format(*c))
 def test_follows_the_loop(case):
     assert_rule(sample(seed, case) for seed in SEEDS)
+
+
+@pytest.mark.usefixtures("nan_filled")
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "B{}-L{}-E{}-K{}".format(*c))
+def test_segments_follow_pytorch(case):
+    assert_rule(sample(seed, case, ids=sequences(case)) for seed in SEEDS)
+
+
+@pytest.mark.parametrize("reverse", BOTH, ids=["forward", "reverse"])
+def test_the_public_operator_runs_segments_in_kernels(reverse, monkeypatch):
+    case = (2, 7, 5, 4, (reverse,), True, True, True)
+    tensors, cotangents = draw(0, case)
+    tensors = {k.rstrip("0"): v for k, v in tensors.items()}
+    tensors["initial_state"] = tensors.pop("state")
+    tensors["x"] = tensors["x"][..., :5]
+    ids = sequences(case)
+    want = outcome(lambda **x: causal_conv1d_segmented(**x, seq_idx=ids, reverse=reverse), tensors, cotangents, None)
+    monkeypatch.setattr(backends, "choose", lambda *_, **__: "native")
+    monkeypatch.setattr("fused.ops.causal_conv1d.api.causal_conv1d_segmented", None)
+    for numbers in (ids, ids.int(), ids.T.contiguous().T):
+        op = lambda numbers=numbers, **x: causal_conv1d(**x, seq_idx=numbers, reverse=reverse, backend="native")  # noqa: E731
+        got = outcome(op, tensors, cotangents, None)
+        assert all(torch.allclose(got[k], want[k], rtol=1e-5, atol=1e-5) for k in want)
 
 
 def test_low_precision_is_near():  # no more than near: the interpreter truncates where a GPU rounds
@@ -129,8 +163,8 @@ def test_low_precision_is_near():  # no more than near: the interpreter truncate
 PLANTED = {
     "a token counted by two segments": ("t + (K - 1) < end", "t + (K - 1) < end + 1"),
     "the other direction's order of weights": (
-        "_convolve(inputs, j, rev_weights, rev_bias, True, K)",
-        "_convolve(inputs, j, rev_weights, rev_bias, False, K)",
+        "_convolve(rev_inputs, rev_weights, rev_bias, True, K)",
+        "_convolve(rev_inputs, rev_weights, rev_bias, False, K)",
     ),
     "the state a token late": ("rev_initial_state_ptr, t, L, clip", "rev_initial_state_ptr, t, L + 1, clip"),
     "the last token unwritten": ("inside = ((t >= 0) & (t < L))", "inside = ((t >= 0) & (t < L - 1))"),
@@ -222,13 +256,14 @@ def test_is_an_op_that_compiles_and_recomputes():
     tensors, _ = draw(0, (2, 5, 3, 3, FORWARD, True, True, True))
     leaves = [tensors[k][..., :3] if k == "x" else tensors[k] for k in ("x", "weight0", "bias0", "state0")]
     leaves = [t.detach().requires_grad_() for t in leaves]
-    torch.library.opcheck(torch.ops.videomamba.causal_conv1d.default, (*leaves, True, True))
+    ids = torch.tensor([[0, 0, 1, 1, 1], [4, 5, 6, 6, 6]], device=DEVICE)
+    torch.library.opcheck(torch.ops.videomamba.causal_conv1d.default, (*leaves, ids, True, True))
     fixed = [t.detach() for t in leaves]
     dy = torch.ones_like(fixed[0])
-    torch.library.opcheck(torch.ops.videomamba.causal_conv1d_backward.default, (*fixed, True, False, dy, None))
+    torch.library.opcheck(torch.ops.videomamba.causal_conv1d_backward.default, (*fixed, ids, True, False, dy, None))
 
     def op(*leaves):
-        return torch.ops.videomamba.causal_conv1d(*leaves, True, False)[0].square().sum()
+        return torch.ops.videomamba.causal_conv1d(*leaves, None, True, False)[0].square().sum()
 
     def recomputed(*leaves):
         return torch.utils.checkpoint.checkpoint(op, *leaves, use_reentrant=False)

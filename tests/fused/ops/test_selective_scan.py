@@ -10,6 +10,13 @@ from fused.ops.selective_scan import recurrence
 from fused.ops.selective_scan.api import selective_scan
 
 SEEDS = range(4)
+
+
+@pytest.fixture(autouse=True, params=["cpu", "torch"])
+def backend(request, monkeypatch):
+    """The backend that "auto" chooses on a CPU."""
+    monkeypatch.setenv("VIDEOMAMBA_DISABLE_FUSED", "1" if request.param == "torch" else "")
+    return request.param
 SHAPES = [(1, 1, 1, 1, None), (2, 2, 3, 1, None), (2, 17, 6, 4, 3), (1, 63, 5, 4, None)]
 # (CPU_STEP, CPU_BLOCK): steps over the whole, in blocks of a few tokens; chunks in one block, in several blocks.
 ROUTES = {"steps": (0, 2**20), "blocks": (0, 500), "chunks": (10**6, 2**20), "chunk-blocks": (10**6, 500)}

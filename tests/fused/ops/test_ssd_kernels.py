@@ -89,6 +89,16 @@ def test_a_decay_that_underflows_a_chunk():
         assert (got[name] - exact).abs().max() <= 1e-5 * exact.abs().max(), name
 
 
+def test_states_may_grow():  # A above 0, and steps below
+    tensors, cotangents, _ = inputs(0, (1, 35, 2, 3, 1, 4), "bare")
+    tensors |= {"dt": tensors["dt"].clamp(-0.3, 0.3), "A": torch.tensor([0.7, -0.9], device=DEVICE)}
+    options = {"softplus": False, "dt_limit": (-1.0, 1.0)}
+    got = outcome(lambda **x: ssd_native(**x, **options), tensors, cotangents, None)
+    want = outcome(lambda **x: naive.ssd(**x, **options), double(tensors), cotangents, torch.float64)
+    for name, exact in want.items():
+        assert (got[name] - exact).abs().max() <= 1e-5 * exact.abs().max(), name
+
+
 def test_small_steps_keep_their_digits():
     x, A = torch.ones(1, 1, 1, 1, device=DEVICE), -torch.ones(1, device=DEVICE)
     for raw in (-80.0, -30.0, -17.0, -5.0, 0.0, 5.0, 19.9, 20.1, 500.0):
@@ -144,7 +154,7 @@ def test_what_native_has_not_is_named(monkeypatch):
 def test_is_an_op_that_compiles_and_recomputes():
     tensors, cotangents, options = inputs(0, (2, 5, 2, 3, 1, 4), "segments")
     leaves = [v.requires_grad_() for v in tensors.values()]
-    ops, rest = torch.ops.videomamba, (options["seq_idx"], True, 0.05, 0.8, False)
+    ops, rest = torch.ops.videomamba, (options["seq_idx"], True, 0.05, 0.8, False, True)
     torch.library.opcheck(ops.ssd.default, (*leaves, *rest))
     fixed = [v.detach() for v in leaves]
     torch.library.opcheck(ops.ssd_backward.default, (*fixed, *rest, *cotangents))
@@ -181,3 +191,15 @@ def test_compiles_and_prints_its_resources(capsys):
     kib = {80: 163, 90: 227, 100: 227}  # of shared memory that a block may have
     assert all(line["shared"] <= kib[line["sm"]] << 10 for line in lines)
     compiled.assert_no_spills(line for line in lines if line["sm"] == 90 and line["case"].startswith(("H112", "plain")))
+
+
+@pytest.mark.usefixtures("nan_filled")
+@pytest.mark.parametrize("L", [20, 70], ids=["one span", "spans"])
+def test_y_and_its_gradients_do_not_need_the_final_state(L):
+    tensors, cotangents, options = inputs(0, (1, L, 2, 3, 1, 4), "no gate")
+    want, got = (
+        outcome(lambda final=final, **x: ssd_native(**x, **options, final=final), tensors, [cotangents[0], None], None)
+        for final in (True, False)
+    )
+    assert want.pop("out1").shape == (1, 2, 3, 4) and got.pop("out1").shape == (0,)
+    assert all(torch.equal(got[k], want[k]) for k in want)

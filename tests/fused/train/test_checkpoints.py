@@ -114,7 +114,19 @@ def die_before_pointer() -> None:
     os.replace = die
 
 
-@pytest.mark.parametrize("fault", [die_before_metadata, die_before_pointer])
+def die_before_the_last_name() -> None:
+    """Kill the process when the second checkpoint is written, and still has a draft's name."""
+    replace = os.replace
+
+    def die(source: Path, target: Path) -> None:
+        if Path(target).name == "step-00000006":
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    os.replace = die
+
+
+@pytest.mark.parametrize("fault", [die_before_metadata, die_before_the_last_name, die_before_pointer])
 def test_killed_while_a_checkpoint_is_written(folder: Path, fault: Callable[[], None]) -> None:
     run = fault.__name__
     code, _ = train(arguments(folder, run), fault=fault, folder=folder)

@@ -301,7 +301,7 @@ def test_loss_that_is_not_finite(folder: Path) -> None:
         (["model.kernel_size=2", "data.frames=3"], "data.frames is 3; allowed: a multiple of kernel_size (2)"),
         (["task=distill", "teacher={folder}/tubelets", "data.frames=3"], "data.frames is 3; allowed: a multiple of kernel"),
         (["data.size=[32,40]"], "data.size is (32, 40); allowed: multiples of 16"),
-        (["optim.warmup_steps=3"], "warmup_steps must be an integer from 0 to 2"),
+        (["optim.warmup_steps=3"], "optim.warmup_steps is 3; allowed: fewer than the 3 steps of the training"),
         (["backend=fast"], "backend"),
         (["task=pretrain", "teacher={teacher}", "mask.kind=attention"], "mask.kind is 'attention'; allowed: with a VideoMamba"),
         (["task=pretrain", "teacher={teacher}", "model.patch_size=8"], "teacher has 2x2x2 tokens"),

@@ -12,6 +12,7 @@ from fused.train import loop
 from fused.train.__main__ import main
 from fused.train.config import SECTIONS, TASKS, all_keys
 from fused.train.config_file import read_config, to_yaml
+from fused.train.language.options import LANGUAGE_TASKS
 
 LEAST = ["task=finetune", "out=run", "data.train=videos", "steps=3"]
 DISTILL = ["task=distill", "teacher=small", "out=run", "data.train=videos", "steps=3"]
@@ -59,7 +60,8 @@ def test_every_key_is_printed_without_any_being_set(capsys: pytest.CaptureFixtur
     names = {key.rpartition(".")[2] for key in all_keys() if not key.startswith("model.")}
     assert set(re.findall(r"^ *(?:# )?(\w+):", printed, re.M)) == names | {"model", *SECTIONS}
     assert "task: null  # required: finetune, pretrain, distill" in printed and "  train: null  # required" in printed
-    assert "# teacher: null  # pretrain, distill; required" in printed and "  # alignment: l2  # pretrain" in printed
+    assert "# teacher: null  # pretrain, distill, retrieval; required" in printed
+    assert "  # alignment: l2  # pretrain, retrieval" in printed
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -69,8 +71,10 @@ def test_what_is_printed_is_accepted_when_complete(task: str, tmp_path: Path, ca
     text = capsys.readouterr().out.replace("task: null", f"task: {task}").replace("train: null", "train: videos")
     text = text.replace("out: null", "out: run").replace("steps: null", "steps: 3").replace("teacher: null", "teacher: clip")
     file = tmp_path / "run.yaml"
+    text = text.replace("start: null", "start: folder") if task in LANGUAGE_TASKS else text
     hidden = re.compile(r"^( *)# (\w+: .*  # .*)$")  # a key of some tasks, with their names
-    own = [hidden.sub(r"\1\2", line) if task in line else line for line in text.splitlines()]
+    readers = {line: re.split("[,;] ", line.rpartition("  # ")[2]) for line in text.splitlines()}
+    own = [hidden.sub(r"\1\2", line) if task in readers[line] else line for line in text.splitlines()]
     for lines in [own] + [text.splitlines()] * (task == "finetune"):  # for which everything else has a default
         file.write_text("\n".join(lines))
         config = read_config(file)
@@ -78,7 +82,8 @@ def test_what_is_printed_is_accepted_when_complete(task: str, tmp_path: Path, ca
 
 
 def set_keys(task: str) -> list[str]:
-    return [f"task={task}", *LEAST[1:-1], "steps=3", *["teacher=clip"] * (task != "finetune")]
+    more = ["start=folder"] if task in LANGUAGE_TASKS else ["teacher=clip"] * (task != "finetune")
+    return [f"task={task}", *LEAST[1:-1], "steps=3", *more]
 
 
 @pytest.mark.usefixtures("unchecked")

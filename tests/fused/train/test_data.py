@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import random
 import signal
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +15,7 @@ from videos import STEP, cut, write_video
 
 from fused.io.video import MEAN, STD, VideoError, read_clip
 from fused.train import Batch, ClipFolder, batches
+from fused.train.data.augment import Crop
 from fused.train.data.clips import UnreadableFiles
 
 FRAMES, SIZE = 3, 16
@@ -175,6 +177,18 @@ def test_random_crops(tmp_path: Path) -> None:
     assert torch.equal(whole[0], whole[1].flip(-1)) and not torch.equal(*whole)
     assert not torch.equal(*(found.sample(index, 0).clip for index in range(2)))
     assert not torch.equal(*(folder(tmp_path, seed=seed).sample(0, 0).clip for seed in range(2)))
+
+
+def test_a_crop_reaches_every_edge_and_has_its_area() -> None:
+    image = torch.arange(48, dtype=torch.uint8).view(4, 4, 3)
+    corner = Crop(area=0.25, aspect=1.0, top=0.99, left=0.0, mirrored=False).cut(image, 2)
+    torch.testing.assert_close(corner, image[2:, :2].permute(2, 0, 1) / 255)
+    assert Crop.sample(random.Random(0), (0.5, 0.5), 0.0).area == 0.5
+
+
+def test_bytes_are_the_nearest(videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Crop, "cut", lambda self, image, size: torch.full((3, SIZE, SIZE), 0.999))  # of 255: 254.7
+    assert folder(videos, dtype=torch.uint8).sample(0, 0).clip.unique().tolist() == [255]
 
 
 def test_bits_depend_neither_on_workers_nor_on_skipping(videos: Path) -> None:

@@ -49,6 +49,22 @@ def test_classes_have_the_share_of_pixels(how: Callable[..., Mixed], frames: tup
     assert len(seen) > 10 and min(seen) < 0.3 < 0.7 < max(seen)
 
 
+def test_a_box_has_the_share_that_lambda_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the area, not of a side."""
+    monkeypatch.setattr("fused.train.data.mixup.sample_beta", lambda alpha, generator: 0.75)
+    clips = torch.stack([torch.zeros(1, 100, 100), torch.ones(1, 100, 100)])
+    areas = [cutmix(clips, torch.tensor([0, 1]), 2, 1.0, seeded(seed)).clips[0].mean() for seed in range(60)]
+    assert max(areas) == 0.25, "where the border does not clip it"
+
+
+@pytest.mark.parametrize(("switch", "name", "alpha"), [(1.0, "cutmix", 0.7), (0.0, "mixup", 0.3)])
+def test_each_way_of_mixing_has_its_own_alpha(switch: float, name: str, alpha: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+    monkeypatch.setattr("fused.train.data.mixup.sample_beta", lambda alpha, generator: seen.append(alpha) or 0.5)
+    mix(flat_clips(), CLASSES, 5, mixup_alpha=0.3, cutmix_alpha=0.7, switch=switch, generator=seeded(0))
+    assert seen == [alpha], name
+
+
 def test_mixup_mixes_every_pixel_alike() -> None:
     clips = torch.randn(3, 2, 4, 9, 12, generator=seeded(1), dtype=torch.float64)
     mixed, targets = mixup(clips, CLASSES, 5, generator=seeded(2))

@@ -1,6 +1,7 @@
 """Every value of a configuration reaches what it is about: the loss, the optimiser, the data; and training is repeatable by
 its position."""
 
+import json
 import math
 from contextlib import nullcontext
 from dataclasses import replace
@@ -149,6 +150,9 @@ def test_options_of_the_optimiser_reach_it(videos: Path, tmp_path: Path) -> None
     names = {id(p): name for name, p in found.task.student.named_parameters()}
     decayed = {names[id(p)] for g in groups if g["weight_decay"] for p in g["params"]}
     assert "layers.0.mixer.A_log" in decayed and "layers.0.mixer.D" not in decayed, "upstream's rule decays A_log"
+    other = trainer(videos, tmp_path / "r", "steps=1", "optim.rule=corrected")
+    spared = [p for g in other.optimizer.param_groups if not g["weight_decay"] for p in g["params"]]
+    assert any(p is other.task.student.layers[0].mixer.A_log for p in spared), "the other rule does not"
     assert found.rates.set(0) == pytest.approx(0.01 * 0.2) and found.rates.set(2) == pytest.approx(0.01 * 0.6)
     assert found.rates.set(4) == pytest.approx(0.01) and found.rates.set(10) == pytest.approx(0.01 * 0.1)
     assert sorted({round(float(g["lr"]) / 0.001, 4) for g in groups}) == [0.125, 1.0], "depth 2: embeddings at 0.5^3"
@@ -220,6 +224,16 @@ def test_a_resumed_epoch_skips_the_micro_batches_of_its_steps(
     with pytest.raises(StopIteration):
         found._train_epoch(None, Interrupt())
     assert asked == [(0, 4)]
+
+
+def test_a_resumed_training_has_the_scale_of_its_checkpoint(videos: Path, tmp_path: Path, unchecked: None) -> None:
+    words = ("precision=float16", "save_every=1", f"data.val={videos}")
+    trainer(videos, tmp_path, "steps=1", *words).run()
+    [state] = (tmp_path / "checkpoints").glob("step-*/training.json")
+    facts = json.loads(state.read_text())
+    facts["scaler"]["scale"] = 512.0
+    state.write_text(json.dumps(facts))
+    assert trainer(videos, tmp_path, "steps=2", *words).scaler.get_scale() == 512.0
 
 
 def test_validation_has_the_classes_of_the_training_and_no_dropout(videos: Path, tmp_path: Path) -> None:

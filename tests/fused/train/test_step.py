@@ -190,6 +190,12 @@ def test_a_step_that_the_scaler_skips() -> None:
     assert_same(trainings[1], trainings[0])
 
 
+def test_gradients_are_clipped_by_their_own_size() -> None:
+    """Not by that of the scaled loss."""
+    norms = [Training(f"precision={name}", "mix.probability=0").run(range(1)).numbers[0][-3] for name in ("float32", "float16")]
+    assert 0.5 < norms[1] / norms[0] < 2, norms
+
+
 def reading(task: Task) -> None:
     """Make the task's forward read a value on the host."""
     forward = task.forward

@@ -1,0 +1,124 @@
+"""The training loop on conversations: rows of packed samples are the micro-batches of a step.
+
+The loss of a step is the mean over all its learnt tokens, however they are divided among rows and processes. So a step of two
+processes is that of one, to rounding, and a packed step that of its samples alone.
+"""
+
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from fused.train import run_folder
+from fused.train.data.clips import BadFile
+from fused.train.language.samples import ConversationData, PackedBatch
+from fused.train.language.tasks import LanguageTask, build_language_task, make_reader
+from fused.train.loop import Trainer
+from fused.train.prefetch import Wait
+from fused.train.seed import derive_seed
+
+
+class RowFeed:
+    """The batches of an iterator, of which one is read while the device works on the one before. See `Prefetcher`."""
+
+    def __init__(self, batches: Iterator[PackedBatch], device: torch.device) -> None:
+        self._batches, self._cuda = batches, device.type == "cuda"
+        self._next: PackedBatch | None = None
+        self._error: Exception | None = None  # StopIteration at the end
+        self._wait: tuple[float, torch.cuda.Event | None] = 0.0, None
+        self.waits: list[Wait] = []
+
+    def take(self) -> PackedBatch:
+        """Return the next batch. Raise the error of reading it, or StopIteration."""
+        if self._next is None and self._error is None:
+            self.advance()
+        if self._error is not None:
+            raise self._error
+        batch, self._next = self._next, None
+        assert batch is not None
+        self.waits.append(Wait(*self._wait, self._event()))
+        return batch
+
+    def advance(self) -> None:
+        """Read the next batch, if there is one. An error is raised when it is taken."""
+        if self._next is not None or self._error is not None:
+            return
+        before, start = self._event(), time.perf_counter()
+        try:
+            self._next = next(self._batches)
+        except Exception as error:
+            self._error = error
+            return
+        self._wait = time.perf_counter() - start, before
+
+    def _event(self) -> torch.cuda.Event | None:
+        """Return an event behind the device's work so far, None on a CPU."""
+        if not self._cuda:
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+class LanguageTrainer(Trainer):
+    """A run of a task on conversations. See `Trainer`."""
+
+    entries = "conversations"
+    data: ConversationData
+    task: LanguageTask
+
+    def describe(self) -> list[str]:
+        """Return lines for the terminal: the model, what learns, the data, the steps, and the step to resume from."""
+        config, world, options = self.config, self.world, self.config.language
+        processes = f"{world.size} processes" if world.size > 1 else "1 process"
+        name = type(self.task.student.model).__name__
+        lines = [
+            f"{config.task}: {name} on {world.device.type}, {processes}",
+            self.task.trained_parts(),
+            f"{len(self.data)} conversations, {self.steps_per_epoch} steps an epoch, {self.total} steps; rows of at most "
+            f"{options.length} tokens",
+            *(f"data.train: {note}" for note in self.data.notes),
+        ]
+        return lines + self.resume_lines()
+
+    def training_data(self) -> ConversationData:
+        data, reader = self.config.data, make_reader(self.config)
+        prefix = None if data.prefix is None else Path(data.prefix)
+        try:
+            found = ConversationData(Path(str(data.train)), prefix, reader)
+            found.notes = tuple(found.first_look())
+            return found
+        except (ValueError, OSError) as error:
+            raise ValueError(f"data.train: {error}") from error
+
+    def build_task(self) -> LanguageTask:
+        return build_language_task(self.config, self.world.device)
+
+    def make_feed(self, micro_batches: Iterator[PackedBatch]) -> RowFeed:
+        return RowFeed(micro_batches, self.world.device)
+
+    def forward_backward(self, feed: RowFeed) -> list[BadFile]:
+        """Run forward and backward of a step's rows, in every process as many; return the files that gave no sample."""
+        config, world, batch = self.config, self.world, feed.take()
+        counts = world.all_gather((batch.learnt, len(batch.rows)))
+        learnt, rows = sum(n for n, _ in counts), max(n for _, n in counts)
+        weights = torch.tensor([world.size / learnt, world.size / config.batch_size])
+        self.train_step.micro_batches = rows
+        for i in range(rows):
+            own = i < len(batch.rows)
+            row = batch.rows[i if own else 0]  # once more, without weight, while other processes have further rows
+            prepare = partial(self.task.prepare_row, row, weights * own, world.device)
+            self.train_step.add_inputs(i, prepare, derive_seed(config.seed, self.step, i, world.rank))
+        return list(batch.bad_files)
+
+    def save_models(self) -> list[Path]:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state: dict[str, Any] = get_model_state_dict(self.task.student, options=options)  # gathers the shards of all processes
+        folder = self.folder / run_folder.MODEL
+        if self.world.is_main:
+            self.task.save(folder, state)
+        return [folder]

@@ -1,0 +1,30 @@
+"""What a masked student sees, and what it is to learn of it: visible tokens, and a teacher's features of them."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fused.models.videomamba.embedding import visible_tokens
+from fused.train.models import Teacher
+from fused.train.objectives.masks import attention_mask, clip_row_mask, frame_row_mask, keep_visible, random_mask, tube_mask
+
+MASKS: dict[str, Callable[..., Tensor]] = {
+    "random": random_mask, "tube": tube_mask, "clip-row": clip_row_mask, "frame-row": frame_row_mask
+}  # fmt: skip
+
+
+def visible_targets(
+    teacher: Teacher, clips: Tensor, kind: str, ratio: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Return indices (B, V) of visible tokens, and the teacher's features (K, B, V, C) of them, for clips (B, C, T, H, W).
+
+    `kind` is a name in MASKS, or "attention"; the share `ratio` of tokens is hidden.
+    """
+    features, attention = teacher.forward(clips)
+    if kind == "attention":
+        assert attention is not None
+        mask = attention_mask(attention, ratio, generator)
+    else:
+        mask = MASKS[kind](len(clips), teacher.grid, ratio, generator)
+    return visible_tokens(mask, len(clips), features.shape[-2], features.device), keep_visible(features, mask)

@@ -1,0 +1,259 @@
+"""The tasks vamba-pretrain, vamba-sft and bimba-sft: short runs that learn, go on, and answer in a chat."""
+
+import contextlib
+import io
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytest.importorskip("av")
+
+from language_lists import talk, write_bimba_base, write_data, write_list, write_vamba  # noqa: E402
+from rule import assert_rule  # noqa: E402
+from trainings import train  # noqa: E402
+
+from fused import Bimba, Vamba  # noqa: E402
+from fused.chat.__main__ import main as chat  # noqa: E402
+from fused.train.__main__ import main  # noqa: E402
+from fused.train.config_file import read_config  # noqa: E402
+from fused.train.language.samples import ConversationData, count_learnt  # noqa: E402
+from fused.train.language.tasks import build_language_task, make_reader  # noqa: E402
+from fused.train.seed import setup_seed  # noqa: E402
+from harness.instruments.two_processes import Training, log, run_trainings, steps, tensors  # noqa: E402
+
+TASKS = ("vamba-pretrain", "vamba-sft", "bimba-sft")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with models of random weights, videos and a list of conversations."""
+    path = tmp_path_factory.mktemp("language")
+    write_vamba(path / "vamba")
+    write_bimba_base(path / "base")
+    write_data(path / "data")
+    return path
+
+
+def words(folder: Path, task: str, out: Path | str, *more: str) -> list[str]:
+    start, longest = ("base", []) if task == "bimba-sft" else ("vamba", ["language.longest=56"])
+    return [
+        f"task={task}", f"start={folder / start}", f"data.train={folder / 'data/list.json'}", f"out={out}", "batch_size=4",
+        "language.frames=2", "data.workers=0", "log_every=1", "device=cpu", "optim.lr=2e-2", "deterministic=true", *longest,
+        *more,
+    ]  # fmt: skip
+
+
+def run(folder: Path, task: str, out: Path | str, *more: str) -> str:
+    """Train in this process, to whose generators and threads nothing happens; return what was printed."""
+    output = io.StringIO()
+    with torch.random.fork_rng(), contextlib.redirect_stdout(output):
+        code = main(words(folder, task, out, "deterministic=false", *more))
+    assert code == 0, output.getvalue()
+    return output.getvalue()
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("task", TASKS)
+def test_a_run_learns_its_parts_and_its_folder_answers(folder: Path, tmp_path: Path, task: str, capsys: Any) -> None:
+    more = ["language.lora_rank=4", "optim.floor=1.0"] if task == "bimba-sft" else []
+    output = run(folder, task, tmp_path / "run", "steps=8", *more)
+    losses = [line["loss"] for line in steps(tmp_path / "run")]
+    assert losses[-1] < losses[0] - 0.05, losses
+    assert "samples/s" in output and "4 conversations, 1 steps an epoch, 8 steps" in output
+    lora = "adapters of rank 4 of q_proj and v_proj, mm_projector, compressor"
+    due = {"vamba-pretrain": "cross_attn", "vamba-sft": "visual.merger", "bimba-sft": lora}[task]
+    [line] = [line for line in output.splitlines() if line.startswith("learns ")]
+    assert (due in line) and ("lm_head" not in line)
+    question = ["--video", str(folder / "data/dark.avi"), "--frames", "2", "--question", "What is it?", "--max-new-tokens", "3"]
+    assert chat(["--model", str(tmp_path / "run/model"), "--device", "cpu", *question]) == 0
+    assert "the first token after" in capsys.readouterr().err
+    stored = tensors(tmp_path / "run/checkpoints/step-00000008")
+    learnt = {name.removeprefix("model.") for name in stored if name.startswith("model.")}
+    changed = _changed(folder, tmp_path / "run/model", task)
+    assert changed and changed <= {name.removeprefix("model.") for name in learnt}
+
+
+def _changed(folder: Path, model: Path, task: str) -> set[str]:
+    """Return the names of the parameters of a trained model that differ from those of its start."""
+    if task != "bimba-sft":
+        before, after = (Vamba.from_pretrained(path, vision=True).state_dict() for path in (folder / "vamba", model))
+        return {name for name in before if not torch.equal(before[name], after[name])}
+    before, after = Bimba.from_base(folder / "base").state_dict(), Bimba.from_pretrained(model).state_dict()
+    assert not any(torch.equal(before[name], after[name]) for name in before if name.startswith("mm_projector."))
+    assert "compressor.layers.0.mixer.out_proj.weight" in after
+    adapted = {name for name in before if not torch.equal(before[name], after[name]) and name.startswith("language_model.")}
+    assert {name.rpartition(".self_attn.")[2] for name in adapted} == {"q_proj.weight", "v_proj.weight"}
+    return {name for name in before if not torch.equal(before[name], after[name]) and name.startswith("mm_projector.")}
+
+
+def test_bimbas_folder_is_upstreams(folder: Path, tmp_path: Path) -> None:
+    """Adapters with peft's names, and what was trained beside them with those of LLaVA."""
+    from peft import LoraConfig
+    from safetensors.torch import load_file
+
+    more = "steps=1", "language.lora_rank=4", "language.lora_alpha=8", "language.lora_targets=[q_proj,o_proj]"
+    run(folder, "bimba-sft", tmp_path / "run", *more)
+    model = tmp_path / "run/model"
+    lora = LoraConfig.from_pretrained(str(model))
+    assert (lora.r, lora.lora_alpha, lora.target_modules) == (4, 8, {"q_proj", "o_proj"})
+    assert lora.base_model_name_or_path == str(folder / "base")
+    names = set(load_file(model / "adapter_model.safetensors"))
+    attention = "base_model.model.model.layers.{}.self_attn.{}_proj.lora_{}.weight"
+    assert names == {attention.format(i, p, half) for i in (0, 1) for p in "qo" for half in "AB"}
+    beside = torch.load(model / "non_lora_trainables.bin")
+    assert {n.split(".")[3] for n in beside} == {"mm_projector", "compressor"}
+    assert all(n.startswith("base_model.model.model.") for n in beside)
+    assert json.loads((model / "config.json").read_text())["compressor_type"] == "mamba"
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_run_in_two_parts_is_one_run_bit_for_bit(folder: Path, tmp_path: Path, task: str) -> None:
+    """Of rows of a few samples, with dropout in adapters; a worker decodes in the second part."""
+    more = ["language.length=500", "batch_size=2", "optim.floor=1.0"]  # a schedule that does not depend on the last step
+    more += ["language.lora_dropout=0.3", "language.lora_rank=2"] if task == "bimba-sft" else []
+    one, other = (words(folder, task, tmp_path / name, *more) for name in ("whole", "parts"))
+    code, output = train(
+        [*one, "steps=5"], [*other, "steps=3"], [*other, "steps=5", "data.workers=1"], folder=tmp_path
+    )
+    assert code == 0 and "goes on behind step 3" in output, output
+    whole, parts = (tensors(tmp_path / name / "checkpoints/step-00000005") for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert [line["loss"] for line in steps(tmp_path / "whole")] == [line["loss"] for line in steps(tmp_path / "parts")]
+
+
+def gradients(folder: Path, task: str, precision: torch.dtype, alone: bool, *more: str) -> dict[str, torch.Tensor]:
+    """Return the gradients of a step over all conversations, in rows or of each sample alone, in one process."""
+    config = read_config(None, words(folder, task, folder / "none", "steps=1", *more))
+    setup_seed(config.seed, config.deterministic)
+    built = build_language_task(config, torch.device("cpu")).train()
+    built.student.to(precision)
+    data = ConversationData(Path(str(config.data.train)), None, make_reader(config))
+    samples = [data.sample(i, 0) for i in range(len(data))]
+    learnt = sum(count_learnt([sample]) for sample in samples)
+    weights = torch.tensor([1 / learnt, 1 / len(samples)], dtype=precision)
+    rows = [[sample] for sample in samples] if alone else data.collate(samples, range(4), ()).rows
+    for row in rows:
+        built(*built.prepare_row(row, weights, torch.device("cpu")))[0].backward()
+    named = built.student.named_parameters()
+    return {name: p.grad for name, p in named if p.requires_grad and not name.endswith("cross_attn.k_proj.bias")}
+
+
+def flat(tensors: dict[str, torch.Tensor], names: Collection[str]) -> dict[str, torch.Tensor]:
+    return {"gradient": torch.cat([tensors[name].flatten() for name in sorted(names)])}
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_a_packed_step_is_the_sum_of_its_samples(folder: Path, distilled: bool) -> None:
+    """By the rule, also with the distillation, whose teacher reads packed rows too. All that learns has a gradient."""
+    task, more = "vamba-pretrain", ["language.length=1000", f"language.distillation={float(distilled)}"]
+    packed = gradients(folder, task, torch.float32, False, *more)
+    truth, plain = (gradients(folder, task, precision, True, *more) for precision in (torch.float64, torch.float32))
+    assert len(packed) > 20 and all(x is not None and x.isfinite().all() for x in packed.values())
+    assert_rule([tuple(flat(x, packed) for x in (packed, truth, plain))])
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_two_processes_take_the_step_of_one(folder: Path, tmp_path: Path, task: str) -> None:
+    """By DDP and FSDP2, by the rule: answers are of different lengths, and one process has more rows than the other."""
+    own = {"bimba-sft": ["language.lora_dropout=0"], "vamba-pretrain": ["language.distillation=1.0"]}
+    more = ["steps=1", "language.length=400", *own.get(task, [])]
+    truth, plain = (gradients(folder, task, precision, True, *more) for precision in (torch.float64, torch.float32))
+    runs = {name: (*words(folder, task, tmp_path / name, *more), f"parallel={name}") for name in ("ddp", "fsdp")}
+    output = run_trainings([Training(arguments, in_two_processes=True) for arguments in runs.values()], tmp_path)
+    assert output.count("2 processes") == output.count("done: ") == 2, output
+    for name in runs:
+        stored = tensors(tmp_path / name / "checkpoints/step-00000001")
+        beginning = "optimizer.exp_avg."
+        found = {key.removeprefix(beginning): 10 * x for key, x in stored.items() if key.startswith(beginning)}
+        assert truth.keys() <= found.keys()
+        assert_rule([tuple(flat(x, truth) for x in (found, truth, plain))])
+        assert (tmp_path / name / "model/config.json").is_file()
+
+
+def test_bfloat16_computes_in_it_and_keeps_parameters_in_float32(folder: Path, tmp_path: Path) -> None:
+    """What is written is bfloat16, but for A_log and D."""
+    from safetensors.torch import load_file
+
+    run(folder, "vamba-sft", tmp_path / "run", "steps=2", "precision=bfloat16")
+    losses = [line["loss"] for line in steps(tmp_path / "run")]
+    assert losses[1] < losses[0]
+    stored = tensors(tmp_path / "run/checkpoints/step-00000002")
+    assert {x.dtype for name, x in stored.items() if name.startswith("model.")} == {torch.float32}
+    state = load_file(tmp_path / "run/model/model.safetensors")
+    assert {x.dtype for name, x in state.items() if name.rpartition(".")[2] in ("A_log", "D")} == {torch.float32}
+    assert {x.dtype for name, x in state.items() if name.rpartition(".")[2] not in ("A_log", "D")} == {torch.bfloat16}
+
+
+def test_parts_that_learn_are_chosen_by_name(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    given = words(folder, "vamba-sft", tmp_path / "run", "steps=1", "language.trainable=[layers.1.mlp,alpha]", "--dry-run")
+    assert main(given) == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("learns ")]
+    assert line.endswith("model.layers.*.alpha, model.layers.*.mlp")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "more", "said"),
+    [
+        ("vamba-sft", "language.trainable=[attn_x]", "language.trainable is ('attn_x',); no parameter that can learn has"),
+        ("vamba-sft", "language.frames=3", "language.frames is 3; allowed: an even number"),
+        ("vamba-sft", "language.mixer={d_state: 3}", "language.mixer is given; task 'vamba-sft' does not read it"),
+        ("vamba-pretrain", "language.mixer={d_state: 3}", "is a Vamba; allowed: nothing, its weights say it"),
+        ("vamba-pretrain", "language.mixer={states: 3}", "language.mixer is {'states': 3}; allowed: keywords of Mamba2"),
+        ("vamba-pretrain", "teacher=x", "teacher is given; task 'vamba-pretrain' does not read it"),
+        ("vamba-pretrain", "data.frames=3", "data.frames is given; task 'vamba-pretrain' does not read it"),
+        ("vamba-sft", "language.lora_rank=3", "language.lora_rank is given; task 'vamba-sft' does not read it"),
+        ("bimba-sft", "language.longest=3", "language.longest is given; task 'bimba-sft' does not read it"),
+        ("bimba-sft", "language.lora_targets=[nothing]", "nothing"),
+        ("bimba-sft", "start=vamba", "vamba holds no projector, whose keys begin with model.mm_projector."),
+        ("vamba-sft", "start=base", "neither a Vamba nor a Qwen2-VL"),
+        ("vamba-sft", "start=null", "start is None; allowed: for task 'vamba-sft' the folder of a model"),
+        ("vamba-sft", "data.train=none.json", "data.train: "),
+        ("vamba-sft", "language.length=30", "data.train: none of 4 entries that were tried gives a sample"),
+        ("vamba-sft", "batch_size=5", "batch_size is 5; allowed: up to the 4 conversations of"),
+        (
+            "vamba-pretrain", "language.distillation=1 language.trainable=[cross_attn,mlp]",
+            "language.distillation is 1, and model.layers.*.mlp, visual.blocks.*.mlp, visual.merger.mlp.* learn; allowed: 0",
+        ),
+    ],
+)  # fmt: skip
+def test_wrong_options_are_said(folder: Path, tmp_path: Path, task: str, more: str, said: str, capsys: Any) -> None:
+    if more.startswith("start=") and not more.endswith("null"):
+        more = f"start={folder / more.removeprefix('start=')}"
+    words_given = more.split() if more.startswith("language.distillation") else [more]
+    with torch.random.fork_rng():
+        assert main(words(folder, task, tmp_path / "run", "steps=1", *words_given, "--dry-run")) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error
+
+
+def test_a_bimba_takes_no_images(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    (folder / "data/still.png").write_bytes(b"")
+    path = write_list(folder / "data/images.json", [talk("Q", "A"), talk("<image>Q", "A", image="still.png")])
+    assert main(words(folder, "bimba-sft", tmp_path / "run", "steps=1", f"data.train={path}", "batch_size=1", "--dry-run")) == 2
+    assert "1 of 2 entries, the first is images.json#1, have an image" in capsys.readouterr().err
+
+
+def test_what_gave_no_sample_is_counted(folder: Path, tmp_path: Path) -> None:
+    given = [talk(f"Q{i}", "A") for i in range(4)] + [talk("Q", "A" * 900)]
+    path = write_list(folder / "data/long.json", given)
+    output = run(folder, "vamba-sft", tmp_path / "run", "epochs=2", f"data.train={path}", "language.length=300")
+    assert "1 of 5 samples is too long" in output and "are more than language.length 300" in output
+    assert [line["too_long"] for line in log(tmp_path / "run") if "file" in line] == [True]
+
+
+def test_every_key_of_the_tasks_is_printed_and_read_again(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    for task in TASKS:
+        given = words(folder, task, tmp_path / "run", "steps=1")
+        assert main([*given, "--print-config"]) == 0
+        text = capsys.readouterr().out
+        (tmp_path / "printed.yaml").write_text(text)
+        assert read_config(tmp_path / "printed.yaml") == read_config(None, given)
+        assert ("lora_rank" in text) == (task == "bimba-sft") and ("longest" in text) == (task != "bimba-sft")
+        assert "mixup" not in text and "accumulate" not in text and "stride" not in text
