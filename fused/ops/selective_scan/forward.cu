@@ -7,8 +7,8 @@
 // direction alone adds y_other_direction.
 //
 // A sequence that is split is scanned twice: first by state passes, which compute the final states of its splits only
-// (COMPUTE_OUTPUTS false), then split by split from the state before each. Where state passes may exit (moments.cu), a split checks
-// its state pass (CHECK_EXIT). That is code of its own, since a branch in the loop costs every other scan 7 %.
+// (COMPUTE_OUTPUTS false), then split by split from the state before each. Where state passes may exit (moments.cu), a split
+// checks its state pass (CHECK_EXIT). That is code of its own, since a branch in the loop costs every other scan 7 %.
 //
 // Shared memory, for each direction:
 //     smem_delta  [TILE][CHANNELS]               float2 {delta, delta u}

@@ -31,8 +31,9 @@
 // one for the state before each split and one for final_state.
 KERNEL(scan_forward, DIRECTIONS * THREADS, FWD_MIN_BLOCKS_PER_SM)(
     STREAM_PARAMS, const float *initial_state, float *split_initial_states, float *split_final_states, float *delta_sums,
-    int *unvisited_tiles, float *exit_states, float *final_state, float *tile_states, io_t *y_out, io_t *y_pre_gate, const io_t *y_other_direction, int *work_counters,
-    i64 num_state_passes, i64 unsplit_per_scheduler, QUERY_PARAMS SIZE_PARAMS) {
+    int *unvisited_tiles, float *exit_states, float *final_state, float *tile_states, io_t *y_out, io_t *y_pre_gate,
+    const io_t *y_other_direction, int *work_counters, i64 num_state_passes, i64 unsplit_per_scheduler,
+    QUERY_PARAMS SIZE_PARAMS) {
   SHARED(smem);
   const int d = DIRECTIONS == 2 && threadIdx.x >= THREADS;
   const bool reverse = DIRECTIONS == 2 ? d : flags & REVERSE;

@@ -1,15 +1,15 @@
-// The state pass of the forward on tensor cores, without an exponential for every token and state. It gives what the state pass of
-// forward.cu gives, with the error of bfloat16 products (2^-9 of a token's share), and may exit.
+// The state pass of the forward on tensor cores, without an exponential for every token and state. It gives what the state
+// pass of forward.cu gives, with the error of bfloat16 products (2^-9 of a token's share), and may exit.
 //
-// Exit. A state pass computes sum_t exp(A S_t) delta_t u_t B_t, S_t the sum of delta between token t and the end of the split. It
-// begins with the last tile, and stops at a tile from which on exp(A S) is so small that what lies behind cannot matter. What lies
-// behind is not read, so this is a guess. The block that scans the split later has the true state h where the state pass stopped,
-// and checks the guess: exp(A S) h, which is all that was left out, must be below a rounding of the result. NaN and infinity fail.
-// If a check fails, another block then scans the whole sequence again as if it were not split, the rescan (work.cu).
+// Exit. A state pass computes sum_t exp(A S_t) delta_t u_t B_t, S_t the sum of delta between token t and the end of the split.
+// It begins with the last tile, and stops at a tile from which on exp(A S) is so small that what lies behind cannot matter.
+// What lies behind is not read, so this is a guess. The block that scans the split later has the true state h where the state
+// pass stopped, and checks the guess: exp(A S) h, which is all that was left out, must be below a rounding of the result. NaN
+// and infinity fail. If a check fails, another block then scans the whole sequence as if it were not split, the rescan
+// (work.cu).
 //
-// Moments.//
-// A state pass computes sum_t exp(A S_t) delta_t u_t B_t, S_t the sum of delta behind token t. For the tokens of a tile let S be the
-// sum behind the tile, g_t that behind token t within the tile, and G that of the whole tile. With
+// Moments. For the tokens of a tile let S be the sum of delta behind the tile, g_t that behind token t within the tile, and G
+// that of the whole tile. With
 //
 //     x_t = 2 g_t / G - 1, from -1 to 1        z = A G / 2        exp(A S_t) = exp(A (S + G / 2)) exp(z x_t)
 //
@@ -17,9 +17,10 @@
 //
 //     exp(A (S + G / 2)) sum_j k_j z^j M_j[n]        M_j[n] = sum_t x_t^j delta_t u_t B_t[n]
 //
-// The moments M_j of 16 channels are products of (16 channels, 16 tokens) and (16 tokens, 16 states): one exponential a tile and
-// state, where the tokens would take 16. The polynomial is good to 8e-5 of the largest weight where |A| G <= 5. Where some state of
-// the warp forgets faster and has not forgotten the tile yet (exp(A S) > 2^-29), the warp walks the tile token by token.
+// The moments M_j of 16 channels are products of (16 channels, 16 tokens) and (16 tokens, 16 states): one exponential a tile
+// and state, where the tokens would take 16. The polynomial is good to 8e-5 of the largest weight where |A| G <= 5. Where some
+// state of the warp forgets faster and has not forgotten the tile yet (exp(A S) > 2^-29), the warp walks the tile token by
+// token.
 //
 // A warp has 16 channels of one direction. Lane (g, q) = (lane / 4, lane % 4) has the channels g and g + 8 and the states 2 q,
 // 2 q + 1, 2 q + 8 and 2 q + 9, as an mma gives them. Shared memory, MOMENT_SLOTS times for a direction:
@@ -71,14 +72,16 @@ DEVICE void state_pass_by_moments(
     const int token = step >= 0 ? tiles.token(step, row) : L;
     const bool exists = token < L;
     const i64 t = exists ? token : 0;
-    copy_async<16>(slot + rows_at, u + t * u_stride_t, exists), copy_async<16>(slot + 512 + rows_at, delta + t * delta_stride_t, exists);
+    copy_async<16>(slot + rows_at, u + t * u_stride_t, exists);
+    copy_async<16>(slot + 512 + rows_at, delta + t * delta_stride_t, exists);
     copy_async<16>(slot + B_at, B + t * B_stride_t, exists);
     copy_commit();
   };
   for (int i = 1; i < MOMENT_SLOTS; i++) prefetch(steps - i);
   // Sums of delta behind a token of the tile are products with triangles of ones.
   const unsigned ones = 0x3f803f80u, triangle = (2 * q > g ? 0x3f80u : 0u) | (2 * q + 1 > g ? 0x3f800000u : 0u);
-  const float ratios[7] = {0.99991847f, 0.50070407f, 0.33344819f, 0.24433412f, 0.19972261f, 0.20554313f, 0.14315050f};  // k_(j+1) / k_j
+  const float ratios[7] = {  // k_(j+1) / k_j
+      0.99991847f, 0.50070407f, 0.33344819f, 0.24433412f, 0.19972261f, 0.20554313f, 0.14315050f};
   int unvisited = 0;
 
   for (int step = steps - 1; step >= 0; step--) {
@@ -97,7 +100,8 @@ DEVICE void state_pass_by_moments(
     #pragma unroll
     for (int c = 0; c < 2; c++)
       #pragma unroll
-      for (int i = 0; i < 4; i++) far |= !(A_log2e[c][i] * G[c] >= -LARGEST_DECAY) && !(A_log2e[c][i] * S[c] < FORGOTTEN_LOG2);
+      for (int i = 0; i < 4; i++)
+        far |= !(A_log2e[c][i] * G[c] >= -LARGEST_DECAY) && !(A_log2e[c][i] * S[c] < FORGOTTEN_LOG2);
     if (__any_sync(0xffffffffu, far)) {
       const io_t* u_rows = (const io_t*)slot + g;
       #pragma unroll 4
@@ -106,7 +110,8 @@ DEVICE void state_pass_by_moments(
         const float B_t[4] = {from_bf16(low & 0xffff), from_bf16(low >> 16), from_bf16(high & 0xffff), from_bf16(high >> 16)};
         #pragma unroll
         for (int c = 0; c < 2; c++) {
-          const float delta_t = from_bf16(u_rows[256 + c * 128 + t * 8]), delta_u = delta_t * from_bf16(u_rows[c * 128 + t * 8]);
+          const float delta_t = from_bf16(u_rows[256 + c * 128 + t * 8]);
+          const float delta_u = delta_t * from_bf16(u_rows[c * 128 + t * 8]);
           #pragma unroll
           for (int i = 0; i < 4; i++) h[c][i] = fmaf(exp_delta_A(S[c], A_log2e[c][i]), delta_u * B_t[i], h[c][i]);
           S[c] += delta_t;
@@ -123,7 +128,8 @@ DEVICE void state_pass_by_moments(
         for (int i = 0; i < 4; i++) {
           const unsigned u_pair = u_pairs[i / 2 * 2 + c], delta_pair = delta_pairs[i / 2 * 2 + c];
           x[c][i] = fmaf(behind[i / 2][2 * c + i % 2], scale, -1.f);
-          delta_u[c][i] = from_bf16(i % 2 ? u_pair >> 16 : u_pair & 0xffff) * from_bf16(i % 2 ? delta_pair >> 16 : delta_pair & 0xffff);
+          delta_u[c][i] = __uint_as_float(i % 2 ? u_pair & 0xffff0000u : u_pair << 16) *
+                          __uint_as_float(i % 2 ? delta_pair & 0xffff0000u : delta_pair << 16);
           z[c][i] = fmaxf(A_log2e[c][i] * (0.5f * LN2 * G[c]), -60.f);
         }
       }

@@ -53,8 +53,8 @@ struct alignas(8) TileQueries {
 // Advance `h` from the state before split `from` to the state before split `to`, in the order of the scan:
 //     h <- exp(A delta_sum) h + split_final_state
 // split_final_states (split, E, N) are the final states of splits that start from zero. delta_sums (split, E) are their sums of
-// delta. The backward advances the adjoint in the same way. Where unvisited_tiles (split, block of channels) is not 0, the state
-// pass of the split has exited, and the exponential is taken as 0.
+// delta. The backward advances the adjoint in the same way. Where unvisited_tiles (split, block of channels) is not 0, the
+// state pass of the split has exited, and the exponential is taken as 0.
 template <int CHANNELS_PER_THREAD> DEVICE void combine_splits(
     float (*h)[STATES_PER_THREAD], const float (*A_log2e)[STATES_PER_THREAD], const int* slot, const float* split_final_states,
     const float* delta_sums, int from, int to, int first_channel, int E, int N, int quarter, const int* unvisited_tiles = 0,
@@ -75,8 +75,8 @@ template <int CHANNELS_PER_THREAD> DEVICE void combine_splits(
   }
 }
 
-// Whether the exit of a split's state pass was right: what it has left out is below a rounding of its result. All are of that split:
-// exit_states (E, N) the true states where the state pass stopped, results (E, N) and delta_sums (E,) what it has stored.
+// Whether the exit of a split's state pass was right: what it has left out is below a rounding of its result. All are of that
+// split: exit_states (E, N) the true states where the state pass stopped, results (E, N) and delta_sums (E,) what it stored.
 template <int CHANNELS_PER_THREAD> DEVICE bool exit_was_right(
     const float* exit_states, const float* results, const float* delta_sums, const float (*A_log2e)[STATES_PER_THREAD],
     const int* slot, int first_channel, int E, int N, int quarter) {
@@ -112,8 +112,8 @@ template <int CHANNELS_PER_THREAD> DEVICE bool exit_was_right(
 //   [1]                            splits claimed
 //   [2]                            unsplit sequences claimed
 //   [3 ... ]                       SCHEDULER_COUNTERS counts of the blocks that have started on a scheduler
-//   [3 + SCHEDULER_COUNTERS ... ]  state passes finished, of each sequence that is split; where state passes may exit there follow,
-//                                  of each such sequence, splits finished, then wrong exits, then one count of rescans claimed
+//   [3 + SCHEDULER_COUNTERS ... ]  state passes finished, of each sequence that is split. Where state passes may exit there
+//                                  follow, of each such sequence, splits finished, then wrong exits; then rescans claimed
 // Without counters the work of a block is given by its index in the grid.
 struct WorkQueue {
   int index;  // as WorkItem takes it
