@@ -29,7 +29,7 @@ from harness.report import (
 )  # fmt: skip
 from harness.report.figures import Drawing, shown
 from harness.report.html import Page, Section
-from harness.report.markdown import bold, escape, table
+from harness.report.markdown import Markdown, bold, escape, table
 from harness.report.page import again, box
 from harness.runs import environment
 from harness.runs.store import Run
@@ -145,7 +145,7 @@ def _warnings(run: Run) -> list[str]:
         said.append(f"> **Not finished** (status: {escape(run.about.get('status'))}). Points are missing.")
     narrowed = [escape(f"{what} {', '.join(plan[k])}") for k, what in (("races", "races"), ("names", "only")) if plan.get(k)]
     if points := plan.get("points"):  # patterns are long, and say little
-        narrowed.append(f"points of {len(points)} pattern{'s' * (len(points) > 1)}, which the box below has")
+        narrowed.append(Markdown(f"points of {len(points)} pattern{'s' * (len(points) > 1)}, which the box below has"))
     if narrowed:
         said.append(f"> **A part of the points** ({'; '.join(narrowed)}). It compares those that were timed, and no others.")
     if not _gpu(run) and not (run.speeds and all(s.point.race == reading.RACE for s in run.speeds)):
