@@ -214,6 +214,7 @@ def test_parts_that_learn_are_chosen_by_name(folder: Path, tmp_path: Path, capsy
         ("bimba-sft", "language.lora_targets=[nothing]", "nothing"),
         ("bimba-sft", "start=vamba", "vamba holds no projector, whose keys begin with model.mm_projector."),
         ("vamba-sft", "start=base", "neither a Vamba nor a Qwen2-VL"),
+        ("bimba-sft", "start=none/such", "none/such', and there is no such folder; allowed: that of a model; a repository"),
         ("vamba-sft", "start=null", "start is None; allowed: for task 'vamba-sft' the folder of a model"),
         ("vamba-sft", "data.train=none.json", "data.train: "),
         ("vamba-sft", "language.length=30", "data.train: none of 4 entries that were tried gives a sample"),
