@@ -118,7 +118,7 @@ UNUSED_KEYS |= {
     task: (
         "model", "inflate", "teacher", "loss", "mix", "mask", "text", "ema", "accumulate", "graph", "evaluate_every",
         *(f"data.{f.name}" for f in fields(DataConfig) if f.name not in ("train", "prefix", "workers")), "optim.layer_decay",
-        *unused,
+        "optim.rule", *unused,
     )
     for task, unused in UNUSED_LANGUAGE_KEYS.items()
 }  # fmt: skip
