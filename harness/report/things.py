@@ -29,6 +29,7 @@ LOOKS = {
     "pyav": Look("a loop over PyAV", "#D55E00", "^"),
     "decord": Look("decord", "#009E73", "D"),
     "torchcodec": Look("torchcodec", "#CC79A7", "P"),
+    "whole-bert": Look("all layers of BERT for every pair", "#A0522D", "<"),
     "pooling": Look("pooling", "#8C8C8C", "X"),
     "perceiver": Look("perceiver resampler", "#7F7F3F", "p"),
     "attention-sdpa": Look("self-attention, PyTorch's", "#009E73", "D"),
