@@ -93,6 +93,14 @@ def compat(session: nox.Session, stack: str) -> None:
 
 
 @nox.session
+def fuzz(session: nox.Session) -> None:
+    """Ask operators, configurations and readers 10,000 random things each; the tests ask 200."""
+    install(session, "-e", ".[harness,train]", *TEST)
+    files = sorted(map(str, Path("tests").glob("test_fuzz_*.py")))
+    python(session, "-m", "pytest", *files, *session.posargs, FUZZ="10000")
+
+
+@nox.session
 def fuzz_files(session: nox.Session) -> None:
     """Read 2,000 damaged video files; the tests read 100."""
     install(session, "-e", ".[harness,train]", *TEST)

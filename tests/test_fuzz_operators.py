@@ -186,7 +186,7 @@ def test_what_does_not_fit_is_named(name: str) -> None:
     def run(drawn: Drawn, data: st.DataObject) -> None:
         wrong = data.draw(st.sampled_from(sorted(drawn.tensors)))
         x = drawn.tensors[wrong]
-        bad: list[Any] = [x[None], torch.cat((x, x), -1)[..., : x.shape[-1] + 1] if x.shape[-1] else None, x.long(), x.bool(),
+        bad: list[Any] = [x[None, None], torch.cat((x, x), -1)[..., : x.shape[-1] + 1] if x.shape[-1] else None, x.long(), x.bool(),
                           x.to(torch.complex128), x.to("meta"), x.tolist(), "x", 1.5]  # fmt: skip
         value = data.draw(st.sampled_from([b for b in bad if b is not None]))
         if isinstance(value, Tensor) and value.shape == x.shape and value.dtype == x.dtype and value.device == x.device:
@@ -197,8 +197,10 @@ def test_what_does_not_fit_is_named(name: str) -> None:
             assert str(error).startswith(drawn.name), error
             assert any(known in str(error) for known in drawn.tensors), error
         else:
-            allowed = name == "norm" and wrong in ("x", "residual")  # any number of dimensions
-            assert allowed or (name == "conv" and wrong == "initial_state"), f"{wrong} was taken as {value!r:.100}"
+            tied = ("z", "initial_state") if name == "ssd" else ("initial_state",)  # by the size that one of them has alone
+            free = {"norm": ("x", "residual"), "conv": ("weight",), "ssd": ("x",), "scan": ()}[name]
+            channels = name == "ssd" and "D" in drawn.tensors and drawn.tensors["D"].dim() == 2
+            assert wrong in free and not drawn.tensors.keys() & set(tied) and not channels, f"{wrong} as {value!r:.100}"
 
     run()
 

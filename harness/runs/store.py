@@ -53,9 +53,11 @@ class Run:
     def open(cls, folder: Path) -> "Run":
         """Read a folder that holds a run. A last line cut short by a kill is left out. Raises StoreError if there is no run."""
         try:
-            about = json.loads((folder / "run.json").read_text())
-        except (OSError, json.JSONDecodeError) as error:
+            about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:  # ValueError: no JSON, or no UTF-8
             raise StoreError(f"{folder} holds no readable run ({error})") from error
+        if not isinstance(about, dict):
+            raise StoreError(f"{folder} holds no readable run (run.json holds a {type(about).__name__})")
         run = cls(folder)
         run.about = about
         run.records = run._read("records.jsonl", Record.parse)

@@ -101,12 +101,15 @@ class Campaign:
                 self._wide_of(half)
 
     def _check(self, tree: Tree, answers: Iterable[Answer]) -> None:
-        """Find out whether the tests that failed pass in the tree without a bug."""
+        """Find out whether the tests that failed pass in the tree without a bug; what does not run has not passed.
+
+        They run file by file: one that cannot be imported keeps all others of its run from running.
+        """
         new = [test for test in dict.fromkeys(t for a in answers for t in a.failed) if test not in self._sound]
-        if new:
-            answer = tree.test(new, WIDE, stop=False)
-            for test in new:
-                self._sound[test] = answer.code in RAN and test not in answer.failed
+        for file in dict.fromkeys(test.partition("::")[0] for test in new):
+            own = [test for test in new if test.partition("::")[0] == file]
+            passed = tree.test(own, WIDE, stop=False).passed
+            self._sound |= {test: any(p == test or p.startswith(test + "::") for p in passed) for test in own}
 
     def _caught(self, mutant: SourceMutant, answer: Answer, seconds: float) -> Record:
         """Return the record of a bug on which the tests did not pass."""

@@ -2,7 +2,7 @@
 
 It is started in a tree, as `python fork_server.py LIBRARY ...`. It reads JSON lines {"arguments": of pytest, "seconds": limit,
 "log": file} and answers each with {"code": pytest's exit code or null after the limit, "failed": node ids of tests and files
-that failed}. It imports nothing of the tree itself.
+that failed, "passed": those of tests that passed}. It imports nothing of the tree itself.
 """
 
 import contextlib
@@ -24,8 +24,8 @@ LIBRARIES = ("torch", "numpy", "jaxtyping", "beartype", "hypothesis", "typer.tes
 PR_SET_CHILD_SUBREAPER = 36  # of Linux's prctl
 
 
-class Failures:
-    """A plugin of pytest that writes the node ids of what failed to a file, as they come."""
+class Verdicts:
+    """A plugin of pytest that writes what failed and what passed to a file, a JSON line each, as they come."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -39,15 +39,16 @@ class Failures:
         self._note(report)
 
     def _note(self, report: Any) -> None:
-        if report.failed:
+        passed = report.passed and getattr(report, "when", "") == "call"
+        if report.failed or passed:
             with open(self._path, "a") as file:
-                file.write(report.nodeid + "\n")
+                file.write(json.dumps([report.nodeid, bool(report.failed)]) + "\n")
 
 
 def run(arguments: list[str], seconds: float, log: str) -> dict[str, Any]:
     """Run pytest in a forked child with its output in the file `log`; end it and its own children after so many seconds."""
-    failures = log + ".failed"
-    open(failures, "w").close()
+    verdicts = log + ".verdicts"
+    open(verdicts, "w").close()
     child = os.fork()
     if child == 0:
         exit_code = 3
@@ -58,7 +59,7 @@ def run(arguments: list[str], seconds: float, log: str) -> dict[str, Any]:
             for stream in (1, 2):
                 os.dup2(out, stream)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            exit_code = int(pytest.main(arguments, plugins=[Failures(failures)]))
+            exit_code = int(pytest.main(arguments, plugins=[Verdicts(verdicts)]))
         finally:
             os._exit(exit_code)
     code: int | None = None
@@ -70,8 +71,10 @@ def run(arguments: list[str], seconds: float, log: str) -> dict[str, Any]:
             time.sleep(0.0 if done else 0.02)
     finally:
         end_children()
-    with open(failures) as file:
-        return {"code": code, "failed": file.read().splitlines()}
+    with open(verdicts) as file:
+        said = [json.loads(line) for line in file if line.endswith("\n")]  # the last may be cut where the child was killed
+    failed = [test for test, bad in said if bad]
+    return {"code": code, "failed": failed, "passed": [test for test, bad in said if not bad and test not in failed]}
 
 
 def end_children() -> None:

@@ -21,10 +21,12 @@ PYTEST = ("-q", "-x", "--tb=short", "-p", "no:cacheprovider", "--ignore=tests/ha
 
 
 class Answer(NamedTuple):
-    """The end of a run of tests: pytest's exit code, None after the limit; node ids that failed; the end of the output."""
+    """The end of a run of tests: pytest's exit code, None after the limit; node ids that failed, of files too, and of tests
+    that passed; the end of the output."""
 
     code: int | None
     failed: tuple[str, ...]
+    passed: tuple[str, ...]
     output: str
 
     @property
@@ -96,14 +98,15 @@ class Tree:
         if not answer:
             raise RuntimeError(f"the process that runs tests died with exit code {server.wait()}")
         found = json.loads(answer)
-        return Answer(found["code"], tuple(found["failed"]), log.read_text(errors="replace")[-2000:])
+        return Answer(found["code"], tuple(found["failed"]), tuple(found["passed"]), log.read_text(errors="replace")[-2000:])
 
     def _started(self) -> "subprocess.Popen[str]":
         """Return the process that runs tests; it ends with this one, when its input does."""
         if self._server is None:
             caches = {"XDG_CACHE_HOME": "cache", "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
             variables = {name: str(self._home / folder) for name, folder in caches.items()}
-            variables |= {"HYPOTHESIS_STORAGE_DIRECTORY": str(self._home), "PYTHONPATH": str(self.root)}
+            path = os.pathsep.join(filter(None, [str(self.root), os.environ.get("PYTHONPATH")]))
+            variables |= {"HYPOTHESIS_STORAGE_DIRECTORY": str(self._home), "PYTHONPATH": path}
             variables |= {"PYTHONDONTWRITEBYTECODE": "", "OMP_NUM_THREADS": "1"}  # the unchanged files are compiled once
             self._server = subprocess.Popen(
                 [sys.executable, fork_server.__file__, *fork_server.LIBRARIES], cwd=self.root, env=os.environ | variables,

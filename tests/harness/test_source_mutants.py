@@ -34,6 +34,7 @@ def test_leaves_a_process():
 def test_dies():
     if m.twice(1) != 2: os.abort()
 """
+BROKEN = "import numbers_of_mine, nothing_there\n\ndef test_broken(): pass\n"
 WIDE = "import numbers_of_mine as m\n\ndef test_next(): assert m.next_of(1) == 2\n"
 
 
@@ -43,6 +44,7 @@ def bug(name: str, test: str, after: str = "return 3 * x", before: str = "return
 
 
 BUGS = [
+    bug("beside a broken file", "") | {"tests": ["tests/test_broken.py"]},
     bug("caught", "test_twice"), bug("hangs", "test_slow"), bug("always fails", "test_never"), bug("dies", "test_dies"),
     bug("caught by the room", "test_twice", "return x + 2", "return x + 1"), bug("no such test", "test_none"),
     bug("the same product", "test_twice", "return x * 2", equivalent="numbers commute"),
@@ -52,6 +54,7 @@ BUGS = [
 DUE = {
     "caught": "pass", "hangs": "pass", "always fails": "error", "dies": "pass", "caught by the room": "pass",
     "no such test": "error", "the same product": "skip", "larger numbers": "skip", "unseen": "fail", "on a device": "skip",
+    "beside a broken file": "error",
 }  # fmt: skip
 
 
@@ -63,6 +66,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (root / "numbers_of_mine.py").write_text(CODE)
     (root / "tests" / "test_narrow.py").write_text(TESTS)
     (root / "tests" / "test_wide.py").write_text(WIDE)
+    (root / "tests" / "test_broken.py").write_text(BROKEN)
     (root / "data").mkdir()
     (root / "data" / "judge.jsonl").write_text("".join(json.dumps(b) + "\n" for b in BUGS))
     every = catalogue.read(root / "data")
@@ -100,7 +104,7 @@ def test_every_verdict_and_the_page(project: Path, tmp_path: Path) -> None:
     assert said["always fails"] == "it fails without the bug too: tests/test_narrow.py::test_never"
     assert said["caught by the room"] == "tests/test_wide.py::test_next" and "within 8 s" in said["hangs"]
     page = (tmp_path / "run" / "report.md").read_text()
-    assert "| judge | 4 | 1 | 1 | 67 % | 1 | 1 | 2 |" in page and "numbers commute" in page and "no test of the cost" in page
+    assert "| judge | 4 | 1 | 1 | 67 % | 1 | 1 | 3 |" in page and "numbers commute" in page and "no test of the cost" in page
     assert not list(tmp_path.glob("source-mutants-*")) and (project / "numbers_of_mine.py").read_text() == CODE
 
 
@@ -147,7 +151,7 @@ def test_a_sample_is_drawn_by_the_commit(project: Path) -> None:
     drawn = [tuple(m.bug for m in choose(every, (), (), 3, commit)) for commit in ("a", "a", "b", "c", "d")]
     assert drawn[0] == drawn[1] and len(set(drawn)) > 2 and all(len(names) == 3 for names in drawn)
     assert choose(every, (), (), 99, "a") == choose(every, (), (), 0, "a") == every
-    assert re.search(r"^10 bugs$", mutants("--dry-run").output, re.M)
+    assert re.search(r"^11 bugs$", mutants("--dry-run").output, re.M)
     assert mutants("--room", "nowhere").exception is not None
 
 

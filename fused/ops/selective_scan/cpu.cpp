@@ -6,7 +6,7 @@
 namespace scan {
 
 constexpr Int CHUNK = 32;  // tokens whose states the backward holds at once
-constexpr Int PART = 4;    // blocks whose shares of the gradients of B and C are summed lane by lane before they are stored
+constexpr Int PART = 6;    // blocks whose shares of the gradients of B and C are summed lane by lane before they are stored
 constexpr Int NB = 8;      // states of a channel that are in registers together
 
 // All members of these structs have 8 bytes: Python packs them as words. Strides are in elements; those of channels and states
@@ -24,7 +24,7 @@ template <class T> struct Scan {
     Int z_clip, z_token;
     const T* initial;   // (B, E, N) of the only direction, or null
     T *y, *pre_gate;    // (B, L, E); pre_gate is null unless kept, or without z
-    T *final, *chunks;  // (K, B, E, N), and the states that enter the chunks, or null
+    T *final, *chunks;  // (K, B, E, N), and the states that enter the chunks; either may be null
     Direction<T> direction[2];
 };
 
@@ -188,7 +188,7 @@ template <class T> void forward(const Scan<T>& s) {
                     store(y + token * E, value, block.count);
                 }
             }
-            store_states(s.final + (k * s.clips + clip) * E * N, block, N, h);
+            if (s.final) store_states(s.final + (k * s.clips + clip) * E * N, block, N, h);
         }
     });
 }

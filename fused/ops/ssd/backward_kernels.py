@@ -43,7 +43,7 @@ def state_gradient_kernel(
     Further, for the gradients of decays, unless they are None: by token (blocks, B, H, tokens) <weighted x, gradients B>, what
     it has to do with the state; by chunk (blocks, B, H, chunks) <state that enters, gradient that leaves> times its decay.
     """
-    clip, chunk, group, first_head, count = chunk_and_heads(tl.program_id(0), num_chunks, H, heads_per_group, heads_per_program)
+    clip, chunk, group, first_head, count = chunk_and_heads(num_chunks, H, heads_per_group, heads_per_program)
     p, i = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, CHUNK)
     n = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
     position = chunk * CHUNK + i
@@ -108,7 +108,7 @@ def input_gradient_kernel(
     their sum from t on is the sum of all pairs between which the decay of t lies. That loses digits: with EXACT `within` is the
     latter sum.
     """
-    clip, chunk, group, first_head, count = chunk_and_heads(tl.program_id(0), num_chunks, H, heads_per_group, heads_per_program)
+    clip, chunk, group, first_head, count = chunk_and_heads(num_chunks, H, heads_per_group, heads_per_program)
     p, i = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, CHUNK)
     position = chunk * CHUNK + i
     inside, tokens = position < L, to_tokens(position, L, REVERSE)

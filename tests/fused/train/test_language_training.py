@@ -233,6 +233,13 @@ def test_wrong_options_are_said(folder: Path, tmp_path: Path, task: str, more: s
     assert said in error and "Traceback" not in error
 
 
+def test_a_bimba_takes_no_images(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    (folder / "data/still.png").write_bytes(b"")
+    path = write_list(folder / "data/images.json", [talk("Q", "A"), talk("<image>Q", "A", image="still.png")])
+    assert main(words(folder, "bimba-sft", tmp_path / "run", "steps=1", f"data.train={path}", "batch_size=1", "--dry-run")) == 2
+    assert "1 of 2 entries, the first is images.json#1, have an image" in capsys.readouterr().err
+
+
 def test_what_gave_no_sample_is_counted(folder: Path, tmp_path: Path) -> None:
     given = [talk(f"Q{i}", "A") for i in range(4)] + [talk("Q", "A" * 900)]
     path = write_list(folder / "data/long.json", given)
