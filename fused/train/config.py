@@ -54,7 +54,8 @@ UNUSED_KEYS = {
     ),
     "distill": ("mask", "loss.alignment", "language", *RETRIEVAL_KEYS),
     "retrieval": (
-        "mix", "loss.label_smoothing", "loss.distillation", "language", "data.separator", "data.columns", *VALIDATION_KEYS,
+        "mix", "loss.label_smoothing", "loss.distillation", "language", "data.separator", "data.columns", "data.repeats",
+        *VALIDATION_KEYS,
     ),
 }  # fmt: skip
 # Keys without a default. `teacher`, for tasks that read it, and one of `steps` and `epochs` are needed too.
