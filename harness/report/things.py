@@ -35,6 +35,7 @@ LOOKS = {
     "attention-sdpa": Look("self-attention, PyTorch's", "#009E73", "D"),
     "attention-naive": Look("self-attention written out", "#CC79A7", "P"),
     "timm": Look("ViT of timm", "#C44E8A", ">"),
+    "fused:cpu": Look("ours, CPU kernels", "#4C8C2B", "8"),
     "fused:torch": Look("ours in plain PyTorch", "#7B52AB", "*"),
     "reference": Look("the reference", "#5B4636", "d"),
 }
@@ -44,7 +45,7 @@ OWN = {
     ("vamba", "upstream"): Look("upstream's layers", "#A6761D", "<"),
     ("qwen2", "sdpa"): Look("Qwen2, the video as tokens", "#009E73", "D"),
 }
-SPARE = (("#A6761D", "<"), ("#C44E8A", ">"), ("#4C8C2B", "8"), ("#B03A2E", "H"), ("#2E86AB", "1"))
+SPARE = (("#A6761D", "<"), ("#C44E8A", ">"), ("#6B8E23", "p"), ("#B03A2E", "H"), ("#2E86AB", "1"))
 
 
 def look(implementation: str, subject: str = "") -> Look:

@@ -98,7 +98,14 @@ def choose_config(sizes: Sizes, dtype: torch.dtype, capability: int = 0, backwar
         config = Config(
             chunk, block_p, block_n, block_p, state_n, tl.bfloat16, 3, False, 16, Options(4, 3), *(over_heads,) * 4
         )
-    return config._replace(diagonal=not tensor_memory)
+    if 0 < capability < 90:  # without warpgroups a product takes more registers
+        eight = Options(8, 1 if config.EXACT else 2)
+        config = config._replace(STATE_N=min(config.STATE_N, 64), state_gradient=eight, input_gradient=eight, diagonal=False)
+        if not config.EXACT:
+            config = config._replace(states=Options(4, 2))
+        else:
+            config = config._replace(BLOCK_N=min(config.BLOCK_N, 64), scan=eight, pairs=eight)
+    return config._replace(diagonal=config.diagonal and not tensor_memory)
 
 
 def choose_heads(sizes: Sizes, num_chunks: int, most: int) -> int:

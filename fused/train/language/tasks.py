@@ -174,6 +174,9 @@ class BimbaTask(LanguageTask):
 
 def make_reader(config: TrainConfig) -> SampleReader:
     """Return what reads the samples of a task. Raises FileNotFoundError, OSError or CheckpointError for a wrong `start`."""
+    if not Path(str(config.start)).is_dir():  # which would be asked of the hub
+        advice = "a repository of the Hugging Face hub has to be downloaded first (hf download NAME --local-dir FOLDER)"
+        raise FileNotFoundError(f"start is {config.start!r}, and there is no such folder; allowed: that of a model; {advice}")
     options, tokenizer = config.language, read_tokenizer(str(config.start))
     frames = options.frames or FRAMES[str(config.task)]
     if config.task != "bimba-sft":

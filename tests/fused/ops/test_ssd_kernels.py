@@ -191,6 +191,7 @@ def test_compiles_and_prints_its_resources(capsys):
     kib = {80: 163, 90: 227, 100: 227}  # of shared memory that a block may have
     assert all(line["shared"] <= kib[line["sm"]] << 10 for line in lines)
     compiled.assert_no_spills(line for line in lines if line["sm"] == 90 and line["case"].startswith(("H112", "plain")))
+    assert all(line["stack"] <= 256 for line in lines if line["sm"] == 80)  # bytes
 
 
 @pytest.mark.usefixtures("nan_filled")
