@@ -18,7 +18,7 @@ from fused.evaluate.run import Progress
 from fused.evaluate.video_text import Engine
 from fused.io.atomic_write import atomic_write
 from fused.models.retrieval.model import VideoTextRetrieval
-from fused.models.retrieval.ranking import RECALLS, dual_softmax, ranks, summary
+from fused.models.retrieval.ranking import RECALLS, both_directions, dual_softmax, ranks
 from fused.models.retrieval.words import clean_text
 from fused.train.data.captions import Captioned, read_captions
 from fused.train.data.clips import BadFile, UnreadableFiles
@@ -122,10 +122,11 @@ class RetrievalEvaluation:
             kind = f"matching of {self.settings.rerank}"
             by_text[kind], by_video[kind] = self.engine.rerank(videos, features, similarities, self.settings.rerank)
         unread = len(self.videos) - len(videos)
+        found = {kind: both_directions(by_text[kind], by_video[kind], right, unread) for kind in by_text}
         numbers = {
             "videos": len(self.videos), "read": len(videos), "texts": len(texts),
-            "text_to_video": {kind: summary(scores, right) for kind, scores in by_text.items()},
-            "video_to_text": {kind: summary(scores, right.T, unread) for kind, scores in by_video.items()},
+            "text_to_video": {kind: first for kind, (first, _) in found.items()},
+            "video_to_text": {kind: second for kind, (_, second) in found.items()},
             "notes": [*self.notes, *self._few(len(texts), len(videos))],
         }  # fmt: skip
         scores = list(by_text.values())[-1]

@@ -206,9 +206,9 @@ class Mamba2(nn.Module):
         z0, x0, z, xBC, dt = zxbcdt.split(self._widths(), dim=-1)
         if state is not None:
             check_mixer_state(state, xBC, self.d_conv, self.scan_shape, self.layer_idx)
-        y, state = self._scan(xBC, dt, seq_idx, state, backend, reverse=False)
+        y, state = self._scan(xBC, dt, seq_idx, state, backend, reverse=False, final=return_state)
         if self.bimamba:
-            y = y + self._scan(xBC, dt, seq_idx, None, backend, reverse=True)[0]
+            y = y + self._scan(xBC, dt, seq_idx, None, backend, reverse=True, final=False)[0]
         y = self._gate(y, z, backend)
         if self.d_mlp:
             y = torch.cat((F.silu(z0) * x0, y), dim=-1)
@@ -216,9 +216,12 @@ class Mamba2(nn.Module):
         return (out, state) if return_state else out
 
     def _scan(
-        self, xBC: Tensor, dt: Tensor, seq_idx: Tensor | None, state: State | None, backend: str, reverse: bool
+        self, xBC: Tensor, dt: Tensor, seq_idx: Tensor | None, state: State | None, backend: str, reverse: bool, final: bool
     ) -> tuple[Tensor, Any]:
-        """Return y (B, L, d_ssm) of one direction before the gate, and the state after the last token that it reads."""
+        """Return y (B, L, d_ssm) of one direction before the gate, and the state after the last token that it reads.
+
+        Without `final` the scan's state may be empty or None.
+        """
         if reverse:
             conv, dt_bias, A_log, D = self.conv1d_b, self.dt_bias_b, self.A_b_log, self.D_b
         else:
@@ -239,6 +242,7 @@ class Mamba2(nn.Module):
         y, ssm_state = ssd_api.implementation(backend)(
             x.unflatten(2, (-1, self.headdim)), dt, A, B, C, D.unflatten(0, (-1, self.headdim)) if self.D_has_hdim else D,
             dt_bias=dt_bias, dt_limit=self.dt_limit, initial_state=ssm_state, seq_idx=seq_idx, reverse=reverse,
+            final=final,
         )  # fmt: skip
         return y.flatten(2), (conv_state, ssm_state)
 

@@ -45,6 +45,10 @@ _log = logging.getLogger("fused")
 _lock = threading.Lock()
 
 
+class CompilerError(Exception):
+    """The error for kernels that are not compiled; the message is the reason."""
+
+
 @functools.cache
 def source() -> str:
     """Return the C++ source of all kernels."""
@@ -109,8 +113,10 @@ def _load_once() -> ctypes.CDLL | str:
             library = ctypes.CDLL(str(file))
         else:
             library = _compile_and_load(file)
-    except (OSError, RuntimeError) as error:
+    except CompilerError as error:
         return f"{error}: install a C++ compiler such as g++, or use backend='torch'."
+    except OSError as error:
+        return f"the library of the kernels cannot be written or loaded ({error}): use backend='torch'."
     library.set_parallel_region(threads)
     keep_freed_memory()
     return library
@@ -136,15 +142,15 @@ def _compile_and_load(file: Path) -> ctypes.CDLL:
 
 
 def _compile(out: Path) -> None:
-    """Write the library. Raises RuntimeError if there is no compiler or it fails."""
+    """Write the library. Raises CompilerError if there is no compiler or it fails."""
     program = compiler()
     if program is None:
-        raise RuntimeError("there is no C++ compiler")
+        raise CompilerError("there is no C++ compiler")
     command = [program, *FLAGS, "-", "-o", str(out)]
     done = subprocess.run(command, input=source(), capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         first = next((line for line in done.stderr.splitlines() if "error" in line), f"exit code {done.returncode}")
-        raise RuntimeError(f"{program} cannot compile the kernels for the CPU ({first.strip()})")
+        raise CompilerError(f"{program} cannot compile the kernels for the CPU ({first.strip()})")
 
 
 def _is_whole(file: Path) -> bool:

@@ -54,7 +54,8 @@ UNUSED_KEYS = {
     ),
     "distill": ("mask", "loss.alignment", "language", *RETRIEVAL_KEYS),
     "retrieval": (
-        "mix", "loss.label_smoothing", "loss.distillation", "language", "data.separator", "data.columns", *VALIDATION_KEYS,
+        "mix", "loss.label_smoothing", "loss.distillation", "language", "data.separator", "data.columns", "data.augment",
+        "data.repeats", *VALIDATION_KEYS,
     ),
 }  # fmt: skip
 # Keys without a default. `teacher`, for tasks that read it, and one of `steps` and `epochs` are needed too.
@@ -118,7 +119,7 @@ UNUSED_KEYS |= {
     task: (
         "model", "inflate", "teacher", "loss", "mix", "mask", "text", "ema", "accumulate", "graph", "evaluate_every",
         *(f"data.{f.name}" for f in fields(DataConfig) if f.name not in ("train", "prefix", "workers")), "optim.layer_decay",
-        *unused,
+        "optim.rule", *unused,
     )
     for task, unused in UNUSED_LANGUAGE_KEYS.items()
 }  # fmt: skip

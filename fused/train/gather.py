@@ -10,8 +10,9 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, summed: bool) -> Tensor:
-        ctx.summed, ctx.rows = summed, len(x)  # type: ignore[attr-defined]
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        size, start = dist.get_world_size(), dist.get_rank() * len(x)
+        ctx.summed, ctx.own = summed and size > 1, slice(start, start + len(x))  # type: ignore[attr-defined]
+        parts = [torch.empty_like(x) for _ in range(size)]
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
 
@@ -21,9 +22,7 @@ class _Gather(torch.autograd.Function):
         if ctx.summed:  # type: ignore[attr-defined]
             gradient = gradient.clone()
             dist.all_reduce(gradient)
-        rows = ctx.rows  # type: ignore[attr-defined]
-        start = dist.get_rank() * rows
-        return gradient[start : start + rows], None
+        return gradient[ctx.own], None  # type: ignore[attr-defined]
 
 
 def gather(x: Tensor, kind: str = "exact") -> Tensor:

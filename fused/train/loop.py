@@ -62,7 +62,7 @@ class Trainer:
         self.config, self.world, self.folder = config, world, Path(str(config.out))
         if config.backend != "auto":
             backends.choose(config.backend, world.device)  # raises now rather than in the first step
-        self.data = self._training_data()
+        self.data = self.training_data()
         self.val = val = self._clip_folder("val", self.data.classes) if config.data.val is not None else None
         repeats = config.data.repeats
         self.micro_batch_videos, remainder = divmod(config.batch_size, world.size * config.accumulate * repeats)
@@ -81,7 +81,7 @@ class Trainer:
         self.total = config.steps or self.steps_per_epoch * int(config.epochs or 0)
         self.changes = run_folder.check_run(self.folder, config)
 
-        self.task = self._build_task()
+        self.task = self.build_task()
         recorder, self.graph_line = choose_recorder(config, world.device)
         parallel.parallelize(self.task, config.parallel, world)
         self.average = WeightAverage(self.task.student, config.ema) if config.ema is not None else None
@@ -120,9 +120,9 @@ class Trainer:
         ]
         for key, dataset in (("train", self.data), ("val", self.val)):
             lines += [f"data.{key}: {note}" for note in (dataset.notes if dataset else ())]
-        return lines + self._resume_lines()
+        return lines + self.resume_lines()
 
-    def _resume_lines(self) -> list[str]:
+    def resume_lines(self) -> list[str]:
         """Return lines that say from where the run goes on, and what has changed."""
         if self.checkpoint is None:
             return []
@@ -150,7 +150,7 @@ class Trainer:
                 while self.step < self.total and not interrupted:
                     interrupted = self._train_epoch(log, interrupt)
                 if not interrupted:
-                    models = self._save_models()
+                    models = self.save_models()
                     if log is not None:
                         log.print_done(self.step, models, self.data.files)
         finally:
@@ -163,7 +163,7 @@ class Trainer:
         config, (epoch, done) = self.config, divmod(self.step, self.steps_per_epoch)
         count = min(self.steps_per_epoch - done, self.total - self.step)
         micro_batches = islice(self._epoch_batches(epoch, skip=done * config.accumulate), count * config.accumulate)
-        feed = self._feed(micro_batches)
+        feed = self.make_feed(micro_batches)
         under_way: deque[StepResult] = deque()
         self._start_interval()
         for i in range(count):
@@ -191,7 +191,7 @@ class Trainer:
     def _train_step(self, feed: Any, interrupt: Interrupt) -> StepResult:
         """Begin one step of the optimiser."""
         config, world = self.config, self.world
-        bad_files = self._forward_backward(feed)
+        bad_files = self.forward_backward(feed)
         rate = self.rates.set(self.step)
         numbers = self.train_step.update()
         minutes = math.inf if config.save_minutes is None else config.save_minutes
@@ -203,7 +203,7 @@ class Trainer:
         self.step += 1
         return StepResult(self.step, rate, total, bad_files, waits)
 
-    def _forward_backward(self, feed: Any) -> list[BadFile]:
+    def forward_backward(self, feed: Any) -> list[BadFile]:
         """Run forward and backward of a step's micro-batches; return the files that gave no clip."""
         config, bad_files = self.config, []
         for i in range(config.accumulate):
@@ -263,22 +263,22 @@ class Trainer:
         """Evaluate the model; return False if an interrupt ended that."""
         return self.validation is None or self.validation.run(self.step, epoch, log, self.train_step.autocast(), interrupt)
 
-    def _training_data(self) -> Any:
+    def training_data(self) -> Any:
         """Return the videos of data.train, for retrieval with captions. Raise ValueError that names the key."""
         if self.config.task == "retrieval":
             return CaptionData(self.config)
         return self._clip_folder("train", () if self.config.task == "pretrain" else None)
 
-    def _build_task(self) -> Any:
+    def build_task(self) -> Any:
         """Return the task with its models."""
         captions = self.data if isinstance(self.data, CaptionData) else None
         return tasks.build_task(self.config, self.data.classes, self.world.device, captions)
 
-    def _feed(self, micro_batches: Any) -> Any:
-        """Return the micro-batches as `_forward_backward` takes them."""
+    def make_feed(self, micro_batches: Any) -> Any:
+        """Return the micro-batches as `forward_backward` takes them."""
         return Prefetcher(micro_batches, self.world.device, self.task.encode)
 
-    def _save_models(self) -> list[Path]:
+    def save_models(self) -> list[Path]:
         """Write the trained model, and return its folder, with an EMA those of both."""
         return run_folder.save_models(self.folder, self.config, self.task.student, self.average, self.world)
 

@@ -20,6 +20,7 @@ from fused.runtime.graphs import WARMUP, CudaRecorder, Recorder, Recording
 from fused.train import parallel
 from fused.train.config import TrainConfig
 from fused.train.ema import WeightAverage
+from fused.train.language.options import LANGUAGE_TASKS
 from fused.train.parallel import World
 from fused.train.tasks import Task
 
@@ -35,6 +36,8 @@ def eager_reason(config: TrainConfig, device: torch.device) -> str | None:
         return "hard negatives are chosen on the host"
     if device.type != "cuda":
         return f"the model is on the {device.type.upper()}"
+    if config.task in LANGUAGE_TASKS:
+        return "rows of conversations differ in length"
     return "FSDP gathers parameters by code on the host" if config.parallel == "fsdp" else None
 
 

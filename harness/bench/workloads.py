@@ -34,7 +34,7 @@ class OnDevice(Case):
 
     def normal(self, seed: int, name: str, *shape: int) -> Tensor:
         """Draw standard normal numbers, float32."""
-        return torch.randn(*shape, generator=self.generator(seed, name), device=self.device)
+        return torch.randn(shape, generator=self.generator(seed, name), device=self.device)
 
     def log_uniform(self, seed: int, name: str, low: float, high: float, *shape: int) -> Tensor:
         """Draw numbers between low and high, uniform in their logarithm."""

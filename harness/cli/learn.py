@@ -135,6 +135,8 @@ def run_training(training: Training, device: str, progress: Progress) -> tuple[R
     """Return the record of a training, and the model if there is one; whatever goes wrong becomes a record."""
     start, fitted, findings = time.perf_counter(), None, []
     status, reason = "skip", training.implementation.absent(device) or ""
+    if training.task.fit is not None and training.implementation.backend is None:
+        reason = f"the task {training.task.name} is for fused"
     if not reason:
 
         def tell(evaluation: Evaluation) -> None:
@@ -144,7 +146,8 @@ def run_training(training: Training, device: str, progress: Progress) -> tuple[R
         try:
             data = training.task.data()
             num_held_out = len(data.held_out[1])
-            fitted = fit(training.task, data, training.implementation.call, training.recipe, training.seed, device, tell)
+            train = training.task.fit or fit
+            fitted = train(training.task, data, training.implementation.call, training.recipe, training.seed, device, tell)
             findings = findings_of(fitted, training.recipe)
             status = judged(findings)
         except torch.OutOfMemoryError as error:

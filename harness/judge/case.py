@@ -70,7 +70,7 @@ class Case:
 
     def normal(self, seed: int, name: str, *shape: int) -> Tensor:
         """Draw standard normal numbers, float64 on the CPU."""
-        return torch.randn(*shape, generator=self.generator(seed, name), dtype=torch.float64)
+        return torch.randn(shape, generator=self.generator(seed, name), dtype=torch.float64)
 
     def jitter(self, x: Tensor, seed: int, name: str) -> Tensor:
         """Return x with every number changed by about JITTER of itself."""

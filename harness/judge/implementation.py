@@ -70,16 +70,15 @@ def fused_implementations(
     call_with: Callable[[str], Callable[..., Any]],
     samples: Callable[[Case, dict[str, Tensor]], Sequence[Sample]] | None = None,
     every_backend: bool = False,
+    cpu_samples: Callable[[Case, dict[str, Tensor]], Sequence[Sample]] | None = None,
 ) -> list[Implementation]:
     """Return the backends of `fused` with operators of their own or, for mixers and models, every one; mamba-ssm's are rivals.
 
-    `samples` are of native's registered ops.
+    `samples` are of native's registered ops, `cpu_samples` of those of the kernels for CPUs.
     """
     names = [b for b in backends.BACKENDS if backends.operators_of(b) == b or every_backend]
-    mode = backends.batch_invariant
+    mode, sampled = backends.batch_invariant, {"native": samples, "cpu": cpu_samples}
     return [
-        Implementation(
-            f"fused:{b}", call_with(b), b.startswith("mamba_ssm"), b, table, mode, samples if b == "native" else None
-        )
+        Implementation(f"fused:{b}", call_with(b), b.startswith("mamba_ssm"), b, table, mode, sampled.get(b))
         for b in names
     ]

@@ -34,7 +34,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Task:
-    """A task with its model and recipes. `config` holds the fields of a VideoMambaConfig, of either package."""
+    """A task with its model and recipes. `config` holds the fields of a VideoMambaConfig, of either package.
+
+    `fit` trains a model of another kind than a classifier, which the reference does not have; None: `harness.learning.fit.fit`.
+    """
 
     name: str
     title: str
@@ -42,6 +45,7 @@ class Task:
     data: Callable[[], Data]
     full: Recipe
     short: Recipe
+    fit: Callable[..., Any] | None = None
 
 
 def allowed(bar: float | None, count: int) -> float:

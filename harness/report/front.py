@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from harness.records.speed import Speed
-from harness.report import accepted, bench, curves, faults, glossary, headlines, html, overview, page, things
+from harness.report import accepted, bench, curves, faults, glossary, headlines, html, overview, page, speed_figures, things
 from harness.report.figures import Drawing, End, chart, label_ends, line_look, logarithmic, shown
 from harness.report.html import Number, Page, Section
 from harness.report.markdown import Markdown, escape, table
@@ -68,7 +68,8 @@ def trend(runs: Mapping[Path, Run], folder: Path) -> list[Drawing]:
         ends = []
         for name, spare in zip(list(races.values())[:LINES], things.SPARE, strict=False):
             line = times[name]
-            look = things.Look(name, *spare)
+            point = next(iter(line.values())).point
+            look = things.Look(f"{speed_figures.sizes(point)}, {point.mode}, {point.way}", *spare)
             axes.plot(list(line), [1e3 * curves.seconds(s) for s in line.values()], **line_look(look))
             ends.append(End(max(line), 1e3 * curves.seconds(line[max(line)]), look))
         axes.set(yscale="log", ylabel="ms a call, ours")

@@ -143,9 +143,9 @@ def _stream(speeds: Sequence[Speed]) -> list[Number]:
         return []
     last = max(s.point["A"] for s in mine)
     s = min((s for s in mine if s.point["A"] == last), key=seconds)
-    return [
-        Number(number(1e3 * seconds(s)), "ms", f"a frame of a stream after {last:,} others, {s.entry.variant}, {s.point.way}")
-    ]
+    how = {"graph": "by a CUDA graph"}.get(s.point.way, s.point.way)
+    model = SIZES.get(s.entry.variant, s.entry.variant)
+    return [Number(number(1e3 * seconds(s)), "ms", f"for the next frame of a stream after {last:,} others: {model}, {how}")]
 
 
 def _chunks(speeds: Sequence[Speed]) -> list[Number]:

@@ -19,9 +19,9 @@ from harness.runs.store import Run
 STEM = "learning"
 HOW = """\
 Each training starts from weights that its seed gives, the same for every implementation, and takes AdamW with a cosine
-schedule through batches that are drawn anew at each step. What is held out is never trained on: of `digits` and `motion` every
-fifth of scikit-learn's 1797 handwritten digits, which the same people wrote as the rest; of `arrow` the end of the video's
-time. A bar has to be exceeded; where there is none, any share passes, if every loss was a number. A training is
+schedule through batches that are drawn anew at each step. What is held out is never trained on: of `digits`, `motion` and
+`retrieval` every fifth of scikit-learn's 1797 handwritten digits, which the same people wrote as the rest; of `arrow` the end
+of the video's time. A bar has to be exceeded; where there is none, any share passes, if every loss was a number. A training is
 evaluated ten times; the last evaluation counts, not the best. Chance is the share that guessing gives."""
 
 

@@ -120,15 +120,17 @@ def _numbers(rooms: pd.DataFrame) -> list[Number]:
 
 
 def _draw(rooms: pd.DataFrame, folder: Path) -> Drawing:
-    """Draw a bar a room: the shares caught, known to survive and survived, with their numbers."""
+    """Draw a bar a room: the bugs caught, known to survive and survived, with how many of how many are caught."""
     parts = rooms.drop(ALL)
     with chart(folder, "rooms", height=0.9 + 0.34 * len(parts)) as axes:
         left = pd.Series(0, index=parts.index)
         for verdict, colour in COLOURS.items():
-            bars = axes.barh(parts.index, parts[verdict], left=left, color=colour, label=verdict, height=0.7)
-            counts = [str(n) if n else "" for n in parts[verdict]]
-            axes.bar_label(bars, counts, label_type="center", color="#fdfdfd", fontsize=8)
+            axes.barh(parts.index, parts[verdict], left=left, color=colour, label=verdict, height=0.7)
             left = left + parts[verdict]
+        for room, line in parts.iterrows():
+            said = f"{line[CAUGHT]} of {left[room]}"
+            axes.annotate(said, (left[room], room), (4, 0), textcoords="offset points", va="center")
+        axes.margins(x=0.14)
         axes.invert_yaxis()
         axes.grid(False, axis="y")
         axes.set(xlabel="planted bugs")

@@ -113,7 +113,8 @@ def verdict(run: Run) -> str:
             f"{which} of our implementations {'is' if asked == 1 else 'are'} as close to the reference as the tolerance demands"
         )
         share = found[0].finding.ratio if found else 0.0
-        said += f"; the tightest uses {100 * share:.3g} % of its budget." if share else "; all are exact."
+        where = f", {found[0].finding.tensor} of {found[0].record.subject} by {found[0].record.check}," if share else ""
+        said += f"; the tightest{escape(where)} uses {100 * share:.3g} % of its budget." if share else "; all are exact."
     return said + _so_far(run)
 
 

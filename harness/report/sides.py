@@ -5,11 +5,16 @@ from pathlib import Path
 
 from harness.bench.compare import compare
 from harness.records import interval
-from harness.report import bench, html, page, things
+from harness.report import bench, glossary, html, page, things
 from harness.report.figures import Drawing, chart, legend, line_look, logarithmic, shown
 from harness.report.html import Number, Page, Section
 from harness.report.markdown import escape, fence, table
 from harness.runs.store import Run, StoreError
+
+WORDS = {
+    "FASTER": "are faster", "SAME": "take the same time, within 2 %", "SLOWER": "are slower",
+    "UNSURE": "vary too much to tell",
+}  # fmt: skip
 
 
 def write(base: Run, new: Run, folder: Path) -> Path:
@@ -29,6 +34,7 @@ def write(base: Run, new: Run, folder: Path) -> Path:
         Section("The two runs", table(["", "run", "started", "code of", "says"], rows)),
         *made.sections,
         Section("How to repeat it", fence(f"python -m harness report {base.folder} {new.folder}")),
+        Section("Glossary", glossary.terms(), folded=True),
     ]
     return html.write(folder, Page(made.title, made.verdict, made.numbers, made.chart, sections))
 
@@ -42,8 +48,7 @@ def _benches(base: Run, new: Run, folder: Path) -> Page:
     changes, left_out = compare(base, new)
     ours = [c for c in changes if c.new.entry.role == "ours"]
     counts = Counter(c.verdict for c in ours)
-    said = ", ".join(f"{counts[v]} {v}" for v in interval.VERDICTS)
-    numbers = [Number(str(counts[v]), f"of {len(ours)}", f"points of ours are {v.lower()}") for v in interval.VERDICTS]
+    numbers = [Number(str(counts[v]), f"of {len(ours)}", f"points of ours {WORDS[v]}") for v in interval.VERDICTS]
     rows = [
         (c.new.point.name, c.new.entry.name, f"{c.ratio.middle:.3f}", f"[{c.ratio.low:.3f}, {c.ratio.high:.3f}]", c.verdict)
         for c in sorted(changes, key=lambda c: (c.new.entry.role == "rival", -c.ratio.middle))
@@ -64,7 +69,9 @@ def _benches(base: Run, new: Run, folder: Path) -> Page:
         Section("Every point", table(["point", "entry", "time / base's", "95 %", "verdict"], rows)),
         Section("Left out", "\n".join(f"- {escape(line)}" for line in left_out) or "Nothing.", folded=True),
     ]
-    return Page(f"{new.folder.name} beside {base.folder.name}", f"Of ours: {said}.", numbers, shown(drawn), sections)
+    said = ", ".join(f"{counts[v]} {WORDS[v]}" for v in interval.VERDICTS)
+    title = f"{new.folder.name} beside {base.folder.name}"
+    return Page(title, f"Of {len(ours)} points of ours {said}.", numbers, shown(drawn), sections)
 
 
 def _parities(base: Run, new: Run) -> Page:

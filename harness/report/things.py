@@ -29,11 +29,13 @@ LOOKS = {
     "pyav": Look("a loop over PyAV", "#D55E00", "^"),
     "decord": Look("decord", "#009E73", "D"),
     "torchcodec": Look("torchcodec", "#CC79A7", "P"),
+    "whole-bert": Look("all layers of BERT for every pair", "#A0522D", "<"),
     "pooling": Look("pooling", "#8C8C8C", "X"),
     "perceiver": Look("perceiver resampler", "#7F7F3F", "p"),
     "attention-sdpa": Look("self-attention, PyTorch's", "#009E73", "D"),
     "attention-naive": Look("self-attention written out", "#CC79A7", "P"),
     "timm": Look("ViT of timm", "#C44E8A", ">"),
+    "fused:cpu": Look("ours, CPU kernels", "#4C8C2B", "8"),
     "fused:torch": Look("ours in plain PyTorch", "#7B52AB", "*"),
     "reference": Look("the reference", "#5B4636", "d"),
 }
@@ -43,7 +45,7 @@ OWN = {
     ("vamba", "upstream"): Look("upstream's layers", "#A6761D", "<"),
     ("qwen2", "sdpa"): Look("Qwen2, the video as tokens", "#009E73", "D"),
 }
-SPARE = (("#A6761D", "<"), ("#C44E8A", ">"), ("#4C8C2B", "8"), ("#B03A2E", "H"), ("#2E86AB", "1"))
+SPARE = (("#A6761D", "<"), ("#C44E8A", ">"), ("#6B8E23", "p"), ("#B03A2E", "H"), ("#2E86AB", "1"))
 
 
 def look(implementation: str, subject: str = "") -> Look:

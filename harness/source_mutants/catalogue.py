@@ -16,6 +16,7 @@ KINDS = {
 ROOMS = {  # what runs beside the narrow tests, for all survivors of a room together
     "judge": ("tests/harness",), "bench": ("tests/harness",), "pages": ("tests/harness",),
     "training": ("tests/fused/train",), "io": ("tests/fused/io", "tests/fused/train/test_data.py"),
+    "cpu": ("tests/fused/ops", "tests/fused/runtime"),
     "kernels": ("tests/fused/ops",), "operators": ("tests/fused/ops",), "runtime": ("tests/fused/runtime",),
     "commands": ("tests/fused/evaluate", "tests/fused/chat", "tests/fused/features"),
     "models": ("tests/fused/models", "tests/fused/chunked", "tests/test_streaming.py", "tests/test_golden.py"),

@@ -53,7 +53,8 @@ def implementations() -> list[Implementation]:
     def call_with(backend: str) -> Callable[..., Any]:
         return lambda *args, **options: api.causal_conv1d(*args, **options, backend=backend)
 
-    return [Implementation("reference", reference.causal_conv1d), *fused_implementations(api.BACKENDS, call_with, samples)]
+    fused = fused_implementations(api.BACKENDS, call_with, samples, cpu_samples=cpu_samples)
+    return [Implementation("reference", reference.causal_conv1d), *fused]
 
 
 def samples(case: Case, leaves: dict[str, Tensor]) -> list[Sample]:
@@ -62,6 +63,15 @@ def samples(case: Case, leaves: dict[str, Tensor]) -> list[Sample]:
     tensors = (leaves.get(k) for k in ("x", "weight", "bias", "initial_state"))
     args = (*tensors, None, not case.has("bare"), case.has("reverse"))
     return [(torch.ops.videomamba.causal_conv1d.default, args, {})]
+
+
+def cpu_samples(case: Case, leaves: dict[str, Tensor]) -> list[Sample]:
+    """Return the op that the kernels for CPUs register, in the dtype that they compute in."""
+    importlib.import_module("fused.ops.causal_conv1d.cpu")
+    precise = {k: x.to(torch.promote_types(x.dtype, torch.float32)) for k, x in leaves.items()}
+    options = not case.has("bare"), [case.has("reverse")]
+    arguments = precise["x"], [precise["weight"]], [precise.get("bias")], precise.get("initial_state"), *options
+    return [(torch.ops.videomamba.causal_conv1d_cpu.default, arguments, {})]
 
 
 def draw(case: Case, seed: int) -> dict[str, Tensor]:

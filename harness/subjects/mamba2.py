@@ -154,7 +154,7 @@ def races() -> list[Race]:
         dtype = "float32" if grid == "cpu" else "bfloat16"
         return [Point("mamba2", tuple(s.items()), mode, dtype=dtype) for s in sizes for mode in ("infer", "train")]
 
-    return [Race("mamba2", order=7, points=points, contenders=(("mamba2", ""),), options=("cast",))]
+    return [Race("mamba2", order=7, points=points, contenders=(("mamba2", ""),), options=("cast",), runs=ssd.runs)]
 
 
 def licence(dtype: str) -> tuple[str, ...]:

@@ -46,7 +46,8 @@ def implementations() -> list[Implementation]:
     def call_with(backend: str) -> Callable[..., Any]:
         return lambda *args, **options: api.add_norm(*args, **options, backend=backend)
 
-    return [Implementation("reference", reference.add_norm), *fused_implementations(api.BACKENDS, call_with, samples)]
+    fused = fused_implementations(api.BACKENDS, call_with, samples, cpu_samples=cpu_samples)
+    return [Implementation("reference", reference.add_norm), *fused]
 
 
 def samples(case: Case, leaves: dict[str, Tensor]) -> list[Sample]:
@@ -55,6 +56,14 @@ def samples(case: Case, leaves: dict[str, Tensor]) -> list[Sample]:
     tensors = (leaves.get(k) for k in ("x", "weight", "bias", "residual"))
     options = (None, 1.0, 1e-5, case.option("kind", "rms") == "layer", torch.float32)
     return [(torch.ops.videomamba.add_norm.default, (*tensors, *options), {})]
+
+
+def cpu_samples(case: Case, leaves: dict[str, Tensor]) -> list[Sample]:
+    """Return the op that the kernels for CPUs register, in the dtype that they compute in."""
+    importlib.import_module("fused.ops.add_norm.cpu")
+    precise = {k: x.to(torch.promote_types(x.dtype, torch.float32)) for k, x in leaves.items()}
+    tensors = (precise.get(k) for k in ("x", "residual", "weight", "bias"))
+    return [(torch.ops.videomamba.add_norm_cpu.default, (*tensors, 1e-5, case.option("kind", "rms") == "layer"), {})]
 
 
 def draw(case: Case, seed: int) -> dict[str, Tensor]:

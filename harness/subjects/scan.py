@@ -67,7 +67,8 @@ def implementations() -> list[Implementation]:
     def call_with(backend: str) -> Callable[..., Any]:
         return lambda *args, **options: api.selective_scan(*args, **options, backend=backend)
 
-    return [Implementation("reference", reference.selective_scan), *fused_implementations(api.BACKENDS, call_with, samples)]
+    fused = fused_implementations(api.BACKENDS, call_with, samples, cpu_samples=cpu_samples)
+    return [Implementation("reference", reference.selective_scan), *fused]
 
 
 def samples(case: Case, leaves: dict[str, Tensor]) -> list[Sample]:
@@ -79,6 +80,16 @@ def samples(case: Case, leaves: dict[str, Tensor]) -> list[Sample]:
     options = not case.has("bare"), [case.has("reverse")], False, True
     arguments = (*pairs, leaves.get("z"), leaves.get("initial_state"), *options)
     return [(torch.ops.videomamba.selective_scan.default, arguments, {})]
+
+
+def cpu_samples(case: Case, leaves: dict[str, Tensor]) -> list[Sample]:
+    """Return the op that the kernels for CPUs register, in the dtype that they compute in."""
+    importlib.import_module("fused.ops.selective_scan.cpu")
+    precise = {k: x.to(torch.promote_types(x.dtype, torch.float32)) for k, x in leaves.items()}
+    pairs = ([precise.get(name)] for name in ("u", "delta", "A", "B", "C", "D", "delta_bias"))
+    options = not case.has("bare"), [case.has("reverse")], True
+    arguments = (*pairs, precise.get("z"), precise.get("initial_state"), *options)
+    return [(torch.ops.videomamba.selective_scan_cpu.default, arguments, {})]
 
 
 def draw(case: Case, seed: int) -> dict[str, Tensor]:

@@ -180,7 +180,7 @@ def similarity(video: Float[Tensor, "B T E"], text: Float[Tensor, "N E"], temp: 
     """Return the mean over frames of cos(video m frame l, text n) / temp, in at least float32."""
     precise = accumulation_dtype(video.dtype)
     video, text = F.normalize(video.to(precise), dim=-1), F.normalize(text.to(precise), dim=-1)
-    return torch.einsum("mld,nd->mln", video, text).mean(dim=1) / temp
+    return (video[:, :, None] * text).sum(dim=-1).mean(dim=1) / temp
 
 
 def contrastive_loss(v2t: Float[Tensor, "B B"], ids: Int[Tensor, " B"]) -> Float[Tensor, ""]:
@@ -208,9 +208,9 @@ def masked_language_loss(logits: Float[Tensor, "B N words"], labels: Int[Tensor,
 
 
 def alignment_loss(student: Float[Tensor, "*tokens E"], teacher: Float[Tensor, "*tokens E"]) -> Float[Tensor, ""]:
-    """Return UTA: the mean over tokens of 2 - 2 cos(student, teacher), in at least float32."""
+    """Return UTA: the mean over tokens of 2 - 2 cos(student, teacher), in at least float32; the teacher gets no gradient."""
     precise = accumulation_dtype(student.dtype)
-    student, teacher = (F.normalize(x.to(precise), dim=-1) for x in (student, teacher))
+    student, teacher = (F.normalize(x.to(precise), dim=-1) for x in (student, teacher.detach()))
     return (2 - 2 * (student * teacher).sum(dim=-1)).mean()
 
 

@@ -99,7 +99,7 @@ def launches_of_ssd():
         dt, A = torch.empty(1, 2000, H, dtype=dtype), torch.empty(H)
         ids, state = (torch.zeros(1, 2000, dtype=torch.int32), torch.empty(1, H, P, N)) if full else (None, None)
         arguments = x, dt, A, B, B, A, z if full and not backward else None, A, True, 0.0, 1.0, state, ids, full
-        ssd_backward.backward(x, state, *arguments) if backward else ssd.forward(*arguments)
+        ssd_backward.backward(x, state, *arguments) if backward else ssd.forward(*arguments, want_final=full)
 
     kernels = ("steps_kernel", "states_kernel", "scan_kernel")
     gradients = "both_states_kernel", "state_gradient_kernel", "input_gradient_kernel", "steps_backward_kernel", "reduce_kernel"

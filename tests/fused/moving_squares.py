@@ -1,6 +1,7 @@
-"""A folder of small videos with captions: a white square that moves to the left or to the right, on grey of three kinds."""
+"""A folder of small videos with captions: a white bar that moves to the left or to the right, on three colours."""
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -8,28 +9,28 @@ from retrieval_models import WORDS, vocabulary
 
 from harness.fixtures.video import write
 
-GREYS = {"six": 40, "seven": 90, "black": 0}
-WAYS = {"left": -1, "right": 1}
-CAPTIONS = [f"a {name} moves {way}" for name in GREYS for way in WAYS]
+COLOURS = {"six": (200, 0, 0), "seven": (0, 200, 0), "black": (0, 0, 200)}
+WAYS = "left", "right"
+CAPTIONS = [f"a {name} moves {way}" for name in COLOURS for way in WAYS]
 
 
-def square(path: Path, name: str, way: str, start: int = 0, frames: int = 4) -> Path:
-    """Write a video of 32 x 32 pixels whose square moves by 8 pixels a frame, around the border."""
-    images = torch.full((frames, 32, 32, 3), GREYS[name], dtype=torch.uint8)
+def square(path: Path, name: str, way: str, row: int = 0, frames: int = 4) -> Path:
+    """Write a video of 32 x 32 pixels with a bar of 8 x 16, which moves by 4 after two frames, within a patch of 16 x 16."""
+    images = torch.tensor(COLOURS[name], dtype=torch.uint8).repeat(frames, 32, 32, 1)
     for t in range(frames):
-        column = (start + 8 * t * WAYS[way]) % 32
-        images[t, 8:16, column : column + 8] = 255
+        column = 4 if t < 2 else 8 * (way == "right")
+        images[t, row : row + 16, column : column + 8] = 255
     return write(path, images)
 
 
-def folder(root: Path, each: int = 1) -> Path:
+def folder(root: Path, each: int = 1, captions: Sequence[str] = CAPTIONS) -> Path:
     """Write `each` videos for each caption, captions.csv and a vocabulary; return the path of captions.csv."""
     root.mkdir(parents=True)
     rows = []
     for i in range(each):
-        for j, caption in enumerate(CAPTIONS):
+        for j, caption in enumerate(captions):
             _, name, _, way = caption.split()
-            rows.append((square(root / f"{i}{j}.avi", name, way, 8 * (i % 4)).name, caption))
+            rows.append((square(root / f"{i}{j}.avi", name, way, 16 * (i % 2)).name, caption))
     with open(root / "captions.csv", "w", newline="") as file:
         csv.writer(file).writerows([("path", "caption"), *rows])
     vocabulary(root, WORDS)

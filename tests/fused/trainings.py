@@ -8,9 +8,11 @@ import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -74,6 +76,22 @@ def train(
     output = folder / f"output-{time.monotonic_ns()}.txt"
     code = _join(start(*trainings, fault=fault, output=output, module=module))
     return code, output.read_text()
+
+
+def run_two(module: str, words: list[str], folder: Path) -> str:
+    """Run a command in two processes, as torchrun does, and return what they print. Both have to end well."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes, output = [], folder / f"{module}.txt"
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for rank in ("0", "1"):
+        ranked = partial(set_environment, world | {"RANK": rank, "LOCAL_RANK": rank})
+        processes.append(start(words, fault=ranked, output=output, module=module))
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0], output.read_text()
+    return output.read_text()
 
 
 def _join(process: ForkServerProcess) -> int:

@@ -68,7 +68,7 @@ def test_the_verdict_is_a_sentence_and_the_large_numbers_follow(run):
     good = [record(case=f"B1-L{n}-float32") for n in (5, 6)]
     assert text(made(run.folder / "good", good)).splitlines()[2] == (
         "All 2 answers of our implementations are as close to the reference as the tolerance demands; "
-        "the tightest uses 25 % of its budget."
+        "the tightest, y of scan by forward, uses 25 % of its budget."
     )
 
 

@@ -19,7 +19,8 @@ def test_two_benches(tmp_path: Path) -> None:
     slower = [dataclasses.replace(s, seconds=tuple(2 * t for t in s.seconds)) if s.point["L"] == 197 else s for s in conv]
     base, new = sweeps.made(tmp_path / "base", conv), sweeps.made(tmp_path / "new", [*slower[:-1]])
     text = sides.write(base, new, tmp_path / "both").read_text()
-    assert text.splitlines()[:3:2] == ["# new beside base", "Of ours: 0 FASTER, 20 SAME, 4 SLOWER, 0 UNSURE."]
+    said = "Of 24 points of ours 0 are faster, 20 take the same time, within 2 %, 4 are slower, 0 vary too much to tell."
+    assert text.splitlines()[:3:2] == ["# new beside base", said]
     assert "| conv-B64-L197-E1152-K4-infer-eager-bfloat16 | conv fused:native | 2.000 |" in text
     assert "only in" in text and "](sides.svg)" in text and "python -m harness report" in text
     assert text.count("as fast as upstream") == 2  # what each run says of itself

@@ -206,7 +206,7 @@ def test_the_plots(told: Run) -> None:
     assert ">128<" in drawn["chunks-infer-T512"] and ">whole<" in drawn["chunks-infer-T512"]
     assert "frames/s" in drawn["chunks-infer-T3600"] and ">whole<" not in drawn["chunks-infer-T3600"]
     assert rows(told, "*A video of 512 frames, train: *all at once, checkpointed: out of memory*")
-    assert rows(told, "| *a frame of a stream after 1,000 others, tiny, graph*")
+    assert rows(told, "| *for the next frame of a stream after 1,000 others: VideoMamba-Ti, by a CUDA graph*")
     before = {f.name: f.read_bytes() for f in told.folder.iterdir()}
     bench.write(Run.open(told.folder))
     assert {f.name: f.read_bytes() for f in told.folder.iterdir()} == before

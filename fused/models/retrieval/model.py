@@ -46,11 +46,11 @@ class VideoTextHeads(nn.Module):
         return cosines(self.vision_proj(pooled), self.text_proj(text[:, 0])) / self.temp
 
     def match(
-        self, video: Float[Tensor, "B V D"], text: Float[Tensor, "B N C"], visible: Bool[Tensor, "B N"]
+        self, video: Float[Tensor, "A V D"], text: Float[Tensor, "B N C"], visible: Bool[Tensor, "B N"]
     ) -> Float[Tensor, "B 2"]:
         """Return logits of (no match, match) for each pair of a video's tokens and a text's features.
 
-        `video` may be (1, V, D), one video with every text: its keys and values are then computed once.
+        `video` is (B, V, D), or (1, V, D), one video with every text: its keys and values are then computed once.
         """
         return self.itm_head(self.text_encoder.fusion(text, visible, video)[:, 0])
 

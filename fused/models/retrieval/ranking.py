@@ -57,6 +57,16 @@ def recalls(ranks: Int[Tensor, " N"], most: Sequence[int] = RECALLS) -> Float[Te
     return torch.stack([100 * (ranks < k).double().mean() for k in most])
 
 
+def both_directions(
+    by_text: Float[Tensor, "M N"], by_video: Float[Tensor, "N M"], right: Bool[Tensor, "M N"], lost: int = 0
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the `summary` of text to video, and that of video to text with `lost` videos.
+
+    `by_text` are the scores of M texts with N videos, `by_video` those of the videos with the texts; `right` says which fit.
+    """
+    return summary(by_text, right), summary(by_video, right.T, lost)
+
+
 def summary(scores: Float[Tensor, "N M"], right: Bool[Tensor, "N M"], lost: int = 0) -> dict[str, float]:
     """Return r1, r5, r10 (percent), their mean, and the median rank, from 1.
 

@@ -46,7 +46,7 @@ class BertAttention(nn.Module):
         self.output = nn.ModuleDict({"dense": nn.Linear(C, C), "LayerNorm": nn.LayerNorm(C, eps=EPS)})
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Float[Tensor, "B N C"], read: Float[Tensor, "B M W"], mask: Tensor | None) -> Tensor:
+    def forward(self, x: Float[Tensor, "B N C"], read: Float[Tensor, "A M W"], mask: Tensor | None) -> Tensor:
         """Return x after it has read. `mask` (B, 1, 1, M) is added to the scores; None: nothing is.
 
         Without a mask `read` may have one row, which all B rows of x read: its keys and values are then computed once.
@@ -73,7 +73,7 @@ class BertLayer(nn.Module):
         self.output = nn.ModuleDict({"dense": dense, "LayerNorm": nn.LayerNorm(C, eps=EPS)})
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Float[Tensor, "B N C"], mask: Tensor, video: Float[Tensor, "B V D"] | None) -> Tensor:
+    def forward(self, x: Float[Tensor, "B N C"], mask: Tensor, video: Float[Tensor, "A V D"] | None) -> Tensor:
         """Return words (B, N, C) after the layer; `mask` (B, 1, 1, N) is added to the scores of words."""
         x = self.attention(x, x, mask)
         if self.crossattention is not None and video is not None:
@@ -125,11 +125,11 @@ class SplitBert(nn.Module):
         return x
 
     def fusion(
-        self, text: Float[Tensor, "B N C"], visible: Bool[Tensor, "B N"], video: Float[Tensor, "B V D"]
+        self, text: Float[Tensor, "B N C"], visible: Bool[Tensor, "B N"], video: Float[Tensor, "A V D"]
     ) -> Float[Tensor, "B N C"]:
         """Return the words after they have read the video, for the features that `text` returned.
 
-        `video` may be (1, V, D): one that all texts read.
+        `video` is (B, V, D), or (1, V, D), one that all texts read.
         """
         mask = added_mask(visible)
         for layer in self.layers[self.config.fusion_layer :]:

@@ -60,12 +60,11 @@ class _Directions:
         return c
 
     def scan_struct(
-        self, xz: Tensor, c: Tensor, rows: Sequence[Tensor], y: Tensor, pre_gate: Tensor | None, final: Tensor,
-        chunks: Tensor | None,
-    ) -> tuple[Any, ...]:  # fmt: skip
+        self, xz: Tensor, c: Tensor, rows: Sequence[Tensor], y: Tensor, pre_gate: Tensor | None, chunks: Tensor | None
+    ) -> tuple[Any, ...]:
         """Return the members of the scan's struct."""
         w, z, (B, C) = self.weights, xz[..., xz.shape[2] // 2 :], self.mixing(rows)
-        options = True, True, self.reverses, y, pre_gate, final, chunks, w.dt_proj
+        options = True, True, self.reverses, y, pre_gate, None, chunks, w.dt_proj
         return scan.scan_struct(c.unbind(), rows, w.A, B, C, w.D, w.dt_bias, z, None, *options)
 
     def mixing(self, rows: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -80,10 +79,10 @@ def _forward(
     """Return out (B, L, D) and, if `keep`, what the backward reads."""
     d = _Directions(first, second)
     xz = _linear(u, in_proj, in_proj_bias)
-    y, pre_gate, final, chunks = _outputs(u, first, second, keep)
+    y, pre_gate, chunks = _outputs(u, first, second, keep)
     rows = [y.new_empty((*y.shape[:2], d.R + 2 * d.N)) for _ in d.reverses]
     c = d.convolve(xz, rows)
-    struct = d.scan_struct(xz, c, rows, y, pre_gate if keep else None, final, chunks if keep else None)
+    struct = d.scan_struct(xz, c, rows, y, pre_gate, chunks)
     cpu_library.call("scan_forward", u.dtype, struct)
     out = _linear(y, out_proj, out_proj_bias)
     return (out, xz, rows, y, pre_gate, chunks) if keep else (out, None, [], None, None, None)
@@ -95,12 +94,14 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out if bias is None else out.add_(bias)
 
 
-def _outputs(u: Tensor, first: Weights, second: Weights, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return y and y before its gate (B, L, E), the final states, and the states that enter chunks, without values."""
+def _outputs(u: Tensor, first: Weights, second: Weights, keep: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return y (B, L, E) without values, and if `keep` the same for y before its gate and the states that enter chunks."""
     assert first[5] is not None
     (B, L, _), (E, N), K = u.shape, first[5].shape, 2 if second else 1
-    kept = scan.kept_shape(B, L, E, N, K, 1, u.dtype) if keep else (0,)
-    return u.new_empty((B, L, E)), u.new_empty((B, L, E) if keep else 0), u.new_empty((K, B, E, N)), u.new_empty(kept)
+    y = u.new_empty((B, L, E))
+    if not keep:
+        return y, None, None
+    return y, torch.empty_like(y), u.new_empty(scan.kept_shape(B, L, E, N, K, 1, u.dtype))
 
 
 def _forward_shapes(
@@ -112,7 +113,8 @@ def _forward_shapes(
     if not keep:
         return out, empty(0), [], *(empty(0) for _ in range(3))
     assert first[2] is not None
-    y, pre_gate, _, chunks = _outputs(u, first, second, True)
+    y, pre_gate, chunks = _outputs(u, first, second, True)
+    assert pre_gate is not None and chunks is not None
     rows = [empty((B, L, first[2].shape[0])) for _ in range(2 if second else 1)]
     return out, empty((B, L, in_proj.shape[0])), rows, y, pre_gate, chunks
 
@@ -133,7 +135,7 @@ def _backward(
     dB, dC = ([x.unsqueeze(2) for x in pair] for pair in d.mixing(drows))
     empty: Any = ([None if x is None else torch.empty_like(x) for x in field] for field in w)
     dconv, dconv_bias, d_x_proj, d_dt_proj, dbias, dA, dD = gradients = list(empty)
-    struct = d.scan_struct(xz, c, rows, y, pre_gate, y, chunks)
+    struct = d.scan_struct(xz, c, rows, y, pre_gate, chunks)
     scan_grads = scan.gradients_struct(
         dy, None, du.unbind(), ddelta.unbind(), dB, dC, dA, dD, dbias, dxz[..., half:], None, drows, d_dt_proj
     )  # fmt: skip

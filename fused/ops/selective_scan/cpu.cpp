@@ -6,8 +6,8 @@
 namespace scan {
 
 constexpr Int CHUNK = 32;  // tokens whose states the backward holds at once
-constexpr Int PART = 4;    // blocks whose shares of the gradients of B and C are summed lane by lane before they are stored
-constexpr Int NB = 8;      // states of a channel that are in registers together
+constexpr Int PART = 6;    // blocks whose shares of the gradients of B and C are summed lane by lane before they are stored
+constexpr Int NB = 4;      // states of a channel that are in registers together
 
 // All members of these structs have 8 bytes: Python packs them as words. Strides are in elements; those of channels and states
 // are 1.
@@ -24,7 +24,7 @@ template <class T> struct Scan {
     Int z_clip, z_token;
     const T* initial;   // (B, E, N) of the only direction, or null
     T *y, *pre_gate;    // (B, L, E); pre_gate is null unless kept, or without z
-    T *final, *chunks;  // (K, B, E, N), and the states that enter the chunks, or null
+    T *final, *chunks;  // (K, B, E, N), and the states that enter the chunks; either may be null
     Direction<T> direction[2];
 };
 
@@ -147,7 +147,6 @@ template <class T, Int n> inline void advance(const Chunk<T>& c, const Vector<T>
 template <class T> inline void advance_all(const Chunk<T>& c, const Vector<T>* A, Vector<T>* states, Int N) {
     Int n = 0;
     for (; n + NB <= N; n += NB) advance<T, NB>(c, A, states, n);
-    if (N - n >= 4) advance<T, 4>(c, A, states, n), n += 4;
     if (N - n >= 2) advance<T, 2>(c, A, states, n), n += 2;
     if (N - n) advance<T, 1>(c, A, states, n);
 }
@@ -188,7 +187,7 @@ template <class T> void forward(const Scan<T>& s) {
                     store(y + token * E, value, block.count);
                 }
             }
-            store_states(s.final + (k * s.clips + clip) * E * N, block, N, h);
+            if (s.final) store_states(s.final + (k * s.clips + clip) * E * N, block, N, h);
         }
     });
 }
@@ -215,29 +214,28 @@ template <class T> struct ChunkGradients {
 // Compute the states of a chunk again, and take the gradients of n of them back through its tokens.
 template <class T, Int n>
 inline void retreat(const Chunk<T>& c, const ChunkGradients<T>& g, const Carry<T>& carry, Int first, Int N) {
-    Vector<T> h[n], dA[n] = {};
-    for (Int i = 0; i < n; ++i) g.states[i] = h[i] = carry.h[first + i];
+    Vector<T> h[n], dA[n] = {}, A[n], *decays = g.decays, *states = g.states, *dB = g.dB_dC + first;
+    for (Int i = 0; i < n; ++i) A[i] = carry.A[first + i], states[i] = h[i] = carry.h[first + i];
     const T *B = c.B + first, *C = c.C + first;
-    for (Int t = 0; t < c.count; ++t, B += c.step_B)
+    for (Int t = 0; t < c.count; ++t, B += c.step_B, decays += n, states += n)
         for (Int i = 0; i < n; ++i) {
-            const Vector<T> decay = exp2(c.delta[t] * carry.A[first + i]);
-            g.decays[t * n + i] = decay;
-            g.states[(1 + t) * n + i] = h[i] = decay * h[i] + c.du[t] * B[i];
+            decays[i] = exp2(c.delta[t] * A[i]);
+            states[n + i] = h[i] = decays[i] * h[i] + c.du[t] * B[i];
         }
     for (Int i = 0; i < n; ++i) h[i] = carry.g[first + i];
-    C += c.count * c.step_C;
+    C += c.count * c.step_C, dB += c.count * 2 * N;
     for (Int t = c.count - 1; t >= 0; --t) {
-        B -= c.step_B, C -= c.step_C;
+        B -= c.step_B, C -= c.step_C, decays -= n, states -= n, dB -= 2 * N;  // states: before the token
         const Vector<T> dy = g.dy[t], delta = c.delta[t], du = c.du[t];
-        Vector<T> ddu = {}, ddelta = {}, *dB = g.dB_dC + t * 2 * N + first, *dC = dB + N;
+        Vector<T> ddu = {}, ddelta = {};
         for (Int i = 0; i < n; ++i) {
-            dC[i] += dy * g.states[(1 + t) * n + i];
-            h[i] += dy * C[i];  // the gradient of the state after the token
+            dB[N + i] += dy * states[n + i];  // of C
+            h[i] += dy * C[i];                // the gradient of the state after the token
             dB[i] += h[i] * du;
             ddu += h[i] * B[i];
-            h[i] *= g.decays[t * n + i];
-            const Vector<T> exponent = h[i] * g.states[t * n + i];  // the gradient of delta * A
-            ddelta += exponent * carry.A[first + i];
+            h[i] *= decays[i];
+            const Vector<T> exponent = h[i] * states[i];  // the gradient of delta * A
+            ddelta += exponent * A[i];
             dA[i] += exponent * delta;
         }
         g.ddu[t] += ddu;
@@ -253,7 +251,6 @@ template <class T>
 inline void retreat_all(const Chunk<T>& c, const ChunkGradients<T>& g, const Carry<T>& carry, Int N) {
     Int n = 0;
     for (; n + NB <= N; n += NB) retreat<T, NB>(c, g, carry, n, N);
-    if (N - n >= 4) retreat<T, 4>(c, g, carry, n, N), n += 4;
     if (N - n >= 2) retreat<T, 2>(c, g, carry, n, N), n += 2;
     if (N - n) retreat<T, 1>(c, g, carry, n, N);
 }

@@ -16,7 +16,7 @@ from fused.runtime.library import apply_function, below_autograd, register, want
 Pair = Sequence[Tensor]
 OptionalPair = Sequence[Tensor | None]
 Size = int | torch.SymInt
-CHUNK, PART = 32, 4  # as in cpu.cpp
+CHUNK, PART = 32, 6  # as in cpu.cpp
 
 
 def selective_scan_cpu(
@@ -62,7 +62,7 @@ def rows_of(x: Tensor) -> Tensor:
 def scan_struct(
     u: Pair, delta: Pair, A: Pair, B: Pair, C: Pair, D: OptionalPair, delta_bias: OptionalPair, z: Tensor | None,
     initial_state: Tensor | None, softplus: bool, A_is_log: bool, reverses: Sequence[bool], y: Tensor, pre_gate: Tensor | None,
-    final: Tensor, chunks: Tensor | None, dt_proj: OptionalPair = (None, None),
+    final: Tensor | None, chunks: Tensor | None, dt_proj: OptionalPair = (None, None),
 ) -> tuple[Any, ...]:  # fmt: skip
     """Return the members of the kernel's `Scan`; all tensors of the tokens are `rows_of`, the others contiguous.
 

@@ -78,7 +78,10 @@ def ssd(
 
 
 def implementation(backend: str) -> Callable[..., Any]:
-    """Return the operator of a concrete backend, without argument checks; its arguments are those above but for `backend`."""
+    """Return the operator of a concrete backend, without argument checks; its arguments are those above but for `backend`.
+
+    With `final=False` it need not compute the final state.
+    """
     operator_backend = backends.operators_of(backend)
     if operator_backend == "native":
         from fused.ops.ssd.native import ssd_native  # Triton is imported where it is used

@@ -43,7 +43,7 @@ def state_gradient_kernel(
     Further, for the gradients of decays, unless they are None: by token (blocks, B, H, tokens) <weighted x, gradients B>, what
     it has to do with the state; by chunk (blocks, B, H, chunks) <state that enters, gradient that leaves> times its decay.
     """
-    clip, chunk, group, first_head, count = chunk_and_heads(tl.program_id(0), num_chunks, H, heads_per_group, heads_per_program)
+    clip, chunk, group, first_head, count = chunk_and_heads(num_chunks, H, heads_per_group, heads_per_program)
     p, i = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, CHUNK)
     n = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
     position = chunk * CHUNK + i
@@ -108,7 +108,7 @@ def input_gradient_kernel(
     their sum from t on is the sum of all pairs between which the decay of t lies. That loses digits: with EXACT `within` is the
     latter sum.
     """
-    clip, chunk, group, first_head, count = chunk_and_heads(tl.program_id(0), num_chunks, H, heads_per_group, heads_per_program)
+    clip, chunk, group, first_head, count = chunk_and_heads(num_chunks, H, heads_per_group, heads_per_program)
     p, i = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, CHUNK)
     position = chunk * CHUNK + i
     inside, tokens = position < L, to_tokens(position, L, REVERSE)
@@ -149,8 +149,8 @@ def input_gradient_kernel(
         if COMPUTE == tl.float32:
             prefix_low = tl.load(prefix_low_ptr + base)
             between += prefix_low[None, :] - prefix_low[:, None]
-        decays = tl.exp2(tl.where(i[:, None] <= i[None, :], between, LOWEST))
         if pairs_ptr is not None:
+            decays = tl.exp2(tl.where(i[:, None] <= i[None, :], between, LOWEST))
             pairs = dot(x, tl.trans(dy), tl.zeros((CHUNK, CHUNK), tl.float32)) * decays * d[:, None]
             all_pairs += pairs
             terms = pairs * products
@@ -162,7 +162,10 @@ def input_gradient_kernel(
             else:
                 tl.store(within_ptr + block_base, tl.sum(terms, axis=0) - tl.sum(terms, axis=1))
         if dx_ptr is not None:
-            mixing = (products * decays).to(COMPUTE)
+            mixing = (products * tl.exp2(tl.minimum(between, 126.0))).to(COMPUTE)  # 0 beyond the diagonal: 0 times a number
+            if D_ptr is not None:
+                if not D_CHANNELS:  # here, where the fewest registers are in use
+                    tl.store(dD_ptr + block_base, tl.sum(dy.to(tl.float32) * x.to(tl.float32), axis=1))
             to_end = tl.load(to_end_ptr + base)
             dx = tl.zeros((CHUNK, BLOCK_P), tl.float32)
             for t in tl.static_range(TILES):
@@ -181,7 +184,6 @@ def input_gradient_kernel(
                     tl.store(dD_ptr + k * P + p, dD, mask=None if EVEN else p < P)
                 else:
                     dx += dy.to(tl.float32) * tl.load(D_ptr + first_head + k).to(tl.float32)
-                    tl.store(dD_ptr + block_base, tl.sum(dy.to(tl.float32) * x.to(tl.float32), axis=1))
             dx_ptrs = dx_ptr + tokens[:, None] * (H * P) + (k * P + p)[None, :]
             mask = inside[:, None] if EVEN else inside[:, None] & (p < P)[None, :]
             tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)

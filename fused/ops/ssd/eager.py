@@ -40,8 +40,9 @@ def ssd_eager(
     initial_state: Float[Tensor, "B H P N"] | None = None,
     seq_idx: Int[Tensor, "B L"] | None = None,
     reverse: bool = False,
+    final: bool = True,
 ) -> tuple[Float[Tensor, "B L H P"], Float[Tensor, "B H P N"]]:
-    """Scan as `fused.ssd` says; no argument is checked."""
+    """Scan as `fused.ssd` says; no argument is checked. The state comes free, also without `final`."""
     precise = accumulation_dtype(x.dtype)
     clips, length, heads, channels = x.shape
     if clips > 1 and is_batch_invariant():  # the bits of a product of matrices depend on how many there are

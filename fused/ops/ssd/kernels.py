@@ -111,12 +111,11 @@ def load_state(
 
 
 @triton.jit
-def chunk_and_heads(
-    program: tl.tensor, num_chunks: tl.tensor, H: tl.tensor, heads_per_group: tl.tensor, heads_per_program: tl.tensor
-):
-    """Return (clip, chunk, group, first head, heads) of a program; consecutive programs share a chunk."""
+def chunk_and_heads(num_chunks: tl.tensor, H: tl.tensor, heads_per_group: tl.tensor, heads_per_program: tl.tensor):
+    """Return (clip, chunk, group, first head, heads) of a program of the first axis; consecutive programs share a chunk."""
     blocks = tl.cdiv(heads_per_group, heads_per_program)
     groups = H // heads_per_group
+    program = tl.program_id(0)
     block, group = program % blocks, (program // blocks) % groups
     chunk, clip = (program // blocks // groups) % num_chunks, (program // blocks // groups // num_chunks).to(tl.int64)
     first = block * heads_per_program
@@ -138,16 +137,15 @@ def load_ids(ids_ptr: tl.tensor, chunk: tl.tensor, L: tl.tensor, REVERSE: tl.con
 def steps_kernel(
     dt_ptr: tl.tensor, A_ptr: tl.tensor, bias_ptr: tl.tensor, ids_ptr: tl.tensor,
     d_ptr: tl.tensor, prefix_ptr: tl.tensor, prefix_low_ptr: tl.tensor, from_state_ptr: tl.tensor, to_end_ptr: tl.tensor,
-    into_ptr: tl.tensor, column_ptr: tl.tensor, middle_ptr: tl.tensor, decay_ptr: tl.tensor,
+    into_ptr: tl.tensor, column_ptr: tl.tensor, decay_ptr: tl.tensor,
     L: tl.tensor, H: tl.tensor, num_chunks: tl.tensor, dt_clip_stride: tl.tensor, dt_token_stride: tl.tensor,
     low: tl.tensor, high: tl.tensor,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_HEADS: tl.constexpr,
 ):  # fmt: skip
     """Compute what depends on dt and A only, (B, H, num_chunks CHUNK): the step d = clamp(softplus(dt + bias)), 0 beyond L; the
     prefix; the decays of a state from the chunk's begin to the token (`from_state`) and from the token to the chunk's end
-    (`to_end`), 0 where a segment's edge lies between; `into`, to_end d; `column`, log2(d) - prefix; `middle`, the decay between
-    the token and the chunk's middle, times d in the first half; and `decay` (B, H, num_chunks), that of the whole chunk. All
-    but the prefix, from_state and decay may be None.
+    (`to_end`), 0 where a segment's edge lies between; `into`, to_end d; `column`, log2(d) - prefix; and `decay` (B, H,
+    num_chunks), that of the whole chunk. All but the prefix, from_state and decay may be None.
     """
     clip = (tl.program_id(0) // num_chunks).to(tl.int64)
     chunk = tl.program_id(0) % num_chunks
@@ -189,48 +187,42 @@ def steps_kernel(
         tl.store(into_ptr + offsets, to_end * d, mask=mask)
     if column_ptr is not None:
         tl.store(column_ptr + offsets, (tl.log2(d).to(tl.float64) - prefix).to(tl.float32), mask=mask)
-    if middle_ptr is not None:
-        first = (tl.arange(0, CHUNK) < CHUNK // 2)[:, None]
-        from_middle = prefix - tl.sum(tl.where(first, log_decay, 0.0), axis=0)[None, :]
-        middle = _exp2_double(tl.where(first, -from_middle, from_middle))
-        tl.store(middle_ptr + offsets, tl.where(first, middle * d, middle), mask=mask)
     tl.store(decay_ptr + (clip * H + heads) * num_chunks + chunk, decay, mask=heads < H)
 
 
-@triton.jit
-def scan_rows(
-    program: tl.tensor,
+@triton.jit(do_not_specialize=["L", "num_chunks", "heads_per_program"])
+def scan_kernel(
     x_ptr: tl.tensor, B_ptr: tl.tensor, C_ptr: tl.tensor, D_ptr: tl.tensor, z_ptr: tl.tensor, ids_ptr: tl.tensor,
     d_ptr: tl.tensor, prefix_ptr: tl.tensor, prefix_low_ptr: tl.tensor, from_state_ptr: tl.tensor, column_ptr: tl.tensor,
-    middle_ptr: tl.tensor, states_ptr: tl.tensor, y_ptr: tl.tensor,
+    states_ptr: tl.tensor, y_ptr: tl.tensor,
     L: tl.tensor, H: tl.tensor, P: tl.tensor, N: tl.tensor, heads_per_group: tl.tensor, num_chunks: tl.tensor,
     heads_per_program: tl.tensor,
     x_clip_stride: tl.tensor, x_token_stride: tl.tensor, x_head_stride: tl.tensor,
     B_clip_stride: tl.tensor, B_token_stride: tl.tensor, B_group_stride: tl.tensor,
     C_clip_stride: tl.tensor, C_token_stride: tl.tensor, C_group_stride: tl.tensor,
     z_clip_stride: tl.tensor, z_token_stride: tl.tensor, z_head_stride: tl.tensor,
-    SECOND: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr, TILES: tl.constexpr, COMPUTE: tl.constexpr, D_CHANNELS: tl.constexpr, EVEN: tl.constexpr,
-    STAGES: tl.constexpr,
+    REVERSE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
+    COMPUTE: tl.constexpr, D_CHANNELS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Compute y of the first ROWS tokens of a chunk, or of those after them (SECOND); see `scan_kernel`."""
-    clip, chunk, group, first_head, count = chunk_and_heads(program, num_chunks, H, heads_per_group, heads_per_program)
-    p, i = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, ROWS)
-    begin = chunk * CHUNK  # positions of the chunk and of the rows
-    first = begin + ROWS if SECOND else begin
-    inside, tokens = first + i < L, to_tokens(first + i, L, REVERSE)
+    """Compute y (B, L, H, P) of a chunk from the states that enter the chunks, (B, chunks, H, P, N), for several heads of a
+    group in turn, which share C and C B^T. D, z and ids may be None.
+    """
+    clip, chunk, group, first_head, count = chunk_and_heads(num_chunks, H, heads_per_group, heads_per_program)
+    p, i = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, CHUNK)
+    position = chunk * CHUNK + i
+    inside, tokens = position < L, to_tokens(position, L, REVERSE)
     x_ptr += clip * x_clip_stride + first_head.to(tl.int64) * x_head_stride
     B_ptr += clip * B_clip_stride + group.to(tl.int64) * B_group_stride
     C_ptr += clip * C_clip_stride + group.to(tl.int64) * C_group_stride
     y_ptr += (clip * L * H + first_head) * P
-    row = (clip * H + first_head) * (num_chunks * CHUNK) + first
+    row = (clip * H + first_head) * (num_chunks * CHUNK) + chunk * CHUNK
     head_tokens, state_size = (num_chunks * CHUNK).to(tl.int64), tl.cast(P, tl.int64) * N
     states_ptr += ((clip * num_chunks + chunk) * H + first_head) * P * N
     if z_ptr is not None:
         z_ptr += clip * z_clip_stride + first_head.to(tl.int64) * z_head_stride
     C_tiles = load_tiles(C_ptr, tokens, N, C_token_stride, BLOCK_N, TILES, COMPUTE, EVEN)
     B_tiles = load_tiles(B_ptr, tokens, N, B_token_stride, BLOCK_N, TILES, COMPUTE, EVEN)
-    products, before = tl.zeros((ROWS, ROWS), tl.float32), tl.zeros((ROWS, ROWS), tl.float32)
+    products = tl.zeros((CHUNK, CHUNK), tl.float32)
     used = i[:, None] >= i[None, :]
     for t in tl.static_range(TILES):
         products = dot(C_tiles[t], tl.trans(B_tiles[t]), products)
@@ -238,26 +230,15 @@ def scan_rows(
         ids = tl.load(ids_ptr + clip * L + tokens)
         used = used & (ids[:, None] == ids[None, :])
     products = tl.where(used, products, 0.0)
-    if SECOND:
-        tokens_before = to_tokens(begin + i, L, REVERSE)
-        B_tiles = load_tiles(B_ptr, tokens_before, N, B_token_stride, BLOCK_N, TILES, COMPUTE, EVEN)
-        for t in tl.static_range(TILES):
-            before = dot(C_tiles[t], tl.trans(B_tiles[t]), before)
-        if ids_ptr is not None:
-            before = tl.where(ids[:, None] == tl.load(ids_ptr + clip * L + tokens_before)[None, :], before, 0.0)
     for k in tl.range(0, count, num_stages=STAGES):
         x = load_rows(x_ptr + k * x_head_stride, tokens, p, P, x_token_stride, COMPUTE, EVEN)
         # `base` is a number: offsets as a tensor of int64 take so many registers that some spill
         base = row + k * head_tokens
-        y = tl.zeros((ROWS, BLOCK_P), tl.float32)
+        y = tl.zeros((CHUNK, BLOCK_P), tl.float32)
         for t in tl.static_range(TILES):
             n = t * BLOCK_N + tl.arange(0, BLOCK_N)
             y = dot(C_tiles[t], load_state(states_ptr + k * state_size, n, p, N, P, COMPUTE, EVEN), y)
         y *= tl.load(from_state_ptr + base + i)[:, None]
-        if SECOND:
-            x_before = load_rows(x_ptr + k * x_head_stride, tokens_before, p, P, x_token_stride, COMPUTE, EVEN)
-            factors = tl.load(middle_ptr + base + i)[:, None] * tl.load(middle_ptr + base - ROWS + i)[None, :]
-            y = dot((before * factors).to(COMPUTE), x_before, y)
         # pairs i < j have exponents without a bound, and products of 0: neither may make an infinity
         prefix = tl.load(prefix_ptr + base + i)
         if COMPUTE == tl.float32:
@@ -279,44 +260,3 @@ def scan_rows(
         y_ptrs = y_ptr + tokens[:, None] * (H * P) + (k * P + p)[None, :]
         mask = inside[:, None] if EVEN else inside[:, None] & (p < P)[None, :]
         tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["L", "num_chunks", "heads_per_program"])
-def scan_kernel(
-    x_ptr: tl.tensor, B_ptr: tl.tensor, C_ptr: tl.tensor, D_ptr: tl.tensor, z_ptr: tl.tensor, ids_ptr: tl.tensor,
-    d_ptr: tl.tensor, prefix_ptr: tl.tensor, prefix_low_ptr: tl.tensor, from_state_ptr: tl.tensor, column_ptr: tl.tensor,
-    middle_ptr: tl.tensor, states_ptr: tl.tensor, y_ptr: tl.tensor,
-    L: tl.tensor, H: tl.tensor, P: tl.tensor, N: tl.tensor, heads_per_group: tl.tensor, num_chunks: tl.tensor,
-    heads_per_program: tl.tensor,
-    x_clip_stride: tl.tensor, x_token_stride: tl.tensor, x_head_stride: tl.tensor,
-    B_clip_stride: tl.tensor, B_token_stride: tl.tensor, B_group_stride: tl.tensor,
-    C_clip_stride: tl.tensor, C_token_stride: tl.tensor, C_group_stride: tl.tensor,
-    z_clip_stride: tl.tensor, z_token_stride: tl.tensor, z_head_stride: tl.tensor,
-    REVERSE: tl.constexpr, CHUNK: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    TILES: tl.constexpr, COMPUTE: tl.constexpr, D_CHANNELS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Compute y (B, L, H, P) of a chunk from the states that enter the chunks, (B, chunks, H, P, N), for several heads of a
-    group in turn, which share C and C B^T. D, z and ids may be None.
-
-    A chunk is one block of rows or two (BLOCKS), each a program. The decay from a token of the first to one of the second is a
-    product of two factors, so that only pairs of the same block have an exponential each.
-    """
-    ROWS: tl.constexpr = CHUNK // BLOCKS
-    if BLOCKS == 2 and tl.program_id(0) % BLOCKS == 1:
-        scan_rows(
-            tl.program_id(0) // BLOCKS, x_ptr, B_ptr, C_ptr, D_ptr, z_ptr, ids_ptr,
-            d_ptr, prefix_ptr, prefix_low_ptr, from_state_ptr, column_ptr, middle_ptr, states_ptr, y_ptr,
-            L, H, P, N, heads_per_group, num_chunks, heads_per_program,
-            x_clip_stride, x_token_stride, x_head_stride, B_clip_stride, B_token_stride, B_group_stride,
-            C_clip_stride, C_token_stride, C_group_stride, z_clip_stride, z_token_stride, z_head_stride,
-            True, REVERSE, CHUNK, ROWS, BLOCK_P, BLOCK_N, TILES, COMPUTE, D_CHANNELS, EVEN, STAGES,
-        )  # fmt: skip
-    else:
-        scan_rows(
-            tl.program_id(0) // BLOCKS, x_ptr, B_ptr, C_ptr, D_ptr, z_ptr, ids_ptr,
-            d_ptr, prefix_ptr, prefix_low_ptr, from_state_ptr, column_ptr, middle_ptr, states_ptr, y_ptr,
-            L, H, P, N, heads_per_group, num_chunks, heads_per_program,
-            x_clip_stride, x_token_stride, x_head_stride, B_clip_stride, B_token_stride, B_group_stride,
-            C_clip_stride, C_token_stride, C_group_stride, z_clip_stride, z_token_stride, z_head_stride,
-            False, REVERSE, CHUNK, ROWS, BLOCK_P, BLOCK_N, TILES, COMPUTE, D_CHANNELS, EVEN, STAGES,
-        )  # fmt: skip

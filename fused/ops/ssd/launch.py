@@ -19,15 +19,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fused.ops.ssd.kernels import scan_kernel, steps_kernel
-from fused.ops.ssd.state_kernels import carry_kernel, states_kernel
+from fused.ops.ssd.state_kernels import states_kernel
 from fused.runtime import triton_launch
 from fused.runtime.modes import is_batch_invariant
 from fused.runtime.triton_launch import FUSED_MULTIPLY_ADD, NATIVE, blocks, capability, power_of_2
 
 MAX_CHANNELS, MAX_STATES = 128, 256  # P and N
 MULTIPROCESSORS = 132  # of an H200; a constant, because the heads of a program decide the order of sums
-PIECE = 16  # chunks of a program that adds what a span began with
-STEPS = {"BLOCK_HEADS": 16, "num_warps": 8, **FUSED_MULTIPLY_ADD}
+STEPS = {"BLOCK_HEADS": 4, "num_warps": 4, **FUSED_MULTIPLY_ADD}
 
 
 class Options(NamedTuple):
@@ -47,7 +46,6 @@ class Config(NamedTuple):
     """The compile-time choices of the kernels for one set of sizes."""
 
     CHUNK: int
-    BLOCKS: int  # of rows of a chunk in `scan`, 1 or 2
     BLOCK_P: int
     BLOCK_N: int
     STATE_P: int  # the tile of the state that a program of `states` has
@@ -61,9 +59,6 @@ class Config(NamedTuple):
     state_gradient: Options = Options(4, 2)
     pairs: Options = Options(4, 2)
     input_gradient: Options = Options(4, 2)
-    tile: int = 0  # tokens of a step of `states`; 0: those of a chunk
-    spans: int = 1
-    apart: bool = False  # whether the products of a chunk are summed before they are added to the state
     diagonal: bool = True  # whether <state, gradient> is the diagonal of a product of matrices
 
 
@@ -88,12 +83,10 @@ def choose_config(sizes: Sizes, dtype: torch.dtype, capability: int = 0, backwar
     # Triton 3.6 fails to compile for sm_100 where sums are taken of a product of 64 rows, which is in tensor memory
     tensor_memory = capability >= 100
     if dtype != torch.bfloat16 or not NATIVE:
-        chunk, one = 32 if NATIVE or not backward else 16, Options(4, 1)
+        chunk, one = 16 if not NATIVE else 32, Options(4, 1)
         block_n, block_p = max(16, min(128, power_of_2(sizes.N))), max(16, min(64, power_of_2(sizes.P)))
         tile = min(block_p, 32), min(block_n, 64)
-        config = Config(chunk, 1, block_p, block_n, *tile, tl.float32, 1, True, 8, one, one, one, one, one)
-        if not NATIVE and not backward:
-            config = config._replace(BLOCKS=2, tile=16, spans=2)
+        config = Config(chunk, block_p, block_n, *tile, tl.float32, 1, True, 8, one, one, one, one, one)
     else:
         # on an H200, Triton 3.6 built kernels that were wrong for blocks of 32 channels: there are none below 64
         block_p, block_n = 64, 64 if sizes.N <= 64 else 128
@@ -103,9 +96,16 @@ def choose_config(sizes: Sizes, dtype: torch.dtype, capability: int = 0, backwar
             chunk, over_heads = 32 if tensor_memory and backward else 64, Options(4, 3 if sizes.N <= 128 else 2)
         state_n = block_n if backward else 64
         config = Config(
-            chunk, 1, block_p, block_n, block_p, state_n, tl.bfloat16, 3, False, 16, Options(4, 3), *(over_heads,) * 4
+            chunk, block_p, block_n, block_p, state_n, tl.bfloat16, 3, False, 16, Options(4, 3), *(over_heads,) * 4
         )
-    return config._replace(diagonal=not tensor_memory)
+    if 0 < capability < 90:  # without warpgroups a product takes more registers
+        eight = Options(8, 1 if config.EXACT else 2)
+        config = config._replace(STATE_N=min(config.STATE_N, 64), state_gradient=eight, input_gradient=eight, diagonal=False)
+        if not config.EXACT:
+            config = config._replace(states=Options(4, 2))
+        else:
+            config = config._replace(BLOCK_N=min(config.BLOCK_N, 64), scan=eight, pairs=eight)
+    return config._replace(diagonal=config.diagonal and not tensor_memory)
 
 
 def choose_heads(sizes: Sizes, num_chunks: int, most: int) -> int:
@@ -125,44 +125,33 @@ def choose_heads(sizes: Sizes, num_chunks: int, most: int) -> int:
 def forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
     softplus: bool, low: float, high: float, initial_state: Tensor | None, seq_idx: Tensor | None, reverse: bool,
-    config: Config | None = None,
+    want_final: bool = True, config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Scan: return y (B, L, H, P) in x's dtype and the final state (B, H, P, N) in float32.
+    """Scan: return y (B, L, H, P) in x's dtype and the final state (B, H, P, N) in float32, empty unless wanted.
 
     Shapes are those of `fused.ssd`. Strides are free but over the last axis, where others than 1 cost a copy.
     """
     x, dt, B, C, z, D = (rows(t) for t in (x, dt, B, C, z, D))
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    final = torch.empty((x.shape[0], *x.shape[2:], B.shape[3]), dtype=torch.float32, device=x.device)
+    state = x.shape[0], *x.shape[2:], B.shape[3]
+    final = torch.empty(state if want_final else 0, dtype=torch.float32, device=x.device)
     if not y.numel():
         return y, final
     call = prepare(x, dt, A, B, C, dt_bias, softplus, low, high, seq_idx, reverse, config)
     config, steps = call.config, call.steps
     entering, initial = new_states(call, x), None if initial_state is None else initial_state.contiguous()
-    per_span = blocks(call.num_chunks, config.spans)
-    spans = blocks(call.num_chunks, per_span)
-    ends = final if spans == 1 else torch.empty((spans, *final.shape), dtype=torch.float32, device=x.device)
-    programs, *tiles = call.states_grid
     triton_launch.launch(
-        states_kernel, x.device, (spans * programs, *tiles),
-        x, B, None, steps.into, steps.decay, initial, entering, ends,
-        *call.shape, *x.stride()[:3], *B.stride()[:3], per_span, TERMS=config.TERMS, **call.states_options,
+        states_kernel, x.device, call.states_grid,
+        x, B, None, steps.into, steps.decay, initial, entering, final if want_final else None,
+        *call.shape, *x.stride()[:3], *B.stride()[:3], TERMS=config.TERMS if want_final else 1, **call.states_options,
     )  # fmt: skip
-    if spans > 1:
-        pieces, (_, _, H, P, _, N) = blocks(per_span, PIECE), call.sizes
-        triton_launch.launch(
-            carry_kernel, x.device, (programs * (spans - 1) * pieces, blocks(P, 64), blocks(N, 64)),
-            ends, steps.decay, entering, final, H, P, N, call.num_chunks, per_span, pieces,
-            PIECE=PIECE, MOST=power_of_2(per_span), BLOCK_P=64, BLOCK_N=64, EVEN=False, num_warps=4, num_stages=1,
-            **FUSED_MULTIPLY_ADD,
-        )  # fmt: skip
     z_strides = (0, 0, 0) if z is None else z.stride()[:3]
     triton_launch.launch(
-        scan_kernel, x.device, (call.grid[0] * config.BLOCKS, call.grid[1]),
+        scan_kernel, x.device, call.grid,
         x, B, C, None if D is None else D.contiguous(), z, call.ids, steps.d, steps.prefix, steps.prefix_low,
-        steps.from_state, steps.column, steps.middle, entering, y, *call.shape, call.heads,
+        steps.from_state, steps.column, entering, y, *call.shape, call.heads,
         *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *z_strides, TILES=blocks(call.sizes.N, config.BLOCK_N),
-        D_CHANNELS=D is not None and D.dim() == 2, BLOCKS=config.BLOCKS, **call.options, **config.scan.launch(),
+        D_CHANNELS=D is not None and D.dim() == 2, **call.options, **config.scan.launch(),
     )  # fmt: skip
     return y, final
 
@@ -177,7 +166,6 @@ class Steps(NamedTuple):
     to_end: Any
     into: Any
     column: Tensor | None
-    middle: Tensor | None
     decay: Tensor
 
 
@@ -214,8 +202,7 @@ class Call(NamedTuple):
         """Return their constants and options."""
         config, (P, N) = self.config, (self.sizes.P, self.sizes.N)
         even = P % config.STATE_P == 0 and N % config.STATE_N == 0
-        tile = {"BLOCK_P": config.STATE_P, "BLOCK_N": config.STATE_N, "APART": config.apart, "EVEN": even}
-        tile["TILE"] = config.tile or config.CHUNK
+        tile = {"BLOCK_P": config.STATE_P, "BLOCK_N": config.STATE_N, "EVEN": even}
         return self.options | tile | config.states.launch()
 
     @property
@@ -259,8 +246,8 @@ def _steps(
     num_chunks: int, config: Config, backward: bool,
 ) -> Steps:  # fmt: skip
     clips, L, H = dt.shape
-    float32, two = config.COMPUTE == tl.float32, config.BLOCKS == 2
-    wanted = (backward or float32, True, float32, True, backward, not backward, not (backward or float32), two)
+    float32 = config.COMPUTE == tl.float32
+    wanted = (backward or float32, True, float32, True, backward, not backward, not (backward or float32))
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=dt.device)

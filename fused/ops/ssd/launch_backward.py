@@ -31,12 +31,13 @@ from fused.ops.ssd.backward_kernels import (
     state_gradient_kernel,
     steps_backward_kernel,
 )
-from fused.ops.ssd.launch import STEPS, Config, new_states, prepare, rows
+from fused.ops.ssd.launch import Config, new_states, prepare, rows
 from fused.ops.ssd.state_kernels import both_states_kernel
 from fused.runtime import triton_launch
 from fused.runtime.triton_launch import FUSED_MULTIPLY_ADD, blocks
 
 REDUCE_BLOCK = 64  # of N
+STEPS = {"BLOCK_HEADS": 16, "num_warps": 8, **FUSED_MULTIPLY_ADD}
 
 
 class Gradients(NamedTuple):
@@ -66,7 +67,7 @@ def backward(
     dz = None
     if z is not None:
         dy, dz = _gate_backward(dy, z, launch.forward(
-            x.float(), dt, A, B, C, D, None, dt_bias, softplus, low, high, initial_state, seq_idx, reverse
+            x.float(), dt, A, B, C, D, None, dt_bias, softplus, low, high, initial_state, seq_idx, reverse, False
         )[0])  # fmt: skip
         gradients = _backward(
             dy, dfinal, x.float(), dt, A, B, C, D, dt_bias, softplus, low, high, initial_state, seq_idx, reverse, None
@@ -134,7 +135,7 @@ def _backward(
     triton_launch.launch(
         state_gradient_kernel, x.device, (*grid, n_blocks),
         B, x, steps.d, steps.to_end, steps.decay, gradients, None, dB_parts, None, None, *shape, *B_strides, *x_strides,
-        DIAGONAL=config.diagonal, **call.options, **config.state_gradient.launch(),
+        DIAGONAL=config.diagonal, **call.options, **config.input_gradient.launch(),
     )  # fmt: skip
     for dx_out, pairs_out in ((None, pairs), (dx, None)):
         triton_launch.launch(

@@ -16,9 +16,9 @@ CHUNK = 256
 def ssd(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, z: Tensor | None = None,
     dt_bias: Tensor | None = None, *, softplus: bool = True, dt_limit: tuple[float, float] = (0.0, math.inf),
-    initial_state: Tensor | None = None, seq_idx: Tensor | None = None, reverse: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Scan by mamba-ssm's Triton kernels: x, z and y (B, L, H, P), the state (B, H, P, N) in float32."""
+    initial_state: Tensor | None = None, seq_idx: Tensor | None = None, reverse: bool = False, final: bool = True,
+) -> tuple[Tensor, Any]:  # fmt: skip
+    """Scan by mamba-ssm's Triton kernels: x, z and y (B, L, H, P), the state (B, H, P, N) in float32 (None without `final`)."""
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
     def in_order(t: Tensor | None) -> Tensor | None:
@@ -27,12 +27,13 @@ def ssd(
     ids = in_order(seq_idx)
     if ids is not None:
         ids = (ids - ids[:, :1]).abs().int()  # abs: flipped, they descend
-    y, state = mamba_chunk_scan_combined(
+    found = mamba_chunk_scan_combined(
         in_order(x), in_order(dt), A.float(), in_order(B), in_order(C), CHUNK, D=D, z=in_order(z),
         dt_bias=None if dt_bias is None else dt_bias.float(), initial_states=initial_state, seq_idx=ids, dt_softplus=softplus,
-        dt_limit=dt_limit, return_final_states=True,
+        dt_limit=dt_limit, return_final_states=final,
     )  # fmt: skip
-    return y.flip(1) if reverse else y, state.float()
+    y, state = found if final else (found, None)
+    return y.flip(1) if reverse else y, None if state is None else state.float()
 
 
 def convolve_segments(xBC: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor) -> Tensor:

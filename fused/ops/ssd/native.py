@@ -15,9 +15,9 @@ from fused.runtime.library import apply_function, below_autograd, register
 def ssd_native(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, z: Tensor | None = None,
     dt_bias: Tensor | None = None, *, softplus: bool = True, dt_limit: tuple[float, float] = (0.0, math.inf),
-    initial_state: Tensor | None = None, seq_idx: Tensor | None = None, reverse: bool = False,
+    initial_state: Tensor | None = None, seq_idx: Tensor | None = None, reverse: bool = False, final: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Scan as `fused.ssd` says.
+    """Scan as `fused.ssd` says. Without `final` the state is empty, which takes a third of the products for it.
 
     Raises ValueError for more than 128 channels a head or 256 states, and for a tensor in float64.
     """
@@ -28,31 +28,34 @@ def ssd_native(
             f"shape {tuple(x.shape)} and B of shape {tuple(B.shape)}; use backend='torch'"
         )
     check_native_dtypes("ssd", x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, initial_state=initial_state)
-    return _ssd(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, softplus, *dt_limit, reverse)
+    return _ssd(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, softplus, *dt_limit, reverse, final)
 
 
 def _forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
     initial_state: Tensor | None, seq_idx: Tensor | None, softplus: bool, low: float, high: float, reverse: bool,
+    final: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return y (B, L, H, P) and the final state (B, H, P, N)."""
-    return launch.forward(x, dt, A, B, C, D, z, dt_bias, softplus, low, high, initial_state, seq_idx, reverse)
+    return launch.forward(x, dt, A, B, C, D, z, dt_bias, softplus, low, high, initial_state, seq_idx, reverse, final)
 
 
 def _forward_shapes(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
     initial_state: Tensor | None, seq_idx: Tensor | None, softplus: bool, low: float, high: float, reverse: bool,
+    final: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return x.new_empty(x.shape), x.new_empty((x.shape[0], *x.shape[2:], B.shape[3]), dtype=torch.float32)
+    state = (x.shape[0], *x.shape[2:], B.shape[3]) if final else (0,)
+    return x.new_empty(x.shape), x.new_empty(state, dtype=torch.float32)
 
 
 def _backward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
     initial_state: Tensor | None, seq_idx: Tensor | None, softplus: bool, low: float, high: float, reverse: bool,
-    dy: Tensor | None, dfinal: Tensor | None,
+    final: bool, dy: Tensor | None, dfinal: Tensor | None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Return the gradients of the nine tensors before seq_idx in their dtypes, None for None."""
-    dy = torch.zeros_like(x) if dy is None else dy
+    dy, dfinal = torch.zeros_like(x) if dy is None else dy, dfinal if final else None
     inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state)
     found = launch_backward.backward(
         dy, dfinal, x, dt, A, B, C, D, z, dt_bias, softplus, low, high, initial_state, seq_idx, reverse
@@ -64,7 +67,7 @@ def _backward(
 def _backward_shapes(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
     initial_state: Tensor | None, seq_idx: Tensor | None, softplus: bool, low: float, high: float, reverse: bool,
-    dy: Tensor | None, dfinal: Tensor | None,
+    final: bool, dy: Tensor | None, dfinal: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, dt, A, B, C, D, z, dt_bias, initial_state))
 
@@ -83,15 +86,15 @@ class _SSD(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
         if dy is None and dfinal is None:
-            return (None,) * 14
+            return (None,) * 15
         found = _ssd_backward(*inputs, *ctx.options, dy, dfinal)
         gradients = (None if t is None else g for t, g in zip(inputs, found, strict=False))
-        return (*gradients, None, None, None, None, None)
+        return (*gradients, None, None, None, None, None, None)
 
 
 _INPUTS = (
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? initial_state, "
-    "Tensor? seq_idx, bool softplus, float low, float high, bool reverse"
+    "Tensor? seq_idx, bool softplus, float low, float high, bool reverse, bool final"
 )
 _ssd_backward = register(
     f"ssd_backward({_INPUTS}, Tensor? dy, Tensor? dfinal) -> (Tensor dx, Tensor ddt, Tensor dA, Tensor dB, Tensor dC, "

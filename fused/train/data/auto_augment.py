@@ -121,10 +121,20 @@ def apply_operations(image: UInt8[Tensor, "H W 3"], operations: list[Operation],
     """
     if not operations:
         return image
-    picture = _pillow().Image.fromarray(image.contiguous().numpy())
+    picture = pillow().Image.fromarray(image.contiguous().numpy())
     for operation in operations:
         picture = _change(picture, *operation, fill)
     return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(image.shape)
+
+
+def pillow() -> Any:
+    """Return the package PIL with its modules. Raise ImportError that says how to install it."""
+    try:
+        import PIL
+        from PIL import Image, ImageEnhance, ImageOps  # noqa: F401
+    except ImportError as error:
+        raise ImportError("pillow is not installed: pip install 'videomamba-bench[train]'") from error
+    return PIL
 
 
 def _layer(name: str, probability: str, level: str) -> Layer:
@@ -136,19 +146,9 @@ def _signed(value: float, rng: random.Random) -> float:
     return -value if rng.random() > 0.5 else value
 
 
-def _pillow() -> Any:
-    """Return the package PIL with its modules. Raise ImportError that says how to install it."""
-    try:
-        import PIL
-        from PIL import Image, ImageEnhance, ImageOps  # noqa: F401
-    except ImportError as error:
-        raise ImportError("pillow is not installed: pip install 'videomamba-bench[train]'") from error
-    return PIL
-
-
 def _change(picture: Any, name: str, argument: float, fill: Colour) -> Any:
     """Return the picture after an operation. The matrix (a, ..., f) takes (x, y) from (a x + b y + c, d x + e y + f)."""
-    pil = _pillow()
+    pil = pillow()
     ops, bicubic = pil.ImageOps, pil.Image.Resampling.BICUBIC
     matrices = {
         "ShearX": (1, argument, 0, 0, 1, 0),

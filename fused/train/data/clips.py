@@ -25,7 +25,7 @@ from fused.io.preprocessing import Preprocessing
 from fused.io.video import Times, VideoError, VideoTooShort, decode_clip
 from fused.rules import check_integer, check_number
 from fused.train.data.augment import Changes, erase
-from fused.train.data.auto_augment import AugmentPolicy
+from fused.train.data.auto_augment import AugmentPolicy, pillow
 from fused.train.data.folder_scan import is_video_name
 from fused.train.data.listing import Listing, list_videos
 from fused.train.interrupt import blocked_signals, leave_signals_to_parent
@@ -126,7 +126,7 @@ class ClipFolder:
 
     The attributes `files` (sorted), `classes`, `labels`, `stated_frames` and `notes` describe the dataset, `preprocessing` its
     clips; only `sample` opens files. Raises ValueError or TypeError for arguments out of range, for a root without videos, and
-    for `fps` with folders of images, which state no times.
+    for `fps` with folders of images, which state no times; ImportError for `augment` without Pillow.
     """
 
     files: tuple[Path, ...]
@@ -159,6 +159,8 @@ class ClipFolder:
         check_integer("ClipFolder", "repeats", repeats, 1)
         self.erased, self.repeats = erased, repeats if train else 1
         self.policy = AugmentPolicy.parse(augment) if augment is not None else None
+        if self.policy is not None:
+            pillow()  # raises now rather than in a worker, at the first clip that it changes
         self.scale, self.flip, self.seed, self.frame_pattern = (scale[0], scale[1]), flip, seed, frame_pattern
         listing = self.list_files(root, classes, separator, prefix, columns, images=frames is None)
         self.files, self.labels, self.classes, self.stated_frames, self.notes = listing

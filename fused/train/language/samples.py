@@ -20,6 +20,7 @@ from fused.io.video import VideoError
 from fused.models.bimba.model import VIDEO_TOKEN, VIDEO_WORD, time_instruction, video_token_count
 from fused.models.bimba.towers import prepare_frames
 from fused.models.conversation.turns import Turn, pieces_of, tokenize
+from fused.models.vamba.loss import IGNORED
 from fused.models.vamba.vision import SIDE, VIDEO_START, VIDEO_WORDS, frame_size, prepare_frame
 from fused.train.data.clips import BadFile, SampleTooLong
 from fused.train.language.entries import VIDEO_TAG, Entry, read_entries
@@ -52,6 +53,7 @@ class VambaReader:
     longest: int | None
     length: int
     packs = True  # several samples into a row
+    takes_images = True
 
     def read(self, entry: Entry) -> Sample:
         """Return a sample with frames (T, 3, h, w), bytes, T even. Raises VideoError, SampleTooLong."""
@@ -92,15 +94,14 @@ class BimbaReader:
     side: int  # pixels of the vision tower's square
     patch: int
     packs = False  # the language model, of the library transformers, reads one sample at a time
+    takes_images = False  # they do not pass the compressor
 
     def read(self, entry: Entry) -> Sample:
         """Return a sample with frames (F, 3, S, S), float32. Raises VideoError, SampleTooLong."""
-        if entry.is_image:
-            assert entry.file is not None
-            raise VideoError(entry.file, "an image, which does not pass the compressor", "videos, and texts without a file")
         frames, turns, count = NO_FRAMES, entry.turns, 0
         if entry.file is not None:
             count = video_token_count(self.config, self.frames, self.side // self.patch)
+            _check_length(entry, 0, count, self.length)
             found = RepeatedFrames(entry.file, self.frames, even_places)
             prepared = [(prepare_frames(image[None], self.side), times) for image, times in found]
             frames = torch.cat([image for image, times in prepared for _ in range(times)])
@@ -151,14 +152,14 @@ class PackedBatch:
 
 def count_learnt(row: Sequence[Sample]) -> int:
     """Return the number of labelled tokens of a row."""
-    return sum(int((sample.labels != -100).sum()) for sample in row)
+    return sum(int((sample.labels != IGNORED).sum()) for sample in row)
 
 
 @dataclass
 class ConversationData:
     """The samples of a list, a source for `batches`. `prefix` is the folder of its files (None: that of the list).
 
-    Raises what `read_entries` raises.
+    Raises what `read_entries` raises, and ValueError for images that the model does not take.
     """
 
     path: Path
@@ -174,6 +175,12 @@ class ConversationData:
     def __post_init__(self) -> None:
         self.entries = read_entries(self.path, self.prefix)
         self.files = tuple(Path(entry.name) for entry in self.entries)
+        images = [entry.name for entry in self.entries if entry.is_image]
+        if images and not self.reader.takes_images:
+            raise ValueError(
+                f"{len(images)} of {len(self)} entries, the first is {images[0]}, have an image, which does not pass the "
+                "compressor; allowed: videos, and texts without a file"
+            )
 
     def __len__(self) -> int:
         return len(self.entries)

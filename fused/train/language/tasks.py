@@ -16,6 +16,7 @@ from fused.models.bimba.towers import SIGLIP
 from fused.models.conversation.tokenizer import read_tokenizer
 from fused.models.vamba.begin import begin
 from fused.models.vamba.load import FLOAT32, assign
+from fused.models.vamba.loss import IGNORED
 from fused.models.vamba.model import Vamba
 from fused.models.vamba.training import STAGES as STAGE_PARTS
 from fused.models.vamba.training import groups, select_trainable
@@ -45,21 +46,18 @@ class LanguageTask(Task):
 
     def prepare_row(self, row: Sequence[Sample], weights: Tensor, device: torch.device) -> tuple[Tensor, ...]:
         """Return the arguments of `forward` for a row; `weights` are those of tokens and samples in the loss."""
-        if not any(sample.video_tokens for sample in row):
-            row = [*row, self.unread()] if self.packs else row
+        row = self.completed(row)
         tokens = torch.cat([sample.tokens for sample in row])[None].to(device)
         labels = torch.cat([sample.labels for sample in row])[None].to(device)
-        labels[:, _starts(row)] = -100  # the first token of a sample follows none of its own
+        labels[:, _starts(row)] = IGNORED  # the first token of a sample follows none of its own
         frames = [sample.frames.to(device, non_blocking=True) for sample in row if len(sample.frames)]
         layout = torch.tensor([self.place_of(sample) for sample in row])
-        return tokens, labels, layout, weights.to(device), *(frames or [self.unread().frames.to(device)])
+        return tokens, labels, layout, weights.to(device), *frames
 
-    packs = True
+    def completed(self, row: Sequence[Sample]) -> Sequence[Sample]:
+        """Return a row with a video: one without gets one that no answer reads.
 
-    def unread(self) -> Sample:
-        """Return a sample with a video of which nothing is learnt.
-
-        It stands in rows without a video, so that in every step, and in every process, all that learns gets a gradient.
+        So in every step, and in every process, all that learns gets a gradient, if only of 0.
         """
         raise NotImplementedError
 
@@ -105,10 +103,11 @@ class VambaTask(LanguageTask):
             )
         self.student = VambaStudent(model, options)
 
-    def unread(self) -> Sample:
-        side = 2 * SIDE
-        frames = torch.zeros(2, 3, side, side, dtype=torch.uint8)
-        return Sample(torch.zeros(1, dtype=torch.long), torch.full((1,), -100), frames, 4, 0)
+    def completed(self, row: Sequence[Sample]) -> Sequence[Sample]:
+        if any(sample.video_tokens for sample in row):
+            return row
+        frames = torch.zeros(2, 3, 2 * SIDE, 2 * SIDE, dtype=torch.uint8)
+        return [*row, Sample(torch.zeros(1, dtype=torch.long), torch.full((1,), IGNORED), frames, 4, 0)]
 
     def place_of(self, sample: Sample) -> tuple[int, ...]:
         frames, _, height, width = sample.frames.shape
@@ -131,8 +130,6 @@ class VambaTask(LanguageTask):
 class BimbaTask(LanguageTask):
     """BIMBA's training: adapters of the language model, the projector and the compressor."""
 
-    packs = False
-
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
         model = Bimba.from_base(str(config.start), backend=config.backend, dtype=torch.float32)
@@ -143,10 +140,10 @@ class BimbaTask(LanguageTask):
         others = dict.fromkeys(name.partition(".")[0] for name in names if "lora_" not in name)
         return [f"adapters of rank {self.config.language.lora_rank} of {' and '.join(adapted)}", *others]
 
-    def unread(self) -> Sample:
-        side = self.student.model.image_size
-        empty = torch.zeros(0, dtype=torch.long)
-        return Sample(empty, empty, torch.zeros(self.student.model.temporal_pooling, 3, side, side), 0, 0)
+    def completed(self, row: Sequence[Sample]) -> Sequence[Sample]:
+        model: Bimba = self.student.model
+        frames = torch.zeros(model.temporal_pooling, 3, model.image_size, model.image_size)
+        return [sample if sample.video_tokens else sample._replace(frames=frames) for sample in row]
 
     def save(self, folder: Path, state: Mapping[str, Tensor]) -> None:
         trained = {name.removeprefix("model."): value for name, value in state.items()}
@@ -177,6 +174,9 @@ class BimbaTask(LanguageTask):
 
 def make_reader(config: TrainConfig) -> SampleReader:
     """Return what reads the samples of a task. Raises FileNotFoundError, OSError or CheckpointError for a wrong `start`."""
+    if not Path(str(config.start)).is_dir():  # which would be asked of the hub
+        advice = "a repository of the Hugging Face hub has to be downloaded first (hf download NAME --local-dir FOLDER)"
+        raise FileNotFoundError(f"start is {config.start!r}, and there is no such folder; allowed: that of a model; {advice}")
     options, tokenizer = config.language, read_tokenizer(str(config.start))
     frames = options.frames or FRAMES[str(config.task)]
     if config.task != "bimba-sft":

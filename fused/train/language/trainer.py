@@ -83,9 +83,9 @@ class LanguageTrainer(Trainer):
             f"{options.length} tokens",
             *(f"data.train: {note}" for note in self.data.notes),
         ]
-        return lines + self._resume_lines()
+        return lines + self.resume_lines()
 
-    def _training_data(self) -> ConversationData:
+    def training_data(self) -> ConversationData:
         data, reader = self.config.data, make_reader(self.config)
         prefix = None if data.prefix is None else Path(data.prefix)
         try:
@@ -95,13 +95,13 @@ class LanguageTrainer(Trainer):
         except (ValueError, OSError) as error:
             raise ValueError(f"data.train: {error}") from error
 
-    def _build_task(self) -> LanguageTask:
+    def build_task(self) -> LanguageTask:
         return build_language_task(self.config, self.world.device)
 
-    def _feed(self, micro_batches: Iterator[PackedBatch]) -> RowFeed:
+    def make_feed(self, micro_batches: Iterator[PackedBatch]) -> RowFeed:
         return RowFeed(micro_batches, self.world.device)
 
-    def _forward_backward(self, feed: RowFeed) -> list[BadFile]:
+    def forward_backward(self, feed: RowFeed) -> list[BadFile]:
         """Run forward and backward of a step's rows, in every process as many; return the files that gave no sample."""
         config, world, batch = self.config, self.world, feed.take()
         counts = world.all_gather((batch.learnt, len(batch.rows)))
@@ -115,7 +115,7 @@ class LanguageTrainer(Trainer):
             self.train_step.add_inputs(i, prepare, derive_seed(config.seed, self.step, i, world.rank))
         return list(batch.bad_files)
 
-    def _save_models(self) -> list[Path]:
+    def save_models(self) -> list[Path]:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state: dict[str, Any] = get_model_state_dict(self.task.student, options=options)  # gathers the shards of all processes
         folder = self.folder / run_folder.MODEL

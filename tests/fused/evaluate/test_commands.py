@@ -1,14 +1,12 @@
 """The commands in processes of their own, two of them together."""
 
 import json
-import socket
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
-from trainings import set_environment, start
+from trainings import run_two
 from videos import write_video
 
 from fused import VideoMamba, VideoMambaConfig
@@ -24,22 +22,6 @@ def videos(root: Path, count: int) -> Path:
         for i in range(count):
             write_video(root / name / f"{i}.avi", frames=6 + i % 3, width=72, height=32, side=side, step=4 + i)
     return root
-
-
-def run_two(module: str, words: list[str], folder: Path) -> str:
-    """Run a command in two processes, as torchrun does, and return what they print. Both have to end well."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes, output = [], folder / f"{module}.txt"
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    for rank in ("0", "1"):
-        ranked = partial(set_environment, world | {"RANK": rank, "LOCAL_RANK": rank})
-        processes.append(start(words, fault=ranked, output=output, module=module))
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0, 0], output.read_text()
-    return output.read_text()
 
 
 def test_two_processes(tmp_path: Path) -> None:

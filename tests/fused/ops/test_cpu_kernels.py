@@ -18,7 +18,7 @@ from fused.runtime import cpu_library
 
 pytestmark = pytest.mark.skipif(cpu_library.unavailable() is not None, reason=str(cpu_library.unavailable()))
 SEEDS = range(2)
-# blocks have 16 channels in float32, parts 4 blocks, chunks 32 tokens; states go through in eights, fours, twos and ones
+# blocks have 16 channels in float32, parts 6 blocks, chunks 32 tokens; states go through in fours, twos and ones
 SHAPES = [
     (1, 31, 15, 8, None), (1, 32, 16, 16, None), (2, 33, 17, 15, None), (1, 64, 64, 3, None), (1, 65, 65, 4, None),
     (2, 5, 130, 11, None), (1, 97, 70, 5, 2), (2, 40, 34, 2, 17), (1, 33, 144, 40, 2),

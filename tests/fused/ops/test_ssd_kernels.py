@@ -154,7 +154,7 @@ def test_what_native_has_not_is_named(monkeypatch):
 def test_is_an_op_that_compiles_and_recomputes():
     tensors, cotangents, options = inputs(0, (2, 5, 2, 3, 1, 4), "segments")
     leaves = [v.requires_grad_() for v in tensors.values()]
-    ops, rest = torch.ops.videomamba, (options["seq_idx"], True, 0.05, 0.8, False)
+    ops, rest = torch.ops.videomamba, (options["seq_idx"], True, 0.05, 0.8, False, True)
     torch.library.opcheck(ops.ssd.default, (*leaves, *rest))
     fixed = [v.detach() for v in leaves]
     torch.library.opcheck(ops.ssd_backward.default, (*fixed, *rest, *cotangents))
@@ -191,3 +191,16 @@ def test_compiles_and_prints_its_resources(capsys):
     kib = {80: 163, 90: 227, 100: 227}  # of shared memory that a block may have
     assert all(line["shared"] <= kib[line["sm"]] << 10 for line in lines)
     compiled.assert_no_spills(line for line in lines if line["sm"] == 90 and line["case"].startswith(("H112", "plain")))
+    assert all(line["stack"] <= 256 for line in lines if line["sm"] == 80)  # bytes
+
+
+@pytest.mark.usefixtures("nan_filled")
+@pytest.mark.parametrize("L", [20, 70], ids=["one span", "spans"])
+def test_y_and_its_gradients_do_not_need_the_final_state(L):
+    tensors, cotangents, options = inputs(0, (1, L, 2, 3, 1, 4), "no gate")
+    want, got = (
+        outcome(lambda final=final, **x: ssd_native(**x, **options, final=final), tensors, [cotangents[0], None], None)
+        for final in (True, False)
+    )
+    assert want.pop("out1").shape == (1, 2, 3, 4) and got.pop("out1").shape == (0,)
+    assert all(torch.equal(got[k], want[k]) for k in want)

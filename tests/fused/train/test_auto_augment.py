@@ -173,7 +173,11 @@ def test_float_clips_are_the_bytes_normalised(tmp_path: Path) -> None:
         assert near <= 0.5 / 255 / 0.224 + 1e-6  # without an operation floats are not rounded to bytes
 
 
-def test_without_pillow_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pillow_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """When the dataset is made, and not in a worker at the first clip that is changed."""
+    write_video(tmp_path / "a.avi", frames=2, width=16, height=16)
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(ImportError, match=r"pip install 'videomamba-bench\[train\]'"):
-        after("Invert", 0)
+    for use in (lambda: after("Invert", 0), lambda: ClipFolder(tmp_path, 2, 16, train=True, augment="v0")):
+        with pytest.raises(ImportError, match=r"pip install 'videomamba-bench\[train\]'"):
+            use()
+    ClipFolder(tmp_path, 2, 16, train=True)

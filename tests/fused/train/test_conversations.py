@@ -10,15 +10,18 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("av")
 
+from bimba_folders import model as bimba  # noqa: E402
 from byte_tokenizers import byte_tokenizer  # noqa: E402
 from language_lists import SPECIAL, talk, write_list  # noqa: E402
 from videos import write_images, write_video  # noqa: E402
 
+from fused.io.repeated_frames import RepeatedFrames, even_places  # noqa: E402
 from fused.io.video import VideoError  # noqa: E402
+from fused.models.bimba.model import VIDEO_TOKEN  # noqa: E402
 from fused.models.conversation.turns import Turn, chat_text, pieces_of, tokenize  # noqa: E402
 from fused.train.data.clips import batches  # noqa: E402
 from fused.train.language.entries import read_entries  # noqa: E402
-from fused.train.language.samples import ConversationData, Sample, SampleTooLong, VambaReader, pack  # noqa: E402
+from fused.train.language.samples import BimbaReader, ConversationData, Sample, SampleTooLong, VambaReader, pack  # noqa: E402
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 
@@ -165,6 +168,33 @@ def test_samples_of_a_vamba_hold_what_a_question_in_a_chat_holds(folder: Path) -
     still = read.read(image)
     assert len(still.frames) == 2 and torch.equal(still.frames[0], still.frames[1])
     assert len(read.read(plain).frames) == 0 and read.read(plain).video_tokens == 0
+
+
+@pytest.mark.parametrize("times", [True, False])
+def test_samples_of_a_bimba_hold_what_a_question_in_a_chat_holds(folder: Path, times: bool) -> None:
+    """Tokens of the prompt, frames, and the number of tokens that the model makes of them; a short video repeats frames."""
+    fast = byte_tokenizer(SPECIAL)
+    net = bimba(vocab_size=len(fast))
+    [entry] = entries(folder, talk("<video>\nWho?", "A", video="a.avi"))
+    read = BimbaReader(fast, 8, 10_000, times, net.config, net.image_size, 14)
+    sample = read.read(entry)
+    found = RepeatedFrames(folder / "a.avi", 8, even_places)
+    images = torch.stack([image for image, count in found for _ in range(count)])
+    assert len(set(found.places)) == 6 and torch.equal(sample.frames, net.prepare_frames(images))
+    told = (found.seconds, found.duration) if times else (None, None)
+    prompt = net.tokenize(fast, "Who?", *told)[0]
+    assert torch.equal(sample.tokens[: len(prompt)], prompt) and sample.tokens[sample.place] == VIDEO_TOKEN
+    assert fast.decode(sample.tokens[len(prompt) :].tolist()) == "A<|im_end|>\n"
+    with torch.no_grad():
+        assert sample.video_tokens == len(net.compress(net.encode_frames(sample.frames)))
+    with pytest.raises(SampleTooLong, match=r"\(0 of text, 96 of video\) are more than language.length 90"):
+        BimbaReader(fast, 8, 90, times, net.config, net.image_size, 14).read(entry)
+    for newline in ("frame", "no_token"):
+        other = {**net.config, "mm_newline_position": newline, "temporal_pooling": 2, "mm_spatial_pool_mode": "average"}
+        model = bimba(**other)
+        with torch.no_grad():
+            count = len(model.compress(model.encode_frames(sample.frames)))
+        assert BimbaReader(fast, 8, 10_000, times, other, net.image_size, 14).read(entry).video_tokens == count
 
 
 def test_too_long_samples_are_said_before_their_video_is_decoded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from fused.train.config_file import read_config  # noqa: E402
 from fused.train.language.samples import ConversationData, count_learnt  # noqa: E402
 from fused.train.language.tasks import build_language_task, make_reader  # noqa: E402
 from fused.train.seed import setup_seed  # noqa: E402
+from fused.train.step import choose_recorder  # noqa: E402
 from harness.instruments.two_processes import Training, log, run_trainings, steps, tensors  # noqa: E402
 
 TASKS = ("vamba-pretrain", "vamba-sft", "bimba-sft")
@@ -213,6 +214,7 @@ def test_parts_that_learn_are_chosen_by_name(folder: Path, tmp_path: Path, capsy
         ("bimba-sft", "language.lora_targets=[nothing]", "nothing"),
         ("bimba-sft", "start=vamba", "vamba holds no projector, whose keys begin with model.mm_projector."),
         ("vamba-sft", "start=base", "neither a Vamba nor a Qwen2-VL"),
+        ("bimba-sft", "start=none/such", "none/such', and there is no such folder; allowed: that of a model; a repository"),
         ("vamba-sft", "start=null", "start is None; allowed: for task 'vamba-sft' the folder of a model"),
         ("vamba-sft", "data.train=none.json", "data.train: "),
         ("vamba-sft", "language.length=30", "data.train: none of 4 entries that were tried gives a sample"),
@@ -231,6 +233,21 @@ def test_wrong_options_are_said(folder: Path, tmp_path: Path, task: str, more: s
         assert main(words(folder, task, tmp_path / "run", "steps=1", *words_given, "--dry-run")) == 2
     error = capsys.readouterr().err
     assert said in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_steps_are_eager_on_a_gpu_too(folder: Path, task: str) -> None:
+    """A graph would hold the lengths of the row that it was recorded with."""
+    config = read_config(None, words(folder, task, "none", "steps=1"))
+    recorder, line = choose_recorder(config, torch.device("cuda"))
+    assert recorder is None and "rows of conversations differ in length" in line
+
+
+def test_a_bimba_takes_no_images(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    (folder / "data/still.png").write_bytes(b"")
+    path = write_list(folder / "data/images.json", [talk("Q", "A"), talk("<image>Q", "A", image="still.png")])
+    assert main(words(folder, "bimba-sft", tmp_path / "run", "steps=1", f"data.train={path}", "batch_size=1", "--dry-run")) == 2
+    assert "1 of 2 entries, the first is images.json#1, have an image" in capsys.readouterr().err
 
 
 def test_what_gave_no_sample_is_counted(folder: Path, tmp_path: Path) -> None:

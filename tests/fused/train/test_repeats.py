@@ -86,6 +86,8 @@ def test_training(tmp_path: Path) -> None:
         (["data.repeats=4", "batch_size=8", "accumulate=4"], r"data.repeats is 4; allowed: a divisor of batch_size"),
         (["optim.warmup_epochs=-1"], "optim.warmup_epochs is -1; allowed: a number from 0 up, or None"),
         (["optim.warmup_epochs=1", "optim.warmup_steps=5"], "optim.warmup_epochs is 1; allowed: null with optim.warmup_steps"),
+        (["task=retrieval", "data.repeats=2"], "data.repeats is given; task 'retrieval' does not read it"),
+        (["task=retrieval", "data.augment=v0"], "data.augment is given; task 'retrieval' does not read it"),
         (["num_sample=2"], "num_sample is no key; the nearest is data.repeats"),
         (["warmup_epochs=2"], "warmup_epochs is no key; the nearest is optim.warmup_epochs"),
     ],

@@ -1,0 +1,109 @@
+"""Search by text: the nearest videos, features that are kept, and the way of a new user in three commands."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from moving_squares import folder, words
+from retrieval_models import model
+from trainings import train
+
+from fused import VideoTextRetrieval
+from fused.evaluate.retrieval_settings import RetrievalSettings
+from fused.io.preprocessing import Preprocessing
+from fused.search import search
+from fused.search.__main__ import main
+
+SETTINGS = RetrievalSettings(workers=0, device="cpu")
+
+
+@pytest.fixture
+def videos(tmp_path: Path) -> Path:
+    return folder(tmp_path / "videos").parent
+
+
+@pytest.fixture
+def made(videos: Path) -> VideoTextRetrieval:
+    found = model()
+    found.vocabulary, found.preprocessing, found.text_length = videos / "words.txt", Preprocessing(2, 32), 8
+    return found
+
+
+@pytest.mark.parametrize("rerank", [0, 2, 128])
+def test_the_nearest_come_first(rerank: int, made: VideoTextRetrieval, videos: Path) -> None:
+    """By cosine, of which the first `rerank` are in the order of their matching scores."""
+    settings = RetrievalSettings(workers=0, device="cpu", rerank=rerank)
+    found = search(made, videos, "A seven; moves LEFT", 6, settings=settings)
+    assert {Path(one.video).name for one in found} == {f"0{i}.avi" for i in range(6)}
+    words = made.tokenizer()(["a seven moves left"], 8)
+    with torch.no_grad():
+        out = [made(made.preprocessing.read(one.video)[None], *words) for one in found]
+        cosines = [float(x.similarity * made.temp) for x in out]
+        matches = [float(made.match(x.tokens, x.text, words.visible)[0, 1]) for x in out]
+    assert [one.cosine for one in found] == pytest.approx(cosines, abs=1e-5)
+    asked = [one.match for one in found if one.match is not None]
+    assert len(asked) == min(rerank, 6) and asked == pytest.approx(matches[: len(asked)], abs=1e-5)
+    assert asked == sorted(asked, reverse=True)
+    rest = cosines[rerank:]
+    assert rest == sorted(rest, reverse=True) and (not rest or not asked or min(cosines[:rerank]) >= rest[0])
+
+
+def test_features_are_made_once(made: VideoTextRetrieval, videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = search(made, videos, "a seven moves left", 2, settings=SETTINGS)
+    monkeypatch.setattr(VideoTextRetrieval, "encode_video", lambda *_, **__: pytest.fail("was encoded again"))
+    assert search(made, videos, "a seven moves left", 2, settings=SETTINGS) == first
+    assert search(made, videos, "a six moves right", 9, settings=SETTINGS) != first
+    assert len(list(videos.glob(".fused-search/features-*/*.safetensors"))) == 6
+
+
+def test_the_command(made: VideoTextRetrieval, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (videos / "broken.avi").write_bytes(b"no video")
+    command = ["--model", str(made.save_pretrained(tmp_path / "model")), "--videos", str(videos), "workers=0", "device=cpu"]
+    assert main([*command, "--text", "a seven", "--top", "2", "--features", str(tmp_path / "kept")]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert len([line for line in said if "cosine" in line]) == 2 and sum("left out" in line for line in said) == 1
+    assert main([*command, "--text", "a seven", "--top", "2", "--features", str(tmp_path / "kept"), "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) == 2 and lines[0].keys() == {"video", "cosine", "match"} and lines[0]["match"] >= lines[1]["match"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--text", "zebra!"], 2, "text is 'zebra!', of which the vocabulary has no word"),
+        (["--text", "seven", "--top", "0"], 2, "top is 0"), (["--text", "seven", "--videos", "no"], 2, "there is no no"),
+        (["--text", "seven", "--features", "{file}"], 2, "features cannot be kept in"),
+        (["--text", "seven", "--videos", "{broken}"], 1, "none of 1 videos can be read"),
+    ],
+)  # fmt: skip
+def test_bad_input(
+    words: list[str], code: int, said: str, made: VideoTextRetrieval, videos: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/a.avi").write_bytes(b"no video")
+    (tmp_path / "file").touch()
+    given = [word.format(file=tmp_path / "file", broken=tmp_path / "broken") for word in words]
+    command = ["--model", str(made.save_pretrained(tmp_path / "model")), "--videos", str(videos), "workers=0", "device=cpu"]
+    assert main([*command, *given]) == code
+    assert said in capsys.readouterr().err
+
+
+def test_new_user(tmp_path: Path) -> None:
+    """Train on a folder of videos with captions, evaluate, search: three commands, each in a process of its own."""
+    texts = ["a seven moves left", "a six moves right", "a black moves left"]
+    captions = folder(tmp_path / "videos", 4, texts)
+    run = tmp_path / "run"
+    code, text = train(words(captions, run, "steps=40", "batch_size=12", "optim.lr=1e-2", "loss.mlm=0"), folder=tmp_path)
+    assert code == 0, text
+    command = ["--task", "retrieval", "--model", str(run / "model"), "--data", str(captions), "--out", str(run / "test")]
+    code, text = train([*command, "merge_captions=true", "workers=0", "device=cpu"], folder=tmp_path, module="fused.evaluate")
+    assert code == 0 and "3 texts among 12 videos" in text, text
+    found = json.loads((run / "test/results.json").read_text())
+    assert found["text_to_video"]["cosine"]["r1"] > 80 and found["video_to_text"]["cosine"]["r1"] > 80, text
+    command = ["--model", str(run / "model"), "--videos", str(captions.parent), "--text", "a seven moves left", "--json"]
+    code, text = train([*command, "workers=0", "device=cpu", "rerank=0"], folder=tmp_path, module="fused.search")
+    assert code == 0, text
+    nearest = [json.loads(line)["video"] for line in text.splitlines() if line.startswith("{")][:4]
+    assert [Path(video).name[1] for video in nearest] == ["0"] * 4, text
