@@ -146,7 +146,7 @@ def check_module(module: str, arguments: list[str]) -> None:
         check_training(arguments)
     elif module in ("fused.chat", "fused.compile"):
         importlib.import_module(f"{module}.__main__").parser().parse_args(arguments)
-    elif module in ("fused.evaluate", "fused.features", "fused.predict"):
+    elif module in ("fused.evaluate", "fused.features", "fused.predict", "fused.search"):
         parser = importlib.import_module(f"{module}.__main__").parser()
         if arguments and arguments != ["--help"]:  # the name alone stands in prose
             parser.parse_intermixed_args(arguments)

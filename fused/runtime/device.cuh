@@ -79,6 +79,23 @@ __device__ __forceinline__ void wait_until(const int* counter, int count) {
   }
 }
 
+// Matrix products of a warp in bfloat16, lane (g, q) = (lane / 4, lane % 4).
+// d (16, 8) += a (16, 16) b (16, 8), in float32. A register of a or b has two neighbours along the sum:
+//     a[0] (g, 2 q)   a[1] (g + 8, 2 q)   a[2] (g, 2 q + 8)   a[3] (g + 8, 2 q + 8)      b0 (2 q, g)   b1 (2 q + 8, g)
+//     d[0] (g, 2 q)   d[1] (g, 2 q + 1)   d[2] (g + 8, 2 q)   d[3] (g + 8, 2 q + 1)
+__device__ __forceinline__ void mma_bf16(float* d, const unsigned* a, unsigned b0, unsigned b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// Load four matrices (8, 8) of 16 bits from shared memory, transposed. Lane i gives the address of row i % 8 of matrix i / 8, and
+// gets from each matrix the elements (2 q, g) and (2 q + 1, g).
+__device__ __forceinline__ void load_matrices(unsigned* r, const void* row) {
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+
 // cp.async: copy BYTES (4, 8, 16) from global to shared memory, both aligned to BYTES. If not `valid`, write zeros and read
 // nothing.
 template <int BYTES> __device__ __forceinline__ void copy_async(void* to, const void* from, bool valid = true) {

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fused.models.retrieval.text_encoder import SplitBert
 
-WHERE = ("--subject", "retrieval", "--impl", "fused:torch", "--case", "*-fusion-*", "--case", "*-losses-*")
+WHERE = ("--subject", "retrieval", "--check", "forward", "--impl", "fused:torch", "--case", "*-fusion-*")
 
 
 def plant() -> AbstractContextManager[object]:

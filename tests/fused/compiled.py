@@ -65,7 +65,7 @@ def launches_of_norm():
 
 def launches_of_steps():
     """Yield the same for dt_proj with softplus, the packing of weights, and the backward of the gate."""
-    from fused.ops.mamba_inner import kernels
+    from fused.ops.mamba_inner import kernels, wide_dt_proj_kernels
 
     def launch(R, dtype):
         rows, weights, bias = torch.empty(2, 70, R + 32, dtype=dtype), torch.empty(2, R, 128, dtype=dtype), torch.empty(128)
@@ -73,6 +73,7 @@ def launches_of_steps():
 
     for R, dtype in ((16, BF16), (40, BF16), (40, FP32)):
         yield f"R{R} {DTYPE_NAMES[dtype]}", kernels, ("dt_proj_softplus_kernel",), lambda R=R, dtype=dtype: launch(R, dtype)
+    yield "R224 bf16", wide_dt_proj_kernels, ("wide_dt_proj_softplus_kernel",), lambda: launch(224, BF16)
     proj, dt = torch.empty(68, 128, dtype=BF16), torch.empty(128, 36, dtype=BF16)
     for dtype in (BF16, FP32):
         A, D, A_fp32 = torch.empty(128, 16, dtype=dtype), torch.empty(128, dtype=dtype), torch.empty(128, 16)

@@ -18,7 +18,7 @@ from harness.judge.implementation import Implementation
 from harness.judge.registry import subjects
 from harness.judge.request import UsageError
 from harness.judge.trial import Trial
-from harness.learning import arrow, digits, motion
+from harness.learning import arrow, digits, motion, retrieval
 from harness.learning import trained_weights as trained
 from harness.learning.fit import Fitted, count_wrong, fit
 from harness.learning.task import Task, allowed
@@ -229,3 +229,47 @@ def test_trained_cases_and_their_checks(grid: str) -> None:
     for case in cases:
         asked = {name for name, check in checks().items() if check.asks(videomamba, ours(), case)}
         assert asked >= {"forward", "backward", "determinism", "forward_chunked"}
+
+
+# captions
+
+
+def test_captions_are_learnt_by_the_command(tmp_path: Path) -> None:
+    done = learn("--short", "--task", "retrieval", "--impl", "fused:torch", "--impl", "reference", "--out", str(tmp_path))
+    assert done.exit_code == PASSED, done.output
+    reference, ours = sorted(Run.open(tmp_path).records, key=lambda record: record.implementation == "fused:torch")
+    assert reference.status == "skip" and "is for fused" in reference.reason
+    assert ours.findings[0].budget == allowed(0.6, 200) and "2.5 %" in (tmp_path / "report.md").read_text()
+
+
+def test_no_training_knows_no_caption() -> None:
+    """Forty candidates: a model at its initial values is right as often as chance, also by matching."""
+    task, data = retrieval.TASK, retrieval.data()
+    fitted = retrieval.fit(task, data, ours().call, replace(task.short, steps=1, batch=4), seed=0, device="cpu")
+    assert fitted.num_held_out == 200
+    for by_matching in (False, True):
+        assert retrieval.count_wrong(fitted.model, data.held_out[0], by_matching) > 180
+    with torch.no_grad():
+        fitted.model.vision_proj.weight.fill_(torch.nan)
+    assert retrieval.count_wrong(fitted.model, data.held_out[0], False) >= 190
+
+
+def test_clips_show_what_their_captions_say() -> None:
+    """The digit of the caption, one of those for training, and its direction; a tubelet begins at the grid of patches."""
+    images, classes = digits.images()
+    (seen, others), (known, _) = digits.split(images), digits.split(classes)
+    data = retrieval.data()
+    drawn, captions = data.draw(torch.Generator().manual_seed(0), 64)
+    words = retrieval.texts(captions)
+    for clip, number, ids in zip(drawn[:, 0] * motion.STD + motion.MEAN, captions.tolist(), words.tolist(), strict=True):
+        _, name, _, way = retrieval.CAPTIONS[number].split()
+        assert [retrieval.WORDS[i] for i in ids] == ["[CLS]", "a", name, "moves", way, "[SEP]"]
+        step = [retrieval.SPEED * x for x in motion.DIRECTIONS[way]]
+        assert torch.allclose(clip[1:], torch.roll(clip[:-1], step, dims=(1, 2)), rtol=0, atol=1e-6)
+        shown = [torch.roll(clip[0], (-r, -c), dims=(0, 1))[:8, :8] for r in (0, 4, 8) for c in (0, 4, 8)]
+        of_name = seen[known == retrieval.NAMES.index(name)]
+        assert any(torch.allclose(part, digit, rtol=0, atol=1e-5) for part in shown for digit in of_name)
+    held = (data.held_out[0][:, 0, 0] * motion.STD + motion.MEAN).flatten(1).sort(dim=1).values[:, -64:]
+    due = others.flatten(1).sort(dim=1).values
+    assert all(((due - one).abs().amax(dim=1) < 1e-5).any() for one in held)
+    assert data.held_out[1].tolist() == list(range(40)) * 5

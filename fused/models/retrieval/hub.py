@@ -15,12 +15,13 @@ from fused.models.retrieval.load import config_of, load_weights, read_weights
 from fused.models.retrieval.words import Tokenizer
 from fused.models.videomamba.config import VideoMambaConfig
 from fused.models.videomamba.hub import download
+from fused.models.videomamba.published import PRETRAINED
 
 T = TypeVar("T", bound="Pretrained")
 CONFIG, WEIGHTS, VOCABULARY = "config.json", "model.safetensors", "vocab.txt"
 KIND = "videomamba-retrieval"  # model_type in config.json
 TEXT_LENGTH = 32  # of captions in upstream's pretraining
-PUBLISHED = {f"videomamba_m16_{data}_f8_res224": f"videomamba_m16_{data}_f8_res224.pth" for data in ("5M", "17M", "25M")}
+PUBLISHED = {name: one for name, one in PRETRAINED.items() if one.model == "VideoMambaEncoder" and one.config.add_pool_norm}
 _RENAMED = {"num_frames": "frames", "img_size": "size"}
 
 
@@ -55,7 +56,7 @@ class Pretrained:
                 vocabulary = path / VOCABULARY
         else:
             if not path.exists() and str(source) in PUBLISHED:
-                weights = download("OpenGVLab/VideoMamba", PUBLISHED[str(source)])
+                weights = download(PUBLISHED[str(source)].repository, PUBLISHED[str(source)].file)
             elif not path.exists():
                 allowed = f"a folder of save_pretrained, a file of video_mm, or {', '.join(PUBLISHED)}"
                 raise FileNotFoundError(2, f"there is no such model; allowed: {allowed}", str(path))

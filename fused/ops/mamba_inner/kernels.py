@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fused.ops.mamba_inner.softplus_kernels import softplus
+from fused.ops.mamba_inner.wide_dt_proj_kernels import WIDE_RANK, wide_dt_proj_softplus
 from fused.ops.selective_scan.schedule import multiprocessors
 from fused.runtime.triton_launch import FUSED_MULTIPLY_ADD, NATIVE, blocks, capability, launch, power_of_2
 
@@ -27,32 +29,6 @@ CONFIG_FLOAT32 = {"BLOCK_TOKENS": 16, "BLOCK_CHANNELS": 32, "num_warps": 4, **FU
 CAPABILITY_OPTIONS = {90: {"maxnreg": 128}}
 PROGRAMS_PER_SM = 4
 PROGRAM_OVERHEAD_TILES = 1  # cost of a program apart from its tiles of tokens, in tiles
-
-
-@triton.jit
-def _exp2(x: tl.tensor, NATIVE: tl.constexpr):
-    if not NATIVE:
-        return tl.exp2(x)
-    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-
-
-@triton.jit
-def _softplus(x: tl.tensor, PRECISE: tl.constexpr, NATIVE: tl.constexpr):
-    """Return softplus(x) = max(x, 0) + log1p(w) with w = exp(-|x|), in float32.
-
-    PRECISE: log1p(w) = 2 artanh(w / (2 + w)) by a minimax polynomial, as in the scan. Otherwise log1p(w) is w times a minimax
-    polynomial in w; this is within 1e-5 of softplus and needs one special function instead of two.
-    """
-    if PRECISE:
-        w = tl.exp(-tl.abs(x))
-        s = w / (2.0 + w)
-        q = s * s
-        p = tl.fma(q, tl.fma(q, tl.fma(q, tl.full(q.shape, 0.28024462, tl.float32), 0.27999142), 0.40021700), 0.66666412)
-        return tl.maximum(x, 0.0) + tl.fma(s * q, p, 2.0 * s)
-    w = _exp2(tl.abs(x) * -1.4426950408889634, NATIVE)
-    p = tl.fma(w, tl.fma(w, tl.full(w.shape, -0.023869152, tl.float32), 0.10122228), -0.21004869)
-    p = tl.fma(w, tl.fma(w, tl.fma(w, p, 0.32520668), -0.49936137), 0.99999160)
-    return tl.fma(w, p, tl.maximum(x, 0.0))
 
 
 @triton.jit(do_not_specialize=["M", "tiles_per_program"])
@@ -77,7 +53,7 @@ def dt_proj_softplus_kernel(
         tokens = (tl.program_id(0).to(tl.int64) * tiles_per_program + i) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
         dt_mask = (tokens < M)[:, None] & (ranks < R)[None, :]
         dt = tl.load(dt_B_C_ptr + (direction * M + tokens[:, None]) * ROW_STRIDE + ranks[None, :], mask=dt_mask, other=0.0)
-        delta = _softplus(tl.dot(dt, weight, input_precision="ieee") + bias[None, :], PRECISE, NATIVE)
+        delta = softplus(tl.dot(dt, weight, input_precision="ieee") + bias[None, :], PRECISE, NATIVE)
         delta_ptrs = delta_ptr + (direction * M + tokens[:, None]) * E + channels[None, :]
         tl.store(delta_ptrs, delta.to(delta_ptr.dtype.element_ty), mask=(tokens < M)[:, None] & (channels < E)[None, :])
 
@@ -91,7 +67,9 @@ def dt_proj_softplus(dt_B_C: Tensor, weights: Tensor, biases: Sequence[Tensor]) 
     directions, M, row_stride = dt_B_C.shape
     _, R, E = weights.shape
     delta = torch.empty((directions, M, E), dtype=dt_B_C.dtype, device=dt_B_C.device)
-    if delta.numel():
+    if R > WIDE_RANK and delta.dtype != torch.float32 and delta.numel():
+        wide_dt_proj_softplus(dt_B_C, weights, (biases[0], biases[-1]), delta)
+    elif delta.numel():
         grid, tiles_per_program, config = _dt_proj_launch(directions, M, R, E, dt_B_C.dtype == torch.float32, dt_B_C.device)
         launch(
             dt_proj_softplus_kernel, dt_B_C.device, grid,

@@ -47,7 +47,8 @@ def mamba_inner(
     linear = (*(in_proj or (None, None)), *out_proj)
     keep = keep_states and wants_gradients(u, first, second, linear)
     keep_splits = not torch.compiler.is_compiling()  # to a compiler that does not know the batch, their number has no value
-    return _mamba_inner(u, first, second, *linear, dtype, is_batch_invariant(), keep_splits, keep)[0]
+    only_y = not torch.is_grad_enabled()  # states need not be more exact than y
+    return _mamba_inner(u, first, second, *linear, dtype, is_batch_invariant(), keep_splits, keep, only_y)[0]
 
 
 def _pipeline(xz: Tensor, first: Weights, second: Weights, batch_invariant: bool) -> Pipeline:
@@ -59,6 +60,7 @@ def _pipeline(xz: Tensor, first: Weights, second: Weights, batch_invariant: bool
 def _forward(
     u: Tensor, first: Weights, second: Weights, in_proj: Tensor | None, in_proj_bias: Tensor | None, out_proj: Tensor,
     out_proj_bias: Tensor | None, dtype: torch.dtype, batch_invariant: bool, keep_splits: bool, keep: bool,
+    only_y: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Return out (B, L, D) and what the backward reads, in the order of _KEPT; None for what is not kept."""
     packed, xz = _pack(first, second, in_proj, out_proj, dtype), u.to(dtype)
@@ -70,12 +72,12 @@ def _forward(
     scan.start_compiling(*p.x.shape, p.N, len(p.reverses), dtype, xz.device, has_z=True, training=training, kept=keep)
     c, _ = p.convolve()
     dt_B_C, delta = p.project(c, packed)
-    r = scan.forward(p.scan_inputs(c, dt_B_C, delta, packed), None, p.schedule, keep=keep)
+    r = scan.forward(p.scan_inputs(c, dt_B_C, delta, packed), None, p.schedule, keep=keep, only_y=only_y)
     out = F.linear(r.y, out_proj_cast, None if out_proj_bias is None else out_proj_bias.to(dtype))
     always = None if in_proj is None else xz, packed.packed, packed.A_D, dt_B_C
     if keep:
         return out, *always, None, r.y, r.y_pre_gate, r.tile_states
-    return out, *always, r.split_initial_states if keep_splits else None, None, None, None
+    return out, *always, r.split_initial_states if keep_splits and not only_y else None, None, None, None
 
 
 def _pack(
@@ -90,6 +92,7 @@ def _pack(
 def _forward_shapes(
     u: Tensor, first: Weights, second: Weights, in_proj: Tensor | None, in_proj_bias: Tensor | None, out_proj: Tensor,
     out_proj_bias: Tensor | None, dtype: torch.dtype, batch_invariant: bool, keep_splits: bool, keep: bool,
+    only_y: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     B, L, _ = u.shape
     xz = u.new_empty(u.shape if in_proj is None else (B, L, in_proj.shape[0]), dtype=dtype)
@@ -104,7 +107,7 @@ def _forward_shapes(
     if keep:
         tile_states = xz.new_empty((d, B, -(-L // TILE), E, N), dtype=torch.float32)
         return out, *always, empty, xz.new_empty((B, L, E)), xz.new_empty((B, L, E)), tile_states
-    splits = p.schedule.fwd_schedule if keep_splits else None
+    splits = p.schedule.fwd_schedule if keep_splits and not only_y else None
     if splits is not None and splits.num_unsplit < splits.num_sequences:
         empty = xz.new_empty((d, B, splits.num_splits, E, N), dtype=torch.float32)
     return out, *always, empty, *(xz.new_empty(0) for _ in range(3))
@@ -180,7 +183,7 @@ class _MambaInner(torch.autograd.Function):
         ctx: Any, options: tuple[Any, ...], num_first: int, u: Tensor, in_proj: Tensor | None, in_proj_bias: Tensor | None,
         out_proj: Tensor, out_proj_bias: Tensor | None, *weights: Tensor | None,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        ctx.options, ctx.num_first, linear = options[:-2], num_first, (in_proj, in_proj_bias, out_proj, out_proj_bias)
+        ctx.options, ctx.num_first, linear = options[:-3], num_first, (in_proj, in_proj_bias, out_proj, out_proj_bias)
         operator = torch.ops.videomamba.mamba_inner.default
         out, *kept = below_autograd(operator, u, list(weights[:num_first]), list(weights[num_first:]), *linear, *options)
         ctx.mark_non_differentiable(*(x for x in kept if x is not None))
@@ -220,5 +223,8 @@ _mamba_inner_backward = register(
     _backward_shapes,
 )
 _mamba_inner = register(
-    f"mamba_inner({_INPUTS}, bool keep_splits, bool keep) -> (Tensor out, {_KEPT})", _forward, _forward_shapes, _MambaInner.call
+    f"mamba_inner({_INPUTS}, bool keep_splits, bool keep, bool only_y) -> (Tensor out, {_KEPT})",
+    _forward,
+    _forward_shapes,
+    _MambaInner.call,
 )

@@ -73,12 +73,12 @@ class Pipeline:
             raise ValueError(f"mixer: backend 'native' has {name} up to {limit}, got {size}; use backend='torch'")
         self.R, self.padded_R = R, padded_dt_rank(R)
         self.width = self.padded_R + 2 * self.N  # of a row of x_proj's output
-        self._batch_invariant = batch_invariant
+        self.batch_invariant = batch_invariant
 
     @functools.cached_property
     def schedule(self) -> ScanSchedule:
         """The schedule of the scan, for which sizes must be known: a compiler's symbol for a size would become a constant."""
-        return scan.schedule_for(self.x, self.N, len(self.reverses), self._batch_invariant)
+        return scan.schedule_for(self.x, self.N, len(self.reverses), self.batch_invariant)
 
     def convolve(
         self, conv_states: Sequence[Tensor | None] | None = None, want_states: bool = False
@@ -98,6 +98,11 @@ class Pipeline:
         _matmul(c.flatten(1, 2), packed.x_proj.mT, rows)
         delta = dt_proj_softplus(rows, packed.dt_proj, self.weights.dt_bias)
         return rows.unflatten(1, c.shape[1:3]), delta.view(c.shape)
+
+    def project_x(self, c: Tensor, packed: PackedWeights) -> Tensor:
+        """Return x_proj's output alone; see `project`."""
+        rows = c.new_empty((len(c), c.shape[1] * c.shape[2], self.width))
+        return _matmul(c.flatten(1, 2), packed.x_proj.mT, rows).unflatten(1, c.shape[1:3])
 
     def delta(self, dt_B_C: Tensor, packed: PackedWeights) -> Tensor:
         """Return delta (directions, B, L, E), after softplus, of x_proj's output (directions, B, L, width)."""

@@ -7,6 +7,9 @@ Kernels are those of `mamba_inner`. The scan computes its states and C h + D u a
 costs more than the sum over states, and reads z and writes y at query rows only. The gate's half of in_proj, and out_proj, are
 products of query rows. C is computed for every token: its N columns of x_proj cost less than a copy of c at query rows.
 
+Inference over many tokens goes through dt_proj and the scan in blocks of channels, so that only a block's delta is in memory,
+and drops x after the convolution.
+
 For training the forward keeps y, y before the gate and the state before every tile: the peak of memory is in the backward,
 which needs them at once. The backward recomputes c and delta.
 """
@@ -18,17 +21,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused.ops.mamba_inner.kernels import PackedWeights
+from fused.ops.mamba_inner.kernels import PackedWeights, dt_proj_softplus
 from fused.ops.mamba_inner.native import Linear
 from fused.ops.mamba_inner.pipeline import Pipeline, pack, weight_gradient
 from fused.ops.selective_scan import launch as scan
 from fused.ops.selective_scan.launch import ScanInputs, aligned_or_none
 from fused.ops.selective_scan.schedule import TILE
 from fused.ops.shapes import DirectionWeights
+from fused.runtime import plans
 from fused.runtime.library import apply_function, below_autograd, none_if_empty, register, wants_gradients
 from fused.runtime.modes import is_batch_invariant
 
 Weights = Sequence[Tensor | None]  # a DirectionWeights as the operator takes it; empty for an absent direction
+BLOCK_ELEMENTS = 2**29  # of delta, both directions, that an inference has in memory
+CHANNELS_OF_BLOCKS = 64  # blocks of channels are multiples of this, so that the kernels' own blocks are full
 
 
 def mamba_inner_query_rows(
@@ -43,7 +49,12 @@ def mamba_inner_query_rows(
     first, second = list(directions[0]), list(directions[1]) if len(directions) > 1 else []
     training = wants_gradients(u, u_queries, first, second, in_proj, out_proj)
     options = dtype, is_batch_invariant(), training
-    return _query_rows(u, u_queries, tile_queries, first, second, *in_proj, *out_proj, *options)[0]
+    arguments = u, u_queries, tile_queries, first, second, *in_proj, *out_proj, *options
+    elements = len(directions) * u.shape[0] * u.shape[1] * out_proj.weight.shape[1]
+    if training or torch.compiler.is_compiling() or elements <= BLOCK_ELEMENTS:
+        return _query_rows(*arguments)[0]
+    with plans.enabled(False):  # a plan holds the results of PyTorch's operations, x here, to its end
+        return _query_rows(*arguments)[0]
 
 
 def one_direction_at_queries(
@@ -100,11 +111,41 @@ def _forward(
     x, z = F.linear(u.to(dtype), weight_x, bias_x), F.linear(u_queries.to(dtype), weight_z, bias_z)
     p = _pipeline(x, z, first, second, batch_invariant)
     c, _ = p.convolve()
+    bias = None if out_proj_bias is None else out_proj_bias.to(dtype)
+    if not training:
+        p.x = c[0]  # of x's shape; x is not read any more
+        del x
+        y = _scan_in_blocks(p, c, packed, tile_queries, _channel_blocks(c, batch_invariant))
+        return F.linear(y, out_proj_cast, bias), *(None,) * 8
     dt_B_C, delta = p.project(c, packed)
-    r = scan.forward(_scan_inputs(p, c, dt_B_C, delta, packed, tile_queries), None, p.schedule, keep=training)
-    out = F.linear(r.y, out_proj_cast, None if out_proj_bias is None else out_proj_bias.to(dtype))
+    r = scan.forward(_scan_inputs(p, c, dt_B_C, delta, packed, tile_queries), None, p.schedule, keep=True)
     kept = x, z, packed.packed, packed.A_D, dt_B_C, r.y, r.y_pre_gate, r.tile_states
-    return out, *(kept if training else (None,) * len(kept))
+    return F.linear(r.y, out_proj_cast, bias), *kept
+
+
+def _channel_blocks(c: Tensor, batch_invariant: bool) -> int:
+    """Return in how many blocks of channels c (directions, B, L, E) is scanned: a power of 2, and blocks fit the kernels."""
+    elements, blocks = c[:, 0].numel() if batch_invariant else c.numel(), 1
+    while elements > blocks * BLOCK_ELEMENTS and c.shape[3] % (2 * blocks * CHANNELS_OF_BLOCKS) == 0:
+        blocks *= 2
+    return blocks
+
+
+def _scan_in_blocks(p: Pipeline, c: Tensor, packed: PackedWeights, table: Tensor, blocks: int) -> Tensor:
+    """Return y (B, Q, E) of c (directions, B, L, E), with delta of one block of channels at a time."""
+    dt_B_C, width, ys = p.project_x(c, packed), c.shape[3] // blocks, []
+    s = _scan_inputs(p, c, dt_B_C, c, packed, table)  # c stands for delta
+    assert s.z is not None
+    for first in range(0, c.shape[3], width):
+        own = slice(first, first + width)
+        dt_proj = packed.dt_proj if blocks == 1 else packed.dt_proj[..., own].contiguous()
+        delta = dt_proj_softplus(dt_B_C.flatten(1, 2), dt_proj, [bias[own] for bias in p.weights.dt_bias])
+        u, A, D = [x[..., own] for x in s.u], [x[own] for x in s.A], [None if x is None else x[own] for x in s.D]
+        part = s._replace(u=u, delta=delta.view(len(c), *u[0].shape).unbind(), A=A, D=D, z=s.z[..., own])
+        plan = p.schedule if blocks == 1 else scan.schedule_for(u[0], p.N, len(c), p.batch_invariant)
+        ys.append(scan.forward(part, None, plan, keep=False, only_y=True).y)
+        del delta, part
+    return ys[0] if blocks == 1 else torch.cat(ys, dim=-1)
 
 
 def _forward_shapes(

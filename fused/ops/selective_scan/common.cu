@@ -51,6 +51,10 @@ typedef long long i64;
 #define A_LOG 1        // A holds log(-A)
 #define REVERSE 2      // the only direction scans from the last token to the first
 #define STATES_ONLY 4  // the forward computes no y, but the state before every split and the final state
+#define BY_MOMENTS 8   // the forward's state passes sum tiles by moments and may exit (moments.cu), where HAS_MOMENTS
+#define HAS_MOMENTS \
+    (IO_DTYPE == 0 && PADDED_STATES == 16 && NO_PADDING && SOFTPLUS == SOFTPLUS_BY_CALLER && !STORE_TILE_STATES && \
+     FWD_WARPS == 1 && FWD_CHANNELS_PER_THREAD == 2)
 
 // A thread stages four channels of the rows r, r + STAGE_ROW_STRIDE, ... of a tile, and four states of B or C of the rows r,
 // r + BC_ROW_STRIDE, ... With 48 states THREADS is no multiple of BC_ROW_VECTORS. The threads that are left over then write

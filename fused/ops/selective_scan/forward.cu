@@ -7,7 +7,8 @@
 // direction alone adds y_other_direction.
 //
 // A sequence that is split is scanned twice: first by state passes, which compute the final states of its splits only
-// (COMPUTE_OUTPUTS false), then split by split from the state before each.
+// (COMPUTE_OUTPUTS false), then split by split from the state before each. Where state passes may exit (moments.cu), a split
+// checks its state pass (CHECK_EXIT). That is code of its own, since a branch in the loop costs every other scan 7 %.
 //
 // Shared memory, for each direction:
 //     smem_delta  [TILE][CHANNELS]               float2 {delta, delta u}
@@ -24,14 +25,15 @@
 #define SYNC_DIRECTION(meet) \
     do { if (FWD_WARPS > 1 || (DIRECTIONS == 2 && (meet))) __syncthreads(); else __syncwarp(); } while (0)
 
-template <bool COMPUTE_OUTPUTS> DEVICE void scan_forward_item(
+template <bool COMPUTE_OUTPUTS, bool CHECK_EXIT> DEVICE void scan_forward_item(
     char* smem, const io_t* u_base, i64 u_stride_b, int u_stride_t,
     const io_t* delta_base, i64 delta_stride_b, int delta_stride_t, const io_t* z_base, i64 z_stride_b, int z_stride_t,
     const io_t* B_base, i64 B_stride_b, int B_stride_t, const io_t* C_base, i64 C_stride_b, int C_stride_t,
     const float* A, const float* D, const float* delta_bias, const float* initial_state, float* split_initial_states,
-    float* split_final_states, float* delta_sums, float* final_state, float* tile_states, io_t* y_out, io_t* y_pre_gate,
-    const io_t* y_other_direction, const TileQueries* tile_queries, int num_queries, int clips, int L, int E, int N,
-    int num_splits, int flags, WorkItem item, int direction, bool reverse) {
+    float* split_final_states, float* delta_sums, int* unvisited_tiles, float* exit_states, float* final_state,
+    float* tile_states, io_t* y_out, io_t* y_pre_gate, const io_t* y_other_direction, const TileQueries* tile_queries,
+    int num_queries, int clips, int L, int E, int N, int num_splits, int flags, WorkItem item, int direction, bool reverse,
+    bool& exit_is_right) {
   char* smem_direction = smem + direction * SMEM_DIRECTION_BYTES;
   float2* smem_delta = (float2*)smem_direction;
   float* smem_BC = (float*)(smem_direction + TILE * CHANNELS * 8);
@@ -42,6 +44,7 @@ template <bool COMPUTE_OUTPUTS> DEVICE void scan_forward_item(
   const int clip = item.sequence / channel_blocks, first_channel = item.sequence % channel_blocks * CHANNELS;
   const TileIterator tiles(item, reverse);
   const i64 direction_clip = (i64)direction * clips + clip, direction_clip_split = direction_clip * num_splits + item.split;
+  const int* unvisited = unvisited_tiles + direction_clip * num_splits * channel_blocks + item.sequence % channel_blocks;
   const float* state_before = !COMPUTE_OUTPUTS                      ? 0
                               : item.is_split && !split_final_states ? split_initial_states + direction_clip_split * E * N
                               : initial_state                        ? initial_state + direction_clip * E * N
@@ -78,7 +81,8 @@ template <bool COMPUTE_OUTPUTS> DEVICE void scan_forward_item(
     const int to = reverse && flags & STATES_ONLY ? item.split - 1 : item.split;
     combine_splits<THREAD_CHANNELS>(
         h, A_log2e, slot, split_final_states + direction_clip * num_splits * E * N,
-        delta_sums + direction_clip * num_splits * E, reverse ? num_splits - 1 : 0, to, first_channel, E, N, lane.quarter);
+        delta_sums + direction_clip * num_splits * E, reverse ? num_splits - 1 : 0, to, first_channel, E, N, lane.quarter,
+        CHECK_EXIT ? unvisited : 0, channel_blocks);
     float* combined = to >= 0 && to < num_splits ? split_initial_states + (direction_clip * num_splits + to) * E * N
                                                  : final_state + direction_clip * E * N;
     #pragma unroll
@@ -115,6 +119,12 @@ template <bool COMPUTE_OUTPUTS> DEVICE void scan_forward_item(
   auto tokens_left_at = [&](int step) {
     return COMPUTE_OUTPUTS || step < tiles.num_tiles() ? L - tiles.tile(step) * TILE : 0;
   };
+  // The state before this step is stored: where the state pass of the split has stopped, or in a rescan before every split.
+  int save_step = item.is_rescan ? 0 : -1;
+  if (CHECK_EXIT && item.is_split && item.split != (reverse ? 0 : num_splits - 1)) {
+    const int left_out = unvisited[item.split * channel_blocks];
+    if (left_out) save_step = left_out;
+  }
   TileQueries next_queries = TileQueries::of(tile_queries, tiles, 0);
   load_next_tile(0, tokens_left_at(0));
   for (int step = 0; step < steps; step++) {
@@ -168,6 +178,14 @@ template <bool COMPUTE_OUTPUTS> DEVICE void scan_forward_item(
             QUERY_ROWS ? from + y_of_clip + (i64)queries.query(tiles, r) * E : from + y_offset + (i64)(k * row_step) * E,
             load ? count : 0);
       }
+    }
+    if (CHECK_EXIT && step == save_step) {
+      const int split = tiles.tile(step) / item.tiles_per_split;
+      float* to = item.is_rescan ? split_initial_states : exit_states;
+      #pragma unroll
+      for (int k = 0; k < THREAD_CHANNELS; k++)
+        store_states(to + (direction_clip * num_splits + split) * E * N, h[k], first_channel + slot[k], E, N, lane.quarter);
+      if (item.is_rescan) save_step += min(item.tiles_per_split, steps - split * item.tiles_per_split);
     }
     if (COMPUTE_OUTPUTS && STORE_TILE_STATES) {
       float* tile_state = tile_states + (direction_clip * ((L + TILE - 1) / TILE) + tiles.tile(step)) * E * N;
@@ -250,6 +268,10 @@ template <bool COMPUTE_OUTPUTS> DEVICE void scan_forward_item(
     if (DIRECTIONS == 2 && other_step == step) __syncthreads();  // direction 1 may overwrite its y from here on
   }
 
+  if (CHECK_EXIT && item.is_split && save_step >= 0)
+    exit_is_right = exit_was_right<THREAD_CHANNELS>(
+        exit_states + direction_clip_split * E * N, split_final_states + direction_clip_split * E * N,
+        delta_sums + direction_clip_split * E, A_log2e, slot, first_channel, E, N, lane.quarter);
   #pragma unroll
   for (int k = 0; k < THREAD_CHANNELS; k++) {
     const int channel = first_channel + slot[k];
@@ -259,50 +281,4 @@ template <bool COMPUTE_OUTPUTS> DEVICE void scan_forward_item(
     if (COMPUTE_OUTPUTS && final_state && (reverse ? item.first_tile == 0 : item.end_tile * TILE >= L))
       store_states(final_state + direction_clip * E * N, h[k], channel, E, N, lane.quarter);
   }
-}
-
-#define SCAN_FORWARD_ITEM(COMPUTE_OUTPUTS) \
-    scan_forward_item<COMPUTE_OUTPUTS>( \
-        smem, d ? u1 : u0, u_stride_b, (int)u_stride_t, d ? delta1 : delta0, delta_stride_b, (int)delta_stride_t, \
-        z, z_stride_b, (int)z_stride_t, d ? B1 : B0, B_stride_b, (int)B_stride_t, d ? C1 : C0, C_stride_b, (int)C_stride_t, \
-        d ? A1 : A0, d ? D1 : D0, d ? delta_bias1 : delta_bias0, initial_state, split_initial_states, split_final_states, \
-        delta_sums, final_state, tile_states, y_out, y_pre_gate, y_other_direction, QUERY_ARGUMENTS (int)clips, (int)L, \
-        (int)E, (int)N, (int)num_splits, (int)flags, item, d, reverse)
-
-// Inputs beside the streams
-//   initial_state         (direction, clip, E, N) the state before a sequence, or null for zeros
-//   y_other_direction     (clip, L, E) or null, only if DIRECTIONS is 1
-//   tile_queries          (tile) and num_queries, if QUERY_ROWS; z, y_other_direction, y_out and y_pre_gate are then
-//                         (clip, num_queries, E)
-// Outputs
-//   y_out                 (clip, L, E)
-//   final_state           (direction, clip, E, N), or null
-//   tile_states           (direction, clip, tile, E, N) the state before every tile, if STORE_TILE_STATES
-//   y_pre_gate            (clip, L, E) the sum of both directions before the gate, if STORE_TILE_STATES and HAS_Z
-// Split-L
-//   split_initial_states  (direction, clip, split, E, N) the state before every split; an input if num_state_passes is 0
-//   split_final_states    (direction, clip, split, E, N) the final state of every split but the last one, if the state before
-//                         the split is zero; null if num_state_passes is 0
-//   delta_sums            (direction, clip, split, E) the sum of delta over the same splits, or null
-// With STATES_ONLY every split has a state pass, the last one too, and num_splits + 1 blocks of every sequence combine them:
-// one for the state before each split and one for final_state.
-KERNEL(scan_forward, DIRECTIONS * THREADS, FWD_MIN_BLOCKS_PER_SM)(
-    STREAM_PARAMS, const float *initial_state, float *split_initial_states, float *split_final_states, float *delta_sums,
-    float *final_state, float *tile_states, io_t *y_out, io_t *y_pre_gate, const io_t *y_other_direction, int *work_counters,
-    i64 num_state_passes, i64 unsplit_per_scheduler, QUERY_PARAMS SIZE_PARAMS) {
-  SHARED(smem);
-  const int d = DIRECTIONS == 2 && threadIdx.x >= THREADS;
-  const bool reverse = DIRECTIONS == 2 ? d : flags & REVERSE;
-  const WorkQueue work(smem, work_counters, (int)num_unsplit, (int)num_state_passes, (int)unsplit_per_scheduler);
-  const int blocks_per_sequence = (int)num_splits + (flags & STATES_ONLY ? 1 : 0);  // state passes: one fewer
-  WorkItem item(work.index, (int)num_unsplit, blocks_per_sequence - work.is_state_pass, (int)tiles_per_split, (int)L);
-  if (work.is_state_pass) {
-    if (reverse && blocks_per_sequence == num_splits) item.next_split((int)L);
-    SCAN_FORWARD_ITEM(false);
-    work.finish_state_pass(work_counters, item, (int)num_unsplit);
-    return;
-  }
-  if (num_state_passes && item.is_split)
-    work.wait_for_state_passes(work_counters, item, (int)num_unsplit, blocks_per_sequence);
-  SCAN_FORWARD_ITEM(true);
 }

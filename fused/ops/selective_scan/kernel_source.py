@@ -10,10 +10,10 @@ from fused.ops.selective_scan.schedule import ScanSchedule
 from fused.runtime.nvrtc import Defines
 
 COMMON_FILES = ("../../runtime/device.cuh", "common.cu", "work.cu")
-FILES = {"forward": ("forward.cu",), "backward": ("backward.cu", "backward_reduce.cu")}
+FILES = {"forward": ("forward.cu", "moments.cu", "forward_kernel.cu"), "backward": ("backward.cu", "backward_reduce.cu")}
 IO_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 SOFTPLUS_NONE, SOFTPLUS_IN_KERNEL, SOFTPLUS_BY_CALLER = 0, 1, 2  # values of SOFTPLUS in common.cu
-A_LOG, REVERSE, STATES_ONLY = 1, 2, 4  # bits of the kernels' argument `flags`, as in common.cu
+A_LOG, REVERSE, STATES_ONLY, BY_MOMENTS = 1, 2, 4, 8  # bits of the kernels' argument `flags`, as in common.cu
 SCHEDULER_COUNTERS = 1024  # one for each of the four schedulers of up to 256 multiprocessors
 
 
@@ -102,6 +102,6 @@ def mixer_programs(
     return (*plain, program("forward", True), program("backward", True)) if training else plain
 
 
-def num_work_counters(num_split_sequences: int) -> int:
+def num_work_counters(num_split_sequences: int, may_exit: bool = False) -> int:
     """Return how many int32 counters, zeros, the WorkQueue of a launch needs (work.cu)."""
-    return 3 + SCHEDULER_COUNTERS + num_split_sequences
+    return 3 + SCHEDULER_COUNTERS + (3 * num_split_sequences + 1 if may_exit else num_split_sequences)

@@ -5,6 +5,7 @@ Inputs have one entry a direction: a scan from the first token, one from the las
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,9 @@ from torch import Tensor
 from fused.ops.selective_scan import schedule
 from fused.ops.selective_scan.kernel_source import (
     A_LOG,
+    BY_MOMENTS,
     REVERSE,
+    SOFTPLUS_BY_CALLER,
     SOFTPLUS_IN_KERNEL,
     STATES_ONLY,
     defines,
@@ -70,6 +73,37 @@ class ScanInputs(NamedTuple):
         return ScanInputs(*one, *settings)
 
 
+class Exits(NamedTuple):
+    """What state passes of a launch have left out."""
+
+    state_passes: int
+    exited: int  # state passes, each direction of a block by itself, that have not read every tile
+    rescanned: int  # sequences that were scanned again, since an exit was wrong
+
+
+class StatePassing(NamedTuple):
+    """The buffers of a launch that pass states from split to split, float32, and the work queue's counters."""
+
+    split_final_states: Tensor | None  # (d, B, splits, E, N): the state that leaves a split if zero enters it
+    delta_sums: Tensor | None  # (d, B, splits, E): over the tiles that the split's state pass has read
+    unvisited_tiles: Tensor | None  # int32 (d, B, splits, blocks of channels): the tiles that it has not read, if it may exit
+    exit_states: Tensor | None  # (d, B, splits, E, N): the true state where it has stopped
+    work_counters: Tensor | None  # None where every sequence is alike
+    num_state_passes: int  # 0 where the splits' initial states are known
+    num_rescans: int
+    unsplit_per_scheduler: int  # unsplit sequences for a multiprocessor's schedulers, as many of the four as a block has warps
+
+    def exits(self) -> Exits:
+        """Return how often a finished launch's state passes have exited. It waits for the GPU."""
+        if self.unvisited_tiles is None or self.work_counters is None:
+            return Exits(self.num_state_passes, 0, 0)
+        wrong_exits = self.work_counters[-1 - self.num_rescans : -1]
+        return Exits(self.num_state_passes, int((self.unvisited_tiles > 0).sum()), int((wrong_exits > 0).sum()))
+
+
+NO_STATE_PASSING = StatePassing(None, None, None, None, None, 0, 0, 0)
+
+
 class ScanOutputs(NamedTuple):
     """The results of `forward` over d directions; None for a result that was not asked for."""
 
@@ -78,6 +112,8 @@ class ScanOutputs(NamedTuple):
     split_initial_states: Tensor | None  # (d, B, splits, E, N) float32: the state that enters every split of a split sequence
     y_pre_gate: Tensor | None  # (B, L, E): y before the gate; y itself without one
     tile_states: Tensor | None  # (d, B, tiles, E, N) float32: the state before every tile
+    state_passing: StatePassing
+    by_moments: bool  # whether state passes summed by moments
 
 
 class ScanGradients(NamedTuple):
@@ -90,19 +126,6 @@ class ScanGradients(NamedTuple):
     D: Sequence[Tensor]  # (E,)
     delta_bias: Sequence[Tensor]  # (E,)
     initial_states: Tensor  # (d, B, E, N)
-
-
-class StatePassing(NamedTuple):
-    """The buffers of a launch that pass states from split to split, float32, and the work queue's counters."""
-
-    split_final_states: Tensor | None  # (d, B, splits, E, N): the state that leaves a split if zero enters it
-    delta_sums: Tensor | None  # (d, B, splits, E)
-    work_counters: Tensor | None  # None where every sequence is alike
-    num_state_passes: int  # 0 where the splits' initial states are known
-    unsplit_per_scheduler: int  # unsplit sequences for a multiprocessor's schedulers, as many of the four as a block has warps
-
-
-NO_STATE_PASSING = StatePassing(None, None, None, 0, 0)
 
 
 def schedule_for(u: Tensor, N: int | torch.SymInt, directions: int, batch_invariant: bool) -> ScanSchedule:
@@ -141,37 +164,45 @@ def aligned_or_none(x: Tensor | None) -> Tensor | None:
 
 def forward(
     s: ScanInputs, initial_states: Tensor | None, plan: ScanSchedule, *, keep: bool,
-    split_initial_states: Tensor | None = None, y_other_direction: Tensor | None = None,
+    split_initial_states: Tensor | None = None, y_other_direction: Tensor | None = None, only_y: bool = False,
 ) -> ScanOutputs:  # fmt: skip
     """Scan from `initial_states` (d, B, E, N), of one direction (B, E, N), or from zero, and `keep` what the backward reads.
 
+    With `only_y` states need not be more exact than y: bfloat16 state passes sum by moments where the kernel can (moments.cu).
     `split_initial_states` of an earlier call or of `state_pass` spares the state-only pass. `y_other_direction` (B, L, E),
     contiguous, is another direction's y, which one direction adds to its own before the gate.
     """
     u, d, splits = s.u[0], len(s.reverses), plan.fwd_schedule
     (B, L, E), N = u.shape, s.A[0].shape[1]
+    by_moments = False
+    if only_y and not keep and split_initial_states is None and y_other_direction is None:
+        by_moments = _has_moments(s, plan)
+        if by_moments and plan.moments_schedule is not None:
+            splits = plan.moments_schedule
     y = torch.empty(s.y_shape, dtype=u.dtype, device=u.device)
     final_states = torch.empty((d, B, E, N), dtype=torch.float32, device=u.device)
     y_pre_gate = torch.empty_like(y) if keep and s.z is not None else None
     tile_states = _float32(u, d, B, -(-L // TILE), E, N) if keep else None
     if 0 in (B, L, E):
         final_states = final_states.zero_() if initial_states is None else final_states.copy_(initial_states)
-        return ScanOutputs(y, final_states, split_initial_states, y_pre_gate, tile_states)
+        return ScanOutputs(y, final_states, split_initial_states, y_pre_gate, tile_states, NO_STATE_PASSING, False)
     passing = NO_STATE_PASSING
     if splits.num_unsplit < splits.num_sequences:
-        passing = _state_passing(splits, u, d, N, d * plan.fwd_config.warps, split_initial_states is None)
+        wanted, exit_channels = split_initial_states is None, plan.fwd_config.channels * by_moments
+        passing = _state_passing(splits, u, d, N, d * plan.fwd_config.warps, wanted, exit_channels)
     if passing.num_state_passes:
         split_initial_states = _float32(u, d, B, splits.num_splits, E, N)
     arguments = (
-        initial_states, split_initial_states, passing.split_final_states, passing.delta_sums, final_states, tile_states,
-        y, y_pre_gate, y_other_direction, passing.work_counters, passing.num_state_passes, passing.unsplit_per_scheduler,
-        *_query_arguments(s), B, L, E, N, splits.tiles_per_split, splits.num_splits, splits.num_unsplit, _flags(s),
+        initial_states, split_initial_states, *passing[:4], final_states, tile_states, y, y_pre_gate, y_other_direction,
+        passing.work_counters, passing.num_state_passes, passing.unsplit_per_scheduler,
+        *_query_arguments(s), B, L, E, N, splits.tiles_per_split, splits.num_splits, splits.num_unsplit,
+        _flags(s) | BY_MOMENTS * by_moments,
     )  # fmt: skip
-    blocks = splits.num_blocks + passing.num_state_passes
+    blocks = splits.num_blocks + passing.num_state_passes + passing.num_rescans
     _launch_forward(s, plan, blocks, arguments, keep, y_other_direction)
     if keep and s.z is None:
         y_pre_gate = y
-    return ScanOutputs(y, final_states, split_initial_states, y_pre_gate, tile_states)
+    return ScanOutputs(y, final_states, split_initial_states, y_pre_gate, tile_states, passing, by_moments)
 
 
 def state_pass(
@@ -187,8 +218,8 @@ def state_pass(
     split_initial_states, final_states = _float32(u, d, B, n, E, N), _float32(u, d, B, E, N)
     passes = splits.num_sequences * n
     arguments = (
-        initial_states, split_initial_states, _float32(u, d, B, n, E, N), _float32(u, d, B, n, E), final_states, None,
-        u, None, None, _work_counters(u, splits.num_sequences), passes, 0,
+        initial_states, split_initial_states, _float32(u, d, B, n, E, N), _float32(u, d, B, n, E), None, None,
+        final_states, None, u, None, None, _work_counters(u, splits.num_sequences), passes, 0,
         *_query_arguments(s), B, L, E, N, splits.tiles_per_split, n, 0, _flags(s) | STATES_ONLY,
     )  # fmt: skip
     _launch_forward(s, plan, passes + splits.num_sequences * (n + 1), arguments)
@@ -265,19 +296,31 @@ def _work_counters(u: Tensor, num_split: int) -> Tensor:
     return torch.zeros(num_work_counters(num_split), dtype=torch.int32, device=u.device)
 
 
-def _state_passing(splits: SplitSchedule, u: Tensor, d: int, N: int, warps: int, wanted: bool) -> StatePassing:
-    """Return the buffers of a launch with split sequences; without those of a state-only pass unless it is `wanted`."""
+def _state_passing(
+    splits: SplitSchedule, u: Tensor, d: int, N: int, warps: int, wanted: bool, exit_channels: int = 0
+) -> StatePassing:
+    """Return the buffers of a launch with split sequences; without those of a state-only pass unless it is `wanted`.
+
+    `exit_channels` are the channels of a block whose state passes may exit; 0 if they may not.
+    """
     num_split = splits.num_sequences - splits.num_unsplit
     if not wanted and not splits.num_unsplit:
         return NO_STATE_PASSING
     B, _, E = u.shape
     schedulers = schedule.multiprocessors(u.device) * max(1, 4 // warps)
-    counters, unsplit_per_scheduler = _work_counters(u, num_split), -(-splits.num_unsplit // schedulers)
+    unsplit_per_scheduler = -(-splits.num_unsplit // schedulers)
     if not wanted:
-        return StatePassing(None, None, counters, 0, unsplit_per_scheduler)
+        return StatePassing(None, None, None, None, _work_counters(u, num_split), 0, 0, unsplit_per_scheduler)
     split_final_states = _float32(u, d, B, splits.num_splits, E, N)
     delta_sums = _float32(u, d, B, splits.num_splits, E)
-    return StatePassing(split_final_states, delta_sums, counters, splits.num_state_passes, unsplit_per_scheduler)
+    if not exit_channels:
+        buffers = split_final_states, delta_sums, None, None, _work_counters(u, num_split)
+        return StatePassing(*buffers, splits.num_state_passes, 0, unsplit_per_scheduler)
+    num_counters, shape = num_work_counters(num_split, True), (d, B, splits.num_splits, E // exit_channels)
+    zeros = torch.zeros(num_counters + math.prod(shape), dtype=torch.int32, device=u.device)
+    counters, unvisited = zeros.split((num_counters, math.prod(shape)))
+    buffers = split_final_states, delta_sums, unvisited.view(shape), _float32(u, d, B, splits.num_splits, E, N), counters
+    return StatePassing(*buffers, splits.num_state_passes, num_split, unsplit_per_scheduler)
 
 
 def _shared_bytes_backward(plan: ScanSchedule, element_size: int) -> int:
@@ -320,8 +363,8 @@ def _input_arguments(s: ScanInputs) -> tuple[Any, ...]:
 def _module(name: str, s: ScanInputs, plan: ScanSchedule, keep: bool, *others: Tensor | None) -> Any:
     """Return the compiled kernels of `source(name)` for these inputs; `others` (B, L, E) are also read or written."""
     E, N = s.u[0].shape[2], s.A[0].shape[1]
-    vectorized = E % 4 == 0 and _readable_by_four((*s.u, *s.delta, s.z, *others))
-    vectorized_bc = N % 4 == 0 and _readable_by_four((*s.B, *s.C))
+    vectorized = E % 4 == 0 and _readable(4, (*s.u, *s.delta, s.z, *others))
+    vectorized_bc = N % 4 == 0 and _readable(4, (*s.B, *s.C))
     no_padding = vectorized and vectorized_bc and N == plan.padded_states and E % plan.widest_block == 0
     macros = defines(
         io_dtype=s.u[0].dtype, schedule=plan, directions=len(s.reverses),
@@ -332,9 +375,20 @@ def _module(name: str, s: ScanInputs, plan: ScanSchedule, keep: bool, *others: T
     return nvrtc.module(source(name), macros, s.u[0].device)
 
 
-def _readable_by_four(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Return whether groups of four elements can be read at once from each of the tensors (B, L, ...)."""
+def _readable(count: int, tensors: tuple[Tensor | None, ...]) -> bool:
+    """Return whether groups of `count` elements can be read at once from each of the tensors (B, L, ...)."""
     for x in tensors:
-        if x is not None and (x.stride(0) % 4 or x.stride(1) % 4 or x.data_ptr() % (4 * x.element_size())):
+        if x is not None and (x.stride(0) % count or x.stride(1) % count or x.data_ptr() % (count * x.element_size())):
             return False
     return True
+
+
+def _has_moments(s: ScanInputs, plan: ScanSchedule) -> bool:
+    """Return whether the schedule and the forward's program for these inputs have state passes by moments (HAS_MOMENTS)."""
+    E, N, config, splits = s.u[0].shape[2], s.A[0].shape[1], plan.fwd_config, plan.moments_schedule
+    if splits is None or splits.num_splits == 1 or 0 in s.u[0].shape:
+        return False
+    fits = N == 16 and E % plan.widest_block == 0 and config.warps == 1 and config.channels_per_thread == 2
+    if not fits or s.u[0].dtype != torch.bfloat16 or s.softplus != SOFTPLUS_BY_CALLER:
+        return False
+    return _readable(4, (s.z, *s.C)) and _readable(8, (*s.u, *s.delta, *s.B))

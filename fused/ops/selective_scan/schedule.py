@@ -21,6 +21,8 @@ SPLIT_START = 0.75  # tiles that every block could scan before the blocks of the
 COMBINE = 0.1  # tiles that combining the state of one earlier split takes
 SPLIT_END = 0.1  # share of a split's tiles by which the last blocks finish late
 UNEVEN_WAVE = 1.4  # factor for a single wave of one-warp blocks that fills all slots: a scheduler may get one warp too many
+FILL = 0.98  # share of a GPU's blocks that a wave of splits takes at most, where state passes sum by moments
+FEWEST_SPLITS = 5  # of a sequence, in one wave; below, schedules of several waves are better
 MIXED_BLOCKS = 1.03  # factor for multi-warp blocks where unsplit sequences and splits run at the same time
 
 
@@ -67,6 +69,7 @@ class ScanSchedule(NamedTuple):
     fwd_schedule: SplitSchedule
     bwd_schedule: SplitSchedule
     widest_block: int  # channels of a block of forward or backward, whichever has more
+    moments_schedule: SplitSchedule | None  # of a forward whose state passes sum by moments; None where that is no gain
 
 
 def kernel_configs(N: int) -> tuple[KernelConfig, KernelConfig]:
@@ -98,7 +101,25 @@ def make_schedule(
 
     fwd_schedule, bwd_schedule = split(fwd_sequences, fwd_config), split(bwd_sequences, bwd_config)
     widest_block = max(fwd_config.channels, bwd_config.channels)
-    return ScanSchedule(-(-N // 16) * 16, fwd_config, bwd_config, fwd_schedule, bwd_schedule, widest_block)
+    moments = _schedule_of_moments(fwd_sequences, B, tiles, processors, batch_invariant, fwd_config, fwd_schedule, num_splits)
+    return ScanSchedule(-(-N // 16) * 16, fwd_config, bwd_config, fwd_schedule, bwd_schedule, widest_block, moments)
+
+
+def _schedule_of_moments(
+    per_clip: int, clips: int, tiles: int, processors: int, batch_invariant: bool, config: KernelConfig, exact: SplitSchedule,
+    forced: int,
+) -> SplitSchedule | None:  # fmt: skip
+    """Return the schedule of state passes by moments: about one wave of splits, as long as there are FEWEST_SPLITS or more.
+
+    These state passes are so short that few splits are best, just too few to fill the GPU: 10 of 72 sequences on an H200, where
+    11 fill it and take a quarter longer. With fewer splits it is the `exact` schedule, if that splits every sequence.
+    """
+    sequences = max(1, per_clip * (1 if batch_invariant else clips))
+    n = min(int(FILL * processors * config.min_blocks_per_sm) // sequences, tiles // MIN_TILES_PER_SPLIT, MAX_SPLITS)
+    if forced or n < FEWEST_SPLITS:
+        return None if exact.num_unsplit else exact
+    tiles_per_split = -(-tiles // n)
+    return SplitSchedule(max(1, per_clip * clips), 0, -(-tiles // tiles_per_split), tiles_per_split)
 
 
 def _cheapest_split(

@@ -24,7 +24,7 @@ class CaptionedClips(ClipFolder):
         data = config.data
         super().__init__(
             data.train or "", frames, data.size, train=True, sampling=data.sampling, stride=data.stride, fps=data.fps,
-            short=data.short, scale=data.scale, flip=data.flip, erased=data.erased, seed=config.seed,
+            short=data.short, scale=data.scale, flip=data.flip, erased=data.erased, augment=data.augment, seed=config.seed,
             frame_pattern=data.frame_pattern, dtype=torch.uint8,
         )  # fmt: skip
         if frames is not None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -44,6 +45,14 @@ def test_a_published_file_is_loaded_saved_and_loaded_again(tmp_path: Path) -> No
     report = load_weights(model(1), published(made))
     assert report.dropped.keys() >= {"clip_teacher.conv1.weight", "text_encoder.cls.predictions.decoder.weight"}
     assert not report.initial and "the teacher of a pretraining" in str(report)
+
+
+def test_published_weights_by_name(tmp_path: Path) -> None:
+    made, hub = model(), pytest.importorskip("huggingface_hub")
+    file = write(published(made), tmp_path / "upstream.pth")
+    with mock.patch.object(hub, "hf_hub_download", return_value=str(file)) as fetch:
+        assert same_bits(VideoTextRetrieval.from_pretrained("videomamba_m16_25M_f8_res224"), made)
+    fetch.assert_called_once_with("OpenGVLab/VideoMamba", "videomamba_m16_25M_f8_res224.pth")
 
 
 def test_a_file_of_a_fine_tuning_has_no_bert_in_its_names(tmp_path: Path) -> None:

@@ -44,6 +44,11 @@ def test_every_step_is_one_rounding_and_a_hundred_thousandth_off_in_half_precisi
     assert normal.sum() > 10_000 and off.max() <= torch.finfo(torch.float16).eps / 2 + 1e-5
 
 
+@pytest.mark.parametrize("sizes", [(1, 3, 136, 40), (2, 130, 144, 130)], ids=str)
+def test_a_wide_rank_follows_the_formula_in_half_precision(sizes):
+    assert_rule(sample(seed, *sizes, dtype=torch.float16) for seed in range(4))
+
+
 def test_compiles_without_spills(capsys):
     lines = compiled.compile_in_subprocess("steps")
     with capsys.disabled():

@@ -203,7 +203,8 @@ def test_a_mixer_is_an_operator_as_torch_wants_it():
     for weight, width in ((in_proj, 8), (None, 32)):
         u = torch.randn(1, 5, width, device=DEVICE).requires_grad_()
         for keep in (False, True):
-            torch.library.opcheck(operator, (u, first, second, weight, None, out_proj, None, u.dtype, False, not keep, keep))
+            options = u.dtype, False, not keep, keep, False
+            torch.library.opcheck(operator, (u, first, second, weight, None, out_proj, None, *options))
 
 
 def test_a_compiled_mixer_takes_another_batch():
@@ -214,7 +215,7 @@ def test_a_compiled_mixer_takes_another_batch():
 
     def mixer(u):
         linear = layer.in_proj.weight, None, layer.out_proj.weight, None
-        return torch.ops.videomamba.mamba_inner(u, *weights, *linear, torch.float32, False, False, False)[0]
+        return torch.ops.videomamba.mamba_inner(u, *weights, *linear, torch.float32, False, False, False, False)[0]
 
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(mixer, fullgraph=True, backend=counter)

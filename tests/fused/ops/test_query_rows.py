@@ -12,11 +12,11 @@ from rule import assert_rule
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton", reason="the convolution's kernels are Triton's")
 
-import fused.ops.mamba_inner.query_rows  # noqa: E402, F401 (registers the operator)
 from fused import BimbaCompressor, backends  # noqa: E402
 from fused.models.bimba.interleave import places_of  # noqa: E402
 from fused.models.bimba.query_mixer import mix_at_queries  # noqa: E402
 from fused.modules.mamba import Mamba  # noqa: E402
+from fused.ops.mamba_inner import query_rows  # noqa: E402
 from fused.ops.selective_scan import kernel_source, schedule  # noqa: E402
 from fused.ops.selective_scan import launch as scan  # noqa: E402
 from fused.ops.selective_scan.query_rows import tile_queries  # noqa: E402
@@ -200,3 +200,21 @@ def test_tuned_kernels_do_not_spill(arch):
                 if r.spills > (160 if name == "scan_backward" else 0):
                     over.append(f"{name} on {arch}: {r.spills} bytes spilt")
     compilers.fail_or_warn("NVRTC", over)
+
+
+def test_inference_in_blocks_of_channels_changes_no_bit(monkeypatch):
+    torch.manual_seed(0)
+    mixer, places = Mamba(128, d_state=4).to(DEVICE), places_of(40, 7, torch.device(DEVICE))
+    tokens = torch.randn(2, 47, 128, device=DEVICE)
+    run = lambda: mix_at_queries(mixer, tokens, tokens[:, places.queries], places, "native")  # noqa: E731
+    widths, forward = [], scan.forward
+    spied = lambda s, *rest, **options: widths.append(s.u[0].shape[2]) or forward(s, *rest, **options)  # noqa: E731
+    monkeypatch.setattr(scan, "forward", spied)
+    with torch.no_grad():
+        whole = run()
+        monkeypatch.setattr(query_rows, "BLOCK_ELEMENTS", 1)
+        in_blocks = run()
+        with backends.batch_invariant():
+            monkeypatch.setattr(query_rows, "BLOCK_ELEMENTS", 2 * 47 * 256)  # of one clip
+            assert torch.equal(run(), whole)
+    assert widths == [256, 64, 64, 64, 64, 256] and torch.equal(in_blocks, whole)

@@ -37,3 +37,23 @@ def test_every_tile_of_every_chain_is_walked_once(B, L, E, N, directions, proces
         alone = schedule.make_schedule(1, L, E, N, directions, processors, batch_invariant=True)
         for own, other in ((plan.fwd_schedule, alone.fwd_schedule), (plan.bwd_schedule, alone.bwd_schedule)):
             assert own[2:] == other[2:]  # num_splits, tiles_per_split
+
+
+@given(sizes, st.integers(1, 100_000), sizes, st.booleans())
+def test_splits_of_moments_take_nearly_one_wave(B, L, E, invariant):
+    """Or they are the splits of the exact state passes, where these split every sequence."""
+    E, tiles = 16 * E, -(-L // schedule.TILE)
+    plan = schedule.make_schedule(B, L, E, 16, 2, PROCESSORS, batch_invariant=invariant)
+    cut, slots = plan.moments_schedule, PROCESSORS * plan.fwd_config.min_blocks_per_sm
+    if cut in (None, plan.fwd_schedule):
+        assert cut is None or cut.num_unsplit in (0, cut.num_sequences)
+        return
+    assert cut.num_unsplit == 0 and (cut.num_splits - 1) * cut.tiles_per_split < tiles <= cut.num_splits * cut.tiles_per_split
+    assert cut.num_splits * (cut.num_sequences // (B if invariant else 1)) <= 0.98 * slots
+
+
+def test_splits_of_moments_are_those_that_were_fastest():
+    """Of one clip of 9,409 tokens and more, on an H200; 11 splits of 72 sequences would fill it."""
+    for L, E, splits in ((9409, 1152, 10), (12545, 1152, 10), (25089, 768, 16)):
+        assert schedule.make_schedule(1, L, E, 16, 2, PROCESSORS).moments_schedule.num_splits == splits
+    assert schedule.make_schedule(8, 1569, 1152, 16, 2, PROCESSORS).moments_schedule is None

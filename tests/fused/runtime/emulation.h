@@ -82,6 +82,7 @@ inline unsigned __brev(unsigned x) {
   return y;
 }
 inline int min(int a, int b) { return b < a ? b : a; }
+inline int max(int a, int b) { return a < b ? b : a; }
 
 // ---------------------------------------------------------------- the functions of fused/runtime/device.cuh
 
@@ -132,3 +133,33 @@ template <int BYTES> inline void copy_async(void* to, const void* from, bool val
 }
 inline void copy_commit() { emulation::copies[emulation::current].group++; }
 template <int PENDING = 0> inline void copy_wait() { emulation::await_copies(PENDING); }
+
+// Matrix products of a warp. Sums are in float64, as exact as any order of the tensor cores.
+inline void mma_bf16(float* d, const unsigned* a, unsigned b0, unsigned b1) {
+  const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  const unsigned b[2] = {b0, b1};
+  unsigned a_row[4][4], b_column[2][2][4];
+  for (int r = 0; r < 4; r++)
+    for (int k = 0; k < 4; k++) a_row[r][k] = __shfl_sync(~0u, a[r], g * 4 + k);
+  for (int c = 0; c < 2; c++)
+    for (int r = 0; r < 2; r++)
+      for (int k = 0; k < 4; k++) b_column[c][r][k] = __shfl_sync(~0u, b[r], (2 * q + c) * 4 + k);
+  const auto half = [](unsigned pair, int i) { return (double)from_bf16((unsigned short)(i ? pair >> 16 : pair)); };
+  for (int i = 0; i < 4; i++) {
+    double sum = d[i];
+    for (int k = 0; k < 16; k++)
+      sum += half(a_row[k / 8 * 2 + i / 2][k % 8 / 2], k % 2) * half(b_column[i % 2][k / 8][k % 8 / 2], k % 2);
+    d[i] = (float)sum;
+  }
+}
+inline void load_matrices(unsigned* r, const void* row) {
+  const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  if ((uintptr_t)row % 16) EMULATION_FAIL("load_matrices: an address that is no multiple of 16 bytes");
+  __syncwarp();
+  for (int m = 0; m < 4; m++) {
+    const unsigned long long first = __shfl_sync(~0u, (unsigned long long)row, 8 * m + 2 * q);
+    const unsigned long long second = __shfl_sync(~0u, (unsigned long long)row, 8 * m + 2 * q + 1);
+    r[m] = ((const unsigned short*)first)[g] | unsigned(((const unsigned short*)second)[g]) << 16;
+  }
+  __syncwarp();
+}

@@ -1,11 +1,16 @@
 """Search by text: the nearest videos, features that are kept, and the way of a new user in three commands."""
 
 import json
+import os
+import shlex
+import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from moving_squares import folder, words
+from moving_squares import SMALL, folder
+from pages import blocks_of
 from retrieval_models import model
 from trainings import train
 
@@ -91,19 +96,21 @@ def test_bad_input(
 
 
 def test_new_user(tmp_path: Path) -> None:
-    """Train on a folder of videos with captions, evaluate, search: three commands, each in a process of its own."""
-    texts = ["a seven moves left", "a six moves right", "a black moves left"]
-    captions = folder(tmp_path / "videos", 4, texts)
-    run = tmp_path / "run"
-    code, text = train(words(captions, run, "steps=40", "batch_size=12", "optim.lr=1e-2", "loss.mlm=0"), folder=tmp_path)
-    assert code == 0, text
-    command = ["--task", "retrieval", "--model", str(run / "model"), "--data", str(captions), "--out", str(run / "test")]
-    code, text = train([*command, "merge_captions=true", "workers=0", "device=cpu"], folder=tmp_path, module="fused.evaluate")
-    assert code == 0 and "3 texts among 12 videos" in text, text
-    found = json.loads((run / "test/results.json").read_text())
-    assert found["text_to_video"]["cosine"]["r1"] > 80 and found["video_to_text"]["cosine"]["r1"] > 80, text
-    command = ["--model", str(run / "model"), "--videos", str(captions.parent), "--text", "a seven moves left", "--json"]
-    code, text = train([*command, "workers=0", "device=cpu", "rerank=0"], folder=tmp_path, module="fused.search")
-    assert code == 0, text
+    """Train on a folder of videos with captions, evaluate, search, by the guide's three commands; sizes are small ones."""
+    captions = folder(tmp_path / "videos", 4, ["a seven moves left", "a six moves right", "a black moves left"])
+    shutil.copy(captions.parent / "words.txt", tmp_path / "vocab.txt")
+    [shell] = [block for block in blocks_of("fused/README.md") if "fused.search" in block.text]
+    commands = [shlex.split(line) for line in shell.text.splitlines() if line.startswith("python")]
+    small = [word for word in SMALL if not word.startswith("task=")]
+    training = [*small, "batch_size=12", "epochs=40", "optim.lr=1e-2", "loss.mlm=0"]
+    more = [training, ["merge_captions=true"], ["--json", "rerank=0"]]
+    for (_, _, module, *given), own in zip(commands, more, strict=True):
+        own = own if module == "fused.train" else [*own, "workers=0", "device=cpu"]
+        code, text = train([*given, *own], fault=partial(os.chdir, tmp_path), folder=tmp_path, module=module)
+        assert code == 0, text
+        if module == "fused.evaluate":
+            assert "3 texts among 12 videos" in text, text
+    found = json.loads((tmp_path / "runs/search/test/results.json").read_text())
+    assert found["text_to_video"]["cosine"]["r1"] > 80 and found["video_to_text"]["cosine"]["r1"] > 80
     nearest = [json.loads(line)["video"] for line in text.splitlines() if line.startswith("{")][:4]
     assert [Path(video).name[1] for video in nearest] == ["0"] * 4, text
