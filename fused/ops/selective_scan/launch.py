@@ -314,8 +314,8 @@ def _state_passing(
     split_final_states = _float32(u, d, B, splits.num_splits, E, N)
     delta_sums = _float32(u, d, B, splits.num_splits, E)
     if not exit_channels:
-        buffers = split_final_states, delta_sums, None, None, _work_counters(u, num_split)
-        return StatePassing(*buffers, splits.num_state_passes, 0, unsplit_per_scheduler)
+        work = _work_counters(u, num_split)
+        return StatePassing(split_final_states, delta_sums, None, None, work, splits.num_state_passes, 0, unsplit_per_scheduler)
     num_counters, shape = num_work_counters(num_split, True), (d, B, splits.num_splits, E // exit_channels)
     zeros = torch.zeros(num_counters + math.prod(shape), dtype=torch.int32, device=u.device)
     counters, unvisited = zeros.split((num_counters, math.prod(shape)))
