@@ -184,12 +184,13 @@ def test_a_training_goes_on_bit_for_bit_and_writes_a_whole_model(captions: Path,
 
 def test_a_batch_without_negatives_has_no_matching_loss(captions: Path, tmp_path: Path) -> None:
     one = write(tmp_path / "one.csv", "".join(f"{captions.parent}/0{i}.avi,a seven\n" for i in range(4)))
-    with torch.no_grad():
-        task = trainer(one, tmp_path / "run", f"text.vocabulary={captions.parent / 'words.txt'}").task.train()
-        clips = torch.randn(4, 3, 2, 32, 32)
-        inputs = task.prepare(clips, task.encode(torch.arange(4)), torch.Generator().manual_seed(0))
-        loss, parts = task(*inputs)
+    task = trainer(one, tmp_path / "run", f"text.vocabulary={captions.parent / 'words.txt'}").task.train()
+    clips = torch.randn(4, 3, 2, 32, 32)
+    inputs = task.prepare(clips, task.encode(torch.arange(4)), torch.Generator().manual_seed(0))
+    loss, parts = task(*inputs)
     assert parts["vtm"] == 0 and loss == parts["vtc"] + parts["mlm"]
+    loss.backward()
+    assert all(p.grad is not None for p in task.student.parameters()) and not task.student.itm_head.weight.grad.any()
 
 
 def test_alignment_with_a_teacher(captions: Path, tmp_path: Path) -> None:
