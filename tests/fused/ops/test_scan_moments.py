@@ -161,7 +161,9 @@ def test_a_split_without_inputs_hands_on_what_was_before():
     for seed in range(4):
         s = fast(seed=seed)
         s.u[0][:, 16 * TILES - 17 : 16 * TILES], s.u[1][:, 16 * TILES * 2 : 16 * TILES * 2 + 17] = 0, 0
-        samples.append(({"y": scanned(s).y}, loop(s, torch.float64), loop(s, torch.float32)))
+        got = scanned(s)
+        assert got.state_passing.exits().rescanned == 0
+        samples.append(({"y": got.y}, loop(s, torch.float64), loop(s, torch.float32)))
     assert_rule(samples)
 
 
