@@ -30,8 +30,10 @@ class Code(NamedTuple):
 def key_of(kernel: Any, args: tuple[Argument, ...], constants: dict[str, Any]) -> tuple[Any, ...]:
     """Return what the machine code depends on of a launch: no less than what Triton distinguishes."""
     parameters = getattr(kernel, "params", ())
+    constant = {p.num for p in parameters if p.is_constexpr}
     free = {p.num for p in parameters if p.do_not_specialize}
-    return *(_kind(x, i in free) for i, x in enumerate(args)), *sorted(constants.items())
+    kinds = (("constant", type(x), x) if i in constant else _kind(x, i in free) for i, x in enumerate(args))
+    return *kinds, *sorted(constants.items())
 
 
 def _kind(x: Any, free: bool) -> Any:

@@ -13,7 +13,7 @@ CONFIG = VideoMambaConfig(embed_dim=32, depth=1, num_classes=3)
 
 
 def kernel(name):
-    parameters = (SimpleNamespace(num=0, do_not_specialize=False),)
+    parameters = (SimpleNamespace(num=0, do_not_specialize=False, is_constexpr=False),)
     return SimpleNamespace(name=name, cache_key=f"source of {name}", params=parameters)
 
 

@@ -119,10 +119,12 @@ def test_an_error_ahead_is_raised_where_the_kernel_is_needed(driver, monkeypatch
 
 
 class Kept(Kernel):
-    """A kernel k(x, n, one, BLOCK) whose code can be kept: its n is free of specialisation."""
+    """A kernel k(x, n, one, BLOCK) whose code can be kept: its n is free of specialisation, BLOCK is compiled into it."""
 
-    params = (SimpleNamespace(num=0, do_not_specialize=False), SimpleNamespace(num=1, do_not_specialize=True),
-              SimpleNamespace(num=2, do_not_specialize=False))  # fmt: skip
+    params = tuple(
+        SimpleNamespace(num=i, do_not_specialize=name == "n", is_constexpr=name == "BLOCK")
+        for i, name in enumerate(("x", "n", "one", "BLOCK"))
+    )
     cache_key = "source"
 
 
@@ -142,6 +144,8 @@ def test_code_is_found_without_triton_in_another_process(driver, monkeypatch, tm
     for other in ((x.double(), 5, 1), (x[1:], 5, 1), (x, 2**31, 1), *((x, 5, third) for third in thirds)):
         assert asked(*other) == 1 and asked(*other) == 0
     assert asked(x, 5, 1, BLOCK=32) == 1 and asked(x, 5, 1, num_warps=4) == 1
+    for block in (48, 64, 80):  # a constant by its place: all are multiples of 16
+        assert asked(x, 5, 1, block, num_warps=4) == 1 and asked(x, 5, 1, block, num_warps=4) == 0
     changed = Kept()
     changed.cache_key = "other source"
     assert asked(x, 5, 1, kernel=changed) == 1
