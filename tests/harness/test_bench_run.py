@@ -123,7 +123,7 @@ def test_bench_of_one_operator_end_to_end(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, options)
     assert done.exit_code == 0, (done.output, done.exception)
     run = Run.open(tmp_path / "run")
-    assert len(run.speeds) == 4 and all(s.status == "ok" and 0 < s.bound for s in run.speeds)
+    assert len(run.speeds) == 8 and all(s.status == "ok" and 0 < s.bound for s in run.speeds)
     assert any(r.status == "pass" and r.check == "backward" for r in run.records)
     before = (tmp_path / "run" / "speeds.jsonl").read_text()
     assert CliRunner().invoke(app, [*options, "--resume"]).exit_code == 0

@@ -359,7 +359,7 @@ def test_who_is_timed() -> None:
     kept = Entry("mixer", "fused:native_kept", "ours")
     assert [grids.runs(kept, at("mixer", mode, B=1, L=9, D=32), "full") for mode in ("infer", "train")] == [False, True]
     timed = {e.implementation for name in ("scan", "norm") for e in grids.entries(name, "cpu", "sdpa")}
-    assert timed == {"fused:torch"}, "the reference is not, nor what is absent"
+    assert timed == {"fused:cpu", "fused:torch"}, "the reference is not, nor what is absent"
     assert grids.entries("norm", "cpu", "sdpa", ("fused:native",)) == []
     assert not {p.way for p in points_here("full", "cpu", ("tiny", "loop"))} & set(GPU_WAYS)
     assert {p.way for p in points_here("full", "cuda", ("tiny",))} >= {"eager", "graph"}
