@@ -106,12 +106,14 @@ def model_points(race: str, grid: str) -> list[Point]:
     if race == "small":
         return []
     found = clip_points(race, [(1, T) for T in (8, 64)], 224, ("eager",))
-    between = (32, 40) if race == "middle" else ()  # where VideoMamba meets the ViT
-    found += clip_points(race, [(1, T) for T in (8, *between, 48, 64, 256, 512)], 224, ("graph",))
+    found += clip_points(race, [(1, T) for T in (8, 48, 64, 256, 512)], 224, ("graph",))
     found += clip_points(race, [(8, 8)], 224, ("eager", "graph"))
     if race == "middle":
-        # without a class token a clip has an even length, which is better for attention
-        return found + token_points(race, [(8, 2048), (1, 12288), *((1, 196 * T) for T in (32, 40, 48, 64))], ("graph",))
+        # where VideoMamba meets the ViT; without a class token lengths are even, which is better for attention
+        meeting = clip_points(race, [(1, 32), (1, 40)], 224, ("graph",))
+        meeting += token_points(race, [(1, 196 * T) for T in (32, 40, 48, 64)], ("graph",))
+        found += [p for p in meeting if p.mode == "infer"]
+        return found + token_points(race, [(8, 2048), (1, 12288)], ("graph",))
     return found + [p for p in clip_points(race, [(1, 8), (1, 64)], 224, ("compiled",)) if p.mode == "infer"]
 
 

@@ -208,6 +208,24 @@ def test_alignment_with_a_teacher(captions: Path, tmp_path: Path) -> None:
         assert made.task.student.vision_encoder.clip_decoder[0].head.weight.grad.abs().max() > 0
 
 
+def test_clip_aligns_videos_and_images(captions: Path, tmp_path: Path) -> None:
+    """CLIP's attention leaves 4 of the 16 tokens of each frame of a video, and 8 of an image, which it sees as one frame."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = transformers.CLIPVisionConfig(**sizes, image_size=32, patch_size=8, projection_dim=12)
+    transformers.CLIPVisionModelWithProjection(vision).save_pretrained(tmp_path / "clip")
+    write_images(tmp_path / "images", [f"{i}.png" for i in range(4)])
+    images = write(tmp_path / "images/captions.csv", "".join(f"{i}.png,a seven\n" for i in range(4)))
+    more = ("loss.uta=1", f"teacher={tmp_path / 'clip'}", "mask.kind=attention", "model.patch_size=8", f"data.images={images}")
+    made = trainer(captions, tmp_path / "run", *more, "data.frames=4")
+    task, generator = made.task.train(), torch.Generator().manual_seed(0)
+    for pixels, first, seen in ((torch.randn(4, 3, 4, 32, 32), 0, 16), (torch.randn(4, 3, 32, 32), 12, 8)):
+        inputs = task.prepare(pixels, task.encode(torch.arange(first, first + 4)), generator)
+        assert inputs[-2].shape == (4, 1 + seen) and inputs[-1].shape == (1, 4, 1 + seen, 12)
+        loss, parts = task(*inputs)
+        assert 0 < parts["uta"] < 4 and loss.isfinite()
+
+
 def test_where_a_training_starts(captions: Path, tmp_path: Path) -> None:
     """A whole model's folder or file; an encoder, beside which the text starts anew."""
     whole = model(vocab_size=19)
