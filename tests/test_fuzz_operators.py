@@ -186,8 +186,8 @@ def test_what_does_not_fit_is_named(name: str) -> None:
     def run(drawn: Drawn, data: st.DataObject) -> None:
         wrong = data.draw(st.sampled_from(sorted(drawn.tensors)))
         x = drawn.tensors[wrong]
-        bad: list[Any] = [x[None, None], torch.cat((x, x), -1)[..., : x.shape[-1] + 1] if x.shape[-1] else None, x.long(), x.bool(),
-                          x.to(torch.complex128), x.to("meta"), x.tolist(), "x", 1.5]  # fmt: skip
+        wider = torch.cat((x, x), -1)[..., : x.shape[-1] + 1] if x.shape[-1] else None
+        bad: list[Any] = [x[None, None], wider, x.long(), x.bool(), x.to(torch.complex128), x.to("meta"), x.tolist(), "x", 1.5]
         value = data.draw(st.sampled_from([b for b in bad if b is not None]))
         if isinstance(value, Tensor) and value.shape == x.shape and value.dtype == x.dtype and value.device == x.device:
             return

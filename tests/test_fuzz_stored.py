@@ -18,7 +18,8 @@ from harness.records.record import Record
 from harness.report.kinds import write
 from harness.runs.store import Run, StoreError
 
-CHANGES = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.binary(max_size=9), st.integers(0, 300)), min_size=1, max_size=3)
+CHANGE = st.tuples(st.floats(0, 1, exclude_max=True), st.binary(max_size=9), st.integers(0, 300))
+CHANGES = st.lists(CHANGE, min_size=1, max_size=3)
 
 
 def damaged(data: bytes, changes: list[tuple[float, bytes, int]]) -> bytes:

@@ -29,11 +29,12 @@ DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    keys = ", ".join(f"{f.name}={f.default}" for f in fields(Settings))
+    keys, of_retrieval = (", ".join(f"{f.name}={f.default}" for f in fields(kind)) for kind in (Settings, RetrievalSettings))
     words = argparse.ArgumentParser(
         prog="python -m fused.evaluate",
         description="Test a VideoMamba on a folder or list of videos. What was stopped goes on with the same command.",
-        epilog=f"Keys and their defaults: {keys}. Several GPUs: torchrun --nproc-per-node N -m fused.evaluate ...",
+        epilog=f"Keys and their defaults: {keys}. With --task retrieval: {of_retrieval}. "
+        "Several GPUs: torchrun --nproc-per-node N -m fused.evaluate ...",
     )
     words.add_argument("--model", required=True, help="a folder of save_pretrained, or a name in fused.PRETRAINED")
     words.add_argument("--data", required=True, help="a folder of class folders, or a list with path,label in each line")

@@ -53,6 +53,13 @@ template <class T> inline void store(T* to, const Vector<T>& x, Int count) {
 
 template <class T> inline Vector<T> all(T x) { return Vector<T>{} + x; }
 
+// x with zeros behind its first `count` lanes
+template <class T> inline Vector<T> first_lanes(const Vector<T>& x, Int count) {
+    T lanes[LANES<T>];
+    std::memcpy(lanes, &x, sizeof lanes);
+    return load(lanes, count);
+}
+
 #ifndef __clang__
 // Of a and b, vectors of partial sums whose lanes differ in the bits below `width`: the sums of a's lanes over this bit in the
 // lanes without it, those of b in the lanes with it.

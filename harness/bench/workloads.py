@@ -97,7 +97,7 @@ def network(point: Point, entry: Entry, device: str) -> Any:
     dtype = getattr(torch, point.dtype)
     with torch.device("meta"):
         built = timed_model(entry).network(point, entry)
-    case = OnDevice(entry.subject, point.dims, (), point.dtype, device=device)
+    case = OnDevice(entry.subject, point.dims, grids.race_of(point).options, point.dtype, device=device)
     with torch.device(device):
         values = modules.parameters(built, case, seed=0)
         built.load_state_dict({name: value.to(dtype) for name, value in values.items()}, assign=True)

@@ -12,7 +12,7 @@ import typer
 from harness.cli.inspect import require_fit
 from harness.judge import stamps
 from harness.judge.case import Case
-from harness.judge.parity import absent_implementations, cost, describe, memory, run_parity
+from harness.judge.parity import ContextLost, absent_implementations, cost, describe, memory, run_parity
 from harness.judge.request import ParityRequest, default_device, require_device
 from harness.records.record import Record
 from harness.report import page
@@ -91,7 +91,15 @@ def nothing_to_ask(plan: ParityRequest, points: list[Case]) -> list[str] | None:
 def judge(plan: ParityRequest, run: Run, save_failing: bool, jobs: int) -> int:
     """Run, report, stamp; return the exit code."""
     progress = Progress({c.name + c.subject: cost(plan, c) for c in plan.selected_cases()})
-    done = conclude(run, progress, lambda: run_parity([plan], run, teller(progress), save_failing, jobs), page.write)
+
+    def work() -> None:
+        try:
+            run_parity([plan], run, teller(progress), save_failing, jobs)
+        except ContextLost as lost:
+            progress.say(f"this process can use the GPU no more, since {lost}")
+            raise KeyboardInterrupt from lost
+
+    done = conclude(run, progress, work, page.write)
     if not done:
         print(run.last_line())
         return INTERRUPTED

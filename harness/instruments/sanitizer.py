@@ -13,7 +13,8 @@ from typing import NamedTuple
 from harness.runs import environment
 
 TOOLS = {  # each with its options
-    "memcheck": ("--leak-check=no", "--report-api-errors=no"), "racecheck": ("--racecheck-report=all",), "synccheck": (), "initcheck": (),
+    "memcheck": ("--leak-check=no", "--report-api-errors=no"), "racecheck": ("--racecheck-report=all",), "synccheck": (),
+    "initcheck": (),
 }  # fmt: skip
 SHOWN = 10  # lines of the first report that are kept
 SUMMARY = re.compile(r"^=+ (?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)", re.M)

@@ -30,8 +30,17 @@ from harness.runs.store import Run
 MAX_SEARCHES = 5  # for failing lengths, in a process: a broken kernel fails everywhere
 MAX_FINDINGS = 12  # of either kind in a record: over their budgets, and within
 
+LOST = (  # in CUDA's errors after which a process can use the GPU no more
+    "illegal memory access", "ILLEGAL_ADDRESS", "misaligned address", "MISALIGNED_ADDRESS", "illegal instruction",
+    "unspecified launch failure", "LAUNCH_FAILED", "device-side assert", "hardware stack error",
+)  # fmt: skip
+
 Key = tuple[str, str, str, str]  # `Record.key`
 Answers = Iterator[tuple[Case, Record | None]]  # a case with None when all its questions are answered
+
+
+class ContextLost(RuntimeError):
+    """The error of a process that can use the GPU no more; the question that caused it has its record."""
 
 
 def describe(request: ParityRequest, box: dict) -> dict:
@@ -46,16 +55,30 @@ def run_parity(
     save_failing: bool = False,
     jobs: int = 1,
 ) -> None:
-    """Ask all that the run has not answered yet, in `jobs` processes; `tell` gets every record, and every case when done."""
+    """Ask all that the run has not answered yet, in `jobs` processes; `tell` gets every record, and every case when done.
+
+    Where an implementation makes its process lose the GPU, others go on. Raises ContextLost where it is this process.
+    """
     answered = {r.key for r in run.records}
     for skip in (a for request in requests for a in absent_implementations(request)):
         if skip.key not in answered:
             run.add(skip)
     folder = run.folder if save_failing else None
-    for case, record in (_in_this_process if jobs == 1 else _in_processes)(requests, answered, folder, jobs):
-        if record is not None:
-            run.add(record)
-        tell(case, record)
+    finished: set[Case] = set()
+    while True:
+        try:
+            for case, record in (_in_this_process if jobs == 1 else _in_processes)(requests, answered, folder, jobs):
+                if record is not None:
+                    run.add(record)
+                elif case in finished:
+                    continue
+                finished |= {case} if record is None else set()
+                tell(case, record)
+            return
+        except ContextLost:
+            before, answered = answered, {r.key for r in run.records}
+            if jobs == 1 or answered == before:
+                raise
 
 
 def _in_this_process(requests: Sequence[ParityRequest], answered: set[Key], folder: Path | None, jobs: int) -> Answers:
@@ -117,9 +140,11 @@ class Judge:
                     record = ask(self.request, trial, name, check, implementation)
                     if record.status == "fail":
                         record = replace(record, location=self.locate(trial, implementation, record))
-                    if record.failed and self.folder:
+                    if record.failed and self.folder and not any(words in record.reason for words in LOST):
                         save_tensors(self.folder, trial, record, implementation)
                     yield record
+                    if record.status == "error" and any(words in record.reason for words in LOST):
+                        raise ContextLost(f"{name} of {implementation.name} at {case.subject} {case.name}: {record.reason}")
         del trial
         _release(self.request.device)
 

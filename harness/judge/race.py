@@ -31,9 +31,9 @@ class Race:
     `checks` license a timing, on the cases that `licence(dtype)` names; without them these are `forward` and `backward`, and
     the cases are the subject's. `needs` names abilities that a contender must declare. `fewest` is the number of samples
     below which a spent budget is no reason to stop, `slowest` the seconds that a call may take in any case. `options` are
-    those of an operator's timed case; implementations in `channels_first` get tensors whose memory is (B, E, L), so that they
-    are not timed with a transposition which their own models do not make. `maker` builds the timed call, see `Entry`. A
-    race that is not timed `by_default` is timed where it is named.
+    those of the timed case, an operator's or a model's; implementations in `channels_first` get tensors whose memory is (B,
+    E, L), so that they are not timed with a transposition which their own models do not make. `maker` builds the timed call,
+    see `Entry`. A race that is not timed `by_default` is timed where it is named.
     """
 
     name: str

@@ -33,8 +33,11 @@ def cases(grid: str) -> list[Case]:
     small = [(shape(2, 1, 16), ()), (shape(2, 9, 32), ()), (shape(2, 9, 32), ("causal", "state"))]
     if grid == "smoke":
         return tiny + modules.in_precisions([*small, (shape(1, 65, 192), ())], "mixer", half=True)
+    # inference in which the native scan is split, where states forget in a few tokens and where in hundreds
+    memories: list[tuple[str, ...]] = [(memory, "infer", "cast") for memory in ("fresh", modules.LONG_MEMORY)]
+    split = cross("mixer", [shape(1, 1569, 576)], memories, ["bfloat16"])
     wide = [(shape(2, 197, 384), ()), (shape(2, 197, 384), ("causal", "state")), (shape(1, 1569, 576), ())]
-    return tiny + modules.in_precisions([*small, *wide], "mixer", half=True)
+    return tiny + split + modules.in_precisions([*small, *wide], "mixer", half=True)
 
 
 @functools.lru_cache(maxsize=1)

@@ -24,6 +24,7 @@ from harness.records.speed import Entry, Point
 from reference.models import retrieval as reference
 
 VOCABULARY, FRAMES, SPACE, LAYERS, FUSION = 50, 3, 16, 4, 2
+CANDIDATES = 40  # of the cases of ranks: shares of 40 are percentages of two digits
 DRAWS = 20  # of hard negatives
 MODULES = ("text", "fusion", "shared", "losses")  # options of cases with parameters
 
@@ -40,7 +41,7 @@ def cases(grid: str) -> list[Case]:
     every: list[tuple[dict[str, int], tuple[str, ...]]] = [(small, (name,)) for name in names]
     if grid == "smoke":
         return modules.in_precisions(every, "retrieval", half=False)
-    return modules.in_precisions([*every, *((wide, (name,)) for name in names)], "retrieval", half=True)
+    return modules.in_precisions([*every, *((wide, (name,)) for name in MODULES)], "retrieval", half=True)
 
 
 class OneProcess:
@@ -171,7 +172,7 @@ def draw(case: Case, seed: int) -> dict[str, Tensor]:
     """Draw video tokens and pooled frames, and a trained model's parameters; scores, or features, for what has no module."""
     B, L, V, C, D = (size for _, size in case.dims)
     if case.has("ranks"):
-        return {"scores": case.normal(seed, "scores", 4 * B, 4 * B)}
+        return {"scores": case.normal(seed, "scores", CANDIDATES, CANDIDATES)}
     if case.has("gathered"):
         return {"features": case.normal(seed, "features", B, C)}
     module = modules.on_meta(build, implementations()[0].call, case)
@@ -198,8 +199,8 @@ def no_cotangent(case: Case) -> set[str]:
 
 
 def output_values(case: Case) -> int:
-    """Return the values of a text, or 1: a loss."""
-    return 1 if case.has("losses", "shared", "ranks") else case["L"] * case["C"]
+    """Return the values of a text, the logits of matching, or 1: a loss."""
+    return 2 * case["B"] if case.has("fusion", "shared") else case["L"] * case["C"] if case.has("text", "gathered") else 1
 
 
 def steps(case: Case) -> float:

@@ -1,12 +1,14 @@
 """Selective scan in both directions over the same tokens, under one gate."""
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 import reference
 from fused.ops.selective_scan import api as scan_api
+from harness.fixtures.functional_modules import LONG_MEMORY
 from harness.judge import race
 from harness.judge.case import LOW_PRECISIONS, Case, cross
 from harness.judge.implementation import Implementation, fused_implementations
@@ -33,6 +35,7 @@ def cases(grid: str) -> list[Case]:
         *tiny, *odd,
         *cross("scan_both", [shape(2, 65, 40, 64), shape(2, 197, 384, 16)], [(), ("bare",)], LOW_PRECISIONS),
         *cross("scan_both", [shape(1, 1569, 1152, 16)], [()], LOW_PRECISIONS),
+        *cross("scan_both", [shape(2, 197, 384, 16)], [("fresh",), (LONG_MEMORY,)], LOW_PRECISIONS[:2]),
         *cross("scan_both", [shape(1, 12545, 64, 16)], [()], LOW_PRECISIONS[:2]),  # the loop takes minutes
     ]  # fmt: skip
 
@@ -94,13 +97,28 @@ def evaluate(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor]) ->
 
 
 def races() -> list[Race]:
-    """Return the race of both directions, in `full` at more lengths: upstream's scan is at its best at multiples of 2048."""
-    more = (*race.FULL_SHAPES, (8, 1152, 2048), (1, 1152, 12288), (64, 1152, 197), (1, 1152, 100353))
+    """Return the race of both directions, in `full` at more lengths: upstream's scan is at its best at multiples of 2048.
 
-    def points(grid: str) -> list[Point]:
-        return race.operator_points("scan-both", grid, scan.timed_sizes, full=more)
+    Two more races, timed where they are named, have inputs that forget fast and inputs that remember.
+    """
+    more = (*race.FULL_SHAPES, (8, 1152, 2048), (1, 1152, 12288), (64, 1152, 197), (1, 1152, 9409), (1, 1152, 100353))
+    graphs = ((1, 1152, 9409), (8, 1152, 1569), (64, 1152, 197), (1, 1152, 12545))
 
-    return [Race("scan-both", order=2, points=points, contenders=(("scan_both", ""),), channels_first=("fused:mamba_ssm",))]
+    def points(name: str, grid: str, full: tuple[race.Shape, ...]) -> list[Point]:
+        replayed = [Point(name, tuple(scan.timed_sizes(*shape).items()), "infer", "graph") for shape in graphs]
+        return race.operator_points(name, grid, scan.timed_sizes, full=full) + (replayed if grid == "full" else [])
+
+    both = Race(
+        "scan-both", order=2, points=lambda grid: points("scan-both", grid, more), contenders=(("scan_both", ""),),
+        channels_first=("fused:mamba_ssm",),
+    )  # fmt: skip
+
+    def with_memory(option: str) -> Race:
+        name, licensed = f"scan-both-{option}", lambda dtype: (f"B2-L197-E384-N16-{option}-{dtype}",)
+        own = lambda grid: points(name, grid, graphs)  # noqa: E731
+        return replace(both, name=name, points=own, options=(option,), licence=licensed, by_default=False)
+
+    return [both, with_memory("fresh"), with_memory(LONG_MEMORY)]
 
 
 def licence(dtype: str) -> tuple[str, ...]:

@@ -64,8 +64,9 @@ def test_a_crash_costs_one_worker(worker) -> None:
 
 def test_a_stuck_worker_is_a_timeout(worker) -> None:
     stuck = worker("sleeper")
+    stuck.ask("load", point(6), timeout=120.0)  # it has imported what it needs
     with pytest.raises(EntryFailed, match="no answer within") as failure:
-        stuck.ask("load", point(9000), timeout=12.0)  # 9 s a call, and three of them
+        stuck.ask("load", point(9000), timeout=1.0)  # 9 s a call, and three of them
     assert failure.value.status == "timeout"
 
 

@@ -58,7 +58,7 @@ def scan_in_their_layout(u, delta, A, B, C, D, z, delta_bias, softplus, return_l
 def test_passes_and_says_so(tmp_path: Path) -> None:
     done = parity(*TINY, "--out", str(tmp_path))
     assert done.exit_code == PASSED, done.output
-    assert done.output.splitlines()[-1].startswith("6 passed, 0 failed, 2 skipped")
+    assert done.output.splitlines()[-1].startswith("11 passed, 0 failed, 3 skipped")
     run = Run.open(tmp_path)
     asked = {(r.implementation, r.check) for r in run.records if r.status == "pass"}
     ours = {("fused:torch", c) for c in ("forward", "backward", "determinism", "batch", "writes")}

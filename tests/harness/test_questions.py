@@ -1,6 +1,7 @@
 """Who is asked what, how each answer ends, and what a run of questions keeps: in a subject of its own, which is cheap."""
 
 import errno
+import importlib
 import json
 import os
 import signal
@@ -26,8 +27,8 @@ from harness.judge.second_process import SecondProcess
 from harness.judge.trial import Trial
 from harness.records.finding import Finding, PlainNotFinite
 from harness.records.record import Record
-from harness.runs import store, workers
-from harness.runs.conclude import FAILED, NOTHING, PASSED, exit_code
+from harness.runs import sessions, store, workers
+from harness.runs.conclude import FAILED, INTERRUPTED, NOTHING, PASSED, exit_code
 from harness.runs.store import Run, StoreError
 
 CASE = Case("norm", (("B", 1), ("L", 3), ("D", 32)), ("kind=rms",), "float32")
@@ -262,6 +263,51 @@ def test_a_process_that_is_killed_ends_the_run_and_its_answers_stay(tmp_path: Pa
     run = Run.open(tmp_path)
     assert run.about["status"] == "running" and {r.implementation for r in run.records} == {"fused:torch"}
     assert {r.status for r in run.records} == {"pass"}
+
+
+_broken: list[int] = []  # of this process
+ILLEGAL = "CUDA error: an illegal memory access was encountered"
+
+
+def breaks_the_gpu(*args, **options):
+    _broken.append(1)
+    raise RuntimeError(ILLEGAL)
+
+
+def needs_the_gpu(x, *args, **options):
+    if _broken:
+        raise RuntimeError(ILLEGAL)
+    return right(x, *args, **options)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_an_illegal_access_is_the_fault_of_one_implementation(jobs: int, tmp_path: Path) -> None:
+    """Its process can use the GPU no more; those asked after it are asked by another."""
+    words = [*(w for w in NORM if w not in ("--jobs", "1")), "--jobs", str(jobs), "--impl", "breaks", "--impl", "works"]
+    words += ["--case", "B1-L1-D32-kind=rms-float32", "--check", "forward", "--out", str(tmp_path)]
+    for name, call in (("breaks", "breaks_the_gpu"), ("works", "needs_the_gpu")):
+        words += ["--with", f"norm:{name}=test_questions:{call}"]
+    done = CliRunner().invoke(app, words)
+    importlib.import_module("test_questions")._broken.clear()  # as the command has imported it
+    if jobs == 1:
+        assert done.exit_code == INTERRUPTED and "can use the GPU no more, since forward of breaks" in done.output
+        assert [(r.implementation, r.status) for r in Run.open(tmp_path).records] == [("breaks", "error")]
+        done = CliRunner().invoke(app, [*words, "--resume"])
+    assert done.exit_code == FAILED, done.output
+    run = Run.open(tmp_path)
+    assert {r.implementation: r.status for r in run.records} == {"breaks": "error", "works": "pass"}
+    assert len(run.records) == 2 and run.about["status"] == "finished"
+
+
+def test_a_clock_that_steps_back_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run ends before it began; it is finished, and has its page."""
+    times = iter(["2026-01-01T00:00:09+00:00", "2026-01-01T00:00:09+00:00", "2025-12-31T23:00:00+00:00"])
+    monkeypatch.setattr(sessions, "now", lambda: next(times))
+    words = ["--case", "B1-L1-D32-kind=rms-float32", "--check", "forward", "--impl", "fused:torch", "--out", str(tmp_path)]
+    assert CliRunner().invoke(app, [*NORM, *words]).exit_code == PASSED
+    run = Run.open(tmp_path)
+    assert run.about["status"] == "finished" and run.about["ended"] < run.about["started"]
+    assert (tmp_path / "report.md").exists() and all(r.seconds >= 0 for r in run.records)
 
 
 def test_a_full_disk_ends_the_run_and_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

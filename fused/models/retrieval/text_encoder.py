@@ -54,8 +54,12 @@ class BertAttention(nn.Module):
         shared = mask is None and len(read) == 1
         inputs = {"query": x.flatten(0, 1)[None] if shared else x, "key": read, "value": read}
         q, k, v = (self.self[name](y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for name, y in inputs.items())
-        mask = None if mask is None else mask.to(q.dtype)
-        mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=self.rate if self.training else 0.0)
+        rate = self.rate if self.training else 0.0
+        if mask is None:
+            mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=rate)
+        else:  # of few words; kernels that take a mask round more than this does
+            scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5 + mask.to(q.dtype)
+            mixed = F.dropout(scores.softmax(dim=-1), rate) @ v
         mixed = mixed.transpose(1, 2).reshape(x.shape)
         return self.output["LayerNorm"](x + self.dropout(self.output["dense"](mixed)))
 

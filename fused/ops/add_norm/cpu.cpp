@@ -45,8 +45,7 @@ template <class T> void forward(const Norm<T>& n) {
             const T mean = n.centre ? sum<T>(total) / T(D) : T(0);
             Vector<T> squares = {};
             for_each_vector<T>(D, [&](Int i, Int count) {
-                Vector<T> value = load(v + i, count);
-                if (n.centre) value = load((T*)&(value -= mean), count);  // zero behind the last channel
+                const Vector<T> value = first_lanes<T>(load(v + i, count) - mean, count);
                 squares += value * value;
             });
             const T scale = T(1) / std::sqrt(sum<T>(squares) / T(D) + T(n.eps));

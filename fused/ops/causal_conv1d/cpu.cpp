@@ -147,7 +147,7 @@ template <class T> struct Backward {
           sums(scratch.take<Vector<T>>(num_sums(c))), totals(scratch.take<double>(num_sums(c) * LANES<T>)) {}
     static Int num_sums(const Conv<T>& c) { return c.width + 1 + c.rows; }
     static Int bytes(const Conv<T>& c) {
-        const Int vectors = BACKWARD_TILE + c.tokens + 5 * c.width + 2 * c.rows + 1;
+        const Int vectors = BACKWARD_TILE + c.tokens + 6 * c.width + 2 * c.rows - 3;
         return vectors * VECTOR_BYTES + num_sums(c) * LANES<T> * 8;
     }
 };

@@ -356,7 +356,7 @@ template <class T> void backward_parts(const Scan<T>& s, const Gradients<T>& g) 
                 retreat_all(c, cg, carry, N);
                 write_tokens(s, g, c, cg, d, k, block, clip, carry);
                 if (block.count < LANES<T>)  // the last block comes first: what its lanes without a channel hold is dropped
-                    for (Int j = 0; j < 2 * c.count * N; ++j) cg.dB_dC[j] = load<T>(&cg.dB_dC[j][0], block.count);
+                    for (Int j = 0; j < 2 * c.count * N; ++j) cg.dB_dC[j] = first_lanes<T>(cg.dB_dC[j], block.count);
             }
             sum_rows<T>(cg.dB_dC, c.count * 2 * N, g.parts + (((part * K + k) * s.clips + clip) * L + c.first) * 2 * N);
         }

@@ -319,8 +319,11 @@ def _state_passing(
     num_counters, shape = num_work_counters(num_split, True), (d, B, splits.num_splits, E // exit_channels)
     zeros = torch.zeros(num_counters + math.prod(shape), dtype=torch.int32, device=u.device)
     counters, unvisited = zeros.split((num_counters, math.prod(shape)))
-    buffers = split_final_states, delta_sums, unvisited.view(shape), _float32(u, d, B, splits.num_splits, E, N), counters
-    return StatePassing(*buffers, splits.num_state_passes, num_split, unsplit_per_scheduler)
+    exit_states = torch.empty_like(split_final_states)
+    return StatePassing(
+        split_final_states, delta_sums, unvisited.view(shape), exit_states, counters, splits.num_state_passes, num_split,
+        unsplit_per_scheduler,
+    )  # fmt: skip
 
 
 def _shared_bytes_backward(plan: ScanSchedule, element_size: int) -> int:

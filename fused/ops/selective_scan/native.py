@@ -134,7 +134,9 @@ def _backward(
     plan = schedule_for(s.u[0], A[0].shape[1], len(s.reverses), batch_invariant)
     dB, dC = ([torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in pair] for pair in (s.B, s.C))
     states = none_if_empty(tile_states)
-    assert states is not None
+    if states is None:  # only without a batch, tokens or channels are there none to keep
+        assert not dy.numel()
+        states = dy.new_empty(0)
     g = launch.backward(s, dense(dy), aligned_or_none(dfinal_states), states, none_if_empty(y_pre_gate), plan, dB, dC)
     pairs = (D, g.D), (delta_bias, g.delta_bias)
     dD, dbias = ([None if x is None else grad for x, grad in zip(*pair, strict=True)] for pair in pairs)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 import fused
+from harness.fixtures.functional_modules import LONG_MEMORY
 from harness.judge.race import MODELS, NATIVE_KEPT, VIDEOS, Race, runs_everywhere, timed_precision
 from harness.records.ceilings import Ceilings, element_bytes
 from harness.records.speed import Entry, Point
@@ -37,7 +38,19 @@ def races() -> list[Race]:
     )  # fmt: skip
     chunks = Race("chunks", checks=("forward_chunked",), licence=chunks_licence)
     vits = [against_vit(size) for size in VITS]
+    vits += [with_memory(vits[-1], option) for option in ("fresh", LONG_MEMORY)]
     return [*vits, loop.race(), of_videos(stream, stream_points, STREAMED), of_videos(chunks, chunks_points, CHUNKED)]
+
+
+def with_memory(race: Race, option: str) -> Race:
+    """Return a race at a few lengths with steps of one kind, see `functional_modules.delta_bias`, timed where it is named."""
+    name = f"{race.name}-{option}"
+
+    def points(grid: str) -> list[Point]:
+        graphs = clip_points(name, [(1, T) for T in (32, 40, 48, 64)], 224, ("graph",)) if grid == "full" else []
+        return [p for p in graphs if p.mode == "infer"]
+
+    return replace(race, name=name, points=points, options=(option,), by_default=False)
 
 
 def runs_against_vit(entry: Entry, point: Point, grid: str) -> bool:
@@ -96,6 +109,10 @@ def model_points(race: str, grid: str) -> list[Point]:
     found += clip_points(race, [(1, T) for T in (8, 48, 64, 256, 512)], 224, ("graph",))
     found += clip_points(race, [(8, 8)], 224, ("eager", "graph"))
     if race == "middle":
+        # where VideoMamba meets the ViT; without a class token lengths are even, which is better for attention
+        meeting = clip_points(race, [(1, 32), (1, 40)], 224, ("graph",))
+        meeting += token_points(race, [(1, 196 * T) for T in (32, 40, 48, 64)], ("graph",))
+        found += [p for p in meeting if p.mode == "infer"]
         return found + token_points(race, [(8, 2048), (1, 12288)], ("graph",))
     return found + [p for p in clip_points(race, [(1, 8), (1, 64)], 224, ("compiled",)) if p.mode == "infer"]
 

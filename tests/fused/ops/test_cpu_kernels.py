@@ -154,13 +154,13 @@ def test_bits_do_not_depend_on_the_number_of_threads(threads):
 
 
 def test_a_lane_without_a_channel_adds_nothing():
-    """Where C is infinite, what a lane without a channel holds is not a number."""
+    """Where B is infinite, so are the states and what they give C, and a lane without a channel holds no number."""
     tensors, _ = draw(0, (1, 3, 5, 4, None), everything=False, state=False)
-    tensors["C"][:, 1] = torch.inf
-    u, *_ = leaves = [x.requires_grad_() for x in tensors.values()]
+    tensors["u"], tensors["B"][:, 1] = tensors["u"].abs(), torch.inf
+    leaves = [x.requires_grad_() for x in tensors.values()]
     y, _ = selective_scan(*leaves, backend="cpu")
-    dB = torch.autograd.grad(y[:, 2].sum(), leaves[3])[0]
-    assert torch.isfinite(dB[:, 2]).all() and torch.isfinite(y[:, 2]).all()
+    dC = torch.autograd.grad(y, leaves[4], torch.ones_like(y))[0]
+    assert torch.isfinite(dC[:, 0]).all() and torch.equal(dC[:, 1:], torch.full((1, 2, 4), torch.inf))
 
 
 def test_operators_are_well_formed():

@@ -10,21 +10,17 @@ from fused.ops.selective_scan import recurrence
 from fused.ops.selective_scan.api import selective_scan
 
 SEEDS = range(4)
-
-
-@pytest.fixture(autouse=True, params=["cpu", "torch"])
-def backend(request, monkeypatch):
-    """The backend that "auto" chooses on a CPU."""
-    monkeypatch.setenv("VIDEOMAMBA_DISABLE_FUSED", "1" if request.param == "torch" else "")
-    return request.param
 SHAPES = [(1, 1, 1, 1, None), (2, 2, 3, 1, None), (2, 17, 6, 4, 3), (1, 63, 5, 4, None)]
-# (CPU_STEP, CPU_BLOCK): steps over the whole, in blocks of a few tokens; chunks in one block, in several blocks.
-ROUTES = {"steps": (0, 2**20), "blocks": (0, 500), "chunks": (10**6, 2**20), "chunk-blocks": (10**6, 500)}
+# the kernels for CPUs; PyTorch operations by (CPU_STEP, CPU_BLOCK): steps over the whole, in blocks of a few tokens, and
+# chunks in one block, in several blocks
+ROUTES = {"cpu": None, "steps": (0, 2**20), "blocks": (0, 500), "chunks": (10**6, 2**20), "chunk-blocks": (10**6, 500)}
 
 
 @pytest.fixture(params=ROUTES)
 def route(request, monkeypatch):
-    step, block = ROUTES[request.param]
+    """The implementation that "auto" takes on a CPU."""
+    monkeypatch.setenv("VIDEOMAMBA_DISABLE_FUSED", "" if request.param == "cpu" else "1")
+    step, block = ROUTES[request.param] or (0, 2**20)
     monkeypatch.setattr(recurrence, "CPU_STEP", step)
     monkeypatch.setattr(recurrence, "CPU_BLOCK", block)
     return request.param
@@ -153,7 +149,8 @@ def test_takes_any_strides(route):
     assert_rule(one(seed) for seed in SEEDS)
 
 
-def test_autocast_changes_nothing():
+@pytest.mark.parametrize("route", ["cpu", "steps"], indirect=True)
+def test_autocast_changes_nothing(route):
     tensors, cotangents = draw(0, (2, 33, 4, 3, None))
     plain = outcome(selective_scan, tensors, cotangents, None)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -161,7 +158,8 @@ def test_autocast_changes_nothing():
     assert all(torch.equal(plain[k], cast[k]) and plain[k].dtype == cast[k].dtype for k in plain)
 
 
-def test_float64_stays_float64():
+@pytest.mark.parametrize("route", ["cpu", "steps"], indirect=True)
+def test_float64_stays_float64(route):
     tensors, cotangents = draw(0, (1, 9, 4, 3, None))
     got = outcome(selective_scan, double(tensors), cotangents, None)
     want = outcome(naive.scan, double(tensors), cotangents, None)
@@ -169,7 +167,8 @@ def test_float64_stays_float64():
     assert all((got[k] - want[k]).norm() <= 1e-14 * want[k].norm() for k in got)
 
 
-def test_keeps_no_state_of_every_token():
+@pytest.mark.parametrize("route", ["cpu", "steps"], indirect=True)
+def test_keeps_no_state_of_every_token(route):
     tensors, _ = draw(0, (1, 1000, 512, 16, None), state=False)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
@@ -198,7 +197,8 @@ def test_few_operations_where_each_one_is_a_launch(monkeypatch):
     assert count.launches <= 250
 
 
-def test_no_tokens_give_back_the_state():
+@pytest.mark.parametrize("route", ["cpu", "steps"], indirect=True)
+def test_no_tokens_give_back_the_state(route):
     tensors, _ = draw(0, (2, 0, 4, 3, None))
     y, state = selective_scan(**tensors)
     assert y.shape == (2, 0, 4) and torch.equal(state, tensors["initial_state"])

@@ -184,12 +184,13 @@ def test_a_training_goes_on_bit_for_bit_and_writes_a_whole_model(captions: Path,
 
 def test_a_batch_without_negatives_has_no_matching_loss(captions: Path, tmp_path: Path) -> None:
     one = write(tmp_path / "one.csv", "".join(f"{captions.parent}/0{i}.avi,a seven\n" for i in range(4)))
-    with torch.no_grad():
-        task = trainer(one, tmp_path / "run", f"text.vocabulary={captions.parent / 'words.txt'}").task.train()
-        clips = torch.randn(4, 3, 2, 32, 32)
-        inputs = task.prepare(clips, task.encode(torch.arange(4)), torch.Generator().manual_seed(0))
-        loss, parts = task(*inputs)
+    task = trainer(one, tmp_path / "run", f"text.vocabulary={captions.parent / 'words.txt'}").task.train()
+    clips = torch.randn(4, 3, 2, 32, 32)
+    inputs = task.prepare(clips, task.encode(torch.arange(4)), torch.Generator().manual_seed(0))
+    loss, parts = task(*inputs)
     assert parts["vtm"] == 0 and loss == parts["vtc"] + parts["mlm"]
+    loss.backward()
+    assert all(p.grad is not None for p in task.student.parameters()) and not task.student.itm_head.weight.grad.any()
 
 
 def test_alignment_with_a_teacher(captions: Path, tmp_path: Path) -> None:
@@ -205,6 +206,24 @@ def test_alignment_with_a_teacher(captions: Path, tmp_path: Path) -> None:
         assert loss.item() == pytest.approx((parts["vtc"] + parts["vtm"] + 2 * parts["uta"]).item(), rel=1e-6)
         loss.backward()
         assert made.task.student.vision_encoder.clip_decoder[0].head.weight.grad.abs().max() > 0
+
+
+def test_clip_aligns_videos_and_images(captions: Path, tmp_path: Path) -> None:
+    """CLIP's attention leaves 4 of the 16 tokens of each frame of a video, and 8 of an image, which it sees as one frame."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = transformers.CLIPVisionConfig(**sizes, image_size=32, patch_size=8, projection_dim=12)
+    transformers.CLIPVisionModelWithProjection(vision).save_pretrained(tmp_path / "clip")
+    write_images(tmp_path / "images", [f"{i}.png" for i in range(4)])
+    images = write(tmp_path / "images/captions.csv", "".join(f"{i}.png,a seven\n" for i in range(4)))
+    more = ("loss.uta=1", f"teacher={tmp_path / 'clip'}", "mask.kind=attention", "model.patch_size=8", f"data.images={images}")
+    made = trainer(captions, tmp_path / "run", *more, "data.frames=4")
+    task, generator = made.task.train(), torch.Generator().manual_seed(0)
+    for pixels, first, seen in ((torch.randn(4, 3, 4, 32, 32), 0, 16), (torch.randn(4, 3, 32, 32), 12, 8)):
+        inputs = task.prepare(pixels, task.encode(torch.arange(first, first + 4)), generator)
+        assert inputs[-2].shape == (4, 1 + seen) and inputs[-1].shape == (1, 4, 1 + seen, 12)
+        loss, parts = task(*inputs)
+        assert 0 < parts["uta"] < 4 and loss.isfinite()
 
 
 def test_where_a_training_starts(captions: Path, tmp_path: Path) -> None:

@@ -1,0 +1,75 @@
+"""Where the tensors of the scan's CUDA kernels lie, and how many blocks share out their channels: emulated on the CPU."""
+
+import emulation
+import pytest
+import torch
+from rule import assert_rule, outcome
+from scans import draw, sample
+
+import fused.ops.selective_scan.native  # noqa: F401 (registers the operators)
+from fused import backends, bidirectional_scan, selective_scan
+from fused.runtime import nvrtc
+
+PAIRED = ("u", "delta", "A", "B", "C", "D", "delta_bias")
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch):
+    """Backend "native" runs on the CPU."""
+    if reason := emulation.unavailable():
+        pytest.skip(reason)
+    monkeypatch.setattr(nvrtc, "module", emulation.module)
+    monkeypatch.setattr(backends, "unavailable", lambda backend, device: None)
+
+
+def native(**tensors):
+    return selective_scan(**tensors, backend="native")
+
+
+def both(tensors):
+    """Two directions, whose second of every pair ends with _b."""
+    pairs = {k: (tensors[k], tensors[k + "_b"]) for k in PAIRED}
+    return [bidirectional_scan(**pairs, z=tensors["z"], backend="native")]
+
+
+def drawn_pair(shape):
+    (tensors, (dy, _)), (other, _) = (draw(seed, shape, state=False) for seed in (0, 1))
+    return tensors | {k + "_b": v for k, v in other.items() if k in PAIRED}, dy
+
+
+@pytest.mark.parametrize("shape", [(2, 17, 80, 16), (1, 16, 48, 16), (1, 32, 32, 4)], ids=str)
+def test_channels_of_several_blocks_and_of_a_part_of_one(shape):
+    assert_rule(sample(*draw(seed, shape), "native") for seed in range(4))
+
+
+def test_no_tokens_have_gradients():
+    tensors, cotangents = draw(0, (2, 0, 6, 4))
+    found = outcome(native, tensors, cotangents, None)
+    assert torch.equal(found["dinitial_state"], cotangents[1])
+    for name in ("A", "D", "delta_bias"):
+        assert torch.equal(found[f"d{name}"], torch.zeros_like(tensors[name])), name
+    assert all(found[f"d{name}"].shape == tensors[name].shape for name in tensors)
+
+
+def test_a_pair_of_other_strides_and_misaligned_views_change_no_bit():
+    tensors, dy = drawn_pair((2, 20, 8, 4))
+    whole = outcome(lambda **x: both(x), tensors, [dy], None)
+
+    def apart(x):  # behind other channels, and no multiple of four elements from where memory begins
+        return torch.cat((torch.full((*x.shape[:-1], 5), torch.nan), x), -1)[..., 5:]
+
+    def odd(x):
+        return torch.cat((x.new_full((1,), torch.nan), x.flatten()))[1:].view(x.shape)
+
+    for place, names in ((apart, ("u_b", "delta_b", "B_b")), (odd, tuple(tensors))):
+        found = outcome(lambda place=place, names=names, **x: both(x | {n: place(x[n]) for n in names}), tensors, [dy], None)
+        assert [name for name in whole if not torch.equal(found[name], whole[name])] == [], place.__name__
+
+
+@pytest.mark.parametrize("order", ["reverse", "random:1", "random:2"])
+def test_directions_meet_in_any_order_of_threads(order, monkeypatch):
+    tensors, dy = drawn_pair((1, 40, 40, 16))
+    first = outcome(lambda **x: both(x), tensors, [dy], None)
+    monkeypatch.setenv("EMULATION_ORDER", order)
+    found = outcome(lambda **x: both(x), tensors, [dy], None)
+    assert [name for name in first if not torch.equal(found[name], first[name])] == []
