@@ -3,7 +3,7 @@
 import contextlib
 import io
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ pytest.importorskip("av")
 
 from language_lists import talk, write_bimba_base, write_data, write_list, write_vamba  # noqa: E402
 from rule import assert_rule  # noqa: E402
-from trainings import train  # noqa: E402
 
 from fused import Bimba, Vamba  # noqa: E402
 from fused.chat.__main__ import main as chat  # noqa: E402
@@ -113,19 +112,28 @@ def test_bimbas_folder_is_upstreams(folder: Path, tmp_path: Path) -> None:
     assert json.loads((model / "config.json").read_text())["compressor_type"] == "mamba"
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """PyTorch with one thread, whose sums have one order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("unchecked", "one_thread")
 @pytest.mark.parametrize("task", TASKS)
 def test_a_run_in_two_parts_is_one_run_bit_for_bit(folder: Path, tmp_path: Path, task: str) -> None:
     """Of rows of a few samples, with dropout in adapters; a worker decodes in the second part."""
     more = ["language.length=500", "batch_size=2", "optim.floor=1.0"]  # a schedule that does not depend on the last step
     more += ["language.lora_dropout=0.3", "language.lora_rank=2"] if task == "bimba-sft" else []
-    one, other = (words(folder, task, tmp_path / name, *more) for name in ("whole", "parts"))
-    code, output = train(
-        [*one, "steps=5"], [*other, "steps=3"], [*other, "steps=5", "data.workers=1"], folder=tmp_path
-    )
-    assert code == 0 and "goes on behind step 3" in output, output
-    whole, parts = (tensors(tmp_path / name / "checkpoints/step-00000005") for name in ("whole", "parts"))
+    run(folder, task, tmp_path / "whole", *more, "steps=3")
+    run(folder, task, tmp_path / "parts", *more, "steps=2")
+    assert "goes on behind step 2" in run(folder, task, tmp_path / "parts", *more, "steps=3", "data.workers=1")
+    whole, parts = (tensors(tmp_path / name / "checkpoints/step-00000003") for name in ("whole", "parts"))
     assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
-    assert [line["loss"] for line in steps(tmp_path / "whole")] == [line["loss"] for line in steps(tmp_path / "parts")]
+    losses = [[line["loss"] for line in steps(tmp_path / name)] for name in ("whole", "parts")]
+    assert losses[0] == losses[1] and len(losses[0]) == 3
 
 
 def gradients(folder: Path, task: str, precision: torch.dtype, alone: bool, *more: str) -> dict[str, torch.Tensor]:
@@ -159,22 +167,25 @@ def test_a_packed_step_is_the_sum_of_its_samples(folder: Path, distilled: bool) 
     assert_rule([tuple(flat(x, packed) for x in (packed, truth, plain))])
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_two_processes_take_the_step_of_one(folder: Path, tmp_path: Path, task: str) -> None:
+def test_two_processes_take_the_step_of_one(folder: Path, tmp_path: Path) -> None:
     """By DDP and FSDP2, by the rule: answers are of different lengths, and one process has more rows than the other."""
-    own = {"bimba-sft": ["language.lora_dropout=0"], "vamba-pretrain": ["language.distillation=1.0"]}
-    more = ["steps=1", "language.length=400", *own.get(task, [])]
-    truth, plain = (gradients(folder, task, precision, True, *more) for precision in (torch.float64, torch.float32))
-    runs = {name: (*words(folder, task, tmp_path / name, *more), f"parallel={name}") for name in ("ddp", "fsdp")}
-    output = run_trainings([Training(arguments, in_two_processes=True) for arguments in runs.values()], tmp_path)
-    assert output.count("2 processes") == output.count("done: ") == 2, output
-    for name in runs:
-        stored = tensors(tmp_path / name / "checkpoints/step-00000001")
-        beginning = "optimizer.exp_avg."
-        found = {key.removeprefix(beginning): 10 * x for key, x in stored.items() if key.startswith(beginning)}
-        assert truth.keys() <= found.keys()
-        assert_rule([tuple(flat(x, truth) for x in (found, truth, plain))])
-        assert (tmp_path / name / "model/config.json").is_file()
+    own = {"bimba-sft": ["language.lora_dropout=0"], "vamba-pretrain": ["language.distillation=1.0"], "vamba-sft": []}
+    more = {task: ["steps=1", "language.length=400", *own[task]] for task in TASKS}
+    runs = {(task, kind): tmp_path / task / kind for task in TASKS for kind in ("ddp", "fsdp")}
+    trainings = [
+        Training((*words(folder, task, out, *more[task]), f"parallel={kind}"), True) for (task, kind), out in runs.items()
+    ]
+    output = run_trainings(trainings, tmp_path)
+    assert output.count("2 processes") == output.count("done: ") == len(runs), output
+    for task in TASKS:
+        truth, plain = (gradients(folder, task, precision, True, *more[task]) for precision in (torch.float64, torch.float32))
+        for kind in ("ddp", "fsdp"):
+            stored = tensors(runs[task, kind] / "checkpoints/step-00000001")
+            beginning = "optimizer.exp_avg."
+            found = {key.removeprefix(beginning): 10 * x for key, x in stored.items() if key.startswith(beginning)}
+            assert truth.keys() <= found.keys()
+            assert_rule([tuple(flat(x, truth) for x in (found, truth, plain))])
+            assert (runs[task, kind] / "model/config.json").is_file()
 
 
 def test_bfloat16_computes_in_it_and_keeps_parameters_in_float32(folder: Path, tmp_path: Path) -> None:
