@@ -7,6 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+import fused
+import reference
+
 
 @pytest.fixture(params=["reference", "fused"])
 def package(request: pytest.FixtureRequest) -> ModuleType:
@@ -162,3 +165,19 @@ def test_unknown_keys_raise(package):
     compressor = package.BimbaCompressor(8)
     with pytest.raises(RuntimeError, match="query_tokens"):
         compressor.load_state_dict(compressor.state_dict() | {"query_tokens": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("use_res", [True, False])
+@pytest.mark.parametrize("fp32", [True, False])
+@pytest.mark.parametrize("n_layer", [1, 2])
+def test_autocast_returns_what_the_reference_returns(n_layer, fp32, use_res):
+    """Without a residual the queries come out in autocast's dtype, also in chunks of which some have no query."""
+    options = {"n_layer": n_layer, "fp32": fp32, "use_res": use_res, "multi_scale": False}
+    made = [package.BimbaCompressor(16, **options) for package in (reference, fused)]
+    made[1].load_state_dict(made[0].state_dict())
+    tokens, queries = torch.randn(1, 4, 2, 2, 16), torch.randn(1, 1, 1, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        due, got = (m(tokens, queries) for m in made)
+        assert got.dtype == due.dtype == (torch.float32 if use_res or fp32 else torch.bfloat16)
+        if n_layer == 1:
+            assert made[1].forward_chunked(tokens, queries, chunk_frames=1).dtype == due.dtype

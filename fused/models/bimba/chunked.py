@@ -55,8 +55,9 @@ def compress_chunks(
         if mixer.bimamba:
             y_backward, state = scan_chunk(layer, chunk, 1, state, backend)
             y = y + y_backward
-        out.append(_read(layer, chunk, y, backend))
-    return torch.cat(out[::-1], dim=1).to(queries.dtype).view(queries.shape)
+        if y.shape[1]:
+            out.append(_read(layer, chunk, y, backend))
+    return torch.cat(out[::-1], dim=1).view(queries.shape)
 
 
 def check_chunkable(layers: Sequence[CompressorLayer], backend: str) -> None:
@@ -111,8 +112,6 @@ def scan_chunk(
 def _read(layer: CompressorLayer, chunk: Chunk, y: Tensor, backend: str) -> Tensor:
     """Return the new queries (B, Q, C) of a chunk, given the sum y (B, Q, E) of both scans."""
     mixer: Any = layer.mixer
-    if not y.shape[1]:
-        return chunk.queries
     readers = chunk.queries if layer.norm is None else layer.norm(chunk.queries, backend)
     z, precise = F.linear(readers, mixer.in_proj.weight.chunk(2)[1]), accumulation_dtype(y.dtype)
     mixed = mixer.out_proj((y.to(precise) * F.silu(z.to(precise))).to(y.dtype))

@@ -101,12 +101,14 @@ class BimbaCompressor(nn.Module):
         layers: Any = self.layers
         for i, layer in enumerate(layers):
             t = tokens.flatten(1, 3)
-            places = places_of(t.shape[1], q.shape[1], t.device)
-            inputs = t.to(dtype), q.to(dtype), places, backend
+            places, given = places_of(t.shape[1], q.shape[1], t.device), q.dtype
+            inputs = (t.to(dtype), q.to(dtype), places, backend) if self.fp32 else (t, q, places, backend)
             if i == len(layers) - 1:
-                q = layer.read(*inputs).to(q.dtype)
+                q = layer.read(*inputs)
+                q = q.to(given) if self.fp32 else q  # without a residual, autocast's dtype comes out
                 break
-            t, q = (x.to(q.dtype) for x in layer(*inputs))
+            t, q = layer(*inputs)
+            t, q = (t.to(given), q.to(given)) if self.fp32 else (t, q)
             tokens = t.unflatten(1, (-1, *frame))
             tokens = every_second_frame(tokens) if self.multi_scale else tokens
         return q.view(queries.shape)
@@ -128,7 +130,8 @@ class BimbaCompressor(nn.Module):
         check_chunkable(layers, self.requested_backend)
         chunks = split_chunks(tokens, queries, self.d_model, chunk_frames, offload)
         dtype = accumulation_dtype(queries.dtype) if self.fp32 else queries.dtype
-        return compress_chunks(layers[0], chunks, queries, dtype, self.resolve_backend(queries))
+        out = compress_chunks(layers[0], chunks, queries, dtype, self.resolve_backend(queries))
+        return out.to(queries.dtype) if self.fp32 else out
 
 
 def every_second_frame(tokens: Float[Tensor, "B F H W C"]) -> Float[Tensor, "B G H W C"]:
