@@ -56,4 +56,5 @@ def test_splits_of_moments_are_those_that_were_fastest():
     """Of one clip of 9,409 tokens and more, on an H200; 11 splits of 72 sequences would fill it."""
     for L, E, splits in ((9409, 1152, 10), (12545, 1152, 10), (25089, 768, 16)):
         assert schedule.make_schedule(1, L, E, 16, 2, PROCESSORS).moments_schedule.num_splits == splits
-    assert schedule.make_schedule(8, 1569, 1152, 16, 2, PROCESSORS).moments_schedule is None
+    for B, L in ((8, 1569), (1, 1569), (1, 8176)):
+        assert schedule.make_schedule(B, L, 1152, 16, 2, PROCESSORS).moments_schedule is None
