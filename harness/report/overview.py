@@ -10,6 +10,7 @@ from harness.report.markdown import Markdown, table
 from harness.report.speed_figures import sizes, tokens
 from harness.report.speed_tables import fastest, number, status
 
+OTHER_MODELS = ("qwen2", "resamplers")  # subjects beside ours in its race that are neither upstream's way nor a ViT
 HEAD = ["", "forward", "upstream", "ViT", "roofline", "forward + backward", "kept", "upstream", "ViT", "roofline"]
 
 
@@ -98,19 +99,23 @@ def _is_kept(s: Speed) -> bool:
 
 
 def _is_upstream(s: Speed) -> bool:
-    return s.entry.role == "rival" and s.entry.subject != VIT
+    return s.entry.role == "rival" and s.entry.subject not in (VIT, *OTHER_MODELS)
 
 
 def _is_vit(s: Speed) -> bool:
     return s.entry.subject == VIT
 
 
+def _is_other(s: Speed) -> bool:
+    return s.entry.subject in OTHER_MODELS
+
+
 KINDS = (_is_ours, _is_kept, _is_upstream, _is_vit)
 
 
 def kind_of(s: Speed) -> Callable[[Speed], bool]:
-    """Return the first of `KINDS` that holds: a ViT of ours does not exist."""
-    return next(which for which in KINDS if which(s))
+    """Return the first of `KINDS` that holds, or that it is another model: a ViT of ours does not exist."""
+    return next((which for which in KINDS if which(s)), _is_other)
 
 
 def _ours(best: Speed | None, at: Sequence[Speed]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import sweeps
 
+from harness.bench import grids
 from harness.records.finding import Finding
 from harness.records.record import Record
 from harness.records.speed import Entry, Point, Speed
@@ -233,6 +234,16 @@ def test_the_overview_sets_ours_beside_the_fastest_of_either_kind() -> None:
     assert overview.overview([*graph, *eager]).count("99") == 0
     [said] = overview.crossings(curves.families([*graph, *eager]))
     assert "(graph)" in said and "ours meets the ViT at **" in said and "upstream" not in said
+
+
+def test_another_model_in_a_race_is_not_upstream(tmp_path) -> None:
+    """Pooling is faster than a compressor, and stock layers are slower than Vamba: neither is upstream's way."""
+    at = next(p for p in grids.points("full") if p.race == "bimba" and p.mode == "infer")
+    ours = Speed(Entry("bimba", "fused:native", "ours"), at, "ok", (0.01,))
+    upstream = dataclasses.replace(ours, entry=Entry("bimba", "fused:mamba_ssm", "rival"), seconds=(0.03,))
+    pooling = dataclasses.replace(ours, entry=Entry("resamplers", "pooling", "rival"), seconds=(0.001,))
+    assert "| 10 | 30 (3.00x) | - | - |" in overview.overview([ours, upstream, pooling])
+    assert "3x as fast as upstream: bimba" in made(tmp_path, [ours, upstream, pooling])
 
 
 def test_what_keeps_its_scan_stands_beside_ours() -> None:
