@@ -167,7 +167,7 @@ def test_dt_init(package):
 
 @pytest.mark.parametrize("make", [lambda f, n: f.Mamba(32, backend=n), lambda f, n: model_of_backend(f, n)])
 def test_a_backend_that_is_none(make):
-    with pytest.raises(ValueError, match="backend is 'cuda'; allowed: 'auto', 'native', 'native_kept', 'mamba_ssm'"):
+    with pytest.raises(ValueError, match="backend is 'cuda'; allowed: 'auto', 'native', 'native_kept', 'cpu', 'mamba_ssm'"):
         make(importlib.import_module("fused"), "cuda")
 
 

@@ -19,8 +19,8 @@ def test_sessions_and_their_docstrings():
     """Read, not run: nox itself may live outside the tests' environment."""
     nodes = ast.parse((ROOT / "noxfile.py").read_text()).body
     sessions = {n.name: ast.get_docstring(n) for n in nodes if isinstance(n, ast.FunctionDef) and n.decorator_list}
-    first = ["tests", "pages", "extras", "compat", "fuzz_files", "lint", "types"]
-    assert list(sessions) == [*first, "parity", "bench", "learn", "mutants", "compare", "report", "upstream"]
+    first = ["tests", "pages", "extras", "compat", "fuzz", "fuzz_files", "lint", "types"]
+    assert list(sessions) == [*first, "parity", "bench", "learn", "mutants", "sanitize", "compare", "report", "upstream"]
     assert all(sessions.values())
 
 

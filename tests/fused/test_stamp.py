@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused import stamp
+from fused import backends, stamp
 from fused.stamp import KEY, Validation, fingerprint, validation, write_validation
 
 
@@ -28,7 +28,9 @@ def test_round_trip(cache):
     path = write_validation(passed())
     assert path.parent == cache and path.suffix == ".json" and list(cache.iterdir()) == [path]
     assert validation("torch", torch.float32, "cpu") == passed()
-    assert validation("auto", torch.float32, "cpu") == passed()
+    chosen = backends.choose("auto", "cpu")  # "cpu" where there is a compiler
+    assert write_validation(passed(backend=chosen)).parent == cache
+    assert validation("auto", torch.float32, "cpu") == passed(backend=chosen)
 
 
 def test_a_newer_run_replaces_the_stamp(cache):

@@ -159,7 +159,7 @@ def _backward(
         REVERSE=reverse, CHUNK=CHUNK, BLOCK_N=REDUCE_BLOCK, COMPUTE=config.COMPUTE, EVEN=N % REDUCE_BLOCK == 0,
         num_warps=4, num_stages=1, **FUSED_MULTIPLY_ADD,
     )  # fmt: skip
-    dA, dbias, dD = sums.sum(1)
+    dA, dbias, dD = (parts_of.sum(0) for parts_of in sums)  # each by itself: results of an operator share no memory
     if D_CHANNELS and dD_parts is not None:
         dD = dD_parts.sum((0, 1))
     return Gradients(dx, ddt, dA, dB, dC, None if D is None else dD, None, None if dt_bias is None else dbias, dinitial)

@@ -175,7 +175,7 @@ def test_a_result_is_freed_when_it_is_dropped(wants_gradient):
             for _ in range(DRAWS):
                 x = torch.randn(1, 9, 16, device=DEVICE)
                 outs = [*block(x, x, backend="native")[:2]]
-                outs += mixer(x, list(first), list(second), in_proj, None, out_proj, None, x.dtype, False, True, False)
+                outs += mixer(x, list(first), list(second), in_proj, None, out_proj, None, x.dtype, False, True, False, False)
                 if wants_gradient:
                     outs += torch.autograd.grad([outs[0], outs[2]], [in_proj, out_proj], [x, x])
                 watched = [weakref.ref(out) for out in outs]

@@ -57,6 +57,6 @@ def test_training_on_images(images: Path, tmp_path: Path) -> None:
 
 
 def test_pretraining_needs_clips() -> None:
-    with pytest.raises(ValueError, match="data.frames is None; allowed: a number for task 'pretrain', which masks clips"):
+    with pytest.raises(ValueError, match="data.frames is None; allowed: a number for task 'pretrain', whose model takes clips"):
         read_config(None, ["task=pretrain", "teacher=t", "out=o", "data.train=d", "steps=1", "data.frames=null"])
     assert VideoMambaConfig(num_frames=read_config(None, ["data.frames=null"], complete=False).data.frames).tubelets == 1
