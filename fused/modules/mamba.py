@@ -14,6 +14,7 @@ from fused.backends import CPU, NATIVE, TORCH, Abilities
 from fused.modules.state import State, check_mixer_state, linear_dtype, zero_state
 from fused.modules.wrapped import modules_to_call, note_slow_path, weight_of
 from fused.ops import mamba_ssm
+from fused.ops.mamba_inner.cpu import mamba_inner_cpu, takes
 from fused.ops.mamba_inner.eager import both_directions_eager, one_direction_eager
 from fused.ops.shapes import DirectionWeights
 from fused.runtime.autocast import autocast_dtype
@@ -226,8 +227,6 @@ class Mamba(nn.Module):
 
     def _run_cpu(self, hidden: Tensor) -> Tensor | None:
         """Return the mixer's output (B, L, D) by one operator for CPUs, None where dtypes differ or are of half precision."""
-        from fused.ops.mamba_inner.cpu import mamba_inner_cpu, takes
-
         in_proj, out_proj = ((m.weight, m.bias) for m in (self.in_proj, self.out_proj))
         arguments = hidden, in_proj, self.directions(squeeze=False), out_proj
         return mamba_inner_cpu(*arguments) if takes(*arguments) else None

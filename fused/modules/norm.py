@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fused.ops.add_norm import api
+from fused.ops.add_norm.cpu import add_norm_cpu
 from fused.ops.add_norm.eager import add_norm_eager
 
 
@@ -38,8 +39,6 @@ class Norm(nn.Module):
 
             return add_norm_native(x, self.weight, self.bias, **options, kept=kept, scale=scale)
         if backend == "cpu":
-            from fused.ops.add_norm.cpu import add_norm_cpu
-
             return add_norm_cpu(x, self.weight, self.bias, **options)
         if backend == "torch":
             return add_norm_eager(x, self.weight, self.bias, **options)

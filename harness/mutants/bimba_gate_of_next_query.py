@@ -16,7 +16,7 @@ def plant() -> AbstractContextManager[object]:
     """Return the context in which the bug is there."""
     original = query_mixer.mix_eager
 
-    def shifted(mixer: Mamba, sequence: Tensor, queries: Tensor, places: Places) -> Tensor:
-        return original(mixer, sequence, queries.roll(-1, 1), places)
+    def shifted(mixer: Mamba, sequence: Tensor, queries: Tensor, places: Places, operators: str) -> Tensor:
+        return original(mixer, sequence, queries.roll(-1, 1), places, operators)
 
     return mock.patch.object(query_mixer, "mix_eager", shifted)

@@ -20,8 +20,9 @@ def mix_at_queries(
 ) -> Float[Tensor, "B Q C"]:
     """Return mixer(sequence) (B, N, C) at the query rows (B, Q, C), of which `queries` (B, Q, C) is a copy.
 
-    The gate, out_proj and the scan's outputs are computed at query rows only: by one operator on "native", by PyTorch's on
-    "torch". On "mamba_ssm", which cannot do this, and where modules of the mixer have to be called, the whole mixer runs.
+    The gate, out_proj and the scan's outputs are computed at query rows only: by one operator on "native", one after another on
+    "torch" and "cpu". On "mamba_ssm", which cannot do this, and where modules of the mixer have to be called, the whole mixer
+    runs.
     """
     called = called_modules(mixer)
     operators = backends.operators_of(backend)
@@ -29,7 +30,7 @@ def mix_at_queries(
         return mixer(sequence, backend=backend).index_select(1, places.queries)
     if operators == "native":
         return mix_native(mixer, sequence, queries, places)
-    return mix_eager(mixer, sequence, queries, places)
+    return mix_eager(mixer, sequence, queries, places, operators)
 
 
 def called_modules(mixer: Mamba) -> tuple[str, ...]:
@@ -52,14 +53,14 @@ def mix_native(mixer: Mamba, sequence: Tensor, queries: Tensor, places: Places) 
     )  # fmt: skip
 
 
-def mix_eager(mixer: Mamba, sequence: Tensor, queries: Tensor, places: Places) -> Tensor:
-    """Run PyTorch's operators: each scan over all tokens, without its gate, and the rest on query rows."""
+def mix_eager(mixer: Mamba, sequence: Tensor, queries: Tensor, places: Places, operators: str) -> Tensor:
+    """Run the operators of "torch" or "cpu": each scan over all tokens, without its gate, and the rest on query rows."""
     weight_x, weight_z = mixer.in_proj.weight.chunk(2)
     x, z = F.linear(sequence, weight_x), F.linear(queries, weight_z)  # BIMBA's in_proj has no bias
     y = None
     for i, weights in enumerate(mixer.directions()):
         A = -weights.A.to(accumulation_dtype(weights.A.dtype)).exp()
-        one, _ = one_direction_eager(x, weights._replace(A=A), reverse=i == 1, backend="torch")
+        one, _ = one_direction_eager(x, weights._replace(A=A), reverse=i == 1, backend=operators)
         rows = one.index_select(1, places.queries)
         y = rows if y is None else y + rows
     assert y is not None

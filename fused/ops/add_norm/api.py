@@ -16,6 +16,7 @@ from torch import Tensor
 from fused import backends
 from fused.backends import CPU, NATIVE, TORCH, Abilities
 from fused.ops import mamba_ssm
+from fused.ops.add_norm.cpu import add_norm_cpu
 from fused.ops.add_norm.eager import add_norm_eager
 from fused.ops.shapes import Rows
 from fused.runtime.checks import check_choice, check_tensor
@@ -78,8 +79,6 @@ def implementation(backend: str) -> Callable[..., Any]:
 
         return add_norm_native
     if operator_backend == "cpu":
-        from fused.ops.add_norm.cpu import add_norm_cpu
-
         return add_norm_cpu
     return mamba_ssm.add_norm if operator_backend == "mamba_ssm" else add_norm_eager
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from fused import backends
 from fused.backends import CPU, NATIVE, TORCH, Abilities
 from fused.ops import mamba_ssm
+from fused.ops.causal_conv1d.cpu import causal_conv1d_cpu
 from fused.ops.causal_conv1d.eager import causal_conv1d_eager
 from fused.ops.causal_conv1d.segmented import causal_conv1d_segmented
 from fused.ops.segments import check_seq_idx
@@ -83,8 +84,6 @@ def implementation(backend: str, segments: bool = False) -> Callable[..., Any]:
     if segments:
         return causal_conv1d_segmented
     if operator_backend == "cpu":
-        from fused.ops.causal_conv1d.cpu import causal_conv1d_cpu
-
         return causal_conv1d_cpu
     return mamba_ssm.causal_conv1d if operator_backend == "mamba_ssm" else causal_conv1d_eager
 

@@ -11,6 +11,7 @@ from fused.ops.causal_conv1d import api as conv
 from fused.ops.causal_conv1d.eager import convolve_both_directions
 from fused.ops.mamba_inner import segments
 from fused.ops.selective_scan import api as scan
+from fused.ops.selective_scan.cpu import bidirectional_scan_cpu
 from fused.ops.selective_scan.eager import scan_both_directions
 from fused.ops.shapes import DirectionWeights
 from fused.runtime.dtypes import accumulation_dtype
@@ -85,8 +86,6 @@ def both_directions_eager(x: Tensor, directions: Sequence[DirectionWeights], z: 
 
 def _both_directions_cpu(x: Tensor, directions: Sequence[DirectionWeights], z: Tensor) -> Tensor:
     """Return what `both_directions_eager` returns, operator by operator, by the kernels for CPUs."""
-    from fused.ops.selective_scan.cpu import bidirectional_scan_cpu
-
     inputs = []
     for w, reverse in zip(directions, (False, True), strict=True):
         c, _ = conv.causal_conv1d(x, w.conv, w.conv_bias, reverse=reverse, backend="cpu")

@@ -18,6 +18,7 @@ from torch import Tensor
 from fused import backends
 from fused.backends import CPU, NATIVE, TORCH, Abilities
 from fused.ops import mamba_ssm
+from fused.ops.selective_scan.cpu import bidirectional_scan_cpu, selective_scan_cpu
 from fused.ops.selective_scan.eager import scan_both_directions, selective_scan_eager
 from fused.ops.shapes import Mixing, State, Tokens
 from fused.runtime.checks import check_tensor
@@ -80,8 +81,6 @@ def implementation(backend: str) -> Callable[..., Any]:
 
         return selective_scan_native
     if operator_backend == "cpu":
-        from fused.ops.selective_scan.cpu import selective_scan_cpu
-
         return selective_scan_cpu
     return mamba_ssm.selective_scan if operator_backend == "mamba_ssm" else selective_scan_eager
 
@@ -126,8 +125,6 @@ def bidirectional_scan(
         backends.check_abilities("selective_scan", BACKENDS, "native", u[0].dtype, {})
         return bidirectional_scan_native(u, delta, A, B, C, D, z, delta_bias, softplus=softplus)
     if chosen == "cpu" and _alike(B, C) and not is_exporting():
-        from fused.ops.selective_scan.cpu import bidirectional_scan_cpu
-
         backends.check_abilities("selective_scan", BACKENDS, "cpu", u[0].dtype, {})
         return bidirectional_scan_cpu(u, delta, A, B, C, D, z, delta_bias, softplus=softplus)
     if chosen == "torch" and _alike(delta, B, C, D, delta_bias):
