@@ -88,7 +88,7 @@ def test_what_is_watched_ends_with_an_interrupt(stand_in: Path, tmp_path: Path, 
                 return os.kill(os.getpid(), signal.SIGINT)
 
     words = ["--subject", "norm", "--tool", "memcheck", "--tool", "racecheck", "--jobs", "2", "--out", str(tmp_path / "run")]
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in a shell's background inherit that it is ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background hands on that it is ignored
     begun, thread = time.monotonic(), threading.Thread(target=interrupt)
     thread.start()
     try:
