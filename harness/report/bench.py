@@ -227,8 +227,9 @@ def _figures(
 def _operators(speeds: list[Speed]) -> list[str]:
     """Return a table for each race of operators and dtype."""
     groups: dict[str, list[Speed]] = {}
+    races = grids.races("operators")
     for s in speeds:
-        if s.point.race in grids.races("operators"):
+        if s.point.race in races:
             groups.setdefault(f"{s.point.race}, {s.point.dtype}", []).append(s)
     return [f"### {title}\n\n{speed_tables.operators(mine)}" for title, mine in groups.items()]
 
@@ -236,8 +237,9 @@ def _operators(speeds: list[Speed]) -> list[str]:
 def _models(speeds: list[Speed]) -> list[str]:
     """Return a table for each race of models, mode and dtype."""
     groups: dict[str, list[Speed]] = {}
+    races = grids.races("models")
     for s in speeds:
-        if s.point.race in grids.races("models"):
+        if s.point.race in races:
             groups.setdefault(f"{curves.race_title(s.point.race)}, {s.point.mode}, {s.point.dtype}", []).append(s)
     return [f"### {title}\n\n{speed_tables.models(mine)}" for title, mine in groups.items()]
 

@@ -94,8 +94,9 @@ class Meeting:
 def families(speeds: Iterable[Speed]) -> list[Family]:
     """Return all families with at least one curve of two points or more."""
     groups: dict[tuple[Any, ...], dict[tuple[Entry, str], list[Speed]]] = {}
+    races = grids.races("models")
     for s in speeds:
-        if s.point.race in grids.races("models") and s.point.clips:
+        if s.point.race in races and s.point.clips:
             race, *dims, mode, way, dtype = s.point.curve
             groups.setdefault((race, tuple(dims), mode, dtype), {}).setdefault((s.entry, way), []).append(s)
     found = []

@@ -95,7 +95,8 @@ def _models(families: Sequence[Family]) -> list[Number]:
 
 def _memory(speeds: Iterable[Speed]) -> list[Number]:
     """Return our least peak memory of an eager training step of the largest model, on the longest clip that all could time."""
-    steps = [s for s in speeds if s.seconds and s.point.race in grids.races("models") and s.point.mode == "train"]
+    models = grids.races("models")
+    steps = [s for s in speeds if s.seconds and s.point.race in models and s.point.mode == "train"]
     steps = [s for s in steps if s.point.way == "eager" and memory(s)]
     races = sorted({s.point.race for s in steps}, key=lambda race: race != "middle")
     for point in sorted({s.point for s in steps if s.point.race in races[:1]}, key=lambda p: -p["L"]):

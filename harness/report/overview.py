@@ -16,12 +16,13 @@ HEAD = ["", "forward", "upstream", "ViT", "roofline", "forward + backward", "kep
 
 def overview(speeds: Sequence[Speed]) -> str:
     """Return one table, a row for each size of an operator or model; models from CUDA graphs where they were timed so."""
-    ways = {s.point.way for s in speeds if s.point.race in grids.races("models")}
+    operators, models = grids.races("operators"), grids.races("models")
+    ways = {s.point.way for s in speeds if s.point.race in models}
     rows: dict[tuple[Any, ...], list[Speed]] = {}
     for s in speeds:
         p = s.point
         chosen = "graph" if "graph" in ways else "eager"
-        if p.race in grids.races("operators") or (p.race in grids.races("models") and p.way == chosen):
+        if p.race in operators or (p.race in models and p.way == chosen):
             rows.setdefault((p.race, p.dims, p.way, p.dtype), []).append(s)
     fastest_of = [fastest(filter(which, speeds)) for which in KINDS]
     lines = []

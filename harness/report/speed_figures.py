@@ -98,7 +98,8 @@ def tokens(at: float) -> str:
 
 def roofline(speeds: Iterable[Speed], folder: Path) -> list[Drawing]:
     """Draw for each mode the share of the roofline that each implementation of an operator reaches at every point."""
-    operators = [s for s in speeds if s.point.race in grids.races("operators")]
+    races = grids.races("operators")
+    operators = [s for s in speeds if s.point.race in races]
     if not any(s.seconds and s.bound for s in operators):
         return []
     several = len({s.point.dtype for s in operators}) > 1

@@ -19,19 +19,21 @@ from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 from fused import stamp
+from harness.bench import grids
+from harness.bench import run as bench_run
 from harness.cli.app import app
 from harness.records.finding import Finding
 from harness.records.record import Record
 from harness.records.speed import Entry, Point, Speed
 from harness.report.accepted import MARKERS
 from harness.runs import acceptance, environment, sessions
-from harness.runs.conclude import INTERRUPTED, PASSED, USAGE
+from harness.runs.conclude import INTERRUPTED, PASSED
 from harness.runs.store import Run, StoreError, begin
 
 ROOT = Path(__file__).resolve().parents[2]
 PARITY = "parity --grid smoke --device cpu --subject scan --impl fused:torch --case B3-L7-*state-float32 --check forward \
  --check backward --check chunks".split()  # fmt: skip
-BENCH = "bench --race norm --budget 0.1 --device cpu".split()
+BENCH = "bench --race norm --budget 0.01 --device cpu".split()
 BOX = {"gpu": "NVIDIA H200", "driver": "570.1", "cpu": "a CPU", "cores": 16, "packages": {"torch": "2.11.0"},
        "fingerprints": {"reference": "1" * 64, "fused": "2" * 64, "harness": "3" * 64}}  # fmt: skip
 
@@ -41,7 +43,7 @@ def checkouts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Two copies of the packages with one commit, and a page for numbers."""
     one, other = (tmp_path_factory.mktemp(name) / "copy" for name in ("one", "other"))
     for name in ("reference", "fused", "harness", "tests/data"):
-        shutil.copytree(ROOT / name, one / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, one / name)  # compiled files too, which saves seconds
     (one / ".gitignore").write_text("__pycache__/\n/reports/\n")
     (one / "reports").mkdir()
     (one / "reports" / "README.md").write_text("\n".join(MARKERS))
@@ -88,26 +90,28 @@ def lines(folder: Path, name: str = "records.jsonl") -> int:
     return (folder / name).read_bytes().count(b"\n") if (folder / name).exists() else 0
 
 
-def test_a_parity_run_in_sessions_of_two_checkouts_is_accepted_as_one(checkouts: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_parity_run_in_sessions_of_two_checkouts_is_accepted_as_one(
+    checkouts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one, other = checkouts
     run = tmp_path / "in-parts"
     words = [*PARITY, "--out", str(run)]
     code, said = Command(one, *words, "--jobs", "2").wait_for(lambda: lines(run) > 0).terminate()
     assert code == INTERRUPTED and f"--resume --out {run}" in said, said
     assert "Interrupted" in (run / "report.md").read_text()
-    code, said = Command(one, "accept", str(run)).end()
-    assert code == USAGE and "is not a finished run (status: interrupted); continue with: " in said, said
+    with pytest.raises(StoreError, match=r"is not a finished run \(status: interrupted\); continue with: "):
+        acceptance.commit_of(Run.open(run))
 
     before = lines(run)
     Command(other, *words, "--jobs", "1", "--resume").wait_for(lambda: lines(run) > before).kill()
     with open(run / "records.jsonl", "a") as file:
         file.write('{"subject": "sc')  # as the kill would leave a line that was being written
-    changed = other / "reference" / "ops" / "add_norm.py"
-    text = changed.read_text()
-    changed.write_text(text + "\n")
-    code, said = Command(other, *words, "--resume").end()
-    assert code == USAGE and "cannot be continued" in said and "fingerprints of reference" in said, said
-    changed.write_text(text)
+    real = stamp.fingerprint
+    with monkeypatch.context() as patch:
+        patch.setattr(stamp, "fingerprint", lambda name: "9" * 64 if name == "reference" else real(name))
+        refused = CliRunner().invoke(app, [*words, "--resume"])
+    assert isinstance(refused.exception, StoreError) and "cannot be continued" in str(refused.exception), refused.output
+    assert "fingerprints of reference" in str(refused.exception)
 
     code, said = Command(other, *words, "--jobs", "1", "--resume").end()
     assert code == PASSED and "\n9 passed, 0 failed" in said, said  # Triton 3.9 prints of itself after the last line
@@ -143,20 +147,27 @@ def test_an_interrupted_case_keeps_the_questions_that_were_answered(checkouts: t
     assert code == INTERRUPTED and [r.check for r in Run.open(run).records] == ["forward"], said
 
 
+def test_a_bench_may_be_interrupted_while_the_box_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["harness", *BENCH])
+    monkeypatch.setattr(bench_run, "measure_box", lambda *_: signal.raise_signal(signal.SIGTERM))
+    done = CliRunner().invoke(app, [*BENCH, "--out", str(tmp_path / "run")])
+    assert done.exit_code == INTERRUPTED and f"--resume --out {tmp_path / 'run'}" in done.output, done.output
+    assert "Interrupted" in (tmp_path / "run" / "report.md").read_text()
+
+
 def test_a_bench_in_sessions_of_two_checkouts_is_accepted_as_one(checkouts: tuple[Path, Path], tmp_path: Path) -> None:
     one, other = checkouts
     run = tmp_path / "timed"
     words = [*BENCH, "--out", str(run)]
-    first = Command(one, *words).wait_for(lambda: (run / "run.json").exists())
-    time.sleep(1)  # the box is being measured
-    code, said = first.terminate()
+    code, said = Command(other, *words).wait_for(lambda: lines(run, "speeds.jsonl") > 0).terminate()
     assert code == INTERRUPTED and f"--resume --out {run}" in said and "Interrupted" in (run / "report.md").read_text(), said
-    code, said = Command(other, *words, "--resume").wait_for(lambda: lines(run, "speeds.jsonl") > 0).terminate()
-    assert code == INTERRUPTED, said
     timed = (run / "speeds.jsonl").read_text()
     assert '"error"' not in timed  # of processes that the signal reached too
     code, said = Command(one, *words, "--resume").end()
-    assert code == PASSED and "4 timed" in said, said
+    points = Run.open(run).speeds  # of each implementation of ours
+    assert code == PASSED and len({p.key for p in points}) == len(points) == lines(run, "speeds.jsonl"), said
+    assert {p.point.name for p in points} == {p.name for p in grids.points("cpu") if p.race == "norm"}
+    assert f"\n{len(points)} timed" in said and all(p.status == "ok" for p in points), said
     assert (run / "speeds.jsonl").read_text().startswith(timed)
     code, said = Command(other, "accept", str(run)).end()
     assert code == 0, said

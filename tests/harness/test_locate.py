@@ -1,6 +1,7 @@
 """A failure leads to the bug: the first wrong token of either direction, the edge it is at, the shortest length that fails."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -212,7 +213,7 @@ def test_it_is_on_the_terminal_in_the_record_and_in_both_pages(tmp_path: Path) -
     assert record.location is not None and record.location.tokens[0].first == 16 and record.location.shortest == 17
     assert Record.parse(record.line()) == record
     for page in ("report.md", "report.html"):
-        text = (tmp_path / page).read_text()
+        text = re.sub(r"<[^>]*>", "", (tmp_path / page).read_text())  # terms within a line are links to the glossary
         assert line in text and "the first 17 tokens fail, 16 pass" in text
 
 

@@ -52,7 +52,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path.write_text(
         '#!/bin/sh\ncase "$*" in\n'
         f'*memcheck*"sanitized scan") printf "{WRITES.encode("unicode_escape").decode()}"; exit 9;;\n'
-        '*racecheck*"sanitized norm") sleep 600;;\n'
+        f'*racecheck*"sanitized norm") touch "{tmp_path / "hangs"}"; sleep 600;;\n'
         f'*) printf "{CLEAN.encode("unicode_escape").decode()}";;\nesac\n'
     )
     path.chmod(0o755)
@@ -78,11 +78,25 @@ def test_a_run_and_its_page(stand_in: Path, tmp_path: Path) -> None:
 def test_what_is_watched_ends_with_an_interrupt(stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the verdicts that came before are kept."""
     monkeypatch.setattr(command, "SECONDS", 60.0)
-    begun = time.monotonic()
-    timer = threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
+    records = tmp_path / "run" / "records.jsonl"
+    ended = threading.Event()
+
+    def interrupt() -> None:
+        """Send Ctrl-C while the race is watched, which is never before the handler is there."""
+        while not ended.wait(0.02):
+            if records.exists() and b"\n" in records.read_bytes() and (tmp_path / "hangs").exists():
+                return os.kill(os.getpid(), signal.SIGINT)
+
     words = ["--subject", "norm", "--tool", "memcheck", "--tool", "racecheck", "--jobs", "2", "--out", str(tmp_path / "run")]
-    done = CliRunner().invoke(app, ["sanitize", *words])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background hands on that it is ignored
+    begun, thread = time.monotonic(), threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        done = CliRunner().invoke(app, ["sanitize", *words])
+    finally:
+        ended.set()
+        thread.join()
+        signal.signal(signal.SIGINT, before)
     run = Run.open(tmp_path / "run")
     assert done.exit_code == INTERRUPTED and run.about["status"] == "interrupted" and time.monotonic() - begun < 30
     assert [(r.check, r.status) for r in run.records] == [("memcheck", "pass")]

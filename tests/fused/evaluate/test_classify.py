@@ -125,7 +125,7 @@ def test_wrong_command(
     words: list[str], message: str, model: VideoMamba, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # the variable is read when it is imported
     folder = str(model.save_pretrained(tmp_path / "model"))
     assert main(["--model", folder, str(files / "a.avi"), "--device", "cpu", *words]) == 2
     assert message in capsys.readouterr().err
