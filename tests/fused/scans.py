@@ -41,3 +41,21 @@ def sample(tensors, cotangents, backend="auto", **options):
         outcome(lambda **x: naive.scan(**x, **options), double(tensors), cotangents, torch.float64),
         outcome(lambda **x: naive.scan(**x, **options), tensors, cotangents, dtype),
     )
+
+
+def draw_pair(seed, shape, dtype=torch.float32, everything=True):
+    first, cotangents = draw(seed, shape, everything, state=False, dtype=dtype)
+    second, _ = draw(seed + 100, shape, everything, state=False, dtype=dtype)
+    second.pop("z", None)
+    return first | {f"{k}_b": v for k, v in second.items()}, cotangents[:1]
+
+
+def split(tensors):
+    z = tensors.get("z")
+    first = {k: v for k, v in tensors.items() if not k.endswith("_b") and k != "z"}
+    return first, {k.removesuffix("_b"): v for k, v in tensors.items() if k.endswith("_b")}, z
+
+
+def loops(**tensors):
+    first, second, z = split(tensors)
+    return (naive.scan(**first, z=z)[0] + naive.scan(**second, z=z, reverse=True)[0],)

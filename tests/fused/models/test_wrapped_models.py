@@ -11,10 +11,9 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 from wrappers import Adapter, Times
 
-from fused import FrameStream, VideoMamba, VideoMambaConfig, VideoMambaEncoder, backends
+from fused import FrameStream, VideoMamba, VideoMambaConfig, VideoMambaEncoder
 from fused.models.videomamba.onnx import export_onnx
 from fused.modules import wrapped
-from fused.runtime import nvrtc
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = {"img_size": 32, "embed_dim": 16, "depth": 2, "num_frames": 4, "ssm_cfg": {"d_state": 4, "dt_rank": 3}}
@@ -27,10 +26,7 @@ def emulated(monkeypatch):
     if DEVICE == "cuda":
         return
     pytest.importorskip("triton", reason="the convolution's kernels are Triton's")
-    if reason := emulation.unavailable():
-        pytest.skip(reason)
-    monkeypatch.setattr(nvrtc, "module", emulation.module)
-    monkeypatch.setattr(backends, "unavailable", lambda backend, device: None)
+    emulation.stand_in(monkeypatch)
 
 
 def classifier(seed=0, **options):

@@ -7,7 +7,7 @@ import naive
 import pytest
 import torch
 from rule import assert_rule, double, outcome
-from scans import draw
+from scans import draw, draw_pair, loops, split
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused import bidirectional_scan, selective_scan
@@ -22,27 +22,9 @@ VIEWS = ("view", "select", "slice", "unbind", "permute", "transpose", "expand", 
          "new_empty")  # fmt: skip
 
 
-def draw_pair(seed, shape, dtype=torch.float32, everything=True):
-    first, cotangents = draw(seed, shape, everything, state=False, dtype=dtype)
-    second, _ = draw(seed + 100, shape, everything, state=False, dtype=dtype)
-    second.pop("z", None)
-    return first | {f"{k}_b": v for k, v in second.items()}, cotangents[:1]
-
-
-def split(tensors):
-    z = tensors.get("z")
-    first = {k: v for k, v in tensors.items() if not k.endswith("_b") and k != "z"}
-    return first, {k.removesuffix("_b"): v for k, v in tensors.items() if k.endswith("_b")}, z
-
-
 def both(**tensors):
     first, second, z = split(tensors)
     return (bidirectional_scan(**{k: (first[k], second[k]) for k in first}, z=z),)
-
-
-def loops(**tensors):
-    first, second, z = split(tensors)
-    return (naive.scan(**first, z=z)[0] + naive.scan(**second, z=z, reverse=True)[0],)
 
 
 def sample(tensors, cotangents):

@@ -8,7 +8,7 @@ import naive
 import pytest
 import torch
 from rule import assert_rule, double, outcome
-from scans import draw, sample
+from scans import draw, draw_pair, loops, sample, split
 
 from fused import Mamba, bidirectional_scan, selective_scan
 from fused.ops.add_norm.api import add_norm
@@ -31,26 +31,9 @@ def test_the_scan_follows_the_loop(shape, reverse):
     assert_rule(sample(*draw(seed, shape), reverse=reverse, backend="cpu") for seed in SEEDS)
 
 
-def draw_pair(seed, shape):
-    first, cotangents = draw(seed, shape, state=False)
-    second, _ = draw(seed + 100, shape, state=False)
-    second.pop("z")
-    return first | {f"{k}_b": v for k, v in second.items()}, cotangents[:1]
-
-
-def split(tensors):
-    first = {k: v for k, v in tensors.items() if not k.endswith("_b") and k != "z"}
-    return first, {k.removesuffix("_b"): v for k, v in tensors.items() if k.endswith("_b")}, tensors["z"]
-
-
 def both(**tensors):
     first, second, z = split(tensors)
     return (bidirectional_scan(**{k: (first[k], second[k]) for k in first}, z=z, backend="cpu"),)
-
-
-def loops(**tensors):
-    first, second, z = split(tensors)
-    return (naive.scan(**first, z=z)[0] + naive.scan(**second, z=z, reverse=True)[0],)
 
 
 def sample_pair(seed, shape):

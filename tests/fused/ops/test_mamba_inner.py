@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="the convolution's kernels are Triton's")
 import fused.ops.mamba_inner.native  # noqa: E402 (they define the operators)
 import fused.ops.mamba_inner.one_direction  # noqa: E402
 import fused.ops.mamba_inner.pipeline  # noqa: E402
-from fused import add_norm, backends, causal_conv1d  # noqa: E402
+from fused import add_norm, causal_conv1d  # noqa: E402
 from fused.chunked.layer import run_block_two_pass  # noqa: E402
 from fused.chunked.layer_ops import scan_chunk  # noqa: E402
 from fused.chunked.layer_weights import Direction, LayerSpec  # noqa: E402
@@ -27,7 +27,6 @@ from fused.modules.mamba import Mamba  # noqa: E402
 from fused.ops.selective_scan import launch as scan  # noqa: E402
 from fused.ops.selective_scan import schedule  # noqa: E402
 from fused.ops.shapes import DirectionWeights  # noqa: E402
-from fused.runtime import nvrtc  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton 3.6's interpreter
 
@@ -37,10 +36,7 @@ def emulated(monkeypatch):
     """Backend "native" runs on the CPU, where there is no GPU."""
     if DEVICE == "cuda":
         return
-    if reason := emulation.unavailable():
-        pytest.skip(reason)
-    monkeypatch.setattr(nvrtc, "module", emulation.module)
-    monkeypatch.setattr(backends, "unavailable", lambda backend, device: None)
+    emulation.stand_in(monkeypatch)
 
 
 def outcome(mixer, tokens, cotangent, backend):

@@ -30,10 +30,7 @@ def emulated(monkeypatch):
     """Backend "native" runs on the CPU, where there is no GPU."""
     if DEVICE == "cuda":
         return
-    if reason := emulation.unavailable():
-        pytest.skip(reason)
-    monkeypatch.setattr(nvrtc, "module", emulation.module)
-    monkeypatch.setattr(backends, "unavailable", lambda backend, device: None)
+    emulation.stand_in(monkeypatch)
 
 
 def test_the_table_of_tiles():

@@ -7,8 +7,7 @@ from rule import assert_rule, outcome
 from scans import draw, sample
 
 import fused.ops.selective_scan.native  # noqa: F401 (registers the operators)
-from fused import backends, bidirectional_scan, selective_scan
-from fused.runtime import nvrtc
+from fused import bidirectional_scan, selective_scan
 
 PAIRED = ("u", "delta", "A", "B", "C", "D", "delta_bias")
 
@@ -16,10 +15,7 @@ PAIRED = ("u", "delta", "A", "B", "C", "D", "delta_bias")
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch):
     """Backend "native" runs on the CPU."""
-    if reason := emulation.unavailable():
-        pytest.skip(reason)
-    monkeypatch.setattr(nvrtc, "module", emulation.module)
-    monkeypatch.setattr(backends, "unavailable", lambda backend, device: None)
+    emulation.stand_in(monkeypatch)
 
 
 def native(**tensors):

@@ -22,10 +22,7 @@ EVERYTHING, BARE = (True, True), (False, False)  # D, z and delta_bias; a state
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch):
     """Backend "native" runs on the CPU."""
-    if reason := emulation.unavailable():
-        pytest.skip(reason)
-    monkeypatch.setattr(nvrtc, "module", emulation.module)
-    monkeypatch.setattr(backends, "unavailable", lambda backend, device: None)
+    emulation.stand_in(monkeypatch)
 
 
 @pytest.fixture

@@ -24,8 +24,13 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+
+from fused import backends
+from fused.runtime import nvrtc
 
 Argument = torch.Tensor | int | float | None
 HERE = Path(__file__).parent
@@ -118,6 +123,14 @@ def unavailable() -> str | None:
     if sys.platform != "linux":
         return f"kernels are emulated on Linux only, this is {sys.platform}"
     return None if shutil.which("g++") else "emulating CUDA kernels needs g++: apt install g++"
+
+
+def stand_in(monkeypatch: Any) -> None:
+    """Let backend "native" run on the CPU in a test, which is skipped where kernels cannot be emulated."""
+    if reason := unavailable():
+        pytest.skip(reason)
+    monkeypatch.setattr(nvrtc, "module", module)
+    monkeypatch.setattr(backends, "unavailable", lambda backend, device: None)
 
 
 @functools.cache

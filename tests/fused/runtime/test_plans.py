@@ -14,9 +14,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton", reason="the kernels of norm and convolution are Triton's")
 
 import fused.ops.mamba_inner.native  # noqa: E402, F401 (it defines the operator)
-from fused import VideoMambaConfig, add_norm, backends, causal_conv1d, selective_scan, ssd  # noqa: E402
+from fused import VideoMambaConfig, add_norm, causal_conv1d, selective_scan, ssd  # noqa: E402
 from fused.models.videomamba.block import Block  # noqa: E402
-from fused.runtime import library, nvrtc, plans  # noqa: E402
+from fused.runtime import library, plans  # noqa: E402
 from fused.runtime.plans import Planned  # noqa: E402
 from fused.runtime.recording import NotRecordable, Recorder  # noqa: E402
 
@@ -28,10 +28,7 @@ DRAWS = 4  # the first call is plain, the second is recorded, the others are pla
 def native(monkeypatch):
     """Backend "native" runs on the CPU, where there is no GPU. No plan is left of another test, and none after this one."""
     if DEVICE == "cpu":
-        if reason := emulation.unavailable():
-            pytest.skip(reason)
-        monkeypatch.setattr(nvrtc, "module", emulation.module)
-        monkeypatch.setattr(backends, "unavailable", lambda backend, device: None)
+        emulation.stand_in(monkeypatch)
     for planned in library.PLANNED.values():
         planned.plans().clear()
     yield
