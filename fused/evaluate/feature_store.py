@@ -15,7 +15,7 @@ DESCRIPTION = "features.json"
 
 
 class VideoFeatures(NamedTuple):
-    """What is kept of a video, on the CPU."""
+    """The features of a video, on the CPU."""
 
     tokens: Tensor  # (V, D), for matching
     projected: Tensor  # (T, E) float32, a vector for each frame, for cosines

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fused.modules.mamba import Mamba
 from fused.modules.mamba2 import Mamba2
 from fused.modules.wrapped import weight_of
-from fused.runtime.graphs import WARMUP, CudaRecorder, Recorder, Recording
+from fused.runtime.graphs import CudaRecorder, Recorder, Recording, warm
 
 
 class TokenStream:
@@ -83,7 +83,5 @@ class TokenStream:
 
     def _record(self, recorder: Recorder) -> Recording:
         """Return the recording of a token."""
-        with recorder.warming():
-            for _ in range(WARMUP):
-                self._advance()
+        warm(recorder, self._advance)
         return recorder.record(self._advance)

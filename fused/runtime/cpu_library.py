@@ -27,6 +27,7 @@ import torch
 
 from fused.errors import BackendError
 from fused.io.atomic_write import atomic_write
+from fused.runtime import cubin_cache
 from fused.runtime.cache_folder import cache_folder
 from fused.runtime.memory import keep_freed_memory
 
@@ -136,7 +137,7 @@ def _compile_and_load(file: Path) -> ctypes.CDLL:
             with atomic_write(file) as draft:
                 shutil.copyfile(made, draft)
         except OSError as error:
-            _log.warning("compiled kernels cannot be kept in %s, every process compiles its own: %s", file.parent, error)
+            cubin_cache.warn_once(str(file.parent), str(error))
             return ctypes.CDLL(str(made))
     return ctypes.CDLL(str(file))
 

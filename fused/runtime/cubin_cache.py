@@ -1,7 +1,8 @@
 """Compiled kernels (cubins) kept in the user's cache folder, safe for many processes at once.
 
-A file holds a SHA-256 digest and the machine code. It is written to a draft and renamed, so a reader never sees half of it. A
-file whose digest does not fit is compiled again. If the folder cannot be written, every process compiles its own kernels.
+A file holds a SHA-256 digest and the machine code, or the names of such files. It is written to a draft and renamed, so a
+reader never sees half of it. A file whose digest does not fit is compiled again. If the folder cannot be written, every
+process compiles its own kernels.
 """
 
 import functools
@@ -42,7 +43,7 @@ def keep(path: Path, cubin: bytes) -> None:
     try:
         write(path, cubin)
     except OSError as error:
-        _warn_once(str(path.parent), str(error))
+        warn_once(str(path.parent), str(error))
 
 
 def read(path: Path) -> bytes | None:
@@ -63,6 +64,6 @@ def write(path: Path, cubin: bytes) -> None:
 
 
 @functools.cache
-def _warn_once(path: str, reason: str) -> None:
+def warn_once(path: str, reason: str) -> None:
     """Log a warning, once per process and folder."""
     _log.warning("compiled kernels cannot be kept in %s, every process compiles its own: %s", path, reason)

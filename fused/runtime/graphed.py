@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from fused.rules import check_integer
-from fused.runtime.graphs import WARMUP, CudaRecorder, Recorder, Recording
+from fused.runtime.graphs import CudaRecorder, Recorder, Recording, warm
 from fused.runtime.modes import is_batch_invariant
 
 
@@ -136,9 +136,8 @@ class Graphed:
             with torch.autocast(device.type, dtype, on, cache_enabled=False):
                 return self.model(*args, **kwargs)
 
-        with self._recorder.in_turn(), self._recorder.warming():
-            for _ in range(WARMUP):
-                call()
+        with self._recorder.in_turn():
+            warm(self._recorder, call)
         try:
             recording = self._recorder.record(call)
         except RuntimeError as error:

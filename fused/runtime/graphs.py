@@ -41,6 +41,13 @@ class Recorder(Protocol):
         """The memory that the recordings hold beside their input."""
 
 
+def warm(recorder: Recorder, work: Callable[[], Any]) -> None:
+    """Run work that will be recorded WARMUP times."""
+    with recorder.warming():
+        for _ in range(WARMUP):
+            work()
+
+
 class _CudaRecording:
     """A captured graph."""
 

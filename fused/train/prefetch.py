@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Generic, TypeVar, cast
 
 import torch
 from jaxtyping import Float, UInt8
@@ -17,6 +18,9 @@ from torch import Tensor
 
 from fused.io.picture import MEAN, STD
 from fused.train.data.clips import BadFile, Batch
+
+Read = TypeVar("Read")
+Given = TypeVar("Given")
 
 
 @dataclass(frozen=True)
@@ -43,23 +47,73 @@ class Wait:
         return min(self._seconds, self._before.elapsed_time(self._after) / 1000)
 
 
-class Prefetcher:
+class Feed(Generic[Read, Given]):
+    """The batches of an iterator, of which one is read while the device works on the one before.
+
+    `waits` holds the waits of the batches that were taken since its reader emptied it.
+    """
+
+    def __init__(self, batches: Iterator[Read], device: torch.device) -> None:
+        self._batches, self._device = batches, device
+        self._next: Given | None = None
+        self._error: Exception | None = None  # StopIteration at the end
+        self._wait: tuple[float, torch.cuda.Event | None] = 0.0, None
+        self.waits: list[Wait] = []
+
+    def take(self) -> Given:
+        """Return the next batch. Raise the error of reading it, or StopIteration."""
+        if self._next is None and self._error is None:
+            self.advance()
+        if self._error is not None:
+            raise self._error
+        batch, self._next = self._next, None
+        assert batch is not None
+        self.receive(batch)
+        self.waits.append(Wait(*self._wait, self._event()))
+        return batch
+
+    def advance(self) -> None:
+        """Read the next batch, if there is one. An error is raised when it is taken."""
+        if self._next is not None or self._error is not None:
+            return
+        before, start = self._event(), time.perf_counter()
+        try:
+            batch = next(self._batches)
+        except Exception as error:
+            self._error = error
+            return
+        self._wait = time.perf_counter() - start, before
+        self._next = self.send(batch)
+
+    def send(self, batch: Read) -> Given:
+        """Return what is taken in the place of a batch that was read."""
+        return cast(Given, batch)
+
+    def receive(self, batch: Given) -> None:
+        """Let the current stream wait until a batch that is taken is there."""
+
+    def _event(self) -> torch.cuda.Event | None:
+        """Return an event behind the device's work so far that tells the time, None on a CPU."""
+        if self._device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+
+class Prefetcher(Feed[Batch, DeviceBatch]):
     """The batches of an iterator on a device, of which at most one more than the current one is there.
 
     `encode` turns labels on the CPU, int64 (B,), into the targets that are copied to the device; without it they are the
-    labels. `waits` holds the waits of the batches that were taken since its reader emptied it.
+    labels.
     """
 
     def __init__(
         self, batches: Iterator[Batch], device: torch.device, encode: Callable[[Tensor], Tensor] | None = None
     ) -> None:
-        self._batches, self._device, self._encode = batches, device, encode
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._next: DeviceBatch | None = None
+        super().__init__(batches, device)
+        self._encode, self._copies = encode, torch.cuda.Stream(device) if device.type == "cuda" else None
         self._copied: torch.cuda.Event | None = None
-        self._error: Exception | None = None  # StopIteration at the end
-        self._wait: tuple[float, torch.cuda.Event | None] = 0.0, None
-        self.waits: list[Wait] = []
 
     def __iter__(self) -> Iterator[DeviceBatch]:
         """Yield all batches; the next one is read when the work on the current one has been given to the device."""
@@ -71,36 +125,16 @@ class Prefetcher:
             yield batch
             self.advance()
 
-    def take(self) -> DeviceBatch:
-        """Return the next batch; the current stream waits for its copy. Raise the error of reading it, or StopIteration."""
-        if self._next is None and self._error is None:
-            self.advance()
-        if self._error is not None:
-            raise self._error
-        batch, self._next = self._next, None
-        assert batch is not None
-        after = None
+    def receive(self, batch: DeviceBatch) -> None:
+        """Let the current stream wait for the batch's copy."""
         if self._copies is not None and self._copied is not None:
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(self._copied)
             for tensor in (batch.clips, batch.targets):
                 tensor.record_stream(stream)  # its memory is not used again before the stream has come this far
-            after = _timed_event(stream)
-        self.waits.append(Wait(*self._wait, after))
-        return batch
 
-    def advance(self) -> None:
-        """Read the next batch, if there is one, and begin to copy and normalise it. An error is raised when it is taken."""
-        if self._next is not None or self._error is not None:
-            return
-        before = None if self._copies is None else _timed_event(torch.cuda.current_stream(self._device))
-        start = time.perf_counter()
-        try:
-            batch = next(self._batches)
-        except Exception as error:
-            self._error = error
-            return
-        self._wait = time.perf_counter() - start, before
+    def send(self, batch: Batch) -> DeviceBatch:
+        """Begin to copy and normalise a batch."""
         clips, targets = batch.clips, batch.labels if self._encode is None else self._encode(batch.labels)
         with nullcontext() if self._copies is None else torch.cuda.stream(self._copies):
             if self._copies is not None:
@@ -110,7 +144,7 @@ class Prefetcher:
             if self._copies is not None:
                 self._copied = torch.cuda.Event()
                 self._copied.record(self._copies)
-        self._next = DeviceBatch(clips, targets, batch.indices, batch.bad_files)
+        return DeviceBatch(clips, targets, batch.indices, batch.bad_files)
 
 
 def from_bytes(clips: UInt8[Tensor, "B ..."]) -> Float[Tensor, "B ..."]:
@@ -132,10 +166,3 @@ def _constants(device: torch.device) -> tuple[Tensor, ...]:
     They are tensors, since PyTorch multiplies by the rounded reciprocal of a number on a GPU.
     """
     return torch.tensor([(255.0,) * 3, MEAN, STD])[..., None, None, None].to(device).unbind()
-
-
-def _timed_event(stream: torch.cuda.Stream) -> torch.cuda.Event:
-    """Return an event behind the stream's work so far that tells the time."""
-    event = torch.cuda.Event(enable_timing=True)
-    event.record(stream)
-    return event

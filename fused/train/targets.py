@@ -1,4 +1,4 @@
-"""What a masked student sees, and what it is to learn of it: visible tokens, and a teacher's features of them."""
+"""The visible tokens of a masked student, and the teacher's features of them that it learns."""
 
 from collections.abc import Callable
 

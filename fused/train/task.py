@@ -1,4 +1,4 @@
-"""What a task is: a module that holds its student, and the loss of a batch.
+"""The base of tasks: a module that holds its student, and returns the loss of a batch.
 
 `prepare` turns a batch into the arguments of `forward`: mixed clips, masks, the teacher's output. `forward` returns the loss,
 and everything with a gradient happens in it, so that a CUDA graph can hold it.

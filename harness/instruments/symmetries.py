@@ -114,3 +114,14 @@ def permutation(names: set[str]) -> Relation:
         return run(case, leaves), {k: v.roll(-1, 0) for k, v in run(case, turned).items()}
 
     return relation
+
+
+def of_recurrence(
+    linear: str, idle: Mapping[str, float], axes: Mapping[str, int], units: int, clips: set[str]
+) -> dict[str, Relation]:
+    """Return those of a recurrence that is linear in `linear` and in the state, and stands still where a step is zero."""
+    return {
+        "superposition": superposition((linear,), axes), "homogeneity": homogeneity((linear, "initial_state")),
+        "shift": shift(idle, axes), "identity": identity(idle), "reversal": reversal(axes),
+        "concatenation": concatenation(units), "permutation": permutation(clips),
+    }  # fmt: skip

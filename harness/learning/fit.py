@@ -53,14 +53,30 @@ def fit(
     model = build(task.config).to(device)
     model.load_state_dict(twin.state_dict(), strict=True)
     optimizer = torch.optim.AdamW(_groups(twin, model, recipe.lr), betas=(0.9, 0.95))
-    schedule = cosine_schedule(optimizer, recipe.steps, recipe.steps // 10, floor=0.01)
-    generator = torch.Generator().manual_seed(seed)
-    fitted = Fitted(model, len(data.held_out[1]))
-    marks, spent, since = evaluation_steps(recipe.steps), 0.0, 0
-    for step in range(1, recipe.steps + 1):
-        begin = time.perf_counter()
+
+    def loss(generator: torch.Generator) -> Tensor:
         inputs, classes = (x.to(device) for x in data.draw(generator, recipe.batch))
-        loss = F.cross_entropy(model.train()(inputs).float(), classes, label_smoothing=SMOOTHING)
+        return F.cross_entropy(model.train()(inputs).float(), classes, label_smoothing=SMOOTHING)
+
+    fitted = Fitted(model, len(data.held_out[1]))
+    take_steps(fitted, optimizer, recipe.steps, seed, loss, lambda: count_wrong(model, *data.held_out), tell)
+    return fitted
+
+
+def take_steps(
+    fitted: Fitted, optimizer: torch.optim.Optimizer, steps: int, seed: int, draw_loss: Callable[[torch.Generator], Tensor],
+    wrong: Callable[[], int], tell: Callable[[Evaluation], None],
+) -> None:  # fmt: skip
+    """Train the model of `fitted`, and note losses and evaluations there.
+
+    A step minimises `draw_loss` of a generator on the CPU; `wrong` counts the wrong held-out answers.
+    """
+    model, schedule = fitted.model, cosine_schedule(optimizer, steps, steps // 10, floor=0.01)
+    generator = torch.Generator().manual_seed(seed)
+    marks, spent, since = evaluation_steps(steps), 0.0, 0
+    for step in range(1, steps + 1):
+        begin = time.perf_counter()
+        loss = draw_loss(generator)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), CLIPPED)
@@ -70,10 +86,9 @@ def fit(
         spent += time.perf_counter() - begin
         if step in marks:
             mean = math.fsum(fitted.losses[since:]) / (step - since)
-            fitted.evaluations.append(Evaluation(step, mean, count_wrong(model, *data.held_out), spent))
+            fitted.evaluations.append(Evaluation(step, mean, wrong(), spent))
             since = step
             tell(fitted.evaluations[-1])
-    return fitted
 
 
 def evaluation_steps(steps: int) -> list[int]:

@@ -5,26 +5,23 @@ so that its first frame shows what moves, and its second one whither. Answers ar
 among videos and of a video among texts, by cosines; a training of MATCHED_FROM steps or more has to know them by matching too.
 """
 
-import math
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import fused
 from fused.models.retrieval.ranking import cosines, ranks
 from fused.train import (
     contrastive_loss,
-    cosine_schedule,
     matching_loss,
     matching_pairs,
     parameter_groups,
     setup_seed,
 )
 from harness.learning import digits, motion
-from harness.learning.fit import CLIPPED, WEIGHT_DECAY, Evaluation, Fitted, evaluation_steps
+from harness.learning.fit import WEIGHT_DECAY, Evaluation, Fitted, take_steps
 from harness.learning.task import Batch, Data, Recipe, Task
 
 NAMES = "zero one two three four five six seven eight nine".split()
@@ -84,26 +81,15 @@ def fit(
     backend = build(task.config).requested_backend
     model = fused.VideoTextRetrieval(fused.RetrievalConfig(fused.VideoMambaConfig(**task.config), **BERT), backend).to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model, recipe.lr, WEIGHT_DECAY, rule="corrected"), betas=(0.9, 0.95))
-    schedule = cosine_schedule(optimizer, recipe.steps, recipe.steps // 10, floor=0.01)
-    generator = torch.Generator().manual_seed(seed)
+
+    def loss(generator: torch.Generator) -> Tensor:
+        return batch_loss(model.train(), *data.draw(generator, recipe.batch), generator, device)
+
+    def wrong() -> int:
+        return count_wrong(model, data.held_out[0].to(device), recipe.steps >= MATCHED_FROM)
+
     fitted = Fitted(model, len(data.held_out[1]))
-    marks, spent, since = evaluation_steps(recipe.steps), 0.0, 0
-    for step in range(1, recipe.steps + 1):
-        begin = time.perf_counter()
-        loss = batch_loss(model.train(), *data.draw(generator, recipe.batch), generator, device)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), CLIPPED)
-        optimizer.step()
-        schedule.step()
-        fitted.losses.append(loss.item())
-        spent += time.perf_counter() - begin
-        if step in marks:
-            mean = math.fsum(fitted.losses[since:]) / (step - since)
-            wrong = count_wrong(model, data.held_out[0].to(device), recipe.steps >= MATCHED_FROM)
-            fitted.evaluations.append(Evaluation(step, mean, wrong, spent))
-            since = step
-            tell(fitted.evaluations[-1])
+    take_steps(fitted, optimizer, recipe.steps, seed, loss, wrong, tell)
     return fitted
 
 

@@ -45,7 +45,7 @@ def cases(grid: str) -> list[Case]:
 
 
 class OneProcess:
-    """What the gather asks of torch.distributed, of a group of one process."""
+    """A stand-in for torch.distributed, as far as the gather asks it, of a group of one process."""
 
     @staticmethod
     def is_initialized() -> bool:

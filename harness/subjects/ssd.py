@@ -239,12 +239,7 @@ def special_cases(check: str, grid: str) -> list[Case]:
 
 def invariants(case: Case) -> dict[str, Relation]:
     """Return those of a recurrence that is linear in x and in the state, and stands still where a step is zero."""
-    return {
-        "superposition": symmetries.superposition(("x",), TIME),
-        "homogeneity": symmetries.homogeneity(("x", "initial_state")), "shift": symmetries.shift(IDLE, TIME),
-        "identity": symmetries.identity(IDLE), "reversal": symmetries.reversal(TIME),
-        "concatenation": symmetries.concatenation(case["L"]), "permutation": symmetries.permutation(per_clip(case)),
-    }  # fmt: skip
+    return symmetries.of_recurrence("x", IDLE, TIME, case["L"], per_clip(case))
 
 
 def races() -> list[Race]:

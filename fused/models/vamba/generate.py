@@ -14,7 +14,7 @@ from fused.models.vamba.config import VambaConfig
 from fused.models.vamba.layer import Shared
 from fused.models.vamba.pattern import Pattern, cross_pattern
 from fused.rules import check_integer, check_number
-from fused.runtime.graphs import WARMUP, CudaRecorder
+from fused.runtime.graphs import CudaRecorder, warm
 
 GRAPH_FROM = 8  # new tokens; recording a graph takes as long as a few steps
 SLOTS = 16  # the size of a memory is a multiple of it: PyTorch's kernels copy a mask whose rows do not lie so
@@ -141,9 +141,7 @@ class DecodeStep:
         """Record the forward as a CUDA graph, or log why it cannot be."""
         recorder = CudaRecorder(device)
         try:
-            with recorder.warming():
-                for _ in range(WARMUP):
-                    self._forward()
+            warm(recorder, self._forward)
             recording = recorder.record(self._forward)
         except RuntimeError as error:
             _log.warning("generate runs without a CUDA graph: %s", error)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fused.ops.selective_scan.eager import selective_scan_eager
+from fused.ops.shapes import by_direction
 from fused.runtime import cpu_library
 from fused.runtime.autocast import no_autocast
 from fused.runtime.dtypes import accumulation_dtype
@@ -213,7 +214,7 @@ class _SelectiveScan(torch.autograd.Function):
         ctx: Any, options: tuple[Any, ...], z: Tensor | None, initial_state: Tensor | None, *per_direction: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         softplus, reverses, _ = ctx.options = options
-        pairs = _by_direction(per_direction, len(reverses))
+        pairs = by_direction(per_direction, len(reverses))
         operator = torch.ops.videomamba.selective_scan_cpu.default
         y, final, *kept = below_autograd(operator, *pairs, z, initial_state, softplus, reverses, True)
         ctx.mark_non_differentiable(*(x for x in kept if x is not None))
@@ -225,7 +226,7 @@ class _SelectiveScan(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
         pre_gate, chunks, z, initial_state, *per_direction = ctx.saved_tensors
         softplus, reverses, _ = ctx.options
-        pairs = _by_direction(per_direction, len(reverses))
+        pairs = by_direction(per_direction, len(reverses))
         pre_gate = chunks if pre_gate is None else pre_gate  # not read without z
         *grads, dz, dinitial = _selective_scan_backward(
             *pairs, z, initial_state, softplus, reverses, pre_gate, chunks, dy, dfinal
@@ -233,11 +234,6 @@ class _SelectiveScan(torch.autograd.Function):
         flat = [grad for pair in grads for grad in pair]
         tensors, all_grads = (z, initial_state, *per_direction), (dz, dinitial, *flat)
         return None, *(None if x is None else grad for x, grad in zip(tensors, all_grads, strict=True))
-
-
-def _by_direction(flat: Sequence[Any], directions: int) -> list[list[Any]]:
-    """Return the pairs (u, delta, A, B, C, D, delta_bias) of a flat sequence of them."""
-    return [list(flat[i : i + directions]) for i in range(0, len(flat), directions)]
 
 
 _INPUTS = (

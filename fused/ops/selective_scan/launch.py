@@ -74,7 +74,7 @@ class ScanInputs(NamedTuple):
 
 
 class Exits(NamedTuple):
-    """What state passes of a launch have left out."""
+    """The tiles and sequences that state passes of a launch have left out or done again, counted."""
 
     state_passes: int
     exited: int  # state passes, each direction of a block by itself, that have not read every tile

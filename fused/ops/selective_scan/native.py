@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fused.ops.selective_scan import launch
 from fused.ops.selective_scan.launch import TILE, ScanInputs, aligned_or_none, dense, schedule_for
+from fused.ops.shapes import by_direction
 from fused.runtime.autocast import no_autocast
 from fused.runtime.library import apply_function, below_autograd, none_if_empty, register, wants_gradients
 from fused.runtime.modes import is_batch_invariant
@@ -172,7 +173,7 @@ class _SelectiveScan(torch.autograd.Function):
         ctx: Any, options: tuple[Any, ...], z: Tensor | None, initial_state: Tensor | None, *per_direction: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         _, reverses, _, _ = ctx.options = options
-        pairs = _by_direction(per_direction, len(reverses))
+        pairs = by_direction(per_direction, len(reverses))
         y, final_states, *kept = below_autograd(
             torch.ops.videomamba.selective_scan.default, *pairs, z, initial_state, *options
         )  # fmt: skip
@@ -185,7 +186,7 @@ class _SelectiveScan(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, dfinal_states: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
         y_pre_gate, tile_states, z, initial_state, *per_direction = ctx.saved_tensors
         softplus, reverses, batch_invariant, _ = ctx.options
-        pairs = _by_direction(per_direction, len(reverses))
+        pairs = by_direction(per_direction, len(reverses))
         dy = torch.zeros_like(per_direction[0]) if dy is None else dy
         *grads, dz, dinitial = _selective_scan_backward(
             *pairs, z, initial_state, softplus, reverses, batch_invariant, y_pre_gate, tile_states, dy, dfinal_states
@@ -195,11 +196,6 @@ class _SelectiveScan(torch.autograd.Function):
             None if x is None else grad
             for x, grad in zip((z, initial_state, *per_direction), (dz, dinitial, *flat), strict=True)
         )
-
-
-def _by_direction(flat: Sequence[Any], directions: int) -> list[list[Any]]:
-    """Return the pairs (u, delta, A, B, C, D, delta_bias) of a flat sequence of them."""
-    return [list(flat[i : i + directions]) for i in range(0, len(flat), directions)]
 
 
 _INPUTS = (

@@ -62,7 +62,7 @@ class Operation(NamedTuple):
 
 @dataclass(frozen=True)
 class AugmentPolicy:
-    """What is drawn for a clip: one of `choices` after another, `draws` times, and of each its layers."""
+    """The choices that are drawn for a clip: one of `choices` after another, `draws` times, and of each its layers."""
 
     choices: tuple[tuple[Layer, ...], ...]
     draws: int

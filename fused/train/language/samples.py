@@ -120,7 +120,7 @@ class BimbaReader:
 
 
 SampleReader = VambaReader | BimbaReader
-"""What turns entries into samples for one kind of model. Worker processes hold copies of it."""
+"""The maker of samples from entries, for one kind of model. Worker processes hold copies of it."""
 
 
 def _asks(entry: Entry, turn: Turn) -> bool:

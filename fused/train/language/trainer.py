@@ -4,7 +4,6 @@ The loss of a step is the mean over all its learnt tokens, however they are divi
 processes is that of one, to rounding, and a packed step that of its samples alone.
 """
 
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -18,50 +17,10 @@ from fused.train.data.clips import BadFile
 from fused.train.language.samples import ConversationData, PackedBatch
 from fused.train.language.tasks import LanguageTask, build_language_task, make_reader
 from fused.train.loop import Trainer
-from fused.train.prefetch import Wait
+from fused.train.prefetch import Feed
 from fused.train.seed import derive_seed
 
-
-class RowFeed:
-    """The batches of an iterator, of which one is read while the device works on the one before. See `Prefetcher`."""
-
-    def __init__(self, batches: Iterator[PackedBatch], device: torch.device) -> None:
-        self._batches, self._cuda = batches, device.type == "cuda"
-        self._next: PackedBatch | None = None
-        self._error: Exception | None = None  # StopIteration at the end
-        self._wait: tuple[float, torch.cuda.Event | None] = 0.0, None
-        self.waits: list[Wait] = []
-
-    def take(self) -> PackedBatch:
-        """Return the next batch. Raise the error of reading it, or StopIteration."""
-        if self._next is None and self._error is None:
-            self.advance()
-        if self._error is not None:
-            raise self._error
-        batch, self._next = self._next, None
-        assert batch is not None
-        self.waits.append(Wait(*self._wait, self._event()))
-        return batch
-
-    def advance(self) -> None:
-        """Read the next batch, if there is one. An error is raised when it is taken."""
-        if self._next is not None or self._error is not None:
-            return
-        before, start = self._event(), time.perf_counter()
-        try:
-            self._next = next(self._batches)
-        except Exception as error:
-            self._error = error
-            return
-        self._wait = time.perf_counter() - start, before
-
-    def _event(self) -> torch.cuda.Event | None:
-        """Return an event behind the device's work so far, None on a CPU."""
-        if not self._cuda:
-            return None
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+Rows = Feed[PackedBatch, PackedBatch]
 
 
 class LanguageTrainer(Trainer):
@@ -98,10 +57,10 @@ class LanguageTrainer(Trainer):
     def build_task(self) -> LanguageTask:
         return build_language_task(self.config, self.world.device)
 
-    def make_feed(self, micro_batches: Iterator[PackedBatch]) -> RowFeed:
-        return RowFeed(micro_batches, self.world.device)
+    def make_feed(self, micro_batches: Iterator[PackedBatch]) -> Rows:
+        return Feed(micro_batches, self.world.device)
 
-    def forward_backward(self, feed: RowFeed) -> list[BadFile]:
+    def forward_backward(self, feed: Rows) -> list[BadFile]:
         """Run forward and backward of a step's rows, in every process as many; return the files that gave no sample."""
         config, world, batch = self.config, self.world, feed.take()
         counts = world.all_gather((batch.learnt, len(batch.rows)))
