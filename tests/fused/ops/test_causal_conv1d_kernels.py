@@ -233,6 +233,7 @@ def test_the_public_operator(reverse, monkeypatch):
         assert all(torch.allclose(got[k], want[k], rtol=1e-5, atol=1e-5) and got[k].dtype == want[k].dtype for k in want)
     x = tensors["x"].requires_grad_()
     _, state = causal_conv1d(**tensors, reverse=reverse, backend="native")
+    assert state.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
     assert torch.equal(
         torch.autograd.grad(state, x, dstate)[0],
         torch.autograd.grad(causal_conv1d_eager(**tensors, reverse=reverse)[1], x, dstate)[0],
