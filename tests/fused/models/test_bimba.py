@@ -8,6 +8,8 @@ from torch import nn
 import reference
 from fused import BimbaCompressor
 from fused.models.bimba.interleave import extract, insert, interleave, places_between, places_of
+from fused.models.bimba.query_mixer import mix_at_queries
+from fused.modules.mamba import Mamba
 
 CPU = torch.device("cpu")
 
@@ -40,6 +42,22 @@ def compressor_and_inputs(frames=7, queries=9, **options):
     torch.manual_seed(0)
     compressor = golden(BimbaCompressor(8, d_state=4, **options))
     return compressor, torch.randn(2, frames, 2, 3, 8), torch.randn(2, 1, queries, 8)
+
+
+def test_two_layers_without_residuals_are_the_references():
+    _, *given = compressor_and_inputs()
+    packages = reference.BimbaCompressor, BimbaCompressor
+    compressors = [golden(package(8, d_state=4, n_layer=2, use_res=False)).double() for package in packages]
+    torch.testing.assert_close(*(compressor(*(x.double() for x in given)) for compressor in compressors))
+
+
+def test_query_rows_have_the_bits_of_the_whole_mixer_in_half_precision():
+    """The gate is computed in float32 and rounded with what it weighs."""
+    torch.manual_seed(0)
+    mixer, places, tokens = golden(Mamba(16, d_state=4)).bfloat16(), places_of(24, 9, CPU), torch.randn(2, 33, 16).bfloat16()
+    with torch.no_grad():
+        rows = mix_at_queries(mixer, tokens, tokens[:, places.queries], places, "torch")
+        assert torch.equal(rows, mixer(tokens, backend="torch")[:, places.queries])
 
 
 @pytest.mark.parametrize("queries", [1, 9, 14, 60])

@@ -213,8 +213,10 @@ def test_no_clips_and_no_tokens():
     dx, dweights, _, _ = conv.backward(y, None, empty, (weight,), None, None, FORWARD, True)
     assert dx.shape == empty.shape and not dweights[0].any()
     for reverse in BOTH:
-        _, final = causal_conv1d_native(torch.empty(2, 0, 5, device=DEVICE), weight, initial_state=state, reverse=reverse)
+        leaf = state.clone().requires_grad_()
+        _, final = causal_conv1d_native(torch.empty(2, 0, 5, device=DEVICE), weight, initial_state=leaf, reverse=reverse)
         assert torch.equal(final, state)
+        assert torch.equal(torch.autograd.grad(final, leaf, 2 * state)[0], 2 * state)
 
 
 @pytest.mark.parametrize("reverse", BOTH, ids=["forward", "reverse"])

@@ -77,7 +77,7 @@ class Fenced(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("at_end", [True, False], ids=["end", "start"])
-@pytest.mark.parametrize("shape", [(2, 17, 80, 16), (2, 17, 5, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 17, 80, 16), (2, 17, 5, 3), (1, 17, 8, 5)], ids=str)
 def test_nothing_is_read_or_written_beside_tensors_and_scratch(shape, at_end, monkeypatch):
     tensors, cotangents = draw(0, shape)
     due = outcome(native, tensors, cotangents, None)

@@ -88,7 +88,7 @@ def test_a_backward_of_split_and_unsplit_sequences(num_unsplit, always_split, mo
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("shape", [(2, 19, 8, 16), (2, 19, 9, 16), (2, 63, 24, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 19, 8, 16), (2, 19, 9, 16), (2, 19, 11, 16), (2, 63, 24, 1)], ids=str)
 def test_half_precision_rounds_once(dtype, shape):
     draws = [draw(seed, shape, dtype=dtype) for seed in SEEDS]
     samples = [sample(*d, "native") for d in draws]

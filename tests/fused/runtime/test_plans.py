@@ -237,6 +237,17 @@ def test_what_cannot_be_repeated_runs_as_it_is():
     assert [type(x) for x in planned.plans().values()] == [str] and len(calls) == 5  # the record is followed by a plain call
 
 
+@pytest.mark.parametrize("function", [lambda x: (x, x + 1), lambda x: (x * x.sum().item(),)], ids=["input", "number"])
+def test_a_result_that_is_an_input_or_depends_on_a_number_has_no_plan(function):
+    planned = Planned(function)
+    with plans.enabled(True, DEVICE):
+        for value in range(4):
+            x = torch.full((3,), float(value), device=DEVICE)
+            found, due = planned(x), function(x)
+            assert all(map(torch.equal, found, due)) and [y is x for y in found] == [y is x for y in due]
+    assert [type(x) for x in planned.plans().values()] == [str]
+
+
 def test_memory_that_no_step_writes_is_no_result_of_a_plan():
     """As of a kernel that is launched past the recorder."""
 
