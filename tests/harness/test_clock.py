@@ -82,7 +82,8 @@ def test_every_sample_is_kept_the_slow_ones_too(hands: Hands) -> None:
     assert batch.seconds == [1.0, 9.0, 1.0, 1.0] and batch.spent == 12.0 and batch.joules is None
     assert loaded(hands, [1.0] * 9).time(2.5, 40).seconds == [1.0] * 3, "until the seconds are spent"
     assert loaded(hands, [1.0] * 9).time(0.0, 40).seconds == [1.0], "one at least"
-    assert loaded(hands, [1.0] * 40, window=4).time(7.0, 40) == Batch([1.0, 1.0], None, None, 4)
+    window = loaded(hands, [1.0] * 40, window=4).time(7.0, 40)
+    assert window == Batch([1.0, 1.0], None, None, 4) and window.spent == 8.0, "of a loop, every call of a window is spent"
 
 
 def test_a_call_that_is_too_slow_is_out_of_time(hands: Hands) -> None:
