@@ -1,4 +1,4 @@
-"""Every planted bug makes `parity` exit 1, in float32 and in bfloat16; the same questions without it exit 0.
+"""Every planted bug makes `parity` exit 1, by cases in float32 and by cases in bfloat16; the same questions without it exit 0.
 
 Those that only a training shows are in test_convergence.py, where truth and plain are trained once for all of them.
 """
@@ -22,6 +22,7 @@ NARROW = {
     # with checked signatures Dynamo cannot trace the functions that fused:cpu imports where it calls them
     "keep_packed_weights": OURS, "keep_random_mask": OURS,
 }  # fmt: skip
+DTYPES = ("float32", "bfloat16")
 QUICK = [m for m in sorted(mutants()) if "convergence" not in importlib.import_module(f"harness.mutants.{m}").WHERE]
 
 
@@ -38,16 +39,16 @@ def honest(folder: Path, *options: str) -> int:
 
 @pytest.mark.usefixtures("answered_once", "unchecked")  # what checks signatures cannot be compiled
 @pytest.mark.filterwarnings("ignore:Dynamo detected")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mutant", QUICK)
-def test_planted_bug_is_caught(mutant: str, dtype: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_planted_bug_is_caught(mutant: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     if mutant == "omit_bias_when_compiled" and Version(torch.__version__) < Version("2.11"):
         pytest.skip("Dynamo of PyTorch before 2.11 cannot trace functions whose signatures these tests check")
-    where = (*importlib.import_module(f"harness.mutants.{mutant}").WHERE, *NARROW.get(mutant, ()), "--dtype", dtype)
+    where = (*importlib.import_module(f"harness.mutants.{mutant}").WHERE, *NARROW.get(mutant, ()))
+    where += tuple(word for dtype in DTYPES for word in ("--dtype", dtype))
     quick = () if "--check" in where else ("--check", "forward", "--check", "backward")
     assert honest(tmp_path_factory.getbasetemp() / "honest", *where, *quick) == 0
     assert asked(tmp_path / "planted", *where, *quick, "--mutant", mutant) == 1
     records = Run.open(tmp_path / "planted").records
-    assert any(r.status == "fail" and r.role == "ours" for r in records)
+    assert {r.dtype for r in records if r.status == "fail" and r.role == "ours"} == set(DTYPES)
     assert not any(r.status == "error" for r in records)
     assert mutant in (tmp_path / "planted" / "report.md").read_text()
