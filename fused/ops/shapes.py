@@ -3,8 +3,7 @@
 B batch, L tokens, E channels, D model width, N states a channel, K convolution width, R rank of dt, G groups of channels.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -38,8 +37,3 @@ def residual_dtype_of(x: Tensor, residual: Tensor | None, residual_in_fp32: bool
     if residual is not None:
         return residual.dtype
     return accumulation_dtype(x.dtype) if residual_in_fp32 else x.dtype
-
-
-def by_direction(flat: Sequence[Any], directions: int) -> list[list[Any]]:
-    """Return what stands in `flat` for each direction in turn, such as (u, delta, A, ...) of a scan, as a list of pairs."""
-    return [list(flat[i : i + directions]) for i in range(0, len(flat), directions)]

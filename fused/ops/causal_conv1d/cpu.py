@@ -11,7 +11,7 @@ from fused.runtime import cpu_library
 from fused.runtime.autocast import no_autocast
 from fused.runtime.dtypes import accumulation_dtype
 from fused.runtime.exporting import is_exporting
-from fused.runtime.library import apply_function, below_autograd, register
+from fused.runtime.library import register
 
 Pair = Sequence[Tensor]
 OptionalPair = Sequence[Tensor | None]
@@ -121,34 +121,6 @@ def _backward_shapes(
     return like(x), [like(w) for w in weight], [like(b) for b in bias], like(initial_state)
 
 
-class _CausalConv1d(torch.autograd.Function):
-    """Autograd of the operator. It saves its inputs."""
-
-    @classmethod
-    def call(cls, x: Tensor, weight: Pair, bias: OptionalPair, initial_state: Tensor | None, *options: Any) -> Any:
-        """Apply to the tensors one by one, so that autograd sees each of them."""
-        return apply_function(cls, options, x, initial_state, *weight, *bias)
-
-    @staticmethod
-    def forward(
-        ctx: Any, options: tuple[Any, ...], x: Tensor, initial_state: Tensor | None, *per_direction: Tensor | None
-    ) -> Tensor:
-        silu, reverses = ctx.options = options
-        ctx.save_for_backward(x, initial_state, *per_direction)
-        weight, bias = list(per_direction[: len(reverses)]), list(per_direction[len(reverses) :])
-        operator = torch.ops.videomamba.causal_conv1d_cpu.default
-        return below_autograd(operator, x, weight, bias, initial_state, silu, reverses)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        x, initial_state, *per_direction = ctx.saved_tensors
-        silu, reverses = ctx.options
-        weight, bias = list(per_direction[: len(reverses)]), list(per_direction[len(reverses) :])
-        dx, dweight, dbias, dinitial = _causal_conv1d_backward(x, weight, bias, initial_state, silu, reverses, dy)
-        pairs = zip((initial_state, *weight, *bias), (dinitial, *dweight, *dbias), strict=True)
-        return None, dx, *(None if t is None else grad for t, grad in pairs)
-
-
 _INPUTS = "Tensor x, Tensor[] weight, Tensor?[] bias, Tensor? initial_state, bool silu, bool[] reverses"
 _causal_conv1d_backward = register(
     f"causal_conv1d_cpu_backward({_INPUTS}, Tensor dy) -> "
@@ -156,4 +128,4 @@ _causal_conv1d_backward = register(
     _backward,
     _backward_shapes,
 )
-_causal_conv1d = register(f"causal_conv1d_cpu({_INPUTS}) -> Tensor", _forward, _forward_shapes, _CausalConv1d.call)
+_causal_conv1d = register(f"causal_conv1d_cpu({_INPUTS}) -> Tensor", _forward, _forward_shapes, _causal_conv1d_backward)

@@ -20,7 +20,7 @@ from fused.ops.mamba_inner.pipeline import Pipeline, pack, weight_gradient
 from fused.ops.selective_scan import launch as scan
 from fused.ops.selective_scan.launch import TILE
 from fused.ops.shapes import DirectionWeights
-from fused.runtime.library import apply_function, below_autograd, none_if_empty, register, wants_gradients
+from fused.runtime.library import none_if_empty, register, wants_gradients
 from fused.runtime.modes import is_batch_invariant
 
 Weights = Sequence[Tensor | None]  # a DirectionWeights as the operator takes it; empty for an absent direction
@@ -129,7 +129,7 @@ def _backward(
     *in_proj_cast, out_proj_cast = packed.linears
     c, _ = p.convolve()
     s = p.scan_inputs(c, dt_B_C, p.delta(dt_B_C, packed), packed)
-    rows = dout.flatten(0, 1)
+    rows = dout.contiguous().flatten(0, 1)
     dy = (rows @ out_proj_cast).view(p.x.shape)
     if y is None or states is None:
         entering = none_if_empty(split_initial_states)
@@ -167,45 +167,6 @@ def _backward_shapes(
     return like(u), [like(x) for x in first], [like(x) for x in second], *(like(x) for x in linear)
 
 
-class _MambaInner(torch.autograd.Function):
-    """Autograd of the operator. It saves its tensors and what _KEPT names."""
-
-    @classmethod
-    def call(
-        cls, u: Tensor, first: Weights, second: Weights, in_proj: Tensor | None, in_proj_bias: Tensor | None, out_proj: Tensor,
-        out_proj_bias: Tensor | None, *options: Any,
-    ) -> Any:  # fmt: skip
-        """Apply to the tensors one by one, so that autograd sees each of them."""
-        return apply_function(cls, options, len(first), u, in_proj, in_proj_bias, out_proj, out_proj_bias, *first, *second)
-
-    @staticmethod
-    def forward(
-        ctx: Any, options: tuple[Any, ...], num_first: int, u: Tensor, in_proj: Tensor | None, in_proj_bias: Tensor | None,
-        out_proj: Tensor, out_proj_bias: Tensor | None, *weights: Tensor | None,
-    ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        ctx.options, ctx.num_first, linear = options[:-3], num_first, (in_proj, in_proj_bias, out_proj, out_proj_bias)
-        operator = torch.ops.videomamba.mamba_inner.default
-        out, *kept = below_autograd(operator, u, list(weights[:num_first]), list(weights[num_first:]), *linear, *options)
-        ctx.mark_non_differentiable(*(x for x in kept if x is not None))
-        ctx.set_materialize_grads(False)
-        ctx.num_kept = len(kept)
-        ctx.save_for_backward(*kept, u, *linear, *weights)
-        return out, *kept
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        if dout is None:
-            return (None,) * len(ctx.needs_input_grad)
-        saved = ctx.saved_tensors  # read once: activation checkpointing recomputes them at every access
-        kept, (u, *others) = saved[: ctx.num_kept], saved[ctx.num_kept :]
-        linear, first, second = others[:4], others[4 : 4 + ctx.num_first], others[4 + ctx.num_first :]
-        du, dfirst, dsecond, *dlinear = _mamba_inner_backward(
-            u, first, second, *linear, *ctx.options, *kept, dout.contiguous()
-        )  # fmt: skip
-        pairs = zip((u, *others), (du, *dlinear, *dfirst, *dsecond), strict=True)
-        return None, None, *(None if x is None else grad for x, grad in pairs)
-
-
 _INPUTS = (
     "Tensor u, Tensor?[] first, Tensor?[] second, Tensor? in_proj, Tensor? in_proj_bias, Tensor out_proj, "
     "Tensor? out_proj_bias, ScalarType dtype, bool batch_invariant"
@@ -226,5 +187,5 @@ _mamba_inner = register(
     f"mamba_inner({_INPUTS}, bool keep_splits, bool keep, bool only_y) -> (Tensor out, {_KEPT})",
     _forward,
     _forward_shapes,
-    _MambaInner.call,
+    _mamba_inner_backward,
 )

@@ -29,7 +29,7 @@ from fused.ops.selective_scan.launch import ScanInputs, aligned_or_none
 from fused.ops.selective_scan.schedule import TILE
 from fused.ops.shapes import DirectionWeights
 from fused.runtime import plans
-from fused.runtime.library import apply_function, below_autograd, none_if_empty, register, wants_gradients
+from fused.runtime.library import none_if_empty, register, wants_gradients
 from fused.runtime.modes import is_batch_invariant
 
 Weights = Sequence[Tensor | None]  # a DirectionWeights as the operator takes it; empty for an absent direction
@@ -49,7 +49,7 @@ def mamba_inner_query_rows(
     first, second = list(directions[0]), list(directions[1]) if len(directions) > 1 else []
     training = wants_gradients(u, u_queries, first, second, in_proj, out_proj)
     options = dtype, is_batch_invariant(), training
-    arguments = u, u_queries, tile_queries, first, second, *in_proj, *out_proj, *options
+    arguments = u, u_queries, first, second, *in_proj, *out_proj, tile_queries, *options
     elements = len(directions) * u.shape[0] * u.shape[1] * out_proj.weight.shape[1]
     if training or torch.compiler.is_compiling() or elements <= BLOCK_ELEMENTS:
         return _query_rows(*arguments)[0]
@@ -100,8 +100,8 @@ def _halves(bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, ...] | tup
 
 
 def _forward(
-    u: Tensor, u_queries: Tensor, tile_queries: Tensor, first: Weights, second: Weights, in_proj: Tensor,
-    in_proj_bias: Tensor | None, out_proj: Tensor, out_proj_bias: Tensor | None, dtype: torch.dtype, batch_invariant: bool,
+    u: Tensor, u_queries: Tensor, first: Weights, second: Weights, in_proj: Tensor, in_proj_bias: Tensor | None,
+    out_proj: Tensor, out_proj_bias: Tensor | None, tile_queries: Tensor, dtype: torch.dtype, batch_invariant: bool,
     training: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Return out (B, Q, D), and with `training` what the backward reads, in the order of _KEPT."""
@@ -149,8 +149,8 @@ def _scan_in_blocks(p: Pipeline, c: Tensor, packed: PackedWeights, table: Tensor
 
 
 def _forward_shapes(
-    u: Tensor, u_queries: Tensor, tile_queries: Tensor, first: Weights, second: Weights, in_proj: Tensor,
-    in_proj_bias: Tensor | None, out_proj: Tensor, out_proj_bias: Tensor | None, dtype: torch.dtype, batch_invariant: bool,
+    u: Tensor, u_queries: Tensor, first: Weights, second: Weights, in_proj: Tensor, in_proj_bias: Tensor | None,
+    out_proj: Tensor, out_proj_bias: Tensor | None, tile_queries: Tensor, dtype: torch.dtype, batch_invariant: bool,
     training: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     (B, L, _), Q, E = u.shape, u_queries.shape[1], out_proj.shape[1]
@@ -170,8 +170,8 @@ def _forward_shapes(
 
 
 def _backward(
-    u: Tensor, u_queries: Tensor, tile_queries: Tensor, first: Weights, second: Weights, in_proj: Tensor,
-    in_proj_bias: Tensor | None, out_proj: Tensor, out_proj_bias: Tensor | None, dtype: torch.dtype, batch_invariant: bool,
+    u: Tensor, u_queries: Tensor, first: Weights, second: Weights, in_proj: Tensor, in_proj_bias: Tensor | None,
+    out_proj: Tensor, out_proj_bias: Tensor | None, tile_queries: Tensor, dtype: torch.dtype, batch_invariant: bool,
     x: Tensor, z: Tensor, packed_matrices: Tensor, A_D: Tensor | None, dt_B_C: Tensor, y: Tensor, y_pre_gate: Tensor,
     tile_states: Tensor, dout: Tensor,
 ) -> tuple[Any, ...]:  # fmt: skip
@@ -181,7 +181,7 @@ def _backward(
     p = _pipeline(x, z, first, second, batch_invariant)
     c, _ = p.convolve()
     s = _scan_inputs(p, c, dt_B_C, p.delta(dt_B_C, packed), packed, tile_queries)
-    rows = dout.flatten(0, 1)
+    rows = dout.contiguous().flatten(0, 1)
     dy = (rows @ out_proj_cast).view(z.shape)
     dx, dz = torch.empty_like(x), torch.empty_like(z)
     _, _, grads = p.backward(s, c, dt_B_C, packed, dy, tile_states, y_pre_gate, dx=dx, dz=dz)
@@ -198,8 +198,8 @@ def _backward(
 
 
 def _backward_shapes(
-    u: Tensor, u_queries: Tensor, tile_queries: Tensor, first: Weights, second: Weights, in_proj: Tensor,
-    in_proj_bias: Tensor | None, out_proj: Tensor, out_proj_bias: Tensor | None, dtype: torch.dtype, batch_invariant: bool,
+    u: Tensor, u_queries: Tensor, first: Weights, second: Weights, in_proj: Tensor, in_proj_bias: Tensor | None,
+    out_proj: Tensor, out_proj_bias: Tensor | None, tile_queries: Tensor, dtype: torch.dtype, batch_invariant: bool,
     x: Tensor, z: Tensor, packed_matrices: Tensor, A_D: Tensor | None, dt_B_C: Tensor, y: Tensor, y_pre_gate: Tensor,
     tile_states: Tensor, dout: Tensor,
 ) -> tuple[Any, ...]:  # fmt: skip
@@ -210,50 +210,9 @@ def _backward_shapes(
     return like(u), like(u_queries), [like(t) for t in first], [like(t) for t in second], *(like(t) for t in linear)
 
 
-class _QueryRows(torch.autograd.Function):
-    """Autograd of the operator. It saves its tensors and what _KEPT names."""
-
-    @classmethod
-    def call(
-        cls, u: Tensor, u_queries: Tensor, tile_queries: Tensor, first: Weights, second: Weights, *linear_and_options: Any
-    ) -> Any:
-        """Apply to the tensors one by one, so that autograd sees each of them."""
-        linear, options = linear_and_options[:4], linear_and_options[4:]
-        return apply_function(cls, options, len(first), tile_queries, u, u_queries, *linear, *first, *second)
-
-    @staticmethod
-    def forward(
-        ctx: Any, options: tuple[Any, ...], num_first: int, tile_queries: Tensor, u: Tensor, u_queries: Tensor,
-        *parameters: Tensor | None,
-    ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        ctx.options, ctx.num_first = options[:-1], num_first
-        linear, weights = parameters[:4], parameters[4:]
-        operator = torch.ops.videomamba.mamba_inner_query_rows.default
-        first, second = list(weights[:num_first]), list(weights[num_first:])
-        out, *kept = below_autograd(operator, u, u_queries, tile_queries, first, second, *linear, *options)
-        ctx.mark_non_differentiable(*(x for x in kept if x is not None))
-        ctx.set_materialize_grads(False)
-        ctx.num_kept = len(kept)
-        ctx.save_for_backward(*kept, tile_queries, u, u_queries, *parameters)
-        return out, *kept
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        if dout is None:
-            return (None,) * len(ctx.needs_input_grad)
-        saved = ctx.saved_tensors  # read once: activation checkpointing recomputes them at every access
-        kept, (tile_queries, u, u_queries, *parameters) = saved[: ctx.num_kept], saved[ctx.num_kept :]
-        linear, first, second = parameters[:4], parameters[4 : 4 + ctx.num_first], parameters[4 + ctx.num_first :]
-        du, du_queries, dfirst, dsecond, *dlinear = _query_rows_backward(
-            u, u_queries, tile_queries, first, second, *linear, *ctx.options, *kept, dout.contiguous()
-        )  # fmt: skip
-        pairs = zip((u, u_queries, *parameters), (du, du_queries, *dlinear, *dfirst, *dsecond), strict=True)
-        return None, None, None, *(None if x is None else grad for x, grad in pairs)
-
-
 _INPUTS = (
-    "Tensor u, Tensor u_queries, Tensor tile_queries, Tensor?[] first, Tensor?[] second, Tensor in_proj, Tensor? in_proj_bias, "
-    "Tensor out_proj, Tensor? out_proj_bias, ScalarType dtype, bool batch_invariant"
+    "Tensor u, Tensor u_queries, Tensor?[] first, Tensor?[] second, Tensor in_proj, Tensor? in_proj_bias, Tensor out_proj, "
+    "Tensor? out_proj_bias, Tensor tile_queries, ScalarType dtype, bool batch_invariant"
 )
 _KEPT = "Tensor x, Tensor z, Tensor packed, Tensor A_D, Tensor dt_B_C, Tensor y, Tensor y_pre_gate, Tensor tile_states"
 _KEPT_OR_NONE = _KEPT.replace("Tensor A_D", "Tensor? A_D")
@@ -265,5 +224,8 @@ _query_rows_backward = register(
     _backward_shapes,
 )
 _query_rows = register(
-    f"mamba_inner_query_rows({_INPUTS}, bool training) -> (Tensor out, {_KEPT})", _forward, _forward_shapes, _QueryRows.call
+    f"mamba_inner_query_rows({_INPUTS}, bool training) -> (Tensor out, {_KEPT})",
+    _forward,
+    _forward_shapes,
+    _query_rows_backward,
 )
