@@ -18,7 +18,7 @@ from torch import Tensor
 from fused.ops.mamba_inner.kernels import PackedWeights
 from fused.ops.mamba_inner.pipeline import Pipeline, pack, weight_gradient
 from fused.ops.selective_scan import launch as scan
-from fused.ops.selective_scan.launch import TILE
+from fused.ops.selective_scan.schedule import TILE
 from fused.ops.shapes import DirectionWeights
 from fused.runtime.library import none_if_empty, register, wants_gradients
 from fused.runtime.modes import is_batch_invariant

@@ -15,7 +15,8 @@ from torch import Tensor
 from fused.ops.mamba_inner.kernels import PackedWeights, silu_gate_backward
 from fused.ops.mamba_inner.pipeline import Pipeline, pack
 from fused.ops.selective_scan import launch as scan
-from fused.ops.selective_scan.launch import TILE, aligned_or_none
+from fused.ops.selective_scan.inputs import aligned_or_none
+from fused.ops.selective_scan.schedule import TILE
 from fused.ops.shapes import DirectionWeights
 from fused.runtime.library import none_if_empty, register, wants_gradients
 from fused.runtime.modes import is_batch_invariant

@@ -25,7 +25,7 @@ from fused.ops.mamba_inner.kernels import PackedWeights, dt_proj_softplus
 from fused.ops.mamba_inner.native import Linear
 from fused.ops.mamba_inner.pipeline import Pipeline, pack, weight_gradient
 from fused.ops.selective_scan import launch as scan
-from fused.ops.selective_scan.launch import ScanInputs, aligned_or_none
+from fused.ops.selective_scan.inputs import ScanInputs, aligned_or_none
 from fused.ops.selective_scan.schedule import TILE
 from fused.ops.shapes import DirectionWeights
 from fused.runtime import plans
