@@ -3,6 +3,7 @@
 B batch, L tokens, E channels, D model width, N states a channel, K convolution width, R rank of dt, G groups of channels.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,10 @@ class DirectionWeights(NamedTuple):
     dt_bias: Tensor  # (E,)
     A: Tensor  # (E, N)
     D: Tensor  # (E,)
+
+
+Weights = Sequence[Tensor | None]
+"""A `DirectionWeights` as a mixer's operator takes it; empty for an absent direction."""
 
 
 def residual_dtype_of(x: Tensor, residual: Tensor | None, residual_in_fp32: bool) -> torch.dtype:

@@ -16,14 +16,13 @@ from torch import Tensor
 
 from fused.ops.causal_conv1d import cpu as conv
 from fused.ops.selective_scan import cpu as scan
-from fused.ops.shapes import DirectionWeights
+from fused.ops.shapes import DirectionWeights, Weights
 from fused.runtime import cpu_library
 from fused.runtime.autocast import autocast_dtype
 from fused.runtime.exporting import is_exporting
 from fused.runtime.library import register, wants_gradients
 from fused.runtime.linear import product
 
-Weights = Sequence[Tensor | None]  # a DirectionWeights as the operator takes it; empty for an absent direction
 Linear = tuple[Tensor, Tensor | None]  # weight (out, in) and bias (out,)
 
 
