@@ -42,3 +42,8 @@ def residual_dtype_of(x: Tensor, residual: Tensor | None, residual_in_fp32: bool
     if residual is not None:
         return residual.dtype
     return accumulation_dtype(x.dtype) if residual_in_fp32 else x.dtype
+
+
+def dense(x: Tensor) -> Tensor:
+    """Return x (..., channels) with unit stride along its last axis, a copy where it has another."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fused.ops.causal_conv1d.eager import causal_conv1d_eager
+from fused.ops.shapes import dense
 from fused.runtime import cpu_library
 from fused.runtime.autocast import no_autocast
 from fused.runtime.dtypes import accumulation_dtype
@@ -55,10 +56,6 @@ def conv_struct(
     return (*members, *(0,) * (5 * (2 - K)))
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def _contiguous(pair: OptionalPair) -> list[Any]:
     return [None if x is None else x.contiguous() for x in pair]
 
@@ -70,7 +67,7 @@ def _forward(
     y = _forward_shapes(x, weight, bias, initial_state, silu, reverses)
     (state,) = _contiguous((initial_state,))
     cpu_library.call(
-        "conv_forward", x.dtype, conv_struct(_rows(x), _contiguous(weight), _contiguous(bias), state, silu, reverses, y)
+        "conv_forward", x.dtype, conv_struct(dense(x), _contiguous(weight), _contiguous(bias), state, silu, reverses, y)
     )
     return y
 
@@ -86,7 +83,7 @@ def _backward(
 ) -> tuple[Any, ...]:
     """Return the gradients of x, weight, bias and initial_state, None for None."""
     (state,) = _contiguous((initial_state,))
-    struct = conv_struct(_rows(x), _contiguous(weight), _contiguous(bias), state, silu, reverses, None)
+    struct = conv_struct(dense(x), _contiguous(weight), _contiguous(bias), state, silu, reverses, None)
     dx, dweight = x.new_empty(x.shape), [w.new_empty(w.shape) for w in weight]
     dbias = [None if b is None else b.new_empty(b.shape) for b in bias]
     dinitial = None if state is None else state.new_empty(state.shape)

@@ -17,11 +17,11 @@ from torch import Tensor
 from fused.ops.causal_conv1d import launch as conv
 from fused.ops.mamba_inner.kernels import PackedWeights, dt_proj_softplus, pack_weights, unpack_gradients
 from fused.ops.selective_scan import launch as scan
-from fused.ops.selective_scan.inputs import ScanInputs, aligned_or_none, dense
+from fused.ops.selective_scan.inputs import ScanInputs, aligned_or_none
 from fused.ops.selective_scan.kernel_source import SOFTPLUS_BY_CALLER
 from fused.ops.selective_scan.launch import ScanGradients
 from fused.ops.selective_scan.schedule import ScanSchedule
-from fused.ops.shapes import DirectionWeights, Weights
+from fused.ops.shapes import DirectionWeights, Weights, dense
 
 ByDirection = Sequence[Any]  # a weight of one or two directions
 BATCHED_TOKENS = 4096  # up to which the gradients of both directions' weights are one product

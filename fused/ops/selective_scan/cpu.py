@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fused.ops.selective_scan.eager import selective_scan_eager
+from fused.ops.shapes import dense
 from fused.runtime import cpu_library
 from fused.runtime.autocast import no_autocast
 from fused.runtime.dtypes import accumulation_dtype
@@ -54,17 +55,12 @@ def _scan(
         return y.to(dtype), final
 
 
-def rows_of(x: Tensor) -> Tensor:
-    """Return x with its last axis contiguous, a copy where it is not."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def scan_struct(
     u: Pair, delta: Pair, A: Pair, B: Pair, C: Pair, D: OptionalPair, delta_bias: OptionalPair, z: Tensor | None,
     initial_state: Tensor | None, softplus: bool, A_is_log: bool, reverses: Sequence[bool], y: Tensor, pre_gate: Tensor | None,
     final: Tensor | None, chunks: Tensor | None, dt_proj: OptionalPair = (None, None),
 ) -> tuple[Any, ...]:  # fmt: skip
-    """Return the members of the kernel's `Scan`; all tensors of the tokens are `rows_of`, the others contiguous.
+    """Return the members of the kernel's `Scan`; all tensors of the tokens are `dense`, the others contiguous.
 
     With `dt_proj` (E, R) `delta` are rows that begin with dt (B, L, R).
     """
@@ -91,10 +87,10 @@ def _inputs(
     initial_state: Tensor | None,
 ) -> tuple[Any, ...]:  # fmt: skip
     """Return the inputs as `scan_struct` takes them."""
-    tokens = ([rows_of(x) for x in pair] for pair in (u, delta))
-    mixing = ([rows_of(x) for x in pair] for pair in (B, C))
+    tokens = ([dense(x) for x in pair] for pair in (u, delta))
+    mixing = ([dense(x) for x in pair] for pair in (B, C))
     others = ([None if x is None else x.contiguous() for x in pair] for pair in (D, delta_bias))
-    z, initial_state = None if z is None else rows_of(z), None if initial_state is None else initial_state.contiguous()
+    z, initial_state = None if z is None else dense(z), None if initial_state is None else initial_state.contiguous()
     return *tokens, [x.contiguous() for x in A], *mixing, *others, z, initial_state
 
 
@@ -146,7 +142,7 @@ def _backward(
     dD, dbias = ([None if x is None else new(E) for x in pair] for pair in (D, delta_bias))
     dz, dinitial = (None if x is None else new(x.shape) for x in (z, initial_state))
     struct = scan_struct(*(*inputs, softplus, False, reverses, du[0], none_if_empty(y_pre_gate), dA[0], chunk_states))
-    dy, dfinal_states = None if dy is None else rows_of(dy), None if dfinal_states is None else dfinal_states.contiguous()
+    dy, dfinal_states = None if dy is None else dense(dy), None if dfinal_states is None else dfinal_states.contiguous()
     cpu_library.call(
         "scan_backward", u[0].dtype, struct,
         gradients_struct(dy, dfinal_states, du, ddelta, dB, dC, dA, dD, dbias, dz, dinitial),

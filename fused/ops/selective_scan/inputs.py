@@ -59,11 +59,6 @@ class ScanInputs(NamedTuple):
         return ScanInputs(*one, *settings)
 
 
-def dense(x: Tensor) -> Tensor:
-    """Return x (..., channels) with unit stride along its last axis."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def aligned_or_none(x: Tensor | None) -> Tensor | None:
     """Return x contiguous and at an address where four float32 can be read at once; None for None."""
     if x is None:

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from fused.ops.selective_scan import launch
-from fused.ops.selective_scan.inputs import ScanInputs, aligned_or_none, dense
+from fused.ops.selective_scan.inputs import ScanInputs, aligned_or_none
 from fused.ops.selective_scan.launch import schedule_for
 from fused.ops.selective_scan.schedule import TILE
+from fused.ops.shapes import dense
 from fused.runtime.autocast import no_autocast
 from fused.runtime.library import none_if_empty, register, wants_gradients
 from fused.runtime.modes import is_batch_invariant
