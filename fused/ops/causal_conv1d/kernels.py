@@ -17,6 +17,7 @@ import triton.language as tl
 
 @triton.jit
 def sigmoid_of(x: tl.tensor, NATIVE: tl.constexpr):
+    """Return 1 / (1 + exp(-x)) in float32."""
     if NATIVE:  # one ex2 and one rcp: Triton's exp and division also handle ranges that do not occur here
         return tl.inline_asm_elementwise(
             "{ .reg .f32 a; mul.f32 a, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 a, a;"
