@@ -18,6 +18,13 @@ State = Float[Tensor, "B E N"]
 Rows = Float[Tensor, "*B D"]
 
 
+class Linear(NamedTuple):
+    """The parameters of a linear layer."""
+
+    weight: Tensor  # (out, in)
+    bias: Tensor | None  # (out,)
+
+
 class DirectionWeights(NamedTuple):
     """The weights of one direction of a Mamba mixer, between in_proj and out_proj.
 

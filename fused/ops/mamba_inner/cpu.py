@@ -16,14 +16,12 @@ from torch import Tensor
 
 from fused.ops.causal_conv1d import cpu as conv
 from fused.ops.selective_scan import cpu as scan
-from fused.ops.shapes import DirectionWeights, Weights
+from fused.ops.shapes import DirectionWeights, Linear, Weights
 from fused.runtime import cpu_library
 from fused.runtime.autocast import autocast_dtype
 from fused.runtime.exporting import is_exporting
 from fused.runtime.library import register, wants_gradients
 from fused.runtime.linear import product
-
-Linear = tuple[Tensor, Tensor | None]  # weight (out, in) and bias (out,)
 
 
 def takes(u: Tensor, in_proj: Linear, directions: Sequence[DirectionWeights], out_proj: Linear) -> bool:

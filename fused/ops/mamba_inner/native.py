@@ -9,7 +9,7 @@ where x_proj wrote them, and the gradients of x and z are written straight into 
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,16 +18,9 @@ from torch import Tensor
 from fused.ops.mamba_inner.pipeline import Pipeline, pack_mixer, weight_gradient
 from fused.ops.selective_scan import launch as scan
 from fused.ops.selective_scan.schedule import TILE
-from fused.ops.shapes import DirectionWeights, Weights
+from fused.ops.shapes import DirectionWeights, Linear, Weights
 from fused.runtime.library import none_if_empty, register, wants_gradients
 from fused.runtime.modes import is_batch_invariant
-
-
-class Linear(NamedTuple):
-    """The parameters of a linear layer."""
-
-    weight: Tensor  # (out, in)
-    bias: Tensor | None  # (out,)
 
 
 def mamba_inner(

@@ -22,12 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused.ops.mamba_inner.kernels import PackedWeights, dt_proj_softplus
-from fused.ops.mamba_inner.native import Linear, linear_gradients
+from fused.ops.mamba_inner.native import linear_gradients
 from fused.ops.mamba_inner.pipeline import Pipeline, pack, pack_mixer, weight_gradient
 from fused.ops.selective_scan import launch as scan
 from fused.ops.selective_scan.inputs import ScanInputs, aligned_or_none
 from fused.ops.selective_scan.schedule import TILE
-from fused.ops.shapes import DirectionWeights, Weights
+from fused.ops.shapes import DirectionWeights, Linear, Weights
 from fused.runtime import plans
 from fused.runtime.library import none_if_empty, register, wants_gradients
 from fused.runtime.modes import is_batch_invariant
