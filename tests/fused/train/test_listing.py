@@ -90,6 +90,8 @@ def test_headers_before_names(listed: List) -> None:
         ("my v1 20 1\nv2 30 0", ["my v1", "v2"]),
         ('12" tape.mp4,1\nb.mp4,0', ['12" tape.mp4', "b.mp4"]),
         ("a.mp4 x,y\nb.mp4 z", ["a.mp4", "b.mp4"]),
+        ('a.mp4 "riding a bike"\nb.mp4 run', ["a.mp4", "b.mp4"]),
+        ("a.mp4 b.mp4 1\nc.mp4 0", ["a.mp4 b.mp4", "c.mp4"]),
     ],
 )
 def test_separators_inside_paths_and_labels(listed: List, text: str, files: list[str]) -> None:
@@ -110,6 +112,7 @@ def test_separators_inside_paths_and_labels(listed: List, text: str, files: list
         ('"a, b.mp4",7', "a, b.mp4", 7, None),
         ("path,label\na.mp4,7", "a.mp4", 7, None),
         ("Video;Class\na.mp4;7", "a.mp4", 7, None),
+        ("path,label,split\na.mp4,7,train", "a.mp4", 7, None),
         ("# text\na.mp4,7", "a.mp4", 7, None),
     ],
 )
@@ -158,6 +161,24 @@ def test_three_columns(listed: List) -> None:
     assert four.labels == (1, 0) and four.stated_frames == (20, 30)
 
 
+def test_a_header_with_path_and_label_beside_other_words(listed: List) -> None:
+    """Its columns are taken, whatever the cells of the others look like; the note names those that are not read."""
+    rows = [("a.mp4", "1", "train", "34"), ("b.mp4", "0", "val", "27")]
+    for header, order in (
+        ("path,label,split", (0, 1, 2)), ("path,label,age", (0, 1, 3)), ("label,age,file", (1, 3, 0)),
+        ("split,Video,age,class id", (2, 0, 3, 1)), (",age,path,target", (3, 3, 0, 1)),
+    ):  # fmt: skip
+        for separator in ",\t":
+            lines = [header, *(",".join(row[i] for i in order) for row in rows)]
+            found = listed("\n".join(lines).replace(",", separator))
+            assert names(found) == ["a.mp4", "b.mp4"] and found.labels == (1, 0) and found.stated_frames == (None,) * 2
+            assert "is taken for a header; columns that are not read: " in found.notes[0] and "'path'" not in found.notes[0]
+    assert listed("\tpath\tlabel\n\n ,; \n0\ta.mp4\t1\n1\tb.mp4\t0").labels == (1, 0)  # as pandas writes it
+    assert listed("\tpath\tlabel\n\ta.mp4\t1\n\tb.mp4\t0").labels == (1, 0)  # every line is indented
+    assert listed("file,action,split\nv1,run,train\nv2,sit,train").classes == ("run", "sit")
+    assert listed("path,label,split\na.mp4,1,7", columns=["path", "frames", "label"]).labels == (7,)
+
+
 def test_columns_that_cannot_be_told_apart(listed: List) -> None:
     text = "a.mp4,3,12\nb.mp4,0,10"
     with pytest.raises(ValueError, match="line 1: 'a.mp4,3,12' .*set columns"):
@@ -197,6 +218,12 @@ def test_columns_that_cannot_be_told_apart(listed: List) -> None:
         ("path,label,seconds\na.mp4,1,1:30\n", "line 2: .*'1:30' for the seconds"),
         ("path,label,seconds\na.mp4,1,-3\n", "line 2: .*'-3' for the seconds"),
         ("dir1 163 1 3 5\ndir2 122 1\n", "line 1: 'dir1 163 1 3 5' has a number"),
+        ("a.mp4 riding a bike\nb.mp4 run\n", "line 1: 'a.mp4 riding a bike' has several words behind the name of a file"),
+        ("b.mp4 run\na.mp4 long jump\n", "line 2: 'a.mp4 long jump' has several words behind"),
+        ("path,class_id,class_name\na.mp4,1,run\n", "line 1: .* names no path, or a column twice; set columns"),
+        ("index,label\n0,run\n", "line 1: 'index,label' is a header that names no path"),
+        ("file,path,score\na.mp4,1,2\n", "line 1: .*a column twice"),
+        ("clip_x,label,age\na.mp4,1,run\nb.mp4,0,sit\n", "line 1: .* names column 2 label, whose cells are those of frames"),
         ('[\n{"video": "a.mp4", "label": 1},\n]\n', "line 2: .*double quotes"),
         ("a.mp4,0\nb.mp4,-1\n", "line 2: .*b.mp4 has the label '-1'; allowed: a class number from 0"),
         ("a.mp4,0.0\nb.mp4,1.0\n", "line 1: .*has the label '0.0'"),
