@@ -83,7 +83,7 @@ class DataConfig:
     separator: str | None = None  # of a list: tab, comma, semicolon, blank; None: found out
     prefix: str | None = None  # the folder of a list's paths; None: that of the list
     columns: tuple[str, ...] | None = None  # of a list: path, label, frames, seconds, skip; None: found out
-    frame_pattern: str | None = None  # of the images in folders of frames, such as img_*.jpg; None: all images
+    frame_pattern: str | None = None  # of the images in folders of frames, such as img_*.jpg or img_%05d.jpg; None: all
     val_separator: str | None = None  # the same four of `val`; None: as those of `train`
     val_prefix: str | None = None
     val_columns: tuple[str, ...] | None = None
