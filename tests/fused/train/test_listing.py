@@ -320,10 +320,20 @@ def test_folders_of_frames(tmp_path: Path) -> None:
     )  # fmt: skip
     found = list_videos(root, None)
     assert [str(f.relative_to(root)) for f in found.files] == ["run/deep/v3", "run/v1", "run/v2", "sit/b.mp4", "sit/v4"]
-    assert found.labels == (0, 0, 0, 1, 1) and found.classes == ("run", "sit") and found.notes == ()
+    others = f"{root}: files that are no videos by their endings are left out: .txt (1)"
+    assert found.labels == (0, 0, 0, 1, 1) and found.classes == ("run", "sit") and found.notes == (others,)
     touch(root, "run/poster.jpg", "run/v1/.trash/0.jpg")
     assert len(list_videos(root, None).files) == 5
-    assert list_videos(root, None).notes == (f"{root / 'run'} holds images beside folders of videos; the images are left out",)
+    images = f"{root / 'run'} holds images beside folders of videos; the images are left out"
+    assert list_videos(root, None).notes == (images, others)
+
+
+def test_endings_of_video_files(tmp_path: Path) -> None:
+    names_of_videos = ["a.NUT", "b.m2v", "c.3g2", "d.ogm", "e.y4m", "f.hevc", "g.MP4", "h.Mkv", "i.rmvb", "j.mp4.gif"]
+    root = touch(tmp_path, *(f"run/{name}" for name in names_of_videos), "run/k.mp4.part", "run/l", "run/m", "run/.n.part")
+    found = list_videos(root, None)
+    assert names(found) == names_of_videos
+    assert "left out: without an ending (2), .part (1)" in found.notes[0]
 
 
 def test_folders_of_frames_without_classes(tmp_path: Path) -> None:
@@ -343,8 +353,9 @@ def test_class_folders(tmp_path: Path) -> None:
     (root / "sit/c/up").symlink_to(root / "sit")  # a circle
     found = list_videos(root, None)
     assert names(found) == ["a.mp4", "b.mp4", "e.mp4"] and found.classes == ("Run", "run", "sit")
-    assert "class folders without a video: 'walk'" in found.notes[0] and "differ by case" in found.notes[1]
-    assert "2 of 5 classes without a video: 'x', 'y'" in list_videos(root, ["x", "sit", "Run", "run", "y"]).notes[1]
+    assert "left out: .txt (1)" in found.notes[0]
+    assert "class folders without a video: 'walk'" in found.notes[1] and "differ by case" in found.notes[2]
+    assert "2 of 5 classes without a video: 'x', 'y'" in list_videos(root, ["x", "sit", "Run", "run", "y"]).notes[2]
 
 
 @pytest.mark.parametrize(
