@@ -61,8 +61,8 @@ def save_checkpoint(model_or_state_dict: nn.Module | Mapping[str, Any], path: st
 
     The suffix .safetensors selects that format, which holds tensors only. Any other selects `torch.save`'s, for dictionaries
     of tensors, plain numbers, strings and containers of those, such as a trainer's {"model": ..., "optimizer": ...}. Missing
-    folders are made, and ~ in front is the home folder. Raises OSError if the disk is full (the old file stays), TypeError for what is neither a model nor a
-    dictionary, and for values that the format cannot hold.
+    folders are made, and ~ in front is the home folder. Raises OSError if the disk is full (the old file stays), TypeError for
+    what is neither a model nor a dictionary, and for values that the format cannot hold.
     """
     path, given = Path(os.path.expanduser(path)), model_or_state_dict
     if not isinstance(given, nn.Module | Mapping):
