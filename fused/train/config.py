@@ -10,6 +10,7 @@ from fused.io.preprocessing import RULES as PREPROCESSING_RULES
 from fused.io.preprocessing import Preprocessing
 from fused.models.retrieval.config import RetrievalConfig
 from fused.models.videomamba.config import VideoMambaConfig
+from fused.models.videomamba.published import PRETRAINED
 from fused.models.videomamba.resize import INFLATIONS
 from fused.rules import (
     COUNT,
@@ -83,7 +84,7 @@ class DataConfig:
     separator: str | None = None  # of a list: tab, comma, semicolon, blank; None: found out
     prefix: str | None = None  # the folder of a list's paths; None: that of the list
     columns: tuple[str, ...] | None = None  # of a list: path, label, frames, seconds, skip; None: found out
-    frame_pattern: str | None = None  # of the images in folders of frames, such as img_*.jpg; None: all images
+    frame_pattern: str | None = None  # of the images in folders of frames, such as img_*.jpg or img_%05d.jpg; None: all
     val_separator: str | None = None  # the same four of `val`; None: as those of `train`
     val_prefix: str | None = None
     val_columns: tuple[str, ...] | None = None
@@ -264,10 +265,11 @@ class TrainConfig:
             if key not in known:
                 raise unknown_key(f"model.{key}", [f"model.{name}" for name in known], all_keys())
         one_of(SIZES).optional().check("model.size", self.model.get("size"))
-        from_folder = self.start is not None and not Path(self.start).is_file()
-        if from_folder and self.model.get("size") is not None:
-            raise invalid("model.size", self.model["size"], f"null, since start ({self.start}) says what the model is")
-        if not from_folder and self.model.get("stride") is None:  # a folder says itself how large its patches are
+        start = self.start
+        if start is not None and self.model.get("size") is not None and (start in PRETRAINED or Path(start).is_dir()):
+            raise invalid("model.size", self.model["size"], f"null, since start ({start}) says what the model is")
+        # a folder says itself how large its patches are
+        if (start is None or Path(start).is_file()) and self.model.get("stride") is None:
             _check_frame_size(self.data.size, self.model.get("patch_size", VideoMambaConfig.patch_size))
 
     def _check_retrieval(self) -> None:

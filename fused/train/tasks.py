@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -123,9 +124,9 @@ def build_task(
     if config.task == "pretrain":
         return Pretrain(config, device).to(device)
     if len(classes) < 2:
-        raise ValueError(
-            f"data.train is {config.data.train!r} with {len(classes)} classes; allowed: a folder for each of 2 or more"
-        )
+        number = f"{len(classes)} class{'es' if len(classes) != 1 else ''}"
+        needed = "a folder for each" if Path(str(config.data.train)).is_dir() else "a label in each line of the list"
+        raise ValueError(f"data.train is {config.data.train!r} with {number}; allowed: 2 or more, {needed}")
     task = Distill(config, classes, device) if config.task == "distill" else Finetune(config, classes)
     return task.to(device)
 
