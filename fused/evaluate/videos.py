@@ -1,6 +1,5 @@
 """The videos of an evaluation: what a list or folder says of them, and the views of each."""
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +12,8 @@ from fused.io.picture import MEAN, STD, height_width
 from fused.io.preprocessing import Preprocessing
 from fused.io.views import Views
 from fused.train.data.clips import Sample
-from fused.train.data.list_columns import NUMBER
-from fused.train.data.list_file import check_repeats, read_list
 from fused.train.data.listing import list_videos
+from fused.train.data.target_clips import read_targets
 
 
 @dataclass(frozen=True)
@@ -48,20 +46,10 @@ def list_targets(
 ) -> tuple[list[Labelled], tuple[str, ...]]:  # fmt: skip
     """Return the videos of a list whose labels are numbers, each once, with (label - mean) / std as target, and notes.
 
-    Raises ValueError for a folder, which holds no numbers, and for a label that is no number.
+    Raises what `read_targets` raises.
     """
-    file = Path(data)
-    if not file.is_file():
-        raise ValueError(f"data is {str(data)!r}; allowed for a model of one output: a list, with path,number in each line")
-    listed, notes = read_list(file, separator, columns, prefix)
-    notes += check_repeats(file, listed, True)
-    videos = []
-    for path, label, frames, line in sorted(listed):
-        if not NUMBER.fullmatch(label) or not math.isfinite(float(label)):
-            raise ValueError(f"{file}, line {line}: {path} has the target {label!r}; allowed: a number")
-        videos.append(Labelled(Path(os.path.abspath(path)), (float(label) - mean) / std, frames))
-    if not videos:
-        raise ValueError(f"data is {str(data)!r}, a list without a video; allowed: path,number in each line")
+    found, notes = read_targets(data, separator, prefix, columns)
+    videos = [Labelled(Path(os.path.abspath(path)), (number - mean) / std, frames) for path, number, frames in found]
     return _each_once(videos), tuple(notes)
 
 

@@ -22,6 +22,7 @@ from fused.train.config import VAL_KEYS, TrainConfig
 from fused.train.data.captioned import AlternatingBatches, CaptionData
 from fused.train.data.clips import BadFile, Batches, ClipFolder, batches
 from fused.train.data.first_look import try_videos
+from fused.train.data.target_clips import TargetClips
 from fused.train.ema import WeightAverage
 from fused.train.interrupt import Interrupt
 from fused.train.log import Log, peak_memory_mib
@@ -271,8 +272,7 @@ class Trainer:
 
     def build_task(self) -> Any:
         """Return the task with its models."""
-        captions = self.data if isinstance(self.data, CaptionData) else None
-        return tasks.build_task(self.config, self.data.classes, self.world.device, captions)
+        return tasks.build_task(self.config, self.data.classes, self.world.device, self.data)
 
     def make_feed(self, micro_batches: Any) -> Any:
         """Return the micro-batches as `forward_backward` takes them."""
@@ -299,7 +299,11 @@ class Trainer:
             own = {name: getattr(data, f"val_{name}") for name in VAL_KEYS}
             options |= {name: value for name, value in own.items() if value is not None}
         try:
-            folder = ClipFolder(root, data.frames, data.size, train=key == "train", classes=classes, **options)
+            kind: type[ClipFolder] = ClipFolder
+            if self.config.task == "regress":
+                kind, classes = TargetClips, ()
+                options |= {"mean": data.target_mean, "std": data.target_std}
+            folder = kind(root, data.frames, data.size, train=key == "train", classes=classes, **options)
             folder.notes += tuple(try_videos(folder))
             return folder
         except (ValueError, OSError) as error:
