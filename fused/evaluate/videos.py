@@ -54,10 +54,17 @@ def list_targets(
 
 
 def list_unlabelled(
-    data: str | Path, images: bool, separator: str | None, prefix: str | None, columns: Sequence[str] | None
-) -> list[Labelled]:
-    """Return the videos, or `images`, of a folder or list, each once, with label -1. Raises ValueError for others."""
-    listing = list_videos(data, (), separator, prefix, columns, images)
+    data: str | Path, images: bool, separator: str | None, prefix: str | None, columns: Sequence[str] | None,
+    name: str = "data",
+) -> list[Labelled]:  # fmt: skip
+    """Return the videos, or `images`, of a folder or list, each once, with label -1.
+
+    Raises ValueError for others, with `name`, that of the argument.
+    """
+    try:
+        listing = list_videos(data, (), separator, prefix, columns, images)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
     rows = zip(listing.files, listing.stated_frames, strict=True)
     return _each_once([Labelled(Path(os.path.abspath(path)), -1, stated) for path, stated in rows])
 
@@ -96,5 +103,13 @@ class VideoViews:
 
 
 def _each_once(videos: Sequence[Labelled]) -> list[Labelled]:
-    """Return the videos without repetitions of a path, in order. A list that names one with two labels was refused before."""
-    return list({video.path: video for video in videos}.values())
+    """Return the videos without repetitions of a path, in order. Raise ValueError for one with two labels.
+
+    A list is refused before that if it writes the path in the same way both times.
+    """
+    found: dict[Path, Labelled] = {}
+    for video in videos:
+        other = found.setdefault(video.path, video)
+        if other.label != video.label:
+            raise ValueError(f"{video.path} has two labels, and is written in two ways; allowed: one label of each video")
+    return list(found.values())

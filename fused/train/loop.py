@@ -61,8 +61,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, world: World) -> None:
         self.config, self.world, self.folder = config, world, Path(str(config.out))
-        if config.backend != "auto":
-            backends.choose(config.backend, world.device)  # raises now rather than in the first step
+        backends.check_can_run(config.backend, world.device)
         self.data = self.training_data()
         self.val = val = self._clip_folder("val", self.data.classes) if config.data.val is not None else None
         repeats = config.data.repeats
