@@ -38,7 +38,8 @@ class Results:
 
     def __str__(self) -> str:
         numbers = self.numbers
-        lines = [f"{numbers['read']} of {numbers['videos']} videos were read"] if numbers["read"] < numbers["videos"] else []
+        lost = "videos were read; the others count as never found"
+        lines = [f"{numbers['read']} of {numbers['videos']} {lost}"] if numbers["read"] < numbers["videos"] else []
         if "accuracy" in numbers:
             return "\n".join([*lines, f"multiple choice: {numbers['accuracy']:.2f} % of {numbers['questions']} are right"])
         counts = f"{numbers['texts']} texts", f"{numbers['read']} videos"

@@ -112,7 +112,7 @@ class Trainer:
         name = names.get(str(config.task), "VideoMamba")
         processes = f"{world.size} processes" if world.size > 1 else "1 process"
         classes = f" in {len(self.data.classes)} classes" if self.data.classes else ""
-        kind = "videos" if config.data.frames else "images"
+        kind = "pairs of video and caption" if config.task == "retrieval" else "videos" if config.data.frames else "images"
         lines = [
             f"{config.task}: {name}, {parameters:.3g} M parameters, on {world.device.type}, {processes}",
             f"{len(self.data)} {kind}{classes}, {self.steps_per_epoch} steps an epoch, {self.total} steps",
