@@ -89,7 +89,8 @@ def test_a_page(kind: str, tab: Page, pages: dict[str, Path]) -> None:
     tab.goto(pages[kind].as_uri())
     assert tab.evaluate("document.querySelector('figure').getBoundingClientRect().top") < 900
     assert 3 <= tab.locator("dl.numbers > div").count() <= 5
-    tops = tab.evaluate("[...document.querySelectorAll('.numbers > div, header figure')].map(e => e.getBoundingClientRect().top)")
+    first_screen = "[...document.querySelectorAll('.numbers > div, header figure')]"
+    tops = tab.evaluate(first_screen + ".map(e => e.getBoundingClientRect().top)")
     beside = tab.evaluate("getComputedStyle(document.querySelector('header')).display") == "grid"
     assert beside == (tab.viewport_size["width"] > 1000) and (not beside or max(tops) < 450), "numbers beside the chart"
     for opened in (False, True):
