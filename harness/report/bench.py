@@ -47,7 +47,7 @@ def write(run: Run) -> Path:
     pairs = paper.pairs(speeds)
     asked = [r for r in run.records if r.status != "skip"]
     sections = [
-        Section("How fast", "\n\n".join([*_overview(speeds, families), shown(times[1:])])),
+        *([Section("How fast", fast)] if (fast := "\n\n".join([*_overview(speeds, families), shown(times[1:])])) else []),
         *([Section("Loops, the host's time included", loop.section(speeds))] if _has(speeds, loop.RACE) else []),
         *([Section("Streams and chunks", "\n\n".join(split))] if (split := split_videos(speeds)) else []),
         *([Section("Video files", _data(run, speeds))] if _has(speeds, reading.RACE) else []),

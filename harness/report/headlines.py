@@ -33,7 +33,7 @@ def sentence(speeds: Sequence[Speed], families: Sequence[Family]) -> str:
     """Return what the numbers say in a sentence; "" where there are none."""
     family = main_family(families)
     if family is None:
-        if told := _operators_in_words(speeds) or _loop_in_words(speeds) or _stream_in_words(speeds):
+        if told := _others_in_words(speeds):
             return told
         found = numbers(speeds, families)[:1]
         return "".join(_capital(" ".join(f"{n.value} {n.unit} {n.label}.".split())) for n in found)
@@ -49,6 +49,12 @@ def sentence(speeds: Sequence[Speed], families: Sequence[Family]) -> str:
         else:
             said.append("no faster than a ViT of similar size at any length timed")
     return f"{words.race(family.race)} is {' and '.join(said)}." if said else ""
+
+
+def _others_in_words(speeds: Sequence[Speed]) -> str:
+    """Return the sentence on what is no model's curve; "" where there is nothing to compare."""
+    parts = (_operators_in_words, _loop_in_words, _stream_in_words, _data_in_words)
+    return next(filter(None, (said(speeds) for said in parts)), "")
 
 
 def _capital(text: str) -> str:
@@ -191,25 +197,27 @@ def _least(speeds: Iterable[Speed], role: str) -> Speed | None:
 
 
 def _loop_in_words(speeds: Sequence[Speed]) -> str:
-    """Return how much faster than its rivals the loop is in which upstream is slowest."""
-    found = [(loop.advantage(mine, "upstream") or 0.0, where, mine) for where, mine in loop.grouped(speeds).items()]
-    upstream, where, mine = max(found, key=lambda place: place[0], default=(0.0, (), []))
-    if not upstream:
-        return ""
-    vit = loop.advantage(mine, "ViT")
-    beside = f" and {_range([vit])} times as fast as a ViT" if vit else ""
-    said = f"{loop.title(where)}: {_range([upstream])} times as fast as upstream{beside}"
-    return f"{said} in a user's loop, each in its best form."
+    """Return how much faster than its rivals the loop is in which upstream, or without it a ViT, is slowest."""
+    for kind, rival in (("upstream", "upstream"), ("ViT", "a ViT")):
+        found = [(loop.advantage(mine, kind) or 0.0, where, mine) for where, mine in loop.grouped(speeds).items()]
+        most, where, mine = max(found, key=lambda place: place[0], default=(0.0, (), []))
+        if most:
+            vit = loop.advantage(mine, "ViT") if kind == "upstream" else None
+            said = f"{loop.title(where)}: {_range([most])} times as fast as {rival}"
+            said += f" and {_range([vit])} times as fast as a ViT" if vit else ""
+            return f"{said} in a user's loop, each in its best form."
+    return ""
 
 
 def _loop(speeds: Sequence[Speed]) -> list[Number]:
     found, hosts = [], []
     for where, mine in loop.grouped(speeds).items():
         ours, rival, vit = loop.best(mine, "ours"), loop.advantage(mine, "upstream"), loop.advantage(mine, "ViT")
-        if ours and rival:
-            beside = f"; {_range([vit])}x a ViT" if vit else ""
-            said = f"as fast as upstream{beside}, each in its best form: a user's loop, {loop.title(where)}"
-            found.append((rival, Number(f"{_range([rival])}x", "", said)))
+        if ours and (rival or vit):
+            first = rival or vit or 0.0
+            said = "as fast as upstream" + (f"; against a ViT {_range([vit])}x" if vit else "") if rival else "as fast as a ViT"
+            said += f", each in its best form: a user's loop, {loop.title(where)}"
+            found.append((first, Number(f"{_range([first])}x", "", said)))
             if ours.host:
                 said = f"of the host's time a layer: {loop.title(where)}, {ours.point.way}"
                 hosts.append(Number(f"{1e3 * ours.host[-1]:.2g}", "ms", said))
@@ -264,10 +272,27 @@ def _chunks(speeds: Sequence[Speed]) -> list[Number]:
 
 
 def _data(speeds: Sequence[Speed]) -> list[Number]:
-    mine = [s for s in speeds if s.point.race == reading.RACE and s.seconds and s.entry.implementation == reading.CLIP]
-    if not mine:
-        return []
-    s = min(mine, key=seconds)
-    label = f"of {s.point['T']} frames are what one core reads and resizes, with a key frame every {s.point['G']}"
-    return [Number(number(1 / seconds(s)), "clips/s", label)]
+    """Return how many clips of the shortest length one core reads, a number a distance of key frames, one with resizing."""
+    mine = [s for s in speeds if s.point.race == reading.RACE and s.seconds]
+    shortest = min((s.point["T"] for s in mine), default=0)
+    rates = {(s.point["G"], s.entry.implementation): 1 / seconds(s) for s in mine if s.point["T"] == shortest}
+    found = []
+    for gop in sorted({gop for gop, _ in rates}):
+        for name, what in ((reading.FRAMES_ONLY, "frames of full size"), (reading.CLIP, "resized")):
+            if (gop, name) in rates and (name == reading.FRAMES_ONLY or gop == min(gop for gop, _ in rates)):
+                rival = rates.get((gop, reading.LOOP)) if name == reading.FRAMES_ONLY else None
+                beside = f"; {things.look(reading.LOOP).label} {number(rival)}" if rival else ""
+                said = f"by one core: {shortest} frames a clip, {what}, a key frame every {gop}{beside}"
+                found.append(Number(number(rates[gop, name]), "clips/s", said))
+    return found
 
+
+def _data_in_words(speeds: Sequence[Speed]) -> str:
+    """Return how many times as many clips as a loop over PyAV one core reads."""
+    times: dict[object, dict[str, float]] = {}
+    for s in speeds:
+        if s.point.race == reading.RACE and s.seconds:
+            times.setdefault(s.point, {})[s.entry.implementation] = seconds(s)
+    ours, rival = reading.FRAMES_ONLY, reading.LOOP
+    ratios = [of[rival] / of[ours] for of in times.values() if ours in of and rival in of]
+    return f"One core reads clips {_range(ratios)} times as fast as {things.look(reading.LOOP).label}." if ratios else ""

@@ -8,7 +8,7 @@ from harness.records.speed import GPU_WAYS, Point, Speed
 from harness.report import things, words
 from harness.report.curves import VIT, fault_note, memory, seconds
 from harness.report.figures import Drawing, chart, legend, line_look, logarithmic
-from harness.report.markdown import Markdown, sparse, table
+from harness.report.markdown import Markdown, sparse
 from harness.report.speed_tables import milliseconds, notes, number
 
 RACE = "loop"
@@ -101,7 +101,7 @@ def _best_forms(there: dict[Place, list[Speed]]) -> Markdown:
         rows.append((*cells, *(f"{r:.3g}" if r else "-" for r in ratios)))
     head = ["model, loop, clips"]
     head += [cell for kind in KINDS for cell in (f"{kind}: ms in its best form", "graph time")]
-    return table([*head, "upstream / ours", "of graphs", "share", "ViT / ours", "share"], rows)
+    return sparse([*head, "upstream / ours", "of graphs", "share", "ViT / ours", "share"], rows)
 
 
 def _in_form(speed: Speed) -> str:

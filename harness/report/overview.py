@@ -12,6 +12,7 @@ from harness.report.speed_figures import tokens
 from harness.report.speed_tables import fastest, number, status
 
 OTHER_MODELS = ("qwen2", "resamplers")  # subjects beside ours in its race that are neither upstream's way nor a ViT
+APART = (*OTHER_MODELS, "retrieval")  # subjects whose race has a table of its own, with a column an entry
 HEAD = ["", "forward, ms", "upstream", "ViT", "roofline", "with backward, ms", "kept", "upstream", "ViT", "roofline"]
 
 
@@ -53,9 +54,9 @@ def overview(speeds: Sequence[Speed]) -> str:
 
 
 def raced_with_others() -> list[str]:
-    """Return the races of operators in which other models run beside ours: Vamba, BIMBA."""
+    """Return the races of operators in which other models or ways run beside ours: Vamba, BIMBA, retrieval."""
     races = grids.races("operators").items()
-    return [name for name, race in races if any(subject in OTHER_MODELS for subject, _ in race.contenders)]
+    return [name for name, race in races if any(subject in APART for subject, _ in race.contenders)]
 
 
 def beside_others(speeds: Sequence[Speed]) -> str:

@@ -137,7 +137,7 @@ def test_readers_and_the_cores_that_feed_a_gpu(tmp_path: Path) -> None:
     found = reading.trained([old, new], speeds)
     assert [(t.run, t.rate, t.speed.point.way) for t in found] == [("new", 80.0, "eager"), ("new", 200.0, "graph")]
     table = rows(reading.cores(speeds, found))
-    assert table[1] == ["videomamba tiny fused:native", "8", "4", "eager", "80", "8", "16", "new, NVIDIA H200"]
+    assert table[1] == ["VideoMamba-Ti, ours", "8", "4", "eager", "80", "8", "16", "new, NVIDIA H200"]
 
 
 def test_the_papers_factors() -> None:

@@ -79,3 +79,26 @@ def test_a_stream_and_chunks() -> None:
     frames = [s for s in speeds if s.point.race == "stream"]
     eager = [dataclasses.replace(s, point=dataclasses.replace(s.point, way="eager")) for s in frames]
     assert "after 1,000 others: VideoMamba-Ti, eager" in headlines.numbers(eager, [])[0].label
+
+
+def test_readers_of_videos_beside_a_loop_over_pyav() -> None:
+    found = []
+    for gop, ours in ((12, 0.025), (250, 0.05)):
+        sizes = ("B", 1), ("T", 8), ("S", 224), ("L", 1569), ("G", gop)
+        for name, seconds in (("decode_frames", ours), ("read_clip", 2 * ours), ("pyav", 0.075)):
+            role = "rival" if name == "pyav" else "ours"
+            found.append(at(Entry("clips", name, role), Point("data", sizes, "infer", "read", "float32"), seconds))
+    assert sentence(found) == "One core reads clips 1.5 to 3.0 times as fast as a loop over PyAV."
+    assert [f"{n.value} {n.unit}" for n in headlines.numbers(found, [])] == ["40 clips/s", "20 clips/s", "20 clips/s"]
+    assert headlines.numbers(found, [])[0].label.endswith("a key frame every 12; a loop over PyAV 13.3")
+    assert sentence([s for s in found if s.entry.role == "ours"]).startswith("40 clips/s by one core: ")
+
+
+def test_a_loop_without_upstream_is_held_against_the_vit() -> None:
+    sizes = (("D", 192), ("B", 1), ("T", 2), ("S", 64), ("L", 33))
+    ours, vit = Entry("videomamba", "fused:cpu", "ours", variant="tiny"), Entry("vit", "sdpa", "rival", variant="tiny")
+    point = Point("loop", sizes, "infer", dtype="float32")
+    speeds = [at(ours, point, 0.16), at(vit, point, 0.08)]
+    where = "VideoMamba-Ti, inference, 1 clip of 2 frames, 64 px, float32"
+    assert sentence(speeds) == f"{where}: 0.50 times as fast as a ViT in a user's loop, each in its best form."
+    assert headlines.numbers(speeds, [])[0].value == "0.50x"
