@@ -218,8 +218,10 @@ def test_no_clips_and_no_tokens():
     dx, dweights, _, _ = conv.backward(y, None, empty, (weight,), None, None, FORWARD, True)
     assert dx.shape == empty.shape and not dweights[0].any()
     for reverse in BOTH:
-        _, final = causal_conv1d_native(torch.empty(2, 0, 5, device=DEVICE), weight, initial_state=state, reverse=reverse)
+        leaf = state.clone().requires_grad_()
+        _, final = causal_conv1d_native(torch.empty(2, 0, 5, device=DEVICE), weight, initial_state=leaf, reverse=reverse)
         assert torch.equal(final, state)
+        assert torch.equal(torch.autograd.grad(final, leaf, 2 * state)[0], 2 * state)
 
 
 @pytest.mark.parametrize("reverse", BOTH, ids=["forward", "reverse"])
@@ -238,6 +240,7 @@ def test_the_public_operator(reverse, monkeypatch):
         assert all(torch.allclose(got[k], want[k], rtol=1e-5, atol=1e-5) and got[k].dtype == want[k].dtype for k in want)
     x = tensors["x"].requires_grad_()
     _, state = causal_conv1d(**tensors, reverse=reverse, backend="native")
+    assert state.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
     assert torch.equal(
         torch.autograd.grad(state, x, dstate)[0],
         torch.autograd.grad(causal_conv1d_eager(**tensors, reverse=reverse)[1], x, dstate)[0],

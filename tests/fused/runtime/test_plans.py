@@ -138,6 +138,28 @@ def test_other_strides_alignments_and_sizes_are_other_plans(name):
     assert len([x for x in made(name) if isinstance(x, plans.Plan)]) == len(VIEWS), made(name)
 
 
+def test_strides_alignments_and_values_make_plans_of_their_own():
+    planned = Planned(lambda x, factor: (x[1:] * factor,))
+    base = torch.arange(20.0, device=DEVICE)
+    square = base[:16].view(4, 4)
+    kinds = [(square, 2.0), (square.t(), 2.0), (base[1:17].view(4, 4), 2.0), (square, 3.0)]
+    with plans.enabled(True, DEVICE):
+        for _ in range(3):
+            for x, factor in kinds:
+                assert torch.equal(planned(x, factor)[0], x[1:] * factor)
+    assert [type(x) for x in planned.plans().values()] == [plans.Plan] * len(kinds)
+
+
+@pytest.mark.usefixtures("nan_filled")
+def test_zeros_and_what_is_written_in_place_are_repeated():
+    planned = Planned(lambda x: (torch.zeros_like(x).add_(x),))
+    with plans.enabled(True, DEVICE):
+        for value in range(4):
+            x = torch.full((3,), float(value), device=DEVICE)
+            assert torch.equal(planned(x)[0], x)
+    assert [type(x) for x in planned.plans().values()] == [plans.Plan]
+
+
 def test_autocast_changes_nothing_inside_a_plan():
     block = layer().eval()
 
@@ -240,6 +262,17 @@ def test_what_cannot_be_repeated_runs_as_it_is():
         for value in range(4):
             assert torch.equal(planned(outside * value), outside * value + 1)
     assert [type(x) for x in planned.plans().values()] == [str] and len(calls) == 5  # the record is followed by a plain call
+
+
+@pytest.mark.parametrize("function", [lambda x: (x, x + 1), lambda x: (x * x.sum().item(),)], ids=["input", "number"])
+def test_a_result_that_is_an_input_or_depends_on_a_number_has_no_plan(function):
+    planned = Planned(function)
+    with plans.enabled(True, DEVICE):
+        for value in range(4):
+            x = torch.full((3,), float(value), device=DEVICE)
+            found, due = planned(x), function(x)
+            assert all(map(torch.equal, found, due)) and [y is x for y in found] == [y is x for y in due]
+    assert [type(x) for x in planned.plans().values()] == [str]
 
 
 def test_memory_that_no_step_writes_is_no_result_of_a_plan():
