@@ -57,6 +57,7 @@ def register(
     torch.library.register_fake(f"videomamba::{name}", fake, lib=_LIBRARY)  # unlike a Meta kernel, it knows the device
     operator = getattr(torch.ops.videomamba, name).default
     PLANNED[operator] = planned
+    apply: Callable[..., Any]
     if backward is not None:
         apply = functools.partial(_Forward.call, _Signature.of(operator, backward))
     else:

@@ -8,7 +8,7 @@ both the model and its average are candidates, in this order.
 import json
 import math
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fused.io.atomic_write import NotWritten, atomic_write
@@ -67,10 +67,10 @@ class BestModel:
         `results` are those of `evaluate`. Every process of the world calls this function. Raises NotWritten, an OSError, in
         all of them if it cannot be written.
         """
-        kind, key = ("mse", "mse") if "val_mse" in results else ("top1", "top1_all")
-        record = Record(step, "model", str(self.config.data.val), **{kind: results[f"val_{key}"]})
-        if f"val_ema_{key}" in results:
-            of_ema = replace(record, weights="ema", **{kind: results[f"val_ema_{key}"]})
+        val = str(self.config.data.val)
+        record = Record(step, "model", val, results.get("val_top1_all"), results.get("val_mse"))
+        if average is not None:
+            of_ema = Record(step, "ema", val, results.get("val_ema_top1_all"), results.get("val_ema_mse"))
             record = record if record.score >= of_ema.score else of_ema
         if not record.score > (self.record.score if self.record is not None else -math.inf):  # NaN is never better
             return False
