@@ -289,19 +289,22 @@ def test_launch_in_a_thread_without_a_context_and_failure(mocked):
 
 def test_another_thread_may_launch_before_the_driver_has_read_the_arguments(mocked):
     module, driver = mocked
-    read, x = driver.cuLaunchKernel, torch.zeros(4)
+    kinds, x = driver.kinds, torch.zeros(4)
 
     def launch(number):
         module.launch("k", (number, 1, 1), 64, 0, x, number, float(number), None)
 
-    def waits(*arguments):
-        driver.cuLaunchKernel = read
-        other = threading.Thread(target=launch, args=(2,))
-        other.start()
-        other.join()
-        return read(*arguments)
+    class Overtaken(tuple):
+        """The kinds of the arguments, by which the driver reads them; before it does, another thread launches."""
 
-    driver.cuLaunchKernel = waits
+        def __iter__(self):
+            driver.kinds = kinds
+            other = threading.Thread(target=launch, args=(2,))
+            other.start()
+            other.join()
+            return iter(kinds)
+
+    driver.kinds = Overtaken(kinds)
     launch(1)
     assert [values[1:3] for _, _, values in driver.launches] == [[2, 2.0], [1, 1.0]]
 
