@@ -18,7 +18,8 @@ import torch
 
 from fused import backends
 from fused.train import checkpoints, parallel, run_folder, tasks
-from fused.train.config import VAL_KEYS, TrainConfig
+from fused.train.config import TrainConfig
+from fused.train.config_keys import VAL_KEYS
 from fused.train.data.captioned import AlternatingBatches, CaptionData
 from fused.train.data.clips import BadFile, Batches, ClipFolder, batches
 from fused.train.data.first_look import try_videos
