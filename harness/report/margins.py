@@ -71,7 +71,7 @@ def heat_map(records: Sequence[Record], folder: Path) -> list[Drawing]:
                 axes.text(x, y, said, ha="center", va="center", fontsize=7.5, color="#fefefe" if dark else "#111111", url=link)
         axes.set(xlim=(-0.5, max(3, len(who)) - 0.5), ylim=(len(checks) - 0.5, -0.5))
         names = [
-            textwrap.fill(name.removeprefix("fused:").replace("_", " "), 11) + "\n(rival)" * (role == "rival")
+            textwrap.fill(things.look(name).label, 13, break_long_words=False) + "\n(rival)" * (role == "rival")
             for name, role in who
         ]
         axes.set_xticks(range(len(who)), names, fontsize=8)
@@ -95,7 +95,8 @@ def margins(records: Sequence[Record], folder: Path) -> list[Drawing]:
     with chart(folder, "margins", 5.4, 1.2 + 0.3 * len(checks)) as axes:
         for y, check in enumerate(checks):
             exact = sum(s.record.check == check and s.finding.ratio == 0 for s in found)
-            axes.text(0.0, y - 0.36, f"{exact:,} exact", transform=axes.get_yaxis_transform(), fontsize=7, color=INK)
+            said = f"{exact:,} exact" if exact else ""
+            axes.text(0.01, y - 0.36, said, transform=axes.get_yaxis_transform(), fontsize=7, color=INK)
         whose = {s.record.implementation: s.record.role for s in inexact}
         names = sorted(whose, key=lambda name: (whose[name] == "rival", things.rank(name)))
         for name in reversed(names):

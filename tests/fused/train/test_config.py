@@ -82,7 +82,7 @@ def test_what_is_printed_is_accepted_when_complete(task: str, tmp_path: Path, ca
 
 
 def set_keys(task: str) -> list[str]:
-    more = ["start=folder"] if task in LANGUAGE_TASKS else ["teacher=clip"] * (task != "finetune")
+    more = ["start=folder"] if task in LANGUAGE_TASKS else ["teacher=clip"] * (task not in ("finetune", "regress"))
     return [f"task={task}", *LEAST[1:-1], "steps=3", *more]
 
 
