@@ -236,8 +236,10 @@ def box(run: Run) -> str:
 
 
 def again(run: Run) -> str:
-    """Return the command of the run as a block."""
-    return fence(run.about.get("command", "(not recorded; the plan above says what was asked)"))
+    """Return the command of the run as a block, and which commit's checkout it ran in."""
+    commit = run.about.get("commit") or run.about.get("box", {}).get("git", {}).get("commit")
+    where = f"From a checkout of commit {code(str(commit)[:10])}, after `pip install -e .[harness]`:\n\n" if commit else ""
+    return where + fence(run.about.get("command", "(not recorded; the plan above says what was asked)"))
 
 
 def _sessions(run: Run) -> str:

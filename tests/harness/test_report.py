@@ -173,7 +173,8 @@ def test_video_and_box(run):
     said = text(run)
     assert "1 case used frames of a real video: the shipped clip, `bigbuckbunny.mp4`." in said
     assert "| git | f00d, WITH CHANGES |" in said and "| packages | torch 2.8.0, timm none |" in said
-    assert "## How to repeat it\n\n```\npython -m harness parity\n```\n" in said
+    where = "From a checkout of commit `f00d`, after `pip install -e .[harness]`:"
+    assert f"## How to repeat it\n\n{where}\n\n```\npython -m harness parity\n```\n" in said
 
 
 def test_every_finding_is_in_the_plot_of_margins(run):
