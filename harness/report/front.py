@@ -15,6 +15,7 @@ from harness.report import (
     html,
     overview,
     page,
+    race_numbers,
     speed_figures,
     things,
     words,
@@ -69,7 +70,7 @@ def write(folder: Path) -> Path:
         Section("Glossary", glossary.terms(), folded=True),
     ]  # fmt: skip
     verdict, picture = " ".join(filter(None, said)), _picture(families, newest, folder)
-    front = Page("Mamba video models: what was measured", verdict, numbers[: headlines.MOST], picture, sections)
+    front = Page("Mamba video models: what was measured", verdict, numbers[: race_numbers.MOST], picture, sections)
     return html.write_html(folder, front, STEM)
 
 

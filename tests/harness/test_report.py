@@ -145,7 +145,8 @@ def test_failures_are_told_by_kind(tmp_path):
     assert kinds == [faults.NOT_ZERO, faults.OUTSIDE, faults.OUTSIDE, faults.NOT_REPEATABLE, faults.OTHER, faults.REFUSED]
     assert faults.of(many[2]) == (faults.OUTSIDE, pytest.approx(1.01), pytest.approx(1.01 / 50))
     said = text(made(tmp_path, many))
-    assert "| rival (rival) | 6 | 6 | 2 | 1 | 1 | 1 | 1 | 0 | 0 | 0 | 1.01 | 0.0202 |" in said
+    assert "| rival (rival) | 6 | 6 | 2 | 1 | 1 | 1 | 1 | 1.01 | 0.0202 |" in said and "| crashed |" not in said
+    assert "\n\nNothing of ours.\n" in said
     assert "A.grad, l2: 1e-08 where exactly 0 is due" in said and "7 elements differ" in said and "inf budgets" not in said
 
 
