@@ -10,6 +10,7 @@ from fused.io.preprocessing import RULES as PREPROCESSING_RULES
 from fused.io.preprocessing import Preprocessing
 from fused.models.retrieval.config import RetrievalConfig
 from fused.models.videomamba.config import VideoMambaConfig
+from fused.models.videomamba.published import PRETRAINED
 from fused.models.videomamba.resize import INFLATIONS
 from fused.rules import (
     COUNT,
@@ -32,7 +33,7 @@ from fused.train.objectives.losses import ALIGNMENTS
 from fused.train.optim import DECAY_RULES
 from fused.train.unknown_key import unknown_key
 
-CLIP_TASKS = ("finetune", "pretrain", "distill", "retrieval")  # on videos, of a VideoMamba
+CLIP_TASKS = ("finetune", "pretrain", "distill", "retrieval", "regress")  # on videos, of a VideoMamba
 TASKS = (*CLIP_TASKS, *LANGUAGE_TASKS)
 MASKS = ("attention", "random", "tube", "clip-row", "frame-row")
 GATHERS = ("exact", "upstream")
@@ -40,22 +41,23 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 SIZES = ("tiny", "small", "middle", "base")
 # Keys of data that validation videos may have of their own, as val_separator.
 VAL_KEYS = ("separator", "prefix", "columns", "frame_pattern")
-# Keys that only the task "retrieval" reads, and those of validation, which needs classes.
-RETRIEVAL_KEYS = (
-    "text", "loss.vtc", "loss.vtm", "loss.mlm", "loss.uta", "loss.gather",
-    *(f"data.{name}" for name in ("images", "images_prefix", "paragraph", "crop", "first_seconds")),
-)  # fmt: skip
+# Keys that only the task "retrieval" reads, those of "regress", and those of validation, which needs classes or targets.
+RETRIEVAL_DATA_KEYS = tuple(f"data.{name}" for name in ("images", "images_prefix", "paragraph", "crop", "first_seconds"))
+RETRIEVAL_KEYS = ("text", "loss.vtc", "loss.vtm", "loss.mlm", "loss.uta", "loss.gather", *RETRIEVAL_DATA_KEYS)
+TARGET_KEYS = ("data.target_mean", "data.target_std")
 VALIDATION_KEYS = ("data.val", *(f"data.val_{name}" for name in VAL_KEYS), "evaluate_every")
 # Keys that a task does not read. Setting one is an error, and they are not printed.
 UNUSED_KEYS = {
-    "finetune": ("mask", "teacher", "loss.alignment", "loss.distillation", "language", *RETRIEVAL_KEYS),
+    "finetune": ("mask", "teacher", "loss.alignment", "loss.distillation", "language", *TARGET_KEYS, *RETRIEVAL_KEYS),
+    "regress": ("mask", "mix", "teacher", "loss", "text", "language", *RETRIEVAL_DATA_KEYS),
     "pretrain": (
-        "mix", "mask.image_ratio", "loss.label_smoothing", "loss.distillation", "language", *VALIDATION_KEYS, *RETRIEVAL_KEYS,
+        "mix", "mask.image_ratio", "loss.label_smoothing", "loss.distillation", "language", *VALIDATION_KEYS, *TARGET_KEYS,
+        *RETRIEVAL_KEYS,
     ),
-    "distill": ("mask", "loss.alignment", "language", *RETRIEVAL_KEYS),
+    "distill": ("mask", "loss.alignment", "language", *TARGET_KEYS, *RETRIEVAL_KEYS),
     "retrieval": (
         "mix", "loss.label_smoothing", "loss.distillation", "language", "data.separator", "data.columns", "data.augment",
-        "data.repeats", *VALIDATION_KEYS,
+        "data.repeats", *VALIDATION_KEYS, *TARGET_KEYS,
     ),
 }  # fmt: skip
 # Keys without a default. `teacher`, for tasks that read it, and one of `steps` and `epochs` are needed too.
@@ -83,11 +85,13 @@ class DataConfig:
     separator: str | None = None  # of a list: tab, comma, semicolon, blank; None: found out
     prefix: str | None = None  # the folder of a list's paths; None: that of the list
     columns: tuple[str, ...] | None = None  # of a list: path, label, frames, seconds, skip; None: found out
-    frame_pattern: str | None = None  # of the images in folders of frames, such as img_*.jpg; None: all images
+    frame_pattern: str | None = None  # of the images in folders of frames, such as img_*.jpg or img_%05d.jpg; None: all
     val_separator: str | None = None  # the same four of `val`; None: as those of `train`
     val_prefix: str | None = None
     val_columns: tuple[str, ...] | None = None
     val_frame_pattern: str | None = None
+    target_mean: int | float = 0  # a regression learns (number - target_mean) / target_std of the numbers on the lists
+    target_std: int | float = 1
     frames: int | None = 8  # of a clip; None: images, for an image model
     size: Size = 224  # pixels of a side, or [height, width]
     sampling: str = "segments"
@@ -264,10 +268,11 @@ class TrainConfig:
             if key not in known:
                 raise unknown_key(f"model.{key}", [f"model.{name}" for name in known], all_keys())
         one_of(SIZES).optional().check("model.size", self.model.get("size"))
-        from_folder = self.start is not None and not Path(self.start).is_file()
-        if from_folder and self.model.get("size") is not None:
-            raise invalid("model.size", self.model["size"], f"null, since start ({self.start}) says what the model is")
-        if not from_folder and self.model.get("stride") is None:  # a folder says itself how large its patches are
+        start = self.start
+        if start is not None and self.model.get("size") is not None and (start in PRETRAINED or Path(start).is_dir()):
+            raise invalid("model.size", self.model["size"], f"null, since start ({start}) says what the model is")
+        # a folder says itself how large its patches are
+        if (start is None or Path(start).is_file()) and self.model.get("stride") is None:
             _check_frame_size(self.data.size, self.model.get("patch_size", VideoMambaConfig.patch_size))
 
     def _check_retrieval(self) -> None:
@@ -406,6 +411,8 @@ RULES = (
     | {
         "task": one_of(TASKS),
         "data.val": _FOLDER.optional(),
+        "data.target_mean": Rule(lambda value: is_number(value, lambda x: abs(x) < float("inf")), "a number"),
+        "data.target_std": POSITIVE,
         "data.augment": Rule(_is_policy, ALLOWED).optional(),
         "optim.warmup_epochs": POSITIVE_OR_0.optional(),
         "data.scale": _pair(lambda low, high: 0 < low <= high <= 1, "two shares of the frame's area, 0 < low <= high <= 1"),

@@ -19,7 +19,7 @@ from fused.train.unknown_key import unknown_key
 MISSING = {
     "task": f"required: {', '.join(TASKS)}",
     "out": "required: the folder of the run",
-    "data.train": "required: a folder of videos, or a list of them; for retrieval a file of captions",
+    "data.train": "required: a folder of videos, or a list of them, to regress with numbers; for retrieval a file of captions",
     "steps": "required: this or epochs",
     "epochs": "required: this or steps",
     "teacher": "required: a folder, or a name in fused.PRETRAINED; for retrieval with loss.uta only",

@@ -22,6 +22,7 @@ from fused.train.config import VAL_KEYS, TrainConfig
 from fused.train.data.captioned import AlternatingBatches, CaptionData
 from fused.train.data.clips import BadFile, Batches, ClipFolder, batches
 from fused.train.data.first_look import try_videos
+from fused.train.data.target_clips import TargetClips
 from fused.train.ema import WeightAverage
 from fused.train.interrupt import Interrupt
 from fused.train.log import Log, peak_memory_mib
@@ -60,8 +61,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, world: World) -> None:
         self.config, self.world, self.folder = config, world, Path(str(config.out))
-        if config.backend != "auto":
-            backends.choose(config.backend, world.device)  # raises now rather than in the first step
+        backends.check_can_run(config.backend, world.device)
         self.data = self.training_data()
         self.val = val = self._clip_folder("val", self.data.classes) if config.data.val is not None else None
         repeats = config.data.repeats
@@ -112,7 +112,7 @@ class Trainer:
         name = names.get(str(config.task), "VideoMamba")
         processes = f"{world.size} processes" if world.size > 1 else "1 process"
         classes = f" in {len(self.data.classes)} classes" if self.data.classes else ""
-        kind = "videos" if config.data.frames else "images"
+        kind = "pairs of video and caption" if config.task == "retrieval" else "videos" if config.data.frames else "images"
         lines = [
             f"{config.task}: {name}, {parameters:.3g} M parameters, on {world.device.type}, {processes}",
             f"{len(self.data)} {kind}{classes}, {self.steps_per_epoch} steps an epoch, {self.total} steps",
@@ -271,8 +271,7 @@ class Trainer:
 
     def build_task(self) -> Any:
         """Return the task with its models."""
-        captions = self.data if isinstance(self.data, CaptionData) else None
-        return tasks.build_task(self.config, self.data.classes, self.world.device, captions)
+        return tasks.build_task(self.config, self.data.classes, self.world.device, self.data)
 
     def make_feed(self, micro_batches: Any) -> Any:
         """Return the micro-batches as `forward_backward` takes them."""
@@ -299,7 +298,11 @@ class Trainer:
             own = {name: getattr(data, f"val_{name}") for name in VAL_KEYS}
             options |= {name: value for name, value in own.items() if value is not None}
         try:
-            folder = ClipFolder(root, data.frames, data.size, train=key == "train", classes=classes, **options)
+            kind: type[ClipFolder] = ClipFolder
+            if self.config.task == "regress":
+                kind, classes = TargetClips, ()
+                options |= {"mean": data.target_mean, "std": data.target_std}
+            folder = kind(root, data.frames, data.size, train=key == "train", classes=classes, **options)
             folder.notes += tuple(try_videos(folder))
             return folder
         except (ValueError, OSError) as error:

@@ -67,9 +67,8 @@ class Campaign:
         tree, caught, survivors = self._trees.get(), [], []
         for mutant in batch:
             start = time.monotonic()
-            killer = [mutant.killer] if mutant.killer else []
             with tree.planted([mutant]):
-                answer = tree.test([*killer, *mutant.tests], self._seconds)
+                answer = tree.test(mutant.ordered_tests(), self._seconds)
             if answer.code == 0:
                 survivors.append(mutant)
             else:
@@ -77,7 +76,8 @@ class Campaign:
         self._check(tree, [answer for _, answer, _ in caught])
         for mutant, answer, _ in caught:
             if answer.died:  # tests that take as long, or crash, without the bug have found nothing
-                self._sound[mutant.name] = tree.test(mutant.tests, self._seconds).code == 0
+                tests = [answer.running] if answer.running else mutant.tests
+                self._sound[mutant.name] = tree.test(tests, self._seconds).code == 0
         for mutant, answer, seconds in caught:
             self._tell(self._caught(mutant, answer, seconds))
         self._trees.put(tree)
@@ -115,9 +115,10 @@ class Campaign:
         """Return the record of a bug on which the tests did not pass."""
         if answer.died:
             how = f"did not end within {self._seconds:.0f} s" if answer.code is None else f"died by signal {-answer.code}"
+            how = f"{answer.running or 'the tests'} {how}"
             if self._sound.get(mutant.name):
-                return self._record(mutant, "pass", 0.0, f"the tests {how}", seconds=seconds)
-            return self._record(mutant, "error", reason=f"the tests {how}, or do not pass without the bug: {mutant.tests}")
+                return self._record(mutant, "pass", 0.0, how, seconds=seconds)
+            return self._record(mutant, "error", reason=f"{how}, or does not pass without the bug: {mutant.tests}")
         if answer.code not in RAN or not answer.failed:
             return self._record(mutant, "error", reason=f"pytest exits with {answer.code}: {answer.output[-400:]}")
         if unsound := [test for test in answer.failed if not self._sound[test]]:

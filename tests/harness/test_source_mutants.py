@@ -1,6 +1,7 @@
 """Bugs planted in the sources of a small project: which tests count, what survives, what a run keeps and says."""
 
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -102,7 +103,9 @@ def test_every_verdict_and_the_page(project: Path, tmp_path: Path) -> None:
     assert "SURVIVED numbers_of_mine.py: unseen: numbers_of_mine.py:2: 'return 2 * x' became 'return 2 * x + 0'" in done.output
     said = {r.case.partition(": ")[2]: r.reason or r.findings[0].note for r in run.records}
     assert said["always fails"] == "it fails without the bug too: tests/test_narrow.py::test_never"
-    assert said["caught by the room"] == "tests/test_wide.py::test_next" and "within 8 s" in said["hangs"]
+    assert said["caught by the room"] == "tests/test_wide.py::test_next"
+    assert said["hangs"] == "tests/test_narrow.py::test_slow did not end within 8 s"
+    assert said["dies"] == "tests/test_narrow.py::test_dies died by signal 6"
     page = (tmp_path / "run" / "report.md").read_text()
     assert "| judge | 4 | 1 | 1 | 67 % | 1 | 1 | 3 |" in page and "numbers commute" in page and "no test of the cost" in page
     assert not list(tmp_path.glob("source-mutants-*")) and (project / "numbers_of_mine.py").read_text() == CODE
@@ -158,7 +161,31 @@ def test_a_sample_is_drawn_by_the_commit(project: Path) -> None:
 def test_the_tests_that_found_bugs_are_noted_in_the_data(project: Path) -> None:
     name = "numbers_of_mine.py: "
     found = {name + "caught": "tests/test_narrow.py::test_twice[a-b]", name + "hangs": "the tests did not end within 8 s"}
+    found[name + "dies"] = "tests/test_narrow.py::test_dies[a b] died by signal 6"
     before = catalogue.read_file(project / "data" / "judge.jsonl")
     catalogue.note_killers(found, project / "data")
     after = catalogue.read_file(project / "data" / "judge.jsonl")
-    assert after == [replace(m, killer="tests/test_narrow.py::test_twice" * (m.bug == "caught")) for m in before]
+    noted = {"caught": "tests/test_narrow.py::test_twice", "dies": "tests/test_narrow.py::test_dies"}
+    assert after == [replace(m, killer=noted.get(m.bug, "")) for m in before]
+
+
+def test_the_test_that_found_a_bug_goes_first_with_the_parameters_that_the_data_name() -> None:
+    tests = ("a.py", "b.py::test_x[1]", "b.py::test_xy")
+    mutant = SourceMutant("judge", **bug("x", "test_twice") | {"tests": tests})
+    assert mutant.ordered_tests() == [*tests]
+    assert replace(mutant, killer="b.py::test_x").ordered_tests() == ["b.py::test_x[1]", "a.py", "b.py::test_xy"]
+    assert replace(mutant, killer="a.py::test_z").ordered_tests() == ["a.py::test_z", *tests]
+
+
+def test_a_tree_begins_with_the_emulated_kernels_of_the_last_day(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "mine"))
+    folder = tmp_path / "mine" / "videomamba-bench" / "emulated"
+    folder.mkdir(parents=True)
+    for name in ("new.so", "old.so", "draft"):
+        (folder / name).write_text(name)
+    os.utime(folder / "old.so", (0, 0))
+    with Tree(project) as tree:
+        copies = tree.root.parent / "cache" / "videomamba-bench" / "emulated"
+        assert [path.name for path in copies.iterdir()] == ["new.so"] and not (copies / "new.so").is_symlink()

@@ -197,15 +197,19 @@ class VambaDecoderLayer(nn.Module):
         return text + self.mlp(h)
 
     def balance(self, s: Tensor, c: Tensor | None) -> Tensor:
-        """Return alpha s + (1 - alpha) c, with alpha clamped."""
+        """Return alpha s + (1 - alpha) c, with alpha clamped, rounded once.
+
+        It is summed in at least float32, also alpha's gradient: one number for all tokens, in which s and c nearly cancel.
+        """
         alpha: Tensor = self.alpha
         if self.training or torch.is_grad_enabled():
             alpha.data.clamp_(0, 1)  # not seen by autograd, so that several forwards may precede a backward
             alpha = alpha + (alpha.clamp(0, 1) - alpha).detach()  # a copy, such as that of a sharded parameter, is clamped too
         else:
             alpha = alpha.clamp(0, 1)
-        if c is None:
-            return alpha * s
         if s.dtype == alpha.dtype and not torch.is_grad_enabled():
-            return torch.lerp(c, s, alpha)
-        return alpha * s + (1 - alpha) * c
+            return alpha * s if c is None else torch.lerp(c, s, alpha)
+        precise = accumulation_dtype(s.dtype)
+        weight, wide = alpha.to(precise), s.to(precise)
+        update = weight * wide if c is None else torch.lerp(c.to(precise), wide, weight)
+        return update.to(torch.promote_types(s.dtype, alpha.dtype))

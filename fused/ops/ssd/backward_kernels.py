@@ -244,7 +244,8 @@ def steps_backward_kernel(
 ):  # fmt: skip
     """Compute ddt (B, L, H) and the chunks' sums for dA and ddt_bias, (B, chunks, H).
 
-    The first two tensors of numbers by token or chunk have READ_PARTS blocks that are added up, the others PARTS.
+    The first two tensors of numbers by token or chunk have READ_PARTS blocks that are added up, the others PARTS. `into` is
+    read from the token before: a token's own `into` does not contain its decay, and subtracted from a sum it would lose digits.
     """
     clip = (tl.program_id(0) // num_chunks).to(tl.int64)
     clips = tl.num_programs(0) // num_chunks
@@ -262,13 +263,14 @@ def steps_backward_kernel(
     within, into, step = tl.zeros_like(read), tl.zeros_like(read), tl.zeros_like(read)
     for part in tl.static_range(PARTS):
         within += tl.load(within_ptr + part * part_stride * CHUNK + offsets, mask=of_head, other=0.0)
-        into += tl.load(into_ptr + part * part_stride * CHUNK + offsets, mask=of_head, other=0.0)
+        before = into_ptr + part * part_stride * CHUNK + offsets - 1
+        into += tl.load(before, mask=of_head & (tl.arange(0, CHUNK) > 0)[:, None], other=0.0)
         step += tl.load(step_ptr + part * part_stride * CHUNK + offsets, mask=of_head, other=0.0)
     if EXACT:
         dlog = within + tl.cumsum(read, axis=0, reverse=True)
     else:
         dlog = tl.cumsum(read + within, axis=0, reverse=True)
-    dlog += (tl.cumsum(into, axis=0) - into) + through[None, :]
+    dlog += tl.cumsum(into, axis=0) + through[None, :]
     inside = (position < L)[:, None] & (heads < H)[None, :]
     A = tl.load(A_ptr + heads, mask=heads < H, other=0.0).to(tl.float32)
     d = tl.load(d_ptr + offsets, mask=of_head, other=0.0)

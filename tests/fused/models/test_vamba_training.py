@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from rule import assert_rule, outcome
 
-from fused import Vamba, VambaConfig
+from fused import Vamba, VambaConfig, VambaDecoderLayer
 from fused.models.vamba.training import init_cross_attention, init_mixers, select_trainable
 
 SIZES = {
@@ -42,6 +43,32 @@ def test_mixers_begin_as_upstreams():
     edge = (256 * 3) ** -0.5
     assert mixer.out_proj.weight.abs().max() <= edge
     assert mixer.out_proj.weight.std().item() == pytest.approx(edge / 3**0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("has_video", [True, False], ids=["a video", "text only"])
+def test_alphas_gradient_is_one_sum_rounded_once(has_video, dtype):
+    """Half of the tokens read and learn almost the opposite of the other half, so that the sum over tokens cancels."""
+
+    def formula(s, alpha, c=None):
+        return (alpha * s if c is None else alpha * s + (1 - alpha) * c,)
+
+    def layers(s, alpha, c=None):
+        layer = VambaDecoderLayer(VambaConfig(**SIZES))
+        del layer.alpha
+        layer.alpha = alpha
+        return (layer.balance(s, c),)
+
+    samples = []
+    for seed in range(8):
+        g = torch.Generator().manual_seed(seed)
+        s, c, dout = (torch.randn(2, 33, 16, generator=g) for _ in range(3))
+        given = {"s": torch.cat((s, s), 1), "alpha": 0.1 + 0.8 * torch.rand(1, generator=g)}
+        given |= {"c": torch.cat((c, c), 1)} if has_video else {}
+        given, dout = {k: v.to(dtype) for k, v in given.items()}, [torch.cat((dout, -dout * (1 + 2**-5)), 1).to(dtype)]
+        truth, plain = (outcome(formula, given, dout, precision) for precision in (torch.float64, torch.float32))
+        samples.append((outcome(layers, given, dout, None), truth, plain))
+    assert_rule(samples)
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft"])
@@ -88,6 +115,16 @@ def test_recomputed_layers_give_the_same_gradients_in_less_memory():
         kept.append(saved)
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert kept[1] < kept[0] / 2
+
+
+def test_a_layer_that_runs_again_reads_as_many_keys_as_its_mask_has():
+    net, found = model().double(), []
+    given = {k: v.double() if k == "video" else v for k, v in batch().items()}
+    given["attention_mask"] = torch.block_diag(torch.ones(5, 5), torch.ones(4, 4)).tril().long()[None, None]
+    for recompute in (False, True):
+        net.recompute_layers = recompute
+        found.append(torch.autograd.grad(net(**given).loss, list(net.parameters()), allow_unused=True))
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_a_cache_is_kept_also_where_layers_would_be_recomputed():

@@ -107,6 +107,25 @@ def test_small_steps_keep_their_digits():
         assert ssd_native(x, dt, A, x, x)[0].item() == pytest.approx(want, rel=4e-7), raw
 
 
+def test_decays_of_short_memory_keep_their_digits():
+    """The gradient of a decay is small beside what tokens put into a state whose gradient is large: no sum may hold both."""
+
+    def one(seed, reverse):
+        tensors, cotangents, _ = inputs(seed, (2, 9, 4, 8, 1, 16), "everything")
+        del tensors["z"]
+        tensors["A"] = 4 * tensors["A"]
+        tensors["dt"] = tensors["dt"] + 2
+        options = {"reverse": reverse}
+        return (
+            outcome(lambda **x: ssd_native(**x, **options), tensors, cotangents, None),
+            outcome(lambda **x: naive.ssd(**x, **options), double(tensors), cotangents, torch.float64),
+            outcome(lambda **x: naive.ssd(**x, **options), tensors, cotangents, torch.float32),
+        )
+
+    for reverse in (False, True):
+        assert_rule(one(seed, reverse) for seed in range(6))
+
+
 def test_repeats_and_ignores_its_neighbours(monkeypatch):
     tensors, cotangents, options = inputs(0, (3, 20, 2, 3, 1, 4), "segments")
     del tensors["z"]  # the gate's gradient is PyTorch's, whose rounding depends on the place on a CPU

@@ -118,6 +118,13 @@ def test_machine_code_is_kept(disk):
     assert len(disk.compiled) == len(list(cubin_cache.folder().iterdir())) == 2
 
 
+@compiles
+def test_another_version_of_the_compiler_has_files_of_its_own(monkeypatch):
+    key = nvrtc.cache_key("source", THREADS, "sm_90")
+    monkeypatch.setattr(cuda_module.bindings("nvrtc"), "nvrtcVersion", lambda: (0, 1, 2))
+    assert nvrtc.cache_key("source", THREADS, "sm_90") != key
+
+
 @pytest.mark.parametrize(
     "damage", [lambda b: b[:-3], lambda b: b[:20], lambda b: b"", lambda b: b[:-1] + b"?", lambda b: b + b"?"]
 )
