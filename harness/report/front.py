@@ -70,7 +70,9 @@ def write(folder: Path) -> Path:
         Section("Glossary", glossary.terms(), folded=True),
     ]  # fmt: skip
     verdict, picture = " ".join(filter(None, said)), _picture(families, newest, folder)
-    front = Page("Mamba video models: what was measured", verdict, numbers[: race_numbers.MOST], picture, sections)
+    machines = dict.fromkeys(str(run.about["box"].get("gpu") or run.about["box"].get("cpu")) for run in runs.values())
+    title = f"Mamba video models: what was measured on {', '.join(machines) or 'no machine yet'}"
+    front = Page(title, verdict, numbers[: race_numbers.MOST], picture, sections)
     return html.write_html(folder, front, STEM)
 
 

@@ -70,6 +70,7 @@ def test_the_front_page(checkout: Path) -> None:
     text = front.write(folder).read_text()
     said = re.sub("<[^>]*>", "", text)
     assert "VideoMamba-Ti is 4.0 to 10 times as fast as upstream in inference" in said
+    assert "<h1>Mamba video models: what was measured on NVIDIA H200</h1>" in text
     assert "the one answer within the tolerance, the tightest at 25 % of its budget." in said
     assert "No accepted run asks about bimba, " in said and "| scan" not in said and "1 of 1" in said
     assert 'href="accepted/h200/20300201-bench/report.html"' not in text  # there is no such page yet
