@@ -10,8 +10,10 @@ import torch
 
 from fused.train import loop
 from fused.train.__main__ import main
-from fused.train.config import SECTIONS, TASKS, all_keys
+from fused.train.config import all_keys
 from fused.train.config_file import read_config, to_yaml
+from fused.train.config_keys import TASKS
+from fused.train.config_sections import SECTIONS
 from fused.train.language.options import LANGUAGE_TASKS
 
 LEAST = ["task=finetune", "out=run", "data.train=videos", "steps=3"]
