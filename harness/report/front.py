@@ -160,5 +160,7 @@ def _runs(runs: Mapping[Path, Run], ages: Mapping[Path, tuple[str, ...] | None],
         link = Markdown(f"[{escape(where.name)}]({where.relative_to(folder)}/report.html)")
         box, said = run.about["box"], bench.verdict(run) if run.about["kind"] == "bench" else page.verdict(run)
         day = run.about["started"][:10]
-        rows.append((link, run.about["kind"], day, box.get("gpu") or box.get("cpu"), said, freshness.in_words(ages[where])))
+        narrowed = run.about.get("filtered") or any(run.about["plan"].get(key) for key in ("races", "points", "names"))
+        kind = run.about["kind"] + ", a part" * bool(narrowed)
+        rows.append((link, kind, day, box.get("gpu") or box.get("cpu"), said, freshness.in_words(ages[where])))
     return table(["run", "kind", "day", "on", "says", "its code"], rows)

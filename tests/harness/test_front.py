@@ -112,6 +112,7 @@ def test_every_race_and_family_has_its_newest_numbers(checkout: Path) -> None:
     readme.write_text("\n".join(accepted.MARKERS))
     accepted.refresh(readme, here)
     block = readme.read_text()
+    assert said.count("bench, a part") == 1, "the list of accepted runs says which asked a part"
     assert "bimba (a part): on one NVIDIA H200" in block and "stream, chunks: on one" in block
     assert "### BIMBA's compressor\n\nFrom [20300101-bimba](accepted/h200/20300101-bimba/report.md):" in block
     sweeps.made(here / "20290101-whole", bimba, started="2029-01-01").save()
