@@ -58,6 +58,15 @@ def test_chunks_equal_the_whole(package, options, cuts):
         torch.testing.assert_close(got, want)
 
 
+def test_without_tokens_the_state_stays(package):
+    module, u = mixer(package), tokens()[:, :0].requires_grad_()
+    state = tuple(torch.randn_like(s).requires_grad_() for s in module.init_state(2))
+    out, after = module(u, state=state, return_state=True)
+    grads = torch.autograd.grad([out.sum(), *(s.sum() for s in after)], [u, *state])
+    assert out.shape == u.shape and all(map(torch.equal, after, state))
+    assert grads[0].shape == u.shape and all(bool((g == 1).all()) for g in grads[1:])
+
+
 @pytest.mark.parametrize("bimamba", [False, True], ids=["causal", "bidirectional"])
 def test_segments_equal_each_alone(package, bimamba):
     module, u = mixer(package, bimamba=bimamba), tokens(1).requires_grad_()

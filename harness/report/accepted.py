@@ -47,7 +47,8 @@ def write(page: Path, runs: Mapping[Path, Run]) -> None:
 
 def newest_races(runs: Mapping[Path, Run]) -> dict[str, Path]:
     """Return of every race the newest run that timed ours in it, at all points and with all rivals; without one at a part."""
-    whole, part = {}, {}
+    whole: dict[str, Path] = {}
+    part: dict[str, Path] = {}
     for folder, run in sorted(runs.items(), key=lambda item: item[1].about["started"]):
         if run.about["kind"] == "bench":
             timed = {s.point.race for s in run.speeds if s.entry.role == "ours" and s.seconds}

@@ -15,6 +15,7 @@ from harness.report import (
     html,
     overview,
     page,
+    race_numbers,
     speed_figures,
     things,
     words,
@@ -27,7 +28,15 @@ from harness.runs.store import Run
 
 STEM = "index"
 LINES = 5  # of the trend
-AGAIN = "```\nnox -s parity\nnox -s bench\npython -m harness accept reports/runs/RUN\n```"
+AGAIN = """\
+From a checkout, on a machine with an NVIDIA GPU; every run's own page has its command and its commit:
+
+```
+pip install nox
+nox -s parity
+nox -s bench
+python -m harness accept reports/runs/RUN
+```"""
 
 
 def write(folder: Path) -> Path:
@@ -42,8 +51,9 @@ def write(folder: Path) -> Path:
     numbers, said = headlines.numbers(speeds, families)[:3], [headlines.sentence(speeds, families)]
     if largest:
         said.append(page.in_short(largest))
-        numbers += [n._replace(label=f"answers of ours in the newest large parity run passed: {', '.join(_names(largest))}")
-                    for n in page.numbers(largest)[:1]]  # fmt: skip
+        who = " and ".join(_names(largest))
+        label = f"answers of {who} passed in the newest large parity run, {largest.about['started'][:10]}"
+        numbers += [n._replace(label=label) for n in page.numbers(largest)[:1]]
     older = sum(age != () for age in ages.values())
     numbers.append(Number(str(older), f"of {len(runs)}", "accepted runs are of older code; their list says what changed"))
     apart = accepted.sections(speeds, links, runs.values(), "report.html")
@@ -60,14 +70,13 @@ def write(folder: Path) -> Path:
         Section("Glossary", glossary.terms(), folded=True),
     ]  # fmt: skip
     verdict, picture = " ".join(filter(None, said)), _picture(families, newest, folder)
-    front = Page("Mamba video models: what was measured", verdict, numbers[: headlines.MOST], picture, sections)
+    front = Page("Mamba video models: what was measured", verdict, numbers[: race_numbers.MOST], picture, sections)
     return html.write_html(folder, front, STEM)
 
 
 def _names(run: Run) -> list[str]:
-    """Return the implementations of ours that a parity run judged, in words."""
-    names = dict.fromkeys(r.implementation for r in run.records if r.role == "ours" and r.status != "skip")
-    return [words.implementation(name) for name in names]
+    """Return the implementations of ours that a parity run judged."""
+    return [*dict.fromkeys(r.implementation for r in run.records if r.role == "ours" and r.status != "skip")]
 
 
 def _picture(families: list[curves.Family], newest: Mapping[str, Path], folder: Path) -> str:

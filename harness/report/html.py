@@ -212,7 +212,8 @@ def _figure(inline: Token, folder: Path) -> str:
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1), count=1)
     text = re.sub(r'\bid="|url\(#|<use xlink:href="#', lambda m: m[0] + slug(path.stem) + "-", text)
     text = text.replace(' target="_blank"', "")  # matplotlib's links would open another tab
-    for colour, name in ((INK, "ink"), (PAPER, "paper"), (GRID, "grid"), (things.LOOKS["fused:native"].colour, "ours")):
+    ours, kept = (things.LOOKS[name].colour for name in ("fused:native", "fused:native_kept"))
+    for colour, name in ((INK, "ink"), (PAPER, "paper"), (GRID, "grid"), (ours, "ours"), (kept, "kept")):
         text = text.replace(colour.lower(), f"var(--{name})")
     caption = Markup("<figcaption>{}</figcaption>").format(image.content)
     width = re.search(r'viewBox="0 0 ([\d.]+)', text)

@@ -29,14 +29,15 @@ evaluated ten times; the last evaluation counts, not the best. Chance is the sha
 def write(run: Run) -> Path:
     """Write report.md, its figures and report.html into the run's folder; return the path of report.md."""
     here = run.about.get("box", {})
-    title = f"Learning: {', '.join(run.about.get('plan', {}).get('tasks', []))} on {here.get('gpu') or here.get('cpu') or '?'}"
+    tasks, where = ", ".join(run.about.get("plan", {}).get("tasks", [])), here.get("gpu") or here.get("cpu") or "?"
+    title = f"Learning on {where}: {tasks}, {str(run.about.get('started', '?'))[:10]}"
     drawn = draw(run.records, run.folder)
-    tasks = (f"- `{task.name}`: {task.title}" for task in TASKS.values())
+    described = (f"- `{task.name}`: {task.title}" for task in TASKS.values())
     sections = [
         Section("What was learnt", table(run.records)),
         Section("Step by step", shown(drawn[1:]) or "Nothing more to draw."),
         Section("What failed", tables.failures(run.records)),
-        Section("How it was measured", "\n".join([HOW, "", *tasks]), folded=True),
+        Section("How it was measured", "\n".join([HOW, "", *described]), folded=True),
         Section("The box", box(run), folded=True),
         Section("How to repeat it", again(run)),
         Section("Glossary", glossary.terms(), folded=True),
@@ -102,11 +103,11 @@ def _draw(records: Sequence[Record], what: str, folder: Path) -> Drawing:
             result = _held_out(r)
             if what == "right" and result and (bar := re.search(r"bar (\d+)", result.note)):
                 axes.axhline(int(bar[1]) / 100, color=INK, linestyle="--", linewidth=1)
-                _name(axes, int(bar[1]) / 100, "bar")
+                _name(axes, int(bar[1]) / 100, "bar", "top")
         axes.set(xlabel="step", ylabel="loss" if what == "loss" else "right, of held-out answers", ylim=(0, None))
         if what == "right":
             axes.axhline(1 / task.config["num_classes"], color=INK, linestyle=":", linewidth=1)
-            _name(axes, 1 / task.config["num_classes"], "chance")
+            _name(axes, 1 / task.config["num_classes"], "chance", "bottom")
             axes.set_ylim(0, 1.02)
             axes.yaxis.set_major_formatter(PercentFormatter(1))
         legend(axes, [things.look(r.implementation) for r in records])
@@ -114,9 +115,9 @@ def _draw(records: Sequence[Record], what: str, folder: Path) -> Drawing:
     return Drawing(folder / f"{stem}.svg", f"{task.title[:1].upper() + task.title[1:]}: {said}. A line a seed.")
 
 
-def _name(axes: Axes, y: float, word: str) -> None:
-    """Write the name of a horizontal line at its right end."""
-    axes.text(1, y, f"{word} ", transform=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize=8)
+def _name(axes: Axes, y: float, word: str, edge: str) -> None:
+    """Write the name of a horizontal line at its right end, with this edge of the text on the line."""
+    axes.text(1, y, f"{word} ", transform=axes.get_yaxis_transform(), ha="right", va=edge, fontsize=8)
 
 
 def _held_out(record: Record) -> Finding | None:

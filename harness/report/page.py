@@ -10,7 +10,7 @@ from harness.records.record import Record
 from harness.report import deviation, errors, faults, glossary, html, margins, tables, training, words
 from harness.report.figures import shown
 from harness.report.html import Number, Page, Section
-from harness.report.markdown import bold, code, escape, fence, table
+from harness.report.markdown import bold, code, escape, fence, sparse, table
 from harness.runs import sessions
 from harness.runs.store import Run
 
@@ -84,7 +84,7 @@ def write(run: Run) -> Path:
     sections = [
         Section("How tight", "\n\n".join([shown(margins.margins(records, folder)), TIGHTEST, margins.tightest(ours)])),
         Section("How it was judged", HOW, folded=True),
-        Section("What failed", "\n\n".join([_by_kind(ours, rivals), tables.failures(ours)])),
+        Section("What failed", "\n\n".join([_by_kind(ours, rivals), tables.failures(ours, "Nothing of ours.")])),
         *([Section("Failures of rivals", tables.failures(rivals), folded=True)] if any(r.failed for r in rivals) else []),
         Section("What was not run", "\n\n".join([_not_run(run), tables.skips(records), _video(run)]), folded=not missing),
         *([Section("Error against length", ERRORS + shown(drawn), folded=True)] if drawn else []),
@@ -170,9 +170,9 @@ def _by_kind(ours: list[Record], rivals: list[Record]) -> str:
         factor, relative = (f"{max(values):.3g}" if (values := [f[i] for f in outside]) else "-" for i in (1, 2))
         counts = faults.counted(mine)
         rows.append([r[0] + " (rival)" * (r[1] == "rival"), len(mine), sum(m.failed for m in mine),
-                     *(counts.get(k, 0) for k in faults.KINDS), factor, relative])  # fmt: skip
+                     *(counts.get(k, "-") for k in faults.KINDS), factor, relative])  # fmt: skip
     head = ["implementation", "asked", "failed", *faults.KINDS, "largest error in budgets", "its relative error"]
-    return table(head, rows) if rows else ""
+    return sparse(head, rows) if rows else ""
 
 
 def _matrices(records: list[Record]) -> str:
@@ -236,8 +236,10 @@ def box(run: Run) -> str:
 
 
 def again(run: Run) -> str:
-    """Return the command of the run as a block."""
-    return fence(run.about.get("command", "(not recorded; the plan above says what was asked)"))
+    """Return the command of the run as a block, and which commit's checkout it ran in."""
+    commit = run.about.get("commit") or run.about.get("box", {}).get("git", {}).get("commit")
+    where = f"From a checkout of commit {code(str(commit)[:10])}, after `pip install -e .[harness]`:\n\n" if commit else ""
+    return where + fence(run.about.get("command", "(not recorded; the plan above says what was asked)"))
 
 
 def _sessions(run: Run) -> str:

@@ -1,9 +1,9 @@
 """A process that has imported libraries, and forks a child for every run of tests.
 
 It is started in a tree, as `python fork_server.py LIBRARY ...`. It reads JSON lines {"arguments": of pytest, "seconds": limit,
-"log": file} and answers each with {"code": pytest's exit code or null after the limit, "failed": node ids of tests and files
-that failed, "passed": those of tests that passed, "running": that of the test that had not ended, or ""}. It imports nothing of
-the tree itself.
+"log": file, "variables": of the environment} and answers each with {"code": pytest's exit code or null after the limit,
+"failed": node ids of tests and files that failed, "passed": those of tests that passed, "running": that of the test that had
+not ended, or ""}. It imports nothing of the tree itself.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ class Verdicts:
             file.write(json.dumps([test, what]) + "\n")
 
 
-def run(arguments: list[str], seconds: float, log: str) -> dict[str, Any]:
+def run(arguments: list[str], seconds: float, log: str, variables: dict[str, str]) -> dict[str, Any]:
     """Run pytest in a forked child with its output in the file `log`; end it and its own children after so many seconds."""
     verdicts = log + ".verdicts"
     open(verdicts, "w").close()
@@ -64,6 +64,7 @@ def run(arguments: list[str], seconds: float, log: str) -> dict[str, Any]:
         exit_code = 3
         try:
             os.setsid()
+            os.environ.update(variables)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             for stream in (1, 2):

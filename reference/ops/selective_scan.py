@@ -86,6 +86,8 @@ def _scan_block(x: Tensor, d: Tensor, B: Tensor, C: Tensor, A: Tensor, h: Tensor
     x, d, y (B, L, G, E/G); B, C (B, L, G, 1, N); A (G, E/G, N); h (B, G, E/G, N). Return y and the last h.
     """
     tokens = list(zip(x.unbind(1), d.unbind(1), B.unbind(1), C.unbind(1), strict=True))
+    if not tokens:
+        return torch.zeros_like(x), h
     outputs = []
     for x_t, d_t, B_t, C_t in reversed(tokens) if reverse else tokens:
         h = torch.exp(d_t[..., None] * A) * h + (d_t * x_t)[..., None] * B_t

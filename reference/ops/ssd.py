@@ -106,6 +106,8 @@ def _scan_block(
     and the last S.
     """
     tokens = list(zip(*(t.unbind(1) for t in (x, d, B, C, starts)), strict=True))
+    if not tokens:
+        return torch.zeros_like(x), S
     outputs = []
     for x_t, d_t, B_t, C_t, start in reversed(tokens) if reverse else tokens:
         S = torch.where(start[:, None, None, None, None], 0, S)

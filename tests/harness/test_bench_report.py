@@ -71,7 +71,8 @@ def test_the_first_screen_says_what_was_found_then_sections_in_a_readers_order(w
     heads += ["## How to repeat", "## Glossary"]
     assert [text.index(f"\n{h}") for h in heads] == sorted(text.index(f"\n{h}") for h in heads)
     assert "| backward | 1 pass | **1 FAILED** of 1 | - |" in text
-    assert "## How to repeat it\n\n```\npython -m harness bench\n```\n" in text
+    where = "From a checkout of commit `f00d`, after `pip install -e .[harness]`:"
+    assert f"## How to repeat it\n\n{where}\n\n```\npython -m harness bench\n```\n" in text
     assert (
         "| copy, read plus written | 4,230 GB/s |" in text and "| matrix product in the points' dtype | 795 TFLOP/s |" in text
     )

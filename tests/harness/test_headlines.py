@@ -102,3 +102,14 @@ def test_a_loop_without_upstream_is_held_against_the_vit() -> None:
     where = "VideoMamba-Ti, inference, 1 clip of 2 frames, 64 px, float32"
     assert sentence(speeds) == f"{where}: 0.50 times as fast as a ViT in a user's loop, each in its best form."
     assert headlines.numbers(speeds, [])[0].value == "0.50x"
+
+
+def test_the_training_of_the_main_model_stands_behind_its_memory() -> None:
+    theirs = Entry("videomamba", "fused:mamba_ssm", "rival", variant="middle")
+    speeds = [*line(NATIVE, 1.0, 1.0), *line(theirs, 3.0, 4.0), *line(SDPA, 0.5, 0.5)]
+    training = [dataclasses.replace(s, point=dataclasses.replace(s.point, mode="train")) for s in speeds]
+    numbers = headlines.numbers([*speeds, *training], curves.families([*speeds, *training]))
+    assert [n.value for n in numbers] == ["3.0 to 4.0x", "slower", "1", "3.0 to 4.0x"]
+    assert numbers[3].label == "as fast as upstream: VideoMamba-M, training, batch 1"
+    met = [*line(NATIVE, 2.0, 2.0), *line(theirs, 9.0, 9.0), *line(SDPA, 1.0, 4.0)]
+    assert headlines.numbers(met, curves.families(met))[1].label.endswith("; upstream not up to 3,137")

@@ -145,7 +145,8 @@ def test_failures_are_told_by_kind(tmp_path):
     assert kinds == [faults.NOT_ZERO, faults.OUTSIDE, faults.OUTSIDE, faults.NOT_REPEATABLE, faults.OTHER, faults.REFUSED]
     assert faults.of(many[2]) == (faults.OUTSIDE, pytest.approx(1.01), pytest.approx(1.01 / 50))
     said = text(made(tmp_path, many))
-    assert "| rival (rival) | 6 | 6 | 2 | 1 | 1 | 1 | 1 | 0 | 0 | 0 | 1.01 | 0.0202 |" in said
+    assert "| rival (rival) | 6 | 6 | 2 | 1 | 1 | 1 | 1 | 1.01 | 0.0202 |" in said and "| crashed |" not in said
+    assert "\n\nNothing of ours.\n" in said
     assert "A.grad, l2: 1e-08 where exactly 0 is due" in said and "7 elements differ" in said and "inf budgets" not in said
 
 
@@ -173,7 +174,8 @@ def test_video_and_box(run):
     said = text(run)
     assert "1 case used frames of a real video: the shipped clip, `bigbuckbunny.mp4`." in said
     assert "| git | f00d, WITH CHANGES |" in said and "| packages | torch 2.8.0, timm none |" in said
-    assert "## How to repeat it\n\n```\npython -m harness parity\n```\n" in said
+    where = "From a checkout of commit `f00d`, after `pip install -e .[harness]`:"
+    assert f"## How to repeat it\n\n{where}\n\n```\npython -m harness parity\n```\n" in said
 
 
 def test_every_finding_is_in_the_plot_of_margins(run):

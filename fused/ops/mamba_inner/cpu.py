@@ -87,7 +87,7 @@ def _forward(
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x weight^T + bias (B, L, out) of x (B, L, in)."""
-    out = product(x.flatten(0, 1), weight.t()).view(*x.shape[:2], -1)
+    out = product(x.flatten(0, 1), weight.t()).view(*x.shape[:2], weight.shape[0])
     return out if bias is None else out.add_(bias)
 
 

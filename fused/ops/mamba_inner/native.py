@@ -94,8 +94,8 @@ def _backward(
     y: Tensor | None, y_pre_gate: Tensor | None, tile_states: Tensor | None, dout: Tensor,
 ) -> tuple[Any, ...]:  # fmt: skip
     """Return the gradients of u, of both directions' weights, of in_proj and of out_proj, None for None."""
-    tokens, xz = u.to(dtype), none_if_empty(xz)
-    x, z = (tokens if xz is None else xz).chunk(2, dim=-1)
+    tokens = u.to(dtype)
+    x, z = (tokens if in_proj is None or xz is None else xz).chunk(2, dim=-1)
     p = Pipeline.of_mixer(x, z, first, second, batch_invariant)
     y, pre_gate, states = none_if_empty(y), none_if_empty(y_pre_gate), none_if_empty(tile_states)
     kept = states is not None

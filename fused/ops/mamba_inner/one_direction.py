@@ -102,10 +102,9 @@ def _backward(
     p = _pipeline(x, z, weights, reverse, A_is_log, batch_invariant)
     packed_weights = _packed(p, packed)
     s = p.scan_inputs(c, dt_B_C, delta, packed_weights)
-    states = none_if_empty(tile_states)
-    assert states is not None
+    assert tile_states is not None  # it is empty without clips or tokens
     conv_grads, scan_grads, grads = p.backward(
-        s, c, dt_B_C, packed_weights, dy, states, none_if_empty(y_pre_gate),
+        s, c, dt_B_C, packed_weights, dy, tile_states, none_if_empty(y_pre_gate),
         dfinal_states=aligned_or_none(dssm_state), conv_states=(conv_state,), dconv_states=(dconv_state,),
     )  # fmt: skip
     gated = y_other_direction is not None and s.z is not None

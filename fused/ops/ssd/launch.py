@@ -129,14 +129,15 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Scan: return y (B, L, H, P) in x's dtype and the final state (B, H, P, N) in float32, empty unless wanted.
 
-    Shapes are those of `fused.ssd`. Strides are free but over the last axis, where others than 1 cost a copy.
+    Shapes are those of `fused.ssd`. Strides are free but over the last axis, where others than 1 cost a copy. Without tokens the
+    state is the initial one.
     """
     x, dt, B, C, z, D = (rows(t) for t in (x, dt, B, C, z, D))
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     state = x.shape[0], *x.shape[2:], B.shape[3]
     final = torch.empty(state if want_final else 0, dtype=torch.float32, device=x.device)
     if not y.numel():
-        return y, final
+        return y, final.zero_() if initial_state is None or not want_final else final.copy_(initial_state)
     call = prepare(x, dt, A, B, C, dt_bias, softplus, low, high, seq_idx, reverse, config)
     config, steps = call.config, call.steps
     entering, initial = new_states(call, x), None if initial_state is None else initial_state.contiguous()

@@ -102,6 +102,8 @@ def _backward(
     dB, dC = empty(*B.shape, dtype=B.dtype), empty(*C.shape, dtype=C.dtype)
     dinitial = None if initial_state is None else empty(clips, H, P, N)
     if not dx.numel():
+        if dinitial is not None:
+            dinitial = dinitial.zero_() if dfinal is None else dinitial.copy_(dfinal)
         dD, dbias = (None if t is None else torch.zeros_like(t, dtype=torch.float32) for t in (D, dt_bias))
         return Gradients(dx, ddt, torch.zeros_like(A, dtype=torch.float32), dB, dC, dD, None, dbias, dinitial)
     call = prepare(x, dt, A, B, C, dt_bias, softplus, low, high, seq_idx, reverse, config, True)

@@ -62,7 +62,7 @@ def _scan(folder: Path, ancestors: tuple[str, ...], notes: list[str], others: Co
             if entry.name.startswith("."):
                 continue
             suffix = os.path.splitext(entry.name)[1].lower()
-            if entry.is_dir():
+            if os.path.isdir(entry) if entry.is_symlink() else entry.is_dir():  # a link that leads nowhere is no folder
                 target = os.path.realpath(entry.path)
                 if target not in ancestors:
                     nested += _scan(Path(entry.path), (*ancestors, target), notes, others)

@@ -27,6 +27,7 @@ from fused.modules.mamba import Mamba  # noqa: E402
 from fused.ops.selective_scan import launch as scan  # noqa: E402
 from fused.ops.selective_scan import schedule  # noqa: E402
 from fused.ops.shapes import DirectionWeights  # noqa: E402
+from fused.runtime import cpu_library  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton 3.6's interpreter
 
@@ -114,6 +115,28 @@ def test_a_state_goes_through_the_operators_of_the_mixer():
     first, state = mixer(tokens[:, :7], return_state=True, backend="native")
     rest, _ = mixer(tokens[:, 7:], state=state, return_state=True, backend="native")
     torch.testing.assert_close(torch.cat((first, rest), 1), whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("clips, length", [(2, 0), (0, 3), (0, 0)])
+@pytest.mark.parametrize("backend", ["native", "native_kept", "cpu", "torch"])
+def test_without_tokens_or_clips_gradients_are_zero_and_the_state_stays(backend, clips, length):
+    if backend == "cpu" and (reason := cpu_library.unavailable()):
+        pytest.skip(reason)
+    device = "cpu" if backend == "cpu" else DEVICE
+    nothing = torch.empty(clips, length, 8, device=device)
+    for mixer in (Mamba(8, d_state=4).to(device), Mamba(8, d_state=4, bimamba=False).to(device)):
+        found = outcome(mixer, nothing, nothing, backend)
+        assert found["out"].shape == nothing.shape
+        assert all(torch.equal(found[f"d{i}"], torch.zeros_like(x)) for i, x in enumerate((nothing, *mixer.parameters())))
+
+    sizes = [(clips, 16, 3), (clips, 16, 4)]
+    state, cotangents = ([torch.randn(size, device=device) for size in sizes] for _ in range(2))
+    leaves = [nothing.requires_grad_(), *(x.requires_grad_() for x in state), *mixer.parameters()]
+    if clips:  # a state has at least one
+        out, after = mixer(nothing, state=tuple(state), return_state=True, backend=backend)
+        grads = torch.autograd.grad((out, *after), leaves, (out.detach(), *cotangents))
+        assert all(map(torch.equal, after, state)) and all(map(torch.equal, grads[1:3], cotangents))
+        assert not any(g.any() for g in grads[3:])
 
 
 @pytest.mark.parametrize(

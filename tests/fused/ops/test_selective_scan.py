@@ -6,6 +6,7 @@ import torch
 from rule import assert_rule, double, outcome
 from scans import draw, sample
 
+import reference
 from fused.ops.selective_scan import recurrence
 from fused.ops.selective_scan.api import selective_scan
 
@@ -200,8 +201,20 @@ def test_few_operations_where_each_one_is_a_launch(monkeypatch):
 @pytest.mark.parametrize("route", ["cpu", "steps"], indirect=True)
 def test_no_tokens_give_back_the_state(route):
     tensors, _ = draw(0, (2, 0, 4, 3, None))
-    y, state = selective_scan(**tensors)
-    assert y.shape == (2, 0, 4) and torch.equal(state, tensors["initial_state"])
+    for scan in (selective_scan, reference.selective_scan):
+        y, state = scan(**tensors)
+        assert y.shape == (2, 0, 4) and torch.equal(state, tensors["initial_state"])
+
+
+@pytest.mark.parametrize("name", ["B", "C"])
+def test_groups_of_one_of_B_and_C_alone(route, name):
+    """The other is for all groups, whose gradients add up."""
+    tensors, cotangents = draw(0, (2, 9, 4, 3, 2))
+    tensors[name] = tensors[name][:, :, 0]
+    run = lambda x: outcome(lambda **x: selective_scan(**x), x, cotangents, None)  # noqa: E731
+    got, due = run(tensors), run(tensors | {name: tensors[name].unsqueeze(2).repeat(1, 1, 2, 1)})
+    assert torch.equal(got["out0"], due["out0"])
+    torch.testing.assert_close(got[f"d{name}"], due[f"d{name}"].sum(2))
 
 
 BAD = {
@@ -209,6 +222,10 @@ BAD = {
     "u of integers": ({"u": torch.ones(2, 5, 4, dtype=torch.long)}, TypeError, "u must be real floating point.*int64"),
     "complex A": ({"A": torch.ones(4, 3, dtype=torch.complex64)}, TypeError, "A must be real floating point"),
     "delta too short": ({"delta": torch.ones(2, 4, 4)}, ValueError, r"delta must have shape .*L=5.*got \(2, 4, 4\)"),
+    "no states": (
+        {"A": torch.ones(4, 0), "B": torch.ones(2, 5, 0), "C": torch.ones(2, 5, 0), "initial_state": torch.ones(2, 4, 0)},
+        ValueError, r"A must have at least one state a channel \(N\), got \(4, 0\)",
+    ),
     "A transposed": ({"A": torch.ones(3, 4)}, ValueError, r"A must have shape \(E=4, N\), got \(3, 4\)"),
     "B without tokens": ({"B": torch.ones(2, 3)}, ValueError, r"B must have shape .* or .*got \(2, 3\)"),
     "groups do not divide": ({"B": torch.ones(2, 5, 3, 3)}, ValueError, "groups of B must divide E=4, got G=3"),

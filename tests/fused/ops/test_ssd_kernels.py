@@ -159,6 +159,19 @@ def test_without_clips():
     assert y.shape == (0, 3, 2, 4) and not leaves["A"].grad.any() and not leaves["D"].grad.any()
 
 
+@pytest.mark.usefixtures("nan_filled")
+@pytest.mark.parametrize("reverse", [False, True])
+def test_without_tokens_the_state_and_its_gradient_stay(reverse):  # a mixer may get none; `fused.ssd` refuses that
+    tensors, (_, cotangent), _ = inputs(0, (2, 0, 2, 4, 1, 4), "everything")
+    leaves = {k: v.requires_grad_() for k, v in tensors.items()}
+    y, state = ssd_native(**leaves, reverse=reverse)
+    grads = dict(zip(leaves, torch.autograd.grad(state, list(leaves.values()), cotangent), strict=True))
+    assert torch.equal(state, tensors["initial_state"]) and torch.equal(grads["initial_state"], cotangent)
+    assert y.shape == (2, 0, 2, 4) and not any(grads[k].any() for k in ("A", "D", "dt_bias"))
+    del tensors["initial_state"]
+    assert not ssd_native(**tensors, reverse=reverse)[1].any()
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_what_native_has_not_is_named(monkeypatch):
     monkeypatch.setattr(backends, "choose", lambda *_, **__: "native")

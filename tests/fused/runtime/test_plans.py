@@ -177,6 +177,16 @@ def test_autocast_changes_nothing_inside_a_plan():
     assert all(torch.equal(a, b) for x, y in zip(plain, planned, strict=True) for a, b in zip(x, y, strict=True))
 
 
+def test_operations_of_a_plan_are_repeated_without_autocast_which_stays_on():
+    planned, x = Planned(lambda x: (x @ x.t(),)), torch.randn(4, 4, device=DEVICE)
+    with plans.enabled(True, DEVICE):
+        due = [planned(x)[0] for _ in range(2)][1]
+        with torch.autocast(DEVICE, torch.bfloat16):
+            got = planned(x)[0]
+            assert torch.is_autocast_enabled(DEVICE)
+    assert got.dtype == torch.float32 and torch.equal(got, due)
+
+
 def test_results_of_two_calls_share_no_memory():
     block = layer().eval()
     with torch.no_grad(), plans.enabled(True, DEVICE):
@@ -232,11 +242,14 @@ def test_threads_have_plans_of_their_own():
 
 def test_plans_are_bounded_and_the_last_used_stay(monkeypatch):
     monkeypatch.setattr(plans, "LIMIT", 2)
-    planned = Planned(lambda x: x * 2)
+    sizes: list[int] = []
+    planned = Planned(lambda x: sizes.append(len(x)) or x * 2)
     with plans.enabled(True, DEVICE):
         for size in (1, 1, 2, 2, 1, 3):
             planned(torch.ones(size, device=DEVICE))
-    assert len(planned.plans()) == 2 and [x.__class__ for x in planned.plans().values()] == [plans.Plan, type(None)]
+        assert len(planned.plans()) == 2 and [x.__class__ for x in planned.plans().values()] == [plans.Plan, type(None)]
+        planned(torch.ones(1, device=DEVICE))
+    assert sizes == [1, 1, 2, 2, 3], "the plan of size 1 has run twice"
 
 
 def test_inputs_that_share_memory_may_move_apart():

@@ -348,6 +348,20 @@ def test_folders_of_frames_without_classes(tmp_path: Path) -> None:
     assert ClipFolder(root, 2, 8, train=True, classes=()).labels == (-1,) * 4
 
 
+def test_links(tmp_path: Path) -> None:
+    """Links to videos and to folders of them are followed; those that lead nowhere, or to themselves, are files."""
+    root = touch(tmp_path / "videos", "run/a.mp4", "sit/b.mp4")
+    touch(tmp_path / "elsewhere", "c.mp4", "d.mp4")
+    for name, target in {
+        "run/c.mp4": tmp_path / "elsewhere/c.mp4", "sit/more": tmp_path / "elsewhere", "run/round.mp4": "round.mp4",
+        "run/gone.mp4": "nowhere.mp4", "run/round": "round", "sit/one": "two", "sit/two": "one", "walk": "walk",
+    }.items():  # fmt: skip
+        (root / name).symlink_to(target)
+    found = list_videos(root, None)
+    assert names(found) == ["a.mp4", "c.mp4", "gone.mp4", "round.mp4", "b.mp4", "c.mp4", "d.mp4"]
+    assert found.classes == ("run", "sit") and "without an ending (4)" in found.notes[0]
+
+
 def test_class_folders(tmp_path: Path) -> None:
     root = touch(tmp_path, "Run/a.mp4", "run/b.mp4", "walk/readme.txt", "sit/c/d/e.mp4")
     (root / "sit/c/up").symlink_to(root / "sit")  # a circle
@@ -356,6 +370,16 @@ def test_class_folders(tmp_path: Path) -> None:
     assert "left out: .txt (1)" in found.notes[0]
     assert "class folders without a video: 'walk'" in found.notes[1] and "differ by case" in found.notes[2]
     assert "2 of 5 classes without a video: 'x', 'y'" in list_videos(root, ["x", "sit", "Run", "run", "y"]).notes[2]
+
+
+def test_class_folder_in_another_encoding(tmp_path: Path) -> None:
+    """It is said before the training, whose model could not be written; names of files may be any bytes."""
+    root = touch(tmp_path, "run/\udce9.mp4", "sit/b.mp4")
+    assert list_videos(root, None).classes == ("run", "sit")
+    touch(root, "laufen \udcfc/a.mp4")
+    with pytest.raises(ValueError, match="has the class 'laufen .udcfc', a name in another encoding; .* rename the folder"):
+        list_videos(root, None)
+    assert list_videos(root, ()).labels == (-1,) * 3  # pretraining ignores classes
 
 
 @pytest.mark.parametrize(
