@@ -8,7 +8,7 @@ and nothing inside of it; forward and backward are one operator each.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -101,42 +101,34 @@ class _Forward(torch.autograd.Function):
     @classmethod
     def call(cls, signature: _Signature, *arguments: Any) -> Any:
         """Apply to the tensors one by one, those in lists too, so that autograd sees each of them."""
-        inputs, sizes = _flatten(arguments[: signature.num_inputs])
-        result_sizes: list[int] = []
-        results = apply_function(cls, signature, arguments, sizes, result_sizes, *inputs)
-        return tuple(_nest(results, result_sizes)) if result_sizes else results
+        structure: list[Any] = []
+        results = apply_function(cls, signature, arguments, structure, *_leaves(arguments[: signature.num_inputs]))
+        return _nest(results, structure)
 
     @staticmethod
     def forward(
-        ctx: Any, signature: _Signature, arguments: tuple[Any, ...], sizes: list[int], result_sizes: list[int],
-        *inputs: Tensor | None,
-    ) -> Any:  # fmt: skip
-        num_inputs, num_results = signature.num_inputs, signature.num_results
-        results = below_autograd(signature.operator, *arguments)
-        leaves, found_sizes = _flatten(results)
-        kept = leaves[num_results:]  # no result with a gradient is a list
-        ctx.signature, ctx.options = signature, arguments[num_inputs : num_inputs + signature.num_options]
-        ctx.kept_sizes, ctx.sizes, ctx.num_kept = found_sizes[num_results:], sizes, len(kept)
-        ctx.mark_non_differentiable(*(x for x in kept if x is not None))
+        ctx: Any, signature: _Signature, arguments: tuple[Any, ...], structure: list[Any], *inputs: Tensor | None
+    ) -> Any:
+        results, own = below_autograd(signature.operator, *arguments), arguments[: signature.num_inputs]
+        kept = () if isinstance(results, Tensor) else results[signature.num_results :]
+        kept_leaves = _leaves(kept)
+        ctx.signature, ctx.options = signature, arguments[len(own) :][: signature.num_options]
+        ctx.num_kept, ctx.structure = len(kept), _map_leaves((*kept, *own), lambda x: None)
+        ctx.mark_non_differentiable(*(x for x in kept_leaves if x is not None))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*kept, *inputs)
-        if isinstance(results, Tensor):
-            return results
-        if max(found_sizes) >= 0:  # there is a list among them
-            result_sizes += found_sizes
-        return tuple(leaves)
+        ctx.save_for_backward(*kept_leaves, *inputs)
+        return _flatten(results, structure)
 
     @staticmethod
     def backward(ctx: Any, *dresults: Tensor | None) -> tuple[Tensor | None, ...]:
         signature, dresults = ctx.signature, dresults[: ctx.signature.num_results]
         if all(grad is None for grad in dresults):
             return (None,) * len(ctx.needs_input_grad)
-        saved = ctx.saved_tensors  # read once: activation checkpointing recomputes them at every access
+        saved = _nest(ctx.saved_tensors, ctx.structure)  # read once: activation checkpointing recomputes them at every access
         kept, inputs = saved[: ctx.num_kept], saved[ctx.num_kept :]
-        nested = (*_nest(inputs, ctx.sizes), *ctx.options, *_nest(kept, ctx.kept_sizes))
-        grads, _ = _flatten(signature.backward(*nested, *dresults))
-        pairs = zip_longest(inputs, grads)
-        return None, None, None, None, *(None if x is None else grad for x, grad in pairs)
+        grads = signature.backward(*inputs, *ctx.options, *kept, *dresults)
+        pairs = zip_longest(_leaves(inputs), [grads] if isinstance(grads, Tensor) else _leaves(grads))
+        return None, None, None, *(None if x is None else grad for x, grad in pairs)
 
 
 class _Backward(torch.autograd.Function):
@@ -145,19 +137,13 @@ class _Backward(torch.autograd.Function):
     @classmethod
     def call(cls, operator: Callable[..., Any], *arguments: Any) -> Any:
         """Apply to the arguments one by one, tensors in lists too, so that autograd sees each of them."""
-        sizes: list[int] = []
-        results = apply_function(cls, operator, arguments, sizes, *_flatten(arguments)[0])
-        return tuple(_nest(results, sizes)) if sizes else results
+        structure: list[Any] = []
+        return _nest(apply_function(cls, operator, arguments, structure, *_leaves(arguments)), structure)
 
     @staticmethod
-    def forward(ctx: Any, operator: Any, arguments: tuple[Any, ...], sizes: list[int], *_: Any) -> Any:
+    def forward(ctx: Any, operator: Any, arguments: tuple[Any, ...], structure: list[Any], *_: Any) -> Any:
         ctx.name = operator.name()
-        results = below_autograd(operator, *arguments)
-        if isinstance(results, Tensor):
-            return results
-        leaves, found_sizes = _flatten(results)
-        sizes += found_sizes
-        return tuple(leaves)
+        return _flatten(below_autograd(operator, *arguments), structure)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -166,28 +152,25 @@ class _Backward(torch.autograd.Function):
         )
 
 
-def _flatten(values: Any) -> tuple[list[Any], list[int]]:
-    """Return the values, with the entries of a list in its place, and for each value how many that are, -1 for no list."""
-    leaves: list[Any] = []
-    sizes: list[int] = []
-    for value in (values,) if isinstance(values, Tensor) else values:
-        if isinstance(value, (list, tuple)):
-            leaves += value
-            sizes.append(len(value))
-        else:
-            leaves.append(value)
-            sizes.append(-1)
-    return leaves, sizes
+def _leaves(values: Iterable[Any]) -> list[Any]:
+    """Return the values, and the entries of lists in their place."""
+    return [x for value in values for x in (value if isinstance(value, (list, tuple)) else (value,))]
 
 
-def _nest(leaves: Sequence[Any], sizes: Iterable[int]) -> list[Any]:
-    """Return the values that `_flatten` has taken apart."""
-    values: list[Any] = []
-    start = 0
-    for size in sizes:
-        values.append(leaves[start] if size < 0 else list(leaves[start : start + size]))
-        start += abs(size)
-    return values
+def _flatten(results: Any, structure: list[Any]) -> Any:
+    """Return an operator's results without lists, and note in `structure` where lists were; one tensor is returned as it is."""
+    if isinstance(results, Tensor):
+        return results
+    structure += _map_leaves(results, lambda x: None)
+    return tuple(_leaves(results))
+
+
+def _nest(leaves: Any, structure: list[Any]) -> Any:
+    """Return the leaves in lists as they were in what `_flatten` got."""
+    if isinstance(leaves, Tensor):
+        return leaves
+    following = iter(leaves)
+    return tuple(_map_leaves(structure, lambda _: next(following)))
 
 
 PLANNED: dict[Any, Planned] = {}
