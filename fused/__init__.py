@@ -1,4 +1,4 @@
-"""VideoMamba and Vamba on fused kernels for NVIDIA GPUs, and in plain PyTorch on any other device.
+"""VideoMamba, Vamba and BIMBA on fused kernels for NVIDIA GPUs and for CPUs, and in plain PyTorch on any other device.
 
 The names are those of `reference`; no code is shared with it.
 

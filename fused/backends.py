@@ -120,6 +120,12 @@ def unavailable(backend: str, device: torch.device | str) -> str | None:
     return None
 
 
+def check_can_run(name: str, device: torch.device | str) -> None:
+    """Raise ValueError for an unknown backend, BackendError for one that cannot run on the device: before there is an input."""
+    if name != "auto":
+        choose(name, device)
+
+
 def choose(name: str, device: torch.device | str, *, use_fast_path: bool = True) -> str:
     """Return the backend that runs for `name` on `device`; an explicit name comes back as it is.
 

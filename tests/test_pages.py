@@ -182,7 +182,8 @@ def check_harness(arguments: list[str]) -> None:
 
 def check_training(arguments: list[str]) -> None:
     """Check options against the parser's source and `key=value` against the configuration."""
-    from fused.train.config import DataConfig, TrainConfig, flatten
+    from fused.train.config import TrainConfig, flatten
+    from fused.train.config_sections import DataConfig
 
     options = re.findall(r'add_argument\("(--[\w-]+)"', (ROOT / "fused/train/__main__.py").read_text())
     keys = flatten(TrainConfig(task="finetune", out="out", steps=1, data=DataConfig(train="train", val="val")))

@@ -395,8 +395,10 @@ def test_errors_of_streams(package):
     for how in ({"ssm_state": state, "temporal_pos_offset": 0}, {"return_state": True}, {"temporal_pos_offset": 2}):
         with pytest.raises(ValueError, match="bidirectional model.*future.*whole clip.*bimamba=False"):
             both(clip, **how)
-    with pytest.raises(ValueError, match="bidirectional mixer.*bimamba=False"):
-        both.init_state(2)
+    tokens = torch.zeros(2, 3, TOY["embed_dim"])
+    for call in (lambda: both.init_state(2), lambda: both.layers[0].mixer(tokens, return_state=True)):
+        with pytest.raises(ValueError, match="bidirectional mixer.*bimamba=False"):
+            call()
     with pytest.raises(ValueError, match="temporal_pos_offset is 2 .*ssm_state.*init_state"):
         model(clip, temporal_pos_offset=2)
     with pytest.raises(ValueError, match="ssm_state.*tubelets.*init_state"):

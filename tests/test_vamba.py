@@ -112,6 +112,36 @@ def test_a_mask_of_pairs_holds_beside_the_lengths(package):
     assert not torch.equal(both, logits)
 
 
+def test_tokens_that_read_nothing_of_a_video_do_not_change_with_it(package):
+    net, tokens, clip = model(package), ids(5), video(8)
+    allowed = torch.ones(1, 5, 8, dtype=torch.bool)
+    allowed[0, :2] = False
+    logits, other = (net(tokens, video=v, cross_attention_mask=allowed).logits for v in (clip, clip + 1))
+    assert torch.equal(logits[:, :2], other[:, :2]) and (logits[:, 2:] != other[:, 2:]).any()
+    found = gradients(net, logits.square().sum())
+    assert all(g is None or g.isfinite().all() for g in found)
+
+
+def test_padding_within_a_packed_sample_is_read_by_none(package):
+    net, tokens, clip = model(package), ids(8), video(7)
+    mask = torch.ones(1, 8, dtype=torch.long)
+    mask[0, 1] = 0
+    logits = net(tokens, video=clip, position_ids=positions(4, 4), attention_mask=mask).logits
+    first = net(tokens[:, [0, 2, 3]], video=clip, position_ids=torch.tensor([0, 2, 3]).expand(3, 1, -1)).logits
+    torch.testing.assert_close(logits[:, [0, 2, 3]], first)
+    torch.testing.assert_close(logits[:, 4:], net(tokens[:, 4:], video=clip).logits)
+
+
+def test_padding_of_a_text_that_goes_on_has_the_references_position():
+    found, tokens, mask = [], ids(6), torch.ones(1, 6, dtype=torch.long)
+    mask[0, 4] = 0
+    for name in ("reference", "fused"):
+        net = model(importlib.import_module(name))
+        cache = net(tokens[:, :4], use_cache=True).cache
+        found.append(net(tokens[:, 4:], cache=cache, attention_mask=mask).logits)
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize("has_video", [True, False])
 def test_a_cache_continues_as_the_whole(package, rotated, has_video):
@@ -179,6 +209,14 @@ def test_alpha_is_clamped_in_inference(package):
             net.model.layers[1].alpha.fill_(value)
             found.append(net(tokens, video=clip).logits)
     assert torch.equal(*found)
+
+
+def test_alpha_weighs_the_same_in_inference_as_in_training(package):
+    net, tokens, clip = model(package), ids(6), video(9)
+    with torch.no_grad():
+        net.model.layers[1].alpha.fill_(0.3)
+        found = net(tokens, video=clip).logits
+    torch.testing.assert_close(found, net(tokens, video=clip).logits.detach())
 
 
 def test_embeddings_stand_for_tokens(package):

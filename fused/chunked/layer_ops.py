@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused.chunked.layer_weights import Direction, LayerSpec, LayerWeights, Linear
+from fused.chunked.layer_weights import Direction, LayerSpec, LayerWeights
 from fused.modules.state import State
 from fused.ops.add_norm import api as norm
 from fused.ops.mamba_inner.eager import one_direction_eager
+from fused.ops.shapes import Linear
 from fused.runtime.dtypes import accumulation_dtype
 from fused.runtime.elementwise import clipwise
 

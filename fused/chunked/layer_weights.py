@@ -11,7 +11,7 @@ from torch import Tensor
 from fused import backends
 from fused.modules.norm import Norm
 from fused.modules.wrapped import check_weights, computes_plainly, describe, hooks_of
-from fused.ops.shapes import DirectionWeights
+from fused.ops.shapes import DirectionWeights, Linear
 from fused.runtime.autocast import autocast_dtype
 from fused.runtime.dtypes import accumulation_dtype
 
@@ -53,13 +53,6 @@ def layer_spec(
         norm_dtype=hidden.dtype if fused else parameters.norm.weight.dtype,
         residual_dtype=residual_dtype, sum_dtype=accumulation_dtype(summed),
     )  # fmt: skip
-
-
-class Linear(NamedTuple):
-    """A linear layer's parameters."""
-
-    weight: Tensor  # (out, in)
-    bias: Tensor | None  # (out,)
 
 
 class LayerParameters(NamedTuple):

@@ -37,7 +37,8 @@ def parser() -> argparse.ArgumentParser:
         "Several GPUs: torchrun --nproc-per-node N -m fused.evaluate ...",
     )
     words.add_argument("--model", required=True, help="a folder of save_pretrained, or a name in fused.PRETRAINED")
-    words.add_argument("--data", required=True, help="a folder of class folders, or a list with path,label in each line")
+    lists = "a list with path,label in each line; for retrieval path,caption"
+    words.add_argument("--data", required=True, help=f"a folder of class folders, or {lists}")
     words.add_argument("--out", default="evaluation", help="the folder of predictions and results (evaluation)")
     words.add_argument("--task", choices=("classify", "retrieval"), default="classify", help="retrieval: of texts and videos")
     add_view_options(words)

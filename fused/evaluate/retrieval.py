@@ -23,7 +23,7 @@ from fused.models.retrieval.words import clean_text
 from fused.train.data.captions import Captioned, read_captions
 from fused.train.data.clips import BadFile, UnreadableFiles
 from fused.train.interrupt import Interrupt
-from fused.train.parallel import World
+from fused.train.parallel import World, choose_device
 from fused.train.terminal import Terminal
 
 MATCHING_SHARE = 0.7  # of a choice's score; the rest is that of its cosine, as upstream weighs them
@@ -38,7 +38,8 @@ class Results:
 
     def __str__(self) -> str:
         numbers = self.numbers
-        lines = [f"{numbers['read']} of {numbers['videos']} videos were read"] if numbers["read"] < numbers["videos"] else []
+        lost = "videos were read; the others count as never found"
+        lines = [f"{numbers['read']} of {numbers['videos']} {lost}"] if numbers["read"] < numbers["videos"] else []
         if "accuracy" in numbers:
             return "\n".join([*lines, f"multiple choice: {numbers['accuracy']:.2f} % of {numbers['questions']} are right"])
         counts = f"{numbers['texts']} texts", f"{numbers['read']} videos"
@@ -53,8 +54,9 @@ class Results:
 class RetrievalEvaluation:
     """The evaluation of a model, from the features that its folder `out` holds already to its results.
 
-    Every process of `world` makes one. Raises ValueError for captions or settings that do not go together, CheckpointError,
-    FileNotFoundError and ImportError for what cannot be loaded.
+    Every process of `world` makes one; without a world a model that is passed stays on its device, and one that is loaded goes
+    to `settings.device`. Raises ValueError for captions or settings that do not go together, BackendError for a backend that
+    cannot run on the device, CheckpointError, FileNotFoundError and ImportError for what cannot be loaded.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class RetrievalEvaluation:
             raise ValueError(f"{data} has an answer in {sum(answers)} of {len(answers)} entries; allowed: in all, or in none")
         self.is_choice = all(answers)
         if isinstance(model, str | Path):
+            world = world or World(choose_device(settings.device))
             model = VideoTextRetrieval.from_pretrained(model, **settings.model_fields())
         self.world, self.out = world or World(model.device), Path(out)
         self.engine = Engine(model, settings, self.out, self.world)
@@ -95,7 +98,7 @@ class RetrievalEvaluation:
         readable = [video for video in self.videos if video not in left_out]
         if not readable:
             raise UnreadableFiles(f"none of {len(self.videos)} videos can be read: {bad[0].sentence}")
-        results = self._choices(readable) if self.is_choice else self._rank(readable)
+        results = self._choices(readable) if self.is_choice else self._rank(readable, terminal)
         if self.world.is_main:
             files = {"results.json": json.dumps(results.numbers, indent=2) + "\n"}
             files["queries.jsonl"] = "".join(json.dumps(query) + "\n" for query in results.queries)
@@ -104,8 +107,8 @@ class RetrievalEvaluation:
                     draft.write_text(text, encoding="utf-8")
         return results
 
-    def _rank(self, videos: list[Path]) -> Results:
-        """Return the ranks of all right answers among the videos that can be read."""
+    def _rank(self, videos: list[Path], terminal: Terminal | None) -> Results:
+        """Return the ranks of all right answers among the videos that can be read. With `terminal` matching has a progress."""
         texts, answers = self._texts()
         place = {video: number for number, video in enumerate(videos)}
         right = torch.zeros(len(texts), len(videos), dtype=torch.bool)
@@ -120,7 +123,11 @@ class RetrievalEvaluation:
             by_video["dual softmax"] = dual_softmax(similarities, temperature)
         if self.settings.rerank:
             kind = f"matching of {self.settings.rerank}"
-            by_text[kind], by_video[kind] = self.engine.rerank(videos, features, similarities, self.settings.rerank)
+            progress = Progress(terminal, len(videos), 0, "matching of video") if terminal is not None else None
+            tell = (lambda _: progress.add([{}] * self.world.size)) if progress is not None else None
+            by_text[kind], by_video[kind] = self.engine.rerank(videos, features, similarities, self.settings.rerank, tell)
+            if terminal is not None:
+                terminal.end_line()
         unread = len(self.videos) - len(videos)
         found = {kind: both_directions(by_text[kind], by_video[kind], right, unread) for kind in by_text}
         numbers = {

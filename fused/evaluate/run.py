@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fused.backends import check_can_run
 from fused.evaluate.confusion import draw_confusion
 from fused.evaluate.predictions import Line, PredictionFile, weights_digest
 from fused.evaluate.protocols import TARGET_PROTOCOLS
@@ -35,7 +36,7 @@ from fused.models.videomamba.model import VideoMamba
 from fused.rules import invalid
 from fused.train.data.clips import batches
 from fused.train.interrupt import Interrupt
-from fused.train.parallel import World
+from fused.train.parallel import World, choose_device
 from fused.train.prefetch import Prefetcher
 from fused.train.terminal import Terminal, clock
 
@@ -52,9 +53,11 @@ class Evaluation:
     """The evaluation of a model, from what its folder `out` holds already to its results. Without `out` nothing is written.
 
     `model` is a `VideoMamba`, a folder that `save_pretrained` wrote, or a name in `fused.PRETRAINED`. Every process of `world`
-    makes one. A model that is passed goes to the world's device and to eval mode, and gets `settings.labels`.
+    makes one. A model that is passed goes to the world's device, without a world it stays on its own, and to eval mode, and
+    gets `settings.labels`. One that is loaded goes to `settings.device` then.
 
-    Raises ValueError or TypeError for a model, data or settings that do not go together, and what loading raises.
+    Raises ValueError or TypeError for a model, data or settings that do not go together, BackendError for a backend that cannot
+    run on the device, and what loading raises.
     """
 
     def __init__(
@@ -62,10 +65,13 @@ class Evaluation:
         settings: Settings | None = None, world: World | None = None,
     ) -> None:  # fmt: skip
         self.settings = settings = settings or Settings()
-        self.model = load_model(model, settings) if isinstance(model, str | Path) else check_one_answer(model)
+        if isinstance(model, str | Path):
+            world, model = world or World(choose_device(settings.device)), load_model(model, settings)
+        self.model = check_one_answer(model)
         if settings.labels is not None:
             self.model.labels = tuple(read_class_names(settings.labels))
         self.world = world or World(self.model.cls_token.device)
+        check_can_run(self.model.requested_backend, self.world.device)
         self.model.to(self.world.device).eval()
         self.views = settings.chosen_views()
         self.preprocessing = replace(preprocessing_of(self.model), **settings.preprocessing())
@@ -179,9 +185,9 @@ class Evaluation:
             images = self.preprocessing.frames is None
             return list_classified(data, class_names(self.model), images, **settings.listing())
         except ValueError as error:
-            if self.model.labels is None and "class" in str(error):
-                raise ValueError(f"{error}; the model has no class names, labels=FILE gives some") from error
-            raise
+            unnamed = self.model.labels is None and "class" in str(error)
+            advice = "; the model has no class names, labels=FILE gives some" if unnamed else ""
+            raise ValueError(f"data: {error}{advice}") from error
 
     def _open(self) -> PredictionFile | None:
         """Return the file of the main process. Raises ValueError in all processes if it cannot be opened."""
@@ -221,10 +227,10 @@ class Evaluation:
 
 
 class Progress:
-    """The progress of an evaluation on the terminal, with the time that is left."""
+    """The progress of work on videos on the terminal, with the time that is left."""
 
-    def __init__(self, terminal: Terminal, total: int, done_before: int) -> None:
-        self.terminal, self.total, self.before = terminal, total, done_before
+    def __init__(self, terminal: Terminal, total: int, done_before: int, what: str = "video") -> None:
+        self.terminal, self.total, self.before, self.what = terminal, total, done_before, what
         self.done, self.start = 0, time.perf_counter()
         self._shown = self.start
 
@@ -234,17 +240,17 @@ class Progress:
         for line in lines:
             if "error" in line:
                 self.terminal.print_line(f"left out {line['error']}")
-        now, position = time.perf_counter(), self.before + self.done
+        now, position = time.perf_counter(), min(self.before + self.done, self.total)
         if not self.terminal.overwrites and now - self._shown < PROGRESS_EVERY and position < self.total:
             return
         self._shown, rate = now, self.done / (now - self.start)
         left = clock((self.total - position) / rate) if self.done else "?"
-        self.terminal.print_progress(f"video {position}/{self.total}: {rate:.3g} videos/s, {left} left")
+        self.terminal.print_progress(f"{self.what} {position}/{self.total}: {rate:.3g} videos/s, {left} left")
 
 
 def load_model(source: str | Path, settings: Settings) -> VideoMamba:
     """Return the classifier of a folder or a published name, for the settings' frames and size. Raises what loading raises."""
-    return check_one_answer(VideoMamba.from_pretrained(source, backend=settings.backend, **settings.model_fields()))
+    return VideoMamba.from_pretrained(source, backend=settings.backend, **settings.model_fields())
 
 
 def evaluate(

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from fused.evaluate.protocols import choose_views
 from fused.io.picture import Size
 from fused.io.views import Views, Windows
-from fused.rules import COUNT, COUNT_OR_0, POSITIVE, POSITIVE_OR_0, Rule, is_number
+from fused.rules import COUNT, COUNT_OR_0, POSITIVE, POSITIVE_OR_0, Rule
 from fused.train.config import RULES as TRAINING_RULES
 from fused.train.config_file import parse_yaml
 from fused.train.unknown_key import unknown_key
@@ -105,14 +105,13 @@ def read_settings(overrides: Sequence[str], given: dict[str, Any], kind: type[T]
 _RULES = (
     {name: TRAINING_RULES[f"data.{name}"].optional() for name in ("frames", "size", "sampling", "stride", "fps", "short")}
     | {name: TRAINING_RULES[f"data.{name}"] for name in ("separator", "prefix", "columns", "frame_pattern")}
+    | {name: TRAINING_RULES[f"data.{name}"] for name in ("target_mean", "target_std")}
     | {name: TRAINING_RULES[name] for name in ("precision", "backend", "device")}
     | {
         "window": POSITIVE.optional(),
         "window_every": POSITIVE.optional(),
         "window_least": POSITIVE_OR_0.optional(),
         "labels": Rule(lambda value: isinstance(value, str) and bool(value), "a text file").optional(),
-        "target_mean": Rule(lambda value: is_number(value, lambda x: abs(x) < float("inf")), "a number"),
-        "target_std": POSITIVE,
         "batch_size": COUNT,
         "workers": COUNT_OR_0,
     }

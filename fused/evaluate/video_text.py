@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fused.backends import check_can_run
 from fused.evaluate.feature_store import FeatureStore, VideoFeatures
 from fused.evaluate.predictions import weights_digest
 from fused.evaluate.retrieval_settings import RetrievalSettings
@@ -36,10 +37,12 @@ class Texts(NamedTuple):
 class Engine:
     """A model on a device with its preprocessing, and the folder that keeps the features of videos.
 
-    Every process of `world` makes one. Raises ValueError for a model without a vocabulary and for settings that do not fit it.
+    Every process of `world` makes one. Raises ValueError for a model without a vocabulary and for settings that do not fit it,
+    BackendError for a backend that cannot run on the world's device.
     """
 
     def __init__(self, model: VideoTextRetrieval, settings: RetrievalSettings, folder: Path, world: World) -> None:
+        check_can_run(model.vision_encoder.requested_backend, world.device)
         self.model, self.settings, self.world = model.to(world.device).eval(), settings, world
         self.preprocessing = preprocessing_of(model, settings)
         self.tokenizer = model.tokenizer()

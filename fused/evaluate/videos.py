@@ -1,6 +1,5 @@
 """The videos of an evaluation: what a list or folder says of them, and the views of each."""
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +12,8 @@ from fused.io.picture import MEAN, STD, height_width
 from fused.io.preprocessing import Preprocessing
 from fused.io.views import Views
 from fused.train.data.clips import Sample
-from fused.train.data.list_columns import NUMBER
-from fused.train.data.list_file import check_repeats, read_list
 from fused.train.data.listing import list_videos
+from fused.train.data.target_clips import read_targets
 
 
 @dataclass(frozen=True)
@@ -48,28 +46,25 @@ def list_targets(
 ) -> tuple[list[Labelled], tuple[str, ...]]:  # fmt: skip
     """Return the videos of a list whose labels are numbers, each once, with (label - mean) / std as target, and notes.
 
-    Raises ValueError for a folder, which holds no numbers, and for a label that is no number.
+    Raises what `read_targets` raises.
     """
-    file = Path(data)
-    if not file.is_file():
-        raise ValueError(f"data is {str(data)!r}; allowed for a model of one output: a list, with path,number in each line")
-    listed, notes = read_list(file, separator, columns, prefix)
-    notes += check_repeats(file, listed, True)
-    videos = []
-    for path, label, frames, line in sorted(listed):
-        if not NUMBER.fullmatch(label) or not math.isfinite(float(label)):
-            raise ValueError(f"{file}, line {line}: {path} has the target {label!r}; allowed: a number")
-        videos.append(Labelled(Path(os.path.abspath(path)), (float(label) - mean) / std, frames))
-    if not videos:
-        raise ValueError(f"data is {str(data)!r}, a list without a video; allowed: path,number in each line")
+    found, notes = read_targets(data, separator, prefix, columns)
+    videos = [Labelled(Path(os.path.abspath(path)), (number - mean) / std, frames) for path, number, frames in found]
     return _each_once(videos), tuple(notes)
 
 
 def list_unlabelled(
-    data: str | Path, images: bool, separator: str | None, prefix: str | None, columns: Sequence[str] | None
-) -> list[Labelled]:
-    """Return the videos, or `images`, of a folder or list, each once, with label -1. Raises ValueError for others."""
-    listing = list_videos(data, (), separator, prefix, columns, images)
+    data: str | Path, images: bool, separator: str | None, prefix: str | None, columns: Sequence[str] | None,
+    name: str = "data",
+) -> list[Labelled]:  # fmt: skip
+    """Return the videos, or `images`, of a folder or list, each once, with label -1.
+
+    Raises ValueError for others, with `name`, that of the argument.
+    """
+    try:
+        listing = list_videos(data, (), separator, prefix, columns, images)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
     rows = zip(listing.files, listing.stated_frames, strict=True)
     return _each_once([Labelled(Path(os.path.abspath(path)), -1, stated) for path, stated in rows])
 
@@ -108,5 +103,13 @@ class VideoViews:
 
 
 def _each_once(videos: Sequence[Labelled]) -> list[Labelled]:
-    """Return the videos without repetitions of a path, in order. A list that names one with two labels was refused before."""
-    return list({video.path: video for video in videos}.values())
+    """Return the videos without repetitions of a path, in order. Raise ValueError for one with two labels.
+
+    A list is refused before that if it writes the path in the same way both times.
+    """
+    found: dict[Path, Labelled] = {}
+    for video in videos:
+        other = found.setdefault(video.path, video)
+        if other.label != video.label:
+            raise ValueError(f"{video.path} has two labels, and is written in two ways; allowed: one label of each video")
+    return list(found.values())

@@ -1,6 +1,7 @@
 """python -m fused.features --model FOLDER_OR_NAME --data FOLDER_OR_LIST --out FILE.safetensors [key=value ...]
 
-Exit codes: 0 done; 1 no video could be read, or the disk is full; 2 a wrong option, model or data.
+Exit codes: 0 done; 1 no video could be read, the disk is full, or features are not finite; 2 a wrong option, model or data;
+130 interrupted by Ctrl-C.
 """
 
 import argparse
@@ -8,14 +9,15 @@ import sys
 from collections.abc import Sequence
 
 from fused.evaluate.protocols import add_view_options
+from fused.evaluate.run import NotFinite
 from fused.evaluate.settings import Settings, read_settings
 from fused.features.extract import check_suffix, extract
 from fused.io.atomic_write import NotWritten
 from fused.models.videomamba.model import VideoMamba, VideoMambaEncoder
 from fused.train.parallel import joined_world
-from fused.train.terminal import SETUP_ERRORS, bad_file_reasons, escape_what_cannot_be_printed, fail
+from fused.train.terminal import SETUP_ERRORS, Terminal, bad_file_reasons, escape_what_cannot_be_printed, fail
 
-DONE, FAILED, USAGE = 0, 1, 2
+DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,19 +49,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             overrides = settings.model_fields()
             model = kind.from_pretrained(options.model, backend=settings.backend, **overrides).to(world.device)
             chunk_frames, is_main = options.chunk_frames, world.is_main
-            features = extract(model, options.data, settings, tokens=options.tokens, chunk_frames=chunk_frames, world=world)
+            features = extract(
+                model, options.data, settings, tokens=options.tokens, chunk_frames=chunk_frames, world=world,
+                terminal=Terminal() if is_main else None,
+            )  # fmt: skip
         if not is_main:
             return DONE if features.names else FAILED
-        for file in features.bad_files:
-            print(f"left out {file.sentence}")
         if not features.names:
             return fail("fused.features", "no video could be read", FAILED)
         features.save(options.out)
-    except NotWritten as error:
-        print(f"fused.features: {error}", file=sys.stderr)
-        return FAILED
+    except (NotWritten, NotFinite) as error:
+        return fail("fused.features", error, FAILED)
     except SETUP_ERRORS as error:
         return fail("fused.features", error, USAGE)
+    except KeyboardInterrupt:
+        return fail("fused.features", "stopped; nothing was written", INTERRUPTED)
     too_short = sum(file.too_short for file in features.bad_files)
     total = len(features.bad_files) + len({name.rpartition("#")[0] or name for name in features.names})
     reasons = bad_file_reasons(len(features.bad_files) - too_short, too_short, total)

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fused.backends import check_can_run
 from fused.chunked.video import run_layers
+from fused.evaluate.run import NotFinite, Progress
 from fused.evaluate.settings import Settings
 from fused.evaluate.videos import Labelled, VideoViews, list_unlabelled
 from fused.io.atomic_write import atomic_write
@@ -21,6 +23,7 @@ from fused.rules import COUNT, invalid
 from fused.train.data.clips import BadFile, batches
 from fused.train.parallel import World
 from fused.train.prefetch import Prefetcher
+from fused.train.terminal import Terminal
 
 SUFFIXES = (SAFETENSORS, ".npy")
 
@@ -54,7 +57,7 @@ class Features:
 
 def extract(
     model: VideoMamba | VideoMambaEncoder, data: str | Path, settings: Settings | None = None, *, tokens: bool = False,
-    chunk_frames: int | None = None, world: World | None = None,
+    chunk_frames: int | None = None, world: World | None = None, terminal: Terminal | None = None,
 ) -> Features:  # fmt: skip
     """Return the features of the videos of a folder or list, in the order of their paths. Classes are not looked at.
 
@@ -64,9 +67,13 @@ def extract(
     clips of hundreds of frames. Of the settings those of labels are not used. All features are in host memory. Every process of
     `world` calls this function with its model on the world's device, and gets the features of all.
 
-    Raises ValueError for settings that do not fit the model, for `tokens` of several views, and for data without videos.
+    With `terminal`, of the main process, the progress is printed, and every file that gives no clip.
+
+    Raises ValueError for settings that do not fit the model, for `tokens` of several views, and for data without videos;
+    BackendError for a backend that cannot run on the device; NotFinite, which names the video.
     """
     settings = settings or Settings()
+    check_can_run(model.requested_backend, world.device if world is not None else model.cls_token.device)
     COUNT.optional().check("chunk_frames", chunk_frames)
     views = settings.chosen_views()
     each = views.clips * views.crops
@@ -85,6 +92,7 @@ def extract(
     )  # fmt: skip
     found: list[tuple[int, Tensor]] = []
     bad_files: list[BadFile] = []
+    progress = Progress(terminal, len(videos), 0) if terminal is not None else None
     model.eval()
     try:
         for batch in Prefetcher(iter(every), world.device):
@@ -92,8 +100,17 @@ def extract(
             for index, clips in zip(batch.indices.tolist(), batch.clips, strict=True):
                 parts = [_forward(model, part, settings, tokens, chunk_frames) for part in clips.split(settings.batch_size)]
                 found.append((index, torch.cat(parts).unflatten(0, (-1, each)).mean(dim=1)))
+                if not found[-1][1].isfinite().all():
+                    wrong = f"{videos[index].path}: its features are not finite in {settings.precision}"
+                    raise NotFinite(f"{wrong}; allowed: other weights, or precision=float32")
+            step = world.all_gather((len(batch.indices), batch.bad_files))
+            if progress is not None:
+                bad = [{"error": file.sentence} for _, of_rank in step for file in of_rank]
+                progress.add([{}] * sum(count for count, _ in step) + bad)
     finally:
         model.train(training)
+        if terminal is not None:
+            terminal.end_line()
     features = Features([], [], [])
     gathered = world.all_gather((found, bad_files))
     for index, values in sorted((item for of_rank, _ in gathered for item in of_rank), key=lambda item: item[0]):

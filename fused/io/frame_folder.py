@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from fnmatch import fnmatch
+from fnmatch import translate
 from pathlib import Path
 
 from jaxtyping import UInt8
@@ -14,14 +14,17 @@ from fused.io.video_file import read_image
 IMAGE_SUFFIXES = frozenset(".bmp .jpeg .jpg .png .ppm .tif .tiff .webp".split())
 """File names of frames, in lower case."""
 
+_NUMBER = re.compile(r"%(0\d+)?d|\{\w*(?::(0\d+)?d?)?\}")  # of a pattern as C, FFmpeg and Python write it: %05d, {:05}, {}
+_PLACE = "\ue000"  # a character that no name has
+
 ALLOWED = "allowed is a folder of images that are numbered evenly, such as img_00001.jpg, img_00002.jpg, ..."
 
 
 class FrameFolder:
     """The frames of a folder of images, in the order of the last number in their names (10 after 9), else by name.
 
-    `pattern` selects files by name, such as "img_*.jpg" beside optical flow. `stated` is the number of frames that a list
-    states: the first so many are taken. Hidden files and files that are no images are left out.
+    `pattern` selects files by name, such as "img_*.jpg" or "img_%05d.jpg" beside optical flow (`matching`). `stated` is the
+    number of frames that a list states: the first so many are taken. Hidden files and files that are no images are left out.
 
     Raises VideoError for a folder without images, with names of several kinds, with a number missing between others, or with
     fewer frames than stated.
@@ -36,7 +39,7 @@ class FrameFolder:
         except OSError as error:
             raise VideoError(path, f"the folder cannot be listed ({error.strerror})", ALLOWED) from error
         if pattern is not None:
-            names = [name for name in names if fnmatch(name, pattern)]
+            names = list(filter(matching(pattern).match, names))
         if not names:
             raise VideoError(path, f"a folder without images{f' named {pattern}' if pattern else ''}", ALLOWED)
         numbered = [(_split(name), name) for name in names]
@@ -72,6 +75,18 @@ class FrameFolder:
             odd = next(i for i, step in enumerate(steps) if step != usual)
             wrong = f"number {numbers[odd]} is followed by number {numbers[odd + 1]}, where others are {usual} apart"
             raise VideoError(self.path, wrong, ALLOWED)
+
+
+def matching(pattern: str) -> re.Pattern[str]:
+    """Return the expression of a pattern of file names, of which * is any text, ? a character, and [abc] one of these.
+
+    As C, FFmpeg and Python write the names of frames, %d and {} are a number, %05d and {:05} one of at least five digits.
+    """
+    digits = [found[1] or found[2] or "1" for found in _NUMBER.finditer(pattern)]
+    expression = translate(_NUMBER.sub(_PLACE, pattern))
+    for least in digits:
+        expression = expression.replace(_PLACE, f"[0-9]{{{int(least)},}}", 1)
+    return re.compile(expression)
 
 
 def _split(name: str) -> tuple[str, str | None, str]:

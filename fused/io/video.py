@@ -4,6 +4,7 @@
 a trained model is read by `fused.io.preprocessing.Preprocessing.read`.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def open_video(
 
     `pattern` and `stated` concern a folder, see `FrameFolder`; `decode_all` and `choose` concern a file, see `VideoFile`.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir raises an error for a name that is too long, or a folder that may not be read
         return FrameFolder(path, pattern=pattern, stated=stated)
     return VideoFile(path, decode_all=decode_all, choose=choose)
 

@@ -16,7 +16,7 @@ from fused.modules.wrapped import modules_to_call, note_slow_path, weight_of
 from fused.ops import mamba_ssm
 from fused.ops.mamba_inner.cpu import mamba_inner_cpu, takes
 from fused.ops.mamba_inner.eager import both_directions_eager, one_direction_eager
-from fused.ops.shapes import DirectionWeights
+from fused.ops.shapes import DirectionWeights, Linear
 from fused.runtime.autocast import autocast_dtype
 from fused.runtime.dtypes import KERNEL_DTYPES, accumulation_dtype
 from fused.runtime.linear import linear
@@ -213,7 +213,7 @@ class Mamba(nn.Module):
 
     def _run_native(self, hidden: Tensor, called: Sequence[str], backend: str) -> Tensor:
         """Return the mixer's output (B, L, D) by one native operator, which computes in_proj too unless it has to be called."""
-        from fused.ops.mamba_inner.native import Linear, mamba_inner
+        from fused.ops.mamba_inner.native import mamba_inner
 
         in_proj, out_proj = self.in_proj, self.out_proj
         linear, dtype = Linear(in_proj.weight, in_proj.bias) if not called else None, autocast_dtype(hidden.device)
@@ -227,7 +227,7 @@ class Mamba(nn.Module):
 
     def _run_cpu(self, hidden: Tensor) -> Tensor | None:
         """Return the mixer's output (B, L, D) by one operator for CPUs, None where dtypes differ or are of half precision."""
-        in_proj, out_proj = ((m.weight, m.bias) for m in (self.in_proj, self.out_proj))
+        in_proj, out_proj = (Linear(m.weight, m.bias) for m in (self.in_proj, self.out_proj))
         arguments = hidden, in_proj, self.directions(squeeze=False), out_proj
         return mamba_inner_cpu(*arguments) if takes(*arguments) else None
 

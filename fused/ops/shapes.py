@@ -4,7 +4,7 @@ B batch, L tokens, E channels, D model width, N states a channel, K convolution 
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -16,6 +16,13 @@ Tokens = Float[Tensor, "B L E"]
 Mixing = Float[Tensor, "B L *G N"]
 State = Float[Tensor, "B E N"]
 Rows = Float[Tensor, "*B D"]
+
+
+class Linear(NamedTuple):
+    """The parameters of a linear layer."""
+
+    weight: Tensor  # (out, in)
+    bias: Tensor | None  # (out,)
 
 
 class DirectionWeights(NamedTuple):
@@ -33,6 +40,10 @@ class DirectionWeights(NamedTuple):
     D: Tensor  # (E,)
 
 
+Weights = Sequence[Tensor | None]
+"""A `DirectionWeights` as a mixer's operator takes it; empty for an absent direction."""
+
+
 def residual_dtype_of(x: Tensor, residual: Tensor | None, residual_in_fp32: bool) -> torch.dtype:
     """Return the dtype in which a norm stores the residual stream: the residual's own, else at least float32 or x's."""
     if residual is not None:
@@ -40,6 +51,6 @@ def residual_dtype_of(x: Tensor, residual: Tensor | None, residual_in_fp32: bool
     return accumulation_dtype(x.dtype) if residual_in_fp32 else x.dtype
 
 
-def by_direction(flat: Sequence[Any], directions: int) -> list[list[Any]]:
-    """Return what stands in `flat` for each direction in turn, such as (u, delta, A, ...) of a scan, as a list of pairs."""
-    return [list(flat[i : i + directions]) for i in range(0, len(flat), directions)]
+def dense(x: Tensor) -> Tensor:
+    """Return x (..., channels) with unit stride along its last axis, a copy where it has another."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

@@ -1,9 +1,9 @@
 """The kernels for CPUs: C++ that the system's compiler compiles at their first use, as one shared library.
 
 The sources are `cpu_kernel.h` and the `cpu.cpp` of every operator. The library is kept in the user's cache folder under a name
-made from the sources, the flags and the CPU, whose own instructions it uses; another CPU has a library of its own. A file ends
-with a SHA-256 digest of what is before it, and is written to a draft and renamed; one whose digest does not fit is compiled
-again. If the folder cannot be written, every process compiles its own.
+made from the sources, the flags, the C library and the CPU, whose own instructions it uses; another CPU has a library of its
+own. A file ends with a SHA-256 digest of what is before it, and is written to a draft and renamed; one whose digest does not
+fit is compiled again. If the folder cannot be written, or nothing can be loaded from it, every process compiles its own.
 
 Kernels run in the threads of the OpenMP that PyTorch uses: those of a second one would wait for the same cores.
 """
@@ -57,15 +57,20 @@ def source() -> str:
     return "\n".join(file.read_text(encoding="utf-8") for file in files)
 
 
-def compiler() -> str | None:
-    """Return the C++ compiler: the one that CXX names in the environment, else the first of COMPILERS that there is."""
+def compiler() -> list[str] | None:
+    """Return the command of the C++ compiler: CXX of the environment, such as "ccache g++", else the first of COMPILERS.
+
+    None if there is no such program.
+    """
     wanted = os.environ.get("CXX", "").split()
-    return next(filter(None, map(shutil.which, wanted[:1] or COMPILERS)), None)
+    if wanted:
+        return wanted if shutil.which(wanted[0]) else None
+    return next(([program] for program in map(shutil.which, COMPILERS) if program), None)
 
 
 def path() -> Path:
     """Return the file of the library; it may not exist yet."""
-    key = repr((source(), FLAGS, _cpu()))
+    key = repr((source(), FLAGS, _c_library(), _cpu()))
     return cache_folder("cpu") / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
 
 
@@ -110,10 +115,7 @@ def _load_once() -> ctypes.CDLL | str:
         return "PyTorch's OpenMP has no GOMP_parallel: use a build of PyTorch with OpenMP, or backend='torch'."
     try:
         file = path()
-        if _is_whole(file):
-            library = ctypes.CDLL(str(file))
-        else:
-            library = _compile_and_load(file)
+        library = _load_kept(file) or _compile_and_load(file)
     except CompilerError as error:
         return f"{error}: install a C++ compiler such as g++, or use backend='torch'."
     except OSError as error:
@@ -121,6 +123,14 @@ def _load_once() -> ctypes.CDLL | str:
     library.set_parallel_region(threads)
     keep_freed_memory()
     return library
+
+
+def _load_kept(file: Path) -> ctypes.CDLL | None:
+    """Return the library in `file`, None if it is missing or damaged, or if its file system lets no code be run."""
+    try:
+        return ctypes.CDLL(str(file)) if _is_whole(file) else None
+    except OSError:
+        return None
 
 
 def _compile_and_load(file: Path) -> ctypes.CDLL:
@@ -136,22 +146,23 @@ def _compile_and_load(file: Path) -> ctypes.CDLL:
             file.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(file) as draft:
                 shutil.copyfile(made, draft)
+            return ctypes.CDLL(str(file))
         except OSError as error:
             cubin_cache.warn_once(str(file.parent), str(error))
             return ctypes.CDLL(str(made))
-    return ctypes.CDLL(str(file))
 
 
 def _compile(out: Path) -> None:
     """Write the library. Raises CompilerError if there is no compiler or it fails."""
-    program = compiler()
+    program, wanted = compiler(), os.environ.get("CXX")
     if program is None:
-        raise CompilerError("there is no C++ compiler")
-    command = [program, *FLAGS, "-", "-o", str(out)]
+        named = f" named {wanted}, as CXX in the environment says" if wanted else ""
+        raise CompilerError(f"there is no C++ compiler{named}")
+    command = [*program, *FLAGS, "-", "-o", str(out)]
     done = subprocess.run(command, input=source(), capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         first = next((line for line in done.stderr.splitlines() if "error" in line), f"exit code {done.returncode}")
-        raise CompilerError(f"{program} cannot compile the kernels for the CPU ({first.strip()})")
+        raise CompilerError(f"{' '.join(program)} cannot compile the kernels for the CPU ({first.strip()})")
 
 
 def _is_whole(file: Path) -> bool:
@@ -167,7 +178,7 @@ def _parallel_region() -> Any:
     """Return GOMP_parallel of the OpenMP that PyTorch has loaded, None if it has none."""
     libraries: list[str | None] = [None]  # what is loaded for all, in which PyTorch's own are
     if os.path.exists("/proc/self/maps"):
-        with open("/proc/self/maps", encoding="utf-8") as maps:
+        with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
             mapped = (line.split(maxsplit=5)[-1].strip() for line in maps)
             libraries += sorted({file for file in mapped if "/lib" in file and "omp" in os.path.basename(file)})
     for library in libraries:
@@ -178,6 +189,14 @@ def _parallel_region() -> Any:
     return None
 
 
+def _c_library() -> str | None:
+    """Return name and version of the C library, with which containers may differ that share a home; None where unknown."""
+    try:
+        return os.confstr("CS_GNU_LIBC_VERSION")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
 def _cpu() -> tuple[str, ...]:
     """Return what this CPU is and can do, by which the compiler chooses instructions."""
     wanted = ("model name", "flags", "CPU part", "Features")
@@ -185,5 +204,5 @@ def _cpu() -> tuple[str, ...]:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
             first = file.read().split("\n\n")[0]
     except OSError:
-        return platform.machine(), platform.processor()
+        return platform.machine(), platform.processor(), platform.node()  # not Linux: no more is known, so each host its own
     return platform.machine(), *(line for line in first.splitlines() if line.split("\t")[0].strip() in wanted)

@@ -1,4 +1,4 @@
-"""Whether `torch.export` traces the code."""
+"""Detection of `torch.export`, which takes operators apart."""
 
 import torch
 

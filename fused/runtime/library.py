@@ -1,6 +1,7 @@
 """Registration of kernels as PyTorch operators `videomamba::NAME`, with gradients.
 
-    call = register("double(Tensor x) -> Tensor", kernel, fake, autograd=Double.apply)
+    backward = register("cube_backward(Tensor x, Tensor dy) -> Tensor", kernel_backward, fake_backward)
+    cube = register("cube(Tensor x) -> Tensor", kernel, fake, backward=backward)
 
 The first argument of every operator is a tensor or a list of tensors, on whose device it runs. `torch.compile` sees an operator
 and nothing inside of it; forward and backward are one operator each.
@@ -8,7 +9,8 @@ and nothing inside of it; forward and backward are one operator each.
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from itertools import zip_longest
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,14 +22,21 @@ _LIBRARY = torch.library.Library("videomamba", "FRAGMENT")
 
 
 def register(
-    schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], autograd: Callable[..., Any] | None = None
-) -> Callable[..., Any]:
+    schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], backward: Callable[..., Any] | None = None,
+    autograd: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:  # fmt: skip
     """Register an operator and return a function that calls it.
 
     `kernel` runs it. It may return None for a result, of which the dispatcher makes a tensor without elements. `fake` returns
-    empty tensors of the results' shapes and dtypes. `autograd` applies a `torch.autograd.Function` to the operator's arguments
-    where a gradient is wanted. An operator without it is a backward, whose gradient raises RuntimeError. The returned function
-    skips one pass through the dispatcher, except while a compiler traces: the compiler must see the operator.
+    empty tensors of the results' shapes and dtypes. The returned function skips one pass through the dispatcher, except while a
+    compiler traces: the compiler must see the operator.
+
+    `backward` is what `register` returned for the operator of the gradients. The arguments of the forward are tensors and lists
+    of tensors, the inputs, and behind them options. Those of the backward are the inputs, the first options, results of the
+    forward that are kept for it, by the names that they have there, and the gradients of the other results, None where none
+    arrives. It returns the gradients of the inputs; the last inputs may have none. Instead of it `autograd` can apply a
+    `torch.autograd.Function` to the operator's arguments. The gradient of an operator with neither, as of every backward,
+    raises RuntimeError.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
@@ -48,7 +57,11 @@ def register(
     torch.library.register_fake(f"videomamba::{name}", fake, lib=_LIBRARY)  # unlike a Meta kernel, it knows the device
     operator = getattr(torch.ops.videomamba, name).default
     PLANNED[operator] = planned
-    apply = autograd or functools.partial(_Backward.call, operator)
+    apply: Callable[..., Any]
+    if backward is not None:
+        apply = functools.partial(_Forward.call, _Signature.of(operator, backward))
+    else:
+        apply = autograd or functools.partial(_Backward.call, operator)
 
     def with_gradients(*arguments: Any) -> Any:
         return _all_tensors(call(*arguments))
@@ -60,7 +73,62 @@ def register(
         return operator(*arguments) if torch.compiler.is_compiling() else call(*arguments)
 
     _LIBRARY.impl(name, with_gradients, "Autograd")
+    _SCHEMAS[call_or_trace] = operator._schema
     return call_or_trace
+
+
+class _Signature(NamedTuple):
+    """An operator, its backward, and which arguments and results they share."""
+
+    operator: Callable[..., Any]
+    backward: Callable[..., Any]
+    num_inputs: int  # arguments before the options
+    num_options: int  # of those that the backward takes
+    num_results: int  # results with a gradient; those behind them are kept
+
+    @classmethod
+    def of(cls, operator: Any, backward: Callable[..., Any]) -> "_Signature":
+        """Return the signature by the names in both schemas."""
+        arguments, names = operator._schema.arguments, {argument.name for argument in _SCHEMAS[backward].arguments}
+        num_inputs = sum("Tensor" in str(argument.type) for argument in arguments)
+        num_options = sum(option.name in names for option in arguments[num_inputs:])
+        return cls(operator, backward, num_inputs, num_options, sum(r.name not in names for r in operator._schema.returns))
+
+
+class _Forward(torch.autograd.Function):
+    """Autograd of an operator by its backward operator."""
+
+    @classmethod
+    def call(cls, signature: _Signature, *arguments: Any) -> Any:
+        """Apply to the tensors one by one, those in lists too, so that autograd sees each of them."""
+        structure: list[Any] = []
+        results = apply_function(cls, signature, arguments, structure, *_leaves(arguments[: signature.num_inputs]))
+        return _nest(results, structure)
+
+    @staticmethod
+    def forward(
+        ctx: Any, signature: _Signature, arguments: tuple[Any, ...], structure: list[Any], *inputs: Tensor | None
+    ) -> Any:
+        results, own = below_autograd(signature.operator, *arguments), arguments[: signature.num_inputs]
+        kept = () if isinstance(results, Tensor) else results[signature.num_results :]
+        kept_leaves = _leaves(kept)
+        ctx.signature, ctx.options = signature, arguments[len(own) :][: signature.num_options]
+        ctx.num_kept, ctx.structure = len(kept), _map_leaves((*kept, *own), lambda x: None)
+        ctx.mark_non_differentiable(*(x for x in kept_leaves if x is not None))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*kept_leaves, *inputs)
+        return _flatten(results, structure)
+
+    @staticmethod
+    def backward(ctx: Any, *dresults: Tensor | None) -> tuple[Tensor | None, ...]:
+        signature, dresults = ctx.signature, dresults[: ctx.signature.num_results]
+        if all(grad is None for grad in dresults):
+            return (None,) * len(ctx.needs_input_grad)
+        saved = _nest(ctx.saved_tensors, ctx.structure)  # read once: activation checkpointing recomputes them at every access
+        kept, inputs = saved[: ctx.num_kept], saved[ctx.num_kept :]
+        grads = signature.backward(*inputs, *ctx.options, *kept, *dresults)
+        pairs = zip_longest(_leaves(inputs), [grads] if isinstance(grads, Tensor) else _leaves(grads))
+        return None, None, None, *(None if x is None else grad for x, grad in pairs)
 
 
 class _Backward(torch.autograd.Function):
@@ -68,16 +136,14 @@ class _Backward(torch.autograd.Function):
 
     @classmethod
     def call(cls, operator: Callable[..., Any], *arguments: Any) -> Any:
-        """Apply to the tensors one by one, those in lists too, so that autograd sees each of them."""
-        results: list[Any] = []
-        flat = iter(apply_function(cls, operator, arguments, results, *_flatten(arguments)))
-        return tuple(_map_leaves(results, lambda x: None if x is None else next(flat)))
+        """Apply to the arguments one by one, tensors in lists too, so that autograd sees each of them."""
+        structure: list[Any] = []
+        return _nest(apply_function(cls, operator, arguments, structure, *_leaves(arguments)), structure)
 
     @staticmethod
-    def forward(ctx: Any, operator: Any, arguments: tuple[Any, ...], results: list[Any], *_: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, operator: Any, arguments: tuple[Any, ...], structure: list[Any], *_: Any) -> Any:
         ctx.name = operator.name()
-        results += below_autograd(operator, *arguments)
-        return tuple(_flatten(results))
+        return _flatten(below_autograd(operator, *arguments), structure)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -86,11 +152,29 @@ class _Backward(torch.autograd.Function):
         )
 
 
-def _flatten(values: Iterable[Any]) -> list[Tensor]:
-    return [x for value in values for x in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(x, Tensor)]
+def _leaves(values: Iterable[Any]) -> list[Any]:
+    """Return the values, and the entries of lists in their place."""
+    return [x for value in values for x in (value if isinstance(value, (list, tuple)) else (value,))]
+
+
+def _flatten(results: Any, structure: list[Any]) -> Any:
+    """Return an operator's results without lists, and note in `structure` where lists were; one tensor is returned as it is."""
+    if isinstance(results, Tensor):
+        return results
+    structure += _map_leaves(results, lambda x: None)
+    return tuple(_leaves(results))
+
+
+def _nest(leaves: Any, structure: list[Any]) -> Any:
+    """Return the leaves in lists as they were in what `_flatten` got."""
+    if isinstance(leaves, Tensor):
+        return leaves
+    following = iter(leaves)
+    return tuple(_map_leaves(structure, lambda _: next(following)))
 
 
 PLANNED: dict[Any, Planned] = {}
+_SCHEMAS: dict[Callable[..., Any], Any] = {}
 
 
 def below_autograd(operator: Callable[..., Any], *arguments: Any) -> Any:

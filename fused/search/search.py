@@ -12,7 +12,7 @@ from fused.evaluate.videos import list_unlabelled
 from fused.models.retrieval.model import VideoTextRetrieval
 from fused.rules import COUNT
 from fused.train.data.clips import BadFile, UnreadableFiles
-from fused.train.parallel import World
+from fused.train.parallel import World, choose_device
 from fused.train.terminal import Terminal
 
 FEATURES = ".fused-search"  # the folder of the features, beside the videos
@@ -42,9 +42,9 @@ def search(
     settings = settings or RetrievalSettings()
     COUNT.check("top", top)
     root = Path(videos)
-    paths = [video.path for video in list_unlabelled(root, False, None, settings.prefix, None)]
+    paths = [video.path for video in list_unlabelled(root, False, None, settings.prefix, None, "videos")]
     if isinstance(model, str | Path):
-        device = "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu"
+        device = choose_device(settings.device)
         model = VideoTextRetrieval.from_pretrained(model, **settings.model_fields()).to(device)
     folder = Path(features) if features is not None else (root if root.is_dir() else root.parent) / FEATURES
     engine = Engine(model, settings, folder, World(model.device))

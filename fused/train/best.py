@@ -1,11 +1,12 @@
 """The best model of a run by validation, in the folder best/: as model/ for `from_pretrained`, and best.json.
 
 The better of two models has the higher `val_top1_all`: of all listed videos, since an accuracy of those that were read would
-be higher where the harder ones were not. Of equals, the first stays. With an EMA, both the model and its average are
-candidates, in this order.
+be higher where the harder ones were not. Of regressions it has the lower `val_mse`. Of equals, the first stays. With an EMA,
+both the model and its average are candidates, in this order.
 """
 
 import json
+import math
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,12 +24,18 @@ RECORD_FILE = "best.json"
 
 @dataclass(frozen=True)
 class Record:
-    """The content of best.json."""
+    """The content of best.json; of `top1` and `mse` the one that the task has."""
 
     step: int
     weights: str  # "model", or "ema" for its average
-    top1: float  # val_top1_all, from 0 to 1
     val: str  # data.val; results on other videos cannot be compared
+    top1: float | None = None  # val_top1_all, from 0 to 1
+    mse: float | None = None  # val_mse
+
+    @property
+    def score(self) -> float:
+        """The number of which the higher is better."""
+        return -self.mse if self.mse is not None else self.top1 or 0.0
 
 
 class BestModel:
@@ -49,7 +56,8 @@ class BestModel:
         if self.record is None:
             return "no best model yet"
         record, of = self.record, "the EMA's " if self.record.weights == "ema" else ""
-        return f"best so far, {of}top-1 {record.top1:.2%}, saved as {self.folder / run_folder.BEST}"
+        result = f"mean squared error {record.mse:.6g}" if record.mse is not None else f"top-1 {record.top1:.2%}"
+        return f"best so far, {of}{result}, saved as {self.folder / run_folder.BEST}"
 
     def offer(
         self, step: int, results: dict[str, float], student: Student, average: WeightAverage | None
@@ -59,19 +67,21 @@ class BestModel:
         `results` are those of `evaluate`. Every process of the world calls this function. Raises NotWritten, an OSError, in
         all of them if it cannot be written.
         """
-        top1, weights = results["val_top1_all"], "model"
-        if results.get("val_ema_top1_all", -1.0) > top1:
-            top1, weights = results["val_ema_top1_all"], "ema"
-        if self.record is not None and top1 <= self.record.top1:
+        val = str(self.config.data.val)
+        record = Record(step, "model", val, results.get("val_top1_all"), results.get("val_mse"))
+        if average is not None:
+            of_ema = Record(step, "ema", val, results.get("val_ema_top1_all"), results.get("val_ema_mse"))
+            record = record if record.score >= of_ema.score else of_ema
+        if not record.score > (self.record.score if self.record is not None else -math.inf):  # NaN is never better
             return False
-        record = Record(step, weights, top1, str(self.config.data.val))
         error: Exception | None = None
         try:
-            with average.swapped() if average is not None and weights == "ema" else nullcontext():
+            with average.swapped() if average is not None and record.weights == "ema" else nullcontext():
                 folder = run_folder.save_model(self.folder, self.config, student, self.world, run_folder.BEST)
             if self.world.is_main:
                 with atomic_write(folder / RECORD_FILE) as draft:
-                    draft.write_text(json.dumps(asdict(record)) + "\n")
+                    content = {name: value for name, value in asdict(record).items() if value is not None}
+                    draft.write_text(json.dumps(content) + "\n")
         except OSError as problem:
             error = problem
         if errors := [text for text in self.world.all_gather(str(error) if error else "") if text]:

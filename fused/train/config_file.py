@@ -10,7 +10,10 @@ from textwrap import indent
 from typing import Any
 
 from fused.rules import invalid
-from fused.train.config import PATH_KEYS, SECTIONS, SIZES, TASKS, TrainConfig, all_keys, flatten, is_read
+from fused.train.config import TrainConfig, all_keys, flatten
+from fused.train.config_keys import PATH_KEYS, TASKS, is_read
+from fused.train.config_rules import SIZES
+from fused.train.config_sections import SECTIONS
 from fused.train.language.options import LANGUAGE_TASKS
 from fused.train.recipes import PREFIX, recipe_path
 from fused.train.unknown_key import unknown_key
@@ -19,7 +22,7 @@ from fused.train.unknown_key import unknown_key
 MISSING = {
     "task": f"required: {', '.join(TASKS)}",
     "out": "required: the folder of the run",
-    "data.train": "required: a folder of videos, or a list of them; for retrieval a file of captions",
+    "data.train": "required: a folder of videos, or a list of them, to regress with numbers; for retrieval a file of captions",
     "steps": "required: this or epochs",
     "epochs": "required: this or steps",
     "teacher": "required: a folder, or a name in fused.PRETRAINED; for retrieval with loss.uta only",

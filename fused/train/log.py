@@ -34,7 +34,8 @@ class Log(Terminal):
         self.total, self.start_step, self.start_time = total, step, time.perf_counter()
         super().__init__()
         lines = _truncate(folder / LOG_FILE, step)
-        self.evaluated = {line.get("val") for line in lines if "val_top1" in line and line["step"] == step}  # videos, at `step`
+        # the videos of evaluations at `step`
+        self.evaluated = {line.get("val") for line in lines if "val_listed" in line and line["step"] == step}
         self._bad_files = {line["file"]: line for line in lines if "file" in line}
         self._file = open(folder / LOG_FILE, "a", encoding="utf-8")
         self._board = import_summary_writer()(str(folder / "tensorboard"), purge_step=step + 1) if tensorboard else None
@@ -66,11 +67,14 @@ class Log(Terminal):
         """Write and print an evaluation's line, and the files that gave it no clip."""
         self.write_bad_files(line, bad_files)
         self.write(line)
-        top5 = f", top-5 {_accuracy(line, 'top5')}" if "val_top5" in line else ""
-        text = f"step {line['step']}: top-1 {_accuracy(line, 'top1')}{top5} of {line['val_read']} videos"
+        measures = [("top1", "top-1", ".2%"), ("top5", "top-5", ".2%"), ("mse", "mean squared error", ".6g")]
+        found = [f"{name} {_measure(line, key, shown)}" for key, name, shown in measures if f"val_{key}" in line]
+        text = f"step {line['step']}: {', '.join(found)} of {line['val_read']} videos"
         if line["val_read"] < line["val_listed"]:
             reasons = bad_file_reasons(line["val_unreadable"], line["val_too_short"], line["val_listed"])
-            text += f" that were read; top-1 {_accuracy(line, 'top1_all')} of all {line['val_listed']}: {reasons}"
+            if "val_top1_all" in line:
+                reasons = f"top-1 {_measure(line, 'top1_all', '.2%')} of all {line['val_listed']}: {reasons}"
+            text += f" that were read; {reasons}"
         self.print_line(text)
 
     def write_bad_files(self, line: dict[str, Any], bad_files: Iterable[BadFile]) -> None:
@@ -158,7 +162,7 @@ def _finite_or_none(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _accuracy(line: dict[str, Any], name: str) -> str:
-    """Return an accuracy of an evaluation's line, with the EMA's if there is one."""
-    ema = f" (EMA {line[f'val_ema_{name}']:.2%})" if f"val_ema_{name}" in line else ""
-    return f"{line[f'val_{name}']:.2%}{ema}"
+def _measure(line: dict[str, Any], name: str, shown: str) -> str:
+    """Return a measure of an evaluation's line in the format `shown`, with the EMA's if there is one."""
+    ema = f" (EMA {line[f'val_ema_{name}']:{shown}})" if f"val_ema_{name}" in line else ""
+    return f"{line[f'val_{name}']:{shown}}{ema}"

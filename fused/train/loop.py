@@ -8,7 +8,6 @@ bits as one that was never stopped.
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,10 +17,10 @@ import torch
 
 from fused import backends
 from fused.train import checkpoints, parallel, run_folder, tasks
-from fused.train.config import VAL_KEYS, TrainConfig
+from fused.train.config import TrainConfig
 from fused.train.data.captioned import AlternatingBatches, CaptionData
-from fused.train.data.clips import BadFile, Batches, ClipFolder, batches
-from fused.train.data.first_look import try_videos
+from fused.train.data.clips import BadFile, Batches, batches
+from fused.train.data.configured import open_clips
 from fused.train.ema import WeightAverage
 from fused.train.interrupt import Interrupt
 from fused.train.log import Log, peak_memory_mib
@@ -60,10 +59,9 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, world: World) -> None:
         self.config, self.world, self.folder = config, world, Path(str(config.out))
-        if config.backend != "auto":
-            backends.choose(config.backend, world.device)  # raises now rather than in the first step
+        backends.check_can_run(config.backend, world.device)
         self.data = self.training_data()
-        self.val = val = self._clip_folder("val", self.data.classes) if config.data.val is not None else None
+        self.val = val = open_clips(config, "val", self.data.classes) if config.data.val is not None else None
         repeats = config.data.repeats
         self.micro_batch_videos, remainder = divmod(config.batch_size, world.size * config.accumulate * repeats)
         if remainder:
@@ -112,7 +110,7 @@ class Trainer:
         name = names.get(str(config.task), "VideoMamba")
         processes = f"{world.size} processes" if world.size > 1 else "1 process"
         classes = f" in {len(self.data.classes)} classes" if self.data.classes else ""
-        kind = "videos" if config.data.frames else "images"
+        kind = "pairs of video and caption" if config.task == "retrieval" else "videos" if config.data.frames else "images"
         lines = [
             f"{config.task}: {name}, {parameters:.3g} M parameters, on {world.device.type}, {processes}",
             f"{len(self.data)} {kind}{classes}, {self.steps_per_epoch} steps an epoch, {self.total} steps",
@@ -267,12 +265,11 @@ class Trainer:
         """Return the videos of data.train, for retrieval with captions. Raise ValueError that names the key."""
         if self.config.task == "retrieval":
             return CaptionData(self.config)
-        return self._clip_folder("train", () if self.config.task == "pretrain" else None)
+        return open_clips(self.config, "train", () if self.config.task == "pretrain" else None)
 
     def build_task(self) -> Any:
         """Return the task with its models."""
-        captions = self.data if isinstance(self.data, CaptionData) else None
-        return tasks.build_task(self.config, self.data.classes, self.world.device, captions)
+        return tasks.build_task(self.config, self.data.classes, self.world.device, self.data)
 
     def make_feed(self, micro_batches: Any) -> Any:
         """Return the micro-batches as `forward_backward` takes them."""
@@ -281,29 +278,6 @@ class Trainer:
     def save_models(self) -> list[Path]:
         """Write the trained model, and return its folder, with an EMA those of both."""
         return run_folder.save_models(self.folder, self.config, self.task.student, self.average, self.world)
-
-    def _clip_folder(self, key: str, classes: Sequence[str] | None) -> ClipFolder:
-        """Return the videos of data.train or data.val. Raise ValueError that names the key."""
-        data = self.config.data
-        options: dict[str, Any] = {
-            "sampling": data.sampling, "stride": data.stride, "fps": data.fps, "short": data.short, "scale": data.scale,
-            "flip": data.flip, "erased": data.erased, "augment": data.augment, "repeats": data.repeats,
-            "seed": self.config.seed, "frame_pattern": data.frame_pattern,
-            "dtype": torch.uint8 if key == "train" else torch.float32,
-        }  # fmt: skip
-        root = str(getattr(data, key))
-        # beside a list, a folder does without the options of lists; two folders refuse them
-        if not Path(root).is_dir() or all(Path(path).is_dir() for path in (data.train, data.val) if path is not None):
-            options |= {"separator": data.separator, "prefix": data.prefix, "columns": data.columns}
-        if key == "val":
-            own = {name: getattr(data, f"val_{name}") for name in VAL_KEYS}
-            options |= {name: value for name, value in own.items() if value is not None}
-        try:
-            folder = ClipFolder(root, data.frames, data.size, train=key == "train", classes=classes, **options)
-            folder.notes += tuple(try_videos(folder))
-            return folder
-        except (ValueError, OSError) as error:
-            raise ValueError(f"data.{key}: {error}") from error
 
     def _epoch_batches(self, epoch: int, skip: int) -> Batches | AlternatingBatches:
         """Return this process's micro-batches of an epoch without the first `skip`."""

@@ -22,7 +22,8 @@ from fused.models.videomamba.model import VideoMambaEncoder
 from fused.models.videomamba.published import PRETRAINED
 from fused.rules import invalid
 from fused.runtime.graphed import graphed
-from fused.train.config import OWNERS, TrainConfig
+from fused.train.config import TrainConfig
+from fused.train.config_keys import OWNERS
 from fused.train.objectives.teachers import ClipTeacher
 
 SOURCES = "a folder that save_pretrained wrote, a name in fused.PRETRAINED"

@@ -94,20 +94,29 @@ class World:
             dist.barrier()
 
 
-@contextmanager
-def joined_world(device: str = "auto") -> Iterator[World]:
-    """Join the process group of torchrun's environment, and leave it when the block ends; without torchrun there is none.
+def choose_device(device: str) -> torch.device:
+    """Return the device for "cpu", "cuda" or "auto", which is a GPU if there is one.
 
-    `device` is "cpu", "cuda" or "auto" (a GPU if there is one). GPUs use NCCL, CPUs gloo. Raises ValueError for "cuda" where
-    there is no GPU.
+    Raises ValueError for "cuda" where there is no GPU.
     """
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if cuda and not torch.cuda.is_available():
         raise ValueError("device is 'cuda'; allowed here, where PyTorch finds no GPU: 'auto' or 'cpu'")
+    return torch.device("cuda" if cuda else "cpu")
+
+
+@contextmanager
+def joined_world(device: str = "auto") -> Iterator[World]:
+    """Join the process group of torchrun's environment, and leave it when the block ends; without torchrun there is none.
+
+    `device` and errors are those of `choose_device`. GPUs use NCCL, CPUs gloo.
+    """
+    chosen = choose_device(device)
     if "RANK" not in os.environ:
-        yield World(torch.device("cuda" if cuda else "cpu"))
+        yield World(chosen)
         return
-    local_device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    cuda = chosen.type == "cuda"
+    local_device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else chosen
     if cuda:
         torch.cuda.set_device(local_device)
     dist.init_process_group("nccl" if cuda else "gloo", device_id=local_device if cuda else None)

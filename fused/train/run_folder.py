@@ -12,8 +12,9 @@ from fused.io.atomic_write import atomic_write
 from fused.models.retrieval.model import VideoTextRetrieval
 from fused.models.videomamba.model import VideoMamba, VideoMambaEncoder
 from fused.train import checkpoints
-from fused.train.config import RESUMABLE_KEYS, TrainConfig, flatten
+from fused.train.config import TrainConfig, flatten
 from fused.train.config_file import parse_yaml, to_yaml
+from fused.train.config_keys import RESUMABLE_KEYS
 from fused.train.ema import WeightAverage
 from fused.train.log import Log, import_summary_writer
 from fused.train.parallel import World

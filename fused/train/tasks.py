@@ -1,7 +1,8 @@
-"""The tasks finetune, distill and pretrain: their models, and the loss of a batch; and the choice of a task."""
+"""The tasks finetune, regress, distill and pretrain: their models, and the loss of a batch; and the choice of a task."""
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,9 @@ from fused.rules import invalid
 from fused.runtime.dtypes import accumulation_dtype
 from fused.train.config import TrainConfig
 from fused.train.data.captioned import CaptionData
+from fused.train.data.clips import ClipFolder
 from fused.train.data.mixup import mix
+from fused.train.data.target_clips import TargetClips
 from fused.train.models import make_student, pretraining_teacher, videomamba_teacher
 from fused.train.objectives.losses import alignment_loss, distillation_loss
 from fused.train.retrieval import Retrieval
@@ -32,8 +35,7 @@ class Finetune(Task):
         self.config, self.classes = config, len(classes)
         self.student = make_student(VideoMamba, config, {"num_classes": len(classes), "distill_dim": None})
         _name_classes(self.student, classes)
-        if self.student.config.readout == "tokens":
-            raise invalid("model.readout", "tokens", "'cls', 'mean' or 'last', which give a clip one answer")
+        _check_readout(self.student)
 
     def encode(self, labels: Tensor) -> Tensor:
         """Return weights (B, classes), or the class (1,) of a single clip."""
@@ -56,6 +58,36 @@ class Finetune(Task):
         return F.cross_entropy(logits, targets, label_smoothing=self.config.loss.label_smoothing), {}
 
     def logits(self, clips: Tensor) -> Tensor:
+        return self.student(clips)
+
+
+class Regress(Task):
+    """Regression: the squared difference of a model's one output and a target."""
+
+    student: VideoMamba
+
+    def __init__(self, config: TrainConfig, targets: Sequence[float]) -> None:
+        super().__init__()
+        self.targets = targets
+        self.student = make_student(VideoMamba, config, {"num_classes": 1, "distill_dim": None})
+        _check_readout(self.student)
+
+    def encode(self, labels: Tensor) -> Tensor:
+        """Return the targets (B,) of the videos of these indices, float32."""
+        return torch.tensor([self.targets[i] for i in labels.tolist()], dtype=torch.float32)
+
+    def prepare(self, clips: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Return clips (B, C, T, H, W) and targets (B,), as from `encode`."""
+        return clips, labels
+
+    def forward(self, clips: Tensor, targets: Tensor) -> tuple[Tensor, Metrics]:
+        """Return the mean squared error (), for the output of `prepare`."""
+        outputs = self.logits(clips)[:, 0]
+        dtype = accumulation_dtype(outputs.dtype)
+        return F.mse_loss(outputs.to(dtype), targets.to(dtype)), {}
+
+    def logits(self, clips: Tensor) -> Tensor:
+        """Return outputs (B, 1)."""
         return self.student(clips)
 
 
@@ -112,22 +144,32 @@ class Pretrain(Task):
 
 
 def build_task(
-    config: TrainConfig, classes: Sequence[str], device: torch.device, captions: CaptionData | None = None
+    config: TrainConfig, classes: Sequence[str], device: torch.device, data: CaptionData | ClipFolder | None = None
 ) -> Task:
-    """Return the task with its models on `device`; `classes` are the names of the training data's classes, or it has captions.
+    """Return the task with its models on `device`; `classes` are the names of the training data's classes.
+
+    `data` is the training data, from which tasks without classes take captions or targets.
 
     Raises ValueError for a model, start or teacher that does not fit, FileNotFoundError, CheckpointError, ImportError.
     """
-    if captions is not None:
-        return Retrieval(config, captions, device).to(device)
+    if isinstance(data, CaptionData):
+        return Retrieval(config, data, device).to(device)
+    if isinstance(data, TargetClips):
+        return Regress(config, data.targets).to(device)
     if config.task == "pretrain":
         return Pretrain(config, device).to(device)
     if len(classes) < 2:
-        raise ValueError(
-            f"data.train is {config.data.train!r} with {len(classes)} classes; allowed: a folder for each of 2 or more"
-        )
+        number = f"{len(classes)} class{'es' if len(classes) != 1 else ''}"
+        needed = "a folder for each" if Path(str(config.data.train)).is_dir() else "a label in each line of the list"
+        raise ValueError(f"data.train is {config.data.train!r} with {number}; allowed: 2 or more, {needed}")
     task = Distill(config, classes, device) if config.task == "distill" else Finetune(config, classes)
     return task.to(device)
+
+
+def _check_readout(student: VideoMamba) -> None:
+    """Raise ValueError for a model that gives a clip one answer a token."""
+    if student.config.readout == "tokens":
+        raise invalid("model.readout", "tokens", "'cls', 'mean' or 'last', which give a clip one answer")
 
 
 def _name_classes(student: VideoMamba, classes: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Whether a run is faster than another, point by point."""
+"""Comparison of the times of two runs, point by point."""
 
 from dataclasses import dataclass
 

@@ -14,7 +14,8 @@ def launch(blocks: int, out: torch.Tensor) -> None:
 
 
 @triton.jit
-def chains(out, NUMBERS: tl.constexpr, REPEATS: tl.constexpr):
+def chains(out: tl.tensor, NUMBERS: tl.constexpr, REPEATS: tl.constexpr):
+    """Store NUMBERS results of REPEATS exponentials each, one after the other."""
     x = tl.arange(0, NUMBERS).to(tl.float32) * -1e-6
     for _ in range(REPEATS):
         x = tl.exp2(x) - 1.0  # the subtraction goes to another unit

@@ -30,7 +30,7 @@ def make(point: Point, entry: Entry, device: str) -> Call:
         videos = torch.randn(N, V, D, dtype=dtype)
         words = torch.randint(5, VOCABULARY, (M, L))
         visible = torch.arange(L) < torch.randint(L // 2, L + 1, (M, 1))
-        wanted = _wanted(torch.randn(N, M), K)
+        wanted = asked_pairs(torch.randn(N, M), K)
     numbers = [row.nonzero().flatten().split(TEXTS_AT_ONCE) for row in wanted]
     whole = entry.implementation == "whole-bert"
 
@@ -66,7 +66,7 @@ def _model(point: Point, device: str) -> Any:
     return model.eval()
 
 
-def _wanted(similarities: Tensor, count: int) -> Tensor:
+def asked_pairs(similarities: Tensor, count: int) -> Tensor:
     """Return which pairs of (N, M) are among the best `count` of their video or of their text."""
     by_video = torch.zeros_like(similarities, dtype=torch.bool).scatter_(1, best_candidates(similarities, count), True)
     by_text = torch.zeros_like(similarities.T, dtype=torch.bool).scatter_(1, best_candidates(similarities.T, count), True)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from harness.bench.compare import compare as compare_runs
+from harness.judge.request import UsageError
 from harness.records import interval
 from harness.report import accepted, front, sides
 from harness.report.kinds import write
@@ -20,8 +21,18 @@ def report(
     folder: Annotated[Path | None, typer.Argument(help="a run's folder; the newest by default")] = None,
     new: Annotated[Path | None, typer.Argument(help="another of its kind, to be held against it")] = None,
     out: Annotated[Path | None, typer.Option(help="folder of the page on two; by default reports/runs/NEW-beside-BASE")] = None,
+    every: Annotated[bool, typer.Option("--accepted", help="of all accepted runs, and the pages that have them all")] = False,
 ) -> None:
     """Write a run's report again from its records; of two runs, a page that has them side by side."""
+    if every:
+        if folder or out:
+            raise UsageError("--accepted takes no folder: it writes the pages of all runs under reports/accepted")
+        for path in sorted(acceptance.ACCEPTED.glob("*/*/run.json")):
+            print(write(Run.open(path.parent)))
+        for device in sorted(acceptance.ACCEPTED.glob("*/")):
+            accepted.refresh(acceptance.ACCEPTED.parent / "README.md", device)
+        print(front.write(acceptance.ACCEPTED.parent))
+        return
     run = Run.open(folder) if folder else Run.latest()
     if new is None:
         print(write(run))

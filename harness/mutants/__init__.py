@@ -1,8 +1,8 @@
 """Bugs planted in `fused` to prove that the checks catch them.
 
 One file each: `plant()` is a context in which the bug is there, `WHERE` the parity filters (options of the command line) under
-which every run must fail. `scan_with` and `ssd_with` plant in the function through which backends and callers scan,
-`places_with` where the queries of BIMBA stand.
+which every run must fail, and `FAILS` the check and the tensor (a pattern of names) that must fail there. `scan_with` and
+`ssd_with` plant in the function through which backends and callers scan, `places_with` where the queries of BIMBA stand.
 """
 
 import contextlib

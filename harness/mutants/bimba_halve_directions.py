@@ -9,6 +9,7 @@ from torch import Tensor
 from fused.models.bimba import query_mixer
 
 WHERE = ("--subject", "bimba", "--impl", "fused:torch", "--case", "B2-F3-H2-*-D16-L24-*")
+FAILS = ("forward", "out")
 
 
 def plant() -> AbstractContextManager[object]:

@@ -8,6 +8,7 @@ from torch import Tensor
 import fused.models.bimba.compressor
 
 WHERE = ("--subject", "bimba", "--impl", "fused:torch", "--case", "*-layers=2-*")
+FAILS = ("forward", "out")
 
 
 def plant() -> AbstractContextManager[object]:

@@ -10,6 +10,7 @@ from torch import Tensor
 import fused.chunked.layer
 
 WHERE = ("--subject", "videomamba", "--case", "B2-T2-S32-D32-L9-unfused-*", "--check", "forward_chunked")
+FAILS = ("forward_chunked", "grad clip*")
 
 
 def plant() -> AbstractContextManager[object]:

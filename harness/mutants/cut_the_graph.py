@@ -8,6 +8,7 @@ import fused.models.videomamba.backbone
 from fused.modules.state import detach_state
 
 WHERE = ("--subject", "videomamba", "--check", "chunks", "--impl", "fused:torch", "--case", "*readout=last*")
+FAILS = ("chunks", "grad clip*")
 
 
 def plant() -> AbstractContextManager[object]:

@@ -6,6 +6,7 @@ from unittest import mock
 import fused.evaluate.run
 
 WHERE = ("--subject", "evaluation", "--check", "forward")
+FAILS = ("forward", "probabilities")
 
 
 def plant() -> AbstractContextManager[object]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from harness.mutants import Scan, scan_with
 
 WHERE = ("--subject", "scan", "--case", "*-L12545-*", "--check", "forward")
+FAILS = ("forward", "final_state")
 LENGTH = 12545
 
 

@@ -10,6 +10,7 @@ from fused.modules.mamba import Mamba
 from fused.ops.shapes import DirectionWeights
 
 WHERE = ("--subject", "videomamba", "--case", "*-for=compile-*", "--check", "compile")
+FAILS = ("compile", "logits*after a step*")
 
 
 def plant() -> AbstractContextManager[object]:

@@ -9,6 +9,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from fused.modules.norm import DropPath
 
 WHERE = ("--subject", "videomamba", "--case", "*-for=compile-*", "--check", "compile")
+FAILS = ("compile", "outputs of * random calls")
 
 
 def plant() -> AbstractContextManager[object]:

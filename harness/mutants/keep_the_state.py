@@ -6,6 +6,7 @@ from unittest import mock
 from fused import FrameStream
 
 WHERE = ("--subject", "videomamba", "--check", "stream", "--impl", "fused:torch", "--case", "*readout=tokens-tubelet2*")
+FAILS = ("stream", "logits*")
 
 
 def plant() -> AbstractContextManager[object]:

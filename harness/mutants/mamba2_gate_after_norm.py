@@ -9,6 +9,7 @@ from torch import Tensor
 import fused.modules.mamba2
 
 WHERE = ("--subject", "mamba2", "--impl", "fused:torch", "--case", "B2-L9-*")
+FAILS = ("forward", "out")
 
 
 def plant() -> AbstractContextManager[object]:

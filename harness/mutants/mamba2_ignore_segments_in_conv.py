@@ -10,6 +10,7 @@ from torch import Tensor
 import fused.ops.causal_conv1d.api
 
 WHERE = ("--subject", "mamba2", "--impl", "fused:torch", "--case", "B2-L9-*-segments-*")
+FAILS = ("forward", "out")
 
 
 def plant() -> AbstractContextManager[object]:

@@ -10,6 +10,7 @@ from torch import Tensor
 import fused.ops.causal_conv1d.api
 
 WHERE = ("--subject", "conv", "--case", "B3-L7-*-reverse-state-*", "--check", "compile")
+FAILS = ("compile", "grad bias*")
 
 
 def plant() -> AbstractContextManager[object]:

@@ -6,6 +6,7 @@ from unittest import mock
 from fused.modules.span import Span
 
 WHERE = ("--subject", "videomamba", "--check", "chunks", "--impl", "fused:torch", "--case", "*readout=last*")
+FAILS = ("chunks", "grad cls_token")
 
 
 def plant() -> AbstractContextManager[object]:

@@ -9,6 +9,7 @@ from torch import Tensor
 import fused.chunked.layer
 
 WHERE = ("--subject", "videomamba", "--case", "B2-T2-S32-D32-L9-layernorm-*", "--check", "forward_chunked")
+FAILS = ("forward_chunked", "grad *_b*")
 
 
 def plant() -> AbstractContextManager[object]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from fused.train import gather
 
 WHERE = ("--subject", "retrieval", "--check", "backward", "--impl", "fused:torch", "--case", "*-gathered-*")
+FAILS = ("backward", "grad features")
 
 
 def plant() -> AbstractContextManager[object]:

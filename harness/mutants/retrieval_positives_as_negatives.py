@@ -9,6 +9,7 @@ from torch import Tensor
 from fused.train.objectives import losses
 
 WHERE = ("--subject", "retrieval", "--check", "forward", "--impl", "fused:torch", "--case", "*-ranks-*")
+FAILS = ("forward", "positives")
 
 
 def plant() -> AbstractContextManager[object]:

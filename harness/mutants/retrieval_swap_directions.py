@@ -7,6 +7,7 @@ from unittest import mock
 from fused.models.retrieval import ranking
 
 WHERE = ("--subject", "retrieval", "--check", "forward", "--impl", "fused:torch", "--case", "*-ranks-*")
+FAILS = ("forward", "* to *")
 
 
 def plant() -> AbstractContextManager[object]:

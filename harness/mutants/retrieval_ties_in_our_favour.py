@@ -8,6 +8,7 @@ from torch import Tensor
 from fused.models.retrieval import ranking
 
 WHERE = ("--subject", "retrieval", "--check", "forward", "--impl", "fused:torch", "--case", "*-ranks-*")
+FAILS = ("forward", "* to *")
 
 
 def plant() -> AbstractContextManager[object]:

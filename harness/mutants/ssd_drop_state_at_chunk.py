@@ -9,6 +9,7 @@ from torch import Tensor
 from harness.mutants import Scan, ssd_with
 
 WHERE = ("--subject", "ssd", "--case", "*-L130-H4-*")
+FAILS = ("forward", "y")
 CHUNK = 64
 
 

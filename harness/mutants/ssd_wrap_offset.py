@@ -9,6 +9,7 @@ from torch import Tensor
 from harness.mutants import Scan, ssd_with
 
 WHERE = ("--subject", "ssd", "--case", "*-L4099-*", "--check", "forward")
+FAILS = ("forward", "y")
 WRAP = 2**16
 
 

@@ -7,6 +7,7 @@ from fused.modules.mamba import Mamba
 from fused.ops.shapes import DirectionWeights
 
 WHERE = ("--subject", "mixer", "--case", "B2-L9-*", "--impl", "fused:torch")
+FAILS = ("forward", "out")
 
 
 def plant() -> AbstractContextManager[object]:

@@ -7,6 +7,7 @@ from unittest import mock
 from fused.models.vamba.prefill import PairStore
 
 WHERE = ("--subject", "vamba", "--check", "chunks", "--impl", "fused:torch", "--case", "*-stream-*")
+FAILS = ("chunks", "values_*")
 
 
 def plant() -> AbstractContextManager[object]:

@@ -7,6 +7,7 @@ from unittest import mock
 import fused.models.vamba.model
 
 WHERE = ("--subject", "vamba", "--check", "chunks", "--impl", "fused:torch", "--case", "*-decode-*")
+FAILS = ("chunks", "grad model.layers.*.cross_attn.*")
 
 
 def plant() -> AbstractContextManager[object]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from fused.models.vamba.layer import VambaDecoderLayer
 
 WHERE = ("--subject", "vamba", "--impl", "fused:torch", "--case", "*-layers=2-float32", "--case", "*-layers=2-autocast-*")
+FAILS = ("forward", "logits")
 
 
 def plant() -> AbstractContextManager[object]:

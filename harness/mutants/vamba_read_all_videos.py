@@ -8,6 +8,7 @@ import fused.models.vamba.model
 from fused.models.vamba.pattern import Pattern
 
 WHERE = ("--subject", "vamba", "--impl", "fused:torch", "--case", "*-packed-*")
+FAILS = ("forward", "logits")
 
 
 def plant() -> AbstractContextManager[object]:

@@ -11,6 +11,7 @@ from fused.models.vamba.layer import VambaDecoderLayer
 from fused.models.vamba.rotary import rotate
 
 WHERE = ("--subject", "vamba", "--impl", "fused:torch", "--case", "*-layers=2-float32", "--case", "*-layers=2-autocast-*")
+FAILS = ("forward", "logits")
 
 
 def plant() -> AbstractContextManager[object]:

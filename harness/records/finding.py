@@ -54,10 +54,12 @@ class PlainNotFinite(RuntimeError):
 
 @dataclass(frozen=True)
 class _Sample:
+    """The errors and norms of one tensor under one seed: (L2, largest absolute value)."""
+
     error: tuple[float, float]
     plain: tuple[float, float]
     truth: tuple[float, float]
-    worst: tuple[int, ...]
+    worst: tuple[int, ...]  # the index of the largest error
     stray: float | None  # largest |got| where truth and plain are 0; None if there is no such place
 
 

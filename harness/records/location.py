@@ -1,4 +1,4 @@
-"""Where a comparison fails: the wrong tokens, the edge of a kernel's tiles that they are at, the shortest length that fails."""
+"""The place where a comparison fails: the wrong tokens, the edge of tiles that they are at, the shortest length that fails."""
 
 from dataclasses import dataclass, fields
 from typing import Any

@@ -1,22 +1,17 @@
 """The page of a benchmark run: what was found, one chart, then how fast, how right, how measured."""
 
-import textwrap
 from pathlib import Path
-from typing import Any
 
 from harness.bench import grids
-from harness.bench.interleave import FEWEST, GOAL, MOST
-from harness.bench.worker import WARM
-from harness.records.ceilings import BoxCeilings
-from harness.records.interval import RESAMPLES
 from harness.records.record import Record
-from harness.records.speed import MODES, WAYS, Speed, is_failure
+from harness.records.speed import Speed, is_failure
 from harness.report import (
     chunking,
     curves,
     faults,
     glossary,
     headlines,
+    how,
     html,
     loop,
     overview,
@@ -26,10 +21,11 @@ from harness.report import (
     speed_tables,
     streaming,
     tables,
+    words,
 )  # fmt: skip
 from harness.report.figures import Drawing, shown
 from harness.report.html import Page, Section
-from harness.report.markdown import Markdown, bold, escape, table
+from harness.report.markdown import Markdown, bold, code, escape, table
 from harness.report.page import again, box
 from harness.runs import environment
 from harness.runs.store import Run
@@ -37,53 +33,27 @@ from harness.runs.store import Run
 UNTIMED = (
     ("gated", "Not timed, because parity failed:"), ("error", "Failed while being timed:"), ("timeout", "Out of time:"),
 )  # fmt: skip
-OLD_DTYPE = "the points' dtype"  # which older runs did not name
 CPU = "This is the CPU grid: it shows that the bench works; its numbers say nothing of a GPU."
-HOW = f"""\
-Every entry (an implementation of a subject) runs in a process of its own, so that what kills it costs nobody else. At each
-point the entries take turns, a turn being an eighth of the budget or less, so that a drift of the clock meets all alike;
-where they do not fit into the memory together each is timed alone, and its row says so. Each loads its call, runs it {WARM}
-times (once if that takes a second; kept apart, not counted) and once more for its memory; sampling then stops when half the
-width of the median's 95 % interval is within {100 * GOAL:.0f} % of the median ({FEWEST} samples at least), at {MOST}
-samples, or when its budget of {{budget}} s is spent: {{settled}}. The interval is the middle 95 % of the medians of
-{RESAMPLES} bootstrap resamples, seeded, so that the same samples give the same interval (of fewer than three samples, `n =
-1` or 2, it is but their range). It holds the scatter within this run on this box, and no other doubt. Operators are timed
-on inputs that are not in the cache (sets of random tensors take turns){{operators}}. Models are timed end to end, launches
-included, on clips that lie on the device already. {{memory}} No clock was locked; every raw sample is in speeds.jsonl."""
-GPU_OPERATORS = ", by the device's own clock with the launches queued ahead, so that the host's time does not count"
-GPU_MEMORY = """Memory is the peak that PyTorch's allocator held during one call: weights, gradients and
-scratch, and inputs, of an operator all the sets that take turns. A replayed graph allocates nothing, so that
-its peak is that of its capture."""
-CPU_MEMORY = "Memory is the most that the process held resident during one call, PyTorch itself included."
-READ = """\
-An entry of ours has a time only if parity passed in this run. A rival is timed in any case; its time has a mark, with the
-factor, if its error was more than a tenth over its budget. `[low, high]` is the 95 % interval of the median; two entries whose
-intervals overlap are not told apart. Time over another's is below 1 where the row is faster. `out of memory` is the entry's own
-doing; longer points of the same curve are `not tried`. The share of the roofline is the least time that this box needs for the
-point, by the ceilings above, over the time taken: 100 % cannot be beaten. What was faster shows that a ceiling was measured too
-low, or holds for DRAM and not for a cache: it has `no bound`, with the reason, and no share. Where curves meet is read off
-straight lines in logarithms between neighbouring points, against the fastest ViT of the same way; it is as good as the points
-are close. Every sample of a stream is the next frame, CLS's not among them: its median and 99th percentile are of what a caller
-waits. On a GPU the memory of a stream is the peak of its capture and what the frames before have left. Chunks are held against
-the pass over the whole video, in training one that runs every mixer again in the backward."""
 
 
 def write(run: Run) -> Path:
     """Write report.md, its figures and report.html into the run's folder; return the path of report.md."""
     plan, here = run.about.get("plan", {}), run.about.get("box", {})
-    title = f"Bench: grid {plan.get('grid', '?')} on {(here.get('gpu') if _gpu(run) else '') or here.get('cpu') or '?'}"
+    where = (here.get("gpu") if how.on_gpu(run) else "") or here.get("cpu") or "?"
+    title = f"Bench on {where}, grid {plan.get('grid', '?')}, {str(run.about.get('started', '?'))[:10]}"
     speeds, folder = faults.marked(run), run.folder
     families = curves.families(speeds)
     times, held, derived = _figures(run, speeds, families)
     pairs = paper.pairs(speeds)
     asked = [r for r in run.records if r.status != "skip"]
     sections = [
-        Section("How fast", "\n\n".join([*_overview(speeds, families), shown(times[1:])])),
+        *([Section("How fast", fast)] if (fast := "\n\n".join([*_overview(speeds, families), shown(times[1:])])) else []),
         *([Section("Loops, the host's time included", loop.section(speeds))] if _has(speeds, loop.RACE) else []),
         *([Section("Streams and chunks", "\n\n".join(split))] if (split := split_videos(speeds)) else []),
         *([Section("Video files", _data(run, speeds))] if _has(speeds, reading.RACE) else []),
-        *([Section("How much memory", "\n\n".join(["\n".join(overview.most_memory(speeds)), shown(held)]))] if held else []),
+        *([Section("How much memory", memory)] if (memory := _memory(speeds, held)) else []),
         Section("How right", _parity(run)),
+        Section("How it was measured", how.measured(run), folded=True),
         Section("What failed or was not timed", _missing(run, speeds)),
         *([Section("Derived figures, and other ways to run", shown(derived), folded=True)] if derived else []),
         *([Section("Where every VideoMamba meets the ViT", _meetings(families), folded=True)] if families else []),
@@ -91,8 +61,7 @@ def write(run: Run) -> Path:
         *([Section("Operators, all times", "\n\n".join(tables_), folded=True)] if (tables_ := _operators(speeds)) else []),
         *([Section("Models, all times", "\n\n".join(tables_), folded=True)] if (tables_ := _models(speeds)) else []),
         *([Section("Parity, all answers", _answers(asked), folded=True)] if asked else []),
-        Section("Ceilings of this box", _ceilings(run), folded=True),
-        Section("How it was measured", "\n\n".join([_how(run), READ, _words()]), folded=True),
+        Section("Ceilings of this box", how.ceilings(run), folded=True),
         Section("The box", box(run), folded=True),
         Section("How to repeat it", again(run)),
         Section("Glossary", glossary.terms(), folded=True),
@@ -103,22 +72,25 @@ def write(run: Run) -> Path:
 
 
 def _overview(speeds: list[Speed], families: list[curves.Family]) -> list[str]:
-    """Return the table of operators and models, and where these meet the ViT; nothing where none was timed."""
+    """Return the tables of operators and models, and where these meet the ViT; nothing where none was timed."""
     timed = {s.point.race for s in speeds} & {*grids.races("operators"), *grids.races("models")}
-    return [overview.overview(speeds), *overview.crossings(families)] if timed else []
+    beside = [race for race in overview.raced_with_others() if race in timed]
+    parts = [overview.beside_others([s for s in speeds if s.point.race == race]) for race in beside]
+    usual = [overview.overview(speeds), "\n".join(overview.crossings(families))]
+    return [*filter(None, usual if timed - {*beside} else []), *parts]
+
+
+def _memory(speeds: list[Speed], drawn: list[Drawing]) -> str:
+    """Return the peak memory of models as sentences and figures, and where other models run beside ours as tables."""
+    parts = ["\n".join(overview.most_memory(speeds)), shown(drawn)]
+    for race in overview.raced_with_others():
+        if mine := [s for s in speeds if s.point.race == race and s.seconds]:
+            parts += ["Peak memory of a call in GiB:", overview.memory_beside_others(mine)]
+    return "\n\n".join(filter(None, parts))
 
 
 def _has(speeds: list[Speed], race: str) -> bool:
     return any(s.point.race == race for s in speeds)
-
-
-def _words() -> str:
-    return "\n".join(f"- `{word}`: {what}" for word, what in (MODES | WAYS).items())
-
-
-def _gpu(run: Run) -> bool:
-    """Return whether a run was on a GPU."""
-    return str(run.about.get("plan", {}).get("device", "")).startswith("cuda")
 
 
 def verdict(run: Run) -> str:
@@ -144,11 +116,12 @@ def _warnings(run: Run) -> list[str]:
     elif run.about.get("status") != "finished":
         said.append(f"> **Not finished** (status: {escape(run.about.get('status'))}). Points are missing.")
     narrowed = [escape(f"{what} {', '.join(plan[k])}") for k, what in (("races", "races"), ("names", "only")) if plan.get(k)]
-    if points := plan.get("points"):  # patterns are long, and say little
-        narrowed.append(Markdown(f"points of {len(points)} pattern{'s' * (len(points) > 1)}, which the box below has"))
+    if points := plan.get("points"):
+        several = f"points of {len(points)} patterns, listed in [the box](#the-box)"
+        narrowed.append(Markdown(f"points {code(points[0])}" if len(points) == 1 else several))
     if narrowed:
         said.append(f"> **A part of the points** ({'; '.join(narrowed)}). It compares those that were timed, and no others.")
-    if not _gpu(run) and not (run.speeds and all(s.point.race == reading.RACE for s in run.speeds)):
+    if not how.on_gpu(run) and not (run.speeds and all(s.point.race == reading.RACE for s in run.speeds)):
         said.append(f"> **On a CPU.** {CPU}")
     return said
 
@@ -185,7 +158,8 @@ def _parity(run: Run) -> str:
     for name, role in dict.fromkeys((r.implementation, r.role) for r in run.records if r.status != "skip"):
         mine = [r for r in run.records if r.implementation == name and r.status != "skip"]
         passed = sum(r.status == "pass" for r in mine)
-        rows.append([name + " (rival)" * (role == "rival"), f"{passed} of {len(mine)}", faults.in_words(mine) or "-"])
+        who = words.implementation(name, mine[0].subject, role)
+        rows.append([who, f"{passed} of {len(mine)}", faults.in_words(mine) or "-"])
     if not rows:
         return "No question was asked in this run."
     said = "Before it is timed, every entry answers questions of parity, on smaller sizes, in this same run:"
@@ -211,7 +185,7 @@ def _figures(
     run: Run, speeds: list[Speed], families: list[curves.Family]
 ) -> tuple[list[Drawing], list[Drawing], list[Drawing]]:
     """Draw all figures; return those of times, the main one first, those of memory, and those that are folded."""
-    kind, folder = "allocated" if _gpu(run) else "resident", run.folder
+    kind, folder = "allocated" if how.on_gpu(run) else "resident", run.folder
     main = headlines.main_family(families)
     times, held, folded = [], [], []
     for family in sorted(families, key=lambda f: f is not main):
@@ -219,8 +193,9 @@ def _figures(
         times.append(time)
         held.append(memory)
         folded += rest
-    for draw in (loop.draw, streaming.draw, chunking.draw, reading.draw, speed_figures.roofline):
-        times += draw(speeds, folder)
+    for draw in (loop.draw, streaming.draw, chunking.draw, reading.draw, speed_figures.operators):
+        for drawing in draw(speeds, folder):
+            (held if drawing.path.stem.endswith("-memory") else times).append(drawing)
     return times, held, folded + paper.draw(paper.pairs(speeds), folder)
 
 
@@ -240,7 +215,8 @@ def _models(speeds: list[Speed]) -> list[str]:
     races = grids.races("models")
     for s in speeds:
         if s.point.race in races:
-            groups.setdefault(f"{curves.race_title(s.point.race)}, {s.point.mode}, {s.point.dtype}", []).append(s)
+            where = f"{curves.race_title(s.point.race)}, {words.MODES[s.point.mode]}, {s.point.dtype}"
+            groups.setdefault(where, []).append(s)
     return [f"### {title}\n\n{speed_tables.models(mine)}" for title, mine in groups.items()]
 
 
@@ -262,38 +238,3 @@ def _data(run: Run, speeds: list[Speed]) -> str:
     return reading.section(
         mine, reading.trained([run, *reading.accepted_runs(environment.ROOT / "reports" / "accepted")], mine)
     )
-
-
-def _ceilings(run: Run) -> str:
-    """Return the ceilings of the box as a table."""
-    if not (found := run.about.get("ceilings")):
-        return "Not measured; no share of a roofline is known."
-    box = _box_ceilings(found)
-    rows = []
-    for size, rate in box.copies:
-        what = f"memory, {size / 2**20:g} MiB moved again and again" if len(box.copies) > 1 else "copy, read plus written"
-        rows.append((what, f"{speed_tables.number(rate / 1e9)} GB/s"))
-    for dtype, rate in box.matmuls.items():
-        rows.append((f"matrix product in {dtype or OLD_DTYPE}", f"{speed_tables.number(rate / 1e12)} TFLOP/s"))
-    rows.append(("exponentials, float32", f"{speed_tables.number(box.exp / 1e9)} G/s"))
-    return table(["ceiling", "is"], rows)
-
-
-def _box_ceilings(found: dict[str, Any]) -> BoxCeilings:
-    """Return the ceilings that run.json holds; older ones have one rate of copies, and one of the points' dtype."""
-    if "copies" in found:
-        return BoxCeilings.from_json(found)
-    return BoxCeilings(((0, found["copy"]),), {"": found["matmul"]}, found["exp"])
-
-
-def _how(run: Run) -> str:
-    """Return how it was measured, with the numbers of this run."""
-    timed = [s for s in run.speeds if s.seconds]
-    early = sum(s.stopped == "budget" for s in timed)
-    said = HOW.format(
-        budget=run.about.get("plan", {}).get("budget", "?"),
-        settled=f"{early} of {len(timed)} timings here ended before their interval was that narrow",
-        operators=GPU_OPERATORS if _gpu(run) else "",
-        memory=GPU_MEMORY if _gpu(run) else CPU_MEMORY,
-    )
-    return textwrap.fill(said, 128, break_long_words=False, break_on_hyphens=False)

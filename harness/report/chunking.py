@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 from harness.records.speed import Speed
-from harness.report import things
+from harness.report import things, words
 from harness.report.curves import fault_note, memory, seconds
 from harness.report.figures import Drawing, chart, legend, line_look, logarithmic
-from harness.report.markdown import table
+from harness.report.markdown import sparse
 from harness.report.speed_figures import WORDS
-from harness.report.speed_tables import entry_name, milliseconds, notes, number
+from harness.report.speed_tables import milliseconds, notes, number
 
 RACE = "chunks"
 WHOLE = {"eager": "all at once", "checkpointed": "all at once, checkpointed"}
@@ -20,35 +20,38 @@ WHOLE = {"eager": "all at once", "checkpointed": "all at once, checkpointed"}
 
 def passes(speeds: Sequence[Speed]) -> str:
     """Return a table of the time and memory of every pass."""
-    full_passes = {_video(s): s for s in speeds if s.point.way in WHOLE}
+    full_passes = {video(s): s for s in speeds if s.point.way in WHOLE}
     rows = []
     for s in speeds:
-        p, other = s.point, full_passes.get(_video(s))
+        p, other = s.point, full_passes.get(video(s))
         size = WHOLE.get(p.way) or str(p["F"])
-        rate, held, share = "-", "-", "-"
+        rate, held, slower, smaller = "-", "-", "-", "-"
         if s.seconds:
             rate, held = number(p["B"] * p["T"] / seconds(s)), number((memory(s) or 0) / 2**30)
             if other and other.seconds and other is not s and memory(other):
-                share = f"{seconds(s) / seconds(other):.3g}, {(memory(s) or 0) / (memory(other) or 1):.3g}"
-        video = f"{p['B']} x {p['T']:,} x {p['S']} px, {p.dtype}"
-        rows.append((video, f"{p['L']:,}", p.mode, size, entry_name(s.entry), milliseconds(s), rate, held, share, notes(s)))
-    head = ["clips x frames", "tokens", "mode", "frames at a time", "entry", "ms, median [95 %]", "frames/s", "peak GiB"]
-    return table([*head, "time, memory / whole's", "notes"], rows)
+                slower, smaller = f"{seconds(s) / seconds(other):.3g}", f"{(memory(s) or 0) / (memory(other) or 1):.3g}"
+        what = (words.clips(p["B"], p["T"], p["S"]), f"{p['L']:,}", p.dtype, words.MODES[p.mode], size, words.entry(s.entry))
+        rows.append((*what, milliseconds(s), rate, held, slower, smaller, notes(s)))
+    head = ["video", "tokens", "dtype", "mode", "frames at a time", "entry", "ms, median [95 %]", "frames/s", "peak GiB"]
+    return sparse([*head, "time / whole's", "memory / whole's", "notes"], rows)
 
 
-def _video(speed: Speed) -> tuple[Any, ...]:
+def video(speed: Speed) -> tuple[Any, ...]:
     """Return the key that all passes over a video share."""
     p = speed.point
     return speed.entry, p["B"], p["T"], p["S"], p.mode, p.dtype
 
 
 def draw(speeds: Iterable[Speed], folder: Path) -> list[Drawing]:
-    """Draw for each mode and length of a video its passes: frames a second against peak memory, a point a chunk length."""
+    """Draw for each mode and length of a video its passes: frames a second against peak memory, a point a chunk length.
+
+    A pass alone has no figure: its numbers are in the table.
+    """
     panels: dict[tuple[str, int], list[Speed]] = {}
     for s in speeds:
         if s.point.race == RACE:
             panels.setdefault((s.point.mode, s.point["T"]), []).append(s)
-    return [_draw(mine, *key, folder) for key, mine in panels.items() if any(s.seconds and memory(s) for s in mine)]
+    return [_draw(mine, *key, folder) for key, mine in panels.items() if sum(bool(memory(s)) for s in mine) > 1]
 
 
 def _draw(speeds: Sequence[Speed], mode: str, T: int, folder: Path) -> Drawing:
@@ -59,7 +62,7 @@ def _draw(speeds: Sequence[Speed], mode: str, T: int, folder: Path) -> Drawing:
     stem, looks = f"{RACE}-{mode}-T{T}", []
     with chart(folder, stem) as axes:
         for (entry, B, S, dtype), mine in lines.items():
-            look = things.of(entry)._replace(label=f"{entry.name}, {B} x {S} px, {dtype}")
+            look = things.of(entry)._replace(label=f"{words.entry(entry)}, {words.clips(B, T, S)}, {dtype}")
             looks.append(look)
             timed = [s for s in mine if s.seconds and memory(s)]
             cut = sorted((s for s in timed if s.point.way not in WHOLE), key=lambda s: s.point["F"])
@@ -72,7 +75,7 @@ def _draw(speeds: Sequence[Speed], mode: str, T: int, folder: Path) -> Drawing:
                     axes.plot(*spots[id(s)], look.marker, color=look.colour, fillstyle="none", markersize=9)
                 text = "whole" if whole else str(s.point["F"])
                 axes.annotate(
-                    text, spots[id(s)], (0, 7), textcoords="offset points", ha="center", fontsize=8, color=look.colour
+                    text, spots[id(s)], (-3, 7), textcoords="offset points", ha="right", fontsize=8, color=look.colour
                 )
         axes.set(xscale="log", xlabel="peak memory (GiB)", ylabel="frames/s")
         axes.margins(x=0.15)
@@ -81,7 +84,8 @@ def _draw(speeds: Sequence[Speed], mode: str, T: int, folder: Path) -> Drawing:
             0, 1.15 * max(float(y) for line in axes.lines for y in np.ravel(line.get_ydata()))
         )  # room for the numbers
         legend(axes, looks, columns=1)
-    said = [f"A video of {T:,} frames, {mode}: numbers are frames at a time; a hollow point is the whole video at once"]
+    what = "numbers are frames at a time; a hollow point is the whole video at once"
+    said = [f"A video of {T:,} frames, {words.MODES[mode]}: {what}"]
     said += [f"{WHOLE.get(s.point.way) or 'chunks of ' + str(s.point['F'])}: {WORDS.get(s.status, s.status)}"
              for s in speeds if not s.seconds]  # fmt: skip
     said += sorted({fault_note(s)[:60] for s in speeds} - {""})

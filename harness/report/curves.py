@@ -9,6 +9,7 @@ from typing import Any
 from harness.bench import grids
 from harness.records import interval
 from harness.records.speed import Entry, Speed
+from harness.report import words
 from harness.report.faults import MARKED
 
 MAMBA, VIT = "videomamba", "vit"
@@ -53,7 +54,7 @@ class Family:
     def title(self) -> str:
         """Return the models and the clips."""
         sizes = dict(self.dims)
-        return f"{race_title(self.race)}, {self.mode}: batch {sizes['B']}, {sizes['S']} px, {self.dtype}"
+        return f"{race_title(self.race)}, {words.MODES[self.mode]}: batch {sizes['B']}, {sizes['S']} px, {self.dtype}"
 
     @property
     def ways(self) -> list[str]:
@@ -151,8 +152,8 @@ def memory(speed: Speed) -> int | None:
 
 def race_title(race: str) -> str:
     """Return the title of a race: its two models."""
-    (_, mamba), (_, vit) = grids.races("models")[race].contenders
-    return f"VideoMamba {mamba} against ViT {vit}"
+    _, (_, vit) = grids.races("models")[race].contenders
+    return f"{words.race(race)} against {words.vit(vit)}"
 
 
 def fault_note(speed: Speed) -> str:

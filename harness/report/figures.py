@@ -1,5 +1,6 @@
 """The frame of all figures: their size and style, axes, labels at the ends of lines, and files that are the same each time."""
 
+import itertools
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
@@ -26,6 +28,7 @@ STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.6, "lines.markersize": 5,
 }  # fmt: skip
 WIDTH, HEIGHT = 4.9, 3.4  # inches
+LETTERS = 14  # of a legend to an inch
 
 
 class Drawing(NamedTuple):
@@ -60,12 +63,13 @@ def shown(drawings: Iterable[Drawing]) -> str:
 
 def line_look(look: Look) -> dict[str, Any]:
     """Return the options of a line."""
-    return {"color": look.colour, "marker": look.marker, "markeredgecolor": PAPER, "markeredgewidth": 0.4}
+    size = {"markersize": 8.0} if look.marker == "*" else {}  # a star is mostly gaps
+    return {"color": look.colour, "marker": look.marker, "markeredgecolor": PAPER, "markeredgewidth": 0.4} | size
 
 
-def label_ends(axes: Axes, ends: Sequence[End], inches: float = HEIGHT) -> None:
+def label_ends(axes: Axes, ends: Sequence[End], inches: float = HEIGHT, letters: int = 17) -> None:
     """Write every line's name at the right of the panel, beside its end, none over another; call it last."""
-    lines = [textwrap.wrap(e.look.label, 17) for e in ends]
+    lines = [textwrap.wrap(e.look.label, letters) for e in ends]
     places = [float(axes.transAxes.inverted().transform(axes.transData.transform((e.x, e.y)))[1]) for e in ends]
     unit = 0.17 / (0.76 * inches)  # a line of text as a share of the panel's height
     top = 1.05
@@ -78,10 +82,26 @@ def label_ends(axes: Axes, ends: Sequence[End], inches: float = HEIGHT) -> None:
 
 
 def legend(axes: Axes, looks: Iterable[Look], columns: int = 2, **line: Any) -> None:
-    """Draw a legend below the panel."""
-    handles = [Line2D([], [], label=look.label, **line_look(look) | line) for look in dict.fromkeys(looks)]
+    """Draw a legend below the panel, in at most so many columns."""
+    below(axes, [Line2D([], [], label=look.label, **line_look(look) | line) for look in dict.fromkeys(looks)], columns)
+
+
+def below(axes: Axes, handles: Sequence[Artist], columns: int) -> None:
+    """Draw a legend of these handles below the panel, in at most so many columns, as many as the figure is wide."""
     if handles:
-        axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=columns, fontsize=8, borderaxespad=4.2)
+        figure, wide = axes.figure, [6 + len(str(handle.get_label())) for handle in handles]  # with the markers
+        assert isinstance(figure, Figure)
+        room = LETTERS * figure.get_figwidth()
+        fitting = [n for n in range(1, columns + 1) if sum(max(part, default=0) for part in _columns(wide, n)) <= room]
+        figure.legend(handles=handles, loc="outside lower center", ncols=max(fitting, default=1), fontsize=8)
+
+
+def _columns(values: Sequence[int], count: int) -> list[Sequence[int]]:
+    """Return values in so many columns as a legend fills them: one after another, the first ones longer."""
+    rest, ends = len(values) % count, [0]
+    for i in range(count):
+        ends.append(ends[-1] + len(values) // count + (i < rest))
+    return [values[a:b] for a, b in itertools.pairwise(ends)]
 
 
 def logarithmic(axis: Axis) -> None:
@@ -111,11 +131,16 @@ def short(x: float, _: object = None) -> str:
 
 
 def hidden(lines: Iterable[tuple[str, dict[float, float]]]) -> list[str]:
-    """Return a sentence for each two named lines that lie on each other, within 3 % wherever both have a point."""
+    """Return a sentence for each two named lines of positive values that lie on each other wherever both have a point.
+
+    They do where they are within 3 %, or nearer than a line is thick on a logarithmic axis that has room for all.
+    """
     every, said = list(lines), []
+    values = [y for _, line in every for y in line.values()]
+    near = max(0.03, (max(values) / min(values)) ** 0.012 - 1) if values else 0.0
     for i, (name, line) in enumerate(every):
         for other, points in every[:i]:
             both = line.keys() & points.keys()
-            if len(both) > 1 and all(abs(line[x] / points[x] - 1) < 0.03 for x in both):
+            if len(both) > 1 and all(abs(line[x] / points[x] - 1) < near for x in both):
                 said.append(f"{name} lies on {other}")
     return said

@@ -4,15 +4,14 @@ from collections.abc import Iterable, Sequence
 
 from harness.bench import grids
 from harness.records.speed import Speed
-from harness.report import chunking, loop, reading, streaming
+from harness.report import race_numbers, words
 from harness.report.curves import Family, meeting, memory, seconds
 from harness.report.html import Number
 from harness.report.overview import KINDS, kind_of
+from harness.report.race_numbers import MOST, capital, span
 from harness.report.speed_figures import tokens
 from harness.report.speed_tables import number
 
-SIZES = {"tiny": "VideoMamba-Ti", "small": "VideoMamba-S", "middle": "VideoMamba-M"}
-MODE = {"infer": "inference", "train": "training"}
 OURS, KEPT, UPSTREAM, VITS = KINDS
 
 
@@ -23,35 +22,38 @@ def main_family(families: Sequence[Family]) -> Family | None:
 
 def numbers(speeds: Sequence[Speed], families: Sequence[Family]) -> list[Number]:
     """Return at most five numbers of what was timed: speed, where the ViT is met, memory, the host's time."""
-    found = [*_models(families), *_memory(speeds)]
-    found = found or _operators(speeds)
-    return [*found, *_loop(speeds), *_stream(speeds), *_chunks(speeds), *_data(speeds)][:5]
+    found = [*_models(families), *_memory(speeds), *_training(families)]
+    found = found or race_numbers.operators(speeds)
+    others = race_numbers.loops, race_numbers.streams, race_numbers.chunks, race_numbers.readers
+    return [*found, *(number for of in others for number in of(speeds))][:MOST]
 
 
 def sentence(speeds: Sequence[Speed], families: Sequence[Family]) -> str:
     """Return what the numbers say in a sentence; "" where there are none."""
     family = main_family(families)
     if family is None:
+        if told := race_numbers.sentence(speeds):
+            return told
         found = numbers(speeds, families)[:1]
-        return "".join(" ".join(f"{n.value} {n.unit} {n.label}.".split()) for n in found)
+        return "".join(capital(" ".join(f"{n.value} {n.unit} {n.label}.".split())) for n in found)
     said, ratios = [], _ratios(family)
     if ratios:
-        said.append(
-            f"{SIZES.get(family.race, family.race)} is {_range(ratios)} times as fast as upstream in {MODE[family.mode]}"
-        )
+        said.append(f"{span(ratios)} times as fast as upstream in {words.MODES[family.mode]}")
     if (met := _meeting(family, OURS)) is not None:
-        at, _ = met
-        said.append(
-            f"faster than a ViT of similar size from {tokens(at)} tokens on"
-            if at
-            else "no faster than a ViT at any length timed"
-        )
-    return " and ".join(said) + "." if said else ""
+        at, last = met
+        if at:
+            said.append(f"faster than a ViT of similar size from {tokens(at)} tokens{_frames(at, last, ' (%s)')} on")
+        elif _last_ratio(family) < 1:
+            said.append("faster than a ViT of similar size at every length timed")
+        else:
+            said.append("no faster than a ViT of similar size at any length timed")
+    return f"{words.race(family.race)} is {' and '.join(said)}." if said else ""
 
 
-def _range(ratios: Sequence[float]) -> str:
-    low, high = f"{min(ratios):.2g}", f"{max(ratios):.2g}"
-    return low if low == high else f"{low} to {high}"
+def _frames(at: float, last: Speed, pattern: str = "%s") -> str:
+    """Return how many frames a number of tokens are, in clips such as those of a speed."""
+    frames = (at - 1) * last.point["T"] / (last.point["L"] - 1) if last.point["L"] > 1 else 0
+    return pattern % f"{frames:.0f} frames" if frames else ""
 
 
 def _ratios(family: Family) -> list[float]:
@@ -76,21 +78,38 @@ def _meeting(family: Family, which: object) -> tuple[float | None, Speed] | None
     return (meeting(family, best).at, best.timed[-1]) if best and meeting(family, best).lengths else None
 
 
+def _last_ratio(family: Family) -> float:
+    """Return the time of our fastest curve over the fastest ViT's, at the longest clip that both were timed at; 1 if none."""
+    mine, vits = _fastest(family, OURS), _fastest(family, VITS)
+    both = [n for n in mine if n in vits]
+    return seconds(mine[max(both)]) / seconds(vits[max(both)]) if both else 1.0
+
+
 def _models(families: Sequence[Family]) -> list[Number]:
     family, found = main_family(families), []
     if family is None:
         return []
-    name, how = SIZES.get(family.race, family.race), f"{MODE[family.mode]}, batch {dict(family.dims)['B']}"
+    name, how = words.race(family.race), f"{words.MODES[family.mode]}, batch {dict(family.dims)['B']}"
     if ratios := _ratios(family):
-        found.append(Number(_range(ratios) + "x", "", f"as fast as upstream: {name}, {how}"))
+        found.append(Number(span(ratios) + "x", "", f"as fast as upstream: {name}, {how}"))
     if met := _meeting(family, OURS):
         at, last = met
-        frames = f", {(at - 1) * last.point['T'] / (last.point['L'] - 1):.0f} frames" if at and last.point["L"] > 1 else ""
+        frames = _frames(at, last, ", %s") if at else ""
         other = _meeting(family, UPSTREAM)
-        beside = f"; upstream from {tokens(other[0])}" if other and other[0] else "; upstream nowhere" if other else ""
-        label = f"from here on {name} is faster than the ViT{frames}{beside}"
-        found.append(Number(tokens(at), "tokens", label) if at else Number("nowhere", "", f"{name} meets the ViT, in {how}"))
+        beside = ""
+        if other:
+            beside = f"; upstream from {tokens(other[0])}" if other[0] else f"; upstream not up to {other[1].point['L']:,}"
+        label = f"a clip{frames}: from here on {name} is faster than the ViT{beside}"
+        never = Number("faster" if _last_ratio(family) < 1 else "slower", "", f"than the ViT at every length: {name}, {how}")
+        found.append(Number(tokens(at), "tokens", label) if at else never)
     return found
+
+
+def _training(families: Sequence[Family]) -> list[Number]:
+    """Return how many times as fast as upstream the main model trains, where the main family is of inference."""
+    main = main_family(families)
+    others = [f for f in families if main and (f.race, f.dims, f.mode) == (main.race, main.dims, "train") and f is not main]
+    return [n for family in others[:1] for n in _models([family]) if n.value.endswith("x")]
 
 
 def _memory(speeds: Iterable[Speed]) -> list[Number]:
@@ -106,64 +125,6 @@ def _memory(speeds: Iterable[Speed]) -> list[Number]:
             beside = "".join(
                 f"; {word} {number(least[which])}" for which, word in ((UPSTREAM, "upstream"), (VITS, "ViT")) if which in least
             )
-            what = f"peak memory of a training step, {SIZES.get(point.race, point.race)}, {point['B']} x {point['T']} frames"
+            what = f"peak memory of a training step, {words.point(point)}"
             return [Number(number(least[OURS]), "GiB", what + beside)] if point.clips else []
     return []
-
-
-def _operators(speeds: Sequence[Speed]) -> list[Number]:
-    found = []
-    for race in grids.races("operators"):
-        times: dict[object, dict[object, float]] = {}
-        for s in speeds:
-            if s.point.race == race and s.seconds:
-                kinds = times.setdefault(s.point, {})
-                kinds[kind_of(s)] = min(seconds(s), kinds.get(kind_of(s), float("inf")))
-        if ratios := [t[UPSTREAM] / t[OURS] for t in times.values() if UPSTREAM in t and OURS in t]:
-            found.append(Number(_range(ratios) + "x", "", f"as fast as upstream: {race}, {len(ratios)} sizes and modes"))
-    return found
-
-
-def _loop(speeds: Sequence[Speed]) -> list[Number]:
-    found = []
-    for where, mine in loop.grouped(speeds).items():
-        ours, rival = loop.best(mine, "ours"), loop.advantage(mine, "upstream")
-        if ours and rival:
-            said = f"as fast as upstream in a user's loop, each in its best form: VideoMamba-{loop.title(where)}"
-            found.append((rival, Number(f"{rival:.2g}x", "", said)))
-            if ours.host:
-                said = f"of the host's time a layer, VideoMamba-{loop.title(where)}, {ours.point.way}"
-                found.append((0.0, Number(f"{1e3 * ours.host[-1]:.2g}", "ms", said)))
-    ratios = [n for ratio, n in sorted(found, key=lambda pair: -pair[0]) if ratio]
-    return ratios[:2] + [n for ratio, n in found if not ratio][-1:]
-
-
-def _stream(speeds: Sequence[Speed]) -> list[Number]:
-    mine = [s for s in speeds if s.point.race == streaming.RACE and s.seconds and s.entry.role == "ours"]
-    if not mine:
-        return []
-    last = max(s.point["A"] for s in mine)
-    s = min((s for s in mine if s.point["A"] == last), key=seconds)
-    how = {"graph": "by a CUDA graph"}.get(s.point.way, s.point.way)
-    model = SIZES.get(s.entry.variant, s.entry.variant)
-    return [Number(number(1e3 * seconds(s)), "ms", f"for the next frame of a stream after {last:,} others: {model}, {how}")]
-
-
-def _chunks(speeds: Sequence[Speed]) -> list[Number]:
-    mine = [s for s in speeds if s.point.race == chunking.RACE and s.seconds and s.point.way not in chunking.WHOLE]
-    if not mine:
-        return []
-    s = min(mine, key=lambda s: (-s.point["T"], s.point.mode != "infer", memory(s) or 0))
-    return [
-        Number(number((memory(s) or 0) / 2**30), "GiB", f"for a video of {s.point['T']:,} frames, {s.point['F']} at a time")
-    ]
-
-
-def _data(speeds: Sequence[Speed]) -> list[Number]:
-    mine = [s for s in speeds if s.point.race == reading.RACE and s.seconds and s.entry.implementation == reading.CLIP]
-    if not mine:
-        return []
-    s = min(mine, key=seconds)
-    label = f"of clips of {s.point['T']} frames that one core reads and resizes, a key frame every {s.point['G']}"
-    return [Number(number(1 / seconds(s)), "clips/s", label)]
-

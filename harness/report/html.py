@@ -1,5 +1,6 @@
 """The frame of every page: report.md, and report.html, which is one file that fetches nothing."""
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,8 +19,9 @@ from harness.report.figures import GRID, INK, PAPER
 
 TEMPLATES = Path(__file__).parent / "templates"
 LARGEST = 1.75  # pixels of a figure's point at most
-LONG = 44  # characters above which a table's cell is broken into lines
-NUMBER = re.compile(r"[-+]?[\d,.]+(e[-+]?\d+)?( ?[%x])?$")
+LONG = 24  # characters above which a table's cell may be broken into lines
+# A number, with what may stand behind it: a unit, an interval or a ratio in brackets, another number, a mark.
+NUMBER = re.compile(r"[-+<]?\d[\d,.]*(e[-+]?\d+)?( ?[%x])?(( of| /) [\d,.]+)?( ?[(\[].*[)\]])?\*?$")
 
 
 class Number(NamedTuple):
@@ -55,7 +57,11 @@ def write(folder: Path, page: Page) -> Path:
     environment = _environment(folder)
     numbers = markdown.table([n.label for n in page.numbers], [[f"{n.value} {n.unit}".strip() for n in page.numbers]])
     path = folder / "report.md"
-    path.write_text(environment.get_template("page.md").render(page=page, numbers=numbers), encoding="utf-8")
+    text = environment.get_template("page.md").render(page=page, numbers=numbers)
+    path.write_text(text, encoding="utf-8")
+    for picture in folder.glob("*.svg"):
+        if f"]({picture.name})" not in text:  # drawn for an earlier version of the page
+            picture.unlink()
     return path
 
 
@@ -116,6 +122,7 @@ def html(text: str, folder: Path, seen: set[str] | None = None, entries: bool = 
 def _adapted(tokens: Sequence[Token], folder: Path) -> Iterator[Token]:
     """Yield the tokens with tables in boxes that scroll by themselves, pictures inside, and anchors at headings."""
     pictures, seen = False, Counter[str]()
+    numeric, column = set[int](), 0
     for i, token in enumerate(tokens):
         if token.type in ("paragraph_open", "inline", "paragraph_close"):
             inline = tokens[i + {"paragraph_open": 1, "inline": 0, "paragraph_close": -1}[token.type]]
@@ -133,17 +140,33 @@ def _adapted(tokens: Sequence[Token], folder: Path) -> Iterator[Token]:
             name = slug(unescape(tokens[i + 1].content))
             seen[name] += 1
             token.attrSet("id", name + f"-{seen[name] - 1}" * (seen[name] > 1))
-        elif token.type == "td_open":
-            content = tokens[i + 1].content
-            if len(content) > LONG:
-                token.attrJoin("class", "long")
-            elif NUMBER.match(content.strip("*")):
+        elif token.type in ("th_open", "td_open"):
+            if column in numeric:
                 token.attrJoin("class", "number")
+            if token.type == "td_open" and len(tokens[i + 1].content) > LONG:
+                token.attrJoin("class", "long")
+            column += 1
+        elif token.type == "tr_open":
+            column = 0
         if token.type == "table_open":
+            numeric = _numeric_columns(tokens[i:])
             yield Token("scroll_open", "div", 1, attrs={"class": "scroll", "tabindex": "0"}, block=True)
         yield token
         if token.type == "table_close":
             yield Token("scroll_close", "div", -1, block=True)
+
+
+def _numeric_columns(tokens: Sequence[Token]) -> set[int]:
+    """Return the columns of the table with which the tokens begin in most of whose filled cells a number stands."""
+    cells: dict[int, list[bool]] = {}
+    column = 0
+    for token, after in itertools.pairwise(tokens):
+        if token.type == "table_close":
+            break
+        column = 0 if token.type == "tr_open" else column + (token.type == "td_close")
+        if token.type == "td_open" and after.content not in ("", "-"):
+            cells.setdefault(column, []).append(bool(NUMBER.match(after.content.replace("\\", "").strip("*"))))
+    return {column for column, numbers in cells.items() if sum(numbers) > len(numbers) / 2}
 
 
 def _links_within(children: Sequence[Token], folder: Path) -> Iterator[Token]:
@@ -189,7 +212,8 @@ def _figure(inline: Token, folder: Path) -> str:
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1), count=1)
     text = re.sub(r'\bid="|url\(#|<use xlink:href="#', lambda m: m[0] + slug(path.stem) + "-", text)
     text = text.replace(' target="_blank"', "")  # matplotlib's links would open another tab
-    for colour, name in ((INK, "ink"), (PAPER, "paper"), (GRID, "grid"), (things.LOOKS["fused:native"].colour, "ours")):
+    ours, kept = (things.LOOKS[name].colour for name in ("fused:native", "fused:native_kept"))
+    for colour, name in ((INK, "ink"), (PAPER, "paper"), (GRID, "grid"), (ours, "ours"), (kept, "kept")):
         text = text.replace(colour.lower(), f"var(--{name})")
     caption = Markup("<figcaption>{}</figcaption>").format(image.content)
     width = re.search(r'viewBox="0 0 ([\d.]+)', text)

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
 from harness.learning.tasks import TASKS
@@ -28,14 +29,15 @@ evaluated ten times; the last evaluation counts, not the best. Chance is the sha
 def write(run: Run) -> Path:
     """Write report.md, its figures and report.html into the run's folder; return the path of report.md."""
     here = run.about.get("box", {})
-    title = f"Learning: {', '.join(run.about.get('plan', {}).get('tasks', []))} on {here.get('gpu') or here.get('cpu') or '?'}"
+    tasks, where = ", ".join(run.about.get("plan", {}).get("tasks", [])), here.get("gpu") or here.get("cpu") or "?"
+    title = f"Learning on {where}: {tasks}, {str(run.about.get('started', '?'))[:10]}"
     drawn = draw(run.records, run.folder)
-    tasks = (f"- `{task.name}`: {task.title}" for task in TASKS.values())
+    described = (f"- `{task.name}`: {task.title}" for task in TASKS.values())
     sections = [
         Section("What was learnt", table(run.records)),
         Section("Step by step", shown(drawn[1:]) or "Nothing more to draw."),
         Section("What failed", tables.failures(run.records)),
-        Section("How it was measured", "\n".join([HOW, "", *tasks]), folded=True),
+        Section("How it was measured", "\n".join([HOW, "", *described]), folded=True),
         Section("The box", box(run), folded=True),
         Section("How to repeat it", again(run)),
         Section("Glossary", glossary.terms(), folded=True),
@@ -49,10 +51,9 @@ def _numbers(run: Run) -> list[Number]:
     found = []
     for r in run.records:
         if (result := _held_out(r)) and r.role == "ours":
-            right = f"{100 * (1 - result.error / result.scale):.3g}"
-            found.append(
-                Number(right, "%", f"right of {result.scale:.0f} held out: {r.subject}, {r.implementation}; {result.note}")
-            )
+            right, look = f"{100 * (1 - result.error / result.scale):.1f}", things.look(r.implementation).label
+            said = f"right of {result.scale:.0f} held out: {r.subject}, {look}; {result.note}, chance {_chance(r)}"
+            found.append(Number(right, "%", said))
     return found[:5]
 
 
@@ -72,9 +73,8 @@ def table(records: Sequence[Record]) -> str:
     for r in records:
         result = _held_out(r)
         right, bar = (_share(result), result.note) if result else ("-", r.reason)
-        chance = f"{100 / TASKS[r.subject].config['num_classes']:.3g} %"
         verdict = bold(r.status.upper()) if r.failed else r.status
-        rows.append((r.subject, r.implementation + tables.mark(r), r.case, right, chance, bar, verdict, f"{r.seconds:.0f}"))
+        rows.append((r.subject, r.implementation + tables.mark(r), r.case, right, _chance(r), bar, verdict, f"{r.seconds:.0f}"))
     head = ["task", "implementation", "training", "held out, right", "chance", "bar", "verdict", "seconds"]
     return markdown.table(head, rows)
 
@@ -103,14 +103,21 @@ def _draw(records: Sequence[Record], what: str, folder: Path) -> Drawing:
             result = _held_out(r)
             if what == "right" and result and (bar := re.search(r"bar (\d+)", result.note)):
                 axes.axhline(int(bar[1]) / 100, color=INK, linestyle="--", linewidth=1)
+                _name(axes, int(bar[1]) / 100, "bar", "top")
         axes.set(xlabel="step", ylabel="loss" if what == "loss" else "right, of held-out answers", ylim=(0, None))
         if what == "right":
             axes.axhline(1 / task.config["num_classes"], color=INK, linestyle=":", linewidth=1)
+            _name(axes, 1 / task.config["num_classes"], "chance", "bottom")
             axes.set_ylim(0, 1.02)
             axes.yaxis.set_major_formatter(PercentFormatter(1))
         legend(axes, [things.look(r.implementation) for r in records])
-    said = {"loss": "mean loss since the evaluation before", "right": "dashes: the bar; dots: chance"}[what]
-    return Drawing(folder / f"{stem}.svg", f"{task.title}: {said}. A line a seed.")
+    said = {"loss": "mean loss since the evaluation before", "right": "share of held-out answers that are right"}[what]
+    return Drawing(folder / f"{stem}.svg", f"{task.title[:1].upper() + task.title[1:]}: {said}. A line a seed.")
+
+
+def _name(axes: Axes, y: float, word: str, edge: str) -> None:
+    """Write the name of a horizontal line at its right end, with this edge of the text on the line."""
+    axes.text(1, y, f"{word} ", transform=axes.get_yaxis_transform(), ha="right", va=edge, fontsize=8)
 
 
 def _held_out(record: Record) -> Finding | None:
@@ -121,6 +128,11 @@ def _held_out(record: Record) -> Finding | None:
 def _share(result: Finding) -> str:
     """Return the share of right answers in words."""
     return f"{100 * (1 - result.error / result.scale):.1f} % of {result.scale:.0f}"
+
+
+def _chance(record: Record) -> str:
+    """Return the share that guessing gives."""
+    return f"{100 / TASKS[record.subject].config['num_classes']:.3g} %"
 
 
 def _verdict(run: Run) -> str:

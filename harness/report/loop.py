@@ -5,15 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from harness.records.speed import GPU_WAYS, Point, Speed
-from harness.report import things
+from harness.report import things, words
 from harness.report.curves import VIT, fault_note, memory, seconds
 from harness.report.figures import Drawing, chart, legend, line_look, logarithmic
-from harness.report.markdown import Markdown, table
-from harness.report.speed_tables import entry_name, milliseconds, notes, number
+from harness.report.markdown import Markdown, sparse
+from harness.report.speed_tables import milliseconds, notes, number
 
 RACE = "loop"
 WHOLE = "graph"  # the way in which the whole step is one graph: the time of the kernels
-SIZES = {192: "Ti", 384: "S", 576: "M"}
+SIZES = {192: "tiny", 384: "small", 576: "middle"}  # by the width
 FORMS = ("eager", "graphed", "compiled", "reduce-overhead", WHOLE)
 Place = tuple[Any, ...]
 KINDS: dict[str, Callable[[Speed], bool]] = {
@@ -26,9 +26,10 @@ A step is timed by the wall clock, over windows of steps that are synchronised a
 by its steps. Training is a new batch, autocast to the point's dtype, clipping, AdamW; inference has parameters of that dtype.
 `graph time` is the same step as one CUDA graph: the kernels without the host, which is no form that is compared. `best form` is
 the fastest of the others. `upstream / ours` is the ratio of best forms, `of graphs` that of graph times, and `share` the first
-over the second: how much of the kernels' advantage a user has. `host a layer` is the time until the last launch has returned
-on an idle GPU, over the layers: of the forward, and of forward and backward. Memory is the peak from the first step on, the
-capture of graphs included."""
+over the second: how much of the kernels' advantage a user has."""
+READ_FORMS = """\
+All forms. `ms of host a layer` is the time until the last launch has returned on an idle GPU, over the layers: of the forward,
+and of forward and backward. Memory is the peak from the first step on, the capture of graphs included."""
 
 
 def place(point: Point) -> Place:
@@ -39,7 +40,8 @@ def place(point: Point) -> Place:
 def title(where: Place) -> str:
     """Return a place in words."""
     sizes, mode, dtype = dict(where[0]), where[1], where[2]
-    return f"{SIZES.get(sizes['D'], sizes['D'])}, {mode}, {sizes['B']} x {sizes['T']} x {sizes['S']} px, {dtype}"
+    model = words.model(SIZES.get(sizes["D"], str(sizes["D"])))
+    return f"{model}, {words.MODES[mode]}, {words.clips(sizes['B'], sizes['T'], sizes['S'])}, {dtype}"
 
 
 def grouped(speeds: Iterable[Speed]) -> dict[Place, list[Speed]]:
@@ -69,10 +71,15 @@ def share(speeds: Sequence[Speed], kind: str) -> float | None:
     return found / of_graphs if found and of_graphs else None
 
 
+def summary(speeds: Sequence[Speed]) -> str:
+    """Return the table of best forms, and how it is read."""
+    return f"{READ}\n\n{_best_forms(grouped(speeds))}"
+
+
 def section(speeds: Sequence[Speed]) -> str:
     """Return the table of best forms, that of all forms, and how they are read."""
     there = grouped(speeds)
-    parts = [READ, _best_forms(there), "All forms:", _forms(there)]
+    parts = [summary(speeds), READ_FORMS, _forms(there)]
     asked = {s.point.way for mine in there.values() for s in mine}
     if missing := [way for way in FORMS if way not in asked]:
         why = " (they need a GPU)" if asked.isdisjoint(GPU_WAYS) else ""
@@ -92,9 +99,9 @@ def _best_forms(there: dict[Place, list[Speed]]) -> Markdown:
         ratios = [advantage(mine, "upstream"), advantage(mine, "upstream", whole=True), share(mine, "upstream")]
         ratios += [advantage(mine, "ViT"), share(mine, "ViT")]
         rows.append((*cells, *(f"{r:.3g}" if r else "-" for r in ratios)))
-    head = ["model, loop, clips x frames"]
+    head = ["model, loop, clips"]
     head += [cell for kind in KINDS for cell in (f"{kind}: ms in its best form", "graph time")]
-    return table([*head, "upstream / ours", "of graphs", "share", "ViT / ours", "share"], rows)
+    return sparse([*head, "upstream / ours", "of graphs", "share", "ViT / ours", "share"], rows)
 
 
 def _in_form(speed: Speed) -> str:
@@ -112,9 +119,9 @@ def _forms(there: dict[Place, list[Speed]]) -> Markdown:
             rate = number(s.point["B"] / seconds(s)) if s.seconds else "-"
             host = " / ".join(f"{1e3 * h:.3f}" for h in s.host) or "-"
             held = number((memory(s) or 0) / 2**30) if s.seconds else "-"
-            rows.append((title(where), entry_name(s.entry), s.point.way, milliseconds(s), over, rate, host, held, notes(s)))
-    head = ["model, loop, clips x frames", "entry", "form", "ms a step, median [95 %]", "over its graph time", "clips/s"]
-    return table([*head, "ms of host a layer", "peak GiB", "notes"], rows)
+            rows.append((title(where), words.entry(s.entry), s.point.way, milliseconds(s), over, rate, host, held, notes(s)))
+    head = ["model, loop, clips", "entry", "form", "ms a step, median [95 %]", "over its graph time", "clips/s"]
+    return sparse([*head, "ms of host a layer", "peak GiB", "notes"], rows)
 
 
 def _kind(speed: Speed) -> str:

@@ -21,6 +21,7 @@ WORST = 5  # cases of a cell that are listed
 # Shares of a budget, each with the colour of cells up to it: light to dark, and another hue beyond 1.
 COLOURS = ((0.0, "#F2F6FA"), (0.25, "#D3E4F3"), (0.5, "#A9CCE6"), (0.75, "#7BB0D9"), (1.0, "#4B8CC4"), (math.inf, "#E07B39"))
 LEAST, MOST = 1e-3, 1e3  # the plot's range, in budgets
+FEW = 500  # findings that are drawn one by one, in the page's colours; more are a picture
 
 
 class Spent(NamedTuple):
@@ -71,7 +72,7 @@ def heat_map(records: Sequence[Record], folder: Path) -> list[Drawing]:
                 axes.text(x, y, said, ha="center", va="center", fontsize=7.5, color="#fefefe" if dark else "#111111", url=link)
         axes.set(xlim=(-0.5, max(3, len(who)) - 0.5), ylim=(len(checks) - 0.5, -0.5))
         names = [
-            textwrap.fill(name.removeprefix("fused:").replace("_", " "), 11) + "\n(rival)" * (role == "rival")
+            textwrap.fill(things.look(name).label, 13, break_long_words=False) + "\n(rival)" * (role == "rival")
             for name, role in who
         ]
         axes.set_xticks(range(len(who)), names, fontsize=8)
@@ -95,7 +96,8 @@ def margins(records: Sequence[Record], folder: Path) -> list[Drawing]:
     with chart(folder, "margins", 5.4, 1.2 + 0.3 * len(checks)) as axes:
         for y, check in enumerate(checks):
             exact = sum(s.record.check == check and s.finding.ratio == 0 for s in found)
-            axes.text(0.0, y - 0.36, f"{exact:,} exact", transform=axes.get_yaxis_transform(), fontsize=7, color=INK)
+            said = f"{exact:,} exact" if exact else ""
+            axes.text(0.01, y - 0.36, said, transform=axes.get_yaxis_transform(), fontsize=7, color=INK)
         whose = {s.record.implementation: s.record.role for s in inexact}
         names = sorted(whose, key=lambda name: (whose[name] == "rival", things.rank(name)))
         for name in reversed(names):
@@ -103,7 +105,10 @@ def margins(records: Sequence[Record], folder: Path) -> list[Drawing]:
             ratios = np.clip([s.finding.ratio for s in mine], LEAST, MOST)
             rows = np.array([checks.index(s.record.check) for s in mine]) + drawn.uniform(-0.3, 0.3, len(mine))
             look = things.look(name)
-            axes.plot(ratios, rows, look.marker, color=look.colour, markersize=2, alpha=0.5, markeredgewidth=0, rasterized=True)
+            few = len(inexact) <= FEW
+            size, alpha = (4, 0.8) if few else (2, 0.5)
+            axes.plot(ratios, rows, look.marker, color=look.colour, markersize=size, alpha=alpha, markeredgewidth=0,
+                      rasterized=not few)  # fmt: skip
         axes.axvline(1, color=INK, linewidth=1)
         axes.set_xscale("log")
         most = max(s.finding.ratio for s in inexact)
@@ -112,9 +117,8 @@ def margins(records: Sequence[Record], folder: Path) -> list[Drawing]:
         axes.xaxis.set_major_formatter(short)
         axes.set_xlabel("error in budgets; beyond the line it fails")
         legend(axes, [things.look(name) for name in names], columns=3, linewidth=0)
-    caption = (
-        f"The error of each of {len(inexact):,} findings in budgets, by check. {len(found) - len(inexact):,} more are exact."
-    )
+    caption = f"The error of each of {len(inexact):,} findings in budgets, by check."
+    caption += f" {len(found) - len(inexact):,} more are exact." * (len(found) > len(inexact))
     if any(s.finding.ratio > MOST for s in inexact):
         caption += " At the right edge: larger ones, and errors where none is allowed."
     return [Drawing(folder / "margins.svg", caption)]

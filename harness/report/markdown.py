@@ -57,6 +57,12 @@ def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> Markdown:
     return Markdown("\n".join("| " + " | ".join(escape(cell).replace("|", "\\|") for cell in line) + " |" for line in lines))
 
 
+def sparse(head: Sequence[object], rows: Sequence[Sequence[object]]) -> Markdown:
+    """Return a table without the columns whose cells are all empty or "-"."""
+    told = [i for i in range(len(head)) if any(str(row[i]) not in ("", "-") for row in rows)]
+    return table([head[i] for i in told], [[row[i] for i in told] for row in rows])
+
+
 def frame(numbers: pd.DataFrame) -> Markdown:
     """Return a data frame as a table; its index is the first column."""
     rows = numbers.reset_index()

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.patches import Patch
 
 from harness.records.record import Record
 from harness.report import glossary, html, things
-from harness.report.figures import Drawing, chart, shown
+from harness.report.figures import Drawing, below, chart, shown
 from harness.report.html import Number, Page, Section
 from harness.report.markdown import frame, table
 from harness.report.page import again, box
@@ -125,7 +126,7 @@ def _draw(rooms: pd.DataFrame, folder: Path) -> Drawing:
     with chart(folder, "rooms", height=0.9 + 0.34 * len(parts)) as axes:
         left = pd.Series(0, index=parts.index)
         for verdict, colour in COLOURS.items():
-            axes.barh(parts.index, parts[verdict], left=left, color=colour, label=verdict, height=0.7)
+            axes.barh(parts.index, parts[verdict], left=left, color=colour, height=0.7)
             left = left + parts[verdict]
         for room, line in parts.iterrows():
             said = f"{line[CAUGHT]} of {left[room]}"
@@ -134,5 +135,5 @@ def _draw(rooms: pd.DataFrame, folder: Path) -> Drawing:
         axes.invert_yaxis()
         axes.grid(False, axis="y")
         axes.set(xlabel="planted bugs")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=3, fontsize=8, borderaxespad=4.2)
+        below(axes, [Patch(color=colour, label=verdict) for verdict, colour in COLOURS.items()], columns=3)
     return Drawing(folder / "rooms.svg", "Bugs that a CPU can show, by room: found by the tests, or not.")

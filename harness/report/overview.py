@@ -4,19 +4,21 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from harness.bench import grids
-from harness.records.speed import MODES, Speed
+from harness.records.speed import GPU_WAYS, MODES, Speed
+from harness.report import things, words
 from harness.report.curves import MAMBA, VIT, Curve, Family, fault_note, meeting, memory, seconds
-from harness.report.markdown import Markdown, table
-from harness.report.speed_figures import sizes, tokens
+from harness.report.markdown import Markdown, sparse
+from harness.report.speed_figures import tokens
 from harness.report.speed_tables import fastest, number, status
 
 OTHER_MODELS = ("qwen2", "resamplers")  # subjects beside ours in its race that are neither upstream's way nor a ViT
-HEAD = ["", "forward", "upstream", "ViT", "roofline", "forward + backward", "kept", "upstream", "ViT", "roofline"]
+APART = (*OTHER_MODELS, "retrieval")  # subjects whose race has a table of its own, with a column an entry
+HEAD = ["", "forward, ms", "upstream", "ViT", "roofline", "with backward, ms", "kept", "upstream", "ViT", "roofline"]
 
 
 def overview(speeds: Sequence[Speed]) -> str:
     """Return one table, a row for each size of an operator or model; models from CUDA graphs where they were timed so."""
-    operators, models = grids.races("operators"), grids.races("models")
+    operators, models = [r for r in grids.races("operators") if r not in raced_with_others()], grids.races("models")
     ways = {s.point.way for s in speeds if s.point.race in models}
     rows: dict[tuple[Any, ...], list[Speed]] = {}
     for s in speeds:
@@ -25,9 +27,10 @@ def overview(speeds: Sequence[Speed]) -> str:
         if p.race in operators or (p.race in models and p.way == chosen):
             rows.setdefault((p.race, p.dims, p.way, p.dtype), []).append(s)
     fastest_of = [fastest(filter(which, speeds)) for which in KINDS]
+    several = len({dtype for *_, dtype in rows}) > 1
     lines = []
     for mine in rows.values():
-        cells = [sizes(mine[0].point)]
+        cells = [words.point(mine[0].point, several, with_way=mine[0].point.race in operators)]
         for mode in MODES:
             at = [s for s in mine if s.point.mode == mode]
             best, kept, *rivals = (found.get(at[0].point) if at else None for found in fastest_of)
@@ -40,13 +43,49 @@ def overview(speeds: Sequence[Speed]) -> str:
         lines.append(cells)
     if not lines:
         return "No operator or model has a time."
-    how = "replayed from CUDA graphs" if "graph" in ways else "run eagerly"
-    return (
-        f"Medians in ms, and how many times ours a rival's is; `*`: its error was more than a tenth over its budget.\n"
-        f"All models are {how}. "
-        '"Kept" is ours by backend `native_kept`, whose mixers keep in memory what `native` scans again for.\n\n'
-        + table(HEAD, lines)
-    )
+    how = "as CUDA graphs" if "graph" in ways else "eagerly"
+    said = ["Medians in ms; in brackets a rival's time over ours: above 1 ours is faster."]
+    if any(cell.endswith("x)*") for row in lines for cell in row):
+        said.append("`*`: the rival's error was more than a tenth over its budget.")
+    said += [f"Models run {how}."] * bool(ways)
+    if any(row[6] != "-" for row in lines):
+        said.append('"Kept" is ours by backend `native_kept`, which keeps in memory what `native` computes again.')
+    return " ".join(said) + "\n\n" + sparse(HEAD, lines)
+
+
+def raced_with_others() -> list[str]:
+    """Return the races of operators in which other models or ways run beside ours: Vamba, BIMBA, retrieval."""
+    races = grids.races("operators").items()
+    return [name for name, race in races if any(subject in APART for subject, _ in race.contenders)]
+
+
+def beside_others(speeds: Sequence[Speed]) -> str:
+    """Return the times of a race in which other models run beside ours as a table: a row a point, a column an entry."""
+    best = fastest(s for s in speeds if s.entry.role == "ours")
+    said = "Medians in ms; in brackets the time over our fastest: above 1 ours is faster.\n\n"
+    return said + _by_entry(speeds, lambda s: _beside(s, best.get(s.point)))
+
+
+def memory_beside_others(speeds: Sequence[Speed]) -> str:
+    """Return the peak memory in such a race as a table. The replay of a graph allocates nothing, and has none."""
+    return _by_entry(speeds, lambda s: number((memory(s) or 0) / 2**30) if memory(s) and s.point.way not in GPU_WAYS else "-")
+
+
+def _by_entry(speeds: Sequence[Speed], cell: Callable[[Speed], str]) -> str:
+    entries = sorted({s.entry for s in speeds}, key=lambda e: (e.role != "ours", e.subject in OTHER_MODELS, e.name))
+    points, found = list(dict.fromkeys(s.point for s in speeds)), {(s.point, s.entry): s for s in speeds}
+    several = len({p.dtype for p in points}) > 1
+    rows = [
+        [f"{words.point(p, several, with_way=True)}, {words.MODES[p.mode]}",
+         *(cell(found[p, e]) if (p, e) in found else "-" for e in entries)]
+        for p in points
+    ]  # fmt: skip
+    return sparse(["", *map(words.entry, entries)], [row for row in rows if {*row[1:]} != {"-"}])
+
+
+def _beside(speed: Speed, best: Speed | None) -> str:
+    """Return a time in ms, that of another than the best with how many times the best it is."""
+    return status(speed) if not speed.seconds else _ours(speed, ()) if speed is best else _other(best, speed)
 
 
 def most_memory(speeds: Iterable[Speed]) -> list[str]:
@@ -60,8 +99,8 @@ def most_memory(speeds: Iterable[Speed]) -> list[str]:
             there = [[s for s in steps if s.point == point and which(s)] for which in kinds]
             if all(there):
                 least = (min(some, key=lambda s: memory(s) or 0) for some in there)
-                said = [f"{s.entry.name} {number((memory(s) or 0) / 2**30)} GiB" for s in least]
-                found.append(f"- Peak memory of an eager training step, {sizes(point)}: {', '.join(said)}.")
+                said = [f"{things.of(s.entry).label} {number((memory(s) or 0) / 2**30)} GiB" for s in least]
+                found.append(f"- Peak memory of an eager training step, {words.point(point)}: {'; '.join(said)}.")
                 break
     return found
 
@@ -73,13 +112,14 @@ def crossings(families: Iterable[Family]) -> list[str]:
         way = "graph" if "graph" in family.ways else "eager"
         curves = [c for c in family.of(MAMBA) if c.way == way]
         said = []
-        for word, which in (("ours", _is_ours), ("ours, the scan kept,", _is_kept), ("upstream", _is_upstream)):
+        for word, which in (("ours", _is_ours), ("ours, states kept,", _is_kept), ("upstream", _is_upstream)):
             some = [c for c in curves if which(c.timed[-1])]
             if some:
                 best = min(some, key=lambda c: (-c.timed[-1].point["L"], seconds(c.timed[-1])))
                 said.append(f"{word} {_meets(family, best)}")
         if said:
-            found.append(f"- {family.title} ({way}): {'; '.join(said)}.")
+            how = {"graph": "CUDA graphs"}.get(way, way)
+            found.append(f"- {family.title}, {how}: {'; '.join(said)}.")
     return found
 
 

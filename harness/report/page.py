@@ -7,10 +7,10 @@ from typing import Any
 
 from harness.fixtures.video import SHIPPED
 from harness.records.record import Record
-from harness.report import deviation, errors, faults, glossary, html, margins, tables, training
+from harness.report import deviation, errors, faults, glossary, html, margins, tables, training, words
 from harness.report.figures import shown
 from harness.report.html import Number, Page, Section
-from harness.report.markdown import bold, code, escape, fence, table
+from harness.report.markdown import bold, code, escape, fence, sparse, table
 from harness.runs import sessions
 from harness.runs.store import Run
 
@@ -44,6 +44,7 @@ NaN or infinity never passes. `inf` budgets means an error where none is allowed
 Rivals are judged by the same rule and shown as plainly, but do not decide the exit code."""
 
 
+NARROWING = {"subjects": "subjects", "checks": "checks", "names": "implementations", "dtypes": "dtypes", "cases": "cases"}
 TIGHTEST = """\
 The ten answers of ours that come nearest to their limit. A budget is what the error may be; 1 is the limit. The element
 named is where the error is largest."""
@@ -73,7 +74,8 @@ farthest of them, after every step; one that leaves the grey area fails. `conver
 def write(run: Run) -> Path:
     """Write report.md, its figures and report.html into the run's folder; return the path of report.md."""
     plan, here = run.about.get("plan", {}), run.about.get("box", {})
-    title = f"Parity: grid {plan.get('grid', '?')} on {here.get('gpu') or here.get('cpu') or '?'}"
+    where = here.get("gpu") or here.get("cpu") or "?"
+    title = f"Parity on {where}, grid {plan.get('grid', '?')}, {str(run.about.get('started', '?'))[:10]}"
     records, folder = run.records, run.folder
     ours, rivals = ([r for r in records if r.role == role] for role in ("ours", "rival"))
     drawn = errors.against_length(records, folder)
@@ -81,7 +83,8 @@ def write(run: Run) -> Path:
     missing = [r for r in records if r.status == "skip"]
     sections = [
         Section("How tight", "\n\n".join([shown(margins.margins(records, folder)), TIGHTEST, margins.tightest(ours)])),
-        Section("What failed", "\n\n".join([_by_kind(ours, rivals), tables.failures(ours)])),
+        Section("How it was judged", HOW, folded=True),
+        Section("What failed", "\n\n".join([_by_kind(ours, rivals), tables.failures(ours, "Nothing of ours.")])),
         *([Section("Failures of rivals", tables.failures(rivals), folded=True)] if any(r.failed for r in rivals) else []),
         Section("What was not run", "\n\n".join([_not_run(run), tables.skips(records), _video(run)]), folded=not missing),
         *([Section("Error against length", ERRORS + shown(drawn), folded=True)] if drawn else []),
@@ -89,7 +92,6 @@ def write(run: Run) -> Path:
         *([Section("Trainings", TRAININGS + shown(trained), folded=True)] if trained else []),
         Section("Worst cases of every check and implementation", margins.worst_of_cells(records), folded=True),
         Section("All answers, by subject", _matrices(records), folded=True),
-        Section("How it was judged", HOW, folded=True),
         Section("The box", box(run), folded=True),
         Section("How to repeat it", again(run)),
         Section("Glossary", glossary.terms(), folded=True),
@@ -113,9 +115,27 @@ def verdict(run: Run) -> str:
             f"{which} of our implementations {'is' if asked == 1 else 'are'} as close to the reference as the tolerance demands"
         )
         share = found[0].finding.ratio if found else 0.0
-        where = f", {found[0].finding.tensor} of {found[0].record.subject} by {found[0].record.check}," if share else ""
-        said += f"; the tightest{escape(where)} uses {100 * share:.3g} % of its budget." if share else "; all are exact."
+        said += f"; the tightest, {escape(_where(found[0]))}, uses {100 * share:.3g} % of its budget." if share else ""
+        said += "; all are exact." * (not share)
     return said + _so_far(run)
+
+
+def in_short(run: Run) -> str:
+    """Return the day and the verdict of a run whose answers of ours all passed in few words; of others the verdict."""
+    counts, found = run.counts(), margins.spent(r for r in run.records if r.role == "ours")
+    day = str(run.about.get("started", "?"))[:10]
+    if counts["failed"] or not counts["passed"] or not found:
+        return f"Parity on {day}: {verdict(run)}"
+    asked = "the one answer" if counts["passed"] == 1 else f"all {counts['passed']:,} answers"
+    tightest = f"the tightest at {100 * found[0].finding.ratio:.3g} % of its budget"
+    return f"Parity on {day}: {asked} within the tolerance, {tightest}."
+
+
+def _where(spent: margins.Spent) -> str:
+    """Return which answer a finding is of, in words."""
+    tensor, record = spent.finding.tensor, spent.record
+    what = f"the gradient of {tensor.removeprefix('grad ')}" if tensor.startswith("grad ") else tensor
+    return f"{what} ({record.subject}, check {record.check})"
 
 
 def numbers(run: Run) -> list[Number]:
@@ -124,15 +144,16 @@ def numbers(run: Run) -> list[Number]:
     found = [Number(f"{ours['passed']:,}", f"of {ours['passed'] + ours['failed']:,}", "answers of ours passed")]
     if spent := margins.spent(r for r in run.records if r.role == "ours")[:1]:
         f, r = spent[0]
-        who = f"largest error of ours: {f.tensor}, {r.check}, {r.implementation}"
+        who = f"is the largest error of ours, 1 is the limit: {_where(spent[0])} by {words.implementation(r.implementation)}"
         found.append(Number(tables.number(f.ratio), "budgets", who))
     for name in dict.fromkeys(r.implementation for r in run.records if r.role == "rival" and r.status != "skip"):
         mine = [r for r in run.records if r.implementation == name and r.status != "skip"]
         why = ", ".join(f"{n} {kind}" for kind, n in faults.counted(mine).items())
-        label = f"answers of {name} (rival) passed" + f"; {why}" * bool(why)
+        label = f"answers of {words.implementation(name, mine[0].subject)}, a rival, passed" + f"; {why}" * bool(why)
         found.append(Number(f"{sum(r.status == 'pass' for r in mine):,}", f"of {len(mine):,}", label))
     skipped = ours["skipped"] + rivals["skipped"]
-    return [*found, Number(f"{skipped:,}", "", "questions not asked here; the reasons are below")]
+    word, where = "question was" if skipped == 1 else "questions were", ", for the reasons below" * bool(skipped)
+    return [*found, Number(f"{skipped:,}", "", f"{word} not asked here{where}")]
 
 
 def _so_far(run: Run) -> str:
@@ -149,9 +170,9 @@ def _by_kind(ours: list[Record], rivals: list[Record]) -> str:
         factor, relative = (f"{max(values):.3g}" if (values := [f[i] for f in outside]) else "-" for i in (1, 2))
         counts = faults.counted(mine)
         rows.append([r[0] + " (rival)" * (r[1] == "rival"), len(mine), sum(m.failed for m in mine),
-                     *(counts.get(k, 0) for k in faults.KINDS), factor, relative])  # fmt: skip
+                     *(counts.get(k, "-") for k in faults.KINDS), factor, relative])  # fmt: skip
     head = ["implementation", "asked", "failed", *faults.KINDS, "largest error in budgets", "its relative error"]
-    return table(head, rows) if rows else ""
+    return sparse(head, rows) if rows else ""
 
 
 def _matrices(records: list[Record]) -> str:
@@ -179,7 +200,7 @@ def _warnings(run: Run) -> list[str]:
     elif run.about.get("status") != "finished":
         said.append(f"> **Not finished** (status: {escape(run.about.get('status'))}). Questions are missing.")
     if run.about.get("filtered"):
-        narrowed = [f"{k} {', '.join(plan[k])}" for k in ("subjects", "checks", "names", "dtypes", "cases") if plan.get(k)]
+        narrowed = [f"{word} {', '.join(plan[k])}" for k, word in NARROWING.items() if plan.get(k)]
         what = "; ".join([f"grid {plan.get('grid', '?')}", *narrowed])
         said.append(f"> **A part of the questions** ({escape(what)}). It speaks for these alone; the rest is not judged here.")
     return said
@@ -215,8 +236,10 @@ def box(run: Run) -> str:
 
 
 def again(run: Run) -> str:
-    """Return the command of the run as a block."""
-    return fence(run.about.get("command", "(not recorded; the plan above says what was asked)"))
+    """Return the command of the run as a block, and which commit's checkout it ran in."""
+    commit = run.about.get("commit") or run.about.get("box", {}).get("git", {}).get("commit")
+    where = f"From a checkout of commit {code(str(commit)[:10])}, after `pip install -e .[harness]`:\n\n" if commit else ""
+    return where + fence(run.about.get("command", "(not recorded; the plan above says what was asked)"))
 
 
 def _sessions(run: Run) -> str:

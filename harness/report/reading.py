@@ -6,17 +6,18 @@ from typing import NamedTuple
 
 from harness.bench import grids
 from harness.fixtures import encoded_film as film
-from harness.records.speed import Speed
-from harness.report import things
+from harness.records.speed import Entry, Speed
+from harness.report import things, words
 from harness.report.curves import fault_note, memory, seconds
 from harness.report.figures import Drawing, chart, legend
-from harness.report.markdown import table
+from harness.report.markdown import sparse, table
 from harness.report.speed_figures import WORDS
-from harness.report.speed_tables import entry_name, milliseconds, notes, number, ratio
+from harness.report.speed_tables import milliseconds, notes, number, ratio
 from harness.runs.store import Run
 
 RACE = "data"
 FRAMES_ONLY, CLIP = "decode_frames", "read_clip"  # ours without and with the resizing
+LOOP = "pyav"
 HOW = f"""\
 A film of {film.FRAMES / film.RATE:g} s, {film.RATE} frames/s, {film.WIDTH}x{film.HEIGHT}, H.264 (libx264, crf {film.CRF},
 B-frames), with a key frame every "GOP" frames. A clip is that many frames at even distances. Times are CPU time of the process,
@@ -83,9 +84,14 @@ def readers(speeds: Sequence[Speed]) -> str:
         rate = number(1 / seconds(s)) if s.seconds else "-"
         held = number((memory(s) or 0) / 2**20) if s.seconds else "-"
         size = (s.point["G"], s.point["T"])
-        rows.append((*size, entry_name(s.entry), milliseconds(s), rate, ratio(s, ours.get(s.point)), held, notes(s)))
-    head = ["GOP", "frames", "entry", "ms of CPU, median [95 %]", "clips/s a core", f"time / {FRAMES_ONLY}'s", "peak MiB"]
-    return table([*head, "notes"], rows)
+        rows.append((*size, _name(s.entry), milliseconds(s), rate, ratio(s, ours.get(s.point)), held, notes(s)))
+    head = ["GOP", "frames", "reader", "ms of CPU, median [95 %]", "clips/s a core", f"time / {FRAMES_ONLY}'s", "peak MiB"]
+    return sparse([*head, "notes"], rows)
+
+
+def _name(entry: Entry) -> str:
+    """Return a reader in words, with its name where that is another."""
+    return words.implementation(entry.implementation, role=entry.role)
 
 
 def cores(speeds: Sequence[Speed], steps: Sequence[Trained]) -> str:
@@ -100,7 +106,8 @@ def cores(speeds: Sequence[Speed], steps: Sequence[Trained]) -> str:
         p = t.speed.point
         if p["T"] in lengths:
             needed = [number(t.rate / rates[p["T"], gop]) if (p["T"], gop) in rates else "-" for gop in gops]
-            rows.append((t.speed.entry.name, p["T"], p["B"], p.way, number(t.rate), *needed, f"{t.run}, {t.gpu}"))
+            who = words.entry(t.speed.entry), p["T"], p["B"], words.WAYS.get(p.way, p.way)
+            rows.append((*who, number(t.rate), *needed, f"{t.run}, {t.gpu}"))
     missing = [str(T) for T in lengths if not any(t.speed.point["T"] == T for t in steps)]
     none = f"No accepted run has a training step of ours with {' or '.join(missing)} frames: their cores are not known."
     head = ["model", "frames", "batch", "way", "clips/s in training", *(f"cores, GOP {gop}" for gop in gops), "from"]

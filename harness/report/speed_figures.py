@@ -1,6 +1,9 @@
 """The figures of models against the length of a clip, and of operators against the roofline."""
 
-from collections.abc import Callable, Iterable, Sequence
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -8,16 +11,18 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
 from harness.bench import grids
 from harness.records.speed import WAYS, Point, Speed
-from harness.report import things
+from harness.report import things, words
 from harness.report.curves import MAMBA, Curve, Family, fault_note, meeting, memory, seconds
-from harness.report.figures import HEIGHT, INK, Drawing, End, chart, hidden, label_ends, legend, line_look, logarithmic
+from harness.report.figures import INK, Drawing, End, chart, hidden, label_ends, legend, line_look, logarithmic
 
 WORDS = {
     "oom": "out of memory", "implied": "out of memory or time when shorter", "timeout": "out of time", "error": "failed",
     "gated": "not timed: failed parity",
 }  # fmt: skip
 MOST = 5  # lines of a panel
+NEAR = 1.6  # a vertical line less than so many times to the right leaves no room for a number
 Value = Callable[[Speed], float]
+LATENCY: tuple[str, Value] = "ms a call", lambda s: 1e3 * seconds(s)
 
 
 def models(family: Family, folder: Path, kind: str) -> tuple[list[Drawing], list[Drawing]]:
@@ -26,12 +31,16 @@ def models(family: Family, folder: Path, kind: str) -> tuple[list[Drawing], list
     The rest is tokens a second in the main way, and latency in the other ways.
     """
     first, *others = sorted(family.ways, key=lambda way: way != family.main_way)
-    latency: tuple[str, Value] = "ms a call", lambda s: 1e3 * seconds(s)
     held: tuple[str, Value] = f"peak memory (GiB, {kind})", lambda s: (memory(s) or 0) / 2**30
     rate: tuple[str, Value] = "tokens/s", lambda s: s.point.tokens / seconds(s)
-    main = [_draw(family, first, *latency, "", folder), _draw(family, first, *held, "-memory", folder)]
+    main = [latency(family, folder), _draw(family, first, *held, "-memory", folder)]
     rest = [_draw(family, first, *rate, "-tokens", folder)]
-    return main, rest + [_draw(family, way, *latency, f"-{way}", folder) for way in others]
+    return main, rest + [_draw(family, way, *LATENCY, f"-{way}", folder) for way in others]
+
+
+def latency(family: Family, folder: Path) -> Drawing:
+    """Draw a family's time of a call in its main way."""
+    return _draw(family, family.main_way, *LATENCY, "", folder)
 
 
 def _draw(family: Family, way: str, what: str, value: Value, suffix: str, folder: Path) -> Drawing:
@@ -57,11 +66,11 @@ def _draw(family: Family, way: str, what: str, value: Value, suffix: str, folder
             if curve.ended:
                 axes.plot(curve.ended.point["L"], 1, "x", color=things.of(curve.entry).colour, markersize=8, markeredgewidth=2,
                           clip_on=False, transform=axes.get_xaxis_transform())  # fmt: skip
-        if what == "ms a call":
-            _meetings(axes, family, shown)
+        met = what == "ms a call" and _meetings(axes, family, shown)
         _frames(axes, family)
         label_ends(axes, ends)
     said = [f"{family.title}: {what}, {WAYS[way]}"]
+    said += ["vertical lines: where VideoMamba meets the fastest ViT, in tokens"] * bool(met)
     said += [f"x: {WORDS[c.ended.status]} ({things.of(c.entry).label})" for c in shown if c.ended]
     said += [f"{things.of(c.entry).label}: {note[:60]}" for c in shown if (note := max(map(fault_note, c.timed), default=""))]
     said += hidden(lines)
@@ -70,13 +79,19 @@ def _draw(family: Family, way: str, what: str, value: Value, suffix: str, folder
     return Drawing(folder / f"{stem}.svg", "; ".join(said) + ".")
 
 
-def _meetings(axes: Axes, family: Family, shown: Sequence[Curve]) -> None:
-    """Draw a vertical line and its number where a VideoMamba meets the fastest ViT."""
-    met = [(at, c) for c in shown if c.entry.subject == MAMBA and (at := meeting(family, c).at)]
-    for i, (at, curve) in enumerate(sorted(met, key=lambda pair: pair[0])):
-        colour = things.of(curve.entry).colour
-        axes.axvline(at, color=colour, linewidth=0.8)
-        axes.text(at, 0.02 + 0.075 * i, f" {tokens(at)}", transform=axes.get_xaxis_transform(), color=colour, fontsize=8)
+def _meetings(axes: Axes, family: Family, shown: Sequence[Curve]) -> bool:
+    """Draw a vertical line and its number where a VideoMamba meets the fastest ViT; return whether there is one.
+
+    A number is at the right of its line, or at its left where another line is near at the right.
+    """
+    met = [(at, things.of(c.entry)) for c in shown if c.entry.subject == MAMBA and (at := meeting(family, c).at)]
+    met.sort(key=lambda pair: pair[0])
+    for i, (at, look) in enumerate(met):
+        crowded = i + 1 < len(met) and met[i + 1][0] / at < NEAR
+        axes.axvline(at, color=look.colour, linewidth=0.8)
+        axes.text(at, 0.02 + 0.075 * i, f" {tokens(at)} ", transform=axes.get_xaxis_transform(), color=look.colour, fontsize=8,
+                  ha="right" if crowded else "left")  # fmt: skip
+    return bool(met)
 
 
 def _frames(axes: Axes, family: Family) -> None:
@@ -96,45 +111,72 @@ def tokens(at: float) -> str:
     return f"{float(f'{at:.3g}'):,.0f}"
 
 
-def roofline(speeds: Iterable[Speed], folder: Path) -> list[Drawing]:
-    """Draw for each mode the share of the roofline that each implementation of an operator reaches at every point."""
+def operators(speeds: Iterable[Speed], folder: Path) -> list[Drawing]:
+    """Draw the times of operators, a figure a mode, then for each mode the shares of the roofline that they reach."""
     races = grids.races("operators")
-    operators = [s for s in speeds if s.point.race in races]
-    if not any(s.seconds and s.bound for s in operators):
-        return []
-    several = len({s.point.dtype for s in operators}) > 1
-    return [
-        _shares([s for s in operators if s.point.mode == mode], mode, several, folder)
-        for mode in dict.fromkeys(s.point.mode for s in operators)
-    ]
+    mine = [s for s in speeds if s.point.race in races]
+    modes = dict.fromkeys(s.point.mode for s in mine)
+    several = len({s.point.dtype for s in mine}) > 1
+    timed = [mode for mode in modes if any(s.seconds and s.point.mode == mode for s in mine)]
+    bounded = [mode for mode in modes if any(s.seconds and s.bound and s.point.mode == mode for s in mine)]
+    drawn = [_times([s for s in mine if s.point.mode == mode], mode, several, folder) for mode in timed]
+    return drawn + [_shares([s for s in mine if s.point.mode == mode], mode, several, folder) for mode in bounded]
+
+
+def _times(speeds: Sequence[Speed], mode: str, with_dtype: bool, folder: Path) -> Drawing:
+    """Draw the time of every entry, a row a point."""
+    stem = f"operators-{mode}"
+    with _rows(speeds, with_dtype, stem, folder) as (axes, place):
+        for s in speeds:
+            if s.seconds:
+                axes.plot(1e3 * seconds(s), place[s.point], **line_look(things.of(s.entry)) | {"zorder": 2 + _front(s)})
+        axes.set(xscale="log", xlabel="ms a call")
+        logarithmic(axes.xaxis)
+    said = [f"{words.MODES[mode].capitalize()}: medians; further left is faster"]
+    said += [*_reasons((s, WORDS.get(s.status, s.status)) for s in speeds if not s.seconds), *_notes(speeds)]
+    return Drawing(folder / f"{stem}.svg", "; ".join(said) + ".")
 
 
 def _shares(speeds: Sequence[Speed], mode: str, with_dtype: bool, folder: Path) -> Drawing:
-    """Draw a row for each point."""
-    rows = list(dict.fromkeys(sizes(s.point, with_dtype) for s in speeds))
-    height = max(HEIGHT, 1.2 + 0.2 * len(rows))
-    notes = dict.fromkeys(f"{things.of(s.entry).label}: {fault_note(s)[:60]}" for s in speeds if fault_note(s))
-    with chart(folder, f"roofline-{mode}", 5.4, height) as axes:
-        untimed: dict[int, list[str]] = {}
-        for s in sorted(speeds, key=lambda s: -things.rank(s.entry.implementation)):
-            y, look = rows.index(sizes(s.point, with_dtype)), things.of(s.entry)
+    """Draw the share of the roofline that every entry reaches, a row a point."""
+    stem = f"roofline-{mode}"
+    with _rows(speeds, with_dtype, stem, folder) as (axes, place):
+        for s in speeds:
             if s.share:
-                axes.plot(100 * s.share, y, **line_look(look))
-            elif not s.seconds or s.no_bound:
-                why = f"no bound: {s.no_bound}" if s.seconds else WORDS.get(s.status, s.status)
-                untimed.setdefault(y, []).append(f"{look.label} {why}")
-        for y, said in untimed.items():
-            axes.text(1, y - 0.28, "; ".join(said), fontsize=6.5, color=INK, va="bottom")
+                axes.plot(100 * s.share, place[s.point], **line_look(things.of(s.entry)) | {"zorder": 2 + _front(s)})
         axes.axvline(100, color=INK, linewidth=1)
-        axes.set(xlabel="share of the roofline (%)", xlim=(0, 103), ylim=(len(rows) - 0.4, -0.9))
+        axes.set(xlabel="share of the roofline (%)", xlim=(0, 103))
+    said = [f"{words.MODES[mode].capitalize()}: least time that the hardware needs / median time; 100 % cannot be beaten"]
+    said += _reasons((s, f"no bound: {s.no_bound}") for s in speeds if s.no_bound)
+    return Drawing(folder / f"{stem}.svg", "; ".join([*said, *_notes(speeds)]) + ".")
+
+
+@contextmanager
+def _rows(speeds: Sequence[Speed], with_dtype: bool, stem: str, folder: Path) -> Iterator[tuple[Axes, dict[Point, int]]]:
+    """Draw a panel with a row a point, named in words, and a legend; give the axes and the rows by point."""
+    names = {s.point: textwrap.fill(words.point(s.point, with_dtype, with_way=True), 34) for s in speeds}
+    rows = list(dict.fromkeys(names.values()))
+    lines = sum(1 + name.count("\n") for name in rows)
+    with chart(folder, stem, 5.4, 1.2 + 0.14 * lines + 0.1 * len(rows)) as axes:
+        yield axes, {point: rows.index(name) for point, name in names.items()}
+        axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_yticks(range(len(rows)), rows, fontsize=7.5)
         axes.tick_params(axis="y", length=0)
-        looks = sorted({things.of(s.entry) for s in speeds}, key=lambda look: look.label)
-        legend(axes, looks, columns=2, linewidth=0)
-    said = [f"Operators, {mode}: least time that the hardware needs / median time taken; 100 % cannot be beaten", *notes]
-    return Drawing(folder / f"roofline-{mode}.svg", "; ".join(said) + ".")
+        looks = {things.of(s.entry): _front(s) for s in speeds if s.seconds}
+        legend(axes, sorted(looks, key=lambda look: (-looks[look], look.label)), columns=3, linewidth=0)
 
 
-def sizes(point: Point, with_dtype: bool = False) -> str:
-    """Return an operator's point without its mode."""
-    return " ".join([point.race, *(f"{k}{v}" for k, v in point.dims), *([point.dtype] if with_dtype else [])])
+def _front(speed: Speed) -> float:
+    """Return how far in front of others a marker is drawn: the preferred one hides others."""
+    return 1 / (1 + things.rank(speed.entry.implementation, speed.entry.subject))
+
+
+def _reasons(without: Iterable[tuple[Speed, str]]) -> list[str]:
+    """Return why entries have no marker, with the number of points."""
+    why = Counter((things.of(s.entry).label, reason) for s, reason in without)
+    return [f"{label}: {reason}" + f" ({n} points)" * (n > 1) for (label, reason), n in why.items()]
+
+
+def _notes(speeds: Iterable[Speed]) -> list[str]:
+    """Return the marks on times, once each."""
+    return list(dict.fromkeys(f"{things.of(s.entry).label}: {fault_note(s)[:60]}" for s in speeds if fault_note(s)))

@@ -4,9 +4,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from harness.records.speed import Entry, Point, Speed
+from harness.report import words
 from harness.report.curves import MAMBA, VIT, Family, fault_note, median, meeting, memory, seconds
 from harness.report.markdown import Markdown, bold, escape, join, table
-from harness.report.speed_figures import sizes, tokens
+from harness.report.speed_figures import tokens
 
 PLAIN = {"oom": "out of memory", "timeout": "out of time", "error": "failed", "gated": "not timed"}
 
@@ -64,7 +65,7 @@ def operators(speeds: Sequence[Speed]) -> str:
     """Return the table of one operator's race."""
     best = fastest(s for s in speeds if s.entry.role == "rival")
     rows = [
-        (sizes(s.point), s.point.mode, entry_name(s.entry), milliseconds(s),
+        (words.letters(s.point), s.point.mode, entry_name(s.entry), milliseconds(s),
          percent(s),
          _size(s, 2**20), ratio(s, best.get(s.point)), notes(s))
         for s in speeds

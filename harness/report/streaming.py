@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from harness.records.speed import WAYS, Speed
-from harness.report import things
+from harness.report import things, words
 from harness.report.curves import fault_note, memory, seconds
 from harness.report.figures import Drawing, End, chart, label_ends, line_look, ticks
-from harness.report.markdown import table
-from harness.report.speed_tables import entry_name, milliseconds, notes, number
+from harness.report.markdown import sparse
+from harness.report.speed_tables import milliseconds, notes, number
 
 RACE = "stream"
 HIGH = 0.99  # the quantile that is shown with the median
@@ -30,16 +30,20 @@ def frames(speeds: Sequence[Speed]) -> str:
         rate = number(s.point["B"] / seconds(s)) if s.seconds else "-"
         held = number((memory(s) or 0) / 2**20) if s.seconds else "-"
         p = s.point
-        kind = (entry_name(s.entry), p.way, f"{p['S']} px", p.dtype)
+        kind = (words.entry(s.entry), words.WAYS.get(p.way, p.way), f"{p['S']} px", p.dtype)
         rows.append((*kind, f"{p['A']:,}", milliseconds(s), high, rate, held, notes(s)))
     head = ["entry", "way", "frame", "dtype", "frames before", "ms a frame, median [95 %]", "ms, 99th percentile", "frames/s"]
-    return table([*head, "peak MiB", "notes"], rows)
+    return sparse([*head, "peak MiB", "notes"], rows)
 
 
 def draw(speeds: Iterable[Speed], folder: Path) -> list[Drawing]:
-    """Draw for each way the time of a frame against those before it, and of the first way its memory."""
+    """Draw for each way the time of a frame against those before it, and of the first way its memory.
+
+    A way that was timed at one length alone has no figure, if another has one: its numbers are in the table.
+    """
     timed = [s for s in speeds if s.point.race == RACE and s.seconds]
     ways = sorted({s.point.way for s in timed}, key=lambda way: way != "graph")
+    ways = [way for way in ways if len({s.point["A"] for s in timed if s.point.way == way}) > 1] or ways[:1]
     drawn = [_draw([s for s in timed if s.point.way == way], way, "time", folder) for way in ways]
     return drawn + [_draw([s for s in timed if s.point.way == way], way, "memory", folder) for way in ways[:1]]
 
@@ -54,7 +58,7 @@ def _draw(speeds: Sequence[Speed], way: str, what: str, folder: Path) -> Drawing
         ends = []
         for (entry, side, dtype), line in lines.items():
             line.sort(key=lambda s: s.point["A"])
-            look = things.of(entry)._replace(label=f"{entry.variant or entry.name}, {side} px, {dtype}")
+            look = things.of(entry)._replace(label=f"{words.entry(entry)}, {dtype}" + f", {side} px" * (side != words.SIDE))
             seen = [s.point["A"] for s in line]
             value = [1e3 * seconds(s) if what == "time" else (memory(s) or 0) / 2**20 for s in line]
             axes.plot(seen, value, **line_look(look))

@@ -43,11 +43,11 @@ def _cell(answers: pd.DataFrame) -> str:
     return join([*parts, *[f"{skipped} skip"] * bool(skipped)]) or "-"
 
 
-def failures(records: Iterable[Record]) -> str:
-    """Return the first failures, each with the command that asks it again."""
+def failures(records: Iterable[Record], none: str = "None.") -> str:
+    """Return the first failures, each with the command that asks it again; `none` where nothing failed."""
     failed = [r for r in records if r.failed]
     if not failed:
-        return "None."
+        return none
     parts = [f"The first {SHOWN} of {len(failed)}; records.jsonl has all."] if len(failed) > SHOWN else []
     for i, r in enumerate(failed[:SHOWN], 1):
         lines = [f"{i}. {bold(faults.of(r).kind)} ({r.role}) {join((r.check, r.subject, r.implementation, r.case))}"]

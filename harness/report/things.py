@@ -43,7 +43,7 @@ LOOKS = {
 OWN = {
     ("vit", "reference"): LOOKS["naive"],
     ("vamba", "upstream"): Look("upstream's layers", "#A6761D", "<"),
-    ("qwen2", "sdpa"): Look("Qwen2, the video as tokens", "#009E73", "D"),
+    ("qwen2", "sdpa"): Look("Qwen2 with the video as tokens", "#009E73", "D"),
 }
 SPARE = (("#A6761D", "<"), ("#C44E8A", ">"), ("#6B8E23", "p"), ("#B03A2E", "H"), ("#2E86AB", "1"))
 

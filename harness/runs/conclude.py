@@ -1,4 +1,4 @@
-"""How a run ends: finished or interrupted, always with a report."""
+"""The end of a run: finished or interrupted, always with a report."""
 
 import signal
 import time

@@ -7,17 +7,18 @@ from harness.runs.environment import ROOT
 from harness.runs.store import Run
 
 SOURCES = ("reference", "fused", "harness")
+OTHERS = ("harness/report", "harness/source_mutants", "*.md")  # not of them
 
 
 def changed_since(run: Run) -> tuple[str, ...] | None:
     """Return the source files that differ from the commit of an accepted run, sorted; None where git cannot tell.
 
-    Pages are no sources of a result: `harness/report` does not count.
+    Pages and planted bugs are no sources of a result: `harness/report` and `harness/source_mutants` do not count.
     """
     commit = run.about.get("commit")
     if not commit:
         return None
-    words = ["git", "diff", "--name-only", commit, "--", *SOURCES, ":!harness/report", ":!*.md"]
+    words = ["git", "diff", "--name-only", commit, "--", *SOURCES, *(f":!{path}" for path in OTHERS)]
     try:
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):

@@ -32,7 +32,7 @@ class Campaign:
         self._root, self._tell, self._wide = root, tell, wide
         self._jobs, self._gpu = jobs, gpu
         self._seconds = NARROW_ON_GPU if gpu else NARROW
-        self._sound: dict[str, bool] = {}  # of a test or a bug's tests, whether they pass without a bug
+        self._sound: dict[tuple[str, bool], bool] = {}  # whether a test, or a bug's tests, passes without a bug; by `checked`
         self._trees: queue.SimpleQueue[Tree] = queue.SimpleQueue()
         self._made: list[Tree] = []
 
@@ -63,25 +63,35 @@ class Campaign:
             pool.shutdown(cancel_futures=True)
 
     def _narrow(self, batch: Sequence[SourceMutant]) -> list[SourceMutant]:
-        """Ask the narrow tests of each; return those that survive."""
-        tree, caught, survivors = self._trees.get(), [], []
-        for mutant in batch:
-            start = time.monotonic()
-            killer = [mutant.killer] if mutant.killer else []
-            with tree.planted([mutant]):
-                answer = tree.test([*killer, *mutant.tests], self._seconds)
-            if answer.code == 0:
-                survivors.append(mutant)
-            else:
-                caught.append((mutant, answer, time.monotonic() - start))
-        self._check(tree, [answer for _, answer, _ in caught])
-        for mutant, answer, _ in caught:
-            if answer.died:  # tests that take as long, or crash, without the bug have found nothing
-                self._sound[mutant.name] = tree.test(mutant.tests, self._seconds).code == 0
-        for mutant, answer, seconds in caught:
-            self._tell(self._caught(mutant, answer, seconds))
+        """Ask the narrow tests of each; return those that survive.
+
+        What is not found without checks of signatures is asked with them.
+        """
+        tree, left = self._trees.get(), list(batch)
+        for checked in (False, True):
+            asked, left = left, []
+            caught = []
+            for mutant in asked:
+                start = time.monotonic()
+                with tree.planted([mutant]):
+                    answer = tree.test(mutant.ordered_tests(), self._seconds, checked=checked)
+                if answer.code == 0:
+                    left.append(mutant)
+                else:
+                    caught.append((mutant, answer, time.monotonic() - start))
+            self._check(tree, [answer for _, answer, _ in caught], checked)
+            for mutant, answer, _ in caught:
+                if answer.died:  # tests that take as long, or crash, without the bug have found nothing
+                    tests = [answer.running] if answer.running else mutant.tests
+                    self._sound[mutant.name, checked] = tree.test(tests, self._seconds, checked=checked).code == 0
+            for mutant, answer, seconds in caught:
+                record = self._caught(mutant, answer, seconds, checked)
+                if record.status == "pass" or checked:
+                    self._tell(record)
+                else:
+                    left.append(mutant)
         self._trees.put(tree)
-        return survivors
+        return left
 
     def _wide_of(self, survivors: Sequence[SourceMutant]) -> None:
         """Ask all tests of a room of its survivors together; where one fails, of either half of them."""
@@ -89,38 +99,39 @@ class Campaign:
         answer = None
         with contextlib.suppress(NotPlanted), tree.planted(survivors):  # two at one place are not planted together
             answer = tree.test(self._wide[survivors[0].room], WIDE)
-        self._check(tree, [answer] if answer else [])
+        self._check(tree, [answer] if answer else [], True)
         self._trees.put(tree)
         if answer and answer.code == 0:
             for mutant in survivors:
                 self._tell(self._survived(mutant))
         elif answer and len(survivors) == 1:
-            self._tell(self._caught(survivors[0], answer, time.monotonic() - start))
+            self._tell(self._caught(survivors[0], answer, time.monotonic() - start, True))
         else:
             for half in (survivors[: len(survivors) // 2], survivors[len(survivors) // 2 :]):
                 self._wide_of(half)
 
-    def _check(self, tree: Tree, answers: Iterable[Answer]) -> None:
+    def _check(self, tree: Tree, answers: Iterable[Answer], checked: bool) -> None:
         """Find out whether the tests that failed pass in the tree without a bug; what does not run has not passed.
 
         They run file by file: one that cannot be imported keeps all others of its run from running.
         """
-        new = [test for test in dict.fromkeys(t for a in answers for t in a.failed) if test not in self._sound]
+        new = [test for test in dict.fromkeys(t for a in answers for t in a.failed) if (test, checked) not in self._sound]
         for file in dict.fromkeys(test.partition("::")[0] for test in new):
             own = [test for test in new if test.partition("::")[0] == file]
-            passed = tree.test(own, WIDE, stop=False).passed
-            self._sound |= {test: any(p == test or p.startswith(test + "::") for p in passed) for test in own}
+            passed = tree.test(own, WIDE, stop=False, checked=checked).passed
+            self._sound |= {(test, checked): any(p == test or p.startswith(test + "::") for p in passed) for test in own}
 
-    def _caught(self, mutant: SourceMutant, answer: Answer, seconds: float) -> Record:
+    def _caught(self, mutant: SourceMutant, answer: Answer, seconds: float, checked: bool) -> Record:
         """Return the record of a bug on which the tests did not pass."""
         if answer.died:
             how = f"did not end within {self._seconds:.0f} s" if answer.code is None else f"died by signal {-answer.code}"
-            if self._sound.get(mutant.name):
-                return self._record(mutant, "pass", 0.0, f"the tests {how}", seconds=seconds)
-            return self._record(mutant, "error", reason=f"the tests {how}, or do not pass without the bug: {mutant.tests}")
+            how = f"{answer.running or 'the tests'} {how}"
+            if self._sound.get((mutant.name, checked)):
+                return self._record(mutant, "pass", 0.0, how, seconds=seconds)
+            return self._record(mutant, "error", reason=f"{how}, or does not pass without the bug: {mutant.tests}")
         if answer.code not in RAN or not answer.failed:
             return self._record(mutant, "error", reason=f"pytest exits with {answer.code}: {answer.output[-400:]}")
-        if unsound := [test for test in answer.failed if not self._sound[test]]:
+        if unsound := [test for test in answer.failed if not self._sound[test, checked]]:
             return self._record(mutant, "error", reason=f"it fails without the bug too: {', '.join(unsound)}")
         return self._record(mutant, "pass", 0.0, answer.failed[0], seconds=seconds)
 

@@ -53,6 +53,13 @@ class SourceMutant:
         """Return the name, unique in the catalogue."""
         return f"{self.file}: {self.bug}"
 
+    def ordered_tests(self) -> list[str]:
+        """Return the narrow tests, the killer first: with the parameters that `tests` name, else with all that it has."""
+        if not self.killer:
+            return list(self.tests)
+        own = [test for test in self.tests if test.partition("[")[0] == self.killer]
+        return [*(own or [self.killer]), *(test for test in self.tests if test not in own)]
+
     def line(self, root: Path) -> int:
         """Return the line of the file where the bug is, from 1 on. Raises NotPlanted as `planted` does."""
         text = (root / self.file).read_text()
@@ -84,10 +91,13 @@ def read_file(path: Path) -> list[SourceMutant]:
 
 
 def note_killers(killers: Mapping[str, str], folder: Path = HERE) -> None:
-    """Write into the data which test found each bug, by the bugs' names; parameters of the tests are left out."""
+    """Write into the data which test found each bug, by the bugs' names.
+
+    `killers` begin with a node id; its parameters, and what follows, are left out.
+    """
     for path in sorted(folder.glob("*.jsonl")):
         lines = []
         for mutant, line in zip(read_file(path), path.read_text().splitlines(), strict=True):
-            killer = killers.get(mutant.name, "").partition("[")[0]
+            killer = killers.get(mutant.name, "").partition("[")[0].partition(" ")[0]
             lines.append(json.dumps(json.loads(line) | {"killer": killer}, ensure_ascii=False) if "::" in killer else line)
         path.write_text("\n".join(lines) + "\n")

@@ -1,8 +1,9 @@
 """A process that has imported libraries, and forks a child for every run of tests.
 
 It is started in a tree, as `python fork_server.py LIBRARY ...`. It reads JSON lines {"arguments": of pytest, "seconds": limit,
-"log": file} and answers each with {"code": pytest's exit code or null after the limit, "failed": node ids of tests and files
-that failed, "passed": those of tests that passed}. It imports nothing of the tree itself.
+"log": file, "variables": of the environment} and answers each with {"code": pytest's exit code or null after the limit,
+"failed": node ids of tests and files that failed, "passed": those of tests that passed, "running": that of the test that had
+not ended, or ""}. It imports nothing of the tree itself.
 """
 
 import contextlib
@@ -21,31 +22,40 @@ import pytest
 LIBRARIES = ("torch", "numpy", "jaxtyping", "beartype", "hypothesis", "typer.testing", "rich.progress", "pandas",
              "matplotlib.figure", "matplotlib.backends.backend_agg", "yaml", "av", "markdown_it")  # fmt: skip
 
+WORDS = "failed", "passed", "began", "ended"  # of a test's outcome, as pytest has them, and of its ends
 PR_SET_CHILD_SUBREAPER = 36  # of Linux's prctl
 
 
 class Verdicts:
-    """A plugin of pytest that writes what failed and what passed to a file, a JSON line each, as they come."""
+    """A plugin of pytest that writes what began, failed, passed and ended to a file, a JSON line each, as they come."""
 
     def __init__(self, path: str) -> None:
         self._path = path
 
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        """Note a test that begins."""
+        self._note(nodeid, "began")
+
     def pytest_runtest_logreport(self, report: Any) -> None:
-        """Note a test that failed, in its set-up or end too."""
-        self._note(report)
+        """Note a test that failed, in its set-up or end too, or passed."""
+        if report.failed or report.when == "call":
+            self._note(report.nodeid, report.outcome)
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        """Note a test that ended."""
+        self._note(nodeid, "ended")
 
     def pytest_collectreport(self, report: Any) -> None:
         """Note a file that could not be imported."""
-        self._note(report)
+        if report.failed:
+            self._note(report.nodeid, report.outcome)
 
-    def _note(self, report: Any) -> None:
-        passed = report.passed and getattr(report, "when", "") == "call"
-        if report.failed or passed:
-            with open(self._path, "a") as file:
-                file.write(json.dumps([report.nodeid, bool(report.failed)]) + "\n")
+    def _note(self, test: str, what: str) -> None:
+        with open(self._path, "a") as file:
+            file.write(json.dumps([test, what]) + "\n")
 
 
-def run(arguments: list[str], seconds: float, log: str) -> dict[str, Any]:
+def run(arguments: list[str], seconds: float, log: str, variables: dict[str, str]) -> dict[str, Any]:
     """Run pytest in a forked child with its output in the file `log`; end it and its own children after so many seconds."""
     verdicts = log + ".verdicts"
     open(verdicts, "w").close()
@@ -54,6 +64,7 @@ def run(arguments: list[str], seconds: float, log: str) -> dict[str, Any]:
         exit_code = 3
         try:
             os.setsid()
+            os.environ.update(variables)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             for stream in (1, 2):
@@ -73,8 +84,9 @@ def run(arguments: list[str], seconds: float, log: str) -> dict[str, Any]:
         end_children()
     with open(verdicts) as file:
         said = [json.loads(line) for line in file if line.endswith("\n")]  # the last may be cut where the child was killed
-    failed = [test for test, bad in said if bad]
-    return {"code": code, "failed": failed, "passed": [test for test, bad in said if not bad and test not in failed]}
+    failed, passed, began, ended = ([test for test, what in said if what == word] for word in WORDS)
+    running = next((test for test in reversed(began) if test not in ended), "")
+    return {"code": code, "failed": failed, "passed": [test for test in passed if test not in failed], "running": running}
 
 
 def end_children() -> None:

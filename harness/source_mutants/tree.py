@@ -7,26 +7,30 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from fused.runtime.cache_folder import cache_folder
 from harness.source_mutants import fork_server
 from harness.source_mutants.catalogue import SourceMutant
 
 LEFT_OUT = ("__pycache__", ".git", ".nox", ".venv", ".*_cache", "*.egg-info")
 TOP_LEFT_OUT = ("reports/runs", "build", "dist", "venv")
+RECENT = 86400.0  # seconds
 # The test of the catalogue fails wherever a bug is planted: its text is not there.
 PYTEST = ("-q", "-x", "--tb=short", "-p", "no:cacheprovider", "--ignore=tests/harness/test_catalogue.py")
 
 
 class Answer(NamedTuple):
-    """The end of a run of tests: pytest's exit code, None after the limit; node ids that failed, of files too, and of tests
-    that passed; the end of the output."""
+    """The end of a run of tests: pytest's exit code, None after the limit; node ids that failed, of files too, of tests that
+    passed, and of the test that had not ended, or ""; the end of the output."""
 
     code: int | None
     failed: tuple[str, ...]
     passed: tuple[str, ...]
+    running: str
     output: str
 
     @property
@@ -47,6 +51,7 @@ class Tree:
             return by_name(folder, names) | {name for name in names if Path(folder, name) in top}
 
         shutil.copytree(root, self.root, symlinks=True, ignore=left_out)
+        self._copy_emulated()
         self._stamp = 0
         self._server: subprocess.Popen[str] | None = None
 
@@ -55,6 +60,15 @@ class Tree:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def _copy_emulated(self) -> None:
+        """Copy the emulated kernels that tests have compiled lately: a file's name tells all that it was made of."""
+        to = self._home / "cache" / "videomamba-bench" / "emulated"
+        to.mkdir(parents=True)
+        for library in cache_folder("emulated").glob("*.so"):
+            with contextlib.suppress(FileNotFoundError):  # a test may remove an old one meanwhile
+                if library.stat().st_mtime > time.time() - RECENT:
+                    shutil.copy2(library, to)
 
     def close(self) -> None:
         """End the process and remove the copy."""
@@ -84,21 +98,27 @@ class Tree:
                 path.write_text(text)
                 os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
-    def test(self, tests: Sequence[str], seconds: float, stop: bool = True) -> Answer:
-        """Run tests, to the first failure or all, with caches of their own, in at most so many seconds."""
+    def test(self, tests: Sequence[str], seconds: float, stop: bool = True, checked: bool = True) -> Answer:
+        """Run tests, to the first failure or all, with caches of their own, in at most so many seconds.
+
+        Unless `checked`, tests/conftest.py does not have the signatures of models checked, which takes most of a short test.
+        """
         log = self._home / "log"
         shutil.rmtree(self._home / "pytest", ignore_errors=True)
         kept = [word for word in PYTEST if stop or word != "-x"]
         words = [*kept, f"--basetemp={self._home / 'pytest'}", *tests]
         server = self._started()
         assert server.stdin and server.stdout
-        server.stdin.write(json.dumps({"arguments": words, "seconds": seconds, "log": str(log)}) + "\n")
+        variables = {"UNCHECKED_SIGNATURES": "" if checked else "1"}
+        request = {"arguments": words, "seconds": seconds, "log": str(log), "variables": variables}
+        server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
         answer = server.stdout.readline()
         if not answer:
             raise RuntimeError(f"the process that runs tests died with exit code {server.wait()}")
         found = json.loads(answer)
-        return Answer(found["code"], tuple(found["failed"]), tuple(found["passed"]), log.read_text(errors="replace")[-2000:])
+        said = log.read_text(errors="replace")[-2000:]
+        return Answer(found["code"], tuple(found["failed"]), tuple(found["passed"]), found["running"], said)
 
     def _started(self) -> "subprocess.Popen[str]":
         """Return the process that runs tests; it ends with this one, when its input does."""

@@ -8,6 +8,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
+from fused.runtime import cpu_library
+
+CPU = ["cpu"] if not torch.cuda.is_available() and cpu_library.unavailable() is None else []  # the backend, where it can run
 NAMES = ("in_proj", "out_proj", "conv1d", "x_proj", "dt_proj", "conv1d_b", "x_proj_b", "dt_proj_b")
 
 

@@ -60,18 +60,19 @@ def test_the_same_run_gives_the_same_bytes(whole) -> None:
 
 def test_the_first_screen_says_what_was_found_then_sections_in_a_readers_order(whole) -> None:
     text, lines = said(whole), said(whole).splitlines()
-    assert lines[0] == "# Bench: grid full on NVIDIA H200"
+    assert lines[0] == f"# Bench on NVIDIA H200, grid full, {whole.about['started'][:10]}"
     assert lines[2] == (
-        "VideoMamba-Ti is 4 to 10 times as fast as upstream in inference and faster than a ViT of similar size from 7,740 "
-        "tokens on. 6 of 36 points of ours failed."
+        "VideoMamba-Ti is 4.0 to 10 times as fast as upstream in inference and faster than a ViT of similar size from 7,740 "
+        "tokens (39 frames) on. 6 of 36 points of ours failed."
     )
-    assert "as fast as upstream: VideoMamba-Ti, inference, batch 1" in text and "| 4 to 10x | 7,740 tokens |" in text
+    assert "as fast as upstream: VideoMamba-Ti, inference, batch 1" in text and "| 4.0 to 10x | 7,740 tokens |" in text
     assert text.index("](models-infer-tiny-B1-S224-bfloat16.svg)") < text.index("- [How fast](#how-fast)")
-    heads = ["## How fast", "## How much memory", "## How right", "## What failed", "## Derived", "## How it was", "## The box"]
+    heads = ["## How fast", "## How much memory", "## How right", "## How it was", "## What failed", "## Derived", "## The box"]
     heads += ["## How to repeat", "## Glossary"]
-    assert [text.index(h) for h in heads] == sorted(text.index(h) for h in heads)
+    assert [text.index(f"\n{h}") for h in heads] == sorted(text.index(f"\n{h}") for h in heads)
     assert "| backward | 1 pass | **1 FAILED** of 1 | - |" in text
-    assert "## How to repeat it\n\n```\npython -m harness bench\n```\n" in text
+    where = "From a checkout of commit `f00d`, after `pip install -e .[harness]`:"
+    assert f"## How to repeat it\n\n{where}\n\n```\npython -m harness bench\n```\n" in text
     assert (
         "| copy, read plus written | 4,230 GB/s |" in text and "| matrix product in the points' dtype | 795 TFLOP/s |" in text
     )
@@ -86,13 +87,15 @@ def test_what_failed_parity_is_said_and_has_no_time(whole) -> None:
     assert len(rows) == 6
     for row in rows:
         assert row.endswith(f"| train | scan fused:native | **not timed**: {why} | - | - | - |  |")
-    assert "ours not timed: failed parity" in (whole.folder / "roofline-train.svg").read_text()
+    [caption] = re.findall(r"!\[(.*)\]\(operators-train.svg\)", text)
+    assert "ours: not timed: failed parity (6 points)" in caption
 
 
 def test_a_rival_outside_the_budget_is_marked_wherever_its_figure_is_used(whole) -> None:
     text = said(whole)
     assert "- scan fused:mamba_ssm (rival): error 3 times its budget" in text
-    assert "| fused:mamba_ssm (rival) | 0 of 1 | 1 outside the budget (at most 3 budgets, a relative error of 0.06) |" in text
+    why = "1 outside the budget (at most 3 budgets, a relative error of 0.06)"
+    assert f"| upstream (fused:mamba_ssm), rival | 0 of 1 | {why} |" in text
     rows = [line for line in text.splitlines() if line.startswith("| scan B8 L1569 E384 N16 | infer |")]
     mark = "error 3 times its budget"
     assert [row.split(" | ")[6] for row in rows] == [f"40 ({mark})", f"0.3 ({mark})", f"1 ({mark})"]
@@ -212,7 +215,8 @@ def test_the_page_of_reports_gets_of_every_race_the_newest_numbers_between_its_m
         assert "conv: on one NVIDIA H200, 3026-01-02 ([report](accepted/h200/later/report.md))" in text
         assert text.count("(accepted/h200/whole/report.md)") == 2 and "/gated" not in text
         assert "From [whole](accepted/h200/whole/report.md), [later](accepted/h200/later/report.md):\n\nMedians" in text
-        assert "| scan B8 L1569 E1152 N16 |" in text and "| conv B8" in text and "3026-01-04" not in text
+        assert "| scan, 8 x 1,569 tokens, 1,152 channels |" in text and "| convolution, 8 x" in text
+        assert "3026-01-04" not in text
         assert "(accepted/h200/whole/models-infer-tiny" in text
     page_file.write_text("no place for numbers")
     accepted.write(page_file, runs)
@@ -225,15 +229,16 @@ def test_the_overview_sets_ours_beside_the_fastest_of_either_kind() -> None:
     slower, upstream = (dataclasses.replace(scan, entry=Entry("scan", n, r), seconds=(t,)) for n, r, t in
                         (("fused:torch", "ours", 2.0), ("fused:mamba_ssm", "rival", 1.5)))  # fmt: skip
     line = overview.overview([slower, scan, upstream]).splitlines()[-1]
-    assert "| 500 | 1,500 (3.00x) | - | - |" in line and at.race in line
+    assert line.endswith("| 500 | 1,500 (3.00x) |") and at.race in line, "no column without a number"
     wrong = dataclasses.replace(upstream, wrong=2.0)
-    assert "1,500 (3.00x)* |" in overview.overview([scan, wrong])
+    assert "1,500 (3.00x)* |" in (marked := overview.overview([scan, wrong])) and "`*`: the rival's error" in marked
+    assert "`*`" not in overview.overview([scan, upstream])
     gated = dataclasses.replace(scan, status="gated", seconds=(), reason="parity failed")
     assert "not timed" in overview.overview([gated, upstream]) and "1,500 |" in overview.overview([gated, upstream])
     graph, eager = _line(NATIVE, (8, 2), way="graph") + _line(SDPA, (2, 8), way="graph"), _line(NATIVE, (99, 99))
     assert overview.overview([*graph, *eager]).count("99") == 0
     [said] = overview.crossings(curves.families([*graph, *eager]))
-    assert "(graph)" in said and "ours meets the ViT at **" in said and "upstream" not in said
+    assert "CUDA graphs: ours meets the ViT at **" in said and "upstream" not in said
 
 
 def test_another_model_in_a_race_is_not_upstream(tmp_path) -> None:
@@ -242,8 +247,10 @@ def test_another_model_in_a_race_is_not_upstream(tmp_path) -> None:
     ours = Speed(Entry("bimba", "fused:native", "ours"), at, "ok", (0.01,))
     upstream = dataclasses.replace(ours, entry=Entry("bimba", "fused:mamba_ssm", "rival"), seconds=(0.03,))
     pooling = dataclasses.replace(ours, entry=Entry("resamplers", "pooling", "rival"), seconds=(0.001,))
-    assert "| 10 | 30 (3.00x) | - | - |" in overview.overview([ours, upstream, pooling])
-    assert "3x as fast as upstream: bimba" in made(tmp_path, [ours, upstream, pooling])
+    assert overview.beside_others([ours, upstream, pooling]).endswith("| 10 | 30 (3.00x) | 1 (0.10x) |")
+    said = made(tmp_path, [ours, upstream, pooling])
+    assert "BIMBA's compressor is 3.0 times as fast as upstream." in said
+    assert "as fast as upstream; against pooling 0.10x: BIMBA, 64 frames of" in said
 
 
 def test_what_keeps_its_scan_stands_beside_ours() -> None:
@@ -251,14 +258,14 @@ def test_what_keeps_its_scan_stands_beside_ours() -> None:
     point = sweeps.clip(64, mode="train")
     ours, other, vit = (sweeps.speed(e, point, t, m) for e, t, m in ((NATIVE, 2.0, 4.0), (kept, 1.5, 9.0), (SDPA, 3.0, 3.0)))
     line = overview.overview([ours, other, vit]).splitlines()[-1]
-    assert line.endswith("| 2 | 1.5 (0.75x) | - | 3 (1.50x) | - |")
+    assert line.endswith("| 2 | 1.5 (0.75x) | 3 (1.50x) |")
     failed = [dataclasses.replace(s, status=word, seconds=(), reason=word) for s, word in ((other, "oom"), (ours, "timeout"))]
-    assert overview.overview([*failed, vit]).splitlines()[-1].split(" | ")[5:7] == ["**out of time**: timeout", "-"]
+    assert overview.overview([*failed, vit]).splitlines()[-1].split(" | ")[1:] == ["**out of time**: timeout", "3 |"]
     [said] = overview.most_memory([ours, other, vit])
-    assert "fused:native 4 GiB" in said and "fused:native_kept 9 GiB" in said
+    assert "ours 4 GiB; ours, states kept 9 GiB" in said
     lines = _line(NATIVE, (8, 2), way="graph"), _line(kept, (8, 1), way="graph"), _line(SDPA, (2, 8), way="graph")
     [said] = overview.crossings(curves.families([s for line in lines for s in line]))
-    assert said.count("meets the ViT at **") == 2 and "ours, the scan kept, meets" in said
+    assert said.count("meets the ViT at **") == 2 and "ours, states kept, meets" in said
 
 
 def test_the_least_memory_of_a_kind_is_named() -> None:
@@ -266,7 +273,7 @@ def test_the_least_memory_of_a_kind_is_named() -> None:
     hungry, lean = (Entry("videomamba", f"fused:mamba_ssm{n}", "rival", variant="middle") for n in ("", "_inner"))
     steps = [sweeps.speed(hungry, point, 1.0, 11.0), sweeps.speed(lean, point, 2.0, 7.0), sweeps.speed(NATIVE, point, 1.0, 4.0)]
     [said] = overview.most_memory(steps)
-    assert "4 GiB" in said and "mamba_ssm_inner 7 GiB" in said and "11 GiB" not in said
+    assert "ours 4 GiB; upstream, one fused mixer 7 GiB" in said and "11 GiB" not in said
 
 
 def test_the_papers_comparison(whole) -> None:
@@ -289,7 +296,7 @@ def test_nothing_timed_and_nothing_drawn(tmp_path) -> None:
 def test_a_cpu_a_filter_and_an_interruption_are_loud(tmp_path) -> None:
     plan = {"grid": "cpu", "device": "cpu", "races": ["scan"], "names": ["fused:torch"]}
     text = made(tmp_path, [], "interrupted", plan=plan, box=sweeps.BOX | {"gpu": None})
-    assert text.startswith("# Bench: grid cpu on a CPU\n")
+    assert text.startswith("# Bench on a CPU, grid cpu, ")
     assert "So far: the run is interrupted." in text and "> **Interrupted.**" in text
     assert "> **A part of the points** (races scan; only fused:torch). It compares those that were timed" in text
     assert "This is the CPU grid: it shows that the bench works; its numbers say nothing of a GPU." in text
@@ -315,11 +322,11 @@ def alone(text: str) -> None:
 def test_the_html_holds_all_and_needs_nothing(whole) -> None:
     text, markdown = (whole.folder / "report.html").read_text(), said(whole)
     alone(text)
-    assert text.count("<figure>") == text.count('<svg role="img"') == markdown.count("![") == 8
+    assert text.count("<figure>") == text.count('<svg role="img"') == markdown.count("![") == 10
     assert text.count("<h2>") == len(re.findall("^## ", markdown, re.M))
     tables = len(re.findall("^[|] ---", markdown, re.M))
     assert text.count("<table>") == text.count('<div class="scroll" tabindex="0">') == tables - 1  # the large numbers
-    assert "<title>Bench: grid full on NVIDIA H200</title>" in text and 'name="viewport"' in text
+    assert "<title>Bench on NVIDIA H200, grid full, " in text and 'name="viewport"' in text
     assert "no &lt;flash&gt; here" in text and len(text) < 3e6
     assert text.index('class="verdict"') < text.index('class="numbers"') < text.index("<figure>") < text.index("<nav")
 
@@ -345,4 +352,4 @@ def test_the_parity_page_is_html_too(tmp_path) -> None:
     page.write(run)
     text = (run.folder / "report.html").read_text()
     alone(text)
-    assert "<h1>Parity: grid smoke on NVIDIA H200</h1>" in text and "1 FAILED" in text
+    assert "<h1>Parity on NVIDIA H200, grid smoke, " in text and "1 FAILED" in text

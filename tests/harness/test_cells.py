@@ -17,6 +17,7 @@ from harness.report import (
     bench,
     chunking,
     curves,
+    how,
     learning,
     loop,
     margins,
@@ -79,7 +80,7 @@ def test_a_stream() -> None:
     samples = tuple(0.001 * (1 + i) for i in range(100))
     speed = Speed(OURS, point, "ok", samples, allocated=40 * MIB, reserved=99 * MIB)
     cells = rows(streaming.frames([speed]))[1]
-    assert cells[:5] == ["videomamba tiny fused:native", "graph", "224 px", "bfloat16", "1,000"]
+    assert cells[:5] == ["VideoMamba-Ti, ours", "CUDA graph", "224 px", "bfloat16", "1,000"]
     assert cells[5].startswith("50.5 [") and cells[6:9] == ["99 (n = 100)", "39.6", "40"]
     assert streaming.tail(speed) == pytest.approx(0.09901)
 
@@ -89,9 +90,10 @@ def test_a_video_in_chunks() -> None:
     whole, cut = clip(race="chunks", **sizes), clip(way="chunked", race="chunks", F=32, **sizes)
     speeds = [at(OURS, whole, 2.0, 8.0), at(OURS, cut, 4.0, 2.0), at(UPSTREAM, cut, 4.0, 2.0)]
     _, one, part, other = rows(chunking.passes(speeds))
-    assert one[:5] == ["4 x 512 x 224 px, bfloat16", "100,353", "infer", "all at once", "videomamba tiny fused:native"]
-    assert one[6:9] == ["1,020", "8", "-"] and part[3:9] == ["32", part[4], "4,000 [4,000, 4,000]", "512", "2", "2, 0.25"]
-    assert other[8] == "-", "another's whole is not its own"
+    what = ["4 clips of 512 frames", "100,353", "bfloat16", "inference"]
+    assert one[:6] == [*what, "all at once", "VideoMamba-Ti, ours"] and one[7:] == ["1,020", "8", "-", "-"]
+    assert part[4:] == ["32", part[5], "4,000 [4,000, 4,000]", "512", "2", "2", "0.25"]
+    assert other[9:] == ["-", "-"], "another's whole is not its own"
 
 
 def loops(**seconds: float) -> list[Speed]:
@@ -106,10 +108,10 @@ def test_a_users_loop() -> None:
     speeds = loops(ours_eager=0.3, ours_graphed=0.2, ours_graph=0.1, upstream_eager=0.6, upstream_graph=0.5)
     speeds += loops(vit_eager=0.1, vit_graph=0.08)
     best = rows(loop.section(speeds))[1]
-    assert best[0] == "Ti, train, 4 x 8 x 224 px, bfloat16"
+    assert best[0] == "VideoMamba-Ti, training, 4 clips of 8 frames, bfloat16"
     assert best[1:7] == ["200 (graphed)", "100", "600 (eager)", "500", "100 (eager)", "80"]
     assert best[7:] == ["3", "5", "0.6", "0.5", "0.625"], "upstream / ours, of graphs, share; ViT / ours, share"
-    forms = [r for r in rows(loop.section(speeds)) if len(r) == 9 and r[1].endswith("native")]
+    forms = [r for r in rows(loop.section(speeds)) if len(r) == 8 and r[1] == "VideoMamba-Ti, ours"]
     assert [r[2:8] for r in forms] == [
         ["eager", "300 [300, 300]", "3", "13.3", "1.000 / 2.500", "3"],
         ["graphed", "200 [200, 200]", "2", "20", "1.000 / 2.500", "3"],
@@ -135,7 +137,7 @@ def test_readers_and_the_cores_that_feed_a_gpu(tmp_path: Path) -> None:
     found = reading.trained([old, new], speeds)
     assert [(t.run, t.rate, t.speed.point.way) for t in found] == [("new", 80.0, "eager"), ("new", 200.0, "graph")]
     table = rows(reading.cores(speeds, found))
-    assert table[1] == ["videomamba tiny fused:native", "8", "4", "eager", "80", "8", "16", "new, NVIDIA H200"]
+    assert table[1] == ["VideoMamba-Ti, ours", "8", "4", "eager", "80", "8", "16", "new, NVIDIA H200"]
 
 
 def test_the_papers_factors() -> None:
@@ -159,15 +161,15 @@ def test_the_overview() -> None:
     speeds += [at(UPSTREAM, p, s, wrong=w) for p, s, w in ((points["infer"], 0.02, 0.0), (points["train"], 0.1, 3.0))]
     speeds += [at(VIT, points["infer"], 0.005), at(VIT, points["train"], 0.02), at(NAIVE, points["infer"], 0.004)]
     cells = rows(overview.overview([*speeds, at(OURS, clip(), 1.0)]))[-1]
-    assert cells[1:5] == ["10", "20 (2.00x)", "4 (0.40x)", "-"]
-    assert cells[5:] == ["40", "30 (0.75x)", "100 (2.50x)*", "20 (0.50x)", "-"]
+    assert cells[0] == "VideoMamba-Ti, 4 clips of 8 frames" and cells[1:4] == ["10", "20 (2.00x)", "4 (0.40x)"]
+    assert cells[4:] == ["40", "30 (0.75x)", "100 (2.50x)*", "20 (0.50x)"]
     longer, longest = clip("train", T=8, L=1569), clip("train", T=16, L=3137)
     eager = [at(OURS, longer, 0.1, 2.0), at(OURS, longest, 0.1, 5.0), at(VIT, longer, 0.1, 1.0), at(kept, longer, 0.1, 8.0)]
     eager += [at(UPSTREAM, longer, 0.1, 9.0)]
     eager += [at(entry, clip("train", T=1, L=197), 0.1, 0.1) for entry in (OURS, VIT, UPSTREAM, kept)]
     [said] = overview.most_memory(eager)
-    assert said.startswith("- Peak memory of an eager training step, tiny B4 T8 S224 L1569: ") and "fused:native 2 GiB" in said
-    assert "native_kept 8 GiB" in said and "mamba_ssm 9 GiB" in said and "vit tiny sdpa 1 GiB" in said
+    assert said.startswith("- Peak memory of an eager training step, VideoMamba-Ti, 4 clips of 8 frames: ours 2 GiB; ")
+    assert said.endswith("ours, states kept 8 GiB; upstream 9 GiB; ViT, PyTorch's attention 1 GiB.")
 
 
 def test_where_curves_meet() -> None:
@@ -192,7 +194,7 @@ def test_where_curves_meet() -> None:
 def test_ceilings_in_their_units(tmp_path: Path) -> None:
     run = sweeps.made(tmp_path, [])
     run.about["ceilings"] = {"copies": [[2**20, 3e11], [2**28, 2.5e10]], "matmuls": {"float32": 1.5e12}, "exp": 7e9}
-    assert rows(bench._ceilings(run))[1:] == [
+    assert rows(how.ceilings(run))[1:] == [
         ["memory, 1 MiB moved again and again", "300 GB/s"], ["memory, 256 MiB moved again and again", "25 GB/s"],
         ["matrix product in float32", "1.5 TFLOP/s"], ["exponentials, float32", "7 G/s"],
     ]  # fmt: skip

@@ -126,7 +126,7 @@ def test_sampling_ends_when_the_interval_is_narrow_and_not_before() -> None:
     assert (steady.warm, steady.allocated, steady.reserved, steady.alone) == ((5.0,), 3, 4, False)
 
 
-def test_the_energy_is_that_of_one_call() -> None:
+def test_the_energy_and_the_budget_are_those_of_all_calls_of_a_window() -> None:
     class Metered(Scripted):
         """Uses 6 joules in every batch, for each of whose times four calls are made."""
 
@@ -135,7 +135,7 @@ def test_the_energy_is_that_of_one_call() -> None:
             return answer._replace(joules=6.0, calls=4) if isinstance(answer, Batch) else answer
 
     [speed] = timed(Metered([0.1, 0.2, 0.3]), budget=2.0)
-    assert speed.joules == 0.5
+    assert speed.joules == 0.5 and speed.seconds == (0.1, 0.2, 0.3), "2.4 s are more than its budget"
     [short] = timed(Metered([1e-6] * 3))
     assert short.joules is None, "the counter is too slow for it"
 

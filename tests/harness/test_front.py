@@ -8,9 +8,14 @@ from pathlib import Path
 import pytest
 import sweeps
 import test_report
+from typer.testing import CliRunner
 
-from harness.report import front
-from harness.runs import environment, freshness
+from harness.bench import grids
+from harness.cli.app import app
+from harness.judge.request import UsageError
+from harness.records.speed import Entry
+from harness.report import accepted, front
+from harness.runs import acceptance, environment, freshness
 from harness.runs.store import Run
 
 
@@ -22,7 +27,8 @@ def git(folder: Path, *words: str) -> str:
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkout with one commit."""
-    for path in ("fused/ops/a.py", "fused/ops/b.py", "harness/report/page.py", "reference/README.md"):
+    pages = "harness/report/page.py", "harness/source_mutants/a.jsonl", "reference/README.md"
+    for path in ("fused/ops/a.py", "fused/ops/b.py", *pages):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text("1\n")
     git(tmp_path, "init", "-q")
@@ -41,7 +47,7 @@ def run_of(commit: str) -> Run:
 def test_a_run_is_older_by_the_sources_that_changed_and_by_no_page(checkout: Path) -> None:
     run = run_of(git(checkout, "rev-parse", "HEAD"))
     assert freshness.changed_since(run) == () and freshness.in_words(()) == "of this code"
-    for path in ("harness/report/page.py", "reference/README.md"):
+    for path in ("harness/report/page.py", "harness/source_mutants/a.jsonl", "reference/README.md"):
         (checkout / path).write_text("2\n")
     assert freshness.changed_since(run) == ()
     for path in ("fused/ops/a.py", "fused/ops/b.py"):
@@ -63,7 +69,9 @@ def test_the_front_page(checkout: Path) -> None:
     test_report.made(here / "20290101-parity", [test_report.record()], commit=commit)
     text = front.write(folder).read_text()
     said = re.sub("<[^>]*>", "", text)
-    assert "VideoMamba-Ti is 4 to 10 times as fast as upstream in inference" in said and "The one answer of our" in said
+    assert "VideoMamba-Ti is 4.0 to 10 times as fast as upstream in inference" in said
+    assert "the one answer within the tolerance, the tightest at 25 % of its budget." in said
+    assert "No accepted run asks about bimba, " in said and "| scan" not in said and "1 of 1" in said
     assert 'href="accepted/h200/20300201-bench/report.html"' not in text  # there is no such page yet
     shutil.copy(folder / "index.html", here / "20300201-bench" / "report.html")
     text = front.write(folder).read_text()
@@ -84,3 +92,43 @@ def test_the_committed_front_page_names_every_accepted_run() -> None:
     text = (reports / "index.html").read_text()
     links = {(reports / link).parent for link in re.findall(r'href="(accepted/[^"]*)"', text)}
     assert links == {path.parent for path in reports.glob("accepted/*/*/run.json")}
+
+
+def test_every_race_and_family_has_its_newest_numbers(checkout: Path) -> None:
+    """Those of other families, streams and chunks have tables of their own; a run at a part of the points may stand in."""
+    here = checkout / "reports" / "accepted" / "h200"
+    at = [p for p in grids.points("full") if p.race == "bimba" and p.mode == "infer"][:1]
+    ours, pooling = Entry("bimba", "fused:native", "ours"), Entry("resamplers", "pooling", "rival")
+    bimba = [sweeps.speed(entry, p, ms, 2.5) for p in at for entry, ms in ((ours, 10.0), (pooling, 1.0))]
+    sweeps.made(here / "20300101-bimba", bimba, started="2030-01-01", plan={"points": ["*"]}).save()
+    sweeps.made(here / "20300102-stream", sweeps.pieces(), started="2030-01-02").save()
+    text = front.write(checkout / "reports").read_text()
+    said = re.sub("<[^>]*>", "", text)
+    heads = re.findall("<h3[^>]*>([^<]*)</h3>", text)
+    assert heads == ["BIMBA's compressor", "A causal model, frame by frame", "A bidirectional model, in chunks"]
+    assert "64 frames of 24 x 24 tokens to 2,304, width 1,024, inference" in said and "1 (0.10x)" in said and "2.5" in said
+    readme = checkout / "reports" / "README.md"
+    readme.write_text("\n".join(accepted.MARKERS))
+    accepted.refresh(readme, here)
+    block = readme.read_text()
+    assert "bimba (a part): on one NVIDIA H200" in block and "stream, chunks: on one" in block
+    assert "### BIMBA's compressor\n\nFrom [20300101-bimba](accepted/h200/20300101-bimba/report.md):" in block
+    sweeps.made(here / "20290101-whole", bimba, started="2029-01-01").save()
+    accepted.refresh(readme, here)
+    assert "20300101-bimba" not in readme.read_text(), "a whole run goes before a newer part"
+
+
+def test_the_pages_of_all_accepted_runs_by_the_command(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(acceptance, "ACCEPTED", checkout / "reports" / "accepted")
+    here = checkout / "reports" / "accepted" / "h200" / "20300101-bench"
+    conv = [s for s in sweeps.operators() if s.point.race == "conv"]
+    sweeps.made(here, conv, started="2030-01-01").save()
+    (checkout / "reports" / "README.md").write_text("\n".join(accepted.MARKERS))
+    (here / "older.svg").write_text("a figure of an earlier version")
+    done = CliRunner().invoke(app, ["report", "--accepted"])
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert done.output.split() == [str(here / "report.md"), str(checkout / "reports" / "index.html")]
+    assert (here / "report.html").exists() and not (here / "older.svg").exists()
+    assert "| convolution, 8 x 1,569 tokens" in (checkout / "reports" / "README.md").read_text()
+    refused = CliRunner().invoke(app, ["report", str(here), "--accepted"])
+    assert isinstance(refused.exception, UsageError) and "takes no folder" in str(refused.exception)

@@ -147,9 +147,11 @@ def test_the_ratio_is_of_best_forms_and_its_share_of_graph_times() -> None:
 def test_the_page_shows_every_form_and_what_failed(tmp_path: Path) -> None:
     run = sweeps.made(tmp_path / "run", made_up())
     text = bench.write(run).read_text()
-    row = "| M, train, 8 x 8 x 224 px, bfloat16 | 60 (graphed) | 50 | 210 (eager) | 200 | 30 (eager) | 25 | 3.5 | 4 | 0.875 |"
+    where = "VideoMamba-M, training, 8 clips of 8 frames, bfloat16"
+    row = f"| {where} | 60 (graphed) | 50 | 210 (eager) | 200 | 30 (eager) | 25 | 3.5 | 4 | 0.875 |"
     assert row in text
-    assert "| videomamba middle fused:native | eager | 80 [" in text and "| 1.6 | 100 | 0.100 / 0.300 | 1 |" in text
+    assert f"{where}: 3.5 times as fast as upstream and 0.50 times as fast as a ViT in a user's loop" in text.splitlines()[2]
+    assert f"| {where} | VideoMamba-M, ours | eager | 80 [" in text and "| 1.6 | 100 | 0.100 / 0.300 | 1 |" in text
     assert "**failed**: Unsupported: a graph break" in text
     assert "Not timed in this run: reduce-overhead." in text
     svg = (run.folder / "loop-D576B8T8S224-train-bfloat16.svg").read_text()

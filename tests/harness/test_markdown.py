@@ -88,7 +88,7 @@ def test_the_page_of_parity_shows_it(where: str, tmp_path: Path) -> None:
     assert HOSTILE in text_of(html)
     assert "<i>" not in html and "<em>" not in html and 'href="b"' not in html
     if where == "filter":
-        assert "names x*_y" in text_of(html) and "cases fused:native*, *-L7-*" in text_of(html)
+        assert "implementations x*_y" in text_of(html) and "cases fused:native*, *-L7-*" in text_of(html)
 
 
 @pytest.mark.parametrize("where", ["entry", "reason", "absent", "points"])

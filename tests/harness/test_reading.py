@@ -67,7 +67,7 @@ def test_readers_are_timed_and_reported(tmp_path: Path, monkeypatch: pytest.Monk
     asked = [(r.implementation, r.check, r.status) for r in made.records]
     assert asked == [("read_clip", "frames", "pass"), ("pyav", "frames", "pass")]
     text = (tmp_path / "run" / "report.md").read_text()
-    assert "| 12 | 8 | clips read_clip |" in text and "cores, GOP 12" in text and "On a CPU" not in text
+    assert "| 12 | 8 | ours, resized (read_clip) |" in text and "cores, GOP 12" in text and "On a CPU" not in text
     assert (tmp_path / "run" / "data-T8.svg").exists()
     assert "frames read by one core" in (tmp_path / "run" / "report.html").read_text()
 
@@ -174,9 +174,9 @@ def test_cores_are_those_of_the_newest_training(tmp_path: Path) -> None:
     table = reading.cores(mine, reading.trained(runs, mine)).splitlines()
     assert table[0].startswith("| model | frames | batch | way | clips/s in training | cores, GOP 12 | cores, GOP 60 |")
     assert table[2:5] == [
-        "| videomamba tiny fused:native | 8 | 8 | eager | 400 | 10 | 20 | old, NVIDIA H200 |",
-        "| videomamba middle fused:native | 8 | 8 | eager | 200 | 5 | 10 | new, NVIDIA H200 |",
-        "| videomamba middle fused:native | 8 | 8 | graph | 500 | 12.5 | 25 | new, NVIDIA H200 |",
+        "| VideoMamba-Ti, ours | 8 | 8 | eager | 400 | 10 | 20 | old, NVIDIA H200 |",
+        "| VideoMamba-M, ours | 8 | 8 | eager | 200 | 5 | 10 | new, NVIDIA H200 |",
+        "| VideoMamba-M, ours | 8 | 8 | CUDA graph | 500 | 12.5 | 25 | new, NVIDIA H200 |",
     ]
     assert table[-1] == "No accepted run has a training step of ours with 16 frames: their cores are not known."
     assert reading.cores(mine, []).startswith("No accepted run has a training step of ours with 8 or 16 frames")
@@ -189,9 +189,9 @@ def test_the_page_and_that_of_accepted_runs(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(reading, "accepted_runs", lambda folder: [])
     made = sweeps.made(tmp_path / "run", speeds)
     text = bench.write(made).read_text()
-    assert "| 12 | 8 | clips read_clip | 25 [24.8, 25.2] | 40 | 2.5 | 1,020 |  |" in text
-    assert "| 60 | 8 | clips decode_frames | **not timed**: parity frames failed | - |" in text
-    assert "| videomamba middle fused:native | 8 | 8 | eager | 200 | 5 | 10 | run, NVIDIA H200 |" in text  # of the run itself
+    assert "| 12 | 8 | ours, resized (read_clip) | 25 [24.8, 25.2] | 40 | 2.5 | 1,020 |" in text
+    assert "| 60 | 8 | ours, frames of full size (decode_frames) | **not timed**: parity frames failed | - |" in text
+    assert "| VideoMamba-M, ours | 8 | 8 | eager | 200 | 5 | 10 | run, NVIDIA H200 |" in text  # of the run itself
     assert "not timed: failed parity" in (tmp_path / "run" / "data-T8.svg").read_text()
     assert "## Video files" not in bench.write(sweeps.made(tmp_path / "other", [step("middle", 40.0)])).read_text()
     page = tmp_path / "README.md"

@@ -59,16 +59,17 @@ def text(run):
 def test_the_verdict_is_a_sentence_and_the_large_numbers_follow(run):
     said = text(run)
     lines = said.splitlines()
-    assert lines[0] == "# Parity: grid full on NVIDIA H200"
+    assert lines[0] == f"# Parity on NVIDIA H200, grid full, {run.about['started'][:10]}"
     assert lines[2].startswith("1 of 4 answers of our implementations failed: 1 outside the budget (at most 3 budgets, ")
     assert "| 3 of 4 | 3 budgets | 0 of 1 | 3 |" in said
-    assert "largest error of ours: delta.grad, backward, fused:torch" in said
-    assert "answers of other (rival) passed; 1 crashed" in said
+    where = "delta.grad (scan, check backward) by ours in plain PyTorch (fused:torch)"
+    assert f"is the largest error of ours, 1 is the limit: {where}" in said
+    assert "answers of other, a rival, passed; 1 crashed" in said and "3 | questions were" not in said
     assert said.index("](heat-map.svg)") < said.index("- [How tight](#how-tight)") < said.index("## How tight")
     good = [record(case=f"B1-L{n}-float32") for n in (5, 6)]
     assert text(made(run.folder / "good", good)).splitlines()[2] == (
         "All 2 answers of our implementations are as close to the reference as the tolerance demands; "
-        "the tightest, y of scan by forward, uses 25 % of its budget."
+        "the tightest, y (scan, check forward), uses 25 % of its budget."
     )
 
 
@@ -144,7 +145,8 @@ def test_failures_are_told_by_kind(tmp_path):
     assert kinds == [faults.NOT_ZERO, faults.OUTSIDE, faults.OUTSIDE, faults.NOT_REPEATABLE, faults.OTHER, faults.REFUSED]
     assert faults.of(many[2]) == (faults.OUTSIDE, pytest.approx(1.01), pytest.approx(1.01 / 50))
     said = text(made(tmp_path, many))
-    assert "| rival (rival) | 6 | 6 | 2 | 1 | 1 | 1 | 1 | 0 | 0 | 0 | 1.01 | 0.0202 |" in said
+    assert "| rival (rival) | 6 | 6 | 2 | 1 | 1 | 1 | 1 | 1.01 | 0.0202 |" in said and "| crashed |" not in said
+    assert "\n\nNothing of ours.\n" in said
     assert "A.grad, l2: 1e-08 where exactly 0 is due" in said and "7 elements differ" in said and "inf budgets" not in said
 
 
@@ -172,13 +174,15 @@ def test_video_and_box(run):
     said = text(run)
     assert "1 case used frames of a real video: the shipped clip, `bigbuckbunny.mp4`." in said
     assert "| git | f00d, WITH CHANGES |" in said and "| packages | torch 2.8.0, timm none |" in said
-    assert "## How to repeat it\n\n```\npython -m harness parity\n```\n" in said
+    where = "From a checkout of commit `f00d`, after `pip install -e .[harness]`:"
+    assert f"## How to repeat it\n\n{where}\n\n```\npython -m harness parity\n```\n" in said
 
 
 def test_every_finding_is_in_the_plot_of_margins(run):
     assert "](margins.svg)" in text(run)
     svg = (run.folder / "margins.svg").read_text()
-    assert all(word in svg for word in (">backward<", ">forward<", "error in budgets", "0 exact", "ours in plain PyTorch"))
+    assert all(word in svg for word in (">backward<", ">forward<", "error in budgets", "ours in plain PyTorch"))
+    assert "exact<" not in svg, "nothing is said of none"
     assert "The error of each of 6 findings in budgets" in (run.folder / "report.md").read_text()
     exact = [record(findings=(Finding("y", "bitwise", 0.0, 0.0),))]
     assert margins.margins(exact, run.folder) == [] and margins.tightest(exact) == "None."

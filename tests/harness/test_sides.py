@@ -42,7 +42,8 @@ def test_two_parity_runs_by_the_command(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["report", str(tmp_path / "base"), str(tmp_path / "new"), "--out", str(out)])
     assert done.exit_code == 0 and done.output.strip() == str(out / "report.md"), done.output
     text = (out / "report.md").read_text()
-    assert "1 answers of ours got worse." in text and "| 1 | 1 of 2 | 1 |" in text
+    assert "1 answer of ours fails now that did not before. 2 of 2 common answers have another error." in text
+    assert "](sides.svg)" in text and "| 1 | 1 of 2 | 1 |" in text
     assert "| scan | fused:torch | forward | B1-L1-float32 | pass | fail |" in text
     assert "| scan | fused:torch | forward | B1-L2-float32 | 0.25 | 0.75 |" in text
     assert Run.open(tmp_path / "new").counts()["failed"] == 1  # the runs stay as they were

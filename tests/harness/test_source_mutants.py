@@ -1,6 +1,7 @@
 """Bugs planted in the sources of a small project: which tests count, what survives, what a run keeps and says."""
 
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,8 @@ def test_leaves_a_process():
     time.sleep(600)
 def test_dies():
     if m.twice(1) != 2: os.abort()
+def test_signature(): assert os.environ["UNCHECKED_SIGNATURES"] or m.twice(1) == 2
+def test_of_signatures(): assert not os.environ["UNCHECKED_SIGNATURES"] and m.twice(1) == 2
 """
 BROKEN = "import numbers_of_mine, nothing_there\n\ndef test_broken(): pass\n"
 WIDE = "import numbers_of_mine as m\n\ndef test_next(): assert m.next_of(1) == 2\n"
@@ -49,12 +52,13 @@ BUGS = [
     bug("caught by the room", "test_twice", "return x + 2", "return x + 1"), bug("no such test", "test_none"),
     bug("the same product", "test_twice", "return x * 2", equivalent="numbers commute"),
     bug("larger numbers", "test_twice", "return 2 * x + 0 * len(str(x))", survives="no test of the cost"),
+    bug("seen by signatures", "test_signature"), bug("seen by tests of signatures", "test_of_signatures"),
     bug("unseen", "test_twice", "return 2 * x + 0"), bug("on a device", "", needs_gpu="it is about CUDA graphs"),
 ]  # fmt: skip
 DUE = {
     "caught": "pass", "hangs": "pass", "always fails": "error", "dies": "pass", "caught by the room": "pass",
     "no such test": "error", "the same product": "skip", "larger numbers": "skip", "unseen": "fail", "on a device": "skip",
-    "beside a broken file": "error",
+    "beside a broken file": "error", "seen by signatures": "pass", "seen by tests of signatures": "pass",
 }  # fmt: skip
 
 
@@ -98,13 +102,15 @@ def test_every_verdict_and_the_page(project: Path, tmp_path: Path) -> None:
     done = mutants("--out", str(tmp_path / "run"))
     run = Run.open(tmp_path / "run")
     assert {r.case.partition(": ")[2]: r.status for r in run.records} == DUE, done.output
-    assert done.exit_code == FAILED and "judge        67 %  4 of 6 caught" in done.output, done.output
+    assert done.exit_code == FAILED and "judge        75 %  6 of 8 caught" in done.output, done.output
     assert "SURVIVED numbers_of_mine.py: unseen: numbers_of_mine.py:2: 'return 2 * x' became 'return 2 * x + 0'" in done.output
     said = {r.case.partition(": ")[2]: r.reason or r.findings[0].note for r in run.records}
     assert said["always fails"] == "it fails without the bug too: tests/test_narrow.py::test_never"
-    assert said["caught by the room"] == "tests/test_wide.py::test_next" and "within 8 s" in said["hangs"]
+    assert said["caught by the room"] == "tests/test_wide.py::test_next"
+    assert said["hangs"] == "tests/test_narrow.py::test_slow did not end within 8 s"
+    assert said["dies"] == "tests/test_narrow.py::test_dies died by signal 6"
     page = (tmp_path / "run" / "report.md").read_text()
-    assert "| judge | 4 | 1 | 1 | 67 % | 1 | 1 | 3 |" in page and "numbers commute" in page and "no test of the cost" in page
+    assert "| judge | 6 | 1 | 1 | 75 % | 1 | 1 | 3 |" in page and "numbers commute" in page and "no test of the cost" in page
     assert not list(tmp_path.glob("source-mutants-*")) and (project / "numbers_of_mine.py").read_text() == CODE
 
 
@@ -151,14 +157,38 @@ def test_a_sample_is_drawn_by_the_commit(project: Path) -> None:
     drawn = [tuple(m.bug for m in choose(every, (), (), 3, commit)) for commit in ("a", "a", "b", "c", "d")]
     assert drawn[0] == drawn[1] and len(set(drawn)) > 2 and all(len(names) == 3 for names in drawn)
     assert choose(every, (), (), 99, "a") == choose(every, (), (), 0, "a") == every
-    assert re.search(r"^11 bugs$", mutants("--dry-run").output, re.M)
+    assert re.search(r"^13 bugs$", mutants("--dry-run").output, re.M)
     assert mutants("--room", "nowhere").exception is not None
 
 
 def test_the_tests_that_found_bugs_are_noted_in_the_data(project: Path) -> None:
     name = "numbers_of_mine.py: "
     found = {name + "caught": "tests/test_narrow.py::test_twice[a-b]", name + "hangs": "the tests did not end within 8 s"}
+    found[name + "dies"] = "tests/test_narrow.py::test_dies[a b] died by signal 6"
     before = catalogue.read_file(project / "data" / "judge.jsonl")
     catalogue.note_killers(found, project / "data")
     after = catalogue.read_file(project / "data" / "judge.jsonl")
-    assert after == [replace(m, killer="tests/test_narrow.py::test_twice" * (m.bug == "caught")) for m in before]
+    noted = {"caught": "tests/test_narrow.py::test_twice", "dies": "tests/test_narrow.py::test_dies"}
+    assert after == [replace(m, killer=noted.get(m.bug, "")) for m in before]
+
+
+def test_the_test_that_found_a_bug_goes_first_with_the_parameters_that_the_data_name() -> None:
+    tests = ("a.py", "b.py::test_x[1]", "b.py::test_xy")
+    mutant = SourceMutant("judge", **bug("x", "test_twice") | {"tests": tests})
+    assert mutant.ordered_tests() == [*tests]
+    assert replace(mutant, killer="b.py::test_x").ordered_tests() == ["b.py::test_x[1]", "a.py", "b.py::test_xy"]
+    assert replace(mutant, killer="a.py::test_z").ordered_tests() == ["a.py::test_z", *tests]
+
+
+def test_a_tree_begins_with_the_emulated_kernels_of_the_last_day(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "mine"))
+    folder = tmp_path / "mine" / "videomamba-bench" / "emulated"
+    folder.mkdir(parents=True)
+    for name in ("new.so", "old.so", "draft"):
+        (folder / name).write_text(name)
+    os.utime(folder / "old.so", (0, 0))
+    with Tree(project) as tree:
+        copies = tree.root.parent / "cache" / "videomamba-bench" / "emulated"
+        assert [path.name for path in copies.iterdir()] == ["new.so"] and not (copies / "new.so").is_symlink()

@@ -173,14 +173,20 @@ def of_this_process(*args, **options):
 
 
 def test_determinism_really_asks_another_process() -> None:
-    request = ParityRequest("smoke", "cpu", ("scan",), added=("scan:mine=test_trial:of_this_process",))
-    second = SecondProcess(request)
+    """The other process has the bug that is planted here: its bits are those of the bug, not of what is right."""
+    added = ("scan:mine=test_trial:of_this_process",)
+    request = ParityRequest("smoke", "cpu", ("scan",), added=added, mutant="drop_skip")
+    second, implementations = SecondProcess(request), request.implementations("scan")
     try:
         trial = Trial(Case("scan", SIZES, ("infer",), "float32"), "cpu", second.digests)
-        found = determinism.run(trial, request.implementations("scan")["mine"])
+        right = trial.digests(implementations["fused:torch"])
+        with request.planted():
+            found, planted = (determinism.run(trial, implementations[name]) for name in ("mine", "fused:torch"))
+            assert trial.digests(implementations["fused:torch"]) != right
     finally:
         second.close()
     assert [(f.tensor, f.note) for f in found if not f.passed] == [("y", "against another process")]
+    assert planted and not failing(planted)
 
 
 def test_determinism_compares_two_calls_and_every_tensor() -> None:

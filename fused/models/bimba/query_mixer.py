@@ -9,6 +9,7 @@ from fused.models.bimba.interleave import Places
 from fused.modules.mamba import Mamba
 from fused.modules.wrapped import modules_to_call
 from fused.ops.mamba_inner.eager import one_direction_eager
+from fused.ops.shapes import Linear
 from fused.runtime.autocast import autocast_dtype
 from fused.runtime.dtypes import accumulation_dtype
 
@@ -41,7 +42,6 @@ def called_modules(mixer: Mamba) -> tuple[str, ...]:
 
 def mix_native(mixer: Mamba, sequence: Tensor, queries: Tensor, places: Places) -> Tensor:
     """Run the operator of `ops/mamba_inner/query_rows.py`."""
-    from fused.ops.mamba_inner.native import Linear
     from fused.ops.mamba_inner.query_rows import mamba_inner_query_rows
 
     in_proj, out_proj, dtype = mixer.in_proj, mixer.out_proj, autocast_dtype(sequence.device)

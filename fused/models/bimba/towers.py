@@ -50,5 +50,5 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise ImportError("Bimba needs the package transformers: pip install -e '.[teachers]'") from error
+        raise ImportError("Bimba needs transformers: pip install 'videomamba-bench[teachers]'") from error
     return transformers

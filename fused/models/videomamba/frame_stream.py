@@ -18,8 +18,7 @@ from fused.models.videomamba.model import VideoMamba
 from fused.models.videomamba.streaming import continuation
 from fused.modules.span import Span
 from fused.modules.state import States
-
-WARMUP = 3  # runs before a capture, in which kernels are compiled and libraries create their handles
+from fused.runtime.graphs import CudaRecorder, Recorder, Recording, warm
 
 
 class FrameStream:
@@ -29,7 +28,7 @@ class FrameStream:
     temporal table holds the model's `num_frames`. For a longer video `total` is its length in tubelets (frames, if
     kernel_size is 1), and the table is stretched to it.
 
-    `graph` says whether to replay a CUDA graph; None means on CUDA. The constructor captures the graph, under the autocast
+    `graph` says whether to replay a CUDA graph; None means on CUDA. The constructor records the graph, under the autocast
     that is on at that time. The graph reads the parameters at the addresses that they have at that time: call `reset` after
     loading new values into them; moving or replacing them has no effect on the graph. The first frame of a video, which
     comes with CLS, runs without the graph.
@@ -56,10 +55,7 @@ class FrameStream:
             self._temporal_table = self._positions()
             self._temporal_row = torch.empty_like(self._temporal_table[:1])
             self._parameters = [p.detach() for p in model.parameters()]  # the graph reads this memory
-            self._graph: Any = None
-            self._output: Any = None
-            if self._takes_graph(graph, device):
-                self._graph, self._output = self._capture()
+            self._recording = self._record(CudaRecorder(device)) if self._takes_graph(graph, device) else None
         self.reset()
 
     @property
@@ -87,11 +83,11 @@ class FrameStream:
         with torch.inference_mode(False), torch.no_grad():
             self._frame.copy_(frame)
             self._temporal_row.copy_(self._temporal_table[self._tubelets : self._tubelets + 1])
-            if self._tubelets == 0 or self._graph is None:
+            if self._tubelets == 0 or self._recording is None:
                 output = self._advance(int(self._tubelets == 0))
             else:
-                self._graph.replay()
-                output = self._output
+                self._recording.replay()
+                output = self._recording.output
                 output = output.clone() if isinstance(output, Tensor) else type(output)(*map(torch.clone, output))
         self._tubelets += 1
         return output
@@ -138,25 +134,17 @@ class FrameStream:
 
     @staticmethod
     def _takes_graph(wanted: bool | None, device: torch.device) -> bool:
-        """Return whether to capture a graph; raise ValueError if it is wanted off CUDA."""
+        """Return whether to record a graph; raise ValueError if it is wanted off CUDA."""
         if wanted and device.type != "cuda":
             raise ValueError(f"graph is True, but the model is on {device}; a CUDA graph needs it on a CUDA device")
         return device.type == "cuda" if wanted is None else wanted
 
-    def _capture(self) -> tuple[torch.cuda.CUDAGraph, Any]:
-        """Return the graph of a frame that is not the first, and the tensors in which a replay leaves its output."""
-        with torch.cuda.device(self._frame.device):
-            side_stream = torch.cuda.Stream()
-            side_stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side_stream):
-                for cls in (1, *(0 for _ in range(WARMUP))):
-                    self._advance(cls)
-            torch.cuda.current_stream().wait_stream(side_stream)
-            graph = torch.cuda.CUDAGraph()
-            # thread_local: another thread, one that loads frames, may allocate during the capture
-            with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
-                output = self._advance(0)
-        return graph, output
+    def _record(self, recorder: Recorder) -> Recording:
+        """Return the recording of a frame that is not the first."""
+        with recorder.warming():
+            self._advance(1)
+        warm(recorder, lambda: self._advance(0))
+        return recorder.record(lambda: self._advance(0))
 
 
 def _copy_states(target: States, source: Any) -> None:

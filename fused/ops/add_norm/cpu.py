@@ -130,5 +130,5 @@ _add_norm = register(
     "(Tensor y, Tensor v, Tensor mean, Tensor scale)",
     _forward,
     _forward_shapes,
-    _AddNorm.call,
+    autograd=_AddNorm.call,
 )

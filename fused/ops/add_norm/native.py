@@ -151,5 +151,5 @@ _add_norm = register(
     "-> (Tensor y, Tensor residual_out, Tensor mean, Tensor rstd)",  # empty for a result that was not asked for
     _forward,
     _forward_shapes,
-    functools.partial(apply_function, _AddNorm),
+    autograd=functools.partial(apply_function, _AddNorm),
 )

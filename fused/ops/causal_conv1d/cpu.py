@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from fused.ops.causal_conv1d.eager import causal_conv1d_eager
+from fused.ops.shapes import dense
 from fused.runtime import cpu_library
 from fused.runtime.autocast import no_autocast
 from fused.runtime.dtypes import accumulation_dtype
 from fused.runtime.exporting import is_exporting
-from fused.runtime.library import apply_function, below_autograd, register
+from fused.runtime.library import register
 
 Pair = Sequence[Tensor]
 OptionalPair = Sequence[Tensor | None]
@@ -55,10 +56,6 @@ def conv_struct(
     return (*members, *(0,) * (5 * (2 - K)))
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def _contiguous(pair: OptionalPair) -> list[Any]:
     return [None if x is None else x.contiguous() for x in pair]
 
@@ -70,7 +67,7 @@ def _forward(
     y = _forward_shapes(x, weight, bias, initial_state, silu, reverses)
     (state,) = _contiguous((initial_state,))
     cpu_library.call(
-        "conv_forward", x.dtype, conv_struct(_rows(x), _contiguous(weight), _contiguous(bias), state, silu, reverses, y)
+        "conv_forward", x.dtype, conv_struct(dense(x), _contiguous(weight), _contiguous(bias), state, silu, reverses, y)
     )
     return y
 
@@ -86,7 +83,7 @@ def _backward(
 ) -> tuple[Any, ...]:
     """Return the gradients of x, weight, bias and initial_state, None for None."""
     (state,) = _contiguous((initial_state,))
-    struct = conv_struct(_rows(x), _contiguous(weight), _contiguous(bias), state, silu, reverses, None)
+    struct = conv_struct(dense(x), _contiguous(weight), _contiguous(bias), state, silu, reverses, None)
     dx, dweight = x.new_empty(x.shape), [w.new_empty(w.shape) for w in weight]
     dbias = [None if b is None else b.new_empty(b.shape) for b in bias]
     dinitial = None if state is None else state.new_empty(state.shape)
@@ -121,34 +118,6 @@ def _backward_shapes(
     return like(x), [like(w) for w in weight], [like(b) for b in bias], like(initial_state)
 
 
-class _CausalConv1d(torch.autograd.Function):
-    """Autograd of the operator. It saves its inputs."""
-
-    @classmethod
-    def call(cls, x: Tensor, weight: Pair, bias: OptionalPair, initial_state: Tensor | None, *options: Any) -> Any:
-        """Apply to the tensors one by one, so that autograd sees each of them."""
-        return apply_function(cls, options, x, initial_state, *weight, *bias)
-
-    @staticmethod
-    def forward(
-        ctx: Any, options: tuple[Any, ...], x: Tensor, initial_state: Tensor | None, *per_direction: Tensor | None
-    ) -> Tensor:
-        silu, reverses = ctx.options = options
-        ctx.save_for_backward(x, initial_state, *per_direction)
-        weight, bias = list(per_direction[: len(reverses)]), list(per_direction[len(reverses) :])
-        operator = torch.ops.videomamba.causal_conv1d_cpu.default
-        return below_autograd(operator, x, weight, bias, initial_state, silu, reverses)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        x, initial_state, *per_direction = ctx.saved_tensors
-        silu, reverses = ctx.options
-        weight, bias = list(per_direction[: len(reverses)]), list(per_direction[len(reverses) :])
-        dx, dweight, dbias, dinitial = _causal_conv1d_backward(x, weight, bias, initial_state, silu, reverses, dy)
-        pairs = zip((initial_state, *weight, *bias), (dinitial, *dweight, *dbias), strict=True)
-        return None, dx, *(None if t is None else grad for t, grad in pairs)
-
-
 _INPUTS = "Tensor x, Tensor[] weight, Tensor?[] bias, Tensor? initial_state, bool silu, bool[] reverses"
 _causal_conv1d_backward = register(
     f"causal_conv1d_cpu_backward({_INPUTS}, Tensor dy) -> "
@@ -156,4 +125,4 @@ _causal_conv1d_backward = register(
     _backward,
     _backward_shapes,
 )
-_causal_conv1d = register(f"causal_conv1d_cpu({_INPUTS}) -> Tensor", _forward, _forward_shapes, _CausalConv1d.call)
+_causal_conv1d = register(f"causal_conv1d_cpu({_INPUTS}) -> Tensor", _forward, _forward_shapes, _causal_conv1d_backward)

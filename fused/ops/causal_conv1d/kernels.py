@@ -1,4 +1,4 @@
-"""Triton source of the causal convolution; `launch.py` states the equations and launches it.
+"""Triton source of the causal convolution: its forward, and what `backward_kernels.py` shares; `launch.py` has the equations.
 
 A segment is a range of consecutive tokens of one sequence. A program computes a tile of BLOCK_SEGMENTS segments by
 BLOCK_CHANNELS channels: it goes through the tokens of all its segments at once, in order, and keeps the last K-1 inputs in
@@ -16,7 +16,8 @@ import triton.language as tl
 
 
 @triton.jit
-def _sigmoid(x: tl.tensor, NATIVE: tl.constexpr):
+def sigmoid_of(x: tl.tensor, NATIVE: tl.constexpr):
+    """Return 1 / (1 + exp(-x)) in float32."""
     if NATIVE:  # one ex2 and one rcp: Triton's exp and division also handle ranges that do not occur here
         return tl.inline_asm_elementwise(
             "{ .reg .f32 a; mul.f32 a, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 a, a;"
@@ -32,7 +33,7 @@ def _sigmoid(x: tl.tensor, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def _tile_of_program(blocks_per_sequence: tl.tensor, E: tl.tensor, BLOCK_SEGMENTS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+def tile_of_program(blocks_per_sequence: tl.tensor, E: tl.tensor, BLOCK_SEGMENTS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
     """Return this program's clip, its block of segments, the indices of its segments (S,) and of its channels (C,)."""
     channel_blocks = tl.cdiv(E, BLOCK_CHANNELS)
     program = tl.program_id(0)
@@ -43,15 +44,7 @@ def _tile_of_program(blocks_per_sequence: tl.tensor, E: tl.tensor, BLOCK_SEGMENT
 
 
 @triton.jit
-def _fill_tuple(value: tl.tensor, LENGTH: tl.constexpr):
-    values = ()
-    for _ in tl.static_range(LENGTH):
-        values = values + (value,)
-    return values
-
-
-@triton.jit
-def _load_weights(weight_ptr: tl.tensor, bias_ptr: tl.tensor, channels: tl.tensor, E: tl.tensor, K: tl.constexpr):
+def load_weights(weight_ptr: tl.tensor, bias_ptr: tl.tensor, channels: tl.tensor, E: tl.tensor, K: tl.constexpr):
     """Return one direction's K weights as a tuple, and its bias (zeros without one), each (1, C) in float32."""
     weights = ()
     for k in tl.static_range(K):
@@ -64,7 +57,7 @@ def _load_weights(weight_ptr: tl.tensor, bias_ptr: tl.tensor, channels: tl.tenso
 
 
 @triton.jit
-def _load_tokens(
+def load_tokens(
     ptr: tl.tensor, tokens: tl.tensor, channels: tl.tensor, L: tl.tensor, E: tl.tensor, token_stride: tl.tensor,
     CHECK_NEGATIVE: tl.constexpr,
 ):  # fmt: skip
@@ -79,7 +72,7 @@ def _load_tokens(
 
 
 @triton.jit
-def _load_ids(ids_ptr: tl.tensor, tokens: tl.tensor, L: tl.tensor):
+def load_ids(ids_ptr: tl.tensor, tokens: tl.tensor, L: tl.tensor):
     """Return the sequences (S,) of `tokens` as a tuple of one; those beyond an end belong to the first or the last."""
     if ids_ptr is not None:
         return (tl.load(ids_ptr + tl.minimum(tl.maximum(tokens, 0), L - 1)),)
@@ -88,7 +81,7 @@ def _load_ids(ids_ptr: tl.tensor, tokens: tl.tensor, L: tl.tensor):
 
 
 @triton.jit
-def _of_sequence(values: tl.tuple, ids: tl.tuple, FIRST: tl.constexpr, TOKEN: tl.constexpr, K: tl.constexpr):
+def of_sequence(values: tl.tuple, ids: tl.tuple, FIRST: tl.constexpr, TOKEN: tl.constexpr, K: tl.constexpr):
     """Return the K values (S, C) that begin with values[FIRST], zeros for those of another sequence than token TOKEN."""
     found = ()
     for k in tl.static_range(K):
@@ -100,7 +93,7 @@ def _of_sequence(values: tl.tuple, ids: tl.tuple, FIRST: tl.constexpr, TOKEN: tl
 
 
 @triton.jit
-def _select_conv_state(
+def select_conv_state(
     values: tl.tensor, state_ptr: tl.tensor, tokens: tl.tensor, first_token: tl.tensor, clip: tl.tensor, channels: tl.tensor,
     E: tl.tensor, K: tl.constexpr,
 ):  # fmt: skip
@@ -114,7 +107,7 @@ def _select_conv_state(
 
 
 @triton.jit
-def _convolve(inputs: tl.tuple, weights: tl.tuple, bias: tl.tensor, REVERSE: tl.constexpr, K: tl.constexpr):
+def convolve(inputs: tl.tuple, weights: tl.tuple, bias: tl.tensor, REVERSE: tl.constexpr, K: tl.constexpr):
     """Return the convolution (S, C) before its activation, from K inputs (S, C) in the order of time."""
     total = bias + tl.zeros_like(inputs[0])
     for k in tl.static_range(K):
@@ -124,17 +117,7 @@ def _convolve(inputs: tl.tuple, weights: tl.tuple, bias: tl.tensor, REVERSE: tl.
 
 @triton.jit
 def _activate(pre_activation: tl.tensor, SILU: tl.constexpr, NATIVE: tl.constexpr):
-    return pre_activation * _sigmoid(pre_activation, NATIVE) if SILU else pre_activation
-
-
-@triton.jit
-def _activation_backward(dy: tl.tensor, pre_activation: tl.tensor, SILU: tl.constexpr, NATIVE: tl.constexpr):
-    """Return the gradient (S, C) of the pre-activation."""
-    if SILU:
-        sigmoid = _sigmoid(pre_activation, NATIVE)
-        # the fma is explicit: results must not depend on whether the compiler contracts a product and a sum
-        dy = dy * sigmoid * tl.fma(pre_activation, 1.0 - sigmoid, 1.0)
-    return dy
+    return pre_activation * sigmoid_of(pre_activation, NATIVE) if SILU else pre_activation
 
 
 @triton.jit(do_not_specialize=["L", "blocks_per_sequence", "segment_length"])
@@ -150,231 +133,46 @@ def forward_kernel(
     BLOCK_SEGMENTS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Convolve x (B, L, E) in one direction or both; all arguments of a direction that is not computed are None, ids may be."""
-    clip, _, segments, channels = _tile_of_program(blocks_per_sequence, E, BLOCK_SEGMENTS, BLOCK_CHANNELS)
+    clip, _, segments, channels = tile_of_program(blocks_per_sequence, E, BLOCK_SEGMENTS, BLOCK_CHANNELS)
     first_input = segments * segment_length - (K - 1)
     x_ptr += clip * x_clip_stride
     if fwd_y_ptr is not None:
-        fwd_weights, fwd_bias = _load_weights(fwd_weight_ptr, fwd_bias_ptr, channels, E, K)
+        fwd_weights, fwd_bias = load_weights(fwd_weight_ptr, fwd_bias_ptr, channels, E, K)
         fwd_y_ptr += clip * y_clip_stride
     if rev_y_ptr is not None:
-        rev_weights, rev_bias = _load_weights(rev_weight_ptr, rev_bias_ptr, channels, E, K)
+        rev_weights, rev_bias = load_weights(rev_weight_ptr, rev_bias_ptr, channels, E, K)
         rev_y_ptr += clip * y_clip_stride
     if ids_ptr is not None:
         ids_ptr += clip * ids_clip_stride
     window, window_ids = (), ()  # the K-1 inputs before the next one
     for j in tl.static_range(K - 1):
         t = first_input + j
-        x = _load_tokens(x_ptr, t, channels, L, E, x_token_stride, True)
-        x = _select_conv_state(x, fwd_initial_state_ptr, t, 1 - K, clip, channels, E, K)
-        window = window + (_select_conv_state(x, rev_initial_state_ptr, t, L, clip, channels, E, K),)
-        window_ids = window_ids + _load_ids(ids_ptr, t, L)
+        x = load_tokens(x_ptr, t, channels, L, E, x_token_stride, True)
+        x = select_conv_state(x, fwd_initial_state_ptr, t, 1 - K, clip, channels, E, K)
+        window = window + (select_conv_state(x, rev_initial_state_ptr, t, L, clip, channels, E, K),)
+        window_ids = window_ids + load_ids(ids_ptr, t, L)
     for i in range(0, segment_length, UNROLL):
         inputs, ids = window, window_ids
         for j in tl.static_range(UNROLL):
             t = first_input + (i + j + K - 1)
-            x = _load_tokens(x_ptr, t, channels, L, E, x_token_stride, False)
-            inputs = inputs + (_select_conv_state(x, rev_initial_state_ptr, t, L, clip, channels, E, K),)
-            ids = ids + _load_ids(ids_ptr, t, L)
+            x = load_tokens(x_ptr, t, channels, L, E, x_token_stride, False)
+            inputs = inputs + (select_conv_state(x, rev_initial_state_ptr, t, L, clip, channels, E, K),)
+            ids = ids + load_ids(ids_ptr, t, L)
         for j in tl.static_range(UNROLL):
             t = first_input + (i + j)
             if fwd_y_ptr is not None:
-                fwd_inputs = _of_sequence(inputs, ids, j, j + K - 1, K)
-                y = _activate(_convolve(fwd_inputs, fwd_weights, fwd_bias, False, K), SILU, NATIVE)
+                fwd_inputs = of_sequence(inputs, ids, j, j + K - 1, K)
+                y = _activate(convolve(fwd_inputs, fwd_weights, fwd_bias, False, K), SILU, NATIVE)
                 fwd_t = t + (K - 1)
                 offsets = fwd_t.to(tl.int64)[:, None] * E + channels[None, :]
                 inside = (fwd_t < L)[:, None] & (channels < E)[None, :]
                 tl.store(fwd_y_ptr + offsets, y.to(fwd_y_ptr.dtype.element_ty), mask=inside)
             if rev_y_ptr is not None:
-                rev_inputs = _of_sequence(inputs, ids, j, j, K)
-                y = _activate(_convolve(rev_inputs, rev_weights, rev_bias, True, K), SILU, NATIVE)
+                rev_inputs = of_sequence(inputs, ids, j, j, K)
+                y = _activate(convolve(rev_inputs, rev_weights, rev_bias, True, K), SILU, NATIVE)
                 offsets = t.to(tl.int64)[:, None] * E + channels[None, :]
                 inside = ((t >= 0) & (t < L))[:, None] & (channels < E)[None, :]
                 tl.store(rev_y_ptr + offsets, y.to(rev_y_ptr.dtype.element_ty), mask=inside)
         window = inputs[UNROLL:]
         if ids_ptr is not None:
             window_ids = ids[UNROLL:]
-
-
-@triton.jit
-def _add_parameter_gradients(
-    sums: tl.tuple, ds: tl.tensor, in_segment: tl.tensor, inputs: tl.tuple, REVERSE: tl.constexpr, K: tl.constexpr
-):  # fmt: skip
-    """Return the sums (S, C) for the K weights and the bias, increased by one token's terms where it is in its segment."""
-    ds = tl.where(in_segment[:, None], ds, 0.0)
-    new_sums = ()
-    for k in tl.static_range(K):
-        new_sums = new_sums + (tl.fma(ds, inputs[K - 1 - k if REVERSE else k], sums[k]),)
-    return new_sums + (sums[K] + ds,)
-
-
-@triton.jit
-def _add_input_gradient(
-    dx: tl.tensor, ds_window: tl.tuple, weights: tl.tuple, dfinal_state_ptr: tl.tensor, t: tl.tensor, ids: tl.tuple,
-    final_ids: tl.tuple, first_state_token: tl.tensor, clip: tl.tensor, channels: tl.tensor, E: tl.tensor,
-    REVERSE: tl.constexpr, K: tl.constexpr,
-):  # fmt: skip
-    """Return dx (S, C) plus one direction's terms: of the K outputs that read token t, in time order in `ds_window`, and of
-    the final state, whose first entry is token `first_state_token`, where ids[0], of token t, is the final state's."""
-    for k in tl.static_range(K):
-        dx = tl.fma(ds_window[k if REVERSE else K - 1 - k], weights[k], dx)
-    if dfinal_state_ptr is not None:
-        dstate = _select_conv_state(tl.zeros_like(dx), dfinal_state_ptr, t, first_state_token, clip, channels, E, K)
-        dx += _of_sequence((dstate,), final_ids + ids, 0, 1, 1)[0]
-    return dx
-
-
-@triton.jit
-def _store_state_gradient(
-    dstate_ptr: tl.tensor, dx: tl.tensor, t: tl.tensor, in_segment: tl.tensor, first_state_token: tl.tensor, clip: tl.tensor,
-    channels: tl.tensor, E: tl.tensor, K: tl.constexpr,
-):  # fmt: skip
-    """Store dx (S, C) to the gradient of an initial state (B, E, K-1), where t is a token of that state."""
-    in_state = (in_segment & (t >= first_state_token) & (t < first_state_token + K - 1))[:, None] & (channels < E)[None, :]
-    offsets = ((clip * E + channels) * (K - 1))[None, :] + (t - first_state_token)[:, None]
-    tl.store(dstate_ptr + offsets, dx.to(dstate_ptr.dtype.element_ty), mask=in_state)
-
-
-@triton.jit
-def _store_partial_sums(
-    partial_ptr: tl.tensor, sums: tl.tuple, program: tl.tensor, channels: tl.tensor, E: tl.tensor, K: tl.constexpr
-):
-    """Store K+1 sums (S, C), added over the segments, to partial[program] (K+1, E)."""
-    partial_ptr += program * (K + 1) * E
-    for k in tl.static_range(K + 1):
-        tl.store(partial_ptr + k * E + channels, tl.sum(sums[k], axis=0), mask=channels < E)
-
-
-@triton.jit(do_not_specialize=["L", "blocks_per_sequence", "segment_length", "steps"])
-def backward_kernel(
-    x_ptr: tl.tensor, dx_ptr: tl.tensor,
-    fwd_weight_ptr: tl.tensor, fwd_bias_ptr: tl.tensor, fwd_initial_state_ptr: tl.tensor, fwd_dy_ptr: tl.tensor,
-    fwd_dfinal_state_ptr: tl.tensor, fwd_dinitial_state_ptr: tl.tensor, fwd_partial_ptr: tl.tensor,
-    rev_weight_ptr: tl.tensor, rev_bias_ptr: tl.tensor, rev_initial_state_ptr: tl.tensor, rev_dy_ptr: tl.tensor,
-    rev_dfinal_state_ptr: tl.tensor, rev_dinitial_state_ptr: tl.tensor, rev_partial_ptr: tl.tensor,
-    ids_ptr: tl.tensor,
-    L: tl.tensor, E: tl.tensor, x_clip_stride: tl.tensor, x_token_stride: tl.tensor, ids_clip_stride: tl.tensor,
-    dx_clip_stride: tl.tensor, dx_token_stride: tl.tensor,
-    blocks_per_sequence: tl.tensor, segment_length: tl.tensor, steps: tl.tensor,
-    K: tl.constexpr, SILU: tl.constexpr, NATIVE: tl.constexpr,
-    BLOCK_SEGMENTS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, UNROLL: tl.constexpr,
-):  # fmt: skip
-    """Compute dx, the gradients of initial states, and each program's partial sums of dweight and dbias.
-
-    A segment has the tokens [start, end). The loop begins K-1 tokens before it, to fill the windows of x and of ds, the
-    gradient before the activation. All arguments of a direction that is not computed are None; ids may be.
-    """
-    clip, block, segments, channels = _tile_of_program(blocks_per_sequence, E, BLOCK_SEGMENTS, BLOCK_CHANNELS)
-    start = segments * segment_length
-    end = tl.minimum(start + segment_length, L)
-    first_input = start - (K - 1)
-    x_ptr += clip * x_clip_stride
-    dx_ptr += clip * dx_clip_stride
-    zero = tl.zeros((BLOCK_SEGMENTS, BLOCK_CHANNELS), tl.float32)
-    fwd_ds_window, rev_ds_window, fwd_sums, rev_sums = (), (), (), ()
-    if fwd_dy_ptr is not None:
-        fwd_weights, fwd_bias = _load_weights(fwd_weight_ptr, fwd_bias_ptr, channels, E, K)
-        fwd_dy_ptr += clip * L * E
-        fwd_ds_window, fwd_sums = _fill_tuple(zero, K - 1), _fill_tuple(zero, K + 1)
-    if rev_dy_ptr is not None:
-        rev_weights, rev_bias = _load_weights(rev_weight_ptr, rev_bias_ptr, channels, E, K)
-        rev_dy_ptr += clip * L * E
-        rev_ds_window, rev_sums = _fill_tuple(zero, K - 1), _fill_tuple(zero, K + 1)
-    if ids_ptr is not None:
-        ids_ptr += clip * ids_clip_stride
-    window, window_ids = (), ()  # the K-1 inputs before the next one
-    for j in tl.static_range(K - 1):
-        t = first_input + j
-        x = _load_tokens(x_ptr, t, channels, L, E, x_token_stride, True)
-        x = _select_conv_state(x, fwd_initial_state_ptr, t, 1 - K, clip, channels, E, K)
-        window = window + (_select_conv_state(x, rev_initial_state_ptr, t, L, clip, channels, E, K),)
-        window_ids = window_ids + _load_ids(ids_ptr, t, L)
-    first_ids, last_ids = _load_ids(ids_ptr, segments * 0, L), _load_ids(ids_ptr, segments * 0 + L, L)
-    rev_ids = window_ids  # of the K-1 tokens before, whose ds are zeros so far
-    for i in range(0, steps, UNROLL):
-        inputs, ids, fwd_dy, rev_dy = window, window_ids, (), ()
-        for j in tl.static_range(UNROLL):  # all loads of an iteration come before its arithmetic
-            t = first_input + (i + j)
-            x = _load_tokens(x_ptr, t + (K - 1), channels, L, E, x_token_stride, False)
-            inputs = inputs + (_select_conv_state(x, rev_initial_state_ptr, t + (K - 1), L, clip, channels, E, K),)
-            ids = ids + _load_ids(ids_ptr, t + (K - 1), L)
-            if fwd_dy_ptr is not None:
-                fwd_dy = fwd_dy + (_load_tokens(fwd_dy_ptr, t + (K - 1), channels, L, E, E, False),)
-            if rev_dy_ptr is not None:
-                rev_dy = rev_dy + (_load_tokens(rev_dy_ptr, t, channels, L, E, E, True),)
-        for j in tl.static_range(UNROLL):
-            t = first_input + (i + j)
-            dx = zero
-            if fwd_dy_ptr is not None:
-                fwd_inputs = _of_sequence(inputs, ids, j, j + K - 1, K)
-                s = _convolve(fwd_inputs, fwd_weights, fwd_bias, False, K)
-                ds = _activation_backward(fwd_dy[j], s, SILU, NATIVE)
-                fwd_sums = _add_parameter_gradients(fwd_sums, ds, t + (K - 1) < end, fwd_inputs, False, K)
-                fwd_ds_window = fwd_ds_window + (ds,)
-                readers = _of_sequence(fwd_ds_window, ids[j : j + K], 0, 0, K)
-                dx = _add_input_gradient(
-                    dx, readers, fwd_weights, fwd_dfinal_state_ptr, t, ids[j : j + 1], last_ids, L - (K - 1), clip, channels, E,
-                    False, K,
-                )  # fmt: skip
-                if fwd_dinitial_state_ptr is not None:
-                    _store_state_gradient(fwd_dinitial_state_ptr, dx, t, start == 0, 1 - K, clip, channels, E, K)
-                fwd_ds_window = fwd_ds_window[1:]
-            if rev_dy_ptr is not None:
-                rev_inputs = _of_sequence(inputs, ids, j, j, K)
-                s = _convolve(rev_inputs, rev_weights, rev_bias, True, K)
-                ds = _activation_backward(rev_dy[j], s, SILU, NATIVE)
-                rev_sums = _add_parameter_gradients(rev_sums, ds, (t >= start) & (t < end), rev_inputs, True, K)
-                rev_ds_window = rev_ds_window + (ds,)
-                rev_ids = rev_ids + ids[j : j + 1]
-                readers = _of_sequence(rev_ds_window, rev_ids, 0, K - 1, K)
-                if rev_dinitial_state_ptr is not None:
-                    rev_dx = _add_input_gradient(
-                        zero, readers, rev_weights, rev_dfinal_state_ptr, t, ids[j : j + 1], first_ids, 0, clip, channels, E,
-                        True, K,
-                    )  # fmt: skip
-                    has_end = (start < L) & (end == L)
-                    _store_state_gradient(rev_dinitial_state_ptr, rev_dx, t, has_end, L, clip, channels, E, K)
-                dx = _add_input_gradient(
-                    dx, readers, rev_weights, rev_dfinal_state_ptr, t, ids[j : j + 1], first_ids, 0, clip, channels, E, True, K
-                )
-                rev_ds_window = rev_ds_window[1:]
-                if ids_ptr is not None:
-                    rev_ids = rev_ids[1:]
-            in_segment = ((t >= start) & (t < end))[:, None] & (channels < E)[None, :]
-            offsets = t.to(tl.int64)[:, None] * dx_token_stride + channels[None, :]
-            tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=in_segment)
-        window = inputs[UNROLL:]
-        if ids_ptr is not None:
-            window_ids = ids[UNROLL:]
-    program = clip * blocks_per_sequence + block
-    if fwd_dy_ptr is not None:
-        _store_partial_sums(fwd_partial_ptr, fwd_sums, program, channels, E, K)
-    if rev_dy_ptr is not None:
-        _store_partial_sums(rev_partial_ptr, rev_sums, program, channels, E, K)
-
-
-@triton.jit(do_not_specialize=["programs"])
-def reduce_kernel(
-    partial_ptr: tl.tensor, dweight_0_ptr: tl.tensor, dweight_1_ptr: tl.tensor, dbias_0_ptr: tl.tensor, dbias_1_ptr: tl.tensor,
-    E: tl.tensor, programs: tl.tensor,
-    K: tl.constexpr, BLOCK_PROGRAMS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """Sum partial (directions, programs, K+1, E) to a direction's dweight (E, K) and its dbias (E,) or None."""
-    channels = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    k = tl.program_id(1) % (K + 1)  # K is the bias
-    direction = tl.program_id(1) // (K + 1)
-    partial_ptr += (direction.to(tl.int64) * programs * (K + 1) + k) * E
-    total = tl.zeros((BLOCK_PROGRAMS, BLOCK_CHANNELS), tl.float32)
-    for i in range(0, programs, BLOCK_PROGRAMS):
-        rows = i + tl.arange(0, BLOCK_PROGRAMS)
-        inside = (rows < programs)[:, None] & (channels < E)[None, :]
-        ptrs = partial_ptr + rows.to(tl.int64)[:, None] * ((K + 1) * E) + channels[None, :]
-        total += tl.load(ptrs, mask=inside, other=0.0)
-    result = tl.sum(total, axis=0)
-    if k < K:
-        dweight_ptr = dweight_0_ptr if direction == 0 else dweight_1_ptr
-        tl.store(dweight_ptr + channels * K + k, result.to(dweight_ptr.dtype.element_ty), mask=channels < E)
-    elif direction == 0:
-        if dbias_0_ptr is not None:
-            tl.store(dbias_0_ptr + channels, result.to(dbias_0_ptr.dtype.element_ty), mask=channels < E)
-    elif dbias_1_ptr is not None:
-        tl.store(dbias_1_ptr + channels, result.to(dbias_1_ptr.dtype.element_ty), mask=channels < E)

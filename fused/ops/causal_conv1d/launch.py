@@ -22,7 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused.ops.causal_conv1d.kernels import backward_kernel, forward_kernel, reduce_kernel
+from fused.ops.causal_conv1d.backward_kernels import backward_kernel, reduce_kernel
+from fused.ops.causal_conv1d.kernels import forward_kernel
 from fused.runtime.triton_launch import FUSED_MULTIPLY_ADD, NATIVE, blocks, launch
 
 MAX_WIDTH = 8

@@ -1,15 +1,12 @@
 """The causal convolution by kernels of this project, as the operator `videomamba::causal_conv1d`."""
 
-import functools
-from typing import Any
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from fused.ops.causal_conv1d import launch
 from fused.runtime.checks import check_native_dtypes
-from fused.runtime.library import apply_function, below_autograd, register
+from fused.runtime.library import register
 
 
 def causal_conv1d_native(
@@ -71,27 +68,6 @@ def _backward_shapes(
     return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, dinitial_state
 
 
-class _CausalConv1d(torch.autograd.Function):
-    """Autograd of the operator: it saves its inputs, and the backward computes the pre-activation again."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, seq_idx: Tensor | None,
-        silu: bool, reverse: bool,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        ctx.set_materialize_grads(False)
-        ctx.options = silu, reverse
-        ctx.save_for_backward(x, weight, bias, initial_state, seq_idx)
-        operator = torch.ops.videomamba.causal_conv1d.default
-        return below_autograd(operator, x, weight, bias, initial_state, seq_idx, silu, reverse)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dstate: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors  # read once: activation checkpointing recomputes them at every access
-        grads = _causal_conv1d_backward(*inputs, *ctx.options, dy, dstate)
-        return *(None if x is None else grad for x, grad in zip(inputs, grads, strict=False)), None, None, None
-
-
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? seq_idx, bool silu, bool reverse"
 _causal_conv1d_backward = register(
     f"causal_conv1d_backward({_INPUTS}, Tensor? dy, Tensor? dstate) "
@@ -103,5 +79,5 @@ _causal_conv1d = register(
     f"causal_conv1d({_INPUTS}) -> (Tensor y, Tensor final_state)",
     _forward,
     _forward_shapes,
-    functools.partial(apply_function, _CausalConv1d),
+    _causal_conv1d_backward,
 )

@@ -1,15 +1,11 @@
 """The gated norm by kernels of this project, as the operator `videomamba::gated_norm`."""
 
-import functools
-from typing import Any
-
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from fused.ops.gated_norm import MAX_WIDTH, launch
 from fused.runtime.checks import check_native_dtypes
-from fused.runtime.library import apply_function, below_autograd, register
+from fused.runtime.library import register
 
 
 def gated_norm_native(
@@ -56,24 +52,8 @@ def _backward_shapes(
     return y.new_empty(y.shape), z.new_empty(z.shape), weight.new_empty(weight.shape)
 
 
-class _GatedNorm(torch.autograd.Function):
-    """Autograd of the operator: it saves its inputs."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        ctx.save_for_backward(*arguments[:3])
-        ctx.options = arguments[3:]
-        return below_autograd(torch.ops.videomamba.gated_norm.default, *arguments)
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_gated_norm_backward(*ctx.saved_tensors, *ctx.options, dout), None, None, None)
-
-
 _INPUTS = "Tensor y, Tensor z, Tensor weight, int groups, bool norm_before_gate, float eps"
 _gated_norm_backward = register(
     f"gated_norm_backward({_INPUTS}, Tensor dout) -> (Tensor dy, Tensor dz, Tensor dweight)", _backward, _backward_shapes
 )
-_gated_norm = register(
-    f"gated_norm({_INPUTS}) -> Tensor", _forward, _forward_shapes, functools.partial(apply_function, _GatedNorm)
-)
+_gated_norm = register(f"gated_norm({_INPUTS}) -> Tensor", _forward, _forward_shapes, _gated_norm_backward)

@@ -16,15 +16,12 @@ from torch import Tensor
 
 from fused.ops.causal_conv1d import cpu as conv
 from fused.ops.selective_scan import cpu as scan
-from fused.ops.shapes import DirectionWeights
+from fused.ops.shapes import DirectionWeights, Linear, Weights
 from fused.runtime import cpu_library
 from fused.runtime.autocast import autocast_dtype
 from fused.runtime.exporting import is_exporting
-from fused.runtime.library import apply_function, below_autograd, register, wants_gradients
+from fused.runtime.library import register, wants_gradients
 from fused.runtime.linear import product
-
-Weights = Sequence[Tensor | None]  # a DirectionWeights as the operator takes it; empty for an absent direction
-Linear = tuple[Tensor, Tensor | None]  # weight (out, in) and bias (out,)
 
 
 def takes(u: Tensor, in_proj: Linear, directions: Sequence[DirectionWeights], out_proj: Linear) -> bool:
@@ -126,7 +123,7 @@ def _backward(
     """Return the gradients of all tensors, None for None."""
     d = _Directions(first, second)
     w = d.weights
-    dout = dout.flatten(0, 1)
+    dout = dout.contiguous().flatten(0, 1)
     dy, dxz = product(dout, out_proj).view(y.shape), torch.empty_like(xz)
     d_out_proj = product(dout.t(), y.flatten(0, 1))
     c = d.convolve(xz, (None, None))
@@ -165,51 +162,6 @@ def _backward_shapes(
     return like(u), [like(x) for x in first], [like(x) for x in second], *linears
 
 
-class _MambaInner(torch.autograd.Function):
-    """Autograd of the operator."""
-
-    @classmethod
-    def call(
-        cls, u: Tensor, first: Weights, second: Weights, in_proj: Tensor, in_proj_bias: Tensor | None, out_proj: Tensor,
-        out_proj_bias: Tensor | None, keep: bool,
-    ) -> Any:  # fmt: skip
-        """Apply to the tensors one by one, so that autograd sees each of them."""
-        linears = (in_proj, in_proj_bias, out_proj, out_proj_bias)
-        out, xz, *rows, y, pre_gate, chunks = apply_function(cls, len(second), u, *linears, *first, *second)
-        return out, xz, rows, y, pre_gate, chunks
-
-    @staticmethod
-    def forward(ctx: Any, num_second: int, u: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.num_second = num_second
-        operator = torch.ops.videomamba.mamba_inner_cpu.default
-        out, xz, rows, *others = below_autograd(operator, u, *_arguments(tensors, num_second), True)
-        kept = xz, *rows, *others
-        ctx.mark_non_differentiable(*kept)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*kept, u, *tensors)
-        return out, *kept
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # read once: activation checkpointing recomputes them at every access
-        directions = 2 if ctx.num_second else 1
-        (xz, *rows), (y, pre_gate, chunks, u, *tensors) = saved[: 1 + directions], saved[1 + directions :]
-        if dout is None:
-            return None, None, *(None for _ in tensors)
-        kept = xz, rows, y, pre_gate, chunks
-        grads = _mamba_inner_backward(u, *_arguments(tensors, ctx.num_second), *kept, dout.contiguous())
-        du, first, second, *linears = grads
-        pairs = zip(tensors, (*linears, *first, *second), strict=True)
-        return None, du, *(None if t is None else grad for t, grad in pairs)
-
-
-def _arguments(tensors: Sequence[Any], num_second: int) -> tuple[Any, ...]:
-    """Return the operator's arguments behind u for the linears, then the first direction's weights, then the second's."""
-    directions, linears = list(tensors[4:]), tensors[:4]
-    split = len(directions) - num_second
-    return directions[:split], directions[split:], *linears
-
-
 _INPUTS = (
     "Tensor u, Tensor?[] first, Tensor?[] second, Tensor in_proj, Tensor? in_proj_bias, Tensor out_proj, Tensor? out_proj_bias"
 )
@@ -224,5 +176,5 @@ _mamba_inner = register(
     f"mamba_inner_cpu({_INPUTS}, bool keep) -> (Tensor out, {_KEPT})",  # empty for what is not kept
     _forward,
     _forward_shapes,
-    _MambaInner.call,
+    _mamba_inner_backward,
 )

@@ -9,28 +9,18 @@ where x_proj wrote them, and the gradients of x and z are written straight into 
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused.ops.mamba_inner.kernels import PackedWeights
-from fused.ops.mamba_inner.pipeline import Pipeline, pack, weight_gradient
+from fused.ops.mamba_inner.pipeline import Pipeline, pack_mixer, weight_gradient
 from fused.ops.selective_scan import launch as scan
-from fused.ops.selective_scan.launch import TILE
-from fused.ops.shapes import DirectionWeights
-from fused.runtime.library import apply_function, below_autograd, none_if_empty, register, wants_gradients
+from fused.ops.selective_scan.schedule import TILE
+from fused.ops.shapes import DirectionWeights, Linear, Weights
+from fused.runtime.library import none_if_empty, register, wants_gradients
 from fused.runtime.modes import is_batch_invariant
-
-Weights = Sequence[Tensor | None]  # a DirectionWeights as the operator takes it; empty for an absent direction
-
-
-class Linear(NamedTuple):
-    """The parameters of a linear layer."""
-
-    weight: Tensor  # (out, in)
-    bias: Tensor | None  # (out,)
 
 
 def mamba_inner(
@@ -51,23 +41,18 @@ def mamba_inner(
     return _mamba_inner(u, first, second, *linear, dtype, is_batch_invariant(), keep_splits, keep, only_y)[0]
 
 
-def _pipeline(xz: Tensor, first: Weights, second: Weights, batch_invariant: bool) -> Pipeline:
-    x, z = xz.chunk(2, dim=-1)
-    directions: Any = (first, second) if second else (first,)
-    return Pipeline(x, z, directions, (False, True)[: len(directions)], batch_invariant, A_is_log=True)
-
-
 def _forward(
     u: Tensor, first: Weights, second: Weights, in_proj: Tensor | None, in_proj_bias: Tensor | None, out_proj: Tensor,
     out_proj_bias: Tensor | None, dtype: torch.dtype, batch_invariant: bool, keep_splits: bool, keep: bool,
     only_y: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Return out (B, L, D) and what the backward reads, in the order of _KEPT; None for what is not kept."""
-    packed, xz = _pack(first, second, in_proj, out_proj, dtype), u.to(dtype)
+    packed, xz = pack_mixer(first, second, in_proj, out_proj, dtype), u.to(dtype)
     *in_proj_cast, out_proj_cast = packed.linears
     if in_proj_cast:
         xz = F.linear(xz, in_proj_cast[0], None if in_proj_bias is None else in_proj_bias.to(dtype))
-    p = _pipeline(xz, first, second, batch_invariant)
+    x, z = xz.chunk(2, dim=-1)
+    p = Pipeline.of_mixer(x, z, first, second, batch_invariant)
     training = keep or u.requires_grad  # so that the backward's programs are compiled during the forward
     scan.start_compiling(*p.x.shape, p.N, len(p.reverses), dtype, xz.device, has_z=True, training=training, kept=keep)
     c, _ = p.convolve()
@@ -80,15 +65,6 @@ def _forward(
     return out, *always, r.split_initial_states if keep_splits and not only_y else None, None, None, None
 
 
-def _pack(
-    first: Weights, second: Weights, in_proj: Tensor | None, out_proj: Tensor, dtype: torch.dtype, *memory: Tensor | None
-) -> PackedWeights:
-    """Return the packed weights, with those of in_proj, if it is not None, and of out_proj as the last of `linears`."""
-    directions: Any = zip(first, second, strict=True) if second else ((w,) for w in first)
-    linears = [out_proj] if in_proj is None else [in_proj, out_proj]
-    return pack(*directions, dtype=dtype, linears=linears, memory=memory or (None, None))
-
-
 def _forward_shapes(
     u: Tensor, first: Weights, second: Weights, in_proj: Tensor | None, in_proj_bias: Tensor | None, out_proj: Tensor,
     out_proj_bias: Tensor | None, dtype: torch.dtype, batch_invariant: bool, keep_splits: bool, keep: bool,
@@ -96,12 +72,10 @@ def _forward_shapes(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     B, L, _ = u.shape
     xz = u.new_empty(u.shape if in_proj is None else (B, L, in_proj.shape[0]), dtype=dtype)
-    p = _pipeline(xz, first, second, batch_invariant)
+    x, z = xz.chunk(2, dim=-1)
+    p = Pipeline.of_mixer(x, z, first, second, batch_invariant)
     E, d, N, empty = p.x.shape[2], len(p.reverses), p.N, xz.new_empty(0)
-    linear_rows = sum(w.numel() // E for w in (in_proj, out_proj) if w is not None and w.dtype != dtype)
-    packed = xz.new_empty((d * (p.width + p.padded_R) + linear_rows, E))
-    copies_A_D = any(w.dtype != torch.float32 for w in (*p.weights.A, *p.weights.D))
-    A_D = xz.new_empty((d, (N + 1) * E) if copies_A_D else 0, dtype=torch.float32 if copies_A_D else dtype)
+    packed, A_D = p.packed_shapes((in_proj, out_proj), dtype)
     out, dt_B_C = xz.new_empty((B, L, out_proj.shape[0])), xz.new_empty((d, B, L, p.width))
     always = xz.new_empty(0) if in_proj is None else xz, packed, A_D, dt_B_C
     if keep:
@@ -121,15 +95,16 @@ def _backward(
 ) -> tuple[Any, ...]:  # fmt: skip
     """Return the gradients of u, of both directions' weights, of in_proj and of out_proj, None for None."""
     tokens = u.to(dtype)
-    p = _pipeline(tokens if in_proj is None or xz is None else xz, first, second, batch_invariant)
+    x, z = (tokens if in_proj is None or xz is None else xz).chunk(2, dim=-1)
+    p = Pipeline.of_mixer(x, z, first, second, batch_invariant)
     y, pre_gate, states = none_if_empty(y), none_if_empty(y_pre_gate), none_if_empty(tile_states)
     kept = states is not None
     scan.start_compiling(*p.x.shape, p.N, len(p.reverses), dtype, u.device, has_z=True, training=True, kept=kept)
-    packed = _pack(first, second, in_proj, out_proj, dtype, packed_matrices, none_if_empty(A_D))
+    packed = pack_mixer(first, second, in_proj, out_proj, dtype, packed_matrices, none_if_empty(A_D))
     *in_proj_cast, out_proj_cast = packed.linears
     c, _ = p.convolve()
     s = p.scan_inputs(c, dt_B_C, p.delta(dt_B_C, packed), packed)
-    rows = dout.flatten(0, 1)
+    rows = dout.contiguous().flatten(0, 1)
     dy = (rows @ out_proj_cast).view(p.x.shape)
     if y is None or states is None:
         entering = none_if_empty(split_initial_states)
@@ -140,16 +115,16 @@ def _backward(
     dxz = torch.empty((B, L, 2 * E), dtype=dtype, device=u.device)
     dx, dz = dxz.chunk(2, dim=-1)
     _, _, grads = p.backward(s, c, dt_B_C, packed, dy, states, pre_gate, dx=dx, dz=dz)
-    d_out_proj, d_out_proj_bias = _linear_gradients(rows, y.flatten(0, 1), out_proj, out_proj_bias)
+    d_out_proj, d_out_proj_bias = linear_gradients(rows, y.flatten(0, 1), out_proj, out_proj_bias)
     du, d_in_proj, d_in_proj_bias = dxz, None, None
     if in_proj is not None:
-        d_in_proj, d_in_proj_bias = _linear_gradients(dxz.flatten(0, 1), tokens.flatten(0, 1), in_proj, in_proj_bias)
+        d_in_proj, d_in_proj_bias = linear_gradients(dxz.flatten(0, 1), tokens.flatten(0, 1), in_proj, in_proj_bias)
         du = (dxz.flatten(0, 1) @ in_proj_cast[0]).view(u.shape)
     grads_second = list(grads[1]) if second else []
     return du.to(u.dtype), list(grads[0]), grads_second, d_in_proj, d_in_proj_bias, d_out_proj, d_out_proj_bias
 
 
-def _linear_gradients(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def linear_gradients(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Return the gradients of a linear layer's weight and bias, of dout (tokens, out) and its input x (tokens, in)."""
     return weight_gradient(dout, x, weight.dtype).to(weight.dtype), None if bias is None else dout.sum(0, dtype=bias.dtype)
 
@@ -165,45 +140,6 @@ def _backward_shapes(
 
     linear = (in_proj, in_proj_bias, out_proj, out_proj_bias)
     return like(u), [like(x) for x in first], [like(x) for x in second], *(like(x) for x in linear)
-
-
-class _MambaInner(torch.autograd.Function):
-    """Autograd of the operator. It saves its tensors and what _KEPT names."""
-
-    @classmethod
-    def call(
-        cls, u: Tensor, first: Weights, second: Weights, in_proj: Tensor | None, in_proj_bias: Tensor | None, out_proj: Tensor,
-        out_proj_bias: Tensor | None, *options: Any,
-    ) -> Any:  # fmt: skip
-        """Apply to the tensors one by one, so that autograd sees each of them."""
-        return apply_function(cls, options, len(first), u, in_proj, in_proj_bias, out_proj, out_proj_bias, *first, *second)
-
-    @staticmethod
-    def forward(
-        ctx: Any, options: tuple[Any, ...], num_first: int, u: Tensor, in_proj: Tensor | None, in_proj_bias: Tensor | None,
-        out_proj: Tensor, out_proj_bias: Tensor | None, *weights: Tensor | None,
-    ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        ctx.options, ctx.num_first, linear = options[:-3], num_first, (in_proj, in_proj_bias, out_proj, out_proj_bias)
-        operator = torch.ops.videomamba.mamba_inner.default
-        out, *kept = below_autograd(operator, u, list(weights[:num_first]), list(weights[num_first:]), *linear, *options)
-        ctx.mark_non_differentiable(*(x for x in kept if x is not None))
-        ctx.set_materialize_grads(False)
-        ctx.num_kept = len(kept)
-        ctx.save_for_backward(*kept, u, *linear, *weights)
-        return out, *kept
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        if dout is None:
-            return (None,) * len(ctx.needs_input_grad)
-        saved = ctx.saved_tensors  # read once: activation checkpointing recomputes them at every access
-        kept, (u, *others) = saved[: ctx.num_kept], saved[ctx.num_kept :]
-        linear, first, second = others[:4], others[4 : 4 + ctx.num_first], others[4 + ctx.num_first :]
-        du, dfirst, dsecond, *dlinear = _mamba_inner_backward(
-            u, first, second, *linear, *ctx.options, *kept, dout.contiguous()
-        )  # fmt: skip
-        pairs = zip((u, *others), (du, *dlinear, *dfirst, *dsecond), strict=True)
-        return None, None, *(None if x is None else grad for x, grad in pairs)
 
 
 _INPUTS = (
@@ -226,5 +162,5 @@ _mamba_inner = register(
     f"mamba_inner({_INPUTS}, bool keep_splits, bool keep, bool only_y) -> (Tensor out, {_KEPT})",
     _forward,
     _forward_shapes,
-    _MambaInner.call,
+    _mamba_inner_backward,
 )

@@ -15,9 +15,10 @@ from torch import Tensor
 from fused.ops.mamba_inner.kernels import PackedWeights, silu_gate_backward
 from fused.ops.mamba_inner.pipeline import Pipeline, pack
 from fused.ops.selective_scan import launch as scan
-from fused.ops.selective_scan.launch import TILE, aligned_or_none
+from fused.ops.selective_scan.inputs import aligned_or_none
+from fused.ops.selective_scan.schedule import TILE
 from fused.ops.shapes import DirectionWeights
-from fused.runtime.library import apply_function, below_autograd, none_if_empty, register, wants_gradients
+from fused.runtime.library import none_if_empty, register, wants_gradients
 from fused.runtime.modes import is_batch_invariant
 
 Matrices = Sequence[Tensor]  # x_proj and dt_proj of PackedWeights, or empty
@@ -95,8 +96,9 @@ def _backward(
     x: Tensor, z: Tensor | None, y_other_direction: Tensor | None, conv_state: Tensor | None, ssm_state: Tensor | None,
     weights: Sequence[Any], packed: Matrices, reverse: bool, A_is_log: bool, batch_invariant: bool,
     c: Tensor, dt_B_C: Tensor, delta: Tensor, y_pre_gate: Tensor | None, tile_states: Tensor | None,
-    dy: Tensor, dconv_state: Tensor | None, dssm_state: Tensor | None,
+    dy: Tensor | None, dconv_state: Tensor | None, dssm_state: Tensor | None,
 ) -> tuple[Any, ...]:  # fmt: skip
+    dy = torch.zeros_like(x) if dy is None else dy.contiguous()
     p = _pipeline(x, z, weights, reverse, A_is_log, batch_invariant)
     packed_weights = _packed(p, packed)
     s = p.scan_inputs(c, dt_B_C, delta, packed_weights)
@@ -120,55 +122,12 @@ def _backward_shapes(
     x: Tensor, z: Tensor | None, y_other_direction: Tensor | None, conv_state: Tensor | None, ssm_state: Tensor | None,
     weights: Sequence[Any], packed: Matrices, reverse: bool, A_is_log: bool, batch_invariant: bool,
     c: Tensor, dt_B_C: Tensor, delta: Tensor, y_pre_gate: Tensor | None, tile_states: Tensor | None,
-    dy: Tensor, dconv_state: Tensor | None, dssm_state: Tensor | None,
+    dy: Tensor | None, dconv_state: Tensor | None, dssm_state: Tensor | None,
 ) -> tuple[Any, ...]:  # fmt: skip
     def like(t: Tensor | None) -> Tensor:
         return x.new_empty(0) if t is None else t.new_empty(t.shape)
 
     return *(like(t) for t in (x, z, y_other_direction, conv_state, ssm_state)), [like(t) for t in weights]
-
-
-class _OneDirection(torch.autograd.Function):
-    """Autograd of the operator. It saves its tensors and every intermediate result."""
-
-    @classmethod
-    def call(
-        cls, x: Tensor, z: Tensor | None, y_other_direction: Tensor | None, conv_state: Tensor | None, ssm_state: Tensor | None,
-        weights: Sequence[Any], packed: Matrices, *options: bool,
-    ) -> Any:  # fmt: skip
-        """Apply to the tensors one by one, so that autograd sees each of them."""
-        return apply_function(cls, options, len(weights), x, z, y_other_direction, conv_state, ssm_state, *weights, *packed)
-
-    @staticmethod
-    def forward(
-        ctx: Any, options: tuple[bool, ...], num_weights: int, x: Tensor, z: Tensor | None, y_other_direction: Tensor | None,
-        conv_state: Tensor | None, ssm_state: Tensor | None, *matrices: Tensor | None,
-    ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        ctx.options, ctx.num_weights = options[:-1], num_weights
-        weights, packed = list(matrices[:num_weights]), list(matrices[num_weights:])
-        streams = (x, z, y_other_direction, conv_state, ssm_state)
-        operator = torch.ops.videomamba.mamba_inner_one_direction.default
-        y, conv_out, ssm_out, *kept = below_autograd(operator, *streams, weights, packed, *options)
-        ctx.mark_non_differentiable(*(x for x in kept if x is not None))
-        ctx.set_materialize_grads(False)
-        ctx.num_kept, ctx.num_streams = len(kept), len(streams)
-        ctx.save_for_backward(*kept, *streams, *matrices)
-        return y, conv_out, ssm_out, *kept
-
-    @staticmethod
-    def backward(
-        ctx: Any, dy: Tensor | None, dconv_state: Tensor | None, dssm_state: Tensor | None, *_: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # read once: activation checkpointing recomputes them at every access
-        kept, tensors = saved[: ctx.num_kept], saved[ctx.num_kept :]
-        streams, matrices = tensors[: ctx.num_streams], tensors[ctx.num_streams :]
-        weights, packed = list(matrices[: ctx.num_weights]), list(matrices[ctx.num_weights :])
-        dy = torch.zeros_like(tensors[0]) if dy is None else dy.contiguous()
-        *dstreams, dweights = _one_direction_backward(
-            *streams, weights, packed, *ctx.options, *kept, dy, dconv_state, dssm_state
-        )  # fmt: skip
-        pairs = zip((*streams, *weights), (*dstreams, *dweights), strict=True)
-        return None, None, *(None if t is None else grad for t, grad in pairs), *(None for _ in packed)
 
 
 _INPUTS = (
@@ -178,7 +137,7 @@ _INPUTS = (
 _KEPT = "Tensor c, Tensor dt_B_C, Tensor delta, Tensor y_pre_gate, Tensor tile_states"
 _KEPT_OR_NONE = _KEPT.replace("Tensor", "Tensor?")
 _one_direction_backward = register(
-    f"mamba_inner_one_direction_backward({_INPUTS}, {_KEPT_OR_NONE}, Tensor dy, Tensor? dconv_state, Tensor? dssm_state) -> "
+    f"mamba_inner_one_direction_backward({_INPUTS}, {_KEPT_OR_NONE}, Tensor? dy, Tensor? dconv_state, Tensor? dssm_state) -> "
     "(Tensor dx, Tensor dz, Tensor dy_other_direction, Tensor dconv_state_in, Tensor dssm_state_in, Tensor[] dweights)",
     _backward,
     _backward_shapes,
@@ -187,5 +146,5 @@ _one_direction = register(
     f"mamba_inner_one_direction({_INPUTS}, bool keep) -> (Tensor y, Tensor conv_state_out, Tensor ssm_state_out, {_KEPT})",
     _forward,
     _forward_shapes,
-    _OneDirection.call,
+    _one_direction_backward,
 )

@@ -17,10 +17,11 @@ from torch import Tensor
 from fused.ops.causal_conv1d import launch as conv
 from fused.ops.mamba_inner.kernels import PackedWeights, dt_proj_softplus, pack_weights, unpack_gradients
 from fused.ops.selective_scan import launch as scan
+from fused.ops.selective_scan.inputs import ScanInputs, aligned_or_none
 from fused.ops.selective_scan.kernel_source import SOFTPLUS_BY_CALLER
-from fused.ops.selective_scan.launch import ScanGradients, ScanInputs, aligned_or_none, dense
+from fused.ops.selective_scan.launch import ScanGradients
 from fused.ops.selective_scan.schedule import ScanSchedule
-from fused.ops.shapes import DirectionWeights
+from fused.ops.shapes import DirectionWeights, Weights, dense
 
 ByDirection = Sequence[Any]  # a weight of one or two directions
 BATCHED_TOKENS = 4096  # up to which the gradients of both directions' weights are one product
@@ -43,6 +44,15 @@ def pack(
     A, D, linears = ([x.contiguous() for x in tensors] for tensors in (A, D, linears))
     x_proj, dt_proj = _of_one_dtype(x_proj, dtype), _of_one_dtype(dt_proj, dtype)
     return pack_weights(x_proj, dt_proj, A, D, padded_dt_rank(dt_proj[0].shape[1]), dtype, linears, *memory)
+
+
+def pack_mixer(
+    first: Weights, second: Weights, in_proj: Tensor | None, out_proj: Tensor, dtype: torch.dtype, *memory: Tensor | None
+) -> PackedWeights:
+    """Return the packed weights of a mixer, with those of in_proj, if it is not None, and of out_proj as the last `linears`."""
+    directions: Any = zip(first, second, strict=True) if second else ((w,) for w in first)
+    linears = [out_proj] if in_proj is None else [in_proj, out_proj]
+    return pack(*directions, dtype=dtype, linears=linears, memory=memory or (None, None))
 
 
 def _of_one_dtype(weights: ByDirection, dtype: torch.dtype) -> list[Tensor]:
@@ -74,6 +84,21 @@ class Pipeline:
         self.R, self.padded_R = R, padded_dt_rank(R)
         self.width = self.padded_R + 2 * self.N  # of a row of x_proj's output
         self.batch_invariant = batch_invariant
+
+    @classmethod
+    def of_mixer(cls, x: Tensor, z: Tensor, first: Weights, second: Weights, batch_invariant: bool) -> "Pipeline":
+        """Return the pipeline of one or both directions of a mixer, whose A is log(-A)."""
+        directions: Any = (first, second) if second else (first,)
+        return cls(x, z, directions, (False, True)[: len(directions)], batch_invariant, A_is_log=True)
+
+    def packed_shapes(self, linears: Sequence[Tensor | None], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return tensors like `packed` and `A_D` of `pack_mixer`, without values; A_D is empty where that is None."""
+        (_, _, E), d, empty = self.x.shape, len(self.reverses), self.x.new_empty
+        linear_rows = sum(w.numel() // E for w in linears if w is not None and w.dtype != dtype)
+        packed = empty((d * (self.width + self.padded_R) + linear_rows, E), dtype=dtype)
+        if all(w.dtype == torch.float32 for w in (*self.weights.A, *self.weights.D)):
+            return packed, empty(0, dtype=dtype)
+        return packed, empty((d, (self.N + 1) * E), dtype=torch.float32)
 
     @functools.cached_property
     def schedule(self) -> ScanSchedule:

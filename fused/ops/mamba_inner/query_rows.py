@@ -22,17 +22,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused.ops.mamba_inner.kernels import PackedWeights, dt_proj_softplus
-from fused.ops.mamba_inner.native import Linear
-from fused.ops.mamba_inner.pipeline import Pipeline, pack, weight_gradient
+from fused.ops.mamba_inner.native import linear_gradients
+from fused.ops.mamba_inner.pipeline import Pipeline, pack, pack_mixer, weight_gradient
 from fused.ops.selective_scan import launch as scan
-from fused.ops.selective_scan.launch import ScanInputs, aligned_or_none
+from fused.ops.selective_scan.inputs import ScanInputs, aligned_or_none
 from fused.ops.selective_scan.schedule import TILE
-from fused.ops.shapes import DirectionWeights
+from fused.ops.shapes import DirectionWeights, Linear, Weights
 from fused.runtime import plans
-from fused.runtime.library import apply_function, below_autograd, none_if_empty, register, wants_gradients
+from fused.runtime.library import none_if_empty, register, wants_gradients
 from fused.runtime.modes import is_batch_invariant
 
-Weights = Sequence[Tensor | None]  # a DirectionWeights as the operator takes it; empty for an absent direction
 BLOCK_ELEMENTS = 2**29  # of delta, both directions, that an inference has in memory
 CHANNELS_OF_BLOCKS = 64  # blocks of channels are multiples of this, so that the kernels' own blocks are full
 
@@ -49,7 +48,7 @@ def mamba_inner_query_rows(
     first, second = list(directions[0]), list(directions[1]) if len(directions) > 1 else []
     training = wants_gradients(u, u_queries, first, second, in_proj, out_proj)
     options = dtype, is_batch_invariant(), training
-    arguments = u, u_queries, tile_queries, first, second, *in_proj, *out_proj, *options
+    arguments = u, u_queries, first, second, *in_proj, *out_proj, tile_queries, *options
     elements = len(directions) * u.shape[0] * u.shape[1] * out_proj.weight.shape[1]
     if training or torch.compiler.is_compiling() or elements <= BLOCK_ELEMENTS:
         return _query_rows(*arguments)[0]
@@ -76,19 +75,6 @@ def one_direction_at_queries(
     return r.y, (conv_states[0], r.final_states[0])
 
 
-def _pipeline(x: Tensor, z: Tensor, first: Weights, second: Weights, batch_invariant: bool) -> Pipeline:
-    directions: Any = (first, second) if second else (first,)
-    return Pipeline(x, z, directions, (False, True)[: len(directions)], batch_invariant, A_is_log=True)
-
-
-def _pack(
-    first: Weights, second: Weights, in_proj: Tensor, out_proj: Tensor, dtype: torch.dtype, *memory: Tensor | None
-) -> PackedWeights:
-    """Return the packed weights, with those of in_proj and out_proj as `linears`."""
-    directions: Any = zip(first, second, strict=True) if second else ((w,) for w in first)
-    return pack(*directions, dtype=dtype, linears=[in_proj, out_proj], memory=memory or (None, None))
-
-
 def _scan_inputs(p: Pipeline, c: Tensor, dt_B_C: Tensor, delta: Tensor, packed: PackedWeights, table: Tensor) -> ScanInputs:
     assert p.z is not None
     return p.scan_inputs(c, dt_B_C, delta, packed)._replace(tile_queries=table, num_queries=p.z.shape[1])
@@ -100,16 +86,16 @@ def _halves(bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, ...] | tup
 
 
 def _forward(
-    u: Tensor, u_queries: Tensor, tile_queries: Tensor, first: Weights, second: Weights, in_proj: Tensor,
-    in_proj_bias: Tensor | None, out_proj: Tensor, out_proj_bias: Tensor | None, dtype: torch.dtype, batch_invariant: bool,
+    u: Tensor, u_queries: Tensor, first: Weights, second: Weights, in_proj: Tensor, in_proj_bias: Tensor | None,
+    out_proj: Tensor, out_proj_bias: Tensor | None, tile_queries: Tensor, dtype: torch.dtype, batch_invariant: bool,
     training: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Return out (B, Q, D), and with `training` what the backward reads, in the order of _KEPT."""
-    packed = _pack(first, second, in_proj, out_proj, dtype)
+    packed = pack_mixer(first, second, in_proj, out_proj, dtype)
     (weight_x, weight_z), out_proj_cast = packed.linears[0].chunk(2), packed.linears[1]
     bias_x, bias_z = _halves(in_proj_bias, dtype)
     x, z = F.linear(u.to(dtype), weight_x, bias_x), F.linear(u_queries.to(dtype), weight_z, bias_z)
-    p = _pipeline(x, z, first, second, batch_invariant)
+    p = Pipeline.of_mixer(x, z, first, second, batch_invariant)
     c, _ = p.convolve()
     bias = None if out_proj_bias is None else out_proj_bias.to(dtype)
     if not training:
@@ -149,8 +135,8 @@ def _scan_in_blocks(p: Pipeline, c: Tensor, packed: PackedWeights, table: Tensor
 
 
 def _forward_shapes(
-    u: Tensor, u_queries: Tensor, tile_queries: Tensor, first: Weights, second: Weights, in_proj: Tensor,
-    in_proj_bias: Tensor | None, out_proj: Tensor, out_proj_bias: Tensor | None, dtype: torch.dtype, batch_invariant: bool,
+    u: Tensor, u_queries: Tensor, first: Weights, second: Weights, in_proj: Tensor, in_proj_bias: Tensor | None,
+    out_proj: Tensor, out_proj_bias: Tensor | None, tile_queries: Tensor, dtype: torch.dtype, batch_invariant: bool,
     training: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     (B, L, _), Q, E = u.shape, u_queries.shape[1], out_proj.shape[1]
@@ -158,35 +144,31 @@ def _forward_shapes(
     if not training:
         return out, *(u.new_empty(0) for _ in range(8))
     x, z = out.new_empty((B, L, E)), out.new_empty((B, Q, E))
-    p = _pipeline(x, z, first, second, batch_invariant)
+    p = Pipeline.of_mixer(x, z, first, second, batch_invariant)
     d, N = len(p.reverses), p.N
-    linear_rows = sum(w.numel() // E for w in (in_proj, out_proj) if w.dtype != dtype)
-    packed = out.new_empty((d * (p.width + p.padded_R) + linear_rows, E))
-    copies_A_D = any(w.dtype != torch.float32 for w in (*p.weights.A, *p.weights.D))
-    A_D = out.new_empty((d, (N + 1) * E) if copies_A_D else 0, dtype=torch.float32 if copies_A_D else dtype)
+    packed, A_D = p.packed_shapes((in_proj, out_proj), dtype)
     tile_states = out.new_empty((d, B, -(-L // TILE), E, N), dtype=torch.float32)
     y, y_pre_gate = out.new_empty(z.shape), out.new_empty(z.shape)
     return out, x, z, packed, A_D, out.new_empty((d, B, L, p.width)), y, y_pre_gate, tile_states
 
 
 def _backward(
-    u: Tensor, u_queries: Tensor, tile_queries: Tensor, first: Weights, second: Weights, in_proj: Tensor,
-    in_proj_bias: Tensor | None, out_proj: Tensor, out_proj_bias: Tensor | None, dtype: torch.dtype, batch_invariant: bool,
+    u: Tensor, u_queries: Tensor, first: Weights, second: Weights, in_proj: Tensor, in_proj_bias: Tensor | None,
+    out_proj: Tensor, out_proj_bias: Tensor | None, tile_queries: Tensor, dtype: torch.dtype, batch_invariant: bool,
     x: Tensor, z: Tensor, packed_matrices: Tensor, A_D: Tensor | None, dt_B_C: Tensor, y: Tensor, y_pre_gate: Tensor,
     tile_states: Tensor, dout: Tensor,
 ) -> tuple[Any, ...]:  # fmt: skip
     """Return the gradients of u, u_queries, both directions' weights, in_proj and out_proj; None for None."""
-    packed = _pack(first, second, in_proj, out_proj, dtype, packed_matrices, none_if_empty(A_D))
+    packed = pack_mixer(first, second, in_proj, out_proj, dtype, packed_matrices, none_if_empty(A_D))
     (weight_x, weight_z), out_proj_cast = packed.linears[0].chunk(2), packed.linears[1]
-    p = _pipeline(x, z, first, second, batch_invariant)
+    p = Pipeline.of_mixer(x, z, first, second, batch_invariant)
     c, _ = p.convolve()
     s = _scan_inputs(p, c, dt_B_C, p.delta(dt_B_C, packed), packed, tile_queries)
-    rows = dout.flatten(0, 1)
+    rows = dout.contiguous().flatten(0, 1)
     dy = (rows @ out_proj_cast).view(z.shape)
     dx, dz = torch.empty_like(x), torch.empty_like(z)
     _, _, grads = p.backward(s, c, dt_B_C, packed, dy, tile_states, y_pre_gate, dx=dx, dz=dz)
-    d_out_proj = weight_gradient(rows, y.flatten(0, 1), out_proj.dtype).to(out_proj.dtype)
-    d_out_bias = None if out_proj_bias is None else rows.sum(0, dtype=out_proj_bias.dtype)
+    d_out_proj, d_out_bias = linear_gradients(rows, y.flatten(0, 1), out_proj, out_proj_bias)
     pairs = ((dx, u, weight_x), (dz, u_queries, weight_z))
     d_in_proj = torch.cat([weight_gradient(g.flatten(0, 1), t.to(dtype).flatten(0, 1), in_proj.dtype) for g, t, _ in pairs])
     d_in_bias = None
@@ -198,8 +180,8 @@ def _backward(
 
 
 def _backward_shapes(
-    u: Tensor, u_queries: Tensor, tile_queries: Tensor, first: Weights, second: Weights, in_proj: Tensor,
-    in_proj_bias: Tensor | None, out_proj: Tensor, out_proj_bias: Tensor | None, dtype: torch.dtype, batch_invariant: bool,
+    u: Tensor, u_queries: Tensor, first: Weights, second: Weights, in_proj: Tensor, in_proj_bias: Tensor | None,
+    out_proj: Tensor, out_proj_bias: Tensor | None, tile_queries: Tensor, dtype: torch.dtype, batch_invariant: bool,
     x: Tensor, z: Tensor, packed_matrices: Tensor, A_D: Tensor | None, dt_B_C: Tensor, y: Tensor, y_pre_gate: Tensor,
     tile_states: Tensor, dout: Tensor,
 ) -> tuple[Any, ...]:  # fmt: skip
@@ -210,50 +192,9 @@ def _backward_shapes(
     return like(u), like(u_queries), [like(t) for t in first], [like(t) for t in second], *(like(t) for t in linear)
 
 
-class _QueryRows(torch.autograd.Function):
-    """Autograd of the operator. It saves its tensors and what _KEPT names."""
-
-    @classmethod
-    def call(
-        cls, u: Tensor, u_queries: Tensor, tile_queries: Tensor, first: Weights, second: Weights, *linear_and_options: Any
-    ) -> Any:
-        """Apply to the tensors one by one, so that autograd sees each of them."""
-        linear, options = linear_and_options[:4], linear_and_options[4:]
-        return apply_function(cls, options, len(first), tile_queries, u, u_queries, *linear, *first, *second)
-
-    @staticmethod
-    def forward(
-        ctx: Any, options: tuple[Any, ...], num_first: int, tile_queries: Tensor, u: Tensor, u_queries: Tensor,
-        *parameters: Tensor | None,
-    ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        ctx.options, ctx.num_first = options[:-1], num_first
-        linear, weights = parameters[:4], parameters[4:]
-        operator = torch.ops.videomamba.mamba_inner_query_rows.default
-        first, second = list(weights[:num_first]), list(weights[num_first:])
-        out, *kept = below_autograd(operator, u, u_queries, tile_queries, first, second, *linear, *options)
-        ctx.mark_non_differentiable(*(x for x in kept if x is not None))
-        ctx.set_materialize_grads(False)
-        ctx.num_kept = len(kept)
-        ctx.save_for_backward(*kept, tile_queries, u, u_queries, *parameters)
-        return out, *kept
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        if dout is None:
-            return (None,) * len(ctx.needs_input_grad)
-        saved = ctx.saved_tensors  # read once: activation checkpointing recomputes them at every access
-        kept, (tile_queries, u, u_queries, *parameters) = saved[: ctx.num_kept], saved[ctx.num_kept :]
-        linear, first, second = parameters[:4], parameters[4 : 4 + ctx.num_first], parameters[4 + ctx.num_first :]
-        du, du_queries, dfirst, dsecond, *dlinear = _query_rows_backward(
-            u, u_queries, tile_queries, first, second, *linear, *ctx.options, *kept, dout.contiguous()
-        )  # fmt: skip
-        pairs = zip((u, u_queries, *parameters), (du, du_queries, *dlinear, *dfirst, *dsecond), strict=True)
-        return None, None, None, *(None if x is None else grad for x, grad in pairs)
-
-
 _INPUTS = (
-    "Tensor u, Tensor u_queries, Tensor tile_queries, Tensor?[] first, Tensor?[] second, Tensor in_proj, Tensor? in_proj_bias, "
-    "Tensor out_proj, Tensor? out_proj_bias, ScalarType dtype, bool batch_invariant"
+    "Tensor u, Tensor u_queries, Tensor?[] first, Tensor?[] second, Tensor in_proj, Tensor? in_proj_bias, Tensor out_proj, "
+    "Tensor? out_proj_bias, Tensor tile_queries, ScalarType dtype, bool batch_invariant"
 )
 _KEPT = "Tensor x, Tensor z, Tensor packed, Tensor A_D, Tensor dt_B_C, Tensor y, Tensor y_pre_gate, Tensor tile_states"
 _KEPT_OR_NONE = _KEPT.replace("Tensor A_D", "Tensor? A_D")
@@ -265,5 +206,8 @@ _query_rows_backward = register(
     _backward_shapes,
 )
 _query_rows = register(
-    f"mamba_inner_query_rows({_INPUTS}, bool training) -> (Tensor out, {_KEPT})", _forward, _forward_shapes, _QueryRows.call
+    f"mamba_inner_query_rows({_INPUTS}, bool training) -> (Tensor out, {_KEPT})",
+    _forward,
+    _forward_shapes,
+    _query_rows_backward,
 )

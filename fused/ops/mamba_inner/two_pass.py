@@ -17,7 +17,8 @@ from fused.ops.mamba_inner.kernels import PackedWeights
 from fused.ops.mamba_inner.pipeline import Pipeline, pack
 from fused.ops.selective_scan import launch as scan
 from fused.ops.selective_scan import schedule
-from fused.ops.selective_scan.launch import ScanInputs, aligned_or_none, schedule_for
+from fused.ops.selective_scan.inputs import ScanInputs, aligned_or_none
+from fused.ops.selective_scan.launch import schedule_for
 from fused.ops.shapes import DirectionWeights
 from fused.runtime.modes import is_batch_invariant
 

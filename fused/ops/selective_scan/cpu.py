@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from fused.ops.selective_scan.eager import selective_scan_eager
-from fused.ops.shapes import by_direction
+from fused.ops.shapes import dense
 from fused.runtime import cpu_library
 from fused.runtime.autocast import no_autocast
 from fused.runtime.dtypes import accumulation_dtype
 from fused.runtime.exporting import is_exporting
-from fused.runtime.library import apply_function, below_autograd, register, wants_gradients
+from fused.runtime.library import none_if_empty, register, wants_gradients
 
 Pair = Sequence[Tensor]
 OptionalPair = Sequence[Tensor | None]
@@ -55,17 +55,12 @@ def _scan(
         return y.to(dtype), final
 
 
-def rows_of(x: Tensor) -> Tensor:
-    """Return x with its last axis contiguous, a copy where it is not."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def scan_struct(
     u: Pair, delta: Pair, A: Pair, B: Pair, C: Pair, D: OptionalPair, delta_bias: OptionalPair, z: Tensor | None,
     initial_state: Tensor | None, softplus: bool, A_is_log: bool, reverses: Sequence[bool], y: Tensor, pre_gate: Tensor | None,
     final: Tensor | None, chunks: Tensor | None, dt_proj: OptionalPair = (None, None),
 ) -> tuple[Any, ...]:  # fmt: skip
-    """Return the members of the kernel's `Scan`; all tensors of the tokens are `rows_of`, the others contiguous.
+    """Return the members of the kernel's `Scan`; all tensors of the tokens are `dense`, the others contiguous.
 
     With `dt_proj` (E, R) `delta` are rows that begin with dt (B, L, R).
     """
@@ -92,10 +87,10 @@ def _inputs(
     initial_state: Tensor | None,
 ) -> tuple[Any, ...]:  # fmt: skip
     """Return the inputs as `scan_struct` takes them."""
-    tokens = ([rows_of(x) for x in pair] for pair in (u, delta))
-    mixing = ([rows_of(x) for x in pair] for pair in (B, C))
+    tokens = ([dense(x) for x in pair] for pair in (u, delta))
+    mixing = ([dense(x) for x in pair] for pair in (B, C))
     others = ([None if x is None else x.contiguous() for x in pair] for pair in (D, delta_bias))
-    z, initial_state = None if z is None else rows_of(z), None if initial_state is None else initial_state.contiguous()
+    z, initial_state = None if z is None else dense(z), None if initial_state is None else initial_state.contiguous()
     return *tokens, [x.contiguous() for x in A], *mixing, *others, z, initial_state
 
 
@@ -133,7 +128,7 @@ def _forward_shapes(
 
 def _backward(
     u: Pair, delta: Pair, A: Pair, B: Pair, C: Pair, D: OptionalPair, delta_bias: OptionalPair, z: Tensor | None,
-    initial_state: Tensor | None, softplus: bool, reverses: Sequence[bool], y_pre_gate: Tensor, chunk_states: Tensor,
+    initial_state: Tensor | None, softplus: bool, reverses: Sequence[bool], y_pre_gate: Tensor | None, chunk_states: Tensor,
     dy: Tensor | None, dfinal_states: Tensor | None,
 ) -> tuple[Any, ...]:  # fmt: skip
     """Return the gradients of all tensors, in their shapes and order; None for None."""
@@ -146,8 +141,8 @@ def _backward(
     dA = [new((E, N)) for _ in reverses]
     dD, dbias = ([None if x is None else new(E) for x in pair] for pair in (D, delta_bias))
     dz, dinitial = (None if x is None else new(x.shape) for x in (z, initial_state))
-    struct = scan_struct(*(*inputs, softplus, False, reverses, du[0], y_pre_gate, dA[0], chunk_states))
-    dy, dfinal_states = None if dy is None else rows_of(dy), None if dfinal_states is None else dfinal_states.contiguous()
+    struct = scan_struct(*(*inputs, softplus, False, reverses, du[0], none_if_empty(y_pre_gate), dA[0], chunk_states))
+    dy, dfinal_states = None if dy is None else dense(dy), None if dfinal_states is None else dfinal_states.contiguous()
     cpu_library.call(
         "scan_backward", u[0].dtype, struct,
         gradients_struct(dy, dfinal_states, du, ddelta, dB, dC, dA, dD, dbias, dz, dinitial),
@@ -188,7 +183,7 @@ def gradients_struct(
 
 def _backward_shapes(
     u: Pair, delta: Pair, A: Pair, B: Pair, C: Pair, D: OptionalPair, delta_bias: OptionalPair, z: Tensor | None,
-    initial_state: Tensor | None, softplus: bool, reverses: Sequence[bool], y_pre_gate: Tensor, chunk_states: Tensor,
+    initial_state: Tensor | None, softplus: bool, reverses: Sequence[bool], y_pre_gate: Tensor | None, chunk_states: Tensor,
     dy: Tensor | None, dfinal_states: Tensor | None,
 ) -> tuple[Any, ...]:  # fmt: skip
     def like(x: Tensor | None) -> Tensor:
@@ -198,50 +193,12 @@ def _backward_shapes(
     return *([like(x) for x in pair] for pair in pairs), like(z), like(initial_state)
 
 
-class _SelectiveScan(torch.autograd.Function):
-    """Autograd of the operator. It saves its inputs, the states that enter chunks, and y before the gate."""
-
-    @classmethod
-    def call(
-        cls, u: Pair, delta: Pair, A: Pair, B: Pair, C: Pair, D: OptionalPair, delta_bias: OptionalPair, z: Tensor | None,
-        initial_state: Tensor | None, *options: Any,
-    ) -> Any:  # fmt: skip
-        """Apply to the tensors one by one, so that autograd sees each of them."""
-        return apply_function(cls, options, z, initial_state, *u, *delta, *A, *B, *C, *D, *delta_bias)
-
-    @staticmethod
-    def forward(
-        ctx: Any, options: tuple[Any, ...], z: Tensor | None, initial_state: Tensor | None, *per_direction: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        softplus, reverses, _ = ctx.options = options
-        pairs = by_direction(per_direction, len(reverses))
-        operator = torch.ops.videomamba.selective_scan_cpu.default
-        y, final, *kept = below_autograd(operator, *pairs, z, initial_state, softplus, reverses, True)
-        ctx.mark_non_differentiable(*(x for x in kept if x is not None))
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*kept, z, initial_state, *per_direction)
-        return y, final, *kept
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-        pre_gate, chunks, z, initial_state, *per_direction = ctx.saved_tensors
-        softplus, reverses, _ = ctx.options
-        pairs = by_direction(per_direction, len(reverses))
-        pre_gate = chunks if pre_gate is None else pre_gate  # not read without z
-        *grads, dz, dinitial = _selective_scan_backward(
-            *pairs, z, initial_state, softplus, reverses, pre_gate, chunks, dy, dfinal
-        )  # fmt: skip
-        flat = [grad for pair in grads for grad in pair]
-        tensors, all_grads = (z, initial_state, *per_direction), (dz, dinitial, *flat)
-        return None, *(None if x is None else grad for x, grad in zip(tensors, all_grads, strict=True))
-
-
 _INPUTS = (
     "Tensor[] u, Tensor[] delta, Tensor[] A, Tensor[] B, Tensor[] C, Tensor?[] D, Tensor?[] delta_bias, Tensor? z, "
     "Tensor? initial_state, bool softplus, bool[] reverses"
 )
 _selective_scan_backward = register(
-    f"selective_scan_cpu_backward({_INPUTS}, Tensor y_pre_gate, Tensor chunk_states, Tensor? dy, Tensor? dfinal_states) -> "
+    f"selective_scan_cpu_backward({_INPUTS}, Tensor? y_pre_gate, Tensor chunk_states, Tensor? dy, Tensor? dfinal_states) -> "
     "(Tensor[] du, Tensor[] ddelta, Tensor[] dA, Tensor[] dB, Tensor[] dC, Tensor[] dD, Tensor[] ddelta_bias, Tensor dz, "
     "Tensor dinitial_state)",  # empty for what is None
     _backward,
@@ -251,5 +208,5 @@ _selective_scan = register(
     f"selective_scan_cpu({_INPUTS}, bool keep) -> (Tensor y, Tensor final_states, Tensor y_pre_gate, Tensor chunk_states)",
     _forward,
     _forward_shapes,
-    _SelectiveScan.call,
+    _selective_scan_backward,
 )

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from fused.ops.selective_scan import launch
-from fused.ops.selective_scan.launch import TILE, ScanInputs, aligned_or_none, dense, schedule_for
-from fused.ops.shapes import by_direction
+from fused.ops.selective_scan.inputs import ScanInputs, aligned_or_none
+from fused.ops.selective_scan.launch import schedule_for
+from fused.ops.selective_scan.schedule import TILE
+from fused.ops.shapes import dense
 from fused.runtime.autocast import no_autocast
-from fused.runtime.library import apply_function, below_autograd, none_if_empty, register, wants_gradients
+from fused.runtime.library import none_if_empty, register, wants_gradients
 from fused.runtime.modes import is_batch_invariant
 
 Pair = Sequence[Tensor]
@@ -128,9 +130,10 @@ def _forward_shapes(
 def _backward(
     u: Pair, delta: Pair, A: Pair, B: Pair, C: Pair, D: OptionalPair, delta_bias: OptionalPair, z: Tensor | None,
     initial_state: Tensor | None, softplus: bool, reverses: Sequence[bool], batch_invariant: bool,
-    y_pre_gate: Tensor | None, tile_states: Tensor | None, dy: Tensor, dfinal_states: Tensor | None,
+    y_pre_gate: Tensor | None, tile_states: Tensor | None, dy: Tensor | None, dfinal_states: Tensor | None,
 ) -> tuple[Any, ...]:  # fmt: skip
     """Return the gradients of all tensors, in their shapes and order; None for None."""
+    dy = torch.zeros_like(u[0]) if dy is None else dy
     s = _scan_inputs(u, delta, A, B, C, D, delta_bias, z, softplus, reverses)
     plan = schedule_for(s.u[0], A[0].shape[1], len(s.reverses), batch_invariant)
     dB, dC = ([torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in pair] for pair in (s.B, s.C))
@@ -148,54 +151,13 @@ def _backward(
 def _backward_shapes(
     u: Pair, delta: Pair, A: Pair, B: Pair, C: Pair, D: OptionalPair, delta_bias: OptionalPair, z: Tensor | None,
     initial_state: Tensor | None, softplus: bool, reverses: Sequence[bool], batch_invariant: bool,
-    y_pre_gate: Tensor | None, tile_states: Tensor | None, dy: Tensor, dfinal_states: Tensor | None,
+    y_pre_gate: Tensor | None, tile_states: Tensor | None, dy: Tensor | None, dfinal_states: Tensor | None,
 ) -> tuple[Any, ...]:  # fmt: skip
     def like(x: Tensor | None) -> Tensor:
-        return dy.new_empty(0) if x is None else x.new_empty(x.shape)
+        return u[0].new_empty(0) if x is None else x.new_empty(x.shape)
 
     pairs = (u, delta, A, B, C, D, delta_bias)
     return *([like(x) for x in pair] for pair in pairs), like(z), like(initial_state)
-
-
-class _SelectiveScan(torch.autograd.Function):
-    """Autograd of the operator. It saves its inputs and, if `keep`, the state before every tile and y before the gate."""
-
-    @classmethod
-    def call(
-        cls, u: Pair, delta: Pair, A: Pair, B: Pair, C: Pair, D: OptionalPair, delta_bias: OptionalPair, z: Tensor | None,
-        initial_state: Tensor | None, *options: Any,
-    ) -> Any:  # fmt: skip
-        """Apply to the tensors one by one, so that autograd sees each of them."""
-        return apply_function(cls, options, z, initial_state, *u, *delta, *A, *B, *C, *D, *delta_bias)
-
-    @staticmethod
-    def forward(
-        ctx: Any, options: tuple[Any, ...], z: Tensor | None, initial_state: Tensor | None, *per_direction: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        _, reverses, _, _ = ctx.options = options
-        pairs = by_direction(per_direction, len(reverses))
-        y, final_states, *kept = below_autograd(
-            torch.ops.videomamba.selective_scan.default, *pairs, z, initial_state, *options
-        )  # fmt: skip
-        ctx.mark_non_differentiable(*(x for x in kept if x is not None))
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*kept, z, initial_state, *per_direction)
-        return y, final_states, *kept
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dfinal_states: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-        y_pre_gate, tile_states, z, initial_state, *per_direction = ctx.saved_tensors
-        softplus, reverses, batch_invariant, _ = ctx.options
-        pairs = by_direction(per_direction, len(reverses))
-        dy = torch.zeros_like(per_direction[0]) if dy is None else dy
-        *grads, dz, dinitial = _selective_scan_backward(
-            *pairs, z, initial_state, softplus, reverses, batch_invariant, y_pre_gate, tile_states, dy, dfinal_states
-        )  # fmt: skip
-        flat = [grad for pair in grads for grad in pair]
-        return None, *(
-            None if x is None else grad
-            for x, grad in zip((z, initial_state, *per_direction), (dz, dinitial, *flat), strict=True)
-        )
 
 
 _INPUTS = (
@@ -203,7 +165,7 @@ _INPUTS = (
     "Tensor? initial_state, bool softplus, bool[] reverses, bool batch_invariant"
 )
 _selective_scan_backward = register(
-    f"selective_scan_backward({_INPUTS}, Tensor? y_pre_gate, Tensor? tile_states, Tensor dy, Tensor? dfinal_states) -> "
+    f"selective_scan_backward({_INPUTS}, Tensor? y_pre_gate, Tensor? tile_states, Tensor? dy, Tensor? dfinal_states) -> "
     "(Tensor[] du, Tensor[] ddelta, Tensor[] dA, Tensor[] dB, Tensor[] dC, Tensor[] dD, Tensor[] ddelta_bias, Tensor dz, "
     "Tensor dinitial_state)",  # empty for what is None
     _backward,
@@ -213,5 +175,5 @@ _selective_scan = register(
     f"selective_scan({_INPUTS}, bool keep) -> (Tensor y, Tensor final_states, Tensor y_pre_gate, Tensor tile_states)",
     _forward,
     _forward_shapes,
-    _SelectiveScan.call,
+    _selective_scan_backward,
 )

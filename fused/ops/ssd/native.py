@@ -106,5 +106,5 @@ _ssd = register(
     f"ssd({_INPUTS}) -> (Tensor y, Tensor final_state)",
     _forward,
     _forward_shapes,
-    functools.partial(apply_function, _SSD),
+    autograd=functools.partial(apply_function, _SSD),
 )

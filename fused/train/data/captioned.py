@@ -67,7 +67,7 @@ class CaptionData:
             self.sources.append(source)
             self.ids += tuple(_numbers(pairs, config.text.ids, max(self.ids, default=-1) + 1))
             self.captions += tuple(caption for _, caption, _ in pairs)
-            notes += _shared_captions(pairs, key, config.text.ids)
+            notes += _shared_captions(pairs, file, config.text.ids)
         self.notes = tuple(notes)
         self.files = tuple(chain.from_iterable(source.files for source in self.sources))
 
@@ -114,7 +114,7 @@ def _numbers(pairs: Sequence[tuple[Path, str, Captioned]], kind: str, first: int
         yield first + seen.setdefault(clean_text(caption) if kind == "caption" else identity, len(seen))
 
 
-def _shared_captions(pairs: Sequence[tuple[Path, str, Captioned]], key: str, kind: str) -> list[str]:
+def _shared_captions(pairs: Sequence[tuple[Path, str, Captioned]], file: str, kind: str) -> list[str]:
     """Return a note if captions are of several videos, which text.ids "video" takes for wrong answers of each other."""
     videos: dict[str, set[Path]] = {}
     for path, caption, _ in pairs:
@@ -123,4 +123,4 @@ def _shared_captions(pairs: Sequence[tuple[Path, str, Captioned]], key: str, kin
     if kind == "caption" or not shared:
         return []
     advice = "with text.ids=caption these are right answers of each other"
-    return [f"{key}: {len(shared)} captions are of several videos, such as {shared[0]!r}; {advice}"]
+    return [f"{file}: {len(shared)} captions are of several videos, such as {shared[0]!r}; {advice}"]

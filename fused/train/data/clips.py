@@ -8,6 +8,7 @@ The number of decoding processes, which of them decodes a file, and the step at 
 batch. A file that cannot be read does not end a training: another file replaces it, and the batch reports it.
 """
 
+import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -164,7 +165,7 @@ class ClipFolder:
         self.scale, self.flip, self.seed, self.frame_pattern = (scale[0], scale[1]), flip, seed, frame_pattern
         listing = self.list_files(root, classes, separator, prefix, columns, images=frames is None)
         self.files, self.labels, self.classes, self.stated_frames, self.notes = listing
-        folder = next((path for path in self.files if not is_video_name(path) and path.is_dir()), None) if fps else None
+        folder = next((path for path in self.files if not is_video_name(path) and os.path.isdir(path)), None) if fps else None
         if folder is not None:
             wrong = f"fps is {fps}, but {folder} is a folder of images, which states no times"
             raise ValueError(f"ClipFolder: {wrong}; allowed: fps=None, or video files only")

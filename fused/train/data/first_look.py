@@ -1,6 +1,7 @@
 """A look at a few videos before a training begins, also by a dry run: it finds options that fit no video."""
 
 import math
+import os
 from collections.abc import Sequence
 
 from fused.io.video import VideoError
@@ -17,7 +18,7 @@ def try_videos(dataset: ClipFolder) -> list[str]:
     gives a clip, ImportError without PyAV.
     """
     others = _spread([i for i, path in enumerate(dataset.files) if not is_video_name(path)])
-    folders = [i for i in others if dataset.files[i].is_dir()]
+    folders = [i for i in others if os.path.isdir(dataset.files[i])]
     files = _spread([i for i, path in enumerate(dataset.files) if is_video_name(path)])
     files += [i for i in others if i not in folders]
     kinds = {"files": files, "folders of images": folders}

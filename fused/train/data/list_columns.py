@@ -81,14 +81,14 @@ def read_table(file: Path, lines: Sequence[Line], separator: str | None, columns
     line is the label, or its last two words are the second and third column if they are numbers in every line. What stands
     before them is the path, with its blanks; its last word must not be a number.
 
-    The first line is a header if all its cells are known (HEADER_WORDS). It is also one, and a note says so, if its cells hold
-    no dot, slash or backslash, and a cell behind the first is a form of "label" or "class", or a column behind the first holds
-    numbers in all lines but this one, or all other lines begin with the path of a video file. Any other first line names a
-    video. Lines equal to the header are left out too.
+    The first line is a header if all its cells are known (HEADER_WORDS), or if cells for path and label are among them. It is
+    also one, and a note says so, if its cells hold no dot, slash or backslash, and a cell behind the first is a form of "label"
+    or "class", or a column behind the first holds numbers in all lines but this one, or all other lines begin with the path of
+    a video file. Any other first line names a video. Lines equal to the header are left out too.
 
     `columns` are names of COLUMNS in the order of the columns ("skip" for one that is not read), or None. None takes those of a
-    header of known words. Otherwise one column is the path, two are path and label, and for three the second and third column
-    decide:
+    header that names path and label; columns under other words are not read then, and a note names them. Otherwise one column
+    is the path, two are path and label, and for three the second and third column decide:
 
         names     numbers                          path, label, seconds
         integers  names                            path, frames, label
@@ -105,16 +105,19 @@ def read_table(file: Path, lines: Sequence[Line], separator: str | None, columns
         rows = _split_all(file, lines, SEPARATORS.get(separator, separator), count, least=2)
     else:
         rows = _find_rows(file, lines, count)
-    header, header_columns = _find_header(rows)
+    named = _find_header(rows)
     body, notes = list(zip(lines, rows, strict=True)), []
-    if header:
+    if named is not None:
         first = lines[0]
         body = [(line, cells) for line, cells in body if line.text != first.text]
-        if header_columns is None or len(rows[0]) == 1:
+        if None in named or len(named) == 1:
             notes.append(f"{file}, line {first.number}: {first.text!r} is taken for a header")
         if len(body) < len(lines) - 1:
             notes.append(f"{file}: {len(lines) - 1 - len(body)} further lines equal to the header are left out")
-    return Table(tuple(columns or header_columns or _find_columns(file, body)), body, notes)
+        if columns is None and {"path", "label"} <= set(named) and None in named:
+            unread = ", ".join(repr(cell) for cell, name in zip(rows[0], named, strict=True) if name is None)
+            notes[0] += f"; columns that are not read: {unread}"
+    return Table(tuple(columns or _columns_of(file, lines[0], named, body)), body, notes)
 
 
 def _find_rows(file: Path, lines: Sequence[Line], count: int | None) -> list[list[str]]:
@@ -172,8 +175,11 @@ def _split_all(file: Path, lines: Sequence[Line], separator: str, count: int | N
         for i, line in enumerate(lines):
             if len(rows[i]) > usual and '"' not in line.text:
                 rows[i] = _split_last(line.text, usual)
-                if count is None and NUMBER.fullmatch(rows[i][0].split()[-1]):
+                *before, last = rows[i][0].split()
+                if count is None and NUMBER.fullmatch(last):
                     raise bad_line(file, line, f"has a number after a blank in its path; {_QUOTE}, or {_COLUMNS_OPTION}")
+                if count is None and any(map(is_video_name, before)) and not is_video_name(last):
+                    raise bad_line(file, line, f"has several words behind the name of a file; {_QUOTE}, or {_COLUMNS_OPTION}")
         count = usual
     usual = count or max(least, Counter(map(len, rows)).most_common(1)[0][0])
     for line, cells in zip(lines, rows, strict=True):
@@ -224,21 +230,42 @@ def _looks_right(rows: Sequence[Sequence[str]]) -> bool:
     return all(map(is_video_name, columns[0])) or any(all(map(NUMBER.fullmatch, column)) for column in columns[1:])
 
 
-def _find_header(rows: Sequence[Sequence[str]]) -> tuple[bool, tuple[str, ...] | None]:
-    """Return whether the first row is a header, and the columns that it names, if all of its words are known."""
+def _find_header(rows: Sequence[Sequence[str]]) -> tuple[str | None, ...] | None:
+    """Return the column that each word of the first row names, None for an unknown word; None if the row is no header."""
     first, body = rows[0], rows[1:]
-    known = [HEADER_WORDS.get(re.sub(r"[\s_-]", "", cell.lower())) for cell in first]
-    named = tuple(name for name in known if name is not None)
-    if len(named) == len(first):
-        return True, named if are_columns(named) else None
+    known = tuple(HEADER_WORDS.get(re.sub(r"[\s_-]", "", cell.lower())) for cell in first)
+    if None not in known or {"path", "label"} <= set(known):
+        return known
     if not body or not first[0] or any(mark in cell for cell in first for mark in PATH_MARKS):
-        return False, None
+        return None
     columns = list(zip(*body, strict=True))
     numbers = [all(map(NUMBER.fullmatch, column)) for column in columns]
     above_numbers = any(numbers[i] and not NUMBER.fullmatch(first[i]) for i in range(1, len(first)))
     words = [cell.lower() for name, cell in zip(known, first, strict=True) if name == "label"]
     named_label = known[0] != "label" and any("label" in word or "class" in word for word in words)
-    return above_numbers or named_label or all(map(is_video_name, columns[0])), None
+    return known if above_numbers or named_label or all(map(is_video_name, columns[0])) else None
+
+
+def _columns_of(
+    file: Path, first: Line, named: Sequence[str | None] | None, body: Sequence[tuple[Line, Sequence[str]]]
+) -> tuple[str, ...]:
+    """Return what the columns hold, by the header if it says so, else by their cells. `named` is that of `_find_header`.
+
+    Raises ValueError for a header that names a column twice, or another column than the cells tell.
+    """
+    if named is None or len(named) == 1:
+        return _find_columns(file, body)
+    columns, read = tuple(name or "skip" for name in named), [name for name in named if name not in (None, "skip")]
+    all_known = None not in named
+    if are_columns(columns) and (all_known or "label" in named):
+        return columns
+    if all_known or len(set(read)) < len(read):
+        raise bad_line(file, first, f"is a header that names no path, or a column twice; {_COLUMNS_OPTION}")
+    found = _find_columns(file, body)
+    for number, (name, other) in enumerate(zip(named, found, strict=True), 1):
+        if name not in (None, "path", "skip", other):
+            raise bad_line(file, first, f"names column {number} {name}, whose cells are those of {other}; {_COLUMNS_OPTION}")
+    return found
 
 
 def _find_columns(file: Path, body: Sequence[tuple[Line, Sequence[str]]]) -> tuple[str, ...]:

@@ -90,13 +90,17 @@ def _read_lines(file: Path) -> tuple[list[Line], int]:
         text = content.decode("utf-16") if is_utf16 else content.decode("utf-8-sig", "surrogateescape")
     except UnicodeDecodeError as error:
         raise ValueError(f"root must be {WANTED}, got {file}: {error}") from error
-    lines, num_comments = [], 0
+    lines, num_comments, indented = list[Line](), 0, list[int]()
     for number, line in enumerate(re.split("\r\n|\r|\n", text), 1):
-        line = line.lstrip("\ufeff").strip()  # lists that were joined have byte order marks inside
-        if line.startswith("#"):
+        line = line.lstrip("\ufeff")  # lists that were joined have byte order marks inside
+        if line.lstrip().startswith("#"):
             num_comments += 1
-        elif line.strip(",; "):
-            lines.append(Line(number, line))
+        elif line.strip().strip(",; "):
+            if line.startswith("\t"):
+                indented.append(len(lines))
+            lines.append(Line(number, line.strip()))
+    if indented == [0] and len(lines) > 1:  # the first word of a header is empty, as pandas writes it over an index
+        lines[0] = Line(lines[0].number, "\t" + lines[0].text)
     return lines, num_comments
 
 

@@ -1,5 +1,6 @@
 """Find the videos of a training and their classes, in a folder, a folder of classes, or a list file."""
 
+import os
 import re
 import unicodedata
 from collections.abc import Sequence, Set
@@ -81,6 +82,8 @@ def list_videos(
     if not all(names):
         unlabelled = paths[names.index("")]
         raise ValueError(f"root must hold videos with classes or without, not both; {unlabelled} has none, and others have one")
+    if strange := next(filter(_cannot_be_written, names), None):
+        raise ValueError(f"{root} has the class {strange!r}, a name in another encoding; allowed is UTF-8: rename the folder")
     known = classes or _class_names(names)
     numbers = {name: number for number, name in enumerate(known)}
     for video in videos:
@@ -105,7 +108,7 @@ def _scan(root: Path, with_classes: bool, images: bool) -> tuple[list[_Video], l
         parts = path.relative_to(root).parts
         videos.append(_Video(path, parts[0] if with_classes and len(parts) > 1 else "", None, str(path)))
     used = {video.label for video in videos}
-    folders = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    folders = sorted(path.name for path in root.iterdir() if os.path.isdir(path) and not path.name.startswith("."))
     empty = [name for name in folders if name not in used]
     if any(used) and empty:
         notes.append(f"{root}: class folders without a video: {_abbreviate(empty)}")
@@ -141,6 +144,15 @@ def _check_labels(file: Path, videos: Sequence[ListedVideo]) -> None:
         if not CLASS_NUMBER.fullmatch(video.label.lstrip("0") or "0"):
             allowed = "a class number from 0 to 99999, a name, or no label in any line"
             raise ValueError(f"{file}, line {video.line}: {video.path} has the label {video.label!r}; allowed: {allowed}")
+
+
+def _cannot_be_written(name: str) -> bool:
+    """Return whether a name holds bytes that are no UTF-8, with which no model's folder can be written."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _class_names(names: Sequence[str]) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ def _are_names(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class LanguageConfig:
-    """How conversations become rows of tokens, and which parameters learn."""
+    """The making of rows of tokens from conversations, and the choice of parameters that learn."""
 
     frames: int | None = None  # of a video; None: 8 for vamba-pretrain, else 64
     longest: int | None = 640  # pixels: a Vamba's frame with a longer side is scaled to it; None: all stay

@@ -22,6 +22,10 @@ for (const pre of document.querySelectorAll("pre")) {
   });
   pre.append(button);
 }
+const measured = new ResizeObserver((entries) => {
+  for (const { target } of entries) target.classList.toggle("more", target.scrollWidth > target.clientWidth + 1);
+});
+for (const box of document.querySelectorAll(".scroll")) measured.observe(box);
 function reveal() {
   let at = location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)));
   if (!at) return;

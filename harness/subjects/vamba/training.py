@@ -1,4 +1,4 @@
-"""How the check `convergence` trains a Vamba: captions of clips, four packed into a row."""
+"""The training of a Vamba that the check `convergence` asks for: captions of clips, four packed into a row."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""How the checks `convergence` and `processes` train a classifier."""
+"""The training of a classifier that the checks `convergence` and `processes` ask for."""
 
 from collections.abc import Callable
 from typing import Any

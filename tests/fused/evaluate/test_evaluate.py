@@ -297,7 +297,9 @@ def lists_text(text: str) -> Callable[[Path], str]:
         (["window=2", "window_least=3"], "windows.least is 3; allowed: up to windows.seconds (2)"),
         (["precision=fp8"], "precision is 'fp8'"),
         (["--protocol", "k400", "fps=8"], "views.frames is 'sparse'; allowed: 'model'"),
-        (["--data", "nowhere"], "there is no nowhere"),
+        (["--data", "nowhere"], "data: root must be a folder of videos, or a list of them"),
+        (["backend=native", "device=cpu"], "backend 'native' cannot run here. native runs on CUDA only"),
+        (["backend=fast"], "'fast'"),
     ],
 )
 def test_wrong_command(
@@ -325,6 +327,29 @@ def test_wrong_lists(labels: list[str] | None, text: str, message: str, tmp_path
     with pytest.raises(ValueError) as error:
         evaluate(given, tmp_path / "list", settings=FAST)
     assert message in str(error.value)
+
+
+def test_a_video_that_is_written_in_two_ways_has_one_label(
+    model: VideoMamba, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative to a list in the working folder, and from the root."""
+    monkeypatch.chdir(tmp_path)
+    Path("list").write_text(f"data/dark/a.avi,dark\n{data}/dark/a.avi,dark\n")
+    assert evaluate(model, "list", settings=FAST).numbers["listed"] == 1
+    Path("list").write_text(f"data/dark/a.avi,dark\n{data}/dark/a.avi,grey\n")
+    with pytest.raises(ValueError, match="data/dark/a.avi has two labels, and is written in two ways"):
+        evaluate(model, "list", settings=FAST)
+
+
+def test_a_gpu_where_there_is_none(
+    model: VideoMamba, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder is evaluated on the device that the settings name, as by the command; a model stays where it is."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    folder, asked = model.save_pretrained(tmp_path / "model"), Settings(workers=0, device="cuda")
+    with pytest.raises(ValueError, match="device is 'cuda'; allowed here, where PyTorch finds no GPU"):
+        evaluate(folder, data, settings=asked)
+    assert evaluate(model, data, settings=asked).numbers["read"] == 9
 
 
 def test_names_from_a_file(model: VideoMamba, data: Path, tmp_path: Path) -> None:

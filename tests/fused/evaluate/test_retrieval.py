@@ -267,7 +267,8 @@ def test_two_processes_give_the_results_of_one(made: VideoTextRetrieval, data: P
     [
         ("vocabulary={short}", "with 18 words; allowed: the 19"), ("text_length=17", "text_length is 17; allowed: at most"),
         ("--views 3", "--views is given"), ("rerank=-1", "rerank is -1"), ("frames=4 size=32", ""), ("crop=middle", "crop is"),
-        ("batchsize=3", "batch_size"), ("sampling=segments --data {nothing}", "captions are in"),
+        ("batchsize=3", "batch_size"), ("backend=native", "backend 'native' cannot run here"),
+        ("sampling=segments --data {nothing}", "captions are in"),
         ("--model {data}", "is no configuration of a video-text model|no complete|cannot be read|refused"),
     ],
 )  # fmt: skip
@@ -283,6 +284,22 @@ def test_bad_input(
     error = capsys.readouterr().err
     assert code == (2 if said else 0), error
     assert any(part in error for part in said.split("|")), error
+
+
+def test_matching_tells_how_far_it_is(
+    made: VideoTextRetrieval, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--task", "retrieval", "--model", str(made.save_pretrained(tmp_path / "model")), "--data", str(data)]
+    assert main([*command, "--out", str(tmp_path / "out"), "workers=0", "device=cpu"]) == 0
+    assert "\nmatching of video 12/12: " in capsys.readouterr().out
+
+
+def test_a_gpu_where_there_is_none(
+    made: VideoTextRetrieval, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device is 'cuda'; allowed here, where PyTorch finds no GPU"):
+        evaluate_retrieval(made.save_pretrained(tmp_path / "model"), data, tmp_path / "out", settings(device="cuda"))
 
 
 def test_numbers_that_are_not_finite_name_the_video(

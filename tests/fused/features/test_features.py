@@ -106,8 +106,9 @@ def test_files(videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert np.array_equal(np.load(tmp_path / "f.npy"), torch.stack(tokens.values).numpy())
     assert json.loads((tmp_path / "f.npy.json").read_text()) == due.names
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith(f"left out {videos}/b/broken.avi") and lines[1].startswith("2 features of 32 are in ")
-    assert lines[1].endswith("1 of 3 files could not be read") and "2 features of 17x32 are in" in lines[3]
+    assert lines[0].startswith(f"left out {videos}/b/broken.avi") and lines[2].startswith("2 features of 32 are in ")
+    assert lines[1].startswith("video 3/3: ") and lines[1].endswith(" left") and len(lines) == 6
+    assert lines[2].endswith("1 of 3 files could not be read") and "2 features of 17x32 are in" in lines[5]
 
 
 @pytest.mark.parametrize(
@@ -116,7 +117,8 @@ def test_files(videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["--out", "features.pth"], "out is 'features.pth'; allowed: a file that ends with .safetensors or .npy"),
         (["--tokens", "--views", "2"], "tokens is True; allowed: False with 2 views"),
         (["--chunk-frames", "0"], "chunk_frames is 0"),
-        (["--data", "nowhere"], "there is no nowhere"),
+        (["--data", "nowhere"], "data: root must be a folder of videos, or a list of them"),
+        (["backend=native"], "backend 'native' cannot run here"),
         (["frame=4"], "frame is no key; the nearest is frames"),
     ],
 )
@@ -127,6 +129,14 @@ def test_wrong_command(
     start = ["--model", folder, "--data", str(videos), "--out", str(tmp_path / "f.npy"), "device=cpu", "workers=0"]
     assert main([*start, *words]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "f.npy").exists()
+
+
+def test_features_that_are_not_finite(videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = built(VideoMamba, num_classes=3)
+    torch.nn.init.constant_(model.norm_f.weight, float("inf"))
+    words = ["--model", str(model.save_pretrained(tmp_path / "model")), "--data", str(videos), "workers=0", "device=cpu"]
+    assert main([*words, "--out", str(tmp_path / "f.npy")]) == 1
+    assert "a/0.avi: its features are not finite in float32" in capsys.readouterr().err and not (tmp_path / "f.npy").exists()
 
 
 def test_no_video_can_be_read(tmp_path: Path) -> None:

@@ -55,6 +55,24 @@ def test_pattern_chooses_among_several_kinds(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("pattern", "wanted"),
+    [
+        ("img_%05d.png", [0, 1]), ("img_{:05}.png", [0, 1]), ("img_{:05d}.png", [0, 1]), ("img_{i:05d}.png", [0, 1]),
+        ("img_%d.png", [0, 1]), ("img_{}.png", [0, 1]), ("flow_?_%05d.png", [2, 3]), ("i[m]g_*.png", [0, 1, 5]),
+        ("100%_*.png", [4]), ("100%_%d.png", [4]),
+    ],
+)  # fmt: skip
+def test_patterns_with_a_number(pattern: str, wanted: list[int], tmp_path: Path) -> None:
+    """As C, FFmpeg and Python write them; upstream's `filename_tmpl` is one."""
+    names = ["img_00009.png", "img_00010.png", "flow_x_00001.png", "flow_x_00002.png", "100%_7.png", "img_x.png"]
+    folder = write_images(tmp_path / "video", names)
+    assert order(folder, pattern=pattern) == wanted
+    for wrong, reason in (("img_%06d.png", "without images named img_%06d.png"), ("*_{:05}.png", "images of 2 kinds")):
+        with pytest.raises(VideoError, match=reason):
+            order(folder, pattern=wrong)
+
+
+@pytest.mark.parametrize(
     ("names", "wrong"),
     [
         (["1.png", "2.png", "4.png", "5.png"], "number 2 is followed by number 4, where others are 1 apart"),

@@ -18,6 +18,8 @@ from fused.io.picture import centre_crop
 from fused.io.preprocessing import Preprocessing
 from fused.io.video import VideoError, count_frames, decode_frames, open_video, read_clip
 from fused.io.video_stream import OpenVideoStream
+from fused.train import ClipFolder
+from fused.train.data.first_look import try_videos
 from harness.fixtures.video import SHIPPED
 
 CONTAINERS = ("mp4", "matroska", "webm", "mov", "avi", "mpegts", "flv", "nut")
@@ -281,6 +283,16 @@ def test_name_of_a_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert count_frames(Path(name)) == 6 and read_clip(name, 2, 8).shape == (3, 2, 8, 8)
     with pytest.raises(VideoError, match="no such file"):
         count_frames(Path(f"no-{name}"))
+
+
+@pytest.mark.parametrize(("name", "wrong"), [("x" * 300 + ".mp4", "name too long"), ("a\0.mp4", "no such file")])
+def test_path_that_cannot_be_looked_up(name: str, wrong: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    with pytest.raises(VideoError, match=f"(?i){wrong}"):
+        count_frames(path)
+    (tmp_path / "list.txt").write_text(f"{SHIPPED} 0\n" + f"{name} 0\n" * ("\0" not in name))
+    folder = ClipFolder(tmp_path / "list.txt", 2, 16, train=False, fps=5)
+    assert try_videos(folder) == []
 
 
 def expected_rgb(y: int, u: int, v: int, kr: float, kb: float, is_full: bool) -> np.ndarray:

@@ -8,6 +8,8 @@ from torch import nn
 import reference
 from fused import BimbaCompressor
 from fused.models.bimba.interleave import extract, insert, interleave, places_between, places_of
+from fused.models.bimba.query_mixer import mix_at_queries
+from fused.modules.mamba import Mamba
 
 CPU = torch.device("cpu")
 
@@ -40,6 +42,31 @@ def compressor_and_inputs(frames=7, queries=9, **options):
     torch.manual_seed(0)
     compressor = golden(BimbaCompressor(8, d_state=4, **options))
     return compressor, torch.randn(2, frames, 2, 3, 8), torch.randn(2, 1, queries, 8)
+
+
+def test_two_layers_without_residuals_are_the_references():
+    _, *given = compressor_and_inputs()
+    packages = reference.BimbaCompressor, BimbaCompressor
+    compressors = [golden(package(8, d_state=4, n_layer=2, use_res=False)).double() for package in packages]
+    torch.testing.assert_close(*(compressor(*(x.double() for x in given)) for compressor in compressors))
+
+
+def test_the_gate_of_query_rows_is_rounded_once_in_half_precision():
+    """Where z is 128 the gate is a power of two, so that the result shows y; out_proj hands on the first channels."""
+    torch.manual_seed(0)
+    mixer, places, tokens = golden(Mamba(16, d_state=4)).bfloat16(), places_of(24, 9, CPU), torch.randn(2, 33, 16).bfloat16()
+    tokens[..., 0] = 1
+    queries, weight_z = tokens[:, places.queries], mixer.in_proj.weight[32:].detach().clone()
+
+    def with_gate(weight):
+        mixer.in_proj.weight[32:] = weight
+        return mix_at_queries(mixer, tokens, queries, places, "torch")
+
+    with torch.no_grad():
+        mixer.out_proj.weight.copy_(torch.eye(16, 32))
+        y = with_gate(torch.tensor([128.0] + [0.0] * 15).expand(32, 16)).float() / 128
+        z = torch.nn.functional.linear(queries, weight_z)[..., :16].float()
+        assert torch.equal(with_gate(weight_z), (y * torch.nn.functional.silu(z)).bfloat16())
 
 
 @pytest.mark.parametrize("queries", [1, 9, 14, 60])

@@ -3,16 +3,17 @@
 import gc
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from golden import fill, golden
+from tape import TapeRecorder
 from torch import Tensor
 
 import fused
 from fused import FrameStream, VideoMamba, VideoMambaConfig, VideoMambaEncoder
+from fused.models.videomamba import frame_stream
 
 TOY = {"img_size": 32, "depth": 2, "embed_dim": 32, "num_frames": 4, "num_classes": 5, "bimamba": False, "readout": "mean"}
 
@@ -102,31 +103,21 @@ def test_outputs_are_the_callers_and_frames_too() -> None:
     assert_bits(got, wanted)
 
 
-class Replayed(FrameStream):
-    """As on a GPU, where a replay does once more what was done at the capture, and leaves the result where that left it."""
-
-    @staticmethod
-    def _takes_graph(wanted: bool | None, device: torch.device) -> bool:
-        return True
-
-    def _capture(self) -> tuple[Any, Any]:
-        kept = [x.clone() for x in self._advance(0)]
-
-        def replay() -> None:
-            for there, new in zip(kept, self._advance(0), strict=True):
-                there.copy_(new)
-
-        return SimpleNamespace(replay=replay), fused.DistillOutput(*kept)
-
-
-def test_replayed() -> None:
-    """What a capture ran before the first frame leaves no trace, and the output of a replay is copied."""
-    model = model_of(distill_dim=6)
-    stream = Replayed(model, 2, total=6)
+@pytest.mark.parametrize("overrides", [{}, {"distill_dim": 6}, {"readout": "last"}])
+def test_replayed(overrides: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was run for the recording leaves no trace, a replay reads what is new, and its output is copied."""
+    recorder, model = TapeRecorder(), model_of(**overrides)
+    monkeypatch.setattr(frame_stream, "CudaRecorder", lambda device: recorder)
+    monkeypatch.setattr(FrameStream, "_takes_graph", lambda self, wanted, device: True)
+    stream = FrameStream(model, 2, total=6)
     for phase in (7, 3):
         clip = video(model, 6, phase=phase)
         assert_bits(by_frames(stream, clip, 1), by_chunks(model, clip, 6))
-        stream.reset()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1.25)
+        stream.reset()  # reads the table of positions again
+    assert [tape.replays for tape in recorder.tapes] == [10]  # every frame but the first of each video
 
 
 def test_other_weights_after_a_reset() -> None:

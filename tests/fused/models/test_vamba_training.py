@@ -117,6 +117,16 @@ def test_recomputed_layers_give_the_same_gradients_in_less_memory():
     assert kept[1] < kept[0] / 2
 
 
+def test_a_layer_that_runs_again_reads_as_many_keys_as_its_mask_has():
+    net, found = model().double(), []
+    given = {k: v.double() if k == "video" else v for k, v in batch().items()}
+    given["attention_mask"] = torch.block_diag(torch.ones(5, 5), torch.ones(4, 4)).tril().long()[None, None]
+    for recompute in (False, True):
+        net.recompute_layers = recompute
+        found.append(torch.autograd.grad(net(**given).loss, list(net.parameters()), allow_unused=True))
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_a_cache_is_kept_also_where_layers_would_be_recomputed():
     net = model()
     net.recompute_layers = True

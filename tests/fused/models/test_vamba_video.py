@@ -82,6 +82,23 @@ def test_lengths_leave_padding_out():
     torch.testing.assert_close(logits[1:], alone)
 
 
+def test_many_questions_about_one_video_leave_its_padding_out():
+    net, clip, questions = model(), video(9), ids(3, 4)
+    logits = net(questions, cache=net.encode_video(clip, lengths=[5])).logits
+    torch.testing.assert_close(logits, torch.cat([net(q[None], video=clip[:, :5]).logits for q in questions]))
+
+
+def test_nothing_runs_that_has_no_effect():
+    """The last mixer, and what would come behind the last token."""
+    net, heads = model(), []
+    net.model.layers[-1].vision_mixer.register_forward_pre_hook(lambda *_: pytest.fail("the last mixer runs"))
+    net.lm_head.register_forward_pre_hook(lambda *_: heads.append(1))
+    net(ids(1, 4), video=video(9))
+    heads.clear()
+    net.generate(video(9), ids(1, 5), max_new_tokens=3, stop_tokens=())
+    assert len(heads) == 3
+
+
 def test_one_video_serves_many_questions_without_copies():
     net, clip = model(), video(9)
     cache = net.encode_video(clip)

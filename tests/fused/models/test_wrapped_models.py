@@ -9,7 +9,7 @@ import torch
 import upstream_stand_ins
 from torch import nn
 from torch.nn.utils import parametrize, prune
-from wrappers import Adapter, Times
+from wrappers import CPU, Adapter, Times
 
 from fused import FrameStream, VideoMamba, VideoMambaConfig, VideoMambaEncoder
 from fused.models.videomamba.onnx import export_onnx
@@ -50,7 +50,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("backend", ["torch", "native"])
+@pytest.mark.parametrize("backend", ["torch", "native", *CPU])
 def test_every_module_is_called(kind, backend, emulated):
     """Only a list of modules is not; the model's norms are called with the sum that they share with the residual stream."""
     model = MODELS[kind]().to(DEVICE)
@@ -177,7 +177,7 @@ def test_a_stream_of_frames_honours_adapters():
         torch.testing.assert_close([stream(frame) for frame in clip.unbind(2)][-1], model(clip))
 
 
-@pytest.mark.parametrize("backend", ["torch", "native"])
+@pytest.mark.parametrize("backend", ["torch", "native", *CPU])
 def test_layers_that_run_again_in_the_backward_draw_the_same_dropout(backend, emulated):
     def gradients(again):
         model = adapted(0.5, depth=1, drop_path_rate=0.0, use_checkpoint=again, checkpoint_num=again * 1).train()
@@ -231,7 +231,7 @@ def test_onnx_keeps_adapters_and_hooks(tmp_path):
 TARGETS = ["in_proj", "x_proj", "x_proj_b", "dt_proj", "dt_proj_b", "out_proj", "proj", "head"]
 
 
-@pytest.mark.parametrize("backend", ["torch", "native"])
+@pytest.mark.parametrize("backend", ["torch", "native", *CPU])
 def test_lora_of_peft_on_a_model_trains_drops_out_and_merges(backend, emulated):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=TARGETS, lora_dropout=0.5, init_lora_weights=False)

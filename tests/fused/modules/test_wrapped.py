@@ -10,7 +10,7 @@ import upstream_stand_ins
 from rule import assert_rule
 from torch import nn
 from torch.nn.utils import parametrize
-from wrappers import NAMES, WRAPS, Adapter, merged_weights, wrap
+from wrappers import CPU, NAMES, WRAPS, Adapter, merged_weights, wrap
 
 pytest.importorskip("triton", reason="the convolution's kernels are Triton's")
 
@@ -20,7 +20,7 @@ from fused.runtime import nvrtc  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton 3.6's interpreter
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ("torch", "native", "native_kept", "mamba_ssm", "mamba_ssm_inner")
+BACKENDS = ("torch", "native", "native_kept", "mamba_ssm", "mamba_ssm_inner", *CPU)
 SEEDS = range(3)
 LENGTH = 19  # tokens
 
@@ -92,12 +92,12 @@ def sample(seed, names, kind, backend, **options):
 
 
 @pytest.mark.parametrize("kind", WRAPS)
-@pytest.mark.parametrize("backend", ["torch", "native", "mamba_ssm"])
+@pytest.mark.parametrize("backend", ["torch", "native", "mamba_ssm", *CPU])
 def test_wrapped_modules_compute_what_their_merged_weights_do(backend, kind):
     assert_rule(sample(seed, NAMES, kind, backend) for seed in SEEDS)
 
 
-@pytest.mark.parametrize("backend", ["torch", "native", "mamba_ssm"])
+@pytest.mark.parametrize("backend", ["torch", "native", "mamba_ssm", *CPU])
 def test_lora_of_peft_computes_and_trains_its_merged_weights(backend):
     names = [name for name in NAMES if not name.startswith("conv")]
     assert_rule(sample(seed, names, "lora", backend) for seed in SEEDS)
@@ -109,13 +109,13 @@ def test_other_mixers_over_the_same_operators(backend):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("backend", ["torch", "native", "mamba_ssm"])
+@pytest.mark.parametrize("backend", ["torch", "native", "mamba_ssm", *CPU])
 def test_one_wrapped_module_of_a_mixer(backend, name):
     assert_rule(sample(seed, (name,), "adapter", backend) for seed in SEEDS)
 
 
 @pytest.mark.parametrize("options", [{"bimamba": False}, {"bias": True, "conv_bias": False, "d_conv": 3}], ids=str)
-@pytest.mark.parametrize("backend", ["torch", "native", "mamba_ssm"])
+@pytest.mark.parametrize("backend", ["torch", "native", "mamba_ssm", *CPU])
 def test_mixers_with_other_options(backend, options):
     names = NAMES if options.get("bimamba", True) else NAMES[:5]
     for kind in ("adapter", "hook"):
@@ -124,7 +124,7 @@ def test_mixers_with_other_options(backend, options):
 
 def test_the_tests_see_a_mixer_that_reads_weights_only(monkeypatch):
     monkeypatch.setattr(mamba, "modules_to_call", lambda *arguments: ())
-    for backend in ("torch", "native"):
+    for backend in ("torch", "native", *CPU):
         with pytest.raises(AssertionError, match="error"):
             assert_rule(sample(seed, ("dt_proj",), "hook", backend) for seed in SEEDS)
 
@@ -141,7 +141,7 @@ def test_a_hook_changes_the_result_for_as_long_as_it_is_there(backend, name):
         assert torch.equal(mixer(tokens, backend=backend), before)
 
 
-@pytest.mark.parametrize("backend", ["torch", "native", "mamba_ssm"])
+@pytest.mark.parametrize("backend", ["torch", "native", "mamba_ssm", *CPU])
 def test_backward_hooks_run(backend):
     mixer, tokens = build(), normal(1, 9, 8).requires_grad_()
     called = []
@@ -153,7 +153,7 @@ def test_backward_hooks_run(backend):
     assert sorted(called) == sorted(2 * NAMES)
 
 
-@pytest.mark.parametrize("backend", ["torch", "native"])
+@pytest.mark.parametrize("backend", ["torch", "native", *CPU])
 def test_a_scaled_backward_scales_the_gradients_behind_it(backend):
     mixer, tokens = build(), normal(1, 9, 8)
     plain = torch.autograd.grad(mixer(tokens, backend=backend).sum(), mixer.x_proj.weight)[0]
@@ -162,7 +162,7 @@ def test_a_scaled_backward_scales_the_gradients_behind_it(backend):
     torch.testing.assert_close(got, 3 * plain)
 
 
-@pytest.mark.parametrize("backend", ["torch", "native"])
+@pytest.mark.parametrize("backend", ["torch", "native", *CPU])
 @pytest.mark.parametrize("kind", ["adapter", "pre_hook", "weight_norm"])
 def test_a_wrapped_mixer_streams(backend, kind):
     """Chunks chained by their states give the whole, of lengths below and above the width of the convolution."""
@@ -194,7 +194,7 @@ def test_a_parametrization_of_the_mixer_itself():
     with torch.no_grad():
         moved.A_b_log.add_(0.3)
     parametrize.register_parametrization(mixer, "A_b_log", Shifted().to(DEVICE))
-    for backend in ("torch", "native"):
+    for backend in ("torch", "native", *CPU):
         out = mixer(tokens, backend=backend)
         torch.testing.assert_close(out, moved(tokens, backend=backend))
         assert torch.autograd.grad(out.sum(), mixer.parametrizations.A_b_log[0].shift)[0] != 0
@@ -215,7 +215,7 @@ def test_a_parametrization_is_computed_once_a_forward():
 
     for name in NAMES:
         parametrize.register_parametrization(getattr(mixer, name), "weight", Counted(name), unsafe=True)
-    for backend in ("torch", "native"):
+    for backend in ("torch", "native", *CPU):
         times.clear()
         mixer(tokens, backend=backend)
         assert sorted(times) == sorted(NAMES), backend
@@ -225,7 +225,7 @@ def test_dropout_in_an_adapter_is_drawn_in_training_only():
     mixer, tokens = build(), normal(1, 9, 8)
     for name in NAMES:
         setattr(mixer, name, Adapter(getattr(mixer, name), dropout=0.5).to(DEVICE))
-    for backend in ("torch", "native"):
+    for backend in ("torch", "native", *CPU):
         assert not torch.equal(mixer(tokens, backend=backend), mixer(tokens, backend=backend))
     mixer.eval()
     assert torch.equal(mixer(tokens, backend="native"), mixer(tokens, backend="native"))
@@ -234,13 +234,13 @@ def test_dropout_in_an_adapter_is_drawn_in_training_only():
 def test_half_precision_and_autocast():
     mixer, tokens = wrap(build(), NAMES, "adapter").to(DEVICE), normal(2, 19, 8)
     due = mixer(tokens, backend="torch")
-    for backend in ("torch", "native"):
+    for backend in ("torch", "native", *CPU):
         with torch.autocast(DEVICE, torch.bfloat16):
             y = mixer(tokens, backend=backend)
         assert y.dtype == torch.bfloat16
         torch.testing.assert_close(y.float(), due, rtol=0.1, atol=0.05)
     half = mixer.bfloat16()
-    for backend in ("torch", "native"):
+    for backend in ("torch", "native", *CPU):
         y = half(tokens.bfloat16(), backend=backend)
         assert y.dtype == torch.bfloat16
         torch.testing.assert_close(y.float(), due, rtol=0.1, atol=0.05)

@@ -94,6 +94,13 @@ def test_a_clip_ignores_its_neighbours(small_segments):
     assert all(torch.equal(together[k][1:2], single[k]) for k in names)
 
 
+def test_groups_of_clips_that_do_not_fill_the_last(monkeypatch):
+    monkeypatch.setattr(recurrence, "CPU_STEP", 0)
+    monkeypatch.setattr(recurrence, "CPU_BLOCK", 8 * 2 * 2 * 4 * 3)  # 8 tokens of two clips of E = 4, N = 3, both directions
+    assert recurrence.make_segments(3, 13, 2 * 4 * 3, False)[0] == [slice(0, 2), slice(2, 3)]
+    assert_rule(sample(*draw_pair(seed, (3, 13, 4, 3, None))) for seed in range(4))
+
+
 def test_memory_kept_between_scans_mixes_nothing_up():
     """Threads and `inference_mode` use scratch memory that stays."""
     with torch.inference_mode():

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 import compiled  # noqa: E402
 
 from fused import backends  # noqa: E402
-from fused.ops.causal_conv1d import kernels as conv_kernels  # noqa: E402
+from fused.ops.causal_conv1d import backward_kernels, kernels  # noqa: E402
 from fused.ops.causal_conv1d import launch as conv  # noqa: E402
 from fused.ops.causal_conv1d.api import causal_conv1d  # noqa: E402
 from fused.ops.causal_conv1d.eager import causal_conv1d_eager  # noqa: E402
@@ -161,22 +161,27 @@ def test_low_precision_is_near():  # no more than near: the interpreter truncate
 
 
 PLANTED = {
-    "a token counted by two segments": ("t + (K - 1) < end", "t + (K - 1) < end + 1"),
+    "a token counted by two segments": (backward_kernels, "t + (K - 1) < end", "t + (K - 1) < end + 1"),
     "the other direction's order of weights": (
-        "_convolve(rev_inputs, rev_weights, rev_bias, True, K)",
-        "_convolve(rev_inputs, rev_weights, rev_bias, False, K)",
+        kernels,
+        "convolve(rev_inputs, rev_weights, rev_bias, True, K)",
+        "convolve(rev_inputs, rev_weights, rev_bias, False, K)",
     ),
-    "the state a token late": ("rev_initial_state_ptr, t, L, clip", "rev_initial_state_ptr, t, L + 1, clip"),
-    "the last token unwritten": ("inside = ((t >= 0) & (t < L))", "inside = ((t >= 0) & (t < L - 1))"),
-    "derivative of the sigmoid only": ("sigmoid * tl.fma(pre_activation, 1.0 - sigmoid, 1.0)", "sigmoid * (1.0 - sigmoid)"),
-    "no halo of ds": ("rev_ds_window = rev_ds_window[1:]", "rev_ds_window = _fill_tuple(zero, K - 1)"),
+    "the state a token late": (kernels, "rev_initial_state_ptr, t, L, clip", "rev_initial_state_ptr, t, L + 1, clip"),
+    "the last token unwritten": (kernels, "inside = ((t >= 0) & (t < L))", "inside = ((t >= 0) & (t < L - 1))"),
+    "derivative of the sigmoid only": (
+        backward_kernels,
+        "sigmoid * tl.fma(pre_activation, 1.0 - sigmoid, 1.0)",
+        "sigmoid * (1.0 - sigmoid)",
+    ),
+    "no halo of ds": (backward_kernels, "rev_ds_window = rev_ds_window[1:]", "rev_ds_window = _fill_tuple(zero, K - 1)"),
 }
 
 
 @pytest.mark.usefixtures("nan_filled")
-@pytest.mark.parametrize("right, wrong", PLANTED.values(), ids=PLANTED)
-def test_planted_wrongness_is_seen(right, wrong, tmp_path, monkeypatch):
-    plant(monkeypatch, tmp_path, conv_kernels, conv, right, wrong)
+@pytest.mark.parametrize("module, right, wrong", PLANTED.values(), ids=PLANTED)
+def test_planted_wrongness_is_seen(module, right, wrong, tmp_path, monkeypatch):
+    plant(monkeypatch, tmp_path, module, conv, right, wrong)
     with pytest.raises(AssertionError):
         assert_rule(sample(seed, CASES[2]) for seed in SEEDS[:1])
 
@@ -213,8 +218,10 @@ def test_no_clips_and_no_tokens():
     dx, dweights, _, _ = conv.backward(y, None, empty, (weight,), None, None, FORWARD, True)
     assert dx.shape == empty.shape and not dweights[0].any()
     for reverse in BOTH:
-        _, final = causal_conv1d_native(torch.empty(2, 0, 5, device=DEVICE), weight, initial_state=state, reverse=reverse)
+        leaf = state.clone().requires_grad_()
+        _, final = causal_conv1d_native(torch.empty(2, 0, 5, device=DEVICE), weight, initial_state=leaf, reverse=reverse)
         assert torch.equal(final, state)
+        assert torch.equal(torch.autograd.grad(final, leaf, 2 * state)[0], 2 * state)
 
 
 @pytest.mark.parametrize("reverse", BOTH, ids=["forward", "reverse"])
@@ -233,6 +240,7 @@ def test_the_public_operator(reverse, monkeypatch):
         assert all(torch.allclose(got[k], want[k], rtol=1e-5, atol=1e-5) and got[k].dtype == want[k].dtype for k in want)
     x = tensors["x"].requires_grad_()
     _, state = causal_conv1d(**tensors, reverse=reverse, backend="native")
+    assert state.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
     assert torch.equal(
         torch.autograd.grad(state, x, dstate)[0],
         torch.autograd.grad(causal_conv1d_eager(**tensors, reverse=reverse)[1], x, dstate)[0],

@@ -141,9 +141,9 @@ def test_it_is_an_operator_as_torch_wants_it():
     u, queries = (torch.randn(1, n, 8, device=DEVICE).requires_grad_() for n in (7, 2))
     weights = first, second, layer.in_proj.weight, None, layer.out_proj.weight, None
     operator = torch.ops.videomamba.mamba_inner_query_rows.default
-    torch.library.opcheck(operator, (u, queries, places.tile_queries, *weights, torch.float32, False, True))
+    torch.library.opcheck(operator, (u, queries, *weights, places.tile_queries, torch.float32, False, True))
     with torch.no_grad():
-        kept = operator(u, queries, places.tile_queries, *weights, torch.float32, False, False)[1:]
+        kept = operator(u, queries, *weights, places.tile_queries, torch.float32, False, False)[1:]
     assert not any(x.numel() for x in kept)  # without a gradient nothing is kept
 
 

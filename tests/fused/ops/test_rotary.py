@@ -55,5 +55,7 @@ def test_what_the_kernel_is_for():
     assert takes(x, *angles(positions, torch.float32))
     assert not takes(x, *angles(positions, torch.float64))
     assert not takes(x.double(), *angles(positions, torch.float32))
+    cos, sin = angles(positions, torch.float32)
+    assert not takes(x, cos.mT.contiguous().mT, sin) and not takes(x, cos, sin.mT.contiguous().mT)
     assert not takes(x.detach().requires_grad_(), *angles(positions, torch.float32))
     assert not takes(x.transpose(2, 3).contiguous().transpose(2, 3), *angles(positions, torch.float32))

@@ -60,6 +60,40 @@ def test_a_pair_of_other_strides_and_misaligned_views_change_no_bit():
     for place, names in ((apart, ("u_b", "delta_b", "B_b")), (odd, tuple(tensors))):
         found = outcome(lambda place=place, names=names, **x: both(x | {n: place(x[n]) for n in names}), tensors, [dy], None)
         assert [name for name in whole if not torch.equal(found[name], whole[name])] == [], place.__name__
+    found = outcome(lambda **x: both(x), tensors, [odd(dy)], None)
+    assert [name for name in whole if not torch.equal(found[name], whole[name])] == []
+
+
+class Fenced(torch.autograd.Function):
+    """A tensor in fenced memory."""
+
+    @staticmethod
+    def forward(ctx, x, at_end):
+        return emulation.fenced(x, at_end)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+@pytest.mark.parametrize("at_end", [True, False], ids=["end", "start"])
+@pytest.mark.parametrize("shape", [(2, 17, 80, 16), (2, 17, 5, 3), (1, 17, 8, 5)], ids=str)
+def test_nothing_is_read_or_written_beside_tensors_and_scratch(shape, at_end, monkeypatch):
+    tensors, cotangents = draw(0, shape)
+    due = outcome(native, tensors, cotangents, None)
+
+    def fenced(allocate):
+        def allocated(*arguments, **options):
+            x = allocate(*arguments, **options)
+            return emulation.fenced(x, at_end) if x.numel() else x
+
+        return allocated
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "zeros"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, fenced(getattr(owner, name)))
+    cotangents = [emulation.fenced(x, at_end) for x in cotangents]
+    found = outcome(lambda **x: native(**{k: Fenced.apply(v, at_end) for k, v in x.items()}), tensors, cotangents, None)
+    assert [name for name in due if not torch.equal(found[name], due[name])] == []
 
 
 @pytest.mark.parametrize("order", ["reverse", "random:1", "random:2"])

@@ -206,11 +206,26 @@ def test_no_tokens_give_back_the_state(route):
         assert y.shape == (2, 0, 4) and torch.equal(state, tensors["initial_state"])
 
 
+@pytest.mark.parametrize("name", ["B", "C"])
+def test_groups_of_one_of_B_and_C_alone(route, name):
+    """The other is for all groups, whose gradients add up."""
+    tensors, cotangents = draw(0, (2, 9, 4, 3, 2))
+    tensors[name] = tensors[name][:, :, 0]
+    run = lambda x: outcome(lambda **x: selective_scan(**x), x, cotangents, None)  # noqa: E731
+    got, due = run(tensors), run(tensors | {name: tensors[name].unsqueeze(2).repeat(1, 1, 2, 1)})
+    assert torch.equal(got["out0"], due["out0"])
+    torch.testing.assert_close(got[f"d{name}"], due[f"d{name}"].sum(2))
+
+
 BAD = {
     "u is no tensor": ({"u": [1.0]}, TypeError, "u must be a tensor"),
     "u of integers": ({"u": torch.ones(2, 5, 4, dtype=torch.long)}, TypeError, "u must be real floating point.*int64"),
     "complex A": ({"A": torch.ones(4, 3, dtype=torch.complex64)}, TypeError, "A must be real floating point"),
     "delta too short": ({"delta": torch.ones(2, 4, 4)}, ValueError, r"delta must have shape .*L=5.*got \(2, 4, 4\)"),
+    "no states": (
+        {"A": torch.ones(4, 0), "B": torch.ones(2, 5, 0), "C": torch.ones(2, 5, 0), "initial_state": torch.ones(2, 4, 0)},
+        ValueError, r"A must have at least one state a channel \(N\), got \(4, 0\)",
+    ),
     "A transposed": ({"A": torch.ones(3, 4)}, ValueError, r"A must have shape \(E=4, N\), got \(3, 4\)"),
     "B without tokens": ({"B": torch.ones(2, 3)}, ValueError, r"B must have shape .* or .*got \(2, 3\)"),
     "groups do not divide": ({"B": torch.ones(2, 5, 3, 3)}, ValueError, "groups of B must divide E=4, got G=3"),

@@ -77,8 +77,18 @@ def test_sequences_are_split(clips, multiprocessors, split_schedule, reverse, al
     assert_rule(sample(*draw(seed, (clips, 130, 2, 4)), "native", reverse=reverse) for seed in SEEDS)
 
 
+@pytest.mark.parametrize("num_unsplit", [1, 2])
+def test_a_backward_of_split_and_unsplit_sequences(num_unsplit, always_split, monkeypatch):
+    """The model of costs chooses it for more sequences than can be emulated."""
+    chosen = schedule.make_schedule.__wrapped__
+    splits = schedule.SplitSchedule(3, num_unsplit, 3, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(schedule, "make_schedule", lambda *a, **k: chosen(*a, **k)._replace(bwd_schedule=splits))
+        assert_rule(sample(*draw(seed, (3, 130, 2, 4)), "native") for seed in SEEDS)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("shape", [(2, 19, 8, 16), (2, 19, 9, 16), (2, 63, 24, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 19, 8, 16), (2, 19, 9, 16), (2, 19, 11, 16), (2, 63, 24, 1)], ids=str)
 def test_half_precision_rounds_once(dtype, shape):
     draws = [draw(seed, shape, dtype=dtype) for seed in SEEDS]
     samples = [sample(*d, "native") for d in draws]
@@ -86,6 +96,23 @@ def test_half_precision_rounds_once(dtype, shape):
     got, tensors = samples[0][0], draws[0][0]
     assert got["out0"].dtype == dtype and got["out1"].dtype == torch.float32
     assert all(got[f"d{name}"].dtype == x.dtype and got[f"d{name}"].shape == x.shape for name, x in tensors.items())
+
+
+def test_inputs_of_unlike_dtypes_are_those_in_float32():
+    tensors, _ = draw(0, (1, 17, 4, 4))
+    tensors |= {"u": tensors["u"].half(), "B": tensors["B"].bfloat16(), "z": tensors["z"].bfloat16()}
+    y, state = selective_scan(**tensors, backend="native")
+    due, due_state = selective_scan(**{name: x.float() for name, x in tensors.items()}, backend="native")
+    assert y.dtype == torch.float16 and torch.equal(y, due.half()) and torch.equal(state, due_state)
+
+
+def test_a_result_that_is_not_used_has_a_gradient_of_zeros():
+    tensors, (dy, dstate) = draw(0, (1, 17, 4, 4))
+    run = lambda *seeds: outcome(lambda **x: selective_scan(**x, backend="native"), tensors, seeds, None)  # noqa: E731
+    for seeds in ((None, dstate), (dy, None)):
+        zeros = [torch.zeros_like(x) if seed is None else seed for x, seed in zip((dy, dstate), seeds, strict=True)]
+        found, due = run(*seeds), run(*zeros)
+        assert all(torch.equal(found[name], due[name]) for name in due)
 
 
 def both(tensors, op):
@@ -135,8 +162,10 @@ def test_reads_in_place_through_strides():
 
 
 def test_batch_invariant_clip_is_independent_of_its_batch(always_split, monkeypatch):
-    monkeypatch.setattr(schedule, "multiprocessors", lambda device: 2)
-    assert [schedule.make_schedule(clips, 130, 4, 16, 1, 2).fwd_schedule.num_splits for clips in (1, 3)] == [3, 1]
+    monkeypatch.setattr(schedule, "multiprocessors", lambda device: 3)
+    for clips, splits in ((1, 3), (3, 1)):
+        found = schedule.make_schedule(clips, 130, 4, 16, 1, 3)
+        assert found.fwd_schedule.num_splits == found.bwd_schedule.num_splits == splits
     tensors, (dy, dstate) = draw(0, (3, 130, 4, 16))
     run = lambda part: outcome(lambda **x: selective_scan(**x, backend="native"), part, seeds, None)  # noqa: E731
     per_clip = ("u", "delta", "B", "C", "z", "initial_state")

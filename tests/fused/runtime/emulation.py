@@ -152,18 +152,19 @@ def module(source: str, defines: tuple[tuple[str, int], ...] = (), device: torch
     return Module(library)
 
 
-def fenced(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a contiguous copy that ends (up to alignment to 16 bytes) at a protected page.
+def fenced(tensor: torch.Tensor, at_end: bool = True) -> torch.Tensor:
+    """Return a contiguous copy between protected pages: it ends (up to alignment to 16 bytes) at one, or begins there.
 
-    A kernel that reads or writes beyond its end raises EmulationError.
+    A kernel that reads or writes beyond that end raises EmulationError.
     """
     size, page = tensor.numel() * tensor.element_size(), mmap.PAGESIZE
     padded = -(-size // page) * page
-    memory = mmap.mmap(-1, padded + page)
+    memory = mmap.mmap(-1, padded + 2 * page)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    if ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + padded), ctypes.c_size_t(page), 0):
-        raise OSError("mprotect failed")
-    start = (padded - size) // 16 * 16
+    for fence in (address, address + page + padded):
+        if ctypes.CDLL(None).mprotect(ctypes.c_void_p(fence), ctypes.c_size_t(page), 0):
+            raise OSError("mprotect failed")
+    start = page + ((padded - size) // 16 * 16 if at_end else 0)
     flat = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=start)
     return flat.view(tensor.shape).copy_(tensor)
 

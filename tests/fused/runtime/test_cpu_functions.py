@@ -24,7 +24,7 @@ def functions(request, tmp_path_factory):
     flags = [f"-march={request.param}" if flag.startswith("-march") else flag for flag in cpu_library.FLAGS]
     source = Path(__file__).with_name("cpu_functions.cpp")
     header = Path(cpu_library.__file__).parent
-    subprocess.run([cpu_library.compiler(), *flags, f"-I{header}", str(source), "-o", str(made)], check=True)
+    subprocess.run([*cpu_library.compiler(), *flags, f"-I{header}", str(source), "-o", str(made)], check=True)
     library = ctypes.CDLL(str(made))
 
     def call(name, x, rows=None):

@@ -1,6 +1,9 @@
 """The library of the CPU kernels: how it is found, made and kept, and what is said where it cannot be."""
 
+import ctypes
 import logging
+import mmap
+import os
 import shutil
 
 import pytest
@@ -8,7 +11,7 @@ import torch
 
 from fused import VideoMamba, VideoMambaConfig, backends
 from fused.errors import BackendError
-from fused.runtime import cpu_library
+from fused.runtime import cpu_library, cubin_cache
 
 pytestmark = pytest.mark.skipif(cpu_library.unavailable() is not None, reason=str(cpu_library.unavailable()))
 
@@ -76,13 +79,57 @@ def test_a_folder_that_cannot_be_written_is_said(made, tmp_path, caplog):
 
 def test_the_name_is_made_from_sources_flags_and_cpu(made, monkeypatch):
     names = {cpu_library.path().name}
-    for change in ("source", "_cpu"):
+    for change in ("source", "_cpu", "_c_library"):
         with monkeypatch.context() as patch:
             patch.setattr(cpu_library, change, lambda: "another")
             names.add(cpu_library.path().name)
     monkeypatch.setattr(cpu_library, "FLAGS", (*cpu_library.FLAGS, "-O1"))
     names.add(cpu_library.path().name)
-    assert len(names) == 4
+    assert len(names) == 5
+
+
+@pytest.mark.parametrize("reason", ["the folder", "the home"])
+def test_a_file_system_without_a_place_for_code(reason, made, tmp_path, monkeypatch, caplog):
+    """A folder that is mounted without execution, and a user without a home: every process compiles its own, and says so."""
+    if reason == "the folder":
+        load = ctypes.CDLL
+
+        def refuse(name, *args, **kwargs):
+            if str(tmp_path) in str(name):
+                raise OSError(f"{name}: failed to map segment from shared object")
+            return load(name, *args, **kwargs)
+
+        monkeypatch.setattr(ctypes, "CDLL", refuse)
+    else:
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    for calls in (1, 2):
+        cubin_cache.warn_once.cache_clear()
+        assert works() and len(made) == calls
+        forget()
+    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(warnings) == 2 and "every process compiles its own" in warnings[0]
+
+
+@pytest.mark.parametrize("wrapper", ["env", "env LC_ALL=C"])
+def test_the_compiler_that_the_environment_names(wrapper, monkeypatch, tmp_path):
+    """CXX may hold a wrapper such as ccache, and options; a name that is no program is said."""
+    [program] = cpu_library.compiler()
+    monkeypatch.setenv("CXX", f"{wrapper} {program} -DANSWER=7")
+    monkeypatch.setattr(cpu_library, "source", lambda: 'extern "C" int answer() { return ANSWER; }')
+    cpu_library._compile(tmp_path / "answer.so")
+    assert ctypes.CDLL(str(tmp_path / "answer.so")).answer() == 7
+    monkeypatch.setenv("CXX", "nonesuch -O2")
+    with pytest.raises(cpu_library.CompilerError, match="no C.. compiler named nonesuch -O2, as CXX in the environment says"):
+        cpu_library._compile(tmp_path / "other.so")
+
+
+def test_a_mapped_file_whose_name_is_no_utf8(tmp_path):
+    name = bytes(tmp_path) + b"/lib\xff"
+    with open(name, "wb") as file:
+        file.write(bytes(4096))
+    with open(name, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ):
+        assert cpu_library._parallel_region() is not None
 
 
 def model_and_clip():

@@ -112,13 +112,16 @@ def test_uninitialized_memory_shows():
 
 
 def test_fences():
-    """An access beyond the end of a fenced tensor raises; its values are those of the tensor, whatever its size."""
+    """An access beyond the fenced end of a tensor raises; its values are those of the tensor, whatever its size."""
     x = torch.arange(35, dtype=torch.int16).view(5, 7).bfloat16()
-    assert torch.equal(emulation.fenced(x), x)
-    within, beyond = bodies = ["x[threadIdx.x] += 1;", "x[threadIdx.x] = x[threadIdx.x + 1];"]
-    assert torch.equal(run(bodies, within, emulation.fenced(torch.zeros(64))), torch.ones(64))
-    with pytest.raises(emulation.EmulationError, match="thread 63: access to memory that is not there"):
-        run(bodies, beyond, emulation.fenced(torch.zeros(64)))
+    within, beyond, before = bodies = [
+        "x[threadIdx.x] += 1;", "x[threadIdx.x] = x[threadIdx.x + 1];", "x[threadIdx.x] = x[(int)threadIdx.x - 1];"
+    ]  # fmt: skip
+    for at_end, outside, thread in ((True, beyond, 63), (False, before, 0)):
+        assert torch.equal(emulation.fenced(x, at_end), x)
+        assert torch.equal(run(bodies, within, emulation.fenced(torch.zeros(64), at_end)), torch.ones(64))
+        with pytest.raises(emulation.EmulationError, match=f"thread {thread}: access to memory that is not there"):
+            run(bodies, outside, emulation.fenced(torch.zeros(64), at_end))
 
 
 @pytest.mark.parametrize("order", emulation.ORDERS)

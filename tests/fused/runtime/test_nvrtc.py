@@ -1,5 +1,7 @@
 """CUDA C++ through NVRTC: compilation for every architecture, the cache on disk, launches on a mock driver."""
 
+import functools
+import hashlib
 import logging
 import os
 import signal
@@ -118,8 +120,16 @@ def test_machine_code_is_kept(disk):
     assert len(disk.compiled) == len(list(cubin_cache.folder().iterdir())) == 2
 
 
+@compiles
+def test_another_version_of_the_compiler_has_files_of_its_own(monkeypatch):
+    key = nvrtc.cache_key("source", THREADS, "sm_90")
+    monkeypatch.setattr(cuda_module.bindings("nvrtc"), "nvrtcVersion", lambda: (0, 1, 2))
+    assert nvrtc.cache_key("source", THREADS, "sm_90") != key
+
+
 @pytest.mark.parametrize(
-    "damage", [lambda b: b[:-3], lambda b: b[:20], lambda b: b"", lambda b: b[:-1] + b"?", lambda b: b + b"?"]
+    "damage", [lambda b: b[:-3], lambda b: b[:20], lambda b: b"", lambda b: b[:-1] + b"?", lambda b: b + b"?",
+               lambda b: hashlib.sha256(b"").digest()]  # fmt: skip
 )
 def test_damaged_files_are_compiled_again(disk, damage):
     disk.get("source")
@@ -278,9 +288,11 @@ def test_launch_in_a_thread_without_a_context_and_failure(mocked):
         module.launch("k", (1, 1, 1), 2048, 0, x, 1, 1.0, x)
 
 
-def test_threads_have_their_own_arguments(mocked):
+def test_threads_have_their_own_arguments(mocked, request):
     module, driver = mocked
     x = torch.zeros(4)
+    request.addfinalizer(functools.partial(sys.setswitchinterval, sys.getswitchinterval()))
+    sys.setswitchinterval(1e-6)  # threads take turns within a launch
 
     def launch(number):
         for _ in range(200):

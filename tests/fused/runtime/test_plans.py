@@ -91,21 +91,26 @@ def test_a_layer_and_its_gradients_have_the_same_bits(bimamba):
 
 
 def operators(generator, cut):
-    """The public operators over tokens of 8 channels, of which `cut` makes views: a call and its arguments."""
+    """The public operators over tokens of 8 channels, of which `cut` makes views: a call and its arguments, by name."""
     x, delta, z, residual = (cut(randn(generator, 3, 13, 24)) for _ in range(4))
     B, C = (randn(generator, *x.shape[:2], 4) for _ in range(2))
     A, D, weight, bias = -randn(generator, 8, 4).abs(), randn(generator, 8), randn(generator, 8, 4), randn(generator, 8)
     conv_state, state = randn(generator, len(x), 8, 3), randn(generator, len(x), 8, 4)
-    yield lambda x, w, r: add_norm(x, w, residual=r, backend="native"), (x, D, residual)
-    yield lambda x, w, b, s: causal_conv1d(x, w, b, initial_state=s, backend="native"), (x, weight, bias, conv_state)
-    yield (
-        lambda u, d, A, B, C, D, z, s: selective_scan(u, d, A, B, C, D, z, initial_state=s, backend="native"),
-        (x, delta, A, B, C, D, z, state),
-    )
-    yield (
-        lambda x, dt, A, B, C: ssd(x.unflatten(2, (2, 4)), dt, A, B[:, :, None], C[:, :, None], backend="native"),
-        (x, delta[..., :2], A[:2, 0], B, C),
-    )
+    return {
+        "add_norm": (lambda x, w, r: add_norm(x, w, residual=r, backend="native"), (x, D, residual)),
+        "causal_conv1d": (
+            lambda x, w, b, s: causal_conv1d(x, w, b, initial_state=s, backend="native"),
+            (x, weight, bias, conv_state),
+        ),
+        "selective_scan": (
+            lambda u, d, A, B, C, D, z, s: selective_scan(u, d, A, B, C, D, z, initial_state=s, backend="native"),
+            (x, delta, A, B, C, D, z, state),
+        ),
+        "ssd": (
+            lambda x, dt, A, B, C: ssd(x.unflatten(2, (2, 4)), dt, A, B[:, :, None], C[:, :, None], backend="native"),
+            (x, delta[..., :2], A[:2, 0], B, C),
+        ),
+    }
 
 
 VIEWS = {
@@ -116,21 +121,43 @@ VIEWS = {
 }
 
 
-def test_other_strides_alignments_and_sizes_are_other_plans():
+@pytest.mark.parametrize("name", ["add_norm", "causal_conv1d", "selective_scan", "ssd"])
+def test_other_strides_alignments_and_sizes_are_other_plans(name):
     """The kinds of inputs take turns, so that a plan of one would be met by the next."""
 
     def run(draw):
         generator, found = torch.Generator().manual_seed(draw), []
         for cut in VIEWS.values():
-            for call, inputs in operators(generator, cut):
-                leaves = [x.detach().requires_grad_() for x in inputs]  # with the strides and the address of the view
-                found += gradients(call(*leaves), leaves, generator)
+            call, inputs = operators(generator, cut)[name]
+            leaves = [x.detach().requires_grad_() for x in inputs]  # with the strides and the address of the view
+            found += gradients(call(*leaves), leaves, generator)
         return found
 
     plain, planned = with_and_without(run)
     assert all(torch.equal(a, b) for x, y in zip(plain, planned, strict=True) for a, b in zip(x, y, strict=True))
-    for name in ("add_norm", "causal_conv1d", "selective_scan", "ssd"):
-        assert len([x for x in made(name) if isinstance(x, plans.Plan)]) == len(VIEWS), made(name)
+    assert len([x for x in made(name) if isinstance(x, plans.Plan)]) == len(VIEWS), made(name)
+
+
+def test_strides_alignments_and_values_make_plans_of_their_own():
+    planned = Planned(lambda x, factor: (x[1:] * factor,))
+    base = torch.arange(20.0, device=DEVICE)
+    square = base[:16].view(4, 4)
+    kinds = [(square, 2.0), (square.t(), 2.0), (base[1:17].view(4, 4), 2.0), (square, 3.0)]
+    with plans.enabled(True, DEVICE):
+        for _ in range(3):
+            for x, factor in kinds:
+                assert torch.equal(planned(x, factor)[0], x[1:] * factor)
+    assert [type(x) for x in planned.plans().values()] == [plans.Plan] * len(kinds)
+
+
+@pytest.mark.usefixtures("nan_filled")
+def test_zeros_and_what_is_written_in_place_are_repeated():
+    planned = Planned(lambda x: (torch.zeros_like(x).add_(x),))
+    with plans.enabled(True, DEVICE):
+        for value in range(4):
+            x = torch.full((3,), float(value), device=DEVICE)
+            assert torch.equal(planned(x)[0], x)
+    assert [type(x) for x in planned.plans().values()] == [plans.Plan]
 
 
 def test_autocast_changes_nothing_inside_a_plan():
@@ -148,6 +175,16 @@ def test_autocast_changes_nothing_inside_a_plan():
     plain, planned = with_and_without(run)
     assert [[x.dtype for x in y] for y in planned] == [[torch.float32, torch.bfloat16]] * DRAWS
     assert all(torch.equal(a, b) for x, y in zip(plain, planned, strict=True) for a, b in zip(x, y, strict=True))
+
+
+def test_operations_of_a_plan_are_repeated_without_autocast_which_stays_on():
+    planned, x = Planned(lambda x: (x @ x.t(),)), torch.randn(4, 4, device=DEVICE)
+    with plans.enabled(True, DEVICE):
+        due = [planned(x)[0] for _ in range(2)][1]
+        with torch.autocast(DEVICE, torch.bfloat16):
+            got = planned(x)[0]
+            assert torch.is_autocast_enabled(DEVICE)
+    assert got.dtype == torch.float32 and torch.equal(got, due)
 
 
 def test_results_of_two_calls_share_no_memory():
@@ -205,11 +242,14 @@ def test_threads_have_plans_of_their_own():
 
 def test_plans_are_bounded_and_the_last_used_stay(monkeypatch):
     monkeypatch.setattr(plans, "LIMIT", 2)
-    planned = Planned(lambda x: x * 2)
+    sizes: list[int] = []
+    planned = Planned(lambda x: sizes.append(len(x)) or x * 2)
     with plans.enabled(True, DEVICE):
         for size in (1, 1, 2, 2, 1, 3):
             planned(torch.ones(size, device=DEVICE))
-    assert len(planned.plans()) == 2 and [x.__class__ for x in planned.plans().values()] == [plans.Plan, type(None)]
+        assert len(planned.plans()) == 2 and [x.__class__ for x in planned.plans().values()] == [plans.Plan, type(None)]
+        planned(torch.ones(1, device=DEVICE))
+    assert sizes == [1, 1, 2, 2, 3], "the plan of size 1 has run twice"
 
 
 def test_inputs_that_share_memory_may_move_apart():
@@ -235,6 +275,17 @@ def test_what_cannot_be_repeated_runs_as_it_is():
         for value in range(4):
             assert torch.equal(planned(outside * value), outside * value + 1)
     assert [type(x) for x in planned.plans().values()] == [str] and len(calls) == 5  # the record is followed by a plain call
+
+
+@pytest.mark.parametrize("function", [lambda x: (x, x + 1), lambda x: (x * x.sum().item(),)], ids=["input", "number"])
+def test_a_result_that_is_an_input_or_depends_on_a_number_has_no_plan(function):
+    planned = Planned(function)
+    with plans.enabled(True, DEVICE):
+        for value in range(4):
+            x = torch.full((3,), float(value), device=DEVICE)
+            found, due = planned(x), function(x)
+            assert all(map(torch.equal, found, due)) and [y is x for y in found] == [y is x for y in due]
+    assert [type(x) for x in planned.plans().values()] == [str]
 
 
 def test_memory_that_no_step_writes_is_no_result_of_a_plan():

@@ -77,7 +77,9 @@ def test_the_command(made: VideoTextRetrieval, videos: Path, tmp_path: Path, cap
     ("words", "code", "said"),
     [
         (["--text", "zebra!"], 2, "text is 'zebra!', of which the vocabulary has no word"),
-        (["--text", "seven", "--top", "0"], 2, "top is 0"), (["--text", "seven", "--videos", "no"], 2, "there is no no"),
+        (["--text", "seven", "--top", "0"], 2, "top is 0"),
+        (["--text", "seven", "--videos", "no"], 2, "videos: root must be a folder of videos"),
+        (["--text", "seven", "backend=native"], 2, "backend 'native' cannot run here"),
         (["--text", "seven", "--features", "{file}"], 2, "features cannot be kept in"),
         (["--text", "seven", "--videos", "{broken}"], 1, "none of 1 videos can be read"),
     ],
@@ -93,6 +95,14 @@ def test_bad_input(
     command = ["--model", str(made.save_pretrained(tmp_path / "model")), "--videos", str(videos), "workers=0", "device=cpu"]
     assert main([*command, *given]) == code
     assert said in capsys.readouterr().err
+
+
+def test_a_gpu_where_there_is_none(
+    made: VideoTextRetrieval, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device is 'cuda'; allowed here, where PyTorch finds no GPU"):
+        search(made.save_pretrained(tmp_path / "model"), videos, "a seven", settings=RetrievalSettings(device="cuda"))
 
 
 def test_new_user(tmp_path: Path) -> None:

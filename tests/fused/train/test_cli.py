@@ -35,6 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     class_folders(folder / "one", 1)
     for i in range(1, 40):  # a look at some finds the one that can be read
         (folder / "one" / "side20" / f"{i}.avi").write_bytes(b"no video")
+    (folder / "paths.txt").write_text("".join(f"{path}\n" for path in (folder / "videos").rglob("*.*")))
     (folder / "broken").mkdir()
     (folder / "broken/config.json").write_text("no JSON")
     return folder
@@ -295,11 +296,13 @@ def test_loss_that_is_not_finite(folder: Path) -> None:
         (["start=./model"], "start is './model', and there is no such folder or file"),
         (["start=~/no/such"], "/no/such', and there is no such folder or file"),
         (["start=model.pth"], "start is 'model.pth', and there is no such folder or file"),
+        (["start=model.pth", "model.size=tiny"], "start is 'model.pth', and there is no such folder or file"),
         (["start=m16_k400"], "start is 'm16_k400', no folder and no published model; allowed: a folder that save_pretrained"),
         (["start={folder}/videos"], "videos/config.json"),
         (["start={folder}/tubelets", "data.frames=3"], "data.frames is 3; allowed: a multiple of kernel_size (2)"),
         (["model.kernel_size=2", "data.frames=3"], "data.frames is 3; allowed: a multiple of kernel_size (2)"),
         (["task=distill", "teacher={folder}/tubelets", "data.frames=3"], "data.frames is 3; allowed: a multiple of kernel"),
+        (["data.train={folder}/paths.txt"], "/paths.txt' with 0 classes; allowed: 2 or more, a label in each line of the list"),
         (["data.size=[32,40]"], "data.size is (32, 40); allowed: multiples of 16"),
         (["optim.warmup_steps=3"], "optim.warmup_steps is 3; allowed: fewer than the 3 steps of the training"),
         (["backend=fast"], "backend"),

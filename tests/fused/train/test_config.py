@@ -10,8 +10,10 @@ import torch
 
 from fused.train import loop
 from fused.train.__main__ import main
-from fused.train.config import SECTIONS, TASKS, all_keys
+from fused.train.config import all_keys
 from fused.train.config_file import read_config, to_yaml
+from fused.train.config_keys import TASKS
+from fused.train.config_sections import SECTIONS
 from fused.train.language.options import LANGUAGE_TASKS
 
 LEAST = ["task=finetune", "out=run", "data.train=videos", "steps=3"]
@@ -82,7 +84,7 @@ def test_what_is_printed_is_accepted_when_complete(task: str, tmp_path: Path, ca
 
 
 def set_keys(task: str) -> list[str]:
-    more = ["start=folder"] if task in LANGUAGE_TASKS else ["teacher=clip"] * (task != "finetune")
+    more = ["start=folder"] if task in LANGUAGE_TASKS else ["teacher=clip"] * (task not in ("finetune", "regress"))
     return [f"task={task}", *LEAST[1:-1], "steps=3", *more]
 
 
@@ -279,7 +281,8 @@ def test_without_pyyaml_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch,
         ([*LEAST, "accumulate=3"], "accumulate is 3; allowed: a divisor of batch_size (8)"),
         ([*LEAST, "model.img_size=32"], "model.img_size is 32; allowed: nothing, it follows from data.size"),
         ([*LEAST, "model.size=huge"], "model.size is 'huge'; allowed: one of 'tiny'"),
-        ([*LEAST, "start=folder", "model.size=tiny"], "model.size is 'tiny'; allowed: null, since start"),
+        ([*LEAST, f"start={Path(__file__).parent}", "model.size=tiny"], "model.size is 'tiny'; allowed: null, since start"),
+        ([*LEAST, "start=videomamba_t16_k400_f8_res224", "model.size=tiny"], "allowed: null, since start (videomamba_t16_k400"),
         ([*LEAST, "mask.ratio=0.5"], "mask.ratio is given; task 'finetune' does not read it"),
         ([*LEAST, "teacher=clip"], "teacher is given; task 'finetune' does not read it"),
         (["task=pretrain", *LEAST[1:]], "teacher is None; allowed: for task 'pretrain' a folder"),

@@ -90,6 +90,8 @@ def test_headers_before_names(listed: List) -> None:
         ("my v1 20 1\nv2 30 0", ["my v1", "v2"]),
         ('12" tape.mp4,1\nb.mp4,0', ['12" tape.mp4', "b.mp4"]),
         ("a.mp4 x,y\nb.mp4 z", ["a.mp4", "b.mp4"]),
+        ('a.mp4 "riding a bike"\nb.mp4 run', ["a.mp4", "b.mp4"]),
+        ("a.mp4 b.mp4 1\nc.mp4 0", ["a.mp4 b.mp4", "c.mp4"]),
     ],
 )
 def test_separators_inside_paths_and_labels(listed: List, text: str, files: list[str]) -> None:
@@ -110,6 +112,7 @@ def test_separators_inside_paths_and_labels(listed: List, text: str, files: list
         ('"a, b.mp4",7', "a, b.mp4", 7, None),
         ("path,label\na.mp4,7", "a.mp4", 7, None),
         ("Video;Class\na.mp4;7", "a.mp4", 7, None),
+        ("path,label,split\na.mp4,7,train", "a.mp4", 7, None),
         ("# text\na.mp4,7", "a.mp4", 7, None),
     ],
 )
@@ -158,6 +161,24 @@ def test_three_columns(listed: List) -> None:
     assert four.labels == (1, 0) and four.stated_frames == (20, 30)
 
 
+def test_a_header_with_path_and_label_beside_other_words(listed: List) -> None:
+    """Its columns are taken, whatever the cells of the others look like; the note names those that are not read."""
+    rows = [("a.mp4", "1", "train", "34"), ("b.mp4", "0", "val", "27")]
+    for header, order in (
+        ("path,label,split", (0, 1, 2)), ("path,label,age", (0, 1, 3)), ("label,age,file", (1, 3, 0)),
+        ("split,Video,age,class id", (2, 0, 3, 1)), (",age,path,target", (3, 3, 0, 1)),
+    ):  # fmt: skip
+        for separator in ",\t":
+            lines = [header, *(",".join(row[i] for i in order) for row in rows)]
+            found = listed("\n".join(lines).replace(",", separator))
+            assert names(found) == ["a.mp4", "b.mp4"] and found.labels == (1, 0) and found.stated_frames == (None,) * 2
+            assert "is taken for a header; columns that are not read: " in found.notes[0] and "'path'" not in found.notes[0]
+    assert listed("\tpath\tlabel\n\n ,; \n0\ta.mp4\t1\n1\tb.mp4\t0").labels == (1, 0)  # as pandas writes it
+    assert listed("\tpath\tlabel\n\ta.mp4\t1\n\tb.mp4\t0").labels == (1, 0)  # every line is indented
+    assert listed("file,action,split\nv1,run,train\nv2,sit,train").classes == ("run", "sit")
+    assert listed("path,label,split\na.mp4,1,7", columns=["path", "frames", "label"]).labels == (7,)
+
+
 def test_columns_that_cannot_be_told_apart(listed: List) -> None:
     text = "a.mp4,3,12\nb.mp4,0,10"
     with pytest.raises(ValueError, match="line 1: 'a.mp4,3,12' .*set columns"):
@@ -197,6 +218,12 @@ def test_columns_that_cannot_be_told_apart(listed: List) -> None:
         ("path,label,seconds\na.mp4,1,1:30\n", "line 2: .*'1:30' for the seconds"),
         ("path,label,seconds\na.mp4,1,-3\n", "line 2: .*'-3' for the seconds"),
         ("dir1 163 1 3 5\ndir2 122 1\n", "line 1: 'dir1 163 1 3 5' has a number"),
+        ("a.mp4 riding a bike\nb.mp4 run\n", "line 1: 'a.mp4 riding a bike' has several words behind the name of a file"),
+        ("b.mp4 run\na.mp4 long jump\n", "line 2: 'a.mp4 long jump' has several words behind"),
+        ("path,class_id,class_name\na.mp4,1,run\n", "line 1: .* names no path, or a column twice; set columns"),
+        ("index,label\n0,run\n", "line 1: 'index,label' is a header that names no path"),
+        ("file,path,score\na.mp4,1,2\n", "line 1: .*a column twice"),
+        ("clip_x,label,age\na.mp4,1,run\nb.mp4,0,sit\n", "line 1: .* names column 2 label, whose cells are those of frames"),
         ('[\n{"video": "a.mp4", "label": 1},\n]\n', "line 2: .*double quotes"),
         ("a.mp4,0\nb.mp4,-1\n", "line 2: .*b.mp4 has the label '-1'; allowed: a class number from 0"),
         ("a.mp4,0.0\nb.mp4,1.0\n", "line 1: .*has the label '0.0'"),
@@ -293,10 +320,20 @@ def test_folders_of_frames(tmp_path: Path) -> None:
     )  # fmt: skip
     found = list_videos(root, None)
     assert [str(f.relative_to(root)) for f in found.files] == ["run/deep/v3", "run/v1", "run/v2", "sit/b.mp4", "sit/v4"]
-    assert found.labels == (0, 0, 0, 1, 1) and found.classes == ("run", "sit") and found.notes == ()
+    others = f"{root}: files that are no videos by their endings are left out: .txt (1)"
+    assert found.labels == (0, 0, 0, 1, 1) and found.classes == ("run", "sit") and found.notes == (others,)
     touch(root, "run/poster.jpg", "run/v1/.trash/0.jpg")
     assert len(list_videos(root, None).files) == 5
-    assert list_videos(root, None).notes == (f"{root / 'run'} holds images beside folders of videos; the images are left out",)
+    images = f"{root / 'run'} holds images beside folders of videos; the images are left out"
+    assert list_videos(root, None).notes == (images, others)
+
+
+def test_endings_of_video_files(tmp_path: Path) -> None:
+    names_of_videos = ["a.NUT", "b.m2v", "c.3g2", "d.ogm", "e.y4m", "f.hevc", "g.MP4", "h.Mkv", "i.rmvb", "j.mp4.gif"]
+    root = touch(tmp_path, *(f"run/{name}" for name in names_of_videos), "run/k.mp4.part", "run/l", "run/m", "run/.n.part")
+    found = list_videos(root, None)
+    assert names(found) == names_of_videos
+    assert "left out: without an ending (2), .part (1)" in found.notes[0]
 
 
 def test_folders_of_frames_without_classes(tmp_path: Path) -> None:
@@ -311,13 +348,38 @@ def test_folders_of_frames_without_classes(tmp_path: Path) -> None:
     assert ClipFolder(root, 2, 8, train=True, classes=()).labels == (-1,) * 4
 
 
+def test_links(tmp_path: Path) -> None:
+    """Links to videos and to folders of them are followed; those that lead nowhere, or to themselves, are files."""
+    root = touch(tmp_path / "videos", "run/a.mp4", "sit/b.mp4")
+    touch(tmp_path / "elsewhere", "c.mp4", "d.mp4")
+    for name, target in {
+        "run/c.mp4": tmp_path / "elsewhere/c.mp4", "sit/more": tmp_path / "elsewhere", "run/round.mp4": "round.mp4",
+        "run/gone.mp4": "nowhere.mp4", "run/round": "round", "sit/one": "two", "sit/two": "one", "walk": "walk",
+    }.items():  # fmt: skip
+        (root / name).symlink_to(target)
+    found = list_videos(root, None)
+    assert names(found) == ["a.mp4", "c.mp4", "gone.mp4", "round.mp4", "b.mp4", "c.mp4", "d.mp4"]
+    assert found.classes == ("run", "sit") and "without an ending (4)" in found.notes[0]
+
+
 def test_class_folders(tmp_path: Path) -> None:
     root = touch(tmp_path, "Run/a.mp4", "run/b.mp4", "walk/readme.txt", "sit/c/d/e.mp4")
     (root / "sit/c/up").symlink_to(root / "sit")  # a circle
     found = list_videos(root, None)
     assert names(found) == ["a.mp4", "b.mp4", "e.mp4"] and found.classes == ("Run", "run", "sit")
-    assert "class folders without a video: 'walk'" in found.notes[0] and "differ by case" in found.notes[1]
-    assert "2 of 5 classes without a video: 'x', 'y'" in list_videos(root, ["x", "sit", "Run", "run", "y"]).notes[1]
+    assert "left out: .txt (1)" in found.notes[0]
+    assert "class folders without a video: 'walk'" in found.notes[1] and "differ by case" in found.notes[2]
+    assert "2 of 5 classes without a video: 'x', 'y'" in list_videos(root, ["x", "sit", "Run", "run", "y"]).notes[2]
+
+
+def test_class_folder_in_another_encoding(tmp_path: Path) -> None:
+    """It is said before the training, whose model could not be written; names of files may be any bytes."""
+    root = touch(tmp_path, "run/\udce9.mp4", "sit/b.mp4")
+    assert list_videos(root, None).classes == ("run", "sit")
+    touch(root, "laufen \udcfc/a.mp4")
+    with pytest.raises(ValueError, match="has the class 'laufen .udcfc', a name in another encoding; .* rename the folder"):
+        list_videos(root, None)
+    assert list_videos(root, ()).labels == (-1,) * 3  # pretraining ignores classes
 
 
 @pytest.mark.parametrize(

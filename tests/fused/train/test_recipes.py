@@ -119,9 +119,10 @@ def test_the_numbers_of_one_recipe() -> None:
 def test_they_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == recipe_names() and len(lines) == 61
+    assert [line.split()[0] for line in lines] == recipe_names() and len(lines) == 62
     assert "k400_tiny_f8              VideoMamba-Ti on Kinetics-400, 8 frames of 224 pixels: published top-1 76.9" in lines
     assert describe_recipe("lvu_tiny_f32").endswith("48.23 (year)")
+    assert describe_recipe("lvu_tiny_f32_regression").endswith("published mean squared error 0.26 (like), 2.90 (view)")
 
 
 def test_names_and_overrides(capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,7 +140,7 @@ def test_names_and_overrides(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with videos and images of two classes, small published weights by name, and a CLIP."""
+    """Return a folder with videos and images of two classes, a list of numbers, small published weights by name, and a CLIP."""
     transformers = pytest.importorskip("transformers")
     root = tmp_path_factory.mktemp("data")
     for name in ("a", "b"):
@@ -147,6 +148,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (root / "videos" / name).mkdir(parents=True, exist_ok=True)
             write_video(root / "videos" / name / f"{i}.avi", frames=4, width=48, height=40, step=4 + i)
         write_images(root / "images" / name, [f"{i}.png" for i in range(3)])
+    (root / "numbers.csv").write_text("".join(f"videos/{name}/{i}.avi,{i}.5\n" for name in ("a", "b") for i in range(3)))
     torch.manual_seed(0)
     clip = transformers.CLIPVisionConfig(
         image_size=32, patch_size=16, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
@@ -171,7 +173,7 @@ def test_a_step_of_each(name: str, data: Path, tmp_path: Path) -> None:
     """With two frames of 32 pixels, depth 2, full width; the initial weights are those of a model as published."""
     begun = time.process_time()
     recipe = full(name)
-    kind = "images" if recipe.data.frames is None else "videos"
+    kind = {"regress": "numbers.csv"}.get(str(recipe.task), "images" if recipe.data.frames is None else "videos")
     words = [*SMALL, f"out={tmp_path}", f"data.train={data / kind}", f"batch_size={2 * recipe.data.repeats}"]
     words += ["epochs=null", "steps=1", "optim.warmup_epochs=0", "save_every=null", "log_every=1"]
     if recipe.data.frames is None:
