@@ -9,7 +9,7 @@ from harness.report import figures, html, things
 from harness.report.figures import chart, legend
 from harness.report.html import Page
 from harness.report.html import html as to_html
-from harness.report.markdown import sparse, table
+from harness.report.markdown import Markdown, sparse, table
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,12 @@ def test_a_column_of_numbers_is_aligned_with_its_head(cells: list[str], numeric:
     text = to_html(table(["what", "value"], [["a name", cell] for cell in cells]), tmp_path)
     assert ('<th class="number">value' in text) == numeric and '<th class="number">what' not in text
     assert len(re.findall(r'<td class="number', text)) == len(cells) * numeric
+
+
+def test_a_cell_is_as_long_as_what_is_read_of_it(tmp_path: Path) -> None:
+    link, words = Markdown(f"[a](#{'b' * 60})"), "c" * 60
+    text = to_html(table(["x", "y"], [[link, words]]), tmp_path)
+    assert '<td><a href="#' in text and '<td class="long">ccc' in text
 
 
 def test_empty_columns_are_left_out() -> None:
