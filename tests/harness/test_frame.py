@@ -64,3 +64,17 @@ def test_a_legend_has_as_many_columns_as_there_is_room_for(labels: list[str], co
     view = [float(x) for x in re.search(r'viewBox="([^"]*)"', (tmp_path / "a.svg").read_text())[1].split()]
     box = drawn.get_window_extent().transformed(axes.figure.dpi_scale_trans.inverted())
     assert box.x0 >= 0 and 72 * box.x1 <= view[2], "no name is cut"
+
+
+def test_ours_and_its_kept_states_have_colours_of_the_page(tmp_path: Path) -> None:
+    """Two that are told apart, on light and on dark."""
+    with chart(tmp_path, "a") as axes:
+        for name in ("fused:native", "fused:native_kept"):
+            axes.plot([1, 2], **figures.line_look(things.look(name)))
+    text = to_html("![c](a.svg)", tmp_path)
+    style = (html.TEMPLATES / "page.css").read_text()
+    for name in ("ours", "kept"):
+        assert f"var(--{name})" in text and len(set(re.findall(rf"--{name}: (#\w+)", style))) == 2
+    for ours, kept in zip(*(re.findall(rf"--{name}: #(\w+)", style) for name in ("ours", "kept")), strict=True):
+        light = [sum(int(colour[i : i + 2], 16) for i in (0, 2, 4)) for colour in (ours, kept)]
+        assert abs(light[0] - light[1]) > 100

@@ -12,6 +12,7 @@ from test_models import assert_same, clip_of, flat, models, results
 
 import fused
 import reference
+from fused.chunked.layer_weights import LayerParameters, LayerWeights, layer_spec
 
 
 class InChunks:
@@ -107,6 +108,18 @@ def test_low_precision_keeps_to_the_rule():
         truth = results(plain.double(), clip.double())
         samples.append((got, truth, rounded))
     assert_rule(samples)
+
+
+def test_gradients_of_many_chunks_are_summed_in_float32():
+    """A sum of ones in bfloat16 ends at 256."""
+    _, fast = models("VideoMamba", {})
+    parameters = LayerParameters.of(fast.bfloat16().layers[0])
+    hidden = torch.zeros(1, 4, fast.config.embed_dim).bfloat16()
+    weights = LayerWeights(layer_spec(fast.layers[0], parameters, hidden, None, [slice(0, 4)], "torch", False), parameters)
+    for _ in range(300):
+        weights.add_gradient(weights.in_proj.weight, torch.ones_like(weights.in_proj.weight))
+    [found] = [grad for grad in weights.gradients() if grad is not None]
+    assert found.dtype == torch.bfloat16 and (found == 300).all()
 
 
 @pytest.mark.parametrize("layers", [torch.float32, torch.float64], ids=str)

@@ -59,7 +59,9 @@ def sample(seed, clips, length, width=8, **options):
     return outcome(mixer, tokens, cotangent, "native"), truth, outcome(mixer, tokens, cotangent, "torch")
 
 
-@pytest.mark.parametrize("options", [{}, {"bimamba": False}, {"bias": True, "conv_bias": False, "d_conv": 3}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"bimamba": False}, {"bias": True, "conv_bias": False, "d_conv": 3}, {"dt_rank": 3}], ids=str
+)
 def test_follows_the_mixer_in_pytorch(options):
     assert_rule(sample(seed, 2, 19, **options) for seed in range(4))
 

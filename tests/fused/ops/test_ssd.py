@@ -61,6 +61,19 @@ def test_follows_the_loop(shape, reverse, kind, dtype):
     assert_rule(sample(*draw(s, shape, kind != "bare", dtype, kind == "segments"), **options) for s in SEEDS)
 
 
+def test_a_batch_invariant_clip_is_independent_of_its_batch():
+    """Of these sizes products of matrices have other bits in a batch."""
+    tensors, cotangents = draw(0, (5, 33, 3, 5, 1, 7))
+    shared = ("A", "D", "dt_bias")
+    run = lambda tensors, seeds: outcome(lambda **x: fused.ssd(**x, backend="torch"), tensors, seeds, None)  # noqa: E731
+    with fused.backends.batch_invariant():
+        whole = run(tensors, cotangents)
+        for i in range(5):
+            clip = slice(i, i + 1)
+            alone = run({k: x if k in shared else x[clip] for k, x in tensors.items()}, [x[clip] for x in cotangents])
+            assert all(torch.equal(whole[k][clip], x) for k, x in alone.items() if k[1:] not in shared)
+
+
 @pytest.mark.parametrize("reverse", [False, True], ids=["forth", "back"])
 def test_gradients_by_finite_differences(reverse, monkeypatch):
     monkeypatch.setattr(eager, "CHUNK", 4)

@@ -1,6 +1,5 @@
 """CUDA C++ through NVRTC: compilation for every architecture, the cache on disk, launches on a mock driver."""
 
-import functools
 import hashlib
 import logging
 import os
@@ -288,11 +287,31 @@ def test_launch_in_a_thread_without_a_context_and_failure(mocked):
         module.launch("k", (1, 1, 1), 2048, 0, x, 1, 1.0, x)
 
 
-def test_threads_have_their_own_arguments(mocked, request):
+def test_another_thread_may_launch_before_the_driver_has_read_the_arguments(mocked):
+    module, driver = mocked
+    kinds, x = driver.kinds, torch.zeros(4)
+
+    def launch(number):
+        module.launch("k", (number, 1, 1), 64, 0, x, number, float(number), None)
+
+    class Overtaken(tuple):
+        """The kinds of the arguments, by which the driver reads them; before it does, another thread launches."""
+
+        def __iter__(self):
+            driver.kinds = kinds
+            other = threading.Thread(target=launch, args=(2,))
+            other.start()
+            other.join()
+            return iter(kinds)
+
+    driver.kinds = Overtaken(kinds)
+    launch(1)
+    assert [values[1:3] for _, _, values in driver.launches] == [[2, 2.0], [1, 1.0]]
+
+
+def test_threads_have_their_own_arguments(mocked):
     module, driver = mocked
     x = torch.zeros(4)
-    request.addfinalizer(functools.partial(sys.setswitchinterval, sys.getswitchinterval()))
-    sys.setswitchinterval(1e-6)  # threads take turns within a launch
 
     def launch(number):
         for _ in range(200):
