@@ -65,7 +65,7 @@ def test_recipes_are_packed():
     if (ROOT / ".git").exists():
         listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
         assert {str(path.relative_to(ROOT)) for path in recipes} <= set(listed)
-    assert len(recipes) == 61 and "exclude" not in PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert len(recipes) == 62 and "exclude" not in PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]
 
 
 def test_cpu_pins():

@@ -18,6 +18,7 @@ from fused.ops.mamba_inner.cpu import mamba_inner_cpu, takes
 from fused.ops.mamba_inner.eager import both_directions_eager, one_direction_eager
 from fused.ops.shapes import DirectionWeights, Linear
 from fused.runtime.autocast import autocast_dtype
+from fused.runtime.cpu_library import DTYPES as CPU_DTYPES
 from fused.runtime.dtypes import KERNEL_DTYPES, accumulation_dtype
 from fused.runtime.linear import linear
 
@@ -184,7 +185,7 @@ class Mamba(nn.Module):
         if state is not None:
             check_mixer_state(state, x, self.d_conv, (self.d_inner, self.d_state), self.layer_idx)
         calls_inner = any(name not in _OUTER for name in called)
-        if called and not on_cpu and (calls_inner or not carried):
+        if called and (self._leaves_cpu_operator(hidden, backend, carried) if on_cpu else calls_inner or not carried):
             note_slow_path(self, called, self.layer_idx)
         if operators == "native" and not calls_inner:
             y, state = self._scan_native(x, z, state)
@@ -230,6 +231,11 @@ class Mamba(nn.Module):
         in_proj, out_proj = (Linear(m.weight, m.bias) for m in (self.in_proj, self.out_proj))
         arguments = hidden, in_proj, self.directions(squeeze=False), out_proj
         return mamba_inner_cpu(*arguments) if takes(*arguments) else None
+
+    @staticmethod
+    def _leaves_cpu_operator(hidden: Tensor, backend: str, carried: bool) -> bool:
+        """Return whether a mixer without modules that are called would run as one operator for CPUs."""
+        return backend == "cpu" and not carried and hidden.dtype in CPU_DTYPES and autocast_dtype(hidden.device) is None
 
     def _scan_native(self, x: Tensor, z: Tensor, state: State | None) -> tuple[Tensor, State]:
         """Return what `_scan_eager` returns, by one native operator a direction."""

@@ -101,34 +101,35 @@ class _Forward(torch.autograd.Function):
     @classmethod
     def call(cls, signature: _Signature, *arguments: Any) -> Any:
         """Apply to the tensors one by one, those in lists too, so that autograd sees each of them."""
-        structure: list[Any] = []
-        results = apply_function(cls, signature, arguments, structure, *_leaves(arguments[: signature.num_inputs]))
-        return _nest(results, structure)
+        of_inputs: list[int | None] = []
+        of_results: list[int | None] = []
+        inputs = _flatten(arguments[: signature.num_inputs], of_inputs)
+        return _nest(apply_function(cls, signature, arguments, of_inputs, of_results, *inputs), of_results)
 
     @staticmethod
     def forward(
-        ctx: Any, signature: _Signature, arguments: tuple[Any, ...], structure: list[Any], *inputs: Tensor | None
-    ) -> Any:
-        results, own = below_autograd(signature.operator, *arguments), arguments[: signature.num_inputs]
-        kept = () if isinstance(results, Tensor) else results[signature.num_results :]
-        kept_leaves = _leaves(kept)
-        ctx.signature, ctx.options = signature, arguments[len(own) :][: signature.num_options]
-        ctx.num_kept, ctx.structure = len(kept), _map_leaves((*kept, *own), lambda x: None)
-        ctx.mark_non_differentiable(*(x for x in kept_leaves if x is not None))
+        ctx: Any, signature: _Signature, arguments: tuple[Any, ...], of_inputs: list[int | None],
+        of_results: list[int | None], *inputs: Tensor | None,
+    ) -> Any:  # fmt: skip
+        results, lengths = below_autograd(signature.operator, *arguments), list[int | None]()
+        kept = _flatten(() if isinstance(results, Tensor) else results[signature.num_results :], lengths)
+        ctx.signature, ctx.options = signature, arguments[signature.num_inputs :][: signature.num_options]
+        ctx.num_kept, ctx.lengths = len(lengths), lengths + of_inputs
+        ctx.mark_non_differentiable(*(x for x in kept if x is not None))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*kept_leaves, *inputs)
-        return _flatten(results, structure)
+        ctx.save_for_backward(*kept, *inputs)
+        return results if isinstance(results, Tensor) else tuple(_flatten(results, of_results))
 
     @staticmethod
     def backward(ctx: Any, *dresults: Tensor | None) -> tuple[Tensor | None, ...]:
         signature, dresults = ctx.signature, dresults[: ctx.signature.num_results]
         if all(grad is None for grad in dresults):
             return (None,) * len(ctx.needs_input_grad)
-        saved = _nest(ctx.saved_tensors, ctx.structure)  # read once: activation checkpointing recomputes them at every access
+        saved = _nest(ctx.saved_tensors, ctx.lengths)  # read once: activation checkpointing recomputes them at every access
         kept, inputs = saved[: ctx.num_kept], saved[ctx.num_kept :]
         grads = signature.backward(*inputs, *ctx.options, *kept, *dresults)
-        pairs = zip_longest(_leaves(inputs), [grads] if isinstance(grads, Tensor) else _leaves(grads))
-        return None, None, None, *(None if x is None else grad for x, grad in pairs)
+        pairs = zip_longest(_flatten(inputs, []), _flatten([grads] if isinstance(grads, Tensor) else grads, []))
+        return None, None, None, None, *(None if x is None else grad for x, grad in pairs)
 
 
 class _Backward(torch.autograd.Function):
@@ -137,13 +138,14 @@ class _Backward(torch.autograd.Function):
     @classmethod
     def call(cls, operator: Callable[..., Any], *arguments: Any) -> Any:
         """Apply to the arguments one by one, tensors in lists too, so that autograd sees each of them."""
-        structure: list[Any] = []
-        return _nest(apply_function(cls, operator, arguments, structure, *_leaves(arguments)), structure)
+        of_results: list[int | None] = []
+        return _nest(apply_function(cls, operator, arguments, of_results, *_flatten(arguments, [])), of_results)
 
     @staticmethod
-    def forward(ctx: Any, operator: Any, arguments: tuple[Any, ...], structure: list[Any], *_: Any) -> Any:
+    def forward(ctx: Any, operator: Any, arguments: tuple[Any, ...], of_results: list[int | None], *_: Any) -> Any:
         ctx.name = operator.name()
-        return _flatten(below_autograd(operator, *arguments), structure)
+        results = below_autograd(operator, *arguments)
+        return results if isinstance(results, Tensor) else tuple(_flatten(results, of_results))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -152,25 +154,25 @@ class _Backward(torch.autograd.Function):
         )
 
 
-def _leaves(values: Iterable[Any]) -> list[Any]:
-    """Return the values, and the entries of lists in their place."""
-    return [x for value in values for x in (value if isinstance(value, (list, tuple)) else (value,))]
+def _flatten(values: Iterable[Any], lengths: list[int | None]) -> list[Any]:
+    """Return the values, with the entries of lists in their place; add to `lengths` those of the lists, None for no list."""
+    leaves: list[Any] = []
+    for value in values:
+        is_list = isinstance(value, (list, tuple))
+        lengths.append(len(value) if is_list else None)
+        leaves += value if is_list else (value,)
+    return leaves
 
 
-def _flatten(results: Any, structure: list[Any]) -> Any:
-    """Return an operator's results without lists, and note in `structure` where lists were; one tensor is returned as it is."""
-    if isinstance(results, Tensor):
-        return results
-    structure += _map_leaves(results, lambda x: None)
-    return tuple(_leaves(results))
-
-
-def _nest(leaves: Any, structure: list[Any]) -> Any:
-    """Return the leaves in lists as they were in what `_flatten` got."""
+def _nest(leaves: Any, lengths: list[int | None]) -> Any:
+    """Return the leaves as the values that `_flatten` got; a tensor, which is one result, is returned as it is."""
     if isinstance(leaves, Tensor):
         return leaves
-    following = iter(leaves)
-    return tuple(_map_leaves(structure, lambda _: next(following)))
+    values, at = list[Any](), 0
+    for length in lengths:
+        values.append(leaves[at] if length is None else list(leaves[at : at + length]))
+        at += 1 if length is None else length
+    return tuple(values)
 
 
 PLANNED: dict[Any, Planned] = {}

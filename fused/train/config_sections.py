@@ -45,7 +45,7 @@ class DataConfig:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """How clips are made, as it is kept with the model."""
+        """The making of clips, as it is kept with the model."""
         return Preprocessing(
             self.frames, self.size, self.sampling, self.stride, self.fps, self.short, self.crop,
             first_seconds=self.first_seconds,

@@ -70,7 +70,9 @@ def write(folder: Path) -> Path:
         Section("Glossary", glossary.terms(), folded=True),
     ]  # fmt: skip
     verdict, picture = " ".join(filter(None, said)), _picture(families, newest, folder)
-    front = Page("Mamba video models: what was measured", verdict, numbers[: race_numbers.MOST], picture, sections)
+    machines = dict.fromkeys(str(run.about["box"].get("gpu") or run.about["box"].get("cpu")) for run in runs.values())
+    title = f"Mamba video models: what was measured on {', '.join(machines) or 'no machine yet'}"
+    front = Page(title, verdict, numbers[: race_numbers.MOST], picture, sections)
     return html.write_html(folder, front, STEM)
 
 
@@ -158,5 +160,7 @@ def _runs(runs: Mapping[Path, Run], ages: Mapping[Path, tuple[str, ...] | None],
         link = Markdown(f"[{escape(where.name)}]({where.relative_to(folder)}/report.html)")
         box, said = run.about["box"], bench.verdict(run) if run.about["kind"] == "bench" else page.verdict(run)
         day = run.about["started"][:10]
-        rows.append((link, run.about["kind"], day, box.get("gpu") or box.get("cpu"), said, freshness.in_words(ages[where])))
+        narrowed = run.about.get("filtered") or any(run.about["plan"].get(key) for key in ("races", "points", "names"))
+        kind = run.about["kind"] + ", a part" * bool(narrowed)
+        rows.append((link, kind, day, box.get("gpu") or box.get("cpu"), said, freshness.in_words(ages[where])))
     return table(["run", "kind", "day", "on", "says", "its code"], rows)

@@ -143,7 +143,7 @@ def _adapted(tokens: Sequence[Token], folder: Path) -> Iterator[Token]:
         elif token.type in ("th_open", "td_open"):
             if column in numeric:
                 token.attrJoin("class", "number")
-            if token.type == "td_open" and len(tokens[i + 1].content) > LONG:
+            if token.type == "td_open" and sum(len(c.content) for c in tokens[i + 1].children or []) > LONG:
                 token.attrJoin("class", "long")
             column += 1
         elif token.type == "tr_open":

@@ -53,7 +53,7 @@ def _verdict(run: Run) -> str:
     asked = len(run.records) - len(mute)
     word = f"No tool found an error: {asked} of {asked} runs of kernels are clean." if asked else "Nothing was judged."
     if wrong:
-        word = f"{len(wrong)} of {asked} runs of kernels have errors."
+        word = f"{len(wrong)} of {asked} runs of kernels {'has' if len(wrong) == 1 else 'have'} errors."
     if mute:
         word += f" {len(mute)} could not be judged."
     status = run.about.get("status")
@@ -67,7 +67,7 @@ def _numbers(records: Sequence[Record]) -> list[Number]:
     return [
         Number(str(asked - len(wrong)), f"of {asked}", "runs of a subject's kernels under a tool are clean"),
         Number(f"{sum(r.findings[0].error for r in wrong):.0f}", "errors", "that the tools report"),
-        Number(str(len(mute)), "", "runs could not be judged"),
+        Number(str(len(mute)), "", f"{'run' if len(mute) == 1 else 'runs'} could not be judged"),
     ]
 
 

@@ -85,7 +85,7 @@ def _parities(base: Run, new: Run, folder: Path) -> Page:
         a, b = before[key].worst, after[key].worst
         if a and b and a.ratio != b.ratio:
             tighter.append((b.ratio - a.ratio, key, a.ratio, b.ratio))
-    tighter.sort(key=lambda line: -line[0])
+    tighter.sort(key=lambda line: -abs(line[0]))
     rows = [[*key, before[key].status, after[key].status] for key in changed]
     head = ["subject", "implementation", "check", "case", "base", "new"]
     numbers = [

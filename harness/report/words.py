@@ -58,7 +58,8 @@ def clips(count: int, frames: int, side: int = SIDE) -> str:
 
 
 def point(at: Point, with_dtype: bool = False, with_way: bool = False) -> str:
-    """Return a point of operators or models in words, without its mode; of an unknown race by its letters.
+    """Return a point of operators or models in words, without its mode; of an unknown race, or without a size that its words
+    need, by its letters.
 
     With its way, that is said where it is not eager.
     """
@@ -67,7 +68,10 @@ def point(at: Point, with_dtype: bool = False, with_way: bool = False) -> str:
         what = clips(sizes["B"], sizes["T"], sizes["S"]) if at.clips else _rows(sizes)
         said = f"{model(known)}{variant}, {what}"
     else:
-        said = SIZES[known](sizes) + variant if known in SIZES else letters(at)
+        try:
+            said = SIZES[known](sizes) + variant
+        except KeyError:
+            said = letters(at)
     said += f", {WAYS.get(at.way, at.way)}" * (with_way and at.way != "eager")
     return said + f", {at.dtype}" * with_dtype
 

@@ -9,7 +9,7 @@ from harness.report import figures, html, things
 from harness.report.figures import chart, legend
 from harness.report.html import Page
 from harness.report.html import html as to_html
-from harness.report.markdown import sparse, table
+from harness.report.markdown import Markdown, sparse, table
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,12 @@ def test_a_column_of_numbers_is_aligned_with_its_head(cells: list[str], numeric:
     text = to_html(table(["what", "value"], [["a name", cell] for cell in cells]), tmp_path)
     assert ('<th class="number">value' in text) == numeric and '<th class="number">what' not in text
     assert len(re.findall(r'<td class="number', text)) == len(cells) * numeric
+
+
+def test_a_cell_is_as_long_as_what_is_read_of_it(tmp_path: Path) -> None:
+    link, words = Markdown(f"[a](#{'b' * 60})"), "c" * 60
+    text = to_html(table(["x", "y"], [[link, words]]), tmp_path)
+    assert '<td><a href="#' in text and '<td class="long">ccc' in text
 
 
 def test_empty_columns_are_left_out() -> None:
@@ -64,3 +70,17 @@ def test_a_legend_has_as_many_columns_as_there_is_room_for(labels: list[str], co
     view = [float(x) for x in re.search(r'viewBox="([^"]*)"', (tmp_path / "a.svg").read_text())[1].split()]
     box = drawn.get_window_extent().transformed(axes.figure.dpi_scale_trans.inverted())
     assert box.x0 >= 0 and 72 * box.x1 <= view[2], "no name is cut"
+
+
+def test_ours_and_its_kept_states_have_colours_of_the_page(tmp_path: Path) -> None:
+    """Two that are told apart, on light and on dark."""
+    with chart(tmp_path, "a") as axes:
+        for name in ("fused:native", "fused:native_kept"):
+            axes.plot([1, 2], **figures.line_look(things.look(name)))
+    text = to_html("![c](a.svg)", tmp_path)
+    style = (html.TEMPLATES / "page.css").read_text()
+    for name in ("ours", "kept"):
+        assert f"var(--{name})" in text and len(set(re.findall(rf"--{name}: (#\w+)", style))) == 2
+    for ours, kept in zip(*(re.findall(rf"--{name}: #(\w+)", style) for name in ("ours", "kept")), strict=True):
+        light = [sum(int(colour[i : i + 2], 16) for i in (0, 2, 4)) for colour in (ours, kept)]
+        assert abs(light[0] - light[1]) > 100

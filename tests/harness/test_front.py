@@ -70,6 +70,7 @@ def test_the_front_page(checkout: Path) -> None:
     text = front.write(folder).read_text()
     said = re.sub("<[^>]*>", "", text)
     assert "VideoMamba-Ti is 4.0 to 10 times as fast as upstream in inference" in said
+    assert "<h1>Mamba video models: what was measured on NVIDIA H200</h1>" in text
     assert "the one answer within the tolerance, the tightest at 25 % of its budget." in said
     assert "No accepted run asks about bimba, " in said and "| scan" not in said and "1 of 1" in said
     assert 'href="accepted/h200/20300201-bench/report.html"' not in text  # there is no such page yet
@@ -111,6 +112,7 @@ def test_every_race_and_family_has_its_newest_numbers(checkout: Path) -> None:
     readme.write_text("\n".join(accepted.MARKERS))
     accepted.refresh(readme, here)
     block = readme.read_text()
+    assert said.count("bench, a part") == 1, "the list of accepted runs says which asked a part"
     assert "bimba (a part): on one NVIDIA H200" in block and "stream, chunks: on one" in block
     assert "### BIMBA's compressor\n\nFrom [20300101-bimba](accepted/h200/20300101-bimba/report.md):" in block
     sweeps.made(here / "20290101-whole", bimba, started="2029-01-01").save()

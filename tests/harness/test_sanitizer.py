@@ -71,6 +71,7 @@ def test_a_run_and_its_page(stand_in: Path, tmp_path: Path) -> None:
     assert set(found.values()) == {("pass", "")} and len(found) == 4
     page = (tmp_path / "run" / "report.md").read_text()
     assert "| scan | 3 errors" in page and "Invalid __global__ write" in page and "not judged" in page
+    assert "1 of 5 runs of kernels has errors. 1 could not be judged." in page and "](tools.svg)" in page
     again = [*words[:3], "--jobs", "1", "--tool", "synccheck", "--out", str(tmp_path / "b")]
     assert CliRunner().invoke(app, again).exit_code == PASSED
 

@@ -54,3 +54,16 @@ def test_runs_of_two_kinds_have_no_comparison(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="runs of bench and parity have no comparison"):
         sides.write(base, new, tmp_path / "both")
     assert not (tmp_path / "both").exists()
+
+
+def test_the_largest_changes_of_errors_come_first_better_or_worse(tmp_path: Path) -> None:
+    def made(name: str, *errors: float) -> Run:
+        found = [(f"B1-L{n}-float32", Finding("y", "l2", error, 1.0)) for n, error in enumerate(errors)]
+        return test_report.made(tmp_path / name, [test_report.record(case=case, findings=(f,)) for case, f in found])
+
+    text = sides.write(made("base", 0.9, 0.5, 0.1), made("new", 0.1, 0.6, 0.4), tmp_path / "both").read_text()
+    lines = text.partition("## Largest changes")[2].splitlines()
+    assert [line.split(" | ")[-2:] for line in lines if line.startswith("| scan")] == [
+        ["0.9", "0.1 |"], ["0.1", "0.4 |"], ["0.5", "0.6 |"],
+    ]  # fmt: skip
+    assert "No answers of ours fail now that did not before. 3 of 3 common answers have another error." in text

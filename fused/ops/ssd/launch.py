@@ -129,8 +129,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Scan: return y (B, L, H, P) in x's dtype and the final state (B, H, P, N) in float32, empty unless wanted.
 
-    Shapes are those of `fused.ssd`. Strides are free but over the last axis, where others than 1 cost a copy. Without tokens the
-    state is the initial one.
+    Shapes are those of `fused.ssd`. Strides are free but over the last axis, where others than 1 cost a copy. Without tokens
+    the state is the initial one.
     """
     x, dt, B, C, z, D = (rows(t) for t in (x, dt, B, C, z, D))
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)

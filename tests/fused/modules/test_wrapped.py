@@ -261,6 +261,23 @@ def test_the_slow_path_is_said_once_a_mixer_with_the_modules_that_want_it(logged
     assert "in_proj has 1 forward hook" in message and "x_proj_b is a wrappers.Adapter" in message
 
 
+@pytest.mark.skipif(not CPU, reason="the backend cpu cannot run here")
+def test_the_slow_path_on_a_cpu(logged):
+    """It is said where the same mixer without the hook runs as one operator, in float32 and without autocast."""
+    mixer, tokens = Mamba(8, d_state=4, layer_idx=5, bimamba=False), normal(1, 5, 8)
+    mixer(tokens, backend="cpu")
+    mixer.in_proj.register_forward_hook(lambda m, inputs, y: None)
+    mixer(tokens, None, True, backend="cpu")
+    mixer(tokens, backend="torch")
+    with torch.autocast("cpu", torch.bfloat16):
+        mixer(tokens, backend="cpu")
+    assert logged() == []
+    for _ in range(2):
+        mixer(tokens, backend="cpu")
+    (message,) = logged()
+    assert message.startswith("layers.5.mixer runs outside of the fused operator") and "in_proj has 1 forward hook" in message
+
+
 def test_a_plain_mixer_does_not_leave_its_operator(logged, monkeypatch):
     from fused.ops.mamba_inner import native
 

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from fused.train import loop
 from fused.train.__main__ import main
 from fused.train.config import all_keys
 from fused.train.config_file import read_config, to_yaml
 from fused.train.config_keys import TASKS
 from fused.train.config_sections import SECTIONS
+from fused.train.data import configured
 from fused.train.language.options import LANGUAGE_TASKS
 
 LEAST = ["task=finetune", "out=run", "data.train=videos", "steps=3"]
@@ -217,7 +217,7 @@ def test_sizes_and_sampling_reach_the_data(monkeypatch: pytest.MonkeyPatch, tmp_
         asked.update(options, size=size)
         raise ValueError("seen")
 
-    monkeypatch.setattr(loop, "ClipFolder", clip_folder)
+    monkeypatch.setattr(configured, "ClipFolder", clip_folder)
     words = ["data.size=[128,160]", "data.short=loop", "data.fps=12.5", "data.sampling=dense", f"out={tmp_path / 'run'}"]
     with torch.random.fork_rng():
         assert main([*LEAST, *words, "device=cpu", "--dry-run"]) == 2
