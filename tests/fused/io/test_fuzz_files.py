@@ -59,12 +59,12 @@ def compare(path: Path) -> str:
     except VideoError as error:
         return "" if str(path) in str(error) else f"the error does not name the file: {error}"
     shown, is_intact = full_decode(path)
-    strange = [number for number, image in got if image not in shown]
-    if strange:
-        return f"frames {strange} of {total[0]} are none that a full decode shows ({len(shown)} frames)"
-    if is_intact and (total[0] != len(shown) or any(shown[number] != image for number, image in got)):
-        return f"frames of {total[0]} are not numbered as those of a full decode, {len(shown)}"
-    return ""
+    wrong = ""
+    if strange := [number for number, image in got if image not in shown]:
+        wrong = f"frames {strange} of {total[0]} are none that a full decode shows ({len(shown)} frames)"
+    elif is_intact and (total[0] != len(shown) or any(shown[number] != image for number, image in got)):
+        wrong = f"frames of {total[0]} are not numbered as those of a full decode, {len(shown)}"
+    return "" if wrong and leaves_parts(path, shown) else wrong
 
 
 def full_decode(path: Path) -> tuple[list[int], bool]:
@@ -95,6 +95,29 @@ def full_decode(path: Path) -> tuple[list[int], bool]:
                 is_intact = False
                 if len(shown) > 1000:
                     return shown, is_intact
+
+
+def leaves_parts(path: Path, shown: list[int]) -> bool:
+    """Return whether the decoder, begun at a key frame, shows pictures that it does not show from the start of the file.
+
+    Of a damaged slice, FFmpeg's decoder of HEVC leaves what it cannot decode as it was in memory, and says nothing. Such
+    pictures differ from decode to decode, and so do those that are predicted from them.
+    """
+    from fused.io.video_stream import FrameConverter, OpenVideoStream
+
+    with OpenVideoStream(path) as (container, stream):
+        if stream.codec_context.name != "hevc":
+            return False
+        keys = [packet.pts for packet in container.demux(stream) if packet.is_keyframe]
+    for key in keys:
+        with OpenVideoStream(path) as (container, stream):
+            converter, has_begun = FrameConverter(stream), False
+            for packet in container.demux(stream):
+                has_begun |= packet.is_keyframe and packet.pts == key
+                for frame in packet.decode() if has_begun else ():
+                    if frame.pts >= key and hash(converter.convert(frame).numpy().tobytes()) not in shown:
+                        return True
+    return False
 
 
 @pytest.fixture(scope="module")
