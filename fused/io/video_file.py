@@ -261,8 +261,11 @@ class _Errors:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        if not isinstance(error, Exception) or isinstance(error, VideoError | ImportError | MemoryError):
+        reason = getattr(error, "strerror", None)
+        if not isinstance(error, Exception) or isinstance(error, VideoError | ImportError):
+            return
+        if isinstance(error, MemoryError) and reason is None:  # the machine's; FFmpeg's is of a size that the file states
             return
         # FFmpeg's errors, the system's, and those of PyAV's code, as for text that is no UTF-8
-        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        reason = reason or f"{type(error).__name__}: {error}"
         raise VideoError(self._path, f"truncated, corrupt or no video at all, {self._where} ({reason})") from error

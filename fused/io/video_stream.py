@@ -13,9 +13,11 @@ from torch import Tensor
 
 from fused.io.video_error import VideoError
 
-# These have side data (SEI messages, tags). With "explode" FFmpeg gives up a whole picture for damaged side data. Without it,
-# damaged pictures are still marked as corrupt, if frames are decoded with frame threads.
-SIDE_DATA_CODECS = frozenset(("h264", "hevc", "tiff"))
+# With "explode" FFmpeg gives up a whole picture for damaged side data (SEI messages, tags), and its decoders of the H.263
+# family can end the process. Without it, damaged pictures are still marked as corrupt, if frames are decoded with frame threads.
+SIDE_DATA_CODECS = ("h264", "hevc", "tiff")
+H263_CODECS = ("mpeg4", "h263", "h263p", "flv", "msmpeg4v1", "msmpeg4v2", "msmpeg4", "wmv1", "wmv2")
+LENIENT_CODECS = frozenset((*SIDE_DATA_CODECS, *H263_CODECS))
 MAX_THREADS = 16
 MAX_PIXELS = 2**27  # of a frame: a damaged header must not take all memory
 ASPECTS = (Fraction(1, 10), Fraction(10))  # of a pixel, width over height; others are damage
@@ -52,7 +54,7 @@ class OpenVideoStream:
         codec.thread_type = "FRAME"
         codec.thread_count = min(torch.get_num_threads(), MAX_THREADS)  # one in a worker process of PyTorch
         codec.options = {"max_pixels": str(MAX_PIXELS)}
-        if codec.name not in SIDE_DATA_CODECS:
+        if codec.name not in LENIENT_CODECS:
             codec.options |= {"err_detect": "explode"}
         return self._container, stream
 

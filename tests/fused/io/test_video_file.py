@@ -421,3 +421,18 @@ def test_clip_of_a_file_whose_index_proves_wrong_while_it_is_decoded(tmp_path: P
     assert torch.equal(Preprocessing(2, 32).read(path), torch.stack([frames[2], frames[7]], 1))
     looped = [*frames, *frames[:3]]  # frame 0 is decoded before it is known that it comes again as the 11th, not the 13th
     assert torch.equal(Preprocessing(13, 32, short="loop").read(path), torch.stack(looped, 1))
+
+
+def test_a_size_that_no_memory_holds_is_the_files_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table of a MP4 that states 2**31 entries; the machine's own lack of memory stays what it is."""
+    path = encode(tmp_path / "a.mp4", "libx264")
+    entries = path.read_bytes().index(b"stts") + 8
+    with pytest.raises(VideoError, match=rf"{path}.*no video at all.*Cannot allocate memory"):
+        count_frames(patch(path, entries, b"\x7f\xff\xff\xff"))
+
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(av, "open", full)
+    with pytest.raises(MemoryError):
+        count_frames(path)
