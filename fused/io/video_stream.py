@@ -14,7 +14,7 @@ from torch import Tensor
 from fused.io.video_error import VideoError
 
 # With "explode" FFmpeg gives up a whole picture for damaged side data (SEI messages, tags), and its decoders of the H.263
-# family can end the process. Without it, damaged pictures are still marked as corrupt, if frames are decoded with frame threads.
+# family can end the process. Without it, damaged pictures are still marked as corrupt, if decoded with frame threads.
 SIDE_DATA_CODECS = ("h264", "hevc", "tiff")
 H263_CODECS = ("mpeg4", "h263", "h263p", "flv", "msmpeg4v1", "msmpeg4v2", "msmpeg4", "wmv1", "wmv2")
 LENIENT_CODECS = frozenset((*SIDE_DATA_CODECS, *H263_CODECS))
