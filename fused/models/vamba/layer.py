@@ -210,6 +210,8 @@ class VambaDecoderLayer(nn.Module):
         if s.dtype == alpha.dtype and not torch.is_grad_enabled():
             return alpha * s if c is None else torch.lerp(c, s, alpha)
         precise = accumulation_dtype(s.dtype)
-        weight, wide = alpha.to(precise), s.to(precise)
-        update = weight * wide if c is None else torch.lerp(c.to(precise), wide, weight)
+        weight = alpha.to(precise)
+        update = weight * s.to(precise)
+        if c is not None:
+            update = update + (1 - weight) * c.to(precise)
         return update.to(torch.promote_types(s.dtype, alpha.dtype))
