@@ -42,7 +42,7 @@ class OpenVideoStream:
         if path.stat().st_size == 0:
             raise VideoError(path, "the file is empty")
         # an absolute path is not taken for an address, as "cam1-12:30" is; titles need not be UTF-8, nor names
-        self._file = path.open("rb") if _has_undecodable_name(path) else None
+        self._file = path.open("rb") if is_undecodable(str(path)) else None
         options = {} if _replaces_by_itself(av.__version__) else {"metadata_errors": "replace"}
         self._container = av.open(self._file or str(path.absolute()), **options)
         try:
@@ -113,10 +113,10 @@ def _replaces_by_itself(version: str) -> bool:
     return int(version.partition(".")[0]) >= 19
 
 
-def _has_undecodable_name(path: Path) -> bool:
-    """Return whether the path is not valid UTF-8, so that FFmpeg cannot be told its name."""
+def is_undecodable(name: str) -> bool:
+    """Return whether a name of the file system is no UTF-8, so that FFmpeg cannot be told it, nor a file of UTF-8 hold it."""
     try:
-        str(path).encode()
+        name.encode()
     except UnicodeEncodeError:
         return True
     return False

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fused.io.frame_folder import IMAGE_SUFFIXES
+from fused.io.video_stream import is_undecodable
 from fused.train.data.folder_scan import SUFFIXES, scan_folder, scan_images
 from fused.train.data.list_columns import NUMBER, check_options
 from fused.train.data.list_file import ListedVideo, check_repeats, read_list
@@ -82,7 +83,7 @@ def list_videos(
     if not all(names):
         unlabelled = paths[names.index("")]
         raise ValueError(f"root must hold videos with classes or without, not both; {unlabelled} has none, and others have one")
-    if strange := next(filter(_cannot_be_written, names), None):
+    if strange := next(filter(is_undecodable, names), None):
         raise ValueError(f"{root} has the class {strange!r}, a name in another encoding; allowed is UTF-8: rename the folder")
     known = classes or _class_names(names)
     numbers = {name: number for number, name in enumerate(known)}
@@ -144,15 +145,6 @@ def _check_labels(file: Path, videos: Sequence[ListedVideo]) -> None:
         if not CLASS_NUMBER.fullmatch(video.label.lstrip("0") or "0"):
             allowed = "a class number from 0 to 99999, a name, or no label in any line"
             raise ValueError(f"{file}, line {video.line}: {video.path} has the label {video.label!r}; allowed: {allowed}")
-
-
-def _cannot_be_written(name: str) -> bool:
-    """Return whether a name holds bytes that are no UTF-8, with which no model's folder can be written."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
 
 
 def _class_names(names: Sequence[str]) -> tuple[str, ...]:
