@@ -105,7 +105,7 @@ def test_outputs_are_the_callers_and_frames_too() -> None:
 
 @pytest.mark.parametrize("overrides", [{}, {"distill_dim": 6}, {"readout": "last"}])
 def test_replayed(overrides: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was run for the recording leaves no trace, a replay reads what is new, and its output is copied."""
+    """Runs before the recording leave no trace, a replay reads what is new, and its output is copied."""
     recorder, model = TapeRecorder(), model_of(**overrides)
     monkeypatch.setattr(frame_stream, "CudaRecorder", lambda device: recorder)
     monkeypatch.setattr(FrameStream, "_takes_graph", lambda self, wanted, device: True)
