@@ -20,8 +20,8 @@ from fused.io.atomic_write import atomic_write
 from fused.models.retrieval.model import VideoTextRetrieval
 from fused.models.retrieval.ranking import RECALLS, both_directions, dual_softmax, ranks
 from fused.models.retrieval.words import clean_text
+from fused.train.data.batches import BadFile, UnreadableFiles
 from fused.train.data.captions import Captioned, read_captions
-from fused.train.data.clips import BadFile, UnreadableFiles
 from fused.train.interrupt import Interrupt
 from fused.train.parallel import World, choose_device
 from fused.train.terminal import Terminal

@@ -34,7 +34,7 @@ from fused.models.videomamba.classify import (
 )
 from fused.models.videomamba.model import VideoMamba
 from fused.rules import invalid
-from fused.train.data.clips import batches
+from fused.train.data.batches import batches
 from fused.train.interrupt import Interrupt
 from fused.train.parallel import World, choose_device
 from fused.train.prefetch import Prefetcher

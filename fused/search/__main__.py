@@ -14,7 +14,7 @@ from fused.evaluate.run import NotFinite
 from fused.evaluate.settings import read_settings
 from fused.io.atomic_write import NotWritten
 from fused.search.search import FEATURES, search
-from fused.train.data.clips import UnreadableFiles
+from fused.train.data.batches import UnreadableFiles
 from fused.train.terminal import SETUP_ERRORS, Terminal, escape_what_cannot_be_printed, fail
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130

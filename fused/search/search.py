@@ -11,7 +11,7 @@ from fused.evaluate.video_text import Engine
 from fused.evaluate.videos import list_unlabelled
 from fused.models.retrieval.model import VideoTextRetrieval
 from fused.rules import COUNT
-from fused.train.data.clips import BadFile, UnreadableFiles
+from fused.train.data.batches import BadFile, UnreadableFiles
 from fused.train.parallel import World, choose_device
 from fused.train.terminal import Terminal
 

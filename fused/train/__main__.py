@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fused.io.atomic_write import NotWritten
 from fused.train.config_file import read_config, to_yaml
-from fused.train.data.clips import UnreadableFiles
+from fused.train.data.batches import UnreadableFiles
 from fused.train.language.options import LANGUAGE_TASKS
 from fused.train.language.trainer import LanguageTrainer
 from fused.train.loop import Diverged, Trainer

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fused.io.atomic_write import atomic_write
-from fused.train.data.clips import BadFile
+from fused.train.data.batches import BadFile
 from fused.train.terminal import Terminal, bad_file_reasons, clock
 
 LOG_FILE = "log.jsonl"

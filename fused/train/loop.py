@@ -18,8 +18,8 @@ import torch
 from fused import backends
 from fused.train import checkpoints, parallel, run_folder, tasks
 from fused.train.config import TrainConfig
+from fused.train.data.batches import BadFile, Batches, batches
 from fused.train.data.captioned import AlternatingBatches, CaptionData
-from fused.train.data.clips import BadFile, Batches, batches
 from fused.train.data.configured import open_clips
 from fused.train.ema import WeightAverage
 from fused.train.interrupt import Interrupt

@@ -13,7 +13,7 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from fused.train import run_folder
-from fused.train.data.clips import BadFile
+from fused.train.data.batches import BadFile
 from fused.train.language.samples import ConversationData, PackedBatch
 from fused.train.language.tasks import LanguageTask, build_language_task, make_reader
 from fused.train.loop import Trainer
