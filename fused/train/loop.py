@@ -18,6 +18,7 @@ import torch
 from fused import backends
 from fused.train import checkpoints, parallel, run_folder, tasks
 from fused.train.config import TrainConfig
+from fused.train.counts import micro_batch_videos, warmup_steps
 from fused.train.data.batches import BadFile, Batches, batches
 from fused.train.data.captioned import AlternatingBatches, CaptionData
 from fused.train.data.configured import open_clips
@@ -62,19 +63,7 @@ class Trainer:
         backends.check_can_run(config.backend, world.device)
         self.data = self.training_data()
         self.val = val = open_clips(config, "val", self.data.classes) if config.data.val is not None else None
-        repeats = config.data.repeats
-        self.micro_batch_videos, remainder = divmod(config.batch_size, world.size * config.accumulate * repeats)
-        if remainder:
-            product, values = "processes * accumulate", f"{world.size} * {config.accumulate}"
-            if repeats > 1:
-                product, values = f"{product} * data.repeats", f"{values} * {repeats}"
-            raise ValueError(f"batch_size is {config.batch_size}; allowed: a multiple of {product} ({values})")
-        if len(self.data) * repeats < config.batch_size:
-            times = f"{repeats} times " if repeats > 1 else ""
-            raise ValueError(
-                f"batch_size is {config.batch_size}; allowed: up to {times}the {len(self.data)} {self.entries} of "
-                f"{config.data.train}"
-            )
+        self.micro_batch_videos = micro_batch_videos(config, world.size, len(self.data), self.entries)
         self.steps_per_epoch = len(self._epoch_batches(0, 0)) // config.accumulate
         self.total = config.steps or self.steps_per_epoch * int(config.epochs or 0)
         self.changes = run_folder.check_run(self.folder, config)
@@ -89,7 +78,8 @@ class Trainer:
         # the form that reads its learning rates and counts its steps on the GPU, in eager steps too: another rounds otherwise
         capturable = world.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=True, capturable=capturable)
-        factor = cosine_factor(self.total, self._warmup_steps(), optim.warmup_start, optim.floor)
+        warmup = warmup_steps(config, self.steps_per_epoch, self.total)
+        factor = cosine_factor(self.total, warmup, optim.warmup_start, optim.floor)
         self.rates = LearningRates(self.optimizer, factor, world.device)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "float16")
         self.train_step = TrainStep(config, self.task, world, self.optimizer, self.scaler, self.average, recorder)
@@ -288,16 +278,6 @@ class Trainer:
             self.data, self.micro_batch_videos, epoch=epoch, seed=config.seed, workers=config.data.workers, rank=world.rank,
             world=world.size, skip=skip,
         )  # fmt: skip
-
-    def _warmup_steps(self) -> int:
-        """Return the steps of the warm-up. Raise ValueError, with the key, for as many as the training has, or more."""
-        optim = self.config.optim
-        epochs = optim.warmup_epochs
-        steps = optim.warmup_steps if epochs is None else round(epochs * self.steps_per_epoch)
-        if steps >= self.total:
-            key, value = ("warmup_steps", steps) if epochs is None else ("warmup_epochs", f"{epochs}, {steps} steps")
-            raise ValueError(f"optim.{key} is {value}; allowed: fewer than the {self.total} steps of the training")
-        return steps
 
     def _save(self) -> None:
         """Write a checkpoint of the current step."""
