@@ -20,6 +20,7 @@ import torch
 from fused import backends
 from fused.io.atomic_write import atomic_write
 from fused.runtime.cache_folder import cache_folder
+from fused.runtime.dtypes import dtype_name
 
 SOURCES = (".py", ".cu", ".cuh", ".h", ".hpp", ".cpp")
 KEY = ("backend", "dtype", "fused", "reference", "harness", "gpu", "driver", "torch", "triton", "nvrtc")
@@ -71,7 +72,7 @@ def key(backend: str = "auto", dtype: torch.dtype = torch.float32, device: torch
     cuda = device.type == "cuda"
     return {
         "backend": backends.choose(backend, device),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         **{package: fingerprint(package) for package in ("fused", "reference", "harness")},
         "gpu": torch.cuda.get_device_name(device) if cuda else device.type.upper(),
         "driver": driver() if cuda else None,

@@ -17,14 +17,15 @@ from typing import Any
 
 import torch
 
-from fused.compile.programs import Compiled, compile_program, name_of, programs_of, title_of, unique
+from fused.compile.programs import Compiled, compile_program, programs_of, title_of, unique
 from fused.compile.triton_kernels import compile_triton_kernels
 from fused.models.videomamba.config import VideoMambaConfig
 from fused.ops.selective_scan.kernel_source import IO_DTYPES
 from fused.runtime import cubin_cache, nvrtc
+from fused.runtime.dtypes import dtype_name
 from fused.terminal import DONE, FAILED, INTERRUPTED, USAGE, fail
 
-DTYPES = {name_of(dtype): dtype for dtype in IO_DTYPES}
+DTYPES = {dtype_name(dtype): dtype for dtype in IO_DTYPES}
 MODELS = ("tiny", "small", "middle", "base")
 
 
@@ -85,7 +86,7 @@ def _fill(archs: list[str], dtypes: list[torch.dtype], configs: list[VideoMambaC
     try:
         for arch in archs:
             for dtype in dtypes:
-                label = f"{arch} {name_of(dtype)}"
+                label = f"{arch} {dtype_name(dtype)}"
                 if has_triton:
                     arguments = (int(arch.removeprefix("sm_")), dtype, configs)
                     tasks[threads.submit(_in_own_process, compile_triton_kernels, *arguments)] = label, "Triton kernels"

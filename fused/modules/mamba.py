@@ -255,7 +255,7 @@ class Mamba(nn.Module):
         if self.bimamba and backend in ("torch", "cpu") and not called:
             return both_directions_eager(x, self.directions(), z, backend), None
         suffixes = ("", "_b") if self.bimamba else ("",)
-        directions = [self._weights_beside(called, suffix) for suffix in suffixes] if called else self.directions()
+        directions = [self._uncalled_weights(called, suffix) for suffix in suffixes] if called else self.directions()
         ys, states = [], []
         for i, (suffix, weights) in enumerate(zip(suffixes, directions, strict=True)):
             modules = {name: getattr(self, name + suffix) for name in _INNER if name + suffix in called}
@@ -270,7 +270,7 @@ class Mamba(nn.Module):
             states.append(leaving)
         return ys[0] if len(ys) == 1 else ys[0] + ys[1], states[0]
 
-    def _weights_beside(self, called: Collection[str], suffix: str) -> DirectionWeights:
+    def _uncalled_weights(self, called: Collection[str], suffix: str) -> DirectionWeights:
         """Return the weights of the direction with this suffix; for modules that are `called`, None, and nothing is read."""
         modules = ((name + suffix, getattr(self, name + suffix)) for name in _INNER)
         weights: Any = [(None, None) if name in called else (m.weight, m.bias) for name, m in modules]

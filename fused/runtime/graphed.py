@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from fused.rules import check_integer
+from fused.runtime.autocast import autocast_of_graph
 from fused.runtime.graphs import CudaRecorder, Recorder, Recording, warm
 from fused.runtime.modes import is_batch_invariant
 
@@ -129,11 +130,10 @@ class Graphed:
         arguments = {name: inputs.get(name) for name in given}
         args = [x for name, x in arguments.items() if isinstance(name, int)]
         kwargs = {name: x for name, x in arguments.items() if isinstance(name, str)}
-        on, dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+        autocast = autocast_of_graph(device)
 
         def call() -> Any:
-            # autocast would free its casts of the weights at the context's end, and a graph would go on reading them
-            with torch.autocast(device.type, dtype, on, cache_enabled=False):
+            with autocast():
                 return self.model(*args, **kwargs)
 
         with self._recorder.in_turn():

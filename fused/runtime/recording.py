@@ -3,7 +3,7 @@
     with Recorder(inputs) as recorder:
         results = kernel(*arguments)
 
-`plan.py` makes a launch plan of it. Within the context, `launch` and PyTorch's dispatcher report to the recorder.
+`launch_plan.py` makes a launch plan of it. Within the context, `launch` and PyTorch's dispatcher report to the recorder.
 """
 
 import threading

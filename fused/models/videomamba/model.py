@@ -14,7 +14,7 @@ from fused.models.videomamba.config import VideoMambaConfig, check_config
 from fused.models.videomamba.embedding import check_visible, sincos_positions, span_of
 from fused.models.videomamba.labels import Labelled
 from fused.models.videomamba.streaming import continuation
-from fused.models.videomamba.timm_api import Classifier
+from fused.models.videomamba.timm_api import TimmClassifier
 from fused.modules.norm import Norm
 from fused.modules.state import State, States, pack, running_mean
 from fused.modules.wrapped import weight_of
@@ -46,7 +46,7 @@ class DistillHead(nn.Sequential):
         return F.normalize(project(norm(tokens, backend)), dim=-1)
 
 
-class VideoMamba(Labelled, Classifier, Backbone):
+class VideoMamba(Labelled, TimmClassifier, Backbone):
     """The classifier: a clip (B, C, T, H, W), or an image (B, C, H, W), to logits (B, num_classes).
 
     `config.readout` says what the head reads: "cls", as upstream; the "mean" of all patch tokens; the "last" of them; or
