@@ -67,7 +67,7 @@ def unpack(state: States, depth: int, mean: bool, name: str) -> list[State]:
     for i in range(len(state)):
         if not (isinstance(state[i], (list, tuple)) and len(state[i]) == 2 and all(isinstance(x, Tensor) for x in state[i])):
             form = "(conv_state, ssm_state)" if i < depth else "(count, total)"
-            raise TypeError(f"entry {i} of {name} is not two tensors {form}; neither does without the other")
+            raise TypeError(f"entry {i} of {name} is not two tensors; allowed: {form}, as `init_state` makes them")
     return [cast(State, tuple(state[i])) for i in range(len(state))]
 
 

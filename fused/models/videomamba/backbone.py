@@ -227,7 +227,7 @@ class Backbone(Pretrained, nn.Module):
         if self.config.scan_order == "spatial":
             return None
         if (length - 1) % patches:
-            raise ValueError(f"{length} tokens are not CLS and frames of {patches} patches; pass the mask that left them")
+            raise ValueError(f"tokens are {length}; allowed: CLS and frames of {patches} patches, or the mask that left these")
         return temporal_order((length - 1) // patches, patches, visible, device)
 
     def apply_final_norm(

@@ -281,7 +281,10 @@ class VideoMambaEncoder(Backbone):
         if kind == "cls":
             return cls, None
         if tubelets and rest.shape[1] % tubelets:
-            raise ValueError(f"keep_temporal: {rest.shape[1]} visible tokens do not divide into {tubelets} equal tubelets")
+            raise ValueError(
+                f"keep_temporal is True, and {rest.shape[1]} visible tokens do not divide into {tubelets} equal tubelets; "
+                "allowed: a mask that leaves as many in each, or keep_temporal=False"
+            )
         split = rest.unflatten(1, (tubelets or 1, -1))
         if kind == "last":
             return split[:, :, -1], None
