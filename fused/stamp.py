@@ -66,7 +66,7 @@ def fingerprint(package: str) -> str | None:
 def key(backend: str = "auto", dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> dict:
     """Return the fields of `KEY` for this machine and these sources; `device` defaults to CUDA where there is one.
 
-    Raises BackendError for a backend that cannot run on the device.
+    Raises ValueError for an unknown backend, BackendError for one that cannot run on the device.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cuda = device.type == "cuda"
@@ -85,7 +85,11 @@ def key(backend: str = "auto", dtype: torch.dtype = torch.float32, device: torch
 def validation(
     backend: str = "auto", dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
 ) -> Validation | None:
-    """Return the stamp for this machine and these sources, or None. Raises BackendError as `key` does."""
+    """Return the stamp of a backend and a dtype for this machine and these sources, None if there is none.
+
+    `device` defaults to CUDA where there is one. Raises ValueError for an unknown backend, BackendError for one that cannot run
+    on the device.
+    """
     wanted = key(backend, dtype, device)
     try:
         stored = json.loads(_path(wanted).read_text())

@@ -152,7 +152,7 @@ class Backbone(Pretrained, nn.Module):
     def init_state(
         self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> list[State]:
-        """Return the state before a video's first token, for `ssm_state`; its parts are described in `fused.modules.state`.
+        """Return the state before the first token of `batch_size` videos, for `ssm_state`; see `fused.modules.state`.
 
         `dtype` is the stream's, by default that of the parameters, or autocast's where it is on. `device` is by default that of
         the parameters. Raises ValueError for a bidirectional model and for a batch of none.
@@ -168,7 +168,9 @@ class Backbone(Pretrained, nn.Module):
 
         `state`, one (conv_state, ssm_state) a layer, continues a token sequence that was cut; causal models in spatial order
         only. `out_layers` are the ascending numbers of layers whose feature is returned: the final norm of the residual stream
-        after that layer; for the last layer the stream itself, which with fused_add_norm lacks the last mixer's output.
+        after that layer; for the last layer the stream itself, which with fused_add_norm lacks the last mixer's output. `mask`
+        (B, L) is that which left these tokens; scan orders other than "spatial" read it. With `return_state` the new state is
+        returned.
 
         Returns (normed tokens in storage order, the new state in a container like the old one's, or None, the features). Raises
         ValueError for a state that does not fit the model, its scan order or its backend, TypeError for one of another type
@@ -255,8 +257,8 @@ class Backbone(Pretrained, nn.Module):
         """Yield the normed tokens (B, n, D) of every chunk, CLS with the first, as soon as its frames have come.
 
         This approximates the whole clip's tokens: the backward scan starts from zeros after every chunk and the `look_ahead`
-        frames after it. If these reach the end of the video, it is exact. `clip` is as in `forward_chunked`. Dropout and
-        drop_path are off, and no gradient is recorded.
+        frames after it. If these reach the end of the video, it is exact. `clip`, `chunk_frames` and `temporal_pos_total` are
+        as in `forward_chunked`. Dropout and drop_path are off, and no gradient is recorded.
 
         Raises ValueError or TypeError for arguments that do not fit the model.
         """

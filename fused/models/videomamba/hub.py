@@ -130,7 +130,11 @@ class Pretrained:
     def push_to_hub(
         self, repository: str, *, token: str | bool | None = None, private: bool | None = None, message: str = "Weights"
     ) -> str:
-        """Upload the files of `save_pretrained` to a repository, which is made if missing, and return the commit's URL."""
+        """Upload the files of `save_pretrained` to a repository, which is made if missing, and return the commit's URL.
+
+        `token` and `private` are huggingface_hub's, `message` is the commit's. Raises ImportError without huggingface_hub, and
+        its own errors.
+        """
         api = _hub().HfApi(token=token)
         api.create_repo(repository, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:

@@ -57,13 +57,13 @@ def load_checkpoint(
 ) -> LoadReport:
     """Load weights of any layout that `layouts` describes into a `VideoMamba` or `VideoMambaEncoder`, and return the report.
 
-    The file is read onto the CPU without running code in it (`fused.read_checkpoint`). `which` selects the "model"'s weights,
-    or the moving average of them ("ema"), which upstream and timm save beside these. Converted where the model differs:
-    dtypes; `norm` and `norm_f`; the patches of an image model for clips (`inflate`: "centre" or "mean", see
-    `resize.inflate_kernel`); positions, bicubic in space and linear in time. `grid` is the checkpoint's (rows, columns) of
-    patches: by default the model's if it has as many, else a square. A head for other classes, and whole parts that only one
-    of both has (`OPTIONAL_PARTS`, the temporal positions of an image model, other networks, an optimiser) are left out and
-    reported.
+    `path_or_state_dict` is a file, or the content of one. A file is read onto the CPU without running code in it
+    (`fused.read_checkpoint`). `which` selects the "model"'s weights, or the moving average of them ("ema"), which upstream and
+    timm save beside these. Converted where the model differs: dtypes; `norm` and `norm_f`; the patches of an image model for
+    clips (`inflate`: "centre" or "mean", see `resize.inflate_kernel`); positions, bicubic in space and linear in time. `grid`
+    is the checkpoint's (rows, columns) of patches: by default the model's if it has as many, else a square. A head for other
+    classes, and whole parts that only one of both has (`OPTIONAL_PARTS`, the temporal positions of an image model, other
+    networks, an optimiser) are left out and reported.
 
     Anything else that is missing, left over or of another shape raises CheckpointError if `strict`, and is reported if not.
     The report is logged too, as a warning if something was left at init. After an error the model is unchanged.

@@ -107,8 +107,9 @@ def batches(
 ) -> "Batches":  # fmt: skip
     """Return the batches of an epoch for process `rank` of `world`, without the first `skip`, whose files are not read.
 
-    All ranks share one order of the files, shuffled by (seed, epoch). Step s takes the next world * batch_size files, and
-    each rank a slice of them: two ranks with batches of 4 have the clips that one rank has with batches of 8.
+    All ranks share one order of the files, with `shuffle` a random one that (seed, epoch) decides. Step s takes the next world
+    * batch_size files, and each rank a slice of them: two ranks with batches of 4 have the clips that one rank has with batches
+    of 8.
 
     With `drop_last`, for training, every batch is full. The files left over at the end of the epoch are dropped. A file that
     cannot be read is replaced by the next readable one after this step's files in the order; the ranks take replacements in

@@ -34,7 +34,7 @@ class ClipFolder:
     noise (`erase`). `augment` names an `AugmentPolicy`, such as "rand-m7-n4-mstd0.5-inc1". With `repeats` above 1 a sample is
     that many clips of the same frames, (repeats, 3, T, height, width), for which everything else is drawn anew (repeated
     sampling). `dtype` may be torch.uint8: pixels from 0 to 255, rounded after they are resized, and not normalised, which take
-    a quarter of the memory.
+    a quarter of the memory. Random choices follow from (`seed`, epoch, number of the file).
 
     The attributes `files` (sorted), `classes`, `labels`, `stated_frames` and `notes` describe the dataset, `preprocessing` its
     clips; only `sample` opens files. Raises ValueError or TypeError for arguments out of range, for a root without videos, and
