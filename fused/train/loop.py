@@ -21,7 +21,7 @@ from fused.train.config import TrainConfig
 from fused.train.counts import micro_batch_videos, warmup_steps
 from fused.train.data.batches import BadFile, Batches, batches
 from fused.train.data.captioned import AlternatingBatches, CaptionData
-from fused.train.data.configured import open_clips
+from fused.train.data.open_clips import open_clips
 from fused.train.ema import WeightAverage
 from fused.train.interrupt import Interrupt
 from fused.train.log import Log, peak_memory_mib

@@ -31,8 +31,8 @@ from fused.train.objectives.losses import (
 )
 from fused.train.objectives.teachers import ClipTeacher
 from fused.train.objectives.text_masking import mask_words
-from fused.train.targets import visible_targets
 from fused.train.task import Metrics, Task
+from fused.train.visible_targets import visible_targets
 
 
 class Retrieval(Task):

@@ -19,8 +19,8 @@ from fused.train.data.target_clips import TargetClips
 from fused.train.models import make_student, pretraining_teacher, videomamba_teacher
 from fused.train.objectives.losses import alignment_loss, distillation_loss
 from fused.train.retrieval import Retrieval
-from fused.train.targets import visible_targets
 from fused.train.task import Metrics, Task
+from fused.train.visible_targets import visible_targets
 
 _log = logging.getLogger("fused")
 
