@@ -35,8 +35,8 @@ class Graphed:
     the model a few times and records a graph; the `max_graphs` that were used last are kept. Calls may come from several
     threads and streams.
 
-    A graph is recorded anew when parameters or buffers of the model were written to or replaced, and when modules or hooks were
-    added, removed or replaced. Other Python state of a model, such as an attribute that its forward reads, is that of the
+    A graph is recorded again when parameters or buffers of the model were written to or replaced, and when modules or hooks
+    were added, removed or replaced. Other Python state of a model, such as an attribute that its forward reads, is that of the
     recording: `clear` forgets all graphs.
     """
 
@@ -195,7 +195,7 @@ def graphed(model: nn.Module, max_graphs: int = 8) -> Graphed:
 
     It returns what `model` returns under `torch.no_grad()`, bit for bit. `Graphed` says when a graph is recorded, and what its
     arguments may be. `max_graphs`, at least 1, bounds the number of graphs, one for each shape of the arguments. Raises
-    TypeError for what is no module, ValueError for a model that is not on a CUDA device.
+    TypeError unless `model` is a module, ValueError for a model that is not on a CUDA device.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"graphed: model must be a torch.nn.Module, got {type(model).__name__}")

@@ -2,7 +2,7 @@
 
 An operator's Python code chooses grids, configurations and workspaces, makes views and packs arguments. All of this depends
 only on the shapes, strides, dtypes, alignments and options of its arguments. Its second call with the same of these is recorded
-(`recording.py`). From the third on a plan (`launch_plan.py`) runs in its stead: it allocates the results and one workspace,
+(`recording.py`). From the third on a plan (`launch_plan.py`) runs instead: it allocates the results and one workspace,
 writes addresses into the arguments of the kernels, and launches them. Kernels, their arguments and their order are those of the
 record, so that results have the same bits.
 

@@ -111,7 +111,7 @@ class Recorder(TorchDispatchMode):
             self._add_slot(out)
             self.steps.append(Zero(self.view(out)))
         elif not all(isinstance(x, Tensor) for x in results):
-            self.reason = f"{func} returns what is no tensor"
+            self.reason = f"{func} returns something else than tensors"
         else:
             given = {x.untyped_storage()._cdata for x in leaves((args, kwargs), Tensor)}
             new = [x.untyped_storage()._cdata not in given for x in results]

@@ -45,7 +45,7 @@ def _is_policy(value: Any) -> bool:
     """Return whether `value` is text that `AugmentPolicy` reads."""
     try:
         AugmentPolicy.parse(value)
-    except (ValueError, AttributeError):  # the latter for what is no text
+    except (ValueError, AttributeError):  # AttributeError: the value is no text
         return False
     return True
 

@@ -43,7 +43,7 @@ class Teacher:
         """Raise ValueError unless the student has the same grid of tokens."""
         if (student.tubelets, *student.grid) != self.grid:
             ours, theirs = ("{}x{}x{}".format(*grid) for grid in ((student.tubelets, *student.grid), self.grid))
-            raise ValueError(f"teacher has {theirs} tokens in time, rows and columns, the model {ours}; allowed: as many")
+            raise ValueError(f"teacher has {theirs} tokens in time, rows and columns; allowed: {ours}, as the model")
 
 
 def make_student(kind: Any, config: TrainConfig, required: dict[str, Any]) -> Any:

@@ -165,7 +165,7 @@ def build_task(
 
 
 def _check_readout(student: VideoMamba) -> None:
-    """Raise ValueError for a model that gives a clip one answer a token."""
+    """Raise ValueError for a model with readout "tokens", which has an output for each token."""
     if student.config.readout == "tokens":
         raise invalid("model.readout", "tokens", "'cls', 'mean' or 'last', which give a clip one answer")
 

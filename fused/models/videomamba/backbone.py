@@ -155,7 +155,7 @@ class Backbone(Pretrained, nn.Module):
         """Return the state before the first token of `batch_size` videos, for `ssm_state`; see `fused.modules.state`.
 
         `dtype` is the stream's, by default that of the parameters, or autocast's where it is on. `device` is by default that of
-        the parameters. Raises ValueError for a bidirectional model and for a batch of none.
+        the parameters. Raises ValueError for a bidirectional model and for a batch_size below 1.
         """
         states = [m.init_state(batch_size, dtype, device) for m in self.modules() if isinstance(m, Mamba)]
         return [*states, zero_mean(states[0], self.config.embed_dim)] if self.reads_mean else states

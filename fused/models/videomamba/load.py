@@ -61,15 +61,15 @@ def load_checkpoint(
     (`fused.read_checkpoint`). `which` selects the "model"'s weights, or the moving average of them ("ema"), which upstream and
     timm save beside these. Converted where the model differs: dtypes; `norm` and `norm_f`; the patches of an image model for
     clips (`inflate`: "centre" or "mean", see `resize.inflate_kernel`); positions, bicubic in space and linear in time. `grid`
-    is the checkpoint's (rows, columns) of patches: by default the model's if it has as many, else a square. A head for other
-    classes, and whole parts that only one of both has (`OPTIONAL_PARTS`, the temporal positions of an image model, other
-    networks, an optimiser) are left out and reported.
+    is the checkpoint's (rows, columns) of patches: by default the model's if the numbers of patches are equal, else a square. A
+    head for other classes, and whole parts that only one of both has (`OPTIONAL_PARTS`, the temporal positions of an image
+    model, other networks, an optimiser) are left out and reported.
 
     Anything else that is missing, left over or of another shape raises CheckpointError if `strict`, and is reported if not.
     The report is logged too, as a warning if something was left at init. After an error the model is unchanged.
 
     Raises FileNotFoundError, CheckpointError (a RuntimeError), also for quantised weights and for a model without memory;
-    ValueError for `which`, `inflate` or `grid`; TypeError for another model, and for what is no path and no state_dict.
+    ValueError for `which`, `inflate` or `grid`; TypeError for another model, and unless the weights are a path or a mapping.
 
         >>> model = VideoMamba(VideoMambaConfig.tiny(num_frames=16, img_size=288))
         >>> print(load_checkpoint(model, "videomamba_t16_k400_f8_res224.pth"))

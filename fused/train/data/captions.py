@@ -111,7 +111,7 @@ def _read_csv(file: Path, text: str) -> Iterator[_Row]:
 
 
 def _header(cells: Sequence[str]) -> list[str] | None:
-    """Return the columns of a header, None for a line that is none."""
+    """Return the columns that a header names, None for a line that is not a header."""
     names = []
     for cell in cells:
         word = cell.strip().lower().replace("_", "")

@@ -32,7 +32,7 @@ class ClipFolder:
     `stride` apart from a random start. All frames of a clip share one random crop (`scale`: lowest and highest fraction of the
     area; aspect 3:4 to 4:3 of the size's), mirrored with probability `flip`; with probability `erased` one box of all frames is
     noise (`erase`). `augment` names an `AugmentPolicy`, such as "rand-m7-n4-mstd0.5-inc1". With `repeats` above 1 a sample is
-    that many clips of the same frames, (repeats, 3, T, height, width), for which everything else is drawn anew (repeated
+    that many clips of the same frames, (repeats, 3, T, height, width), for which everything else is drawn again (repeated
     sampling). `dtype` may be torch.uint8: pixels from 0 to 255, rounded after they are resized, and not normalised, which take
     a quarter of the memory. Random choices follow from (`seed`, epoch, number of the file).
 
