@@ -12,23 +12,25 @@ from fused.evaluate.protocols import add_view_options, choose_views
 from fused.io.video import VideoError
 from fused.models.videomamba.classify import check_classes, classify, preprocessing_of, read_class_names
 from fused.models.videomamba.model import VideoMamba
-from fused.terminal import DONE, FAILED, SETUP_ERRORS, USAGE, escape_what_cannot_be_printed, fail
+from fused.terminal import SETUP_ERRORS, escape_what_cannot_be_printed
 from fused.train.parallel import joined_world
+
+DONE, FAILED, USAGE = 0, 1, 2
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    command = argparse.ArgumentParser(
+    words = argparse.ArgumentParser(
         prog="python -m fused.predict", description="Print the most likely classes of video files, or of folders of images."
     )
-    command.add_argument("files", nargs="+", metavar="FILE", help="a video file, or a folder of images")
-    command.add_argument("--model", required=True, help="a folder of save_pretrained, or a name in fused.PRETRAINED")
-    command.add_argument("--top", type=int, default=5, help="classes of a file (5)")
-    command.add_argument("--json", action="store_true", help="print one JSON object a file: video, top, or error")
-    command.add_argument("--labels", metavar="FILE", help="a class name in each line, for a model whose folder has none")
-    add_view_options(command)
-    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    return command
+    words.add_argument("files", nargs="+", metavar="FILE", help="a video file, or a folder of images")
+    words.add_argument("--model", required=True, help="a folder of save_pretrained, or a name in fused.PRETRAINED")
+    words.add_argument("--top", type=int, default=5, help="classes of a file (5)")
+    words.add_argument("--json", action="store_true", help="print one JSON object a file: video, top, or error")
+    words.add_argument("--labels", metavar="FILE", help="a class name in each line, for a model whose folder has none")
+    add_view_options(words)
+    words.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    return words
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             model.labels = tuple(read_class_names(options.labels))
         views.check(preprocessing_of(model))
     except SETUP_ERRORS as error:
-        return fail("fused.predict", error, USAGE)
+        print("fused.predict:", *str(error).splitlines(), file=sys.stderr)
+        return USAGE
     failed = 0
     for file in options.files:
         try:
