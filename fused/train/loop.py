@@ -26,6 +26,7 @@ from fused.train.ema import WeightAverage
 from fused.train.interrupt import Interrupt
 from fused.train.log import Log, peak_memory_mib
 from fused.train.optim import LearningRates, parameter_groups
+from fused.train.pace import Pace
 from fused.train.parallel import PendingSum, World
 from fused.train.prefetch import Prefetcher, Wait
 from fused.train.schedule import cosine_factor
@@ -86,6 +87,7 @@ class Trainer:
         # On a GPU a step's numbers are read when the next one is on its way, so that the GPU never waits for the host.
         self.delay = 1 if world.device.type == "cuda" else 0
         self.step, self.saved_at = 0, time.monotonic()
+        self.pace = Pace()  # since the last line of the log
         self.checkpoint = checkpoints.newest(self.folder / run_folder.CHECKPOINTS)
         if self.checkpoint is not None:
             self._resume(self.checkpoint)
@@ -153,7 +155,7 @@ class Trainer:
         micro_batches = islice(self._epoch_batches(epoch, skip=done * config.accumulate), count * config.accumulate)
         feed = self.make_feed(micro_batches)
         under_way: deque[StepResult] = deque()
-        self._start_interval()
+        self.pace = Pace()
         for i in range(count):
             under_way.append(self._train_step(feed, interrupt))
             last, due = self.step == self.total, self._validation_due()
@@ -217,19 +219,12 @@ class Trainer:
         line["memory_mib"] = peak_memory_mib(world.device)
         bad_files = [file for files in world.all_gather(result.bad_files) for file in files] if num_bad else []
         logged = result.step == self.total or result.step % config.log_every == 0
-        self._clips += config.batch_size
-        self._waited += sum(wait.seconds() for wait in result.waits)
-        seconds = time.perf_counter() - self._start
-        line |= {f"{self.task.unit}_per_s": self._clips / seconds, "data_wait": min(self._waited / seconds, 1.0)}
+        line[f"{self.task.unit}_per_s"], line["data_wait"] = self.pace.add(config.batch_size, result.waits)
         if log is not None:
             log.write_step(line, bad_files, logged)
         if logged:
-            self._start_interval()
+            self.pace = Pace()
         return num_interrupted > 0, save > 0
-
-    def _start_interval(self) -> None:
-        """Begin to count clips and time for the next line of the log."""
-        self._start, self._clips, self._waited = time.perf_counter(), 0, 0.0
 
     def _check_finite(self, step: int, loss: float, norm: float, scale: float) -> None:
         """Raise Diverged unless loss and gradient norm of a step, at a scale of the loss, are finite.
@@ -281,13 +276,9 @@ class Trainer:
 
     def _save(self) -> None:
         """Write a checkpoint of the current step."""
-        state = {
-            "step": self.step, "videos": len(self.data), "processes": self.world.size, "scaler": self.scaler.state_dict(),
-        }  # fmt: skip
+        state = {"step": self.step, "videos": len(self.data), "processes": self.world.size, "scaler": self.scaler.state_dict()}
         folder, keep = self.folder / run_folder.CHECKPOINTS, self.config.keep
-        self.checkpoint = checkpoints.save(
-            folder, state, self.task.student, self.optimizer, self.ema_tensors, self.world, keep
-        )
+        self.checkpoint = checkpoints.save(folder, state, self.task.student, self.optimizer, self.ema_tensors, self.world, keep)
         self.saved_at = time.monotonic()
 
     def _resume(self, checkpoint: Path) -> None:
@@ -295,9 +286,8 @@ class Trainer:
         state = checkpoints.read_state(checkpoint)
         self.step = state["step"]
         if self.step > self.total:
-            raise ValueError(
-                f"the run in {self.folder} is at step {self.step}; allowed: as many steps or more, got {self.total}"
-            )
+            at = f"the run in {self.folder} is at step {self.step}"
+            raise ValueError(f"{at}; allowed: as many steps or more, got {self.total}")
         if state["videos"] != len(self.data):
             counts = f"{self.config.data.train} holds {len(self.data)} {self.entries}, and held {state['videos']}"
             raise ValueError(f"{counts} when {self.folder} began; allowed: the same, or another out")

@@ -110,13 +110,12 @@ class Backbone(Pretrained, nn.Module):
     ) -> Float[Tensor, "B V D"]:  # fmt: skip
         """Return the visible tokens with positions: cls + pos[0], then patch(f, p) + pos[1 + p] + temporal[f].
 
-        Without `temporal_pos_offset` the clip is the whole video. With it the clip is a chunk of whole tubelets, and the
-        offset is the number of tubelets before it. The tokens of all chunks, concatenated, are those of the whole video:
-        CLS goes before tubelet 0 only. A mask has one column for each token of the chunk. `temporal_pos_total` is the number of
-        tubelets of a video whose length is not that of the temporal table: the table is stretched to it, in every chunk.
-
-        `use_image` takes a clip of one tubelet, and adds no temporal position. Raises ValueError or TypeError for a clip, a
-        mask or a position in the video that does not fit the model.
+        Without `temporal_pos_offset` the clip is the whole video. With it the clip is a chunk of whole tubelets, and the offset
+        is the number of tubelets before it. The tokens of all chunks, concatenated, are those of the whole video: CLS goes
+        before tubelet 0 only. A mask has one column for each token of the chunk. `temporal_pos_total` is the number of tubelets
+        of a video whose length is not that of the temporal table: the table is stretched to it, in every chunk. `use_image`
+        takes a clip of one tubelet, and adds no temporal position. Raises ValueError or TypeError for a clip, a mask or a
+        position in the video that does not fit the model.
         """
         span = span_of(clip, self.config, use_image, temporal_pos_offset, temporal_pos_total)
         return self.pos_drop(self.embed_span(clip, span, self.visible_indices(clip, mask, span), use_image))
