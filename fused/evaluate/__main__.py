@@ -19,12 +19,10 @@ from fused.evaluate.retrieval_settings import RetrievalSettings
 from fused.evaluate.run import Evaluation, NotFinite
 from fused.evaluate.settings import Settings, read_settings
 from fused.io.atomic_write import NotWritten
-from fused.train.data.clips import UnreadableFiles
+from fused.terminal import DONE, FAILED, INTERRUPTED, SETUP_ERRORS, USAGE, Terminal, escape_what_cannot_be_printed, fail
+from fused.train.data.batches import UnreadableFiles
 from fused.train.interrupt import Interrupt
 from fused.train.parallel import joined_world
-from fused.train.terminal import SETUP_ERRORS, Terminal, escape_what_cannot_be_printed, fail
-
-DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
 def parser() -> argparse.ArgumentParser:

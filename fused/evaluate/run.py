@@ -34,11 +34,11 @@ from fused.models.videomamba.classify import (
 )
 from fused.models.videomamba.model import VideoMamba
 from fused.rules import invalid
-from fused.train.data.clips import batches
+from fused.terminal import Terminal, clock
+from fused.train.data.batches import batches
 from fused.train.interrupt import Interrupt
 from fused.train.parallel import World, choose_device
 from fused.train.prefetch import Prefetcher
-from fused.train.terminal import Terminal, clock
 
 PROGRESS_EVERY = 10.0  # seconds between lines of progress where none can be overwritten
 

@@ -19,7 +19,7 @@ from fused.io.preprocessing import Preprocessing
 from fused.io.views import Views
 from fused.models.retrieval.model import VideoTextRetrieval
 from fused.models.retrieval.ranking import OUTSIDE, best_candidates, cosines
-from fused.train.data.clips import BadFile, batches
+from fused.train.data.batches import BadFile, batches
 from fused.train.parallel import World
 from fused.train.prefetch import Prefetcher
 

@@ -49,8 +49,8 @@ class Preprocessing:
     """How frames are chosen from a video, and how they become the clip that a model was trained on.
 
     "segments" cuts the video into `frames` equal segments and takes a frame of each; "dense" takes frames that are `stride`
-    apart; "borders" is the rule of upstream's video-text models (`sampling.border_frames`).
-    With `fps` the video is first shown at this rate: frame k is the one that is seen k / fps seconds after the first.
+    apart; "borders" is the rule of upstream's video-text models (`sampling.border_frames`). With `fps` the video is first shown
+    at this rate: frame k is the one that is seen k / fps seconds after the first.
 
     Raises ValueError at construction; the message names the field, its value and the allowed values.
     """

@@ -12,8 +12,8 @@ from fused.evaluate.protocols import add_view_options, choose_views
 from fused.io.video import VideoError
 from fused.models.videomamba.classify import check_classes, classify, preprocessing_of, read_class_names
 from fused.models.videomamba.model import VideoMamba
+from fused.terminal import SETUP_ERRORS, escape_what_cannot_be_printed
 from fused.train.parallel import joined_world
-from fused.train.terminal import SETUP_ERRORS, escape_what_cannot_be_printed
 
 DONE, FAILED, USAGE = 0, 1, 2
 

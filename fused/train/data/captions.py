@@ -66,9 +66,10 @@ def read_captions(file: str | Path, prefix: str | Path | None = None, paragraph:
     rows = _read_json(file, text, unread) if file.suffix.lower() == ".json" else _read_csv(file, text)
     entries = []
     for place, paths, captions, identity, answer in rows:
-        empty = [caption for caption in captions if not caption.strip()]
-        if not captions or empty or not paths or not all(paths):
-            raise ValueError(f"{file}, {place} has {'an empty' if paths and all(paths) else 'no path or'} caption")
+        if not paths or not all(paths):
+            raise ValueError(f"{file}, {place} has no path; allowed: the path of a video or an image")
+        if not captions or not all(caption.strip() for caption in captions):
+            raise ValueError(f"{file}, {place} has an empty caption; allowed: words")
         if answer is not None and not 0 <= answer < len(captions):
             raise ValueError(f"{file}, {place} has the answer {answer}; allowed: 0 to {len(captions) - 1}, a caption's number")
         if paragraph and answer is None:
@@ -110,7 +111,7 @@ def _read_csv(file: Path, text: str) -> Iterator[_Row]:
 
 
 def _header(cells: Sequence[str]) -> list[str] | None:
-    """Return the columns of a header, None for a line that is none."""
+    """Return the columns that a header names, None for a line that is not a header."""
     names = []
     for cell in cells:
         word = cell.strip().lower().replace("_", "")

@@ -13,7 +13,7 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from fused.train import run_folder
-from fused.train.data.clips import BadFile
+from fused.train.data.batches import BadFile
 from fused.train.language.samples import ConversationData, PackedBatch
 from fused.train.language.tasks import LanguageTask, build_language_task, make_reader
 from fused.train.loop import Trainer
@@ -61,7 +61,7 @@ class LanguageTrainer(Trainer):
         return Feed(micro_batches, self.world.device)
 
     def forward_backward(self, feed: Rows) -> list[BadFile]:
-        """Run forward and backward of a step's rows, in every process as many; return the files that gave no sample."""
+        """Run forward and backward of a step's rows, the same number in every process; return the files that gave no sample."""
         config, world, batch = self.config, self.world, feed.take()
         counts = world.all_gather((batch.learnt, len(batch.rows)))
         learnt, rows = sum(n for n, _ in counts), max(n for _, n in counts)

@@ -90,7 +90,8 @@ def test_videos_that_are_not_there_and_videos_without_captions(tmp_path: Path) -
         ("l.json", [{"video": "a.avi", "image": "b.png", "caption": "x"}], "one of 'video' and 'image'"),
         ("l.json", [{"video": "a.avi", "caption": 3}], "has 3 for 'caption'"),
         ("l.json", [{"video": "a.avi", "caption": ["x", "y"], "answer": 2}], "the answer 2; allowed: 0 to 1"),
-        ("l.json", [{"video": "a.avi", "caption": ["x", " "]}], "entry 0 has an empty caption"),
+        ("l.json", [{"video": "a.avi", "caption": ["x", " "]}], "entry 0 has an empty caption; allowed"),
+        ("l.json", [{"video": ["a.avi", ""], "caption": "x"}], "entry 0 has no path; allowed"),
         ("l.csv", "gone.avi,one\n", "names 1 videos; none is there"),
     ],
 )  # fmt: skip
