@@ -2,9 +2,11 @@
 
 A line of predictions.jsonl is one of
 
-    {"video": absolute path, "label": name, "top": [[name, probability], ...], "views": number}
-    {"video": absolute path, "target": number, "output": number, "views": number}          of a regression
-    {"video": absolute path, "label" or "target": ..., "error": sentence, "too_short": false}
+    {"video": absolute path, "label": name, "top": [[name, probability], ...], "views": number, ...}
+    {"video": absolute path, "target": number, "output": number, "views": number, ...}          of a regression
+    {"video": absolute path, "label" or "target": ..., "error": sentence, "too_short": false, ...}
+
+where the dots are "bytes" and "modified", the state of the file (`fused.io.file_state`), and the "frames" that a list states.
 
 evaluation.json says what the numbers depend on: the weights' digest, views, preprocessing and the like.
 """

@@ -2,7 +2,10 @@
 
 import csv
 import json
+import os
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ from fused.evaluate.__main__ import main
 from fused.io.preprocessing import Preprocessing
 from fused.io.views import Views
 from fused.train.interrupt import Interrupt
+from fused.train.terminal import Terminal
 from harness.fixtures.video import write
 from harness.learning import motion, trained_weights
 
@@ -49,6 +53,13 @@ def data(tmp_path: Path) -> Path:
         for i, file in enumerate(("a.avi", "a.b.avi", "c.avi")):
             write_video(tmp_path / "data" / name / file, frames=5 + i, width=40, height=24, side=4 * i, step=step)
     return tmp_path / "data"
+
+
+def damage_unseen(path: Path) -> None:
+    """Overwrite a file with what is no video, of the same size and time: only one who reads it sees it."""
+    state = path.stat()
+    path.write_bytes(bytes(state.st_size))
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
 
 
 def predictions(folder: Path) -> list[dict]:
@@ -163,9 +174,38 @@ def test_finished_videos_are_not_read_again(model: VideoMamba, data: Path, tmp_p
     with open(tmp_path / "out/predictions.jsonl", "a") as file:
         file.write('{"video": "incompl')  # as a killed process leaves it
     for line in done:
-        Path(line["video"]).write_bytes(b"no video any more")
+        damage_unseen(Path(line["video"]))
     results = evaluate(model, data, tmp_path / "out", settings)
     assert results.lines == whole.lines and predictions(tmp_path / "out") == whole.lines
+
+
+@pytest.mark.parametrize("change", ["longer", "of the same size", "shorter list of frames", "one frame of a folder"])
+def test_a_video_that_has_changed_is_read_again(
+    change: str, model: VideoMamba, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_images(data / "dark/frames", [f"{i}.png" for i in range(6)])
+    listed = tmp_path / "list"
+    listed.write_text(f"{data / 'dark/a.avi'} 5 dark\n{data / 'dark/c.avi'} 7 dark\n{folder} 6 dark\n".replace(" ", "\t"))
+    settings = replace(FAST, batch_size=1, columns=("path", "frames", "label"))
+    before = evaluate(model, listed, tmp_path / "out", settings).lines
+    path = data / "dark/a.avi"
+    if change == "longer":
+        write_video(path, frames=5, width=40, height=24, side=4, step=9)
+    elif change == "of the same size":
+        path.write_bytes(path.read_bytes()[::-1])
+    elif change == "one frame of a folder":
+        path = folder
+        shutil.copy(folder / "5.png", folder / "1.png")
+    else:
+        path = folder
+        listed.write_text(listed.read_text().replace("\t6\t", "\t2\t"))
+    [old] = [line for line in before if line["video"] == str(path)]
+    found = Evaluation(model, listed, tmp_path / "out", settings).run(terminal=Terminal())
+    assert "2 of 3 videos were finished before; 1 whose file or label has changed" in capsys.readouterr().out
+    assert found is not None
+    [new] = [line for line in found.lines if line["video"] == str(path)]
+    assert new.get("top") != old["top"] and [a == b for a, b in zip(before, found.lines, strict=True)].count(True) == 2
+    assert evaluate(model, listed, settings=settings).lines == found.lines
 
 
 def test_a_model_is_evaluated_in_eval_mode_and_classes_without_videos_have_no_accuracy(data: Path) -> None:
@@ -187,7 +227,7 @@ def test_a_video_with_another_label_is_read_again(model: VideoMamba, data: Path,
     evaluate(model, data, tmp_path / "out", FAST)
     path = data / "dark/a.avi"
     (tmp_path / "list").write_text(f"{path},light\n")
-    path.write_bytes(b"no video any more")
+    damage_unseen(path)
     assert evaluate(model, tmp_path / "list", tmp_path / "out", FAST).numbers["unreadable"] == 1
 
 
@@ -393,6 +433,10 @@ def test_another_evaluation_in_the_same_folder(model: VideoMamba, data: Path, tm
     nn.init.ones_(other.head.bias)
     with pytest.raises(ValueError, match=r"holds another evaluation \(weights: "):
         evaluate(other, data, tmp_path / "out", FAST)
+    same_weights = small_model(scan_order="temporal")
+    same_weights.labels = NAMES
+    with pytest.raises(ValueError, match=r"another evaluation \(model.scan_order: spatial -> temporal\)"):
+        evaluate(same_weights, data, tmp_path / "out", FAST)
     assert predictions(tmp_path / "out") == before
     evaluate(model, data, tmp_path / "out", Settings(workers=0, batch_size=1))  # what the numbers do not depend on
 
