@@ -15,6 +15,7 @@ from fused.features.extract import check_suffix, extract
 from fused.io.atomic_write import NotWritten
 from fused.models.videomamba.model import VideoMamba, VideoMambaEncoder
 from fused.train.parallel import joined_world
+from fused.train.run_folder import check_writable
 from fused.train.terminal import SETUP_ERRORS, Terminal, bad_file_reasons, escape_what_cannot_be_printed, fail
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_intermixed_args(arguments)
     escape_what_cannot_be_printed(sys.stdout)
     try:
-        check_suffix(options.out)
+        check_writable(check_suffix(options.out).parent)  # it is written at the end, which may be hours later
         given = {name: getattr(options, name) for name in ("protocol", "views", "crops", "resize")}
         settings: Settings = read_settings(options.overrides, given)
         kind = VideoMambaEncoder if options.encoder else VideoMamba
