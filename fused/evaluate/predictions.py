@@ -23,6 +23,7 @@ from torch import nn
 from fused.io.atomic_write import NotWritten, atomic_write
 
 PREDICTIONS, DESCRIPTION = "predictions.jsonl", "evaluation.json"
+SHOWN = 5  # differences in an error
 
 Line = dict[str, Any]
 
@@ -73,7 +74,8 @@ class PredictionFile:
                 raise ValueError(f"{path} cannot be read ({error}); allowed: another out, or its folder deleted") from error
             keys = [key for key in stored | given if stored.get(key) != given.get(key)]
             if keys:
-                changes = "; ".join(f"{key}: {stored.get(key)} -> {given.get(key)}" for key in keys)
+                changes = "; ".join(f"{key}: {stored.get(key)} -> {given.get(key)}" for key in keys[:SHOWN])
+                changes += f"; and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
                 holds = f"out is {str(self.folder)!r}, which holds another evaluation ({changes})"
                 raise ValueError(f"{holds}; allowed: another folder")
         with atomic_write(path) as draft:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from fused.evaluate.protocols import add_view_options
 from fused.evaluate.run import NotFinite
-from fused.evaluate.settings import Settings, read_settings
+from fused.evaluate.settings import VIEW_OPTIONS, Settings, read_settings
 from fused.features.extract import check_suffix, extract
 from fused.io.atomic_write import NotWritten
 from fused.models.videomamba.model import VideoMamba, VideoMambaEncoder
@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     words.add_argument("--tokens", action="store_true", help="all tokens of a video, not one vector")
     words.add_argument("--chunk-frames", type=int, metavar="N", help="run long clips in the memory of N frames")
     add_view_options(words)
-    words.add_argument("overrides", nargs="*", metavar="key=value", help="keys of python -m fused.evaluate, such as window=60")
+    words.add_argument("overrides", nargs="*", metavar="key=value", help="keys of fused.evaluate, see its --help: window=60")
     return words
 
 
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     escape_what_cannot_be_printed(sys.stdout)
     try:
         check_writable(check_suffix(options.out).parent)  # it is written at the end, which may be hours later
-        given = {name: getattr(options, name) for name in ("protocol", "views", "crops", "resize")}
+        given = {name: getattr(options, name) for name in VIEW_OPTIONS}
         settings: Settings = read_settings(options.overrides, given)
         kind = VideoMambaEncoder if options.encoder else VideoMamba
         with joined_world(settings.device) as world:

@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     words.add_argument("--top", type=int, default=5, help="videos that are printed (5)")
     words.add_argument("--features", metavar="FOLDER", help=f"that keeps the features ({FEATURES} beside the videos)")
     words.add_argument("--json", action="store_true", help="print one JSON object a video: video, cosine, match")
-    words.add_argument("overrides", nargs="*", metavar="key=value", help="keys of python -m fused.evaluate --task retrieval")
+    words.add_argument("overrides", nargs="*", metavar="key=value", help="keys of --task retrieval: fused.evaluate --help")
     return words
 
 

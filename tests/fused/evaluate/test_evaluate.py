@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,8 @@ import fused
 from fused import VideoMamba, VideoMambaConfig
 from fused.evaluate import Evaluation, Settings, evaluate
 from fused.evaluate.__main__ import main
+from fused.evaluate.retrieval_settings import RetrievalSettings
+from fused.evaluate.settings import read_settings
 from fused.io.preprocessing import Preprocessing
 from fused.io.views import Views
 from fused.train.interrupt import Interrupt
@@ -392,6 +394,24 @@ def test_a_gpu_where_there_is_none(
     assert evaluate(model, data, settings=asked).numbers["read"] == 9
 
 
+def test_help_says_what_every_key_means(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0 and "batch_size=8 views in one forward" in text and "rerank=128 candidates of each" in text
+    for kind in (Settings, RetrievalSettings):
+        for f in fields(kind):
+            given = read_settings([f"{f.name}={json.dumps(f.default)}"], {}, kind)  # as --help shows it
+            assert given == kind() and (f"{f.name}=" in text or f"--{f.name}" in text)
+
+
+@pytest.mark.parametrize("word", ["null", "None", "~", ""])
+def test_none_is_written_as_errors_and_python_write_it(word: str) -> None:
+    assert read_settings([f"size={word}", "window=3", f"window_every={word}"], {}) == Settings(window=3)
+    with pytest.raises(ValueError, match="sampling is 'none'; allowed: .* or None"):
+        read_settings(["sampling=none"], {})
+
+
 def test_names_from_a_file(model: VideoMamba, data: Path, tmp_path: Path) -> None:
     unnamed = small_model()
     (tmp_path / "names.txt").write_text("\n".join(NAMES) + "\n\n")
@@ -437,6 +457,10 @@ def test_another_evaluation_in_the_same_folder(model: VideoMamba, data: Path, tm
     same_weights.labels = NAMES
     with pytest.raises(ValueError, match=r"another evaluation \(model.scan_order: spatial -> temporal\)"):
         evaluate(same_weights, data, tmp_path / "out", FAST)
+    larger = small_model(depth=2, embed_dim=64, scan_order="temporal", drop_path_rate=0.2, fc_drop_rate=0.1)
+    larger.labels = NAMES
+    with pytest.raises(ValueError, match=r"model.depth: 1 -> 2; (.*; ){4}and 1 more\); allowed: another folder"):
+        evaluate(larger, data, tmp_path / "out", FAST)
     assert predictions(tmp_path / "out") == before
     evaluate(model, data, tmp_path / "out", Settings(workers=0, batch_size=1))  # what the numbers do not depend on
 
