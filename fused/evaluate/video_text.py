@@ -53,8 +53,8 @@ class Engine:
             raise ValueError(f"text_length is {self.text_length}; allowed: at most the {most} positions of the model's BERT")
         self.store = FeatureStore(
             folder,
-            {"weights": weights_digest(model), "preprocessing": asdict(self.preprocessing), "precision": settings.precision,
-             "frame_pattern": settings.frame_pattern},
+            {"model": asdict(model.config), "weights": weights_digest(model), "preprocessing": asdict(self.preprocessing),
+             "precision": settings.precision, "frame_pattern": settings.frame_pattern},
         )  # fmt: skip
 
     def autocast(self) -> AbstractContextManager[object]:

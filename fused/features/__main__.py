@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from fused.evaluate.protocols import add_view_options
 from fused.evaluate.run import NotFinite
-from fused.evaluate.settings import Settings, read_settings
+from fused.evaluate.settings import VIEW_OPTIONS, Settings, read_settings
 from fused.features.extract import check_suffix, extract
 from fused.io.atomic_write import NotWritten
 from fused.models.videomamba.model import VideoMamba, VideoMambaEncoder
@@ -26,6 +26,7 @@ from fused.terminal import (
     fail,
 )
 from fused.train.parallel import joined_world
+from fused.train.run_folder import check_writable
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--tokens", action="store_true", help="all tokens of a video, not one vector")
     command.add_argument("--chunk-frames", type=int, metavar="N", help="run long clips in the memory of N frames")
     add_view_options(command)
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="keys of python -m fused.evaluate, as window=60")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="keys of fused.evaluate, see its --help: window=60")
     return command
 
 
@@ -49,8 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_intermixed_args(arguments)
     escape_what_cannot_be_printed(sys.stdout)
     try:
-        check_suffix(options.out)
-        given = {name: getattr(options, name) for name in ("protocol", "views", "crops", "resize")}
+        check_writable(check_suffix(options.out).parent)  # it is written at the end, which may be hours later
+        given = {name: getattr(options, name) for name in VIEW_OPTIONS}
         settings: Settings = read_settings(options.overrides, given)
         kind = VideoMambaEncoder if options.encoder else VideoMamba
         with joined_world(settings.device) as world:

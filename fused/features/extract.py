@@ -121,8 +121,8 @@ def extract(
 
 
 def check_suffix(path: str | Path) -> Path:
-    """Return the path of a file of features. Raise ValueError for a suffix that is none of SUFFIXES."""
-    if Path(path).suffix not in SUFFIXES:
+    """Return the path of a file of features. Raise ValueError for a folder, and for a suffix that is none of SUFFIXES."""
+    if Path(path).suffix not in SUFFIXES or Path(path).is_dir():
         raise invalid("out", str(path), "a file that ends with " + " or ".join(SUFFIXES))
     return Path(path)
 

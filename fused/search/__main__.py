@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--top", type=int, default=5, help="videos that are printed (5)")
     command.add_argument("--features", metavar="FOLDER", help=f"that keeps the features ({FEATURES} beside the videos)")
     command.add_argument("--json", action="store_true", help="print one JSON object a video: video, cosine, match")
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="keys of python -m fused.evaluate --task retrieval")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="keys of --task retrieval: fused.evaluate --help")
     return command
 
 
