@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fused.runtime.checks import check_choice
 
-_POOLS = ("bilinear", "average", "max")
+POOLS = ("bilinear", "average", "max")
 
 
 def bimba_queries(
@@ -29,7 +29,7 @@ def bimba_queries(
     """
     if features.dim() not in (4, 5):
         raise ValueError(f"bimba_queries: features must be (F, H, W, C) or (B, F, H, W, C), got {tuple(features.shape)}")
-    check_choice("bimba_queries", "pool", pool, _POOLS)
+    check_choice("bimba_queries", "pool", pool, POOLS)
     for name, value in (("temporal_pooling", temporal_pooling), ("stride", stride), ("frame_stride", frame_stride)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"bimba_queries: {name} must be a whole number from 1 up, got {value!r}")

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from fused.io.atomic_write import atomic_write
 from fused.io.checkpoint_file import save_checkpoint
-from fused.models.bimba.load import ADAPTER, TRAINED, read_settings
+from fused.models.bimba.adapters import ADAPTER
+from fused.models.bimba.load import TRAINED, read_settings
 from fused.models.bimba.model import Bimba
 from fused.models.bimba.towers import SIGLIP
 from fused.models.conversation.tokenizer import read_tokenizer
