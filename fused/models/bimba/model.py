@@ -110,14 +110,8 @@ class Bimba(Pretrained, nn.Module):
         """
         video = None if frames is None else self.compress(self.encode_frames(frames))
         inputs = self.embed(input_ids, video)
-        if labels is None:
-            return self.language_model(inputs_embeds=inputs, use_cache=False)
-        ids, targets = input_ids.flatten(), labels.flatten()
-        if video is not None:
-            place = int((ids == VIDEO_TOKEN).nonzero())
-            silent = targets.new_full((len(video),), -100)
-            targets = torch.cat((targets[:place], silent, targets[place + 1 :]))
-        return self.language_model(inputs_embeds=inputs, labels=targets[None], use_cache=False)
+        targets = None if labels is None else place_labels(input_ids, labels, video)[None]
+        return self.language_model(inputs_embeds=inputs, labels=targets, use_cache=False)
 
     @torch.no_grad()
     def generate(
@@ -147,6 +141,17 @@ class Bimba(Pretrained, nn.Module):
         ids = [*tokenizer.encode(before, add_special_tokens=False), VIDEO_TOKEN]
         ids += tokenizer.encode(after, add_special_tokens=False)
         return torch.tensor([ids], device=self.image_newline.device)
+
+
+def place_labels(
+    input_ids: Int[Tensor, "*B L"], labels: Int[Tensor, "*B L"], video: Float[Tensor, "V C"] | None
+) -> Int[Tensor, " N"]:
+    """Return the labels of what `Bimba.embed` returns: those given, and -100 for each token of the video."""
+    targets = labels.flatten()
+    if video is None:
+        return targets
+    place = int((input_ids.flatten() == VIDEO_TOKEN).nonzero())
+    return torch.cat((targets[:place], targets.new_full((len(video),), -100), targets[place + 1 :]))
 
 
 def compression(config: Mapping[str, Any]) -> tuple[str, int, str]:

@@ -36,6 +36,7 @@ class LanguageTask(Task):
 
     student: Any
     unit = "samples"
+    saves_frozen = True  # whether `save` needs parameters that do not learn
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__()
@@ -71,7 +72,10 @@ class LanguageTask(Task):
         return self.student(*inputs)
 
     def save(self, folder: Path, state: Mapping[str, Tensor]) -> None:
-        """Write the trained model as a folder for `from_pretrained`; `state` are all parameters of the student, on the CPU."""
+        """Write the trained model as a folder for `from_pretrained`.
+
+        `state` are the parameters of the student, on the CPU; all of them, or those that learn, as `saves_frozen` says.
+        """
         raise NotImplementedError
 
     def trained_parts(self) -> str:
@@ -131,9 +135,13 @@ class VambaTask(LanguageTask):
 class BimbaTask(LanguageTask):
     """BIMBA's training: adapters of the language model, the projector and the compressor."""
 
+    saves_frozen = False
+
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
-        model = Bimba.from_base(str(config.start), backend=config.backend, dtype=torch.float32)
+        # With autocast what is frozen stays as it is stored: its products have half precision in any case
+        dtype = torch.float32 if config.precision == "float32" else None
+        model = Bimba.from_base(str(config.start), backend=config.backend, dtype=dtype)
         self.student = BimbaStudent(model, config.language)
 
     def groups(self, names: Sequence[str]) -> list[str]:
