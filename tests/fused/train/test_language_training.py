@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -292,6 +293,25 @@ def test_wrong_options_are_said(folder: Path, tmp_path: Path, task: str, more: s
         assert main(words(folder, task, tmp_path / "run", "steps=1", *words_given, "--dry-run")) == 2
     error = capsys.readouterr().err
     assert said in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"temporal_pooling": 3}, "language.frames is 2; allowed: from 3 up, temporal_pooling of"),
+        ({"mm_newline_position": "one_token"}, "mm_newline_position must be one of 'grid', 'frame', 'no_token', got"),
+        ({"temporal_pooling": -1}, "temporal_pooling must be an integer from 1 up, got -1"),
+    ],
+    ids=str,
+)
+def test_a_base_model_that_does_not_fit_is_said(
+    folder: Path, tmp_path: Path, settings: dict[str, Any], said: str, capsys: Any
+) -> None:
+    start = Path(shutil.copytree(folder / "base", tmp_path / "base"))
+    config = json.loads((start / "config.json").read_text())
+    (start / "config.json").write_text(json.dumps(config | settings))
+    assert main(words(folder, "bimba-sft", tmp_path / "run", "steps=1", f"start={start}", "--dry-run")) == 2
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("task", TASKS)
