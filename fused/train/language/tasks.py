@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from fused.io.atomic_write import atomic_write
 from fused.io.checkpoint_file import save_checkpoint
-from fused.models.bimba.load import ADAPTER, TRAINED, read_settings
-from fused.models.bimba.model import Bimba
+from fused.models.bimba.adapters import ADAPTER
+from fused.models.bimba.load import TRAINED, read_settings
+from fused.models.bimba.model import Bimba, compression
 from fused.models.bimba.towers import SIGLIP
 from fused.models.conversation.tokenizer import read_tokenizer
 from fused.models.vamba.begin import begin
@@ -35,6 +36,7 @@ class LanguageTask(Task):
 
     student: Any
     unit = "samples"
+    saves_frozen = True  # whether `save` needs parameters that do not learn
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__()
@@ -70,7 +72,10 @@ class LanguageTask(Task):
         return self.student(*inputs)
 
     def save(self, folder: Path, state: Mapping[str, Tensor]) -> None:
-        """Write the trained model as a folder for `from_pretrained`; `state` are all parameters of the student, on the CPU."""
+        """Write the trained model as a folder for `from_pretrained`.
+
+        `state` are the parameters of the student, on the CPU; all of them, or those that learn, as `saves_frozen` says.
+        """
         raise NotImplementedError
 
     def trained_parts(self) -> str:
@@ -130,9 +135,13 @@ class VambaTask(LanguageTask):
 class BimbaTask(LanguageTask):
     """BIMBA's training: adapters of the language model, the projector and the compressor."""
 
+    saves_frozen = False
+
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
-        model = Bimba.from_base(str(config.start), backend=config.backend, dtype=torch.float32)
+        # With autocast what is frozen stays as it is stored: its products have half precision in any case
+        dtype = torch.float32 if config.precision == "float32" else None
+        model = Bimba.from_base(str(config.start), backend=config.backend, dtype=dtype)
         self.student = BimbaStudent(model, config.language)
 
     def groups(self, names: Sequence[str]) -> list[str]:
@@ -184,6 +193,8 @@ def make_reader(config: TrainConfig) -> SampleReader:
             raise ValueError(f"language.frames is {frames}; allowed: an even number, since a Vamba reads frames in pairs")
         return VambaReader(tokenizer, frames, options.longest, options.length)
     base = read_settings(Path(str(config.start)) / "config.json")
+    if frames < (pooling := compression(base)[1]):
+        raise ValueError(f"language.frames is {frames}; allowed: from {pooling} up, temporal_pooling of {config.start}")
     sizes = {**SIGLIP, **(base.get("vision_config") or {})}
     side, patch = sizes["image_size"], sizes["patch_size"]
     return BimbaReader(tokenizer, frames, options.length, options.time_instruction, base, side, patch)

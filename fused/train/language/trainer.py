@@ -75,7 +75,8 @@ class LanguageTrainer(Trainer):
         return list(batch.bad_files)
 
     def save_models(self) -> list[Path]:
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        frozen_too = self.task.saves_frozen
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=not frozen_too)
         state: dict[str, Any] = get_model_state_dict(self.task.student, options=options)  # gathers the shards of all processes
         folder = self.folder / run_folder.MODEL
         if self.world.is_main:
