@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import softplus
 
+from fused.ops.selective_scan import schedule
 from harness.bench import grids, workloads
 from harness.fixtures.functional_modules import delta_bias
 from harness.judge.case import Case
@@ -24,14 +25,35 @@ def test_steps_are_near_where_a_fresh_model_has_them_or_in_mambas_own_range():
 
 @pytest.mark.parametrize("name", ["scan-both", "middle"])
 def test_a_race_has_two_more_that_differ_by_their_inputs_alone(name):
+    """They are timed by default where their time differs: the operator's does not."""
     races, whole = grids.races(), grids.races()[name]
     for option in ("fresh", "long-memory"):
         race = races[f"{name}-{option}"]
-        assert race.options == (option,) and not race.by_default and race.contenders == whole.contenders
+        assert race.options == (option,) and race.contenders == whole.contenders
         own, points = ({(p.dims, p.mode, p.way) for p in r.points("full")} for r in (race, whole))
         assert own <= points and {way for *_, way in own} >= {"graph"}
         assert {p.race for p in race.points("full")} == {race.name} and not race.points("long")
-    assert name in grids.chosen_races(()) and f"{name}-fresh" not in grids.chosen_races(())
+        assert (race.name in grids.chosen_races(())) is (name == "middle")
+    assert name in grids.chosen_races(())
+
+
+@pytest.mark.parametrize("option", ["fresh", "long-memory", "worst-case"])
+def test_a_mixer_that_is_split_is_timed_with_every_kind_of_inputs(option):
+    race = grids.races()[f"mixer-{option}"]
+    assert race.options == (option, "cast") and race.name in grids.chosen_races(()) and not race.points("cpu")
+    assert {(p.race, p["L"], p.mode, p.way) for p in race.points("full")} == {
+        (race.name, 9409, "infer", way) for way in ("eager", "graph")
+    }
+    assert race.licence is not None
+    [named] = race.licence("bfloat16")
+    [case] = [c for c in subjects()["mixer"].cases("full") if c.name == named]
+    assert case.has(option) and case["L"] >= schedule.MOMENTS_FROM > case["L"] - 32 and case["L"] % schedule.TILE
+
+
+def test_models_are_met_with_and_without_a_class_token_with_either_kind_of_inputs():
+    for name in ("middle", "middle-fresh", "middle-long-memory"):
+        lengths = {p["L"]: p.clips for p in grids.races()[name].points("full") if (p.mode, p.way) == ("infer", "graph")}
+        assert all(lengths[196 * T + 1] and lengths[196 * T] is False for T in (32, 40, 48, 64)), name
 
 
 def test_graphs_and_lengths_near_where_the_curves_cross_are_timed():
