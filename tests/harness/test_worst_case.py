@@ -1,8 +1,10 @@
 """The draw of the worst case: what the native scan's state passes do with it, and with the draws beside it."""
 
 import emulation
+import naive
 import pytest
 import torch
+from rule import assert_rule
 
 import reference
 from fused.ops.selective_scan import launch, schedule
@@ -72,6 +74,14 @@ def test_no_tile_is_summed_by_moments_and_no_state_pass_exits_at_the_sizes_that_
         assert tiles_by_moments(delta, A, splits, reverse=i == 1) == (0, 0)
 
 
+def looped(s, precision):
+    parts = []
+    for i, reverse in enumerate(s.reverses):
+        own = {name: getattr(s, name)[i].to(precision) for name in ("u", "delta", "A", "B", "C", "D")}
+        parts.append(naive.scan(**own, softplus=False, reverse=reverse)[0])
+    return {"y": sum(parts) * torch.nn.functional.silu(s.z.to(precision))}
+
+
 @pytest.fixture
 def emulated(monkeypatch):
     """The kernels run on the CPU."""
@@ -97,6 +107,7 @@ def test_each_draw_takes_its_own_path(option, emulated):
     by_rule = [tiles_by_moments(delta[i], A[i], splits, reverse=i == 1) for i in range(2)]
     assert state_passes == E // 16 * (num_splits - 1) and rescanned == 0
     assert exited == sum(exits for _, exits in by_rule)
+    assert_rule([({"y": got.y}, *(looped(s, precision) for precision in (torch.float64, torch.float32)))])
     if option == "worst-case":
         assert exited == 0 and [n for n, _ in by_rule] == [0, 0] and error < 1e-5
     elif option == "fresh":
