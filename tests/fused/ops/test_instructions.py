@@ -24,9 +24,9 @@ class Loop(NamedTuple):
 
 
 # Of a mixer's programs on sm_90, (program, kept states): the most instructions of the largest loop with so many exponentials.
-# A tile of 16 tokens and 16 channels has 128 decays a lane in the forward. Its loops over tiles make outputs (136), a state pass
-# (128), and one by moments, which has both ways to take a tile (40). The backward's loops: over tiles (74), with that over
-# subtiles in it (34), and the state pass (40).
+# A tile of 16 tokens and 16 channels has 128 decays a lane in the forward. Its loops over tiles make outputs (136), a state
+# pass (128), and one by moments, which has both ways to take a tile (40). The backward's loops: over tiles (74), with that
+# over subtiles in it (34), and the state pass (40).
 LIMITS = {
     ("forward", False): {136: 1194, 128: 696, 40: 647},
     ("forward", True): {136: 1158, 128: 700},
@@ -92,7 +92,8 @@ def test_instructions_for_each_exponential(program, keeps, tmp_path, capsys):
             over.append(f"{program}: no loop has {exponentials} exponentials, but {sorted({x.exponentials for x in found})}")
             continue
         with capsys.disabled():
-            print(f"\n{program}: {largest} instructions, {exponentials} exponentials, {largest / exponentials:.2f} each", end="")
+            each = largest / exponentials
+            print(f"\n{program}: {largest} instructions, {exponentials} exponentials, {each:.2f} each", end="")
         if largest > most:
             over.append(f"{program}: {largest} instructions for {exponentials} exponentials, {most} before")
     compilers.fail_or_warn("NVRTC", over)
