@@ -14,8 +14,9 @@ def path_of(B: int, L: int, E: int, dtype: torch.dtype, processors: int, *, grad
     """
     plan = make_schedule(B, L, E, N, 2, processors)
     stream, row, A = (torch.empty(size, dtype=dtype, device="meta") for size in ((B, L, E), (B, L, N), (E, N)))
-    pairs = ([x, x] for x in (stream, stream, A, row, row))
-    s = ScanInputs((False, True), *pairs, [None, None], [None, None], stream, SOFTPLUS_BY_CALLER)
+    u = delta = [stream] * 2
+    none = [None] * 2
+    s = ScanInputs((False, True), u, delta, [A] * 2, [row] * 2, [row] * 2, none, none, stream, SOFTPLUS_BY_CALLER)
     by_moments = not gradients and has_moments(s, plan)
     splits = plan.moments_schedule if by_moments and plan.moments_schedule else plan.fwd_schedule
     num_split = splits.num_sequences - splits.num_unsplit
