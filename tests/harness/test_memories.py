@@ -5,7 +5,8 @@ import torch
 from torch.nn.functional import softplus
 
 from fused.ops.selective_scan import schedule
-from harness.bench import grids, workloads
+from fused.ops.selective_scan.path import path_of
+from harness.bench import grids, run, workloads
 from harness.fixtures.functional_modules import delta_bias
 from harness.judge.case import Case
 from harness.judge.registry import subjects
@@ -69,6 +70,21 @@ def test_a_licence_is_of_the_inputs_that_are_timed(option):
     assert race.licence is not None
     named = race.licence("bfloat16")
     assert named == tuple(c.name for c in subjects()["scan_both"].cases("full") if c.has(option) and c.dtype == "bfloat16")
+
+
+@pytest.mark.parametrize("name", ["middle", "middle-fresh", "middle-long-memory"])
+def test_a_models_licence_has_as_many_tokens_as_its_longer_points_take_the_other_path_with(name):
+    """Every token has logits: those of CLS would hardly show the states of a split far away."""
+    race, option = grids.races()[name], name.removeprefix("middle").removeprefix("-")
+    [request] = run.licence_requests([(name, Entry("videomamba", "fused:torch", "ours"))], "cpu", "bfloat16", 1)
+    [long] = [c for c in request.selected_cases() if c["L"] >= schedule.MOMENTS_FROM]
+    assert long.has("readout=tokens") and long.has("cast") and [o for o in long.options if o in ("fresh", "long-memory")] == (
+        [option] if option else []
+    )
+    E = 2 * long["D"]
+    assert "by moments" in path_of(long["B"], long["L"], E, torch.bfloat16, 132) and race.checks == ()
+    [vit] = run.licence_requests([(name, Entry("vit", "sdpa", "rival"))], "cpu", "bfloat16", 1)
+    assert vit.selected_cases() and all(c.subject == "vit" for c in vit.selected_cases())
 
 
 def test_a_timed_model_has_the_steps_of_its_race():

@@ -10,7 +10,7 @@ from harness.fixtures.functional_modules import LONG_MEMORY
 from harness.judge.race import MODELS, NATIVE_KEPT, VIDEOS, Race, runs_everywhere, timed_precision
 from harness.records.ceilings import Ceilings, element_bytes
 from harness.records.speed import Entry, Point
-from harness.subjects import mixer, norm
+from harness.subjects import mixer, norm, vit
 from harness.subjects.videomamba import loop
 
 VITS = {"tiny": "tiny", "small": "small", "middle": "base"}  # the ViT of about the same size
@@ -49,7 +49,10 @@ def with_memory(race: Race, option: str) -> Race:
     def points(grid: str) -> list[Point]:
         return around_meeting(name, (32, 40, 48, 64)) if grid == "full" else []
 
-    return replace(race, name=name, points=points, options=(option,))
+    def licensed(dtype: str) -> tuple[str, ...]:
+        return *short_and_long(option, dtype), *vit.licence(dtype)
+
+    return replace(race, name=name, points=points, licence=licensed, options=(option,))
 
 
 def around_meeting(race: str, frames: Sequence[int]) -> list[Point]:
@@ -82,8 +85,16 @@ def samples_for_percentile(point: Point) -> int:
 
 
 def licence(dtype: str) -> tuple[str, ...]:
-    """Return one case."""
-    return (f"B2-T8-S64-D192-L129-{timed_precision(dtype)}",)
+    """Return one case, and in bfloat16 one of as many tokens as take the native scan's other path."""
+    return short_and_long("", dtype)
+
+
+def short_and_long(option: str, dtype: str) -> tuple[str, ...]:
+    """Return the cases of a licence, the long one with inputs of a kind; "" for the usual ones."""
+    short, long = f"B2-T8-S64-D192-L129-{timed_precision(dtype)}", "B1-T42-S224-D32-L8233"
+    if dtype != "bfloat16":
+        return (short,)
+    return short, "-".join(filter(None, [long, option, "readout=tokens-infer", timed_precision(dtype)]))
 
 
 def stream_licence(dtype: str) -> tuple[str, ...]:
