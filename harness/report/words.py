@@ -22,6 +22,7 @@ DRAWS = {
     "fresh": "steps near 0.7, as a fresh model has them: states forget in tens of tokens",
     "long memory": "steps from 0.001 to 0.1, as Mamba's own initial values: states remember hundreds of tokens",
     "worst case": "inputs of which the native scan's state passes can leave nothing out and sum nothing by moments",
+    "rescan": "inputs with which an exit of a state pass is wrong, so that one of its sequences is scanned again as a whole",
 }
 Sizes = dict[str, int]
 # How the sizes of an operator's point are said.

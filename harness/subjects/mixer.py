@@ -12,7 +12,7 @@ import fused
 import reference
 from fused.modules import mamba
 from harness.fixtures import functional_modules as modules
-from harness.fixtures import worst_case
+from harness.fixtures import state_passes
 from harness.fixtures.chains import chain
 from harness.instruments import symmetries
 from harness.instruments.symmetries import Relation
@@ -24,6 +24,7 @@ from harness.records.ceilings import Ceilings, element_bytes
 from harness.records.speed import Point
 from harness.subjects import scan
 
+KINDS = ("fresh", modules.LONG_MEMORY, state_passes.WORST_CASE, state_passes.RESCAN)  # of inputs
 MOMENTS = {"B": 1, "L": 8209, "D": 256}  # the least tokens, and a part of a tile, of state passes by moments
 
 
@@ -37,11 +38,9 @@ def cases(grid: str) -> list[Case]:
     small = [(shape(2, 1, 16), ()), (shape(2, 9, 32), ()), (shape(2, 9, 32), ("causal", "state"))]
     if grid == "smoke":
         return tiny + modules.in_precisions([*small, (shape(1, 65, 192), ())], "mixer", half=True)
-    # inference in which the native scan is split, where states forget in a few tokens and where in hundreds; the longer ones
-    # have state passes by moments
-    memories: list[tuple[str, ...]] = [(memory, "infer", "cast") for memory in ("fresh", modules.LONG_MEMORY)]
-    split = cross("mixer", [shape(1, 1569, 576), MOMENTS], memories, ["bfloat16"])
-    split += cross("mixer", [MOMENTS], [(worst_case.OPTION, "infer", "cast")], ["bfloat16"])
+    # inference in which the native scan is split; the longer ones have state passes by moments
+    kinds: list[tuple[str, ...]] = [(kind, "infer", "cast") for kind in KINDS]
+    split = cross("mixer", [shape(1, 1569, 576)], kinds[:2], ["bfloat16"]) + cross("mixer", [MOMENTS], kinds, ["bfloat16"])
     wide = [(shape(2, 197, 384), ()), (shape(2, 197, 384), ("causal", "state")), (shape(1, 1569, 576), ())]
     return tiny + split + modules.in_precisions([*small, *wide], "mixer", half=True)
 
@@ -68,7 +67,7 @@ def draw(case: Case, seed: int) -> dict[str, Tensor]:
     if case.has("state"):
         leaves["conv_state"] = case.normal(seed, "conv_state", case["B"], 2 * case["D"], 3)
         leaves["ssm_state"] = case.normal(seed, "ssm_state", case["B"], 2 * case["D"], 16)
-    return worst_case.worst_case(case, leaves) if case.has(worst_case.OPTION) else leaves
+    return state_passes.drawn(case, leaves)
 
 
 def precise(case: Case) -> set[str]:
@@ -168,8 +167,8 @@ def costly_checks(case: Case) -> set[str]:
 def races() -> list[Race]:
     """Return the race of bidirectional mixers.
 
-    Three more have its inputs in kinds on which the time of inference depends: those that forget fast, those that remember,
-    and the worst case, which state passes must read whole and token by token.
+    Four more have inputs of the kinds on which the time of inference depends: those that forget fast, those that remember, the
+    worst case, which state passes must read whole and token by token, and one in which a sequence is scanned again.
     """
 
     def sizes(B: int, E: int, L: int) -> dict[str, int]:
@@ -186,7 +185,7 @@ def races() -> list[Race]:
         points = lambda grid: [Point(name, dims, "infer", way) for way in ("eager", "graph") if grid == "full"]  # noqa: E731
         return replace(mixers, name=name, points=points, licence=licensed, options=(option, "cast"))
 
-    return [mixers, *map(of_kind, ("fresh", modules.LONG_MEMORY, worst_case.OPTION))]
+    return [mixers, *map(of_kind, KINDS)]
 
 
 def licence(dtype: str) -> tuple[str, ...]:

@@ -38,7 +38,7 @@ def test_a_race_has_two_more_that_differ_by_their_inputs_alone(name):
     assert name in grids.chosen_races(())
 
 
-@pytest.mark.parametrize("option", ["fresh", "long-memory", "worst-case"])
+@pytest.mark.parametrize("option", ["fresh", "long-memory", "worst-case", "rescan"])
 def test_a_mixer_that_is_split_is_timed_with_every_kind_of_inputs(option):
     race = grids.races()[f"mixer-{option}"]
     assert race.options == (option, "cast") and race.name in grids.chosen_races(()) and not race.points("cpu")

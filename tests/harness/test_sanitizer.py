@@ -128,7 +128,7 @@ def test_the_program_runs_every_kind_of_case(subject: str, capsys: pytest.Captur
 def test_state_passes_by_moments_are_watched_on_every_path() -> None:
     """No smoke case is long enough for them."""
     watched = [case for case in sanitized.cases_of("mixer") if case["L"] >= 8192]
-    assert {"fresh", "long-memory", "worst-case"} <= {option for case in watched for option in case.options}
+    assert {"fresh", "long-memory", "worst-case", "rescan"} <= {option for case in watched for option in case.options}
     assert all(case.has("infer") and case.dtype == "bfloat16" and case.only_check == "" for case in watched)
     for case in watched:
         assert "by moments" in path_of(case["B"], case["L"], 2 * case["D"], torch.bfloat16, 132)

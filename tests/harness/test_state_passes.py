@@ -1,4 +1,4 @@
-"""The draw of the worst case: what the native scan's state passes do with it, and with the draws beside it."""
+"""What the native scan's state passes do with each kind of a mixer's inputs."""
 
 import emulation
 import naive
@@ -12,14 +12,14 @@ from fused.ops.selective_scan.inputs import ScanInputs
 from fused.ops.selective_scan.kernel_source import SOFTPLUS_BY_CALLER
 from fused.runtime import nvrtc
 from harness.bench import grids
-from harness.fixtures import worst_case
+from harness.fixtures import state_passes
 from harness.judge.case import Case
 from harness.judge.registry import subjects
 from reference.modules import mamba
 
 LOG2E = 1.4426950408889634
 H200 = 132  # multiprocessors
-DRAWS = ("fresh", "long-memory", "worst-case")
+DRAWS = ("fresh", "long-memory", "worst-case", "rescan")
 TILE = schedule.TILE
 
 
@@ -52,9 +52,9 @@ def tiles_by_moments(delta, A, splits, reverse):
         own = sums[first : first + splits.tiles_per_split]
         own = own if reverse else own.flip(0)  # as the state pass walks
         within, behind = (x[:, :, None] * A * LOG2E for x in (own, own.cumsum(0) - own))
-        far = ((within < -7.2) & (behind > -29)).view(len(own), -1, worst_case.CHANNELS, 16).any(-1).any(-1)
+        far = ((within < -7.2) & (behind > -29)).view(len(own), -1, state_passes.CHANNELS, 16).any(-1).any(-1)
         by_moments += int((~far).sum())
-        left = (own.sum(0)[:, None] * A * LOG2E).amax(1).view(-1, worst_case.CHANNELS)
+        left = (own.sum(0)[:, None] * A * LOG2E).amax(1).view(-1, state_passes.CHANNELS)
         exits += int((left < -60).all(1).sum())
     return by_moments, exits
 
@@ -69,7 +69,7 @@ def test_no_tile_is_summed_by_moments_and_no_state_pass_exits_at_the_sizes_that_
         sizes = {(c["L"], c["D"]) for c in subjects()["mixer"].cases("full") if c.name in named}
     [(L, D)] = sizes
     splits = schedule.make_schedule(1, L, 2 * D, 16, 2, H200).moments_schedule
-    assert splits is not None and 1 < splits.tiles_per_split <= worst_case.CHANNELS * worst_case.VISIT
+    assert splits is not None and 1 < splits.tiles_per_split <= state_passes.CHANNELS * state_passes.TURN
     for i, (_, delta, _, _, _, A, _) in enumerate(scanned_by_mixer("worst-case", L, D, 2 * D)):
         assert tiles_by_moments(delta, A, splits, reverse=i == 1) == (0, 0)
 
@@ -102,15 +102,15 @@ def test_each_draw_takes_its_own_path(option, emulated):
     plan = schedule.make_schedule.__wrapped__(1, L, E, 16, 2, 2)._replace(fwd_schedule=splits, moments_schedule=splits)
     got, exact = (launch.forward(s, None, plan, keep=False, only_y=only_y) for only_y in (True, False))
     assert got.by_moments and not exact.by_moments
-    state_passes, exited, rescanned = got.state_passing.exits()
+    count, exited, rescanned = got.state_passing.exits()
     error = ((got.split_initial_states - exact.split_initial_states).norm() / exact.split_initial_states.norm()).item()
     by_rule = [tiles_by_moments(delta[i], A[i], splits, reverse=i == 1) for i in range(2)]
-    assert state_passes == E // 16 * (num_splits - 1) and rescanned == 0
+    assert count == E // 16 * (num_splits - 1) and rescanned == (option == "rescan")
     assert exited == sum(exits for _, exits in by_rule)
     assert_rule([({"y": got.y}, *(looped(s, precision) for precision in (torch.float64, torch.float32)))])
     if option == "worst-case":
         assert exited == 0 and [n for n, _ in by_rule] == [0, 0] and error < 1e-5
-    elif option == "fresh":
-        assert exited == 2 * state_passes
+    elif option in ("fresh", "rescan"):
+        assert exited == 2 * count
     else:
         assert exited == 0 and all(n > 0 for n, _ in by_rule) and 1e-5 < error < 2**-8
