@@ -123,7 +123,7 @@ def minutes_left(entry: Entry, state: State) -> float:
     for session in sessions.of(state.run.about) if state.run else ():
         if session.get("started") and session.get("ended"):
             begun, ended = (datetime.fromisoformat(session[key]) for key in ("started", "ended"))
-            used += (ended - begun).total_seconds() / 60
+            used += max(0.0, (ended - begun).total_seconds() / 60)  # a clock may be set back
     return max(LEAST, entry.minutes - used)
 
 

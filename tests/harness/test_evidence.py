@@ -116,11 +116,13 @@ def test_what_fits_goes_first_and_what_was_cut_goes_on(desk: Desk) -> None:
     done = desk.ask("--minutes", "0.03")
     assert done.exit_code == INTERRUPTED and desk.calls() == ["pass", "wait"], done.output
     assert statuses(done) == {"wait": "cut", "pass": "finished"}
+    (desk.runs / "damaged").mkdir()
+    (desk.runs / "damaged" / "run.json").write_text("{")
     accept = [line for line in done.output.splitlines() if line.startswith("accept with: ")]
     [kept] = desk.runs.glob("*-pass")
     assert accept == [f"accept with: python -m harness accept {kept}"]
     done = desk.ask()
-    assert done.exit_code == PASSED and desk.calls() == ["wait --resume"] and len(list(desk.runs.iterdir())) == 2
+    assert done.exit_code == PASSED and desk.calls() == ["wait --resume"] and len(list(desk.runs.iterdir())) == 3
     assert statuses(done) == {"wait": "finished", "pass": "finished"}
     assert desk.ask().exit_code == PASSED and desk.calls() == []
 
@@ -256,10 +258,9 @@ def test_a_run_of_the_harness_itself(desk: Desk) -> None:
 def test_what_a_cut_run_has_used_is_not_needed_again(desk: Desk) -> None:
     run = Run(desk.folder)
     begun = datetime(2026, 1, 1, 12)
-    run.about = {"sessions": [
-        {"started": (begun + timedelta(hours=n)).isoformat(), "ended": (begun + timedelta(hours=n, minutes=3)).isoformat()}
-        for n in range(2)
-    ] + [{"started": begun.isoformat()}]}  # fmt: skip
+    minutes = (0, 3), (60, 63), (0, -600)  # of the beginning and the end; in the last session the clock was set back
+    times = [[(begun + timedelta(minutes=n)).isoformat() for n in both] for both in minutes]
+    run.about = {"sessions": [{"started": start, "ended": end} for start, end in times] + [{"started": begun.isoformat()}]}
     entry = evidence.Entry("a", "b", 10, 1, "c")
     assert evidence.minutes_left(entry, evidence.State(evidence.CUT, run)) == 4
     assert evidence.minutes_left(entry, evidence.State(evidence.MISSING)) == 10
