@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -180,6 +181,18 @@ def test_wrong_wishes_say_what_is_allowed(options: tuple[str, ...], allowed: str
 
 
 @pytest.mark.parametrize(
+    ("options", "near"),
+    [
+        (("--check", "determinizm"), "determinism"), (("--impl", "native"), "fused:native"), (("--grid", "large"), ""),
+        (("--mutant", "drop-skip"), "drop_skip"), (("--rival", "fused:mamba"), "fused:mamba_ssm"),
+    ],
+)  # fmt: skip
+def test_a_slip_is_told_the_nearest_name(options: tuple[str, ...], near: str) -> None:
+    said = str(parity(*options).exception)
+    assert said.endswith(f"; did you mean {near!r}?") if near else "did you mean" not in said, said
+
+
+@pytest.mark.parametrize(
     ("text", "said"),
     [
         ("garbage", "is not SUBJECT:NAME=module:callable or"), ("", "is not SUBJECT"), ("scan:x", "is not SUBJECT"),
@@ -226,7 +239,10 @@ def test_a_name_is_added_once_and_callables_may_be_nested(tmp_path: Path) -> Non
 
 def test_nothing_ran_is_not_green(tmp_path: Path) -> None:
     done = parity("--subject", "scan", "--case", "no-such-case", "--out", str(tmp_path / "none"))
-    assert done.exit_code == NOTHING and "nothing ran:\n    the options leave no question" in done.output
+    assert done.exit_code == NOTHING
+    assert "nothing ran:\n    the options leave no question: no case of grid smoke fits (--dry-run" in done.output
+    done = parity("--subject", "scan", "--check", "layout", "--out", str(tmp_path / "none"))
+    assert re.search(r"of the \d+ cases that fit none is asked these", " ".join(done.output.split()))
     done = parity(*TINY, "--impl", "fused:native", "--out", str(tmp_path / "native"))
     assert done.exit_code == NOTHING and "nothing ran:\n    fused:native: " in done.output
 

@@ -1,6 +1,7 @@
 """Runs by their folders: which is continued, what is recorded of the machine and its code, and how commands end."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -225,3 +226,9 @@ def test_a_record_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     older = [{k: v for k, v in line.items() if k not in ("host", "bound_by")} for line in lines]
     path.write_text("".join(json.dumps(line) + "\n" for line in older))
     assert Run.open(tmp_path).speeds == [replace(s, host=(), bound_by="") for s in run.speeds]
+
+
+def test_a_folder_without_a_run_is_told_from_none(tmp_path: Path) -> None:
+    for folder, why in ((tmp_path, "it has no run.json"), (tmp_path / "none", "there is no such folder")):
+        with pytest.raises(StoreError, match=f"{re.escape(str(folder))} holds no run: {why}"):
+            Run.open(folder)
