@@ -222,6 +222,7 @@ def test_a_licence_is_of_the_same_dtype_mode_subject_and_name() -> None:
     assert refusal(Entry("norm", "reference", "rival"), POINT, []) == ("", 0.0)
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_memory_that_ran_out_implies_longer_points_of_the_same_curve_only(tmp_path: Path) -> None:
     greedy = bench.entry("greedy")
     passed = [bench.passed(greedy), bench.passed(greedy, "backward")]
@@ -281,6 +282,7 @@ def test_a_ceiling_is_the_best_of_its_samples(hands: Hands) -> None:
     assert ceilings._passes(2**20)[0][0] == ceilings._passes(2**22)[0][0] == 2**24 and ceilings._passes(2**28)[1][0] == 2**28
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_an_error_of_an_entry_is_no_lack_of_memory() -> None:
     worker = Worker(Entry("raiser", "fake", "ours", "fakes:raiser"), "cpu", 1)
     try:
