@@ -13,11 +13,6 @@ MASK = torch.zeros(2, 17, dtype=torch.bool)
 pytestmark = pytest.mark.usefixtures("unchecked")
 
 
-@pytest.fixture(params=["reference", "fused"])
-def package(request: pytest.FixtureRequest) -> ModuleType:
-    return importlib.import_module(request.param)
-
-
 def model_of(package: ModuleType, kind: str = "VideoMambaEncoder", **overrides):
     return getattr(package, kind)(package.VideoMambaConfig(**TOY | overrides))
 
