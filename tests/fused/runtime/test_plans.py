@@ -134,6 +134,22 @@ def test_other_strides_alignments_and_sizes_are_other_plans(name):
     assert len([x for x in made(name) if isinstance(x, plans.Plan)]) == len(VIEWS), made(name)
 
 
+@pytest.mark.parametrize("name", ["causal_conv1d", "selective_scan"])
+def test_without_clips_a_state_alone_has_a_gradient(name):
+    """Kernels, where there are any, get the gradient of y as zeros without elements."""
+
+    def run(draw):
+        generator = torch.Generator().manual_seed(draw)
+        call, inputs = operators(generator, lambda x: x[:0, :, :8])[name]
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        _, state = call(*leaves)
+        return [state.detach(), *torch.autograd.grad(state, leaves, torch.zeros_like(state), allow_unused=True)]
+
+    plain, planned = with_and_without(run)
+    assert all(torch.equal(a, b) for x, y in zip(plain, planned, strict=True) for a, b in zip(x, y, strict=True))
+    assert [type(x) for x in made(name + "_backward")] == [plans.Plan]
+
+
 def test_autocast_changes_nothing_inside_a_plan():
     block = layer().eval()
 
