@@ -149,7 +149,8 @@ def test_without_clips_a_state_alone_has_a_gradient(name):
 
     plain, planned = with_and_without(run)
     assert all(torch.equal(a, b) for x, y in zip(plain, planned, strict=True) for a, b in zip(x, y, strict=True))
-    assert [type(x) for x in made(name + "_backward")] == [plans.Plan]
+    if DEVICE == "cpu":  # on a GPU the backward has a thread, and with it plans, of its own
+        assert [type(x) for x in made(name + "_backward")] == [plans.Plan]
 
 
 def test_a_plan_is_of_the_batch_invariant_mode_or_not(monkeypatch):
