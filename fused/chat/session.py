@@ -1,6 +1,5 @@
 """A model, its tokenizer, and one video that is read once for any number of questions."""
 
-import os
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from fused.models.vamba.model import Vamba
 from fused.models.vamba.prefill import CHUNK
 from fused.models.vamba.vision import SIDE, VIDEO_WORDS, frame_size, prepare_frame
 from fused.rules import check_integer
+from fused.runtime.memory import free_bytes
 
 FRAMES_AT_ONCE = 32  # that are decoded before they pass the vision tower
 UNFINISHED = "\ufffd"  # what a tokenizer shows for a character of which a token is missing
@@ -131,15 +131,3 @@ def video_bytes(config: VambaConfig, tokens: int, dtype: torch.dtype) -> tuple[i
     size = dtype.itemsize
     widest = config.hidden_size * (2 * int(config.mixer.get("expand", 2)) + 1)
     return config.cached_values * tokens * size, 3 * widest * min(tokens, CHUNK) * size
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Return the free memory of a device, None where it is not known."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if device.type != "cpu":
-        return None
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):  # not on this system
-        return None
