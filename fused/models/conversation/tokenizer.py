@@ -17,8 +17,14 @@ def require_transformers() -> Any:
 
 
 def read_tokenizer(folder: str | Path) -> Any:
-    """Return the tokenizer of a folder. Raises OSError or ValueError where it has none, ImportError without transformers."""
-    return require_transformers().AutoTokenizer.from_pretrained(str(Path(os.path.expanduser(folder))))
+    """Return the tokenizer of a folder. Raises ValueError where it has none, ImportError without transformers."""
+    path = Path(os.path.expanduser(folder))
+    library = require_transformers()
+    try:
+        return library.AutoTokenizer.from_pretrained(str(path))
+    except Exception as error:  # the library raises exceptions of many kinds, which do not name the folder
+        raise ValueError(f"{path} holds no tokenizer that transformers reads; allowed: tokenizer.json beside the weights: "
+                         f"{error}") from error  # fmt: skip
 
 
 def end_tokens(tokenizer: Any) -> list[int]:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from fused.io.atomic_write import atomic_write
 from fused.io.checkpoint_file import save_checkpoint
-from fused.models.bimba.load import ADAPTER, TRAINED, read_settings
+from fused.models.bimba.adapters import ADAPTER
+from fused.models.bimba.load import TRAINED, read_settings
 from fused.models.bimba.model import Bimba
 from fused.models.bimba.towers import SIGLIP
 from fused.models.conversation.tokenizer import read_tokenizer
@@ -72,7 +73,7 @@ class LanguageTask(Task):
         return self.student(*inputs)
 
     def as_saved(self, name: str, value: Tensor) -> Tensor | None:
-        """Return a tensor of the student's state as `save` takes it, None for one that it does not take."""
+        """Return a tensor of the student's state, whole or sharded, as `save` takes it; None for one that it does not take."""
         raise NotImplementedError
 
     def save(self, folder: Path, state: Mapping[str, Tensor]) -> None:
@@ -108,7 +109,7 @@ class VambaTask(LanguageTask):
                 f"language.distillation is {options.distillation}, and {', '.join(parts)} learn; allowed: 0, or a "
                 "language.trainable without parts of the stock model, which is the teacher"
             )
-        if config.precision != "float32" and (config.parallel != "fsdp" or torch.__version__ >= MIXED_SHARDS):
+        if keeps_stored(config):
             keep_frozen_as_stored(self.beginning)
         self.student = VambaStudent(model, options)
 
@@ -145,7 +146,8 @@ class BimbaTask(LanguageTask):
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
-        model = Bimba.from_base(str(config.start), backend=config.backend, dtype=torch.float32)
+        dtype = None if keeps_stored(config) else torch.float32
+        model = Bimba.from_base(str(config.start), backend=config.backend, dtype=dtype)
         self.student = BimbaStudent(model, config.language)
 
     def load_weights(self, device: torch.device) -> None:
@@ -221,6 +223,11 @@ def make_language_task(config: TrainConfig) -> LanguageTask:
     Raises what loading the folder `start` raises, ImportError without peft.
     """
     return BimbaTask(config) if config.task == "bimba-sft" else VambaTask(config)
+
+
+def keeps_stored(config: TrainConfig) -> bool:
+    """Return whether what does not learn stays as it is stored: under autocast its products have half precision in any case."""
+    return config.precision != "float32" and (config.parallel != "fsdp" or torch.__version__ >= MIXED_SHARDS)
 
 
 def _starts(row: Sequence[Sample]) -> list[int]:

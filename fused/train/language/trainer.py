@@ -76,9 +76,10 @@ class LanguageTrainer(Trainer):
     def save_models(self) -> list[Path]:
         state = {}
         for name, value in self.task.student.state_dict().items():
-            whole = full_tensor(value)  # of one tensor at a time, which all processes gather
-            if self.world.is_main and (kept := self.task.as_saved(name, whole)) is not None:
-                state[name] = kept.cpu()
+            if (kept := self.task.as_saved(name, value)) is not None:
+                whole = full_tensor(kept)  # of one tensor at a time, which all processes gather
+                if self.world.is_main:
+                    state[name] = whole.cpu()
         folder = self.folder / run_folder.MODEL
         if self.world.is_main:
             self.task.save(folder, state)

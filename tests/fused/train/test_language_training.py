@@ -177,8 +177,15 @@ def test_two_processes_take_the_step_of_one(folder: Path, tmp_path: Path) -> Non
     trainings = [
         Training((*words(folder, task, out, *more[task]), f"parallel={kind}"), True) for (task, kind), out in runs.items()
     ]
+    stored_low = write_bimba_base(tmp_path / "low", torch.bfloat16)
+    low = [f"start={stored_low}", "precision=bfloat16", *more["bimba-sft"]]
+    trainings.append(Training((*words(folder, "bimba-sft", tmp_path / "low/run", *low), "parallel=fsdp"), True))
     output = run_trainings(trainings, tmp_path)
-    assert output.count("2 processes") == output.count("done: ") == len(runs), output
+    assert output.count("2 processes") == output.count("done: ") == len(runs) + 1, output
+    run(folder, "bimba-sft", tmp_path / "low/one", *low)
+    one, two = (steps(tmp_path / "low" / name)[0]["loss"] for name in ("one", "run"))
+    assert abs(one - two) <= torch.finfo(torch.bfloat16).eps / 2 * one
+    assert {x.dtype for x in tensors(tmp_path / "low/run/checkpoints/step-00000001").values()} == {torch.float32}
     for task in TASKS:
         truth, plain = (gradients(folder, task, precision, True, *more[task]) for precision in (torch.float64, torch.float32))
         for kind in ("ddp", "fsdp"):
@@ -283,6 +290,45 @@ def test_too_large_a_model_is_refused_before_it_is_read(
     error = capsys.readouterr().err
     assert "start is a model that takes 0.00 GiB on this cpu, with gradients and moments, and 0.00 GiB are free" in error
     assert "parallel=fsdp" in error
+def test_what_is_frozen_stays_as_it_is_stored_where_products_are_bfloat16(folder: Path, tmp_path: Path) -> None:
+    """What learns is float32, gets gradients, and goes on bit for bit; in float32 all is."""
+    start = write_bimba_base(tmp_path / "base", torch.bfloat16)
+    more = [f"start={start}", "language.lora_rank=2", "optim.floor=1.0", "batch_size=2"]
+    for precision, stored in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
+        config = read_config(None, words(folder, "bimba-sft", "none", "steps=1", f"precision={precision}", *more))
+        task = build_language_task(config, torch.device("cpu"))
+        learnt = {n: p for n, p in task.student.named_parameters() if p.requires_grad}
+        frozen = {n: p for n, p in task.student.named_parameters() if n not in learnt}
+        assert {p.dtype for p in learnt.values()} == {torch.float32} and {p.dtype for p in frozen.values()} == {stored}
+        assert any("lora_A" in name for name in learnt) and "model.image_newline" in frozen
+    more.append("precision=bfloat16")
+    run(folder, "bimba-sft", tmp_path / "whole", *more, "steps=3")
+    run(folder, "bimba-sft", tmp_path / "parts", *more, "steps=1")
+    assert "goes on behind step 1" in run(folder, "bimba-sft", tmp_path / "parts", *more, "steps=3")
+    whole, parts = (tensors(tmp_path / name / "checkpoints/step-00000003") for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert all(whole[name].any() for name in whole if name.startswith("optimizer.exp_avg.") and "out_proj" in name)
+
+
+def test_a_bimba_computes_logits_of_learnt_tokens_alone(folder: Path) -> None:
+    """The loss is that of `Bimba.forward`, whose logits are of the whole row."""
+    config = read_config(None, words(folder, "bimba-sft", "none", "steps=1", "language.lora_dropout=0"))
+    task = build_language_task(config, torch.device("cpu"))
+    data = ConversationData(Path(str(config.data.train)), None, make_reader(config))
+    rows: list[int] = []
+    student: Any = task.student
+    student.model.language_model.lm_head.register_forward_hook(lambda module, given, out: rows.append(given[0].shape[0]))
+    for index in range(len(data)):
+        sample = data.sample(index, 0)
+        learnt = count_learnt([sample])
+        loss, _ = task(*task.prepare_row([sample], torch.ones(2), torch.device("cpu")))
+        assert rows.pop() == learnt < len(sample.tokens) and not rows
+        labels = sample.labels.clone()
+        labels[0] = -100
+        frames = sample.frames if len(sample.frames) else None
+        due = student.model(sample.tokens, frames, labels=labels).loss
+        rows.clear()
+        torch.testing.assert_close(loss, due * learnt)
 
 
 def test_parts_that_learn_are_chosen_by_name(folder: Path, tmp_path: Path, capsys: Any) -> None:
