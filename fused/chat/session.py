@@ -48,8 +48,9 @@ class Conversation:
         Raises what `Vamba.from_pretrained` raises, and ImportError without transformers.
         """
         require_transformers()
-        model = Vamba.from_pretrained(folder, vision=True, device=device, dtype=dtype, backend=backend)
-        return cls(model, read_tokenizer(folder))
+        Vamba.outline(folder, vision=True)  # this and the tokenizer first, since weights take longer
+        tokenizer = read_tokenizer(folder)
+        return cls(Vamba.from_pretrained(folder, vision=True, device=device, dtype=dtype, backend=backend), tokenizer)
 
     def watch(
         self, path: str | Path, *, frames: int = 128, longest: int | None = 640, chunk: int = CHUNK, offload: bool = False
@@ -66,6 +67,7 @@ class Conversation:
         if longest is not None:
             check_integer("watch", "longest", longest, SIDE)
         self.video = None  # frees its memory
+        self._check_memory(frames, frame_size(1, 1), offload)  # of the smallest frames, before any is decoded
         self.video = self.model.encode_video(self._frames(Path(path), frames, longest, offload), chunk=chunk, offload=offload)
         return self.video
 
@@ -87,7 +89,7 @@ class Conversation:
         for image, times in RepeatedFrames(path, frames, middle_places):
             if size is None:
                 size = frame_size(image.shape[0], image.shape[1], longest)
-                self._check_memory(frames // 2 * (size[0] // SIDE) * (size[1] // SIDE), frames, offload)
+                self._check_memory(frames, size, offload)
             waiting += [prepare_frame(image, size)] * times
             if len(waiting) >= FRAMES_AT_ONCE:
                 yield torch.stack(waiting)
@@ -95,8 +97,9 @@ class Conversation:
         if waiting:
             yield torch.stack(waiting)
 
-    def _check_memory(self, tokens: int, frames: int, offload: bool) -> None:
-        """Raise ValueError if keys and values of so many video tokens, and one chunk, do not fit into the free memory."""
+    def _check_memory(self, frames: int, size: tuple[int, int], offload: bool) -> None:
+        """Raise ValueError if keys and values of the video tokens, and one chunk, do not fit into the free memory."""
+        tokens = frames // 2 * (size[0] // SIDE) * (size[1] // SIDE)
         dtype = self.model.model.embed_tokens.weight.dtype
         cached, scratch = video_bytes(self.model.config, tokens, dtype)
         for device, needed in ((self.device, scratch + (0 if offload else cached)), (torch.device("cpu"), cached * offload)):
