@@ -101,7 +101,7 @@ def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
     try:
         return library.load_file(path, device="cpu")
     except Exception as error:
-        _refuse_text(path)
+        refuse_text(path)
         raise CheckpointError(f"{path} is no safetensors file, or it is damaged: {error}") from error
 
 
@@ -111,7 +111,7 @@ def _read_pickle(path: Path) -> Any:
         with torch.serialization.safe_globals(_plain_classes()):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        _refuse_text(path)
+        refuse_text(path)
         match = re.search(r"GLOBAL ([\w.]+)", str(error))  # not PyTorch's message: it recommends to run the file
         reason = f"besides tensors it holds {match[1]}" if match else "it holds more than tensors, or is damaged"
         raise CheckpointError(
@@ -122,13 +122,13 @@ def _read_pickle(path: Path) -> Any:
         if "TorchScript" in str(error):
             way_out = "load it with torch.jit.load, and pass its state_dict()"
             raise CheckpointError(f"{path} is a TorchScript archive, which holds code; {way_out}") from error
-        _refuse_text(path)
+        refuse_text(path)
         raise CheckpointError(
             f"{path} cannot be read, it is no checkpoint or it is damaged ({type(error).__name__})"
         ) from error
 
 
-def _refuse_text(path: Path) -> None:
+def refuse_text(path: Path) -> None:
     """Raise CheckpointError for a file that begins as text, such as a page of a server or a pointer of Git LFS."""
     head = _first_bytes(path, 60)
     if not head or not all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in head):

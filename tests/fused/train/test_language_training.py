@@ -20,7 +20,9 @@ from rule import assert_rule  # noqa: E402
 
 from fused import Bimba, Vamba  # noqa: E402
 from fused.chat.__main__ import main as chat  # noqa: E402
+from fused.models.vamba.stored import StoredTensors  # noqa: E402
 from fused.train.__main__ import main  # noqa: E402
+from fused.train.config import TrainConfig  # noqa: E402
 from fused.train.config_file import read_config  # noqa: E402
 from fused.train.language import students, trainer  # noqa: E402
 from fused.train.language.samples import ConversationData, count_learnt  # noqa: E402
@@ -213,6 +215,85 @@ def test_bfloat16_computes_in_it_and_keeps_parameters_in_float32(folder: Path, t
     assert {x.dtype for name, x in state.items() if name.rpartition(".")[2] not in ("A_log", "D")} == {torch.bfloat16}
 
 
+def as_stored_in_16_bits(folder: Path, path: Path) -> Path:
+    """Write the Vamba of the folder as published weights are, in bfloat16, with its tokenizer; return the path."""
+    Vamba.from_pretrained(folder / "vamba", vision=True, dtype=torch.bfloat16).save_pretrained(path)
+    for file in (folder / "vamba").glob("*token*"):
+        (path / file.name).write_bytes(file.read_bytes())
+    return path
+
+
+def loss_and_gradients(config: TrainConfig) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Return the task of a configuration, and the gradients, with the loss, of a step over its first conversation."""
+    setup_seed(config.seed, config.deterministic)
+    built = build_language_task(config, torch.device("cpu")).train()
+    sample = ConversationData(Path(str(config.data.train)), None, make_reader(config)).sample(0, 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = built(*built.prepare_row([sample], torch.ones(2), torch.device("cpu")))
+    loss.backward()
+    return built, {name: p.grad for name, p in built.named_parameters() if p.grad is not None} | {"loss": loss.detach()}
+
+
+@pytest.mark.parametrize("task", ["vamba-pretrain", "vamba-sft"])
+def test_what_does_not_learn_stays_as_stored_and_gives_the_same_bits(
+    folder: Path, tmp_path: Path, task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In 16 bits weights of products do. What learns is float32, as is the rest. Without autocast all are."""
+    start = as_stored_in_16_bits(folder, tmp_path / "start")
+    given = [*words(folder, task, tmp_path / "none", "steps=1"), f"start={start}"]
+    config = read_config(None, [*given, "precision=bfloat16"])
+    built, found = loss_and_gradients(config)
+    kinds = {name.removeprefix("student.model."): (p.requires_grad, p.dtype) for name, p in built.named_parameters()}
+    frozen = {"vamba-pretrain": "model.layers.0.mlp.up_proj.weight", "vamba-sft": "lm_head.weight"}[task]
+    assert kinds[frozen] == (False, torch.bfloat16)
+    assert kinds["model.layers.0.cross_attn.q_proj.weight"] == (True, torch.float32)
+    assert kinds["model.embed_tokens.weight"][1] == torch.float32  # the stream begins there
+    assert all(dtype == torch.float32 for learns, dtype in kinds.values() if learns)
+    monkeypatch.setattr("fused.train.language.tasks.keep_frozen_as_stored", lambda beginning: None)
+    whole, due = loss_and_gradients(config)
+    assert {p.dtype for p in whole.parameters()} == {torch.float32}
+    assert found.keys() == due.keys() and all(torch.equal(found[name], due[name]) for name in due)
+    monkeypatch.undo()
+    plain = build_language_task(read_config(None, given), torch.device("cpu"))
+    assert {p.dtype for p in plain.parameters()} == {torch.float32}
+
+
+def _refuse_whole_tensors() -> None:
+    """Let no process read more than its half of a tensor."""
+    read = StoredTensors.read_rows
+
+    def read_half(self: StoredTensors, name: str, start: int, stop: int) -> torch.Tensor:
+        length = self.shapes[name][0]
+        assert stop - start <= (length + 1) // 2, f"{name}: {stop - start} of {length} rows were read"
+        return read(self, name, start, stop)
+
+    StoredTensors.read_rows, StoredTensors.read = read_half, None  # type: ignore[method-assign,assignment]
+
+
+def test_a_process_reads_its_shards_and_no_more(folder: Path, tmp_path: Path) -> None:
+    """Also of weights in 16 bits, which are sharded beside float32, and rows that are not even. The model is that of one."""
+    start = as_stored_in_16_bits(folder, tmp_path / "start")
+    given = words(folder, "vamba-pretrain", tmp_path / "shards", "steps=1", f"start={start}", "precision=bfloat16")
+    output = run_trainings([Training((*given, "parallel=fsdp"), True)], tmp_path, _refuse_whole_tensors)
+    assert "GiB a process on cpu" in output and "done: 1 steps" in output
+    run(folder, "vamba-pretrain", tmp_path / "one", "steps=1", f"start={start}", "precision=bfloat16")
+    one, shards = (Vamba.from_pretrained(tmp_path / name / "model", vision=True).state_dict() for name in ("one", "shards"))
+    before = Vamba.from_pretrained(start, vision=True).state_dict()
+    same = {name for name in one if torch.equal(one[name], before[name])}
+    assert same >= {name for name in one if "cross_attn" not in name and "vision_mixer" not in name and "alpha" not in name}
+    assert all(torch.equal(shards[name], before[name]) for name in same)
+    assert all(torch.allclose(shards[name], one[name], rtol=0, atol=0.05) for name in one)  # a step is 0.02
+
+
+def test_too_large_a_model_is_refused_before_it_is_read(
+    folder: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fused.train.language.weights.free_bytes", lambda device: 1000)
+    monkeypatch.setattr(StoredTensors, "read_rows", lambda *_: pytest.fail("weights were read"))
+    assert main(words(folder, "vamba-sft", tmp_path / "run", "steps=1", "--dry-run")) == 2
+    error = capsys.readouterr().err
+    assert "start is a model that takes 0.00 GiB on this cpu, with gradients and moments, and 0.00 GiB are free" in error
+    assert "parallel=fsdp" in error
 def test_what_is_frozen_stays_as_it_is_stored_where_products_are_bfloat16(folder: Path, tmp_path: Path) -> None:
     """What learns is float32, gets gradients, and goes on bit for bit; in float32 all is."""
     start = write_bimba_base(tmp_path / "base", torch.bfloat16)
