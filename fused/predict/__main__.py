@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--labels", metavar="FILE", help="a class name in each line, for a model whose folder has none")
     add_view_options(command)
     command.add_argument("--short", choices=SHORT, help="what a video of too few frames is (of the model's folder, else drop)")
-    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is a GPU if there is one (auto)")
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="a GPU if there is one (auto)")
     return command
 
 

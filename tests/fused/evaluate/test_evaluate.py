@@ -21,8 +21,8 @@ from fused.evaluate.retrieval_settings import RetrievalSettings
 from fused.evaluate.settings import read_settings
 from fused.io.preprocessing import Preprocessing
 from fused.io.views import Views
-from fused.train.interrupt import Interrupt
 from fused.terminal import Terminal
+from fused.train.interrupt import Interrupt
 from harness.fixtures.video import write
 from harness.learning import motion, trained_weights
 
