@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -115,6 +116,22 @@ def test_classes_of_the_start(folder: Path) -> None:
         said = "start has other classes than data.train ('cat', here 'side0'): the head is left at init" in output
         assert said == (name == "other")
     assert kept == {"same": True, "other": False, "unnamed": True, "more": False}
+
+
+def test_the_model_of_a_run_that_was_stopped(folder: Path) -> None:
+    """The error for a run without a model says how one is made of its last checkpoint."""
+    more, run = ["task=finetune", "save_every=1", "data.val=null"], folder / "stopped"
+    assert train(arguments(folder, "stopped", *more, "steps=2"), folder=folder)[0] == 0
+    for path in (run, run / "checkpoints/step-00000002"):
+        with pytest.raises(FileNotFoundError, match=rf"its model is in {run}/model"):
+            VideoMamba.from_pretrained(path)
+    shutil.rmtree(run / "model")
+    for path in (run, run / "checkpoints/step-00000002"):
+        with pytest.raises(FileNotFoundError, match="no model yet; epochs=null steps=N, of its last checkpoint, writes one"):
+            VideoMamba.from_pretrained(path)
+    code, output = train(arguments(folder, "stopped", *more, "epochs=null", "steps=2"), folder=folder)
+    assert code == 0, output
+    assert VideoMamba.from_pretrained(run / "model").labels
 
 
 def test_a_dry_run_leaves_nothing(folder: Path) -> None:
