@@ -134,6 +134,20 @@ def test_the_model_of_a_run_that_was_stopped(folder: Path) -> None:
     assert VideoMamba.from_pretrained(run / "model").labels
 
 
+def test_a_run_whose_classes_were_renamed_does_not_go_on(folder: Path) -> None:
+    """As many videos in as many classes, whose order is another: its outputs would be called by the names of others."""
+    videos = class_folders(folder / "renamed", 4)
+    words = [*SMALL, f"data.train={videos}", f"out={folder / 'renamed run'}", "task=finetune", "save_every=1"]
+    assert train([*words, "steps=2"], folder=folder)[0] == 0
+    first = sorted(path for path in videos.iterdir() if path.is_dir())[0]
+    first.rename(videos / "zebra")
+    code, output = train([*words, "steps=3"], folder=folder)
+    assert code == 2 and f"are ['zebra'] in place of ['{first.name}'], since" in output.splitlines()[-1], output
+    (videos / "zebra").rename(first)
+    code, output = train([*words, "steps=3"], folder=folder)
+    assert code == 0, output
+
+
 def test_a_dry_run_leaves_nothing(folder: Path) -> None:
     """With frames that are no squares, sampled by time."""
     before = sorted(path for path in folder.rglob("*") if path.suffix != ".txt")
