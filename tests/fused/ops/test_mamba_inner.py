@@ -4,7 +4,6 @@ import copy
 import itertools
 from functools import partial
 
-import emulation
 import pytest
 import torch
 from rule import assert_rule
@@ -29,15 +28,10 @@ from fused.ops.selective_scan import schedule  # noqa: E402
 from fused.ops.shapes import DirectionWeights  # noqa: E402
 from fused.runtime import cpu_library  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton 3.6's interpreter
-
-
-@pytest.fixture(autouse=True)
-def emulated(monkeypatch):
-    """Backend "native" runs on the CPU, where there is no GPU."""
-    if DEVICE == "cuda":
-        return
-    emulation.stand_in(monkeypatch)
+pytestmark = [
+    pytest.mark.usefixtures("native_somewhere"),
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # Triton 3.6's interpreter
+]
 
 
 def outcome(mixer, tokens, cotangent, backend):

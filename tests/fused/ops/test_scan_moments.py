@@ -3,7 +3,6 @@
 import math
 from functools import partial
 
-import emulation
 import naive
 import pytest
 import torch
@@ -16,20 +15,14 @@ from fused.modules.mamba import Mamba
 from fused.ops.selective_scan import launch as scan
 from fused.ops.selective_scan import schedule
 from fused.ops.selective_scan.kernel_source import SOFTPLUS_BY_CALLER, SOFTPLUS_NONE
-from fused.runtime import nvrtc
 
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton 3.6's interpreter
+pytestmark = [
+    pytest.mark.usefixtures("emulated"),
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # Triton 3.6's interpreter
+]
 
 TILES, SPLITS, E, N = 4, 3, 64, 16  # tiles of a split, splits of a sequence
 LENGTH = 16 * TILES * SPLITS - 5
-
-
-@pytest.fixture(autouse=True)
-def emulated(monkeypatch):
-    """The kernels run on the CPU."""
-    if reason := emulation.unavailable():
-        pytest.skip(reason)
-    monkeypatch.setattr(nvrtc, "module", emulation.module)
 
 
 def drawn(seed=0, steps=(1e-3, 1e-1), directions=2, dtype=torch.bfloat16, clips=1):
