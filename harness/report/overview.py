@@ -124,7 +124,7 @@ def crossings(speeds: Sequence[Speed]) -> list[str]:
                 said.append(f"{word} {_meets(family, best)}")
         if said:
             how = {"graph": "CUDA graphs"}.get(family.main_way, family.main_way)
-            is_better = any(_ours_at(family) > _ours_at(other) for other in others if same_models(other, family))
+            is_better = any(ours_at(family) > ours_at(other) for other in others if same_models(other, family))
             better = " This is the better form of the ViT." * is_better
             found.append(f"- {family.title}, {how}: {'; '.join(said)}.{better}")
     return found
@@ -142,7 +142,7 @@ def same_models(one: Family, other: Family) -> bool:
     return own == others
 
 
-def _ours_at(family: Family) -> float:
+def ours_at(family: Family) -> float:
     """Return from how many tokens on ours is faster than the ViT: 0 for all that were timed, infinity for none."""
     curve = _longest(family, _is_ours)
     m = meeting(family, curve) if curve else None
