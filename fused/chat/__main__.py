@@ -5,6 +5,7 @@ The folder is that of a Vamba or of a BIMBA, which --base-model completes. Answe
 """
 
 import argparse
+import io
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -98,7 +99,9 @@ def watch_options(options: argparse.Namespace, talk: Conversation | BimbaConvers
 
 
 def questions() -> Iterable[str]:
-    """Yield the questions that are typed, a line each, until the end of the input."""
+    """Yield the questions that are typed, a line each, until the end of the input; what is no text shows as \ufffd."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     for line in sys.stdin:
         if line.strip():
             yield line.strip()

@@ -20,11 +20,14 @@ from rule import assert_rule  # noqa: E402
 
 from fused import Bimba, Vamba  # noqa: E402
 from fused.chat.__main__ import main as chat  # noqa: E402
+from fused.models.vamba.stored import StoredTensors  # noqa: E402
 from fused.train.__main__ import main  # noqa: E402
+from fused.train.config import TrainConfig  # noqa: E402
 from fused.train.config_file import read_config  # noqa: E402
+from fused.train.language import students, trainer  # noqa: E402
 from fused.train.language.samples import ConversationData, count_learnt  # noqa: E402
 from fused.train.language.tasks import build_language_task, make_reader  # noqa: E402
-from fused.train.seed import setup_seed  # noqa: E402
+from fused.train.seed import derive_seed, setup_seed  # noqa: E402
 from fused.train.step import choose_recorder  # noqa: E402
 from harness.instruments.two_processes import Training, log, run_trainings, steps, tensors  # noqa: E402
 
@@ -205,11 +208,92 @@ def test_bfloat16_computes_in_it_and_keeps_parameters_in_float32(folder: Path, t
     assert losses[1] < losses[0]
     stored = tensors(tmp_path / "run/checkpoints/step-00000002")
     assert {x.dtype for name, x in stored.items() if name.startswith("model.")} == {torch.float32}
+    before, after = (Vamba.from_pretrained(path).stop_tokens for path in (folder / "vamba", tmp_path / "run/model"))
+    assert before == after != ()
     state = load_file(tmp_path / "run/model/model.safetensors")
     assert {x.dtype for name, x in state.items() if name.rpartition(".")[2] in ("A_log", "D")} == {torch.float32}
     assert {x.dtype for name, x in state.items() if name.rpartition(".")[2] not in ("A_log", "D")} == {torch.bfloat16}
 
 
+def as_stored_in_16_bits(folder: Path, path: Path) -> Path:
+    """Write the Vamba of the folder as published weights are, in bfloat16, with its tokenizer; return the path."""
+    Vamba.from_pretrained(folder / "vamba", vision=True, dtype=torch.bfloat16).save_pretrained(path)
+    for file in (folder / "vamba").glob("*token*"):
+        (path / file.name).write_bytes(file.read_bytes())
+    return path
+
+
+def loss_and_gradients(config: TrainConfig) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Return the task of a configuration, and the gradients, with the loss, of a step over its first conversation."""
+    setup_seed(config.seed, config.deterministic)
+    built = build_language_task(config, torch.device("cpu")).train()
+    sample = ConversationData(Path(str(config.data.train)), None, make_reader(config)).sample(0, 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = built(*built.prepare_row([sample], torch.ones(2), torch.device("cpu")))
+    loss.backward()
+    return built, {name: p.grad for name, p in built.named_parameters() if p.grad is not None} | {"loss": loss.detach()}
+
+
+@pytest.mark.parametrize("task", ["vamba-pretrain", "vamba-sft"])
+def test_what_does_not_learn_stays_as_stored_and_gives_the_same_bits(
+    folder: Path, tmp_path: Path, task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In 16 bits weights of products do. What learns is float32, as is the rest. Without autocast all are."""
+    start = as_stored_in_16_bits(folder, tmp_path / "start")
+    given = [*words(folder, task, tmp_path / "none", "steps=1"), f"start={start}"]
+    config = read_config(None, [*given, "precision=bfloat16"])
+    built, found = loss_and_gradients(config)
+    kinds = {name.removeprefix("student.model."): (p.requires_grad, p.dtype) for name, p in built.named_parameters()}
+    frozen = {"vamba-pretrain": "model.layers.0.mlp.up_proj.weight", "vamba-sft": "lm_head.weight"}[task]
+    assert kinds[frozen] == (False, torch.bfloat16)
+    assert kinds["model.layers.0.cross_attn.q_proj.weight"] == (True, torch.float32)
+    assert kinds["model.embed_tokens.weight"][1] == torch.float32  # the stream begins there
+    assert all(dtype == torch.float32 for learns, dtype in kinds.values() if learns)
+    monkeypatch.setattr("fused.train.language.tasks.keep_frozen_as_stored", lambda beginning: None)
+    whole, due = loss_and_gradients(config)
+    assert {p.dtype for p in whole.parameters()} == {torch.float32}
+    assert found.keys() == due.keys() and all(torch.equal(found[name], due[name]) for name in due)
+    monkeypatch.undo()
+    plain = build_language_task(read_config(None, given), torch.device("cpu"))
+    assert {p.dtype for p in plain.parameters()} == {torch.float32}
+
+
+def _refuse_whole_tensors() -> None:
+    """Let no process read more than its half of a tensor."""
+    read = StoredTensors.read_rows
+
+    def read_half(self: StoredTensors, name: str, start: int, stop: int) -> torch.Tensor:
+        length = self.shapes[name][0]
+        assert stop - start <= (length + 1) // 2, f"{name}: {stop - start} of {length} rows were read"
+        return read(self, name, start, stop)
+
+    StoredTensors.read_rows, StoredTensors.read = read_half, None  # type: ignore[method-assign,assignment]
+
+
+def test_a_process_reads_its_shards_and_no_more(folder: Path, tmp_path: Path) -> None:
+    """Also of weights in 16 bits, which are sharded beside float32, and rows that are not even. The model is that of one."""
+    start = as_stored_in_16_bits(folder, tmp_path / "start")
+    given = words(folder, "vamba-pretrain", tmp_path / "shards", "steps=1", f"start={start}", "precision=bfloat16")
+    output = run_trainings([Training((*given, "parallel=fsdp"), True)], tmp_path, _refuse_whole_tensors)
+    assert "GiB a process on cpu" in output and "done: 1 steps" in output
+    run(folder, "vamba-pretrain", tmp_path / "one", "steps=1", f"start={start}", "precision=bfloat16")
+    one, shards = (Vamba.from_pretrained(tmp_path / name / "model", vision=True).state_dict() for name in ("one", "shards"))
+    before = Vamba.from_pretrained(start, vision=True).state_dict()
+    same = {name for name in one if torch.equal(one[name], before[name])}
+    assert same >= {name for name in one if "cross_attn" not in name and "vision_mixer" not in name and "alpha" not in name}
+    assert all(torch.equal(shards[name], before[name]) for name in same)
+    assert all(torch.allclose(shards[name], one[name], rtol=0, atol=0.05) for name in one)  # a step is 0.02
+
+
+def test_too_large_a_model_is_refused_before_it_is_read(
+    folder: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fused.train.language.weights.free_bytes", lambda device: 1000)
+    monkeypatch.setattr(StoredTensors, "read_rows", lambda *_: pytest.fail("weights were read"))
+    assert main(words(folder, "vamba-sft", tmp_path / "run", "steps=1", "--dry-run")) == 2
+    error = capsys.readouterr().err
+    assert "start is a model that takes 0.00 GiB on this cpu, with gradients and moments, and 0.00 GiB are free" in error
+    assert "parallel=fsdp" in error
 def test_what_is_frozen_stays_as_it_is_stored_where_products_are_bfloat16(folder: Path, tmp_path: Path) -> None:
     """What learns is float32, gets gradients, and goes on bit for bit; in float32 all is."""
     start = write_bimba_base(tmp_path / "base", torch.bfloat16)
@@ -346,3 +430,59 @@ def test_every_key_of_the_tasks_is_printed_and_read_again(folder: Path, tmp_path
         assert read_config(tmp_path / "printed.yaml") == read_config(None, given)
         assert ("lora_rank" in text) == (task == "bimba-sft") and ("longest" in text) == (task != "bimba-sft")
         assert "mixup" not in text and "accumulate" not in text and "stride" not in text
+
+
+def task_of(folder: Path, task: str, *more: str) -> tuple[Any, list[Any]]:
+    """Return a task in training mode, and the samples of its list."""
+    config = read_config(None, words(folder, task, folder / "none", "steps=1", *more))
+    built = build_language_task(config, torch.device("cpu")).train()
+    data = ConversationData(Path(str(config.data.train)), None, make_reader(config))
+    return built, [data.sample(i, 0) for i in range(len(data))]
+
+
+def test_the_loss_is_made_of_its_parts_by_their_weights(folder: Path) -> None:
+    """Weights are powers of two, by which all scales exactly."""
+
+    def loss(tokens: float, samples: float, count: int = 3) -> tuple[float, float, float]:
+        more = ["language.distillation=2.0", f"language.distillation_tokens={count}"]
+        built, row = task_of(folder, "vamba-pretrain", *more)
+        whole, parts = built(*built.prepare_row(row, torch.tensor([tokens, samples]), torch.device("cpu")))
+        return whole.item(), parts["cross_entropy"].item(), parts["divergence"].item()
+
+    whole, entropy, divergence = loss(0.5, 0.25)
+    assert whole == pytest.approx(entropy + 2.0 * divergence, rel=1e-6) and divergence > 0
+    assert loss(1.0, 0.25)[1:] == (2 * entropy, divergence)
+    assert loss(0.5, 1.0)[1:] == (entropy, 4 * divergence)
+    assert loss(0.5, 0.25, count=2)[2] != divergence
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("task", TASKS)
+def test_recomputing_is_asked_of_the_model(folder: Path, task: str, wanted: bool) -> None:
+    built, _ = task_of(folder, task, f"language.recompute={str(wanted).lower()}")
+    model = built.student.model
+    assert (model.language_model.is_gradient_checkpointing if task == "bimba-sft" else model.recompute_layers) is wanted
+
+
+def test_a_text_alone_gives_all_that_learns_a_gradient(folder: Path) -> None:
+    """Of 0 where it is not read, so that processes reduce as many gradients."""
+    built, samples = task_of(folder, "bimba-sft")
+    [row] = [[sample] for sample in samples if not sample.video_tokens]
+    built(*built.prepare_row(row, torch.ones(2), torch.device("cpu")))[0].backward()
+    gradients = {name: p.grad for name, p in built.student.named_parameters() if p.requires_grad}
+    assert all(x is not None for x in gradients.values())
+    assert all(not x.any() for name, x in gradients.items() if "mm_projector" in name)
+
+
+def test_frames_of_one_size_pass_together_and_others_apart() -> None:
+    parts = [torch.full((2, 3, *size), i) for i, size in enumerate([(28, 28), (28, 28), (28, 56), (56, 56), (28, 28)])]
+    found = students.joined(parts)
+    assert [tuple(part.shape) for part in found] == [(4, 3, 28, 28), (2, 3, 28, 56), (2, 3, 56, 56), (2, 3, 28, 28)]
+    assert [part.unique().tolist() for part in found] == [[0, 1], [2], [3], [4]]
+
+
+def test_every_row_has_random_numbers_of_its_own(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    monkeypatch.setattr(trainer, "derive_seed", lambda *given: seeds.append(derive_seed(*given)) or seeds[-1])
+    run(folder, "vamba-sft", tmp_path / "run", "steps=2", "language.length=400")
+    assert len(set(seeds)) == len(seeds) > 2
