@@ -20,10 +20,10 @@ class Bimba(nn.Module):
         video    = compressor(features, bimba_queries(features))        G frames of pooled rows x pooled columns
         output   = language_model(text before VIDEO_TOKEN, video, text behind it)
 
-    `vision_tower` is a `SiglipVisionModel` of the library transformers, read behind its last layer and before its last norm, and
-    `language_model` a `Qwen2ForCausalLM`. `pool` and `temporal_pooling` are those of `bimba_queries`. A newline token, which is
-    learnt, stands behind every row of queries (`newline` "grid"), behind every frame ("frame") or nowhere ("no_token").
-    `compressor_type` is the compressor's `mixer_type`.
+    `vision_tower` is a `SiglipVisionModel` of the library transformers, read behind its last layer and before its last norm,
+    and `language_model` a `Qwen2ForCausalLM`. `pool` and `temporal_pooling` are those of `bimba_queries`. A newline token,
+    which is learnt, stands behind every row of queries (`newline` "grid"), behind every frame ("frame") or nowhere
+    ("no_token"). `compressor_type` is the compressor's `mixer_type`.
 
     One video and one prompt at a time. Only video passes the compressor. Conditioning on the question, as in the paper, was not
     released and is not here. Raise ValueError for an unknown `newline` or `compressor_type`.
@@ -37,16 +37,16 @@ class Bimba(nn.Module):
         if newline not in ("grid", "frame", "no_token"):
             raise ValueError(f"newline is {newline!r}; allowed are 'grid', 'frame' and 'no_token'")
         self.pool, self.temporal_pooling, self.newline = pool, temporal_pooling, newline
-        self.vision_tower: Any = vision_tower
-        self.language_model: Any = language_model
-        D = self.language_model.config.hidden_size
-        self.mm_projector = nn.Sequential(nn.Linear(self.vision_tower.config.hidden_size, D), nn.GELU(), nn.Linear(D, D))
+        self.vision_tower, self.language_model = vision_tower, language_model
+        sizes: list[Any] = [vision_tower.config, language_model.config]
+        E, D = (config.hidden_size for config in sizes)
+        self.mm_projector = nn.Sequential(nn.Linear(E, D), nn.GELU(), nn.Linear(D, D))
         self.compressor = BimbaCompressor(D, mixer_type=compressor_type)
         self.image_newline = nn.Parameter(torch.randn(D) / D**0.5)
 
     def encode_frames(self, frames: Float[Tensor, "F 3 S S"]) -> Float[Tensor, "F rows columns D"]:
         """Return the projected features of frames (F, 3, S, S) of the tower's size, with values between -1 and 1."""
-        tower = getattr(self.vision_tower, "vision_model", self.vision_tower)  # the library's versions differ
+        tower: Any = getattr(self.vision_tower, "vision_model", self.vision_tower)  # the library's versions differ
         patches = tower.encoder(inputs_embeds=tower.embeddings(frames)).last_hidden_state
         return self.mm_projector(patches).unflatten(1, (-1, frames.shape[3] // tower.embeddings.patch_size))
 
@@ -73,7 +73,8 @@ class Bimba(nn.Module):
         places = (input_ids == VIDEO_TOKEN).nonzero().flatten().tolist()
         if len(places) != (frames is not None):
             raise ValueError(f"input_ids hold {len(places)} video tokens ({VIDEO_TOKEN}); allowed is one for frames, else none")
-        embedding = self.language_model.get_input_embeddings()
+        model: Any = self.language_model
+        embedding = model.get_input_embeddings()
         if frames is None:
             inputs = embedding(input_ids)
         else:
@@ -82,4 +83,4 @@ class Bimba(nn.Module):
             inputs = torch.cat((embedding(input_ids[:place]), video, embedding(input_ids[place + 1 :])))
             if labels is not None:
                 labels = torch.cat((labels[:place], labels.new_full((len(video),), IGNORED), labels[place + 1 :]))
-        return self.language_model(inputs_embeds=inputs[None], labels=None if labels is None else labels[None], use_cache=False)
+        return model(inputs_embeds=inputs[None], labels=None if labels is None else labels[None], use_cache=False)
