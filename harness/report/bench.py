@@ -9,6 +9,7 @@ from harness.report import (
     chunking,
     curves,
     faults,
+    frame_curves,
     glossary,
     headlines,
     how,
@@ -193,7 +194,7 @@ def _figures(
         times.append(time)
         held.append(memory)
         folded += rest
-    for draw in (loop.draw, streaming.draw, chunking.draw, reading.draw, speed_figures.operators):
+    for draw in (loop.draw, streaming.draw, chunking.draw, reading.draw, speed_figures.operators, frame_curves.draw):
         for drawing in draw(speeds, folder):
             (held if drawing.path.stem.endswith("-memory") else times).append(drawing)
     return times, held, folded + paper.draw(paper.pairs(speeds), folder)
