@@ -1,7 +1,5 @@
 """BIMBA's compressor and queries beside their golden numbers: initial values, keys, options and bad input, of both packages."""
 
-import importlib
-from types import ModuleType
 
 import pytest
 import torch
@@ -9,11 +7,6 @@ from torch import nn
 
 import fused
 import reference
-
-
-@pytest.fixture(params=["reference", "fused"])
-def package(request: pytest.FixtureRequest) -> ModuleType:
-    return importlib.import_module(request.param)
 
 
 def inputs(frames=2, queries=4, width=8, clips=1):

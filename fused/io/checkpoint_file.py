@@ -39,8 +39,8 @@ def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
 
     A file with the suffix .safetensors, or with such content, is read as such, any other as written by `torch.save`. No code in
     the file is run: the only Python objects that are made are plain containers and what trainers store with the weights,
-    `argparse.Namespace`, paths, and NumPy's numbers and arrays of them. ~ in front is the home folder.
-    Raises FileNotFoundError, TypeError for what is no path, and CheckpointError for a folder, a file with other objects, a
+    `argparse.Namespace`, paths, and NumPy's numbers and arrays of them. ~ in front is the home folder. Raises
+    FileNotFoundError, TypeError for another type than a path, and CheckpointError for a folder, a file with other objects, a
     damaged file, or one that holds no dictionary.
     """
     if not isinstance(path, str | os.PathLike):
@@ -59,10 +59,10 @@ def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
 def save_checkpoint(model_or_state_dict: nn.Module | Mapping[str, Any], path: str | Path) -> Path:
     """Write a model's weights, or a dictionary, atomically, and return the path.
 
-    The suffix .safetensors selects that format, which holds tensors only. Any other selects `torch.save`'s, for dictionaries
-    of tensors, plain numbers, strings and containers of those, such as a trainer's {"model": ..., "optimizer": ...}. Missing
-    folders are made, and ~ in front is the home folder. Raises OSError if the disk is full (the old file stays), TypeError for
-    what is neither a model nor a dictionary, and for values that the format cannot hold.
+    The suffix .safetensors selects that format, which holds tensors only. Any other selects `torch.save`'s, for dictionaries of
+    tensors, plain numbers, strings and containers of those, such as a trainer's {"model": ..., "optimizer": ...}. Missing
+    folders are made, and ~ in front is the home folder. Raises OSError if the disk is full (the old file stays), TypeError
+    unless a model or a dictionary is given, and for values that the format cannot hold.
     """
     path, given = Path(os.path.expanduser(path)), model_or_state_dict
     if not isinstance(given, nn.Module | Mapping):

@@ -107,6 +107,7 @@ def scan_chunk(
     tokens = chunk.tokens.to(chunk.queries.device, chunk.queries.dtype, non_blocking=True)
     sequence, _ = norm_and_insert(layer.norm, tokens, chunk.queries, chunk.places, backend)
     x = F.linear(sequence, mixer.in_proj.weight.chunk(2)[0])
+    del tokens, sequence  # of a long chunk they are as large as x
     weights, reverse = mixer.directions()[direction], direction == 1
     if backends.operators_of(backend) != "native":
         A = -weights.A.to(accumulation_dtype(weights.A.dtype)).exp()

@@ -37,9 +37,6 @@ class Bimba(Pretrained, nn.Module):
         super().__init__()
         self.config = dict(config)
         self.pool, self.temporal_pooling, self.newline = compression(config)
-        check_choice("Bimba", "mm_newline_position", self.newline, NEWLINES)
-        check_choice("Bimba", "mm_spatial_pool_mode", self.pool, POOLS)
-        check_integer("Bimba", "temporal_pooling", self.temporal_pooling, 1)
         sizes = config.get("vision_config") or {}
         if not isinstance(sizes, Mapping):
             raise ValueError(f"Bimba: vision_config must be an object with the tower's sizes, got {sizes!r}")
@@ -155,9 +152,16 @@ def place_labels(
 
 
 def compression(config: Mapping[str, Any]) -> tuple[str, int, str]:
-    """Return the pool of the queries, the frames of a mean, and where newline tokens stand, by a base model's config.json."""
+    """Return the pool of the queries, the frames of a mean, and where newline tokens stand, by a base model's config.json.
+
+    Raises TypeError or ValueError for values that `Bimba` does not take.
+    """
     pool, newline = config.get("mm_spatial_pool_mode") or "bilinear", config.get("mm_newline_position") or "grid"
-    return pool, config.get("temporal_pooling") or 1, newline
+    pooling = config.get("temporal_pooling") or 1
+    check_choice("Bimba", "mm_newline_position", newline, NEWLINES)
+    check_choice("Bimba", "mm_spatial_pool_mode", pool, POOLS)
+    check_integer("Bimba", "temporal_pooling", pooling, 1)
+    return pool, pooling, newline
 
 
 def pooled_rows(rows: int, pool: str) -> int:

@@ -12,7 +12,7 @@ from fused.io.atomic_write import atomic_write
 from fused.io.checkpoint_file import save_checkpoint
 from fused.models.bimba.adapters import ADAPTER
 from fused.models.bimba.load import TRAINED, read_settings
-from fused.models.bimba.model import Bimba
+from fused.models.bimba.model import Bimba, compression
 from fused.models.bimba.towers import SIGLIP
 from fused.models.conversation.tokenizer import read_tokenizer
 from fused.models.vamba.begin import Beginning
@@ -205,6 +205,8 @@ def make_reader(config: TrainConfig) -> SampleReader:
             raise ValueError(f"language.frames is {frames}; allowed: an even number, since a Vamba reads frames in pairs")
         return VambaReader(tokenizer, frames, options.longest, options.length)
     base = read_settings(Path(str(config.start)) / "config.json")
+    if frames < (pooling := compression(base)[1]):
+        raise ValueError(f"language.frames is {frames}; allowed: from {pooling} up, temporal_pooling of {config.start}")
     sizes = {**SIGLIP, **(base.get("vision_config") or {})}
     side, patch = sizes["image_size"], sizes["patch_size"]
     return BimbaReader(tokenizer, frames, options.length, options.time_instruction, base, side, patch)

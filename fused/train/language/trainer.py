@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from fused.train import run_folder
-from fused.train.data.clips import BadFile
+from fused.train.data.batches import BadFile
 from fused.train.language.samples import ConversationData, PackedBatch
 from fused.train.language.tasks import LanguageTask, make_language_task, make_reader
 from fused.train.loop import Trainer
@@ -60,7 +60,7 @@ class LanguageTrainer(Trainer):
         return Feed(micro_batches, self.world.device)
 
     def forward_backward(self, feed: Rows) -> list[BadFile]:
-        """Run forward and backward of a step's rows, in every process as many; return the files that gave no sample."""
+        """Run forward and backward of a step's rows, the same number in every process; return the files that gave no sample."""
         config, world, batch = self.config, self.world, feed.take()
         counts = world.all_gather((batch.learnt, len(batch.rows)))
         learnt, rows = sum(n for n, _ in counts), max(n for _, n in counts)

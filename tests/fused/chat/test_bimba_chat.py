@@ -195,3 +195,7 @@ def test_a_short_video_repeats_frames(folder, tmp_path):
         due = talk.model.compress(talk.model.encode_frames(talk.model.prepare_frames(images))[[0, 0, 0, 1]])
     assert found.video_length == 4 * 12
     torch.testing.assert_close(found.tokens, due)
+
+
+def test_a_frame_is_a_video(folder):
+    assert BimbaConversation.open(folder).watch(VIDEO, frames=1).video_length == 12

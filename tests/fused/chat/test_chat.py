@@ -237,3 +237,33 @@ def test_places_are_upstreams():
     assert middle_places(10, 4) == [1, 3, 6, 8]
     assert middle_places(3, 5) == [0, 1, 2, 2, 2]
     assert middle_places(4, 4) == [0, 1, 2, 3]
+
+
+def test_offloaded_keys_take_memory_of_the_host_and_not_of_the_device(folder, monkeypatch):
+    talk = session.Conversation.open(folder)
+    cached, scratch = session.video_bytes(talk.model.config, 2 * 9 * 9, torch.float32)
+    talk.device = torch.device("meta")
+    free = {"meta": scratch, "cpu": cached}
+    monkeypatch.setattr(session, "free_bytes", lambda device: free[device.type])
+
+    def read(*given):
+        raise RuntimeError("frames passed the tower")
+
+    monkeypatch.setattr("fused.models.vamba.prefill.frame_features", read)
+    with pytest.raises(RuntimeError, match="passed the tower"):
+        talk.watch(VIDEO, frames=4, longest=112, offload=True)
+    with pytest.raises(ValueError, match="GiB on meta"):
+        talk.watch(VIDEO, frames=4, longest=112)
+    free["cpu"] -= 1
+    with pytest.raises(ValueError, match="GiB on cpu"):
+        talk.watch(VIDEO, frames=4, longest=112, offload=True)
+
+
+def test_a_video_is_forgotten_before_the_next_is_read(folder, monkeypatch):
+    """Two do not have to fit into the memory."""
+    talk, held = session.Conversation.open(folder), []
+    talk.watch(VIDEO, frames=2, longest=112)
+    original = Vamba.encode_video
+    monkeypatch.setattr(Vamba, "encode_video", lambda self, *a, **b: held.append(talk.video) or original(self, *a, **b))
+    talk.watch(VIDEO, frames=2, longest=112)
+    assert held == [None] and talk.video is not None

@@ -1,5 +1,7 @@
 """The fused compressor: sequences of tokens and queries, runs in chunks, wrapped modules, autocast."""
 
+import weakref
+
 import pytest
 import torch
 from golden import golden
@@ -7,6 +9,7 @@ from torch import nn
 
 import reference
 from fused import BimbaCompressor
+from fused.models.bimba import chunked as chunks
 from fused.models.bimba.interleave import extract, insert, interleave, places_between, places_of
 from fused.models.bimba.query_mixer import mix_at_queries
 from fused.modules.mamba import Mamba
@@ -153,6 +156,28 @@ def test_a_video_that_does_not_fit_is_refused_at_the_chunk_that_does_not():
     due = compressor(tokens, queries)
     for sizes in ([0, 3, 0, 4], [7, 0]):
         torch.testing.assert_close(compressor.forward_chunked(iter(tokens.split(sizes, 1)), queries), due)
+
+
+def test_a_chunk_frees_its_sequence_before_the_scan(monkeypatch):
+    """It is as long as what the scan makes of it."""
+    compressor, tokens, queries = compressor_and_inputs()
+    sequences, alive = [], []
+    insert_, scan = chunks.norm_and_insert, chunks.one_direction_eager
+
+    def inserted(*given):
+        made = insert_(*given)
+        sequences.append(weakref.ref(made[0]))
+        return made
+
+    def scanned(*given, **options):
+        alive.append([made() is not None for made in sequences])
+        return scan(*given, **options)
+
+    monkeypatch.setattr(chunks, "norm_and_insert", inserted)
+    monkeypatch.setattr(chunks, "one_direction_eager", scanned)
+    with torch.no_grad():
+        compressor.forward_chunked(tokens, queries, chunk_frames=3)
+    assert len(alive) == 6 and not any(map(any, alive))
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from fused.models.vamba.stored import StoredTensors  # noqa: E402
 from fused.train.__main__ import main  # noqa: E402
 from fused.train.config import TrainConfig  # noqa: E402
 from fused.train.config_file import read_config  # noqa: E402
+from fused.train.language import students, trainer  # noqa: E402
 from fused.train.language.samples import ConversationData, count_learnt  # noqa: E402
 from fused.train.language.tasks import build_language_task, make_reader  # noqa: E402
-from fused.train.seed import setup_seed  # noqa: E402
+from fused.train.seed import derive_seed, setup_seed  # noqa: E402
 from fused.train.step import choose_recorder  # noqa: E402
 from harness.instruments.two_processes import Training, log, run_trainings, steps, tensors  # noqa: E402
 
@@ -206,6 +208,8 @@ def test_bfloat16_computes_in_it_and_keeps_parameters_in_float32(folder: Path, t
     assert losses[1] < losses[0]
     stored = tensors(tmp_path / "run/checkpoints/step-00000002")
     assert {x.dtype for name, x in stored.items() if name.startswith("model.")} == {torch.float32}
+    before, after = (Vamba.from_pretrained(path).stop_tokens for path in (folder / "vamba", tmp_path / "run/model"))
+    assert before == after != ()
     state = load_file(tmp_path / "run/model/model.safetensors")
     assert {x.dtype for name, x in state.items() if name.rpartition(".")[2] in ("A_log", "D")} == {torch.float32}
     assert {x.dtype for name, x in state.items() if name.rpartition(".")[2] not in ("A_log", "D")} == {torch.bfloat16}
@@ -375,6 +379,25 @@ def test_wrong_options_are_said(folder: Path, tmp_path: Path, task: str, more: s
     assert said in error and "Traceback" not in error
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"temporal_pooling": 3}, "language.frames is 2; allowed: from 3 up, temporal_pooling of"),
+        ({"mm_newline_position": "one_token"}, "mm_newline_position must be one of 'grid', 'frame', 'no_token', got"),
+        ({"temporal_pooling": -1}, "temporal_pooling must be an integer from 1 up, got -1"),
+    ],
+    ids=str,
+)
+def test_a_base_model_that_does_not_fit_is_said(
+    folder: Path, tmp_path: Path, settings: dict[str, Any], said: str, capsys: Any
+) -> None:
+    start = Path(shutil.copytree(folder / "base", tmp_path / "base"))
+    config = json.loads((start / "config.json").read_text())
+    (start / "config.json").write_text(json.dumps(config | settings))
+    assert main(words(folder, "bimba-sft", tmp_path / "run", "steps=1", f"start={start}", "--dry-run")) == 2
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_steps_are_eager_on_a_gpu_too(folder: Path, task: str) -> None:
     """A graph would hold the lengths of the row that it was recorded with."""
@@ -407,3 +430,59 @@ def test_every_key_of_the_tasks_is_printed_and_read_again(folder: Path, tmp_path
         assert read_config(tmp_path / "printed.yaml") == read_config(None, given)
         assert ("lora_rank" in text) == (task == "bimba-sft") and ("longest" in text) == (task != "bimba-sft")
         assert "mixup" not in text and "accumulate" not in text and "stride" not in text
+
+
+def task_of(folder: Path, task: str, *more: str) -> tuple[Any, list[Any]]:
+    """Return a task in training mode, and the samples of its list."""
+    config = read_config(None, words(folder, task, folder / "none", "steps=1", *more))
+    built = build_language_task(config, torch.device("cpu")).train()
+    data = ConversationData(Path(str(config.data.train)), None, make_reader(config))
+    return built, [data.sample(i, 0) for i in range(len(data))]
+
+
+def test_the_loss_is_made_of_its_parts_by_their_weights(folder: Path) -> None:
+    """Weights are powers of two, by which all scales exactly."""
+
+    def loss(tokens: float, samples: float, count: int = 3) -> tuple[float, float, float]:
+        more = ["language.distillation=2.0", f"language.distillation_tokens={count}"]
+        built, row = task_of(folder, "vamba-pretrain", *more)
+        whole, parts = built(*built.prepare_row(row, torch.tensor([tokens, samples]), torch.device("cpu")))
+        return whole.item(), parts["cross_entropy"].item(), parts["divergence"].item()
+
+    whole, entropy, divergence = loss(0.5, 0.25)
+    assert whole == pytest.approx(entropy + 2.0 * divergence, rel=1e-6) and divergence > 0
+    assert loss(1.0, 0.25)[1:] == (2 * entropy, divergence)
+    assert loss(0.5, 1.0)[1:] == (entropy, 4 * divergence)
+    assert loss(0.5, 0.25, count=2)[2] != divergence
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("task", TASKS)
+def test_recomputing_is_asked_of_the_model(folder: Path, task: str, wanted: bool) -> None:
+    built, _ = task_of(folder, task, f"language.recompute={str(wanted).lower()}")
+    model = built.student.model
+    assert (model.language_model.is_gradient_checkpointing if task == "bimba-sft" else model.recompute_layers) is wanted
+
+
+def test_a_text_alone_gives_all_that_learns_a_gradient(folder: Path) -> None:
+    """Of 0 where it is not read, so that processes reduce as many gradients."""
+    built, samples = task_of(folder, "bimba-sft")
+    [row] = [[sample] for sample in samples if not sample.video_tokens]
+    built(*built.prepare_row(row, torch.ones(2), torch.device("cpu")))[0].backward()
+    gradients = {name: p.grad for name, p in built.student.named_parameters() if p.requires_grad}
+    assert all(x is not None for x in gradients.values())
+    assert all(not x.any() for name, x in gradients.items() if "mm_projector" in name)
+
+
+def test_frames_of_one_size_pass_together_and_others_apart() -> None:
+    parts = [torch.full((2, 3, *size), i) for i, size in enumerate([(28, 28), (28, 28), (28, 56), (56, 56), (28, 28)])]
+    found = students.joined(parts)
+    assert [tuple(part.shape) for part in found] == [(4, 3, 28, 28), (2, 3, 28, 56), (2, 3, 56, 56), (2, 3, 28, 28)]
+    assert [part.unique().tolist() for part in found] == [[0, 1], [2], [3], [4]]
+
+
+def test_every_row_has_random_numbers_of_its_own(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    monkeypatch.setattr(trainer, "derive_seed", lambda *given: seeds.append(derive_seed(*given)) or seeds[-1])
+    run(folder, "vamba-sft", tmp_path / "run", "steps=2", "language.length=400")
+    assert len(set(seeds)) == len(seeds) > 2
