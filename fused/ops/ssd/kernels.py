@@ -22,6 +22,7 @@ LOWEST = tl.constexpr(-256.0)  # exp2 of it is 0 in float32
 @triton.jit
 def exp(x: tl.tensor):
     """Return exp(x) in float32 without the error of a rounded x log2(e)."""
+    x = tl.where(x < -200.0, -200.0, tl.where(x > 200.0, 200.0, x))  # an infinite x would give NaN; a NaN stays
     t = x * 1.44269502162933349609375
     rest = tl.fma(x, 1.44269502162933349609375, -t) + x * 1.9259629911e-08
     return tl.exp2(t) * tl.fma(rest, 0.6931471805599453, 1.0)

@@ -132,6 +132,21 @@ def test_the_gradient_of_small_steps_keeps_their_digits():
         assert found.item() == pytest.approx(torch.sigmoid(dt.double()).item(), rel=4e-7, abs=0), raw
 
 
+@pytest.mark.parametrize("op", [ssd_native, ssd_eager, naive.ssd], ids=["native", "eager", "loop"])
+def test_steps_of_minus_infinity_leave_their_tokens_out(op):
+    """Their softplus is 0: nothing enters the state and nothing decays, whatever the token holds."""
+    tensors, cotangents, _ = inputs(0, (1, 5, 2, 3, 1, 4), "bare")
+    tensors["dt"][:, [0, 3]] = -torch.inf
+    got = outcome(lambda **x: op(**x), tensors, cotangents, None)
+    kept = [1, 2, 4]
+    assert all(value.isfinite().all() for value in got.values())
+    assert not got["ddt"][:, [0, 3]].any() and not got["dx"][:, [0, 3]].any() and not got["dB"][:, [0, 3]].any()
+    short = {k: v if k == "A" else v[:, kept] for k, v in tensors.items()}
+    want = outcome(lambda **x: op(**x), short, [cotangents[0][:, kept], cotangents[1]], None)
+    torch.testing.assert_close(got["out1"], want["out1"])
+    torch.testing.assert_close(got["out0"][:, kept], want["out0"])
+
+
 def test_decays_of_short_memory_keep_their_digits():
     """The gradient of a decay is small beside what tokens put into a state whose gradient is large: no sum may hold both."""
 
