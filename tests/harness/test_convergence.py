@@ -17,7 +17,8 @@ from harness.judge.parity import ask
 from harness.judge.registry import mutants, subjects
 from harness.judge.request import ParityRequest
 from harness.judge.trial import Trial
-from harness.report import page, training
+from harness.report import parity as page
+from harness.report import training
 from harness.runs.store import Run
 
 SHORT = 15  # steps: enough for the truth to learn
