@@ -158,6 +158,13 @@ def sanitize(session: nox.Session) -> None:
 
 
 @nox.session
+def evidence(session: nox.Session) -> None:
+    """Make the runs that stand as evidence and are missing for this code; `nox -s evidence -- --dry-run` shows them."""
+    install(session, "-e", ".[harness,train]" if not NVIDIA else ".[harness,train,power]", *TEST)
+    python(session, "-m", "harness", "evidence", *session.posargs)
+
+
+@nox.session
 def compare(session: nox.Session) -> None:
     """Whether one bench is faster than another: `nox -s compare -- BASE RUN`."""
     install(session, "-e", ".[harness]")

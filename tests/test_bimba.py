@@ -96,6 +96,10 @@ def test_pooled_queries(package):
     ("options", "words"),
     [
         ({"n_layer": 0}, "n_layer .*0"),
+        ({"d_model": 0}, "d_model .*0"),
+        ({"d_state": 0}, "d_state .*0"),
+        ({"d_conv": -1}, "d_conv .*-1"),
+        ({"expand": 0}, "expand .*0"),
         ({"mixer_type": "conv"}, "mixer_type .*'conv'"),
         ({"query_pos": "right"}, "query_pos .*'right'"),
         ({"initial_values": "zeros"}, "initial_values .*'zeros'"),

@@ -5,6 +5,7 @@ import sys
 import typer
 
 from harness.cli.bench import bench
+from harness.cli.evidence import make
 from harness.cli.inspect import doctor, list_all
 from harness.cli.learn import learn
 from harness.cli.mutants import mutants
@@ -17,6 +18,7 @@ from harness.runs.store import StoreError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 app.command("list")(list_all)
+app.command("evidence")(make)
 for command in (doctor, parity, bench, compare, learn, mutants, sanitize, report, accept):
     app.command()(command)
 

@@ -14,9 +14,27 @@ NARROWING = ("grid", "subjects", "checks", "names", "dtypes", "cases", "races", 
 def commit_of(run: Run) -> str:
     """Return the commit that made a run, which is the one that is checked out.
 
-    Raises StoreError with the reason if the run may not be accepted: it is unfinished, a bug was planted, something of ours
-    failed, its sessions differ in code or box, its code was no commit's or changed during the run, or is not that of the commit
-    as it stands here. A run that asked less than all, or was made on another box, may: `coverage` says so.
+    Raises StoreError with the reason if the run may not be accepted: `require_evidence` refuses it, or its code is not that of
+    the commit as it stands here. A run that asked less than all, or was made on another box, may: `coverage` says so.
+    """
+    require_evidence(run)
+    now = environment.git()
+    if now["commit"] is None or now["dirty"]:
+        raise StoreError("reference, fused and harness must stand in git as they are here: commit first")
+    here = environment.fingerprints()
+    if here != run.about["box"]["fingerprints"]:
+        others = ", ".join(name for name, value in here.items() if value != run.about["box"]["fingerprints"].get(name))
+        raise StoreError(
+            f"{run.folder} was made by other code than commit {now['commit'][:10]} ({others} differ); check out what made it"
+        )
+    return str(now["commit"])
+
+
+def require_evidence(run: Run) -> None:
+    """Raise StoreError with the reason if a run by itself is no evidence, whatever is checked out.
+
+    It is none if it is unfinished, a bug was planted, something of ours failed, its sessions differ in code or box, or its code
+    was no commit's or changed during the run.
     """
     status, mutant = run.about.get("status"), run.about["plan"].get("mutant")
     if mutant:
@@ -36,16 +54,6 @@ def commit_of(run: Run) -> str:
         raise StoreError(f"{run.folder} stands for no code, which changed during the run: {'; '.join(changed)}; run it anew")
     if any(session["box"].get("git", {}).get("dirty") for session in sessions.of(run.about)):
         raise StoreError(f"{run.folder} was made by sources that differed from their commit; commit first, then run it anew")
-    now = environment.git()
-    if now["commit"] is None or now["dirty"]:
-        raise StoreError("reference, fused and harness must stand in git as they are here: commit first")
-    here = environment.fingerprints()
-    if here != run.about["box"]["fingerprints"]:
-        others = ", ".join(name for name, value in here.items() if value != run.about["box"]["fingerprints"].get(name))
-        raise StoreError(
-            f"{run.folder} was made by other code than commit {now['commit'][:10]} ({others} differ); check out what made it"
-        )
-    return str(now["commit"])
 
 
 def coverage(run: Run) -> list[str]:

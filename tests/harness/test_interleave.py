@@ -84,7 +84,7 @@ def test_memory_of_a_call_is_seen(worker) -> None:
 
 
 def test_a_loops_samples_are_calls_of_a_window(worker) -> None:
-    """The budget is that of all calls, and the host is asked once, when the entry has its turn."""
+    """The budget is that of all calls. The host is asked in every turn, so that other work in one of them does not count."""
     [speed] = interleave([worker("looper")], point(10), budget=0.2)
     assert 0.010 <= speed.median.middle < 0.020 and speed.host == (0.25, 0.5)
     assert len(speed.seconds) <= 10

@@ -67,7 +67,8 @@ def test_the_best_of_several_right_answers_counts_and_the_lost_are_last() -> Non
     right[0, [0, 2]] = right[1, 1] = True
     found = summary(scores, right, lost=1)  # ranks 5 (behind four 0.9, of 0.5 the last but the higher ones), 7, 13, 13
     assert found == {"r1": 0.0, "r5": 0.0, "r10": 50.0, "r_mean": 16.67, "median_rank": 10.5}
-    assert summary(torch.eye(3), torch.eye(3, dtype=torch.bool)) == {"r1": 100.0, "median_rank": 1.0}  # no R@5 of three
+    for n in (3, 5):  # no R@5 of three or of five
+        assert summary(torch.eye(n), torch.eye(n, dtype=torch.bool)) == {"r1": 100.0, "median_rank": 1.0}
     with pytest.raises(ValueError, match="not finite"):
         ranks(torch.full((1, 2), torch.nan), torch.ones(1, 2, dtype=torch.bool))
 
@@ -110,8 +111,12 @@ def shares(found: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in found.items() if name in ("r1", "r5", "r10")}
 
 
-def test_scores_are_those_of_every_pair_by_itself(made: VideoTextRetrieval, data: Path, tmp_path: Path) -> None:
+def test_scores_are_those_of_every_pair_by_itself(
+    made: VideoTextRetrieval, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Matching of all candidates, and of three: the rest counts as behind, whatever its matching score is."""
+    monkeypatch.setattr("fused.evaluate.video_text.TEXTS_AT_ONCE", 5)
+    monkeypatch.setattr("fused.evaluate.video_text.VIDEOS_AT_ONCE", 5)
     paths = [data.parent / f"{i}{j}.avi" for i in range(2) for j in range(6)]
     texts = CAPTIONS * 2
     cosine, match = all_pairs(made, paths, texts)
@@ -128,6 +133,11 @@ def test_scores_are_those_of_every_pair_by_itself(made: VideoTextRetrieval, data
     queries = [json.loads(line) for line in (tmp_path / "128/queries.jsonl").read_text().splitlines()]
     assert [query["text"] for query in queries] == texts and queries[0]["videos"] == [str(paths[0])]
     assert json.loads((tmp_path / "3/results.json").read_text()) == found
+    place = torch.arange(12)
+    for number, (query, row) in enumerate(zip(queries, match, strict=True)):
+        better = (row > row[number]) | ((row == row[number]) & (place > number))
+        assert query["rank"] == 1 + int(better.sum())
+        assert query["first"] == str(paths[max(range(12), key=lambda i: (row[i].item(), i))])
 
 
 def test_the_same_captions_as_one_text(made: VideoTextRetrieval, data: Path, tmp_path: Path) -> None:
@@ -175,9 +185,13 @@ def test_multiple_choice(made: VideoTextRetrieval, data: Path, tmp_path: Path) -
     file = write(data.parent / "choice.json", items)
     results = evaluate_retrieval(made, file, tmp_path / "out", settings())
     assert results.numbers["accuracy"] == 66.67 and [query["chosen"] for query in results.queries] == due
-    items[0].pop("answer")
-    with pytest.raises(ValueError, match="an answer in 2 of 3 entries"):
-        evaluate_retrieval(made, write(data.parent / "some.json", items), tmp_path / "out", settings())
+    lost = [*items, {"video": "gone.avi", "caption": choices[0], "answer": 0}]
+    results = evaluate_retrieval(made, write(data.parent / "lost.json", lost), tmp_path / "out", settings())
+    assert results.numbers["accuracy"] == 50.0 and results.queries[3]["chosen"] is None  # of all, read or not
+    for number in (0, 2):
+        some = [item | {"answer": None} if i == number else item for i, item in enumerate(items)]
+        with pytest.raises(ValueError, match="an answer in 2 of 3 entries"):
+            evaluate_retrieval(made, write(data.parent / "some.json", some), tmp_path / "out", settings())
 
 
 # what is kept, and what is read

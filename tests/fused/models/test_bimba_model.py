@@ -1,7 +1,10 @@
 """Bimba with small towers of random weights: its forward, its folders in upstream's layout, and what does not fit."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("transformers", reason="the towers are models of transformers")
 
@@ -140,3 +143,57 @@ def test_a_prompt_with_the_times_of_its_frames():
     assert time_instruction([0.0, 1.5], 3.0).startswith(
         "The video lasts for 3.00 seconds, and 2 frames are uniformly sampled from it. These frames are located at 0.00s,1.50s."
     )
+
+
+def test_adapters_of_rank_stabilised_lora_in_half_precision(tmp_path):
+    """The scale is alpha / sqrt(r), and the sum with a bfloat16 weight is rounded once."""
+    _, folder = write_adapted(tmp_path)
+    state = {name: x.bfloat16() for name, x in load_file(tmp_path / "base/model.safetensors").items()}
+    save_file(state, tmp_path / "base/model.safetensors")
+    options = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(options | {"use_rslora": True}))
+    found = Bimba.from_pretrained(folder)
+    adapters = load_file(folder / "adapter_model.safetensors")
+    key = "model.layers.1.self_attn.q_proj"
+    A, B = (adapters[f"base_model.model.{key}.lora_{name}.weight"] for name in "AB")
+    due = (state[key + ".weight"].float() + 8 / 2**0.5 * (B @ A)).bfloat16()
+    assert torch.equal(found.get_parameter(f"language_model.{key}.weight"), due)
+    low = Bimba.from_pretrained(folder, dtype=torch.bfloat16).compressor.layers[0].mixer
+    assert {low.A_log.dtype, low.A_b_log.dtype, low.D.dtype, low.D_b.dtype} == {torch.float32}
+    assert low.in_proj.weight.dtype == torch.bfloat16
+
+
+def test_a_training_begins_with_a_compressor_that_returns_its_queries(tmp_path):
+    _, folder = write_adapted(tmp_path)
+    found = Bimba.from_base(tmp_path / "base")
+    features = torch.randn(3, 5, 5, 32)
+    queries = bimba_queries(features)
+    assert torch.equal(found.compressor(features[None], queries[None])[0], queries)
+    with pytest.raises(CheckpointError, match="holds adapters; allowed: a base model"):
+        Bimba.from_base(folder)
+
+
+def test_the_kind_of_compressor_is_that_of_the_adapters(tmp_path):
+    _, folder = write_adapted(tmp_path, compressor_type="attention")
+    described = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(described | {"compressor_type": "attention"}))
+    base = json.loads((tmp_path / "base/config.json").read_text())
+    (tmp_path / "base/config.json").write_text(json.dumps({k: v for k, v in base.items() if k != "compressor_type"}))
+    assert Bimba.from_pretrained(folder).compressor_kind == "attention"
+
+
+def test_prepared_frames_lie_between_minus_1_and_1():
+    """Bicubic resizing overshoots at edges."""
+    frames = torch.zeros(1, 40, 40, 3, dtype=torch.uint8)
+    frames[:, :, 20:] = 255
+    found = model().prepare_frames(frames)
+    assert (found.min(), found.max()) == (-1, 1)
+
+
+def test_the_video_stands_before_a_question_that_names_its_word():
+    class Words:
+        def encode(self, text, add_special_tokens):
+            return [len(text)]
+
+    plain, named = (model().tokenize(Words(), f"Who{word}?")[0].tolist() for word in ("", "<video>"))
+    assert plain[:2] == named[:2] and named[2] == plain[2] + len("<video>")

@@ -107,3 +107,14 @@ def test_other_folders_are_refused(tmp_path: Path, stock: tuple[Path, Any]) -> N
     with pytest.raises(ValueError, match="no parameter that can learn has 'nothing' in its name; allowed: parts of model"):
         select_trainable(net, ["alpha", "nothing"])
     assert select_trainable(net, ["alpha"]) == ["model.layers.0.alpha", "model.layers.1.alpha"]
+
+
+def test_the_head_of_a_small_model_is_its_embedding(stock: tuple[Path, Any], tmp_path: Path) -> None:
+    """Files of Qwen2-VL-2B have no lm_head. The backend is that which was asked for."""
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(stock[0] / "model.safetensors")
+    save_file({name: x for name, x in state.items() if "lm_head" not in name}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((stock[0] / "config.json").read_bytes())
+    net = begin(tmp_path, mixer={"headdim": 8, "d_state": 4}, backend="torch")
+    assert torch.equal(net.lm_head.weight, net.model.embed_tokens.weight) and net.backend == "torch"

@@ -109,8 +109,10 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, name, value, words):
 
 
 def test_incomplete_folders_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="config.json"):
+    with pytest.raises(FileNotFoundError, match="there is no such folder"):
         Vamba.from_pretrained(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="the folder holds no config.json"):
+        Vamba.from_pretrained(tmp_path)
     model().save_pretrained(tmp_path, shard_bytes=10_000)
     first = sorted(tmp_path.glob("*.safetensors"))[0]
     content = first.read_bytes()
@@ -191,3 +193,30 @@ def test_sizes_of_frames_are_upstreams():
     assert frame_size(720, 1280, longest=360) == (252, 364)  # 117: the short side is raised to 256
     frame = torch.full((40, 60, 3), 7, dtype=torch.uint8)
     assert torch.equal(prepare_frame(frame, (28, 56)), torch.full((3, 28, 56), 7, dtype=torch.uint8))
+
+
+def test_shards_keep_to_their_size_and_take_the_place_of_a_single_file(tmp_path):
+    net = model()
+    net.save_pretrained(tmp_path)
+    net.save_pretrained(tmp_path, shard_bytes=10_000)
+    assert not (tmp_path / "model.safetensors").exists() and torch.equal(answers(Vamba.from_pretrained(tmp_path)), answers(net))
+    for file in tmp_path.glob("*.safetensors"):
+        tensors = load_file(file).values()
+        assert len(tensors) == 1 or sum(t.nbytes for t in tensors) <= 10_000
+    assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_the_vision_towers_section_says_nothing_of_the_decoder(tmp_path):
+    net = model(rms_norm_eps=0.25)
+    described = json.loads((net.save_pretrained(tmp_path) / "config.json").read_text())
+    decoder = {key: described.pop(key) for key in (*list(SIZES)[:6], "rms_norm_eps")}
+    described = {"vision_config": TOWER | {"rms_norm_eps": 0.5}} | described | {"text_config": decoder}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    assert Vamba.from_pretrained(tmp_path).config.rms_norm_eps == 0.25
+
+
+def test_frames_are_scaled_by_their_longer_side_and_smoothed():
+    assert frame_size(400, 1920, longest=480) == (252, 476)
+    stripes = torch.zeros(84, 84, 3, dtype=torch.uint8)
+    stripes[:, 1::3] = 255  # of three columns the middle one, which alone would be seen without antialiasing
+    assert prepare_frame(stripes, (84, 28)).max() < 128

@@ -3,7 +3,6 @@
 import copy
 import logging
 
-import emulation
 import pytest
 import torch
 import upstream_stand_ins
@@ -18,15 +17,6 @@ from fused.modules import wrapped
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = {"img_size": 32, "embed_dim": 16, "depth": 2, "num_frames": 4, "ssm_cfg": {"d_state": 4, "dt_rank": 3}}
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton 3.6's interpreter
-
-
-@pytest.fixture
-def emulated(monkeypatch):
-    """Backend "native" runs on the CPU, where there is no GPU."""
-    if DEVICE == "cuda":
-        return
-    pytest.importorskip("triton", reason="the convolution's kernels are Triton's")
-    emulation.stand_in(monkeypatch)
 
 
 def classifier(seed=0, **options):
@@ -51,7 +41,7 @@ MODELS = {
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("backend", ["torch", "native", *CPU])
-def test_every_module_is_called(kind, backend, emulated):
+def test_every_module_is_called(kind, backend, native_somewhere):
     """Only a list of modules is not; the model's norms are called with the sum that they share with the residual stream."""
     model = MODELS[kind]().to(DEVICE)
     model.requested_backend = backend
@@ -178,7 +168,7 @@ def test_a_stream_of_frames_honours_adapters():
 
 
 @pytest.mark.parametrize("backend", ["torch", "native", *CPU])
-def test_layers_that_run_again_in_the_backward_draw_the_same_dropout(backend, emulated):
+def test_layers_that_run_again_in_the_backward_draw_the_same_dropout(backend, native_somewhere):
     def gradients(again):
         model = adapted(0.5, depth=1, drop_path_rate=0.0, use_checkpoint=again, checkpoint_num=again * 1).train()
         model.requested_backend = backend
@@ -232,7 +222,7 @@ TARGETS = ["in_proj", "x_proj", "x_proj_b", "dt_proj", "dt_proj_b", "out_proj", 
 
 
 @pytest.mark.parametrize("backend", ["torch", "native", *CPU])
-def test_lora_of_peft_on_a_model_trains_drops_out_and_merges(backend, emulated):
+def test_lora_of_peft_on_a_model_trains_drops_out_and_merges(backend, native_somewhere):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=TARGETS, lora_dropout=0.5, init_lora_weights=False)
     model, clip = peft.get_peft_model(classifier(depth=1, num_frames=2), config), clips(1)[:, :, :2]

@@ -4,7 +4,6 @@ import itertools
 from functools import partial
 
 import compilers
-import emulation
 import pytest
 import torch
 from rule import assert_rule
@@ -22,15 +21,10 @@ from fused.ops.selective_scan import launch as scan  # noqa: E402
 from fused.ops.selective_scan.query_rows import tile_queries  # noqa: E402
 from fused.runtime import nvrtc  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton 3.6's interpreter
-
-
-@pytest.fixture(autouse=True)
-def emulated(monkeypatch):
-    """Backend "native" runs on the CPU, where there is no GPU."""
-    if DEVICE == "cuda":
-        return
-    emulation.stand_in(monkeypatch)
+pytestmark = [
+    pytest.mark.usefixtures("native_somewhere"),
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # Triton 3.6's interpreter
+]
 
 
 def test_the_table_of_tiles():

@@ -10,13 +10,8 @@ import fused.ops.selective_scan.native  # noqa: F401 (registers the operators)
 from fused import bidirectional_scan, selective_scan
 from fused.ops.selective_scan import schedule
 
+pytestmark = pytest.mark.usefixtures("emulated")
 PAIRED = ("u", "delta", "A", "B", "C", "D", "delta_bias")
-
-
-@pytest.fixture(autouse=True)
-def emulated(monkeypatch):
-    """Backend "native" runs on the CPU."""
-    emulation.stand_in(monkeypatch)
 
 
 def native(**tensors):

@@ -1,7 +1,6 @@
 """The scan's CUDA kernels, emulated on the CPU, against the loop: through the public operators with backend "native"."""
 
 import compilers
-import emulation
 import naive
 import pytest
 import torch
@@ -14,15 +13,10 @@ from fused.ops.selective_scan import kernel_source, schedule
 from fused.ops.selective_scan import launch as scan
 from fused.runtime import nvrtc
 
+pytestmark = pytest.mark.usefixtures("emulated")
 SEEDS = range(4)
 PAIRED = ("u", "delta", "A", "B", "C", "D", "delta_bias")
 EVERYTHING, BARE = (True, True), (False, False)  # D, z and delta_bias; a state
-
-
-@pytest.fixture(autouse=True)
-def emulated(monkeypatch):
-    """Backend "native" runs on the CPU."""
-    emulation.stand_in(monkeypatch)
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from videos import write_images, write_video  # noqa: E402
 from fused.io.repeated_frames import RepeatedFrames, even_places  # noqa: E402
 from fused.io.video import VideoError  # noqa: E402
 from fused.models.bimba.model import VIDEO_TOKEN  # noqa: E402
-from fused.models.conversation.turns import Turn, chat_text, pieces_of, tokenize  # noqa: E402
-from fused.train.data.clips import batches  # noqa: E402
+from fused.models.conversation.turns import Piece, Turn, chat_text, pieces_of, tokenize  # noqa: E402
+from fused.train.data.batches import batches  # noqa: E402
 from fused.train.language.entries import read_entries  # noqa: E402
 from fused.train.language.samples import BimbaReader, ConversationData, Sample, SampleTooLong, VambaReader, pack  # noqa: E402
 
@@ -232,3 +232,57 @@ def test_a_bad_sample_is_replaced_and_reported_and_workers_change_nothing(folder
     assert len(notes) == 1 and "more than language.length" in notes[0]
     with pytest.raises(VideoError, match="broken.avi"):
         data.sample(6, 0)
+
+
+def test_a_sample_of_exactly_the_length_is_read(folder: Path) -> None:
+    [first] = entries(folder, talk("<video>\nWho?", "A", video="a.avi"))
+    length = reader().read(first).length
+    assert reader(length).read(first).length == length
+    with pytest.raises(SampleTooLong):
+        reader(length - 1).read(first)
+
+
+def test_video_tokens_need_room_in_a_row_too() -> None:
+    def sample(words: int, video: int) -> Sample:
+        return Sample(torch.zeros(words), torch.zeros(words), torch.empty(0), video, 0)
+
+    rows = pack([sample(2, 5), sample(2, 0), sample(1, 0)], 8)
+    assert [[s.length for s in row] for row in rows] == [[7, 1], [2]]
+
+
+def test_the_first_look_is_spread_over_the_list(folder: Path) -> None:
+    """A list begins with entries of one kind where it was joined from several."""
+    given = [talk("Q", "A" * 900)] * 39
+    data = ConversationData(write_list(folder / "spread.json", given), None, reader(length=800))
+    with pytest.raises(ValueError, match="none of 13 entries that were tried"):
+        data.first_look()
+
+
+def test_a_template_that_changes_an_answer_once_another_follows_is_refused() -> None:
+    fast = byte_tokenizer(SPECIAL)
+    fast.chat_template = (
+        "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    )
+    turns = [Turn("user", "One?"), Turn("assistant", "yes"), Turn("user", "Two?"), Turn("assistant", "no")]
+    assert len(pieces_of(fast, turns[:2])) == 2
+    with pytest.raises(ValueError, match="changes earlier turns"):
+        pieces_of(fast, turns)
+
+
+def test_the_video_has_one_place_though_an_answer_names_its_word(folder: Path) -> None:
+    fast = byte_tokenizer(SPECIAL)
+    net = bimba(vocab_size=len(fast))
+    [entry] = entries(folder, talk("<video>\nWho?", "It says <video>.", video="a.avi"))
+    sample = BimbaReader(fast, 4, 10_000, False, net.config, net.image_size, 14).read(entry)
+    assert (sample.tokens == VIDEO_TOKEN).sum() == 1
+    assert fast.decode([t for t in sample.labels.tolist() if t >= 0]) == "It says <video>.<|im_end|>"
+
+
+def test_pieces_get_no_tokens_of_the_tokenizers_own() -> None:
+    """Many tokenizers put a token in front of what they are given, which is wanted nowhere within a conversation."""
+
+    def tokenizer(text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [0] * add_special_tokens + list(text.encode())}
+
+    tokens, _ = tokenize(tokenizer, [Piece("ab", False), Piece("c", True)])
+    assert tokens == [97, 98, 99]
