@@ -10,7 +10,8 @@ from harness.bench import grids
 from harness.judge.registry import subjects
 from harness.records.finding import Finding
 from harness.records.record import Record
-from harness.report import glossary, html, mutants, page, things
+from harness.report import glossary, html, mutants, things
+from harness.report import parity as page
 
 
 @pytest.mark.parametrize("race", grids.races())
