@@ -165,7 +165,7 @@ def read_description(path: Path) -> Description:
     except FileNotFoundError as error:
         run = " (of a run; its model is in the folder model)" if (path.parent / "model" / CONFIG).is_file() else ""
         raise FileNotFoundError(2, f"the folder{run} holds no configuration", str(path)) from error
-    except (ValueError, AttributeError, TypeError) as error:  # ValueError: no JSON, no UTF-8, or a wrong value
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:  # no JSON, no UTF-8, or a wrong value
         raise CheckpointError(f"{path} is no configuration of a VideoMamba: {error}") from error
 
 

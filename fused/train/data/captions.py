@@ -121,7 +121,7 @@ def _header(cells: Sequence[str]) -> list[str] | None:
 def _read_json(file: Path, text: str, unread: dict[str, int]) -> Iterator[_Row]:
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
         raise ValueError(f"{file} is no JSON: {error}") from error
     if not isinstance(content, list):
         raise ValueError(f"{file} holds a {type(content).__name__}; allowed: a list of objects with 'video' and 'caption'")

@@ -9,6 +9,7 @@ and assistant; `role` and `content` in place of `from` and `value` are read too.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,14 +57,14 @@ def _read(path: Path) -> list[Any]:
         text = path.read_text(encoding="utf-8")
         if text.lstrip().startswith("["):
             return json.loads(text)
-    except ValueError as error:  # no UTF-8, or no JSON
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or nested too deeply
         raise ValueError(f"{path} is no JSON: {error}") from error
     found = []
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
             try:
                 found.append(json.loads(line))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number} is no JSON: {error}; allowed: a list, or an object a line") from error
     return found
 
@@ -120,7 +121,7 @@ def _file(given: Mapping[str, Any], folder: Path) -> tuple[Path | None, bool]:
     if not isinstance(value, str) or not value:
         raise ValueError(f"{key} is {value!r}; allowed: the path of one file")
     path = folder / value
-    if not path.exists():
+    if not os.path.exists(path):  # Path.exists raises for a name that is too long
         raise ValueError(f"{key} is {value!r}, and there is no {path}; data.prefix names the folder of the files")
     return path, key == "image"
 
