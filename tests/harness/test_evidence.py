@@ -139,15 +139,15 @@ def test_one_that_fails_does_not_keep_the_others_from_their_time(desk: Desk) -> 
 
 
 def test_what_cannot_be_begun(desk: Desk) -> None:
-    desk.write(xwait=1, **{"pass": 1})
+    desk.write(xpass=1, **{"pass": 1})
     done = desk.ask("--minutes", "0")
     assert done.exit_code == NOTHING and desk.calls() == [] and not desk.runs.exists()
-    assert statuses(done) == {"xwait": "missing", "pass": "missing"}
+    assert statuses(done) == {"xpass": "missing", "pass": "missing"}
     assert "needs 1 GPUs, there are 0" in done.output and "no time was left" in done.output
     done = desk.ask()
     assert done.exit_code == INTERRUPTED and desk.calls() == ["pass"]  # not 0: a run is missing
     done = desk.ask("--only", "none")
-    assert isinstance(done.exception, UsageError) and str(done.exception) == "--only 'none' is unknown; allowed are xwait, pass"
+    assert isinstance(done.exception, UsageError) and str(done.exception) == "--only 'none' is unknown; allowed are xpass, pass"
 
 
 def test_runs_of_other_code_another_box_or_edited_sources_do_not_count(desk: Desk) -> None:
