@@ -24,11 +24,12 @@ from fused.models.vamba.cache import VambaCache
 from fused.models.vamba.config import VambaConfig
 from fused.models.vamba.layer import VambaDecoderLayer
 from fused.models.vamba.model import Vamba, VambaOutput
+from fused.models.videomamba.build import build_videomamba
 from fused.models.videomamba.classify import classify
 from fused.models.videomamba.config import VideoMambaConfig
 from fused.models.videomamba.frame_stream import FrameStream
 from fused.models.videomamba.load import LoadReport, load_checkpoint
-from fused.models.videomamba.model import DistillOutput, EncoderOutput, VideoMamba, VideoMambaEncoder, build_videomamba
+from fused.models.videomamba.model import DistillOutput, EncoderOutput, VideoMamba, VideoMambaEncoder
 from fused.models.videomamba.onnx import OnnxExport, export_onnx
 from fused.models.videomamba.published import PRETRAINED
 from fused.models.videomamba.timm_registry import register_timm

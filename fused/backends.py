@@ -20,7 +20,7 @@ from functools import cache
 import torch
 
 from fused.errors import BackendError
-from fused.runtime.dtypes import KERNEL_DTYPES
+from fused.runtime.dtypes import KERNEL_DTYPES, dtype_name
 from fused.runtime.modes import batch_invariant as batch_invariant
 
 BACKENDS = ("native", "native_kept", "cpu", "mamba_ssm", "mamba_ssm_inner", "torch")
@@ -87,7 +87,7 @@ def check_abilities(
         if needed and not getattr(able, argument):
             raise ValueError(f"{op}: backend {backend!r} does not support {argument}; use backend='torch'")
     if dtype not in able.dtypes:
-        names = ", ".join(str(d).removeprefix("torch.") for d in able.dtypes)
+        names = ", ".join(map(dtype_name, able.dtypes))
         raise ValueError(f"{op}: backend {backend!r} supports {names}, got {dtype}; use backend='torch'")
 
 

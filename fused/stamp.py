@@ -20,6 +20,7 @@ import torch
 from fused import backends
 from fused.io.atomic_write import atomic_write
 from fused.runtime.cache_folder import cache_folder
+from fused.runtime.dtypes import dtype_name
 
 SOURCES = (".py", ".cu", ".cuh", ".h", ".hpp", ".cpp")
 KEY = ("backend", "dtype", "fused", "reference", "harness", "gpu", "driver", "torch", "triton", "nvrtc")
@@ -65,13 +66,13 @@ def fingerprint(package: str) -> str | None:
 def key(backend: str = "auto", dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> dict:
     """Return the fields of `KEY` for this machine and these sources; `device` defaults to CUDA where there is one.
 
-    Raises BackendError for a backend that cannot run on the device.
+    Raises ValueError for an unknown backend, BackendError for one that cannot run on the device.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cuda = device.type == "cuda"
     return {
         "backend": backends.choose(backend, device),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         **{package: fingerprint(package) for package in ("fused", "reference", "harness")},
         "gpu": torch.cuda.get_device_name(device) if cuda else device.type.upper(),
         "driver": driver() if cuda else None,
@@ -84,7 +85,11 @@ def key(backend: str = "auto", dtype: torch.dtype = torch.float32, device: torch
 def validation(
     backend: str = "auto", dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
 ) -> Validation | None:
-    """Return the stamp for this machine and these sources, or None. Raises BackendError as `key` does."""
+    """Return the stamp of a backend and a dtype for this machine and these sources, None if there is none.
+
+    `device` defaults to CUDA where there is one. Raises ValueError for an unknown backend, BackendError for one that cannot run
+    on the device.
+    """
     wanted = key(backend, dtype, device)
     try:
         stored = json.loads(_path(wanted).read_text())

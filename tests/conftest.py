@@ -1,7 +1,9 @@
 """For every test: one thread, Triton interpreted where there is no GPU, and shapes in the signatures of models checked."""
 
+import importlib
 import os
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import torch
@@ -23,6 +25,12 @@ finder.should_instrument = lambda name: not name.endswith(UNCHECKED) and instrum
 def one_thread() -> None:
     """Operations this small only wait for each other on two; a parity run within an earlier test may have set more."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(params=["reference", "fused"])
+def package(request: pytest.FixtureRequest) -> ModuleType:
+    """Each of the two packages of models."""
+    return importlib.import_module(request.param)
 
 
 @pytest.fixture

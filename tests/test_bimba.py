@@ -1,7 +1,5 @@
 """BIMBA's compressor and queries beside their golden numbers: initial values, keys, options and bad input, of both packages."""
 
-import importlib
-from types import ModuleType
 
 import pytest
 import torch
@@ -9,11 +7,6 @@ from torch import nn
 
 import fused
 import reference
-
-
-@pytest.fixture(params=["reference", "fused"])
-def package(request: pytest.FixtureRequest) -> ModuleType:
-    return importlib.import_module(request.param)
 
 
 def inputs(frames=2, queries=4, width=8, clips=1):
@@ -103,6 +96,10 @@ def test_pooled_queries(package):
     ("options", "words"),
     [
         ({"n_layer": 0}, "n_layer .*0"),
+        ({"d_model": 0}, "d_model .*0"),
+        ({"d_state": 0}, "d_state .*0"),
+        ({"d_conv": -1}, "d_conv .*-1"),
+        ({"expand": 0}, "expand .*0"),
         ({"mixer_type": "conv"}, "mixer_type .*'conv'"),
         ({"query_pos": "right"}, "query_pos .*'right'"),
         ({"initial_values": "zeros"}, "initial_values .*'zeros'"),

@@ -3,7 +3,7 @@
 import dataclasses
 import importlib
 import logging
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,11 +14,6 @@ TOY = {"img_size": 32, "depth": 2, "embed_dim": 32, "num_frames": 4, "clip_outpu
 
 
 pytestmark = pytest.mark.usefixtures("unchecked")
-
-
-@pytest.fixture(params=["reference", "fused"])
-def package(request: pytest.FixtureRequest) -> ModuleType:
-    return importlib.import_module(request.param)
 
 
 def test_fields_and_defaults_are_the_same_in_both():

@@ -1,6 +1,5 @@
 """Numbers that upstream's code gave, reproduced by both packages from a state_dict in upstream's layout."""
 
-import importlib
 from types import ModuleType
 
 import pytest
@@ -12,11 +11,6 @@ CLIP = fill(2, 3, 4, 32, 32, phase=7)
 IMAGE = fill(2, 3, 32, 32, phase=7)
 MASK = torch.zeros(2, 17, dtype=torch.bool)
 MASK[:, 2::2] = True
-
-
-@pytest.fixture(params=["reference", "fused"])
-def package(request: pytest.FixtureRequest) -> ModuleType:
-    return importlib.import_module(request.param)
 
 
 def classifier(package: ModuleType, **overrides):

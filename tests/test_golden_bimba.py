@@ -1,7 +1,5 @@
 """Numbers that upstream's BIMBA gave, forward and backward, reproduced by both packages."""
 
-import importlib
-from types import ModuleType
 
 import pytest
 import torch
@@ -18,11 +16,6 @@ GRADIENTS = {
     "mixer.out_proj.weight": "-972.58649 4875.48032",
 }  # fmt: skip
 INPUT_GRADIENTS = {"tokens": "567.42995 4832.00560", "queries": "-340.27137 1676.41204"}
-
-
-@pytest.fixture(params=["reference", "fused"])
-def package(request: pytest.FixtureRequest) -> ModuleType:
-    return importlib.import_module(request.param)
 
 
 def inputs(frames, grid, query_frames, queries_of_frame):

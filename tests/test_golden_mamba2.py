@@ -1,9 +1,6 @@
 """Numbers that upstream's Mamba-2 gave, forward and backward, reproduced by both packages."""
 
-import importlib
-from types import ModuleType
 
-import pytest
 import torch
 from golden import assert_golden, assert_sums, fill, golden
 
@@ -15,11 +12,6 @@ GRADIENTS = {
     "D": "8.76294 229.29321", "norm.weight": "4730.33576 4730.33576", "out_proj.weight": "-681.59975 40087.75612",
     "u": "-404.31455 9451.00850",
 }  # fmt: skip
-
-
-@pytest.fixture(params=["reference", "fused"])
-def package(request: pytest.FixtureRequest) -> ModuleType:
-    return importlib.import_module(request.param)
 
 
 def mixer(package, **options):

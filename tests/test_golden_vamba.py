@@ -1,7 +1,5 @@
 """Numbers that upstream's Vamba gave, forward and backward, reproduced by both packages."""
 
-import importlib
-from types import ModuleType
 
 import pytest
 import torch
@@ -25,11 +23,6 @@ GRADIENTS = {
     "model.layers.0.vision_mixer.mixer.in_proj.weight": "-0.633117 43.157412",
     "model.layers.0.cross_attn.k_proj.weight": "0.590129 12.571817", "model.embed_tokens.weight": "-9.002428 81.432262",
 }  # fmt: skip
-
-
-@pytest.fixture(params=["reference", "fused"])
-def package(request: pytest.FixtureRequest) -> ModuleType:
-    return importlib.import_module(request.param)
 
 
 def config(package, layers=2, **options):

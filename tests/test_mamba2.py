@@ -1,7 +1,5 @@
 """The Mamba-2 mixer of both packages: chunks, segments, directions, and what it refuses."""
 
-import importlib
-from types import ModuleType
 
 import pytest
 import torch
@@ -10,11 +8,6 @@ from golden import golden
 SIZES = {"d_state": 5, "headdim": 4, "ngroups": 2}
 LENGTH = 11
 OPTIONS = [{}, {"norm_before_gate": True, "D_has_hdim": True}, {"rmsnorm": False, "d_ssm": 8, "dt_limit": (0.02, 0.4)}]
-
-
-@pytest.fixture(params=["reference", "fused"])
-def package(request: pytest.FixtureRequest) -> ModuleType:
-    return importlib.import_module(request.param)
 
 
 def mixer(package, **options):

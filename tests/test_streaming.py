@@ -25,11 +25,6 @@ TOY = {"img_size": 32, "depth": 2, "embed_dim": 32, "num_frames": 4, "num_classe
 LENGTHS = (None, 1, 3, 4, 7, 12)  # of a video in tubelets; the temporal table has 4
 
 
-@pytest.fixture(params=[reference, fused], ids=["reference", "fused"])
-def package(request: pytest.FixtureRequest) -> ModuleType:
-    return request.param
-
-
 @cache
 def model_of(package: ModuleType, kind: str = "VideoMamba", **overrides):
     return golden(getattr(package, kind)(package.VideoMambaConfig(**TOY | overrides))).double()

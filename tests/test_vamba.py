@@ -2,7 +2,6 @@
 
 import importlib
 from dataclasses import replace
-from types import ModuleType
 
 import pytest
 import torch
@@ -12,11 +11,6 @@ SIZES = {
     "vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 6, "mrope_section": (1, 1, 1), "mixer": {"headdim": 8, "d_state": 4},
 }  # fmt: skip
-
-
-@pytest.fixture(params=["reference", "fused"])
-def package(request: pytest.FixtureRequest) -> ModuleType:
-    return importlib.import_module(request.param)
 
 
 def model(package, **options):

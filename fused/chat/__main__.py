@@ -5,6 +5,7 @@ The folder is that of a Vamba or of a BIMBA, which --base-model completes. Answe
 """
 
 import argparse
+import io
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -15,6 +16,7 @@ import torch
 from fused.chat.bimba import BimbaConversation
 from fused.chat.session import Conversation
 from fused.models.bimba.load import is_bimba
+from fused.models.vamba.generate import check_sampling
 
 DONE, USAGE, INTERRUPTED = 0, 2, 130
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -23,9 +25,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def main(arguments: Sequence[str] | None = None) -> int:
     """Answer as the command line says (None: sys.argv), and return the exit code."""
     options = parser().parse_args(arguments)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = DTYPES[options.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
     try:
+        device = choose_device(options.device)
+        dtype = DTYPES[options.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+        check_sampling("ask", options.max_new_tokens, options.temperature, options.top_p)
         talk = open_conversation(options, device, dtype)
         if options.video:
             start = time.perf_counter()
@@ -63,6 +66,14 @@ def parser() -> argparse.ArgumentParser:
     return words
 
 
+def choose_device(name: str | None) -> torch.device:
+    """Return the device of a name, without one a GPU if there is one. Raises ValueError for one that is not here."""
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device is {name!r}, and PyTorch finds no GPU; allowed here: cpu")
+    return device
+
+
 def open_conversation(
     options: argparse.Namespace, device: torch.device, dtype: torch.dtype
 ) -> Conversation | BimbaConversation:
@@ -88,7 +99,9 @@ def watch_options(options: argparse.Namespace, talk: Conversation | BimbaConvers
 
 
 def questions() -> Iterable[str]:
-    """Yield the questions that are typed, a line each, until the end of the input."""
+    """Yield the questions that are typed, a line each, until the end of the input; what is no text shows as \ufffd."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     for line in sys.stdin:
         if line.strip():
             yield line.strip()

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from fused.chat.session import pieces
 from fused.io.repeated_frames import RepeatedFrames, even_places
-from fused.models.bimba.model import FRAMES_AT_ONCE, Bimba
+from fused.models.bimba.load import base_folder
+from fused.models.bimba.model import FRAMES_AT_ONCE, Bimba, video_token_count
 from fused.models.conversation.tokenizer import end_tokens, read_tokenizer, require_transformers
-from fused.models.vamba.generate import pick
-from fused.rules import check_integer, check_number
+from fused.models.vamba.generate import check_sampling, pick
+from fused.rules import check_integer
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,9 @@ class BimbaConversation:
         Raises what `Bimba.from_pretrained` raises, and OSError or ValueError without a tokenizer.
         """
         require_transformers()
+        tokenizer = read_tokenizer(base_folder(folder, base_model))  # before the weights, which take longer
         model = Bimba.from_pretrained(folder, base_model=base_model, device=device, dtype=dtype, backend=backend)
-        return cls(model, read_tokenizer(model.base_folder))
+        return cls(model, tokenizer)
 
     @torch.no_grad()
     def watch(self, path: str | Path, *, frames: int = 64, times: bool = False) -> CompressedVideo:
@@ -70,10 +72,12 @@ class BimbaConversation:
         `frames` are spread evenly from the first frame to the last; a shorter video repeats some. With `times` questions begin
         with the instruction about their times that upstream trains with, and does not give in its evaluation.
 
-        Raises VideoError for a file that cannot be read; TypeError or ValueError for `frames` below 1; ValueError for `times`
-        of a folder of images, which has none.
+        Raises VideoError for a file that cannot be read; TypeError or ValueError for `frames` below 1; ValueError, before any
+        frame is read, for more than the language model has positions for; ValueError for `times` of a folder of images, which
+        has none.
         """
         check_integer("watch", "frames", frames, 1)
+        self._check_positions(frames)
         self.video = None  # frees its memory
         encoded: list[Tensor] = []
         waiting: list[Tensor] = []
@@ -104,15 +108,17 @@ class BimbaConversation:
         `temperature` 0 takes the likeliest token; above, one is drawn among the likeliest that together have the probability
         `top_p`. Without a video the question alone is read.
 
-        Raises TypeError or ValueError for options out of range.
+        Raises TypeError or ValueError for options out of range, and ValueError for a prompt that is longer than the language
+        model has positions for.
         """
-        check_integer("ask", "max_new_tokens", max_new_tokens, 1)
-        check_number("ask", "temperature", temperature, 0, float("inf"), "[)")
-        check_number("ask", "top_p", top_p, 0, 1, "(]")
+        check_sampling("ask", max_new_tokens, temperature, top_p)
         told = (None, None) if self.video is None else (self.video.seconds, self.video.duration)
         ids = self.model.tokenize(self.tokenizer, question, *told)
         if self.video is None:
             ids = ids[:, ids[0] >= 0]
+        length, most = ids.shape[1] + (0 if self.video is None else self.video.video_length - 1), self._positions
+        if length > most:
+            raise ValueError(f"the question and the video are {length} tokens; allowed: {most}, max_position_embeddings")
         ends = self.model.language_model.config.eos_token_id
         stops = {*end_tokens(self.tokenizer), *(ends if isinstance(ends, list) else [ends])}
         return pieces(self.tokenizer, self._tokens(ids, max_new_tokens, temperature, top_p), stops)
@@ -128,6 +134,20 @@ class BimbaConversation:
             token = pick(out.logits[:, -1], temperature, top_p, None)
             yield int(token)
             inputs = model.get_input_embeddings()(token[:, None])
+
+    @property
+    def _positions(self) -> int:
+        """The tokens that the language model was trained to read at once."""
+        return self.model.language_model.config.max_position_embeddings
+
+    def _check_positions(self, frames: int) -> None:
+        """Raise ValueError for fewer frames than are pooled, and for more tokens than the language model has positions for."""
+        config, rows, pooling, most = self.model.config, self.model.rows, self.model.temporal_pooling, self._positions
+        if frames < pooling:
+            raise ValueError(f"frames is {frames}; allowed: from {pooling} up, temporal_pooling in the model's config.json")
+        if (count := video_token_count(config, frames, rows)) > most:
+            allowed = most // video_token_count(config, pooling, rows) * pooling
+            raise ValueError(f"frames is {frames}, {count} video tokens; allowed: {allowed}, by max_position_embeddings {most}")
 
     def _encode(self, images: list[Tensor]) -> Float[Tensor, "F rows columns C"]:
         """Return the features of frames (H, W, 3)."""

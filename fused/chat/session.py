@@ -1,6 +1,5 @@
 """A model, its tokenizer, and one video that is read once for any number of questions."""
 
-import os
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from fused.models.vamba.model import Vamba
 from fused.models.vamba.prefill import CHUNK
 from fused.models.vamba.vision import SIDE, VIDEO_WORDS, frame_size, prepare_frame
 from fused.rules import check_integer
+from fused.runtime.memory import free_bytes
 
 FRAMES_AT_ONCE = 32  # that are decoded before they pass the vision tower
 UNFINISHED = "\ufffd"  # what a tokenizer shows for a character of which a token is missing
@@ -48,8 +48,9 @@ class Conversation:
         Raises what `Vamba.from_pretrained` raises, and ImportError without transformers.
         """
         require_transformers()
-        model = Vamba.from_pretrained(folder, vision=True, device=device, dtype=dtype, backend=backend)
-        return cls(model, read_tokenizer(folder))
+        Vamba.outline(folder, vision=True)  # this and the tokenizer first, since weights take longer
+        tokenizer = read_tokenizer(folder)
+        return cls(Vamba.from_pretrained(folder, vision=True, device=device, dtype=dtype, backend=backend), tokenizer)
 
     def watch(
         self, path: str | Path, *, frames: int = 128, longest: int | None = 640, chunk: int = CHUNK, offload: bool = False
@@ -66,6 +67,7 @@ class Conversation:
         if longest is not None:
             check_integer("watch", "longest", longest, SIDE)
         self.video = None  # frees its memory
+        self._check_memory(frames, frame_size(1, 1), offload)  # of the smallest frames, before any is decoded
         self.video = self.model.encode_video(self._frames(Path(path), frames, longest, offload), chunk=chunk, offload=offload)
         return self.video
 
@@ -87,7 +89,7 @@ class Conversation:
         for image, times in RepeatedFrames(path, frames, middle_places):
             if size is None:
                 size = frame_size(image.shape[0], image.shape[1], longest)
-                self._check_memory(frames // 2 * (size[0] // SIDE) * (size[1] // SIDE), frames, offload)
+                self._check_memory(frames, size, offload)
             waiting += [prepare_frame(image, size)] * times
             if len(waiting) >= FRAMES_AT_ONCE:
                 yield torch.stack(waiting)
@@ -95,8 +97,9 @@ class Conversation:
         if waiting:
             yield torch.stack(waiting)
 
-    def _check_memory(self, tokens: int, frames: int, offload: bool) -> None:
-        """Raise ValueError if keys and values of so many video tokens, and one chunk, do not fit into the free memory."""
+    def _check_memory(self, frames: int, size: tuple[int, int], offload: bool) -> None:
+        """Raise ValueError if keys and values of the video tokens, and one chunk, do not fit into the free memory."""
+        tokens = frames // 2 * (size[0] // SIDE) * (size[1] // SIDE)
         dtype = self.model.model.embed_tokens.weight.dtype
         cached, scratch = video_bytes(self.model.config, tokens, dtype)
         for device, needed in ((self.device, scratch + (0 if offload else cached)), (torch.device("cpu"), cached * offload)):
@@ -131,15 +134,3 @@ def video_bytes(config: VambaConfig, tokens: int, dtype: torch.dtype) -> tuple[i
     size = dtype.itemsize
     widest = config.hidden_size * (2 * int(config.mixer.get("expand", 2)) + 1)
     return config.cached_values * tokens * size, 3 * widest * min(tokens, CHUNK) * size
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Return the free memory of a device, None where it is not known."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if device.type != "cpu":
-        return None
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):  # not on this system
-        return None

@@ -79,8 +79,6 @@ class ChunkableMixer(Protocol):
 
     in_proj: nn.Linear
     out_proj: nn.Linear
-    dt_rank: int
-    d_state: int
 
     def directions(self) -> Sequence[DirectionWeights]:
         """Return the forward scan's weights, and behind them the backward scan's if the mixer has one."""

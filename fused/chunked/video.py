@@ -42,8 +42,8 @@ def run_layers(
     """Embed a video and run the layers over it in chunks of `chunk_frames` frames.
 
     `num_frames` is the number of frames that an iterator gives. `total` is the number of tubelets to which the temporal table
-    is stretched, None for its own. With `offload` a layer keeps in host memory the tensors that its
-    first pass leaves for its second. `out_layers` are the numbers of layers whose feature is wanted, as in `Backbone.encode`.
+    is stretched, None for its own. With `offload` a layer keeps in host memory the tensors that its first pass leaves for its
+    second. `out_layers` are the numbers of layers whose feature is wanted, as in `Backbone.encode`.
 
     Raises ValueError or TypeError for a video, a chunk length, a model or a backend that does not fit.
     """

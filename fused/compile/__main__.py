@@ -17,14 +17,15 @@ from typing import Any
 
 import torch
 
-from fused.compile.programs import Compiled, compile_program, name_of, programs_of, title_of, unique
+from fused.compile.programs import Compiled, compile_program, programs_of, title_of, unique
 from fused.compile.triton_kernels import compile_triton_kernels
 from fused.models.videomamba.config import VideoMambaConfig
 from fused.ops.selective_scan.kernel_source import IO_DTYPES
 from fused.runtime import cubin_cache, nvrtc
+from fused.runtime.dtypes import dtype_name
+from fused.terminal import DONE, FAILED, INTERRUPTED, USAGE, fail
 
-DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
-DTYPES = {name_of(dtype): dtype for dtype in IO_DTYPES}
+DTYPES = {dtype_name(dtype): dtype for dtype in IO_DTYPES}
 MODELS = ("tiny", "small", "middle", "base")
 
 
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Fill the caches as the command line says (None: sys.argv), and return the exit code."""
     options = parser().parse_args(arguments)
     if reason := nvrtc.compiler_unavailable():
-        return _fail(reason, USAGE)
+        return fail("fused.compile", reason, USAGE)
     try:
         archs = _architectures(options.arch)
         if options.batch < 1:
@@ -40,13 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sizes = {"num_frames": options.frames, "img_size": options.size}
         configs = [getattr(VideoMambaConfig, name)(**sizes) for name in unique(options.model)]
     except (ValueError, TypeError) as error:
-        return _fail(error, USAGE)
+        return fail("fused.compile", error, USAGE)
     return _fill(archs, [DTYPES[name] for name in unique(options.dtype)], configs, options.batch)
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    made = argparse.ArgumentParser(
+    command = argparse.ArgumentParser(
         prog="python -m fused.compile",
         description="Compile the kernels of VideoMamba before they are used for the first time, for example while a container "
         "image is built, and keep them in the cache folders. No GPU is needed.",
@@ -54,16 +55,16 @@ def parser() -> argparse.ArgumentParser:
         "XDG_CACHE_HOME and TRITON_CACHE_DIR. They serve the same versions of this package, PyTorch and the compilers. "
         "Streaming and chunks compile more kernels at their first use.",
     )
-    made.add_argument("--arch", nargs="+", metavar="sm_90", help="architectures of the GPUs to compile for, such as sm_80 "
-                        "(A100), sm_90 (H100, H200) or sm_100 (B200); default: that of the GPU here")  # fmt: skip
-    made.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"],
-                        help="dtypes of the model, or of autocast; default: bfloat16")  # fmt: skip
-    made.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS), help="sizes of the model; default: all")
-    made.add_argument("--frames", type=int, default=8, help="frames of a clip; default: 8")
-    made.add_argument("--size", type=int, default=224, help="height and width of a frame in pixels; default: 224")
-    made.add_argument("--batch", type=int, default=8, help="clips of a batch; default: 8. The kernels are the same for most "
-                        "numbers of frames, sizes and batches")  # fmt: skip
-    return made
+    command.add_argument("--arch", nargs="+", metavar="sm_90", help="architectures of the GPUs to compile for, such as sm_80 "
+                         "(A100), sm_90 (H100, H200) or sm_100 (B200); default: that of the GPU here")  # fmt: skip
+    command.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"],
+                         help="dtypes of the model, or of autocast; default: bfloat16")  # fmt: skip
+    command.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS), help="sizes of the model; default: all")
+    command.add_argument("--frames", type=int, default=8, help="frames of a clip; default: 8")
+    command.add_argument("--size", type=int, default=224, help="height and width of a frame in pixels; default: 224")
+    command.add_argument("--batch", type=int, default=8, help="clips of a batch; default: 8. The kernels are the same for most "
+                         "numbers of frames, sizes and batches")  # fmt: skip
+    return command
 
 
 def _architectures(asked: Sequence[str] | None) -> list[str]:
@@ -85,7 +86,7 @@ def _fill(archs: list[str], dtypes: list[torch.dtype], configs: list[VideoMambaC
     try:
         for arch in archs:
             for dtype in dtypes:
-                label = f"{arch} {name_of(dtype)}"
+                label = f"{arch} {dtype_name(dtype)}"
                 if has_triton:
                     arguments = (int(arch.removeprefix("sm_")), dtype, configs)
                     tasks[threads.submit(_in_own_process, compile_triton_kernels, *arguments)] = label, "Triton kernels"
@@ -95,7 +96,7 @@ def _fill(archs: list[str], dtypes: list[torch.dtype], configs: list[VideoMambaC
             label, title = tasks[task]
             counts += _report(f"[{number}/{len(tasks)}] {label}", title, task)
     except KeyboardInterrupt:
-        return _fail("interrupted; what was compiled is kept", INTERRUPTED)
+        return fail("fused.compile", "interrupted; what was compiled is kept", INTERRUPTED)
     finally:
         threads.shutdown(cancel_futures=True)
     results = ", ".join(f"{counts[outcome]} {outcome}" for outcome in ("compiled", "from the cache", "failed"))
@@ -129,12 +130,6 @@ def _triton_folder() -> str:
     import triton
 
     return str(triton.knobs.cache.dir)
-
-
-def _fail(reason: object, code: int) -> int:
-    """Print why the command failed, and return the exit code."""
-    print(f"fused.compile: {reason}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

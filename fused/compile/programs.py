@@ -55,11 +55,6 @@ def title_of(program: Program) -> str:
     return f"scan {program.name} {'for training ' if stores else ''}(CUDA C++)"
 
 
-def name_of(dtype: torch.dtype) -> str:
-    """Return "bfloat16" for torch.bfloat16."""
-    return str(dtype).removeprefix("torch.")
-
-
 def unique(values: Iterable[str]) -> list[str]:
     """Return the values in order, each once."""
     return list(dict.fromkeys(values))

@@ -10,37 +10,35 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
 from fused.evaluate.protocols import add_view_options
 from fused.evaluate.retrieval import RetrievalEvaluation
 from fused.evaluate.retrieval_settings import RetrievalSettings
 from fused.evaluate.run import Evaluation, NotFinite
-from fused.evaluate.settings import Settings, read_settings
+from fused.evaluate.settings import VIEW_OPTIONS, Settings, describe_keys, read_settings
 from fused.io.atomic_write import NotWritten
-from fused.train.data.clips import UnreadableFiles
+from fused.terminal import DONE, FAILED, INTERRUPTED, SETUP_ERRORS, USAGE, Terminal, escape_what_cannot_be_printed, fail
+from fused.train.data.batches import UnreadableFiles
 from fused.train.interrupt import Interrupt
 from fused.train.parallel import joined_world
-from fused.train.terminal import SETUP_ERRORS, Terminal, escape_what_cannot_be_printed, fail
-
-DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    keys, of_retrieval = (", ".join(f"{f.name}={f.default}" for f in fields(kind)) for kind in (Settings, RetrievalSettings))
     words = argparse.ArgumentParser(
         prog="python -m fused.evaluate",
         description="Test a VideoMamba on a folder or list of videos. What was stopped goes on with the same command.",
-        epilog=f"Keys and their defaults: {keys}. With --task retrieval: {of_retrieval}. "
+        epilog=f"keys, with their defaults:\n{describe_keys(Settings)}\n"
+        f"keys of --task retrieval:\n{describe_keys(RetrievalSettings)}\n"
         "Several GPUs: torchrun --nproc-per-node N -m fused.evaluate ...",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     words.add_argument("--model", required=True, help="a folder of save_pretrained, or a name in fused.PRETRAINED")
     lists = "a list with path,label in each line; for retrieval path,caption"
     words.add_argument("--data", required=True, help=f"a folder of class folders, or {lists}")
     words.add_argument("--out", default="evaluation", help="the folder of predictions and results (evaluation)")
-    words.add_argument("--task", choices=("classify", "retrieval"), default="classify", help="retrieval: of texts and videos")
+    words.add_argument("--task", choices=("classify", "retrieval"), default="classify", help="of what (classify)")
     add_view_options(words)
     words.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as batch_size=16 precision=bfloat16")
     return words
@@ -55,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     running = False
     try:
-        given = {name: getattr(options, name) for name in ("protocol", "views", "crops", "resize")}
+        given = {name: getattr(options, name) for name in VIEW_OPTIONS}
         settings: Settings | RetrievalSettings
         if options.task == "retrieval":
             if views := [f"--{name}" for name, value in given.items() if value is not None]:

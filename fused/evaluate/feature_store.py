@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from fused.io.atomic_write import atomic_write
 from fused.io.checkpoint_file import SAFETENSORS, CheckpointError, read_checkpoint, save_checkpoint
+from fused.io.file_state import file_state
 
 DESCRIPTION = "features.json"
 
@@ -25,11 +25,13 @@ class FeatureStore:
     """The features of videos by one model, in a folder of their own below `folder`, which `description` names.
 
     `description` is plain data for JSON, and says what the features depend on. A video that was changed, by its size or time,
-    has none. Raises ValueError for a folder that cannot be written to.
+    has none. What a video is, is looked up once: one that is changed while the store is in use keeps its features till the end.
+    Raises ValueError for a folder that cannot be written to.
     """
 
     def __init__(self, folder: Path, description: dict[str, Any]) -> None:
         text = json.dumps(description, indent=2, sort_keys=True)
+        self._files: dict[Path, Path] = {}
         self.folder = folder / f"features-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -55,9 +57,9 @@ class FeatureStore:
             raise CheckpointError(f"{self._file(video)} holds no features of a video; delete it") from error
 
     def _file(self, video: Path) -> Path:
-        try:
-            status = os.stat(video)
-            seen = f"{video} {status.st_size} {status.st_mtime_ns}"
-        except OSError:
-            seen = f"{video} missing"
-        return self.folder / (hashlib.sha256(seen.encode("utf-8", "surrogateescape")).hexdigest()[:32] + SAFETENSORS)
+        if video not in self._files:
+            state = file_state(video)
+            seen = f"{video} {state.bytes} {state.modified}" if state else f"{video} missing"
+            name = hashlib.sha256(seen.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+            self._files[video] = self.folder / (name + SAFETENSORS)
+        return self._files[video]

@@ -2,9 +2,11 @@
 
 A line of predictions.jsonl is one of
 
-    {"video": absolute path, "label": name, "top": [[name, probability], ...], "views": number}
-    {"video": absolute path, "target": number, "output": number, "views": number}          of a regression
-    {"video": absolute path, "label" or "target": ..., "error": sentence, "too_short": false}
+    {"video": absolute path, "label": name, "top": [[name, probability], ...], "views": number, ...}
+    {"video": absolute path, "target": number, "output": number, "views": number, ...}          of a regression
+    {"video": absolute path, "label" or "target": ..., "error": sentence, "too_short": false, ...}
+
+where the dots are "bytes" and "modified", the state of the file (`fused.io.file_state`), and the "frames" that a list states.
 
 evaluation.json says what the numbers depend on: the weights' digest, views, preprocessing and the like.
 """
@@ -21,6 +23,7 @@ from torch import nn
 from fused.io.atomic_write import NotWritten, atomic_write
 
 PREDICTIONS, DESCRIPTION = "predictions.jsonl", "evaluation.json"
+SHOWN = 5  # differences in an error
 
 Line = dict[str, Any]
 
@@ -71,7 +74,8 @@ class PredictionFile:
                 raise ValueError(f"{path} cannot be read ({error}); allowed: another out, or its folder deleted") from error
             keys = [key for key in stored | given if stored.get(key) != given.get(key)]
             if keys:
-                changes = "; ".join(f"{key}: {stored.get(key)} -> {given.get(key)}" for key in keys)
+                changes = "; ".join(f"{key}: {stored.get(key)} -> {given.get(key)}" for key in keys[:SHOWN])
+                changes += f"; and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
                 holds = f"out is {str(self.folder)!r}, which holds another evaluation ({changes})"
                 raise ValueError(f"{holds}; allowed: another folder")
         with atomic_write(path) as draft:

@@ -46,8 +46,8 @@ def choose_views(
 
 def add_view_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `choose_views`."""
-    parser.add_argument("--views", type=int, metavar="N", help="clips in time of each video")
-    parser.add_argument("--crops", type=int, metavar="N", help="crops of each clip, along the long side")
+    parser.add_argument("--views", type=int, metavar="N", help="clips in time of each video (the protocol's, else 1)")
+    parser.add_argument("--crops", type=int, metavar="N", help="crops of each clip, along the long side (as --views)")
     names = ", ".join(PROTOCOLS)
     parser.add_argument("--protocol", metavar="NAME", help=f"the views of VideoMamba's authors: {names}")
-    parser.add_argument("--resize", choices=RESIZES, help="as in training, or as the authors did with videos or images")
+    parser.add_argument("--resize", choices=RESIZES, help="as in training (the default), or as the authors did it")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fused.train.terminal import bad_file_reasons
+from fused.terminal import bad_file_reasons
 
 TOP = 5  # classes of the second accuracy; with no more classes every answer would be right
 

@@ -20,11 +20,11 @@ from fused.io.atomic_write import atomic_write
 from fused.models.retrieval.model import VideoTextRetrieval
 from fused.models.retrieval.ranking import RECALLS, both_directions, dual_softmax, ranks
 from fused.models.retrieval.words import clean_text
+from fused.terminal import Terminal
+from fused.train.data.batches import BadFile, UnreadableFiles
 from fused.train.data.captions import Captioned, read_captions
-from fused.train.data.clips import BadFile, UnreadableFiles
 from fused.train.interrupt import Interrupt
 from fused.train.parallel import World, choose_device
-from fused.train.terminal import Terminal
 
 MATCHING_SHARE = 0.7  # of a choice's score; the rest is that of its cosine, as upstream weighs them
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from fused.evaluate.settings import key
 from fused.io.picture import Size
 from fused.io.preprocessing import Preprocessing
 from fused.rules import COUNT, COUNT_OR_0, FLAG
@@ -18,27 +19,27 @@ class RetrievalSettings:
     Raises ValueError at construction; the message names the key, its value and the allowed values.
     """
 
-    vocabulary: str | None = None  # BERT's vocab.txt; None: that of the model's folder
-    text_length: int | None = None  # word pieces of a text; None: the model's
-    prefix: str | None = None  # the folder of the captions' paths; None: that of their file
-    paragraph: bool = False  # whether a list of captions is one text
-    merge_captions: bool = False  # whether captions that are the same are one text, which several videos answer rightly
-    rerank: int = 128  # candidates of each query that are matched; 0: none
-    dual_softmax: bool = False  # also rank by cosines that are weighted over all queries
-    frames: int | None = None  # frames to first_seconds: None for the model's own
-    size: Size | None = None
-    sampling: str | None = None
-    stride: int | None = None
-    fps: int | float | None = None
-    short: str | None = None
-    crop: str | None = None
-    first_seconds: int | float | None = None
-    frame_pattern: str | None = None
-    batch_size: int = 8  # videos in one forward of a process
-    workers: int = 2  # decoding processes for each process
-    precision: str = "float32"
-    backend: str = "auto"
-    device: str = "auto"
+    vocabulary: str | None = key(None, "BERT's vocab.txt; null: that of the model's folder")
+    text_length: int | None = key(None, "word pieces of a text; null: the model's")
+    prefix: str | None = key(None, "the folder of the captions' paths; null: that of their file")
+    paragraph: bool = key(False, "whether a list of captions is one text")
+    merge_captions: bool = key(False, "whether captions that are the same are one text, which several videos answer rightly")
+    rerank: int = key(128, "candidates of each query that are matched; 0: none")
+    dual_softmax: bool = key(False, "also rank by cosines that are weighted over all queries")
+    frames: int | None = key(None, "frames of a clip; null: the model's own, as of the next seven keys")
+    size: Size | None = key(None, "pixels of a side, or [height, width]")
+    sampling: str | None = key(None, "segments, dense (neighbours, `stride` apart) or borders (as upstream's retrieval)")
+    stride: int | None = key(None, "frames from one to the next, for dense sampling")
+    fps: int | float | None = key(None, "frames a second at which the video is shown before frames are chosen")
+    short: str | None = key(None, "what becomes of a video of too few frames: drop, loop or last")
+    crop: str | None = key(None, "centre, or stretch (whatever the aspect is)")
+    first_seconds: int | float | None = key(None, "of a video, that are read")
+    frame_pattern: str | None = key(None, "of the images in folders of frames, such as img_*.jpg; null: all")
+    batch_size: int = key(8, "videos in one forward of a process")
+    workers: int = key(2, "decoding processes for each process")
+    precision: str = key("float32", "float32, bfloat16 or float16")
+    backend: str = key("auto", "see fused.backends")
+    device: str = key("auto", "auto, cpu or cuda")
 
     def __post_init__(self) -> None:
         for f in fields(self):

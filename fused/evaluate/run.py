@@ -23,6 +23,7 @@ from fused.evaluate.results import TOP, Results, classes_csv, confusion_csv, sum
 from fused.evaluate.settings import Settings
 from fused.evaluate.videos import Labelled, VideoViews, list_classified, list_targets
 from fused.io.atomic_write import atomic_write
+from fused.io.file_state import file_state
 from fused.models.videomamba.classify import (
     check_fits,
     check_one_answer,
@@ -34,11 +35,11 @@ from fused.models.videomamba.classify import (
 )
 from fused.models.videomamba.model import VideoMamba
 from fused.rules import invalid
-from fused.train.data.clips import batches
+from fused.terminal import Terminal, clock
+from fused.train.data.batches import batches
 from fused.train.interrupt import Interrupt
 from fused.train.parallel import World, choose_device
 from fused.train.prefetch import Prefetcher
-from fused.train.terminal import Terminal, clock
 
 PROGRESS_EVERY = 10.0  # seconds between lines of progress where none can be overwritten
 
@@ -88,16 +89,20 @@ class Evaluation:
     def run(self, interrupt: Interrupt | None = None, terminal: Terminal | None = None) -> Results | None:
         """Return the results, the same in all processes, or None if any process was interrupted before the end.
 
-        Videos that were finished before are not read again; files that could not be read are tried again. With `terminal`, of
-        the main process, the progress and every file that gives no clip are printed. Raises NotWritten, an OSError, for a full
-        disk, and NotFinite.
+        Videos that were finished before, and whose files have not changed since, are not read again; files that could not be
+        read are tried again. With `terminal`, of the main process, the progress and every file that gives no clip are printed.
+        Raises NotWritten, an OSError, for a full disk, and NotFinite.
         """
-        done: dict[str, Line] = self.world.all_gather(self.file.done if self.file is not None else {})[0]
+        states = {video.path: file_state(video.path) for video in self.videos if self.world.is_main}  # before any is read
+        done: dict[str, Line]
+        done, self._states = self.world.all_gather((self.file.done if self.file is not None else {}, states))[0]
         lines = {str(v.path): done[str(v.path)] for v in self.videos if self._is_of(done.get(str(v.path)), v)}
         pending = [video for video in self.videos if str(video.path) not in lines]
         progress = Progress(terminal, len(self.videos), len(lines)) if terminal is not None else None
-        if progress is not None and lines:
-            progress.terminal.print_line(f"{len(lines)} of {len(self.videos)} videos were finished before")
+        again = sum(str(video.path) in done for video in pending)
+        if progress is not None and (lines or again):
+            changed = f"; {again} whose file or label has changed since are read again" if again else ""
+            progress.terminal.print_line(f"{len(lines)} of {len(self.videos)} videos were finished before{changed}")
         try:
             for step in self._steps(pending):
                 gathered = self.world.all_gather((step, interrupt is not None and interrupt.requested))
@@ -167,14 +172,18 @@ class Evaluation:
         return {**self._known(video), "error": sentence, "too_short": too_short}
 
     def _known(self, video: Labelled) -> Line:
-        """Return what a line says of a video before it is read."""
-        if self.is_regression:
-            return {"video": str(video.path), "target": video.label}
-        return {"video": str(video.path), "label": class_names(self.model)[int(video.label)]}
+        """Return what a line says of a video before it is read: the list's words, and the state of the file."""
+        kind, label = ("target", video.label) if self.is_regression else ("label", class_names(self.model)[int(video.label)])
+        state = self._states[video.path]
+        frames = {} if video.stated_frames is None else {"frames": video.stated_frames}
+        return {"video": str(video.path), kind: label} | frames | (state._asdict() if state is not None else {})
 
     def _is_of(self, line: Line | None, video: Labelled) -> bool:
-        """Return whether a line from before is of this video with the label that it has now."""
-        return line is not None and all(line.get(key) == value for key, value in self._known(video).items())
+        """Return whether a line from before is of this video as the list and the file are now."""
+        if line is None:
+            return False
+        answers = ("top", "output", "views")
+        return {key: value for key, value in line.items() if key not in answers} == self._known(video)
 
     def _list(self, data: str | Path) -> tuple[list[Labelled], tuple[str, ...]]:
         """Return the videos and notes on them. Raises ValueError for data that the model has no classes for."""
@@ -206,8 +215,9 @@ class Evaluation:
         names = {"labels": list(self.model.labels or ())}
         targets = {key: getattr(self.settings, key) for key in ("target_mean", "target_std")} if self.is_regression else names
         return {
-            "weights": weights_digest(self.model), "views": asdict(self.views), "preprocessing": asdict(self.preprocessing),
-            "frame_pattern": self.settings.frame_pattern, "precision": self.settings.precision, **targets,
+            "model": asdict(self.model.config), "weights": weights_digest(self.model), "views": asdict(self.views),
+            "preprocessing": asdict(self.preprocessing), "frame_pattern": self.settings.frame_pattern,
+            "precision": self.settings.precision, **targets,
         }  # fmt: skip
 
     def _write(self, results: Results) -> None:

@@ -1,7 +1,8 @@
 """The settings of an evaluation: every key, its default, and its allowed values. Keys of a training mean the same here."""
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 from fused.evaluate.protocols import choose_views
@@ -14,6 +15,23 @@ from fused.train.unknown_key import unknown_key
 
 T = TypeVar("T")
 
+VIEW_OPTIONS = ("protocol", "views", "crops", "resize")  # keys that are options of the command line too
+
+
+def key(default: Any, meaning: str) -> Any:
+    """Return a field of settings with its default, and what it means in words of the command line, where None is null."""
+    return field(default=default, metadata={"meaning": meaning})
+
+
+def describe_keys(kind: type) -> str:
+    """Return a line for each key of settings, of the dataclass `kind`, that is no option: key=default and its meaning."""
+    lines = []
+    for f in fields(kind):
+        default = json.dumps(f.default).strip('"')  # as YAML has it
+        if f.name not in VIEW_OPTIONS:
+            lines.append(f"  {f'{f.name}={default}':22} {f.metadata['meaning']}\n")
+    return "".join(lines)
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -22,31 +40,31 @@ class Settings:
     Raises ValueError at construction; the message names the key, its value and the allowed values.
     """
 
-    protocol: str | None = None  # a name in PROTOCOLS
-    views: int | None = None  # clips in time; None: the protocol's, else 1
-    crops: int | None = None
-    resize: str | None = None
-    window: int | float | None = None  # seconds of a window of long videos; None: the whole video is one
-    window_every: int | float | None = None  # seconds from one window to the next; None: `window`
-    window_least: int | float | None = None  # seconds that the last window must have; None: half of `window`
-    frames: int | None = None  # frames to short: None for the model's own
-    size: Size | None = None
-    sampling: str | None = None
-    stride: int | None = None
-    fps: int | float | None = None
-    short: str | None = None
-    separator: str | None = None  # separator to frame_pattern: of a list, as data.separator and so on of a training
-    prefix: str | None = None
-    columns: tuple[str, ...] | None = None
-    frame_pattern: str | None = None
-    labels: str | None = None  # a text file with a class name in each line; None: the names of the model's folder
-    target_mean: int | float = 0  # of regression targets, subtracted
-    target_std: int | float = 1  # by which the difference is divided
-    batch_size: int = 8  # views in one forward of a process
-    workers: int = 2  # decoding processes for each process
-    precision: str = "float32"
-    backend: str = "auto"
-    device: str = "auto"
+    protocol: str | None = key(None, "the frames, crops and views that VideoMamba's authors tested with, as --protocol")
+    views: int | None = key(None, "clips in time; null: the protocol's, else 1")
+    crops: int | None = key(None, "crops of each clip; null: the protocol's, else 1")
+    resize: str | None = key(None, "as --resize; null: the protocol's, else antialiased")
+    window: int | float | None = key(None, "seconds of a window of long videos; null: the whole video is one")
+    window_every: int | float | None = key(None, "seconds from one window to the next; null: window")
+    window_least: int | float | None = key(None, "seconds that the last window must have; null: half of window")
+    frames: int | None = key(None, "frames of a clip; null: the model's own, as of the next five keys")
+    size: Size | None = key(None, "pixels of a side, or [height, width]")
+    sampling: str | None = key(None, "segments, dense (neighbours, `stride` apart) or borders (as upstream's retrieval)")
+    stride: int | None = key(None, "frames from one to the next, for dense sampling")
+    fps: int | float | None = key(None, "frames a second at which the video is shown before frames are chosen")
+    short: str | None = key(None, "what becomes of a video of too few frames: drop, loop or last")
+    separator: str | None = key(None, "of a list: tab, comma, semicolon or blank; null: found out")
+    prefix: str | None = key(None, "the folder of a list's paths; null: that of the list")
+    columns: tuple[str, ...] | None = key(None, "of a list, such as [path, label, skip]; null: found out")
+    frame_pattern: str | None = key(None, "of the images in folders of frames, such as img_*.jpg; null: all")
+    labels: str | None = key(None, "a text file with a class name in each line; null: the names of the model's folder")
+    target_mean: int | float = key(0, "of regression targets, subtracted")
+    target_std: int | float = key(1, "by which the difference is divided")
+    batch_size: int = key(8, "views in one forward of a process")
+    workers: int = key(2, "decoding processes for each process")
+    precision: str = key("float32", "float32, bfloat16 or float16")
+    backend: str = key("auto", "see fused.backends")
+    device: str = key("auto", "auto, cpu or cuda")
 
     def __post_init__(self) -> None:
         for f in fields(self):

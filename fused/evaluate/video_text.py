@@ -19,7 +19,7 @@ from fused.io.preprocessing import Preprocessing
 from fused.io.views import Views
 from fused.models.retrieval.model import VideoTextRetrieval
 from fused.models.retrieval.ranking import OUTSIDE, best_candidates, cosines
-from fused.train.data.clips import BadFile, batches
+from fused.train.data.batches import BadFile, batches
 from fused.train.parallel import World
 from fused.train.prefetch import Prefetcher
 
@@ -53,8 +53,8 @@ class Engine:
             raise ValueError(f"text_length is {self.text_length}; allowed: at most the {most} positions of the model's BERT")
         self.store = FeatureStore(
             folder,
-            {"weights": weights_digest(model), "preprocessing": asdict(self.preprocessing), "precision": settings.precision,
-             "frame_pattern": settings.frame_pattern},
+            {"model": asdict(model.config), "weights": weights_digest(model), "preprocessing": asdict(self.preprocessing),
+             "precision": settings.precision, "frame_pattern": settings.frame_pattern},
         )  # fmt: skip
 
     def autocast(self) -> AbstractContextManager[object]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fused.io.picture import MEAN, STD, height_width
 from fused.io.preprocessing import Preprocessing
 from fused.io.views import Views
-from fused.train.data.clips import Sample
+from fused.train.data.batches import Sample
 from fused.train.data.listing import list_videos
 from fused.train.data.target_clips import read_targets
 
@@ -70,7 +70,7 @@ def list_unlabelled(
 
 
 class VideoViews:
-    """The views of videos, for `fused.train.data.clips.batches`: a sample is (V, 3, T, height, width), T left out for images.
+    """The views of videos, for `fused.train.data.batches.batches`: a sample is (V, 3, T, height, width), T left out for images.
 
     Views of upstream's resize are bytes where that loses nothing, otherwise normalised float32.
     """

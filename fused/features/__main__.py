@@ -10,30 +10,39 @@ from collections.abc import Sequence
 
 from fused.evaluate.protocols import add_view_options
 from fused.evaluate.run import NotFinite
-from fused.evaluate.settings import Settings, read_settings
+from fused.evaluate.settings import VIEW_OPTIONS, Settings, read_settings
 from fused.features.extract import check_suffix, extract
 from fused.io.atomic_write import NotWritten
 from fused.models.videomamba.model import VideoMamba, VideoMambaEncoder
+from fused.terminal import (
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    SETUP_ERRORS,
+    USAGE,
+    Terminal,
+    bad_file_reasons,
+    escape_what_cannot_be_printed,
+    fail,
+)
 from fused.train.parallel import joined_world
-from fused.train.terminal import SETUP_ERRORS, Terminal, bad_file_reasons, escape_what_cannot_be_printed, fail
-
-DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+from fused.train.run_folder import check_writable
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    words = argparse.ArgumentParser(
+    command = argparse.ArgumentParser(
         prog="python -m fused.features", description="Write a vector, or all tokens, of each video to a file, with its name."
     )
-    words.add_argument("--model", required=True, help="a folder of save_pretrained, or a name in fused.PRETRAINED")
-    words.add_argument("--data", required=True, help="a folder or list of videos")
-    words.add_argument("--out", required=True, help="a file that ends with .safetensors or .npy")
-    words.add_argument("--encoder", action="store_true", help="the model is a VideoMambaEncoder, of a pretraining")
-    words.add_argument("--tokens", action="store_true", help="all tokens of a video, not one vector")
-    words.add_argument("--chunk-frames", type=int, metavar="N", help="run long clips in the memory of N frames")
-    add_view_options(words)
-    words.add_argument("overrides", nargs="*", metavar="key=value", help="keys of python -m fused.evaluate, such as window=60")
-    return words
+    command.add_argument("--model", required=True, help="a folder of save_pretrained, or a name in fused.PRETRAINED")
+    command.add_argument("--data", required=True, help="a folder or list of videos")
+    command.add_argument("--out", required=True, help="a file that ends with .safetensors or .npy")
+    command.add_argument("--encoder", action="store_true", help="the model is a VideoMambaEncoder, of a pretraining")
+    command.add_argument("--tokens", action="store_true", help="all tokens of a video, not one vector")
+    command.add_argument("--chunk-frames", type=int, metavar="N", help="run long clips in the memory of N frames")
+    add_view_options(command)
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="keys of fused.evaluate, see its --help: window=60")
+    return command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,8 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_intermixed_args(arguments)
     escape_what_cannot_be_printed(sys.stdout)
     try:
-        check_suffix(options.out)
-        given = {name: getattr(options, name) for name in ("protocol", "views", "crops", "resize")}
+        check_writable(check_suffix(options.out).parent)  # it is written at the end, which may be hours later
+        given = {name: getattr(options, name) for name in VIEW_OPTIONS}
         settings: Settings = read_settings(options.overrides, given)
         kind = VideoMambaEncoder if options.encoder else VideoMamba
         with joined_world(settings.device) as world:

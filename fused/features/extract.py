@@ -20,10 +20,10 @@ from fused.io.checkpoint_file import SAFETENSORS, save_checkpoint
 from fused.models.videomamba.classify import check_fits, preprocessing_of
 from fused.models.videomamba.model import VideoMamba, VideoMambaEncoder
 from fused.rules import COUNT, invalid
-from fused.train.data.clips import BadFile, batches
+from fused.terminal import Terminal
+from fused.train.data.batches import BadFile, batches
 from fused.train.parallel import World
 from fused.train.prefetch import Prefetcher
-from fused.train.terminal import Terminal
 
 SUFFIXES = (SAFETENSORS, ".npy")
 
@@ -121,8 +121,8 @@ def extract(
 
 
 def check_suffix(path: str | Path) -> Path:
-    """Return the path of a file of features. Raise ValueError for a suffix that is none of SUFFIXES."""
-    if Path(path).suffix not in SUFFIXES:
+    """Return the path of a file of features. Raise ValueError for a folder, and for a suffix that is none of SUFFIXES."""
+    if Path(path).suffix not in SUFFIXES or Path(path).is_dir():
         raise invalid("out", str(path), "a file that ends with " + " or ".join(SUFFIXES))
     return Path(path)
 

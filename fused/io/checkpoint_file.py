@@ -39,8 +39,8 @@ def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
 
     A file with the suffix .safetensors, or with such content, is read as such, any other as written by `torch.save`. No code in
     the file is run: the only Python objects that are made are plain containers and what trainers store with the weights,
-    `argparse.Namespace`, paths, and NumPy's numbers and arrays of them. ~ in front is the home folder.
-    Raises FileNotFoundError, TypeError for what is no path, and CheckpointError for a folder, a file with other objects, a
+    `argparse.Namespace`, paths, and NumPy's numbers and arrays of them. ~ in front is the home folder. Raises
+    FileNotFoundError, TypeError for another type than a path, and CheckpointError for a folder, a file with other objects, a
     damaged file, or one that holds no dictionary.
     """
     if not isinstance(path, str | os.PathLike):
@@ -59,10 +59,10 @@ def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
 def save_checkpoint(model_or_state_dict: nn.Module | Mapping[str, Any], path: str | Path) -> Path:
     """Write a model's weights, or a dictionary, atomically, and return the path.
 
-    The suffix .safetensors selects that format, which holds tensors only. Any other selects `torch.save`'s, for dictionaries
-    of tensors, plain numbers, strings and containers of those, such as a trainer's {"model": ..., "optimizer": ...}. Missing
-    folders are made, and ~ in front is the home folder. Raises OSError if the disk is full (the old file stays), TypeError for
-    what is neither a model nor a dictionary, and for values that the format cannot hold.
+    The suffix .safetensors selects that format, which holds tensors only. Any other selects `torch.save`'s, for dictionaries of
+    tensors, plain numbers, strings and containers of those, such as a trainer's {"model": ..., "optimizer": ...}. Missing
+    folders are made, and ~ in front is the home folder. Raises OSError if the disk is full (the old file stays), TypeError
+    unless a model or a dictionary is given, and for values that the format cannot hold.
     """
     path, given = Path(os.path.expanduser(path)), model_or_state_dict
     if not isinstance(given, nn.Module | Mapping):
@@ -101,7 +101,7 @@ def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
     try:
         return library.load_file(path, device="cpu")
     except Exception as error:
-        _refuse_text(path)
+        refuse_text(path)
         raise CheckpointError(f"{path} is no safetensors file, or it is damaged: {error}") from error
 
 
@@ -111,7 +111,7 @@ def _read_pickle(path: Path) -> Any:
         with torch.serialization.safe_globals(_plain_classes()):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        _refuse_text(path)
+        refuse_text(path)
         match = re.search(r"GLOBAL ([\w.]+)", str(error))  # not PyTorch's message: it recommends to run the file
         reason = f"besides tensors it holds {match[1]}" if match else "it holds more than tensors, or is damaged"
         raise CheckpointError(
@@ -122,13 +122,13 @@ def _read_pickle(path: Path) -> Any:
         if "TorchScript" in str(error):
             way_out = "load it with torch.jit.load, and pass its state_dict()"
             raise CheckpointError(f"{path} is a TorchScript archive, which holds code; {way_out}") from error
-        _refuse_text(path)
+        refuse_text(path)
         raise CheckpointError(
             f"{path} cannot be read, it is no checkpoint or it is damaged ({type(error).__name__})"
         ) from error
 
 
-def _refuse_text(path: Path) -> None:
+def refuse_text(path: Path) -> None:
     """Raise CheckpointError for a file that begins as text, such as a page of a server or a pointer of Git LFS."""
     head = _first_bytes(path, 60)
     if not head or not all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in head):

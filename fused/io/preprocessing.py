@@ -29,13 +29,16 @@ def _colours(holds: Any, allowed: str) -> Rule:
     return Rule(lambda v: isinstance(v, tuple) and len(v) == 3 and all(is_number(x, holds) for x in v), allowed)
 
 
+SHORT = ("drop", "loop", "last")
+"""What becomes of a video that is too short."""
+
 RULES = {
     "frames": COUNT.optional(),
     "size": Rule(_is_size, "pixels of a side, or [height, width]"),
     "sampling": one_of(("segments", "dense", "borders")),
     "stride": COUNT,
     "fps": POSITIVE.optional(),
-    "short": one_of(("drop", "loop", "last")),
+    "short": one_of(SHORT),
     "crop": one_of(("centre", "stretch")),
     "first_seconds": POSITIVE.optional(),
     "mean": _colours(lambda x: abs(x) < float("inf"), "three numbers, of red, green and blue"),
@@ -49,8 +52,8 @@ class Preprocessing:
     """How frames are chosen from a video, and how they become the clip that a model was trained on.
 
     "segments" cuts the video into `frames` equal segments and takes a frame of each; "dense" takes frames that are `stride`
-    apart; "borders" is the rule of upstream's video-text models (`sampling.border_frames`).
-    With `fps` the video is first shown at this rate: frame k is the one that is seen k / fps seconds after the first.
+    apart; "borders" is the rule of upstream's video-text models (`sampling.border_frames`). With `fps` the video is first shown
+    at this rate: frame k is the one that is seen k / fps seconds after the first.
 
     Raises ValueError at construction; the message names the field, its value and the allowed values.
     """
@@ -122,7 +125,7 @@ class Preprocessing:
             apart = f", {frames} that are {self.stride} apart" if self.sampling == "dense" else ""
             rate = "" if self.fps is None else f" at {self.fps} a second"
             allowed = f"allowed are videos of at least {least} frames{apart}{rate}; short=loop and short=last repeat frames"
-            raise VideoTooShort(path, f"too short: it has {n} frames{rate}", allowed)
+            raise VideoTooShort(path, f"too short: it has {n} frame{'' if n == 1 else 's'}{rate}", allowed)
         length = max(n, least)
         if self.sampling == "dense":
             places = dense_frames(length, frames, self.stride, rng, view, views)

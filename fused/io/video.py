@@ -51,10 +51,11 @@ def read_frames(
 
     Raises what `read_clip` raises: failures to decode while iterating, all others at once.
     """
-    if frames < 1 or min(height_width(size)) < 1:
-        raise ValueError(f"frames and size have to be at least 1, not {frames} and {size}")
+    for name, value, least in (("frames", frames, frames), ("size", size, min(height_width(size)))):
+        if least < 1:
+            raise ValueError(f"{name} is {value}; allowed: at least 1")
     if not 0 <= start < stop <= 1:
-        raise ValueError(f"start and stop are fractions of the video, 0 <= start < stop <= 1, not {start} and {stop}")
+        raise ValueError(f"start is {start} and stop {stop}; allowed: fractions of the video, 0 <= start < stop <= 1")
     path = Path(path)
 
     def middle(total: int, times: Times) -> list[int]:

@@ -20,6 +20,7 @@ H263_CODECS = ("mpeg4", "h263", "h263p", "flv", "msmpeg4v1", "msmpeg4v2", "msmpe
 LENIENT_CODECS = frozenset((*SIDE_DATA_CODECS, *H263_CODECS))
 MAX_THREADS = 16
 MAX_PIXELS = 2**27  # of a frame: a damaged header must not take all memory
+SIDE_DATA_KINDS = 64  # more than FFmpeg numbers
 ASPECTS = (Fraction(1, 10), Fraction(10))  # of a pixel, width over height; others are damage
 
 
@@ -126,12 +127,25 @@ def _display_matrix(frame: Any) -> tuple[int, int, int, int] | None:
     """Return a, b, c, d of a frame's display matrix, None without one: (x, y) is shown at (a x + c y, b x + d y)."""
     try:
         data = frame.side_data.get("DISPLAYMATRIX")
-    except ValueError:  # PyAV does not know the kind of other side data; it still knows the angle, counter-clockwise
-        return {90: (0, -1, 1, 0), 180: (-1, 0, 0, -1), -90: (0, 1, -1, 0)}.get((frame.rotation + 179) % 360 - 179)
+    except ValueError:  # PyAV does not know the kind of other side data, as EXIF of still images
+        data = _without_unknown_side_data(frame).side_data.get("DISPLAYMATRIX")
     if data is None:
         return None
     a, b, _, c, d, *_ = struct.unpack("=9i", bytes(data)[:36])
     return a, b, c, d
+
+
+def _without_unknown_side_data(frame: Any) -> Any:
+    """Return a frame without side data of the kinds that FFmpeg has and this PyAV has no name for."""
+    av = import_av()
+    graph = av.filter.Graph()
+    graph.threads = 1
+    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)
+    unknown = set(range(SIDE_DATA_KINDS)) - {kind.value for kind in av.sidedata.sidedata.Type}
+    removals = [graph.add("sidedata", f"mode=delete:type={kind}") for kind in sorted(unknown)]
+    graph.link_nodes(source, *removals, graph.add("buffersink")).configure()
+    graph.push(frame)
+    return graph.pull()
 
 
 def _turn(image: np.ndarray, matrix: tuple[int, int, int, int] | None) -> np.ndarray:

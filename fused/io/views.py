@@ -28,6 +28,7 @@ from fused.rules import COUNT, POSITIVE, POSITIVE_OR_0, invalid, one_of
 RESIZES = ("antialiased", "upstream", "imagenet")
 CROP_RATIO = 0.875  # of "imagenet": the side of the crop, in short sides of the resized frame
 
+
 def sparse_frames(total: int, frames: int, view: int, views: int) -> list[int]:
     """Return the frame numbers of clip `view` of `views` by upstream's rule "sparse"; a short video's occur several times."""
     segment = (total - 1) / frames

@@ -54,9 +54,14 @@ class Mamba(nn.Module):
                where c = silu(conv(x)) and dt, B, C = x_proj(c)
         out  = out_proj(y)
 
+    There are E = expand * d_model channels with `d_state` states each. The convolution reads `d_conv` tokens, and dt has the
+    rank `dt_rank`, by default d_model / 16, rounded up. `conv_bias` and `bias` say whether the convolutions, and in_proj and
+    out_proj, have a bias. `dt_min` to `dt_init_floor` are upstream's options of dt_proj's initial values. Parameters are on
+    `device` and in `dtype`, but A_log and D, which are float32. `layer_idx` names the layer in messages.
+
     Tokens stay (B, L, channels) throughout, and native kernels make no reversed copy. Parameter names, shapes and
     initial values are upstream's. `backend` is a name of `fused.backends`, or "auto"; `use_fast_path=False` makes "auto"
-    choose "torch".
+    choose "torch". Raises ValueError for an unknown `dt_init` or backend.
 
     The kernels read the weights of the modules. A module that is more than its weight (an adapter such as LoRA, hooks, a
     pruning) is called instead, and the mixer runs in more operators around it; a quantised one raises ValueError.
@@ -132,10 +137,10 @@ class Mamba(nn.Module):
         bias.copy_(inverse_softplus(step))
 
     def init_state(self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> State:
-        """Return the state before a sequence: zeros (B, E, K-1) in `dtype`, the stream's, and (B, E, N) in at least float32.
+        """Return the state before `batch_size` sequences: zeros (B, E, K-1) in `dtype` and (B, E, N) in at least float32.
 
-        Without a dtype it is that of in_proj's output, which autocast decides where it is on; without a device that of
-        the parameters. Raises ValueError for a bidirectional mixer and for a batch of 0 clips.
+        `dtype` is the stream's. Without a dtype it is that of in_proj's output, which autocast decides where it is on; without
+        a device that of the parameters. Raises ValueError for a bidirectional mixer and for a batch of 0 clips.
         """
         self._require_causal()
         weight = weight_of(self.in_proj)
@@ -151,7 +156,7 @@ class Mamba(nn.Module):
         *,
         backend: str | None = None,
     ) -> Float[Tensor, "B L D"] | tuple[Float[Tensor, "B L D"], State]:
-        """Return the mixer's output (B, L, D); with `return_state` also return what the next chunk's `state` must be.
+        """Return the output (B, L, D) for tokens `hidden` (B, L, D); with `return_state` also what the next chunk's `state` is.
 
         Chunks chained by their states give the result of the whole sequence, gradients included (`bimamba=False` only).
         `backend` is the choice that a model has made for this forward; without it the mixer chooses from its own `backend`.
@@ -255,7 +260,7 @@ class Mamba(nn.Module):
         if self.bimamba and backend in ("torch", "cpu") and not called:
             return both_directions_eager(x, self.directions(), z, backend), None
         suffixes = ("", "_b") if self.bimamba else ("",)
-        directions = [self._weights_beside(called, suffix) for suffix in suffixes] if called else self.directions()
+        directions = [self._uncalled_weights(called, suffix) for suffix in suffixes] if called else self.directions()
         ys, states = [], []
         for i, (suffix, weights) in enumerate(zip(suffixes, directions, strict=True)):
             modules = {name: getattr(self, name + suffix) for name in _INNER if name + suffix in called}
@@ -270,7 +275,7 @@ class Mamba(nn.Module):
             states.append(leaving)
         return ys[0] if len(ys) == 1 else ys[0] + ys[1], states[0]
 
-    def _weights_beside(self, called: Collection[str], suffix: str) -> DirectionWeights:
+    def _uncalled_weights(self, called: Collection[str], suffix: str) -> DirectionWeights:
         """Return the weights of the direction with this suffix; for modules that are `called`, None, and nothing is read."""
         modules = ((name + suffix, getattr(self, name + suffix)) for name in _INNER)
         weights: Any = [(None, None) if name in called else (m.weight, m.bias) for name, m in modules]

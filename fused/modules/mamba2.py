@@ -18,7 +18,7 @@ from fused.modules.wrapped import describe, modules_to_call, weight_of
 from fused.ops.causal_conv1d import api as conv_api
 from fused.ops.gated_norm import MAX_WIDTH
 from fused.ops.gated_norm.eager import gated_norm_eager
-from fused.ops.segments import check_seq_idx
+from fused.ops.seq_idx import check_seq_idx
 from fused.ops.ssd import api as ssd_api
 from fused.ops.ssd import mamba_ssm
 from fused.runtime.dtypes import KERNEL_DTYPES, accumulation_dtype
@@ -234,7 +234,7 @@ class Mamba2(nn.Module):
         elif backends.operators_of(backend) == "mamba_ssm":
             c = mamba_ssm.convolve_segments(xBC, weight, conv.bias, seq_idx)
         else:
-            c, conv_state = conv_api.implementation(backend, segments=True)(xBC, weight, conv.bias, seq_idx=seq_idx, **options)
+            c, conv_state = conv_api.implementation(backend, packed=True)(xBC, weight, conv.bias, seq_idx=seq_idx, **options)
         GN = self.ngroups * self.d_state
         x, B, C = c.split((self.d_ssm, GN, GN), dim=-1)
         B, C = (m.unflatten(2, (self.ngroups, -1)) for m in (B, C))

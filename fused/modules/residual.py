@@ -18,8 +18,8 @@ def pre_norm(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return (norm(residual + hidden), residual + hidden): a mixer's input and the new residual stream.
 
-    hidden goes through `drop_path` first, by the native norm in the same kernel.
-    `residual` is None for the first layer. With `residual_in_fp32` the new stream is at least float32.
+    hidden goes through `drop_path` first, by the native norm in the same kernel. `residual` is None for the first layer. With
+    `residual_in_fp32` the new stream is at least float32.
     """
     if residual is not None and drop_path is not None:
         drops = drop_path.rate > 0 and drop_path.training

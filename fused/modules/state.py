@@ -54,7 +54,7 @@ def zero_mean(state: State, width: int) -> State:
 def unpack(state: States, depth: int, mean: bool, name: str) -> list[State]:
     """Return the pairs of a model's state in order: `depth` of layers, then (count, total) if `mean`.
 
-    `name` is the argument's name in the errors. Raises TypeError for what is no list, tuple or dict of pairs of tensors,
+    `name` is the argument's name in the errors. Raises TypeError unless the state is a list, tuple or dict of pairs of tensors,
     ValueError for too many or too few entries or for other keys.
     """
     expected = f"one per layer ({depth})" + (", then (count, total) of the running mean" if mean else "")
@@ -67,7 +67,7 @@ def unpack(state: States, depth: int, mean: bool, name: str) -> list[State]:
     for i in range(len(state)):
         if not (isinstance(state[i], (list, tuple)) and len(state[i]) == 2 and all(isinstance(x, Tensor) for x in state[i])):
             form = "(conv_state, ssm_state)" if i < depth else "(count, total)"
-            raise TypeError(f"entry {i} of {name} is not two tensors {form}; neither does without the other")
+            raise TypeError(f"entry {i} of {name} is not two tensors; allowed: {form}, as `init_state` makes them")
     return [cast(State, tuple(state[i])) for i in range(len(state))]
 
 

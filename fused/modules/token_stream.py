@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fused.modules.mamba import Mamba
 from fused.modules.mamba2 import Mamba2
 from fused.modules.wrapped import weight_of
+from fused.runtime.autocast import autocast_of_graph
 from fused.runtime.graphs import CudaRecorder, Recorder, Recording, warm
 
 
@@ -38,7 +39,7 @@ class TokenStream:
         if graph and weight.device.type != "cuda":
             raise ValueError(f"graph is True, but the mixer is on {weight.device}; a CUDA graph needs it on a CUDA device")
         self.mixer = mixer
-        self._autocast = torch.is_autocast_enabled(weight.device.type), torch.get_autocast_dtype(weight.device.type)
+        self._autocast = autocast_of_graph(weight.device)
         with torch.inference_mode(False), torch.no_grad():
             self.state = mixer.init_state(batch_size)
             self._token = weight.new_zeros(batch_size, 1, mixer.d_model)
@@ -73,9 +74,7 @@ class TokenStream:
 
     def _advance(self) -> Tensor:
         """Return the output for the token in the buffer, and write the new state over the old one."""
-        on, dtype = self._autocast
-        # autocast's cache is freed at the context's end, but a graph would go on reading it
-        with torch.autocast(self._token.device.type, dtype, on, cache_enabled=False):
+        with self._autocast():
             out, state = self.mixer(self._token, state=self.state, return_state=True)
         for old, new in zip(self.state, state, strict=True):
             old.copy_(new)

@@ -2,9 +2,9 @@
 
 Nothing is imported before the first call. Upstream's layout is (B, channels, L) with contiguous tokens, and it scans from the
 first token only. Every call of an operator therefore makes a transposed copy and, for `reverse`, flips before and after; a
-mixer has that layout from its first product on.
-Upstream carries no state into a call and ignores the gradient of the state that leaves the scan: the first is refused
-by `backends.check_abilities`, the second here, in the backward. Written against mamba-ssm 2.3.2 and causal-conv1d 1.7.
+mixer has that layout from its first product on. Upstream carries no state into a call and ignores the gradient of the state
+that leaves the scan: the first is refused by `backends.check_abilities`, the second here, in the backward. Written against
+mamba-ssm 2.3.2 and causal-conv1d 1.7.
 """
 
 from collections.abc import Sequence

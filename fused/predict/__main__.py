@@ -1,36 +1,38 @@
 """python -m fused.predict --model FOLDER_OR_NAME FILE [FILE ...]
 
-Exit codes: 0 done; 1 at least one file gave no prediction; 2 a wrong option or model.
+Exit codes: 0 done; 1 at least one file gave no prediction; 2 a wrong option or model; 130 interrupted by Ctrl-C.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from fused.evaluate.protocols import add_view_options, choose_views
+from fused.io.preprocessing import SHORT
 from fused.io.video import VideoError
+from fused.io.views import Views
 from fused.models.videomamba.classify import check_classes, classify, preprocessing_of, read_class_names
 from fused.models.videomamba.model import VideoMamba
+from fused.terminal import DONE, FAILED, INTERRUPTED, SETUP_ERRORS, USAGE, escape_what_cannot_be_printed, fail
 from fused.train.parallel import joined_world
-from fused.train.terminal import SETUP_ERRORS, escape_what_cannot_be_printed
-
-DONE, FAILED, USAGE = 0, 1, 2
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    words = argparse.ArgumentParser(
+    command = argparse.ArgumentParser(
         prog="python -m fused.predict", description="Print the most likely classes of video files, or of folders of images."
     )
-    words.add_argument("files", nargs="+", metavar="FILE", help="a video file, or a folder of images")
-    words.add_argument("--model", required=True, help="a folder of save_pretrained, or a name in fused.PRETRAINED")
-    words.add_argument("--top", type=int, default=5, help="classes of a file (5)")
-    words.add_argument("--json", action="store_true", help="print one JSON object a file: video, top, or error")
-    words.add_argument("--labels", metavar="FILE", help="a class name in each line, for a model whose folder has none")
-    add_view_options(words)
-    words.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    return words
+    command.add_argument("files", nargs="+", metavar="FILE", help="a video file, or a folder of images")
+    command.add_argument("--model", required=True, help="a folder of save_pretrained, or a name in fused.PRETRAINED")
+    command.add_argument("--top", type=int, default=5, help="classes of a file (5)")
+    command.add_argument("--json", action="store_true", help="print one JSON object a file: video, top, or error")
+    command.add_argument("--labels", metavar="FILE", help="a class name in each line, for a model whose folder has none")
+    add_view_options(command)
+    command.add_argument("--short", choices=SHORT, help="what a video of too few frames is (of the model's folder, else drop)")
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="a GPU if there is one (auto)")
+    return command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,10 +48,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_classes(model)
         if options.labels is not None:
             model.labels = tuple(read_class_names(options.labels))
-        views.check(preprocessing_of(model))
+        model.preprocessing = preprocessing_of(model)
+        if options.short is not None:
+            model.preprocessing = replace(model.preprocessing, short=options.short)
+        views.check(model.preprocessing)
     except SETUP_ERRORS as error:
-        print("fused.predict:", *str(error).splitlines(), file=sys.stderr)
-        return USAGE
+        return fail("fused.predict", error, USAGE)
+    try:
+        return predict(model, views, options)
+    except KeyboardInterrupt:
+        return fail("fused.predict", "stopped", INTERRUPTED)
+
+
+def predict(model: VideoMamba, views: Views, options: argparse.Namespace) -> int:
+    """Print the most likely classes of the files that `options` name, and return the exit code."""
     failed = 0
     for file in options.files:
         try:

@@ -44,7 +44,7 @@ def capability() -> int:
 
 
 def compiler() -> Compile | None:
-    """Return what a launch is to call in its stead, None if it is to launch."""
+    """Return the function that is called instead of a launch in this thread, None if it launches."""
     return _thread.compile
 
 

@@ -1,6 +1,8 @@
 """The autocast of a device, also of one that has none, and a context without it for operators that choose their own dtypes."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 
@@ -25,3 +27,13 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     if kind in AUTOCAST_DEVICES and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None
+
+
+def autocast_of_graph(device: torch.device) -> Callable[[], AbstractContextManager[object]]:
+    """Return a function that makes a context with the autocast that is on now on `device`, for work that a CUDA graph holds.
+
+    It caches no casts of weights: they would be freed at the context's end, and the graph would go on reading them.
+    """
+    kind = device.type
+    on, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    return partial(torch.autocast, kind, dtype, on, cache_enabled=False)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fused.runtime.dtypes import KERNEL_DTYPES
+from fused.runtime.dtypes import KERNEL_DTYPES, dtype_name
 
 
 def check_tensor(op: str, name: str, value: object, letters: str, sizes: dict[str, int], device: torch.device | None) -> None:
@@ -32,7 +32,7 @@ def check_native_dtypes(op: str, **tensors: Tensor | None) -> None:
     """Raise ValueError unless every tensor has a dtype that the native kernels read."""
     for name, value in tensors.items():
         if value is not None and value.dtype not in KERNEL_DTYPES:
-            names = ", ".join(str(d).removeprefix("torch.") for d in KERNEL_DTYPES)
+            names = ", ".join(map(dtype_name, KERNEL_DTYPES))
             raise ValueError(f"{op}: backend 'native' has {names}, got {name} in {value.dtype}; use backend='torch'")
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from fused.rules import check_integer
+from fused.runtime.autocast import autocast_of_graph
 from fused.runtime.graphs import CudaRecorder, Recorder, Recording, warm
 from fused.runtime.modes import is_batch_invariant
 
@@ -34,8 +35,8 @@ class Graphed:
     the model a few times and records a graph; the `max_graphs` that were used last are kept. Calls may come from several
     threads and streams.
 
-    A graph is recorded anew when parameters or buffers of the model were written to or replaced, and when modules or hooks were
-    added, removed or replaced. Other Python state of a model, such as an attribute that its forward reads, is that of the
+    A graph is recorded again when parameters or buffers of the model were written to or replaced, and when modules or hooks
+    were added, removed or replaced. Other Python state of a model, such as an attribute that its forward reads, is that of the
     recording: `clear` forgets all graphs.
     """
 
@@ -129,11 +130,10 @@ class Graphed:
         arguments = {name: inputs.get(name) for name in given}
         args = [x for name, x in arguments.items() if isinstance(name, int)]
         kwargs = {name: x for name, x in arguments.items() if isinstance(name, str)}
-        on, dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+        autocast = autocast_of_graph(device)
 
         def call() -> Any:
-            # autocast would free its casts of the weights at the context's end, and a graph would go on reading them
-            with torch.autocast(device.type, dtype, on, cache_enabled=False):
+            with autocast():
                 return self.model(*args, **kwargs)
 
         with self._recorder.in_turn():
@@ -195,7 +195,7 @@ def graphed(model: nn.Module, max_graphs: int = 8) -> Graphed:
 
     It returns what `model` returns under `torch.no_grad()`, bit for bit. `Graphed` says when a graph is recorded, and what its
     arguments may be. `max_graphs`, at least 1, bounds the number of graphs, one for each shape of the arguments. Raises
-    TypeError for what is no module, ValueError for a model that is not on a CUDA device.
+    TypeError unless `model` is a module, ValueError for a model that is not on a CUDA device.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"graphed: model must be a torch.nn.Module, got {type(model).__name__}")

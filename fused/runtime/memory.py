@@ -1,8 +1,32 @@
-"""Memory of the CPU that stays with the process between calls."""
+"""Memory: what is free, and what of the CPU's stays with the process between calls."""
 
 import functools
+import os
+from pathlib import Path
 
 import torch
+
+MEMORY = Path("/proc/meminfo")
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Return the free memory of a device in bytes, None where it is not known.
+
+    On a CPU it is what the system can give without swapping, files that it caches included.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type != "cpu":
+        return None
+    try:
+        fields = dict(line.split(":", 1) for line in MEMORY.read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):  # not Linux
+        pass
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):  # not on this system
+        return None
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """Compilation of CUDA C++ at first use. No CUDA toolkit is needed and nothing is built at install.
 
-NVRTC, which comes with PyTorch's CUDA build, compiles, in background threads for what is known to be needed soon
+NVRTC, which comes with PyTorch's CUDA build, compiles. Kernels that will be needed soon are compiled in background threads
 (`background.py`). Machine code is kept on disk (`cubin_cache.py`). The driver loads it (`cuda_module.py`).
 
 A kernel is `extern "C" __global__ void` and takes pointers, `long long` and `float` only. The same source runs on the CPU;

@@ -2,8 +2,8 @@
 
 An operator's Python code chooses grids, configurations and workspaces, makes views and packs arguments. All of this depends
 only on the shapes, strides, dtypes, alignments and options of its arguments. Its second call with the same of these is recorded
-(`recording.py`). From the third on a plan (`plan.py`) runs in its stead: it allocates the results and one workspace, writes
-addresses into the arguments of the kernels, and launches them. Kernels, their arguments and their order are those of the
+(`recording.py`). From the third on a plan (`launch_plan.py`) runs instead: it allocates the results and one workspace,
+writes addresses into the arguments of the kernels, and launches them. Kernels, their arguments and their order are those of the
 record, so that results have the same bits.
 
 Another shape, stride, dtype, device or alignment is another plan. Weights are read at every call, so none can be stale. Plans
@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Parameter
 
-from fused.runtime.plan import Plan
+from fused.runtime.launch_plan import Plan
 from fused.runtime.recording import NotRecordable, Recorder
 
 LIMIT = 256

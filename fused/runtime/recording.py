@@ -3,7 +3,7 @@
     with Recorder(inputs) as recorder:
         results = kernel(*arguments)
 
-`plan.py` makes a launch plan of it. Within the context, `launch` and PyTorch's dispatcher report to the recorder.
+`launch_plan.py` makes a launch plan of it. Within the context, `launch` and PyTorch's dispatcher report to the recorder.
 """
 
 import threading
@@ -111,7 +111,7 @@ class Recorder(TorchDispatchMode):
             self._add_slot(out)
             self.steps.append(Zero(self.view(out)))
         elif not all(isinstance(x, Tensor) for x in results):
-            self.reason = f"{func} returns what is no tensor"
+            self.reason = f"{func} returns something else than tensors"
         else:
             given = {x.untyped_storage()._cdata for x in leaves((args, kwargs), Tensor)}
             new = [x.untyped_storage()._cdata not in given for x in results]

@@ -27,11 +27,13 @@ def launch(kernel: Any, device: torch.device, grid: tuple[int, ...], *args: Argu
     """Queue a Triton kernel on the current stream of its tensors' device, and note it in a record.
 
     `args` are positional parameters of the kernel; `constants` are the rest of them and Triton's options. In a thread that
-    compiles ahead the kernel is only compiled.
+    compiles ahead the kernel is only compiled. A grid without programs launches nothing, as by Triton; the driver refuses it.
     """
     compile = ahead.compiler()
     if compile is not None:
         compile(kernel, args, constants)
+        return
+    if 0 in grid:
         return
 
     def call(*tensors: Argument) -> Any:

@@ -1,6 +1,7 @@
 """python -m fused.search --model FOLDER --videos FOLDER_OR_LIST --text TEXT [--top N] [key=value ...]
 
-Exit codes: 0 done; 1 no video could be read, the disk is full, or scores are not finite; 2 a wrong option, model or folder.
+Exit codes: 0 done; 1 no video could be read, the disk is full, or scores are not finite; 2 a wrong option, model or folder;
+130 interrupted by Ctrl-C, features that were made are kept.
 """
 
 import argparse
@@ -14,25 +15,23 @@ from fused.evaluate.run import NotFinite
 from fused.evaluate.settings import read_settings
 from fused.io.atomic_write import NotWritten
 from fused.search.search import FEATURES, search
-from fused.train.data.clips import UnreadableFiles
-from fused.train.terminal import SETUP_ERRORS, Terminal, escape_what_cannot_be_printed, fail
-
-DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+from fused.terminal import DONE, FAILED, INTERRUPTED, SETUP_ERRORS, USAGE, Terminal, escape_what_cannot_be_printed, fail
+from fused.train.data.batches import UnreadableFiles
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    words = argparse.ArgumentParser(
+    command = argparse.ArgumentParser(
         prog="python -m fused.search", description="Print the videos of a folder that are nearest to a text."
     )
-    words.add_argument("--model", required=True, help="a folder of a VideoTextRetrieval, or a file of video_mm")
-    words.add_argument("--videos", required=True, help="a folder or list of videos")
-    words.add_argument("--text", required=True, help="what is looked for, such as 'a dog runs'")
-    words.add_argument("--top", type=int, default=5, help="videos that are printed (5)")
-    words.add_argument("--features", metavar="FOLDER", help=f"that keeps the features ({FEATURES} beside the videos)")
-    words.add_argument("--json", action="store_true", help="print one JSON object a video: video, cosine, match")
-    words.add_argument("overrides", nargs="*", metavar="key=value", help="keys of python -m fused.evaluate --task retrieval")
-    return words
+    command.add_argument("--model", required=True, help="a folder of a VideoTextRetrieval, or a file of video_mm")
+    command.add_argument("--videos", required=True, help="a folder or list of videos")
+    command.add_argument("--text", required=True, help="what is looked for, such as 'a dog runs'")
+    command.add_argument("--top", type=int, default=5, help="videos that are printed (5)")
+    command.add_argument("--features", metavar="FOLDER", help=f"that keeps the features ({FEATURES} beside the videos)")
+    command.add_argument("--json", action="store_true", help="print one JSON object a video: video, cosine, match")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="keys of --task retrieval: fused.evaluate --help")
+    return command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

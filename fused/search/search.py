@@ -11,9 +11,9 @@ from fused.evaluate.video_text import Engine
 from fused.evaluate.videos import list_unlabelled
 from fused.models.retrieval.model import VideoTextRetrieval
 from fused.rules import COUNT
-from fused.train.data.clips import BadFile, UnreadableFiles
+from fused.terminal import Terminal
+from fused.train.data.batches import BadFile, UnreadableFiles
 from fused.train.parallel import World, choose_device
-from fused.train.terminal import Terminal
 
 FEATURES = ".fused-search"  # the folder of the features, beside the videos
 

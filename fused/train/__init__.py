@@ -10,7 +10,8 @@ Stochastic depth and activation recomputation belong to the model: `drop_path_ra
 its configuration.
 """
 
-from fused.train.data.clips import Batch, Batches, ClipFolder, batches
+from fused.train.data.batches import Batch, Batches, batches
+from fused.train.data.clips import ClipFolder
 from fused.train.data.mixup import Mixed, cutmix, mix, mixup
 from fused.train.objectives.losses import (
     MatchingPairs,

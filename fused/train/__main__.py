@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fused.io.atomic_write import NotWritten
+from fused.terminal import DONE, FAILED, INTERRUPTED, SETUP_ERRORS, USAGE, escape_what_cannot_be_printed, fail
 from fused.train.config_file import read_config, to_yaml
-from fused.train.data.clips import UnreadableFiles
+from fused.train.data.batches import UnreadableFiles
 from fused.train.language.options import LANGUAGE_TASKS
 from fused.train.language.trainer import LanguageTrainer
 from fused.train.loop import Diverged, Trainer
@@ -21,9 +22,7 @@ from fused.train.parallel import joined_world
 from fused.train.recipes import describe_recipe, recipe_names
 from fused.train.run_folder import check_writable
 from fused.train.seed import setup_seed
-from fused.train.terminal import SETUP_ERRORS, escape_what_cannot_be_printed, fail
 
-DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 NOTHING_GIVEN = """task, out, data.train and a number of steps or epochs are needed, in a file or as key=value. For example:
   python -m fused.train task=finetune out=runs/first data.train=videos/train epochs=30 --dry-run
   python -m fused.train --print-config > run.yaml    # every key; complete it for --config run.yaml"""

@@ -111,7 +111,9 @@ def parse_yaml(text: str, source: str) -> Any:
     yaml = _import_yaml()
 
     class Loader(yaml.SafeLoader):  # type: ignore[name-defined, misc]
-        """A loader that refuses duplicate keys, and reads 1e-4 as a number, for which YAML 1.1 requires a dot and a sign."""
+        """A loader that refuses duplicate keys, reads 1e-4 as a number, for which YAML 1.1 requires a dot and a sign, and None
+        as null, since errors and Python call it so.
+        """
 
         def compose_mapping_node(self, anchor: Any) -> Any:
             node = super().compose_mapping_node(anchor)
@@ -127,6 +129,7 @@ def parse_yaml(text: str, source: str) -> Any:
     Loader.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
     )
+    Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("^None$"), ["N"])
     try:
         return yaml.load(text, Loader)
     except (yaml.YAMLError, RecursionError) as error:  # RecursionError: nested too deeply

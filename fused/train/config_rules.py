@@ -23,9 +23,9 @@ from fused.train.data.auto_augment import ALLOWED, AugmentPolicy
 from fused.train.data.list_columns import COLUMNS, SEPARATORS, are_columns
 from fused.train.language.options import LANGUAGE_RULES
 from fused.train.objectives.losses import ALIGNMENTS
+from fused.train.objectives.masks import MASKS
 from fused.train.optim import DECAY_RULES
 
-MASKS = ("attention", "random", "tube", "clip-row", "frame-row")
 GATHERS = ("exact", "upstream")
 PRECISIONS = ("float32", "bfloat16", "float16")
 SIZES = ("tiny", "small", "middle", "base")
@@ -45,21 +45,24 @@ def _is_policy(value: Any) -> bool:
     """Return whether `value` is text that `AugmentPolicy` reads."""
     try:
         AugmentPolicy.parse(value)
-    except (ValueError, AttributeError):  # the latter for what is no text
+    except (ValueError, AttributeError):  # AttributeError: the value is no text
         return False
     return True
 
 
-_FOLDER = Rule(lambda value: isinstance(value, str) and bool(value), "a folder")
-_FILE = Rule(lambda value: isinstance(value, str) and bool(value), "a path")
-_PATTERN = Rule(lambda value: isinstance(value, str) and bool(value), "a pattern of file names, such as img_*.jpg")
+def _text(allowed: str) -> Rule:
+    """Return a rule for text that is not empty."""
+    return Rule(lambda value: isinstance(value, str) and bool(value), allowed)
+
+
+_FOLDER, _FILE, _PATTERN = _text("a folder"), _text("a path"), _text("a pattern of file names, such as img_*.jpg")
 _VIDEO_RULES = {
     "separator": one_of((*SEPARATORS, *SEPARATORS.values())).optional(),
     "prefix": _FOLDER.optional(),
     "columns": Rule(are_columns, f"a list of {', '.join(COLUMNS)}, as the columns stand, with path").optional(),
     "frame_pattern": _PATTERN.optional(),
 }
-_NAME = Rule(lambda value: isinstance(value, str) and bool(value), "a name in fused.PRETRAINED, a folder or a file")
+_NAME = _text("a name in fused.PRETRAINED, a folder or a file")
 RULES = (
     LANGUAGE_RULES
     | dict.fromkeys(("out", "data.train"), _FOLDER)
@@ -104,7 +107,7 @@ RULES = (
         "save_minutes": POSITIVE.optional(),
         "ema": Rule(lambda value: is_number(value, lambda x: 0 < x < 1), "a rate between 0 and 1, such as 0.9999").optional(),
         "loss.alignment": one_of(ALIGNMENTS),
-        "mask.kind": one_of(MASKS),
+        "mask.kind": one_of(("attention", *MASKS)),
         "mask.ratio": RATE,
         "mask.image_ratio": RATE,
         "precision": one_of(PRECISIONS),

@@ -1,4 +1,4 @@
-"""The sections of a training's configuration: every key of theirs, and its default."""
+"""The sections of a training's configuration: their keys and the defaults."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

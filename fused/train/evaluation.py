@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused.train.data.clips import BadFile, ClipFolder, batches
+from fused.train.data.batches import BadFile, batches
+from fused.train.data.clips import ClipFolder
 from fused.train.data.target_clips import TargetClips
 from fused.train.ema import WeightAverage
 from fused.train.interrupt import Interrupt

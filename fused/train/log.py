@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from fused.io.atomic_write import atomic_write
-from fused.train.data.clips import BadFile
-from fused.train.terminal import Terminal, bad_file_reasons, clock
+from fused.terminal import Terminal, bad_file_reasons, clock
+from fused.train.data.batches import BadFile
 
 LOG_FILE = "log.jsonl"
 SHOWN_WAIT = 0.05  # share of the time for which steps waited for data, from which on the progress says so

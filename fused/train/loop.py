@@ -18,13 +18,15 @@ import torch
 from fused import backends
 from fused.train import checkpoints, parallel, run_folder, tasks
 from fused.train.config import TrainConfig
+from fused.train.counts import micro_batch_videos, warmup_steps
+from fused.train.data.batches import BadFile, Batches, batches
 from fused.train.data.captioned import AlternatingBatches, CaptionData
-from fused.train.data.clips import BadFile, Batches, batches
-from fused.train.data.configured import open_clips
+from fused.train.data.open_clips import open_clips
 from fused.train.ema import WeightAverage
 from fused.train.interrupt import Interrupt
 from fused.train.log import Log, peak_memory_mib
 from fused.train.optim import LearningRates, parameter_groups
+from fused.train.pace import Pace
 from fused.train.parallel import PendingSum, World
 from fused.train.prefetch import Prefetcher, Wait
 from fused.train.schedule import cosine_factor
@@ -62,19 +64,7 @@ class Trainer:
         backends.check_can_run(config.backend, world.device)
         self.data = self.training_data()
         self.val = val = open_clips(config, "val", self.data.classes) if config.data.val is not None else None
-        repeats = config.data.repeats
-        self.micro_batch_videos, remainder = divmod(config.batch_size, world.size * config.accumulate * repeats)
-        if remainder:
-            product, values = "processes * accumulate", f"{world.size} * {config.accumulate}"
-            if repeats > 1:
-                product, values = f"{product} * data.repeats", f"{values} * {repeats}"
-            raise ValueError(f"batch_size is {config.batch_size}; allowed: a multiple of {product} ({values})")
-        if len(self.data) * repeats < config.batch_size:
-            times = f"{repeats} times " if repeats > 1 else ""
-            raise ValueError(
-                f"batch_size is {config.batch_size}; allowed: up to {times}the {len(self.data)} {self.entries} of "
-                f"{config.data.train}"
-            )
+        self.micro_batch_videos = micro_batch_videos(config, world.size, len(self.data), self.entries)
         self.steps_per_epoch = len(self._epoch_batches(0, 0)) // config.accumulate
         self.total = config.steps or self.steps_per_epoch * int(config.epochs or 0)
         self.changes = run_folder.check_run(self.folder, config)
@@ -89,13 +79,15 @@ class Trainer:
         # the form that reads its learning rates and counts its steps on the GPU, in eager steps too: another rounds otherwise
         capturable = world.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=True, capturable=capturable)
-        factor = cosine_factor(self.total, self._warmup_steps(), optim.warmup_start, optim.floor)
+        warmup = warmup_steps(config, self.steps_per_epoch, self.total)
+        factor = cosine_factor(self.total, warmup, optim.warmup_start, optim.floor)
         self.rates = LearningRates(self.optimizer, factor, world.device)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "float16")
         self.train_step = TrainStep(config, self.task, world, self.optimizer, self.scaler, self.average, recorder)
         # On a GPU a step's numbers are read when the next one is on its way, so that the GPU never waits for the host.
         self.delay = 1 if world.device.type == "cuda" else 0
         self.step, self.saved_at = 0, time.monotonic()
+        self.pace = Pace()  # since the last line of the log
         self.checkpoint = checkpoints.newest(self.folder / run_folder.CHECKPOINTS)
         if self.checkpoint is not None:
             self._resume(self.checkpoint)
@@ -163,7 +155,7 @@ class Trainer:
         micro_batches = islice(self._epoch_batches(epoch, skip=done * config.accumulate), count * config.accumulate)
         feed = self.make_feed(micro_batches)
         under_way: deque[StepResult] = deque()
-        self._start_interval()
+        self.pace = Pace()
         for i in range(count):
             under_way.append(self._train_step(feed, interrupt))
             last, due = self.step == self.total, self._validation_due()
@@ -227,19 +219,12 @@ class Trainer:
         line["memory_mib"] = peak_memory_mib(world.device)
         bad_files = [file for files in world.all_gather(result.bad_files) for file in files] if num_bad else []
         logged = result.step == self.total or result.step % config.log_every == 0
-        self._clips += config.batch_size
-        self._waited += sum(wait.seconds() for wait in result.waits)
-        seconds = time.perf_counter() - self._start
-        line |= {f"{self.task.unit}_per_s": self._clips / seconds, "data_wait": min(self._waited / seconds, 1.0)}
+        line[f"{self.task.unit}_per_s"], line["data_wait"] = self.pace.add(config.batch_size, result.waits)
         if log is not None:
             log.write_step(line, bad_files, logged)
         if logged:
-            self._start_interval()
+            self.pace = Pace()
         return num_interrupted > 0, save > 0
-
-    def _start_interval(self) -> None:
-        """Begin to count clips and time for the next line of the log."""
-        self._start, self._clips, self._waited = time.perf_counter(), 0, 0.0
 
     def _check_finite(self, step: int, loss: float, norm: float, scale: float) -> None:
         """Raise Diverged unless loss and gradient norm of a step, at a scale of the loss, are finite.
@@ -289,25 +274,11 @@ class Trainer:
             world=world.size, skip=skip,
         )  # fmt: skip
 
-    def _warmup_steps(self) -> int:
-        """Return the steps of the warm-up. Raise ValueError, with the key, for as many as the training has, or more."""
-        optim = self.config.optim
-        epochs = optim.warmup_epochs
-        steps = optim.warmup_steps if epochs is None else round(epochs * self.steps_per_epoch)
-        if steps >= self.total:
-            key, value = ("warmup_steps", steps) if epochs is None else ("warmup_epochs", f"{epochs}, {steps} steps")
-            raise ValueError(f"optim.{key} is {value}; allowed: fewer than the {self.total} steps of the training")
-        return steps
-
     def _save(self) -> None:
         """Write a checkpoint of the current step."""
-        state = {
-            "step": self.step, "videos": len(self.data), "processes": self.world.size, "scaler": self.scaler.state_dict(),
-        }  # fmt: skip
+        state = {"step": self.step, "videos": len(self.data), "processes": self.world.size, "scaler": self.scaler.state_dict()}
         folder, keep = self.folder / run_folder.CHECKPOINTS, self.config.keep
-        self.checkpoint = checkpoints.save(
-            folder, state, self.task.student, self.optimizer, self.ema_tensors, self.world, keep
-        )
+        self.checkpoint = checkpoints.save(folder, state, self.task.student, self.optimizer, self.ema_tensors, self.world, keep)
         self.saved_at = time.monotonic()
 
     def _resume(self, checkpoint: Path) -> None:
@@ -315,9 +286,8 @@ class Trainer:
         state = checkpoints.read_state(checkpoint)
         self.step = state["step"]
         if self.step > self.total:
-            raise ValueError(
-                f"the run in {self.folder} is at step {self.step}; allowed: as many steps or more, got {self.total}"
-            )
+            at = f"the run in {self.folder} is at step {self.step}"
+            raise ValueError(f"{at}; allowed: as many steps or more, got {self.total}")
         if state["videos"] != len(self.data):
             counts = f"{self.config.data.train} holds {len(self.data)} {self.entries}, and held {state['videos']}"
             raise ValueError(f"{counts} when {self.folder} began; allowed: the same, or another out")

@@ -24,6 +24,7 @@ from fused.rules import invalid
 from fused.runtime.graphed import graphed
 from fused.train.config import TrainConfig
 from fused.train.config_keys import OWNERS
+from fused.train.objectives.masks import MASKS
 from fused.train.objectives.teachers import ClipTeacher
 
 SOURCES = "a folder that save_pretrained wrote, a name in fused.PRETRAINED"
@@ -37,13 +38,12 @@ class Teacher:
     layers: int  # K
     width: int  # C
     grid: tuple[int, int, int]  # tubelets, rows, columns; L is their product + 1
-    has_attention: bool
 
     def check_tokens(self, student: VideoMambaConfig) -> None:
         """Raise ValueError unless the student has the same grid of tokens."""
         if (student.tubelets, *student.grid) != self.grid:
             ours, theirs = ("{}x{}x{}".format(*grid) for grid in ((student.tubelets, *student.grid), self.grid))
-            raise ValueError(f"teacher has {theirs} tokens in time, rows and columns, the model {ours}; allowed: as many")
+            raise ValueError(f"teacher has {theirs} tokens in time, rows and columns; allowed: {ours}, as the model")
 
 
 def make_student(kind: Any, config: TrainConfig, required: dict[str, Any]) -> Any:
@@ -101,7 +101,10 @@ def make_video_text(config: TrainConfig, required: dict[str, Any]) -> VideoTextR
 
 
 def pretraining_teacher(config: TrainConfig, device: torch.device) -> Teacher:
-    """Return the teacher of pretraining: CLIP if `teacher` is a folder of a transformers model, otherwise a VideoMamba."""
+    """Return the teacher of pretraining: CLIP if `teacher` is a folder of a transformers model, otherwise a VideoMamba.
+
+    Raises ValueError for a mask by attention with a VideoMamba, and the errors of loading either.
+    """
     description = Path(str(config.teacher)) / "config.json"
     if description.is_file():
         try:
@@ -110,7 +113,10 @@ def pretraining_teacher(config: TrainConfig, device: torch.device) -> Teacher:
             raise ValueError(f"teacher is {config.teacher!r}, whose config.json cannot be read: {error}") from error
         if "architectures" in content:
             return _clip_teacher(config, device)
-    return videomamba_teacher(config, device)
+    teacher = videomamba_teacher(config, device)
+    if config.mask.kind == "attention":
+        raise invalid("mask.kind", "attention", f"with a VideoMamba as teacher, which has none, {', '.join(MASKS)}")
+    return teacher
 
 
 def videomamba_teacher(config: TrainConfig, device: torch.device) -> Teacher:
@@ -127,7 +133,7 @@ def videomamba_teacher(config: TrainConfig, device: torch.device) -> Teacher:
     def forward(clips: Tensor) -> tuple[Tensor, Tensor | None]:
         return tokens(clips)[None], None
 
-    return Teacher(forward, 1, model.config.embed_dim, (model.config.tubelets, *model.config.grid), False)
+    return Teacher(forward, 1, model.config.embed_dim, (model.config.tubelets, *model.config.grid))
 
 
 class _Tokens(nn.Module):
@@ -149,7 +155,7 @@ def _clip_teacher(config: TrainConfig, device: torch.device) -> Teacher:
         student = VideoMambaConfig(**_model_fields(config))
     clip = ClipTeacher.from_pretrained(str(config.teacher), student)
     clip.model.to(device)
-    return Teacher(clip, len(clip.layers), clip.width, (student.tubelets, *student.grid), True)
+    return Teacher(clip, len(clip.layers), clip.width, (student.tubelets, *student.grid))
 
 
 def _model_fields(config: TrainConfig) -> dict[str, Any]:

@@ -150,7 +150,8 @@ def parallelize(task: Task, parallel: str, world: World) -> None:
             for module in task.student.modules():
                 if isinstance(module, FSDPModule):
                     module.set_force_sum_reduction_for_comms(True)
-    elif world.size > 1:
+    task.load_weights(world.device)
+    if parallel != "fsdp" and world.size > 1:
         for tensor in (*task.student.parameters(), *task.student.buffers()):
             dist.broadcast(tensor.detach(), src=0)
 

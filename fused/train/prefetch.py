@@ -17,7 +17,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from fused.io.picture import MEAN, STD
-from fused.train.data.clips import BadFile, Batch
+from fused.train.data.batches import BadFile, Batch
 
 Read = TypeVar("Read")
 Given = TypeVar("Given")

@@ -31,8 +31,8 @@ from fused.train.objectives.losses import (
 )
 from fused.train.objectives.teachers import ClipTeacher
 from fused.train.objectives.text_masking import mask_words
-from fused.train.targets import MASKS, visible_targets
 from fused.train.task import Metrics, Task
+from fused.train.visible_targets import visible_targets
 
 
 class Retrieval(Task):
@@ -65,7 +65,7 @@ class Retrieval(Task):
         return torch.cat((torch.tensor([[self.data.ids[i]] for i in numbers]), words.ids), dim=1)
 
     def prepare(self, clips: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Return clips, ids (B,), words and masked words with labels, each (B, L), a seed, and for uta visible and targets.
+        """Return clips, ids (B,), words, masked words and their answers, each (B, L), a seed, and for uta visible and targets.
 
         `labels` are as from `encode`. An image (B, 3, H, W) becomes a clip of one frame.
         """
@@ -73,17 +73,17 @@ class Retrieval(Task):
         ids, words = labels[:, 0], labels[:, 1:]
         kept = (words == self.tokenizer.pad) | (words == self.tokenizer.cls)
         vocabulary = self.student.config.vocab_size
-        masked, due = mask_words(words, self.tokenizer.mask, vocabulary, kept, self.config.text.masked, generator)
+        masked, answers = mask_words(words, self.tokenizer.mask, vocabulary, kept, self.config.text.masked, generator)
         seed = torch.randint(2**62, (), generator=generator)
         if not self.teachers:
-            return clips, ids, words, masked, due, seed
+            return clips, ids, words, masked, answers, seed
         options, is_image = self.config.mask, self._is_image(clips)
         ratio = options.image_ratio if is_image else options.ratio
         targets = visible_targets(self.teachers[is_image], clips, options.kind, ratio, generator)
-        return clips, ids, words, masked, due, seed, *targets
+        return clips, ids, words, masked, answers, seed, *targets
 
     def forward(
-        self, clips: Tensor, ids: Tensor, words: Tensor, masked: Tensor, due: Tensor, seed: Tensor,
+        self, clips: Tensor, ids: Tensor, words: Tensor, masked: Tensor, answers: Tensor, seed: Tensor,
         visible: Tensor | None = None, targets: Tensor | None = None,
     ) -> tuple[Tensor, Metrics]:  # fmt: skip
         """Return the loss () and its parts, for the output of `prepare`.
@@ -106,7 +106,7 @@ class Retrieval(Task):
             own = slice(start, start + len(ids))
             parts["vtm"] = self._matching(similarities[own, own], ids, video.tokens, text, shown, int(seed))
         if weights.mlm:
-            parts["mlm"] = masked_language_loss(student.predict_words(video.tokens, masked, shown), due)
+            parts["mlm"] = masked_language_loss(student.predict_words(video.tokens, masked, shown), answers)
         if targets is not None and video.clip is not None:
             parts["uta"] = alignment_loss(video.clip, targets, weights.alignment)
         total = sum((getattr(weights, name) * part for name, part in parts.items()), similarities.new_zeros(()))
@@ -129,8 +129,6 @@ class Retrieval(Task):
         """Return the teacher of clips, and with data.images that of images, which is True."""
         config = self.config
         teacher = pretraining_teacher(config, device)
-        if config.mask.kind == "attention" and not teacher.has_attention:
-            raise invalid("mask.kind", "attention", f"with a VideoMamba as teacher, which has none, {', '.join(MASKS)}")
         if config.data.images is None:
             return {False: teacher}
         clip = teacher.forward

@@ -29,6 +29,9 @@ class Task(nn.Module):
         student: Any = self.student
         return list(student.layers)
 
+    def load_weights(self, device: torch.device) -> None:
+        """Put weights that are still on the meta device, whole or sharded, on `device`."""
+
     def encode(self, labels: Tensor) -> Tensor:
         """Return labels, int64 (B,) on the CPU, as `prepare` takes them: what has to look at them is done before the GPU."""
         return labels

@@ -19,8 +19,8 @@ from fused.train.data.target_clips import TargetClips
 from fused.train.models import make_student, pretraining_teacher, videomamba_teacher
 from fused.train.objectives.losses import alignment_loss, distillation_loss
 from fused.train.retrieval import Retrieval
-from fused.train.targets import MASKS, visible_targets
 from fused.train.task import Metrics, Task
+from fused.train.visible_targets import visible_targets
 
 _log = logging.getLogger("fused")
 
@@ -127,8 +127,6 @@ class Pretrain(Task):
         super().__init__()
         self.config = config
         self.teacher = pretraining_teacher(config, device)
-        if config.mask.kind == "attention" and not self.teacher.has_attention:
-            raise invalid("mask.kind", "attention", f"with a VideoMamba as teacher, which has none, {', '.join(MASKS)}")
         required = {"clip_return_layer": self.teacher.layers, "clip_output_dim": self.teacher.width}
         self.student = make_student(VideoMambaEncoder, config, required)
         self.teacher.check_tokens(self.student.config)
@@ -167,7 +165,7 @@ def build_task(
 
 
 def _check_readout(student: VideoMamba) -> None:
-    """Raise ValueError for a model that gives a clip one answer a token."""
+    """Raise ValueError for a model with readout "tokens", which has an output for each token."""
     if student.config.readout == "tokens":
         raise invalid("model.readout", "tokens", "'cls', 'mean' or 'last', which give a clip one answer")
 

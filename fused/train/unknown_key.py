@@ -64,7 +64,7 @@ SYNONYMS = {
 
 
 def unknown_key(key: str, allowed: Sequence[str], known: Sequence[str]) -> ValueError:
-    """Return the error for a dotted key that is none; the caller raises it.
+    """Return the error for an unknown dotted key; the caller raises it.
 
     `allowed` are the keys of its section, which are listed, `known` the keys of all sections, of which the nearest is named.
     """

@@ -19,7 +19,7 @@ class Call:
     peak: tuple[int, int] | None = None  # bytes allocated and reserved, where a call hides them
     launch: float = 0.0  # seconds that the host needs at most to launch it; measured by `warm`
     window: int = 0  # of a loop: calls between two synchronisations, which share the wall-clock time between these
-    host: Callable[[], tuple[float, ...]] | None = None  # measures `Speed.host`, which needs the device for itself
+    host: Callable[[], tuple[float, ...]] | None = None  # takes a sample of `Speed.host`, which needs an idle device
 
 
 class Clock:

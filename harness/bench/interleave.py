@@ -47,7 +47,7 @@ class TimedEntry:
             entry, point, "ok", tuple(self.samples), tuple(self.loaded["warm"]), "interval" if self.settled else "budget",
             self.alone, self.loaded["allocated"], self.loaded["reserved"], self._joules(),
             statistics.median(clocks) if (clocks := [b.clock for b in self.batches if b.clock is not None]) else None,
-            host=next((b.host for b in self.batches if b.host), ()),
+            host=tuple(map(statistics.median, zip(*(host for b in self.batches for host in b.hosts), strict=True))),
         )  # fmt: skip
 
     def _joules(self) -> float | None:

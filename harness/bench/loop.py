@@ -1,7 +1,6 @@
 """The timed calls of race `loop`: a user's step of training, and a user's call of a classifier, the host's time included."""
 
 import functools
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,7 +20,6 @@ BATCHES = 4  # that lie on the device and take turns
 WARM = 3  # steps before the clock starts: a compiled step is recorded in its second
 WINDOW = 0.1  # seconds between two synchronisations, or more
 FEWEST_CALLS, MOST_CALLS = 2, 32  # in a window
-HOST_SAMPLES = 7
 LEARNING_RATE, WEIGHT_DECAY, MAX_NORM = 1e-5, 0.05, 1.0
 
 Forward = Callable[[Tensor], Tensor]
@@ -48,11 +46,8 @@ def make(point: Point, entry: Entry, device: str) -> Call:
     window = min(max(round(WINDOW / max(taken[-1], 1e-6)), FEWEST_CALLS), MOST_CALLS)
 
     def host() -> tuple[float, ...]:
-        samples = []
-        for _ in range(HOST_SAMPLES):
-            _synchronize(device)
-            samples.append(loop.host())
-        return tuple(statistics.median(parts) / model.config.depth for parts in zip(*samples, strict=True))
+        _synchronize(device)
+        return tuple(part / model.config.depth for part in loop.host())
 
     peak = (torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)) if gpu else None
     return Call(step, window=window, host=host if gpu and point.way != "graph" else None, peak=peak)

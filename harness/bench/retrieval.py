@@ -12,7 +12,7 @@ from harness.bench.clock import Call
 from harness.bench.workloads import OnDevice
 from harness.fixtures import functional_modules as modules
 from harness.records.speed import Entry, Point
-from harness.subjects.retrieval import FUSION, LAYERS
+from harness.subjects.retrieval.sides import FUSION, LAYERS
 
 TEXTS_AT_ONCE = 256  # in one forward
 VOCABULARY = 1000

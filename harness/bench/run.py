@@ -11,7 +11,7 @@ from harness.bench import attentions, ceilings, grids, roofline
 from harness.bench.interleave import interleave
 from harness.bench.worker import Worker
 from harness.judge import parity
-from harness.judge.request import ParityRequest, UsageError
+from harness.judge.request import ParityRequest, require_known
 from harness.records.ceilings import BoxCeilings
 from harness.records.record import Record
 from harness.records.speed import GPU_WAYS, Entry, Point, Speed
@@ -178,9 +178,7 @@ def require_contenders(names: tuple[str, ...]) -> tuple[str, ...]:
     """Return the names of implementations that are to be timed, if all are contenders of a race. Raises UsageError."""
     racing = dict.fromkeys(subject for race in grids.races().values() for subject, _ in race.contenders)
     known = dict.fromkeys(i.name for s in racing for kernel in ("sdpa", None) for i in grids.contenders(s, kernel))
-    for name in names:
-        if name not in known:
-            raise UsageError(f"implementation {name!r} is unknown; there are {', '.join(known)}")
+    require_known("implementation", names, known)
     return names
 
 

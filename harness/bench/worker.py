@@ -18,6 +18,7 @@ from harness.records.speed import Entry, Point
 from harness.runs.workers import follow
 
 WARM = 3
+HOST_SAMPLES = 2  # of the host's time, in each turn of a loop: other work on the host comes and goes
 MIN_TOKENS_PER_SECOND = 50_000  # a call of many tokens may take longer than is allowed to all
 
 
@@ -85,13 +86,13 @@ class Worker:
 
 class Batch(NamedTuple):
     """Seconds of a call in each of the samples of a batch, joules of the batch, pauses included, and MHz at its end. A sample
-    is of `calls` calls. The first batch of a loop has the `host` time of a layer."""
+    is of `calls` calls. A batch of a loop has samples of the `hosts` time of a layer."""
 
     seconds: list[float]
     joules: float | None
     clock: float | None
     calls: int = 1
-    host: tuple[float, ...] = ()
+    hosts: tuple[tuple[float, ...], ...] = ()
 
     @property
     def spent(self) -> float:
@@ -126,16 +127,15 @@ class LoadedCall:
         assert self._call is not None
         taken: list[float] = []
         calls = max(1, self._call.window)
-        host: tuple[float, ...] = ()
-        if self._call.host:  # here, and not where all load at once
-            host, self._call.host = self._call.host(), None
+        host = self._call.host
+        hosts = tuple(host() for _ in range(HOST_SAMPLES)) if host else ()
         before = self._power.joules()
         while not taken or (sum(taken) * calls < seconds and len(taken) < most):
             taken.append(self._clock.time(self._call))
             if taken[-1] > self._longest:
                 raise TimeoutError(f"a call takes {taken[-1]:.1f} s, and {self._longest:.0f} s are allowed")
         clock, after = self._power.megahertz(), self._power.joules()
-        return Batch(taken, None if before is None or after is None else after - before, clock, calls, host)
+        return Batch(taken, None if before is None or after is None else after - before, clock, calls, hosts)
 
     def drop(self) -> None:
         """Forget the call and free its memory."""

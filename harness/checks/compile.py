@@ -48,6 +48,7 @@ def run(trial: Trial, implementation: Implementation) -> list[Finding]:
         except CannotAsk as why:
             reasons.append(str(why))
         except (torch._dynamo.exc.TorchDynamoException, ConstraintViolationError) as error:
+            trial.got(implementation, 0, trial.asks_gradients)  # what an eager call raises is no failure to compile
             found.append(Finding("fullgraph", "compile", math.inf, 0.0, note=" ".join(str(error).split())[:300]))
     if not found:
         raise CannotAsk("; ".join(dict.fromkeys(reasons)))

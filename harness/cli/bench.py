@@ -9,7 +9,8 @@ import typer
 
 from harness.bench import benchmark_json, grids
 from harness.bench import run as bench_run
-from harness.judge.request import UsageError, default_device, require_device
+from harness.cli.options import Device, Names, Out, Resume
+from harness.judge.request import default_device, require_device, require_known
 from harness.records.ceilings import BoxCeilings
 from harness.records.speed import Entry, Point, Speed, is_failure, last_line
 from harness.report import bench as page
@@ -25,15 +26,15 @@ SLOWEST = {"cpu": 10.0, "full": 2.0, "long": 10.0}  # seconds of a call; what ta
 def bench(
     grid: Annotated[str, typer.Option(help="cpu, full or long; by default cpu without a GPU, else full")] = "",
     race: Annotated[
-        list[str] | None, typer.Option(help=f"{', '.join(grids.races())}; by default {', '.join(grids.chosen_races(()))}")
+        Names, typer.Option(help=f"{', '.join(grids.races())}; by default {', '.join(grids.chosen_races(()))}")
     ] = None,
-    impl: Annotated[list[str] | None, typer.Option(help="implementation; all by default")] = None,
-    point: Annotated[list[str] | None, typer.Option(help="pattern of a point's name (--dry-run lists them)")] = None,
-    budget: Annotated[float, typer.Option(min=0.0, help="seconds of samples a point; 0 takes the grid's")] = 0.0,
-    device: str = "",
-    out: Annotated[Path | None, typer.Option(help="folder of the run")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="continue the newest unfinished bench, or that in --out")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="list the points")] = False,
+    impl: Annotated[Names, typer.Option(help="implementation (`list` names them); all by default")] = None,
+    point: Annotated[Names, typer.Option(help="name of a point, shell patterns allowed (--dry-run lists them)")] = None,
+    budget: Annotated[float, typer.Option(min=0.0, help="seconds of samples an entry and point; 0 takes the grid's")] = 0.0,
+    device: Device = "",
+    out: Out = None,
+    resume: Resume = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="list the points, and who is timed at each")] = False,
 ) -> None:
     """Time everything that passes parity.
 
@@ -43,12 +44,10 @@ def bench(
     """
     if out or not dry_run:
         require_writable(out)
-    device = device or default_device()
+    device = require_device(device or default_device())
     grid = grid or ("full" if device.startswith("cuda") else "cpu")
-    for what, given, allowed in (("grid", [grid], grids.GRIDS), ("race", race or [], grids.races())):
-        for name in given:
-            if name not in allowed:
-                raise UsageError(f"{what} {name!r} is unknown; allowed are {', '.join(allowed)}")
+    require_known("grid", [grid], grids.GRIDS)
+    require_known("race", race or [], grids.races())
     points = bench_run.points_here(grid, device, tuple(race or ()), tuple(point or ()))
     wanted = bench_run.require_contenders(tuple(impl or ()))
     if not points:
@@ -62,7 +61,7 @@ def bench(
     earlier = unfinished(out, "bench") if resume else None
     if not earlier and not bench_run.anything_to_time(points, grid, device, wanted):
         raise typer.Exit(nothing_ran(bench_run.why_nothing(points, device, wanted)))
-    box = environment.describe(require_device(device))
+    box = environment.describe(device)
     about = bench_run.describe(grid, device, tuple(race or ()), wanted, tuple(point or ()), budget or BUDGET[grid], box)
     run = begin(about, sys.argv[1:], out, earlier)
     print(f"{len(points)} points of grid {grid} on {box['gpu'] or box['cpu']}, into {run.folder}", flush=True)

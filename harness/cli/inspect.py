@@ -7,12 +7,16 @@ import typer
 
 import fused
 from fused import backends
+from fused.ops.selective_scan import schedule
+from fused.ops.selective_scan.path import path_of
 from harness.judge import registry
 from harness.judge.check import checks
 from harness.judge.request import GRIDS, default_device
 from harness.runs import acceptance, environment, freshness, tested
 from harness.runs.conclude import UNFIT
 from harness.runs.store import Run
+
+SCANNED = ((1, 1569), (8, 1569), (1, 9409), (1, 12_545))  # clips and tokens whose path `doctor` says
 
 
 def list_all() -> None:
@@ -41,6 +45,8 @@ def doctor() -> None:
     print(f"{'fused':16} {environment.imported_from('fused')}")
     for backend in backends.BACKENDS:
         print(f"{'backend':16} {backend}: {backends.unavailable(backend, default_device()) or 'runs here'}")
+    for line in scan_paths(default_device()):
+        print(f"{'scan':16} {line}")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         print(f"{'validated':16} {dtype}: {fused.validation(dtype=dtype) or 'no (run: nox -s parity)'}")
     for package, verdict in tested.judge_installed(tested.read()).items():
@@ -48,6 +54,19 @@ def doctor() -> None:
     for path in sorted(acceptance.ACCEPTED.glob("*/*/run.json")):
         print(f"{'accepted':16} {path.parent.name} {freshness.in_words(freshness.changed_since(Run.open(path.parent)))}")
     require_fit()
+
+
+def scan_paths(device: str) -> list[str]:
+    """Return the path of VideoMamba-M's scans through the native kernels, a line for each number of clips and tokens."""
+    if backends.unavailable("native", device):
+        return []
+    E, processors = 2 * fused.VideoMambaConfig.middle().embed_dim, schedule.multiprocessors(torch.device(device))
+    lines = []
+    for B, L in SCANNED:
+        for what, gradients in (("inference", False), ("training", True)):
+            path = path_of(B, L, E, torch.bfloat16, processors, gradients=gradients)
+            lines.append(f"VideoMamba-M, {what}, bfloat16, {B} x {L:,} tokens: {path}")
+    return lines
 
 
 def require_fit() -> None:

@@ -4,14 +4,14 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
+from harness.cli.options import Device, Names, Out, Resume
 from harness.judge.implementation import Implementation
-from harness.judge.request import UsageError, default_device, require_device
+from harness.judge.request import UsageError, default_device, require_device, require_known
 from harness.learning import trained_weights as trained
 from harness.learning.fit import Evaluation, Fitted, evaluation_steps, fit
 from harness.learning.task import Recipe, Task, allowed
@@ -53,17 +53,17 @@ class Training:
 
 
 def learn(
-    task: Annotated[list[str] | None, typer.Option(help=f"{', '.join(TASKS)}; all by default")] = None,
-    impl: Annotated[list[str] | None, typer.Option(help="implementation; native on a GPU, else torch")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="trainings of each, from seed 0 on")] = 1,
-    steps: Annotated[int, typer.Option(min=0, help="of each training; fewer than a task's own have no bar")] = 0,
+    task: Annotated[Names, typer.Option(help=f"{', '.join(TASKS)}; all by default")] = None,
+    impl: Annotated[Names, typer.Option(help="shell patterns allowed; fused:native on a GPU, else fused:torch")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="trainings of each task, with seeds from 0 on")] = 1,
+    steps: Annotated[int, typer.Option(min=0, help="steps of each training; 0 takes the task's own; fewer have no bar")] = 0,
     short: Annotated[bool, typer.Option("--short", help="the short version of each task, with a lower bar")] = False,
-    device: str = "",
+    device: Device = "",
     save_weights: Annotated[
         bool, typer.Option("--save-weights", help="keep what motion learns from seed 0 for parity's cases `trained`")
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="folder of the run")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="continue the newest unfinished run, or that in --out")] = False,
+    out: Out = None,
+    resume: Resume = False,
 ) -> None:
     """Train small models on small tasks; exits 0 if all learnt what they must, 1 if one did not, 3 if nothing ran.
 
@@ -107,13 +107,9 @@ def learn(
 
 def trainings(names: tuple[str, ...], wanted: tuple[str, ...], seeds: int, steps: int, short: bool) -> list[Training]:
     """Return the trainings that are asked for, task by task. Raises UsageError for names that are unknown."""
-    for name in names:
-        if name not in TASKS:
-            raise UsageError(f"task {name!r} is unknown; allowed are {', '.join(TASKS)}")
+    require_known("task", names, TASKS)
     models = videomamba.implementations()
-    for pattern in wanted:
-        if not any(fnmatchcase(i.name, pattern) for i in models):
-            raise UsageError(f"implementation {pattern!r} is unknown; there are {', '.join(i.name for i in models)}")
+    require_known("implementation", wanted, [i.name for i in models], patterns=True)
     chosen = [i for i in models if any(fnmatchcase(i.name, pattern) for pattern in wanted)]
     return [
         Training(TASKS[name], recipe(TASKS[name], steps, short), implementation, seed)

@@ -4,12 +4,12 @@ import random
 import sys
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from harness.judge.request import UsageError, require_device
+from harness.cli.options import Names, Out, Resume
+from harness.judge.request import require_device, require_known
 from harness.records.record import Record
 from harness.report import mutants as page
 from harness.runs import environment, workers
@@ -22,13 +22,13 @@ from harness.source_mutants.catalogue import SourceMutant
 
 
 def mutants(
-    room: Annotated[list[str] | None, typer.Option(help=f"{', '.join(catalogue.ROOMS)}; all by default")] = None,
-    case: Annotated[list[str] | None, typer.Option(help="name of a bug, shell patterns allowed (--dry-run lists them)")] = None,
-    sample: Annotated[int, typer.Option(min=0, help="how many of those with a killer, drawn by the commit; 0 takes all")] = 0,
+    room: Annotated[Names, typer.Option(help=f"{', '.join(catalogue.ROOMS)}; all by default")] = None,
+    case: Annotated[Names, typer.Option(help="name of a bug, shell patterns allowed (--dry-run lists them)")] = None,
+    sample: Annotated[int, typer.Option(min=0, help="so many that a test has found, drawn by the commit; 0 takes all")] = 0,
     device: Annotated[str, typer.Option(help="cpu, or cuda: then only bugs that need a GPU, and their narrow tests")] = "cpu",
     narrow: Annotated[bool, typer.Option("--narrow", help="only the tests that a bug names; what they miss survives")] = False,
-    out: Annotated[Path | None, typer.Option(help="folder of the run")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="continue the newest unfinished run, or that in --out")] = False,
+    out: Out = None,
+    resume: Resume = False,
     jobs: Annotated[int, typer.Option(min=0, help="copies of the tree that are tested at once; 0 takes one a core")] = 0,
     note: Annotated[bool, typer.Option("--note-killers", help="write into the data which test found each bug")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list the bugs")] = False,
@@ -40,9 +40,7 @@ def mutants(
     """
     if out or not dry_run:
         require_writable(out)
-    for name in room or ():
-        if name not in catalogue.ROOMS:
-            raise UsageError(f"room {name!r} is unknown; allowed are {', '.join(catalogue.ROOMS)}")
+    require_known("room", room or (), catalogue.ROOMS)
     gpu = device != "cpu"
     if gpu and not dry_run:
         require_device(device)

@@ -3,16 +3,18 @@
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
 from harness.cli.inspect import require_fit
+from harness.cli.options import Device, Names, Out, Resume
 from harness.judge import stamps
-from harness.judge.case import Case
+from harness.judge.case import DTYPES, Case
+from harness.judge.check import checks
 from harness.judge.parity import ContextLost, absent_implementations, cost, describe, memory, run_parity
+from harness.judge.registry import subjects
 from harness.judge.request import ParityRequest, default_device, require_device
 from harness.records.record import Record
 from harness.report import page
@@ -21,23 +23,23 @@ from harness.runs.conclude import FAILED, INTERRUPTED, NOTHING, PASSED, conclude
 from harness.runs.progress import Progress
 from harness.runs.store import Run, begin, require_writable, unfinished
 
-Many = Annotated[list[str] | None, typer.Option()]
+ADDED = "judge your own: SUBJECT:NAME=module:callable, or ...@LAYOUT for another package's memory layout"
 
 
 def parity(
     grid: Annotated[str, typer.Option(help="smoke, full or long; by default smoke on a CPU, full on a GPU")] = "",
-    subject: Many = None,
-    check: Many = None,
-    impl: Annotated[list[str] | None, typer.Option(help="implementation, shell patterns allowed")] = None,
-    dtype: Many = None,
-    case: Annotated[list[str] | None, typer.Option(help="case name, shell patterns allowed")] = None,
-    device: str = "",
+    subject: Annotated[Names, typer.Option(help=f"{', '.join(subjects())}; all by default")] = None,
+    check: Annotated[Names, typer.Option(help=f"{', '.join(checks())}; all by default")] = None,
+    impl: Annotated[Names, typer.Option(help="implementation, shell patterns allowed (`list` names them)")] = None,
+    dtype: Annotated[Names, typer.Option(help=f"{', '.join(DTYPES)}; all by default")] = None,
+    case: Annotated[Names, typer.Option(help="name of a case, shell patterns allowed (--dry-run lists them)")] = None,
+    device: Device = "",
     video: Annotated[str, typer.Option(help="video file for the real-input cases instead of the shipped clip")] = "",
-    added: Annotated[list[str] | None, typer.Option("--with", help="SUBJECT:NAME=module:callable[@LAYOUT]")] = None,
-    rival: Annotated[list[str] | None, typer.Option(help="implementation that does not decide the exit code")] = None,
-    mutant: Annotated[str, typer.Option(help="plant this bug in fused; the run must fail")] = "",
-    out: Annotated[Path | None, typer.Option(help="folder of the run")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="continue the newest unfinished run, or that in --out")] = False,
+    added: Annotated[Names, typer.Option("--with", help=ADDED)] = None,
+    rival: Annotated[Names, typer.Option(help="implementation that does not decide the exit code, patterns allowed")] = None,
+    mutant: Annotated[str, typer.Option(help="plant this bug in fused (`list` names them); the run must fail")] = "",
+    out: Out = None,
+    resume: Resume = False,
     jobs: Annotated[int, typer.Option(min=0, help="processes that share the cases; 0 chooses")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list the cases and what they cost")] = False,
     save_failing: Annotated[bool, typer.Option("--save-failing", help="keep the tensors of failing cases")] = False,
@@ -82,10 +84,14 @@ def parity(
 
 
 def nothing_to_ask(plan: ParityRequest, points: list[Case]) -> list[str] | None:
-    """Return why no question can be asked here, a reason for each absent implementation; None if one can."""
+    """Return why no question can be asked here: a reason for each absent implementation, else what fits; None if one can."""
     absent = {(r.subject, r.implementation): f"{r.implementation}: {r.reason}" for r in absent_implementations(plan)}
     here = ((c.subject, i.name) not in absent for c in points for _, _, i in plan.questions(c))
-    return None if any(here) else sorted(set(absent.values()))
+    if any(here):
+        return None
+    why = f"of the {len(points)} cases that fit none is asked these" if points else f"no case of grid {plan.grid} fits"
+    why += " (--dry-run with fewer options lists the cases)"
+    return sorted(set(absent.values())) or [f"the options leave no question: {why}"]
 
 
 def judge(plan: ParityRequest, run: Run, save_failing: bool, jobs: int) -> int:

@@ -19,9 +19,9 @@ from harness.runs.store import RUNS, Run
 
 def report(
     folder: Annotated[Path | None, typer.Argument(help="a run's folder; the newest by default")] = None,
-    new: Annotated[Path | None, typer.Argument(help="another of its kind, to be held against it")] = None,
+    new: Annotated[Path | None, typer.Argument(help="another run of its kind: the two side by side on one page")] = None,
     out: Annotated[Path | None, typer.Option(help="folder of the page on two; by default reports/runs/NEW-beside-BASE")] = None,
-    every: Annotated[bool, typer.Option("--accepted", help="of all accepted runs, and the pages that have them all")] = False,
+    every: Annotated[bool, typer.Option("--accepted", help="all accepted runs, and the front page reports/index.html")] = False,
 ) -> None:
     """Write a run's report again from its records; of two runs, a page that has them side by side."""
     if every:
@@ -41,7 +41,10 @@ def report(
     print(sides.write(run, other, out or RUNS / f"{other.folder.name}-beside-{run.folder.name}"))
 
 
-def compare(base: Path, new: Path) -> None:
+def compare(
+    base: Annotated[Path, typer.Argument(help="folder of the bench that is the measure")],
+    new: Annotated[Path, typer.Argument(help="folder of the bench that is held against it")],
+) -> None:
     """Say whether run NEW is faster than run BASE, point by point; exits 1 if ours is SLOWER somewhere, 3 if none compares."""
     changes, left_out = compare_runs(Run.open(base), Run.open(new))
     for c in changes:

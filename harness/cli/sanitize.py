@@ -3,14 +3,14 @@
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from harness.cli.options import Names, Out, Resume
 from harness.instruments import sanitizer
 from harness.judge.registry import subjects
-from harness.judge.request import UsageError, require_device
+from harness.judge.request import require_device, require_known
 from harness.records.finding import Finding
 from harness.records.record import Record
 from harness.report import sanitizer as page
@@ -25,10 +25,10 @@ SECONDS = 900.0  # that one tool may take for one subject
 
 
 def sanitize(
-    tool: Annotated[list[str] | None, typer.Option(help=f"{', '.join(sanitizer.TOOLS)}; by default all but the last")] = None,
-    subject: Annotated[list[str] | None, typer.Option(help="by default all that have kernels of this project")] = None,
-    out: Annotated[Path | None, typer.Option(help="folder of the run")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="continue the newest unfinished run, or that in --out")] = False,
+    tool: Annotated[Names, typer.Option(help=f"{', '.join(sanitizer.TOOLS)}; by default all but the last")] = None,
+    subject: Annotated[Names, typer.Option(help="by default all that have kernels of this project")] = None,
+    out: Out = None,
+    resume: Resume = False,
     jobs: Annotated[int, typer.Option(min=0, help="programs that are watched at once; 0 chooses")] = 0,
 ) -> None:
     """Run every native kernel at small sizes under NVIDIA's compute-sanitizer; exits 0 if it finds nothing, 1 if it does.
@@ -38,10 +38,8 @@ def sanitize(
     """
     require_writable(out)
     native = [name for name, s in subjects().items() if any(i.name == IMPLEMENTATION for i in s.implementations())]
-    for option, given, allowed in (("tool", tool, list(sanitizer.TOOLS)), ("subject", subject, native)):
-        for name in given or ():
-            if name not in allowed:
-                raise UsageError(f"--{option} {name!r} is unknown; allowed are {', '.join(allowed)}")
+    require_known("tool", tool or (), sanitizer.TOOLS)
+    require_known("subject", subject or (), native)
     if sanitizer.program() is None:
         print("compute-sanitizer is not on the PATH: it comes with CUDA's toolkit", file=sys.stderr)
         raise typer.Exit(UNFIT)

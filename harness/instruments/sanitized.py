@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 
+from fused.ops.selective_scan.schedule import MOMENTS_FROM
 from harness.judge.case import Case
 from harness.judge.registry import subjects
 from harness.judge.trial import Trial
@@ -18,13 +19,16 @@ LONG = {"scan": {"L": 300, "E": 64}, "scan_both": {"L": 300, "E": 64}, "ssd": {"
 
 
 def cases_of(subject: str) -> list[Case]:
-    """Return the largest smoke case of every set of options, in float32 and bfloat16; then long ones."""
+    """Return the largest smoke case of every set of options, in float32 and bfloat16; then long ones. Of a mixer these are the
+    cases of the full grid in which state passes sum by moments, walk token by token, and exit."""
     asked = [c for c in subjects()[subject].cases("smoke") if not c.only_check and not c.has("video") and c.dtype in DTYPES]
     asked.sort(key=lambda case: dict(case.dims).get("L", 1) * dict(case.dims).get("E", 1))
     largest = list({(c.options, c.dtype): c for c in asked}.values())
     if subject in LONG and largest:
         longer = tuple((dict(largest[0].dims) | LONG[subject]).items())
         largest += [replace(largest[0], dims=longer, options=(), dtype=dtype) for dtype in DTYPES]
+    if subject == "mixer":
+        largest += [case for case in subjects()[subject].cases("full") if case["L"] >= MOMENTS_FROM]
     return largest
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -212,11 +213,22 @@ def ask(request: ParityRequest, trial: Trial, name: str, check: Check, implement
             status, reason = "error", str(error)
         except Exception as error:  # a kernel may raise anything; the run goes on and the record says what
             status, reason = "error", f"{type(error).__name__}: {str(error)[:600]}"
+            reason += _raised_at(error)
     return Record(
         case.subject, implementation.name, implementation.role, name, case.name, case.dtype, status,
         round(time.perf_counter() - start, 4), reason, selected_findings(findings),
         request.command(case, implementation.name, name),
     )  # fmt: skip
+
+
+def _raised_at(error: Exception) -> str:
+    """Return the innermost line of a traceback that is of no installed package, such as " (scan.py:7, in scan)"."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__)[1:] if "site-packages" not in f.filename]
+    if not frames:
+        return ""
+    path = Path(frames[-1].filename)
+    where = path.relative_to(environment.ROOT) if path.is_relative_to(environment.ROOT) else path
+    return f" ({where}:{frames[-1].lineno}, in {frames[-1].name})"
 
 
 def selected_findings(findings: list[Finding]) -> tuple[Finding, ...]:

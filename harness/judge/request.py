@@ -1,10 +1,11 @@
 """The request of a parity run: grid, filters, added implementations. Picklable, so that another process asks the same."""
 
 import contextlib
+import difflib
 import functools
 import importlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -45,6 +46,20 @@ def require_device(device: str) -> str:
     return device
 
 
+def require_known(what: str, given: Iterable[str], allowed: Iterable[str], patterns: bool = False) -> None:
+    """Raise UsageError for a given name that is not allowed; with `patterns`, for a shell pattern that fits no name."""
+    allowed = list(dict.fromkeys(allowed))
+    for name in given:
+        if not (any(fnmatchcase(a, name) for a in allowed) if patterns else name in allowed):
+            raise UsageError(unknown(what, name, allowed))
+
+
+def unknown(what: str, name: str, allowed: Iterable[str]) -> str:
+    """Return a sentence on a name that is none of the allowed, with the nearest of them if it looks like a slip."""
+    nearest = "".join(f"; did you mean {near!r}?" for near in difflib.get_close_matches(name, list(allowed), n=1))
+    return f"{what} {name!r} is unknown; allowed are {', '.join(allowed)}{nearest}"
+
+
 @dataclass(frozen=True)
 class ParityRequest:
     """The request of a parity run. Empty filters take all. `added` are `SUBJECT:NAME=module:callable[@layout]`, `rivals` names
@@ -68,16 +83,12 @@ class ParityRequest:
                  "check": (tuple(checks()), self.checks), "dtype": (tuple(DTYPES), self.dtypes),
                  "mutant": (tuple(mutants()), (self.mutant,) if self.mutant else ())}  # fmt: skip
         for option, (allowed, given) in known.items():
-            for name in given:
-                if name not in allowed:
-                    raise UsageError(f"{option} {name!r} is unknown; allowed are {', '.join(allowed)}")
+            require_known(option, given, allowed)
         added = [":".join(parse_added(text)[:2]) for text in self.added]
         if twice := [name for i, name in enumerate(added) if name in added[:i]]:
             raise UsageError(f"--with adds {twice[0]} twice; give one of them another name")
         everyone = [name for subject in subjects() for name in self.implementations(subject)]
-        for pattern in (*self.names, *self.rivals):
-            if not any(fnmatchcase(name, pattern) for name in everyone):
-                raise UsageError(f"implementation {pattern!r} is unknown; there are {', '.join(dict.fromkeys(everyone))}")
+        require_known("implementation", (*self.names, *self.rivals), everyone, patterns=True)
         if self.video and not Path(self.video).is_file():
             raise UsageError(f"video {self.video!r} is not a file")
         if self.video:
@@ -164,7 +175,7 @@ def parse_added(text: str) -> tuple[str, str, Callable[..., Any]]:
         raise refuse("it is not SUBJECT:NAME=module:callable or SUBJECT:NAME=module:callable@LAYOUT")
     known = subjects()
     if subject not in known:
-        raise refuse(f"subject {subject!r} is unknown; allowed are {', '.join(known)}")
+        raise refuse(unknown("subject", subject, known))
     if not NAME.fullmatch(name):
         raise refuse(f"the name {name!r} is not a letter or digit, then letters, digits and _ . : + -")
     if any(name == i.name for i in known[subject].implementations()):

@@ -15,9 +15,9 @@ FAILS = ("forward", "out")
 
 def plant() -> AbstractContextManager[object]:
     """Return the context in which the bug is there."""
-    original = fused.ops.causal_conv1d.api.causal_conv1d_segmented
+    original = fused.ops.causal_conv1d.api.causal_conv1d_packed
 
     def planted(*tensors: Any, seq_idx: Tensor, **rest: Any) -> tuple[Tensor, Tensor]:
         return original(*tensors, seq_idx=torch.zeros_like(seq_idx), **rest)
 
-    return mock.patch.object(fused.ops.causal_conv1d.api, "causal_conv1d_segmented", planted)
+    return mock.patch.object(fused.ops.causal_conv1d.api, "causal_conv1d_packed", planted)

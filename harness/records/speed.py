@@ -105,7 +105,7 @@ class Speed:
     wrong: float = 0.0  # a rival that failed its licence: its worst error in budgets
     reason: str = ""
     host: tuple[float, ...] = ()  # of a loop: seconds a layer until the last launch returned on an idle GPU, of the forward,
-    # and in training of forward and backward
+    # and in training of forward and backward; medians
 
     def __post_init__(self) -> None:
         if self.status not in STATUSES:

@@ -35,7 +35,7 @@ def write(page: Path, runs: Mapping[Path, Run]) -> None:
     families = curves.families(speeds)
     parts = [
         "\n".join(_source(folder, run, newest) for folder, run in runs.items() if folder in newest.values()),
-        "\n".join([*overview.crossings(families), *overview.most_memory(speeds)]),
+        "\n".join([*overview.crossings(speeds), *overview.most_memory(speeds)]),
         *[f"![{f.title}]({newest[f.race]}/{f.stem}.svg)" for f in families if f.mode == "infer"][-1:],
         came_from(newest, usual_races()),
         overview.overview(speeds),

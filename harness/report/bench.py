@@ -47,7 +47,7 @@ def write(run: Run) -> Path:
     pairs = paper.pairs(speeds)
     asked = [r for r in run.records if r.status != "skip"]
     sections = [
-        *([Section("How fast", fast)] if (fast := "\n\n".join([*_overview(speeds, families), shown(times[1:])])) else []),
+        *([Section("How fast", fast)] if (fast := "\n\n".join([*_overview(speeds), shown(times[1:])])) else []),
         *([Section("Loops, the host's time included", loop.section(speeds))] if _has(speeds, loop.RACE) else []),
         *([Section("Streams and chunks", "\n\n".join(split))] if (split := split_videos(speeds)) else []),
         *([Section("Video files", _data(run, speeds))] if _has(speeds, reading.RACE) else []),
@@ -71,12 +71,12 @@ def write(run: Run) -> Path:
     return html.write(folder, Page(title, said, large, shown(times[:1]) or "Nothing to draw.", sections))
 
 
-def _overview(speeds: list[Speed], families: list[curves.Family]) -> list[str]:
+def _overview(speeds: list[Speed]) -> list[str]:
     """Return the tables of operators and models, and where these meet the ViT; nothing where none was timed."""
     timed = {s.point.race for s in speeds} & {*grids.races("operators"), *grids.races("models")}
     beside = [race for race in overview.raced_with_others() if race in timed]
     parts = [overview.beside_others([s for s in speeds if s.point.race == race]) for race in beside]
-    usual = [overview.overview(speeds), "\n".join(overview.crossings(families))]
+    usual = [overview.overview(speeds), "\n".join(overview.crossings(speeds))]
     return [*filter(None, usual if timed - {*beside} else []), *parts]
 
 

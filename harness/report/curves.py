@@ -37,7 +37,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Family:
-    """Curves of one plot: models of one race, in one mode and dtype, on clips of one batch and picture size."""
+    """Curves of one plot: models of one race, in one mode and dtype, on clips of one batch and picture size, or on tokens."""
 
     race: str
     dims: tuple[tuple[str, int], ...]
@@ -54,7 +54,8 @@ class Family:
     def title(self) -> str:
         """Return the models and the clips."""
         sizes = dict(self.dims)
-        return f"{race_title(self.race)}, {words.MODES[self.mode]}: batch {sizes['B']}, {sizes['S']} px, {self.dtype}"
+        clips = f"{sizes['S']} px" if "S" in sizes else "tokens without a class token"
+        return f"{race_title(self.race)}, {words.MODES[self.mode]}: batch {sizes['B']}, {clips}, {self.dtype}"
 
     @property
     def ways(self) -> list[str]:
@@ -92,12 +93,12 @@ class Meeting:
     at: float | None
 
 
-def families(speeds: Iterable[Speed]) -> list[Family]:
-    """Return all families with at least one curve of two points or more."""
+def families(speeds: Iterable[Speed], clips: bool = True) -> list[Family]:
+    """Return all families of clips with at least one curve of two points or more; without `clips`, those of tokens."""
     groups: dict[tuple[Any, ...], dict[tuple[Entry, str], list[Speed]]] = {}
     races = grids.races("models")
     for s in speeds:
-        if s.point.race in races and s.point.clips:
+        if s.point.race in races and s.point.clips == clips:
             race, *dims, mode, way, dtype = s.point.curve
             groups.setdefault((race, tuple(dims), mode, dtype), {}).setdefault((s.entry, way), []).append(s)
     found = []

@@ -57,7 +57,7 @@ def write(folder: Path) -> Path:
     older = sum(age != () for age in ages.values())
     numbers.append(Number(str(older), f"of {len(runs)}", "accepted runs are of older code; their list says what changed"))
     apart = accepted.sections(speeds, links, runs.values(), "report.html")
-    rest = "\n".join([*overview.crossings(families), *overview.most_memory(speeds)])
+    rest = "\n".join([*overview.crossings(speeds), *overview.most_memory(speeds)])
     sections = [
         Section("Newest numbers", "\n\n".join([accepted.came_from(links, accepted.usual_races(), "report.html"),
                 overview.overview(speeds)])),

@@ -1,11 +1,12 @@
 """A benchmark run on half a page, as in the README: our fastest, upstream's fastest and the fastest ViT."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from harness.bench import grids
 from harness.records.speed import GPU_WAYS, MODES, Speed
-from harness.report import things, words
+from harness.report import curves, things, words
 from harness.report.curves import MAMBA, VIT, Curve, Family, fault_note, meeting, memory, seconds
 from harness.report.markdown import Markdown, sparse
 from harness.report.speed_figures import tokens
@@ -50,7 +51,8 @@ def overview(speeds: Sequence[Speed]) -> str:
     said += [f"Models run {how}."] * bool(ways)
     if any(row[6] != "-" for row in lines):
         said.append('"Kept" is ours by backend `native_kept`, which keeps in memory what `native` computes again.')
-    return " ".join(said) + "\n\n" + sparse(HEAD, lines)
+    said.append(words.draws(line[0] for line in lines))
+    return " ".join(filter(None, said)) + "\n\n" + sparse(HEAD, lines)
 
 
 def raced_with_others() -> list[str]:
@@ -105,22 +107,47 @@ def most_memory(speeds: Iterable[Speed]) -> list[str]:
     return found
 
 
-def crossings(families: Iterable[Family]) -> list[str]:
-    """Return a sentence for each family: from how many tokens on our fastest and upstream's fastest are faster than the ViT."""
+def crossings(speeds: Sequence[Speed]) -> list[str]:
+    """Return a sentence for each family: from how many tokens on our fastest and upstream's fastest are faster than the ViT.
+
+    A ViT without a class token has an even length, which attention kernels can like better. So models of clips, with a class
+    token, and their blocks on tokens without one are compared each by itself, and the comparison that is less in our favour
+    says so.
+    """
     found = []
-    for family in families:
-        way = "graph" if "graph" in family.ways else "eager"
-        curves = [c for c in family.of(MAMBA) if c.way == way]
+    with_class_token, without = curves.families(speeds), curves.families(speeds, clips=False)
+    for family in [*with_class_token, *without]:
         said = []
         for word, which in (("ours", _is_ours), ("ours, states kept,", _is_kept), ("upstream", _is_upstream)):
-            some = [c for c in curves if which(c.timed[-1])]
-            if some:
-                best = min(some, key=lambda c: (-c.timed[-1].point["L"], seconds(c.timed[-1])))
+            if best := _longest(family, which):
                 said.append(f"{word} {_meets(family, best)}")
         if said:
-            how = {"graph": "CUDA graphs"}.get(way, way)
-            found.append(f"- {family.title}, {how}: {'; '.join(said)}.")
+            how = {"graph": "CUDA graphs"}.get(family.main_way, family.main_way)
+            other = next((f for f in (with_class_token if family in without else without) if same_models(f, family)), None)
+            better = " This is the better form of the ViT." if other and _ours_at(family) > _ours_at(other) else ""
+            found.append(f"- {family.title}, {how}: {'; '.join(said)}.{better}")
     return found
+
+
+def _longest(family: Family, which: Callable[[Speed], bool]) -> Curve | None:
+    """Return the curve of a kind that goes furthest in the family's main way, the fastest of these."""
+    some = [c for c in family.of(MAMBA) if c.way == family.main_way and which(c.timed[-1])]
+    return min(some, key=lambda c: (-c.timed[-1].point["L"], seconds(c.timed[-1])), default=None)
+
+
+def same_models(one: Family, other: Family) -> bool:
+    """Return whether two families differ in the class token alone."""
+    own, others = ((f.race, dict(f.dims)["B"], f.mode, f.dtype, f.main_way) for f in (one, other))
+    return own == others
+
+
+def _ours_at(family: Family) -> float:
+    """Return from how many tokens on ours is faster than the ViT: 0 for all that were timed, infinity for none."""
+    curve = _longest(family, _is_ours)
+    m = meeting(family, curve) if curve else None
+    if m is None or not m.lengths:
+        return 0.0
+    return m.at or (0.0 if m.ratios[-1] < 1 else math.inf)
 
 
 def _meets(family: Family, curve: Curve) -> str:

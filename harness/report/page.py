@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from harness.fixtures.video import SHIPPED
+from harness.judge import registry
+from harness.judge.check import checks
 from harness.records.record import Record
 from harness.report import deviation, errors, faults, glossary, html, margins, tables, training, words
 from harness.report.figures import shown
@@ -14,40 +16,23 @@ from harness.report.markdown import bold, code, escape, fence, sparse, table
 from harness.runs import sessions
 from harness.runs.store import Run
 
-HOW = """\
+RULE = """\
 There is one tolerance rule and no hand-typed tolerance. Truth is the reference in float64, plain is the reference in the
 case's own precision. An implementation may be wrong by twice what plain is wrong by, plus one unit roundoff of the truth's
 size (of the dtype in which plain returns the tensor, plus 8 unit roundoffs of float32 for a hardware exp2; none in float64):
 that is one budget, and an error above 1 budget fails. Every output, state and gradient is held to it in two norms, L2 and
 max-abs, each pooled (root mean square) over the seeds; where truth and plain are exactly 0, exactly 0 is due (`zero`), and
-NaN or infinity never passes. `inf` budgets means an error where none is allowed, or no number at all.
+NaN or infinity never passes. `inf` budgets means an error where none is allowed, or no number at all."""
 
-- `forward` asks it of outputs and states, `backward` of the gradients of every input, parameter and state.
-- `gradcheck` asks whether the reference's own gradients are the slopes of its outputs, by finite differences in float64.
-- `chunks` asks whether a sequence cut anywhere and chained by its state equals the whole.
-- `forward_chunked` asks whether a bidirectional model run in the memory of a chunk of the video equals the whole clip.
-- `forward_approximate` asks whether the approximate online mode is what its definition says; its distance from the exact
-  result (`deviation`) is measured and may be anything.
-- `determinism` asks whether the same call gives the same bits again, here and in another process.
-- `batch` asks whether a clip's bits depend on its batch size, its place in the batch, or its neighbours (operators only).
-- `writes` asks whether every element of every result is written, nothing beside them, and no input changed.
-- `strides` asks whether inputs may lie anywhere: strided, expanded, at odd offsets, with more than 2^31 elements.
-- `compile` asks whether registered ops are well formed, and whether compiled and captured calls equal eager ones.
-- `extremes` asks about huge, tiny and denormal values, NaN (which must come out as NaN), and lengths (full: to 100,353 tokens).
-- `convergence` trains a tiny model on frames of the video. At every fifth step of a training in float64 it asks the rule of one
-  step from there, under autocast from seven states near by too, in losses and gradients; and whether a run left to itself
-  stays by the float64 one (see the plot).
-- `device` asks whether a device that is not the current one gives the same.
-- `layout` asks whether a state_dict has the reference's names, shapes and dtypes.
-
+COUNTED = """\
 `error`, `oom` and `timeout` count as failed. A skip is no pass: it says that a question was not asked, and why.
 Rivals are judged by the same rule and shown as plainly, but do not decide the exit code."""
 
 
 NARROWING = {"subjects": "subjects", "checks": "checks", "names": "implementations", "dtypes": "dtypes", "cases": "cases"}
 TIGHTEST = """\
-The ten answers of ours that come nearest to their limit. A budget is what the error may be; 1 is the limit. The element
-named is where the error is largest."""
+The ten largest errors of ours, in budgets. A budget is what an error may be; above 1 the answer fails. The element named is
+where the error is largest."""
 
 ERRORS = """\
 The scan's error against its length: of each case the worst tensor in L2, as a share of the truth's norm, pooled over the seeds.
@@ -83,7 +68,7 @@ def write(run: Run) -> Path:
     missing = [r for r in records if r.status == "skip"]
     sections = [
         Section("How tight", "\n\n".join([shown(margins.margins(records, folder)), TIGHTEST, margins.tightest(ours)])),
-        Section("How it was judged", HOW, folded=True),
+        Section("How it was judged", how(records), folded=True),
         Section("What failed", "\n\n".join([_by_kind(ours, rivals), tables.failures(ours, "Nothing of ours.")])),
         *([Section("Failures of rivals", tables.failures(rivals), folded=True)] if any(r.failed for r in rivals) else []),
         Section("What was not run", "\n\n".join([_not_run(run), tables.skips(records), _video(run)]), folded=not missing),
@@ -98,6 +83,13 @@ def write(run: Run) -> Path:
     ]  # fmt: skip
     chart = shown(margins.heat_map(records, folder)) or "No question was answered."
     return html.write(folder, Page(title, "\n\n".join([verdict(run), *_warnings(run)]), numbers(run), chart, sections))
+
+
+def how(records: list[Record]) -> str:
+    """Return the tolerance rule, the question of every check that was asked, and what counts as failed."""
+    asked = {r.check for r in records if r.status != "skip"}
+    questions = [f"- `{name}`: {escape(registry.title(check))}" for name, check in checks().items() if name in asked]
+    return "\n\n".join([RULE, "\n".join(questions), COUNTED])
 
 
 def verdict(run: Run) -> str:
@@ -142,9 +134,10 @@ def numbers(run: Run) -> list[Number]:
     """Return the large numbers: passed, the tightest, rivals by kind, and what was not asked."""
     ours, rivals = run.counts(), run.counts("rival")
     found = [Number(f"{ours['passed']:,}", f"of {ours['passed'] + ours['failed']:,}", "answers of ours passed")]
-    if spent := margins.spent(r for r in run.records if r.role == "ours")[:1]:
-        f, r = spent[0]
-        who = f"is the largest error of ours, 1 is the limit: {_where(spent[0])} by {words.implementation(r.implementation)}"
+    if spent := margins.spent(r for r in run.records if r.role == "ours"):
+        wrong = [s for s in spent if not s.finding.passed] or spent
+        f, r = largest = next((s for s in wrong if math.isfinite(s.finding.ratio)), wrong[0])
+        who = f"is the largest error of ours, 1 is the limit: {_where(largest)} by {words.implementation(r.implementation)}"
         found.append(Number(tables.number(f.ratio), "budgets", who))
     for name in dict.fromkeys(r.implementation for r in run.records if r.role == "rival" and r.status != "skip"):
         mine = [r for r in run.records if r.implementation == name and r.status != "skip"]

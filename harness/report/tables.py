@@ -44,8 +44,11 @@ def _cell(answers: pd.DataFrame) -> str:
 
 
 def failures(records: Iterable[Record], none: str = "None.") -> str:
-    """Return the first failures, each with the command that asks it again; `none` where nothing failed."""
-    failed = [r for r in records if r.failed]
+    """Return the first failures, errors outside the budget before other kinds, each with the command that asks it again.
+
+    Return `none` where nothing failed.
+    """
+    failed = sorted((r for r in records if r.failed), key=lambda r: faults.KINDS.index(faults.of(r).kind))
     if not failed:
         return none
     parts = [f"The first {SHOWN} of {len(failed)}; records.jsonl has all."] if len(failed) > SHOWN else []

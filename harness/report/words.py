@@ -1,6 +1,6 @@
 """Models, modes, races, points and entries of a benchmark in words, as pages name them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from harness.records.speed import Entry, Point
 from harness.report import things
@@ -17,6 +17,13 @@ RACES = {
     "bimba": "BIMBA's compressor", "retrieval": "matching of videos and texts", "loop": "a user's loop", "stream": "a stream",
     "chunks": "a video in chunks", "data": "reading of videos",
 }  # fmt: skip
+# What is drawn in a race that is a variant of another, by the variant.
+DRAWS = {
+    "fresh": "steps near 0.7, as a fresh model has them: states forget in tens of tokens",
+    "long memory": "steps from 0.001 to 0.1, as Mamba's own initial values: states remember hundreds of tokens",
+    "worst case": "inputs of which the native scan's state passes can leave nothing out and sum nothing by moments",
+    "rescan": "inputs with which an exit of a state pass is wrong, so that one of its sequences is scanned again as a whole",
+}
 Sizes = dict[str, int]
 # How the sizes of an operator's point are said.
 SIZES: dict[str, Callable[[Sizes], str]] = {
@@ -50,6 +57,13 @@ def race(name: str) -> str:
     """Return what a race is about."""
     known, variant = _known(name, {**MODELS, **RACES})
     return (model(known) if known in MODELS else RACES.get(known, known)) + variant
+
+
+def draws(named: Iterable[str]) -> str:
+    """Return in a sentence what the variants are that stand in names of races or points; "" for none."""
+    every = [*named]
+    said = [f"({word}): {what}" for word, what in DRAWS.items() if any(f"({word})" in name for name in every)]
+    return f"Inputs: {'; '.join(said)}." if said else ""
 
 
 def clips(count: int, frames: int, side: int = SIDE) -> str:

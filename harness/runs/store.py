@@ -52,6 +52,8 @@ class Run:
     @classmethod
     def open(cls, folder: Path) -> "Run":
         """Read a folder that holds a run. A last line cut short by a kill is left out. Raises StoreError if there is no run."""
+        if not (folder / "run.json").exists():
+            raise StoreError(f"{folder} holds no run: {'it has no run.json' if folder.is_dir() else 'there is no such folder'}")
         try:
             about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:  # ValueError: no JSON, or no UTF-8; else nested too deeply

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import fused
 import reference
 from fused.modules import mamba
 from harness.fixtures import functional_modules as modules
+from harness.fixtures import state_passes
 from harness.fixtures.chains import chain
 from harness.instruments import symmetries
 from harness.instruments.symmetries import Relation
@@ -21,6 +23,9 @@ from harness.judge.race import Race, timed_precision
 from harness.records.ceilings import Ceilings, element_bytes
 from harness.records.speed import Point
 from harness.subjects import scan
+
+KINDS = ("fresh", modules.LONG_MEMORY, state_passes.WORST_CASE, state_passes.RESCAN)  # of inputs
+MOMENTS = {"B": 1, "L": 8209, "D": 256}  # the least tokens, and a part of a tile, of state passes by moments
 
 
 def cases(grid: str) -> list[Case]:
@@ -33,9 +38,9 @@ def cases(grid: str) -> list[Case]:
     small = [(shape(2, 1, 16), ()), (shape(2, 9, 32), ()), (shape(2, 9, 32), ("causal", "state"))]
     if grid == "smoke":
         return tiny + modules.in_precisions([*small, (shape(1, 65, 192), ())], "mixer", half=True)
-    # inference in which the native scan is split, where states forget in a few tokens and where in hundreds
-    memories: list[tuple[str, ...]] = [(memory, "infer", "cast") for memory in ("fresh", modules.LONG_MEMORY)]
-    split = cross("mixer", [shape(1, 1569, 576)], memories, ["bfloat16"])
+    # inference in which the native scan is split; the longer ones have state passes by moments
+    kinds: list[tuple[str, ...]] = [(kind, "infer", "cast") for kind in KINDS]
+    split = cross("mixer", [shape(1, 1569, 576)], kinds[:2], ["bfloat16"]) + cross("mixer", [MOMENTS], kinds, ["bfloat16"])
     wide = [(shape(2, 197, 384), ()), (shape(2, 197, 384), ("causal", "state")), (shape(1, 1569, 576), ())]
     return tiny + split + modules.in_precisions([*small, *wide], "mixer", half=True)
 
@@ -62,7 +67,7 @@ def draw(case: Case, seed: int) -> dict[str, Tensor]:
     if case.has("state"):
         leaves["conv_state"] = case.normal(seed, "conv_state", case["B"], 2 * case["D"], 3)
         leaves["ssm_state"] = case.normal(seed, "ssm_state", case["B"], 2 * case["D"], 16)
-    return leaves
+    return state_passes.drawn(case, leaves)
 
 
 def precise(case: Case) -> set[str]:
@@ -160,12 +165,27 @@ def costly_checks(case: Case) -> set[str]:
 
 
 def races() -> list[Race]:
-    """Return the race of bidirectional mixers."""
+    """Return the race of bidirectional mixers.
 
-    def points(grid: str) -> list[Point]:
-        return race.operator_points("mixer", grid, lambda B, E, L: {"B": B, "L": L, "D": E // 2})
+    Four more have inputs of the kinds on which the time of inference depends: those that forget fast, those that remember, the
+    worst case, which state passes must read whole and token by token, and one in which a sequence is scanned again.
+    """
 
-    return [Race("mixer", order=5, points=points, contenders=(("mixer", ""),), options=("cast",))]
+    def sizes(B: int, E: int, L: int) -> dict[str, int]:
+        return {"B": B, "L": L, "D": E // 2}
+
+    mixers = Race(
+        "mixer", order=5, points=lambda grid: race.operator_points("mixer", grid, sizes), contenders=(("mixer", ""),),
+        options=("cast",),
+    )  # fmt: skip
+
+    def of_kind(option: str) -> Race:
+        name, dims = f"mixer-{option}", tuple(sizes(1, 1152, 9409).items())
+        licensed = lambda dtype: (f"B1-L8209-D256-{option}-infer-cast-{dtype}",)  # noqa: E731
+        points = lambda grid: [Point(name, dims, "infer", way) for way in ("eager", "graph") if grid == "full"]  # noqa: E731
+        return replace(mixers, name=name, points=points, licence=licensed, options=(option, "cast"))
+
+    return [mixers, *map(of_kind, KINDS)]
 
 
 def licence(dtype: str) -> tuple[str, ...]:

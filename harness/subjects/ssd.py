@@ -80,7 +80,7 @@ def samples(case: Case, leaves: dict[str, Tensor]) -> list[Sample]:
     importlib.import_module("fused.ops.ssd.native")
     names = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
     tensors = [leaves.get(name) for name in names]
-    options = (seq_idx(case, leaves["x"]), not case.has("bare"), *limits(case), case.has("reverse"), True)
+    options = (seq_idx(case, leaves["x"]), not case.has("bare"), *limits(case), case.has("reverse"), False, True)
     return [(torch.ops.videomamba.ssd.default, (*tensors, *options), {})]
 
 

@@ -159,7 +159,7 @@ def contenders(kernel: str | None) -> list[Implementation]:
 
 def licence(dtype: str) -> tuple[str, ...]:
     """Return the small cases."""
-    return (f"B2-T*-{timed_precision(dtype)}",)
+    return (f"B2-T*-H*-{timed_precision(dtype)}",)
 
 
 def network(point: Point, entry: Entry) -> nn.Module:

@@ -34,6 +34,9 @@ class Mamba(nn.Module):
             y        = scan(c, delta=dt_proj(dt), A=-exp(A_log), B, C, D) * silu(z)
         out = out_proj(y_forward + y_backward)
 
+    There are E = expand * d_model channels with `d_state` states each; the convolution reads `d_conv` tokens, and dt has the
+    rank `dt_rank`, by default d_model / 16, rounded up. `dt_min` to `dt_init_floor` are options of dt_proj's initial values.
+
     The sum is not halved. With `bimamba=False` there is the forward direction only. Parameter names, shapes and initial values
     are those of upstream's `Mamba` (the backward direction's are `conv1d_b`, `A_b_log`, `D_b` and so on). `use_fast_path` is
     accepted because upstream has it; it changes nothing here. Raises ValueError for an unknown `dt_init`.

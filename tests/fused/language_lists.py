@@ -34,11 +34,11 @@ def write_vamba(path: Path) -> Path:
     return path
 
 
-def write_bimba_base(path: Path) -> Path:
+def write_bimba_base(path: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Write the base model of a BIMBA, without a compressor, and a tokenizer."""
     fast = byte_tokenizer(SPECIAL)
     options = {"vocab_size": len(fast), "eos_token_id": fast.convert_tokens_to_ids("<|im_end|>")}
-    state = {name: x for name, x in upstream_state(bimba(**options)).items() if "compressor" not in name}
+    state = {name: x.to(dtype) for name, x in upstream_state(bimba(**options)).items() if "compressor" not in name}
     write(path, state, {**BIMBA_CONFIG, **options})
     fast.save_pretrained(path)
     return path

@@ -1,11 +1,14 @@
 """For tests that ask the judge itself: as its runs set the process up, and the same things again and again."""
 
 import functools
+import multiprocessing
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from harness.bench import worker
 from harness.judge import parity
 from harness.judge.case import Case
 from harness.judge.trial import Trial
@@ -27,6 +30,13 @@ def _known(case: Case, device: str, second_process: Callable[[Case, str], dict[s
 def answered_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a case the reference, which no bug of `fused` reaches, is asked once; on CPUs its loops are most of a run's cost."""
     monkeypatch.setattr(parity, "Trial", _known)
+
+
+@pytest.fixture
+def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that time are copies of this one, which has imported PyTorch: that takes each of them seconds."""
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(worker, "multiprocessing", SimpleNamespace(get_context=lambda kind: fork))
 
 
 @pytest.fixture

@@ -237,8 +237,26 @@ def test_the_overview_sets_ours_beside_the_fastest_of_either_kind() -> None:
     assert "not timed" in overview.overview([gated, upstream]) and "1,500 |" in overview.overview([gated, upstream])
     graph, eager = _line(NATIVE, (8, 2), way="graph") + _line(SDPA, (2, 8), way="graph"), _line(NATIVE, (99, 99))
     assert overview.overview([*graph, *eager]).count("99") == 0
-    [said] = overview.crossings(curves.families([*graph, *eager]))
+    [said] = overview.crossings([*graph, *eager])
     assert "CUDA graphs: ours meets the ViT at **" in said and "upstream" not in said
+
+
+@pytest.mark.parametrize(("without", "better"), [((1, 4), True), ((4, 9), False)])
+def test_the_crossing_is_told_of_the_better_form_of_the_vit(without, better) -> None:
+    """With a class token ours meets it at 283 tokens; without one at 300, or is faster at every length."""
+
+    def tokens(entry, times):
+        dims = [(("B", 1), ("L", length)) for length in (100, 400)]
+        return [sweeps.speed(entry, Point("tiny", d, "infer", "graph"), t) for d, t in zip(dims, times, strict=True)]
+
+    lines = _line(NATIVE, (4, 8, 8, 8), way="graph"), _line(SDPA, (1, 4, 16, 64), way="graph")
+    both = [s for line in (*lines, tokens(NATIVE, (3, 3)), tokens(SDPA, without)) for s in line]
+    with_token, alone = overview.crossings(both)
+    title = "VideoMamba-Ti against ViT-Ti, inference: batch 1, tokens without a class token, bfloat16, CUDA graphs"
+    assert alone.startswith(f"- {title}: ours ")
+    assert alone.endswith("better form of the ViT.") is better
+    assert with_token.endswith("better form of the ViT.") is not better
+    assert "better form" not in "".join(overview.crossings([s for s in both if s.point.clips]))
 
 
 def test_another_model_in_a_race_is_not_upstream(tmp_path) -> None:
@@ -253,6 +271,17 @@ def test_another_model_in_a_race_is_not_upstream(tmp_path) -> None:
     assert "as fast as upstream; against pooling 0.10x: BIMBA, 64 frames of" in said
 
 
+def test_the_overview_says_what_inputs_were_drawn() -> None:
+    races = [grids.races()[name] for name in ("mixer", "mixer-fresh", "mixer-long-memory", "mixer-worst-case")]
+    mixer = Entry("mixer", "fused:native", "ours")
+    usual, *variants = [sweeps.speed(mixer, race.points("full")[0], 1.0) for race in races]
+    text = overview.overview([usual, *variants])
+    assert "Inputs: (fresh): steps near 0.7" in text and "hundreds of tokens; (worst case): inputs of which" in text
+    rows = [f"| Mamba mixer, 1 x 9,409 tokens, width 576 ({word}) | 1 |" for word in ("fresh", "long memory", "worst case")]
+    assert all(row in text for row in rows)
+    assert "worst case" not in overview.overview([usual, variants[0]]) and "Inputs" not in overview.overview([usual])
+
+
 def test_what_keeps_its_scan_stands_beside_ours() -> None:
     kept = dataclasses.replace(NATIVE, implementation="fused:native_kept")
     point = sweeps.clip(64, mode="train")
@@ -264,7 +293,7 @@ def test_what_keeps_its_scan_stands_beside_ours() -> None:
     [said] = overview.most_memory([ours, other, vit])
     assert "ours 4 GiB; ours, states kept 9 GiB" in said
     lines = _line(NATIVE, (8, 2), way="graph"), _line(kept, (8, 1), way="graph"), _line(SDPA, (2, 8), way="graph")
-    [said] = overview.crossings(curves.families([s for line in lines for s in line]))
+    [said] = overview.crossings([s for line in lines for s in line])
     assert said.count("meets the ViT at **") == 2 and "ours, states kept, meets" in said
 
 

@@ -1,4 +1,4 @@
-"""The least times of subjects against calculations by hand; those of the first operators and models are in test_clock.py."""
+"""The least times of subjects against calculations by hand."""
 
 import math
 from dataclasses import replace
@@ -12,8 +12,11 @@ from harness.records.speed import Point
 FREE, RATES = Ceilings(math.inf, math.inf, math.inf), Ceilings(copy=1e9, matmul=1e12, exp=1e9, issue=1e10)
 
 
-def at(mode: str = "infer", **sizes: int) -> Point:
-    return Point("", tuple(sizes.items()), mode, dtype="bfloat16")
+def at(mode: str = "infer", dtype: str = "bfloat16", **sizes: int) -> Point:
+    return Point("", tuple(sizes.items()), mode, dtype=dtype)
+
+
+MIXER = 32 * 128 + 64 * 32 + 2 * (64 * 34 + 2 * 64)  # multiply-adds a token of width 32
 
 
 # 100 tokens of 2 heads of 4 channels, 8 states: x and y have 8 elements, dt 2, B and C 8 each; a head has 2 x 32 multiply-adds
@@ -44,6 +47,24 @@ RETRIEVAL = {"B": 2, "M": 3, "K": 4, "L": 5, "V": 6, "C": 768, "D": 10}
 @pytest.mark.parametrize(
     ("subject", "point", "only", "seconds"),
     [
+        # of a norm x and y in 2 bytes, the residual twice in 4; in training dy, dx and three of the residual
+        ("norm", at(B=2, L=50, D=10), "copy", 1000 * 12e-9),
+        ("norm", at("train", B=2, L=50, D=10), "copy", 1000 * 28e-9),
+        ("norm", at(dtype="float32", B=2, L=50, D=10), "copy", 1000 * 16e-9),
+        # of a convolution x and y; in training x again, dy and dx
+        ("conv", at(B=2, L=50, E=10, K=4), "copy", 1000 * 4e-9),
+        ("conv", at("train", B=2, L=50, E=10, K=4), "copy", 1000 * 10e-9),
+        # of a scan u, delta, z and y, and B and C for all channels of a token
+        ("scan", at(B=2, L=50, E=10, N=16), "copy", 1000 * (8 + 2 * 16 * 2 / 10) * 1e-9),
+        ("scan", at(B=2, L=50, E=10, N=16), "exp", 1000 * 20e-9),
+        ("scan", at(B=2, L=50, E=10, N=16), "issue", 1000 * 110e-10),
+        ("scan", at("train", B=2, L=50, E=10, N=16), "exp", 1000 * (20 + 21) * 1e-9),
+        ("scan", at("train", B=2, L=50, E=10, N=16), "issue", 1000 * (110 + 259) * 1e-10),
+        ("scan_both", at(B=2, L=50, E=10, N=16), "exp", 2 * 1000 * 20e-9),
+        # of a mixer in_proj D x 2E, out_proj E x D, and in each direction x_proj E x (R + 2N) and dt_proj R x E
+        ("mixer", at(B=2, L=50, D=32), "matmul", 2 * 100 * MIXER / 1e12),
+        ("mixer", at("train", B=2, L=50, D=32), "matmul", 3 * 2 * 100 * MIXER / 1e12),
+        ("mixer", at(B=2, L=50, D=32), "exp", 2 * 100 * 64 * 20e-9),
         ("ssd", at(**SSD), "copy", 100 * (8 + 8 + 2 + 8 + 8) * 2e-9),
         ("ssd", at("train", **SSD), "copy", 100 * (34 + 8 + 2 + 8 + 8 + 8 + 8 + 2 + 8 + 8) * 2e-9),
         ("ssd", at(**SSD), "matmul", 100 * 256e-12),
@@ -77,3 +98,25 @@ RETRIEVAL = {"B": 2, "M": 3, "K": 4, "L": 5, "V": 6, "C": 768, "D": 10}
 def test_bounds_by_hand(subject: str, point: Point, only: str, seconds: float) -> None:
     one = replace(FREE, **{only: getattr(RATES, only)})
     assert subjects()[subject].bound(point, "", one) == pytest.approx(seconds, rel=1e-12)
+
+
+def test_what_overlaps_costs_the_longest_of_its_parts() -> None:
+    scan, point = subjects()["scan"], at(B=2, L=50, E=10, N=16)
+    parts = [scan.bound(point, "", replace(FREE, **{name: getattr(RATES, name)})) for name in ("copy", "exp", "issue")]
+    assert scan.bound(point, "", RATES) == max(parts) < sum(parts)
+
+
+def test_bounds_of_models_by_hand() -> None:
+    """The tiny ViT has 12 layers of width 192: 12 D^2 of matrices a token, and 2 L D of attention."""
+    matmul = replace(FREE, matmul=1e12)
+    vit, tokens, L = subjects()["vit"], 34, 17
+    linear, mixing = 2 * tokens * 12 * 192**2, 2 * tokens * 2 * L * 192
+    for mode, due in (("infer", linear + mixing), ("train", 3 * linear + 3.5 * mixing)):
+        clip = Point("tiny", (("B", 2), ("T", 1), ("S", 64), ("L", L)), mode)
+        assert vit.bound(clip, "tiny", matmul) == pytest.approx(12 * due / 1e12)
+    mixer, norm, video = (subjects()[name] for name in ("mixer", "norm", "videomamba"))
+    clip = replace(at(B=2, T=1, S=64, L=17), race="tiny")
+    layer = mixer.bound(at(B=2, L=17, D=192), "", RATES) + norm.bound(at(B=2, L=17, D=192), "", RATES)
+    assert video.bound(clip, "tiny", RATES) == pytest.approx(24 * layer)
+    stream, exp = replace(clip, race="stream"), replace(FREE, exp=1e9)
+    assert video.bound(stream, "tiny", exp) == pytest.approx(video.bound(clip, "tiny", exp) / 2)

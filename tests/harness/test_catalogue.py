@@ -14,6 +14,21 @@ ROOT = Path(__file__).resolve().parents[2]
 EVERY = catalogue.read()
 
 
+def around(mutant: SourceMutant, text: str) -> str:
+    """Return the functions or classes that a bug is in, which two empty lines part: parsing whole files takes seconds."""
+    begin = text.index(mutant.before)
+    first, last = text.rfind("\n\n\n", 0, begin), text.find("\n\n\n", begin + len(mutant.before))
+    return mutant.planted(text[first + 1 : last if last >= 0 else None])
+
+
+def is_python(text: str) -> bool:
+    try:
+        ast.parse(text)
+    except SyntaxError:
+        return False
+    return True
+
+
 def wrong(mutant: SourceMutant) -> str:
     """Return what is wrong with a bug; empty if nothing is."""
     text = (ROOT / mutant.file).read_text()
@@ -21,11 +36,8 @@ def wrong(mutant: SourceMutant) -> str:
         return f"`before` occurs {text.count(mutant.before)} times"
     if mutant.after == mutant.before or mutant.kind not in KINDS or mutant.room not in ROOMS:
         return "it changes nothing, or its kind or room is unknown"
-    if mutant.file.endswith(".py"):
-        try:
-            ast.parse(mutant.planted(text))
-        except SyntaxError as error:
-            return f"what is planted is no Python: {error}"
+    if mutant.file.endswith(".py") and not (is_python(around(mutant, text)) or is_python(mutant.planted(text))):
+        return "what is planted is no Python"
     if not (mutant.tests or mutant.equivalent or mutant.needs_gpu):
         return "no test is asked"
     for test in filter(None, (*mutant.tests, mutant.killer)):

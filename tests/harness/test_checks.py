@@ -155,6 +155,16 @@ def test_what_is_no_whole_graph_fails(tmp_path: Path) -> None:
     assert done.exit_code == 1 and "FAIL (ours) compile" in done.output and "fullgraph compile inf" in done.output, done.output
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo detected")
+def test_what_declines_a_case_is_not_asked_to_compile_it() -> None:
+    def declines(*args: object, **options: object) -> None:
+        raise NotImplementedError("no reverse")
+
+    case = Case("conv", (("B", 3), ("L", 7), ("E", 16), ("K", 4)), ("reverse",), "float32")
+    with pytest.raises(NotImplementedError, match="no reverse"):
+        compile.run(Trial(case, "cpu"), Implementation("mine", declines))
+
+
 def test_scan_of_ours_says_that_it_cannot_be_one_graph() -> None:
     torch_scan = next(i for i in subjects()["scan"].implementations() if i.name == "fused:torch")
     with pytest.raises(CannotAsk, match="registers no ops.*does not declare fullgraph.*needs a GPU"):

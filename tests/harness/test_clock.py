@@ -1,4 +1,4 @@
-"""The clock by made-up times: what is timed, when sampling ends, who is licensed, what a frontier implies, bounds by hand."""
+"""The clock by made-up times: what is timed, when sampling ends, who is licensed, what a frontier implies."""
 
 import math
 import mmap
@@ -13,9 +13,8 @@ from harness.bench import ceilings, clock, grids, interleave
 from harness.bench.clock import Call, Clock
 from harness.bench.run import fits_together, points_here, refusal, time_points
 from harness.bench.worker import Batch, EntryFailed, LoadedCall, Worker
-from harness.judge.registry import subjects
 from harness.records import interval
-from harness.records.ceilings import Ceilings, element_bytes
+from harness.records.ceilings import element_bytes
 from harness.records.finding import Finding
 from harness.records.interval import Interval
 from harness.records.record import Record
@@ -223,6 +222,7 @@ def test_a_licence_is_of_the_same_dtype_mode_subject_and_name() -> None:
     assert refusal(Entry("norm", "reference", "rival"), POINT, []) == ("", 0.0)
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_memory_that_ran_out_implies_longer_points_of_the_same_curve_only(tmp_path: Path) -> None:
     greedy = bench.entry("greedy")
     passed = [bench.passed(greedy), bench.passed(greedy, "backward")]
@@ -282,51 +282,7 @@ def test_a_ceiling_is_the_best_of_its_samples(hands: Hands) -> None:
     assert ceilings._passes(2**20)[0][0] == ceilings._passes(2**22)[0][0] == 2**24 and ceilings._passes(2**28)[1][0] == 2**28
 
 
-RATES = Ceilings(copy=1e9, matmul=1e12, exp=1e9, issue=1e10)
-FREE = Ceilings(copy=math.inf, matmul=math.inf, exp=math.inf)
-
-
-def at(race: str, mode: str = "infer", dtype: str = "bfloat16", **sizes: int) -> Point:
-    return Point(race, tuple(sizes.items()), mode, dtype=dtype)
-
-
-MIXER = 32 * 128 + 64 * 32 + 2 * (64 * 34 + 2 * 64)  # multiply-adds a token of width 32
-
-
-@pytest.mark.parametrize(
-    ("subject", "point", "only", "seconds"),
-    [
-        # of a norm x and y in 2 bytes, the residual twice in 4; in training dy, dx and three of the residual
-        ("norm", at("norm", B=2, L=50, D=10), "copy", 1000 * 12e-9),
-        ("norm", at("norm", "train", B=2, L=50, D=10), "copy", 1000 * 28e-9),
-        ("norm", at("norm", dtype="float32", B=2, L=50, D=10), "copy", 1000 * 16e-9),
-        # of a convolution x and y; in training x again, dy and dx
-        ("conv", at("conv", B=2, L=50, E=10, K=4), "copy", 1000 * 4e-9),
-        ("conv", at("conv", "train", B=2, L=50, E=10, K=4), "copy", 1000 * 10e-9),
-        # of a scan u, delta, z and y, and B and C for all channels of a token
-        ("scan", at("scan", B=2, L=50, E=10, N=16), "copy", 1000 * (8 + 2 * 16 * 2 / 10) * 1e-9),
-        ("scan", at("scan", B=2, L=50, E=10, N=16), "exp", 1000 * 20e-9),
-        ("scan", at("scan", B=2, L=50, E=10, N=16), "issue", 1000 * 110e-10),
-        ("scan", at("scan", "train", B=2, L=50, E=10, N=16), "exp", 1000 * (20 + 21) * 1e-9),
-        ("scan", at("scan", "train", B=2, L=50, E=10, N=16), "issue", 1000 * (110 + 259) * 1e-10),
-        ("scan_both", at("scan-both", B=2, L=50, E=10, N=16), "exp", 2 * 1000 * 20e-9),
-        # of a mixer in_proj D x 2E, out_proj E x D, and in each direction x_proj E x (R + 2N) and dt_proj R x E
-        ("mixer", at("mixer", B=2, L=50, D=32), "matmul", 2 * 100 * MIXER / 1e12),
-        ("mixer", at("mixer", "train", B=2, L=50, D=32), "matmul", 3 * 2 * 100 * MIXER / 1e12),
-        ("mixer", at("mixer", B=2, L=50, D=32), "exp", 2 * 100 * 64 * 20e-9),
-    ],
-)  # fmt: skip
-def test_bounds_by_hand(subject: str, point: Point, only: str, seconds: float) -> None:
-    one = replace(FREE, **{only: getattr(RATES, only)})
-    assert subjects()[subject].bound(point, "", one) == pytest.approx(seconds, rel=1e-12)
-
-
-def test_what_overlaps_costs_the_longest_of_its_parts() -> None:
-    scan, point = subjects()["scan"], at("scan", B=2, L=50, E=10, N=16)
-    parts = [scan.bound(point, "", replace(FREE, **{name: getattr(RATES, name)})) for name in ("copy", "exp", "issue")]
-    assert scan.bound(point, "", RATES) == max(parts) < sum(parts)
-
-
+@pytest.mark.usefixtures("forked_workers")
 def test_an_error_of_an_entry_is_no_lack_of_memory() -> None:
     worker = Worker(Entry("raiser", "fake", "ours", "fakes:raiser"), "cpu", 1)
     try:
@@ -338,26 +294,11 @@ def test_an_error_of_an_entry_is_no_lack_of_memory() -> None:
         worker.end()
 
 
-def test_bounds_of_models_by_hand() -> None:
-    """The tiny ViT has 12 layers of width 192: 12 D^2 of matrices a token, and 2 L D of attention."""
-    matmul = replace(FREE, matmul=1e12)
-    vit, tokens, L = subjects()["vit"], 34, 17
-    linear, mixing = 2 * tokens * 12 * 192**2, 2 * tokens * 2 * L * 192
-    for mode, due in (("infer", linear + mixing), ("train", 3 * linear + 3.5 * mixing)):
-        clip = Point("tiny", (("B", 2), ("T", 1), ("S", 64), ("L", L)), mode)
-        assert vit.bound(clip, "tiny", matmul) == pytest.approx(12 * due / 1e12)
-    mixer, norm, video = (subjects()[name] for name in ("mixer", "norm", "videomamba"))
-    clip = at("tiny", B=2, T=1, S=64, L=17)
-    layer = mixer.bound(at("mixer", B=2, L=17, D=192), "", RATES) + norm.bound(at("norm", B=2, L=17, D=192), "", RATES)
-    assert video.bound(clip, "tiny", RATES) == pytest.approx(24 * layer)
-    stream, exp = replace(clip, race="stream"), replace(FREE, exp=1e9)
-    assert video.bound(stream, "tiny", exp) == pytest.approx(video.bound(clip, "tiny", exp) / 2)
-
-
 def test_who_is_timed() -> None:
     races = grids.races()
     kept = Entry("mixer", "fused:native_kept", "ours")
-    assert [grids.runs(kept, at("mixer", mode, B=1, L=9, D=32), "full") for mode in ("infer", "train")] == [False, True]
+    points = [Point("mixer", (("B", 1), ("L", 9), ("D", 32)), mode) for mode in ("infer", "train")]
+    assert [grids.runs(kept, p, "full") for p in points] == [False, True]
     timed = {e.implementation for name in ("scan", "norm") for e in grids.entries(name, "cpu", "sdpa")}
     assert timed == {"fused:cpu", "fused:torch"}, "the reference is not, nor what is absent"
     assert grids.entries("norm", "cpu", "sdpa", ("fused:native",)) == []

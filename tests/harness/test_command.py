@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
 from harness.cli import bench
@@ -88,6 +89,20 @@ def test_what_has_nothing_to_do_leaves_no_folder(words: tuple[str, ...], why: st
     done = run(*words, "--out", str(tmp_path / "parent" / "run"))
     assert done.exit_code == NOTHING and "nothing ran:\n    " in done.output and why in done.output, done.output
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["parity", "bench", "learn"])
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_named(command: str, device: str) -> None:
+    """A dry run too, which lists what would run there."""
+    error = CliRunner().invoke(app, [command, "--device", device, *["--dry-run"] * (command != "learn")]).exception
+    assert isinstance(error, UsageError) and repr(device) in str(error) and "there are cpu" in str(error)
+
+
+def test_every_option_says_what_it_takes() -> None:
+    for name, command in typer.main.get_command(app).commands.items():
+        without = [p.opts[0] for p in command.params if p.name != "help" and not p.help]
+        assert not without, f"{name}: {without}"
 
 
 def test_bench_knows_its_contenders() -> None:

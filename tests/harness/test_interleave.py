@@ -12,7 +12,7 @@ def point(length: int) -> Point:
 
 
 @pytest.fixture
-def worker():
+def worker(forked_workers):
     made = []
 
     def make(kind: str, variant: str = "") -> Worker:
@@ -40,12 +40,12 @@ def test_twice_the_work_takes_twice_the_time(worker) -> None:
     assert 1.8 < times[1] / times[0] < 2.1
 
 
-def test_out_of_memory_is_a_result_and_the_worker_lives(worker) -> None:
-    small, big = worker("greedy"), worker("sleeper")
-    speeds = {s.entry.subject: s for s in interleave([small, big], point(1001), budget=0.01)}
+def test_out_of_memory_is_a_result_and_the_worker_lives(worker, tmp_path) -> None:
+    greedy, other = worker("greedy"), worker("sharer", str(tmp_path))
+    speeds = {s.entry.subject: s for s in interleave([greedy, other], point(1001), budget=0.01)}
     assert speeds["greedy"].status == "oom" and "1001" in speeds["greedy"].reason
-    assert speeds["sleeper"].status == "ok" and not speeds["sleeper"].alone
-    assert next(interleave([small], point(1000), budget=0.01)).status == "ok"
+    assert speeds["sharer"].status == "ok" and not speeds["sharer"].alone
+    assert next(interleave([greedy], point(1000), budget=0.01)).status == "ok"
 
 
 def test_what_does_not_fit_beside_its_rivals_is_timed_alone(worker, tmp_path) -> None:
@@ -84,7 +84,7 @@ def test_memory_of_a_call_is_seen(worker) -> None:
 
 
 def test_a_loops_samples_are_calls_of_a_window(worker) -> None:
-    """The budget is that of all calls, and the host is asked once, when the entry has its turn."""
+    """The budget is that of all calls. The host is asked in every turn, so that other work in one of them does not count."""
     [speed] = interleave([worker("looper")], point(10), budget=0.2)
     assert 0.010 <= speed.median.middle < 0.020 and speed.host == (0.25, 0.5)
     assert len(speed.seconds) <= 10

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -78,14 +79,18 @@ def test_added_implementation(call: str, check: str, status: str, tmp_path: Path
     done = parity(*TINY, *added, "--out", str(tmp_path / "ours"))
     assert [r.status for r in Run.open(tmp_path / "ours").records] == [status]
     assert done.exit_code == {"fail": FAILED, "skip": NOTHING}[status]
-    if status == "fail":
-        assert "--impl mine" in done.output and "--with" in done.output
-        rival = parity(*TINY, *added, "--rival", "mine", "--out", str(tmp_path / "rival"))
-        assert rival.exit_code == PASSED and "rivals: 0 passed, 1 failed" in rival.output
+    assert status == "skip" or ("--impl mine" in done.output and "--with" in done.output)
+
+
+def test_a_rival_that_fails_decides_nothing(tmp_path: Path) -> None:
+    added = ("--with", "scan:mine=test_parity:nan_scan", "--impl", "mine", "--check", "forward")
+    rival = parity(*TINY, *added, "--rival", "mine", "--out", str(tmp_path))
+    assert rival.exit_code == PASSED and "rivals: 0 passed, 1 failed" in rival.output
 
 
 def test_what_has_another_shape_is_told_so(tmp_path: Path) -> None:
-    done = parity(*TINY, "--with", "scan:mine=test_parity:transposed_scan", "--impl", "mine", "--out", str(tmp_path))
+    added = ("--with", "scan:mine=test_parity:transposed_scan", "--impl", "mine", "--check", "forward")
+    done = parity(*TINY, *added, "--out", str(tmp_path))
     assert done.exit_code == FAILED and "got torch.float32 (3, 10, 7), due is torch.float32 (3, 7, 10)" in done.output
 
 
@@ -180,6 +185,18 @@ def test_wrong_wishes_say_what_is_allowed(options: tuple[str, ...], allowed: str
 
 
 @pytest.mark.parametrize(
+    ("options", "near"),
+    [
+        (("--check", "determinizm"), "determinism"), (("--impl", "native"), "fused:native"), (("--grid", "large"), ""),
+        (("--mutant", "drop-skip"), "drop_skip"), (("--rival", "fused:mamba"), "fused:mamba_ssm"),
+    ],
+)  # fmt: skip
+def test_a_slip_is_told_the_nearest_name(options: tuple[str, ...], near: str) -> None:
+    said = str(parity(*options).exception)
+    assert said.endswith(f"; did you mean {near!r}?") if near else "did you mean" not in said, said
+
+
+@pytest.mark.parametrize(
     ("text", "said"),
     [
         ("garbage", "is not SUBJECT:NAME=module:callable or"), ("", "is not SUBJECT"), ("scan:x", "is not SUBJECT"),
@@ -226,7 +243,10 @@ def test_a_name_is_added_once_and_callables_may_be_nested(tmp_path: Path) -> Non
 
 def test_nothing_ran_is_not_green(tmp_path: Path) -> None:
     done = parity("--subject", "scan", "--case", "no-such-case", "--out", str(tmp_path / "none"))
-    assert done.exit_code == NOTHING and "nothing ran:\n    the options leave no question" in done.output
+    assert done.exit_code == NOTHING
+    assert "nothing ran:\n    the options leave no question: no case of grid smoke fits (--dry-run" in done.output
+    done = parity("--subject", "scan", "--check", "layout", "--out", str(tmp_path / "none"))
+    assert re.search(r"of the \d+ cases that fit none is asked these", " ".join(done.output.split()))
     done = parity(*TINY, "--impl", "fused:native", "--out", str(tmp_path / "native"))
     assert done.exit_code == NOTHING and "nothing ran:\n    fused:native: " in done.output
 

@@ -4,6 +4,7 @@ import errno
 import importlib
 import json
 import os
+import re
 import signal
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
@@ -73,6 +74,30 @@ def test_whatever_happens_is_a_record(answer: list[Finding] | BaseException, sta
     assert (record.status, record.failed) == (status, status not in ("pass", "skip")) and said in record.reason
     assert record.key == ("norm", "mine", "forward", CASE.name) and record.seconds >= 0
     assert "--subject norm --check forward --impl mine --case B1-L3-D32-kind=rms-float32 --device cpu" in record.command
+
+
+def returns_y_alone(u: Tensor, *args: object, **options: object) -> Tensor:
+    return u
+
+
+def divides(u: Tensor, *args: object, **options: object) -> tuple[Tensor, Tensor]:
+    torch.zeros(2).expand(3)
+    raise AssertionError("not reached")
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (returns_y_alone, "ValueError: .* \\(harness/subjects/scan.py:[0-9]+, in evaluate\\)"),
+        (divides, "RuntimeError: .* \\(tests/harness/test_questions.py:[0-9]+, in divides\\)"),
+    ],
+    ids=["in the caller", "in the callable"],
+)
+def test_an_error_says_which_line_raised_it(call: Callable[..., object], said: str) -> None:
+    """The line of the harness that could not use a result, or the line of the callable; no line within PyTorch."""
+    case = Case("scan", (("B", 1), ("L", 2), ("E", 3), ("N", 4)))
+    record = parity.ask(ParityRequest("smoke", "cpu"), Trial(case, "cpu"), "forward", forward, Implementation("mine", call))
+    assert record.status == "error" and re.fullmatch(said, record.reason, re.DOTALL), record.reason
 
 
 def test_ours_and_the_reference_may_not_decline() -> None:

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from harness.judge import parity
+from harness.judge.check import checks
 from harness.records.finding import Finding
 from harness.records.record import Record
 from harness.report import deviation, errors, faults, margins, page
@@ -148,6 +149,25 @@ def test_failures_are_told_by_kind(tmp_path):
     assert "| rival (rival) | 6 | 6 | 2 | 1 | 1 | 1 | 1 | 1.01 | 0.0202 |" in said and "| crashed |" not in said
     assert "\n\nNothing of ours.\n" in said
     assert "A.grad, l2: 1e-08 where exactly 0 is due" in said and "7 elements differ" in said and "inf budgets" not in said
+
+
+def test_a_wrong_result_comes_before_bits_that_differ(tmp_path):
+    """Bits that differ have no budget: they are neither the largest error in budgets nor the first thing to read."""
+    bits = [record("fail", "batch", case=f"B{n}-float32", findings=(Finding("y", "bitwise", 7.0, 0.0),)) for n in range(40)]
+    said = text(made(tmp_path, [*bits, record("fail", "backward", findings=(BAD, BAD_L2))]))
+    assert "| 0 of 41 | 3 budgets | 0 |" in said
+    failed = said[said.index("## What failed") :]
+    assert "\n1. **outside the budget**" in failed and "\n2. **not repeatable**" in failed
+    alone = text(made(tmp_path / "bits", bits[:1]))
+    assert "| 0 of 1 | inf budgets | 0 |" in alone
+
+
+def test_every_check_that_was_asked_is_explained_and_no_other(tmp_path):
+    *asked, skipped = checks()
+    said = text(made(tmp_path, [*(record(check=name) for name in asked), record("skip", skipped, reason="no")]))
+    explained = dict(re.findall(r"^- `(\w+)`: (.*)$", said, re.M))
+    assert list(explained) == asked and all(explained.values())
+    assert explained["backward"] == "Do the gradients of every input, parameter and state agree with the reference in float64?"
 
 
 def test_the_tightest_answers_name_the_element_and_the_command(run):

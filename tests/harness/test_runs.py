@@ -1,6 +1,7 @@
 """Runs by their folders: which is continued, what is recorded of the machine and its code, and how commands end."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from harness.judge.parity import describe
 from harness.judge.registry import subjects
 from harness.judge.request import ParityRequest
 from harness.records.speed import Entry, Point, Speed
-from harness.runs import environment, sessions, store
+from harness.runs import acceptance, environment, sessions, store
 from harness.runs.conclude import FAILED, INTERRUPTED, NOTHING, PASSED, UNFIT, USAGE, conclude
 from harness.runs.progress import Progress
 from harness.runs.store import Run, StoreError, begin, command, unfinished
@@ -147,13 +148,13 @@ def test_judging_is_set_up(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda patch: patch.setattr(torch, "__version__", "2.7.1+cpu"), "torch is 2.7.1+cpu; 2.8 or newer"),
         (lambda patch: patch.setattr(torch, "__version__", "1.13.0"), "torch is 1.13.0"),
         (lambda patch: patch.setattr(environment, "ROOT", Path("/elsewhere")), "`import fused` finds"),
-        (lambda patch: patch.setattr(environment, "ROOT", Path("/elsewhere")), "`import reference` finds"),
     ],
 )
 def test_a_machine_that_is_unfit_judges_nothing(change, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert environment.unfit() == []
     change(monkeypatch)
     assert any(said in reason for reason in environment.unfit())
+    monkeypatch.setattr(acceptance, "ACCEPTED", tmp_path)  # else doctor compares every run there with the sources
     out = tmp_path / "run"
     for words in (["doctor"], ["parity", "--subject", "norm", "--out", str(out)]):
         done = CliRunner().invoke(app, words)
@@ -225,3 +226,9 @@ def test_a_record_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     older = [{k: v for k, v in line.items() if k not in ("host", "bound_by")} for line in lines]
     path.write_text("".join(json.dumps(line) + "\n" for line in older))
     assert Run.open(tmp_path).speeds == [replace(s, host=(), bound_by="") for s in run.speeds]
+
+
+def test_a_folder_without_a_run_is_told_from_none(tmp_path: Path) -> None:
+    for folder, why in ((tmp_path, "it has no run.json"), (tmp_path / "none", "there is no such folder")):
+        with pytest.raises(StoreError, match=f"{re.escape(str(folder))} holds no run: {why}"):
+            Run.open(folder)

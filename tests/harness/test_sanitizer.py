@@ -10,6 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from fused.ops.selective_scan.path import path_of
 from harness.cli import sanitize as command
 from harness.cli.app import app
 from harness.instruments import sanitized, sanitizer
@@ -122,3 +123,12 @@ def test_the_program_runs_every_kind_of_case(subject: str, capsys: pytest.Captur
     assert names == [case.name for case in sanitized.cases_of(subject)] and any("bfloat16" in name for name in names)
     assert subject != "scan" or "L300" in names[-1]
     assert sanitized.main(subject, "cpu", "fused:native") == 4
+
+
+def test_state_passes_by_moments_are_watched_on_every_path() -> None:
+    """No smoke case is long enough for them."""
+    watched = [case for case in sanitized.cases_of("mixer") if case["L"] >= 8192]
+    assert {"fresh", "long-memory", "worst-case", "rescan"} <= {option for case in watched for option in case.options}
+    assert all(case.has("infer") and case.dtype == "bfloat16" and case.only_check == "" for case in watched)
+    for case in watched:
+        assert "by moments" in path_of(case["B"], case["L"], 2 * case["D"], torch.bfloat16, 132)

@@ -8,7 +8,7 @@ the host or on the device, and are copied chunk by chunk.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -79,9 +79,23 @@ def check_chunkable(layers: Sequence[CompressorLayer], backend: str) -> None:
 def split_chunks(
     tokens: Tensor | Iterable[Tensor], queries: Tensor, d_model: int, chunk_frames: int | None, offload: bool
 ) -> list[Tensor]:
-    """Return the chunks (B, frames, H, W, C) of `BimbaCompressor.forward_chunked`. Raises ValueError for what does not fit."""
-    frames = list(_chunks_of_frames(tokens, chunk_frames, offload))
-    _check_frames(frames, queries, d_model)
+    """Return the chunks (B, frames, H, W, C) of `BimbaCompressor.forward_chunked`, with `offload` in the memory of the host.
+
+    Raises TypeError or ValueError for what does not fit, at the first chunk that does not.
+    """
+    frames: list[Tensor] = []
+    for chunk in _chunks_of_frames(tokens, chunk_frames):
+        first = frames[0] if frames else chunk
+        if not frames:
+            check_inputs(chunk, queries, d_model, same_device=False)
+        elif chunk.shape[:1] + chunk.shape[2:] != first.shape[:1] + first.shape[2:] or chunk.dtype != first.dtype:
+            raise ValueError(
+                f"forward_chunked: chunk {len(frames)} of tokens is {tuple(chunk.shape)} of {chunk.dtype}; but for its frames "
+                f"it must be like the first, {tuple(first.shape)} of {first.dtype}"
+            )
+        frames.append(chunk.to("cpu", non_blocking=True) if offload else chunk)
+    if not frames:
+        raise ValueError("forward_chunked: tokens must be at least one chunk with a frame, got none")
     return frames
 
 
@@ -93,6 +107,7 @@ def scan_chunk(
     tokens = chunk.tokens.to(chunk.queries.device, chunk.queries.dtype, non_blocking=True)
     sequence, _ = norm_and_insert(layer.norm, tokens, chunk.queries, chunk.places, backend)
     x = F.linear(sequence, mixer.in_proj.weight.chunk(2)[0])
+    del tokens, sequence  # of a long chunk they are as large as x
     weights, reverse = mixer.directions()[direction], direction == 1
     if backends.operators_of(backend) != "native":
         A = -weights.A.to(accumulation_dtype(weights.A.dtype)).exp()
@@ -118,31 +133,20 @@ def _read(layer: CompressorLayer, chunk: Chunk, y: Tensor, backend: str) -> Tens
     return chunk.queries + mixed if layer.use_res else mixed
 
 
-def _chunks_of_frames(tokens: Tensor | Iterable[Tensor], chunk_frames: int | None, offload: bool) -> Iterator[Tensor]:
-    """Yield chunks of at most `chunk_frames` frames; with `offload` copies in the memory of the host."""
+def _chunks_of_frames(tokens: Tensor | Iterable[Tensor], chunk_frames: int | None) -> Iterator[Tensor]:
+    """Yield chunks of one frame or more, and of at most `chunk_frames`."""
     if chunk_frames is not None and (not isinstance(chunk_frames, int) or isinstance(chunk_frames, bool) or chunk_frames < 1):
         raise ValueError(f"forward_chunked: chunk_frames must be a number of frames from 1 up, got {chunk_frames!r}")
     if isinstance(tokens, Tensor) and chunk_frames is None:
         raise ValueError("forward_chunked: chunk_frames must be given for a tensor of tokens; an iterator yields chunks")
+    if not isinstance(tokens, Iterable) or isinstance(tokens, str | Mapping):
+        raise TypeError(f"forward_chunked: tokens must be a tensor or an iterable of tensors, got {type(tokens).__name__}")
     for part in [tokens] if isinstance(tokens, Tensor) else tokens:
-        if part.dim() != 5:
-            raise ValueError(f"forward_chunked: tokens must be (B, frames, rows, columns, C), got {tuple(part.shape)}")
-        for chunk in part.split(chunk_frames, dim=1) if chunk_frames else (part,):
-            yield chunk.to("cpu", non_blocking=True) if offload else chunk
-
-
-def _check_frames(frames: Sequence[Tensor], queries: Tensor, d_model: int) -> None:
-    """Raise ValueError for chunks that do not fit each other, the queries or the compressor."""
-    if not frames:
-        raise ValueError("forward_chunked: tokens must be at least one chunk, got an empty iterator")
-    for i, chunk in enumerate(frames):
-        if chunk.shape[:1] + chunk.shape[2:] != frames[0].shape[:1] + frames[0].shape[2:] or chunk.dtype != frames[0].dtype:
-            raise ValueError(
-                f"forward_chunked: chunk {i} of tokens is {tuple(chunk.shape)} of {chunk.dtype}; but for its frames it must "
-                f"be like the first, {tuple(frames[0].shape)} of {frames[0].dtype}"
-            )
-    first = torch.empty(frames[0].shape, dtype=frames[0].dtype, device="meta")
-    check_inputs(first, torch.empty(queries.shape, dtype=queries.dtype, device="meta"), d_model)
+        if not isinstance(part, Tensor) or part.dim() != 5:
+            found = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
+            raise ValueError(f"forward_chunked: tokens must be (B, frames, rows, columns, C), got {found}")
+        if part.shape[1]:
+            yield from part.split(chunk_frames, dim=1) if chunk_frames else (part,)
 
 
 def _chunks(frames: Sequence[Tensor], queries: Tensor) -> Iterator[Chunk]:

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from fused import backends
 from fused.models.bimba.attention import Attention
-from fused.models.bimba.checks import check_inputs
+from fused.models.bimba.checks import check_inputs, check_parameter
 from fused.models.bimba.chunked import check_chunkable, compress_chunks, split_chunks
 from fused.models.bimba.interleave import places_of
 from fused.models.bimba.layer import CompressorLayer
 from fused.modules import mamba
 from fused.modules.mamba import Mamba, check_backend, inverse_softplus
-from fused.runtime.checks import check_choice
+from fused.rules import check_integer
+from fused.runtime.checks import check_choice, check_tensor
 from fused.runtime.dtypes import accumulation_dtype
 
 MIXERS = ("mamba", "attention")
@@ -36,8 +37,8 @@ class BimbaCompressor(nn.Module):
     "corrected" draws it like the forward one. `zero_out_proj` makes the compressor return its queries, which is how upstream's
     training starts. `backend` is a name of `fused.backends`, or "auto". Loads upstream's state_dict.
 
-    Raises ValueError for an unknown `mixer_type`, `query_pos`, `initial_values` or backend, and for no layer. `query_pos` is
-    "inter"; upstream's "right" never worked.
+    Raises TypeError or ValueError for sizes that are no positive integers, and ValueError for an unknown `mixer_type`,
+    `query_pos`, `initial_values` or backend. `query_pos` is "inter"; upstream's "right" never worked.
     """
 
     def __init__(
@@ -59,8 +60,9 @@ class BimbaCompressor(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if n_layer < 1:
-            raise ValueError(f"BimbaCompressor: n_layer must be 1 or more, got {n_layer}")
+        counts = {"d_model": d_model, "n_layer": n_layer, "d_state": d_state, "d_conv": d_conv, "expand": expand}
+        for name, value in counts.items():
+            check_integer("BimbaCompressor", name, value, 1)
         check_choice("BimbaCompressor", "mixer_type", mixer_type, MIXERS)
         check_choice("BimbaCompressor", "query_pos", query_pos, ("inter",))
         check_choice("BimbaCompressor", "initial_values", initial_values, INITIAL_VALUES)
@@ -92,10 +94,12 @@ class BimbaCompressor(nn.Module):
     ) -> Float[Tensor, "B G Q C"]:
         """Return the queries (B, G, Q, C) after all layers, given the tokens (B, F, H, W, C) of F frames.
 
-        Raises ValueError for shapes, dtypes and devices that do not fit each other or the backend, and for no token or query.
+        Raises TypeError for what is no tensor of floating-point numbers; ValueError for shapes, dtypes and devices that do not
+        fit each other, the parameters or the backend, and for no token or query.
         """
         check_inputs(tokens, queries, self.d_model)
         dtype = accumulation_dtype(tokens.dtype) if self.fp32 else tokens.dtype
+        self._check_parameters(queries, dtype)
         backends.check_abilities("BimbaCompressor", mamba.BACKENDS, self.requested_backend, dtype, {})
         backend, frame, q = self.resolve_backend(tokens), tokens.shape[2:4], queries.flatten(1, 2)
         layers: Any = self.layers
@@ -123,15 +127,25 @@ class BimbaCompressor(nn.Module):
         cut every `chunk_frames` frames. All chunks are held where they are until the end, with `offload` as copies in host
         memory. Queries are on the compressor's device. Gradients flow, but then every chunk keeps its intermediate tensors.
 
-        Raises ValueError for chunks that do not fit, and for a compressor of several layers, with attention, with wrapped
-        modules, or on a backend that carries no state.
+        Raises TypeError or ValueError for chunks that do not fit each other, the queries or the parameters: for the first one
+        before the next is asked for. Raises ValueError for a compressor of several layers, with attention, with wrapped
+        modules, or on a backend that carries no state. What the iterator raises goes on to the caller.
         """
         layers: Any = list(self.layers)
         check_chunkable(layers, self.requested_backend)
-        chunks = split_chunks(tokens, queries, self.d_model, chunk_frames, offload)
+        check_tensor("BimbaCompressor", "queries", queries, "B G Q C", {"C": self.d_model}, None)
         dtype = accumulation_dtype(queries.dtype) if self.fp32 else queries.dtype
+        self._check_parameters(queries, dtype)
+        chunks = split_chunks(tokens, queries, self.d_model, chunk_frames, offload)
         out = compress_chunks(layers[0], chunks, queries, dtype, self.resolve_backend(queries))
         return out.to(queries.dtype) if self.fp32 else out
+
+    def _check_parameters(self, queries: Tensor, dtype: torch.dtype) -> None:
+        """Check the layers' first products; a wrapped one has a dtype of its own."""
+        for layer in self.layers:
+            in_proj = layer.get_submodule("mixer.in_proj")
+            if type(in_proj) is nn.Linear:
+                check_parameter(in_proj.weight, queries, dtype)
 
 
 def every_second_frame(tokens: Float[Tensor, "B F H W C"]) -> Float[Tensor, "B G H W C"]:

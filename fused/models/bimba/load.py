@@ -2,7 +2,7 @@
 
 Upstream trains adapters on q_proj and v_proj of the language model, the projector and the compressor, and writes
 
-    config.json  adapter_config.json  adapter_model.safetensors (or .bin)  non_lora_trainables.bin
+    config.json  adapter_config.json  adapter_model.safetensors (or .bin)  non_lora_trainables.bin (or .safetensors)
 
 beside which the base model, a folder in LLaVA's layout, is needed. A folder with weights of its own needs neither.
 """
@@ -10,18 +10,19 @@ beside which the base model, a folder in LLaVA's layout, is needed. A folder wit
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from fused.io.checkpoint_file import CheckpointError, read_checkpoint, read_json_object
+from fused.models.bimba.adapters import ADAPTER, find_file, merge_adapters
+from fused.models.bimba.names import named
 from fused.modules.mamba import check_backend
 
 T = TypeVar("T", bound="Pretrained")
-ADAPTER, TRAINED = "adapter_config.json", "non_lora_trainables.bin"
-TOWER = ("model.vision_tower.vision_tower.vision_model.", "model.vision_tower.vision_tower.")
-OWN = ("model.mm_projector.", "model.compressor.", "model.image_newline")
+TRAINED = "non_lora_trainables.bin"
+HEAD, EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
 UNUSED = ("vision_tower.head.", "vision_tower.post_layernorm.")  # LLaVA reads the tower before its last norm
 
 
@@ -46,19 +47,21 @@ class Pretrained:
         parameters (None: as stored). Only A_log, A_b_log, D and D_b stay in float32. All parameters have to be there, and no
         tensor may be unknown, but for the parts of the vision tower that are not read.
 
-        Raises FileNotFoundError for a folder without these files or without its base model, CheckpointError for weights that
-        do not fit, ImportError without transformers.
+        Raises FileNotFoundError for a folder without these files or without its base model; CheckpointError for weights that do
+        not fit, and adapters that are no plain LoRA, or of another rank or base model; TypeError or ValueError for arguments
+        and settings out of range, ImportError without transformers.
         """
         folder = _folder(folder, "folder")
         check_backend(backend)
         config, base, adapted = read_settings(folder / "config.json"), folder, (folder / ADAPTER).is_file()
         if adapted:
-            base = _base_folder(folder, base_model)
+            base = base_folder(folder, base_model)
             config = {**read_settings(base / "config.json"), **{k: v for k, v in config.items() if k == "compressor_type"}}
-        weights = {_name(key): x for key, x in _read_weights(base).items()}
+        weights = _read_weights(base)
         if adapted:
-            weights |= {_name(key): x for key, x in _read_trained(folder).items()}
-            _merge_adapters(folder, weights)
+            trained = find_file(folder, "non_lora_trainables", (".bin", ".safetensors"))
+            weights |= named(read_checkpoint(trained), trained)
+            merge_adapters(folder, weights)
         if not any(name.startswith("compressor.") for name in weights):
             raise CheckpointError(f"{folder} holds no compressor, whose keys begin with model.compressor.: it is no BIMBA")
         with torch.device("meta"):
@@ -80,7 +83,7 @@ class Pretrained:
         check_backend(backend)
         if (folder / ADAPTER).is_file():
             raise CheckpointError(f"{folder} holds adapters; allowed: a base model, on which adapters are trained anew")
-        config, weights = read_settings(folder / "config.json"), {_name(key): x for key, x in _read_weights(folder).items()}
+        config, weights = read_settings(folder / "config.json"), _read_weights(folder)
         if not any(name.startswith("mm_projector.") for name in weights):
             raise CheckpointError(f"{folder} holds no projector, whose keys begin with model.mm_projector.: it is no LLaVA")
         with torch.device("meta"):
@@ -110,9 +113,10 @@ def _assign(
     model: nn.Module, weights: dict[str, Tensor], folder: Path, device: torch.device, dtype: torch.dtype | None
 ) -> None:
     """Give a model on the meta device its weights. Raises CheckpointError where names or shapes do not fit."""
-    due = model.state_dict()
-    if "language_model.lm_head.weight" not in weights:  # tied
-        weights["language_model.lm_head.weight"] = weights.get("language_model.model.embed_tokens.weight", torch.empty(0))
+    due, language_model = model.state_dict(), cast(Any, model).language_model
+    tied = bool(language_model.config.tie_word_embeddings)
+    if tied and EMBEDDING in weights:
+        weights.setdefault(HEAD, weights[EMBEDDING])
     for name, value in due.items():
         if name.startswith(UNUSED) and name not in weights:
             weights[name] = torch.zeros(value.shape)
@@ -121,13 +125,17 @@ def _assign(
     wrong = [name for name in due if name in weights and weights[name].shape != due[name].shape]
     for words, names in (("unknown keys", unknown), ("missing keys", missing), ("keys of another shape", wrong)):
         if names:
-            raise CheckpointError(f"{folder} does not fit: {len(names)} {words}, the first is {names[0]}")
+            first = names[0]
+            shapes = f", {tuple(weights[first].shape)} where the model has {tuple(due[first].shape)}" if names is wrong else ""
+            raise CheckpointError(f"{folder} does not fit: {len(names)} {words}, the first is {first}{shapes}")
 
     def converted(name: str) -> Tensor:
         precise = name.rpartition(".")[2] in ("A_log", "A_b_log", "D", "D_b")
         return weights.pop(name).to(device, torch.float32 if precise else dtype)
 
     model.load_state_dict({name: converted(name) for name in due}, assign=True)
+    if tied:
+        language_model.tie_weights()
     for module in model.modules():  # buffers that are no weights
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_meta:
@@ -142,67 +150,43 @@ def _computed(module: nn.Module, name: str, device: torch.device) -> Tensor:
     return getattr(type(owner)(owner.config), name).to(device)
 
 
-def _name(key: str) -> str:
-    """Return the name in a `Bimba` of a key in LLaVA's layout."""
-    for prefix in TOWER:
-        if key.startswith(prefix):
-            return "vision_tower." + key.removeprefix(prefix)
-    if key.startswith(OWN):
-        return key.removeprefix("model.")
-    return "language_model." + key
+def base_folder(folder: str | Path, base_model: str | Path | None = None) -> Path:
+    """Return the base model's folder of a BIMBA, which is its own if it holds no adapters.
 
-
-def _read_trained(folder: Path) -> dict[str, Tensor]:
-    """Return what was trained beside the adapters, with the names of the base model."""
-    state = {key.removeprefix("base_model."): x for key, x in read_checkpoint(folder / TRAINED).items()}
-    if any(key.startswith("model.model.") for key in state):
-        state = {key.removeprefix("model."): x for key, x in state.items()}
-    return state
-
-
-def _merge_adapters(folder: Path, weights: dict[str, Tensor]) -> None:
-    """Add the products of adapters, W + (alpha / r) B A, to their weights. Raises CheckpointError for other kinds."""
-    options = read_settings(folder / ADAPTER)
-    if options.get("peft_type", "LORA") != "LORA" or options.get("use_dora") or options.get("bias", "none") != "none":
-        raise CheckpointError(f"{folder / ADAPTER} is no plain LoRA; allowed: peft_type LORA, without DoRA and bias")
-    rank = options["r"]
-    scale = options["lora_alpha"] / (rank**0.5 if options.get("use_rslora") else rank)
-    files = [folder / f"adapter_model.{kind}" for kind in ("safetensors", "bin")]
-    found = next((file for file in files if file.is_file()), None)
-    if found is None:
-        raise FileNotFoundError(2, "no adapter_model.safetensors or .bin in the folder", str(folder))
-    state = {key.removeprefix("base_model.model."): x for key, x in read_checkpoint(found).items()}
-    for key, A in state.items():
-        stem, middle, _ = key.partition(".lora_A.")
-        if not middle:
-            continue
-        name, B = _name(stem + ".weight"), next(x for k, x in state.items() if k.startswith(stem + ".lora_B."))
-        if name not in weights:
-            raise CheckpointError(f"{found} adapts {stem}, which the base model does not have")
-        base = weights[name]
-        weights[name] = (base.float() + scale * (B.float() @ A.float())).to(base.dtype)
-
-
-def _base_folder(folder: Path, base_model: str | Path | None) -> Path:
-    """Return the base model's folder. Raises FileNotFoundError where there is none."""
-    named = base_model or read_settings(folder / ADAPTER).get("base_model_name_or_path")
-    if named and Path(os.path.expanduser(named)).is_dir():
-        return Path(os.path.expanduser(named))
+    `base_model` is that of `from_pretrained`. Raises FileNotFoundError where there is none.
+    """
+    folder = _folder(folder, "folder")
+    if not (folder / ADAPTER).is_file():
+        return folder
+    name = base_model or read_settings(folder / ADAPTER).get("base_model_name_or_path")
+    if isinstance(name, str | os.PathLike) and Path(os.path.expanduser(name)).is_dir():
+        return Path(os.path.expanduser(name))
     raise FileNotFoundError(
-        2, f"{folder} holds adapters of {named!r}, which is no folder here: download that model and pass base_model=FOLDER",
-        str(named),
+        2, f"{folder} holds adapters of {name!r}, which is no folder here: download that model, from the Hugging Face hub by "
+        "hf download NAME --local-dir FOLDER, and pass base_model=FOLDER", str(name),
     )  # fmt: skip
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """Return all tensors of a folder's files of weights. Raises FileNotFoundError where there is none."""
+    """Return all tensors of a folder's files of weights by their names in a `Bimba`.
+
+    Raises FileNotFoundError where there is none, and CheckpointError for two files with the same weights.
+    """
     files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
         raise FileNotFoundError(2, "no model*.safetensors or pytorch_model*.bin in the folder", str(folder))
-    return {key: x for file in files for key, x in read_checkpoint(file).items()}
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        part = named(read_checkpoint(file), file)
+        if twice := weights.keys() & part:
+            raise CheckpointError(f"{folder} holds {min(twice)} twice, in {file.name} and before it; allowed: one set of files")
+        weights |= part
+    return weights
 
 
 def _folder(path: str | Path, name: str) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"{name} is a {type(path).__name__}; allowed: the path of a folder")
     folder = Path(os.path.expanduser(path))
     if not folder.is_dir():
         raise FileNotFoundError(2, f"{name} is no folder", str(path))

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from fused.models.bimba.compressor import BimbaCompressor
 from fused.models.bimba.load import Pretrained
-from fused.models.bimba.queries import bimba_queries
+from fused.models.bimba.queries import POOLS, bimba_queries
 from fused.models.bimba.towers import language_model, patch_features, prepare_frames, vision_tower
 from fused.models.conversation.turns import Turn, chat_text
+from fused.rules import check_integer
 from fused.runtime.checks import check_choice
 
 VIDEO_TOKEN = -200  # stands for the video among the tokens of a prompt, as in LLaVA
@@ -29,18 +30,21 @@ class Bimba(Pretrained, nn.Module):
     `vision_config`. The language model sees the compressed tokens in the place of the prompt's VIDEO_TOKEN.
 
     Only video goes through the compressor. Conditioning on the question, as in the paper, was not released and is not here.
-    Raises ValueError for an unknown option, ImportError without transformers.
+    Raises TypeError or ValueError for an option out of range, ImportError without transformers.
     """
 
     def __init__(self, config: Mapping[str, Any], backend: str = "auto") -> None:
         super().__init__()
         self.config = dict(config)
         self.pool, self.temporal_pooling, self.newline = compression(config)
-        check_choice("Bimba", "mm_newline_position", self.newline, NEWLINES)
-        self.vision_tower = vision_tower(config.get("vision_config") or {})
+        sizes = config.get("vision_config") or {}
+        if not isinstance(sizes, Mapping):
+            raise ValueError(f"Bimba: vision_config must be an object with the tower's sizes, got {sizes!r}")
+        self.vision_tower = vision_tower(sizes)
         self.language_model = language_model(config)
         vision: Any = self.vision_tower.config
         self.image_size, D = vision.image_size, self.language_model.config.hidden_size
+        self.rows = vision.image_size // vision.patch_size  # of a frame's patches
         self.mm_projector = nn.Sequential(nn.Linear(vision.hidden_size, D), nn.GELU(), nn.Linear(D, D))
         self.backend, self.compressor_kind = backend, config.get("compressor_type") or "mamba"
         self.compressor = self.new_compressor()
@@ -103,14 +107,8 @@ class Bimba(Pretrained, nn.Module):
         """
         video = None if frames is None else self.compress(self.encode_frames(frames))
         inputs = self.embed(input_ids, video)
-        if labels is None:
-            return self.language_model(inputs_embeds=inputs, use_cache=False)
-        ids, targets = input_ids.flatten(), labels.flatten()
-        if video is not None:
-            place = int((ids == VIDEO_TOKEN).nonzero())
-            silent = targets.new_full((len(video),), -100)
-            targets = torch.cat((targets[:place], silent, targets[place + 1 :]))
-        return self.language_model(inputs_embeds=inputs, labels=targets[None], use_cache=False)
+        targets = None if labels is None else place_labels(input_ids, labels, video)[None]
+        return self.language_model(inputs_embeds=inputs, labels=targets, use_cache=False)
 
     @torch.no_grad()
     def generate(
@@ -142,10 +140,28 @@ class Bimba(Pretrained, nn.Module):
         return torch.tensor([ids], device=self.image_newline.device)
 
 
+def place_labels(
+    input_ids: Int[Tensor, "*B L"], labels: Int[Tensor, "*B L"], video: Float[Tensor, "V C"] | None
+) -> Int[Tensor, " N"]:
+    """Return the labels of what `Bimba.embed` returns: those given, and -100 for each token of the video."""
+    targets = labels.flatten()
+    if video is None:
+        return targets
+    place = int((input_ids.flatten() == VIDEO_TOKEN).nonzero())
+    return torch.cat((targets[:place], targets.new_full((len(video),), -100), targets[place + 1 :]))
+
+
 def compression(config: Mapping[str, Any]) -> tuple[str, int, str]:
-    """Return the pool of the queries, the frames of a mean, and where newline tokens stand, by a base model's config.json."""
+    """Return the pool of the queries, the frames of a mean, and where newline tokens stand, by a base model's config.json.
+
+    Raises TypeError or ValueError for values that `Bimba` does not take.
+    """
     pool, newline = config.get("mm_spatial_pool_mode") or "bilinear", config.get("mm_newline_position") or "grid"
-    return pool, config.get("temporal_pooling") or 1, newline
+    pooling = config.get("temporal_pooling") or 1
+    check_choice("Bimba", "mm_newline_position", newline, NEWLINES)
+    check_choice("Bimba", "mm_spatial_pool_mode", pool, POOLS)
+    check_integer("Bimba", "temporal_pooling", pooling, 1)
+    return pool, pooling, newline
 
 
 def pooled_rows(rows: int, pool: str) -> int:

@@ -4,9 +4,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from fused.runtime.checks import check_choice
+from fused.runtime.checks import check_choice, check_tensor
 
-_POOLS = ("bilinear", "average", "max")
+POOLS = ("bilinear", "average", "max")
 
 
 def bimba_queries(
@@ -25,11 +25,11 @@ def bimba_queries(
     The defaults are the released BIMBA's: 27 x 27 features of a frame become 14 x 14 queries. The paper's 16 to 1 is
     pool="average", frame_stride=4. The paper's conditioning on the question was not released and is not here.
 
-    Raises ValueError for features of another number of dimensions, an unknown `pool`, and steps that leave no query.
+    Raises TypeError for features that are no floating-point numbers; ValueError for another number of dimensions, an unknown
+    `pool`, and steps that leave no query.
     """
-    if features.dim() not in (4, 5):
-        raise ValueError(f"bimba_queries: features must be (F, H, W, C) or (B, F, H, W, C), got {tuple(features.shape)}")
-    check_choice("bimba_queries", "pool", pool, _POOLS)
+    check_tensor("bimba_queries", "features", features, "F H W C | B F H W C", {}, None)
+    check_choice("bimba_queries", "pool", pool, POOLS)
     for name, value in (("temporal_pooling", temporal_pooling), ("stride", stride), ("frame_stride", frame_stride)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"bimba_queries: {name} must be a whole number from 1 up, got {value!r}")

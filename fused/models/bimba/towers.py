@@ -16,20 +16,21 @@ SIGLIP = {  # google/siglip-so400m-patch14-384, whose last layer LLaVA leaves ou
 def vision_tower(sizes: Mapping[str, Any]) -> nn.Module:
     """Return a `SiglipVisionModel` with random weights and without its pooling head; `sizes` override those of `SIGLIP`.
 
-    Raises ImportError without transformers.
+    Raises ValueError for sizes that no tower has, ImportError without transformers.
     """
     library = _transformers()
-    return library.SiglipVisionModel(library.SiglipVisionConfig(**{**SIGLIP, **sizes, "vision_use_head": False}))
+    config = _config(library.SiglipVisionConfig, {**SIGLIP, **sizes, "vision_use_head": False})
+    return library.SiglipVisionModel(config)
 
 
 def language_model(config: Mapping[str, Any]) -> Any:
     """Return a `Qwen2ForCausalLM` with random weights; of `config`, a published config.json, Qwen2's own fields are read.
 
-    Raises ImportError without transformers.
+    Raises ValueError for fields that Qwen2 does not take, ImportError without transformers.
     """
     library = _transformers()
     fields = {k: v for k, v in config.items() if k not in ("model_type", "architectures", "auto_map", "_name_or_path")}
-    return library.Qwen2ForCausalLM(library.Qwen2Config(**fields))
+    return library.Qwen2ForCausalLM(_config(library.Qwen2Config, fields))
 
 
 def prepare_frames(frames: UInt8[Tensor, "F H W 3"], side: int) -> Float[Tensor, "F 3 S S"]:
@@ -44,6 +45,14 @@ def patch_features(tower: nn.Module, frames: Tensor) -> Tensor:
     encoded = model.encoder(inputs_embeds=model.embeddings(frames)).last_hidden_state
     side = frames.shape[-1] // model.embeddings.patch_size
     return encoded.unflatten(1, (-1, side))
+
+
+def _config(kind: Any, fields: Mapping[str, Any]) -> Any:
+    """Return a configuration of transformers. Raises ValueError for fields that it refuses, by an exception of its own."""
+    try:
+        return kind(**fields)
+    except Exception as error:
+        raise ValueError(f"config.json is no {kind.__name__}: {error}") from error
 
 
 def _transformers() -> Any:

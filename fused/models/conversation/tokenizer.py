@@ -17,8 +17,19 @@ def require_transformers() -> Any:
 
 
 def read_tokenizer(folder: str | Path) -> Any:
-    """Return the tokenizer of a folder. Raises OSError or ValueError where it has none, ImportError without transformers."""
-    return require_transformers().AutoTokenizer.from_pretrained(str(Path(os.path.expanduser(folder))))
+    """Return the tokenizer of a folder. Raises ValueError where it has none, ImportError without transformers."""
+    path, library = Path(os.path.expanduser(folder)), require_transformers()
+    logging = library.utils.logging
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it warns of config.json, whose model it does not have
+    try:
+        return library.AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except Exception as error:  # the library raises exceptions of many kinds, which do not name the folder
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} holds no tokenizer that transformers reads; allowed: tokenizer.json beside the weights: "
+                         f"{reason}") from error  # fmt: skip
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def end_tokens(tokenizer: Any) -> list[int]:

@@ -14,15 +14,14 @@ from fused.models.retrieval.config import RetrievalConfig
 from fused.models.retrieval.load import config_of, load_weights, read_weights
 from fused.models.retrieval.words import Tokenizer
 from fused.models.videomamba.config import VideoMambaConfig
-from fused.models.videomamba.hub import download
+from fused.models.videomamba.hub import CONFIG, FOLLOWED, WEIGHTS, download, with_tuples
 from fused.models.videomamba.published import PRETRAINED
 
 T = TypeVar("T", bound="Pretrained")
-CONFIG, WEIGHTS, VOCABULARY = "config.json", "model.safetensors", "vocab.txt"
+VOCABULARY = "vocab.txt"
 KIND = "videomamba-retrieval"  # model_type in config.json
 TEXT_LENGTH = 32  # of captions in upstream's pretraining
 PUBLISHED = {name: one for name, one in PRETRAINED.items() if one.model == "VideoMambaEncoder" and one.config.add_pool_norm}
-_RENAMED = {"num_frames": "frames", "img_size": "size"}
 
 
 class Pretrained:
@@ -116,16 +115,11 @@ def _read_config(path: Path, overrides: dict[str, Any]) -> tuple[RetrievalConfig
     try:
         preprocessing, length = given.pop("preprocessing", None), given.pop("text_length", TEXT_LENGTH)
         names = RetrievalConfig.__dataclass_fields__
-        video = VideoMambaConfig(**_tuples(given.pop("video")) | {k: v for k, v in overrides.items() if k not in names})
+        video = VideoMambaConfig(**with_tuples(given.pop("video")) | {k: v for k, v in overrides.items() if k not in names})
         config = RetrievalConfig(video, **given | {k: v for k, v in overrides.items() if k in names})
         if preprocessing is None:
             return config, None, length
-        changes = {_RENAMED[key]: value for key, value in overrides.items() if key in _RENAMED}
-        return config, Preprocessing(**_tuples(preprocessing) | changes), length
+        changes = {FOLLOWED[key]: value for key, value in overrides.items() if key in FOLLOWED}
+        return config, Preprocessing(**with_tuples(preprocessing) | changes), length
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} is no configuration of a video-text model: {error}") from error
-
-
-def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields with tuples, which JSON does not have, in place of lists."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}

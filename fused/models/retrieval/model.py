@@ -50,14 +50,18 @@ class VideoTextHeads(nn.Module):
     ) -> Float[Tensor, "B 2"]:
         """Return logits of (no match, match) for each pair of a video's tokens and a text's features.
 
-        `video` is (B, V, D), or (1, V, D), one video with every text: its keys and values are then computed once.
+        `video` is (B, V, D), or (1, V, D), one video with every text: its keys and values are then computed once. `text` is
+        what `encode_text` returned for `visible`, which is False for padding.
         """
         return self.itm_head(self.text_encoder.fusion(text, visible, video)[:, 0])
 
     def predict_words(
         self, video: Float[Tensor, "B V D"], ids: Int[Tensor, "B N"], visible: Bool[Tensor, "B N"]
     ) -> Float[Tensor, "B N vocabulary"]:
-        """Return logits over the vocabulary for every place of texts some of whose words are masked."""
+        """Return logits over the vocabulary for every place of texts some of whose words are masked.
+
+        `video` is as in `match`, `ids` and `visible` are as in `encode_text`. Raises ValueError for a model without the head.
+        """
         encoder = self.text_encoder
         return encoder.predict(encoder.fusion(encoder.text(ids, visible), visible, video))
 
@@ -106,7 +110,11 @@ class VideoTextRetrieval(Pretrained, VideoTextHeads):
         return self.vision_encoder(clips, use_image=is_image, keep_temporal=keep_temporal, visible=visible)
 
     def encode_text(self, ids: Int[Tensor, "N L"], visible: Bool[Tensor, "N L"]) -> Float[Tensor, "N L C"]:
-        """Return the features of the words of texts, by the half of BERT that sees no video."""
+        """Return the features of the words of texts, by the half of BERT that sees no video.
+
+        `ids` and `visible` are a `Tokenizer`'s. Raises ValueError for more words than there are positions, and for other
+        shapes.
+        """
         return self.text_encoder.text(ids, visible)
 
     def forward(

@@ -51,7 +51,7 @@ class Tokenizer:
             raise ValueError(f"vocabulary is {str(self.path)!r}, which lacks {', '.join(missing)}; allowed: BERT's vocab.txt")
         self.size = len(words)
         self.pad, self.mask, self.cls = (words.index(word) for word in ("[PAD]", "[MASK]", "[CLS]"))
-        self._bert: Any = _import_transformers().BertTokenizer(str(self.path))
+        self._bert: Any = import_transformers().BertTokenizer(str(self.path))
 
     def __call__(self, sentences: Sequence[str], length: int) -> Words:
         """Return the ids of sentences, cleaned, cut and padded to `length`, which counts [CLS] and [SEP]."""
@@ -68,10 +68,10 @@ class Tokenizer:
             raise ValueError(f"vocabulary is {str(self.path)!r} with {self.size} words; allowed: {allowed}")
 
 
-def _import_transformers() -> Any:
+def import_transformers() -> Any:
     """Return the library transformers. Raises ImportError that says how to install it."""
     try:
         import transformers
     except ImportError as error:
-        raise ImportError("BERT's word pieces need transformers: pip install 'videomamba-bench[teachers]'") from error
+        raise ImportError("CLIP and BERT need transformers: pip install 'videomamba-bench[teachers]'") from error
     return transformers

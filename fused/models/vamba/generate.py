@@ -65,9 +65,7 @@ class Generates:
 
         Raises what `forward` raises, and TypeError or ValueError for options out of range.
         """
-        check_integer("generate", "max_new_tokens", max_new_tokens, 1)
-        check_number("generate", "temperature", temperature, 0, float("inf"), "[)")
-        check_number("generate", "top_p", top_p, 0, 1, "(]")
+        check_sampling("generate", max_new_tokens, temperature, top_p)
         stops = frozenset(self.stop_tokens if stop_tokens is None else stop_tokens)
         cache = self.encode_video(video) if isinstance(video, Tensor) else video  # type: ignore[attr-defined]
         out = self(input_ids, cache=cache, attention_mask=attention_mask, use_cache=True)  # type: ignore[operator]
@@ -167,3 +165,10 @@ def pick(
         drawn = torch.multinomial(ordered, 1, generator=generator)
         return places.gather(-1, drawn)[:, 0]
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+
+def check_sampling(op: str, max_new_tokens: object, temperature: object, top_p: object) -> None:
+    """Raise TypeError or ValueError for options of an answer that are out of range; `op` is the function that takes them."""
+    check_integer(op, "max_new_tokens", max_new_tokens, 1)
+    check_number(op, "temperature", temperature, 0, float("inf"), "[)")
+    check_number(op, "top_p", top_p, 0, 1, "(]")

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,16 +18,17 @@ from torch import Tensor, nn
 from fused.io.atomic_write import atomic_write
 from fused.io.checkpoint_file import CheckpointError, read_json_object, save_checkpoint
 from fused.models.vamba.config import MIXER_FIELDS, VambaConfig
+from fused.models.vamba.stored import INDEX, WEIGHTS, StoredTensors, some
 from fused.models.vamba.vision import vision_tower
 from fused.modules.mamba import check_backend
+from fused.rules import is_integer
 
 T = TypeVar("T", bound="Pretrained")
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
 SHARD_BYTES = 4 * 2**30
 VISION = "visual."
 MIXER = "model.layers.0.vision_mixer.mixer."
 FLOAT32 = ("A_log", "D")  # parameters that stay in float32
-SHOWN = 5  # names in one line of a report
 
 _log = logging.getLogger("fused")
 
@@ -78,35 +78,41 @@ class Pretrained:
         Raises FileNotFoundError for a folder without these files, CheckpointError for one that is no Vamba and for weights
         that do not fit, ImportError without safetensors, or with `vision` without transformers.
         """
-        folder = Path(os.path.expanduser(folder))
-        check_backend(backend)
-        given, files = read_json(folder / CONFIG), weight_files(folder)
-        with ExitStack() as stack:
-            handles = {file: stack.enter_context(open_weights(file)) for file in sorted(set(files.values()))}
-            shapes = {name: tuple(handles[file].get_slice(name).get_shape()) for name, file in files.items()}
-            config = read_config(folder, given, shapes)
-            try:
-                with torch.device("meta"):
-                    model: Any = cls(config, backend)  # type: ignore[call-arg]
-            except ValueError as error:
-                raise CheckpointError(f"{folder / CONFIG} is no configuration of a Vamba: {error}") from error
-            tower = given.get("vision_config")
-            if vision:
-                if not tower or not any(name.startswith(VISION) for name in shapes):
-                    raise CheckpointError(f"{folder} holds no vision tower; allowed: vision=False")
-                model.visual = vision_tower(tower)
-            model.vision_config = tower
-            model.load_report = _check_names(folder, model, shapes)
-            for name in model.load_report.loaded:
-                tensor = handles[files[name]].get_tensor(name)
-                keeps = name.rpartition(".")[2] in FLOAT32
-                target = torch.float32 if keeps else dtype or tensor.dtype
-                assign(model, name, tensor.to(device=device, dtype=target))
+        model: Any
+        model, stored = cls.outline(folder, backend=backend, vision=vision)
+        for name in model.load_report.loaded:
+            keeps = name.rpartition(".")[2] in FLOAT32
+            tensor = stored.read(name)
+            assign(model, name, tensor.to(device=device, dtype=torch.float32 if keeps else dtype or tensor.dtype))
         if vision:
             model.visual.to(device)  # its buffers
-        model.stop_tokens = read_stops(folder, given)
         _log.info("%s", model.load_report)
-        return model.eval()
+        return model
+
+    @classmethod
+    def outline(cls: type[T], folder: str | Path, *, backend: str = "auto", vision: bool = False) -> tuple[T, StoredTensors]:
+        """Return the model of a folder in eval mode, its parameters on the meta device, and their values, which fit, in files.
+
+        Arguments and errors are those of `from_pretrained`.
+        """
+        folder = existing_folder(folder)
+        check_backend(backend)
+        given, stored = read_json(folder / CONFIG), StoredTensors(folder)
+        config = read_config(folder, given, stored.shapes)
+        try:
+            with torch.device("meta"):
+                model: Any = cls(config, backend)  # type: ignore[call-arg]
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{folder / CONFIG} is no configuration of a Vamba: {error}") from error
+        tower = given.get("vision_config")
+        if vision:
+            if not tower or not any(name.startswith(VISION) for name in stored.shapes):
+                lacking = "weights visual.*" if tower else f"vision_config in {CONFIG}"
+                raise CheckpointError(f"{folder} holds no vision tower: it lacks {lacking}; allowed: vision=False")
+            model.visual = read_tower(folder, tower)
+        model.vision_config, model.stop_tokens = tower, read_stops(folder, given)
+        model.load_report = _check_names(folder, model, stored.shapes)
+        return model.eval(), stored
 
     def save_pretrained(self, folder: str | Path, *, shard_bytes: int = SHARD_BYTES) -> Path:
         """Write config.json and the weights in shards of at most `shard_bytes`, and return the folder.
@@ -159,6 +165,16 @@ class Pretrained:
         return described
 
 
+def existing_folder(folder: str | Path) -> Path:
+    """Return the folder of a model, ~ in front being the home folder. Raises FileNotFoundError for one that is not there."""
+    path = Path(os.path.expanduser(folder))
+    if not path.is_dir():
+        found = "it is a file" if path.exists() else "there is no such folder"
+        advice = "a repository of the Hugging Face hub has to be downloaded first (hf download NAME --local-dir FOLDER)"
+        raise FileNotFoundError(2, f"{found}; allowed: the folder of a model; {advice}", str(folder))
+    return path
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file. Raises FileNotFoundError, and CheckpointError for anything else than an object."""
     try:
@@ -170,28 +186,26 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_stops(folder: Path, given: Mapping[str, Any]) -> tuple[int, ...]:
     """Return the tokens that end an answer: those of generation_config.json, else of `given`, the content of config.json."""
     stops = given.get("eos_token_id") or []
-    if (folder / "generation_config.json").is_file():
-        stops = read_json(folder / "generation_config.json").get("eos_token_id") or stops
-    return tuple(stops) if isinstance(stops, list) else (stops,)
+    file = folder / CONFIG
+    if (folder / GENERATION).is_file() and (found := read_json(folder / GENERATION).get("eos_token_id")):
+        stops, file = found, folder / GENERATION
+    tokens = tuple(stops) if isinstance(stops, list) else (stops,)
+    if not all(is_integer(token, 0) for token in tokens):
+        raise CheckpointError(f"{file}: eos_token_id is {stops!r}; allowed: the number of a token, or a list of them")
+    return tokens
 
 
-def weight_files(folder: Path) -> dict[str, Path]:
-    """Return the file of each tensor. Raises FileNotFoundError for missing files, CheckpointError for a wrong index."""
-    if (folder / INDEX).is_file():
-        placed = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):
-            raise CheckpointError(f"{folder / INDEX} has no weight_map")
-        files = {name: folder / Path(file).name for name, file in placed.items()}
-        for file in sorted(set(files.values())):
-            if not file.is_file():
-                raise FileNotFoundError(2, f"{INDEX} names a shard that is not there", str(file))
-            held = set(_names(file))
-            if lacking := [name for name, place in files.items() if place == file and name not in held]:
-                raise CheckpointError(f"{file} lacks {some(lacking)}, which {INDEX} places there")
-        return files
-    if not (folder / WEIGHTS).is_file():
-        raise FileNotFoundError(2, f"the folder holds neither {WEIGHTS} nor {INDEX}", str(folder))
-    return dict.fromkeys(_names(folder / WEIGHTS), folder / WEIGHTS)
+def read_tower(folder: Path, given: object) -> nn.Module:
+    """Return the vision tower of a `vision_config`, its parameters on the meta device. Raises CheckpointError for no such."""
+    if not isinstance(given, Mapping):
+        raise CheckpointError(f"{folder / CONFIG}: vision_config is {given!r}; allowed: an object")
+    try:
+        return vision_tower(given, weights=False)
+    except ImportError:
+        raise
+    except Exception as error:  # the library has exceptions of its own
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{folder / CONFIG}: vision_config is none of a Qwen2-VL: {reason}") from error
 
 
 def read_config(folder: Path, given: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> VambaConfig:
@@ -205,8 +219,10 @@ def read_config(folder: Path, given: Mapping[str, Any], shapes: Mapping[str, tup
         conv, d_conv = shapes[MIXER + "conv1d.weight"][0], shapes[MIXER + "conv1d.weight"][2]
     except KeyError as error:
         raise CheckpointError(f"{folder} is no Vamba: it lacks {error}, of the first layer's Mamba-2 mixer") from error
-    stated = {key: v for key, v in (_find(given, "vision_mamba_mixer_config") or {}).items() if key in MIXER_FIELDS}
+    stated = {key: v for key, v in _section(folder, given, "vision_mamba_mixer_config").items() if key in MIXER_FIELDS}
     groups = stated.get("ngroups", 1)
+    if not is_integer(groups, 1):
+        raise CheckpointError(f"{folder / CONFIG}: ngroups is {groups!r}; allowed: a positive integer")
     d_ssm = 2 * d_inner + conv + heads - rows  # rows are 2 (d_inner - d_ssm) + d_ssm + conv + heads
     mixer = stated | {
         "expand": d_inner // width, "headdim": d_ssm // heads, "d_state": (conv - d_ssm) // (2 * groups), "d_conv": d_conv,
@@ -220,7 +236,7 @@ def decoder_config(folder: Path, given: Mapping[str, Any], balances: bool, mixer
 
     Raises CheckpointError for values that are wrong or missing.
     """
-    rope = _find(given, "rope_scaling") or _find(given, "rope_parameters") or {}
+    rope = _section(folder, given, "rope_scaling") or _section(folder, given, "rope_parameters")
     names = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"
     )  # fmt: skip
@@ -244,17 +260,20 @@ def decoder_config(folder: Path, given: Mapping[str, Any], balances: bool, mixer
         raise CheckpointError(f"{folder / CONFIG} is no configuration of a Vamba: {error}") from error
 
 
-def some(names: list[str]) -> str:
-    """Return the first names, and the number of the others, as one line."""
-    return ", ".join(names[:SHOWN]) + f" and {len(names) - SHOWN} more" * (len(names) > SHOWN)
-
-
 def _find(given: Mapping[str, Any], key: str) -> Any:
     """Return the value of a key at the top, or in the first section that has it except the vision tower's; None without."""
     if key in given:
         return given[key]
     sections = [v for name, v in given.items() if isinstance(v, Mapping) and name != "vision_config"]
     return next((found for section in sections if (found := _find(section, key)) is not None), None)
+
+
+def _section(folder: Path, given: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """Return the object that `_find` finds, an empty one without; raise CheckpointError for what is none."""
+    found = _find(given, key)
+    if found is not None and not isinstance(found, Mapping):
+        raise CheckpointError(f"{folder / CONFIG}: {key} is {found!r}; allowed: an object")
+    return found or {}
 
 
 def _check_names(folder: Path, model: Any, shapes: Mapping[str, tuple[int, ...]]) -> VambaLoadReport:
@@ -283,24 +302,6 @@ def assign(model: nn.Module, name: str, value: Tensor) -> None:
         module._parameters[leaf] = nn.Parameter(value)
     else:
         module._buffers[leaf] = value
-
-
-def open_weights(file: Path) -> Any:
-    """Return a safetensors file, open; raise CheckpointError for a damaged one, ImportError without the library."""
-    try:
-        from safetensors import safe_open
-    except ImportError as error:
-        raise ImportError("safetensors is not installed: pip install safetensors") from error
-    try:
-        return safe_open(file, framework="pt", device="cpu")
-    except Exception as error:
-        raise CheckpointError(f"{file} is no safetensors file, or it is damaged: {error}") from error
-
-
-def _names(file: Path) -> list[str]:
-    """Return the names of the tensors in a safetensors file."""
-    with open_weights(file) as handle:
-        return list(handle.keys())
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from fused.models.vamba.layer import VambaDecoderLayer
 from fused.models.vamba.model import Vamba
+from fused.modules.mamba2 import Mamba2
 from fused.rules import invalid
 
 STAGES = {"pretrain": ("cross_attn", "vision_mixer", "alpha"), "sft": ("model.", "visual.merger.")}
@@ -35,10 +36,15 @@ def init_mixers(model: Vamba) -> None:
     """
     layers = _layers(model)
     for layer in layers:
-        mixer = layer.vision_mixer.mixer
-        nn.init.normal_(mixer.in_proj.weight, 0.0, 0.02)
-        edge = 1 / math.sqrt(mixer.d_inner * len(layers))
-        nn.init.uniform_(mixer.out_proj.weight, -edge, edge)
+        draw_mixer(layer.vision_mixer.mixer, len(layers))
+
+
+@torch.no_grad()
+def draw_mixer(mixer: Mamba2, layers: int) -> None:
+    """Draw the products of one mixer of a model with so many layers, see `init_mixers`."""
+    nn.init.normal_(mixer.in_proj.weight, 0.0, 0.02)
+    edge = 1 / math.sqrt(mixer.d_inner * layers)
+    nn.init.uniform_(mixer.out_proj.weight, -edge, edge)
 
 
 def select_trainable(model: Vamba, stage: str | Sequence[str]) -> list[str]:

@@ -22,11 +22,26 @@ VIDEO_START = "<|vision_start|>"
 VIDEO_WORDS = f"{VIDEO_START}<|vision_end|>"  # stand where the video is among the text, which holds no place for its tokens
 
 
-def vision_tower(config: Mapping[str, Any]) -> nn.Module:
-    """Return the tower for a `vision_config`, with initial weights. Raises ImportError without transformers."""
+def vision_tower(config: Mapping[str, Any], *, weights: bool = True) -> nn.Module:
+    """Return the tower for a `vision_config`, with initial weights; without `weights` parameters are on the meta device.
+
+    Raises ImportError without transformers.
+    """
     library = import_tower()
     known = {key: value for key, value in config.items() if key not in ("model_type", "transformers_version", "torch_dtype")}
-    return library.modeling.Qwen2VisionTransformerPretrainedModel(library.configuration.Qwen2VLVisionConfig(**known))
+
+    def make(**changed: Any) -> nn.Module:
+        described = library.configuration.Qwen2VLVisionConfig(**known | changed)
+        return library.modeling.Qwen2VisionTransformerPretrainedModel(described)
+
+    if weights:
+        return make()
+    with torch.device("meta"):
+        tower = make()
+    for name, buffer in make(depth=1).named_buffers():  # which are the same at any depth
+        place, _, leaf = name.rpartition(".")
+        tower.get_submodule(place)._buffers[leaf] = buffer
+    return tower
 
 
 class _Library:

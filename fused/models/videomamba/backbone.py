@@ -110,13 +110,12 @@ class Backbone(Pretrained, nn.Module):
     ) -> Float[Tensor, "B V D"]:  # fmt: skip
         """Return the visible tokens with positions: cls + pos[0], then patch(f, p) + pos[1 + p] + temporal[f].
 
-        Without `temporal_pos_offset` the clip is the whole video. With it the clip is a chunk of whole tubelets, and the
-        offset is the number of tubelets before it. The tokens of all chunks, concatenated, are those of the whole video:
-        CLS goes before tubelet 0 only. A mask has one column for each token of the chunk. `temporal_pos_total` is the number of
-        tubelets of a video whose length is not that of the temporal table: the table is stretched to it, in every chunk.
-
-        `use_image` takes a clip of one tubelet, and adds no temporal position. Raises ValueError or TypeError for a clip, a
-        mask or a position in the video that does not fit the model.
+        Without `temporal_pos_offset` the clip is the whole video. With it the clip is a chunk of whole tubelets, and the offset
+        is the number of tubelets before it. The tokens of all chunks, concatenated, are those of the whole video: CLS goes
+        before tubelet 0 only. A mask has one column for each token of the chunk. `temporal_pos_total` is the number of tubelets
+        of a video whose length is not that of the temporal table: the table is stretched to it, in every chunk. `use_image`
+        takes a clip of one tubelet, and adds no temporal position. Raises ValueError or TypeError for a clip, a mask or a
+        position in the video that does not fit the model.
         """
         span = span_of(clip, self.config, use_image, temporal_pos_offset, temporal_pos_total)
         return self.pos_drop(self.embed_span(clip, span, self.visible_indices(clip, mask, span), use_image))
@@ -152,10 +151,10 @@ class Backbone(Pretrained, nn.Module):
     def init_state(
         self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> list[State]:
-        """Return the state before a video's first token, for `ssm_state`; its parts are described in `fused.modules.state`.
+        """Return the state before the first token of `batch_size` videos, for `ssm_state`; see `fused.modules.state`.
 
         `dtype` is the stream's, by default that of the parameters, or autocast's where it is on. `device` is by default that of
-        the parameters. Raises ValueError for a bidirectional model and for a batch of none.
+        the parameters. Raises ValueError for a bidirectional model and for a batch_size below 1.
         """
         states = [m.init_state(batch_size, dtype, device) for m in self.modules() if isinstance(m, Mamba)]
         return [*states, zero_mean(states[0], self.config.embed_dim)] if self.reads_mean else states
@@ -168,7 +167,9 @@ class Backbone(Pretrained, nn.Module):
 
         `state`, one (conv_state, ssm_state) a layer, continues a token sequence that was cut; causal models in spatial order
         only. `out_layers` are the ascending numbers of layers whose feature is returned: the final norm of the residual stream
-        after that layer; for the last layer the stream itself, which with fused_add_norm lacks the last mixer's output.
+        after that layer; for the last layer the stream itself, which with fused_add_norm lacks the last mixer's output. `mask`
+        (B, L) is that which left these tokens; scan orders other than "spatial" read it. With `return_state` the new state is
+        returned.
 
         Returns (normed tokens in storage order, the new state in a container like the old one's, or None, the features). Raises
         ValueError for a state that does not fit the model, its scan order or its backend, TypeError for one of another type
@@ -227,7 +228,7 @@ class Backbone(Pretrained, nn.Module):
         if self.config.scan_order == "spatial":
             return None
         if (length - 1) % patches:
-            raise ValueError(f"{length} tokens are not CLS and frames of {patches} patches; pass the mask that left them")
+            raise ValueError(f"tokens are {length}; allowed: CLS and frames of {patches} patches, or the mask that left these")
         return temporal_order((length - 1) // patches, patches, visible, device)
 
     def apply_final_norm(
@@ -255,8 +256,8 @@ class Backbone(Pretrained, nn.Module):
         """Yield the normed tokens (B, n, D) of every chunk, CLS with the first, as soon as its frames have come.
 
         This approximates the whole clip's tokens: the backward scan starts from zeros after every chunk and the `look_ahead`
-        frames after it. If these reach the end of the video, it is exact. `clip` is as in `forward_chunked`. Dropout and
-        drop_path are off, and no gradient is recorded.
+        frames after it. If these reach the end of the video, it is exact. `clip`, `chunk_frames` and `temporal_pos_total` are
+        as in `forward_chunked`. Dropout and drop_path are off, and no gradient is recorded.
 
         Raises ValueError or TypeError for arguments that do not fit the model.
         """

@@ -22,8 +22,8 @@ def classify(
     `model.preprocessing`; a model without one takes frames from equal segments, and their middles. Probabilities are the mean
     over `views` of the softmax in float32; without `views` there is one. A class without a name is its number.
 
-    Raises TypeError for another model, ValueError for a model in training mode, for one of fewer than two classes or of one
-    answer a token, and for `top` below 1; VideoError as `Preprocessing.read` does; ImportError without PyAV.
+    Raises TypeError for another model, ValueError for a model in training mode, for one of fewer than two classes or with
+    readout "tokens", and for `top` below 1; VideoError as `Preprocessing.read` does; ImportError without PyAV.
 
         >>> fused.classify(model, "videos/new.mp4", top=1)
         [('archery', 0.93)]

@@ -171,7 +171,7 @@ def visible_tokens(
     if hidden_cls:
         raise ValueError("mask hides CLS (column 0); it must stay visible")
     if fewest != most:
-        raise ValueError(f"mask leaves between {fewest} and {most} tokens; every clip needs as many")
+        raise ValueError(f"mask leaves between {fewest} and {most} tokens; allowed: the same number in every clip")
     return mask.to(torch.uint8).argsort(dim=1, stable=True)[:, :most].to(device)
 
 

@@ -18,6 +18,7 @@ from fused.models.videomamba.model import VideoMamba
 from fused.models.videomamba.streaming import continuation
 from fused.modules.span import Span
 from fused.modules.state import States
+from fused.runtime.autocast import autocast_of_graph
 from fused.runtime.graphs import CudaRecorder, Recorder, Recording, warm
 
 
@@ -45,7 +46,7 @@ class FrameStream:
         config, device = model.config, model.cls_token.device
         self.model, self.total = model, config.tubelets if total is None else total
         self._tubelets = 0
-        self._autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+        self._autocast = autocast_of_graph(device)
         with torch.inference_mode(False), torch.no_grad():
             state = model.init_state(batch_size)
             model.unpack_states(model.cls_token.dtype, state[: config.depth], True)  # raises for an order without states
@@ -122,9 +123,7 @@ class FrameStream:
         addresses, and no branch depends on their values.
         """
         model, mean = self.model, next(iter(self._means), None)
-        on, dtype = self._autocast
-        # autocast's cache is freed at the context's end, but a graph would go on reading it
-        with torch.autocast(self._frame.device.type, dtype, on, cache_enabled=False):
+        with self._autocast():
             tokens = model.embed_tubelets(self._frame, self._temporal_row, cls)
             output, states, new_mean = model.forward_tokens(tokens, cls, self._states, mean, True)
         _copy_states(self._states, states)

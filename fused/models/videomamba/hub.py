@@ -25,6 +25,7 @@ from fused.models.videomamba.published import PRETRAINED
 
 T = TypeVar("T", bound="Pretrained")
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+FOLLOWED = {"num_frames": "frames", "img_size": "size"}  # fields of the configuration, and those of `Preprocessing` beside them
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _FILE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors", ".tar", ".json", ".yaml")
 
@@ -104,8 +105,7 @@ class Pretrained:
         if isinstance(model, Labelled) and model.config.num_classes == trained.config.num_classes:
             model.labels = trained.labels
         if trained.preprocessing is not None:
-            followed = {"num_frames": "frames", "img_size": "size"}
-            changes = {followed[key]: getattr(model.config, key) for key in overrides if key in followed}
+            changes = {FOLLOWED[key]: getattr(model.config, key) for key in overrides if key in FOLLOWED}
             model.preprocessing = replace(trained.preprocessing, **changes)
         return model.eval()
 
@@ -130,7 +130,11 @@ class Pretrained:
     def push_to_hub(
         self, repository: str, *, token: str | bool | None = None, private: bool | None = None, message: str = "Weights"
     ) -> str:
-        """Upload the files of `save_pretrained` to a repository, which is made if missing, and return the commit's URL."""
+        """Upload the files of `save_pretrained` to a repository, which is made if missing, and return the commit's URL.
+
+        `token` and `private` are huggingface_hub's, `message` is the commit's. Raises ImportError without huggingface_hub, and
+        its own errors.
+        """
         api = _hub().HfApi(token=token)
         api.create_repo(repository, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
@@ -156,11 +160,11 @@ def read_description(path: Path) -> Description:
         given = json.loads(path.read_text(encoding="utf-8"))
         labels, preprocessing = given.pop("id2label", None), given.pop("preprocessing", None)
         given.pop("label2id", None)  # says the same as id2label
-        config = VideoMambaConfig(**_tuples(given))
+        config = VideoMambaConfig(**with_tuples(given))
         return Description(
             config,
             None if labels is None else labels_from_json(labels, config.num_classes),
-            None if preprocessing is None else Preprocessing(**_tuples(preprocessing)),
+            None if preprocessing is None else Preprocessing(**with_tuples(preprocessing)),
         )
     except FileNotFoundError as error:
         run = " (of a run; its model is in the folder model)" if (path.parent / "model" / CONFIG).is_file() else ""
@@ -169,7 +173,7 @@ def read_description(path: Path) -> Description:
         raise CheckpointError(f"{path} is no configuration of a VideoMamba: {error}") from error
 
 
-def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
+def with_tuples(fields: dict[str, Any]) -> dict[str, Any]:
     """Return the fields with tuples, which JSON does not have, in place of lists."""
     return {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
 

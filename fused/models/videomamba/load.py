@@ -19,7 +19,7 @@ from fused.models.videomamba.weight_forms import check_forms
 from fused.rules import invalid, is_integer
 
 # parts that some kinds of VideoMamba have and others lack; a missing one is reported as such
-PARTS = ("head.", "clip_decoder.", "pool_norm.", "distill_head.")
+OPTIONAL_PARTS = ("head.", "clip_decoder.", "pool_norm.", "distill_head.")
 SHOWN = 5  # names in one line of a report
 
 _log = logging.getLogger("fused")
@@ -57,19 +57,19 @@ def load_checkpoint(
 ) -> LoadReport:
     """Load weights of any layout that `layouts` describes into a `VideoMamba` or `VideoMambaEncoder`, and return the report.
 
-    The file is read onto the CPU without running code in it (`fused.read_checkpoint`). `which` selects the "model"'s weights,
-    or the moving average of them ("ema"), which upstream and timm save beside these. Converted where the model differs:
-    dtypes; `norm` and `norm_f`; the patches of an image model for clips (`inflate`: "centre" or "mean", see
-    `resize.inflate_kernel`); positions, bicubic in space and linear in time. `grid` is the checkpoint's (rows,
-    columns) of patches: by default the model's if it has as many, else a square. A head for other classes, and whole parts
-    that only one of both has (`PARTS`, the temporal positions of an image model, other networks, an optimiser) are left out
-    and reported.
+    `path_or_state_dict` is a file, or the content of one. A file is read onto the CPU without running code in it
+    (`fused.read_checkpoint`). `which` selects the "model"'s weights, or the moving average of them ("ema"), which upstream and
+    timm save beside these. Converted where the model differs: dtypes; `norm` and `norm_f`; the patches of an image model for
+    clips (`inflate`: "centre" or "mean", see `resize.inflate_kernel`); positions, bicubic in space and linear in time. `grid`
+    is the checkpoint's (rows, columns) of patches: by default the model's if the numbers of patches are equal, else a square. A
+    head for other classes, and whole parts that only one of both has (`OPTIONAL_PARTS`, the temporal positions of an image
+    model, other networks, an optimiser) are left out and reported.
 
     Anything else that is missing, left over or of another shape raises CheckpointError if `strict`, and is reported if not.
     The report is logged too, as a warning if something was left at init. After an error the model is unchanged.
 
     Raises FileNotFoundError, CheckpointError (a RuntimeError), also for quantised weights and for a model without memory;
-    ValueError for `which`, `inflate` or `grid`; TypeError for another model, and for what is no path and no state_dict.
+    ValueError for `which`, `inflate` or `grid`; TypeError for another model, and unless the weights are a path or a mapping.
 
         >>> model = VideoMamba(VideoMambaConfig.tiny(num_frames=16, img_size=288))
         >>> print(load_checkpoint(model, "videomamba_t16_k400_f8_res224.pth"))
@@ -154,7 +154,7 @@ def _rename_norm(
 
 def _leave_out(tensors: dict[str, Tensor], parameters: Mapping[str, Tensor], image: bool, report: LoadReport) -> None:
     """Remove from `tensors` the parts that differ between kinds of VideoMamba by design, and report them."""
-    for part in PARTS:
+    for part in OPTIONAL_PARTS:
         ours, theirs = ([name for name in names if name.startswith(part)] for names in (parameters, tensors))
         if part == "head." and ours and set(ours) == set(theirs):
             rows = len(tensors[ours[0]]), len(parameters[ours[0]])

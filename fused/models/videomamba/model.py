@@ -1,8 +1,5 @@
 """VideoMamba: the classifier, and the encoder of masked pretraining, over the layers of `backbone.py`."""
 
-import logging
-from dataclasses import fields
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,14 +13,11 @@ from fused.models.videomamba.backbone import Backbone
 from fused.models.videomamba.config import VideoMambaConfig, check_config
 from fused.models.videomamba.embedding import check_visible, sincos_positions, span_of
 from fused.models.videomamba.labels import Labelled
-from fused.models.videomamba.load import load_checkpoint
 from fused.models.videomamba.streaming import continuation
-from fused.models.videomamba.timm_api import Classifier
+from fused.models.videomamba.timm_api import TimmClassifier
 from fused.modules.norm import Norm
 from fused.modules.state import State, States, pack, running_mean
 from fused.modules.wrapped import weight_of
-
-_log = logging.getLogger("fused")
 
 _CLS_SEES_NOTHING = "a causal model (bimamba=False) shows CLS, its token 0, nothing of a video"
 
@@ -52,7 +46,7 @@ class DistillHead(nn.Sequential):
         return F.normalize(project(norm(tokens, backend)), dim=-1)
 
 
-class VideoMamba(Labelled, Classifier, Backbone):
+class VideoMamba(Labelled, TimmClassifier, Backbone):
     """The classifier: a clip (B, C, T, H, W), or an image (B, C, H, W), to logits (B, num_classes).
 
     `config.readout` says what the head reads: "cls", as upstream; the "mean" of all patch tokens; the "last" of them; or
@@ -287,7 +281,10 @@ class VideoMambaEncoder(Backbone):
         if kind == "cls":
             return cls, None
         if tubelets and rest.shape[1] % tubelets:
-            raise ValueError(f"keep_temporal: {rest.shape[1]} visible tokens do not divide into {tubelets} equal tubelets")
+            raise ValueError(
+                f"keep_temporal is True, and {rest.shape[1]} visible tokens do not divide into {tubelets} equal tubelets; "
+                "allowed: a mask that leaves as many in each, or keep_temporal=False"
+            )
         split = rest.unflatten(1, (tubelets or 1, -1))
         if kind == "last":
             return split[:, :, -1], None
@@ -296,26 +293,3 @@ class VideoMambaEncoder(Backbone):
             return split.mean(dim=2) if tubelets else mean[:, None], after
         average = split.mean(dim=2)
         return torch.cat((cls, average), dim=1) if kind == "cls_cat_avg" and not tubelets else cls + average, None
-
-
-def build_videomamba(config: SimpleNamespace | VideoMambaConfig, backend: str = "auto") -> VideoMambaEncoder:
-    """Return the encoder for the `SimpleNamespace(vision_encoder=...)` of upstream's video_mm; any field may be absent.
-
-    As there, pooled features are normed and decoded features have no unit length. The field `pretrained` is a file that
-    `load_checkpoint` takes; it is loaded strictly. Raises what `VideoMambaConfig` and `load_checkpoint` raise.
-    """
-    if not isinstance(config, VideoMambaConfig):
-        config = _from_namespace(config)
-    model = VideoMambaEncoder(config, backend)
-    if config.pretrained:
-        load_checkpoint(model, config.pretrained)
-    return model
-
-
-def _from_namespace(config: SimpleNamespace) -> VideoMambaConfig:
-    """Return the configuration for upstream's namespace; unknown fields are ignored with a warning."""
-    given: dict[str, Any] = dict(vars(config.vision_encoder))
-    unknown = sorted(given.keys() - {f.name for f in fields(VideoMambaConfig)})
-    if unknown:
-        _log.warning("build_videomamba ignores the unknown field(s) %s", ", ".join(unknown))
-    return VideoMambaConfig(**{"clip_norm_type": "none", **{k: v for k, v in given.items() if k not in unknown}})

@@ -22,8 +22,8 @@ def export_onnx(model: VideoMamba, path: str | Path, *, batch: int = 1, dynamic_
     """Write the classifier in eval mode as one ONNX file, atomically; print and return the number of its nodes.
 
     The graph is that of the "torch" backend, in the parameters' dtype on the CPU, unrolled for clips of the model's own shape
-    (batch, C, T, H, W): input "clip", output "logits"; with distill_dim also "features". A runtime
-    refuses clips of another shape; with `dynamic_batch` it takes any number of them. `model` is not changed.
+    (batch, C, T, H, W): input "clip", output "logits"; with distill_dim also "features". A runtime refuses clips of another
+    shape; with `dynamic_batch` it takes any number of them. `model` is not changed.
 
     Raises TypeError for another model, ValueError for a wrong batch, ImportError without onnx and onnxscript, OSError if the
     file cannot be written, RuntimeError if this PyTorch cannot leave the batch open.

@@ -12,7 +12,7 @@ from fused.runtime.initial_values import trunc_normal_
 _TIMM_POOLS = {"cls": "token", "mean": "avg", "last": "last", "tokens": ""}
 
 
-class Classifier:
+class TimmClassifier:
     """timm's conventions for a model with `config`, `head`, `head_drop`, `embed`, `encode` and `read_tokens`."""
 
     config: VideoMambaConfig

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import nn
 
+from fused.io.picture import MEAN, STD
 from fused.models.videomamba.model import VideoMamba
 from fused.models.videomamba.published import PRETRAINED, SIZES
 from fused.models.videomamba.timm_api import TokenFeatures
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DEFAULT_TAGS = ("k400_f8_res224", "in1k_res224")  # tried in this order for a video model; an image model takes the second
 
 

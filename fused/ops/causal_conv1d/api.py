@@ -17,8 +17,8 @@ from fused.backends import CPU, NATIVE, TORCH, Abilities
 from fused.ops import mamba_ssm
 from fused.ops.causal_conv1d.cpu import causal_conv1d_cpu
 from fused.ops.causal_conv1d.eager import causal_conv1d_eager
-from fused.ops.causal_conv1d.segmented import causal_conv1d_segmented
-from fused.ops.segments import check_seq_idx
+from fused.ops.causal_conv1d.packed import causal_conv1d_packed
+from fused.ops.seq_idx import check_seq_idx
 from fused.runtime.checks import check_choice, check_tensor
 from fused.runtime.dtypes import KERNEL_DTYPES
 
@@ -50,7 +50,7 @@ def causal_conv1d(
 
     `seq_idx` numbers the segments of each row, ascending: inputs of another segment than the token's count as zero, in
     `final_state` those of another than the last token's (reverse: the first's). `initial_state` continues the first segment
-    (reverse: the last). Backend "mamba_ssm" has no segments here.
+    (reverse: the last). Backend "mamba_ssm" does not take `seq_idx`.
 
     Raises TypeError or ValueError for an argument that does not fit, ValueError for what the backend cannot do,
     BackendError for a backend that cannot run here.
@@ -71,18 +71,18 @@ def causal_conv1d(
     return run(x, weight, bias, activation=activation, initial_state=initial_state, reverse=reverse, **options)
 
 
-def implementation(backend: str, segments: bool = False) -> Callable[..., Any]:
+def implementation(backend: str, packed: bool = False) -> Callable[..., Any]:
     """Return the operator of a concrete backend, without argument checks; its arguments are those above but for `backend`.
 
-    It takes `seq_idx` only with `segments`, which "mamba_ssm" has not.
+    It takes `seq_idx` only with `packed`, which "mamba_ssm" does not have.
     """
     operator_backend = backends.operators_of(backend)
     if operator_backend == "native":
         from fused.ops.causal_conv1d.native import causal_conv1d_native  # Triton is imported where it is used
 
         return causal_conv1d_native
-    if segments:
-        return causal_conv1d_segmented
+    if packed:
+        return causal_conv1d_packed
     if operator_backend == "cpu":
         return causal_conv1d_cpu
     return mamba_ssm.causal_conv1d if operator_backend == "mamba_ssm" else causal_conv1d_eager
@@ -94,7 +94,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
     sizes = dict(zip("BLE", x.shape, strict=True))
     check_tensor(op, "weight", weight, "E K", sizes, x.device)
     if weight.shape[1] < 1:
-        raise ValueError(f"{op}: weight must have at least one tap, got shape {tuple(weight.shape)}")
+        raise ValueError(f"{op}: weight must have K of at least 1, got shape {tuple(weight.shape)}")
     sizes["K-1"] = weight.shape[1] - 1
     if bias is not None:
         check_tensor(op, "bias", bias, "E", sizes, x.device)

@@ -62,9 +62,9 @@ def forward(
     """Convolve x (B, L, E) in every direction: return y (directions, B, L, E), and the final states (B, E, K-1) or None.
 
     weights are (E, K) or (E, 1, K), biases (E,), states (B, E, K-1), each one for a direction, of which there is one a kind at
-    most. Weights, biases and states of two directions have one dtype each.
-    x may have any strides over clips and tokens; other channel strides than 1 cost a copy. `seq_idx` (B, L) numbers the
-    sequences of each row: a token reads no input of another one.
+    most. Weights, biases and states of two directions have one dtype each. x may have any strides over clips and tokens; other
+    channel strides than 1 cost a copy. `seq_idx` (B, L) numbers the sequences of each row: a token reads no input of another
+    one.
     """
     x, all_none = x if x.stride(2) == 1 else x.contiguous(), (None,) * len(weights)
     biases, initial_states = biases or all_none, initial_states or all_none

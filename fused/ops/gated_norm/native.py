@@ -30,10 +30,6 @@ def gated_norm_native(
     return _gated_norm(y, z, weight, groups, norm_before_gate, eps)
 
 
-def _forward(y: Tensor, z: Tensor, weight: Tensor, groups: int, norm_before_gate: bool, eps: float) -> Tensor:
-    return launch.forward(y, z, weight, groups, norm_before_gate, eps)
-
-
 def _forward_shapes(y: Tensor, z: Tensor, weight: Tensor, groups: int, norm_before_gate: bool, eps: float) -> Tensor:
     return y.new_empty(y.shape)
 
@@ -56,4 +52,4 @@ _INPUTS = "Tensor y, Tensor z, Tensor weight, int groups, bool norm_before_gate,
 _gated_norm_backward = register(
     f"gated_norm_backward({_INPUTS}, Tensor dout) -> (Tensor dy, Tensor dz, Tensor dweight)", _backward, _backward_shapes
 )
-_gated_norm = register(f"gated_norm({_INPUTS}) -> Tensor", _forward, _forward_shapes, _gated_norm_backward)
+_gated_norm = register(f"gated_norm({_INPUTS}) -> Tensor", launch.forward, _forward_shapes, _gated_norm_backward)

@@ -25,12 +25,8 @@ def rotary(
     return _rotary(x, cos, sin)
 
 
-def _forward(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return launch.forward(x, cos, sin)
-
-
 def _forward_shapes(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-_rotary = register("rotary(Tensor x, Tensor cos, Tensor sin) -> Tensor", _forward, _forward_shapes)
+_rotary = register("rotary(Tensor x, Tensor cos, Tensor sin) -> Tensor", launch.forward, _forward_shapes)

@@ -30,12 +30,8 @@ def split_attention(
     return _split_attention(q, k, v)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return launch.forward(q, k, v)
-
-
 def _forward_shapes(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
-_split_attention = register("split_attention(Tensor q, Tensor k, Tensor v) -> Tensor", _forward, _forward_shapes)
+_split_attention = register("split_attention(Tensor q, Tensor k, Tensor v) -> Tensor", launch.forward, _forward_shapes)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fused import backends
 from fused.backends import NATIVE, TORCH, Abilities
-from fused.ops.segments import check_seq_idx
+from fused.ops.seq_idx import check_seq_idx
 from fused.ops.ssd import mamba_ssm
 from fused.ops.ssd.eager import ssd_eager
 from fused.runtime.checks import check_tensor

@@ -21,7 +21,6 @@ from torch import Tensor
 from fused.ops.ssd.kernels import scan_kernel, steps_kernel
 from fused.ops.ssd.state_kernels import states_kernel
 from fused.runtime import triton_launch
-from fused.runtime.modes import is_batch_invariant
 from fused.runtime.triton_launch import FUSED_MULTIPLY_ADD, NATIVE, blocks, capability, power_of_2
 
 MAX_CHANNELS, MAX_STATES = 128, 256  # P and N
@@ -108,13 +107,13 @@ def choose_config(sizes: Sizes, dtype: torch.dtype, capability: int = 0, backwar
     return config._replace(diagonal=config.diagonal and not tensor_memory)
 
 
-def choose_heads(sizes: Sizes, num_chunks: int, most: int) -> int:
+def choose_heads(sizes: Sizes, num_chunks: int, most: int, batch_invariant: bool) -> int:
     """Return the heads of a program: as many as leave two programs for every multiprocessor, at most `most`.
 
-    In the batch-invariant mode they do not depend on the number of clips.
+    With `batch_invariant` they do not depend on the number of clips.
     """
     per_group, heads = sizes.H // sizes.G, 1
-    clips = 1 if is_batch_invariant() else sizes.clips
+    clips = 1 if batch_invariant else sizes.clips
     while heads < min(most, per_group):
         if clips * num_chunks * sizes.G * blocks(per_group, 2 * heads) < 2 * MULTIPROCESSORS:
             break
@@ -125,7 +124,7 @@ def choose_heads(sizes: Sizes, num_chunks: int, most: int) -> int:
 def forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
     softplus: bool, low: float, high: float, initial_state: Tensor | None, seq_idx: Tensor | None, reverse: bool,
-    want_final: bool = True, config: Config | None = None,
+    want_final: bool = True, config: Config | None = None, batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Scan: return y (B, L, H, P) in x's dtype and the final state (B, H, P, N) in float32, empty unless wanted.
 
@@ -138,7 +137,7 @@ def forward(
     final = torch.empty(state if want_final else 0, dtype=torch.float32, device=x.device)
     if not y.numel():
         return y, final.zero_() if initial_state is None or not want_final else final.copy_(initial_state)
-    call = prepare(x, dt, A, B, C, dt_bias, softplus, low, high, seq_idx, reverse, config)
+    call = prepare(x, dt, A, B, C, dt_bias, softplus, low, high, seq_idx, reverse, config, batch_invariant)
     config, steps = call.config, call.steps
     entering, initial = new_states(call, x), None if initial_state is None else initial_state.contiguous()
     triton_launch.launch(
@@ -215,7 +214,7 @@ class Call(NamedTuple):
 
 def prepare(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, dt_bias: Tensor | None, softplus: bool, low: float, high: float,
-    seq_idx: Tensor | None, reverse: bool, config: Config | None = None, backward: bool = False,
+    seq_idx: Tensor | None, reverse: bool, config: Config | None, batch_invariant: bool, backward: bool = False,
 ) -> Call:  # fmt: skip
     """Choose the configuration and run `steps`."""
     sizes = Sizes(*x.shape, *B.shape[2:])
@@ -227,7 +226,8 @@ def prepare(
     }  # fmt: skip
     ids = None if seq_idx is None else seq_idx.contiguous()
     steps = _steps(dt, A, dt_bias, softplus, low, high, ids, reverse, num_chunks, config, backward)
-    return Call(config, sizes, num_chunks, choose_heads(sizes, num_chunks, config.heads), options, ids, steps, reverse)
+    heads = choose_heads(sizes, num_chunks, config.heads, batch_invariant)
+    return Call(config, sizes, num_chunks, heads, options, ids, steps, reverse)
 
 
 def new_states(call: Call, x: Tensor) -> Tensor:

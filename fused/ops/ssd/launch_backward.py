@@ -58,7 +58,7 @@ def backward(
     dy: Tensor, dfinal: Tensor | None,
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
     softplus: bool, low: float, high: float, initial_state: Tensor | None, seq_idx: Tensor | None, reverse: bool,
-    config: Config | None = None,
+    config: Config | None = None, batch_invariant: bool = False,
 ) -> Gradients:  # fmt: skip
     """Return the gradients for dy (B, L, H, P) and the gradient of the final state (B, H, P, N) or None.
 
@@ -67,14 +67,16 @@ def backward(
     dz = None
     if z is not None:
         dy, dz = _gate_backward(dy, z, launch.forward(
-            x.float(), dt, A, B, C, D, None, dt_bias, softplus, low, high, initial_state, seq_idx, reverse, False
+            x.float(), dt, A, B, C, D, None, dt_bias, softplus, low, high, initial_state, seq_idx, reverse, False,
+            batch_invariant=batch_invariant,
         )[0])  # fmt: skip
         gradients = _backward(
-            dy, dfinal, x.float(), dt, A, B, C, D, dt_bias, softplus, low, high, initial_state, seq_idx, reverse, None
-        )
+            dy, dfinal, x.float(), dt, A, B, C, D, dt_bias, softplus, low, high, initial_state, seq_idx, reverse, None,
+            batch_invariant,
+        )  # fmt: skip
         return gradients._replace(x=gradients.x.to(x.dtype), z=dz)
     return _backward(
-        dy, dfinal, x, dt, A, B, C, D, dt_bias, softplus, low, high, initial_state, seq_idx, reverse, config
+        dy, dfinal, x, dt, A, B, C, D, dt_bias, softplus, low, high, initial_state, seq_idx, reverse, config, batch_invariant
     )
 
 
@@ -89,7 +91,7 @@ def _backward(
     dy: Tensor, dfinal: Tensor | None,
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
     softplus: bool, low: float, high: float, initial_state: Tensor | None, seq_idx: Tensor | None, reverse: bool,
-    config: Config | None,
+    config: Config | None, batch_invariant: bool,
 ) -> Gradients:  # fmt: skip
     x, dt, B, C, dy, D = (rows(t) for t in (x, dt, B, C, dy, D))
     clips, L, H, P = x.shape
@@ -106,7 +108,7 @@ def _backward(
             dinitial = dinitial.zero_() if dfinal is None else dinitial.copy_(dfinal)
         dD, dbias = (None if t is None else torch.zeros_like(t, dtype=torch.float32) for t in (D, dt_bias))
         return Gradients(dx, ddt, torch.zeros_like(A, dtype=torch.float32), dB, dC, dD, None, dbias, dinitial)
-    call = prepare(x, dt, A, B, C, dt_bias, softplus, low, high, seq_idx, reverse, config, True)
+    call = prepare(x, dt, A, B, C, dt_bias, softplus, low, high, seq_idx, reverse, config, batch_invariant, True)
     config, steps, num_chunks, CHUNK = call.config, call.steps, call.num_chunks, call.config.CHUNK
     states, gradients = new_states(call, x), new_states(call, x)
     initial, dfinal = (None if t is None else t.contiguous().float() for t in (initial_state, dfinal))

@@ -1,15 +1,14 @@
 """The SSD scan by kernels of this project, as the operator `videomamba::ssd`."""
 
-import functools
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fused.ops.ssd import launch, launch_backward
 from fused.runtime.checks import check_native_dtypes
-from fused.runtime.library import apply_function, below_autograd, register
+from fused.runtime.library import register
+from fused.runtime.modes import is_batch_invariant
 
 
 def ssd_native(
@@ -28,22 +27,26 @@ def ssd_native(
             f"shape {tuple(x.shape)} and B of shape {tuple(B.shape)}; use backend='torch'"
         )
     check_native_dtypes("ssd", x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, initial_state=initial_state)
-    return _ssd(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, softplus, *dt_limit, reverse, final)
+    options = softplus, *dt_limit, reverse, is_batch_invariant(), final
+    return _ssd(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, *options)
 
 
 def _forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
     initial_state: Tensor | None, seq_idx: Tensor | None, softplus: bool, low: float, high: float, reverse: bool,
-    final: bool,
+    batch_invariant: bool, final: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return y (B, L, H, P) and the final state (B, H, P, N)."""
-    return launch.forward(x, dt, A, B, C, D, z, dt_bias, softplus, low, high, initial_state, seq_idx, reverse, final)
+    return launch.forward(
+        x, dt, A, B, C, D, z, dt_bias, softplus, low, high, initial_state, seq_idx, reverse, final,
+        batch_invariant=batch_invariant,
+    )  # fmt: skip
 
 
 def _forward_shapes(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
     initial_state: Tensor | None, seq_idx: Tensor | None, softplus: bool, low: float, high: float, reverse: bool,
-    final: bool,
+    batch_invariant: bool, final: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     state = (x.shape[0], *x.shape[2:], B.shape[3]) if final else (0,)
     return x.new_empty(x.shape), x.new_empty(state, dtype=torch.float32)
@@ -52,14 +55,15 @@ def _forward_shapes(
 def _backward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
     initial_state: Tensor | None, seq_idx: Tensor | None, softplus: bool, low: float, high: float, reverse: bool,
-    final: bool, dy: Tensor | None, dfinal: Tensor | None,
+    batch_invariant: bool, final: bool, dy: Tensor | None, dfinal: Tensor | None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Return the gradients of the nine tensors before seq_idx in their dtypes, None for None."""
     dy, dfinal = torch.zeros_like(x) if dy is None else dy, dfinal if final else None
     inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state)
     found = launch_backward.backward(
-        dy, dfinal, x, dt, A, B, C, D, z, dt_bias, softplus, low, high, initial_state, seq_idx, reverse
-    )
+        dy, dfinal, x, dt, A, B, C, D, z, dt_bias, softplus, low, high, initial_state, seq_idx, reverse,
+        batch_invariant=batch_invariant,
+    )  # fmt: skip
     pairs = zip(inputs, found, strict=True)
     return tuple(None if t is None or g is None else g.to(t.dtype) for t, g in pairs)
 
@@ -67,34 +71,15 @@ def _backward(
 def _backward_shapes(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
     initial_state: Tensor | None, seq_idx: Tensor | None, softplus: bool, low: float, high: float, reverse: bool,
-    final: bool, dy: Tensor | None, dfinal: Tensor | None,
+    batch_invariant: bool, final: bool, dy: Tensor | None, dfinal: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, dt, A, B, C, D, z, dt_bias, initial_state))
 
 
-class _SSD(torch.autograd.Function):
-    """Autograd of the operator: it saves its inputs, and the backward computes states again."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*arguments[:10])
-        ctx.options = arguments[10:]
-        return below_autograd(torch.ops.videomamba.ssd.default, *arguments)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors
-        if dy is None and dfinal is None:
-            return (None,) * 15
-        found = _ssd_backward(*inputs, *ctx.options, dy, dfinal)
-        gradients = (None if t is None else g for t, g in zip(inputs, found, strict=False))
-        return (*gradients, None, None, None, None, None, None)
-
-
 _INPUTS = (
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? initial_state, "
-    "Tensor? seq_idx, bool softplus, float low, float high, bool reverse, bool final"
+    "Tensor? seq_idx, bool softplus, float low, float high, bool reverse, bool batch_invariant, "
+    "bool final"
 )
 _ssd_backward = register(
     f"ssd_backward({_INPUTS}, Tensor? dy, Tensor? dfinal) -> (Tensor dx, Tensor ddt, Tensor dA, Tensor dB, Tensor dC, "
@@ -106,5 +91,5 @@ _ssd = register(
     f"ssd({_INPUTS}) -> (Tensor y, Tensor final_state)",
     _forward,
     _forward_shapes,
-    autograd=functools.partial(apply_function, _SSD),
+    _ssd_backward,
 )

@@ -6,7 +6,7 @@ in timm's notation, `rand-m7-n4-mstd0.5-inc1`:
     rand  two operations, or n of them, are drawn from RAND, each is applied with probability 1/2
     m     their level, from 0 to 10 (10)
     n     their number (2)
-    mstd  standard deviation of the level, which is drawn for each operation anew and limited to 0..10 (0: none)
+    mstd  standard deviation of the level, which is drawn for each operation and limited to 0..10 (0: none)
     inc   a higher level changes more in the operations of INCREASING too, for which it else does not
 
 or `v0`: one of the pairs of V0 is drawn, each with its own probabilities and levels.

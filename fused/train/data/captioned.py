@@ -10,8 +10,9 @@ import torch
 
 from fused.models.retrieval.words import clean_text
 from fused.train.config import TrainConfig
+from fused.train.data.batches import Batch, Batches, batches
 from fused.train.data.captions import Captioned, read_captions
-from fused.train.data.clips import Batch, Batches, ClipFolder, batches
+from fused.train.data.clips import ClipFolder
 from fused.train.data.first_look import try_videos
 from fused.train.data.listing import Listing
 

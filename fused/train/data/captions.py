@@ -1,13 +1,13 @@
 """Files of captions: CSV with `path,caption` in each line, or JSON as upstream's annotation files (video_mm).
 
-A JSON file is a list of objects with the keys
+A JSON file is a list of objects, a `.jsonl` file has one in each line, with the keys
 
     "video" or "image"  a path, or a list of paths that one caption fits
     "caption"           a sentence, or a list of them, each a caption by itself; with `paragraph` one text of all sentences
     "id"                what says that two objects are of the same video; by default the path
     "answer"            of a multiple choice: the number of the right caption, from 0
 
-A CSV file has the columns path, caption and, if it likes, id, with a header or without one.
+A CSV file has the columns path and caption; with a header that says so they are in any order, and id may be a third.
 """
 
 import csv
@@ -63,12 +63,14 @@ def read_captions(file: str | Path, prefix: str | Path | None = None, paragraph:
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is no UTF-8 text: {error}") from error
     unread: dict[str, int] = {}
-    rows = _read_json(file, text, unread) if file.suffix.lower() == ".json" else _read_csv(file, text)
+    is_json = file.suffix.lower() in (".json", ".jsonl")
+    rows = _read_json(file, text, unread) if is_json else _read_csv(file, text)
     entries = []
     for place, paths, captions, identity, answer in rows:
-        empty = [caption for caption in captions if not caption.strip()]
-        if not captions or empty or not paths or not all(paths):
-            raise ValueError(f"{file}, {place} has {'an empty' if paths and all(paths) else 'no path or'} caption")
+        if not paths or not all(paths):
+            raise ValueError(f"{file}, {place} has no path; allowed: the path of a video or an image")
+        if not captions or not all(caption.strip() for caption in captions):
+            raise ValueError(f"{file}, {place} has an empty caption; allowed: words")
         if answer is not None and not 0 <= answer < len(captions):
             raise ValueError(f"{file}, {place} has the answer {answer}; allowed: 0 to {len(captions) - 1}, a caption's number")
         if paragraph and answer is None:
@@ -98,9 +100,9 @@ def _read_csv(file: Path, text: str) -> Iterator[_Row]:
                 columns = _header(cells)
                 if columns is not None:
                     continue
-                columns = ["path", "caption", "id"][: max(2, min(len(cells), 3))]
+                columns = ["path", "caption"]
             if len(cells) != len(columns):
-                advice = "a caption that holds a comma stands in double quotes"
+                advice = "a caption that holds a comma stands in double quotes, and an id needs the header path,caption,id"
                 allowed = f"{len(columns)}, {','.join(columns)}; {advice}"
                 raise ValueError(f"{file}, {place} has {len(cells)} cells; allowed: {allowed}")
             row = dict(zip(columns, (cell.strip() for cell in cells), strict=True))
@@ -110,7 +112,7 @@ def _read_csv(file: Path, text: str) -> Iterator[_Row]:
 
 
 def _header(cells: Sequence[str]) -> list[str] | None:
-    """Return the columns of a header, None for a line that is none."""
+    """Return the columns that a header names, None for a line that is not a header."""
     names = []
     for cell in cells:
         word = cell.strip().lower().replace("_", "")
@@ -120,9 +122,10 @@ def _header(cells: Sequence[str]) -> list[str] | None:
 
 def _read_json(file: Path, text: str, unread: dict[str, int]) -> Iterator[_Row]:
     try:
-        content = json.loads(text)
+        in_lines = file.suffix.lower() == ".jsonl"
+        content = [json.loads(line) for line in text.split("\n") if line.strip()] if in_lines else json.loads(text)
     except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
-        raise ValueError(f"{file} is no JSON: {error}") from error
+        raise ValueError(f"{file} is no JSON{' in every line' if in_lines else ''}: {error}") from error
     if not isinstance(content, list):
         raise ValueError(f"{file} holds a {type(content).__name__}; allowed: a list of objects with 'video' and 'caption'")
     for number, item in enumerate(content):

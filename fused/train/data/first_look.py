@@ -5,7 +5,8 @@ import os
 from collections.abc import Sequence
 
 from fused.io.video import VideoError
-from fused.train.data.clips import MAX_ERRORS_SHOWN, ClipFolder
+from fused.train.data.batches import MAX_ERRORS_SHOWN
+from fused.train.data.clips import ClipFolder
 from fused.train.data.folder_scan import is_video_name
 
 MAX_TRIED = 32  # files, and as many folders of images

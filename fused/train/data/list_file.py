@@ -80,6 +80,8 @@ def check_repeats(file: Path, videos: Sequence[ListedVideo], with_labels: bool) 
 
 def _read_lines(file: Path) -> tuple[list[Line], int]:
     """Return the lines of a text file, without empty ones, and the number of comments. Bytes that are no UTF-8 are escaped."""
+    if file.suffix.lower() in (".json", ".jsonl"):
+        raise ValueError(f"root must be {WANTED}, got {file}, which is named as JSON")
     with file.open("rb") as stream:
         head = stream.read(4096)
         is_utf16 = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))

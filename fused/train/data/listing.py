@@ -17,7 +17,7 @@ CLASS_NUMBER = re.compile("0|[1-9][0-9]{0,4}")  # a higher number is a date, or 
 
 
 class Listing(NamedTuple):
-    """Sorted videos, the class number of each, the class names, and what there is to say about them.
+    """Sorted videos, the class number of each, the class names, and notes.
 
     A video is a file, or a folder of frames.
     """

@@ -97,7 +97,7 @@ def _turns(given: Mapping[str, Any]) -> list[Any]:
 
 
 def _turn(given: Any, number: int) -> Turn:
-    """Return a turn. Raises ValueError for an unknown role, a text that is none, and an empty one."""
+    """Return a turn. Raises ValueError for an unknown role, for a value that is not text, and for an empty text."""
     if not isinstance(given, Mapping):
         raise ValueError(f"turn {number} is {given!r}; allowed: an object with from and value")
     role, text = given.get("from", given.get("role")), given.get("value", given.get("content"))

@@ -22,7 +22,7 @@ from fused.models.bimba.towers import prepare_frames
 from fused.models.conversation.turns import Turn, pieces_of, tokenize
 from fused.models.vamba.loss import IGNORED
 from fused.models.vamba.vision import SIDE, VIDEO_START, VIDEO_WORDS, frame_size, prepare_frame
-from fused.train.data.clips import BadFile, SampleTooLong
+from fused.train.data.batches import BadFile, SampleTooLong
 from fused.train.language.entries import VIDEO_TAG, Entry, read_entries
 
 

@@ -5,14 +5,16 @@ from itertools import groupby
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from fused.models.bimba.model import Bimba
+from fused.models.bimba.model import Bimba, place_labels
 from fused.models.vamba.loss import IGNORED, distillation_loss, next_token_loss
 from fused.models.vamba.model import Vamba
 from fused.models.vamba.teacher import Place, stock_logits
 from fused.models.vamba.vision import frame_features
+from fused.runtime.dtypes import accumulation_dtype
 from fused.train.language.options import LanguageConfig
 
 
@@ -66,7 +68,10 @@ class VambaStudent(nn.Module):
 
 
 class BimbaStudent(nn.Module):
-    """A `Bimba` with adapters of its language model, on one sample at a time; the vision tower is frozen."""
+    """A `Bimba` with adapters of its language model, on one sample at a time; the vision tower is frozen.
+
+    What learns is float32. The rest keeps its dtype.
+    """
 
     def __init__(self, model: Bimba, options: LanguageConfig) -> None:
         super().__init__()
@@ -79,7 +84,9 @@ class BimbaStudent(nn.Module):
         model.requires_grad_(False)
         peft.inject_adapter_in_model(self.lora, model.language_model)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_("lora_" in name or name.startswith(("mm_projector.", "compressor.")))
+            if "lora_" in name or name.startswith(("mm_projector.", "compressor.")):
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(True)
         if options.recompute:
             recompute(model.language_model)
 
@@ -92,15 +99,22 @@ class BimbaStudent(nn.Module):
         self, tokens: Int[Tensor, "1 L"], labels: Int[Tensor, "1 L"], layout: Tensor, weights: Float[Tensor, "2"],
         *frames: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-        """Return the loss (): `weights[0]` times the sum over the learnt tokens. There is one sample; see `Bimba.forward`."""
-        model, learnt = self.model, (labels != IGNORED).sum()
-        if layout[0, 1]:
-            loss = model(tokens, *frames, labels=labels).loss
-        else:  # all that learns gets a gradient, of 0 here, in every process
-            unread = model.compress(model.encode_frames(frames[0]))
-            inputs = model.embed(tokens, None) + 0 * unread.sum()
-            loss = model.language_model(inputs_embeds=inputs, labels=labels, use_cache=False).loss
-        return loss * learnt * weights[0], {}
+        """Return the loss (): `weights[0]` times the sum over the learnt tokens. There is one sample; see `Bimba.forward`.
+
+        Logits are computed where the next token is learnt: a whole row of them is more memory than the model's layers need.
+        """
+        model = self.model
+        video = model.compress(model.encode_frames(frames[0]))
+        read = video if layout[0, 1] else None
+        inputs = model.embed(tokens, read).to(weights.dtype)  # the residual stream is float32, whatever the weights are
+        if read is None:
+            inputs = inputs + 0 * video.sum()  # all that learns gets a gradient, of 0 here, in every process
+        targets = place_labels(tokens, labels, read)[1:]
+        learnt = targets != IGNORED
+        hidden = model.language_model.model(inputs_embeds=inputs, use_cache=False).last_hidden_state[0, :-1]
+        logits = model.language_model.lm_head(hidden[learnt])
+        loss = F.cross_entropy(logits.to(accumulation_dtype(logits.dtype)), targets[learnt], reduction="sum")
+        return loss * weights[0], {}
 
 
 def joined(frames: Sequence[Tensor]) -> list[Tensor]:

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from fused.io.atomic_write import atomic_write
 from fused.io.checkpoint_file import save_checkpoint
-from fused.models.bimba.load import ADAPTER, TRAINED, read_settings
-from fused.models.bimba.model import Bimba
+from fused.models.bimba.adapters import ADAPTER
+from fused.models.bimba.load import TRAINED, read_settings
+from fused.models.bimba.model import Bimba, compression
 from fused.models.bimba.towers import SIGLIP
 from fused.models.conversation.tokenizer import read_tokenizer
-from fused.models.vamba.begin import begin
+from fused.models.vamba.begin import Beginning
 from fused.models.vamba.load import FLOAT32, assign
 from fused.models.vamba.loss import IGNORED
 from fused.models.vamba.model import Vamba
@@ -25,8 +26,10 @@ from fused.train.config import TrainConfig
 from fused.train.language.options import FRAMES, STAGES
 from fused.train.language.samples import BimbaReader, Sample, SampleReader, VambaReader
 from fused.train.language.students import BimbaStudent, VambaStudent
+from fused.train.language.weights import keep_frozen_as_stored, load_weights
 from fused.train.tasks import Task
 
+MIXED_SHARDS = "2.9"  # the first version of PyTorch whose FSDP2 shards layers of several dtypes
 STORED = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -69,8 +72,12 @@ class LanguageTask(Task):
         """Return the loss of a row, for the output of `prepare_row`."""
         return self.student(*inputs)
 
+    def as_saved(self, name: str, value: Tensor) -> Tensor | None:
+        """Return a tensor of the student's state, whole or sharded, as `save` takes it; None for one that it does not take."""
+        raise NotImplementedError
+
     def save(self, folder: Path, state: Mapping[str, Tensor]) -> None:
-        """Write the trained model as a folder for `from_pretrained`; `state` are all parameters of the student, on the CPU."""
+        """Write the trained model as a folder for `from_pretrained`; `state` is the student's, as of `as_saved`, on the CPU."""
         raise NotImplementedError
 
     def trained_parts(self) -> str:
@@ -91,7 +98,8 @@ class VambaTask(LanguageTask):
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
         options = config.language
-        model = begin(str(config.start), backend=config.backend, mixer=options.mixer)
+        self.beginning = Beginning(str(config.start), backend=config.backend, mixer=options.mixer)
+        model = self.beginning.model
         try:
             select_trainable(model, options.trainable or STAGES[str(config.task)])
         except ValueError as error:
@@ -101,7 +109,12 @@ class VambaTask(LanguageTask):
                 f"language.distillation is {options.distillation}, and {', '.join(parts)} learn; allowed: 0, or a "
                 "language.trainable without parts of the stock model, which is the teacher"
             )
+        if keeps_stored(config):
+            keep_frozen_as_stored(self.beginning)
         self.student = VambaStudent(model, options)
+
+    def load_weights(self, device: torch.device) -> None:
+        load_weights(self.student, self.beginning, device)
 
     def completed(self, row: Sequence[Sample]) -> Sequence[Sample]:
         if any(sample.video_tokens for sample in row):
@@ -113,15 +126,16 @@ class VambaTask(LanguageTask):
         frames, _, height, width = sample.frames.shape
         return len(sample.tokens), sample.video_tokens, sample.place, frames // 2, height // SIDE, width // SIDE
 
+    def as_saved(self, name: str, value: Tensor) -> Tensor:
+        return value.to(torch.float32 if name.rpartition(".")[2] in FLOAT32 else STORED[self.config.precision])
+
     def save(self, folder: Path, state: Mapping[str, Tensor]) -> None:
         student: Vamba = self.student.model
         with torch.device("meta"):
             model = Vamba(student.config)
-        model.visual = vision_tower(dict(student.vision_config or {}))
-        dtype = STORED[self.config.precision]
+        model.visual = vision_tower(dict(student.vision_config or {}), weights=False)
         for name, value in state.items():
-            leaf = name.rpartition(".")[2]
-            assign(model, name.removeprefix("model."), value.to(torch.float32 if leaf in FLOAT32 else dtype))
+            assign(model, name.removeprefix("model."), value)
         model.vision_config, model.stop_tokens = student.vision_config, student.stop_tokens
         model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
@@ -132,8 +146,12 @@ class BimbaTask(LanguageTask):
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
-        model = Bimba.from_base(str(config.start), backend=config.backend, dtype=torch.float32)
+        dtype = None if keeps_stored(config) else torch.float32
+        model = Bimba.from_base(str(config.start), backend=config.backend, dtype=dtype)
         self.student = BimbaStudent(model, config.language)
+
+    def load_weights(self, device: torch.device) -> None:
+        self.to(device)
 
     def groups(self, names: Sequence[str]) -> list[str]:
         adapted = dict.fromkeys(name.partition(".lora_")[0].rpartition(".")[2] for name in names if "lora_" in name)
@@ -145,6 +163,9 @@ class BimbaTask(LanguageTask):
         frames = torch.zeros(model.temporal_pooling, 3, model.image_size, model.image_size)
         return [sample if sample.video_tokens else sample._replace(frames=frames) for sample in row]
 
+    def as_saved(self, name: str, value: Tensor) -> Tensor | None:
+        return value if "lora_" in name or name.startswith(("model.mm_projector.", "model.compressor.")) else None
+
     def save(self, folder: Path, state: Mapping[str, Tensor]) -> None:
         trained = {name.removeprefix("model."): value for name, value in state.items()}
         adapters = {
@@ -153,7 +174,7 @@ class BimbaTask(LanguageTask):
         }  # fmt: skip
         beside = {
             f"base_model.model.model.{name}": value
-            for name, value in trained.items() if name.startswith(("mm_projector.", "compressor."))
+            for name, value in trained.items() if "lora_" not in name
         }  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         save_checkpoint(adapters, folder / "adapter_model.safetensors")
@@ -184,15 +205,31 @@ def make_reader(config: TrainConfig) -> SampleReader:
             raise ValueError(f"language.frames is {frames}; allowed: an even number, since a Vamba reads frames in pairs")
         return VambaReader(tokenizer, frames, options.longest, options.length)
     base = read_settings(Path(str(config.start)) / "config.json")
+    if frames < (pooling := compression(base)[1]):
+        raise ValueError(f"language.frames is {frames}; allowed: from {pooling} up, temporal_pooling of {config.start}")
     sizes = {**SIGLIP, **(base.get("vision_config") or {})}
     side, patch = sizes["image_size"], sizes["patch_size"]
     return BimbaReader(tokenizer, frames, options.length, options.time_instruction, base, side, patch)
 
 
 def build_language_task(config: TrainConfig, device: torch.device) -> LanguageTask:
-    """Return the task with its model on `device`. Raises what loading the folder `start` raises, ImportError without peft."""
-    task = BimbaTask(config) if config.task == "bimba-sft" else VambaTask(config)
-    return task.to(device)
+    """Return the task with its model on `device`, for one process. Raises what `make_language_task` raises."""
+    task = make_language_task(config)
+    task.load_weights(device)
+    return task
+
+
+def make_language_task(config: TrainConfig) -> LanguageTask:
+    """Return the task, whose weights `load_weights` has to load.
+
+    Raises what loading the folder `start` raises, ImportError without peft.
+    """
+    return BimbaTask(config) if config.task == "bimba-sft" else VambaTask(config)
+
+
+def keeps_stored(config: TrainConfig) -> bool:
+    """Return whether what does not learn stays as it is stored: under autocast its products have half precision in any case."""
+    return config.precision != "float32" and (config.parallel != "fsdp" or torch.__version__ >= MIXED_SHARDS)
 
 
 def _starts(row: Sequence[Sample]) -> list[int]:

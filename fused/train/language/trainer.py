@@ -7,16 +7,15 @@ processes is that of one, to rounding, and a packed step that of its samples alo
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from fused.train import run_folder
-from fused.train.data.clips import BadFile
+from fused.train.data.batches import BadFile
 from fused.train.language.samples import ConversationData, PackedBatch
-from fused.train.language.tasks import LanguageTask, build_language_task, make_reader
+from fused.train.language.tasks import LanguageTask, make_language_task, make_reader
 from fused.train.loop import Trainer
+from fused.train.parallel import full_tensor
 from fused.train.prefetch import Feed
 from fused.train.seed import derive_seed
 
@@ -55,13 +54,13 @@ class LanguageTrainer(Trainer):
             raise ValueError(f"data.train: {error}") from error
 
     def build_task(self) -> LanguageTask:
-        return build_language_task(self.config, self.world.device)
+        return make_language_task(self.config)
 
     def make_feed(self, micro_batches: Iterator[PackedBatch]) -> Rows:
         return Feed(micro_batches, self.world.device)
 
     def forward_backward(self, feed: Rows) -> list[BadFile]:
-        """Run forward and backward of a step's rows, in every process as many; return the files that gave no sample."""
+        """Run forward and backward of a step's rows, the same number in every process; return the files that gave no sample."""
         config, world, batch = self.config, self.world, feed.take()
         counts = world.all_gather((batch.learnt, len(batch.rows)))
         learnt, rows = sum(n for n, _ in counts), max(n for _, n in counts)
@@ -75,8 +74,12 @@ class LanguageTrainer(Trainer):
         return list(batch.bad_files)
 
     def save_models(self) -> list[Path]:
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state: dict[str, Any] = get_model_state_dict(self.task.student, options=options)  # gathers the shards of all processes
+        state = {}
+        for name, value in self.task.student.state_dict().items():
+            if (kept := self.task.as_saved(name, value)) is not None:
+                whole = full_tensor(kept)  # of one tensor at a time, which all processes gather
+                if self.world.is_main:
+                    state[name] = whole.cpu()
         folder = self.folder / run_folder.MODEL
         if self.world.is_main:
             self.task.save(folder, state)

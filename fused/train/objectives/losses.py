@@ -138,8 +138,8 @@ def matching_pairs(
     Raises ValueError or TypeError for arguments that do not fit, and where an item has no negative.
     """
     positives = _positives("matching_pairs", similarities, ids)
-    if bool(positives.all(dim=1).any()):
-        raise ValueError("matching_pairs: every pair needs one of another id in the batch, got one that has none")
+    if len(alone := positives.all(dim=1).nonzero()):
+        raise ValueError(f"matching_pairs: every pair must have one of another id in the batch, pair {int(alone[0])} has none")
     # positives are masked before the softmax: after it, a positive of probability 1 would leave the negatives 0
     logits = _upcast(similarities.detach()).masked_fill(positives, -torch.inf)
     texts, videos = ((x + gumbel_noise(tuple(x.shape), generator, x.device)).argmax(dim=1) for x in (logits, logits.T))

@@ -8,6 +8,8 @@ see `fused.train.random`. Masks are on the CPU, where the model reads them witho
 the attention's device.
 """
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -102,6 +104,12 @@ def keep_visible(features: Float[Tensor, "*K B L C"], mask: Bool[Tensor, "B L"])
     clips, length = features.shape[-3:-1]
     visible = visible_tokens(mask, clips, length, features.device)
     return features[..., torch.arange(clips, device=features.device)[:, None], visible, :]
+
+
+MASKS: dict[str, Callable[..., Mask]] = {
+    "random": random_mask, "tube": tube_mask, "clip-row": clip_row_mask, "frame-row": frame_row_mask
+}  # fmt: skip
+"""The kinds of masks that need no attention of a teacher, by name."""
 
 
 def _checked_grid(op: str, batch: int, grid: Grid, ratio: int | float) -> Grid:

@@ -9,7 +9,6 @@ The student's config has clip_output_dim=teacher.width and clip_return_layer=len
 """
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fused.io.video import MEAN, STD
+from fused.models.retrieval.words import import_transformers
 from fused.models.videomamba.config import VideoMambaConfig
 from fused.rules import check_integer
 from fused.runtime.autocast import no_autocast
@@ -116,15 +116,6 @@ class ClipTeacher:
         with no_autocast(key.device):
             scores = query @ key.transpose(-1, -2) / key.shape[-1] ** 0.5
             return scores.softmax(-1)[:, :, 0, 1:].mean(1)
-
-
-def import_transformers() -> ModuleType:
-    """Return the library, imported at first use. Raise ImportError that says how to install it."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError("CLIP and BERT need transformers: pip install 'videomamba-bench[teachers]'") from error
-    return transformers
 
 
 def _layer_indices(layers: int | Sequence[int], depth: int) -> tuple[int, ...]:

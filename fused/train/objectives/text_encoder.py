@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from fused.models.retrieval.words import import_transformers
 from fused.rules import check_integer
 from fused.runtime.checks import check_tensor
-from fused.train.objectives.teachers import import_transformers
 
 
 class TextOutput(NamedTuple):

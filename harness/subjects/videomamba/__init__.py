@@ -65,8 +65,8 @@ def no_cotangent(case: Case) -> set[str]:
 
 def output_values(case: Case) -> int:
     """Return the values of the final tokens. The logits depend on one token a clip, whose rounding scales all gradients of the
-    last layer; in a causal model that carries states, on all."""
-    return case["B"] * (case["L"] if case.has("state") else 1) * case["D"]
+    last layer; in a causal model that carries states, and where every token has logits, on all."""
+    return case["B"] * (case["L"] if case.has("state", "readout=tokens") else 1) * case["D"]
 
 
 def evaluate(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """The cases in which VideoMamba is judged."""
 
 from harness.fixtures import functional_modules as modules
-from harness.judge.case import Case
+from harness.judge.case import Case, cross
 from harness.learning import motion
 
 
@@ -35,6 +35,9 @@ def cases(grid: str) -> list[Case]:
             *modules.in_precisions(small, "videomamba", half=False),
             *modules.in_precisions([(shape(1, 4, 48, 192), ()), (shape(2, 4, 64, 192), ("video",))], "videomamba", half=False),
         ]
+    # 8,233 tokens, with which the native scan's state passes sum by moments: one output a token shows them all
+    kinds: list[tuple[str, ...]] = [(), ("fresh",), (modules.LONG_MEMORY,)]
+    long = [(*kind, "readout=tokens", "infer", "cast") for kind in kinds]
     streamed = (shape(2, 8, 64, 192), ("causal", "state", "readout=tokens", "video"))
     return [
         *tiny,
@@ -43,6 +46,7 @@ def cases(grid: str) -> list[Case]:
         *modules.in_precisions([streamed], "videomamba", half=True),
         *modules.in_precisions([(shape(2, 8, 224, 192), ("video",)), (shape(2, 8, 224, 576), ())], "videomamba", half=False),
         Case("videomamba", tuple(shape(1, 12, 128, 192).items()), ("cast",), "bfloat16"),  # native kernels split 7 frames
+        *cross("videomamba", [shape(1, 42, 224, 32)], long, ["bfloat16"]),
     ]
 
 

@@ -1,6 +1,6 @@
 """The races of VideoMamba: against the ViT, in loops, as a stream, and in chunks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from harness.fixtures.functional_modules import LONG_MEMORY
 from harness.judge.race import MODELS, NATIVE_KEPT, VIDEOS, Race, runs_everywhere, timed_precision
 from harness.records.ceilings import Ceilings, element_bytes
 from harness.records.speed import Entry, Point
-from harness.subjects import mixer, norm
+from harness.subjects import mixer, norm, vit
 from harness.subjects.videomamba import loop
 
 VITS = {"tiny": "tiny", "small": "small", "middle": "base"}  # the ViT of about the same size
@@ -43,14 +43,23 @@ def races() -> list[Race]:
 
 
 def with_memory(race: Race, option: str) -> Race:
-    """Return a race at a few lengths with steps of one kind, see `functional_modules.delta_bias`, timed where it is named."""
+    """Return a race with steps of one kind, see `functional_modules.delta_bias`, at the lengths around where the ViT is met."""
     name = f"{race.name}-{option}"
 
     def points(grid: str) -> list[Point]:
-        graphs = clip_points(name, [(1, T) for T in (32, 40, 48, 64)], 224, ("graph",)) if grid == "full" else []
-        return [p for p in graphs if p.mode == "infer"]
+        return around_meeting(name, (32, 40, 48, 64)) if grid == "full" else []
 
-    return replace(race, name=name, points=points, options=(option,), by_default=False)
+    def licensed(dtype: str) -> tuple[str, ...]:
+        return *short_and_long(option, dtype), *vit.licence(dtype)
+
+    return replace(race, name=name, points=points, licence=licensed, options=(option,))
+
+
+def around_meeting(race: str, frames: Sequence[int]) -> list[Point]:
+    """Return clips of so many frames, and tokens without a class token, whose even lengths attention can like better."""
+    points = clip_points(race, [(1, T) for T in frames], 224, ("graph",))
+    points += token_points(race, [(1, 196 * T) for T in (32, 40, 48, 64)], ("graph",))
+    return [p for p in points if p.mode == "infer"]
 
 
 def runs_against_vit(entry: Entry, point: Point, grid: str) -> bool:
@@ -76,8 +85,16 @@ def samples_for_percentile(point: Point) -> int:
 
 
 def licence(dtype: str) -> tuple[str, ...]:
-    """Return one case."""
-    return (f"B2-T8-S64-D192-L129-{timed_precision(dtype)}",)
+    """Return one case, and in bfloat16 one of as many tokens as take the native scan's other path."""
+    return short_and_long("", dtype)
+
+
+def short_and_long(option: str, dtype: str) -> tuple[str, ...]:
+    """Return the cases of a licence, the long one with inputs of a kind; "" for the usual ones."""
+    short, long = f"B2-T8-S64-D192-L129-{timed_precision(dtype)}", "B1-T42-S224-D32-L8233"
+    if dtype != "bfloat16":
+        return (short,)
+    return short, "-".join(filter(None, [long, option, "readout=tokens-infer", timed_precision(dtype)]))
 
 
 def stream_licence(dtype: str) -> tuple[str, ...]:
@@ -109,11 +126,7 @@ def model_points(race: str, grid: str) -> list[Point]:
     found += clip_points(race, [(1, T) for T in (8, 48, 64, 256, 512)], 224, ("graph",))
     found += clip_points(race, [(8, 8)], 224, ("eager", "graph"))
     if race == "middle":
-        # where VideoMamba meets the ViT; without a class token lengths are even, which is better for attention
-        meeting = clip_points(race, [(1, 32), (1, 40)], 224, ("graph",))
-        meeting += token_points(race, [(1, 196 * T) for T in (32, 40, 48, 64)], ("graph",))
-        found += [p for p in meeting if p.mode == "infer"]
-        return found + token_points(race, [(8, 2048), (1, 12288)], ("graph",))
+        return found + around_meeting(race, (32, 40)) + token_points(race, [(8, 2048), (1, 12288)], ("graph",))
     return found + [p for p in clip_points(race, [(1, 8), (1, 64)], 224, ("compiled",)) if p.mode == "infer"]
 
 

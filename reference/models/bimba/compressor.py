@@ -50,7 +50,7 @@ class BimbaCompressor(nn.Module):
     for i < d_state, so that the backward direction forgets within some 20 tokens. "corrected" draws the backward direction
     like the forward one. `zero_out_proj` makes the compressor return its queries, which is how upstream's training starts.
 
-    Raise ValueError for an unknown `mixer_type`, `query_pos` or `initial_values`, and for no layer.
+    Raise ValueError for an unknown `mixer_type`, `query_pos` or `initial_values`, and sizes that are no positive integers.
     """
 
     def __init__(
@@ -70,8 +70,10 @@ class BimbaCompressor(nn.Module):
         initial_values: str = "upstream",
     ) -> None:
         super().__init__()
-        if n_layer < 1:
-            raise ValueError(f"n_layer is {n_layer}; allowed is 1 or more")
+        counts = {"d_model": d_model, "n_layer": n_layer, "d_state": d_state, "d_conv": d_conv, "expand": expand}
+        for name, value in counts.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} is {value!r}; allowed are whole numbers from 1 up")
         if mixer_type not in ("mamba", "attention"):
             raise ValueError(f"mixer_type is {mixer_type!r}; allowed are 'mamba' and 'attention'")
         if query_pos != "inter":

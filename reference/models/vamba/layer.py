@@ -38,7 +38,7 @@ class VisionMixer(nn.Module):
         self.mixer = Mamba2(config.hidden_size, **dict(config.mixer), layer_idx=layer_idx)
 
     def forward(self, video: Float[Tensor, "B Lv D"], seq_idx: Int[Tensor, "B Lv"] | None = None) -> Float[Tensor, "B Lv D"]:
-        """Return the video tokens after the block; the mixer starts anew where seq_idx changes. No tokens stay none."""
+        """Return the video tokens after the block; the mixer starts again where `seq_idx` changes. There may be no token."""
         if not video.shape[1]:
             return video
         return video + self.mixer(self.norm(video), seq_idx=seq_idx)

@@ -195,5 +195,5 @@ class Backbone(nn.Module):
         """Return the temporal order of tokens (B, V, D): CLS and whole frames, or those of them that a mask leaves."""
         length, patches = tokens.shape[1] if mask is None else mask.shape[1], self.config.patches
         if (length - 1) % patches:
-            raise ValueError(f"{length} tokens are not CLS and frames of {patches} patches; pass the mask that left them")
+            raise ValueError(f"tokens are {length}; allowed: CLS and frames of {patches} patches, or the mask that left these")
         return temporal_order((length - 1) // patches, patches, None if mask is None else ~mask, tokens.device)

@@ -78,7 +78,7 @@ def encode_chunked(
 def forward_chunked(
     model: VideoMamba | VideoMambaEncoder, clip: Float[Tensor, "B C T H W"], chunk_frames: int, keep_temporal: bool = False
 ) -> Any:
-    """Return what `model(clip)` returns, computed in chunks of `chunk_frames` frames.
+    """Return what `model(clip)` returns, for an encoder with `keep_temporal`, computed in chunks of `chunk_frames` frames.
 
     The model drops nothing at random: it is in eval mode, or its rates are 0. Raise ValueError for another scan order than
     "spatial".

@@ -132,7 +132,8 @@ def check_mask(mask: Tensor, clips: int, length: int, has_cls: bool) -> None:
         raise ValueError("mask hides CLS (column 0); it must stay visible")
     visible = (~mask).sum(1)
     if int(visible.min()) != int(visible.max()):
-        raise ValueError(f"mask leaves between {int(visible.min())} and {int(visible.max())} tokens; every clip needs as many")
+        fewest, most = int(visible.min()), int(visible.max())
+        raise ValueError(f"mask leaves between {fewest} and {most} tokens; allowed: the same number in every clip")
 
 
 def select_visible(tokens: Float[Tensor, "B L D"], mask: Bool[Tensor, "B L"] | None) -> Float[Tensor, "B V D"]:

@@ -214,7 +214,10 @@ class VideoMambaEncoder(Backbone):
         if kind == "cls":
             return cls, None
         if keep_temporal and rest.shape[1] % tubelets:
-            raise ValueError(f"keep_temporal: {rest.shape[1]} visible tokens do not divide into {tubelets} equal tubelets")
+            raise ValueError(
+                f"keep_temporal is True, and {rest.shape[1]} visible tokens do not divide into {tubelets} equal tubelets; "
+                "allowed: a mask that leaves as many in each, or keep_temporal=False"
+            )
         parts = rest.unflatten(1, (tubelets if keep_temporal else 1, -1))
         if kind == "last":
             return parts[:, :, -1], None

@@ -98,9 +98,62 @@ def test_wrong_options_are_said_and_end_with_2(folder, tmp_path, capsys):
         (("--temperature", "-1"), "temperature"),
         (("--base-model", str(tmp_path / "none")), "base_model"),
         (("--model", str(tmp_path), "--base-model", "x"), "is no BIMBA"),
+        (("--device", "gpu"), "device string: gpu"),
+        (("--frames", "43"), "frames is 43, 516 video tokens; allowed: 42, by max_position_embeddings 512"),
     ):
         assert run(folder, "--video", str(VIDEO), *words, "--question", "?") == 2
         assert said in capsys.readouterr().err
+
+
+def test_what_can_be_said_before_the_model_is_read_is(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Bimba, "from_pretrained", lambda *a, **k: pytest.fail("weights are read"))
+    copied = shutil.copytree(folder.parent, tmp_path / "copy")
+    (copied / "base/tokenizer.json").unlink()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for words, said in (
+        (("--device", "cuda"), "--device is 'cuda', and PyTorch finds no GPU; allowed here: cpu"),
+        (("--max-new-tokens", "0"), "max_new_tokens must be an integer from 1 up, got 0"),
+        (("--top-p", "0"), "top_p must be a number in (0, 1], got 0.0"),
+        (("--temperature", "nan"), "temperature must be a number in [0, inf), got nan"),
+        (("--base-model", str(copied / "base")), f"{copied / 'base'} holds no tokenizer that transformers reads; allowed: tok"),
+    ):
+        assert run(folder, *words, "--question", "?") == 2
+        assert said in capsys.readouterr().err
+
+
+def test_frames_and_questions_that_do_not_fit_are_said_before_a_frame_is_read(folder, monkeypatch):
+    talk = BimbaConversation.open(folder)
+    talk.watch(VIDEO, frames=1)
+    with pytest.raises(ValueError, match="the question and the video are 5[0-9][0-9] tokens; allowed: 512, max_position_emb"):
+        talk.ask("x" * 500)
+    monkeypatch.setattr("fused.chat.bimba.RepeatedFrames", lambda *a: pytest.fail("a video is read"))
+    monkeypatch.setattr(talk.model, "temporal_pooling", 3)
+    monkeypatch.setitem(talk.model.config, "temporal_pooling", 3)
+    with pytest.raises(ValueError, match="frames is 2; allowed: from 3 up, temporal_pooling"):
+        talk.watch(VIDEO, frames=2)
+    with pytest.raises(ValueError, match="frames is 129, 516 video tokens; allowed: 126, by max_position_embeddings 512"):
+        talk.watch(VIDEO, frames=129)
+
+
+def test_an_image_and_a_video_of_one_frame_are_shown_in_every_place(folder, tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (40, 30), (90, 20, 10)).save(tmp_path / "one.png")
+    talk = BimbaConversation.open(folder)
+    alone, four = (talk.watch(tmp_path / "one.png", frames=n).tokens for n in (1, 4))
+    assert alone.shape[0] == 12 and four.shape[0] == 48
+    assert "".join(talk.ask("Who?", max_new_tokens=2)) is not None
+
+
+def test_an_interrupt_ends_the_command_in_mid_answer(folder, capsys, monkeypatch):
+    def interrupted(self, question, **options):
+        yield "The rab"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(BimbaConversation, "ask", interrupted)
+    assert run(folder, "--question", "Who?", "--question", "Why?") == 130
+    out, err = capsys.readouterr()
+    assert out == "The rab" and "Traceback" not in err
 
 
 def test_the_times_of_the_frames_are_told_where_that_is_asked_for(folder, tmp_path, monkeypatch):

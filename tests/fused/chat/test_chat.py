@@ -1,6 +1,7 @@
 """Questions about a video file, by the command, with a random tiny model."""
 
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from fused import Vamba, VambaConfig
 from fused.chat import session
 from fused.chat.__main__ import main
 from fused.io.repeated_frames import middle_places
+from fused.models.conversation.tokenizer import read_tokenizer
 from fused.models.vamba.vision import vision_tower
 
 pytest.importorskip("transformers")
@@ -119,6 +121,100 @@ def test_wrong_input_is_said_and_ends_with_2(folder, tmp_path, capsys):
     ):
         assert run(folder, *words, "--question", "?") == 2
         assert said in capsys.readouterr().err
+
+
+def published(folder, path, **changed):
+    """Write the folder as published weights are, in shards, with other values in config.json; return the path."""
+    Vamba.from_pretrained(folder, vision=True).save_pretrained(path, shard_bytes=8000)
+    for file in folder.glob("*token*"):
+        (path / file.name).write_bytes(file.read_bytes())
+    described = json.loads((path / "config.json").read_text()) | changed
+    (path / "config.json").write_text(json.dumps({key: value for key, value in described.items() if value is not None}))
+    return path
+
+
+def test_shards_answer_as_one_file_does(folder, tmp_path, capsys):
+    for model in (folder, published(folder, tmp_path / "shards")):
+        assert main(["--model", str(model), "--device", "cpu", "--question", "Who?", "--max-new-tokens", "4"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"rope_scaling": [1]}, "config.json: rope_scaling is [1]; allowed: an object"),
+        ({"rope_scaling": {"mrope_section": "x"}}, "mrope_section is 'x'; allowed"),
+        ({"vision_mamba_mixer_config": "x"}, "config.json: vision_mamba_mixer_config is 'x'; allowed: an object"),
+        ({"vision_mamba_mixer_config": {"ngroups": 0}}, "config.json: ngroups is 0; allowed: a positive integer"),
+        ({"vision_mamba_mixer_config": {"ngroups": "1"}}, "config.json: ngroups is '1'; allowed: a positive integer"),
+        ({"vision_mamba_mixer_config": {"dt_limit": 3}}, "no configuration of a Vamba"),
+        ({"vision_config": None}, "holds no vision tower: it lacks vision_config in config.json"),
+        ({"vision_config": [1]}, "config.json: vision_config is [1]; allowed: an object"),
+        ({"vision_config": TOWER | {"depth": "x"}}, "config.json: vision_config is none of a Qwen2-VL"),
+        ({"vision_config": TOWER | {"depth": 2}}, "not in the folder: visual.blocks.1."),
+        ({"eos_token_id": "x"}, "config.json: eos_token_id is 'x'; allowed: the number of a token, or a list of them"),
+        ({"num_attention_heads": "2"}, "num_attention_heads is '2'; allowed: a positive integer"),
+        ({"vocab_size": None}, "config.json lacks 'vocab_size'"),
+    ],
+)
+def test_a_wrong_config_is_said(folder, tmp_path, changed, said, capsys):
+    assert run(published(folder, tmp_path, **changed), "--question", "?") == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error and str(tmp_path) in error
+
+
+def test_files_that_are_missing_or_of_another_kind_are_said(folder, tmp_path, capsys, monkeypatch):
+    path = published(folder, tmp_path / "model")
+    shard = sorted(path.glob("model-*.safetensors"))[1]
+    whole = shard.read_bytes()
+    shard.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n")
+    assert run(path, "--question", "?") == 2
+    assert "git lfs pull fetches" in capsys.readouterr().err
+    shard.write_bytes(whole)
+    for model, said in ((tmp_path / "none", "there is no such folder"), (shard, "it is a file; allowed: the folder of a")):
+        assert run(model, "--question", "?") == 2
+        assert said in capsys.readouterr().err
+    monkeypatch.setattr(Vamba, "from_pretrained", lambda *a, **b: pytest.fail("weights were read"))
+    (path / "tokenizer.json").write_text("{")
+    assert run(path, "--question", "?") == 2
+    assert f"{path} holds no tokenizer that transformers reads" in capsys.readouterr().err
+
+
+def test_the_library_does_not_warn_of_a_folder_that_this_package_wrote(folder, monkeypatch):
+    library = pytest.importorskip("transformers")
+    logging, heard = library.utils.logging, []
+    monkeypatch.setattr(library.AutoTokenizer, "from_pretrained", lambda *a, **b: heard.append(logging.get_verbosity()))
+    before = logging.get_verbosity()
+    read_tokenizer(folder)
+    assert heard == [logging.ERROR] and logging.get_verbosity() == before
+
+
+def test_a_number_of_frames_beyond_all_memory_is_refused_before_the_video_is_opened(folder, monkeypatch):
+    talk = session.Conversation.open(folder)
+    monkeypatch.setattr(session, "RepeatedFrames", lambda *a: pytest.fail("the video was opened"))
+    with pytest.raises(ValueError, match=r"1000000000 frames are 40500000000 video tokens.* GiB are free; allowed: about"):
+        talk.watch(VIDEO, frames=10**9)
+
+
+def test_questions_that_are_no_utf8_are_asked(folder, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Who\xff?\nWhere?\n"), encoding="utf-8"))
+    assert run(folder) == 0
+    assert capsys.readouterr().err.count("the first token after") == 2
+
+
+def test_an_interrupt_within_an_answer_ends_with_130(folder, capsys, monkeypatch):
+    answer = session.Conversation.ask
+
+    def interrupted(self, question, **options):
+        for piece in answer(self, question, **options):
+            yield piece
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(session.Conversation, "ask", interrupted)
+    assert run(folder, "--question", "Who?", "--question", "Where?") == 130
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_too_many_frames_are_refused_before_any_is_read_by_the_model(folder, monkeypatch):

@@ -1,6 +1,7 @@
 """The most likely classes of a file, in Python and on the command line."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,30 @@ def test_command(model: VideoMamba, files: Path, tmp_path: Path, capsys: pytest.
     views = Views(2, 3, "sparse", "upstream")
     assert one == {"video": path, "top": [list(entry) for entry in fused.classify(model, path, views=views)]}
     assert two["video"].endswith("broken.mp4") and two["error"] in err
+
+
+def test_command_on_a_short_video(model: VideoMamba, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, path = str(model.save_pretrained(tmp_path / "model")), str(write_video(tmp_path / "one.avi", 1, 40, 24))
+    command = ["--model", folder, path, "--json", "--device", "cpu"]
+    assert main(command) == main([*command, "--short", "drop"]) == 1
+    assert capsys.readouterr().err.count("one.avi: too short: it has 1 frame; allowed") == 2
+    assert main([*command, "--short", "last"]) == 0
+    repeated = small_model()
+    repeated.load_state_dict(model.state_dict())
+    repeated.labels, repeated.preprocessing = model.labels, replace(model.preprocessing, short="last")
+    assert json.loads(capsys.readouterr().out)["top"] == [list(entry) for entry in fused.classify(repeated, path)]
+
+
+def test_interrupted_command(
+    model: VideoMamba, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    folder = str(model.save_pretrained(tmp_path / "model"))
+    monkeypatch.setattr("fused.predict.__main__.classify", interrupt)
+    assert main(["--model", folder, str(files / "a.avi"), "--device", "cpu"]) == 130
+    assert capsys.readouterr().err == "fused.predict: stopped\n"
 
 
 @pytest.mark.parametrize(

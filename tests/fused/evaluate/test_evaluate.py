@@ -2,7 +2,10 @@
 
 import csv
 import json
+import os
+import shutil
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +17,11 @@ import fused
 from fused import VideoMamba, VideoMambaConfig
 from fused.evaluate import Evaluation, Settings, evaluate
 from fused.evaluate.__main__ import main
+from fused.evaluate.retrieval_settings import RetrievalSettings
+from fused.evaluate.settings import read_settings
 from fused.io.preprocessing import Preprocessing
 from fused.io.views import Views
+from fused.terminal import Terminal
 from fused.train.interrupt import Interrupt
 from harness.fixtures.video import write
 from harness.learning import motion, trained_weights
@@ -49,6 +55,13 @@ def data(tmp_path: Path) -> Path:
         for i, file in enumerate(("a.avi", "a.b.avi", "c.avi")):
             write_video(tmp_path / "data" / name / file, frames=5 + i, width=40, height=24, side=4 * i, step=step)
     return tmp_path / "data"
+
+
+def damage_unseen(path: Path) -> None:
+    """Overwrite a file with what is no video, of the same size and time: only one who reads it sees it."""
+    state = path.stat()
+    path.write_bytes(bytes(state.st_size))
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
 
 
 def predictions(folder: Path) -> list[dict]:
@@ -163,9 +176,38 @@ def test_finished_videos_are_not_read_again(model: VideoMamba, data: Path, tmp_p
     with open(tmp_path / "out/predictions.jsonl", "a") as file:
         file.write('{"video": "incompl')  # as a killed process leaves it
     for line in done:
-        Path(line["video"]).write_bytes(b"no video any more")
+        damage_unseen(Path(line["video"]))
     results = evaluate(model, data, tmp_path / "out", settings)
     assert results.lines == whole.lines and predictions(tmp_path / "out") == whole.lines
+
+
+@pytest.mark.parametrize("change", ["longer", "of the same size", "shorter list of frames", "one frame of a folder"])
+def test_a_video_that_has_changed_is_read_again(
+    change: str, model: VideoMamba, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_images(data / "dark/frames", [f"{i}.png" for i in range(6)])
+    listed = tmp_path / "list"
+    listed.write_text(f"{data / 'dark/a.avi'} 5 dark\n{data / 'dark/c.avi'} 7 dark\n{folder} 6 dark\n".replace(" ", "\t"))
+    settings = replace(FAST, batch_size=1, columns=("path", "frames", "label"))
+    before = evaluate(model, listed, tmp_path / "out", settings).lines
+    path = data / "dark/a.avi"
+    if change == "longer":
+        write_video(path, frames=5, width=40, height=24, side=4, step=9)
+    elif change == "of the same size":
+        path.write_bytes(path.read_bytes()[::-1])
+    elif change == "one frame of a folder":
+        path = folder
+        shutil.copy(folder / "5.png", folder / "1.png")
+    else:
+        path = folder
+        listed.write_text(listed.read_text().replace("\t6\t", "\t2\t"))
+    [old] = [line for line in before if line["video"] == str(path)]
+    found = Evaluation(model, listed, tmp_path / "out", settings).run(terminal=Terminal())
+    assert "2 of 3 videos were finished before; 1 whose file or label has changed" in capsys.readouterr().out
+    assert found is not None
+    [new] = [line for line in found.lines if line["video"] == str(path)]
+    assert new.get("top") != old["top"] and [a == b for a, b in zip(before, found.lines, strict=True)].count(True) == 2
+    assert evaluate(model, listed, settings=settings).lines == found.lines
 
 
 def test_a_model_is_evaluated_in_eval_mode_and_classes_without_videos_have_no_accuracy(data: Path) -> None:
@@ -187,7 +229,7 @@ def test_a_video_with_another_label_is_read_again(model: VideoMamba, data: Path,
     evaluate(model, data, tmp_path / "out", FAST)
     path = data / "dark/a.avi"
     (tmp_path / "list").write_text(f"{path},light\n")
-    path.write_bytes(b"no video any more")
+    damage_unseen(path)
     assert evaluate(model, tmp_path / "list", tmp_path / "out", FAST).numbers["unreadable"] == 1
 
 
@@ -352,6 +394,24 @@ def test_a_gpu_where_there_is_none(
     assert evaluate(model, data, settings=asked).numbers["read"] == 9
 
 
+def test_help_says_what_every_key_means(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0 and "batch_size=8 views in one forward" in text and "rerank=128 candidates of each" in text
+    for kind in (Settings, RetrievalSettings):
+        for f in fields(kind):
+            given = read_settings([f"{f.name}={json.dumps(f.default)}"], {}, kind)  # as --help shows it
+            assert given == kind() and (f"{f.name}=" in text or f"--{f.name}" in text)
+
+
+@pytest.mark.parametrize("word", ["null", "None", "~", ""])
+def test_none_is_written_as_errors_and_python_write_it(word: str) -> None:
+    assert read_settings([f"size={word}", "window=3", f"window_every={word}"], {}) == Settings(window=3)
+    with pytest.raises(ValueError, match="sampling is 'none'; allowed: .* or None"):
+        read_settings(["sampling=none"], {})
+
+
 def test_names_from_a_file(model: VideoMamba, data: Path, tmp_path: Path) -> None:
     unnamed = small_model()
     (tmp_path / "names.txt").write_text("\n".join(NAMES) + "\n\n")
@@ -393,6 +453,14 @@ def test_another_evaluation_in_the_same_folder(model: VideoMamba, data: Path, tm
     nn.init.ones_(other.head.bias)
     with pytest.raises(ValueError, match=r"holds another evaluation \(weights: "):
         evaluate(other, data, tmp_path / "out", FAST)
+    same_weights = small_model(scan_order="temporal")
+    same_weights.labels = NAMES
+    with pytest.raises(ValueError, match=r"another evaluation \(model.scan_order: spatial -> temporal\)"):
+        evaluate(same_weights, data, tmp_path / "out", FAST)
+    larger = small_model(depth=2, embed_dim=64, scan_order="temporal", drop_path_rate=0.2, fc_drop_rate=0.1)
+    larger.labels = NAMES
+    with pytest.raises(ValueError, match=r"model.depth: 1 -> 2; (.*; ){4}and 1 more\); allowed: another folder"):
+        evaluate(larger, data, tmp_path / "out", FAST)
     assert predictions(tmp_path / "out") == before
     evaluate(model, data, tmp_path / "out", Settings(workers=0, batch_size=1))  # what the numbers do not depend on
 

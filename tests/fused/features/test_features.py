@@ -131,6 +131,18 @@ def test_wrong_command(
     assert message in capsys.readouterr().err and not (tmp_path / "f.npy").exists()
 
 
+@pytest.mark.parametrize(("out", "message"), [("file/f.npy", "nothing can be written"), ("folder.npy", "allowed: a file")])
+def test_a_place_that_cannot_be_written_is_found_before_a_video_is_read(
+    out: str, message: str, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    (tmp_path / "folder.npy").mkdir()
+    folder = str(built(VideoMamba, num_classes=3).save_pretrained(tmp_path / "model"))
+    assert main(["--model", folder, "--data", str(videos), "--out", str(tmp_path / out), "device=cpu", "workers=0"]) == 2
+    told = capsys.readouterr()
+    assert message in told.err and not told.out  # no progress, no file that is left out
+
+
 def test_features_that_are_not_finite(videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = built(VideoMamba, num_classes=3)
     torch.nn.init.constant_(model.norm_f.weight, float("inf"))

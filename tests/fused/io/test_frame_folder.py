@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image, ImageOps
 from videos import write_images
 
 from fused.io.preprocessing import Preprocessing
@@ -42,6 +44,20 @@ def test_kinds_of_images(suffix: str, codec: str, tmp_path: Path) -> None:
     folder = write_images(tmp_path / "video", [f"{i}{suffix}" for i in range(4)], codec)
     assert order(folder) == [0, 1, 2, 3]
     assert read_clip(folder, 2, 16).shape == (3, 2, 16, 16)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
+def test_orientation_of_exif(suffix: str, orientation: int, tmp_path: Path) -> None:
+    quarters = np.repeat(np.repeat(np.array([[250, 160], [90, 10]], np.uint8), 16, 0), 24, 1)[..., None].repeat(3, 2)
+    exif = Image.Exif()
+    for place, value in enumerate((1, orientation)):
+        exif[0x0112], exif[0x010F] = value, "maker"
+        Image.fromarray(quarters).save(tmp_path / f"{place}{suffix}", exif=exif)
+    (_, stored), (_, shown) = decode_frames(tmp_path, lambda total, times: [0, 1])
+    wanted = Image.fromarray(stored.numpy())
+    wanted.getexif()[0x0112] = orientation
+    assert np.array_equal(shown.numpy(), np.asarray(ImageOps.exif_transpose(wanted)))
 
 
 def test_pattern_chooses_among_several_kinds(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """The fused compressor: sequences of tokens and queries, runs in chunks, wrapped modules, autocast."""
 
+import weakref
+
 import pytest
 import torch
 from golden import golden
@@ -7,6 +9,7 @@ from torch import nn
 
 import reference
 from fused import BimbaCompressor
+from fused.models.bimba import chunked as chunks
 from fused.models.bimba.interleave import extract, insert, interleave, places_between, places_of
 from fused.models.bimba.query_mixer import mix_at_queries
 from fused.modules.mamba import Mamba
@@ -124,6 +127,77 @@ def test_chunks_that_do_not_fit_raise():
     compressor.layers[0].mixer.x_proj.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="x_proj of the mixer has 1 forward hook"):
         run(tokens, queries, chunk_frames=1)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_video_that_does_not_fit_is_refused_at_the_chunk_that_does_not():
+    """What an iterator raises reaches the caller; chunks without a frame are none."""
+    compressor, tokens, queries = compressor_and_inputs()
+    for words, first, wrong in (
+        ("queries must be torch.float64 like tokens, got torch.float32", tokens.double(), queries),
+        (r"queries must have shape \(B, G, Q, C=8\), got \(2, 9, 8\)", tokens, queries[:, 0]),
+        ("queries must be of as many clips as tokens, 1, got 2", tokens[:1], queries),
+        ("tokens must be real floating point .* got torch.int64", tokens.long(), queries),
+    ):
+
+        def film(first=first):
+            yield first
+            pytest.fail("a second chunk is asked for")
+
+        with pytest.raises((TypeError, ValueError), match=words):
+            compressor.forward_chunked(film(), wrong)
+
+    def damaged():
+        yield tokens
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        compressor.forward_chunked(damaged(), queries)
+    due = compressor(tokens, queries)
+    for sizes in ([0, 3, 0, 4], [7, 0]):
+        torch.testing.assert_close(compressor.forward_chunked(iter(tokens.split(sizes, 1)), queries), due)
+
+
+def test_a_chunk_frees_its_sequence_before_the_scan(monkeypatch):
+    """It is as long as what the scan makes of it."""
+    compressor, tokens, queries = compressor_and_inputs()
+    sequences, alive = [], []
+    insert_, scan = chunks.norm_and_insert, chunks.one_direction_eager
+
+    def inserted(*given):
+        made = insert_(*given)
+        sequences.append(weakref.ref(made[0]))
+        return made
+
+    def scanned(*given, **options):
+        alive.append([made() is not None for made in sequences])
+        return scan(*given, **options)
+
+    monkeypatch.setattr(chunks, "norm_and_insert", inserted)
+    monkeypatch.setattr(chunks, "one_direction_eager", scanned)
+    with torch.no_grad():
+        compressor.forward_chunked(tokens, queries, chunk_frames=3)
+    assert len(alive) == 6 and not any(map(any, alive))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("chunked", [False, True])
+def test_parameters_of_another_dtype_or_device_are_said(chunked):
+    compressor, tokens, queries = compressor_and_inputs()
+
+    def run(module, *given):
+        return module.forward_chunked(*given, chunk_frames=2) if chunked else module(*given)
+
+    with pytest.raises(ValueError, match="queries are torch.float64, parameters torch.float32; allowed: one dtype, or"):
+        run(compressor, tokens.double(), queries.double())
+    with pytest.raises(ValueError, match="queries are on meta; allowed: cpu, where the parameters are"):
+        run(compressor, tokens.to("meta"), queries.to("meta"))
+    low = tokens.bfloat16(), queries.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert run(compressor, *low).dtype == torch.bfloat16
+    precise = BimbaCompressor(8, d_state=4, fp32=True).bfloat16()
+    with pytest.raises(ValueError, match="torch.bfloat16, which fp32 computes in torch.float32, parameters torch.bfloat16"):
+        run(precise, *low)
 
 
 def test_wrapped_modules_are_called():

@@ -1,5 +1,6 @@
 """What a process does about a model's kernels at its first use, by what an earlier process left."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -79,6 +80,27 @@ def test_changed_sources_are_compiled(started, monkeypatch):
     start()
     start()
     assert started == ["forward", "backward"]
-    monkeypatch.setattr(first_use.stamp, "fingerprint", lambda package: "changed")
+    monkeypatch.setattr(first_use, "sources", lambda package: ["changed"])
     start()
     assert started == 2 * ["forward", "backward"]
+
+
+@pytest.mark.parametrize("change", ["edited", "touched", "renamed", "added", "removed"])
+def test_sources_are_told_apart(change, tmp_path):
+    (tmp_path / "ops").mkdir()
+    first, second = tmp_path / "a.py", tmp_path / "ops" / "b.py"
+    for path in (first, second, tmp_path / "README.md"):
+        path.write_text("x = 1\n")
+        os.utime(path, (0, 0))
+    before = first_use.sources(tmp_path)
+    assert before == first_use.sources(tmp_path) and [os.path.basename(name) for name, *_ in before] == ["b.py", "a.py"]
+    (tmp_path / "README.md").unlink()
+    (tmp_path / "ops" / "__pycache__").mkdir()
+    assert before == first_use.sources(tmp_path)
+    changes = {
+        "edited": lambda: (second.write_text("x = 10\n"), os.utime(second, (0, 0))), "touched": second.touch,
+        "renamed": lambda: second.rename(tmp_path / "ops" / "c.py"), "removed": first.unlink,
+        "added": lambda: (tmp_path / "ops" / "c.py").touch(),
+    }  # fmt: skip
+    changes[change]()
+    assert before != first_use.sources(tmp_path)

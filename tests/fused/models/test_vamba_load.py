@@ -109,8 +109,10 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, name, value, words):
 
 
 def test_incomplete_folders_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="config.json"):
+    with pytest.raises(FileNotFoundError, match="there is no such folder"):
         Vamba.from_pretrained(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="the folder holds no config.json"):
+        Vamba.from_pretrained(tmp_path)
     model().save_pretrained(tmp_path, shard_bytes=10_000)
     first = sorted(tmp_path.glob("*.safetensors"))[0]
     content = first.read_bytes()

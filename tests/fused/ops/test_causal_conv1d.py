@@ -116,7 +116,7 @@ BAD = {
     "x without batch": ({"x": torch.ones(5, 4)}, ValueError, r"x must have shape \(B, L, E\), got \(5, 4\)"),
     "x of integers": ({"x": torch.ones(2, 5, 4, dtype=torch.int32)}, TypeError, "x must be real floating point"),
     "weight of nn.Conv1d": ({"weight": torch.ones(4, 1, 3)}, ValueError, r"weight must have shape \(E=4, K\)"),
-    "no taps": ({"weight": torch.ones(4, 0)}, ValueError, "at least one tap"),
+    "no weights": ({"weight": torch.ones(4, 0)}, ValueError, "K of at least 1"),
     "bias": ({"bias": torch.ones(3)}, ValueError, r"bias must have shape \(E=4\), got \(3,\)"),
     "state too long": ({"initial_state": torch.ones(2, 4, 3)}, ValueError, r"K-1=2\), got \(2, 4, 3\)"),
     "activation": ({"activation": "relu"}, ValueError, "activation must be one of 'silu', 'swish', None, got 'relu'"),

@@ -19,7 +19,7 @@ from fused.ops.causal_conv1d import launch as conv  # noqa: E402
 from fused.ops.causal_conv1d.api import causal_conv1d  # noqa: E402
 from fused.ops.causal_conv1d.eager import causal_conv1d_eager  # noqa: E402
 from fused.ops.causal_conv1d.native import causal_conv1d_native  # noqa: E402
-from fused.ops.causal_conv1d.segmented import causal_conv1d_segmented  # noqa: E402
+from fused.ops.causal_conv1d.packed import causal_conv1d_packed  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton 3.6's interpreter
 SEEDS = range(2)  # one finds each planted wrongness; the interpreter takes seconds for each
@@ -103,7 +103,7 @@ def native(case, ids=None):
 
 
 def plain(case, ids=None):
-    convolve = naive.conv if ids is None else functools.partial(causal_conv1d_segmented, seq_idx=ids)
+    convolve = naive.conv if ids is None else functools.partial(causal_conv1d_packed, seq_idx=ids)
 
     def op(**tensors):
         x, ys, finals = tensors["x"][..., : case[2]], [], []
@@ -145,9 +145,9 @@ def test_the_public_operator_runs_segments_in_kernels(reverse, monkeypatch):
     tensors["initial_state"] = tensors.pop("state")
     tensors["x"] = tensors["x"][..., :5]
     ids = sequences(case)
-    want = outcome(lambda **x: causal_conv1d_segmented(**x, seq_idx=ids, reverse=reverse), tensors, cotangents, None)
+    want = outcome(lambda **x: causal_conv1d_packed(**x, seq_idx=ids, reverse=reverse), tensors, cotangents, None)
     monkeypatch.setattr(backends, "choose", lambda *_, **__: "native")
-    monkeypatch.setattr("fused.ops.causal_conv1d.api.causal_conv1d_segmented", None)
+    monkeypatch.setattr("fused.ops.causal_conv1d.api.causal_conv1d_packed", None)
     for numbers in (ids, ids.int(), ids.T.contiguous().T):
         op = lambda numbers=numbers, **x: causal_conv1d(**x, seq_idx=numbers, reverse=reverse, backend="native")  # noqa: E731
         got = outcome(op, tensors, cotangents, None)

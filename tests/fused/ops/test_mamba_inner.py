@@ -222,7 +222,8 @@ def test_a_mixer_is_an_operator_as_torch_wants_it():
             torch.library.opcheck(operator, (u, first, second, weight, None, out_proj, None, *options))
 
 
-def test_a_compiled_mixer_takes_another_batch():
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+def test_a_compiled_mixer_takes_another_batch(training):
     """The schedule depends on the batch, and the number of splits on the schedule: neither may make a constant of the batch."""
     layer = Mamba(8, d_state=4, backend="native").to(DEVICE)
     weights = [[x.detach().requires_grad_() for x in direction] for direction in layer.directions()]
@@ -230,15 +231,16 @@ def test_a_compiled_mixer_takes_another_batch():
 
     def mixer(u):
         linear = layer.in_proj.weight, None, layer.out_proj.weight, None
-        return torch.ops.videomamba.mamba_inner(u, *weights, *linear, torch.float32, False, False, False, False)[0]
+        return torch.ops.videomamba.mamba_inner(u, *weights, *linear, torch.float32, False, False, False, not training)[0]
 
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(mixer, fullgraph=True, backend=counter)
     for clips in (2, 3, 5):
-        u, cotangent = torch.randn(clips, 9, 8, device=DEVICE).requires_grad_(), torch.randn(clips, 9, 8, device=DEVICE)
+        u, cotangent = torch.randn(clips, 9, 8, device=DEVICE).requires_grad_(training), torch.randn(clips, 9, 8, device=DEVICE)
         torch._dynamo.mark_dynamic(u, 0)
-        outs = [run(u) for run in (compiled, mixer)]
-        results = [[out, *torch.autograd.grad(out, [u, *leaves], cotangent)] for out in outs]
+        with torch.set_grad_enabled(training):
+            outs = [run(u) for run in (compiled, mixer)]
+        results = [[out, *(torch.autograd.grad(out, [u, *leaves], cotangent) if training else ())] for out in outs]
         assert all(map(torch.equal, *results)) and counter.frame_count == 1
 
 

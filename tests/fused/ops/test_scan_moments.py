@@ -179,19 +179,41 @@ def test_what_is_not_finite_goes_on(name, value):
         assert torch.equal(got.final_states.isfinite(), exact.final_states.isfinite())
 
 
-@pytest.mark.parametrize("which", ["spike", "delta 0", "u 0"])
-def test_extremes_follow_the_loop(which):
+MIDDLE = slice(16 * TILES, 32 * TILES)  # the second split
+
+
+def _spike(s, i):
+    s.u[i][:, [50, 130], 3] = 1e4
+
+
+def _step(s, i):
+    """u is constant, of one sign before and of another after the middle."""
+    s.u[i][:, :90], s.u[i][:, 90:] = -1, 1
+
+
+def _fill(name, where, value):
+    def change(s, i):
+        getattr(s, name)[i][:, where] = value
+
+    return change
+
+
+EXTREMES = {
+    "spike": _spike, "step": _step, "delta 0 in a split": _fill("delta", MIDDLE, 0), "u 0 in a split": _fill("u", MIDDLE, 0),
+    "u 0": _fill("u", slice(None), 0), "u 1e4": _fill("u", slice(None), 1e4), "B 0 in a split": _fill("B", MIDDLE, 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("steps", [(0.6, 0.8), (1e-3, 1e-1)], ids=["fresh", "long-memory"])
+@pytest.mark.parametrize("which", EXTREMES)
+def test_extremes_follow_the_loop(which, steps):
     samples = []
     for seed in range(4):
-        s = drawn(seed)
+        s = drawn(seed, steps)
         for i in range(2):
-            middle = slice(16 * TILES, 32 * TILES)
-            if which == "spike":
-                s.u[i][:, [50, 130], 3] = 1e4
-            else:
-                (s.u if which == "u 0" else s.delta)[i][:, middle] = 0
+            EXTREMES[which](s, i)
         got = scanned(s)
-        assert got.by_moments
+        assert got.by_moments and got.state_passing.exits().rescanned == 0
         samples.append(({"y": got.y}, loop(s, torch.float64), loop(s, torch.float32)))
     assert_rule(samples)
 

@@ -184,7 +184,7 @@ def test_what_native_has_not_is_named(monkeypatch):
 def test_is_an_op_that_compiles_and_recomputes():
     tensors, cotangents, options = inputs(0, (2, 5, 2, 3, 1, 4), "segments")
     leaves = [v.requires_grad_() for v in tensors.values()]
-    ops, rest = torch.ops.videomamba, (options["seq_idx"], True, 0.05, 0.8, False, True)
+    ops, rest = torch.ops.videomamba, (options["seq_idx"], True, 0.05, 0.8, False, False, True)
     torch.library.opcheck(ops.ssd.default, (*leaves, *rest))
     fixed = [v.detach() for v in leaves]
     torch.library.opcheck(ops.ssd_backward.default, (*fixed, *rest, *cotangents))

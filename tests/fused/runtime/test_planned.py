@@ -36,6 +36,22 @@ def test_zeros_and_what_is_written_in_place_are_repeated():
     assert [type(x) for x in planned.plans().values()] == [plans.Plan]
 
 
+@pytest.mark.parametrize("sizes", [(0,), (0, 3)], ids=str)
+def test_a_plan_has_tensors_without_elements(sizes):
+    """They are all that there is to the workspace, or a part of it, and no kernel reads them."""
+
+    def function(x):
+        for size in sizes:
+            torch.zeros(size, device=x.device)
+        return x.sum(0), torch.zeros_like(x)
+
+    planned, x = Planned(function), torch.ones(0, 2, device=DEVICE)
+    with plans.enabled(True, DEVICE):
+        for _ in range(4):
+            assert all(map(torch.equal, planned(x), function(x)))
+    assert [type(x) for x in planned.plans().values()] == [plans.Plan]
+
+
 def test_operations_of_a_plan_are_repeated_without_autocast_which_stays_on():
     planned, x = Planned(lambda x: (x @ x.t(),)), torch.randn(4, 4, device=DEVICE)
     with plans.enabled(True, DEVICE):

@@ -13,7 +13,9 @@ pytest.importorskip("triton", reason="the kernels of norm and convolution are Tr
 
 import fused.ops.mamba_inner.native  # noqa: E402, F401 (it defines the operator)
 from fused import VideoMambaConfig, add_norm, causal_conv1d, selective_scan, ssd  # noqa: E402
+from fused.backends import batch_invariant  # noqa: E402
 from fused.models.videomamba.block import Block  # noqa: E402
+from fused.ops.ssd import launch as ssd_launch  # noqa: E402
 from fused.runtime import library, plans  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton 3.6's interpreter
@@ -132,6 +134,49 @@ def test_other_strides_alignments_and_sizes_are_other_plans(name):
     plain, planned = with_and_without(run)
     assert all(torch.equal(a, b) for x, y in zip(plain, planned, strict=True) for a, b in zip(x, y, strict=True))
     assert len([x for x in made(name) if isinstance(x, plans.Plan)]) == len(VIEWS), made(name)
+
+
+@pytest.mark.parametrize("name", ["causal_conv1d", "selective_scan"])
+def test_without_clips_a_state_alone_has_a_gradient(name):
+    """Kernels, where there are any, get the gradient of y as zeros without elements."""
+
+    def run(draw):
+        generator = torch.Generator().manual_seed(draw)
+        call, inputs = operators(generator, lambda x: x[:0, :, :8])[name]
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        _, state = call(*leaves)
+        return [state.detach(), *torch.autograd.grad(state, leaves, torch.zeros_like(state), allow_unused=True)]
+
+    plain, planned = with_and_without(run)
+    assert all(torch.equal(a, b) for x, y in zip(plain, planned, strict=True) for a, b in zip(x, y, strict=True))
+    if DEVICE == "cpu":  # on a GPU the backward has a thread, and with it plans, of its own
+        assert [type(x) for x in made(name + "_backward")] == [plans.Plan]
+
+
+def test_a_plan_is_of_the_batch_invariant_mode_or_not(monkeypatch):
+    """Within the mode a clip's gradients have the bits of it alone, although a plan for these shapes was made outside."""
+    monkeypatch.setattr(ssd_launch, "MULTIPROCESSORS", 1)  # the heads of a program depend on few clips already
+    generator = torch.Generator().manual_seed(0)
+    x, dt, B, C = (randn(generator, 2, 5, *size) for size in ((4, 8), (4,), (1, 4), (1, 4)))
+    A, dy = -randn(generator, 4).abs(), randn(generator, 2, 5, 4, 8)
+
+    def of_B(clips):
+        leaf = B[:clips].clone().requires_grad_()
+        y, _ = ssd(x[:clips], dt[:clips], A, leaf, C[:clips], backend="native")
+        return y, leaf
+
+    def gradient(clips):
+        y, leaf = of_B(clips)
+        return torch.autograd.grad(y, leaf, dy[:clips])[0]
+
+    with plans.enabled(True, DEVICE):
+        outside = [gradient(2) for _ in range(DRAWS)]
+        with batch_invariant():
+            inside, alone = [gradient(2) for _ in range(DRAWS)], gradient(1)
+            later = of_B(2)
+        later = torch.autograd.grad(*later, dy)  # the backward is of the mode of its forward
+    assert not outside[0].equal(inside[0]) and all(map(torch.equal, outside, outside[1:]))
+    assert all(torch.equal(found[:1], alone) for found in (*inside, *later))
 
 
 def test_autocast_changes_nothing_inside_a_plan():

@@ -66,6 +66,15 @@ def test_a_record_has_what_the_driver_was_told(driver):
     assert step.function.arguments == (recorder.view(x), 5, None, None) and step.function.grid == (3, 1, 1)
 
 
+@pytest.mark.parametrize("grid", [(0,), (3, 0), (0, 1, 2)])
+def test_a_grid_without_programs_is_not_launched(driver, grid):
+    """As by Triton's launcher: the driver calls it an invalid value."""
+    kernel, x = Kernel(), torch.zeros(4)
+    with Recorder([x]) as recorder:
+        triton_launch.launch(kernel, GPU, grid, x, 5, 1, BLOCK=16)
+    assert not driver.launches and not kernel.launched and not recorder.steps
+
+
 @pytest.mark.parametrize("metadata", [{"num_ctas": 2}, {"launch_pdl": True}, {"global_scratch_size": 8}])
 def test_what_needs_more_is_left_to_triton(driver, metadata):
     kernel, x = Kernel(**metadata), torch.zeros(4)

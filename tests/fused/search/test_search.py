@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from moving_squares import SMALL, folder
+from moving_squares import SMALL, folder, square
 from pages import blocks_of
-from retrieval_models import model
+from retrieval_models import VIDEO, model, vocabulary
 from trainings import train
+from videos import write_images
 
-from fused import VideoTextRetrieval
+from fused import VideoMambaConfig, VideoTextRetrieval
 from fused.evaluate.retrieval_settings import RetrievalSettings
 from fused.io.preprocessing import Preprocessing
 from fused.search import search
@@ -60,6 +61,34 @@ def test_features_are_made_once(made: VideoTextRetrieval, videos: Path, monkeypa
     assert search(made, videos, "a seven moves left", 2, settings=SETTINGS) == first
     assert search(made, videos, "a six moves right", 9, settings=SETTINGS) != first
     assert len(list(videos.glob(".fused-search/features-*/*.safetensors"))) == 6
+
+
+@pytest.mark.parametrize("change", ["a frame", "a video while it is read", "the configuration"])
+def test_features_of_what_has_changed_are_made_again(change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, encode, seen = model(), VideoTextRetrieval.encode_video, []
+    frames = write_images(tmp_path / "videos/frames", [f"{i}.png" for i in range(4)])
+    video = square(tmp_path / "videos/a.avi", "black", "left")
+
+    def count(self: VideoTextRetrieval, clips: torch.Tensor) -> object:
+        if change == "a video while it is read" and not seen:
+            square(video, "seven", "left", frames=5)
+        seen.extend(clips)
+        return encode(self, clips)
+
+    def run() -> int:
+        before = len(seen)
+        made.vocabulary, made.preprocessing, made.text_length = vocabulary(tmp_path), Preprocessing(2, 32), 8
+        search(made, tmp_path / "videos", "a seven", settings=SETTINGS)
+        return len(seen) - before
+
+    monkeypatch.setattr(VideoTextRetrieval, "encode_video", count)
+    assert run() == 2
+    if change == "a frame":
+        shutil.copy(frames / "3.png", frames / "1.png")
+    elif change == "the configuration":
+        made = model(video=VideoMambaConfig(**VIDEO, scan_order="temporal"))  # with the same weights
+    assert run() == (2 if change == "the configuration" else 1)
+    assert run() == 0
 
 
 def test_the_command(made: VideoTextRetrieval, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from fused.io.repeated_frames import RepeatedFrames, even_places  # noqa: E402
 from fused.io.video import VideoError  # noqa: E402
 from fused.models.bimba.model import VIDEO_TOKEN  # noqa: E402
 from fused.models.conversation.turns import Piece, Turn, chat_text, pieces_of, tokenize  # noqa: E402
-from fused.train.data.clips import batches  # noqa: E402
+from fused.train.data.batches import batches  # noqa: E402
 from fused.train.language.entries import read_entries  # noqa: E402
 from fused.train.language.samples import BimbaReader, ConversationData, Sample, SampleTooLong, VambaReader, pack  # noqa: E402
 

@@ -16,7 +16,7 @@ from videos import STEP, cut, write_video
 from fused.io.video import MEAN, STD, VideoError, read_clip
 from fused.train import Batch, ClipFolder, batches
 from fused.train.data.augment import Crop
-from fused.train.data.clips import UnreadableFiles
+from fused.train.data.batches import UnreadableFiles
 
 FRAMES, SIZE = 3, 16
 GOOD = ["0.mp4", "2.mp4", "1.mp4", "3.mp4"]

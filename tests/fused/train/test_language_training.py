@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from rule import assert_rule  # noqa: E402
 
 from fused import Bimba, Vamba  # noqa: E402
 from fused.chat.__main__ import main as chat  # noqa: E402
+from fused.models.vamba.stored import StoredTensors  # noqa: E402
 from fused.train.__main__ import main  # noqa: E402
+from fused.train.config import TrainConfig  # noqa: E402
 from fused.train.config_file import read_config  # noqa: E402
 from fused.train.language import students, trainer  # noqa: E402
 from fused.train.language.samples import ConversationData, count_learnt  # noqa: E402
@@ -176,8 +179,15 @@ def test_two_processes_take_the_step_of_one(folder: Path, tmp_path: Path) -> Non
     trainings = [
         Training((*words(folder, task, out, *more[task]), f"parallel={kind}"), True) for (task, kind), out in runs.items()
     ]
+    stored_low = write_bimba_base(tmp_path / "low", torch.bfloat16)
+    low = [f"start={stored_low}", "precision=bfloat16", *more["bimba-sft"]]
+    trainings.append(Training((*words(folder, "bimba-sft", tmp_path / "low/run", *low), "parallel=fsdp"), True))
     output = run_trainings(trainings, tmp_path)
-    assert output.count("2 processes") == output.count("done: ") == len(runs), output
+    assert output.count("2 processes") == output.count("done: ") == len(runs) + 1, output
+    run(folder, "bimba-sft", tmp_path / "low/one", *low)
+    one, two = (steps(tmp_path / "low" / name)[0]["loss"] for name in ("one", "run"))
+    assert abs(one - two) <= torch.finfo(torch.bfloat16).eps / 2 * one
+    assert {x.dtype for x in tensors(tmp_path / "low/run/checkpoints/step-00000001").values()} == {torch.float32}
     for task in TASKS:
         truth, plain = (gradients(folder, task, precision, True, *more[task]) for precision in (torch.float64, torch.float32))
         for kind in ("ddp", "fsdp"):
@@ -203,6 +213,126 @@ def test_bfloat16_computes_in_it_and_keeps_parameters_in_float32(folder: Path, t
     state = load_file(tmp_path / "run/model/model.safetensors")
     assert {x.dtype for name, x in state.items() if name.rpartition(".")[2] in ("A_log", "D")} == {torch.float32}
     assert {x.dtype for name, x in state.items() if name.rpartition(".")[2] not in ("A_log", "D")} == {torch.bfloat16}
+
+
+def as_stored_in_16_bits(folder: Path, path: Path) -> Path:
+    """Write the Vamba of the folder as published weights are, in bfloat16, with its tokenizer; return the path."""
+    Vamba.from_pretrained(folder / "vamba", vision=True, dtype=torch.bfloat16).save_pretrained(path)
+    for file in (folder / "vamba").glob("*token*"):
+        (path / file.name).write_bytes(file.read_bytes())
+    return path
+
+
+def loss_and_gradients(config: TrainConfig) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Return the task of a configuration, and the gradients, with the loss, of a step over its first conversation."""
+    setup_seed(config.seed, config.deterministic)
+    built = build_language_task(config, torch.device("cpu")).train()
+    sample = ConversationData(Path(str(config.data.train)), None, make_reader(config)).sample(0, 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = built(*built.prepare_row([sample], torch.ones(2), torch.device("cpu")))
+    loss.backward()
+    return built, {name: p.grad for name, p in built.named_parameters() if p.grad is not None} | {"loss": loss.detach()}
+
+
+@pytest.mark.parametrize("task", ["vamba-pretrain", "vamba-sft"])
+def test_what_does_not_learn_stays_as_stored_and_gives_the_same_bits(
+    folder: Path, tmp_path: Path, task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In 16 bits weights of products do. What learns is float32, as is the rest. Without autocast all are."""
+    start = as_stored_in_16_bits(folder, tmp_path / "start")
+    given = [*words(folder, task, tmp_path / "none", "steps=1"), f"start={start}"]
+    config = read_config(None, [*given, "precision=bfloat16"])
+    built, found = loss_and_gradients(config)
+    kinds = {name.removeprefix("student.model."): (p.requires_grad, p.dtype) for name, p in built.named_parameters()}
+    frozen = {"vamba-pretrain": "model.layers.0.mlp.up_proj.weight", "vamba-sft": "lm_head.weight"}[task]
+    assert kinds[frozen] == (False, torch.bfloat16)
+    assert kinds["model.layers.0.cross_attn.q_proj.weight"] == (True, torch.float32)
+    assert kinds["model.embed_tokens.weight"][1] == torch.float32  # the stream begins there
+    assert all(dtype == torch.float32 for learns, dtype in kinds.values() if learns)
+    monkeypatch.setattr("fused.train.language.tasks.keep_frozen_as_stored", lambda beginning: None)
+    whole, due = loss_and_gradients(config)
+    assert {p.dtype for p in whole.parameters()} == {torch.float32}
+    assert found.keys() == due.keys() and all(torch.equal(found[name], due[name]) for name in due)
+    monkeypatch.undo()
+    plain = build_language_task(read_config(None, given), torch.device("cpu"))
+    assert {p.dtype for p in plain.parameters()} == {torch.float32}
+
+
+def _refuse_whole_tensors() -> None:
+    """Let no process read more than its half of a tensor."""
+    read = StoredTensors.read_rows
+
+    def read_half(self: StoredTensors, name: str, start: int, stop: int) -> torch.Tensor:
+        length = self.shapes[name][0]
+        assert stop - start <= (length + 1) // 2, f"{name}: {stop - start} of {length} rows were read"
+        return read(self, name, start, stop)
+
+    StoredTensors.read_rows, StoredTensors.read = read_half, None  # type: ignore[method-assign,assignment]
+
+
+def test_a_process_reads_its_shards_and_no_more(folder: Path, tmp_path: Path) -> None:
+    """Also of weights in 16 bits, which are sharded beside float32, and rows that are not even. The model is that of one."""
+    start = as_stored_in_16_bits(folder, tmp_path / "start")
+    given = words(folder, "vamba-pretrain", tmp_path / "shards", "steps=1", f"start={start}", "precision=bfloat16")
+    output = run_trainings([Training((*given, "parallel=fsdp"), True)], tmp_path, _refuse_whole_tensors)
+    assert "GiB a process on cpu" in output and "done: 1 steps" in output
+    run(folder, "vamba-pretrain", tmp_path / "one", "steps=1", f"start={start}", "precision=bfloat16")
+    one, shards = (Vamba.from_pretrained(tmp_path / name / "model", vision=True).state_dict() for name in ("one", "shards"))
+    before = Vamba.from_pretrained(start, vision=True).state_dict()
+    same = {name for name in one if torch.equal(one[name], before[name])}
+    assert same >= {name for name in one if "cross_attn" not in name and "vision_mixer" not in name and "alpha" not in name}
+    assert all(torch.equal(shards[name], before[name]) for name in same)
+    assert all(torch.allclose(shards[name], one[name], rtol=0, atol=0.05) for name in one)  # a step is 0.02
+
+
+def test_too_large_a_model_is_refused_before_it_is_read(
+    folder: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fused.train.language.weights.free_bytes", lambda device: 1000)
+    monkeypatch.setattr(StoredTensors, "read_rows", lambda *_: pytest.fail("weights were read"))
+    assert main(words(folder, "vamba-sft", tmp_path / "run", "steps=1", "--dry-run")) == 2
+    error = capsys.readouterr().err
+    assert "start is a model that takes 0.00 GiB on this cpu, with gradients and moments, and 0.00 GiB are free" in error
+    assert "parallel=fsdp" in error
+def test_what_is_frozen_stays_as_it_is_stored_where_products_are_bfloat16(folder: Path, tmp_path: Path) -> None:
+    """What learns is float32, gets gradients, and goes on bit for bit; in float32 all is."""
+    start = write_bimba_base(tmp_path / "base", torch.bfloat16)
+    more = [f"start={start}", "language.lora_rank=2", "optim.floor=1.0", "batch_size=2"]
+    for precision, stored in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
+        config = read_config(None, words(folder, "bimba-sft", "none", "steps=1", f"precision={precision}", *more))
+        task = build_language_task(config, torch.device("cpu"))
+        learnt = {n: p for n, p in task.student.named_parameters() if p.requires_grad}
+        frozen = {n: p for n, p in task.student.named_parameters() if n not in learnt}
+        assert {p.dtype for p in learnt.values()} == {torch.float32} and {p.dtype for p in frozen.values()} == {stored}
+        assert any("lora_A" in name for name in learnt) and "model.image_newline" in frozen
+    more.append("precision=bfloat16")
+    run(folder, "bimba-sft", tmp_path / "whole", *more, "steps=3")
+    run(folder, "bimba-sft", tmp_path / "parts", *more, "steps=1")
+    assert "goes on behind step 1" in run(folder, "bimba-sft", tmp_path / "parts", *more, "steps=3")
+    whole, parts = (tensors(tmp_path / name / "checkpoints/step-00000003") for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert all(whole[name].any() for name in whole if name.startswith("optimizer.exp_avg.") and "out_proj" in name)
+
+
+def test_a_bimba_computes_logits_of_learnt_tokens_alone(folder: Path) -> None:
+    """The loss is that of `Bimba.forward`, whose logits are of the whole row."""
+    config = read_config(None, words(folder, "bimba-sft", "none", "steps=1", "language.lora_dropout=0"))
+    task = build_language_task(config, torch.device("cpu"))
+    data = ConversationData(Path(str(config.data.train)), None, make_reader(config))
+    rows: list[int] = []
+    student: Any = task.student
+    student.model.language_model.lm_head.register_forward_hook(lambda module, given, out: rows.append(given[0].shape[0]))
+    for index in range(len(data)):
+        sample = data.sample(index, 0)
+        learnt = count_learnt([sample])
+        loss, _ = task(*task.prepare_row([sample], torch.ones(2), torch.device("cpu")))
+        assert rows.pop() == learnt < len(sample.tokens) and not rows
+        labels = sample.labels.clone()
+        labels[0] = -100
+        frames = sample.frames if len(sample.frames) else None
+        due = student.model(sample.tokens, frames, labels=labels).loss
+        rows.clear()
+        torch.testing.assert_close(loss, due * learnt)
 
 
 def test_parts_that_learn_are_chosen_by_name(folder: Path, tmp_path: Path, capsys: Any) -> None:
@@ -247,6 +377,25 @@ def test_wrong_options_are_said(folder: Path, tmp_path: Path, task: str, more: s
         assert main(words(folder, task, tmp_path / "run", "steps=1", *words_given, "--dry-run")) == 2
     error = capsys.readouterr().err
     assert said in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"temporal_pooling": 3}, "language.frames is 2; allowed: from 3 up, temporal_pooling of"),
+        ({"mm_newline_position": "one_token"}, "mm_newline_position must be one of 'grid', 'frame', 'no_token', got"),
+        ({"temporal_pooling": -1}, "temporal_pooling must be an integer from 1 up, got -1"),
+    ],
+    ids=str,
+)
+def test_a_base_model_that_does_not_fit_is_said(
+    folder: Path, tmp_path: Path, settings: dict[str, Any], said: str, capsys: Any
+) -> None:
+    start = Path(shutil.copytree(folder / "base", tmp_path / "base"))
+    config = json.loads((start / "config.json").read_text())
+    (start / "config.json").write_text(json.dumps(config | settings))
+    assert main(words(folder, "bimba-sft", tmp_path / "run", "steps=1", f"start={start}", "--dry-run")) == 2
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("task", TASKS)

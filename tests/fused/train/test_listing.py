@@ -249,6 +249,14 @@ def test_invalid_list(listed: List, text: str | bytes, message: str) -> None:
         listed(text)
 
 
+@pytest.mark.parametrize("content", ["[]", '[{"id": "7", "label": "run"}]', '{"a": 1}\n{"a": 2}\n'])
+def test_json_is_no_list(content: str, tmp_path: Path) -> None:
+    for name in ("train.json", "train.JSONL"):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=f"UTF-8 text, path,label.* got .*{name}, which is named as JSON"):
+            list_videos(tmp_path / name, None)
+
+
 def test_encodings_and_line_ends(listed: List, tmp_path: Path) -> None:
     text = "path,label\nä.mp4,springen\nb.mp4,läuft\n"
     encoded = [text.encode(), text.encode("utf-8-sig"), text.encode("utf-16"), text.replace("\n", "\r\n").encode()]

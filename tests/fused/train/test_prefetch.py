@@ -9,7 +9,8 @@ from torch import Tensor
 from videos import write_video
 
 from fused.io.picture import normalise
-from fused.train.data.clips import Batch, ClipFolder, batches
+from fused.train.data.batches import Batch, batches
+from fused.train.data.clips import ClipFolder
 from fused.train.prefetch import Prefetcher, from_bytes
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -46,13 +46,14 @@ def trainer(captions: Path, out: Path, *more: str) -> Trainer:
 # files of captions
 
 
-@pytest.mark.parametrize("name", ["list.csv", "list.tsv", "list.json"])
+@pytest.mark.parametrize("name", ["list.csv", "list.tsv", "list.json", "list.jsonl"])
 def test_the_same_captions_from_every_kind_of_file(name: str, tmp_path: Path) -> None:
     (tmp_path / "a.avi").touch()
     (tmp_path / "b.avi").touch()
     text = {
         "list.csv": 'path,caption\na.avi,"one, two"\nb.avi,three\n', "list.tsv": "a.avi\tone, two\nb.avi\tthree\n",
         "list.json": json.dumps([{"video": "a.avi", "caption": "one, two"}, {"video": "b.avi", "caption": ["three"]}]),
+        "list.jsonl": '{"video": "a.avi", "caption": "one, two"}\n\n{"video": "b.avi", "caption": ["three"]}\n',
     }[name]  # fmt: skip
     found = read_captions(write(tmp_path / name, text))
     assert [entry.captions for entry in found.entries] == [("one, two",), ("three",)] and not found.notes
@@ -83,14 +84,18 @@ def test_videos_that_are_not_there_and_videos_without_captions(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("l.csv", "a.avi,one, two\nb.avi,x\n", "line 2 has 2 cells; allowed: 3"), ("l.csv", "a.avi,\n", "has .* caption"),
+        ("l.csv", "a.avi,one, two\nb.avi,x, y\n", "line 1 has 3 cells; allowed: 2, path,caption; a caption that holds a comma"),
+        ("l.csv", "a.avi,\n", "has .* caption"),
         ("l.csv", 'a.avi,"one\n', "is no CSV"), ("l.csv", "", "holds no caption"), ("l.csv", ",one\n", "line 1 has no path"),
+        ("l.csv", "path,caption,id\na.avi,x\n", "line 2 has 2 cells; allowed: 3"),
+        ("l.jsonl", "[]\n{", "no JSON in every line"),
         ("l.json", {"video": "a"}, "holds a dict"), ("l.json", [3], "entry 0 is a int"), ("l.json", "[", "is no JSON"),
         ("l.json", [{"video": "a.avi", "captions": "x"}], "entry 0 has the keys 'video', 'captions'; allowed: 'caption'"),
         ("l.json", [{"video": "a.avi", "image": "b.png", "caption": "x"}], "one of 'video' and 'image'"),
         ("l.json", [{"video": "a.avi", "caption": 3}], "has 3 for 'caption'"),
         ("l.json", [{"video": "a.avi", "caption": ["x", "y"], "answer": 2}], "the answer 2; allowed: 0 to 1"),
-        ("l.json", [{"video": "a.avi", "caption": ["x", " "]}], "entry 0 has an empty caption"),
+        ("l.json", [{"video": "a.avi", "caption": ["x", " "]}], "entry 0 has an empty caption; allowed"),
+        ("l.json", [{"video": ["a.avi", ""], "caption": "x"}], "entry 0 has no path; allowed"),
         ("l.csv", "gone.avi,one\n", "names 1 videos; none is there"),
     ],
 )  # fmt: skip

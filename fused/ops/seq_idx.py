@@ -1,4 +1,4 @@
-"""Segments: sequences of their own that lie one after the other in a row of tokens, numbered by `seq_idx`."""
+"""The check of `seq_idx`, which numbers the sequences, or segments, that are packed into a row of tokens."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""The causal convolution of rows that consist of segments, in PyTorch operations, for any device."""
+"""The causal convolution of rows into which several sequences are packed, in PyTorch operations, for any device."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from fused.runtime.autocast import no_autocast
 from fused.runtime.dtypes import accumulation_dtype
 
 
-def causal_conv1d_segmented(
+def causal_conv1d_packed(
     x: Float[Tensor, "B L E"],
     weight: Float[Tensor, "E K"],
     bias: Float[Tensor, " E"] | None = None,

@@ -1,8 +1,9 @@
-"""Lines on the terminal: some stay, the progress is overwritten; durations and counts of files in words."""
+"""The terminal of the commands: their exit codes, lines that stay and progress that is overwritten, errors in one line."""
 
 import io
 import sys
 
+DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130  # exit codes: see each command
 SETUP_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError)  # of wrong input, before the work begins
 
 

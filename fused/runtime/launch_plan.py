@@ -80,7 +80,7 @@ class Plan:
         for slot, size, stride, dtype in self._allocations:
             memory[slot] = x = empty(size, stride, dtype)
             where[slot] = x.data_ptr()
-        if self._workspace_bytes:
+        if self._workspace:
             workspace = empty((self._workspace_bytes,), (1,), torch.uint8)
             base = workspace.data_ptr()
             for slot, offset in self._workspace.items():
@@ -117,6 +117,8 @@ class Plan:
         for step in steps:
             if isinstance(step, Launch) and step.function is not None:
                 functions.append(_driver_launch(step, table))
+            elif isinstance(step, Zero) and 0 in step.view.size:
+                continue  # a tensor without elements has no address
             elif isinstance(step, Zero) and self._index is not None:
                 functions.append(_driver_zero(step.view))
             else:

@@ -1,17 +1,11 @@
 """The visible tokens of a masked student, and the teacher's features of them that it learns."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from fused.models.videomamba.embedding import visible_tokens
 from fused.train.models import Teacher
-from fused.train.objectives.masks import attention_mask, clip_row_mask, frame_row_mask, keep_visible, random_mask, tube_mask
-
-MASKS: dict[str, Callable[..., Tensor]] = {
-    "random": random_mask, "tube": tube_mask, "clip-row": clip_row_mask, "frame-row": frame_row_mask
-}  # fmt: skip
+from fused.train.objectives.masks import MASKS, attention_mask, keep_visible
 
 
 def visible_targets(
