@@ -111,13 +111,15 @@ def races() -> list[Race]:
 
     both = Race(
         "scan-both", order=2, points=lambda grid: points("scan-both", grid, more), contenders=(("scan_both", ""),),
-        channels_first=("fused:mamba_ssm",),
+        channels_first=("fused:mamba_ssm",), title="the scan in both directions",
+        words=lambda n: f"scan in both directions, {race.rows(n)}, {n['E']:,} channels",
     )  # fmt: skip
 
     def with_memory(option: str) -> Race:
         name, licensed = f"scan-both-{option}", lambda dtype: (f"B2-L197-E384-N16-{option}-{dtype}",)
         own = lambda grid: points(name, grid, graphs)  # noqa: E731
-        return replace(both, name=name, points=own, options=(option,), licence=licensed, by_default=False)
+        variant = option.replace("-", " ")
+        return replace(both, name=name, points=own, options=(option,), licence=licensed, by_default=False, variant=variant)
 
     return [both, with_memory("fresh"), with_memory(LONG_MEMORY)]
 
