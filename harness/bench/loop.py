@@ -44,13 +44,15 @@ def make(point: Point, entry: Entry, device: str) -> Call:
     step = graphed(Call(loop.step)).run if point.way == "graph" else loop.step
     taken = [_timed(step, device) for _ in range(WARM)]
     window = min(max(round(WINDOW / max(taken[-1], 1e-6)), FEWEST_CALLS), MOST_CALLS)
-
-    def host() -> tuple[float, ...]:
-        _synchronize(device)
-        return tuple(part / model.config.depth for part in loop.host())
-
+    host = functools.partial(host_seconds, loop, model.config.depth, device)
     peak = (torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)) if gpu else None
     return Call(step, window=window, host=host if gpu and point.way != "graph" else None, peak=peak)
+
+
+def host_seconds(loop: Loop, layers: int, device: str) -> tuple[float, ...]:
+    """Return a sample of the host's seconds of a layer, on an idle device."""
+    _synchronize(device)
+    return tuple(part / layers for part in loop.host())
 
 
 def train(model: nn.Module, point: Point, device: str) -> Loop:

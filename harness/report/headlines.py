@@ -1,5 +1,6 @@
 """The first screen of a benchmark: a sentence and a few large numbers, each with its unit and its rival."""
 
+import math
 from collections.abc import Iterable, Sequence
 
 from harness.bench import grids
@@ -7,7 +8,7 @@ from harness.records.speed import Speed
 from harness.report import curves, race_numbers, words
 from harness.report.curves import Family, meeting, memory, seconds
 from harness.report.html import Number
-from harness.report.overview import KINDS, kind_of, same_models
+from harness.report.overview import KINDS, kind_of, ours_at, same_models
 from harness.report.race_numbers import MOST, capital, span
 from harness.report.speed_figures import tokens
 from harness.report.speed_tables import number
@@ -40,9 +41,10 @@ def sentence(speeds: Sequence[Speed], families: Sequence[Family]) -> str:
     if ratios:
         said.append(f"{span(ratios)} times as fast as upstream in {words.MODES[family.mode]}")
     if (met := _meeting(family, OURS)) is not None:
-        at, last = _in_better_form(met, family, speeds)
+        at, last = met
         if at:
-            said.append(f"faster than a ViT of similar size from {tokens(at)} tokens{_frames(at, last, ' (%s)')} on")
+            at, but = _in_better_form(at, family, speeds)
+            said.append(f"faster than a ViT of similar size from {tokens(at)} tokens{_frames(at, last, ' (%s)')} on{but}")
         elif _last_ratio(family) < 1:
             said.append("faster than a ViT of similar size at every length timed")
         else:
@@ -78,13 +80,15 @@ def _meeting(family: Family, which: object) -> tuple[float | None, Speed] | None
     return (meeting(family, best).at, best.timed[-1]) if best and meeting(family, best).lengths else None
 
 
-def _in_better_form(
-    met: tuple[float | None, Speed], family: Family, speeds: Sequence[Speed]
-) -> tuple[float | None, Speed]:
-    """Return where ours meets the ViT, later than with a class token if the ViT is better without one."""
-    others = [f for f in curves.families(speeds, clips=False) if same_models(f, family)]
-    found = [other[0] for f in others if (other := _meeting(f, OURS)) and other[0]]
-    return (max([met[0], *found]) if met[0] else None), met[1]
+def _in_better_form(at: float, family: Family, speeds: Sequence[Speed]) -> tuple[float, str]:
+    """Return from how many tokens on ours is faster than the ViT, which without a class token can be more than `at`, and what
+    to say where these tokens are not reached without one."""
+    for without in (f for f in curves.families(speeds, clips=False) if same_models(f, family)):
+        if ours_at(without) == math.inf:
+            longest = max(s.point["L"] for s in without.fastest_vit(without.main_way).values())
+            return at, f", without a class token not up to {longest:,}"
+        at = max(at, ours_at(without))
+    return at, ""
 
 
 def _last_ratio(family: Family) -> float:
@@ -102,13 +106,14 @@ def _models(families: Sequence[Family], speeds: Sequence[Speed] = ()) -> list[Nu
     if ratios := _ratios(family):
         found.append(Number(span(ratios) + "x", "", f"as fast as upstream: {name}, {how}"))
     if met := _meeting(family, OURS):
-        at, last = _in_better_form(met, family, speeds)
+        at, last = met
+        at, but = _in_better_form(at, family, speeds) if at else (at, "")
         frames = _frames(at, last, ", %s") if at else ""
         other = _meeting(family, UPSTREAM)
         beside = ""
         if other:
             beside = f"; upstream from {tokens(other[0])}" if other[0] else f"; upstream not up to {other[1].point['L']:,}"
-        label = f"a clip{frames}: from here on {name} is faster than the ViT{beside}"
+        label = f"a clip{frames}: from here on {name} is faster than the ViT{but}{beside}"
         never = Number("faster" if _last_ratio(family) < 1 else "slower", "", f"than the ViT at every length: {name}, {how}")
         found.append(Number(tokens(at), "tokens", label) if at else never)
     return found

@@ -116,15 +116,16 @@ def crossings(speeds: Sequence[Speed]) -> list[str]:
     """
     found = []
     with_class_token, without = curves.families(speeds), curves.families(speeds, clips=False)
-    for family in [*with_class_token, *without]:
+    pairs = [(family, without) for family in with_class_token] + [(family, with_class_token) for family in without]
+    for family, others in pairs:
         said = []
         for word, which in (("ours", _is_ours), ("ours, states kept,", _is_kept), ("upstream", _is_upstream)):
             if best := _longest(family, which):
                 said.append(f"{word} {_meets(family, best)}")
         if said:
             how = {"graph": "CUDA graphs"}.get(family.main_way, family.main_way)
-            other = next((f for f in (with_class_token if family in without else without) if same_models(f, family)), None)
-            better = " This is the better form of the ViT." if other and _ours_at(family) > _ours_at(other) else ""
+            is_better = any(ours_at(family) > ours_at(other) for other in others if same_models(other, family))
+            better = " This is the better form of the ViT." * is_better
             found.append(f"- {family.title}, {how}: {'; '.join(said)}.{better}")
     return found
 
@@ -141,7 +142,7 @@ def same_models(one: Family, other: Family) -> bool:
     return own == others
 
 
-def _ours_at(family: Family) -> float:
+def ours_at(family: Family) -> float:
     """Return from how many tokens on ours is faster than the ViT: 0 for all that were timed, infinity for none."""
     curve = _longest(family, _is_ours)
     m = meeting(family, curve) if curve else None

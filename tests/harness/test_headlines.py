@@ -51,6 +51,10 @@ def test_a_vit_without_a_class_token_is_met_too() -> None:
 
     assert "from 3,140 tokens (16 frames) on" in sentence(alone(1.0, 3.6))
     assert headlines.numbers(alone(1.0, 3.6), curves.families(speeds))[0].value == "3,140"
+    slow = alone(1.0, 1.5)
+    assert sentence(slow).endswith("from 2,220 tokens (11 frames) on, without a class token not up to 6,272.")
+    [number] = headlines.numbers(slow, curves.families(speeds))
+    assert number.value == "2,220" and number.label.endswith("faster than the ViT, without a class token not up to 6,272")
     assert "from 2,220 tokens (11 frames) on" in sentence(alone(1.8, 3.6)) and "2,220" in sentence(alone(2.0, 3.6))
 
 

@@ -78,6 +78,13 @@ def test_a_call_of_inference_has_the_points_dtype_and_no_gradients(small: Small)
     assert not small.training and not any(small.autocast) and not any(small.grad)
 
 
+def test_the_hosts_time_is_that_of_a_layer_on_an_idle_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    monkeypatch.setattr(loop, "_synchronize", lambda device: events.append(f"{device} is idle"))
+    measured = loop.Loop(lambda: None, lambda: events.append("asked") or (0.5, 2.0))
+    assert loop.host_seconds(measured, 4, "cuda") == (0.125, 0.5) and events == ["cuda is idle", "asked"]
+
+
 def test_a_graphed_model_is_captured_without_autocasts_cache(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     """In training in place, on a copy of a clip, within autocast; there is no GPU here, so that nothing is captured."""
     seen = []
