@@ -27,7 +27,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file. Raises CheckpointError for anything else in it, and OSError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
         raise CheckpointError(f"{path} is no JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}; allowed: an object")

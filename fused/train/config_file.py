@@ -135,7 +135,7 @@ def parse_yaml(text: str, source: str) -> Any:
     Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("^None$"), ["N"])
     try:
         return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:  # RecursionError: nested too deeply
         quotes = "; text that begins with * or & stands in quotes" if "anchor" in str(error) or "alias" in str(error) else ""
         raise ValueError(f"{source} is no YAML: {error}{quotes}") from error
 

@@ -109,7 +109,7 @@ def pretraining_teacher(config: TrainConfig, device: torch.device) -> Teacher:
     if description.is_file():
         try:
             content = json.loads(description.read_text(encoding="utf-8"))
-        except ValueError as error:  # no UTF-8, or no JSON
+        except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or nested too deeply
             raise ValueError(f"teacher is {config.teacher!r}, whose config.json cannot be read: {error}") from error
         if "architectures" in content:
             return _clip_teacher(config, device)

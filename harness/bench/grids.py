@@ -27,7 +27,7 @@ def chosen_races(names: Iterable[str]) -> list[str]:
 
 def race_of(point: Point) -> Race:
     """Return the race of a point; one that no subject carries has the defaults."""
-    return races().get(point.race) or Race(point.race)
+    return races().get(point.race) or Race(point.race, title=point.race, words=lambda sizes: point.name)
 
 
 def points(grid: str) -> list[Point]:

@@ -98,13 +98,17 @@ def work(entries: Sequence[Entry], states: dict[str, State], box: dict[str, Any]
 
 
 def run_until(words: Sequence[str], end: float) -> int:
-    """Return the exit code of a command, which is told to stop at the time `end`, or when this process is or has ended."""
+    """Return the exit code of a command; INTERRUPTED if it was told to stop at the time `end`.
+
+    It is told so too where this process is interrupted, and where it ends by itself.
+    """
     program = sys.executable if words[0] == "python" else words[0]
     child = subprocess.Popen([program, *words[1:]], cwd=environment.ROOT, preexec_fn=_end_with_parent)
     try:
         return child.wait(max(0.0, end - time.monotonic()))
     except subprocess.TimeoutExpired:
-        return _stop(child)
+        _stop(child)
+        return INTERRUPTED
     except KeyboardInterrupt:
         _stop(child)
         raise
@@ -116,15 +120,15 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _stop(child: "subprocess.Popen[bytes]") -> int:
-    """End a command, which keeps what it has; return its exit code. A second Ctrl-C does not keep it from its report."""
+def _stop(child: "subprocess.Popen[bytes]") -> None:
+    """End a command, which keeps what it has. A second Ctrl-C does not keep it from its report."""
     before = {s: signal.signal(s, signal.SIG_IGN) for s in SIGNALS}
     try:
         child.terminate()
-        return child.wait(PATIENCE)
+        child.wait(PATIENCE)
     except subprocess.TimeoutExpired:
         child.kill()
-        return child.wait()
+        child.wait()
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
@@ -150,7 +154,7 @@ def table(entries: Sequence[Entry], states: Mapping[str, State], gpus: int) -> l
         status, run, reason = states[entry.name]
         if status == evidence.MISSING:
             there = f"there {'is' if gpus == 1 else 'are'} {gpus}"
-            reason = f"needs {entry.gpus} GPUs, {there}" if entry.gpus > gpus else "not started, no time was left"
+            reason = f"needs {entry.gpus} GPUs, {there}" if entry.gpus > gpus else "not started"
         elif status == evidence.CUT:
             reason = "goes on when the same command is given again"
         lines.append(f"{status:8}  {entry.name:14}  " + "; ".join(filter(None, [str(run.folder) if run else "", reason])))

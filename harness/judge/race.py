@@ -1,7 +1,7 @@
 """A race: the entries that are timed against each other, and the points."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from harness.records.speed import Entry, Point
 
@@ -34,6 +34,9 @@ class Race:
     those of the timed case, an operator's or a model's; implementations in `channels_first` get tensors whose memory is (B,
     E, L), so that they are not timed with a transposition which their own models do not make. `maker` builds the timed call,
     see `Entry`. A race that is not timed `by_default` is timed where it is named.
+
+    `title` is what pages call the race in a sentence, such as "the scan". `words` says the sizes of a point of operators, which
+    stand in one table. `variant` is how a race differs from the one of its title, such as "long memory".
     """
 
     name: str
@@ -51,6 +54,18 @@ class Race:
     options: tuple[str, ...] = ()
     channels_first: tuple[str, ...] = ()
     by_default: bool = True
+    title: str = field(kw_only=True)
+    words: Callable[[Mapping[str, int]], str] | None = field(default=None, kw_only=True)
+    variant: str = field(default="", kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.kind == OPERATORS and self.words is None:
+            raise TypeError(f"race {self.name!r} has no words; allowed: a function that says a point's sizes in pages")
+
+
+def rows(sizes: Mapping[str, int]) -> str:
+    """Return the clips and tokens of a point in words."""
+    return f"{sizes['B']} x {sizes['L']:,} tokens"
 
 
 def operator_points(

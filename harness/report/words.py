@@ -1,22 +1,18 @@
 """Models, modes, races, points and entries of a benchmark in words, as pages name them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
+from harness.bench import grids
+from harness.judge.race import MODELS, Race, rows
 from harness.records.speed import Entry, Point
 from harness.report import things
+from harness.subjects.videomamba import timing
 
 MODES = {"infer": "inference", "train": "training"}
 WAYS = {"graph": "CUDA graph", "chunked": "in chunks", "checkpointed": "checkpointed"}
-MODELS = {"tiny": "Ti", "small": "S", "middle": "M", "base": "B"}  # by the size in the configuration's name
+LETTERS = {**timing.LETTERS, "base": "B"}  # of a model in its name, by the size in the configuration's
 SIDE = 224  # pixels of a frame that are not said
 
-# What a race is called in a sentence.
-RACES = {
-    "scan": "the scan", "scan-both": "the scan in both directions", "conv": "the convolution", "norm": "the norm",
-    "mixer": "the Mamba mixer", "ssd": "the scan of Mamba-2", "mamba2": "the Mamba-2 mixer", "vamba": "Vamba",
-    "bimba": "BIMBA's compressor", "retrieval": "matching of videos and texts", "loop": "a user's loop", "stream": "a stream",
-    "chunks": "a video in chunks", "data": "reading of videos",
-}  # fmt: skip
 # What is drawn in a race that is a variant of another, by the variant.
 DRAWS = {
     "fresh": "steps near 0.7, as a fresh model has them: states forget in tens of tokens",
@@ -24,39 +20,21 @@ DRAWS = {
     "worst case": "inputs of which the native scan's state passes can leave nothing out and sum nothing by moments",
     "rescan": "inputs with which an exit of a state pass is wrong, so that one of its sequences is scanned again as a whole",
 }
-Sizes = dict[str, int]
-# How the sizes of an operator's point are said.
-SIZES: dict[str, Callable[[Sizes], str]] = {
-    "scan": lambda n: f"scan, {_rows(n)}, {n['E']:,} channels",
-    "scan-both": lambda n: f"scan in both directions, {_rows(n)}, {n['E']:,} channels",
-    "conv": lambda n: f"convolution, {_rows(n)}, {n['E']:,} channels",
-    "norm": lambda n: f"norm, {_rows(n)}, width {n['D']:,}",
-    "mixer": lambda n: f"Mamba mixer, {_rows(n)}, width {n['D']:,}",
-    "ssd": lambda n: f"scan of Mamba-2, {_rows(n)}, {n['H']} heads of {n['P']}, {n['N']} states",
-    "mamba2": lambda n: f"Mamba-2 mixer, {_rows(n)}, width {n['D']:,}, {n['N']} states",
-    "vamba": lambda n: (
-        (f"Vamba, next token after {n['V']:,} of video" if n["L"] == 1 else f"Vamba, {n['V']:,} video tokens, {n['L']} of text")
-        + f", {n['K']} layers"
-    ),
-    "bimba": lambda n: f"BIMBA, {n['F']} frames of {n['H']} x {n['W']} tokens to {n['G'] * n['Q']:,}, width {n['D']:,}",
-    "retrieval": lambda n: f"{n['B']:,} videos and {n['M']:,} texts, the best {n['K']} matched",
-}
-
 
 def model(size: str) -> str:
     """Return the name of a VideoMamba by its size, such as "tiny"."""
-    return f"VideoMamba-{MODELS.get(size, size)}"
+    return f"VideoMamba-{LETTERS.get(size, size)}"
 
 
 def vit(size: str) -> str:
     """Return the name of a ViT by its size, such as "base"."""
-    return f"ViT-{MODELS.get(size, size)}"
+    return f"ViT-{LETTERS.get(size, size)}"
 
 
 def race(name: str) -> str:
-    """Return what a race is about."""
-    known, variant = _known(name, {**MODELS, **RACES})
-    return (model(known) if known in MODELS else RACES.get(known, known)) + variant
+    """Return what a race is about; of an unknown one the name."""
+    known = grids.races().get(name)
+    return known.title + _variant(known) if known else name
 
 
 def draws(named: Iterable[str]) -> str:
@@ -77,13 +55,12 @@ def point(at: Point, with_dtype: bool = False, with_way: bool = False) -> str:
 
     With its way, that is said where it is not eager.
     """
-    sizes, (known, variant) = dict(at.dims), _known(at.race, {**MODELS, **SIZES})
-    if known in MODELS:
-        what = clips(sizes["B"], sizes["T"], sizes["S"]) if at.clips else _rows(sizes)
-        said = f"{model(known)}{variant}, {what}"
+    sizes, known = dict(at.dims), grids.races().get(at.race)
+    if known and known.kind == MODELS:
+        said = f"{race(at.race)}, " + (clips(sizes["B"], sizes["T"], sizes["S"]) if at.clips else rows(sizes))
     else:
         try:
-            said = SIZES[known](sizes) + variant
+            said = known.words(sizes) + _variant(known) if known and known.words else letters(at)
         except KeyError:
             said = letters(at)
     said += f", {WAYS.get(at.way, at.way)}" * (with_way and at.way != "eager")
@@ -110,11 +87,5 @@ def implementation(name: str, subject: str = "", role: str = "ours") -> str:
     return said + ", rival" * (role == "rival")
 
 
-def _rows(sizes: Sizes) -> str:
-    return f"{sizes['B']} x {sizes['L']:,} tokens"
-
-
-def _known(name: str, names: dict[str, object]) -> tuple[str, str]:
-    """Return the race of which this one is a variant, such as "middle" of "middle-fresh", and the variant in words."""
-    known = max((n for n in names if name == n or name.startswith(f"{n}-")), key=len, default=name)
-    return known, f" ({name[len(known) + 1 :].replace('-', ' ')})" * (known != name)
+def _variant(of: Race) -> str:
+    return f" ({of.variant})" * bool(of.variant)

@@ -51,7 +51,7 @@ def read(path: Path = LIST) -> list[Entry]:
     """Return the entries of a list, in its order. Raises ValueError that names the file, the entry and what is wrong."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no readable list of runs: {error}") from error
     return [_entry(path, name, raw) for name, raw in table.items()]
 

@@ -56,7 +56,7 @@ class Run:
             raise StoreError(f"{folder} holds no run: {'it has no run.json' if folder.is_dir() else 'there is no such folder'}")
         try:
             about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:  # ValueError: no JSON, or no UTF-8
+        except (OSError, ValueError, RecursionError) as error:  # ValueError: no JSON, or no UTF-8; else nested too deeply
             raise StoreError(f"{folder} holds no readable run ({error})") from error
         if not isinstance(about, dict):
             raise StoreError(f"{folder} holds no readable run (run.json holds a {type(about).__name__})")
@@ -150,7 +150,7 @@ class Run:
         for number, line in enumerate(lines, 1):
             try:
                 found.append(parse(line.decode()))
-            except (KeyError, TypeError, ValueError) as error:
+            except (KeyError, TypeError, ValueError, RecursionError) as error:
                 if number < len(lines):
                     raise StoreError(f"{path}, line {number} is not a record ({error})") from error
         self._kept[name] = sum(map(len, lines[: len(found)]))

@@ -163,7 +163,12 @@ def races() -> list[Race]:
         return name not in ("fused:torch", "fused:mamba_ssm_inner")
 
     contenders = ("bimba", ""), ("resamplers", "")
-    return [Race("bimba", order=8, points=points, contenders=contenders, runs=runs, options=("cast",))]
+    return [
+        Race(
+            "bimba", order=8, points=points, contenders=contenders, runs=runs, options=("cast",), title="BIMBA's compressor",
+            words=lambda n: f"BIMBA, {n['F']} frames of {n['H']} x {n['W']} tokens to {n['G'] * n['Q']:,}, width {n['D']:,}",
+        )
+    ]  # fmt: skip
 
 
 def licence(dtype: str) -> tuple[str, ...]:

@@ -206,6 +206,7 @@ def races() -> list[Race]:
         Race(
             "data", DATA, points=points, contenders=(("clips", ""),), checks=("frames",), licence=licence,
             maker="harness.bench.reading:make", fewest=lambda point: FEWEST, by_default=False,
+            title="reading of videos",
         )
     ]  # fmt: skip
 

@@ -178,7 +178,8 @@ def races() -> list[Race]:
     def points(grid: str) -> list[Point]:
         return race.operator_points("conv", grid, lambda B, E, L: {"B": B, "L": L, "E": E, "K": 4})
 
-    return [Race("conv", order=3, points=points, contenders=(("conv", ""),))]
+    words = lambda n: f"convolution, {race.rows(n)}, {n['E']:,} channels"  # noqa: E731
+    return [Race("conv", order=3, points=points, contenders=(("conv", ""),), title="the convolution", words=words)]
 
 
 def licence(dtype: str) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from harness.fixtures import functional_modules as modules
 from harness.fixtures.chains import chain
 from harness.judge.case import Case
 from harness.judge.implementation import Implementation, fused_implementations
-from harness.judge.race import Race, timed_precision
+from harness.judge.race import Race, rows, timed_precision
 from harness.records.ceilings import Ceilings, element_bytes
 from harness.records.speed import Point
 from harness.subjects import ssd
@@ -154,7 +154,12 @@ def races() -> list[Race]:
         dtype = "float32" if grid == "cpu" else "bfloat16"
         return [Point("mamba2", tuple(s.items()), mode, dtype=dtype) for s in sizes for mode in ("infer", "train")]
 
-    return [Race("mamba2", order=7, points=points, contenders=(("mamba2", ""),), options=("cast",), runs=ssd.runs)]
+    return [
+        Race(
+            "mamba2", order=7, points=points, contenders=(("mamba2", ""),), options=("cast",), runs=ssd.runs,
+            title="the Mamba-2 mixer", words=lambda n: f"Mamba-2 mixer, {rows(n)}, width {n['D']:,}, {n['N']} states",
+        )
+    ]  # fmt: skip
 
 
 def licence(dtype: str) -> tuple[str, ...]:

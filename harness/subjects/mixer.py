@@ -176,14 +176,15 @@ def races() -> list[Race]:
 
     mixers = Race(
         "mixer", order=5, points=lambda grid: race.operator_points("mixer", grid, sizes), contenders=(("mixer", ""),),
-        options=("cast",),
+        options=("cast",), title="the Mamba mixer", words=lambda n: f"Mamba mixer, {race.rows(n)}, width {n['D']:,}",
     )  # fmt: skip
 
     def of_kind(option: str) -> Race:
         name, dims = f"mixer-{option}", tuple(sizes(1, 1152, 9409).items())
         licensed = lambda dtype: (f"B1-L8209-D256-{option}-infer-cast-{dtype}",)  # noqa: E731
         points = lambda grid: [Point(name, dims, "infer", way) for way in ("eager", "graph") if grid == "full"]  # noqa: E731
-        return replace(mixers, name=name, points=points, licence=licensed, options=(option, "cast"))
+        variant = option.replace("-", " ")
+        return replace(mixers, name=name, points=points, licence=licensed, options=(option, "cast"), variant=variant)
 
     return [mixers, *map(of_kind, KINDS)]
 

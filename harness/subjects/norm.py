@@ -148,7 +148,8 @@ def races() -> list[Race]:
     def points(grid: str) -> list[Point]:
         return race.operator_points("norm", grid, lambda B, E, L: {"B": B, "L": L, "D": E // 2})
 
-    return [Race("norm", order=4, points=points, contenders=(("norm", ""),), options=("kind=rms",))]
+    words, contenders = (lambda n: f"norm, {race.rows(n)}, width {n['D']:,}"), (("norm", ""),)
+    return [Race("norm", order=4, points=points, contenders=contenders, options=("kind=rms",), title="the norm", words=words)]
 
 
 def licence(dtype: str) -> tuple[str, ...]:

@@ -241,7 +241,12 @@ def races() -> list[Race]:
     def points(grid: str) -> list[Point]:
         return race.operator_points("scan", grid, timed_sizes, full=race.FULL_SHAPES[1:])
 
-    return [Race("scan", order=1, points=points, contenders=(("scan", ""),), channels_first=("fused:mamba_ssm",))]
+    return [
+        Race(
+            "scan", order=1, points=points, contenders=(("scan", ""),), channels_first=("fused:mamba_ssm",), title="the scan",
+            words=lambda n: f"scan, {race.rows(n)}, {n['E']:,} channels",
+        )
+    ]  # fmt: skip
 
 
 def timed_sizes(B: int, E: int, L: int) -> dict[str, int]:

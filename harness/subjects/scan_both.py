@@ -9,6 +9,8 @@ from torch import Tensor
 import reference
 from fused.ops.selective_scan import api as scan_api
 from harness.fixtures.functional_modules import LONG_MEMORY
+from harness.instruments import symmetries
+from harness.instruments.symmetries import Relation
 from harness.judge import race
 from harness.judge.case import LOW_PRECISIONS, Case, cross
 from harness.judge.implementation import Implementation, fused_implementations
@@ -96,6 +98,33 @@ def evaluate(call: Callable[..., Any], case: Case, leaves: dict[str, Tensor]) ->
     return {"y": call(pairs, leaves.get("z"), not case.has("bare"))}
 
 
+def special_cases(check: str, grid: str) -> list[Case]:
+    """Return cases for `invariants`, odd and in `full` of the model's size."""
+    if check != "invariants":
+        return []
+    sizes = [{"B": 2, "L": 21, "E": 12, "N": 4}] + [{"B": 1, "L": 1569, "E": 384, "N": 16}] * (grid != "smoke")
+    return cross("scan_both", sizes, [("for=invariants",), ("bare", "for=invariants")], LOW_PRECISIONS[:2])
+
+
+def invariants(case: Case) -> dict[str, Relation]:
+    """Return that y doubles with u, that clips are independent, and that the directions may be exchanged.
+
+    Of halves of the tokens the sums of directions are rounded once more, so that they need not add up by the rule.
+    """
+    clips = scan.per_clip(case)
+    return {
+        "homogeneity": symmetries.homogeneity(("u", "u" + BACKWARD)),
+        "permutation": symmetries.permutation(clips | {name + BACKWARD for name in clips}),
+        "reversal": symmetries.reversal(time_axes(case), exchange),
+    }  # fmt: skip
+
+
+def exchange(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the leaves with those of one direction in the places of the other's."""
+    names = [name for name in PAIRED if name in leaves]
+    return leaves | {n: leaves[n + BACKWARD] for n in names} | {n + BACKWARD: leaves[n] for n in names}
+
+
 def races() -> list[Race]:
     """Return the race of both directions, in `full` at more lengths: upstream's scan is at its best at multiples of 2048.
 
@@ -111,13 +140,15 @@ def races() -> list[Race]:
 
     both = Race(
         "scan-both", order=2, points=lambda grid: points("scan-both", grid, more), contenders=(("scan_both", ""),),
-        channels_first=("fused:mamba_ssm",),
+        channels_first=("fused:mamba_ssm",), title="the scan in both directions",
+        words=lambda n: f"scan in both directions, {race.rows(n)}, {n['E']:,} channels",
     )  # fmt: skip
 
     def with_memory(option: str) -> Race:
         name, licensed = f"scan-both-{option}", lambda dtype: (f"B2-L197-E384-N16-{option}-{dtype}",)
         own = lambda grid: points(name, grid, graphs)  # noqa: E731
-        return replace(both, name=name, points=own, options=(option,), licence=licensed, by_default=False)
+        variant = option.replace("-", " ")
+        return replace(both, name=name, points=own, options=(option,), licence=licensed, by_default=False, variant=variant)
 
     return [both, with_memory("fresh"), with_memory(LONG_MEMORY)]
 

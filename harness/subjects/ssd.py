@@ -17,7 +17,7 @@ from harness.instruments.huge_tensors import CLIPS, huge_case
 from harness.instruments.symmetries import Relation
 from harness.judge.case import LOW_PRECISIONS, Case, cross
 from harness.judge.implementation import Implementation, Sample, fused_implementations
-from harness.judge.race import Race
+from harness.judge.race import Race, rows
 from harness.records.ceilings import Ceilings, element_bytes
 from harness.records.speed import Entry, Point
 
@@ -253,7 +253,13 @@ def races() -> list[Race]:
         dtype = "float32" if grid == "cpu" else "bfloat16"
         return [Point("ssd", tuple(s.items()), mode, dtype=dtype) for s in sizes for mode in ("infer", "train")]
 
-    return [Race("ssd", order=6, points=points, contenders=(("ssd", ""),), options=("ungated",), runs=runs)]
+    return [
+        Race(
+            "ssd", order=6, points=points, contenders=(("ssd", ""),), options=("ungated",), runs=runs,
+            title="the scan of Mamba-2",
+            words=lambda n: f"scan of Mamba-2, {rows(n)}, {n['H']} heads of {n['P']}, {n['N']} states",
+        )
+    ]  # fmt: skip
 
 
 def runs(entry: Entry, point: Point, grid: str) -> bool:

@@ -86,6 +86,31 @@ class Desk:
         """Call the command."""
         return CliRunner().invoke(app, ["evidence", "--list", str(self.folder / "list.toml"), *words])
 
+    def status(self) -> str:
+        """Return the status of the run that waits; empty while there is none."""
+        found = evidence.runs_in(self.runs.glob("*-wait"))
+        return found[0].about["status"] if found else ""
+
+    def ask_and_interrupt(self, end: signal.Signals, *words: str) -> Result:
+        """Call the command, and send it a signal while the run that waits is under way."""
+        ended = threading.Event()
+
+        def interrupt() -> None:
+            while self.status() != "running":
+                if ended.wait(0.02):
+                    return
+            os.kill(os.getpid(), end)
+
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background hands on that it is ignored
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        try:
+            return self.ask(*words)
+        finally:
+            ended.set()
+            thread.join()
+            signal.signal(signal.SIGINT, before)
+
     def calls(self) -> list[str]:
         """Return the commands that were called since the last look."""
         path = self.folder / "calls"
@@ -112,8 +137,8 @@ def statuses(done: Result) -> dict[str, str]:
 
 
 def test_what_fits_goes_first_and_what_was_cut_goes_on(desk: Desk) -> None:
-    desk.write(wait=600, **{"pass": 0.01})
-    done = desk.ask("--minutes", "0.03")
+    desk.write(wait=600, **{"pass": 10})
+    done = desk.ask_and_interrupt(signal.SIGTERM)
     assert done.exit_code == INTERRUPTED and desk.calls() == ["pass", "wait"], done.output
     assert statuses(done) == {"wait": "cut", "pass": "finished"}
     (desk.runs / "damaged").mkdir()
@@ -139,15 +164,15 @@ def test_one_that_fails_does_not_keep_the_others_from_their_time(desk: Desk) -> 
 
 
 def test_what_cannot_be_begun(desk: Desk) -> None:
-    desk.write(xwait=1, **{"pass": 1})
+    desk.write(xpass=1, **{"pass": 1})
     done = desk.ask("--minutes", "0")
     assert done.exit_code == NOTHING and desk.calls() == [] and not desk.runs.exists()
-    assert statuses(done) == {"xwait": "missing", "pass": "missing"}
-    assert "needs 1 GPUs, there are 0" in done.output and "no time was left" in done.output
+    assert statuses(done) == {"xpass": "missing", "pass": "missing"}
+    assert "needs 1 GPUs, there are 0" in done.output and "not started" in done.output
     done = desk.ask()
     assert done.exit_code == INTERRUPTED and desk.calls() == ["pass"]  # not 0: a run is missing
     done = desk.ask("--only", "none")
-    assert isinstance(done.exception, UsageError) and str(done.exception) == "--only 'none' is unknown; allowed are xwait, pass"
+    assert isinstance(done.exception, UsageError) and str(done.exception) == "--only 'none' is unknown; allowed are xpass, pass"
 
 
 def test_runs_of_other_code_another_box_or_edited_sources_do_not_count(desk: Desk) -> None:
@@ -187,35 +212,13 @@ def test_an_accepted_run_counts_if_it_is_of_this_code(
     assert desk.ask().exit_code == PASSED and desk.calls() == ["pass"] * (changed != ())
 
 
-def status(desk: Desk) -> str:
-    """Return the status of the only run; empty while there is none."""
-    found = evidence.runs_in(desk.runs.glob("*"))
-    return found[0].about["status"] if found else ""
-
-
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_under_way_ends_with_the_command(desk: Desk, end: signal.Signals) -> None:
     """It keeps what it has, and another call goes on."""
     desk.write(wait=1, **{"pass": 1})
-    ended = threading.Event()
-
-    def interrupt() -> None:
-        while status(desk) != "running":
-            if ended.wait(0.02):
-                return
-        os.kill(os.getpid(), end)
-
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background hands on that it is ignored
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    try:
-        done = desk.ask()
-    finally:
-        ended.set()
-        thread.join()
-        signal.signal(signal.SIGINT, before)
+    done = desk.ask_and_interrupt(end)
     assert done.exit_code == INTERRUPTED and statuses(done) == {"wait": "cut", "pass": "missing"}
-    assert desk.calls() == ["wait"] and status(desk) == "interrupted"
+    assert desk.calls() == ["wait"] and desk.status() == "interrupted"
     assert desk.ask().exit_code == PASSED and desk.calls() == ["wait --resume", "pass"]
 
 
@@ -226,14 +229,14 @@ def test_a_run_that_is_under_way_ends_with_the_command_that_is_killed(desk: Desk
     text += f"'--out', {str(folder)!r}], float('inf'))"
     environ = os.environ | {"PYTHONPATH": str(environment.ROOT)}
     process = subprocess.Popen([sys.executable, "-c", text], env=environ)
-    while status(desk) != "running":
+    while desk.status() != "running":
         assert process.poll() is None
         time.sleep(0.02)
     process.kill()
     process.wait()
     begun = time.monotonic()
-    while status(desk) != "interrupted":
-        assert time.monotonic() - begun < 60, status(desk)
+    while desk.status() != "interrupted":
+        assert time.monotonic() - begun < 60, desk.status()
         time.sleep(0.02)
 
 
@@ -241,7 +244,7 @@ def test_a_run_that_does_not_stop_is_killed(desk: Desk, monkeypatch: pytest.Monk
     monkeypatch.setattr(command, "PATIENCE", 0.1)
     deaf = [sys.executable, "-c", "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(600)"]
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    assert command.run_until(deaf, time.monotonic() + 1.0) == -signal.SIGKILL
+    assert command.run_until(deaf, time.monotonic() + 1.0) == INTERRUPTED
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
 
 

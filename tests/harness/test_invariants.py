@@ -13,9 +13,8 @@ from harness.judge.registry import mutants, subjects
 from harness.judge.trial import Trial
 
 pytestmark = pytest.mark.usefixtures("prepared")
-CASES = [
-    case for name in ("scan", "ssd", "conv", "mixer") for case in subjects()[name].special_cases("invariants", "smoke")
-]  # fmt: skip
+ASKED = ("scan", "scan_both", "ssd", "conv", "mixer")
+CASES = [case for name in ASKED for case in subjects()[name].special_cases("invariants", "smoke")]
 SCAN = Case("scan", (("B", 2), ("L", 9), ("E", 6), ("N", 4)), ("state", "for=invariants"), "float32")
 
 
@@ -97,3 +96,14 @@ def test_planted_bugs_are_found_without_a_reference(bug: str) -> None:
     with mutants()[bug].plant():
         call = {i.name: i.call for i in subjects()[case.subject].implementations()}["fused:torch"]
         assert failing(case, call)
+
+
+def test_directions_that_are_no_mirror_images_are_found() -> None:
+    """The second one skips by the first one's D."""
+    case = next(c for c in CASES if c.subject == "scan_both" and c.dtype == "float32" and not c.has("bare"))
+    [both] = [i.call for i in subjects()["scan_both"].implementations() if i.name == "reference"]
+
+    def one_skip(pairs, z, softplus):
+        return both(pairs | {"D": (pairs["D"][0], pairs["D"][0])}, z, softplus)
+
+    assert failing(case, one_skip) == {"reversal"}

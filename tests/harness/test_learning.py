@@ -70,6 +70,7 @@ def test_digits_and_the_arrow_by_the_command(tmp_path: Path) -> None:
     assert known.findings[0].budget == allowed(digits.TASK.short.bar, 359) and free.findings[0].budget == float("inf")
     said = (tmp_path / "report.md").read_text()
     assert "no bar" in said and "> **Short.**" in said and "Not asked: motion" in said
+    assert f"{100 * (1 - known.findings[0].error / 359):.1f} % of 359" in said
     assert "handwritten digits, the image model" in said and "held-out" in (tmp_path / "learning-digits-right.svg").read_text()
 
 

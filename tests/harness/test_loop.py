@@ -1,5 +1,6 @@
 """Race `loop`: its points and contenders, the timed steps on a CPU, and what the page says of them."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -56,6 +57,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Small:
 
 def test_a_step_of_training_is_a_users(small: Small) -> None:
     """A new batch in every step, autocast around parameters in float32, gradients clipped, all parameters moved."""
+    with torch.no_grad():
+        small.head.bias[9] += 50  # no label: the gradient of the bias has norm 1.06
     call = loop.make(point("eager", S=16), OURS, "cpu")
     before, first = [p.detach().clone() for p in small.parameters()], len(small.clips)
     call.run()
@@ -114,6 +117,20 @@ def test_a_window_is_synchronised_at_its_ends_only(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("harness.bench.clock.time.perf_counter", lambda: next(now))
     taken = clock.time(Call(lambda: events.append("call"), window=4))
     assert taken == 0.5 and events == ["end", *["call"] * 4, "end"]
+
+
+@pytest.mark.parametrize(("seconds", "calls"), [(10.0, 2), (0.025, 4), (1e-4, 32)])
+def test_a_window_is_a_tenth_of_a_second_of_a_few_calls(
+    seconds: float, calls: int, small: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("harness.bench.loop.time.perf_counter", itertools.count(0.0, seconds).__next__)
+    assert loop.make(point("eager", S=16), OURS, "cpu").window == calls
+
+
+def test_the_hosts_time_is_of_the_forward_and_of_both(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = loop.train(small, point("eager", S=16), "cpu").host
+    monkeypatch.setattr("harness.bench.loop.time.perf_counter", itertools.count(0.0, 10.0).__next__)
+    assert host() == (10.0, 20.0)
 
 
 def test_points_and_contenders() -> None:

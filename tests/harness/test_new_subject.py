@@ -92,7 +92,9 @@ def costly_checks(case):
 
 def races():
     sizes = lambda B, E, L: {"B": B, "L": L, "E": E}
-    return [Race("toy-race", points=lambda grid: race.operator_points("toy-race", grid, sizes), contenders=(("toy", ""),))]
+    points = lambda grid: race.operator_points("toy-race", grid, sizes)
+    words = lambda n: f"toy, {race.rows(n)}"
+    return [Race("toy-race", points=points, contenders=(("toy", ""),), title="the toy", words=words)]
 
 
 def licence(dtype):

@@ -49,6 +49,23 @@ def test_two_parity_runs_by_the_command(tmp_path: Path) -> None:
     assert Run.open(tmp_path / "new").counts()["failed"] == 1  # the runs stay as they were
 
 
+def test_what_came_right_and_what_a_rival_lost_is_no_loss_of_ours(tmp_path: Path) -> None:
+    found = {"pass": (Finding("y", "l2", 0.25, 1.0),), "fail": (Finding("y", "l2", 3.0, 1.0),)}
+
+    def made(name: str, ours: str, rival: str, *others: int) -> Run:
+        records = [
+            test_report.record(ours, case="B1-float32", findings=found[ours]),
+            test_report.record(rival, case="B1-float32", name="theirs", role="rival", findings=found[rival]),
+            *(test_report.record(case=f"B{n}-float32", findings=found["pass"]) for n in others),
+        ]
+        return test_report.made(tmp_path / name, records)
+
+    base, new = made("base", "fail", "pass", 2, 3, 4), made("new", "pass", "fail", 9)
+    text = sides.write(base, new, tmp_path / "both").read_text()
+    assert "No answers of ours fail now that did not before." in text and "| 0 | 2 of 2 | 1 |" in text
+    assert "questions are new; 3 are gone" in text
+
+
 def test_runs_of_two_kinds_have_no_comparison(tmp_path: Path) -> None:
     base, new = sweeps.made(tmp_path / "a", []), test_report.made(tmp_path / "b", [])
     with pytest.raises(StoreError, match="runs of bench and parity have no comparison"):

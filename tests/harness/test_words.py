@@ -3,6 +3,7 @@
 import pytest
 
 from harness.bench import grids
+from harness.judge.race import VIDEOS, Race, rows
 from harness.records.speed import Entry, Point
 from harness.report import words
 
@@ -47,3 +48,16 @@ def test_entries_in_words(entry: Entry, said: str) -> None:
     assert words.entry(entry) == said
     assert words.implementation("fused:mamba_ssm", role="rival") == "upstream (fused:mamba_ssm), rival"
     assert words.implementation("mine") == "mine"
+
+
+def test_a_race_without_words_is_refused_where_it_is_made() -> None:
+    with pytest.raises(TypeError, match="title"):
+        Race("new", words=rows)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="race 'new' has no words; allowed: a function that says a point's sizes"):
+        Race("new", title="the new one")
+    assert Race("new", VIDEOS, title="the new one").words is None  # its table has the sizes in columns
+
+
+def test_no_two_races_are_called_the_same() -> None:
+    names = list(grids.races())
+    assert len({words.race(name) for name in names}) == len(names)

@@ -168,7 +168,7 @@ def read_description(path: Path) -> Description:
         )
     except FileNotFoundError as error:
         raise FileNotFoundError(2, f"the folder{_of_a_run(path.parent)} holds no configuration", str(path)) from error
-    except (ValueError, AttributeError, TypeError) as error:  # ValueError: no JSON, no UTF-8, or a wrong value
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:  # no JSON, no UTF-8, or a wrong value
         raise CheckpointError(f"{path} is no configuration of a VideoMamba: {error}") from error
 
 

@@ -124,7 +124,7 @@ def _read_json(file: Path, text: str, unread: dict[str, int]) -> Iterator[_Row]:
     try:
         in_lines = file.suffix.lower() == ".jsonl"
         content = [json.loads(line) for line in text.split("\n") if line.strip()] if in_lines else json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
         raise ValueError(f"{file} is no JSON{' in every line' if in_lines else ''}: {error}") from error
     if not isinstance(content, list):
         raise ValueError(f"{file} holds a {type(content).__name__}; allowed: a list of objects with 'video' and 'caption'")

@@ -9,6 +9,7 @@ and assistant; `role` and `content` in place of `from` and `value` are read too.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -124,11 +125,7 @@ def _file(given: Mapping[str, Any], folder: Path) -> tuple[Path | None, bool]:
     if not isinstance(value, str) or not value:
         raise ValueError(f"{key} is {value!r}; allowed: the path of one file")
     path = folder / value
-    try:
-        found = path.exists()
-    except (OSError, ValueError):  # no name of a file, such as one of 300 letters
-        found = False
-    if not found:
+    if not os.path.exists(path):  # Path.exists raises for a name that is too long
         raise ValueError(f"{key} is {value!r}, and there is no {path}; data.prefix names the folder of the files")
     return path, key == "image"
 

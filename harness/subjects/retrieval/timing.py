@@ -21,7 +21,13 @@ def races() -> list[Race]:
 
     # all layers for 134,000 pairs are some 2e15 operations: tens of seconds on a GPU that reaches a tenth of its peak
     contenders, maker = (("retrieval", ""),), "harness.bench.retrieval:make"
-    return [Race("retrieval", order=9, points=points, contenders=contenders, runs=runs, maker=maker, slowest=60.0)]
+    return [
+        Race(
+            "retrieval", order=9, points=points, contenders=contenders, runs=runs, maker=maker, slowest=60.0,
+            title="matching of videos and texts",
+            words=lambda n: f"{n['B']:,} videos and {n['M']:,} texts, the best {n['K']} matched",
+        )
+    ]  # fmt: skip
 
 
 def licence(dtype: str) -> tuple[str, ...]:

@@ -1,5 +1,7 @@
 """The race of Vamba: its points, its contenders, and what the hardware needs at least."""
 
+from collections.abc import Mapping
+
 from harness.judge.race import Race, few_samples, timed_precision
 from harness.records.ceilings import Ceilings, element_bytes
 from harness.records.speed import Entry, Point
@@ -41,7 +43,19 @@ def races() -> list[Race]:
         return 2 if point["V"] > 50_000 else few_samples(point)  # a prefill of the stock layers takes seconds
 
     contenders, maker = (("vamba", ""), ("qwen2", "")), "harness.bench.vamba:make"
-    return [Race("vamba", order=8, points=points, contenders=contenders, runs=runs, maker=maker, fewest=fewest, slowest=30.0)]
+    return [
+        Race(
+            "vamba", order=8, points=points, contenders=contenders, runs=runs, maker=maker, fewest=fewest, slowest=30.0,
+            title="Vamba", words=in_words,
+        )
+    ]  # fmt: skip
+
+
+def in_words(sizes: Mapping[str, int]) -> str:
+    """Return the sizes of a point: a video's prefill and training, or the next token."""
+    video, text = f"{sizes['V']:,}", sizes["L"]
+    said = f"next token after {video} of video" if text == 1 else f"{video} video tokens, {text} of text"
+    return f"Vamba, {said}, {sizes['K']} layers"
 
 
 def bound(point: Point, variant: str, ceilings: Ceilings) -> float:

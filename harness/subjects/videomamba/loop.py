@@ -17,6 +17,7 @@ def race() -> Race:
     return Race(
         "loop", LOOPS, points=points, contenders=tuple(contenders), licence=licence, runs=runs,
         maker="harness.bench.loop:make", fewest=lambda point: 4, by_default=False,
+        title="a user's loop",
     )  # fmt: skip
 
 

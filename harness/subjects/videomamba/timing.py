@@ -14,6 +14,7 @@ from harness.subjects import mixer, norm, vit
 from harness.subjects.videomamba import loop
 
 VITS = {"tiny": "tiny", "small": "small", "middle": "base"}  # the ViT of about the same size
+LETTERS = {"tiny": "Ti", "small": "S", "middle": "M"}  # of the model in its name
 STREAMED = ("tiny", "small", "middle")  # sizes that are timed on a GPU
 CHUNKED = ("middle",)
 MAX_TOKENS = {"fused:torch": 1569, "reference": 12_545}  # 8 frames and 64: what the paper compares goes no further
@@ -25,18 +26,21 @@ def races() -> list[Race]:
 
     def against_vit(size: str) -> Race:
         contenders = ("videomamba", size), ("vit", VITS[size])
-        return Race(size, MODELS, points=lambda grid: model_points(size, grid), contenders=contenders, runs=runs_against_vit)
+        return Race(
+            size, MODELS, points=lambda grid: model_points(size, grid), contenders=contenders, runs=runs_against_vit,
+            title=f"VideoMamba-{LETTERS[size]}",
+        )  # fmt: skip
 
     def of_videos(race: Race, points: Callable[[str], list[Point]], sizes: tuple[str, ...]) -> Race:
         contenders = tuple(("videomamba", size) for size in dict.fromkeys(("tiny", *sizes)))
         runs = lambda entry, point, grid: runs_on_videos(entry, grid, sizes)  # noqa: E731
-        return replace(race, kind=VIDEOS, points=points, contenders=contenders, runs=runs, needs=("initial_state",))
+        return replace(race, points=points, contenders=contenders, runs=runs, needs=("initial_state",))
 
     stream = Race(
-        "stream", checks=("chunks", "stream"), licence=stream_licence, maker="harness.bench.streaming:make",
-        fewest=samples_for_percentile,
+        "stream", VIDEOS, checks=("chunks", "stream"), licence=stream_licence, maker="harness.bench.streaming:make",
+        fewest=samples_for_percentile, title="a stream",
     )  # fmt: skip
-    chunks = Race("chunks", checks=("forward_chunked",), licence=chunks_licence)
+    chunks = Race("chunks", VIDEOS, title="a video in chunks", checks=("forward_chunked",), licence=chunks_licence)
     vits = [against_vit(size) for size in VITS]
     vits += [with_memory(vits[-1], option) for option in ("fresh", LONG_MEMORY)]
     return [*vits, loop.race(), of_videos(stream, stream_points, STREAMED), of_videos(chunks, chunks_points, CHUNKED)]
@@ -52,7 +56,7 @@ def with_memory(race: Race, option: str) -> Race:
     def licensed(dtype: str) -> tuple[str, ...]:
         return *short_and_long(option, dtype), *vit.licence(dtype)
 
-    return replace(race, name=name, points=points, licence=licensed, options=(option,))
+    return replace(race, name=name, points=points, licence=licensed, options=(option,), variant=option.replace("-", " "))
 
 
 def around_meeting(race: str, frames: Sequence[int]) -> list[Point]:

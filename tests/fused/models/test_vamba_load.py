@@ -204,6 +204,8 @@ def test_shards_keep_to_their_size_and_take_the_place_of_a_single_file(tmp_path)
         tensors = load_file(file).values()
         assert len(tensors) == 1 or sum(t.nbytes for t in tensors) <= 10_000
     assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] is False
+    net.save_pretrained(tmp_path)
+    assert not (tmp_path / "model.safetensors.index.json").exists()  # which would name the shards of before
 
 
 def test_the_vision_towers_section_says_nothing_of_the_decoder(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fused.runtime.elementwise import SHARE, by_vectors, empty_vectors, whole_vectors
+from fused.runtime.elementwise import SHARE, by_vectors, clipwise, empty_vectors, whole_vectors
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -40,3 +40,11 @@ def test_a_thread_takes_whole_vectors(threads):
         total = whole_vectors(size)
         shares = min(threads, max(1, -(-total // SHARE)))
         assert size <= total < size + 64 * threads and total % (64 * shares) == 0
+
+
+def test_two_clips_are_computed_one_by_one():
+    """Where the vector loop of both ends, the bits of one would depend on the other."""
+    shapes = []
+    x = torch.randn(2, 3, 7)
+    got = clipwise(lambda t: shapes.append(tuple(t.shape)) or F.silu(t), x)
+    assert shapes == [(3, 7), (3, 7)] and torch.equal(got, torch.stack([F.silu(clip) for clip in x]))

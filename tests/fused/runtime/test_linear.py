@@ -61,7 +61,9 @@ def test_takes_a_view_and_leaves_out_gradients_that_nobody_wants(small):
 def test_other_dtypes_autocast_and_small_products_are_pytorch_own(small, monkeypatch):
     layer, x = nn.Linear(8, 6), torch.randn(5, 8)
     for dtype in (torch.float64, torch.bfloat16):
-        assert torch.equal(linear(x.to(dtype), layer.to(dtype)), F.linear(x.to(dtype), layer.weight, layer.bias))
+        low = x.to(dtype)
+        assert torch.equal(linear(low, layer.to(dtype)), F.linear(low, layer.weight, layer.bias))
+        assert torch.equal(module.product(low, layer.weight.T), torch.mm(low, layer.weight.T))
     layer.float()
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x, layer).dtype == torch.bfloat16

@@ -265,8 +265,8 @@ def test_video_tokens_need_room_in_a_row_too() -> None:
     def sample(words: int, video: int) -> Sample:
         return Sample(torch.zeros(words), torch.zeros(words), torch.empty(0), video, 0)
 
-    rows = pack([sample(2, 5), sample(2, 0), sample(1, 0)], 8)
-    assert [[s.length for s in row] for row in rows] == [[7, 1], [2]]
+    rows = pack([sample(2, 5), sample(2, 0), sample(1, 0), sample(1, 6)], 8)
+    assert [[s.length for s in row] for row in rows] == [[7, 1], [2], [7]]
 
 
 def test_the_first_look_is_spread_over_the_list(folder: Path) -> None:
