@@ -61,8 +61,7 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         with torch.cuda.device(self.device):
-            # Work is warmed up on the stream that it is captured on: autograd's nodes, and the libraries' workspaces, belong
-            # to the stream that first used them.
+            # Work is warmed up on the stream that it is captured on: autograd's nodes belong to their first stream.
             self._stream = torch.cuda.Stream()
             self._pools = [torch.cuda.graph_pool_handle()]  # the last is in use, others belong to captures before a failed one
             self._last_use = torch.cuda.Event()
@@ -72,6 +71,8 @@ class CudaRecorder:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device):
             stream = torch.cuda.current_stream()
+            # The graph is to use a workspace of its pool; that of the warm-up may be freed, and belong to others then.
+            torch._C._cuda_clearCublasWorkspaces()
             try:
                 # thread_local: other threads, which load data, may allocate during the capture
                 with torch.cuda.graph(graph, self._pools[-1], self._stream, capture_error_mode="thread_local"):
@@ -83,6 +84,8 @@ class CudaRecorder:
                 while isinstance(cause.__context__, RuntimeError):  # the first error explains those that it caused
                     cause = cause.__context__
                 raise RuntimeError(str(cause).strip().partition("\n")[0]) from error
+            finally:
+                torch._C._cuda_clearCublasWorkspaces()  # back to the pool
         return _CudaRecording(graph, output)
 
     def _undo_capture(self) -> None:

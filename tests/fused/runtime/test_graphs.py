@@ -23,6 +23,24 @@ def test_replays_and_memory() -> None:
     assert 16 * MIB <= recorder.memory_bytes <= 128 * MIB
 
 
+def test_replays_write_to_memory_of_the_graph_alone() -> None:
+    """cuBLAS has a workspace for each stream, which a library in the same process may free, as torch.compile does."""
+    recorder = CudaRecorder(torch.device("cuda"))
+    weight = torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(8, 2048, device="cuda", dtype=torch.bfloat16)
+    with recorder.warming():
+        expected = x @ weight
+    recording = recorder.record(lambda: x @ weight)
+    torch._C._cuda_clearCublasWorkspaces()
+    with torch.cuda.stream(recorder._stream):
+        others = [torch.full((MIB,), -1.0, device="cuda") for _ in range(64)]
+    torch.cuda.synchronize()
+    recording.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(recording.output, expected)
+    assert all(torch.equal(other, torch.full_like(other, -1.0)) for other in others)
+
+
 def test_random_numbers_follow_the_seed() -> None:
     recorder = CudaRecorder(torch.device("cuda"))
     recording = recorder.record(lambda: torch.rand(8, device="cuda"))

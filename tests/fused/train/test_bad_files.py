@@ -31,7 +31,7 @@ def test_bad_files_are_named_once(tmp_path: Path, workers: int) -> None:
     assert code == 0, output
     told = [line for line in output.splitlines() if "left out" in line]
     assert len(told) == 3 and all(sum(name in line for line in told) == 1 for name in (r"caf\udce9.avi", "broken", "short"))
-    assert all("too short: it has 1 frames" in line for line in told if "short.avi" in line)
+    assert all("too short: it has 1 frame" in line for line in told if "short.avi" in line)
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     bad = {Path(line["file"]).name: line for line in lines if "bad" in line}
     assert len([line for line in lines if "bad" in line]) == 3 and Path(bad[LATIN]["file"]).is_file()
