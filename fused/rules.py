@@ -1,7 +1,7 @@
 """Rules for the fields of a configuration and for arguments: a predicate, and the allowed values in words."""
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any
@@ -27,6 +27,12 @@ class Rule:
 def invalid(name: str, value: object, allowed: str) -> ValueError:
     """Return the error for a field's invalid value; the caller raises it."""
     return ValueError(f"{name} is {value!r}; allowed: {allowed}")
+
+
+def abbreviate(names: Sequence[object], most: int = 5) -> str:
+    """Return the first names, and the number of the others, as one line."""
+    few = ", ".join(map(str, names[:most]))
+    return few if len(names) <= most else f"{few} and {len(names) - most} more"
 
 
 def is_integer(value: object, least: int) -> bool:

@@ -2,6 +2,7 @@
 
 from reference.models.bimba.compressor import BimbaCompressor
 from reference.models.bimba.interleave import interleave
+from reference.models.bimba.model import Bimba
 from reference.models.bimba.queries import bimba_queries
 from reference.models.vamba.cache import VambaCache
 from reference.models.vamba.config import VambaConfig
@@ -19,6 +20,7 @@ from reference.ops.selective_scan import selective_scan
 from reference.ops.ssd import ssd
 
 __all__ = [
+    "Bimba",
     "BimbaCompressor",
     "DistillOutput",
     "EncoderOutput",

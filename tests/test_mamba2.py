@@ -5,6 +5,8 @@ import pytest
 import torch
 from golden import golden
 
+import fused
+
 SIZES = {"d_state": 5, "headdim": 4, "ngroups": 2}
 LENGTH = 11
 OPTIONS = [{}, {"norm_before_gate": True, "D_has_hdim": True}, {"rmsnorm": False, "d_ssm": 8, "dt_limit": (0.02, 0.4)}]
@@ -49,6 +51,38 @@ def test_chunks_equal_the_whole(package, options, cuts):
     losses = (y.square().sum() + s[0].sum() + s[1].square().sum() for y, s in ((whole, state), (chunks, last)))
     for got, want in zip(*(gradients(module, loss, u) for loss in losses), strict=True):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("name", ["d_model", "d_state", "d_conv", "expand", "headdim", "d_ssm", "ngroups"])
+@pytest.mark.parametrize("value", [0, -4, 1.5, True, "4", [4], torch.zeros(2)], ids=str)
+def test_sizes_that_are_none_are_refused_with_their_name(package, name, value):
+    with pytest.raises(ValueError, match=name):
+        package.Mamba2(**{"d_model": 8, **SIZES, name: value})
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("A_init_range", (16, 1)), ("A_init_range", (0, 1)), ("A_init_range", (-1, 1)), ("A_init_range", 3),
+        ("A_init_range", (1, 2, 3)), ("A_init_range", ("1", 2)), ("A_init_range", (1, float("nan"))), ("dt_min", 0),
+        ("dt_min", "x"), ("dt_max", float("inf")), ("dt_max", None), ("dt_init_floor", -1), ("dt_init_floor", True),
+        ("dt_limit", (1, 0)), ("dt_limit", (0,)), ("dt_limit", 3), ("dt_limit", (0, float("nan"))),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_ranges_that_are_none_are_refused_with_their_name(package, name, value):
+    with pytest.raises((TypeError, ValueError), match=name):
+        package.Mamba2(**{"d_model": 8, **SIZES, name: value})
+
+
+def test_flags_and_steps_that_are_none_are_refused_by_the_production_mixer(unchecked):
+    for name, value in (("rmsnorm", "x"), ("bimamba", torch.zeros(2)), ("conv_init", -1), ("layer_idx", -1), ("chunk_size", 0)):
+        with pytest.raises(ValueError, match=f"{name} is "):
+            fused.Mamba2(8, **SIZES, **{name: value})
+    with pytest.raises(ValueError, match=r"dt_min is 0.2; allowed: up to dt_max \(0.1\)"):
+        fused.Mamba2(8, **SIZES, dt_min=0.2)
 
 
 def test_without_tokens_the_state_stays(package):

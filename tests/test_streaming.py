@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from rule import assert_rule
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from toy_models import TOY, flat
 
 import fused
 import reference
 from fused.io.video import read_clip, read_frames
 from harness.fixtures.video import SHIPPED
 
-TOY = {"img_size": 32, "depth": 2, "embed_dim": 32, "num_frames": 4, "num_classes": 5, "clip_output_dim": 12}
 LENGTHS = (None, 1, 3, 4, 7, 12)  # of a video in tubelets; the temporal table has 4
 
 
@@ -151,10 +151,6 @@ def _streamer(package: ModuleType, kind: str, **own):
     own = {k: dict(v) if isinstance(v, tuple) else v for k, v in own.items()}
     config = package.VideoMambaConfig(**TOY | {"bimamba": False} | own)
     return golden(getattr(package, kind)(config)).double().eval()
-
-
-def flat(output) -> list[Tensor]:
-    return [x for x in (output if isinstance(output, tuple) else (output,)) if x is not None]
 
 
 def tensors(state) -> list[Tensor]:

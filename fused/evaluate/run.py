@@ -22,7 +22,7 @@ from fused.evaluate.protocols import TARGET_PROTOCOLS
 from fused.evaluate.results import TOP, Results, classes_csv, confusion_csv, summarise
 from fused.evaluate.settings import Settings
 from fused.evaluate.videos import Labelled, VideoViews, list_classified, list_targets
-from fused.io.atomic_write import atomic_write
+from fused.io.atomic_write import NotWritten, atomic_write
 from fused.io.file_state import file_state
 from fused.models.videomamba.classify import (
     check_fits,
@@ -58,7 +58,7 @@ class Evaluation:
     gets `settings.labels`. One that is loaded goes to `settings.device` then.
 
     Raises ValueError or TypeError for a model, data or settings that do not go together, BackendError for a backend that cannot
-    run on the device, and what loading raises.
+    run on the device, NotWritten, an OSError, for a full disk, and what loading raises.
     """
 
     def __init__(
@@ -199,15 +199,16 @@ class Evaluation:
             raise ValueError(f"data: {error}{advice}") from error
 
     def _open(self) -> PredictionFile | None:
-        """Return the file of the main process. Raises ValueError in all processes if it cannot be opened."""
+        """Return the file of the main process. Raises in all processes if it cannot be opened: NotWritten, else ValueError."""
         file, error = None, None
         if self.out is not None and self.world.is_main:
             try:
                 file = PredictionFile(self.out, self._description())
             except (ValueError, OSError) as problem:
                 error = problem
-        if errors := [text for text in self.world.all_gather(str(error) if error else "") if text]:
-            raise ValueError(errors[0]) from error
+        kind, text = self.world.all_gather((NotWritten if isinstance(error, NotWritten) else ValueError, str(error or "")))[0]
+        if text:
+            raise kind(text) from error
         return file
 
     def _description(self) -> Line:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fused import backends
 from fused.backends import NATIVE, TORCH, Abilities
 from fused.modules.mamba import check_backend, inverse_softplus
+from fused.modules.mamba2_options import check_options
 from fused.modules.state import State, check_mixer_state, linear_dtype, zero_state
 from fused.modules.wrapped import describe, modules_to_call, weight_of
 from fused.ops.causal_conv1d import api as conv_api
@@ -92,6 +93,7 @@ class Mamba2(nn.Module):
         *,
         backend: str = "auto",
     ) -> None:
+        check_options(locals())
         super().__init__()
         self.backend = check_backend(backend)
         self.d_inner = expand * d_model
@@ -101,7 +103,7 @@ class Mamba2(nn.Module):
                 f"d_ssm is {self.d_ssm}; allowed: multiples of headdim={headdim} up to expand * d_model={self.d_inner}"
             )
         self.nheads = self.d_ssm // headdim
-        if ngroups < 1 or self.nheads % ngroups:
+        if self.nheads % ngroups:
             raise ValueError(f"ngroups is {ngroups}; allowed: divisors of the {self.nheads} heads (d_ssm / headdim)")
         self.d_model, self.d_state, self.d_conv, self.headdim, self.ngroups = d_model, d_state, d_conv, headdim, ngroups
         self.D_has_hdim, self.norm_before_gate = D_has_hdim, norm_before_gate

@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 at least one file gave no prediction; 2 a wrong option or 
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -58,6 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return predict(model, views, options)
     except KeyboardInterrupt:
         return fail("fused.predict", "stopped", INTERRUPTED)
+    except BrokenPipeError:  # who reads the output, such as head, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes
+        return FAILED
 
 
 def predict(model: VideoMamba, views: Views, options: argparse.Namespace) -> int:

@@ -1,10 +1,7 @@
 """A launch plan: the steps of a recorded call, ready to be repeated with tensors at other addresses; `plans.py` chooses it."""
 
-import ctypes
 import functools
-import math
 import operator
-import struct
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fused.runtime import cuda_module
+from fused.runtime.driver_calls import AddressTable, driver_launch, driver_zero
 from fused.runtime.recording import Launch, NotRecordable, Operation, Recorder, View, Zero, leaves, map_leaves
 
 ALIGNMENT = 256  # bytes, of every region of a workspace
@@ -112,20 +110,20 @@ class Plan:
                 group = entries.setdefault(view.slot if view.slot in made else None, [])
                 if (view.slot, view.offset) not in group:
                     group.append((view.slot, view.offset))
-        table = _AddressTable(entries)
+        table = AddressTable(entries)
         functions: list[Callable[..., None]] = []
         for step in steps:
             if isinstance(step, Launch) and step.function is not None:
-                functions.append(_driver_launch(step, table))
+                functions.append(driver_launch(step, table))
             elif isinstance(step, Zero) and 0 in step.view.size:
                 continue  # a tensor without elements has no address
             elif isinstance(step, Zero) and self._index is not None:
-                functions.append(_driver_zero(step.view))
+                functions.append(driver_zero(step.view))
             else:
                 functions.append(self._call(step, table))
         return functions, table.fill(None)
 
-    def _call(self, step: Any, table: "_AddressTable") -> Callable[..., None]:
+    def _call(self, step: Any, table: AddressTable) -> Callable[..., None]:
         """Return a function that runs a step with tensors as its arguments."""
         if isinstance(step, Operation):
             function, options, results = _FUNCTIONS.get(step.function, step.function), step.options, step.results
@@ -194,70 +192,6 @@ def _product(function: Any, left: _Getter, right: _Getter, slot: int, fill: Call
     return run
 
 
-class _AddressTable:
-    """The addresses that launches read, in the order in which they become known."""
-
-    def __init__(self, entries: dict[int | None, list[tuple[int, int]]]) -> None:
-        self._entries = entries
-        self._position: dict[tuple[int, int], int] = {}
-        for group in entries.values():
-            for entry in group:
-                self._position[entry] = len(self._position)
-        self.words = (ctypes.c_int64 * max(1, len(self._position)))()
-
-    def fill(self, slot: int | None) -> Callable[[list[Any]], None]:
-        """Return a function that writes the addresses that are known once `slot` is made, given those of the slots."""
-        group = self._entries.get(slot, [])
-        if not group:
-            return lambda where: None
-        pack, words = struct.Struct(f"{len(group)}q").pack_into, self.words
-        start = 8 * self._position[group[0]]
-        return lambda where: pack(words, start, *[where[slot] + offset for slot, offset in group])
-
-    def pointer(self, view: View) -> int:
-        """Return where the address of a place stands."""
-        return ctypes.addressof(self.words) + 8 * self._position[view.slot, view.offset]
-
-
-def _driver_launch(step: Launch, table: _AddressTable) -> Callable[..., None]:
-    """Return a function that launches a kernel with the addresses in the table."""
-    function = step.function
-    assert function is not None
-    count = len(function.parameter_sizes)
-    constants, pointers = (ctypes.c_int64 * count)(), (ctypes.c_void_p * count)()
-    for i in range(count):
-        argument = function.arguments[i] if i < len(function.arguments) else None
-        if isinstance(argument, View):
-            pointers[i] = table.pointer(argument)
-            continue
-        if isinstance(argument, float):
-            struct.pack_into("f4x", constants, 8 * i, argument)
-        else:
-            constants[i] = argument or 0
-        pointers[i] = ctypes.addressof(constants) + 8 * i
-    head = (function.handle, *function.grid, function.threads, 1, 1, function.shared)
-    launch, address = cuda_module.bindings("driver").cuLaunchKernel, ctypes.addressof(pointers)
-
-    def run(memory: list[Any], where: list[Any], stream: Any, kept: Any = (constants, pointers, table)) -> None:
-        result = launch(*head, stream, address, 0)
-        if result[0]:
-            raise cuda_module.KernelError(f"a kernel of a launch plan does not start: {result[0].name}")
-
-    return run
-
-
-def _driver_zero(view: View) -> Callable[..., None]:
-    """Return a function that sets all bytes of a slot to zero."""
-    size, set_bytes = _num_bytes(view), cuda_module.bindings("driver").cuMemsetD8Async
-
-    def run(memory: list[Any], where: list[Any], stream: Any) -> None:
-        result = set_bytes(where[view.slot], 0, size, stream)
-        if result[0]:
-            raise cuda_module.KernelError(f"memory of a launch plan is not set to zero: {result[0].name}")
-
-    return run
-
-
 def _place(slots: list[int], views: list[View], steps: list[Any]) -> tuple[int, dict[int, int]]:
     """Return the bytes of the workspace, and the offset of each slot that a step uses. Slots of other times share memory."""
     life: dict[int, list[int]] = {}
@@ -265,19 +199,15 @@ def _place(slots: list[int], views: list[View], steps: list[Any]) -> tuple[int, 
         for view in (*_address_views(step), *_tensor_views(step)):
             life.setdefault(view.slot, [i, i])[1] = i
     placed: list[tuple[int, int, int]] = []  # begin, end, slot
-    for slot in sorted((s for s in slots if s in life), key=lambda s: -_num_bytes(views[s])):
+    for slot in sorted((s for s in slots if s in life), key=lambda s: -views[s].num_bytes):
         first, last = life[slot]
-        size = -(-_num_bytes(views[slot]) // ALIGNMENT) * ALIGNMENT
+        size = -(-views[slot].num_bytes // ALIGNMENT) * ALIGNMENT
         begin = 0
         for other_begin, other_end, other in sorted(placed):
             if life[other][0] <= last and first <= life[other][1] and other_begin < begin + size:
                 begin = max(begin, other_end)
         placed.append((begin, begin + size, slot))
     return max((end for _, end, _ in placed), default=0), {slot: begin for begin, _, slot in placed}
-
-
-def _num_bytes(view: View) -> int:
-    return math.prod(view.size) * view.dtype.itemsize
 
 
 def _is_whole(view: View, slot: View) -> bool:
@@ -287,7 +217,7 @@ def _is_whole(view: View, slot: View) -> bool:
         if n != 1 and step != expected:
             return False
         expected *= n
-    return view.offset == 0 and view.dtype == slot.dtype and _num_bytes(view) == _num_bytes(slot)
+    return view.offset == 0 and view.dtype == slot.dtype and view.num_bytes == slot.num_bytes
 
 
 def _address_views(step: Any) -> list[View]:

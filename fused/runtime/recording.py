@@ -6,6 +6,7 @@
 `launch_plan.py` makes a launch plan of it. Within the context, `launch` and PyTorch's dispatcher report to the recorder.
 """
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -43,6 +44,11 @@ class View(NamedTuple):
     size: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of its elements."""
+        return math.prod(self.size) * self.dtype.itemsize
 
 
 class Launch(NamedTuple):

@@ -10,7 +10,7 @@ from textwrap import indent
 from typing import Any
 
 from fused.rules import invalid
-from fused.train.config import TrainConfig, all_keys, flatten
+from fused.train.config import RULES, TrainConfig, all_keys, flatten
 from fused.train.config_keys import PATH_KEYS, TASKS, is_read
 from fused.train.config_rules import SIZES
 from fused.train.config_sections import SECTIONS
@@ -73,8 +73,8 @@ def read_config(path: str | Path | None = None, overrides: Sequence[str] = (), *
 def to_yaml(config: TrainConfig) -> str:
     """Return every key that the task reads, as YAML that `read_config` accepts. Raise ImportError without pyyaml.
 
-    A required key without a value is null, with a comment. Without a task every key is there, and those that only some tasks
-    read stand behind a #, so that the text can be completed for any task.
+    A comment says what a key may be. A required key without a value is null. Without a task every key is there, and those that
+    only some tasks read stand behind a #, with the names of these, so that the text can be completed for any task.
     """
     lines = [] if config.task else ["# Keys behind a # are read by the tasks that are named there only.\n"]
     for key, value in config.used_keys().items():
@@ -97,6 +97,9 @@ def _entry(config: TrainConfig, key: str, value: Any) -> str:
     given = {"steps": config.steps, "epochs": config.epochs}
     if value is None and key in MISSING and (key not in given or not any(given.values())):
         comments.append(MISSING[key])
+    elif key in RULES and key not in (*MISSING, "model"):
+        allowed = "a folder or a list of videos, or null" if key == "data.val" else RULES[key].allowed
+        comments.append(allowed.replace("None", "null").replace("True or False", "true or false"))
     if key == "start" and value is None and config.task in LANGUAGE_TASKS:
         comments.append("required: the folder of a model")
     if key == "model" and not value:

@@ -276,13 +276,14 @@ class Trainer:
 
     def _save(self) -> None:
         """Write a checkpoint of the current step."""
-        state = {"step": self.step, "videos": len(self.data), "processes": self.world.size, "scaler": self.scaler.state_dict()}
+        data = {"videos": len(self.data), "classes": list(self.data.classes)}
+        state = {"step": self.step, **data, "processes": self.world.size, "scaler": self.scaler.state_dict()}
         folder, keep = self.folder / run_folder.CHECKPOINTS, self.config.keep
         self.checkpoint = checkpoints.save(folder, state, self.task.student, self.optimizer, self.ema_tensors, self.world, keep)
         self.saved_at = time.monotonic()
 
     def _resume(self, checkpoint: Path) -> None:
-        """Load a checkpoint. Raise ValueError if it does not fit the number of steps or of videos, or CheckpointError."""
+        """Load a checkpoint. Raise ValueError if it does not fit the steps, videos or classes, or CheckpointError."""
         state = checkpoints.read_state(checkpoint)
         self.step = state["step"]
         if self.step > self.total:
@@ -291,6 +292,11 @@ class Trainer:
         if state["videos"] != len(self.data):
             counts = f"{self.config.data.train} holds {len(self.data)} {self.entries}, and held {state['videos']}"
             raise ValueError(f"{counts} when {self.folder} began; allowed: the same, or another out")
+        had, now = state.get("classes", list(self.data.classes)), list(self.data.classes)
+        if had != now:  # the model's outputs would be called by names of others
+            gone, new = [name for name in had if name not in now], [name for name in now if name not in had]
+            names = f"classes of {self.config.data.train} are {new or now} in place of {gone or had}"
+            raise ValueError(f"{names}, since {self.folder} began; allowed: the same, or another out")
         if state["processes"] != self.world.size:
             effect = "a step takes the same videos, and draws otherwise"
             self.changes.append(f"processes: {state['processes']} -> {self.world.size}; {effect}")

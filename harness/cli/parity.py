@@ -17,7 +17,7 @@ from harness.judge.parity import ContextLost, absent_implementations, cost, desc
 from harness.judge.registry import subjects
 from harness.judge.request import ParityRequest, default_device, require_device
 from harness.records.record import Record
-from harness.report import page
+from harness.report import parity as page
 from harness.runs import environment, workers
 from harness.runs.conclude import FAILED, INTERRUPTED, NOTHING, PASSED, conclude, exit_code, nothing_ran
 from harness.runs.progress import Progress

@@ -10,7 +10,7 @@ import typer
 from harness.bench.compare import compare as compare_runs
 from harness.judge.request import UsageError
 from harness.records import interval
-from harness.report import accepted, front, sides
+from harness.report import accepted, front, side_by_side
 from harness.report.kinds import write
 from harness.runs import acceptance, environment, joining
 from harness.runs.conclude import FAILED, NOTHING, PASSED
@@ -38,7 +38,7 @@ def report(
         print(write(run))
         return
     other = Run.open(new)
-    print(sides.write(run, other, out or RUNS / f"{other.folder.name}-beside-{run.folder.name}"))
+    print(side_by_side.write(run, other, out or RUNS / f"{other.folder.name}-beside-{run.folder.name}"))
 
 
 def compare(

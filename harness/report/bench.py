@@ -9,11 +9,12 @@ from harness.report import (
     chunking,
     curves,
     faults,
+    frame_curves,
     glossary,
     headlines,
-    how,
     html,
     loop,
+    measurement,
     overview,
     paper,
     reading,
@@ -26,7 +27,7 @@ from harness.report import (
 from harness.report.figures import Drawing, shown
 from harness.report.html import Page, Section
 from harness.report.markdown import Markdown, bold, code, escape, table
-from harness.report.page import again, box
+from harness.report.parity import again, box
 from harness.runs import environment
 from harness.runs.store import Run
 
@@ -39,7 +40,7 @@ CPU = "This is the CPU grid: it shows that the bench works; its numbers say noth
 def write(run: Run) -> Path:
     """Write report.md, its figures and report.html into the run's folder; return the path of report.md."""
     plan, here = run.about.get("plan", {}), run.about.get("box", {})
-    where = (here.get("gpu") if how.on_gpu(run) else "") or here.get("cpu") or "?"
+    where = (here.get("gpu") if measurement.on_gpu(run) else "") or here.get("cpu") or "?"
     title = f"Bench on {where}, grid {plan.get('grid', '?')}, {str(run.about.get('started', '?'))[:10]}"
     speeds, folder = faults.marked(run), run.folder
     families = curves.families(speeds)
@@ -53,7 +54,7 @@ def write(run: Run) -> Path:
         *([Section("Video files", _data(run, speeds))] if _has(speeds, reading.RACE) else []),
         *([Section("How much memory", memory)] if (memory := _memory(speeds, held)) else []),
         Section("How right", _parity(run)),
-        Section("How it was measured", how.measured(run), folded=True),
+        Section("How it was measured", measurement.measured(run), folded=True),
         Section("What failed or was not timed", _missing(run, speeds)),
         *([Section("Derived figures, and other ways to run", shown(derived), folded=True)] if derived else []),
         *([Section("Where every VideoMamba meets the ViT", _meetings(families), folded=True)] if families else []),
@@ -61,7 +62,7 @@ def write(run: Run) -> Path:
         *([Section("Operators, all times", "\n\n".join(tables_), folded=True)] if (tables_ := _operators(speeds)) else []),
         *([Section("Models, all times", "\n\n".join(tables_), folded=True)] if (tables_ := _models(speeds)) else []),
         *([Section("Parity, all answers", _answers(asked), folded=True)] if asked else []),
-        Section("Ceilings of this box", how.ceilings(run), folded=True),
+        Section("Ceilings of this box", measurement.ceilings(run), folded=True),
         Section("The box", box(run), folded=True),
         Section("How to repeat it", again(run)),
         Section("Glossary", glossary.terms(), folded=True),
@@ -121,7 +122,7 @@ def _warnings(run: Run) -> list[str]:
         narrowed.append(Markdown(f"points {code(points[0])}" if len(points) == 1 else several))
     if narrowed:
         said.append(f"> **A part of the points** ({'; '.join(narrowed)}). It compares those that were timed, and no others.")
-    if not how.on_gpu(run) and not (run.speeds and all(s.point.race == reading.RACE for s in run.speeds)):
+    if not measurement.on_gpu(run) and not (run.speeds and all(s.point.race == reading.RACE for s in run.speeds)):
         said.append(f"> **On a CPU.** {CPU}")
     return said
 
@@ -185,7 +186,7 @@ def _figures(
     run: Run, speeds: list[Speed], families: list[curves.Family]
 ) -> tuple[list[Drawing], list[Drawing], list[Drawing]]:
     """Draw all figures; return those of times, the main one first, those of memory, and those that are folded."""
-    kind, folder = "allocated" if how.on_gpu(run) else "resident", run.folder
+    kind, folder = "allocated" if measurement.on_gpu(run) else "resident", run.folder
     main = headlines.main_family(families)
     times, held, folded = [], [], []
     for family in sorted(families, key=lambda f: f is not main):
@@ -193,7 +194,7 @@ def _figures(
         times.append(time)
         held.append(memory)
         folded += rest
-    for draw in (loop.draw, streaming.draw, chunking.draw, reading.draw, speed_figures.operators):
+    for draw in (loop.draw, streaming.draw, chunking.draw, reading.draw, speed_figures.operators, frame_curves.draw):
         for drawing in draw(speeds, folder):
             (held if drawing.path.stem.endswith("-memory") else times).append(drawing)
     return times, held, folded + paper.draw(paper.pairs(speeds), folder)

@@ -14,7 +14,7 @@ from harness.report import (
     headlines,
     html,
     overview,
-    page,
+    parity,
     race_numbers,
     speed_figures,
     things,
@@ -46,14 +46,14 @@ def write(folder: Path) -> Path:
     speeds = [s for where, run in runs.items() for s in faults.marked(run) if newest.get(s.point.race) == where]
     links = {race: where.relative_to(folder) for race, where in newest.items()}
     families, ages = curves.families(speeds), {where: freshness.changed_since(run) for where, run in runs.items()}
-    parity = [run for run in _by_day(runs) if run.about["kind"] == "parity" and run.counts()["passed"]]
-    largest = max(parity, key=lambda run: (run.counts()["passed"] > 1000, run.about["started"]), default=None)
+    judged = [run for run in _by_day(runs) if run.about["kind"] == "parity" and run.counts()["passed"]]
+    largest = max(judged, key=lambda run: (run.counts()["passed"] > 1000, run.about["started"]), default=None)
     numbers, said = headlines.numbers(speeds, families)[:3], [headlines.sentence(speeds, families)]
     if largest:
-        said.append(page.in_short(largest))
+        said.append(parity.in_short(largest))
         who = " and ".join(_names(largest))
         label = f"answers of {who} passed in the newest large parity run, {largest.about['started'][:10]}"
-        numbers += [n._replace(label=label) for n in page.numbers(largest)[:1]]
+        numbers += [n._replace(label=label) for n in parity.numbers(largest)[:1]]
     older = sum(age != () for age in ages.values())
     numbers.append(Number(str(older), f"of {len(runs)}", "accepted runs are of older code; their list says what changed"))
     apart = accepted.sections(speeds, links, runs.values(), "report.html")
@@ -158,7 +158,7 @@ def _runs(runs: Mapping[Path, Run], ages: Mapping[Path, tuple[str, ...] | None],
     for run in reversed(_by_day(runs)):
         where = next(place for place, other in runs.items() if other is run)
         link = Markdown(f"[{escape(where.name)}]({where.relative_to(folder)}/report.html)")
-        box, said = run.about["box"], bench.verdict(run) if run.about["kind"] == "bench" else page.verdict(run)
+        box, said = run.about["box"], bench.verdict(run) if run.about["kind"] == "bench" else parity.verdict(run)
         day = run.about["started"][:10]
         narrowed = run.about.get("filtered") or any(run.about["plan"].get(key) for key in ("races", "points", "names"))
         kind = run.about["kind"] + ", a part" * bool(narrowed)

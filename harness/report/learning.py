@@ -14,7 +14,7 @@ from harness.report import glossary, html, markdown, tables, things
 from harness.report.figures import INK, Drawing, chart, legend, line_look, shown
 from harness.report.html import Number, Page, Section
 from harness.report.markdown import bold, escape
-from harness.report.page import again, box
+from harness.report.parity import again, box
 from harness.runs.store import Run
 
 STEM = "learning"

@@ -11,7 +11,7 @@ from harness.report import glossary, html, things
 from harness.report.figures import Drawing, below, chart, shown
 from harness.report.html import Number, Page, Section
 from harness.report.markdown import frame, table
-from harness.report.page import again, box
+from harness.report.parity import again, box
 from harness.runs.store import Run
 
 HOW = """\

@@ -11,7 +11,7 @@ from harness.report.figures import Drawing, chart, shown
 from harness.report.html import Number, Page, Section
 from harness.report.margins import COLOURS
 from harness.report.markdown import code, escape, fence, table
-from harness.report.page import again, box
+from harness.report.parity import again, box
 from harness.runs.store import Run
 
 TITLE = "Native kernels under compute-sanitizer"

@@ -57,6 +57,24 @@ class GatedRMSNorm(nn.Module):
             return v.to(y.dtype)
 
 
+def _check_options(given: dict[str, Any]) -> None:
+    """Raise ValueError, with its name, for a size that is no positive integer, and for numbers and pairs that are none."""
+    sizes = ("d_model", "d_state", "d_conv", "expand", "headdim", "ngroups", "d_ssm")
+    for name in sizes if given["d_ssm"] is not None else sizes[:-1]:
+        if type(given[name]) is not int or given[name] < 1:
+            raise ValueError(f"{name} is {given[name]!r}; allowed are whole numbers from 1 up")
+    for name in ("dt_min", "dt_max", "dt_init_floor"):
+        if type(given[name]) not in (int, float) or not 0 < given[name] < math.inf:
+            raise ValueError(f"{name} is {given[name]!r}; allowed are positive numbers")
+    for name in ("A_init_range", "dt_limit"):
+        pair = given[name]
+        numbers = [type(x) in (int, float) for x in pair] if isinstance(pair, tuple | list) else []
+        if numbers != [True, True] or not pair[0] <= pair[1]:
+            raise ValueError(f"{name} is {pair!r}; allowed are two numbers (low, high), low <= high")
+    if not 0 < given["A_init_range"][0]:
+        raise ValueError(f"A_init_range is {given['A_init_range']!r}; allowed are positive numbers")
+
+
 class Mamba2(nn.Module):
     """Mamba-2 mixer, causal, or with `bimamba=True` a scan from either end.
 
@@ -109,6 +127,7 @@ class Mamba2(nn.Module):
         dtype: torch.dtype | None = None,
         bimamba: bool = False,
     ) -> None:
+        _check_options(locals())
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.d_inner = E = expand * d_model

@@ -11,7 +11,8 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from harness.records.finding import Finding
 from harness.records.record import Record
-from harness.report import bench, front, learning, mutants, page, sanitizer, sides
+from harness.report import bench, front, learning, mutants, sanitizer, side_by_side
+from harness.report import parity as page
 
 KINDS = ("parity", "bench", "operators", "streams", "learn", "mutants", "sanitize", "sides", "parities", "front")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -64,8 +65,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made["mutants"] = test_report.made(folder / "mutants", bugs, kind="mutants", plan={})
     writers = {"parity": page, "learn": learning, "mutants": mutants, "sanitize": sanitizer}
     found = {kind: writers.get(kind, bench).write(run).with_suffix(".html") for kind, run in made.items()}
-    found["sides"] = sides.write(made["bench"], made["bench"], folder / "sides").with_suffix(".html")
-    found["parities"] = sides.write(made["parity"], other_run, folder / "parities").with_suffix(".html")
+    found["sides"] = side_by_side.write(made["bench"], made["bench"], folder / "sides").with_suffix(".html")
+    found["parities"] = side_by_side.write(made["parity"], other_run, folder / "parities").with_suffix(".html")
     return found | {"front": front.write(folder / "reports")}
 
 

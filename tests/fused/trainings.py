@@ -6,6 +6,7 @@ The processes are forked from one that has imported PyTorch and not used it: eac
 import contextlib
 import multiprocessing
 import os
+import resource
 import runpy
 import signal
 import socket
@@ -67,6 +68,11 @@ def _run(trainings: tuple[list[str], ...], fault: Fault | None, output: Path | N
 def set_environment(values: dict[str, str]) -> None:
     """Set environment variables, as the `fault` of a process."""
     os.environ.update(values)
+
+
+def small_disk() -> None:
+    """Let no file grow beyond 50 kB, as the `fault` of a process."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 
 
 def train(

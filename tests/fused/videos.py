@@ -9,6 +9,7 @@ import av
 import numpy as np
 import torch
 
+from fused.io.video import count_frames, decode_frames
 from harness.fixtures.video import SHIPPED, write
 
 STEP = 4  # frame i of the synthetic videos has the grey value 20 + 4 i
@@ -100,3 +101,17 @@ def full_decode(path: Path, stream: int = 0) -> list[np.ndarray]:
     """Return all frames of a file as PyAV's plain loop shows them, RGB bytes (H, W, 3)."""
     with av.open(str(path)) as container:
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=stream)]
+
+
+def assert_frames_equal(path: Path, wanted: list[np.ndarray], reads_alone: bool = True) -> None:
+    """Assert that the file has these frames, read all at once, and each by itself or with another."""
+    total = len(wanted)
+    assert count_frames(path) == total
+    choices = [list(range(total))]
+    if reads_alone:
+        choices += [[0], [total - 1], [total // 2], [1, total - 2], list(range(0, total, 3))]
+    for indices in choices:
+        got = list(decode_frames(path, lambda n, times, indices=indices: indices))
+        assert [number for number, _ in got] == sorted(set(indices))
+        for number, image in got:
+            assert np.array_equal(image.numpy(), wanted[number]), f"{path.name}: frame {number} of {total}"

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from harness.bench import worker
 from harness.judge import parity
@@ -30,6 +31,12 @@ def _known(case: Case, device: str, second_process: Callable[[Case, str], dict[s
 def answered_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a case the reference, which no bug of `fused` reaches, is asked once; on CPUs its loops are most of a run's cost."""
     monkeypatch.setattr(parity, "Trial", _known)
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are made, but not drawn, which takes most of a page's time."""
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: path.write_text("<svg/>"))
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 from fused import stamp
@@ -299,9 +298,9 @@ def test_a_run_from_before_sessions_had_one(tmp_path: Path) -> None:
     assert len(begin(old.about, ["parity", "--resume"], None, old).about["sessions"]) == 2
 
 
-def test_accepted_runs_render(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that stand as evidence, written by earlier versions too; figures are made, but not drawn, which takes long."""
-    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: path.write_text("<svg/>"))
+@pytest.mark.usefixtures("undrawn")
+def test_accepted_runs_render(tmp_path: Path) -> None:
+    """Those that stand as evidence, written by earlier versions too."""
     kept = sorted((ROOT / "reports" / "accepted").glob("*/*/run.json"))
     assert kept
     for path in kept:

@@ -19,12 +19,12 @@ from harness.report import (
     faults,
     figures,
     overview,
-    page,
     paper,
     speed_figures,
     speed_tables,
     things,
 )  # fmt: skip
+from harness.report import parity as page
 from harness.report.html import html, write_both
 from harness.runs.store import Run
 

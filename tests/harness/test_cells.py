@@ -17,18 +17,18 @@ from harness.report import (
     bench,
     chunking,
     curves,
-    how,
     learning,
     loop,
     margins,
+    measurement,
     overview,
-    page,
     paper,
     reading,
     speed_tables,
     streaming,
     tables,
 )
+from harness.report import parity as page
 from harness.runs.store import Run
 
 GIB, MIB = 2**30, 2**20
@@ -194,7 +194,7 @@ def test_where_curves_meet() -> None:
 def test_ceilings_in_their_units(tmp_path: Path) -> None:
     run = sweeps.made(tmp_path, [])
     run.about["ceilings"] = {"copies": [[2**20, 3e11], [2**28, 2.5e10]], "matmuls": {"float32": 1.5e12}, "exp": 7e9}
-    assert rows(how.ceilings(run))[1:] == [
+    assert rows(measurement.ceilings(run))[1:] == [
         ["memory, 1 MiB moved again and again", "300 GB/s"], ["memory, 256 MiB moved again and again", "25 GB/s"],
         ["matrix product in float32", "1.5 TFLOP/s"], ["exponentials, float32", "7 G/s"],
     ]  # fmt: skip

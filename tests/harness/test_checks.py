@@ -8,6 +8,7 @@ from types import ModuleType
 import faulty
 import pytest
 import torch
+from answers import failing, ours
 from packaging.version import Version
 from torch import Tensor
 from typer.testing import CliRunner
@@ -41,10 +42,6 @@ def asked(check: ModuleType, call: str, case: Case) -> list[Finding]:
 
 def special_cases(check: str, grid: str) -> list[Case]:
     return [c for s in subjects().values() if isinstance(s, HasSpecialCases) for c in s.special_cases(check, grid)]
-
-
-def failing(found: list[Finding]) -> set[str]:
-    return {f.tensor for f in found if not f.passed}
 
 
 @pytest.mark.parametrize("options", [(), ("reverse", "state"), ("groups=2",)])
@@ -166,9 +163,8 @@ def test_what_declines_a_case_is_not_asked_to_compile_it() -> None:
 
 
 def test_scan_of_ours_says_that_it_cannot_be_one_graph() -> None:
-    torch_scan = next(i for i in subjects()["scan"].implementations() if i.name == "fused:torch")
     with pytest.raises(CannotAsk, match="registers no ops.*does not declare fullgraph.*needs a GPU"):
-        compile.run(Trial(scan_case(), "cpu"), torch_scan)
+        compile.run(Trial(scan_case(), "cpu"), ours("scan"))
 
 
 @pytest.mark.usefixtures("unchecked")  # what checks signatures cannot be compiled
@@ -187,12 +183,11 @@ def test_finds_the_fault_of_a_compiled_call(part: str, call: str, where: set[str
     trial = Trial(Case("conv", (("B", 3), ("L", 7), ("E", 16), ("K", 4)), (), "float32"), "cpu")
     ask = getattr(compile, part)
     assert failing(ask(trial, Implementation("mine", getattr(faulty, call)))) == where
-    assert not failing(ask(trial, next(i for i in subjects()["conv"].implementations() if i.name == "fused:torch")))
+    assert not failing(ask(trial, ours("conv")))
 
 
 def mixer_trial() -> tuple[Trial, Implementation]:
-    torch_mixer = next(i for i in subjects()["mixer"].implementations() if i.name == "fused:torch")
-    return Trial(Case("mixer", (("B", 2), ("L", 3), ("D", 16)), (), "float32"), "cpu"), torch_mixer
+    return Trial(Case("mixer", (("B", 2), ("L", 3), ("D", 16)), (), "float32"), "cpu"), ours("mixer")
 
 
 def test_weights_that_were_packed_once_are_found_after_a_step_and_a_loading() -> None:
@@ -223,7 +218,7 @@ def test_a_result_that_was_captured_as_a_constant_is_found_with_new_data(monkeyp
 def test_a_mask_that_is_drawn_once_is_found() -> None:
     sizes = {"B": 2, "T": 2, "S": 32, "D": 32, "L": 9}
     trial = Trial(Case("videomamba", tuple(sizes.items()), ("for=compile",), "float32"), "cpu")
-    torch_model = next(i for i in subjects()["videomamba"].implementations() if i.name == "fused:torch")
+    torch_model = ours("videomamba")
     assert not failing(compile.drawn(trial, torch_model))
     with mutants()["keep_random_mask"].plant():
         assert failing(compile.drawn(trial, torch_model)) == {"outputs of 8 random calls"}

@@ -27,7 +27,7 @@ def git(folder: Path, *words: str) -> str:
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkout with one commit."""
-    pages = "harness/report/page.py", "harness/source_mutants/a.jsonl", "reference/README.md"
+    pages = "harness/report/parity.py", "harness/source_mutants/a.jsonl", "reference/README.md"
     for path in ("fused/ops/a.py", "fused/ops/b.py", *pages):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text("1\n")
@@ -47,7 +47,7 @@ def run_of(commit: str) -> Run:
 def test_a_run_is_older_by_the_sources_that_changed_and_by_no_page(checkout: Path) -> None:
     run = run_of(git(checkout, "rev-parse", "HEAD"))
     assert freshness.changed_since(run) == () and freshness.in_words(()) == "of this code"
-    for path in ("harness/report/page.py", "harness/source_mutants/a.jsonl", "reference/README.md"):
+    for path in ("harness/report/parity.py", "harness/source_mutants/a.jsonl", "reference/README.md"):
         (checkout / path).write_text("2\n")
     assert freshness.changed_since(run) == ()
     for path in ("fused/ops/a.py", "fused/ops/b.py"):

@@ -28,7 +28,7 @@ from harness.records.record import Record
 from harness.runs.store import Run
 from harness.subjects import mixer, scan, scan_both, videomamba
 
-pytestmark = pytest.mark.usefixtures("prepared", "unchecked")
+pytestmark = pytest.mark.usefixtures("prepared", "undrawn", "unchecked")
 
 
 def case(*options: str, subject: str = "scan", dtype: str = "float32", L: int = 40, **sizes: int) -> Case:

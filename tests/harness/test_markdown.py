@@ -14,7 +14,8 @@ from markdown_it import MarkdownIt
 from harness.records.finding import Finding
 from harness.records.record import Record
 from harness.records.speed import Entry, Point, Speed
-from harness.report import bench, learning, page
+from harness.report import bench, learning
+from harness.report import parity as page
 from harness.report.markdown import bold, code, escape, fence, table
 
 READER = MarkdownIt("commonmark").enable(["table", "strikethrough"])

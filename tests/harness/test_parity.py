@@ -23,7 +23,8 @@ from harness.runs.conclude import FAILED, INTERRUPTED, NOTHING, PASSED, conclude
 from harness.runs.progress import Progress
 from harness.runs.store import Run, StoreError
 
-pytestmark = pytest.mark.usefixtures("answered_once", "unchecked")  # loops whose every step is checked take twice as long
+# loops whose every step is checked take twice as long
+pytestmark = pytest.mark.usefixtures("answered_once", "undrawn", "unchecked")
 TINY = ("--subject", "scan", "--dtype", "float32", "--case", "B3-L7-E10-N16-float32")
 
 

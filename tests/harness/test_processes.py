@@ -6,15 +6,14 @@ from pathlib import Path
 import faulty
 import pytest
 import torch
+from answers import failing, ours
 
 from harness.checks import processes
 from harness.instruments import two_processes
 from harness.instruments.two_processes import Training
 from harness.judge.check import CannotAsk
-from harness.judge.implementation import Implementation
 from harness.judge.registry import subjects
 from harness.judge.trial import Trial
-from harness.records.finding import Finding
 
 pytestmark = pytest.mark.usefixtures("prepared")
 
@@ -23,14 +22,6 @@ pytestmark = pytest.mark.usefixtures("prepared")
 def trial(subject: str, device: str = "cpu") -> Trial:
     """The truth is computed once."""
     return Trial(subjects()[subject].special_cases("processes", "full")[0], device)
-
-
-def ours(subject: str) -> Implementation:
-    return next(i for i in subjects()[subject].implementations() if i.name == "fused:torch")
-
-
-def failing(found: list[Finding]) -> set[str]:
-    return {f.tensor for f in found if not f.passed}
 
 
 @pytest.mark.parametrize("subject", ["videomamba", "encoder"])

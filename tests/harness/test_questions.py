@@ -32,6 +32,7 @@ from harness.runs import sessions, store, workers
 from harness.runs.conclude import FAILED, INTERRUPTED, NOTHING, PASSED, exit_code
 from harness.runs.store import Run, StoreError
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 CASE = Case("norm", (("B", 1), ("L", 3), ("D", 32)), ("kind=rms",), "float32")
 NORM = ("parity", "--grid", "smoke", "--device", "cpu", "--jobs", "1", "--subject", "norm")
 GOOD, BAD = Finding("y", "l2", 1.0, 2.0), Finding("y", "l2", 3.0, 2.0)

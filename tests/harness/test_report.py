@@ -9,7 +9,8 @@ from harness.judge import parity
 from harness.judge.check import checks
 from harness.records.finding import Finding
 from harness.records.record import Record
-from harness.report import deviation, errors, faults, margins, page
+from harness.report import deviation, error_growth, faults, margins
+from harness.report import parity as page
 from harness.runs.store import Run
 
 COMMAND = "python -m harness parity --grid full --subject scan --check backward --impl fused:torch --case B1-L63-E4-N2-bfloat16"
@@ -258,10 +259,10 @@ def test_only_the_first_failures_are_listed(tmp_path):
 def test_errors_that_a_log_scale_cannot_hold(tmp_path, error):
     finding = Finding("y", "l2", error, 1e-7, 1.0)
     one = record("pass" if finding.passed else "fail", findings=(finding,))
-    assert errors.against_length([one], tmp_path) == []
+    assert error_growth.against_length([one], tmp_path) == []
 
 
 def test_other_subjects_and_lengths_unknown_are_not_drawn(tmp_path):
-    assert errors.against_length([], tmp_path) == []
-    assert errors.against_length([record(case="B1-E4-float32"), record(check="chunks")], tmp_path) == []
+    assert error_growth.against_length([], tmp_path) == []
+    assert error_growth.against_length([record(case="B1-E4-float32"), record(check="chunks")], tmp_path) == []
     assert not list(tmp_path.iterdir())

@@ -14,7 +14,7 @@ from harness.bench import ceilings, grids, roofline
 from harness.bench.run import time_points
 from harness.records.ceilings import BoxCeilings
 from harness.records.speed import Entry, Point, Speed
-from harness.report import bench, how, overview, speed_tables
+from harness.report import bench, measurement, overview, speed_tables
 from harness.runs.store import Run
 
 COPIES = (2**20, 3e11), (2**22, 1e11), (2**24, 2e11), (2**28, 1e10)
@@ -119,9 +119,9 @@ def test_a_cpu_is_measured_by_threads_and_sizes() -> None:
 
 def test_ceilings_of_older_runs_are_shown(tmp_path: Path) -> None:
     run = sweeps.made(tmp_path / "run", [])
-    assert "| copy, read plus written | 4,230 GB/s |" in how.ceilings(run)
+    assert "| copy, read plus written | 4,230 GB/s |" in measurement.ceilings(run)
     run.about["ceilings"] = BOX.to_json()
-    said = how.ceilings(run)
+    said = measurement.ceilings(run)
     assert "| memory, 1 MiB moved again and again | 300 GB/s |" in said
     assert "| matrix product in bfloat16 | 0.4 TFLOP/s |" in said
 

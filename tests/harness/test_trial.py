@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from answers import failing
 from torch import Tensor
 
 import reference
@@ -15,7 +16,6 @@ from harness.judge.implementation import Implementation
 from harness.judge.request import ParityRequest
 from harness.judge.second_process import SecondProcess
 from harness.judge.trial import Trial, digest
-from harness.records.finding import Finding
 
 pytestmark = pytest.mark.usefixtures("prepared")
 SIZES = (("B", 2), ("L", 5), ("E", 6), ("N", 4))
@@ -28,10 +28,6 @@ def scan_trial(dtype: str = "float32", *options: str, sizes: tuple[tuple[str, in
 
 def mine(call: Callable) -> Implementation:
     return Implementation("mine", call)
-
-
-def failing(found: list[Finding]) -> set[str]:
-    return {f.tensor for f in found if not f.passed}
 
 
 def spied(trial: Trial) -> list[tuple[Tensor, ...]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sweeps
+from answers import failing, ours
 
 import fused
 from harness.bench import grids, roofline, workloads
@@ -16,7 +17,7 @@ from harness.bench.worker import LoadedCall
 from harness.checks import long
 from harness.judge.case import Case
 from harness.judge.check import CannotAsk
-from harness.judge.registry import mutants, subjects
+from harness.judge.registry import mutants
 from harness.judge.trial import Trial
 from harness.records.ceilings import BoxCeilings
 from harness.records.finding import Finding
@@ -40,8 +41,7 @@ def asked_long(frames: int = 30, side: int = 16) -> set[str]:
     """What fails."""
     sizes = {"B": 1, "T": frames, "S": side, "D": 32, "L": 1 + frames * (side // 16) ** 2}
     case = Case("videomamba", tuple(sizes.items()), ("readout=tokens", "infer", "for=long"))
-    ours = next(i for i in subjects()["videomamba"].implementations() if i.name == "fused:torch")
-    return {f.tensor for f in long.run(Trial(case, "cpu"), ours) if not f.passed}
+    return failing(long.run(Trial(case, "cpu"), ours("videomamba")))
 
 
 def test_long_finds_nothing_in_an_honest_pass() -> None:
@@ -62,9 +62,8 @@ def test_long_finds_what_is_wrong_everywhere_alike() -> None:
 def test_long_leaves_hours_to_a_gpu() -> None:
     [hour, _] = videomamba.special_cases("long", "long")
     assert hour["T"] == 3600 and hour["L"] == 705601 and not videomamba.special_cases("long", "full")
-    ours = next(i for i in subjects()["videomamba"].implementations() if i.name == "fused:torch")
     with pytest.raises(CannotAsk, match="705601 tokens.*on a GPU"):
-        long.run(Trial(hour, "cpu"), ours)
+        long.run(Trial(hour, "cpu"), ours("videomamba"))
 
 
 @pytest.mark.parametrize("grid", grids.GRIDS)

@@ -15,8 +15,9 @@ from fused.io.checkpoint_file import CheckpointError
 from fused.models.vamba.layer import VisionMixer
 from fused.models.vamba.load import CONFIG, MIXER, VISION, decoder_config, existing_folder, read_json, read_stops, read_tower
 from fused.models.vamba.model import Vamba
-from fused.models.vamba.stored import StoredTensors, some, weight_files
+from fused.models.vamba.stored import StoredTensors, weight_files
 from fused.models.vamba.training import draw_mixer
+from fused.rules import abbreviate
 
 NEW = ("cross_attn", "vision_mixer", "alpha")  # parts of a layer that a Qwen2-VL lacks
 
@@ -118,7 +119,7 @@ def _stock_weights(model: Vamba, folder: Path, files: Mapping[str, Path]) -> Sto
         ("holds, which a Qwen2-VL does not have,", [name for name in keys if name not in due]),
     ):
         if found:
-            raise CheckpointError(f"{folder} does not fit a Qwen2-VL: it {title} {some(found)}")
+            raise CheckpointError(f"{folder} does not fit a Qwen2-VL: it {title} {abbreviate(found)}")
     copied = {name: keys[name.replace(".cross_attn.", ".self_attn.")] for name in state if ".cross_attn." in name}
     stored = StoredTensors(folder, keys | copied)
     for name, shape in due.items():

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from fused.io.atomic_write import atomic_write
 from fused.io.checkpoint_file import CheckpointError, read_json_object, save_checkpoint
 from fused.models.vamba.config import MIXER_FIELDS, VambaConfig
-from fused.models.vamba.stored import INDEX, WEIGHTS, StoredTensors, some
+from fused.models.vamba.stored import INDEX, WEIGHTS, StoredTensors
 from fused.models.vamba.vision import vision_tower
 from fused.modules.mamba import check_backend
-from fused.rules import is_integer
+from fused.rules import abbreviate, is_integer
 
 T = TypeVar("T", bound="Pretrained")
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -45,9 +45,9 @@ class VambaLoadReport:
     def __str__(self) -> str:
         lines = [f"{self.folder}: {len(self.loaded)} tensors loaded"]
         if self.unused:
-            lines.append(f"  without effect, since no layer follows: {some(self.unused)}")
+            lines.append(f"  without effect, since no layer follows: {abbreviate(self.unused)}")
         if self.dropped:
-            lines.append(f"  left out, the vision tower: {some(self.dropped)}")
+            lines.append(f"  left out, the vision tower: {abbreviate(self.dropped)}")
         return "\n".join(lines)
 
 
@@ -287,7 +287,7 @@ def _check_names(folder: Path, model: Any, shapes: Mapping[str, tuple[int, ...]]
         ("not in the model", [name for name in shapes if name not in due and name not in dropped]),
         ("of another shape", [f"{n} ({shapes[n]}, due {due[n]})" for n in due if n in shapes and shapes[n] != due[n]]),
     ):
-        lines += [f"  {title}: {some(found)}"] if found else []
+        lines += [f"  {title}: {abbreviate(found)}"] if found else []
     if lines:
         raise CheckpointError("\n".join([f"{folder} does not fit its configuration; nothing was loaded.", *lines]))
     last = f"model.layers.{model.config.num_hidden_layers - 1}.vision_mixer."

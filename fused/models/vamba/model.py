@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fused import backends
 from fused.models.vamba.cache import LayerMemory, VambaCache, layer_pairs
+from fused.models.vamba.checks import check_kinds
 from fused.models.vamba.config import VambaConfig
 from fused.models.vamba.generate import Generates
 from fused.models.vamba.layer import NO_POSITIONS, Shared, VambaDecoderLayer
@@ -96,6 +97,10 @@ class Vamba(EncodesVideo, Generates, Pretrained, nn.Module):
 
         Raises TypeError or ValueError for what does not fit, before any layer runs.
         """
+        check_kinds(
+            cache, input_ids=input_ids, inputs_embeds=inputs_embeds, video=video, position_ids=position_ids, labels=labels,
+            cross_attention_mask=cross_attention_mask, encoder_position_ids=encoder_position_ids,
+        )  # fmt: skip
         text = self._embed(input_ids, inputs_embeds)
         if cache is not None:
             if video is not None and cache.video_keys:
@@ -147,18 +152,16 @@ class Vamba(EncodesVideo, Generates, Pretrained, nn.Module):
         return layer
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Float[Tensor, "B L D"]:
-        """Return the embedded text. Raises ValueError unless exactly one is given, in its shape; TypeError for other dtypes."""
+        """Return the embedded text. Raises ValueError unless exactly one is given, in its shape."""
         if (input_ids is None) == (inputs_embeds is None):
             given = "neither" if input_ids is None else "both"
             raise ValueError(f"input_ids and inputs_embeds: {given} given; allowed: one of them")
-        D, V = self.config.hidden_size, self.config.vocab_size
+        D = self.config.hidden_size
         if inputs_embeds is not None:
             if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != D:
                 raise ValueError(f"inputs_embeds has shape {tuple(inputs_embeds.shape)}; allowed: (B, L, {D})")
             return inputs_embeds
         assert input_ids is not None
-        if input_ids.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"input_ids is {input_ids.dtype}; allowed: int64 or int32, tokens from 0 to {V - 1}")
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; allowed: (B, L)")
         return self.model.embed_tokens(input_ids)
@@ -211,12 +214,10 @@ class Vamba(EncodesVideo, Generates, Pretrained, nn.Module):
     def _cross_pattern(
         given: Tensor | None, samples: list[list[slice]], lengths: list[list[int]] | None, sizes: tuple[int, int, int]
     ) -> Pattern:
-        """Return who reads which video tokens; `sizes` are (B, L, Lv). Raises TypeError or ValueError for a wrong mask."""
+        """Return who reads which video tokens; `sizes` are (B, L, Lv). Raises ValueError for a mask of another shape."""
         pattern = cross_pattern(samples, lengths, *sizes[1:])
         if given is None:
             return pattern
-        if given.dtype != torch.bool:
-            raise TypeError(f"cross_attention_mask is {given.dtype}; allowed: bool, True where a text token may read")
         if tuple(given.shape) != sizes:
             raise ValueError(f"cross_attention_mask has shape {tuple(given.shape)}; allowed: (B, L, Lv) = {sizes}")
         if pattern.spans is not None:

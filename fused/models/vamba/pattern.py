@@ -80,8 +80,8 @@ def text_spans(position_ids: Int[Tensor, "3 B L"], valid: Bool[Tensor, "B L"] | 
             places = host[1, row].nonzero().flatten().tolist()
             first, end = (places[0], places[-1] + 1) if places else (0, 0)
             starts = host[0, row].nonzero().flatten().tolist()
-        starts = sorted({first, *starts}) if end else []
-        rows.append([slice(a, b) for a, b in zip(starts, [*starts[1:], end], strict=True)])
+        starts = sorted({first, *starts}) if end else []  # none in a row that is all padding
+        rows.append([slice(a, b) for a, b in zip(starts, [*starts[1:], end], strict=False)])
     return rows
 
 

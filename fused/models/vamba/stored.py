@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fused.io.checkpoint_file import CheckpointError, read_json_object, refuse_text
+from fused.rules import abbreviate
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-SHOWN = 5  # names in one line of an error
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -56,7 +56,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
                 raise FileNotFoundError(2, f"{INDEX} names a shard that is not there", str(file))
             held = set(_names(file))
             if lacking := [name for name, place in files.items() if place == file and name not in held]:
-                raise CheckpointError(f"{file} lacks {some(lacking)}, which {INDEX} places there")
+                raise CheckpointError(f"{file} lacks {abbreviate(lacking)}, which {INDEX} places there")
         return files
     if not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(2, f"the folder holds neither {WEIGHTS} nor {INDEX}", str(folder))
@@ -74,11 +74,6 @@ def open_weights(file: Path) -> Any:
     except Exception as error:
         refuse_text(file)
         raise CheckpointError(f"{file} is no safetensors file, or it is damaged: {error}") from error
-
-
-def some(names: list[str]) -> str:
-    """Return the first names, and the number of the others, as one line."""
-    return ", ".join(names[:SHOWN]) + f" and {len(names) - SHOWN} more" * (len(names) > SHOWN)
 
 
 def _names(file: Path) -> list[str]:

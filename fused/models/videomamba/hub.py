@@ -167,10 +167,19 @@ def read_description(path: Path) -> Description:
             None if preprocessing is None else Preprocessing(**with_tuples(preprocessing)),
         )
     except FileNotFoundError as error:
-        run = " (of a run; its model is in the folder model)" if (path.parent / "model" / CONFIG).is_file() else ""
-        raise FileNotFoundError(2, f"the folder{run} holds no configuration", str(path)) from error
+        raise FileNotFoundError(2, f"the folder{_of_a_run(path.parent)} holds no configuration", str(path)) from error
     except (ValueError, AttributeError, TypeError, RecursionError) as error:  # no JSON, no UTF-8, or a wrong value
         raise CheckpointError(f"{path} is no configuration of a VideoMamba: {error}") from error
+
+
+def _of_a_run(folder: Path) -> str:
+    """Return where the model is of a folder that is that of a training, or of a checkpoint of it; nothing for another."""
+    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
+    if (run / "model" / CONFIG).is_file():
+        return f" (of a run; its model is in {run / 'model'})"
+    if (run / "checkpoints").is_dir():
+        return " (of a run that has no model yet; epochs=null steps=N, of its last checkpoint, writes one)"
+    return ""
 
 
 def with_tuples(fields: dict[str, Any]) -> dict[str, Any]:

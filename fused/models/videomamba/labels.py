@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from fused.models.videomamba.config import VideoMambaConfig
-from fused.rules import check_integer
+from fused.rules import abbreviate, check_integer
 
 
 class Labelled:
@@ -59,7 +59,7 @@ def check_labels(names: Sequence[str], num_classes: int) -> tuple[str, ...]:
     if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"labels must be a sequence of names, or None, got {names!r}")
     if len(names) != num_classes:
-        length = f"labels has the length {len(names)} ({_some(names)})"
+        length = f"labels has the length {len(names)} ({abbreviate(names)})"
         raise ValueError(f"{length}; allowed: num_classes ({num_classes}), a name for each class")
     seen: set[str] = set()
     for name in names:
@@ -83,11 +83,6 @@ def labels_from_json(id2label: Mapping[str, str], num_classes: int) -> tuple[str
         raise TypeError(f"id2label must map class numbers to names, got {id2label!r}")
     missing = [i for i in range(len(id2label)) if str(i) not in id2label]
     if missing:
-        keys = _some(list(id2label))
+        keys = abbreviate(list(id2label))
         raise ValueError(f"id2label has the keys {keys}, and not {missing[0]}; allowed: every number from 0 up")
     return check_labels([id2label[str(i)] for i in range(len(id2label))], num_classes)
-
-
-def _some(names: Sequence[str]) -> str:
-    """Return the first names and the number of the others."""
-    return ", ".join(map(str, names[:5])) + f" and {len(names) - 5} others" * (len(names) > 5)

@@ -16,11 +16,10 @@ from fused.models.videomamba.config import VideoMambaConfig
 from fused.models.videomamba.layouts import plain_name, unwrap
 from fused.models.videomamba.resize import inflate_kernel, resize_frames, resize_grid
 from fused.models.videomamba.weight_forms import check_forms
-from fused.rules import invalid, is_integer
+from fused.rules import abbreviate, invalid, is_integer
 
 # parts that some kinds of VideoMamba have and others lack; a missing one is reported as such
 OPTIONAL_PARTS = ("head.", "clip_decoder.", "pool_norm.", "distill_head.")
-SHOWN = 5  # names in one line of a report
 
 _log = logging.getLogger("fused")
 
@@ -42,7 +41,7 @@ class LoadReport:
             reasons: dict[str, list[str]] = {}
             for name, reason in entries.items():
                 reasons.setdefault(reason, []).append(name)
-            lines += [f"  {title}: {_some(names)}: {reason}" for reason, names in reasons.items()]
+            lines += [f"  {title}: {abbreviate(names)}: {reason}" for reason, names in reasons.items()]
         return "\n".join(lines)
 
 
@@ -227,7 +226,7 @@ def _refuse(
     layers = {int(found[1]) for name in tensors if (found := re.match(r"layers\.(\d+)\.", name))}
     if not layers:
         prefix = os.path.commonprefix(list(tensors)).rpartition(".")[0]
-        begin = repr(prefix + ".") if prefix else _some(sorted({repr(name.partition(".")[0]) for name in tensors}))
+        begin = repr(prefix + ".") if prefix else abbreviate(sorted({repr(name.partition(".")[0]) for name in tensors}))
         lines.append(f"  all its names begin with {begin}; a VideoMamba's with 'cls_token', 'patch_embed.', 'layers.', ...")
     elif (width, len(layers)) != (config.embed_dim, config.depth):
         lines.append(f"  it has embed_dim {width} and depth {len(layers)}, the model {config.embed_dim} and {config.depth}")
@@ -237,10 +236,5 @@ def _refuse(
         ("not in the model", [f"{name} {tuple(tensors[name].shape)}" for name in unexpected]),
     ):
         if entries:
-            lines.append(f"  {title}: {_some(entries)}")
+            lines.append(f"  {title}: {abbreviate(entries)}")
     raise CheckpointError("\n".join(lines))
-
-
-def _some(names: list[str]) -> str:
-    """Return the first names, and the number of the others, as one line."""
-    return ", ".join(names[:SHOWN]) + f" and {len(names) - SHOWN} more" * (len(names) > SHOWN)

@@ -16,6 +16,7 @@ from fused.ops.ssd.kernels import (
     LOWEST,
     chunk_and_heads,
     dot,
+    exp,
     load_ids,
     load_rows,
     load_state,
@@ -287,7 +288,7 @@ def steps_backward_kernel(
     value = raw
     if SOFTPLUS:
         value = softplus(raw)
-        dd *= 1.0 / (1.0 + tl.exp2(raw * -LOG2E))
+        dd *= 1.0 / (1.0 + exp(-raw))
     dd = tl.where(inside & (value >= low) & (value <= high), dd, 0.0)
     ddt_ptrs = ddt_ptr + (clip * L + tokens)[:, None] * H + heads[None, :]
     tl.store(ddt_ptrs, dd.to(ddt_ptr.dtype.element_ty), mask=inside)

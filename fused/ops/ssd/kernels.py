@@ -20,8 +20,9 @@ LOWEST = tl.constexpr(-256.0)  # exp2 of it is 0 in float32
 
 
 @triton.jit
-def _exp(x: tl.tensor):
+def exp(x: tl.tensor):
     """Return exp(x) in float32 without the error of a rounded x log2(e)."""
+    x = tl.where(x < -200.0, -200.0, tl.where(x > 200.0, 200.0, x))  # an infinite x would give NaN; a NaN stays
     t = x * 1.44269502162933349609375
     rest = tl.fma(x, 1.44269502162933349609375, -t) + x * 1.9259629911e-08
     return tl.exp2(t) * tl.fma(rest, 0.6931471805599453, 1.0)
@@ -37,7 +38,7 @@ def _exp2_double(x: tl.tensor):
 @triton.jit
 def softplus(x: tl.tensor):
     """Return log(1 + exp(x)), to the last digits of small results too, and x above 20."""
-    e = _exp(tl.minimum(x, 20.0))
+    e = exp(tl.minimum(x, 20.0))
     u = 1.0 + e
     log1p = tl.where(u == 1.0, e, tl.log(u) * (e / (u - 1.0)))
     return tl.where(x > 20.0, x, log1p)

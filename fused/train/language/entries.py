@@ -54,13 +54,13 @@ def read_entries(path: Path, prefix: Path | None = None) -> list[Entry]:
 def _read(path: Path) -> list[Any]:
     """Return the objects of a list."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors put a mark in front of UTF-8
         if text.lstrip().startswith("["):
             return json.loads(text)
-    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or nested too deeply
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or lists in lists in lists
         raise ValueError(f"{path} is no JSON: {error}") from error
     found = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # a text may hold other ends of lines, such as U+2028
         if line.strip():
             try:
                 found.append(json.loads(line))
@@ -107,6 +107,8 @@ def _turn(given: Any, number: int) -> Turn:
         raise ValueError(f"turn {number} has the value {text!r}; allowed: a text")
     if not text.strip():
         raise ValueError(f"turn {number} is an empty {'answer' if ROLES[role] == 'assistant' else 'text'}; allowed: words")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError(f"turn {number} holds half of a letter of UTF-16, {text!r}; allowed: whole letters")
     return Turn(ROLES[role], text)
 
 
@@ -118,6 +120,8 @@ def _file(given: Mapping[str, Any], folder: Path) -> tuple[Path | None, bool]:
     if len(named) > 1:
         raise ValueError(f"it has a video, {named['video']!r}, and an image, {named['image']!r}; allowed: one of them")
     key, value = next(iter(named.items()))
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
     if not isinstance(value, str) or not value:
         raise ValueError(f"{key} is {value!r}; allowed: the path of one file")
     path = folder / value

@@ -8,7 +8,7 @@ import torch
 from golden import fill
 from rule import assert_rule
 from test_models import CLASSIFIERS as WHOLE
-from test_models import assert_same, clip_of, flat, models, results
+from toy_models import assert_same, clip_of, flat, models, results
 
 import fused
 import reference

@@ -1,6 +1,8 @@
 """The most likely classes of a file, in Python and on the command line."""
 
 import json
+import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -134,6 +136,15 @@ def test_interrupted_command(
     monkeypatch.setattr("fused.predict.__main__.classify", interrupt)
     assert main(["--model", folder, str(files / "a.avi"), "--device", "cpu"]) == 130
     assert capsys.readouterr().err == "fused.predict: stopped\n"
+
+
+def test_a_reader_that_has_ended(model: VideoMamba, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `| head` has, after its lines."""
+    folder, (reader, writer) = str(model.save_pretrained(tmp_path / "model")), os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert main(["--model", folder, str(files / "a.avi"), "--device", "cpu"]) == 1
 
 
 @pytest.mark.parametrize(

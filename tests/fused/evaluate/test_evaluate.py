@@ -19,6 +19,7 @@ from fused.evaluate import Evaluation, Settings, evaluate
 from fused.evaluate.__main__ import main
 from fused.evaluate.retrieval_settings import RetrievalSettings
 from fused.evaluate.settings import read_settings
+from fused.io.atomic_write import NotWritten
 from fused.io.preprocessing import Preprocessing
 from fused.io.views import Views
 from fused.terminal import Terminal
@@ -410,6 +411,20 @@ def test_none_is_written_as_errors_and_python_write_it(word: str) -> None:
     assert read_settings([f"size={word}", "window=3", f"window_every={word}"], {}) == Settings(window=3)
     with pytest.raises(ValueError, match="sampling is 'none'; allowed: .* or None"):
         read_settings(["sampling=none"], {})
+
+
+def test_a_disk_that_is_full_from_the_start(
+    model: VideoMamba, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its exit code is that of a disk that gets full, and not that of a wrong option."""
+
+    def full(path: Path) -> None:
+        raise NotWritten(f"{path}: not written (0 MiB are free there)")
+
+    monkeypatch.setattr("fused.evaluate.predictions.atomic_write", full)
+    folder = str(model.save_pretrained(tmp_path / "model"))
+    command = ["--model", folder, "--data", str(data), "--out", str(tmp_path / "out"), "workers=0", "device=cpu"]
+    assert main(command) == 1 and "evaluation.json: not written" in capsys.readouterr().err
 
 
 def test_names_from_a_file(model: VideoMamba, data: Path, tmp_path: Path) -> None:

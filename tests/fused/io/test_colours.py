@@ -1,13 +1,17 @@
 """Coloured pictures and videos against literal values: channels, sides and corners cannot be taken for others."""
 
+from fractions import Fraction
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from fused.io.picture import MEAN, STD, centre_crop, height_width, normalise, resize
 from fused.io.preprocessing import Preprocessing
+from fused.io.video import decode_frames
 from harness.fixtures.video import write
 
 RED, GREEN, BLUE, WHITE = (200, 40, 20), (30, 180, 60), (10, 50, 220), (255, 255, 255)
@@ -79,3 +83,36 @@ def test_a_coloured_video_is_read_in_its_colours(tmp_path: Path) -> None:
     for frame, order in ((0, (RED, BLUE, GREEN, WHITE)), (1, (BLUE, RED, WHITE, GREEN))):
         for (i, j), colour in zip(((16, 24), (16, 72), (48, 24), (48, 72)), order, strict=True):
             assert (255 * shares_of[:, frame, i, j]).tolist() == pytest.approx(colour, abs=12), (frame, i, j)
+
+
+def expected_rgb(y: int, u: int, v: int, kr: float, kb: float, is_full: bool) -> np.ndarray:
+    """Return the colour of a pixel by ITU-R BT.601, 709 and 2020: luma weights of red and blue, limited or full range."""
+    luma = y / 255 if is_full else (y - 16) / 219
+    scale = 255 if is_full else 224
+    pb, pr = (u - 128) / scale, (v - 128) / scale
+    red, blue = luma + 2 * (1 - kr) * pr, luma + 2 * (1 - kb) * pb
+    green = (luma - kr * red - kb * blue) / (1 - kr - kb)
+    return np.clip(np.array([red, green, blue]) * 255, 0, 255)
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+@pytest.mark.parametrize(
+    ("matrix", "kr", "kb"), [(1, 0.2126, 0.0722), (5, 0.299, 0.114), (2, 0.299, 0.114), (9, 0.2627, 0.0593)]
+)
+def test_colours_are_those_that_the_stream_states(matrix: int, kr: float, kb: float, is_full: bool, tmp_path: Path) -> None:
+    pixels = [(81, 90, 200), (145, 54, 84), (100, 160, 110), (180, 120, 140)]
+    path = tmp_path / "colours.mkv"
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("ffv1", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv444p"
+        stream.codec_context.colorspace, stream.codec_context.color_range = matrix, 2 if is_full else 1
+        for i, pixel in enumerate(pixels):
+            planes = np.repeat(np.array(pixel, np.uint8)[:, None], 32 * 32, 1).reshape(3, 32, 32)
+            frame = av.VideoFrame.from_ndarray(planes, format="yuv444p")
+            frame.colorspace, frame.color_range = matrix, 2 if is_full else 1
+            frame.pts, frame.time_base = i, Fraction(1, 25)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    for number, image in decode_frames(path, lambda n, times: range(4)):
+        wanted = expected_rgb(*pixels[number], kr, kb, is_full)
+        assert np.abs(image[16, 16].numpy().astype(float) - wanted).max() <= 2, pixels[number]

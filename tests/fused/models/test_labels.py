@@ -32,7 +32,7 @@ def test_the_most_likely_classes_by_name() -> None:
     ("labels", "error", "wanted"),
     [
         (["a"], ValueError, r"labels has the length 1 \(a\); allowed: num_classes \(2\), a name for each class"),
-        ([f"c{i}" for i in range(8)], ValueError, r"the length 8 \(c0, c1, c2, c3, c4 and 3 others\)"),
+        ([f"c{i}" for i in range(8)], ValueError, r"the length 8 \(c0, c1, c2, c3, c4 and 3 more\)"),
         (["a", "a"], ValueError, "labels has 'a' twice; allowed: names that differ and are not empty"),
         (["a", ""], ValueError, "labels has ''; allowed"),
         ("ab", TypeError, "labels must be a sequence of names, or None, got 'ab'"),

@@ -8,6 +8,7 @@ import torch
 from golden import fill, golden
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from toy_models import TOY
 
 from fused import (
     CheckpointError,
@@ -20,7 +21,6 @@ from fused import (
 )
 from fused.models.videomamba.published import Published
 
-TOY = {"img_size": 32, "depth": 2, "embed_dim": 32, "num_frames": 4, "num_classes": 5, "clip_output_dim": 12}
 Tensors = dict[str, Tensor]
 
 

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from toy_models import TOY
 
 from fused import FrameStream, VideoMamba, VideoMambaConfig, VideoMambaEncoder
 
-TOY = {"img_size": 32, "depth": 2, "embed_dim": 32, "num_frames": 4, "num_classes": 5, "clip_output_dim": 12}
 CAUSAL = {"bimamba": False, "readout": "mean", "pool_type": "avg"}
 KINDS: dict[str, tuple[type, dict[str, Any]]] = {
     "classifier": (VideoMamba, {}),

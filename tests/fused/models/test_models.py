@@ -1,76 +1,21 @@
-"""Fused models are the reference's: same outputs, same gradients, same state_dict; and they behave as modules should."""
+"""Fused models are the reference's: same outputs, same gradients, same state_dict, same initial values."""
 
 import copy
-import io
-import pickle
 from unittest import mock
 
 import pytest
 import torch
 from golden import fill, golden
 from rule import assert_rule
-from torch import Tensor
+from toy_models import TOY, assert_same, clip_of, mask_of, models, results
 
 import fused
 import reference
-from fused import backends, stamp
 from fused.models.videomamba import embedding
 from fused.modules import mamba as mixer
-from fused.ops import mamba_ssm as upstream
-from fused.ops.mamba_inner import eager as inner
-from fused.ops.selective_scan import api as scan
 
-TOY = {"img_size": 32, "depth": 2, "embed_dim": 32, "num_frames": 4, "num_classes": 5, "clip_output_dim": 12}
 IMAGE = {"num_frames": None}
 ORDERS = ("temporal", "alternating", "both")
-
-
-def models(kind: str, overrides: dict) -> tuple:
-    """The reference's and fused's model in float64 with the same weights, which pass from one to the other strictly."""
-    plain, fast = (getattr(p, kind)(p.VideoMambaConfig(**TOY | overrides)) for p in (reference, fused))
-    golden(plain)
-    fast.load_state_dict(plain.state_dict(), strict=True)
-    return plain.double(), fast.double().eval()
-
-
-def clip_of(config, use_image: bool = False) -> Tensor:
-    height, width = config.img_size if isinstance(config.img_size, tuple) else (config.img_size,) * 2
-    frames = [] if config.num_frames is None else [config.kernel_size if use_image else config.num_frames]
-    return fill(2, config.channels, *frames, height, width, phase=7).double()
-
-
-def mask_of(length: int, tubelets: int | None = None) -> Tensor:
-    """Half of the tokens hidden, others in each clip; with `tubelets` as many in each of them."""
-    generator = torch.Generator().manual_seed(length)
-    parts = tubelets or 1
-    noise = torch.rand(2, parts, (length - 1) // parts, generator=generator)
-    hidden = (noise.argsort(-1) < noise.shape[-1] // 2).flatten(1)
-    return torch.cat((torch.zeros(2, 1, dtype=torch.bool), hidden), dim=1)
-
-
-def flat(output) -> list[Tensor]:
-    return [x for x in (output if isinstance(output, tuple) else (output,)) if x is not None]
-
-
-def results(model, clip: Tensor, **how) -> dict[str, Tensor | None]:
-    """Outputs, and the gradients of the clip and every parameter, for one fixed cotangent."""
-    clip = clip.clone().requires_grad_()
-    outputs = flat(model(clip, **how))
-    torch.stack([(y * fill(*y.shape, phase=3).to(y.dtype)).sum() for y in outputs]).sum().backward()
-    grads = {name: p.grad for name, p in model.named_parameters()}
-    return {f"output {i}": y.detach() for i, y in enumerate(outputs)} | {"clip": clip.grad} | grads
-
-
-def assert_same(got: dict, wanted: dict) -> None:
-    """To 1e-12 in both norms; no gradient where the reference has none, exact zeros where it has exact zeros."""
-    assert got.keys() == wanted.keys()
-    for name, truth in wanted.items():
-        assert (got[name] is None) == (truth is None), name
-        if truth is not None:
-            assert got[name].dtype == truth.dtype and got[name].shape == truth.shape, name
-            error = got[name] - truth
-            assert error.norm() <= 1e-12 * truth.norm() and error.abs().max() <= 1e-12 * truth.abs().max(), name
-
 
 CLASSIFIERS = {
     "plain": {},
@@ -307,107 +252,3 @@ def test_default_drop_path_rates():
         rates = [layer.drop_path.rate for layer in model.layers] + [model.drop_path.rate]
         assert rates == pytest.approx([0, 0, 0.025, 0.05, 0.075, 0.1])
         assert package.VideoMambaEncoder(config).drop_path.rate == 0
-
-
-@pytest.mark.parametrize("kind", ["VideoMamba", "VideoMambaEncoder"])
-@pytest.mark.parametrize("called", [False, True], ids=["new", "used"])
-def test_models_copy_pickle_and_save(kind, called):
-    model = golden(getattr(fused, kind)(fused.VideoMambaConfig(**TOY, ssm_cfg={"d_state": 4}, scan_order="both")))
-    clip = clip_of(model.config).float()
-    wanted = flat(model(clip))
-    if not called:
-        model = golden(getattr(fused, kind)(model.config))
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
-        assert twin.backend == model.backend and twin.config == model.config
-        assert all(torch.equal(a, b) for a, b in zip(flat(twin(clip)), wanted, strict=True))
-    parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
-    called = torch.func.functional_call(model, parameters, (clip,))
-    assert all(torch.equal(a, b) for a, b in zip(flat(called), wanted, strict=True))
-    assert model.to(torch.bfloat16).to(torch.float64).double()(clip.double()) is not None
-
-
-def test_inference_mode_leaves_nothing_that_breaks_training():
-    embedding._cached_sincos.cache_clear()
-    model = golden(fused.VideoMambaEncoder(fused.VideoMambaConfig(**TOY, scan_order="temporal")))
-    clip = clip_of(model.config).float()
-    with torch.inference_mode():
-        model(clip, mask_of(17))
-        model(clip)
-    results(model, clip)
-
-
-def test_backend_is_auto_until_the_first_call(monkeypatch):
-    monkeypatch.delenv("VIDEOMAMBA_DISABLE_FUSED", raising=False)
-    config = fused.VideoMambaConfig(**TOY)
-    model, named = fused.VideoMamba(config), fused.VideoMamba(config, backend="torch")
-    assert (model.backend, named.backend) == ("auto", "torch")
-    with (
-        mock.patch.object(backends, "choose", side_effect=backends.choose) as choose,
-        mock.patch.object(stamp, "remind", side_effect=AssertionError("the stamp is not a matter of CPUs")),
-    ):
-        model(clip_of(config).float())
-        asked = [call.args[0] for call in choose.call_args_list]
-        assert asked.count("auto") == 1 and set(asked) == {"auto"}  # one choice, handed down
-        model(clip_of(config).float())
-        assert [call.args[0] for call in choose.call_args_list].count("auto") == 1
-        named(clip_of(config).float())
-    assert (model.backend, named.backend) == ("cpu", "torch")
-
-
-@pytest.mark.parametrize("fast", [True, False])
-def test_use_fast_path_reaches_the_choice(fast):
-    config = fused.VideoMambaConfig(**TOY, ssm_cfg={"use_fast_path": fast})
-    model = fused.VideoMamba(config)
-    with mock.patch.object(backends, "choose", side_effect=backends.choose) as choose:
-        model(clip_of(config).float())
-        model.layers[0].mixer(torch.zeros(1, 2, 32))
-    assert [c.kwargs["use_fast_path"] for c in choose.call_args_list if c.args[0] == "auto"] == [fast, fast]
-
-
-def test_operators_are_reached_through_their_modules():
-    model = golden(fused.VideoMamba(fused.VideoMambaConfig(**TOY), backend="torch"))
-    clip = clip_of(model.config).float()
-    wanted = model(clip)
-    run_segments = inner.segments.both_directions_in_segments
-    with mock.patch.object(inner.segments, "both_directions_in_segments", side_effect=run_segments) as spy:
-        model(clip)
-    assert spy.call_count == 2
-    with mock.patch.object(inner, "scan_both_directions", side_effect=inner.scan_both_directions) as spy:
-        copy.deepcopy(model).bfloat16()(clip.bfloat16())
-    assert spy.call_count == 2
-    causal = golden(fused.VideoMamba(fused.VideoMambaConfig(**TOY, bimamba=False, readout="mean"), backend="torch"))
-    with mock.patch.object(scan, "selective_scan", side_effect=scan.selective_scan) as spy:
-        causal(clip)
-    assert [call.kwargs["reverse"] for call in spy.call_args_list] == [False] * 2
-
-    def swapped(self):
-        return directions(self)[::-1]
-
-    directions = mixer.Mamba.directions
-    with mock.patch.object(mixer.Mamba, "directions", swapped):
-        assert not torch.allclose(model(clip), wanted)
-
-
-@pytest.mark.parametrize("backend", ["mamba_ssm", "mamba_ssm_inner"])
-def test_upstreams_backends_take_the_whole_mixer(backend):
-    model, x = golden(fused.Mamba(32)), fill(2, 9, 32, phase=7)
-
-    def run(hidden, in_proj, out_proj, directions, *, inner):
-        assert (in_proj, out_proj) == (model.in_proj, model.out_proj) and inner == (backend == "mamba_ssm_inner")
-        assert [w.A for w in directions] == [model.A_log, model.A_b_log]
-        return hidden + 1
-
-    with mock.patch.object(backends, "choose", return_value=backend), mock.patch.object(upstream, "mamba_mixer", run):
-        assert torch.equal(model(x), x + 1)
-
-
-def test_a_traced_forward_stores_no_backend(monkeypatch):
-    """A backend that it stored would be a guard that its own second call does not pass: the model would be compiled twice."""
-    model = fused.VideoMamba(fused.VideoMambaConfig(embed_dim=16, depth=1, img_size=32, num_frames=2, num_classes=3))
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert model.resolve_backend(torch.ones(1)) == "cpu" and model.backend == "auto"
-    monkeypatch.undo()
-    assert model.resolve_backend(torch.ones(1)) == model.backend == "cpu"

@@ -3,6 +3,7 @@
 import itertools
 
 import naive
+import numpy as np
 import pytest
 import torch
 from rule import assert_rule, double, outcome
@@ -99,12 +100,51 @@ def test_states_may_grow():  # A above 0, and steps below
         assert (got[name] - exact).abs().max() <= 1e-5 * exact.abs().max(), name
 
 
+@pytest.fixture
+def fused_multiply_add(monkeypatch):
+    """The interpreter rounds a product before it adds; a GPU does not."""
+    if DEVICE == "cpu":
+        from triton.runtime import interpreter
+
+        def fma(_, x, y, z):
+            exact = x.data.astype(np.float64) * y.data + z.data
+            return interpreter.TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", fma)
+
+
+@pytest.mark.usefixtures("fused_multiply_add")
 def test_small_steps_keep_their_digits():
     x, A = torch.ones(1, 1, 1, 1, device=DEVICE), -torch.ones(1, device=DEVICE)
     for raw in (-80.0, -30.0, -17.0, -5.0, 0.0, 5.0, 19.9, 20.1, 500.0):
         dt = torch.tensor([[[raw]]], device=DEVICE)
         want = torch.nn.functional.softplus(dt.double()).item()
-        assert ssd_native(x, dt, A, x, x)[0].item() == pytest.approx(want, rel=4e-7), raw
+        assert ssd_native(x, dt, A, x, x)[0].item() == pytest.approx(want, rel=4e-7, abs=0), raw
+
+
+@pytest.mark.usefixtures("fused_multiply_add")
+def test_the_gradient_of_small_steps_keeps_their_digits():
+    """It is a logistic function of them, whose exponent, rounded as a power of 2, would be off by a hundred of them."""
+    one, A = torch.ones(1, 1, 1, 1, device=DEVICE), -torch.ones(1, device=DEVICE)
+    for raw in (-80.0, -43.3, -30.7, -25.1, -17.3, -5.2, 0.0, 5.1, 19.9, 500.0):
+        dt = torch.tensor([[[raw]]], device=DEVICE, requires_grad=True)
+        [found] = torch.autograd.grad(ssd_native(one, dt, A, one, one)[0].sum(), dt)
+        assert found.item() == pytest.approx(torch.sigmoid(dt.double()).item(), rel=4e-7, abs=0), raw
+
+
+@pytest.mark.parametrize("op", [ssd_native, ssd_eager, naive.ssd], ids=["native", "eager", "loop"])
+def test_steps_of_minus_infinity_leave_their_tokens_out(op):
+    """Their softplus is 0: nothing enters the state and nothing decays, whatever the token holds."""
+    tensors, cotangents, _ = inputs(0, (1, 5, 2, 3, 1, 4), "bare")
+    tensors["dt"][:, [0, 3]] = -torch.inf
+    got = outcome(lambda **x: op(**x), tensors, cotangents, None)
+    kept = [1, 2, 4]
+    assert all(value.isfinite().all() for value in got.values())
+    assert not got["ddt"][:, [0, 3]].any() and not got["dx"][:, [0, 3]].any() and not got["dB"][:, [0, 3]].any()
+    short = {k: v if k == "A" else v[:, kept] for k, v in tensors.items()}
+    want = outcome(lambda **x: op(**x), short, [cotangents[0][:, kept], cotangents[1]], None)
+    torch.testing.assert_close(got["out1"], want["out1"])
+    torch.testing.assert_close(got["out0"][:, kept], want["out0"])
 
 
 def test_decays_of_short_memory_keep_their_digits():

@@ -1,7 +1,6 @@
 """The best model by validation: which it is, that it stays, what it holds, and that it cannot be written."""
 
 import json
-import resource
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from trainings import SMALL, class_folders, train
+from trainings import SMALL, class_folders, small_disk, train
 
 from fused import VideoMamba
 from fused.train import validation
@@ -113,10 +112,6 @@ def test_damaged_record(words: list[str], tmp_path: Path) -> None:
         (tmp_path / "run/best/best.json").write_text(text)
         code, output = train([*words, "steps=2"], folder=tmp_path)
         assert code == 2 and "best.json cannot be read" in output and "Traceback" not in output, output
-
-
-def small_disk() -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 
 
 def test_full_disk(words: list[str], tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """A killed training resumes bit for bit, EMA and best model too; a checkpoint that cannot be written leaves the last one."""
 
 import os
-import resource
 import shutil
 import signal
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from trainings import SMALL, class_folders, signal_at_step, train
+from trainings import SMALL, class_folders, signal_at_step, small_disk, train
 
 from fused.train import evaluation
 from harness.instruments.two_processes import log, steps, tensors
@@ -136,10 +135,6 @@ def test_killed_while_a_checkpoint_is_written(folder: Path, fault: Callable[[], 
     code, output = train(arguments(folder, run), folder=folder)
     assert code == 0 and "goes on behind step 3" in output, output
     assert_same(folder, run)
-
-
-def small_disk() -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 
 
 def test_full_disk(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -115,6 +116,36 @@ def test_classes_of_the_start(folder: Path) -> None:
         said = "start has other classes than data.train ('cat', here 'side0'): the head is left at init" in output
         assert said == (name == "other")
     assert kept == {"same": True, "other": False, "unnamed": True, "more": False}
+
+
+def test_the_model_of_a_run_that_was_stopped(folder: Path) -> None:
+    """The error for a run without a model says how one is made of its last checkpoint."""
+    more, run = ["task=finetune", "save_every=1", "data.val=null"], folder / "stopped"
+    assert train(arguments(folder, "stopped", *more, "steps=2"), folder=folder)[0] == 0
+    for path in (run, run / "checkpoints/step-00000002"):
+        with pytest.raises(FileNotFoundError, match=rf"its model is in {run}/model"):
+            VideoMamba.from_pretrained(path)
+    shutil.rmtree(run / "model")
+    for path in (run, run / "checkpoints/step-00000002"):
+        with pytest.raises(FileNotFoundError, match="no model yet; epochs=null steps=N, of its last checkpoint, writes one"):
+            VideoMamba.from_pretrained(path)
+    code, output = train(arguments(folder, "stopped", *more, "epochs=null", "steps=2"), folder=folder)
+    assert code == 0, output
+    assert VideoMamba.from_pretrained(run / "model").labels
+
+
+def test_a_run_whose_classes_were_renamed_does_not_go_on(folder: Path) -> None:
+    """As many videos in as many classes, whose order is another: its outputs would be called by the names of others."""
+    videos = class_folders(folder / "renamed", 4)
+    words = [*SMALL, f"data.train={videos}", f"out={folder / 'renamed run'}", "task=finetune", "save_every=1"]
+    assert train([*words, "steps=2"], folder=folder)[0] == 0
+    first = sorted(path for path in videos.iterdir() if path.is_dir())[0]
+    first.rename(videos / "zebra")
+    code, output = train([*words, "steps=3"], folder=folder)
+    assert code == 2 and f"are ['zebra'] in place of ['{first.name}'], since" in output.splitlines()[-1], output
+    (videos / "zebra").rename(first)
+    code, output = train([*words, "steps=3"], folder=folder)
+    assert code == 0, output
 
 
 def test_a_dry_run_leaves_nothing(folder: Path) -> None:

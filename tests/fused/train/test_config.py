@@ -13,7 +13,7 @@ from fused.train.config import all_keys
 from fused.train.config_file import read_config, to_yaml
 from fused.train.config_keys import TASKS
 from fused.train.config_sections import SECTIONS
-from fused.train.data import configured
+from fused.train.data import open_clips
 from fused.train.language.options import LANGUAGE_TASKS
 
 LEAST = ["task=finetune", "out=run", "data.train=videos", "steps=3"]
@@ -63,7 +63,9 @@ def test_every_key_is_printed_without_any_being_set(capsys: pytest.CaptureFixtur
     assert set(re.findall(r"^ *(?:# )?(\w+):", printed, re.M)) == names | {"model", *SECTIONS}
     assert "task: null  # required: finetune, pretrain, distill" in printed and "  train: null  # required" in printed
     assert "# teacher: null  # pretrain, distill, retrieval; required" in printed
-    assert "  # alignment: l2  # pretrain, retrieval" in printed
+    assert "  # alignment: l2  # pretrain, retrieval; one of 'l2', 'mse', 'smooth_l1'\n" in printed
+    assert "\n  clip_grad: null  # a positive number, or null\n" in printed  # what is allowed, in words of YAML
+    assert "val: null  # finetune, distill, regress; a folder or a list of videos, or null\n" in printed
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -94,7 +96,7 @@ def test_what_is_missing_is_printed_as_null(capsys: pytest.CaptureFixture[str]) 
     printed = capsys.readouterr().out
     assert printed.count("required") == 3  # out, data.train, teacher
     assert "out: null  # required" in printed and "\nteacher: null  # required: a folder" in printed
-    assert "steps: null\n" in printed and "  frames: 4\n" in printed and "mask" not in printed
+    assert "steps: null\n" in printed and "  frames: 4  #" in printed and "mask" not in printed
     assert main(["--print-config", "data.frames=many"]) == 2  # what is set has to be right
     assert "data.frames is 'many'" in capsys.readouterr().err
 
@@ -217,7 +219,7 @@ def test_sizes_and_sampling_reach_the_data(monkeypatch: pytest.MonkeyPatch, tmp_
         asked.update(options, size=size)
         raise ValueError("seen")
 
-    monkeypatch.setattr(configured, "ClipFolder", clip_folder)
+    monkeypatch.setattr(open_clips, "ClipFolder", clip_folder)
     words = ["data.size=[128,160]", "data.short=loop", "data.fps=12.5", "data.sampling=dense", f"out={tmp_path / 'run'}"]
     with torch.random.fork_rng():
         assert main([*LEAST, *words, "device=cpu", "--dry-run"]) == 2

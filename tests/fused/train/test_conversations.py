@@ -84,6 +84,9 @@ def test_the_tag_of_an_image_stands_for_a_video_too_and_anywhere_in_the_question
         (talk("<video><video>Q", "A", video="a.avi"), "it has 2 tags"),
         (talk("<image>Q", "A", video="a.avi", image="b.png"), "it has a video, 'a.avi', and an image"),
         (talk("<image>Q", "A", image=["b.png", "b.png"]), "image is ['b.png', 'b.png']; allowed: the path of one file"),
+        (talk("<image>Q", "A", image="x" * 300), "xx', and there is no"),
+        (talk("<image>Q", "A", image="a\0b"), "image is 'a\\x00b', and there is no"),
+        (talk("Q", "a\ud83d"), "turn 1 holds half of a letter of UTF-16, 'a\\ud83d'"),
         (talk("Q", " \n"), "turn 1 is an empty answer"),
         (talk("", "A"), "turn 0 is an empty text"),
         ({"conversations": [{"from": "tool", "value": "x"}]}, "turn 0 is from 'tool'; allowed: human, user, gpt"),
@@ -100,6 +103,18 @@ def test_wrong_entries_are_counted_and_said(folder: Path, given: Any, said: str)
     with pytest.raises(ValueError) as found:
         entries(folder, talk("Q", "A"), given)
     assert "1 of 2 entries are wrong: entry 1" in str(found.value) and said in str(found.value)
+
+
+def test_lists_as_other_programs_write_them(folder: Path) -> None:
+    """A mark in front, ends of lines of Windows, and such as only a text holds; the file in a list of one."""
+    given = [talk("<video>\nWho\u2028is\x85it?", "A", video=["a.avi"]), talk("Q", "\U0001f407")]
+    lines = "\r\n".join(json.dumps(entry, ensure_ascii=False) for entry in given)
+    for text in (lines, json.dumps(given), json.dumps(given, ensure_ascii=False, indent=1)):
+        for mark in (b"", b"\xef\xbb\xbf"):
+            (folder / "other.json").write_bytes(mark + text.encode())
+            first, second = read_entries(folder / "other.json")
+            assert first.turns[0].text == "<video>Who\u2028is\x85it?" and first.file == folder / "a.avi"
+            assert second.turns[1].text == "\U0001f407"
 
 
 def test_a_later_tag_a_later_system_turn_and_many_wrong_entries(folder: Path) -> None:
@@ -119,6 +134,10 @@ def test_files_that_are_no_lists(folder: Path) -> None:
     for text, said in (("", "is empty"), ("[]", "is empty"), ("[1", "is no JSON"), ('{"a": 1}\n{', "line 2 is no JSON")):
         (folder / "wrong.json").write_text(text)
         with pytest.raises(ValueError, match=said):
+            read_entries(folder / "wrong.json")
+    for text in ("[" * 100_000, '{"a": ' * 100_000):
+        (folder / "wrong.json").write_text(text)
+        with pytest.raises(ValueError, match="is no JSON: maximum recursion depth"):
             read_entries(folder / "wrong.json")
     (folder / "wrong.json").write_bytes(b"[\xff]")
     with pytest.raises(ValueError, match="is no JSON"):

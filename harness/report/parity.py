@@ -9,7 +9,7 @@ from harness.fixtures.video import SHIPPED
 from harness.judge import registry
 from harness.judge.check import checks
 from harness.records.record import Record
-from harness.report import deviation, errors, faults, glossary, html, margins, tables, training, words
+from harness.report import deviation, error_growth, faults, glossary, html, margins, tables, training, words
 from harness.report.figures import shown
 from harness.report.html import Number, Page, Section
 from harness.report.markdown import bold, code, escape, fence, sparse, table
@@ -31,8 +31,8 @@ Rivals are judged by the same rule and shown as plainly, but do not decide the e
 
 NARROWING = {"subjects": "subjects", "checks": "checks", "names": "implementations", "dtypes": "dtypes", "cases": "cases"}
 TIGHTEST = """\
-The ten largest errors of ours, in budgets. A budget is what an error may be; above 1 the answer fails. The element named is
-where the error is largest."""
+The ten errors of ours that are the largest share of their budget. A budget is what an error may be; above 1 the answer fails.
+The element named is where the error is largest."""
 
 ERRORS = """\
 The scan's error against its length: of each case the worst tensor in L2, as a share of the truth's norm, pooled over the seeds.
@@ -63,7 +63,7 @@ def write(run: Run) -> Path:
     title = f"Parity on {where}, grid {plan.get('grid', '?')}, {str(run.about.get('started', '?'))[:10]}"
     records, folder = run.records, run.folder
     ours, rivals = ([r for r in records if r.role == role] for role in ("ours", "rival"))
-    drawn = errors.against_length(records, folder)
+    drawn = error_growth.against_length(records, folder)
     near, trained = deviation.approximate(records, folder), training.trainings(records, folder)
     missing = [r for r in records if r.status == "skip"]
     sections = [

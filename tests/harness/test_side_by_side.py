@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from harness.cli.app import app
 from harness.records.finding import Finding
-from harness.report import sides
+from harness.report import side_by_side
 from harness.runs.store import Run, StoreError
 
 
@@ -18,7 +18,7 @@ def test_two_benches(tmp_path: Path) -> None:
     conv = [s for s in sweeps.operators() if s.point.race == "conv"]
     slower = [dataclasses.replace(s, seconds=tuple(2 * t for t in s.seconds)) if s.point["L"] == 197 else s for s in conv]
     base, new = sweeps.made(tmp_path / "base", conv), sweeps.made(tmp_path / "new", [*slower[:-1]])
-    text = sides.write(base, new, tmp_path / "both").read_text()
+    text = side_by_side.write(base, new, tmp_path / "both").read_text()
     said = "Of 24 points of ours 0 are faster, 20 take the same time, within 2 %, 4 are slower, 0 vary too much to tell."
     assert text.splitlines()[:3:2] == ["# new beside base", said]
     assert "| conv-B64-L197-E1152-K4-infer-eager-bfloat16 | conv fused:native | 2.000 |" in text
@@ -69,7 +69,7 @@ def test_what_came_right_and_what_a_rival_lost_is_no_loss_of_ours(tmp_path: Path
 def test_runs_of_two_kinds_have_no_comparison(tmp_path: Path) -> None:
     base, new = sweeps.made(tmp_path / "a", []), test_report.made(tmp_path / "b", [])
     with pytest.raises(StoreError, match="runs of bench and parity have no comparison"):
-        sides.write(base, new, tmp_path / "both")
+        side_by_side.write(base, new, tmp_path / "both")
     assert not (tmp_path / "both").exists()
 
 
@@ -78,7 +78,7 @@ def test_the_largest_changes_of_errors_come_first_better_or_worse(tmp_path: Path
         found = [(f"B1-L{n}-float32", Finding("y", "l2", error, 1.0)) for n, error in enumerate(errors)]
         return test_report.made(tmp_path / name, [test_report.record(case=case, findings=(f,)) for case, f in found])
 
-    text = sides.write(made("base", 0.9, 0.5, 0.1), made("new", 0.1, 0.6, 0.4), tmp_path / "both").read_text()
+    text = side_by_side.write(made("base", 0.9, 0.5, 0.1), made("new", 0.1, 0.6, 0.4), tmp_path / "both").read_text()
     lines = text.partition("## Largest changes")[2].splitlines()
     assert [line.split(" | ")[-2:] for line in lines if line.startswith("| scan")] == [
         ["0.9", "0.1 |"], ["0.1", "0.4 |"], ["0.5", "0.6 |"],

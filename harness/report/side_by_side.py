@@ -6,7 +6,7 @@ from pathlib import Path
 
 from harness.bench.compare import compare
 from harness.records import interval
-from harness.report import bench, glossary, html, page, things
+from harness.report import bench, glossary, html, parity, things
 from harness.report.figures import INK, Drawing, chart, legend, line_look, logarithmic, shown
 from harness.report.html import Number, Page, Section
 from harness.report.markdown import escape, fence, table
@@ -28,7 +28,7 @@ def write(base: Run, new: Run, folder: Path) -> Path:
         raise StoreError(f"runs of {' and '.join(kinds)} have no comparison; give two of bench, or two of parity")
     folder.mkdir(parents=True, exist_ok=True)
     made = _benches(base, new, folder) if kinds[0] == "bench" else _parities(base, new, folder)
-    said = bench.verdict if kinds[0] == "bench" else page.verdict
+    said = bench.verdict if kinds[0] == "bench" else parity.verdict
     both = (("base", base), ("new", new))
     rows = [(word, run.folder.name, run.about["started"][:16], _code(run), said(run)) for word, run in both]
     sections = [
