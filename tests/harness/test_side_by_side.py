@@ -61,7 +61,7 @@ def test_what_came_right_and_what_a_rival_lost_is_no_loss_of_ours(tmp_path: Path
         return test_report.made(tmp_path / name, records)
 
     base, new = made("base", "fail", "pass", 2, 3, 4), made("new", "pass", "fail", 9)
-    text = sides.write(base, new, tmp_path / "both").read_text()
+    text = side_by_side.write(base, new, tmp_path / "both").read_text()
     assert "No answers of ours fail now that did not before." in text and "| 0 | 2 of 2 | 1 |" in text
     assert "questions are new; 3 are gone" in text
 
