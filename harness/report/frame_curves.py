@@ -55,5 +55,5 @@ def _draw(speeds: Sequence[Speed], what: str, value: Callable[[Speed], float], s
         logarithmic(axes.yaxis)
         label_ends(axes, ends)
     recipe = f"{p['H'] * p['W'] * p['F'] // (p['G'] * p['Q'])} tokens to one, width {p['D']:,}, {p.dtype}"
-    title = f"{words.RACES[RACE]} over frames, {words.MODES[p.mode]}: {what}; {recipe}"
+    title = f"{words.race(RACE)} over frames, {words.MODES[p.mode]}: {what}; {recipe}"
     return Drawing(folder / f"{stem}.svg", "; ".join([title, *said, *hidden(shown)]) + ".")

@@ -21,6 +21,7 @@ DRAWS = {
     "rescan": "inputs with which an exit of a state pass is wrong, so that one of its sequences is scanned again as a whole",
 }
 
+
 def model(size: str) -> str:
     """Return the name of a VideoMamba by its size, such as "tiny"."""
     return f"VideoMamba-{LETTERS.get(size, size)}"
