@@ -88,7 +88,7 @@ def write(run: Run) -> Path:
 def how(records: list[Record]) -> str:
     """Return the tolerance rule, the question of every check that was asked, and what counts as failed."""
     asked = {r.check for r in records if r.status != "skip"}
-    questions = [f"- `{name}`: {escape(registry.title(check))}" for name, check in checks().items() if name in asked]
+    questions = [f"- `{name}`: {registry.title(check)}" for name, check in checks().items() if name in asked]
     return "\n\n".join([RULE, "\n".join(questions), COUNTED])
 
 
