@@ -18,6 +18,7 @@ from harness.records.speed import Entry, Point
 
 # Frames of rows x columns tokens, and frames of so many queries.
 PAPER, RELEASED, LARGE = (64, 24, 24, 16, 144), (64, 27, 27, 64, 196), (64, 40, 40, 16, 400)
+HOUR = (3600, 14, 14, 900, 49)  # at one frame a second
 OVER_FRAMES = tuple((frames, 24, 24, frames // 4, 144) for frames in (4, 16, 256))  # the paper's recipe beside its own size
 
 
@@ -141,7 +142,7 @@ def costly_checks(case: Case) -> set[str]:
 
 
 def races() -> list[Race]:
-    """Return the race at the sizes of the paper and of the released model, and over frames, against other ways."""
+    """Return the race at the sizes of the paper and of the released model, and over frames, against other ways; and an hour."""
 
     def points(grid: str) -> list[Point]:
         shapes = [(1, 4, 12, 12, 1, 36, 128), (1, 4, 13, 13, 4, 49, 128)] if grid == "cpu" else []
@@ -162,12 +163,23 @@ def races() -> list[Race]:
         # plain PyTorch goes token by token, minutes long; upstream's fused mixer takes as long as its parts
         return name not in ("fused:torch", "fused:mamba_ssm_inner")
 
+    def hour(grid: str) -> list[Point]:
+        shapes = {"cpu": [(1, 80, 2, 2, 20, 1, 64)], "full": [(1, *HOUR, 3584)]}.get(grid, [])
+        dtype = "float32" if grid == "cpu" else "bfloat16"
+        return [Point("bimba-hour", tuple(sizes(*shape).items()), "infer", dtype=dtype) for shape in shapes]
+
     contenders = ("bimba", ""), ("resamplers", "")
     return [
         Race(
             "bimba", order=8, points=points, contenders=contenders, runs=runs, options=("cast",), title="BIMBA's compressor",
             words=lambda n: f"BIMBA, {n['F']} frames of {n['H']} x {n['W']} tokens to {n['G'] * n['Q']:,}, width {n['D']:,}",
-        )
+        ),
+        Race(
+            "bimba-hour", order=8, points=hour, contenders=contenders[:1], runs=runs, maker="harness.bench.hour:make",
+            title="BIMBA's compressor, tokens on the host", slowest=30.0, words=lambda n: (
+                f"BIMBA, {n['F']:,} frames of {n['H']} x {n['W']} tokens on the host to {n['G'] * n['Q']:,}, width {n['D']:,}"
+            ),
+        ),
     ]  # fmt: skip
 
 
