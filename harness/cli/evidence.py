@@ -141,7 +141,7 @@ def plan(entries: Sequence[Entry], states: Mapping[str, State]) -> list[str]:
         status = states[entry.name].status
         source = f"as {entry.measured} took" if entry.measured else "an estimate"
         gpus = f"{entry.gpus} GPU" + "s" * (entry.gpus != 1)
-        lines.append(f"{status:8}  {entry.name:14}  {entry.claim}; {entry.minutes:g} minutes, {source}, {gpus}")
+        lines.append(f"{status:8}  {entry.name:14}  {entry.claim}; {entry.minutes:g} min, {source}, {gpus}")
         lines.append(f"{'':26}{entry.command}")
         left += [evidence.minutes_left(entry, states[entry.name])] * (status in (evidence.CUT, evidence.MISSING))
     return [*lines, f"{len(left)} of {len(entries)} runs are to be made, about {sum(left):.0f} minutes"]
