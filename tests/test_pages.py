@@ -94,7 +94,7 @@ def test_every_extra_is_installed_and_run_by_itself():
     marked = [block.extra for page in PAGES for block in blocks_of(page) if block.extra]
     marks = sum(len(re.findall("^<!-- extra:", (ROOT / page).read_text(), re.M)) for page in PAGES)
     assert len(marked) == marks and set(marked) <= set(extras.RUNS) - {"base"}
-    assert re.search(r"^nox -s extras\b", (ROOT / ".ci/run").read_text(), re.M)
+    assert re.search(r"^[^#\n]*\bnox -s extras\b", (ROOT / ".ci/run").read_text(), re.M)
 
 
 def test_the_readme_is_short_and_names_what_ci_runs():
