@@ -272,7 +272,7 @@ def test_files_that_give_no_clip(
     assert "of all 11: 1 of 11 files could not be read and 1 of 11 files is too short" in out
     write_video(data / "dark/broken.avi", frames=5, width=40, height=24)  # mended: it is tried again
     assert main(words) == 0
-    assert "9 of 11 videos were finished before" in capsys.readouterr().out
+    assert "9 of 11 videos were finished before\n" in capsys.readouterr().out
     assert json.loads((tmp_path / "out/results.json").read_text())["read"] == 10
     (tmp_path / "list").write_text("nowhere.avi,dark\n")
     assert main([*words[:2], "--data", str(tmp_path / "list"), "--out", str(tmp_path / "none")]) == 1
