@@ -17,8 +17,8 @@ from fused.chat.bimba import BimbaConversation
 from fused.chat.session import Conversation
 from fused.models.bimba.load import is_bimba
 from fused.models.vamba.generate import check_sampling
+from fused.terminal import DONE, INTERRUPTED, USAGE
 
-DONE, USAGE, INTERRUPTED = 0, 2, 130
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
