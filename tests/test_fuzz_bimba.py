@@ -3,7 +3,6 @@
 In float64 results and gradients are those of the reference, and chunks give what the whole gives.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -11,7 +10,6 @@ import torch
 from fuzzing import HOSTILE, LAYOUTS, SEEDS, examples, near
 from hypothesis import given
 from hypothesis import strategies as st
-from jaxtyping import config
 from torch import Tensor
 
 import fused
@@ -21,12 +19,7 @@ COUNTS = ("d_model", "n_layer", "d_state", "d_conv", "expand")
 FLAGS = ("bimamba", "use_norm", "use_res", "multi_scale", "fp32")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def unchecked() -> Iterator[None]:
-    """The compressor's own checks are asked, not those of its signatures."""
-    config.update("jaxtyping_disable", True)
-    yield
-    config.update("jaxtyping_disable", False)
+pytestmark = pytest.mark.usefixtures("unchecked")  # own checks are asked, not those of signatures
 
 
 class Drawn(NamedTuple):

@@ -3,7 +3,7 @@
 In float64 outputs and gradients are those of the reference; in other dtypes they have the form that is promised.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -11,19 +11,12 @@ import torch
 from fuzzing import DTYPES, HOSTILE, LAYOUTS, SEEDS, SIZES, examples, near
 from hypothesis import given
 from hypothesis import strategies as st
-from jaxtyping import config
 from torch import Tensor
 
 import fused
 import reference
 
-
-@pytest.fixture(autouse=True, scope="module")
-def unchecked() -> Iterator[None]:
-    """The operators' own checks are asked, not those of their signatures."""
-    config.update("jaxtyping_disable", True)
-    yield
-    config.update("jaxtyping_disable", False)
+pytestmark = pytest.mark.usefixtures("unchecked")  # own checks are asked, not those of signatures
 
 
 class Drawn(NamedTuple):

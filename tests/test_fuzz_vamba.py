@@ -3,7 +3,6 @@
 In float64 logits, loss and gradients are those of the reference, and a text that goes on from a cache has those of the whole.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -11,7 +10,6 @@ import torch
 from fuzzing import HOSTILE, SEEDS, examples, near
 from hypothesis import given
 from hypothesis import strategies as st
-from jaxtyping import config
 from torch import Tensor
 
 import fused
@@ -24,12 +22,7 @@ ARGUMENTS = (
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True, scope="module")
-def unchecked() -> Iterator[None]:
-    """The model's own checks are asked, not those of its signatures."""
-    config.update("jaxtyping_disable", True)
-    yield
-    config.update("jaxtyping_disable", False)
+pytestmark = pytest.mark.usefixtures("unchecked")  # own checks are asked, not those of signatures
 
 
 class Drawn(NamedTuple):

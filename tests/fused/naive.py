@@ -33,6 +33,15 @@ def conv(x, weight, bias=None, *, activation="silu", initial_state=None, reverse
     return y if activation is None else F.silu(y), state.transpose(1, 2)
 
 
+def scan_of_mixer(s, precision):
+    """Return y of the `ScanInputs` of a mixer, by name, in a precision: the sum over directions, with the gate."""
+    parts = []
+    for i, reverse in enumerate(s.reverses):
+        own = {name: getattr(s, name)[i].to(precision) for name in ("u", "delta", "A", "B", "C", "D")}
+        parts.append(scan(**own, softplus=False, reverse=reverse)[0])
+    return {"y": sum(parts) * F.silu(s.z.to(precision))}
+
+
 def norm(x, weight, bias=None, *, residual=None, eps=1e-5, kind="rms"):
     v = x if residual is None else x + residual
     centred = v - v.mean(-1, keepdim=True) if kind == "layer" else v

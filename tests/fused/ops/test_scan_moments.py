@@ -56,14 +56,6 @@ def scanned(s, only_y=True, **options):
     return scan.forward(s, None, plan_of(s), keep=False, only_y=only_y, **options)
 
 
-def loop(s, precision):
-    parts = []
-    for i, reverse in enumerate(s.reverses):
-        own = {name: getattr(s, name)[i].to(precision) for name in ("u", "delta", "A", "B", "C", "D")}
-        parts.append(naive.scan(**own, softplus=False, reverse=reverse)[0])
-    return {"y": sum(parts) * torch.nn.functional.silu(s.z.to(precision))}
-
-
 @pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize(
     "steps", [(1e-3, 1e-1), (1e-3, 1e-2), (0.05, 2.0), (0.69, 0.7), (1e-5, 1e-4)], ids=str
@@ -74,7 +66,7 @@ def test_y_follows_the_loop(steps, directions):
         s = drawn(seed, steps, directions)
         got = scanned(s)
         assert got.by_moments
-        samples.append(({"y": got.y}, loop(s, torch.float64), loop(s, torch.float32)))
+        samples.append(({"y": got.y}, naive.scan_of_mixer(s, torch.float64), naive.scan_of_mixer(s, torch.float32)))
     assert_rule(samples)
 
 
@@ -143,7 +135,7 @@ def test_a_wrong_exit_is_found_and_the_sequence_scanned_as_if_it_were_not_split(
     assert torch.equal(got.final_states[:, :, own], once.final_states[:, :, own])
     entering = got.split_initial_states[0, :, :, own]  # by split
     assert torch.equal(entering[:, 1:], once.tile_states[0, :, TILES::TILES, own])
-    behind = loop(s, torch.float64)["y"][:, 16 * TILES : 16 * TILES + 4, 3].abs()
+    behind = naive.scan_of_mixer(s, torch.float64)["y"][:, 16 * TILES : 16 * TILES + 4, 3].abs()
     assert (behind > 1e6).all()  # the state of the spike can be seen behind the split
 
 
@@ -153,7 +145,7 @@ def test_a_spike_that_is_forgotten_is_no_reason_to_scan_again(value, behind):
     s = spiked(value, behind)
     got = scanned(s)
     assert got.state_passing.exits().rescanned == 0
-    assert_rule([({"y": got.y}, loop(s, torch.float64), loop(s, torch.float32))])
+    assert_rule([({"y": got.y}, naive.scan_of_mixer(s, torch.float64), naive.scan_of_mixer(s, torch.float32))])
 
 
 def test_a_split_without_inputs_hands_on_what_was_before():
@@ -164,7 +156,7 @@ def test_a_split_without_inputs_hands_on_what_was_before():
         s.u[0][:, 16 * TILES - 17 : 16 * TILES], s.u[1][:, 16 * TILES * 2 : 16 * TILES * 2 + 17] = 0, 0
         got = scanned(s)
         assert got.state_passing.exits().rescanned == 0
-        samples.append(({"y": got.y}, loop(s, torch.float64), loop(s, torch.float32)))
+        samples.append(({"y": got.y}, naive.scan_of_mixer(s, torch.float64), naive.scan_of_mixer(s, torch.float32)))
     assert_rule(samples)
 
 
@@ -214,7 +206,7 @@ def test_extremes_follow_the_loop(which, steps):
             EXTREMES[which](s, i)
         got = scanned(s)
         assert got.by_moments and got.state_passing.exits().rescanned == 0
-        samples.append(({"y": got.y}, loop(s, torch.float64), loop(s, torch.float32)))
+        samples.append(({"y": got.y}, naive.scan_of_mixer(s, torch.float64), naive.scan_of_mixer(s, torch.float32)))
     assert_rule(samples)
 
 
